@@ -1,0 +1,129 @@
+"""What a step costs on this machine, and where its time and memory go.
+
+  python -m beyond_outliers.bench --config=configs/adamw.py:nano [--json]
+
+Every figure is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
+"""
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from beyond_outliers import command, config, data, hardware, loop, train
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import step as step_lib
+from beyond_outliers.model import transformer
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
+REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
+flags.mark_flag_as_required("config")
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+  """Median wall time of `call`, its result waited for; one call before is not counted."""
+  jax.block_until_ready(call())
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)
+
+
+def measure(c: config.Config, repeats: int) -> dict[str, Any]:
+  """All figures as one flat dictionary; seconds, bytes, FLOP/s."""
+  program = train.build(c)
+  dataset = data.prepare(c.data)
+  result: dict[str, Any] = {"config": c.size, "dtype": c.model.dtype, "device": jax.devices()[0].device_kind,
+                            "devices": jax.device_count()}
+  for dtype in ("float32", "bfloat16"):
+    result[f"peak_flops/{dtype}"] = hardware.measure_matmul(dtype)
+
+  with mesh_lib.use(program.mesh):
+    start = time.perf_counter()
+    compiled = program.train_step.lower(program.state, program.batch).compile()
+    result["compile_seconds"] = time.perf_counter() - start
+    result["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+
+    batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed)
+    batch = mesh_lib.put_batch(next(batches), program.mesh)
+    loss_fn = step_lib.make_loss_fn(program.model, c.data.mask_documents)
+    key = jax.random.key(0)
+    forward = jax.jit(lambda params: loss_fn(params, batch, key)[0])
+    both = jax.jit(lambda params: step_lib.accumulate(loss_fn, c.micro_batches)(params, batch, key))
+    holder = [program.init()]
+
+    def step():
+      holder[0], metrics = compiled(holder[0], batch)
+      return metrics
+
+    result["forward_seconds"] = median_seconds(lambda: forward(holder[0].params), repeats)
+    forward_backward = median_seconds(lambda: both(holder[0].params), repeats)
+    result["step_seconds"] = median_seconds(step, repeats)
+    result["backward_seconds"] = forward_backward - result["forward_seconds"]
+    result["optimizer_seconds"] = result["step_seconds"] - forward_backward
+    result["input_seconds"] = median_seconds(lambda: mesh_lib.put_batch(next(batches), program.mesh), repeats)
+    result["loop_overhead"] = loop_overhead(program, compiled, holder.pop(), batches, steps=max(3 * repeats, 20))
+    batches.close()
+
+  tokens = c.batch_size * c.context
+  peak, result["peak_source"] = hardware.peak_flops(c.model.dtype)
+  result["tokens_per_second"] = tokens / result["step_seconds"]
+  result["flops_per_second"] = result["tokens_per_second"] * transformer.flops_per_token(c.model, c.context)
+  result["peak_share"] = result["flops_per_second"] / (peak * jax.device_count())
+  result["peak_memory_bytes"] = hardware.memory_bytes()
+  return result
+
+
+def loop_overhead(program: train.Program, train_step: Any, state: step_lib.TrainState, batches: Any, steps: int) -> float:
+  """1 − Σ step time / wall time of a run's loop with its log, the first step left out; every step is waited for."""
+  c, spent, began = program.config, [], []
+
+  def timed(state, batch):
+    began.append(time.perf_counter())
+    state, metrics = train_step(state, batch)
+    jax.block_until_ready(metrics)
+    spent.append(time.perf_counter() - began[-1])
+    return state, metrics
+
+  first = int(state.step)
+  log = loop.Log(c.log.every, [], loop.Clock(), dict(program.optimizer.schedules), tokens_per_step=1, flops_per_step=1.0,
+                 peak_flops=1.0, num_steps=first + steps, first_step=first, max_skipped=c.max_skipped_updates)
+  loop.fit(timed, state, (mesh_lib.put_batch(batch, program.mesh) for batch in batches), [log], first + steps)
+  return 1 - sum(spent[1:]) / (time.perf_counter() - began[1])
+
+
+def table(result: dict[str, Any]) -> str:
+  """The figures for a person."""
+  r, step = result, result["step_seconds"]
+  rows = [("device", f"{r['devices']} × {r['device']}")]
+  rows += [(f"matmul peak, {dtype}", f"{r[f'peak_flops/{dtype}'] / 1e9:,.0f} GFLOP/s") for dtype in ("float32", "bfloat16")]
+  rows += [("compile", f"{r['compile_seconds']:.1f} s"), (f"step, {r['dtype']}", f"{step * 1e3:,.1f} ms")]
+  rows += [(f"  {part}", f"{r[f'{part}_seconds'] * 1e3:,.1f} ms  {r[f'{part}_seconds'] / step:>6.1%}")
+           for part in ("forward", "backward", "optimizer")]
+  rows += [("input (read ahead while a step runs)", f"{r['input_seconds'] * 1e3:,.1f} ms"),
+           ("loop overhead, 1 − Σ steps / wall", f"{r['loop_overhead']:.1%}"),
+           ("throughput", f"{r['tokens_per_second']:,.0f} tokens/s"),
+           ("model FLOP/s", f"{r['flops_per_second'] / 1e9:,.0f} GFLOP/s, {r['peak_share']:.1%} of peak ({r['peak_source']})"),
+           ("temporaries of a step", f"{r['temporary_bytes'] / 2**20:,.0f} MiB"),
+           ("peak memory", f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB")]
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  result = measure(config.resolve(CONFIG.value), REPEATS.value)
+  print(json.dumps(result) if JSON.value else table(result))
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,232 @@
+"""Checkpoints of a run: Orbax underneath, SHA-256 sums beside, newest intact one first. The only module that imports Orbax.
+
+A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for any number of
+processes) and `clock` (training seconds, tokens), and sha256.json, the sum of every file, written after Orbax committed.
+"""
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from beyond_outliers import config
+
+SUMS = "sha256.json"
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint that cannot be used; the message says which, why and what to do."""
+
+
+class Checkpoints:
+  """The checkpoints directory of one run. `read_only` for everybody but the run itself."""
+
+  def __init__(self, directory: Any, options: config.Checkpoint | None = None, *, read_only: bool = False):
+    self.directory = epath.Path(directory).absolute()
+    self._verify = options is None or options.verify
+    self._read_only = read_only
+    if read_only:
+      manager_options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      keep = [preservation_policy.LatestN(options.keep)]
+      if options.keep_every:
+        keep.append(preservation_policy.EveryNSteps(options.keep_every))
+      manager_options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
+        enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self.directory, options=manager_options, item_handlers={
+      "state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "clock": ocp.JsonCheckpointHandler()})
+    # One thread that writes the sums of a checkpoint once Orbax has committed it.
+    self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
+    self._seals: list[concurrent.futures.Future] = []
+
+  def steps(self) -> list[int]:
+    """Committed checkpoints, oldest first."""
+    return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
+
+  def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, float]) -> None:
+    """Begins to write; returns once the arrays are copied. Nothing happens if the step is already there."""
+    if step in self.steps():
+      return
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merge(data)),
+                              clock=ocp.args.JsonSave(clock))
+    if not self._manager.save(step, args=args, force=True):
+      raise CheckpointError(f"{self.directory / str(step)}: Orbax did not save it; is another process writing here?")
+    if self._verify and jax.process_index() == 0:
+      self._seals.append(self._sealer.submit(self._seal, self.directory / str(step)))
+
+  def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any], dict[str, float]] | None:
+    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None when there is none.
+
+    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside as N.damaged with a message
+    (left in place when read-only or asked for by step).
+    Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is stored has other
+    shapes, types or names than `state`."""
+    candidates = self.steps()[::-1] if step is None else [step]
+    if step is not None and step not in self.steps():
+      raise CheckpointError(f"{self.directory}: no checkpoint {step}; there are {self.steps()}")
+    for candidate in candidates:
+      damage = self._damage(candidate)
+      if not damage:
+        self._check_structure(candidate, state)
+        try:
+          restored = self._manager.restore(candidate, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
+          return candidate, restored.state, restored.data, restored.clock
+        except (ValueError, KeyError, OSError) as error:       # what Orbax raises for unreadable files
+          damage = str(error).splitlines()[0]
+      if step is not None:
+        raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
+      self._set_aside(candidate, damage)
+    if candidates:
+      raise CheckpointError(f"{self.directory}: every checkpoint is damaged ({candidates}); start in another workdir")
+    return None
+
+  def restore_params(self, shardings: Any, step: int | None = None) -> tuple[int, Any]:
+    """(step, parameters) alone, on any mesh. shardings: a tree of ShapeDtypeStructs with shardings, like the parameters."""
+    partial = {"params": shardings}
+    candidates = self.steps()[::-1] if step is None else [step]
+    if not candidates or (step is not None and step not in self.steps()):
+      raise CheckpointError(f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {self.steps()}")
+    for candidate in candidates:
+      damage = self._damage(candidate)
+      if not damage:
+        with ocp.PyTreeCheckpointer() as reader:
+          restored = reader.restore(self.directory / str(candidate) / "state", args=ocp.args.PyTreeRestore(
+            item=partial, restore_args=ocp.checkpoint_utils.construct_restore_args(partial), partial_restore=True))
+        return candidate, restored["params"]
+      logging.warning("checkpoint %s is damaged (%s); trying an older one", self.directory / str(candidate), damage)
+    raise CheckpointError(f"{self.directory}: every checkpoint is damaged ({candidates})")
+
+  def params_shapes(self, step: int | None = None) -> Any:
+    """What a checkpoint's parameters look like: a tree of ShapeDtypeStructs."""
+    metadata = self._manager.item_metadata(self.steps()[-1] if step is None else step)
+    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata["state"]["params"])
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the processes of a distributed run have agreed to stop after this step; every process asks every step."""
+    return self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Until everything begun is written and sealed. Errors of the background writes are raised here."""
+    self._manager.wait_until_finished()
+    for seal in self._seals:
+      seal.result()
+    self._seals.clear()
+
+  def close(self) -> None:
+    self.wait()
+    self._sealer.shutdown()
+    self._manager.close()
+
+  def _seal(self, directory: epath.Path) -> None:
+    while not directory.exists():                       # Orbax renames it into place when it is complete
+      if self._manager.directory is None or (not self._manager.is_saving_in_progress() and not directory.exists()):
+        return                                          # the write failed; wait() raises its error
+      time.sleep(0.02)
+    try:
+      sums = {name: _sha256(directory / name) for name in _files(directory)}
+      temporary = directory / (SUMS + ".tmp")
+      temporary.write_text(json.dumps(sums, indent=1))
+      temporary.rename(directory / SUMS)
+    except FileNotFoundError:                           # the keep policy deleted it meanwhile
+      if directory.exists():
+        raise
+
+  def _damage(self, step: int) -> str:
+    """What is wrong with a checkpoint, empty if nothing. Process 0 reads the files, all learn the answer."""
+    verdict = ""
+    if self._verify and jax.process_index() == 0:
+      directory = self.directory / str(step)
+      if (directory / SUMS).exists():
+        verdict = _compare(directory, json.loads((directory / SUMS).read_text()))
+      else:
+        logging.warning("checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS)
+    return _from_first(verdict)
+
+  def _check_structure(self, step: int, state: Any) -> None:
+    """Orbax would silently cast another dtype, so names, shapes and dtypes are compared first."""
+    stored = self._manager.item_metadata(step)["state"]
+    have = {_name(path): (tuple(m.shape), np.dtype(m.dtype)) for path, m in jax.tree_util.tree_leaves_with_path(stored)}
+    want = {_name(path): (tuple(x.shape), np.dtype(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    for name in sorted(have.keys() | want.keys()):
+      if have.get(name) != want.get(name):
+        raise CheckpointError(f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint and "
+                              f"{want.get(name, 'missing')} in this run; was the model or optimizer changed?")
+
+  def _set_aside(self, step: int, damage: str) -> None:
+    directory = self.directory / str(step)
+    logging.warning("checkpoint %s is damaged (%s); falling back to an older one", directory, damage)
+    if not self._read_only:
+      if jax.process_index() == 0:
+        target = directory.parent / f"damaged-{step}-{time.time_ns()}"
+        directory.rename(target)
+        logging.warning("set aside as %s", target)
+      _from_first("renamed")
+      self._manager.reload()
+
+
+def merge(data: dict[str, Any]) -> dict[str, Any]:
+  """One dictionary out of every process's: the position of the data, whole, on each of them."""
+  if jax.process_count() == 1:
+    return data
+  text = np.frombuffer(json.dumps(data).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array(text.size))
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: text.size] = text
+  merged: dict[str, Any] = {}
+  for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True):
+    for key, value in json.loads(bytes(row[:length])).items():
+      merged[key] = {**merged[key], **value} if isinstance(value, dict) and key in merged else value
+  return merged
+
+
+def _from_first(text: str) -> str:
+  """Process 0's text on every process."""
+  if jax.process_count() == 1:
+    return text
+  buffer = np.zeros(1024, np.uint8)
+  encoded = np.frombuffer(text.encode()[:1024], np.uint8)
+  buffer[: encoded.size] = encoded
+  return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="replace")
+
+
+def _files(directory: epath.Path) -> list[str]:
+  found, pending = [], [directory]
+  while pending:
+    for entry in pending.pop().iterdir():
+      if entry.is_dir():
+        pending.append(entry)
+      elif entry.name not in (SUMS, SUMS + ".tmp"):
+        found.append(str(entry.relative_to(directory)))
+  return sorted(found)
+
+
+def _sha256(path: epath.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare(directory: epath.Path, sums: dict[str, str]) -> str:
+  files = set(_files(directory))
+  for name, expected in sums.items():
+    if name not in files:
+      return f"{name} is missing"
+    if _sha256(directory / name) != expected:
+      return f"{name} does not match its SHA-256 sum"
+  return ""
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

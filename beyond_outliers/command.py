@@ -1,0 +1,41 @@
+"""What all commands share: quiet libraries, and refusals as a plain message instead of a traceback."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from beyond_outliers import checkpoint, config, data, writers
+
+REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint.CheckpointError)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
+  def quiet(argv: list[str]) -> None:
+    if flags.FLAGS["verbosity"].using_default_value:
+      logging.set_verbosity(logging.WARNING)              # Orbax tells of every file at level INFO
+    main(argv)
+
+  try:
+    app.run(quiet, flags_parser=_parse)
+  except REFUSALS as refusal:
+    _refuse(str(refusal))
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's flags, with what a config file or an override of it refuses told in one line."""
+  try:
+    return flags.FLAGS(argv)
+  except AttributeError as error:                         # --config.key=value with an unknown key
+    _refuse("--config: unknown key " + " · ".join(str(error).strip("\"'").replace("\\n", "\n").splitlines()))
+  except flags.Error as error:
+    # An exception inside a config file comes wrapped with its whole traceback: its last line is what was meant.
+    _refuse([line for line in str(error).splitlines() if line.strip()][-1].partition("Error: ")[-1] or str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)

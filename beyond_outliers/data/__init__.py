@@ -1,0 +1,10 @@
+"""Text to batches: `prepare` or `open` a dataset, then `train_batches` and `validation_batches`."""
+from beyond_outliers.data.documents import DataError
+from beyond_outliers.data.pipeline import Batches, train_batches
+from beyond_outliers.data.preparation import dataset_directory, prepare
+from beyond_outliers.data.shards import Dataset, verify
+from beyond_outliers.data.shards import open_dataset as open
+from beyond_outliers.data.windows import validation_batches
+
+__all__ = ["Batches", "DataError", "Dataset", "dataset_directory", "open", "prepare", "train_batches", "validation_batches",
+           "verify"]

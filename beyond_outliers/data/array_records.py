@@ -1,0 +1,148 @@
+"""Documents in TFDS datasets: the builder that writes them as ArrayRecord, and the reading of any prepared one.
+
+No TensorFlow anywhere. A path is a prepared dataset's directory (the one with dataset_info.json), and optionally a split of it
+after an @: "/data/c4/en/3.0.1@train[:90%]". Without it the split is train.
+"""
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from beyond_outliers.data.documents import DataError, Document, as_content
+
+READ_AT_ONCE = 256                  # records a call when reading in order
+
+
+class Documents(tfds.core.GeneratorBasedBuilder):
+  """A TFDS dataset with one split, train, and one feature: "text", or "tokens" in `ids_dtype`.
+
+  TFDS orders records by the hash of their key, so the dataset is shuffled, always in the same way.
+  """
+  VERSION = tfds.core.Version("1.0.0")
+  url_infos = None                  # nothing is downloaded; TFDS would search for checksums by a package it doesn't declare
+
+  def __init__(self, documents: Iterable[str | np.ndarray], *, data_dir: str, ids_dtype: Any = None):
+    self._documents = documents
+    self._ids_dtype = ids_dtype
+    super().__init__(data_dir=data_dir, file_format="array_record")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    # Ids as raw bytes: the default encoding, a list of variable-length integers, takes five times as long to write.
+    features = ({"text": tfds.features.Text()} if self._ids_dtype is None else
+                {"tokens": tfds.features.Tensor(shape=(None,), dtype=self._ids_dtype, encoding="bytes")})
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    if self._ids_dtype is None:
+      yield from ((number, {"text": text}) for number, text in enumerate(self._documents))
+    else:
+      yield from ((number, {"tokens": ids.astype(self._ids_dtype)}) for number, ids in enumerate(self._documents))
+
+
+def write(documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None) -> str:
+  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns the prepared dataset's own directory."""
+  tfds.disable_progress_bar()       # preparation has progress lines of its own
+  builder = Documents(documents, data_dir=directory, ids_dtype=ids_dtype)
+  builder.download_and_prepare()
+  return str(builder.data_path)
+
+
+class Records:
+  """Random access to the documents of a prepared ArrayRecord split; opened at first use, so cheap to pickle."""
+
+  def __init__(self, path: str, field: str):
+    self.path, self._field = path, field
+
+  def __getstate__(self):
+    return {"path": self.path, "_field": self._field}
+
+  @functools.cached_property
+  def _source(self):
+    builder, split = _open(self.path, self._field)
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+      raise DataError(f"data.path = {self.path!r}: prepared as {builder.info.file_format.value}, which has no random access; "
+                      "set data.reader = 'shards', or prepare it again with file_format='array_record'")
+    return builder.as_data_source(split=split)
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Document:
+    return self._document(index, self._source[index])
+
+  def read(self, indices: Sequence[int]) -> Iterator[Document]:
+    """Documents in the order of the indices, several records a call."""
+    for start in range(0, len(indices), READ_AT_ONCE):
+      chunk = indices[start : start + READ_AT_ONCE]
+      yield from map(self._document, chunk, self._source.__getitems__(chunk))
+
+  def _document(self, index: int, example: dict[str, Any]) -> Document:
+    return _document(example, self._field, f"{self.path}: record {index}")
+
+
+def files(path: str) -> list[str]:
+  """The record files of a split. Errors: DataError if one that the dataset's description names is missing."""
+  builder, split = _open(path)
+  names = [str(instruction.filename) for instruction in builder.info.splits[split].file_instructions]
+  missing = [name for name in names if not os.path.isfile(name)]
+  if missing:
+    raise DataError(f"data.path = {path!r}: {missing[0]} is missing")
+  return names
+
+
+def documents(path: str, field: str) -> Iterator[Document]:
+  """Every document of a split in order, from ArrayRecord or TFRecord files."""
+  builder, split = _open(path, field)
+  files(path)
+  file_format = builder.info.file_format
+  if file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    records = Records(path, field)
+    yield from records.read(range(len(records)))
+  elif file_format == tfds.core.FileFormat.TFRECORD:
+    for part in builder.info.splits[split].file_instructions:
+      for number, record in enumerate(_tfrecords(str(part.filename))):
+        if part.skip <= number < part.skip + part.take:
+          example = builder.info.features.deserialize_example_np(record)
+          yield _document(example, field, f"{part.filename}: record {number}")
+  else:
+    raise DataError(f"data.path = {path!r}: prepared as {file_format.value}; expected array_record or tfrecord")
+
+
+def _document(example: dict[str, Any], field: str, where: str) -> Document:
+  return Document(as_content(example[field], where, field), where)
+
+
+def _open(path: str, field: str | None = None) -> tuple[Any, str]:
+  directory, _, split = path.partition("@")
+  split = split or "train"
+  if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
+    raise DataError(f"data.path = {path!r}: not a prepared TFDS dataset (no dataset_info.json in {directory!r}); "
+                    "expected the directory of its version, such as .../c4/en/3.0.1")
+  builder = tfds.builder_from_directory(directory)
+  name = split.partition("[")[0]
+  if name not in builder.info.splits:
+    raise DataError(f"data.path = {path!r}: no split {name!r}; the dataset has {sorted(builder.info.splits)}")
+  if field is not None and field not in builder.info.features:
+    raise DataError(f"data.path = {path!r}: no feature {field!r} (data.field); it has {sorted(builder.info.features)}")
+  return builder, split
+
+
+def _tfrecords(file: str) -> Iterator[bytes]:
+  """Records of a TFRecord file: length (8 bytes), checksum (4), data, checksum (4)."""
+  with open(file, "rb") as stream:
+    while header := stream.read(12):
+      length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
+      data, checksum = stream.read(length), stream.read(4)
+      if len(data) < length or len(checksum) < 4:
+        raise DataError(f"{file}: ends within a record, at byte {stream.tell()}; copy it again")
+      yield data

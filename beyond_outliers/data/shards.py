@@ -1,0 +1,201 @@
+"""A prepared dataset on disk: flat token shards, where each document starts, and a meta.json that says what they are.
+
+  meta.json            settings, split rule, tokenizer fingerprint, counts, and size and SHA-256 of every file below
+  tokenizer.*          a copy of the files the tokenizer is made of
+  train-00000.bin ...  token ids, uint16 or uint32 little-endian: one stream over all shards, separators included
+  train.starts         int64, where each document starts in the stream, then the stream's length
+  train.bytes          int64, bytes of text before each document, then the total
+  validation...        the same, in the source's order
+
+Everything here is numpy; 64-bit positions throughout, as the study's larger runs read tens of billions of tokens.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from beyond_outliers.data import tokenizers
+from beyond_outliers.data.documents import DataError
+
+FORMAT = 1                          # of what is written here; a change makes old folders unreadable by name
+OPEN_SHARDS = 256                   # memory maps kept, each of which holds a file descriptor
+
+
+class ShardWriter:
+  """Appends documents to one split of a dataset."""
+
+  def __init__(self, directory: str, split: str, dtype: np.dtype, shard_tokens: int):
+    self._directory, self._split, self._dtype, self._shard_tokens = directory, split, np.dtype(dtype), shard_tokens
+    self._shard, self._room = None, 0
+    self._starts, self._bytes = (open(self._path(f".{name}"), "wb") for name in ("starts", "bytes"))
+    self.shards: list[str] = []
+    self.documents = self.tokens = self.bytes = 0
+
+  def _path(self, suffix: str) -> str:
+    return os.path.join(self._directory, self._split + suffix)
+
+  def append(self, ids: np.ndarray, num_bytes: int) -> None:
+    """A document's ids, separator included, and how many bytes of text they stand for."""
+    self._mark()
+    self.documents += 1
+    self.tokens += len(ids)
+    self.bytes += num_bytes
+    while len(ids):
+      if not self._room:
+        self._next_shard()
+      part, ids = ids[: self._room], ids[self._room :]
+      self._shard.write(part.astype(self._dtype).tobytes())
+      self._room -= len(part)
+
+  def _mark(self) -> None:
+    self._starts.write(np.int64(self.tokens).tobytes())
+    self._bytes.write(np.int64(self.bytes).tobytes())
+
+  def _next_shard(self) -> None:
+    if self._shard:
+      self._shard.close()
+    suffix = f"-{len(self.shards):05d}.bin"
+    self.shards.append(self._split + suffix)
+    self._shard, self._room = open(self._path(suffix), "wb"), self._shard_tokens
+
+  def close(self) -> dict[str, Any]:
+    """What meta.json says of this split."""
+    self._mark()
+    for file in (self._shard, self._starts, self._bytes):
+      if file:
+        file.close()
+    return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": self.shards}
+
+
+class TokenStream:
+  """The tokens of one split as one long array, over memory maps that open when first touched; picklable."""
+
+  def __init__(self, directory: str, split: str, dtype: str, shards: list[str]):
+    self._arguments = (directory, split, dtype, shards)
+    self._paths = [os.path.join(directory, shard) for shard in shards]
+    self._index = os.path.join(directory, split)
+    self.dtype = np.dtype(dtype)
+    sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self._paths]
+    self._offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    self._map = functools.lru_cache(OPEN_SHARDS)(lambda shard: _memory_map(self._paths[shard], self.dtype))
+
+  def __reduce__(self):
+    return TokenStream, self._arguments
+
+  def __len__(self) -> int:
+    return int(self._offsets[-1])
+
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """int64 [documents + 1]: where each document starts, then the stream's length."""
+    return _memory_map(self._index + ".starts", np.int64)
+
+  @functools.cached_property
+  def bytes(self) -> np.ndarray:
+    """int64 [documents + 1]: bytes of text before each document, then the total."""
+    return _memory_map(self._index + ".bytes", np.int64)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) in the dtype of the shards, cut off at the end of the stream."""
+    stop = min(stop, len(self))
+    shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
+    parts = []
+    while start < stop:
+      first, last = int(self._offsets[shard]), min(stop, int(self._offsets[shard + 1]))
+      parts.append(self._map(shard)[start - first : last - first])
+      start, shard = last, shard + 1
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+
+  def document(self, number: int) -> np.ndarray:
+    """The ids of one document, its separator included."""
+    return self.read(int(self.starts[number]), int(self.starts[number + 1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """An opened dataset. `meta` is meta.json; `fingerprint` names the contents, wherever the folder lies."""
+  directory: str
+  meta: dict[str, Any]
+  tokenizer: tokenizers.Tokenizer
+
+  @property
+  def fingerprint(self) -> str:
+    contents = {key: self.meta[key] for key in ("files", "splits", "tokenizer", "separator", "records")}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+  def documents(self, split: str) -> int | None:
+    return self.meta["splits"][split]["documents"]
+
+  def tokens(self, split: str) -> int | None:
+    """Tokens, separators included; None for training documents that stay in a TFDS dataset of the user's."""
+    return self.meta["splits"][split]["tokens"]
+
+  def bytes(self, split: str, documents: int = 0) -> int | None:
+    """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
+    return int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
+
+  def stream(self, split: str) -> TokenStream:
+    shards = self.meta["splits"][split]["shards"]
+    if shards is None:
+      raise DataError(f"{self.directory}: the {split} documents are TFDS records; set data.reader = 'tfds'")
+    return TokenStream(self.directory, split, self.meta["dtype"], shards)
+
+  def path(self, name: str) -> str:
+    return os.path.join(self.directory, name)
+
+
+def write_meta(directory: str, meta: dict[str, Any]) -> None:
+  """Completes a folder: meta.json with the size and SHA-256 of every other file. Written last."""
+  names = sorted(os.path.relpath(os.path.join(folder, name), directory)
+                 for folder, _, found in os.walk(directory) for name in found)
+  files = {name: {"bytes": os.path.getsize(os.path.join(directory, name)), "sha256": _sha256(os.path.join(directory, name))}
+           for name in names}
+  with open(os.path.join(directory, "meta.json"), "w") as file:
+    json.dump({"format": FORMAT, **meta, "files": files}, file, indent=1)
+
+
+def open_dataset(directory: str) -> Dataset:
+  """Opens a prepared folder. Errors: DataError naming what is missing, short or not of this tokenizer; see also `verify`."""
+  path = os.path.join(directory, "meta.json")
+  if not os.path.isfile(path):
+    raise DataError(f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare")
+  with open(path) as file:
+    meta = json.load(file)
+  if meta["format"] != FORMAT:
+    raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; delete the folder and prepare again")
+  for name, expected in meta["files"].items():
+    file = os.path.join(directory, name)
+    if not os.path.isfile(file):
+      raise DataError(f"{file} is missing; delete the folder and prepare again")
+    size = os.path.getsize(file)
+    if size != expected["bytes"]:
+      raise DataError(f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and prepare again")
+  tokenizer = tokenizers.load(meta["tokenizer"]["stored"].format(directory=directory))
+  if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+    raise DataError(f"{directory}: its tokenizer has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
+                    f"{meta['tokenizer']['fingerprint'][:12]}: the file was replaced; delete the folder and prepare again")
+  return Dataset(directory, meta, tokenizer)
+
+
+def verify(dataset: Dataset) -> None:
+  """Reads every file and compares its SHA-256 with meta.json's. Errors: DataError naming the first that differs."""
+  for name, expected in dataset.meta["files"].items():
+    if _sha256(dataset.path(name)) != expected["sha256"]:
+      raise DataError(f"{dataset.path(name)}: contents are not those that were prepared (SHA-256 differs from meta.json's); "
+                      "delete the folder and prepare again")
+
+
+def _memory_map(path: str, dtype: Any) -> np.ndarray:
+  """As a plain array: slices of np.memmap itself cost ten times as much."""
+  return np.asarray(np.memmap(path, dtype, "r"))
+
+
+def _sha256(path: str) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,49 @@
+"""What this machine can do: its matmul peak, its memory. Numbers that a run's speed is a share of."""
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense peak of one device in FLOP/s, bfloat16 with float32 accumulation, from the makers' data sheets.
+BFLOAT16_PEAKS = {
+  "TPU v2": 45e12 / 2, "TPU v3": 123e12 / 2, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
+  "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+  "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+  """(FLOP/s of one device in a matmul of `dtype`, "data sheet" or "measured")."""
+  kind = jax.devices()[0].device_kind
+  if kind in BFLOAT16_PEAKS and dtype == "bfloat16":
+    return BFLOAT16_PEAKS[kind], "data sheet"
+  # Several CPU devices share the same cores.
+  sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+  return measure_matmul(dtype) / sharing, "measured"
+
+
+def measure_matmul(dtype: str, width: int = 2048, repeats: int = 5) -> float:
+  """FLOP/s of [width, width] @ [width, width] in `dtype` with float32 accumulation on one device: the best of `repeats`."""
+  x = jnp.ones((width, width), dtype)
+  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.promote_types(dtype, jnp.float32)))
+  multiply(x, x).block_until_ready()
+  best = float("inf")
+  for _ in range(repeats):
+    start = time.perf_counter()
+    multiply(x, x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * width**3 / best
+
+
+def memory_bytes() -> int:
+  """Peak memory so far: of the first device where the backend reports it, else of this process."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"]
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024

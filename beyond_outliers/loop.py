@@ -1,0 +1,170 @@
+"""The training loop and its hooks. All that a run reads or writes while it trains happens in a hook, outside jit."""
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from beyond_outliers import checkpoint, config, hardware, writers
+from beyond_outliers import step as step_lib
+
+Metrics = dict[str, jax.Array]
+Hook = Callable[[int, step_lib.TrainState, Metrics], None]
+
+
+class Stop(Exception):
+  """Raised by a hook to end the run early; `status` goes to status.json."""
+
+  def __init__(self, status: str, reason: str):
+    super().__init__(reason)
+    self.status, self.reason = status, reason
+
+
+def fit(step_fn: Callable[..., tuple[step_lib.TrainState, Metrics]], state: step_lib.TrainState, batches: Iterator[Any],
+        hooks: Sequence[Hook], num_steps: int) -> step_lib.TrainState:
+  """Trains to `num_steps`. The state is donated to the next step, so hooks copy what they keep."""
+  for step in range(int(state.step) + 1, num_steps + 1):
+    state, metrics = step_fn(state, next(batches))
+    for hook in hooks:
+      hook(step, state, metrics)
+  return state
+
+
+class Clock:
+  """Seconds spent training, over all parts of a run; evaluation and checkpoints don't count."""
+
+  def __init__(self, seconds: float = 0.0):
+    self._before, self._start = seconds, time.perf_counter()         # _start: None while paused
+
+  def seconds(self) -> float:
+    return self._before + (time.perf_counter() - self._start if self._start is not None else 0.0)
+
+  @contextlib.contextmanager
+  def paused(self, metrics: Metrics) -> Iterator[None]:
+    """Stops counting once the step that made `metrics` is done."""
+    jax.block_until_ready(metrics)
+    self._before, self._start = self.seconds(), None
+    yield
+    self._start = time.perf_counter()
+
+
+class Log:
+  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits for the host."""
+
+  def __init__(self, every: int, sinks: Sequence[writers.Writer], clock: Clock, schedules: dict[str, Callable[[int], Any]], *,
+               tokens_per_step: int, flops_per_step: float, peak_flops: float, num_steps: int, first_step: int,
+               max_skipped: int):
+    self._every, self._sinks, self._clock, self._schedules = every, sinks, clock, schedules
+    self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
+    self._num_steps, self._max_skipped = num_steps, max_skipped
+    self._last = (first_step, clock.seconds())
+    self._pending: tuple[int, Metrics] | None = None
+
+  def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
+    self.flush()
+    self._pending = (step, metrics)
+    if step == self._num_steps:
+      self.flush()
+
+  def flush(self) -> None:
+    """Writes what is held back. Errors: Stop("diverged")."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    in_a_row = int(metrics["skipped_in_a_row"])                      # waits for that step, while the next one runs
+    if step % self._every == 0 or step == self._num_steps or in_a_row >= self._max_skipped:
+      self._write(step, {name: float(value) for name, value in metrics.items()})
+    if in_a_row >= self._max_skipped:
+      raise Stop("diverged", f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
+                             "lower optimizer.learning_rate, or raise max_skipped_updates")
+
+  def _write(self, step: int, values: dict[str, float]) -> None:
+    then, seconds_then = self._last
+    seconds = self._clock.seconds()
+    self._last = (step, seconds)
+    a_step = (seconds - seconds_then) / max(step - then, 1)
+    flops = self._flops / a_step
+    row = {"step": step, **{name: value for name, value in values.items() if not np.isnan(value) or name == "train/loss"}}
+    row |= {f"lr/{label}": float(schedule(step - 1)) for label, schedule in self._schedules.items()}
+    row |= {"tokens": step * self._tokens, "tokens_per_second": self._tokens / a_step, "flops_per_second": flops,
+            "peak_share": flops / self._peak, "seconds_per_step": a_step, "seconds": seconds,
+            "seconds_left": a_step * (self._num_steps - step), "memory_bytes": hardware.memory_bytes()}
+    for sink in self._sinks:
+      sink.write(row)
+
+
+class Evaluate:
+  """Validation every `every` steps and after the last."""
+
+  def __init__(self, every: int, evaluate: Callable[[Any], dict[str, Any]], sinks: Sequence[writers.Writer], clock: Clock, *,
+               num_steps: int, before: Callable[[], None]):
+    self._every, self._evaluate, self._sinks, self._clock = every, evaluate, sinks, clock
+    self._num_steps, self._before = num_steps, before
+
+  def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
+    if step % self._every and step != self._num_steps:
+      return
+    with self._clock.paused(metrics):
+      self._before()                             # the log's held-back row belongs in front of this one
+      start = time.perf_counter()
+      result = self._evaluate(state.params)
+      row = {"step": step, **{f"eval/{name}": value for name, value in result.items()},
+             "eval/seconds": time.perf_counter() - start}
+      for sink in self._sinks:
+        sink.write(row)
+
+
+class Save:
+  """Checkpoints every `every` steps and after the last; and, asked to stop, one more at once."""
+
+  def __init__(self, options: config.Checkpoint, checkpoints: checkpoint.Checkpoints, data_state: Callable[[], dict[str, Any]],
+               clock: Clock, *, tokens_per_step: int, num_steps: int):
+    self._every, self._checkpoints, self._data_state = options.every, checkpoints, data_state
+    self._clock, self._tokens, self._num_steps = clock, tokens_per_step, num_steps
+    self._asked = False
+    # One process asks the signal itself; several must agree on a step, which Orbax does over jax.distributed.
+    self._alone = jax.process_count() == 1
+    if self._alone:
+      self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+  def _ask(self, signum: int, frame: Any) -> None:
+    self._asked = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)         # a second Ctrl-C ends the run at once
+
+  def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
+    preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
+    if preempted or step % self._every == 0 or step == self._num_steps:
+      with self._clock.paused(metrics):
+        self._checkpoints.save(step, state, self._data_state(),
+                               {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)})
+        if preempted:
+          self._checkpoints.wait()
+    if preempted and step != self._num_steps:
+      raise Stop("preempted", "asked to stop (SIGTERM or Ctrl-C); the same command resumes")
+
+  def close(self) -> None:
+    """Gives the signals back."""
+    if self._alone:
+      for number, handler in self._previous.items():
+        signal.signal(number, handler)
+
+
+class Profile:
+  """A profiler trace of a few steps, for TensorBoard or Perfetto."""
+
+  def __init__(self, directory: Any, first: int, steps: int):
+    self._directory, self._first, self._last = str(directory), first, first + steps - 1
+
+  def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
+    if step == self._first - 1:
+      jax.block_until_ready(metrics)
+      jax.profiler.start_trace(self._directory)
+    elif step == self._last:
+      jax.block_until_ready(metrics)
+      jax.profiler.stop_trace()

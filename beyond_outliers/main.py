@@ -1,0 +1,42 @@
+"""Trains: python -m beyond_outliers.main --config=configs/adamw.py[:size,key=value,...] [--config.key=value]."""
+from __future__ import annotations
+
+import os
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from beyond_outliers import command, config, train
+
+EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>-<size>. The same command resumes.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
+DISTRIBUTED = flags.DEFINE_string("distributed", "", "Several processes: 'auto' (Slurm, TPU pod, Open MPI, as JAX detects "
+                                  "them) or HOST:PORT,COUNT,INDEX.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  c = config.resolve(CONFIG.value)
+  if DISTRIBUTED.value == "auto":
+    jax.distributed.initialize()
+  elif DISTRIBUTED.value:
+    address, count, index = DISTRIBUTED.value.split(",")
+    jax.distributed.initialize(address, int(count), int(index))
+  sys.exit(EXIT_CODES[train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)])
+
+
+def default_workdir(c: config.Config) -> str:
+  """runs/<name of the config file>-<size>."""
+  path = config_flags.get_config_filename(flags.FLAGS["config"])
+  return os.path.join("runs", f"{os.path.splitext(os.path.basename(path))[0]}-{c.size}")
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,215 @@
+"""Reads and writes Hugging Face directories (config.json and safetensors files) of OLMo2 and Llama.
+
+There one tensor a layer, matrices as (out, in); here layers are stacked and kernels are (in, out).
+"""
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from beyond_outliers.mesh import shardings
+from beyond_outliers.model import hf_config, transformer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+IGNORED = ".rotary_emb.inv_freq"    # in old Llama files; follows from the rotary base
+
+Reader = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+class Entry(NamedTuple):
+  """One tensor of the files."""
+  name: str
+  shape: tuple[int, ...]
+  path: str                         # of the parameter of ours that holds it
+  depth: int | None                 # which slice of that one; None: all of it
+
+
+def load(directory: Any, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None,
+         ) -> tuple[transformer.Transformer, Any]:
+  """A Hugging Face directory as (model, parameters), under the model contract.
+
+  dtype: of the parameters, whatever the files hold, and `model.config.dtype`: float32, bfloat16 or, under
+  jax_enable_x64, float64. To compute in bfloat16 on float32 parameters, load float32 and replace the config's dtype.
+  mesh: where parameters are placed, as `mesh.shardings` says; a process reads only what its devices hold. Without it,
+  on the default device. One stacked parameter at a time is in host memory beside what is placed.
+  What no such directory says gets the plainest value: blockwise attention, no unrolling, no remat.
+  Errors: ConfigError for what config.json asks of the model and it can't do, ValueError for tensors that don't fit."""
+  directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
+  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    raise ValueError(f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32")
+  _require_file(directory, "config.json")
+  family, c = hf_config.read(directory / "config.json", dtype.name)
+  model = transformer.Transformer(c)
+  boxed = transformer.boxed_shapes(model)
+  leaves, treedef = jax.tree.flatten(nn.unbox(boxed))
+  places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(boxed, mesh))
+  with contextlib.ExitStack() as stack:
+    tensors = _open(directory, stack)
+    entries = _entries(family, model)
+    _check_tensors(directory, tensors, entries)
+    sources = collections.defaultdict(list)
+    for entry in entries:
+      sources[entry.path].append(tensors[entry.name])
+    return model, treedef.unflatten(_place(_reader(path, sources[path], shape, dtype), shape, place)
+                                    for (path, shape), place in zip(_shapes(model).items(), places, strict=True))
+
+
+def save(model: transformer.Transformer, params: Any, directory: Any, *, context: int | None = None,
+         shard_bytes: int = 5 * 10**9) -> None:
+  """Writes a directory that transformers and `load` read, in the parameters' own dtype, one file at a time in memory.
+
+  context: the longest window the model was trained on; left out, transformers takes 2048 tokens.
+  shard_bytes: what a file holds at most, a larger single tensor excepted; more than one file: with an index.
+  Errors: ConfigError for an architecture that neither family has, ValueError for parameters of another model and for a
+  directory that already holds one."""
+  directory = pathlib.Path(directory)
+  leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  described = hf_config.to_json(model.config, jnp.result_type(*leaves.values()).name, context)
+  _check_params(model, leaves)
+  directory.mkdir(parents=True, exist_ok=True)
+  taken = sorted(path.name for path in directory.iterdir() if path.name == "config.json" or ".safetensors" in path.name)
+  if taken:
+    raise ValueError(f"directory = '{directory}': already holds {', '.join(taken)}; remove them or choose another")
+
+  shards, size = [[]], 0
+  for entry in _entries(hf_config.FAMILIES[described["model_type"]], model):
+    nbytes = math.prod(entry.shape) * leaves[entry.path].dtype.itemsize
+    if shards[-1] and size + nbytes > shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(entry)
+    size += nbytes
+  weight_map, total = {}, 0
+  for i, shard in enumerate(shards):
+    file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    tensors = {entry.name: _tensor(leaves[entry.path], entry) for entry in shard}
+    safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(tensors, file))
+    total += sum(tensor.nbytes for tensor in tensors.values())
+  if len(shards) > 1:
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  _write_json(directory / "config.json", described)      # last: what a crash leaves behind does not pass for a model
+
+
+def _entries(family: hf_config.Family, model: transformer.Transformer) -> list[Entry]:
+  """All tensors of the model's files, depths in order."""
+  entries = []
+  for path, shape in _shapes(model).items():
+    template = family.names[path]
+    depths = range(shape[0]) if _stacked(path) else [None]
+    shape = shape[1:] if _stacked(path) else shape
+    shape = shape[::-1] if _transposed(path) else shape
+    entries += [Entry(template.format(depth), shape, path, depth) for depth in depths]
+  return entries
+
+
+def _shapes(model: transformer.Transformer) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of our parameters, in the order of the tree's leaves."""
+  leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(transformer.boxed_shapes(model)))
+  return {_path(keys): leaf.shape for keys, leaf in leaves}
+
+
+def _path(keys: Any) -> str:
+  return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _stacked(path: str) -> bool:
+  return path.startswith("layers/")
+
+
+def _transposed(path: str) -> bool:
+  return path.endswith("/kernel")   # the embedding is (vocabulary, width) there and here
+
+
+def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+  """Every tensor by name, not yet read, of the single file or of those that the index names."""
+  files = [SINGLE]
+  if not (directory / SINGLE).exists() and (directory / INDEX).exists():
+    files = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+  tensors = {}
+  for file in files:
+    _require_file(directory, file)
+    try:
+      handle = stack.enter_context(safetensors.safe_open(directory / file, framework="numpy"))
+    except safetensors.SafetensorError as error:
+      raise ValueError(f"directory = '{directory}': {file} is not a whole safetensors file ({error}); fetch it again"
+                       ) from error
+    names = handle.keys()
+    tensors.update((name, handle.get_slice(name)) for name in names if not name.endswith(IGNORED))
+  return tensors
+
+
+def _require_file(directory: pathlib.Path, name: str) -> None:
+  if not (directory / name).exists():
+    raise ValueError(f"directory = '{directory}': holds no {name}; give a whole Hugging Face model, as safetensors")
+
+
+def _check_tensors(directory: pathlib.Path, tensors: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+  shapes = {entry.name: entry.shape for entry in entries}
+  missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+  for problem, names in (("missing", missing), ("not of this model", unexpected)):
+    if names:
+      listed = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+      raise ValueError(f"directory = '{directory}': tensors {problem}: {listed}; check config.json against the files")
+  for name, shape in shapes.items():
+    found, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+    if found != shape:
+      raise ValueError(f"directory = '{directory}': {name} has shape {found}, config.json makes it {shape}; "
+                       "check config.json against the files")
+    if dtype not in DTYPES:
+      raise ValueError(f"directory = '{directory}': {name} is of type {dtype}, expected one of {', '.join(DTYPES)}; "
+                       "choose a checkpoint that is not quantized")
+
+
+def _check_params(model: transformer.Transformer, leaves: Mapping[str, Any]) -> None:
+  expected, found = _shapes(model), {path: leaf.shape for path, leaf in leaves.items()}
+  for path in sorted(expected.keys() | found.keys()):
+    here, there = (str(shapes[path]) if path in shapes else "absent" for shapes in (found, expected))
+    if here != there:
+      raise ValueError(f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed")
+
+
+def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype) -> Reader:
+  """index -> that part of our parameter, read from nothing but the parts of their tensors that it lies in."""
+  def one(source, index):
+    return source[index[::-1]].T if _transposed(path) else source[index]
+
+  def read(index):
+    if not _stacked(path):
+      return one(sources[0], index).astype(dtype)
+    depths, *within = index
+    sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
+    parts = np.empty(sizes, dtype)
+    for part, source in zip(parts, sources[depths], strict=True):
+      part[...] = one(source, tuple(within))
+    return parts
+
+  return read
+
+
+def _place(read: Reader, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
+  if sharding is None:
+    return jnp.asarray(read((slice(None),) * len(shape)))
+  return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _tensor(leaf: Any, entry: Entry) -> np.ndarray:
+  """What the file holds under the entry's name."""
+  array = np.asarray(leaf if entry.depth is None else leaf[entry.depth])
+  return np.ascontiguousarray(array.T if _transposed(entry.path) else array)
+
+
+def _write_json(file: pathlib.Path, value: Any) -> None:
+  file.write_text(json.dumps(value, indent=2) + "\n")

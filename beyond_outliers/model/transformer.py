@@ -1,0 +1,186 @@
+"""The decoder: the study's architecture (arXiv 2509.23500), and by other switches of the same code OLMo2 and Llama.
+
+Layers are stacked: every parameter under `layers` has the depth as its first axis, whatever runs over it.
+Legend: B batch, L length, D model width, V vocabulary.
+"""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from beyond_outliers import config, mesh
+from beyond_outliers.model import dot, layers
+
+POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# Collections that modules may write under the scan; one that is not named here would silently stay empty.
+SOWN = ("intermediates", "statistics")
+
+
+def linear_paths(c: config.Model) -> list[str]:
+  """The linear layers of one block, as `dot_general_for` sees them behind `layers/<depth>/`."""
+  mlp = ["mlp/up", "mlp/gate", "mlp/down"] if c.mlp == "swiglu" else ["mlp/up", "mlp/down"]
+  return ["attention/q", "attention/k", "attention/v", "attention/o", *mlp]
+
+
+class Run(nn.Module):
+  """A scan over `length` equal blocks."""
+  config: config.Model
+  dot_generals: dict[str, layers.DotGeneralCls | None]
+  length: int
+
+  @nn.compact
+  def __call__(self, x_BxLxD, segment_ids_BxL, positions):
+    c, block = self.config, layers.Block
+    if c.remat != "none":
+      block = nn.remat(block, policy=POLICIES[c.remat], prevent_cse=False)       # the scan already keeps XLA from merging
+    scan = nn.scan(block, variable_axes=dict.fromkeys(("params", *SOWN), 0), split_rngs={"params": True},
+                   in_axes=(nn.broadcast, nn.broadcast), length=self.length, unroll=c.unroll or self.length,
+                   metadata_params={nn.PARTITION_NAME: "layers"})
+    blocks = scan(c, self.dot_generals, name="blocks")
+    nn.share_scope(self, blocks)
+    return blocks(x_BxLxD, segment_ids_BxL, positions)[0]
+
+
+class Runs(nn.Module):
+  """One scan after another, for depths whose linear layers differ."""
+  config: config.Model
+  runs: tuple[tuple[dict[str, layers.DotGeneralCls | None], int], ...]
+
+  @nn.compact
+  def __call__(self, x_BxLxD, segment_ids_BxL, positions):
+    for i, (dot_generals, length) in enumerate(self.runs):
+      x_BxLxD = Run(self.config, dot_generals, length, name=f"run_{i}")(x_BxLxD, segment_ids_BxL, positions)
+    return x_BxLxD
+
+
+class Stack(nn.Module):
+  """All blocks over one stacked tree, in as few scans as `dot_general_for` allows."""
+  config: config.Model
+  dot_general_for: Callable[[str], layers.DotGeneralCls | None] | None
+
+  @nn.compact
+  def __call__(self, x_BxLxD, segment_ids_BxL, positions):
+    runs = self.runs()
+    if len(runs) == 1:
+      stack = Run(self.config, *runs[0], name="stack")
+    else:
+      lengths = [length for _, length in runs]
+      stack = nn.map_variables(Runs, ["params", *SOWN], mutable=True, init=self.is_initializing(),
+                               trans_in_fn=lambda variables: _map(variables, lambda tree: _split(tree, lengths)),
+                               trans_out_fn=lambda variables: _map(variables, _join))(self.config, runs, name="stack")
+    nn.share_scope(self, stack)
+    return stack(x_BxLxD, segment_ids_BxL, positions)
+
+  def runs(self):
+    """((dot_general makers of a block by path, how many blocks in a row share them), ...)."""
+    dot_general_for = self.dot_general_for or (lambda path: None)
+    each = [{path: dot_general_for(f"layers/{depth}/{path}") for path in linear_paths(self.config)}
+            for depth in range(self.config.blocks)]
+    return tuple((makers, len(list(group))) for makers, group in itertools.groupby(each))
+
+
+def _map(variables: dict[str, Any], fn: Callable[[Any], Any]) -> dict[str, Any]:
+  return {collection: fn(tree) for collection, tree in variables.items()}
+
+
+def _split(stacked: Any, lengths: list[int]) -> dict[str, Any]:
+  ends = list(itertools.accumulate(lengths))
+  return {f"run_{i}": jax.tree.map(lambda x, a=end - length, b=end: x[a:b], stacked)
+          for i, (end, length) in enumerate(zip(ends, lengths, strict=True))}
+
+
+def _join(runs: dict[str, Any]) -> Any:
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(runs[f"run_{i}"] for i in range(len(runs)))) if runs else runs
+
+
+class Transformer(nn.Module):
+  """apply({"params": params}, tokens_BxL, segment_ids=None, positions=None) -> logits_BxLxV, float32 at least.
+
+  segment_ids, positions: int32 [B, L]; with segment_ids a token attends only to its own segment.
+  dot_general_for: path of a linear layer (`layers/3/mlp/up`, `head`) -> what makes its dot_general, or None for the
+  plain one. Depths that get unequal answers run as separate scans over slices of the same stacked parameters."""
+  config: config.Model
+  dot_general_for: Callable[[str], layers.DotGeneralCls | None] | None = None
+
+  def setup(self):
+    c = self.config
+    init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
+    self.embedding = self.param("embedding", init, (c.vocab, c.d_model), jnp.float32)
+    self.layers = Stack(c, self.dot_general_for)
+    self.final_norm = layers.RmsNorm(c.norm_eps)
+    head_cls = self.dot_general_for("head") if self.dot_general_for else None
+    if c.tied:
+      self.head_dot_general = head_cls() if head_cls else dot.dot_general
+    else:
+      self.head = layers.Linear(c.vocab, ("embed", "vocab"), jnp.dtype(c.dtype), c.init_std, head_cls)
+
+  def __call__(self, tokens_BxL, segment_ids=None, positions=None):
+    return self.logits(self.hidden(tokens_BxL, segment_ids, positions))
+
+  def hidden(self, tokens_BxL, segment_ids=None, positions=None):
+    """What the head sees: the final norm's output, [B, L, D]."""
+    positions = jnp.arange(tokens_BxL.shape[1]) if positions is None else positions
+    stream = layers.at_least_float32(self.config.dtype)
+    x_BxLxD = jnp.take(self.embedding, tokens_BxL, axis=0).astype(stream)
+    x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
+    return self.final_norm(self.layers(x_BxLxD, segment_ids, positions))
+
+  def logits(self, x_BxLxD):
+    """The head on what `hidden` returns, or on any [..., D]."""
+    if not self.config.tied:
+      return self.head(x_BxLxD).astype(layers.at_least_float32(self.config.dtype))
+    dtype = jnp.dtype(self.config.dtype)
+    rows = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(dtype)
+    y = self.head_dot_general(rows, self.embedding.astype(dtype), (((1,), (1,)), ((), ())))
+    return y.reshape(*x_BxLxD.shape[:-1], self.config.vocab).astype(layers.at_least_float32(dtype))
+
+
+def init(model: Transformer, seed: int) -> Any:
+  """Fresh parameters, unboxed, float32."""
+  return nn.unbox(model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def boxed_shapes(model: Transformer) -> Any:
+  """The abstract parameters with their logical axis names."""
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def axes(model: Transformer) -> Any:
+  """A tree like the parameters of `mesh.Axes`: which axes are batch, fan-in and fan-out, from the logical names."""
+  boxes = boxed_shapes(model)
+  return jax.tree.map(lambda box: _axes(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def _axes(names: tuple[str, ...]) -> mesh.Axes:
+  batch = tuple(i for i, name in enumerate(names) if name == "layers")
+  rest = [i for i in range(len(names)) if i not in batch]
+  if len(rest) == 1:
+    return mesh.Axes(batch, (), (rest[0],))
+  fan_in, fan_out = reversed(rest) if names[rest[0]] == "vocab" else rest        # the embedding is the head's matrix, transposed
+  return mesh.Axes(batch, (fan_in,), (fan_out,))
+
+
+def count(params: Any) -> dict[str, int]:
+  """Parameters in all, of the embedding, and of the rest."""
+  total, embedding = sum(x.size for x in jax.tree.leaves(params)), params["embedding"].size
+  return {"total": total, "embedding": embedding, "other": total - embedding}
+
+
+def flops_per_token(c: config.Model, context: int) -> float:
+  """Model FLOPs of one training token, forward and backward: 6 a matrix parameter, 12·blocks·heads·d_head·L for attention.
+
+  The usual accounting (arXiv 2204.02311, appendix B): the causal half is not discounted, the embedding look-up is free."""
+  width, kv_width = c.heads * c.d_head, c.kv_heads * c.d_head
+  mlp_matrices = 3 if c.mlp == "swiglu" else 2
+  block = 2 * c.d_model * (width + kv_width) + mlp_matrices * c.d_model * c.mlp_hidden
+  return 6 * (c.blocks * block + c.vocab * c.d_model) + 12 * c.blocks * width * context

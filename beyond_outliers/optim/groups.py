@@ -1,0 +1,33 @@
+"""Parameter groups: the first regular expression that matches a parameter's whole path names its group."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from beyond_outliers import config
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+  """`layers/attention/q/kernel`: how paths are written everywhere."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
+  """A tree like `params` of group labels. Errors: ConfigError for a parameter without group, or a group without parameters."""
+  def label(key_path, _):
+    path = path_of(key_path)
+    for name, group in groups.items():
+      if re.fullmatch(group.paths, path):
+        return name
+    patterns = {name: group.paths for name, group in groups.items()}
+    raise config.ConfigError(f"optimizer.groups = {patterns}: no group matches parameter {path!r}; widen one of the paths")
+
+  tree = jax.tree_util.tree_map_with_path(label, params)
+  unused = set(groups) - set(jax.tree.leaves(tree))
+  if unused:
+    name = sorted(unused)[0]
+    raise config.ConfigError(f"optimizer.groups.{name}.paths = {groups[name].paths!r}: matches no parameter; mend or drop it")
+  return tree

@@ -1,0 +1,41 @@
+"""Documents to a dataset on disk, ahead of the training that would otherwise do it.
+
+  python -m beyond_outliers.prepare --config=configs/adamw.py:nano
+  python -m beyond_outliers.prepare --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
+  python -m beyond_outliers.prepare --config=configs/adamw.py:nano --verify      # read all of it again and compare SHA-256
+"""
+from __future__ import annotations
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from beyond_outliers import command, config, data
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a size and overrides behind a colon.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Compare the SHA-256 of every file of the dataset with what was written.")
+flags.mark_flag_as_required("config")
+
+
+def summary(dataset: data.Dataset) -> str:
+  """A line a split; counts of TFDS records that stay where they are, are not known."""
+  lines = [f"{dataset.directory}: fingerprint {dataset.fingerprint[:12]}, tokenizer {dataset.tokenizer.fingerprint[:12]} "
+           f"of {dataset.tokenizer.vocab_size} tokens"]
+  for split, counts in dataset.meta["splits"].items():
+    shown = ", ".join(f"{counts[what]:,} {what}" for what in ("documents", "bytes", "tokens") if counts[what] is not None)
+    ratio = f", {counts['bytes'] / counts['tokens']:.3f} bytes a token" if counts["tokens"] else ""
+    lines.append(f"  {split}: {shown or 'not counted'}{ratio}")
+  return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  dataset = data.prepare(config.resolve(_CONFIG.value).data)
+  if _VERIFY.value:
+    data.verify(dataset)
+    print(f"prepare: {len(dataset.meta['files'])} files are as they were written")
+  print(summary(dataset))
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,109 @@
+"""Opens what runs left in their workdirs, for notebooks and tables; also on another machine than the one that trained."""
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pandas as pd
+from etils import epath
+
+from beyond_outliers import checkpoint, data, writers
+from beyond_outliers import config as config_lib
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.model import transformer
+
+
+class Run:
+  """One workdir, read only. Nothing is loaded before it is asked for."""
+
+  def __init__(self, workdir: Any):
+    self._workdir = writers.Workdir(workdir)
+    if self._workdir.read("config.json") is None:
+      raise writers.WorkdirError(f"{self.path} holds no run: it has no config.json")
+
+  def __repr__(self) -> str:
+    return f"Run({str(self.path)!r}, {self.status['status']} at step {self.status['step']} of {self.config.steps})"
+
+  @property
+  def path(self) -> epath.Path:
+    return self._workdir.path
+
+  @functools.cached_property
+  def config(self) -> config_lib.Config:
+    return config_lib.resolve(self._workdir.read("config.json"))
+
+  @property
+  def manifest(self) -> dict[str, Any]:
+    return self._workdir.read("manifest.json")
+
+  @property
+  def status(self) -> dict[str, Any]:
+    return self._workdir.read("status.json")
+
+  @property
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint, oldest first."""
+    return self._checkpoints.steps()
+
+  def metrics(self) -> pd.DataFrame:
+    """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
+    lines = (self.path / "metrics.jsonl").read_text().splitlines()
+    frame = pd.DataFrame([json.loads(line) for line in lines])
+    # A step that was both logged and evaluated wrote two lines.
+    return frame.groupby("step").first() if len(frame) else frame
+
+  @functools.cached_property
+  def model(self) -> transformer.Transformer:
+    return transformer.Transformer(self.config.model)
+
+  def params(self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is given."""
+    boxed = transformer.boxed_shapes(self.model)
+    mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed),
+                          mesh_lib.shardings(boxed, mesh))
+    _, params = self._checkpoints.restore_params(target, step)
+    return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+  @functools.cached_property
+  def dataset(self) -> data.Dataset:
+    return data.open(self.manifest["data"]["directory"])
+
+  @property
+  def tokenizer(self) -> Any:
+    return self.dataset.tokenizer
+
+  def batches(self, split: str) -> Iterator[Mapping[str, Any]]:
+    """The batches that the run trained on, from its first, or those of its `validation`: numpy, [B, L] each."""
+    c = self.config
+    if split == "validation":
+      return iter(data.validation_batches(self.dataset, c.data, context=c.context, batch_size=c.eval.batch_size,
+                                          documents=c.eval.documents))
+    if split == "train":
+      return data.train_batches(self.dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed)
+    raise ValueError(f"split = {split!r}: expected 'train' or 'validation'")
+
+  @functools.cached_property
+  def _checkpoints(self) -> checkpoint.Checkpoints:
+    return checkpoint.Checkpoints(self._workdir.checkpoints, read_only=True)
+
+
+def open(workdir: Any) -> Run:
+  """The run in a workdir, local or gs://. Errors: WorkdirError when there is none."""
+  return Run(workdir)
+
+
+def find(root: Any) -> list[Run]:
+  """Every run in a folder and the folders below it, by path."""
+  found, pending = [], [epath.Path(root)]
+  while pending:
+    folder = pending.pop()
+    if (folder / "config.json").exists() and (folder / "manifest.json").exists():
+      found.append(Run(folder))
+    else:
+      pending.extend(entry for entry in folder.iterdir() if entry.is_dir())
+  return sorted(found, key=lambda run: str(run.path))

@@ -1,0 +1,111 @@
+"""The train step and the evaluation step: (state, batch) -> (state, metrics), pure, for jit.
+
+Legend: B batch, L length, D model width, V vocabulary, T = B·L tokens.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beyond_outliers.model import loss, transformer
+
+Batch = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class TrainState(NamedTuple):
+  """All that a run carries from step to step; what a checkpoint's item `state` holds."""
+  step: jax.Array                  # int32: updates done, skipped ones included
+  params: Any
+  opt_state: Any
+  skipped: jax.Array               # int32: updates skipped so far because loss or gradient was not finite
+  skipped_in_a_row: jax.Array      # int32
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+  # Three buffers: a donated state must not hold one twice.
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask_documents: bool) -> jax.Array:
+  """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
+
+  Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
+  masks = (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
+  logits_BxLxV = model.apply({"params": params}, batch["tokens"], *masks)
+  nll_T = loss.cross_entropy(logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), batch["targets"].reshape(-1))
+  return nll_T.reshape(batch["targets"].shape)
+
+
+def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn:
+  """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their number})."""
+  def loss_fn(params, batch, rng):
+    del rng
+    weight = jnp.sum(batch["weights"])
+    nll_BxL = token_losses(model, params, batch, mask_documents)
+    return jnp.sum(nll_BxL * batch["weights"]) / jnp.maximum(weight, 1), {"weight": weight}
+  return loss_fn
+
+
+def accumulate(loss_fn: LossFn, micro_batches: int) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
+  """value_and_grad over a batch cut into parts: the loss and gradient of the whole, with the memory of a part."""
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if micro_batches == 1:
+    return grad_fn
+
+  def value_and_grad(params, batch, rng):
+    # Every micro_batches-th row goes to one part, so that each device's rows are shared out evenly among the parts.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), batch)
+
+    def add(sums, part_and_index):
+      part, index = part_and_index
+      (value, aux), grads = grad_fn(params, part, jax.random.fold_in(rng, index))
+      # Parts may hold unequal numbers of targets: sum what is per target, and divide once at the end.
+      part_sums = jax.tree.map(lambda x: x * aux["weight"], (value, grads))
+      return jax.tree.map(jnp.add, sums, (*part_sums, aux["weight"])), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+    (value, grads, weight), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(micro_batches)))
+    value, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1), (value, grads))
+    return (value, {"weight": weight}), grads
+  return value_and_grad
+
+
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, seed: int, micro_batches: int = 1,
+                    norms_every: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """One update. A loss or gradient that is not finite leaves parameters and optimizer state as they were, and is counted.
+
+  Metrics, float32 scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row; and parameter_norm and
+  update_norm on every `norms_every`-th step (NaN on the others, which don't pay for them)."""
+  value_and_grad = accumulate(loss_fn, micro_batches)
+
+  def train_step(state: TrainState, batch: Batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)        # a restart draws the same numbers
+    (value, _), grads = value_and_grad(state.params, batch, rng)
+    gradient_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state),
+                                     (state.params, state.opt_state))
+    skipped = 1 - finite.astype(jnp.int32)
+    step = state.step + 1
+    parameter_norm, update_norm = jax.lax.cond(
+      step % norms_every == 0, lambda: (optax.tree.norm(params), optax.tree.norm(updates)), lambda: (jnp.nan, jnp.nan))
+    state = TrainState(step, params, opt_state, state.skipped + skipped, (state.skipped_in_a_row + 1) * skipped)
+    return state, {"train/loss": value, "gradient_norm": gradient_norm, "parameter_norm": parameter_norm,
+                   "update_norm": update_norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+  return train_step
+
+
+def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], jax.Array]:
+  """eval_step(params, batch) -> weighted negative log-likelihood of every target, [B, L]: 0 where the weight is 0."""
+  def eval_step(params, batch):
+    nll_BxL = token_losses(model, params, batch, mask_documents)
+    return jnp.where(batch["weights"] > 0, nll_BxL * batch["weights"], 0)
+  return eval_step

