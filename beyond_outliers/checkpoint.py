@@ -56,9 +56,7 @@ class Checkpoints:
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
   def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, float]) -> None:
-    """Begins to write; returns once the arrays are copied. Nothing happens if the step is already there."""
-    if step in self.steps():
-      return
+    """Begins to write; returns once the arrays are copied. A step is saved once."""
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merge(data)),
                               clock=ocp.args.JsonSave(clock))
     if not self._manager.save(step, args=args, force=True):

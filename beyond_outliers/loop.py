@@ -124,9 +124,9 @@ class Save:
   """Checkpoints every `every` steps and after the last; and, asked to stop, one more at once."""
 
   def __init__(self, options: config.Checkpoint, checkpoints: checkpoint.Checkpoints, data_state: Callable[[], dict[str, Any]],
-               clock: Clock, *, tokens_per_step: int, num_steps: int):
+               clock: Clock, *, tokens_per_step: int, num_steps: int, before: Callable[[], None]):
     self._every, self._checkpoints, self._data_state = options.every, checkpoints, data_state
-    self._clock, self._tokens, self._num_steps = clock, tokens_per_step, num_steps
+    self._clock, self._tokens, self._num_steps, self._before = clock, tokens_per_step, num_steps, before
     self._asked = False
     # One process asks the signal itself; several must agree on a step, which Orbax does over jax.distributed.
     self._alone = jax.process_count() == 1
@@ -141,6 +141,7 @@ class Save:
     preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
     if preempted or step % self._every == 0 or step == self._num_steps:
       with self._clock.paused(metrics):
+        self._before()                           # a run resumed from here must not miss the row of this step
         self._checkpoints.save(step, state, self._data_state(),
                                {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)})
         if preempted:

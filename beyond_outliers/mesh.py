@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ class Axes(NamedTuple):
   fan_out: tuple[int, ...] = ()
 
 
-def make_mesh(axes: config.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A (data, fsdp, model) mesh over all devices. Errors: ConfigError when the axes' product is not the device count."""
   devices = jax.devices() if devices is None else devices
   sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,9 +39,9 @@ class Program:
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
 
 
-def build(c: config.Config) -> Program:
-  """Errors: ConfigError for what the mesh cannot split."""
-  mesh = mesh_lib.make_mesh(c.mesh)
+def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
+  """devices: all by default. Errors: ConfigError for what the mesh cannot split."""
+  mesh = mesh_lib.make_mesh(c.mesh, devices)
   mesh_lib.check_batch(mesh, "batch_size / micro_batches", c.batch_size // c.micro_batches)
   mesh_lib.check_batch(mesh, "eval.batch_size", c.eval.batch_size)
   model = transformer.Transformer(c.model)
@@ -66,12 +66,13 @@ def build(c: config.Config) -> Program:
     jax.jit(lambda p, b: (eval_step(p, b), b["segment_ids"]), out_shardings=everywhere))
 
 
-def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None) -> str:
+def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None,
+        devices: Sequence[jax.Device] | None = None) -> str:
   """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
 
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any training."""
   say = say or (lambda text: print(text, file=sys.stderr, flush=True) if jax.process_index() == 0 else None)
-  program = build(c)
+  program = build(c, devices)
   say(describe(program))
   if dry_run:
     say(describe_compiled(program))
@@ -95,6 +96,10 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
   with mesh_lib.use(mesh):
     state, position, clock_start = _begin(program, checkpoints, say)
     first = int(state.step)
+    if first >= c.steps:
+      say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
+      checkpoints.close()
+      return "done"
     batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed,
                                  process_index=jax.process_index(), process_count=jax.process_count())
     if position is not None:
@@ -113,8 +118,9 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     sinks = _sinks(c, workdir, first)
     log = loop.Log(c.log.every, sinks, clock, dict(program.optimizer.schedules), tokens_per_step=tokens_per_step,
                    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-                   peak_flops=peak * jax.device_count(), num_steps=c.steps, first_step=first, max_skipped=c.max_skipped_updates)
-    save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps)
+                   peak_flops=peak * mesh.size, num_steps=c.steps, first_step=first, max_skipped=c.max_skipped_updates)
+    save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
+                     before=log.flush)
     hooks = [log, loop.Evaluate(c.eval.every, _validation(program, dataset), sinks, clock, num_steps=c.steps, before=log.flush),
              save]
     if c.log.profile_step:

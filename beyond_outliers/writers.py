@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import jax
 from etils import epath
 
-Row = Mapping[str, float | int | None]
+Row = Mapping[str, Any]                           # {"step": n, metric: number}; None where it is not defined
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections", "aqtp",
             "sentencepiece", "numpy")
 

@@ -12,3 +12,42 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402  (the environment comes first)
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+import random  # noqa: E402
+
+import pytest  # noqa: E402
+
+WORDS = ["the", "of", "and", "to", "in", "a", "that", "it", "is", "was", "for", "on", "with", "as", "be", "at", "by", "this"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+  """A folder of 40 text documents of English words, the same on every run."""
+  folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
+  for i in range(40):
+    words = [draw.choice(WORDS) for _ in range(draw.randint(40, 160))]
+    (folder / f"{i:02d}.txt").write_text(" ".join(words) + ".\n")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus, tmp_path_factory):
+  """tiny(**{"key": value}) -> what follows the colon of --config for a model of two blocks on the corpus."""
+  datasets = tmp_path_factory.mktemp("datasets")
+  settings = {
+    "model.blocks": 2, "model.heads": 6, "model.d_head": 8, "context": 32, "batch_size": 8, "steps": 10, "log.every": 1,
+    "data.source": "text", "data.path": f"{corpus}/*.txt", "data.tokenizer": "bytes", "data.vocab": 264,
+    "data.directory": str(datasets), "data.validation": "newest:4", "data.readers": 4,
+  }
+
+  def argument(**overrides):
+    return ",".join(["nano", *(f"{key}={value}" for key, value in {**settings, **overrides}.items())])
+  return argument
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny):
+  """The same, resolved."""
+  from beyond_outliers import config
+  from configs import adamw
+  return lambda **overrides: config.resolve(adamw.get_config(tiny(**overrides)))

@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import sequential_writer
 
 from beyond_outliers.data.documents import DataError, Document, as_content
 
 READ_AT_ONCE = 256                  # records a call when reading in order
+SHARD_RECORDS = 100_000             # records a file at most
 
 
 class Documents(tfds.core.GeneratorBasedBuilder):
-  """A TFDS dataset with one split, train, and one feature: "text", or "tokens" in `ids_dtype`.
-
-  TFDS orders records by the hash of their key, so the dataset is shuffled, always in the same way.
-  """
+  """A TFDS dataset with one split, train, in the order given, and one feature: "text", or "tokens" in `ids_dtype`."""
   VERSION = tfds.core.Version("1.0.0")
   url_infos = None                  # nothing is downloaded; TFDS would search for checksums by a package it doesn't declare
 
@@ -44,9 +43,20 @@ class Documents(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self):
     if self._ids_dtype is None:
-      yield from ((number, {"text": text}) for number, text in enumerate(self._documents))
+      yield from ({"text": text} for text in self._documents)
     else:
-      yield from ((number, {"tokens": ids.astype(self._ids_dtype)}) for number, ids in enumerate(self._documents))
+      yield from ({"tokens": ids.astype(self._ids_dtype)} for ids in self._documents)
+
+  def _download_and_prepare(self, dl_manager, download_config=None):
+    """In order, in no memory. TFDS's own way shuffles, in memory up to a gigabyte and beyond it in TensorFlow's files."""
+    del download_config
+    info = self._info()             # of the directory that TFDS writes in and then renames
+    writer = sequential_writer.SequentialWriter(info, max_examples_per_shard=SHARD_RECORDS, file_format="array_record")
+    splits = self._split_generators(dl_manager)
+    writer.initialize_splits(list(splits))
+    writer.add_examples(splits)
+    writer.close_all()
+    self.info.set_splits(info.splits)
 
 
 def write(documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None) -> str:

@@ -83,16 +83,16 @@ class _ShuffledWindows:
 
   def __init__(self, stream: shards.TokenStream, cfg: Any, context: int, batch_size: int, seed: int, rows: range):
     self._stream, self._cfg, self._context, self._batch_size, self._rows = stream, cfg, context, batch_size, rows
-    windows = num_windows(len(stream), context)
-    if not windows:
-      raise DataError(f"data.path = {cfg.path!r}: {len(stream)} training tokens make no window")
-    self._order = grain.MapDataset.range(windows).seed(seed).shuffle().repeat()     # reshuffled by epoch
+    if len(stream) <= context:
+      raise DataError(f"context = {context}: the {len(stream)} training tokens make no window; take a shorter one, or more text")
+    # Reshuffled by epoch; grain's shuffle is a function, so the order of billions of windows takes no memory.
+    self._order = grain.MapDataset.range(num_windows(len(stream), context)).seed(seed).shuffle().repeat()
 
   def __call__(self, k: int) -> Batch:
     first = k * self._batch_size
     order = np.array([self._order[first + row] for row in self._rows], np.int64)
     # The last window is drawn back to the stream's end: rather some targets twice than the rest of a window never.
-    begins = np.maximum(0, np.minimum(order * self._context, len(self._stream) - 1 - self._context))
+    begins = np.minimum(order * self._context, len(self._stream) - 1 - self._context)
     tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
     return make_batch(tokens_bxW, documents_bxW - documents_bxW[:, :1] + 1, self._cfg, f"training batch {k}")
 
@@ -136,8 +136,15 @@ class _RecordWindows:
   """The batches of the readers that one process owns; grain reads ahead of it in a thread."""
 
   def __init__(self, dataset: shards.Dataset, cfg: Any, context: int, seed: int, owned: range, share: int):
+    from beyond_outliers.data import array_records  # imports TFDS, which token shards don't need
     self._cfg, self._share, self._context = cfg, share, context
-    self._readers = {str(number): _Reader(_document_chunks(dataset, cfg, seed, number)) for number in owned}
+    described = dataset.meta["records"]
+    if described["count"] < cfg.readers:
+      raise DataError(f"data.readers = {cfg.readers}: more than the {described['count']} training documents")
+    path = described["path"].format(directory=dataset.directory)
+    array_records.files(path)                   # all there?
+    records = array_records.Records(path, described["field"])
+    self._readers = {str(number): _Reader(_document_chunks(records, dataset, cfg, seed, number)) for number in owned}
 
   def __iter__(self):
     return self
@@ -204,17 +211,11 @@ class _Reader:
     self._chunks.close()
 
 
-def _document_chunks(dataset: shards.Dataset, cfg: Any, seed: int, reader: int) -> Any:
+def _document_chunks(records: Any, dataset: shards.Dataset, cfg: Any, seed: int, reader: int) -> Any:
   """One reader's documents without end, reshuffled by epoch: lists of CHUNK token id arrays, separators included."""
-  from beyond_outliers.data import array_records  # imports TFDS, which token shards don't need
-  described = dataset.meta["records"]
-  path = described["path"].format(directory=dataset.directory)
-  array_records.files(path)                               # all there?
-  if described["count"] < cfg.readers:
-    raise DataError(f"data.readers = {cfg.readers}: more than the {described['count']} training documents")
-  order = grain.MapDataset.range(described["count"]).seed(seed).shuffle()[reader :: cfg.readers].repeat()
-  encode = _Encode(array_records.Records(path, described["field"]), order, dataset, cfg.vocab, described["held_out"])
-  chunks = grain.MapDataset.range(sys.maxsize // CHUNK).map(encode)
+  count, held_out = dataset.meta["records"]["count"], dataset.meta["records"]["held_out"]
+  order = grain.MapDataset.range(count).seed(seed).shuffle()[reader :: cfg.readers].repeat()
+  chunks = grain.MapDataset.range(sys.maxsize // CHUNK).map(_Encode(records, order, dataset, cfg.vocab, held_out))
   return iter(chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

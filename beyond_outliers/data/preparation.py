@@ -68,25 +68,23 @@ def _lock(directory: str, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def _make(cfg: Any, directory: str, log: Callable[[str], None]) -> None:
-  for leftover in glob.glob(glob.escape(directory) + ".partial-*"):       # of preparations that were killed
+  here = f"{directory}.partial-{socket.gethostname()}-"
+  for leftover in glob.glob(glob.escape(here) + "*"):     # of preparations that were killed
     shutil.rmtree(leftover)
-  partial = f"{directory}.partial-{socket.gethostname()}-{os.getpid()}"
+  partial = here + str(os.getpid())
   os.makedirs(partial)
   try:
     shards.write_meta(partial, _fill(cfg, partial, log))
-    os.rename(partial, directory)
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
     if not os.path.isdir(directory):            # else a host that our lock does not reach was first: its work is as good
-      raise
+      os.rename(partial, directory)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check(dataset: shards.Dataset, cfg: Any, log: Callable[[str], None]) -> None:
   """Refuses a dataset that the configuration or the source files have moved away from."""
   tokenizer = dataset.tokenizer
-  if tokenizer.vocab_size > cfg.vocab:
-    raise DataError(f"data.vocab = {cfg.vocab}: the tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size} tokens; "
-                    "raise data.vocab to at least that")
+  _check_vocab(tokenizer, cfg)
   if cfg.tokenizer != "sentencepiece" and (configured := tokenizers.load(cfg.tokenizer).fingerprint) != tokenizer.fingerprint:
     raise DataError(f"data.tokenizer = {cfg.tokenizer!r}: now has fingerprint {configured[:12]}, {dataset.directory} was made "
                     f"with {tokenizer.fingerprint[:12]}; restore the tokenizer's file, or delete the folder to prepare again")
@@ -101,6 +99,12 @@ def _check(dataset: shards.Dataset, cfg: Any, log: Callable[[str], None]) -> Non
                     f"{dataset.meta['inputs']['bytes']} then); restore them, or delete the folder to prepare again")
 
 
+def _check_vocab(tokenizer: tokenizers.Tokenizer, cfg: Any) -> None:
+  if tokenizer.vocab_size > cfg.vocab:
+    raise DataError(f"data.vocab = {cfg.vocab}: the tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size} tokens; "
+                    "raise data.vocab to at least that")
+
+
 def _describe(files: dict[str, int]) -> dict[str, Any]:
   listing = json.dumps([[os.path.basename(name), size] for name, size in files.items()])
   return {"files": len(files), "bytes": sum(files.values()), "sha256": hashlib.sha256(listing.encode()).hexdigest()}
@@ -111,6 +115,7 @@ def _fill(cfg: Any, directory: str, log: Callable[[str], None]) -> dict[str, Any
   inputs = documents.inputs(cfg)
   log(f"prepare: {cfg.source} ({len(inputs)} files, {sum(inputs.values()) / 1e6:.1f} MB) -> {dataset_directory(cfg)}")
   tokenizer = _tokenizer(cfg, directory, log)
+  _check_vocab(tokenizer, cfg)
   separator = {"name": cfg.separator, "id": getattr(tokenizer, cfg.separator)}
   if separator["id"] is None:
     raise DataError(f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; "

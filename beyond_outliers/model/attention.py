@@ -1,32 +1,131 @@
-"""Causal grouped-query attention. Rows of IMPLEMENTATIONS are interchangeable.
+"""Causal grouped-query attention. Rows of IMPLEMENTATIONS compute the same.
 
-B batch, L length, H query heads, K key/value heads, G = H / K query heads a key head, Dh head width, M key length
+Legend: B batch, L length, H query heads, K key-value heads, G = H / K query heads a key head, Dh head width;
+S length of a block of queries, E keys up to its end.
 """
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-
-def plain(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """The readable reference: the whole matrix of scores at once."""
-  B, L, H, Dh = q_BxLxHxDh.shape
-  K = k_BxLxKxDh.shape[2]
-  exact = jnp.promote_types(q_BxLxHxDh.dtype, jnp.float32)
-  q_BxLxKxGxDh = q_BxLxHxDh.reshape(B, L, K, H // K, Dh)
-  scores_BxKxGxLxM = jnp.einsum("blkgd,bmkd->bkglm", q_BxLxKxGxDh, k_BxLxKxDh, preferred_element_type=exact)
-  mask = jnp.tril(jnp.ones((L, L), bool))
-  if segment_ids_BxL is not None:
-    same_BxLxM = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
-    mask = (mask & same_BxLxM)[:, None, None]
-  probs_BxKxGxLxM = jax.nn.softmax(jnp.where(mask, scores_BxKxGxLxM, -jnp.inf), axis=-1)
-  probs_BxKxGxLxM = probs_BxKxGxLxM.astype(v_BxLxKxDh.dtype)
-  y_BxLxKxGxDh = jnp.einsum("bkglm,bmkd->blkgd", probs_BxKxGxLxM, v_BxLxKxDh, preferred_element_type=exact)
-  return y_BxLxKxGxDh.reshape(B, L, H, Dh).astype(q_BxLxHxDh.dtype)
-
-
-IMPLEMENTATIONS = {"plain": plain, "blockwise": plain, "fused": plain}
+# L queries make at most so many blocks of at least so many: neither the products nor the program get out of hand.
+MAX_BLOCKS, MIN_BLOCK = 8, 128
 
 
 def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, implementation):
-  """Mixes values over the past. q carries the scale of the logits; tokens see only their own segment."""
+  """Mixes the values of the past and of the token itself, of its own segment if segments are given.
+
+  q carries the logits' scale. Scores and softmax are float32 or wider, products take their operands as they come, the
+  result has q's type. Raises ValueError for an implementation that is not in IMPLEMENTATIONS."""
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f"model.attention = {implementation!r}: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
   return IMPLEMENTATIONS[implementation](q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL)
+
+
+def plain(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
+  """The readable reference: all scores at once."""
+  B, L, H, Dh = q_BxLxHxDh.shape
+  K = k_BxLxKxDh.shape[2]
+  q_BxLxKxGxDh = q_BxLxHxDh.reshape(B, L, K, H // K, Dh)
+  scores_BxKxGxLxL = _product("blkgd,bmkd->bkglm", q_BxLxKxGxDh, k_BxLxKxDh)
+  scores_BxKxGxLxL = jnp.where(_mask(0, L, segment_ids_BxL), scores_BxKxGxLxL, -jnp.inf)
+  probabilities_BxKxGxLxL = jax.nn.softmax(scores_BxKxGxLxL, axis=-1).astype(v_BxLxKxDh.dtype)
+  y_BxLxKxGxDh = _product("bkglm,bmkd->blkgd", probabilities_BxKxGxLxL, v_BxLxKxDh)
+  return y_BxLxKxGxDh.reshape(B, L, H, Dh).astype(q_BxLxHxDh.dtype)
+
+
+@jax.custom_vjp
+def blockwise(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
+  """Blocks of queries against the keys up to their end: half the arithmetic, and scores of one block at a time.
+
+  The backward pass computes the probabilities again, from the logarithm of their denominator (arXiv 2205.14135)."""
+  return _blockwise_forward(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL)[0]
+
+
+def _blockwise_forward(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
+  q_BxKxGxLxDh = _heads_first(q_BxLxHxDh, k_BxLxKxDh.shape[2])
+  k_BxKxLxDh, v_BxKxLxDh = k_BxLxKxDh.swapaxes(1, 2), v_BxLxKxDh.swapaxes(1, 2)
+  outputs, log_denominators = [], []
+  for start, end in _blocks(q_BxLxHxDh.shape[1]):
+    scores_BxKxGxSxE = _product("bkgsd,bked->bkgse", q_BxKxGxLxDh[:, :, :, start:end], k_BxKxLxDh[:, :, :end])
+    scores_BxKxGxSxE = jnp.where(_mask(start, end, segment_ids_BxL), scores_BxKxGxSxE, -jnp.inf)
+    top_BxKxGxSx1 = jnp.max(scores_BxKxGxSxE, axis=-1, keepdims=True)
+    weights_BxKxGxSxE = jnp.exp(scores_BxKxGxSxE - top_BxKxGxSx1)
+    sum_BxKxGxSx1 = jnp.sum(weights_BxKxGxSxE, axis=-1, keepdims=True)
+    weights_BxKxGxSxE = weights_BxKxGxSxE.astype(v_BxKxLxDh.dtype)
+    outputs.append(_product("bkgse,bked->bkgsd", weights_BxKxGxSxE, v_BxKxLxDh[:, :, :end]) / sum_BxKxGxSx1)
+    log_denominators.append((top_BxKxGxSx1 + jnp.log(sum_BxKxGxSx1))[..., 0])
+  y_BxLxHxDh = _heads_last(jnp.concatenate(outputs, axis=3)).astype(q_BxLxHxDh.dtype)
+  log_denominator_BxKxGxL = jnp.concatenate(log_denominators, axis=3)
+  return y_BxLxHxDh, (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL, y_BxLxHxDh, log_denominator_BxKxGxL)
+
+
+def _blockwise_backward(residuals, g_BxLxHxDh):
+  q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL, y_BxLxHxDh, log_denominator_BxKxGxL = residuals
+  dtype, wide, (_, L, K, _) = q_BxLxHxDh.dtype, log_denominator_BxKxGxL.dtype, k_BxLxKxDh.shape
+  q_BxKxGxLxDh, g_BxKxGxLxDh = _heads_first(q_BxLxHxDh, K), _heads_first(g_BxLxHxDh, K)
+  k_BxKxLxDh, v_BxKxLxDh = k_BxLxKxDh.swapaxes(1, 2), v_BxLxKxDh.swapaxes(1, 2)
+  mean_BxKxGxL = jnp.sum(g_BxKxGxLxDh.astype(wide) * _heads_first(y_BxLxHxDh, K), axis=-1)
+  dq, dk_BxKxLxDh, dv_BxKxLxDh = [], 0, 0
+  for start, end in _blocks(L):
+    q_BxKxGxSxDh, g_BxKxGxSxDh = q_BxKxGxLxDh[:, :, :, start:end], g_BxKxGxLxDh[:, :, :, start:end]
+    k_BxKxExDh, v_BxKxExDh = k_BxKxLxDh[:, :, :end], v_BxKxLxDh[:, :, :end]
+    scores_BxKxGxSxE = _product("bkgsd,bked->bkgse", q_BxKxGxSxDh, k_BxKxExDh)
+    p_BxKxGxSxE = jnp.exp(scores_BxKxGxSxE - log_denominator_BxKxGxL[..., start:end, None])
+    p_BxKxGxSxE = jnp.where(_mask(start, end, segment_ids_BxL), p_BxKxGxSxE, 0)
+    dp_BxKxGxSxE = _product("bkgsd,bked->bkgse", g_BxKxGxSxDh, v_BxKxExDh)
+    dscores_BxKxGxSxE = (p_BxKxGxSxE * (dp_BxKxGxSxE - mean_BxKxGxL[..., start:end, None])).astype(dtype)
+    dq.append(_product("bkgse,bked->bkgsd", dscores_BxKxGxSxE, k_BxKxExDh))
+    dk_BxKxExDh = _product("bkgse,bkgsd->bked", dscores_BxKxGxSxE, q_BxKxGxSxDh)
+    dv_BxKxExDh = _product("bkgse,bkgsd->bked", p_BxKxGxSxE.astype(dtype), g_BxKxGxSxDh)
+    later = ((0, 0), (0, 0), (0, L - end), (0, 0))
+    dk_BxKxLxDh, dv_BxKxLxDh = dk_BxKxLxDh + jnp.pad(dk_BxKxExDh, later), dv_BxKxLxDh + jnp.pad(dv_BxKxExDh, later)
+  dq_BxLxHxDh = _heads_last(jnp.concatenate(dq, axis=3)).astype(dtype)
+  return dq_BxLxHxDh, dk_BxKxLxDh.swapaxes(1, 2).astype(dtype), dv_BxKxLxDh.swapaxes(1, 2).astype(dtype), None
+
+
+blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
+  """jax.nn's: cuDNN's kernel for 16-bit types on a GPU, else the whole matrix of scores.
+
+  Raises ValueError for float64, whose softmax jax.nn computes in float32."""
+  if q_BxLxHxDh.dtype == jnp.float64:
+    raise ValueError("model.attention = 'fused' in float64: its softmax is float32; take 'blockwise' or 'plain'")
+  mask = None if segment_ids_BxL is None else (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+  kernel = "cudnn" if jax.default_backend() == "gpu" and q_BxLxHxDh.dtype.itemsize == 2 else "xla"
+  return jax.nn.dot_product_attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask=mask, scale=1.0, is_causal=True,
+                                      implementation=kernel)
+
+
+IMPLEMENTATIONS = {"plain": plain, "blockwise": blockwise, "fused": fused}
+
+
+def _product(axes, a, b):
+  return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _blocks(L):
+  """(start, end) of each block of queries."""
+  size = max(MIN_BLOCK, -(-L // MAX_BLOCKS))
+  return [(start, min(start + size, L)) for start in range(0, L, size)]
+
+
+def _mask(start, end, segment_ids_BxL):
+  """Which keys 0..end the queries start..end see: broadcasts to [B, K, G, S, E]."""
+  causal_SxE = np.arange(start, end)[:, None] >= np.arange(end)
+  if segment_ids_BxL is None:
+    return causal_SxE[None, None, None]
+  return (causal_SxE & (segment_ids_BxL[:, start:end, None] == segment_ids_BxL[:, None, :end]))[:, None, None]
+
+
+def _heads_first(x_BxLxHxDh, K):
+  B, L, H, Dh = x_BxLxHxDh.shape
+  return x_BxLxHxDh.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x_BxKxGxLxDh):
+  B, K, G, L, Dh = x_BxKxGxLxDh.shape
+  return x_BxKxGxLxDh.transpose(0, 3, 1, 2, 4).reshape(B, L, K * G, Dh)

@@ -17,19 +17,20 @@ from jax import lax
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
   """lax.dot_general for linear layers, whose backward products run in the type of the operands too.
 
-  lhs: [T, I]; rhs: [I, O], or [O, I] with dimension_numbers (((1,), (1,)), ((), ())). Operands of unequal type are
-  multiplied in the narrower one, and each gets its cotangent in its own type: pass a float32 kernel uncast beside
-  bfloat16 inputs, and its gradient keeps its float32 sums. The result is at least float32 unless preferred_element_type
-  says otherwise: on CPU a bfloat16 result halves the speed, on TPU and GPU a cast that follows is fused into the product.
-  Raises ValueError for a narrow product of other shapes."""
+  lhs: [T, I]; rhs: [I, O], or [O, I] with dimension_numbers (((1,), (1,)), ((), ())). Beside a bfloat16 operand the
+  other is cast to it, and each gets its cotangent in its own type: pass a float32 kernel uncast, and its gradient keeps
+  its float32 sums. The result is at least float32 unless preferred_element_type says otherwise: on CPU a bfloat16
+  result halves the speed, elsewhere XLA fuses the cast that follows. Raises ValueError for a narrow product of other
+  shapes."""
   narrow = min(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
-  out = jnp.dtype(preferred_element_type or jnp.promote_types(narrow, jnp.float32))
   if narrow.itemsize >= 4:
-    return lax.dot_general(lhs.astype(narrow), rhs.astype(narrow), dimension_numbers, precision, out)
+    wide = jnp.promote_types(lhs.dtype, rhs.dtype)
+    return lax.dot_general(lhs.astype(wide), rhs.astype(wide), dimension_numbers, precision, preferred_element_type)
+  out = jnp.dtype(preferred_element_type or jnp.float32)
   (lhs_sum, rhs_sum), batch = dimension_numbers
   if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_sum) != (1,) or any(map(len, batch)):
-    raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected a product of two "
-                     "matrices that sums over the last axis of the first: reshape the inputs to [tokens, features]")
+    raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
+                     "summed over the last axis of the first: reshape the inputs to [tokens, features]")
   return _narrow_dot(lhs, rhs, tuple(rhs_sum), precision, narrow, out)
 
 
@@ -61,13 +62,13 @@ _narrow_dot.defvjp(_forward, _backward)
 def transposed(x):
   """x.T, on CPU as a copy that the compiler does not fold into the product that follows.
 
-  XLA's CPU library multiplies bfloat16 only where the first operand is summed over its last axis in memory; all else it
-  casts to float32 (2048 x 3072 by 2048 x 768: 32 ms, here 13). It folds transposes into products before it looks,
-  but turns a convolution by one into a transpose only afterwards."""
-  return lax.platform_dependent(x, cpu=_transposed_copy, default=lambda x: x.T)
+  XLA's CPU library multiplies bfloat16 only where the first operand is stored as the rows that are summed over, and
+  casts all else to float32, at half the speed or less. XLA folds transposes into products before it looks, but turns a
+  convolution by one into a transpose only afterwards."""
+  return lax.platform_dependent(x, cpu=_transposed_copy, default=jnp.transpose)
 
 
 def _transposed_copy(x):
   one = jnp.ones((1, 1, 1, 1), x.dtype)
-  copy = lax.conv_general_dilated(x[None, :, :, None], one, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NWHC"))
-  return copy[0, :, :, 0]
+  specs = ("NHWC", "HWIO", "NWHC")
+  return lax.conv_general_dilated(x[None, :, :, None], one, (1, 1), "VALID", dimension_numbers=specs)[0, :, :, 0]

@@ -39,7 +39,8 @@ class Linear(nn.Module):
     kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
     dot_general = self.dot_general_cls() if self.dot_general_cls else dot.dot_general
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = dot_general(rows, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
+    # The kernel goes in as it is stored: the dot casts it, so that its gradient keeps the float32 of its sums.
+    y = dot_general(rows, kernel, (((1,), (0,)), ((), ())))
     return y.reshape(*x.shape[:-1], self.features)
 
 

@@ -1,14 +1,35 @@
 """Cross entropy over a large vocabulary.
 
-T tokens, V vocabulary
+Legend: T tokens, V vocabulary.
 """
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
 
+@jax.custom_vjp
 def cross_entropy(logits_TxV, targets_T):
-  """Negative log-likelihood [T] of integer targets [T], in float32 or wider."""
-  logits_TxV = logits_TxV.astype(jnp.promote_types(logits_TxV.dtype, jnp.float32))
-  target_T = jnp.take_along_axis(logits_TxV, targets_T[:, None], axis=-1)[:, 0]
-  return jax.nn.logsumexp(logits_TxV, axis=-1) - target_T
+  """Negative log-likelihood in nats, [T], of integer targets, in float32 or wider.
+
+  Keeps the logits and one number a token for the backward pass, and makes the logits' gradient in one sweep: half
+  the memory of differentiating the log-softmax, at the same speed."""
+  return _forward(logits_TxV, targets_T)[0]
+
+
+def _forward(logits_TxV, targets_T):
+  wide_TxV = logits_TxV.astype(jnp.promote_types(logits_TxV.dtype, jnp.float32))
+  top_T = jnp.max(wide_TxV, axis=-1)
+  log_denominator_T = top_T + jnp.log(jnp.sum(jnp.exp(wide_TxV - top_T[:, None]), axis=-1))
+  target_T = jnp.take_along_axis(wide_TxV, targets_T[:, None], axis=-1)[:, 0]
+  return log_denominator_T - target_T, (logits_TxV, targets_T, log_denominator_T)
+
+
+def _backward(residuals, g_T):
+  logits_TxV, targets_T, log_denominator_T = residuals
+  probabilities_TxV = jnp.exp(logits_TxV.astype(g_T.dtype) - log_denominator_T[:, None])
+  is_target_TxV = jax.lax.broadcasted_iota(targets_T.dtype, logits_TxV.shape, 1) == targets_T[:, None]
+  return (g_T[:, None] * (probabilities_TxV - is_target_TxV)).astype(logits_TxV.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)

@@ -131,9 +131,13 @@ class Transformer(nn.Module):
     """What the head sees: the final norm's output, [B, L, D]."""
     positions = jnp.arange(tokens_BxL.shape[1]) if positions is None else positions
     stream = layers.at_least_float32(self.config.dtype)
-    x_BxLxD = jnp.take(self.embedding, tokens_BxL, axis=0).astype(stream)
+    x_BxLxD = jnp.take(self.table(), tokens_BxL, axis=0).astype(stream)
     x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
     return self.final_norm(self.layers(x_BxLxD, segment_ids, positions))
+
+  def table(self):
+    """The embedding [V, D], gathered over fsdp: a look-up in rows that are themselves split is what XLA partitions badly."""
+    return nn.with_logical_constraint(self.embedding, ("vocab", None))
 
   def logits(self, x_BxLxD):
     """The head on what `hidden` returns, or on any [..., D]."""
@@ -141,7 +145,7 @@ class Transformer(nn.Module):
       return self.head(x_BxLxD).astype(layers.at_least_float32(self.config.dtype))
     dtype = jnp.dtype(self.config.dtype)
     rows = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(dtype)
-    y = self.head_dot_general(rows, self.embedding.astype(dtype), (((1,), (1,)), ((), ())))
+    y = self.head_dot_general(rows, self.table(), (((1,), (1,)), ((), ())))
     return y.reshape(*x_BxLxD.shape[:-1], self.config.vocab).astype(layers.at_least_float32(dtype))
 
 
@@ -153,6 +157,11 @@ def init(model: Transformer, seed: int) -> Any:
 def boxed_shapes(model: Transformer) -> Any:
   """The abstract parameters with their logical axis names."""
   return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def shapes(model: Transformer) -> Any:
+  """The abstract parameters: ShapeDtypeStructs."""
+  return nn.unbox(boxed_shapes(model))
 
 
 def axes(model: Transformer) -> Any:

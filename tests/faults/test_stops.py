@@ -1,0 +1,112 @@
+"""Real processes that are killed, asked to stop, or changed in number: what they resume to is the run that nothing stopped."""
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from beyond_outliers import runs
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def argument(tiny):
+  return lambda **more: tiny(**{"steps": STEPS, "checkpoint.every": 20, "eval.every": STEPS, "log.every": 50, **more})
+
+
+def start(argument, workdir, *flags, **environment):
+  config = f"--config=configs/adamw.py:{argument}"
+  command = [sys.executable, "-m", "beyond_outliers.main", config, f"--workdir={workdir}", *flags]
+  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, **environment})
+
+
+def finish(process, expected=0):
+  output, _ = process.communicate(timeout=240)
+  assert process.returncode == expected, output[-3000:]
+  return output
+
+
+def wait_for_step(process, workdir, step):
+  """Until a checkpoint of that step or a later one is committed."""
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline and process.poll() is None:
+    checkpoints = workdir / "checkpoints"
+    found = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
+    if found and max(found) >= step:
+      return
+    time.sleep(0.002)
+  raise AssertionError(f"no checkpoint {step}: {process.communicate()[0][-3000:] if process.poll() is not None else 'timeout'}")
+
+
+def assert_same(one, other):
+  a, b = runs.open(one), runs.open(other)
+  assert a.steps[-1] == b.steps[-1] == STEPS
+  assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params(), b.params())))
+  np.testing.assert_array_equal(a.metrics()["train/loss"], b.metrics()["train/loss"])
+
+
+@pytest.mark.parametrize("reader", ["shards", pytest.param("tfds", marks=pytest.mark.slow)])
+def test_killed_twice_and_asked_once(argument, tmp_path, reader):
+  """kill -9 twice in a row, then SIGTERM (saves, status preempted, exit code 42): the end is bitwise that of a run left alone."""
+  arg = argument(**{"data.reader": reader})
+  finish(start(arg, tmp_path / "alone"))
+  for step in (20, 80):
+    process = start(arg, tmp_path / "stopped")
+    wait_for_step(process, tmp_path / "stopped", step)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert runs.open(tmp_path / "stopped").steps[-1] < STEPS
+  process = start(arg, tmp_path / "stopped")
+  wait_for_step(process, tmp_path / "stopped", 140)
+  process.send_signal(signal.SIGTERM)
+  assert "resuming from step" in finish(process, 42)
+  stopped = runs.open(tmp_path / "stopped")
+  assert stopped.status["status"] == "preempted" and stopped.status["step"] == stopped.steps[-1] < STEPS
+  finish(start(arg, tmp_path / "stopped"))
+  assert stopped.status["status"] == "done"
+  assert_same(tmp_path / "alone", tmp_path / "stopped")
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
+  process = start(argument(), tmp_path / "run")
+  wait_for_step(process, tmp_path / "run", 20)
+  process.send_signal(signal.SIGSTOP)
+  second = finish(start(argument(), tmp_path / "run"), 2)
+  assert f"is in use by process {process.pid}" in second
+  process.kill()
+  process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["shards", "tfds"])
+def test_two_processes_agree_to_stop_and_one_goes_on(argument, tmp_path, reader):
+  """SIGTERM to one of two: both save the same step and exit 42; a lone process resumes from it, with the same batches."""
+  arg = argument(**{"data.reader": reader, "optimizer.learning_rate": 1e-4})        # low: rounding must not grow into chaos
+  finish(start(arg, tmp_path / "alone"))
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  workdir = tmp_path / "two"
+  pair = [start(arg, workdir, f"--distributed=127.0.0.1:{port},2,{index}") for index in range(2)]
+  wait_for_step(pair[0], workdir, 60)
+  pair[1].send_signal(signal.SIGTERM)
+  for process in pair:
+    finish(process, 42)
+  status = json.loads((workdir / "status.json").read_text())
+  assert status["status"] == "preempted"
+  assert runs.open(workdir).manifest["devices"]["processes"] == 2
+  assert f"resuming from step {status['step']} of {STEPS}" in finish(start(arg, workdir))
+  one, two = runs.open(tmp_path / "alone"), runs.open(workdir)
+  # Sums run in another order over two processes: equal up to that, not bitwise.
+  np.testing.assert_allclose(two.metrics()["train/loss"], one.metrics()["train/loss"], rtol=1e-4)
+  np.testing.assert_allclose(two.metrics()["eval/loss"], one.metrics()["eval/loss"], rtol=1e-4)

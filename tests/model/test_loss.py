@@ -1,0 +1,63 @@
+"""Cross entropy against float64 NumPy."""
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from beyond_outliers.model import loss
+
+T, V = 16, 64
+
+
+def problem():
+  draw = np.random.default_rng(0)
+  return draw.standard_normal((T, V)) * 5, draw.integers(0, V, T).astype(np.int32), draw.standard_normal(T)
+
+
+def naive(logits, targets, g):
+  """(nll, dlogits) of sum(nll * g)."""
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  return -np.log(p[np.arange(T), targets]), g[:, None] * (p - np.eye(V)[targets])
+
+
+def forward_and_gradient(logits, targets, g):
+  nll, pullback = jax.vjp(lambda logits: loss.cross_entropy(logits, targets), logits)
+  return nll, *pullback(g.astype(nll.dtype))
+
+
+@pytest.mark.parametrize("dtype,wide,tolerance", [
+  ("float64", "float64", 1e-12), ("float32", "float32", 3e-6), ("bfloat16", "float32", 8e-3)])
+def test_equals_numpy(dtype, wide, tolerance):
+  logits, targets, g = problem()
+  with jax.enable_x64(dtype == "float64"):
+    logits = jnp.asarray(logits, dtype)
+    nll, dlogits = jax.jit(forward_and_gradient)(logits, targets, g)
+  expected_nll, expected_dlogits = naive(np.asarray(logits, np.float64), targets, g)
+  assert nll.dtype == wide and dlogits.dtype == dtype
+  np.testing.assert_allclose(nll, expected_nll, rtol=min(tolerance, 3e-6), atol=min(tolerance, 3e-6))
+  np.testing.assert_allclose(np.asarray(dlogits, np.float64), expected_dlogits, rtol=tolerance, atol=tolerance)
+
+
+def test_large_logits_stay_finite():
+  nll, dlogits = forward_and_gradient(jnp.array([[1e4, -1e4], [1e4, -1e4]]), jnp.array([0, 1]), jnp.ones(2))
+  np.testing.assert_allclose(nll, [0, 2e4])
+  np.testing.assert_allclose(dlogits, [[0, 0], [1, -1]])
+
+
+def test_sharded_vocabulary_agrees_with_one_device_and_is_not_gathered():
+  logits, targets, g = problem()
+  logits, g = jnp.asarray(logits, jnp.float32), jnp.asarray(g, jnp.float32)
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+  rows, table = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(("data", "fsdp"), "model"))
+  sharded = jax.jit(forward_and_gradient, in_shardings=(table, rows, rows), out_shardings=(rows, table))
+  eight = sharded.lower(logits, targets, g).compile()
+  spread = jax.device_put((logits, targets, g), (table, rows, rows))
+  for a, b in zip(eight(*spread), forward_and_gradient(logits, targets, g), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  gathered = [line for line in eight.as_text().splitlines() if re.search(rf"f32\[\d+,{V}\]", line)]
+  assert not gathered, gathered

@@ -1,0 +1,78 @@
+"""Metrics of a fixed set of documents, against the direct formula, a bootstrap, and a count by hand."""
+import math
+
+import numpy as np
+import pytest
+
+from beyond_outliers import evaluation
+
+
+def identity(batch):
+  return batch["nll"], batch["documents"]
+
+
+def random_batches(documents: int, seed: int = 0):
+  """[(losses, document of each target)] of unequal documents that run over from one batch of 2 × 8 into the next, padded."""
+  rng = np.random.default_rng(seed)
+  owner = np.repeat(np.arange(1, documents + 1), rng.integers(3, 40, documents))
+  nll = rng.gamma(2.0, 1.0, owner.size) + rng.normal(0, 0.3, documents + 1)[owner] + 1.0
+  padding = -owner.size % 16
+  owner, nll = np.pad(owner, (0, padding)), np.pad(nll, (0, padding))
+  batches = [{"nll": n.astype(np.float32), "documents": o}
+             for n, o in zip(nll.reshape(-1, 2, 8), owner.reshape(-1, 2, 8), strict=True)]
+  return batches, nll[owner > 0], owner[owner > 0]
+
+
+def test_loss_is_the_mean_over_all_targets_whatever_the_batches():
+  batches, nll, owner = random_batches(20)
+  result = evaluation.evaluate(identity, batches, num_bytes=1000)
+  assert result["loss"] == pytest.approx(nll.mean(), rel=1e-6)
+  assert result["perplexity"] == pytest.approx(math.exp(nll.mean()), rel=1e-6)
+  assert (result["documents"], result["tokens"]) == (20, nll.size)
+  sums = np.array([nll[owner == document].sum() for document in range(1, 21)])
+  counts = np.array([(owner == document).sum() for document in range(1, 21)])
+  residuals = sums - nll.mean() * counts
+  assert result["loss_stderr"] == pytest.approx(math.sqrt((residuals**2).sum() * 20 / 19) / counts.sum(), rel=1e-5)
+
+
+def test_bits_per_byte_by_hand():
+  # One document of 5 bytes in 3 targets: 1 + 2 + 3 nats; and one of 3 bytes in one target of 4 nats.
+  batch = {"nll": np.array([[1.0, 2.0, 3.0, 4.0, 0.0]]), "documents": np.array([[1, 1, 1, 2, 0]])}
+  result = evaluation.evaluate(identity, [batch], num_bytes=8)
+  assert result["bits_per_byte"] == pytest.approx(10 / math.log(2) / 8)
+  assert (result["loss"], result["documents"], result["tokens"]) == (2.5, 2, 4)
+  assert evaluation.evaluate(identity, [batch], num_bytes=None)["bits_per_byte"] is None
+
+
+def test_padding_counts_nowhere():
+  batches, *_ = random_batches(7)
+  padding = {"nll": np.zeros((2, 8), np.float32), "documents": np.zeros((2, 8), np.int32)}
+  assert evaluation.evaluate(identity, [*batches, padding], None) == evaluation.evaluate(identity, batches, None)
+
+
+def test_a_target_that_is_foreseen_for_certain_still_counts():
+  # Float32 rounds the loss of a target with p > 1 - 1e-7 to exactly 0.
+  batch = {"nll": np.array([[0.0, 2.0, 0.0]], np.float32), "documents": np.array([[1, 1, 0]])}
+  result = evaluation.evaluate(identity, [batch], None)
+  assert (result["loss"], result["tokens"]) == (1.0, 2)
+
+
+def test_the_standard_error_is_what_other_documents_would_have_changed():
+  rng = np.random.default_rng(1)
+  counts = rng.integers(5, 200, 300).astype(float)
+  sums = counts * (3 + rng.normal(0, 0.4, 300)) + rng.normal(0, 3, 300)
+  _, stderr = evaluation.ratio_and_stderr(sums, counts)
+  picks = rng.integers(0, 300, (4000, 300))
+  bootstrap = (sums[picks].sum(1) / counts[picks].sum(1)).std()
+  assert stderr == pytest.approx(bootstrap, rel=0.06)
+
+
+def test_one_document_has_no_standard_error():
+  loss, stderr = evaluation.ratio_and_stderr(np.array([6.0]), np.array([3.0]))
+  assert loss == 2.0 and math.isnan(stderr)
+
+
+def test_a_loss_that_is_not_a_number_stays_visible():
+  batch = {"nll": np.array([[1.0, np.nan]]), "documents": np.array([[1, 2]])}
+  result = evaluation.evaluate(identity, [batch], 10)
+  assert math.isnan(result["loss"]) and math.isnan(result["perplexity"]) and result["tokens"] == 2

