@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.model.dtype = "bfloat16" if study else "float32"          # what the matrices multiply in; parameters are float32
   c.model.attention = "blockwise"            # plain | blockwise (skips what the causal mask hides) | fused (cuDNN on GPU)
   c.model.unroll = 0 if shape["blocks"] <= 4 else 1           # blocks unrolled a scan iteration; 0: all, which CPUs prefer
-  c.model.remat = "none"                     # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes
+  c.model.remat = "none"                     # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes (with unroll > 0)
 
   c.schedule = config_dict.ConfigDict()      # of every group's learning rate, in fractions of the run
   c.schedule.name = "trapezoidal"            # trapezoidal | cosine (after the warm-up) | constant (after the warm-up)

@@ -1,5 +1,6 @@
 """The commands as a person types them: a refusal is one line and exit code 2, before anything long begins."""
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -75,8 +76,10 @@ def test_a_workdir_is_named_after_config_and_size(told):
   assert told["workdirs"] == ["runs/adamw-nano", "runs/adamw-0.3m", "runs/adamw-50m"]
 
 
-def test_the_module_is_the_command():
-  process = subprocess.run([sys.executable, "-m", "beyond_outliers.main", "--config=configs/adamw.py:50q"], cwd=ROOT,
-                           capture_output=True, text=True, timeout=120)
+def test_the_module_is_the_command_and_libraries_keep_quiet():
+  # Unless it is told the platform, JAX says at level INFO which ones it looked for.
+  environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  command = [sys.executable, "-m", "beyond_outliers.main", "--config=configs/adamw.py:nano,mesh.data=3,mesh.fsdp=7", "--dry_run"]
+  process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
   assert (process.returncode, process.stdout) == (2, "")
-  assert process.stderr.startswith("error: size = '50q'") and process.stderr.count("\n") == 1
+  assert process.stderr.startswith("error: mesh = ") and process.stderr.count("\n") == 1, process.stderr

@@ -90,16 +90,19 @@ def test_each_part_draws_its_own_numbers():
   np.testing.assert_allclose(two, expected, rtol=1e-6)
 
 
-# A stand-in for a model: the batch holds a factor of the loss, and whether the gradient alone is not finite.
+# A stand-in for a model: the batch holds a factor of the loss, something added to it that no gradient sees, and whether the
+# gradient alone is not finite.
 def toy_loss(params, batch, rng):
   del rng
   # The root of something that is always 1, or always 0, where its slope is infinite.
   zero = params["w"] - jax.lax.stop_gradient(params["w"])
-  return jnp.sum(params["w"] ** 2) * batch["factor"] + jnp.sum(jnp.sqrt(zero + 1 - batch["sick"])), {"weight": jnp.ones(())}
+  value = jnp.sum(params["w"] ** 2) * batch["factor"] + jnp.sum(jnp.sqrt(zero + 1 - batch["sick"]))
+  return value + batch["added"], {"weight": jnp.ones(())}
 
 
-GOOD, HUGE = {"factor": 1.0, "sick": 0.0}, {"factor": 1e38, "sick": 0.0}
-NAN, INF, SICK_GRADIENT = {"factor": np.nan, "sick": 0.0}, {"factor": np.inf, "sick": 0.0}, {"factor": 1.0, "sick": 1.0}
+GOOD = {"factor": 1.0, "added": 0.0, "sick": 0.0}
+NAN, INF, HUGE = GOOD | {"factor": np.nan}, GOOD | {"factor": np.inf}, GOOD | {"factor": 1e38}
+SICK_LOSS, SICK_GRADIENT = GOOD | {"added": np.nan}, GOOD | {"sick": 1.0}
 
 
 def toy_start(tx, **options):
@@ -111,7 +114,9 @@ def batch_of(kind):
   return {name: jnp.float32(value) for name, value in kind.items()}
 
 
-@pytest.mark.parametrize("bad, finite_loss", [(NAN, False), (INF, False), (SICK_GRADIENT, True), (HUGE, False)])
+@pytest.mark.parametrize("bad, finite_loss", [
+  (NAN, False), (INF, False), (HUGE, False), (SICK_LOSS, False), (SICK_GRADIENT, True),
+])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_loss):
   train_step, state = toy_start(optax.adamw(0.1))
   state, metrics = train_step(state, batch_of(GOOD))
@@ -189,6 +194,8 @@ def test_documents_are_masked_only_when_asked_for(losses, params):
   np.testing.assert_allclose(on[:, 7:], losses[True](params, other_first_document)[:, 7:], rtol=1e-5)
   alone = losses[False](params, jax.tree.map(lambda x: x[:, 7:], batch))
   np.testing.assert_allclose(on[:, 7:], alone, rtol=1e-4, atol=1e-5)
+  # Rotary embedding sees distances only, so a shift of the positions would not show; a stretch does.
+  assert abs(on - losses[True](params, batch | {"positions": 3 * batch["positions"]})).max() > 1e-2
   # Off: plain causal text, whatever the segments say.
   np.testing.assert_array_equal(off, losses[False](params, one_document))
   np.testing.assert_allclose(off, losses[True](params, one_document), rtol=1e-4, atol=1e-5)

@@ -23,6 +23,11 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def as_operand(weights, dtype):
+  """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their gradient keeps its float32 sums."""
+  return weights.astype(jnp.promote_types(weights.dtype, dtype))
+
+
 class Linear(nn.Module):
   """x @ kernel, without bias. Rows of all sequences form one matrix: [B, L, in] is [B·L, in], which CPUs prefer.
 
@@ -39,8 +44,7 @@ class Linear(nn.Module):
     kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
     dot_general = self.dot_general_cls() if self.dot_general_cls else dot.dot_general
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    # The kernel goes in as it is stored: the dot casts it, so that its gradient keeps the float32 of its sums.
-    y = dot_general(rows, kernel, (((1,), (0,)), ((), ())))
+    y = dot_general(rows, as_operand(kernel, self.dtype), (((1,), (0,)), ((), ())))
     return y.reshape(*x.shape[:-1], self.features)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from beyond_outliers import config, mesh
 from beyond_outliers.model import dot, layers
@@ -42,7 +43,8 @@ class Run(nn.Module):
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
     c, block = self.config, layers.Block
     if c.remat != "none":
-      block = nn.remat(block, policy=POLICIES[c.remat], prevent_cse=False)       # the scan already keeps XLA from merging
+      # A loop keeps XLA from merging what is recomputed with what was computed; where all layers are unrolled there is none.
+      block = nn.remat(block, policy=POLICIES[c.remat], prevent_cse=not c.unroll)
     scan = nn.scan(block, variable_axes=dict.fromkeys(("params", *SOWN), 0), split_rngs={"params": True},
                    in_axes=(nn.broadcast, nn.broadcast), length=self.length, unroll=c.unroll or self.length,
                    metadata_params={nn.PARTITION_NAME: "layers"})
@@ -76,8 +78,8 @@ class Stack(nn.Module):
     else:
       lengths = [length for _, length in runs]
       stack = nn.map_variables(Runs, ["params", *SOWN], mutable=True, init=self.is_initializing(),
-                               trans_in_fn=lambda variables: _map(variables, lambda tree: _split(tree, lengths)),
-                               trans_out_fn=lambda variables: _map(variables, _join))(self.config, runs, name="stack")
+                               trans_in_fn=lambda variables: _split(variables, lengths),
+                               trans_out_fn=lambda variables: _join(variables, lengths))(self.config, runs, name="stack")
     nn.share_scope(self, stack)
     return stack(x_BxLxD, segment_ids_BxL, positions)
 
@@ -89,18 +91,27 @@ class Stack(nn.Module):
     return tuple((makers, len(list(group))) for makers, group in itertools.groupby(each))
 
 
-def _map(variables: dict[str, Any], fn: Callable[[Any], Any]) -> dict[str, Any]:
-  return {collection: fn(tree) for collection, tree in variables.items()}
-
-
-def _split(stacked: Any, lengths: list[int]) -> dict[str, Any]:
+def _split(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+  """The parameters of each run. What was sown before stays outside: it only comes out of a module."""
   ends = list(itertools.accumulate(lengths))
-  return {f"run_{i}": jax.tree.map(lambda x, a=end - length, b=end: x[a:b], stacked)
-          for i, (end, length) in enumerate(zip(ends, lengths, strict=True))}
+  return {"params": {f"run_{i}": jax.tree.map(lambda x, a=end - length, b=end: x[a:b], variables["params"])
+                     for i, (end, length) in enumerate(zip(ends, lengths, strict=True))}} if "params" in variables else {}
 
 
-def _join(runs: dict[str, Any]) -> Any:
-  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(runs[f"run_{i}"] for i in range(len(runs)))) if runs else runs
+def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
+  """One tree of the runs' in each collection. Depths that sowed nothing where others did hold NaN, or 0 for integers."""
+  joined = {}
+  for collection, runs in variables.items():
+    flat = [traverse_util.flatten_dict(runs.get(f"run_{i}", {})) for i in range(len(lengths))]
+    every = {path: leaf for tree in flat for path, leaf in tree.items()}
+    padded = [{path: tree[path] if path in tree else jax.tree.map(lambda x, n=n: _absent(x, n), like)
+               for path, like in every.items()} for tree, n in zip(flat, lengths, strict=True)]
+    joined[collection] = traverse_util.unflatten_dict(jax.tree.map(lambda *parts: jnp.concatenate(parts), *padded))
+  return joined
+
+
+def _absent(like: Any, length: int) -> Any:
+  return jnp.full((length, *like.shape[1:]), jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)
 
 
 class Transformer(nn.Module):
@@ -145,7 +156,7 @@ class Transformer(nn.Module):
       return self.head(x_BxLxD).astype(layers.at_least_float32(self.config.dtype))
     dtype = jnp.dtype(self.config.dtype)
     rows = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(dtype)
-    y = self.head_dot_general(rows, self.table(), (((1,), (1,)), ((), ())))
+    y = self.head_dot_general(rows, layers.as_operand(self.table(), dtype), (((1,), (1,)), ((), ())))
     return y.reshape(*x_BxLxD.shape[:-1], self.config.vocab).astype(layers.at_least_float32(dtype))
 
 

@@ -183,6 +183,17 @@ def test_what_depths_that_differ_sow_comes_back_in_order():
     np.testing.assert_array_equal(leaf, [[1, 1], [1, 1], [2, 2]])
 
 
+def test_depths_that_sow_nothing_hold_nan():
+  kinds = {"layers/0/mlp/up": lambda: Dot(1.0), "layers/2/mlp/up": lambda: Dot(2.0), "layers/2/mlp/down": lambda: Dot(3.0)}
+  model = transformer.Transformer(STUDY, kinds.get)
+  shapes = nn.unbox(transformer.boxed_shapes(model))                  # modules sow while they are initialised, too
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, random_params(transformer.Transformer(STUDY)))
+  sown = run(model, random_params(model), TOKENS, mutable=["statistics"])[1]["statistics"]["layers"]["mlp"]
+  up, down = jax.tree.leaves(sown["up"]), jax.tree.leaves(sown["down"])
+  np.testing.assert_array_equal(up, [[[1, 1], [np.nan] * 2, [2, 2]]])
+  np.testing.assert_array_equal(down, [[[np.nan] * 2, [np.nan] * 2, [3, 3]]])
+
+
 @pytest.mark.parametrize(("remat", "unroll"),
                          [("none", 2), ("none", 0), *((name, 1) for name in transformer.POLICIES), ("full", 0)])
 def test_remat_and_unroll_change_nothing(remat, unroll):
