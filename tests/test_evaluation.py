@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from beyond_outliers import evaluation
+from beyond_outliers import config, evaluation, mesh, train
+from configs import adamw
 
 
 def identity(batch):
@@ -76,3 +77,19 @@ def test_a_loss_that_is_not_a_number_stays_visible():
   batch = {"nll": np.array([[1.0, np.nan]]), "documents": np.array([[1, 2]])}
   result = evaluation.evaluate(identity, [batch], 10)
   assert math.isnan(result["loss"]) and math.isnan(result["perplexity"]) and result["tokens"] == 2
+
+
+def test_a_target_without_weight_counts_nowhere():
+  """Through the compiled step: neither the first target of a masked document, nor padding, nor rows beyond the end."""
+  tiny = "nano,model.blocks=1,model.d_head=4,data.vocab=32,context=8,batch_size=8"
+  program = train.build(config.resolve(adamw.get_config(tiny)))
+  params = program.init().params
+  rng = np.random.default_rng(0)
+  batch = {"tokens": rng.integers(0, 32, (8, 8)), "targets": rng.integers(0, 32, (8, 8)),
+           "positions": np.tile(np.arange(8), (8, 1)), "segment_ids": np.repeat(np.arange(1, 9)[:, None], 8, 1)}
+  batch = {name: array.astype(np.int32) for name, array in batch.items()} | {"weights": np.ones((8, 8), np.float32)}
+  batch["weights"][2, 3], batch["weights"][5:] = 0, 0
+  token_losses = lambda batch: tuple(map(np.asarray, program.eval_step(params, mesh.put_batch(batch, program.mesh))))
+  result = evaluation.evaluate(token_losses, [batch], None)
+  assert (result["documents"], result["tokens"]) == (5, 39)
+  assert result["loss"] == pytest.approx(math.log(32), rel=0.05), "an untrained model knows nothing"

@@ -25,11 +25,12 @@ class Device:
   """A device that takes 2 s a step while the host goes on at once, and a clock that moves when the host waits for it."""
   def __init__(self, monkeypatch):
     self.now = self.done = 100.0
+    self.pace = 2.0
     monkeypatch.setattr(loop.time, "perf_counter", lambda: self.now)
 
   def train_step(self, state, batch):
     state, metrics = train_step(state, batch)
-    self.done = max(self.done, self.now) + 2.0
+    self.done = max(self.done, self.now) + self.pace
     return state, {name: Pending(value, self, self.done) for name, value in metrics.items()}
 
 
@@ -105,6 +106,15 @@ def test_rows_have_the_names_that_users_hold_on_to(device):
   assert sink[1]["memory_bytes"] > 2**20
   assert "parameter_norm" not in sink[-1] and "update_norm" not in sink[-1], "worked out on their own steps only"
   json.dumps(sink)
+
+
+def test_speed_is_that_of_the_steps_since_the_last_row(device):
+  sink = Rows()
+  slow_down = lambda number, state, metrics: setattr(device, "pace", 8.0 if number >= 3 else 2.0)
+  loop.fit(device.train_step, start(), iter([1.0] * 9), [make_log([sink], loop.Clock()), slow_down], 7)
+  assert [row["seconds_per_step"] for row in sink] == [2.0, 5.0, 8.0, 8.0]
+  assert [row["tokens_per_second"] for row in sink] == [50.0, 20.0, 12.5, 12.5]
+  assert [row["seconds_left"] for row in sink] == [10.0, 15.0, 8.0, 0.0]
 
 
 def test_a_row_is_held_back_while_the_next_step_runs(device):

@@ -132,13 +132,17 @@ def test_token_ids_train_no_tokenizer(make_config, write_jsonl):
                  log=quiet)
 
 
-def test_the_tokenizer_sees_training_documents_only(make_config, write_jsonl, monkeypatch):
+@pytest.mark.parametrize("reader", ["shards", "tfds"])
+@pytest.mark.parametrize("validation", ["newest:5", "fraction:0.3"])
+def test_the_tokenizer_sees_training_documents_only(tmp_path, make_config, texts, monkeypatch, reader, validation):
   seen = []
   train = tokenizers.train_sentencepiece
   monkeypatch.setattr(tokenizers, "train_sentencepiece", lambda texts, vocab: seen.extend(texts) or train(texts, vocab))
-  texts = make_texts(30)
-  data.prepare(make_config(path=write_jsonl(texts), tokenizer="sentencepiece", vocab=320), log=quiet)
-  assert seen == texts[:-5]
+  path = array_records.write(iter(texts), str(tmp_path))
+  dataset = data.prepare(make_config(source="tfds", path=path, reader=reader, validation=validation, tokenizer="sentencepiece",
+                                     vocab=320), log=quiet)
+  held = decoded(dataset, "validation")
+  assert seen == [text for text in texts if text not in held] and len(seen) + len(held) == len(texts)
 
 
 # ---- once, and whole ----
