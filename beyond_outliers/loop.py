@@ -49,8 +49,10 @@ class Clock:
     """Stops counting once the step that made `metrics` is done."""
     jax.block_until_ready(metrics)
     self._before, self._start = self.seconds(), None
-    yield
-    self._start = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._start = time.perf_counter()
 
 
 class Log:
@@ -91,7 +93,8 @@ class Log:
     a_step = (seconds - seconds_then) / max(step - then, 1)
     flops = self._flops / a_step
     row = {"step": step, **{name: value for name, value in values.items() if not np.isnan(value) or name == "train/loss"}}
-    row |= {f"lr/{label}": float(schedule(step - 1)) for label, schedule in self._schedules.items()}
+    updates = step - 1 - int(values["skipped"])                      # skipped ones don't move the schedule
+    row |= {f"lr/{label}": float(schedule(updates)) for label, schedule in self._schedules.items()}
     row |= {"tokens": step * self._tokens, "tokens_per_second": self._tokens / a_step, "flops_per_second": flops,
             "peak_share": flops / self._peak, "seconds_per_step": a_step, "seconds": seconds,
             "seconds_left": a_step * (self._num_steps - step), "memory_bytes": hardware.memory_bytes()}
@@ -161,11 +164,19 @@ class Profile:
 
   def __init__(self, directory: Any, first: int, steps: int):
     self._directory, self._first, self._last = str(directory), first, first + steps - 1
+    self._running = False                        # a run that resumes within these steps takes no trace
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     if step == self._first - 1:
       jax.block_until_ready(metrics)
       jax.profiler.start_trace(self._directory)
+      self._running = True
     elif step == self._last:
       jax.block_until_ready(metrics)
+      self.close()
+
+  def close(self) -> None:
+    """Ends a trace that is being taken."""
+    if self._running:
       jax.profiler.stop_trace()
+      self._running = False

@@ -27,14 +27,17 @@ def main(argv: list[str]) -> None:
   if DISTRIBUTED.value == "auto":
     jax.distributed.initialize()
   elif DISTRIBUTED.value:
-    address, count, index = DISTRIBUTED.value.split(",")
+    parts = DISTRIBUTED.value.split(",")
+    if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
+      raise config.ConfigError(f"--distributed = {DISTRIBUTED.value!r}: expected 'auto' or HOST:PORT,COUNT,INDEX")
+    address, count, index = parts
     jax.distributed.initialize(address, int(count), int(index))
   sys.exit(EXIT_CODES[train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)])
 
 
 def default_workdir(c: config.Config) -> str:
   """runs/<name of the config file>-<size>."""
-  path = config_flags.get_config_filename(flags.FLAGS["config"])
+  path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
   return os.path.join("runs", f"{os.path.splitext(os.path.basename(path))[0]}-{c.size}")
 
 

@@ -103,9 +103,10 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, seed: 
   return train_step
 
 
-def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], jax.Array]:
-  """eval_step(params, batch) -> weighted negative log-likelihood of every target, [B, L]: 0 where the weight is 0."""
+def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+  """eval_step(params, batch) -> (negative log-likelihood of every target in nats, segment it counts for or 0), [B, L] both."""
   def eval_step(params, batch):
+    counts = batch["weights"] > 0
     nll_BxL = token_losses(model, params, batch, mask_documents)
-    return jnp.where(batch["weights"] > 0, nll_BxL * batch["weights"], 0)
+    return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
   return eval_step

@@ -31,7 +31,7 @@ class Program:
   state: step_lib.TrainState                # ShapeDtypeStructs with shardings
   batch: dict[str, jax.ShapeDtypeStruct]
   train_step: Any                           # jitted (state, batch) -> (state, metrics); donates the state
-  eval_step: Any                            # jitted (params, batch) -> (nll_BxL, segment_ids_BxL), whole on every process
+  eval_step: Any                            # jitted (params, batch) -> (nll_BxL, document_BxL or 0), whole on every process
 
   def init(self) -> step_lib.TrainState:
     """The state a run begins with, created where it lives."""
@@ -59,11 +59,10 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
 
   step = step_lib.make_train_step(step_lib.make_loss_fn(model, c.data.mask_documents), optimizer.tx, seed=c.seed,
                                   micro_batches=c.micro_batches, norms_every=c.log.every)
-  eval_step = step_lib.make_eval_step(model, c.data.mask_documents)
   return Program(
     c, mesh, model, optimizer, state, batch,
     jax.jit(step, out_shardings=(shardings, None), donate_argnums=0),
-    jax.jit(lambda p, b: (eval_step(p, b), b["segment_ids"]), out_shardings=everywhere))
+    jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere))
 
 
 def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None,
@@ -98,6 +97,7 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     first = int(state.step)
     if first >= c.steps:
       say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
+      workdir.set_status("done", first)
       checkpoints.close()
       return "done"
     batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed,
@@ -132,10 +132,12 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     except loop.Stop as stop:
       status, reason = stop.status, stop.reason
     except BaseException as error:
-      workdir.set_status("failed", first, f"{type(error).__name__}: {error}")
+      workdir.set_status("failed", max([first, *checkpoints.steps()]), f"{type(error).__name__}: {error}")
       raise
     finally:
-      save.close()
+      for hook in hooks:
+        if isinstance(hook, loop.Save | loop.Profile):
+          hook.close()
       batches.close()
       checkpoints.close()
       for sink in sinks:

@@ -164,8 +164,9 @@ class Console:
 
   def write(self, row: Row) -> None:
     if "eval/loss" in row:
+      bits = f"{row['eval/bits_per_byte']:.4f} bits per byte · " if row["eval/bits_per_byte"] is not None else ""
       self.line(f"step {row['step']:>6} · validation loss {row['eval/loss']:.4f} ± {row['eval/loss_stderr']:.4f} nats · "
-                f"perplexity {row['eval/perplexity']:.2f} · {row['eval/bits_per_byte']:.4f} bits per byte · "
+                f"perplexity {row['eval/perplexity']:.2f} · {bits}"
                 f"{row['eval/documents']} documents, {row['eval/seconds']:.1f} s")
     elif "train/loss" in row:
       left = datetime.timedelta(seconds=round(row["seconds_left"]))
@@ -186,7 +187,8 @@ class Console:
 
   def close(self) -> None:
     if self._open:
-      self.line("")
+      self._file.write("\n")
+      self._open = False
 
 
 def _now() -> str:

@@ -45,26 +45,27 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.data.prefetch = 4                        # batches read ahead
 
   c.model = config_dict.ConfigDict()
-  c.model.vocab = c.data.get_ref("vocab")
-  c.model.blocks = shape["blocks"]
-  c.model.heads = shape["heads"]
+  c.model.vocab = c.data.get_ref("vocab").identity()                # set data.vocab
+  c.model.blocks = shape["blocks"]           # attention and MLP, one after the other
+  c.model.heads = shape["heads"]             # query heads
   c.model.kv_heads = c.model.get_ref("heads") // 3            # grouped-query attention, three query heads a KV head
-  c.model.d_head = shape["d_head"]
-  c.model.d_model = c.model.get_ref("heads") * c.model.get_ref("d_head")
-  c.model.mlp_hidden = c.model.get_ref("d_model") * 4
+  c.model.d_head = shape["d_head"]           # width of a head
+  c.model.d_model = c.model.get_ref("heads") * c.model.get_ref("d_head")                # width of the residual stream
+  c.model.mlp_hidden = c.model.get_ref("d_model") * 4         # width inside the MLP
   c.model.mlp = "relu2"                      # relu2: down(relu(up x)²) | swiglu: down(silu(gate x) · up x)
   c.model.norm_placement = "post"            # post: x + norm(f(x)) | pre: x + f(norm(x))
   c.model.norm_eps = 1.1920928955078125e-07  # of every RMSNorm: float32's machine epsilon
   c.model.qk_norm = "l2"                     # l2: after RoPE, a head, no gain | rms: before RoPE, whole projection | none
   c.model.attention_scale = "learned"        # learned: one scalar a head, from sqrt(d_head) | rsqrt: 1/sqrt(d_head)
   c.model.rope_layout = "interleaved"        # interleaved (pairs 2i, 2i+1) | half (pairs i, i + d_head/2)
-  c.model.rope_base = 1024.0
+  c.model.rope_base = 1024.0                 # of the rotary embedding's wavelengths
   c.model.tied = True                        # the head is the embedding
   c.model.init_std = 0.02                    # normal initialisation of every matrix; gains start at 1
   c.model.dtype = "bfloat16" if study else "float32"          # what the matrices multiply in; parameters are float32
   c.model.attention = "blockwise"            # plain | blockwise (skips what the causal mask hides) | fused (cuDNN on GPU)
   c.model.unroll = 0 if shape["blocks"] <= 4 else 1           # blocks unrolled a scan iteration; 0: all, which CPUs prefer
-  c.model.remat = "none"                     # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes (with unroll > 0)
+  # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes; saves memory where unroll is not 0
+  c.model.remat = "none"                     # row of model.transformer.POLICIES
 
   c.schedule = config_dict.ConfigDict()      # of every group's learning rate, in fractions of the run
   c.schedule.name = "trapezoidal"            # trapezoidal | cosine (after the warm-up) | constant (after the warm-up)
@@ -73,7 +74,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.schedule.start = 0.001                   # of the peak, at step 1
   c.schedule.end = 0.0                       # of the peak, after the last step
 
-  c.steps = shape["steps"] if "steps" in shape else _steps(c)
+  c.steps = shape["steps"] if "steps" in shape else _steps(c)          # updates; nano's are set so that it takes minutes
 
   c.checkpoint = config_dict.ConfigDict()
   c.checkpoint.every = (c.get_ref("steps") + 3) // 4          # steps; the last step is always saved
@@ -84,7 +85,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.eval = config_dict.ConfigDict()
   c.eval.every = (c.get_ref("steps") + 2) // 3                # steps; the last step is always evaluated
   c.eval.documents = 0                       # of the validation split, from its start; 0: all
-  c.eval.batch_size = c.get_ref("batch_size") * 1
+  c.eval.batch_size = c.get_ref("batch_size").identity()           # windows, over all devices
 
   c.log = config_dict.ConfigDict()
   c.log.every = 10                           # steps
@@ -103,6 +104,9 @@ def optimizer(name: str, **hyperparameters) -> config_dict.ConfigDict:
     "vector": {"paths": r".*/gain|.*/scale"},                 # norm gains and attention scales
     "hidden": {"paths": r"layers/.*/kernel|head/kernel"},     # the matrices of the blocks, and an untied head
   }, sort_keys=False)
+  for group in c.groups.values():
+    for key in ("name", *hyperparameters):
+      group[key] = c.get_ref(key).identity()                  # the optimizer's, unless the group is given its own
   return c
 
 

@@ -47,7 +47,7 @@ def test_batches_and_the_recorded_loss_agree(workdir):
   run = runs.open(workdir)
   eval_step = jax.jit(step.make_eval_step(run.model, run.config.data.mask_documents))
   params = run.params()
-  got = evaluation.evaluate(lambda batch: (np.asarray(eval_step(params, dict(batch))), batch["segment_ids"]),
+  got = evaluation.evaluate(lambda batch: jax.tree.map(np.asarray, eval_step(params, dict(batch))),
                             run.batches("validation"), run.dataset.bytes("validation"))
   recorded = run.metrics()
   np.testing.assert_allclose(got["loss"], recorded["eval/loss"].iloc[-1], rtol=1e-6)

@@ -10,10 +10,8 @@ import pytest
 from beyond_outliers import checkpoint, config, data, mesh, runs, train, writers
 
 # Of this file's run, written down when gradients and AdamW had been checked against their references.
-# Of this file's run, written down when gradients and AdamW had been checked against their references.
 GOLDEN_LOSSES = [5.595093, 5.397686, 5.135474, 4.946083, 4.759133, 4.614847, 4.44278, 4.265647,
                  4.079678, 3.904621]
-                 4.075043, 3.858746]
 
 
 def quiet(text):
