@@ -38,8 +38,9 @@ class Checkpoints:
     if read_only:
       manager_options = ocp.CheckpointManagerOptions(read_only=True)
     else:
+      assert options is not None          # only a reader goes without
       self.directory.mkdir(parents=True, exist_ok=True)
-      keep = [preservation_policy.LatestN(options.keep)]
+      keep: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(options.keep)]
       if options.keep_every:
         keep.append(preservation_policy.EveryNSteps(options.keep_every))
       manager_options = ocp.CheckpointManagerOptions(
@@ -79,7 +80,7 @@ class Checkpoints:
       if not damage:
         self._check_structure(candidate, state)
         try:
-          restored = self._manager.restore(candidate, args=ocp.args.Composite(
+          restored: Any = self._manager.restore(candidate, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
           return candidate, restored.state, restored.data, restored.clock
         except (ValueError, KeyError, OSError) as error:       # what Orbax raises for unreadable files
@@ -213,6 +214,7 @@ def _files(directory: epath.Path) -> list[str]:
 
 def _sha256(path: epath.Path) -> str:
   with path.open("rb") as file:
+    # pyrefly: ignore[bad-argument-type]  (etils says only IO; it is a file like any)
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -39,7 +39,8 @@ class Clock:
   """Seconds spent training, over all parts of a run; evaluation and checkpoints don't count."""
 
   def __init__(self, seconds: float = 0.0):
-    self._before, self._start = seconds, time.perf_counter()         # _start: None while paused
+    self._before = seconds
+    self._start: float | None = time.perf_counter()                  # None while paused
 
   def seconds(self) -> float:
     return self._before + (time.perf_counter() - self._start if self._start is not None else 0.0)

@@ -36,7 +36,7 @@ def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask
 
   Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
   masks = (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
-  logits_BxLxV = model.apply({"params": params}, batch["tokens"], *masks)
+  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks)
   nll_T = loss.cross_entropy(logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), batch["targets"].reshape(-1))
   return nll_T.reshape(batch["targets"].shape)
 

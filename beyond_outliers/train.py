@@ -49,7 +49,7 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   params, param_shardings = nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)
   optimizer = optim.build(c.optimizer, params, c.steps, schedule=c.schedule, axes=transformer.axes(model))
 
-  everywhere = mesh_lib.replicated(mesh)
+  everywhere: Any = mesh_lib.replicated(mesh)          # Any: below, a TrainState holds shardings in the places of arrays
   state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx), params)
   shardings = step_lib.TrainState(everywhere, param_shardings, optimizer.state_shardings(param_shardings), everywhere, everywhere)
   state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
@@ -121,8 +121,8 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
                    peak_flops=peak * mesh.size, num_steps=c.steps, first_step=first, max_skipped=c.max_skipped_updates)
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)
-    hooks = [log, loop.Evaluate(c.eval.every, _validation(program, dataset), sinks, clock, num_steps=c.steps, before=log.flush),
-             save]
+    evaluate = loop.Evaluate(c.eval.every, _validation(program, dataset), sinks, clock, num_steps=c.steps, before=log.flush)
+    hooks: list[loop.Hook] = [log, evaluate, save]
     if c.log.profile_step:
       hooks.append(loop.Profile(workdir.path / "profile", c.log.profile_step, c.log.profile_steps))
 
@@ -203,7 +203,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: writers.Workdir)
   """The first start's manifest, with every later start of the same workdir listed under `resumed`."""
   now = writers.manifest({
     "parameters": transformer.count(program.state.params),
-    "data": {"directory": str(dataset.directory), "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
+    "data": {"directory": dataset.directory, "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
   })
   before = workdir.read("manifest.json")
   if before is None:

@@ -45,7 +45,7 @@ class Documents(tfds.core.GeneratorBasedBuilder):
     if self._ids_dtype is None:
       yield from ({"text": text} for text in self._documents)
     else:
-      yield from ({"tokens": ids.astype(self._ids_dtype)} for ids in self._documents)
+      yield from ({"tokens": np.asarray(ids, self._ids_dtype)} for ids in self._documents)
 
   def _download_and_prepare(self, dl_manager, download_config=None):
     """In order, in no memory. TFDS's own way shuffles, in memory up to a gigabyte and beyond it in TensorFlow's files."""
@@ -54,7 +54,7 @@ class Documents(tfds.core.GeneratorBasedBuilder):
     writer = sequential_writer.SequentialWriter(info, max_examples_per_shard=SHARD_RECORDS, file_format="array_record")
     splits = self._split_generators(dl_manager)
     writer.initialize_splits(list(splits))
-    writer.add_examples(splits)
+    writer.add_examples(splits)     # pyrefly: ignore[bad-argument-type]  (TFDS says list; it only iterates)
     writer.close_all()
     self.info.set_splits(info.splits)
 

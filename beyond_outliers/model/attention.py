@@ -67,7 +67,7 @@ def _blockwise_backward(residuals, g_BxLxHxDh):
   q_BxKxGxLxDh, g_BxKxGxLxDh = _heads_first(q_BxLxHxDh, K), _heads_first(g_BxLxHxDh, K)
   k_BxKxLxDh, v_BxKxLxDh = k_BxLxKxDh.swapaxes(1, 2), v_BxLxKxDh.swapaxes(1, 2)
   mean_BxKxGxL = jnp.sum(g_BxKxGxLxDh.astype(wide) * _heads_first(y_BxLxHxDh, K), axis=-1)
-  dq, dk_BxKxLxDh, dv_BxKxLxDh = [], 0, 0
+  dq, dk_BxKxLxDh, dv_BxKxLxDh = [], jnp.zeros((), wide), jnp.zeros((), wide)
   for start, end in _blocks(L):
     q_BxKxGxSxDh, g_BxKxGxSxDh = q_BxKxGxLxDh[:, :, :, start:end], g_BxKxGxLxDh[:, :, :, start:end]
     k_BxKxExDh, v_BxKxExDh = k_BxKxLxDh[:, :, :end], v_BxKxLxDh[:, :, :end]

@@ -202,6 +202,7 @@ def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np
 def _place(read: Reader, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
   if sharding is None:
     return jnp.asarray(read((slice(None),) * len(shape)))
+  # pyrefly: ignore[bad-argument-type]  (JAX says Index | None; a shard has an index)
   return jax.make_array_from_callback(shape, sharding, read)
 
 

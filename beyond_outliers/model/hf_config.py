@@ -12,7 +12,7 @@ from beyond_outliers import config
 class Family(NamedTuple):
   """One `model_type`: the switches of `config.Model` that make it, and its name of each of our parameters."""
   architecture: str
-  switches: Mapping[str, str]
+  switches: Mapping[str, Any]
   names: Mapping[str, str]          # path of ours -> name of theirs; {} stands for the depth
 
 

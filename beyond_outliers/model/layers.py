@@ -55,7 +55,7 @@ class RmsNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     init = nn.with_logical_partitioning(nn.initializers.ones, ("vector",))
-    gain = self.param("gain", init, (x.shape[-1],), jnp.float32)
+    gain: Any = self.param("gain", init, (x.shape[-1],), jnp.float32)
     x = x.astype(at_least_float32(x.dtype))
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * gain.astype(x.dtype)
 
@@ -126,7 +126,7 @@ class Attention(nn.Module):
       q_BxLxHxDh, k_BxLxKxDh = l2_normalize(q_BxLxHxDh), l2_normalize(k_BxLxKxDh)
     if c.attention_scale == "learned":
       init = nn.with_logical_partitioning(nn.initializers.constant(c.d_head**0.5), ("vector",))
-      scale_H = self.param("scale", init, (c.heads,), jnp.float32)
+      scale_H: Any = self.param("scale", init, (c.heads,), jnp.float32)
       q_BxLxHxDh = q_BxLxHxDh * scale_H[:, None].astype(q_BxLxHxDh.dtype)
     else:
       q_BxLxHxDh = q_BxLxHxDh * c.d_head**-0.5
