@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 def measure(c: config.Config, repeats: int) -> dict[str, Any]:
   """All figures as one flat dictionary; seconds, bytes, FLOP/s."""
   program = train.build(c)
-  dataset = data.prepare(c.data)
+  dataset = data.prepare(c.data, log=lambda text: print(text, file=sys.stderr))
   result: dict[str, Any] = {"config": c.size, "dtype": c.model.dtype, "device": jax.devices()[0].device_kind,
                             "devices": jax.device_count()}
   for dtype in ("float32", "bfloat16"):
