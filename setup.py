@@ -27,7 +27,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*", "configs"]),
+  packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*"]),
   install_requires=[
     "jax>=0.10.2,<0.11",
     "flax>=0.12.8,<0.13",

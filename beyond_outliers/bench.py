@@ -55,24 +55,25 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
     result["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
 
     batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed)
-    batch = mesh_lib.put_batch(next(batches), program.mesh)
+    batch = mesh_lib.put_batch(next(batches), program.mesh, c.batch_size)
     loss_fn = step_lib.make_loss_fn(program.model, c.data.mask_documents)
     key = jax.random.key(0)
-    forward = jax.jit(lambda params: loss_fn(params, batch, key)[0])
-    both = jax.jit(lambda params: step_lib.accumulate(loss_fn, c.micro_batches)(params, batch, key))
+    forward = jax.jit(lambda params, batch: loss_fn(params, batch, key)[0])
+    both = jax.jit(lambda params, batch: step_lib.accumulate(loss_fn, c.micro_batches)(params, batch, key))
     holder = [program.init()]
 
     def step():
       holder[0], metrics = compiled(holder[0], batch)
       return metrics
 
-    result["forward_seconds"] = median_seconds(lambda: forward(holder[0].params), repeats)
-    forward_backward = median_seconds(lambda: both(holder[0].params), repeats)
+    result["forward_seconds"] = median_seconds(lambda: forward(holder[0].params, batch), repeats)
+    forward_backward = median_seconds(lambda: both(holder[0].params, batch), repeats)
     result["step_seconds"] = median_seconds(step, repeats)
     result["backward_seconds"] = forward_backward - result["forward_seconds"]
     result["optimizer_seconds"] = result["step_seconds"] - forward_backward
-    result["input_seconds"] = median_seconds(lambda: mesh_lib.put_batch(next(batches), program.mesh), repeats)
+    result["input_seconds"] = median_seconds(lambda: mesh_lib.put_batch(next(batches), program.mesh, c.batch_size), repeats)
     result["loop_overhead"] = loop_overhead(program, compiled, holder.pop(), batches, steps=max(3 * repeats, 20))
+    result["reading_tokens_per_cpu_second"] = reading(batches, c.batch_size * c.context)
     batches.close()
 
   tokens = c.batch_size * c.context
@@ -95,11 +96,20 @@ def loop_overhead(program: train.Program, train_step: Any, state: step_lib.Train
     spent.append(time.perf_counter() - began[-1])
     return state, metrics
 
-  first = int(state.step)
-  log = loop.Log(c.log.every, [], loop.Clock(), dict(program.optimizer.schedules), tokens_per_step=1, flops_per_step=1.0,
-                 peak_flops=1.0, num_steps=first + steps, first_step=first, max_skipped=c.max_skipped_updates)
-  loop.fit(timed, state, (mesh_lib.put_batch(batch, program.mesh) for batch in batches), [log], first + steps)
+  end = int(state.step) + steps
+  log = loop.Log(c.log.every, [], loop.Clock(), state, tokens_per_step=1, flops_per_step=1.0, peak_flops=1.0, num_steps=end,
+                 max_skipped=c.max_skipped_updates)
+  loop.fit(timed, state, (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in batches), [log], end)
   return 1 - sum(spent[1:]) / (time.perf_counter() - began[1])
+
+
+def reading(batches: Any, tokens: int, seconds: float = 2.0) -> float:
+  """Tokens that the data pipeline hands out a second of CPU time, all threads of this process together."""
+  count, start = 0, time.process_time()
+  while time.process_time() - start < seconds:
+    next(batches)
+    count += 1
+  return count * tokens / (time.process_time() - start)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -111,6 +121,7 @@ def table(result: dict[str, Any]) -> str:
   rows += [(f"  {part}", f"{r[f'{part}_seconds'] * 1e3:,.1f} ms  {r[f'{part}_seconds'] / step:>6.1%}")
            for part in ("forward", "backward", "optimizer")]
   rows += [("input (read ahead while a step runs)", f"{r['input_seconds'] * 1e3:,.1f} ms"),
+           ("reading alone", f"{r['reading_tokens_per_cpu_second'] / 1e6:,.1f} million tokens a CPU-second"),
            ("loop overhead, 1 − Σ steps / wall", f"{r['loop_overhead']:.1%}"),
            ("throughput", f"{r['tokens_per_second']:,.0f} tokens/s"),
            ("model FLOP/s", f"{r['flops_per_second'] / 1e9:,.0f} GFLOP/s, {r['peak_share']:.1%} of peak ({r['peak_source']})"),

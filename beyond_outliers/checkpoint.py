@@ -9,6 +9,7 @@ import concurrent.futures
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from beyond_outliers import config
+from beyond_outliers import config, mesh
 
 SUMS = "sha256.json"
 
@@ -36,7 +37,7 @@ class Checkpoints:
     self._verify = options is None or options.verify
     self._read_only = read_only
     if read_only:
-      manager_options = ocp.CheckpointManagerOptions(read_only=True)
+      manager_options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
       assert options is not None          # only a reader goes without
       self.directory.mkdir(parents=True, exist_ok=True)
@@ -72,41 +73,29 @@ class Checkpoints:
     (left in place when read-only or asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is stored has other
     shapes, types or names than `state`."""
-    candidates = self.steps()[::-1] if step is None else [step]
-    if step is not None and step not in self.steps():
-      raise CheckpointError(f"{self.directory}: no checkpoint {step}; there are {self.steps()}")
-    for candidate in candidates:
-      damage = self._damage(candidate)
-      if not damage:
-        self._check_structure(candidate, state)
-        try:
-          restored: Any = self._manager.restore(candidate, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
-          return candidate, restored.state, restored.data, restored.clock
-        except (ValueError, KeyError, OSError) as error:       # what Orbax raises for unreadable files
-          damage = str(error).splitlines()[0]
-      if step is not None:
-        raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
-      self._set_aside(candidate, damage)
-    if candidates:
-      raise CheckpointError(f"{self.directory}: every checkpoint is damaged ({candidates}); start in another workdir")
-    return None
+    def read(candidate: int) -> Any:
+      self._check_structure(candidate, state)
+      return self._manager.restore(candidate, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
 
-  def restore_params(self, shardings: Any, step: int | None = None) -> tuple[int, Any]:
-    """(step, parameters) alone, on any mesh. shardings: a tree of ShapeDtypeStructs with shardings, like the parameters."""
-    partial = {"params": shardings}
-    candidates = self.steps()[::-1] if step is None else [step]
-    if not candidates or (step is not None and step not in self.steps()):
-      raise CheckpointError(f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {self.steps()}")
-    for candidate in candidates:
-      damage = self._damage(candidate)
-      if not damage:
-        with ocp.PyTreeCheckpointer() as reader:
-          restored = reader.restore(self.directory / str(candidate) / "state", args=ocp.args.PyTreeRestore(
-            item=partial, restore_args=ocp.checkpoint_utils.construct_restore_args(partial), partial_restore=True))
-        return candidate, restored["params"]
-      logging.warning("checkpoint %s is damaged (%s); trying an older one", self.directory / str(candidate), damage)
-    raise CheckpointError(f"{self.directory}: every checkpoint is damaged ({candidates})")
+    if step is None and not self.steps():
+      return None
+    found, restored = self._newest_intact(step, read)
+    return found, restored.state, restored.data, restored.clock
+
+  def restore_params(self, params: Any, step: int | None = None) -> tuple[int, Any]:
+    """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings. Errors: as `restore`, and
+    CheckpointError when there is no checkpoint."""
+    partial = {"params": params}
+
+    def read(candidate: int) -> Any:
+      self._check_structure(candidate, partial, part="params/")
+      with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(self.directory / str(candidate) / "state", args=ocp.args.PyTreeRestore(
+          item=partial, restore_args=ocp.checkpoint_utils.construct_restore_args(partial), partial_restore=True))
+
+    found, restored = self._newest_intact(step, read)
+    return found, restored["params"]
 
   def params_shapes(self, step: int | None = None) -> Any:
     """What a checkpoint's parameters look like: a tree of ShapeDtypeStructs."""
@@ -130,9 +119,9 @@ class Checkpoints:
     self._manager.close()
 
   def _seal(self, directory: epath.Path) -> None:
-    while not directory.exists():                       # Orbax renames it into place when it is complete
-      if self._manager.directory is None or (not self._manager.is_saving_in_progress() and not directory.exists()):
-        return                                          # the write failed; wait() raises its error
+    while int(directory.name) not in self.steps():      # until Orbax has committed it
+      if not self._manager.is_saving_in_progress() and int(directory.name) not in self.steps():
+        return                                          # the write failed, as wait() will say
       time.sleep(0.02)
     try:
       sums = {name: _sha256(directory / name) for name in _files(directory)}
@@ -143,22 +132,47 @@ class Checkpoints:
       if directory.exists():
         raise
 
+  def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
+    """(step, what `read` makes of it), from the newest checkpoint that can be read, or from `step` alone."""
+    steps = self.steps()
+    if step not in (None, *steps) or not steps:
+      raise CheckpointError(f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}")
+    for candidate in steps[::-1] if step is None else [step]:
+      damage, result = self._damage(candidate), None
+      if not damage:
+        try:
+          result = read(candidate)
+        except CheckpointError:                           # another structure is no damage
+          raise
+        except Exception as error:                        # Orbax raises all kinds for files that it cannot read
+          damage = (str(error) or type(error).__name__).splitlines()[0]
+      damage = _agreed(damage)
+      if not damage:
+        return candidate, result
+      if step is not None:
+        raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
+      self._set_aside(candidate, damage)
+    raise CheckpointError(f"{self.directory}: every checkpoint is damaged ({steps}); start in another workdir")
+
   def _damage(self, step: int) -> str:
     """What is wrong with a checkpoint, empty if nothing. Process 0 reads the files, all learn the answer."""
     verdict = ""
     if self._verify and jax.process_index() == 0:
       directory = self.directory / str(step)
       if (directory / SUMS).exists():
-        verdict = _compare(directory, json.loads((directory / SUMS).read_text()))
+        verdict = _compare(directory)
       else:
         logging.warning("checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS)
-    return _from_first(verdict)
+    return mesh.from_first(verdict)
 
-  def _check_structure(self, step: int, state: Any) -> None:
-    """Orbax would silently cast another dtype, so names, shapes and dtypes are compared first."""
-    stored = self._manager.item_metadata(step)["state"]
-    have = {_name(path): (tuple(m.shape), np.dtype(m.dtype)) for path, m in jax.tree_util.tree_leaves_with_path(stored)}
-    want = {_name(path): (tuple(x.shape), np.dtype(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+  def _check_structure(self, step: int, state: Any, part: str = "") -> None:
+    """Orbax would silently cast another dtype, so names, shapes and dtypes are compared first; all, or those below `part`."""
+    def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+      named = ((jax.tree_util.keystr(path, simple=True, separator="/"), x)
+               for path, x in jax.tree_util.tree_leaves_with_path(tree))
+      return {name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)}
+
+    have, want = leaves(self._manager.item_metadata(step)["state"]), leaves(state)
     for name in sorted(have.keys() | want.keys()):
       if have.get(name) != want.get(name):
         raise CheckpointError(f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint and "
@@ -172,7 +186,7 @@ class Checkpoints:
         target = directory.parent / f"damaged-{step}-{time.time_ns()}"
         directory.rename(target)
         logging.warning("set aside as %s", target)
-      _from_first("renamed")
+      mesh.from_first("renamed")
       self._manager.reload()
 
 
@@ -189,16 +203,6 @@ def merge(data: dict[str, Any]) -> dict[str, Any]:
     for key, value in json.loads(bytes(row[:length])).items():
       merged[key] = {**merged[key], **value} if isinstance(value, dict) and key in merged else value
   return merged
-
-
-def _from_first(text: str) -> str:
-  """Process 0's text on every process."""
-  if jax.process_count() == 1:
-    return text
-  buffer = np.zeros(1024, np.uint8)
-  encoded = np.frombuffer(text.encode()[:1024], np.uint8)
-  buffer[: encoded.size] = encoded
-  return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="replace")
 
 
 def _files(directory: epath.Path) -> list[str]:
@@ -218,7 +222,11 @@ def _sha256(path: epath.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _compare(directory: epath.Path, sums: dict[str, str]) -> str:
+def _compare(directory: epath.Path) -> str:
+  try:
+    sums = json.loads((directory / SUMS).read_text())
+  except ValueError:
+    return f"{SUMS} is not readable"
   files = set(_files(directory))
   for name, expected in sums.items():
     if name not in files:
@@ -228,5 +236,8 @@ def _compare(directory: epath.Path, sums: dict[str, str]) -> str:
   return ""
 
 
-def _name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+def _agreed(damage: str) -> str:
+  """A process must not fall back while others go on: what one of them cannot read, none has read."""
+  if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(damage))).any():
+    return damage or "another process cannot read it"
+  return damage

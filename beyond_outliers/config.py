@@ -31,7 +31,8 @@ SIZES = {
 }
 
 # What a resumed run may change: none of it enters the numbers beyond the order of floating-point sums.
-MAY_CHANGE = ("mesh", "log", "checkpoint", "data.directory", "data.prefetch", "model.remat", "model.unroll", "model.attention")
+MAY_CHANGE = ("mesh", "log", "checkpoint", "data.directory", "data.prefetch", "model.remat", "model.unroll", "model.attention",
+              "micro_batches", "eval.batch_size")
 
 # Of a run's own numbers, outside the sections.
 MINIMUM = dict(seed=0, steps=1, batch_size=1, micro_batches=1, context=1, tokens_per_parameter=0, max_skipped_updates=1)
@@ -271,13 +272,11 @@ class Config:
 
 def resolve(config: Any) -> Config:
   """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key, type, value)."""
-  plain = _plain(config)
-  _require(isinstance(plain, Mapping), "config", plain, "expected a dictionary of sections")
+  _require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
   # First of all, because values of the sections are derived from these.
-  for field, bound in MINIMUM.items():
-    value = plain.get(field)
-    _require(not isinstance(value, int) or value >= bound, field, value, f"expected a whole number of at least {bound}")
-  return _build(Config, plain, "")
+  for field in MINIMUM:
+    _check_minimum(field, config.get(field))
+  return _build(Config, _plain(config), "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -322,6 +321,7 @@ def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:
   """Sets dotted keys of a ConfigDict in place. Errors: ConfigError with the nearest key, or the expected type."""
   for key, value in overrides.items():
+    _check_minimum(key, value)
     node, *rest = config, *key.split(".")
     for depth, name in enumerate(rest):
       known = node.keys() if hasattr(node, "keys") else ()
@@ -338,6 +338,11 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
       kind = type(node[rest[-1]]).__name__
       raise ConfigError(f"{key} = {value!r}: expected {kind}, got {type(value).__name__}") from None
   return config
+
+
+def _check_minimum(field: str, value: Any) -> None:
+  bound = MINIMUM.get(field)
+  _require(bound is None or not isinstance(value, int) or value >= bound, field, value, f"expected at least {bound}")
 
 
 def _unknown(path: str, name: str, known: Any) -> str:

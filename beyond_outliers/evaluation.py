@@ -16,8 +16,8 @@ def evaluate(token_losses: TokenLosses, batches: Iterable[Mapping[str, np.ndarra
   """Loss over all targets of a fixed set of documents, and how far it would move with other documents.
 
   num_bytes: UTF-8 bytes of those documents' text; None when unknown.
-  Returns loss (nats a target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte (all the nats of a document,
-  its end included, over its bytes; None if they are unknown), documents, tokens (targets)."""
+  Returns loss (nats a target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte (the nats of all
+  counted targets, a document's end among them, over the bytes; None if these are unknown), documents, tokens (targets)."""
   sums, counts = np.zeros(1), np.zeros(1)
   for batch in batches:
     nll_BxL, document_BxL = token_losses(batch)

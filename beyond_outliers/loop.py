@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+import optax
 
 from beyond_outliers import checkpoint, config, hardware, writers
 from beyond_outliers import step as step_lib
@@ -18,11 +19,11 @@ Hook = Callable[[int, step_lib.TrainState, Metrics], None]
 
 
 class Stop(Exception):
-  """Raised by a hook to end the run early; `status` goes to status.json."""
+  """Raised by a hook to end the run early after `step`; `status` and `reason` go to status.json."""
 
-  def __init__(self, status: str, reason: str):
+  def __init__(self, status: str, step: int, reason: str):
     super().__init__(reason)
-    self.status, self.reason = status, reason
+    self.status, self.step, self.reason = status, step, reason
 
 
 def fit(step_fn: Callable[..., tuple[step_lib.TrainState, Metrics]], state: step_lib.TrainState, batches: Iterator[Any],
@@ -57,20 +58,27 @@ class Clock:
 
 
 class Log:
-  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits for the host."""
+  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits for the host.
 
-  def __init__(self, every: int, sinks: Sequence[writers.Writer], clock: Clock, schedules: dict[str, Callable[[int], Any]], *,
-               tokens_per_step: int, flops_per_step: float, peak_flops: float, num_steps: int, first_step: int,
-               max_skipped: int):
-    self._every, self._sinks, self._clock, self._schedules = every, sinks, clock, schedules
+  Norms of the parameters and of their change are a program of their own, so that the steps between rows don't pay for them."""
+
+  def __init__(self, every: int, sinks: Sequence[writers.Writer], clock: Clock, state: step_lib.TrainState, *,
+               tokens_per_step: int, flops_per_step: float, peak_flops: float, num_steps: int, max_skipped: int):
+    self._every, self._sinks, self._clock = every, sinks, clock
     self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
     self._num_steps, self._max_skipped = num_steps, max_skipped
-    self._last = (first_step, clock.seconds())
+    self._last = (int(state.step), clock.seconds())
     self._pending: tuple[int, Metrics] | None = None
+    self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
+    self._norms = jax.jit(lambda new, old: {"parameter_norm": optax.tree.norm(new),
+                                            "update_norm": optax.tree.norm(optax.tree.sub(new, old))})
+    self._before = self._copy_before(int(state.step) + 1, state)
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     self.flush()
-    self._pending = (step, metrics)
+    norms = self._norms(state.params, self._before) if self._before is not None else {}
+    self._before = self._copy_before(step + 1, state)
+    self._pending = (step, {**metrics, **norms})
     if step == self._num_steps:
       self.flush()
 
@@ -78,14 +86,20 @@ class Log:
     """Writes what is held back. Errors: Stop("diverged")."""
     if self._pending is None:
       return
-    step, metrics = self._pending
-    self._pending = None
+    (step, metrics), self._pending = self._pending, None
     in_a_row = int(metrics["skipped_in_a_row"])                      # waits for that step, while the next one runs
-    if step % self._every == 0 or step == self._num_steps or in_a_row >= self._max_skipped:
-      self._write(step, {name: float(value) for name, value in metrics.items()})
+    if self._has_row(step) or in_a_row >= self._max_skipped:
+      self._write(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
     if in_a_row >= self._max_skipped:
-      raise Stop("diverged", f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
-                             "lower optimizer.learning_rate, or raise max_skipped_updates")
+      raise Stop("diverged", step, f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
+                                   "lower optimizer.learning_rate, or raise max_skipped_updates")
+
+  def _has_row(self, step: int) -> bool:
+    return step % self._every == 0 or step == self._num_steps
+
+  def _copy_before(self, step: int, state: step_lib.TrainState) -> Any:
+    """The parameters that `step` will change, if it gets a row: the step itself takes their buffers."""
+    return self._copy(state.params) if self._has_row(step) else None
 
   def _write(self, step: int, values: dict[str, float]) -> None:
     then, seconds_then = self._last
@@ -93,12 +107,9 @@ class Log:
     self._last = (step, seconds)
     a_step = (seconds - seconds_then) / max(step - then, 1)
     flops = self._flops / a_step
-    row = {"step": step, **{name: value for name, value in values.items() if not np.isnan(value) or name == "train/loss"}}
-    updates = step - 1 - int(values["skipped"])                      # skipped ones don't move the schedule
-    row |= {f"lr/{label}": float(schedule(updates)) for label, schedule in self._schedules.items()}
-    row |= {"tokens": step * self._tokens, "tokens_per_second": self._tokens / a_step, "flops_per_second": flops,
-            "peak_share": flops / self._peak, "seconds_per_step": a_step, "seconds": seconds,
-            "seconds_left": a_step * (self._num_steps - step), "memory_bytes": hardware.memory_bytes()}
+    row = {"step": step, **values, "tokens": step * self._tokens, "tokens_per_second": self._tokens / a_step,
+           "flops_per_second": flops, "peak_share": flops / self._peak, "seconds_per_step": a_step, "seconds": seconds,
+           "seconds_left": a_step * (self._num_steps - step), "memory_bytes": hardware.memory_bytes()}
     for sink in self._sinks:
       sink.write(row)
 
@@ -151,7 +162,7 @@ class Save:
         if preempted:
           self._checkpoints.wait()
     if preempted and step != self._num_steps:
-      raise Stop("preempted", "asked to stop (SIGTERM or Ctrl-C); the same command resumes")
+      raise Stop("preempted", step, "asked to stop (SIGTERM or Ctrl-C); the same command resumes")
 
   def close(self) -> None:
     """Gives the signals back."""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from beyond_outliers import config
@@ -42,7 +44,16 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
   if math.prod(sizes.values()) != len(devices):
     raise config.ConfigError(f"mesh = {axes}: the axes' product must be the number of devices, {len(devices)}")
   # jax's default axis type is Explicit, on which linen's logical partitioning fails.
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  types = (AxisType.Auto,) * 3
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+  # Slices of TPUs are joined by a slower network: only the data axis crosses it.
+  if sizes["data"] % slices:
+    raise config.ConfigError(f"mesh.data = {sizes['data']}: must be a multiple of the number of slices, {slices}")
+  within = (sizes["data"] // slices, sizes["fsdp"], sizes["model"])
+  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+  return jax.sharding.Mesh(grid, tuple(sizes), axis_types=types)
 
 
 @contextlib.contextmanager
@@ -85,7 +96,29 @@ def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
     raise config.ConfigError(f"{field} = {rows}: must be a multiple of mesh.data · mesh.fsdp = {ways}")
 
 
-def put_batch(batch: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a batch as global arrays: [B/processes, L] numpy in, [B, L] split over the mesh out."""
+def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
+  """(index, count): this process's devices hold the index-th of `count` equal runs of a batch's rows.
+
+  Processes that a model axis spans hold the same run. Errors: ConfigError when the devices' rows are not such a run."""
+  indices: Any = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+  held = sorted({row for (part,) in indices.values() for row in range(*part.indices(rows))})
+  if held != list(range(held[0], held[0] + len(held))) or rows % len(held) or held[0] % len(held):
+    raise config.ConfigError(f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are no "
+                             "equal share of the batch; make mesh.model, or the devices of a process, divide the other")
+  return held[0] // len(held), rows // len(held)
+
+
+def put_batch(batch: dict[str, Any], mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
+  """This process's share of a batch of `rows` as global arrays: numpy in, [rows, L] split over the mesh out."""
   sharding = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+  return {name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+          for name, array in batch.items()}
+
+
+def from_first(text: str) -> str:
+  """Process 0's text (its first 1024 bytes) on every process, all of which call this."""
+  if jax.process_count() == 1:
+    return text
+  buffer, encoded = np.zeros(1024, np.uint8), np.frombuffer(text.encode()[:1024], np.uint8)
+  buffer[: encoded.size] = encoded
+  return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="replace")

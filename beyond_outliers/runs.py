@@ -26,7 +26,8 @@ class Run:
       raise writers.WorkdirError(f"{self.path} holds no run: it has no config.json")
 
   def __repr__(self) -> str:
-    return f"Run({str(self.path)!r}, {self.status['status']} at step {self.status['step']} of {self.config.steps})"
+    status = self.status or {"status": "not started", "step": 0}
+    return f"Run({str(self.path)!r}, {status['status']} at step {status['step']} of {self.config.steps})"
 
   @property
   def path(self) -> epath.Path:
@@ -52,7 +53,7 @@ class Run:
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
-    frame = pd.DataFrame([json.loads(line) for line in lines])
+    frame = pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])       # the last may be half written
     # A step that was both logged and evaluated wrote two lines.
     return frame.groupby("step").first() if len(frame) else frame
 
@@ -93,7 +94,7 @@ class Run:
 
 
 def open(workdir: Any) -> Run:
-  """The run in a workdir, local or gs://. Errors: WorkdirError when there is none."""
+  """The run in a workdir. Errors: WorkdirError when there is none."""
   return Run(workdir)
 
 

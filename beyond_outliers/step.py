@@ -4,7 +4,7 @@ Legend: B batch, L length, D model width, V vocabulary, T = B·L tokens.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,12 +75,11 @@ def accumulate(loss_fn: LossFn, micro_batches: int) -> Callable[[Any, Batch, jax
   return value_and_grad
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, seed: int, micro_batches: int = 1,
-                    norms_every: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, schedules: Mapping[str, optax.Schedule], *, seed: int,
+                    micro_batches: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """One update. A loss or gradient that is not finite leaves parameters and optimizer state as they were, and is counted.
 
-  Metrics, float32 scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row; and parameter_norm and
-  update_norm on every `norms_every`-th step (NaN on the others, which don't pay for them)."""
+  Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group> (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
 
   def train_step(state: TrainState, batch: Batch):
@@ -93,13 +92,12 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, seed: 
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state),
                                      (state.params, state.opt_state))
+    updates_done = state.step - state.skipped                         # skipped ones don't move the schedules
+    rates = {f"lr/{label}": jnp.asarray(schedule(updates_done), jnp.float32) for label, schedule in schedules.items()}
     skipped = 1 - finite.astype(jnp.int32)
-    step = state.step + 1
-    parameter_norm, update_norm = jax.lax.cond(
-      step % norms_every == 0, lambda: (optax.tree.norm(params), optax.tree.norm(updates)), lambda: (jnp.nan, jnp.nan))
-    state = TrainState(step, params, opt_state, state.skipped + skipped, (state.skipped_in_a_row + 1) * skipped)
-    return state, {"train/loss": value, "gradient_norm": gradient_norm, "parameter_norm": parameter_norm,
-                   "update_norm": update_norm, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    state = TrainState(state.step + 1, params, opt_state, state.skipped + skipped, (state.skipped_in_a_row + 1) * skipped)
+    return state, {"train/loss": value, "gradient_norm": gradient_norm, "skipped": state.skipped,
+                   "skipped_in_a_row": state.skipped_in_a_row, **rates}
   return train_step
 
 

@@ -1,6 +1,7 @@
 """Wires one run: config in, a workdir out."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -11,8 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, writers
@@ -30,6 +29,7 @@ class Program:
   optimizer: optim.Optimizer
   state: step_lib.TrainState                # ShapeDtypeStructs with shardings
   batch: dict[str, jax.ShapeDtypeStruct]
+  eval_batch: dict[str, jax.ShapeDtypeStruct]
   train_step: Any                           # jitted (state, batch) -> (state, metrics); donates the state
   eval_step: Any                            # jitted (params, batch) -> (nll_BxL, document_BxL or 0), whole on every process
 
@@ -44,6 +44,9 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   mesh = mesh_lib.make_mesh(c.mesh, devices)
   mesh_lib.check_batch(mesh, "batch_size / micro_batches", c.batch_size // c.micro_batches)
   mesh_lib.check_batch(mesh, "eval.batch_size", c.eval.batch_size)
+  if c.model.kv_heads % mesh.shape["model"]:
+    raise config.ConfigError(f"mesh.model = {mesh.shape['model']}: must divide model.kv_heads ({c.model.kv_heads}), or every "
+                             "layer gathers its attention; take a smaller one, and a larger mesh.fsdp")
   model = transformer.Transformer(c.model)
   boxed = transformer.boxed_shapes(model)
   params, param_shardings = nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)
@@ -54,13 +57,14 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   shardings = step_lib.TrainState(everywhere, param_shardings, optimizer.state_shardings(param_shardings), everywhere, everywhere)
   state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
   rows = mesh_lib.batch_sharding(mesh)
-  batch = {name: jax.ShapeDtypeStruct((c.batch_size, c.context), jnp.float32 if name == "weights" else jnp.int32, sharding=rows)
-           for name in ("tokens", "targets", "segment_ids", "positions", "weights")}
+  types = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+  batch, eval_batch = ({name: jax.ShapeDtypeStruct((size, c.context), dtype, sharding=rows) for name, dtype in types.items()}
+                       for size in (c.batch_size, c.eval.batch_size))
 
-  step = step_lib.make_train_step(step_lib.make_loss_fn(model, c.data.mask_documents), optimizer.tx, seed=c.seed,
-                                  micro_batches=c.micro_batches, norms_every=c.log.every)
+  step = step_lib.make_train_step(step_lib.make_loss_fn(model, c.data.mask_documents), optimizer.tx, optimizer.schedules,
+                                  seed=c.seed, micro_batches=c.micro_batches)
   return Program(
-    c, mesh, model, optimizer, state, batch,
+    c, mesh, model, optimizer, state, batch, eval_batch,
     jax.jit(step, out_shardings=(shardings, None), donate_argnums=0),
     jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere))
 
@@ -81,80 +85,80 @@ def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Call
   before = workdir.read("config.json")
   if before is not None:
     config.check_resumable(config.resolve(before), c)
-  workdir.lock()
-  try:
+  with workdir.lock():
     return _train(program, workdir, say)
-  finally:
-    workdir.unlock()
 
 
 def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None]) -> str:
   c, mesh = program.config, program.mesh
-  dataset = _prepare(c, say)
+  dataset = data.prepare(c.data, log=say)                  # several processes: one does the work, the others wait for its lock
+  index, count = mesh_lib.share_of_rows(mesh, c.batch_size)
+  mine = dict(process_index=index, process_count=count)
+  batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed, **mine)
+  validation = data.validation_batches(dataset, c.data, context=c.context, batch_size=c.eval.batch_size,
+                                       documents=c.eval.documents, **mine)
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
-  with mesh_lib.use(mesh):
+  with contextlib.ExitStack() as stack:
+    stack.callback(batches.close)
+    stack.enter_context(mesh_lib.use(mesh))
     state, position, clock_start = _begin(program, checkpoints, say)
     first = int(state.step)
     if first >= c.steps:
       say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
-      workdir.set_status("done", first)
       checkpoints.close()
+      workdir.set_status("done", first)
       return "done"
-    batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed,
-                                 process_index=jax.process_index(), process_count=jax.process_count())
     if position is not None:
       batches.restore(position)
+    train_step, eval_step = _compile(program, say)
+    peak, peak_source = hardware.peak_flops(c.model.dtype)
+    say(f"peak: {peak / 1e9:,.0f} GFLOP/s a device in {c.model.dtype} ({peak_source}) · unigram entropy of the validation text: "
+        f"{dataset.unigram_entropy('validation'):.4f} nats · workdir: {workdir.path}")
+    sinks = _sinks(c, workdir, first)
+    for sink in sinks:
+      stack.callback(sink.close)
+
+    # From here on there is a run: what could be refused has been.
     workdir.write("config.json", config.to_dict(c))
     workdir.write("manifest.json", _manifest(program, dataset, workdir))
     workdir.set_status("running", first)
-
-    started = time.perf_counter()
-    train_step = program.train_step.lower(program.state, program.batch).compile()
-    say(f"compiled the step in {time.perf_counter() - started:.1f} s")
-    peak, peak_source = hardware.peak_flops(c.model.dtype)
-    say(f"peak: {peak / 1e9:,.0f} GFLOP/s a device in {c.model.dtype} ({peak_source}) · workdir: {workdir.path}")
     tokens_per_step = c.batch_size * c.context
     clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
-    sinks = _sinks(c, workdir, first)
-    log = loop.Log(c.log.every, sinks, clock, dict(program.optimizer.schedules), tokens_per_step=tokens_per_step,
+    log = loop.Log(c.log.every, sinks, clock, state, tokens_per_step=tokens_per_step,
                    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-                   peak_flops=peak * mesh.size, num_steps=c.steps, first_step=first, max_skipped=c.max_skipped_updates)
+                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates)
+    evaluate = _evaluation(eval_step, validation, mesh, dataset.bytes("validation", c.eval.documents))
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)
-    evaluate = loop.Evaluate(c.eval.every, _validation(program, dataset), sinks, clock, num_steps=c.steps, before=log.flush)
-    hooks: list[loop.Hook] = [log, evaluate, save]
+    stack.callback(save.close)
+    hooks: list[loop.Hook] = [log, loop.Evaluate(c.eval.every, evaluate, sinks, clock, num_steps=c.steps, before=log.flush), save]
     if c.log.profile_step:
-      hooks.append(loop.Profile(workdir.path / "profile", c.log.profile_step, c.log.profile_steps))
+      profile = loop.Profile(workdir.path / "profile", c.log.profile_step, c.log.profile_steps)
+      stack.callback(profile.close)
+      hooks.append(profile)
 
-    status, reason = "done", ""
+    status, step, reason = "done", c.steps, ""
     try:
-      state = loop.fit(train_step, state, (mesh_lib.put_batch(batch, mesh) for batch in batches), hooks, c.steps)
-    except loop.Stop as stop:
-      status, reason = stop.status, stop.reason
+      try:
+        loop.fit(train_step, state, (mesh_lib.put_batch(batch, mesh, c.batch_size) for batch in batches), hooks, c.steps)
+      except loop.Stop as stop:
+        status, step, reason = stop.status, stop.step, stop.reason
+      checkpoints.close()                                  # waits; a write that failed in the background raises here
     except BaseException as error:
       workdir.set_status("failed", max([first, *checkpoints.steps()]), f"{type(error).__name__}: {error}")
       raise
-    finally:
-      for hook in hooks:
-        if isinstance(hook, loop.Save | loop.Profile):
-          hook.close()
-      batches.close()
-      checkpoints.close()
-      for sink in sinks:
-        sink.close()
-    reached = max([first, *checkpoints.steps()])
-    workdir.set_status(status, c.steps if status == "done" else reached, reason)
+    workdir.set_status(status, step, reason)
     say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
   return status
 
 
-def _prepare(c: config.Config, say: Callable[[str], None]) -> data.Dataset:
-  """Process 0 prepares the data, the others find them ready."""
-  if jax.process_index() == 0:
-    data.prepare(c.data, log=say)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("data prepared")
-  return data.prepare(c.data, log=lambda text: None)
+def _compile(program: Program, say: Callable[[str], None]) -> tuple[Any, Any]:
+  """Both steps, compiled before the clock runs and before the workdir says that there is a run."""
+  started = time.perf_counter()
+  train_step = program.train_step.lower(program.state, program.batch).compile()
+  eval_step = program.eval_step.lower(program.state.params, program.eval_batch).compile()
+  say(f"compiled the steps in {time.perf_counter() - started:.1f} s")
+  return train_step, eval_step
 
 
 def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]):
@@ -168,22 +172,21 @@ def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[
   state = program.init()
   if c.warm_start:
     source = checkpoint.Checkpoints(writers.Workdir(c.warm_start).checkpoints, read_only=True)
-    step, params = source.restore_params(program.state.params)
+    try:
+      step, params = source.restore_params(program.state.params)
+    except checkpoint.CheckpointError as error:
+      raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
     say(f"parameters from step {step} of {c.warm_start}")
     state = state._replace(params=params)
   return state, None, None
 
 
-def _validation(program: Program, dataset: data.Dataset) -> Callable[[Any], dict[str, Any]]:
+def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.sharding.Mesh,
+                num_bytes: int | None) -> Callable[[Any], dict[str, Any]]:
   """params -> metrics on the fixed set of validation documents."""
-  c = program.config
-  batches = data.validation_batches(dataset, c.data, context=c.context, batch_size=c.eval.batch_size, documents=c.eval.documents,
-                                    process_index=jax.process_index(), process_count=jax.process_count())
-  num_bytes = dataset.bytes("validation", c.eval.documents)
-
   def evaluate(params):
     def token_losses(batch):
-      return jax.tree.map(np.asarray, program.eval_step(params, mesh_lib.put_batch(batch, program.mesh)))
+      return jax.device_get(eval_step(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)))
     return evaluation.evaluate(token_losses, batches, num_bytes)
   return evaluate
 
@@ -237,6 +240,7 @@ def describe_compiled(program: Program) -> str:
   c = program.config
   with mesh_lib.use(program.mesh):
     compiled = program.train_step.lower(program.state, program.batch).compile()
+    evaluation_memory = program.eval_step.lower(program.state.params, program.eval_batch).compile().memory_analysis()
   memory = compiled.memory_analysis()
   classes = {
     "parameters": shard_bytes(program.state.params),
@@ -250,6 +254,7 @@ def describe_compiled(program: Program) -> str:
            f"{compiled.cost_analysis().get('flops', math.nan):.4g} on each device by XLA (loops counted once)",
            f"memory on each of {program.mesh.size} devices"]
   lines += [f"  {name:<36}{size / 2**20:>12,.1f} MiB" for name, size in {**classes, "total": sum(classes.values())}.items()]
+  lines.append(f"  evaluation, beside parameters and optimizer state: {evaluation_memory.temp_size_in_bytes / 2**20:,.1f} MiB")
   return "\n".join(lines)
 
 

@@ -1,9 +1,11 @@
 """What a run leaves in its workdir besides checkpoints: config, manifest, status, metrics; and where metrics go else."""
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import functools
+import importlib
 import importlib.metadata
 import json
 import math
@@ -11,11 +13,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 from etils import epath
+
+from beyond_outliers import config, mesh
 
 Row = Mapping[str, Any]                           # {"step": n, metric: number}; None where it is not defined
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections", "aqtp",
@@ -29,11 +33,12 @@ class WorkdirError(RuntimeError):
 class Workdir:
   """The folder of one run. Files are replaced whole, so that a reader never sees half of one.
 
-  Only process 0 of a run writes. `lock` keeps a second run out."""
+  Only process 0 of a run writes. A local or mounted folder. Errors: WorkdirError for the address of an object store."""
 
   def __init__(self, path: Any):
+    if "://" in str(path):
+      raise WorkdirError(f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder (gcsfuse, for gs://)")
     self.path = epath.Path(path).absolute()
-    self._lock: Any = None
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -55,27 +60,28 @@ class Workdir:
     """status: running | done | diverged | preempted | failed."""
     self.write("status.json", {"status": status, "step": step, "reason": reason, "time": _now()})
 
-  def lock(self) -> None:
-    """Claims the folder until `unlock` or the end of this process, however it ends.
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Holds the folder against other runs; the system lets go of it when the process ends, however it ends.
 
-    Errors: WorkdirError when another process holds it."""
-    if jax.process_index() != 0 or "://" in str(self.path):        # object stores know no locks
-      return
-    self.path.mkdir(parents=True, exist_ok=True)
-    self._lock = open(self.path / "lock", "a+")
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      self._lock.seek(0)
-      raise WorkdirError(f"{self.path} is in use by {self._lock.read()}; wait for it or give another --workdir") from None
-    self._lock.truncate(0)
-    self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
-    self._lock.flush()
-
-  def unlock(self) -> None:
-    if self._lock is not None:
-      self._lock.close()
-      self._lock = None
+    Errors: WorkdirError on every process of the run when another one holds it."""
+    with contextlib.ExitStack() as stack:
+      problem = ""
+      if jax.process_index() == 0:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(open(self.path / "lock", "a+"))
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          file.truncate(0)
+          file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+          file.flush()
+        except BlockingIOError:
+          file.seek(0)
+          problem = f"{self.path} is in use by {file.read() or 'another process'}; wait for it or give another --workdir"
+      problem = mesh.from_first(problem)
+      if problem:
+        raise WorkdirError(problem)
+      yield
 
 
 def manifest(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +131,7 @@ class TensorBoard:
   """Scalars for TensorBoard, through tensorboardX (extra: tensorboard)."""
 
   def __init__(self, directory: epath.Path, last_step: int):
-    import tensorboardX
+    tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
     self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1)
 
   def write(self, row: Row) -> None:
@@ -140,10 +146,10 @@ class TensorBoard:
 class Wandb:
   """Weights & Biases (extra: wandb); the run's id is kept in the workdir, so that a resumed run goes on in the same one."""
 
-  def __init__(self, workdir: Workdir, project: str, config: Mapping[str, Any]):
-    import wandb
+  def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any]):
+    wandb = _optional("wandb", "log.wandb", "wandb")
     known = workdir.read("wandb.json")
-    self._run = wandb.init(project=project, name=workdir.path.name, config=dict(config), dir=str(workdir.path),
+    self._run = wandb.init(project=project, name=workdir.path.name, config=dict(settings), dir=str(workdir.path),
                            id=known["id"] if known else None, resume="allow")
     workdir.write("wandb.json", {"id": self._run.id})
 
@@ -191,17 +197,27 @@ class Console:
       self._open = False
 
 
+def _optional(module: str, field: str, extra: str) -> Any:
+  """A library that only an extra brings. Errors: ConfigError naming the field that asks for it."""
+  try:
+    return importlib.import_module(module)
+  except ImportError:
+    raise config.ConfigError(f"{field}: needs {module}; pip install 'beyond_outliers[{extra}]', or switch it off") from None
+
+
 def _now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _git() -> dict[str, Any] | None:
   """The commit of the code that runs and whether it was changed since, or None outside a clone."""
-  here = os.path.dirname(os.path.abspath(__file__))
+  here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   try:
     ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
     commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
-    dirty = ask(["git", "status", "--porcelain", "--", "."]).stdout
+    if os.path.realpath(ask(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) != os.path.realpath(here):
+      return None                                     # installed inside somebody else's repository
+    dirty = ask(["git", "status", "--porcelain", "--", "beyond_outliers", "configs"]).stdout
   except (OSError, subprocess.CalledProcessError):
     return None
   return {"commit": commit, "changed": bool(dirty.strip())}

@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.schedule.start = 0.001                   # of the peak, at step 1
   c.schedule.end = 0.0                       # of the peak, after the last step
 
-  c.steps = shape["steps"] if "steps" in shape else _steps(c)          # updates; nano's are set so that it takes minutes
+  c.steps = shape["steps"] if "steps" in shape else _steps(c)          # updates; other architectures than the study's: set them
 
   c.checkpoint = config_dict.ConfigDict()
   c.checkpoint.every = (c.get_ref("steps") + 3) // 4          # steps; the last step is always saved
@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.eval = config_dict.ConfigDict()
   c.eval.every = (c.get_ref("steps") + 2) // 3                # steps; the last step is always evaluated
   c.eval.documents = 0                       # of the validation split, from its start; 0: all
-  c.eval.batch_size = c.get_ref("batch_size").identity()           # windows, over all devices
+  c.eval.batch_size = c.get_ref("batch_size") // c.get_ref("micro_batches")             # windows, over all devices
 
   c.log = config_dict.ConfigDict()
   c.log.every = 10                           # steps
@@ -96,17 +96,22 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   return c
 
 
-def optimizer(name: str, **hyperparameters) -> config_dict.ConfigDict:
-  """The optimizer's section, with the study's parameter groups; a group may override any of the hyperparameters."""
+def optimizer(name: str, groups: dict[str, dict] | None = None, **hyperparameters) -> config_dict.ConfigDict:
+  """The optimizer's section, with the study's parameter groups.
+
+  groups: {label: what this group has of its own}: some of the hyperparameters, or another optimizer's name with all of its."""
+  own = groups or {}
   c = config_dict.ConfigDict({"name": name, **hyperparameters})
   c.groups = config_dict.ConfigDict({        # in order: the first whose regular expression matches the whole path wins
     "embedding": {"paths": r"embedding"},                     # tied with the head
     "vector": {"paths": r".*/gain|.*/scale"},                 # norm gains and attention scales
     "hidden": {"paths": r"layers/.*/kernel|head/kernel"},     # the matrices of the blocks, and an untied head
   }, sort_keys=False)
-  for group in c.groups.values():
-    for key in ("name", *hyperparameters):
-      group[key] = c.get_ref(key).identity()                  # the optimizer's, unless the group is given its own
+  for label, group in c.groups.items():
+    if own.get(label, {}).get("name", name) == name:
+      for key in ("name", *hyperparameters):
+        group[key] = c.get_ref(key).identity()                # follows the optimizer's until the group is given its own
+    group.update(own.get(label, {}))
   return c
 
 

@@ -56,6 +56,22 @@ DAMAGE = {
 }
 
 
+def without_sums(then):
+  """As kill -9 leaves it between Orbax's commit and the sums, and then damaged."""
+  def damage(directory):
+    (directory / checkpoint.SUMS).unlink()
+    then(directory)
+  return damage
+
+
+DAMAGE |= {
+  "torn sums": lambda directory: (directory / checkpoint.SUMS).write_text('{"state/'),
+  "no sums and a truncated file": without_sums(DAMAGE["a truncated file"]),
+  "no sums and a missing file": without_sums(DAMAGE["a missing file"]),
+  "no sums and torn metadata": without_sums(lambda directory: (directory / "state" / "_METADATA").write_text("{")),
+}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_the_older_one_used(saved, damage, caplog):
   DAMAGE[damage](saved / "3")
@@ -100,7 +116,7 @@ def test_without_sums_it_is_restored_with_a_warning(saved, caplog):
 
 @pytest.mark.parametrize("change, message", [
   (lambda s: s._replace(params={"kernel": jax.ShapeDtypeStruct((8, 512), jnp.bfloat16, sharding=s.params["kernel"].sharding)}),
-   r"params/kernel is \(\(8, 512\), dtype\('float32'\)\) in the checkpoint and \(\(8, 512\), dtype\(bfloat16\)\)"),
+   r"params/kernel is \(\(8, 512\), 'float32'\) in the checkpoint and \(\(8, 512\), 'bfloat16'\)"),
   (lambda s: s._replace(params={"kernel": jax.ShapeDtypeStruct((4, 512), jnp.float32, sharding=s.params["kernel"].sharding)}),
    r"params/kernel is \(\(8, 512\)"),
   (lambda s: s._replace(opt_state={"nu": s.opt_state["mu"]}), r"opt_state/mu is .* in the checkpoint and missing in this run"),
@@ -118,6 +134,8 @@ def test_another_mesh_restores_the_same_bits(saved, devices):
   _, state, _, _ = checkpoint.Checkpoints(saved, read_only=True).restore(shapes(target))
   np.testing.assert_array_equal(state.params["kernel"], make_state(3).params["kernel"])
   assert len(state.params["kernel"].sharding.device_set) == devices
+  with pytest.raises(checkpoint.CheckpointError, match=r"params/kernel is .* in the checkpoint and"):
+    checkpoint.Checkpoints(saved, read_only=True).restore_params({"kernel": jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)}, 1)
   step_number, params = checkpoint.Checkpoints(saved, read_only=True).restore_params(shapes(target).params, 1)
   assert step_number == 1
   np.testing.assert_array_equal(params["kernel"], make_state(1).params["kernel"])

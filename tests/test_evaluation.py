@@ -89,7 +89,7 @@ def test_a_target_without_weight_counts_nowhere():
            "positions": np.tile(np.arange(8), (8, 1)), "segment_ids": np.repeat(np.arange(1, 9)[:, None], 8, 1)}
   batch = {name: array.astype(np.int32) for name, array in batch.items()} | {"weights": np.ones((8, 8), np.float32)}
   batch["weights"][2, 3], batch["weights"][5:] = 0, 0
-  token_losses = lambda batch: tuple(map(np.asarray, program.eval_step(params, mesh.put_batch(batch, program.mesh))))
+  token_losses = lambda batch: tuple(map(np.asarray, program.eval_step(params, mesh.put_batch(batch, program.mesh, 8))))
   result = evaluation.evaluate(token_losses, [batch], None)
   assert (result["documents"], result["tokens"]) == (5, 39)
   assert result["loss"] == pytest.approx(math.log(32), rel=0.05), "an untrained model knows nothing"

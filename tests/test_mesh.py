@@ -58,7 +58,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_rows_are_split_over_data_and_fsdp_and_shared_by_a_model_group():
   made = mesh.make_mesh(config.Mesh(2, 2, 2))
   rows = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
-  batch = mesh.put_batch({"tokens": rows, "weights": rows.astype(np.float32)}, made)
+  batch = mesh.put_batch({"tokens": rows, "weights": rows.astype(np.float32)}, made, 8)
   assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {"tokens": ((8, 3), "int32"), "weights": ((8, 3), "float32")}
   for shard in batch["tokens"].addressable_shards:
     data, fsdp, _ = np.argwhere(made.devices == shard.device)[0]
@@ -72,3 +72,31 @@ def test_inside_use_constraints_by_logical_name_reach_the_mesh():
     x = jax.jit(lambda x: nn.with_logical_constraint(x, ("batch", "mlp")))(jnp.zeros((8, 4)))
   assert x.sharding.spec == PartitionSpec(("data", "fsdp"), "model")
   assert x.addressable_shards[0].data.shape == (2, 2)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_one_process_holds_all_rows(sizes):
+  assert mesh.share_of_rows(mesh.make_mesh(config.Mesh(*sizes)), 16) == (0, 1)
+
+
+class Devices:
+  """What one of several processes would see of a batch's rows."""
+  def __init__(self, *rows):
+    self.rows = rows
+
+  def addressable_devices_indices_map(self, shape):
+    return {number: (slice(*rows),) for number, rows in enumerate(self.rows)}
+
+
+@pytest.mark.parametrize("rows, expected", [([(8, 10), (10, 12), (12, 14), (14, 16)], (1, 2)), ([(4, 8), (4, 8)], (1, 4)),
+                                            ([(0, None)], (0, 1))], ids=str)
+def test_a_process_knows_its_share_of_the_rows(monkeypatch, rows, expected):
+  """Two processes of four devices; a model axis of two; a model axis that spans the processes."""
+  monkeypatch.setattr(mesh, "batch_sharding", lambda made: Devices(*rows))
+  assert mesh.share_of_rows(mesh.make_mesh(config.Mesh(8, 1, 1)), 16) == expected
+
+
+def test_rows_that_are_no_equal_share_are_refused(monkeypatch):
+  monkeypatch.setattr(mesh, "batch_sharding", lambda made: Devices((0, 4), (8, 12)))
+  with pytest.raises(config.ConfigError, match="no equal share"):
+    mesh.share_of_rows(mesh.make_mesh(config.Mesh(8, 1, 1)), 16)

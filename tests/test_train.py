@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, data, mesh, runs, train, writers
+from configs import adamw
 
 # Of this file's run, written down when gradients and AdamW had been checked against their references.
 GOLDEN_LOSSES = [5.595093, 5.397686, 5.135474, 4.946083, 4.759133, 4.614847, 4.44278, 4.265647,
@@ -63,7 +64,7 @@ def test_the_checkpoint_of_a_step_holds_the_parameters_of_that_step(finished, tm
     state = program.init()
     batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed)
     for _ in range(4):
-      state, _ = program.train_step(state, mesh.put_batch(next(batches), program.mesh))
+      state, _ = program.train_step(state, mesh.put_batch(next(batches), program.mesh, c.batch_size))
     batches.close()
     saved = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(program.state, 4)
   assert equal(saved[1], state)
@@ -100,7 +101,7 @@ def test_eight_devices_agree_with_one(finished, tiny_config, axes):
     with mesh.use(program.mesh):
       _, state, _, _ = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(program.state, 4)
       for _ in range(10):
-        state, metrics = program.train_step(state, mesh.put_batch(next(batches), program.mesh))
+        state, metrics = program.train_step(state, mesh.put_batch(next(batches), program.mesh, c.batch_size))
         traces.append(float(metrics["train/loss"]))
     batches.close()
     found[devices] = traces
@@ -178,3 +179,42 @@ def test_logits_are_float32_and_tokens_stay_in_range(finished):
   batch = next(opened.batches("train"))
   logits = opened.model.apply({"params": opened.params()}, jnp.asarray(batch["tokens"]))
   assert logits.dtype == jnp.float32 and logits.shape == (*batch["tokens"].shape, opened.config.model.vocab)
+
+
+def test_a_start_that_fails_leaves_no_run_behind(tiny_config, tmp_path):
+  """What is refused can be mended under the same command."""
+  with pytest.raises(data.DataError, match=r"eval.documents = 99"):
+    run(tiny_config(**{"eval.documents": 99}), tmp_path / "run")
+  assert run(tiny_config(**{"eval.documents": 2, "steps": 2}), tmp_path / "run") == "done"
+
+
+def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatch):
+  def fail(*args):
+    raise MemoryError("no more")
+  monkeypatch.setattr(train.loop, "fit", fail)
+  with pytest.raises(MemoryError):
+    run(tiny_config(), tmp_path / "run")
+  status = runs.open(tmp_path / "run").status
+  assert status["status"] == "failed" and status["reason"] == "MemoryError: no more"
+
+
+def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_path):
+  c = tiny_config(**{"warm_start": str(finished[1]), "model.d_head": 16})
+  with pytest.raises(config.ConfigError, match=r"warm_start = .*params/embedding is \(\(264, 48\)"):
+    run(c, tmp_path / "warm")
+
+
+def test_a_model_axis_that_would_cut_heads_is_refused(tiny_config):
+  with pytest.raises(config.ConfigError, match=r"mesh.model = 4: must divide model.kv_heads \(2\)"):
+    train.build(tiny_config(**{"mesh.model": 4}))
+
+
+@pytest.mark.slow
+def test_nano_learns_english(tmp_path):
+  """The README's run, a little shorter: a nat under what knowing each token's frequency is worth."""
+  c = config.resolve(adamw.get_config(f"nano,steps=240,data.directory={tmp_path}"))
+  assert run(c, tmp_path / "nano") == "done"
+  opened = runs.open(tmp_path / "nano")
+  unigram = opened.dataset.unigram_entropy("validation")
+  assert 6 < unigram < 6.5
+  assert opened.metrics()["eval/loss"].dropna().iloc[-1] < unigram - 1.0

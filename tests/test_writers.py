@@ -75,9 +75,9 @@ HOLDER = """
 import sys
 from beyond_outliers import writers
 workdir = writers.Workdir(sys.argv[1])
-workdir.lock()
-print("locked", flush=True)
-sys.stdin.read()
+with workdir.lock():
+  print("locked", flush=True)
+  sys.stdin.read()
 """
 
 
@@ -86,23 +86,27 @@ def test_a_second_process_is_kept_out_by_name_and_a_dead_one_is_not_in_the_way(t
                             stdout=subprocess.PIPE)
   try:
     assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(writers.WorkdirError, match=rf"{tmp_path} is in use by process {holder.pid} on .*; .*--workdir"):
-      writers.Workdir(tmp_path).lock()
+    held = rf"{tmp_path} is in use by process {holder.pid} on .*; .*--workdir"
+    with pytest.raises(writers.WorkdirError, match=held), writers.Workdir(tmp_path).lock():
+      pass
   finally:
     holder.kill()
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-  mine = writers.Workdir(tmp_path)
-  mine.lock()
-  text = (tmp_path / "lock").read_text()
-  assert text.startswith(f"process {os.getpid()} on ") and str(holder.pid) not in text.replace(str(os.getpid()), "")
   other = writers.Workdir(tmp_path)
-  with pytest.raises(writers.WorkdirError, match=f"process {os.getpid()}"):
-    other.lock()
-  mine.unlock()
-  other.lock()
-  other.unlock()
+  with writers.Workdir(tmp_path).lock():
+    text = (tmp_path / "lock").read_text()
+    assert text.startswith(f"process {os.getpid()} on ") and str(holder.pid) not in text.replace(str(os.getpid()), "")
+    with pytest.raises(writers.WorkdirError, match=f"process {os.getpid()}"), other.lock():
+      pass
+  with other.lock():
+    pass
+
+
+def test_the_address_of_an_object_store_is_refused():
+  with pytest.raises(writers.WorkdirError, match=r"gs://bucket/run: .* give a mounted folder"):
+    writers.Workdir("gs://bucket/run")
 
 
 class Terminal(io.StringIO):

@@ -4,7 +4,7 @@ from beyond_outliers.data.pipeline import Batches, train_batches
 from beyond_outliers.data.preparation import dataset_directory, prepare
 from beyond_outliers.data.shards import Dataset, verify
 from beyond_outliers.data.shards import open_dataset as open
-from beyond_outliers.data.windows import validation_batches
+from beyond_outliers.data.windows import ValidationBatches, validation_batches
 
-__all__ = ["Batches", "DataError", "Dataset", "dataset_directory", "open", "prepare", "train_batches", "validation_batches",
-           "verify"]
+__all__ = ["Batches", "DataError", "Dataset", "ValidationBatches", "dataset_directory", "open", "prepare", "train_batches",
+           "validation_batches", "verify"]

@@ -142,6 +142,13 @@ class Dataset:
     """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
     return int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
 
+  def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
+    """Nats a token that a model would pay which knows how frequent each token is and nothing else; of the first `at_most`."""
+    stream = self.stream(split)
+    counts = np.bincount(stream.read(0, min(len(stream), at_most)))
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-np.sum(frequencies * np.log(frequencies)))
+
   def stream(self, split: str) -> TokenStream:
     shards = self.meta["splits"][split]["shards"]
     if shards is None:

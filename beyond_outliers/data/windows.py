@@ -63,15 +63,15 @@ class ValidationBatches(Sequence):
 
   def __init__(self, stream: shards.TokenStream, tokens: int, cfg: Any, context: int, batch_size: int, rows: range):
     self._stream, self._tokens, self._cfg = stream, tokens, cfg
-    self._context, self._batch_size, self._rows = context, batch_size, rows
+    self._context, self.batch_size, self._rows = context, batch_size, rows
 
   def __len__(self) -> int:
-    return -(-num_windows(self._tokens, self._context) // self._batch_size)
+    return -(-num_windows(self._tokens, self._context) // self.batch_size)
 
   def __getitem__(self, k: int) -> Batch:     # pyrefly: ignore[bad-override]  (no slices)
     if not 0 <= k < len(self):
       raise IndexError(k)
-    begins = (k * self._batch_size + np.array(self._rows, np.int64)) * self._context
+    begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
     tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
     beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
     tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0

@@ -104,7 +104,8 @@ IMPLEMENTATIONS = {"plain": plain, "blockwise": blockwise, "fused": fused}
 
 
 def _product(axes, a, b):
-  return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+  precision = jax.lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None       # float32 is float32 on TPU and GPU too
+  return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _blocks(L):

@@ -25,6 +25,8 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
   narrow = min(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
   if narrow.itemsize >= 4:
     wide = jnp.promote_types(lhs.dtype, rhs.dtype)
+    # Whoever asks for float32 gets it: left to themselves TPUs take bfloat16 passes, and recent GPUs TF32.
+    precision = precision or lax.Precision.HIGHEST
     return lax.dot_general(lhs.astype(wide), rhs.astype(wide), dimension_numbers, precision, preferred_element_type)
   out = jnp.dtype(preferred_element_type or jnp.float32)
   (lhs_sum, rhs_sum), batch = dimension_numbers
@@ -43,7 +45,8 @@ def _narrow_dot(lhs_TxI, rhs, rhs_sum, precision, narrow, out):
 def _forward(lhs_TxI, rhs, rhs_sum, precision, narrow, out):
   types = jnp.zeros((0,), lhs_TxI.dtype), jnp.zeros((0,), rhs.dtype)       # residuals are arrays: these carry the types
   lhs_TxI, rhs = lhs_TxI.astype(narrow), rhs.astype(narrow)
-  return _narrow_dot(lhs_TxI, rhs, rhs_sum, precision, narrow, out), (lhs_TxI, rhs, *types)
+  # Not _narrow_dot again: a rematerialisation policy knows a product when it sees one, but not inside a rule of ours.
+  return lax.dot_general(lhs_TxI, rhs, (((1,), rhs_sum), ((), ())), precision, out), (lhs_TxI, rhs, *types)
 
 
 def _backward(rhs_sum, precision, narrow, out, residuals, g_TxO):

@@ -135,6 +135,12 @@ class Transformer(nn.Module):
     else:
       self.head = layers.Linear(c.vocab, ("embed", "vocab"), jnp.dtype(c.dtype), c.init_std, head_cls)
 
+  @nn.nowrap
+  def axes(self, params: Any = None) -> Any:
+    """A tree like the parameters of `mesh.Axes`, from the logical names: what optimizers take as `axes`."""
+    del params
+    return axes(self)
+
   def __call__(self, tokens_BxL, segment_ids=None, positions=None):
     return self.logits(self.hidden(tokens_BxL, segment_ids, positions))
 

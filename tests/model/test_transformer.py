@@ -204,10 +204,11 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
   assert_trees_near(loss_and_grads(other, params), loss_and_grads(plain, params), 1e-5)
 
 
-def test_remat_recomputes():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remat_recomputes(dtype):
   """Policies are told apart by the dots of the backward pass: they save all, those of linear layers, or none."""
   def dots(remat):
-    model = transformer.Transformer(dataclasses.replace(STUDY, remat=remat))
+    model = transformer.Transformer(dataclasses.replace(STUDY, remat=remat, dtype=dtype))
     params = nn.unbox(transformer.boxed_shapes(model))
     return str(jax.make_jaxpr(lambda params: loss_and_grads(model, params))(params)).count("dot_general[")
 

@@ -1,4 +1,6 @@
 """One optimizer a parameter group, and its state split like the parameters it belongs to."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from beyond_outliers import config, optim, train
 from beyond_outliers.optim import groups
-from configs import adamw
+from configs import adamw, base
 
 SCHEDULE = config.Schedule("constant", 0.0, 0.0, 0.0, 0.0)
 PARAMS = {"embedding": jnp.ones((8, 4)), "layers": {"q": {"kernel": jnp.ones((2, 4, 4))}, "norm": {"gain": jnp.ones((2, 4))}}}
@@ -86,3 +88,18 @@ def test_a_leaf_that_only_looks_like_a_parameter_is_replicated():
   shardings = optim.Optimizer(factored, None, {}, params).state_shardings({"embedding": split})
   assert shardings["full"]["embedding"] == split
   assert shardings["rows"]["embedding"].is_fully_replicated and shardings["count"].is_fully_replicated
+
+
+def test_a_group_may_have_an_optimizer_of_its_own():
+  """As Muon's embedding will: another row of the table, with all of its own keys, beside groups that follow the default."""
+  c = base.get_config("nano")
+  own = {"embedding": {"name": "adamw", "learning_rate": 0.5, "b1": 0.1, "b2": 0.2, "eps": 1e-6, "weight_decay": 0.0}}
+  c.optimizer = base.optimizer("other", groups={**own, "vector": {"learning_rate": 0.25}}, learning_rate=0.1, momentum=0.9)
+  with pytest.MonkeyPatch.context() as patch:
+    other = dataclasses.make_dataclass("Other", [("name", str), ("learning_rate", float), ("momentum", float)], frozen=True)
+    patch.setitem(config.OPTIMIZERS, "other", other)
+    c.optimizer.learning_rate = 0.2
+    groups = config.resolve(c).optimizer.groups
+  assert groups["embedding"].optimizer == config.AdamW("adamw", 0.5, 0.1, 0.2, 1e-6, 0.0)
+  assert groups["vector"].optimizer == other("other", 0.25, 0.9)
+  assert groups["hidden"].optimizer == other("other", 0.2, 0.9), "a group without a value of its own follows the default"
