@@ -15,17 +15,15 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from beyond_outliers import command, config, data, hardware, loop, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
+CONFIG = command.config_flag()
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
-flags.mark_flag_as_required("config")
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:

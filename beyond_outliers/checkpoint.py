@@ -69,8 +69,8 @@ class Checkpoints:
   def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any], dict[str, float]] | None:
     """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None when there is none.
 
-    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside as N.damaged with a message
-    (left in place when read-only or asked for by step).
+    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside, as damaged-N-..., with a
+    message (left in place when read-only or asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is stored has other
     shapes, types or names than `state`."""
     def read(candidate: int) -> Any:
@@ -96,11 +96,6 @@ class Checkpoints:
 
     found, restored = self._newest_intact(step, read)
     return found, restored["params"]
-
-  def params_shapes(self, step: int | None = None) -> Any:
-    """What a checkpoint's parameters look like: a tree of ShapeDtypeStructs."""
-    metadata = self._manager.item_metadata(self.steps()[-1] if step is None else step)
-    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata["state"]["params"])
 
   def reached_preemption(self, step: int) -> bool:
     """Whether the processes of a distributed run have agreed to stop after this step; every process asks every step."""
@@ -168,8 +163,7 @@ class Checkpoints:
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
     """Orbax would silently cast another dtype, so names, shapes and dtypes are compared first; all, or those below `part`."""
     def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-      named = ((jax.tree_util.keystr(path, simple=True, separator="/"), x)
-               for path, x in jax.tree_util.tree_leaves_with_path(tree))
+      named = ((mesh.path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
       return {name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)}
 
     have, want = leaves(self._manager.item_metadata(step)["state"]), leaves(state)

@@ -14,6 +14,13 @@ from beyond_outliers import checkpoint, config, data, writers
 REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint.CheckpointError)
 
 
+def config_flag() -> flags.FlagHolder:
+  """Defines --config, which every command requires."""
+  holder = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
+  flags.mark_flag_as_required("config")
+  return holder
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
   try:

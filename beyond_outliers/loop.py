@@ -36,6 +36,11 @@ def fit(step_fn: Callable[..., tuple[step_lib.TrainState, Metrics]], state: step
   return state
 
 
+def due(step: int, every: int, num_steps: int) -> bool:
+  """Whether something that happens every `every` steps, and after the last, happens after this one."""
+  return step % every == 0 or step == num_steps
+
+
 class Clock:
   """Seconds spent training, over all parts of a run; evaluation and checkpoints don't count."""
 
@@ -95,7 +100,7 @@ class Log:
                                    "lower optimizer.learning_rate, or raise max_skipped_updates")
 
   def _has_row(self, step: int) -> bool:
-    return step % self._every == 0 or step == self._num_steps
+    return due(step, self._every, self._num_steps)
 
   def _copy_before(self, step: int, state: step_lib.TrainState) -> Any:
     """The parameters that `step` will change, if it gets a row: the step itself takes their buffers."""
@@ -123,7 +128,7 @@ class Evaluate:
     self._num_steps, self._before = num_steps, before
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
-    if step % self._every and step != self._num_steps:
+    if not due(step, self._every, self._num_steps):
       return
     with self._clock.paused(metrics):
       self._before()                             # the log's held-back row belongs in front of this one
@@ -154,7 +159,7 @@ class Save:
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
-    if preempted or step % self._every == 0 or step == self._num_steps:
+    if preempted or due(step, self._every, self._num_steps):
       with self._clock.paused(metrics):
         self._before()                           # a run resumed from here must not miss the row of this step
         self._checkpoints.save(step, state, self._data_state(),

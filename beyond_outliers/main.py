@@ -12,12 +12,11 @@ from beyond_outliers import command, config, train
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
+CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>-<size>. The same command resumes.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
 DISTRIBUTED = flags.DEFINE_string("distributed", "", "Several processes: 'auto' (Slurm, TPU pod, Open MPI, as JAX detects "
                                   "them) or HOST:PORT,COUNT,INDEX.")
-flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:

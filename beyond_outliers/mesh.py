@@ -35,6 +35,11 @@ class Axes(NamedTuple):
   fan_out: tuple[int, ...] = ()
 
 
+def path_of(key_path: tuple[Any, ...]) -> str:
+  """`layers/attention/q/kernel`: how paths in a tree are written everywhere."""
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A (data, fsdp, model) mesh over all devices. Errors: ConfigError when the axes' product is not the device count."""
   devices = jax.devices() if devices is None else devices
@@ -74,10 +79,14 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     try:
       sharding.shard_shape(leaf.shape)
     except ValueError:
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      raise config.ConfigError(f"mesh = {dict(mesh.shape)}: parameter {name} of shape {leaf.shape} cannot be split as "
+      raise config.ConfigError(f"mesh = {dict(mesh.shape)}: parameter {path_of(path)} of shape {leaf.shape} cannot be split as "
                                f"{sharding.spec}; choose mesh axes that divide it") from None
   return tree
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+  """ShapeDtypeStructs that say where each array lives."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -7,13 +7,11 @@
 from __future__ import annotations
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from beyond_outliers import command, config, data
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a size and overrides behind a colon.")
+_CONFIG = command.config_flag()
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare the SHA-256 of every file of the dataset with what was written.")
-flags.mark_flag_as_required("config")
 
 
 def summary(dataset: data.Dataset) -> str:

@@ -65,9 +65,7 @@ class Run:
     """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is given."""
     boxed = transformer.boxed_shapes(self.model)
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed),
-                          mesh_lib.shardings(boxed, mesh))
-    _, params = self._checkpoints.restore_params(target, step)
+    _, params = self._checkpoints.restore_params(mesh_lib.placed(nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)), step)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
   @functools.cached_property

@@ -38,6 +38,11 @@ class Program:
     make = lambda: step_lib.init_state(transformer.init(self.model, self.config.seed), self.optimizer.tx)
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
 
+  def compile(self) -> tuple[Any, Any]:
+    """(train step, evaluation step), compiled for the shapes of this run. Call under `mesh.use`."""
+    return (self.train_step.lower(self.state, self.batch).compile(),
+            self.eval_step.lower(self.state.params, self.eval_batch).compile())
+
 
 def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
   """devices: all by default. Errors: ConfigError for what the mesh cannot split."""
@@ -55,7 +60,7 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   everywhere: Any = mesh_lib.replicated(mesh)          # Any: below, a TrainState holds shardings in the places of arrays
   state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx), params)
   shardings = step_lib.TrainState(everywhere, param_shardings, optimizer.state_shardings(param_shardings), everywhere, everywhere)
-  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+  state = mesh_lib.placed(state, shardings)
   rows = mesh_lib.batch_sharding(mesh)
   types = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
   batch, eval_batch = ({name: jax.ShapeDtypeStruct((size, c.context), dtype, sharding=rows) for name, dtype in types.items()}
@@ -110,7 +115,10 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
       return "done"
     if position is not None:
       batches.restore(position)
-    train_step, eval_step = _compile(program, say)
+    manifest = _manifest(program, dataset, workdir)
+    started = time.perf_counter()
+    train_step, eval_step = program.compile()
+    say(f"compiled the steps in {time.perf_counter() - started:.1f} s")
     peak, peak_source = hardware.peak_flops(c.model.dtype)
     say(f"peak: {peak / 1e9:,.0f} GFLOP/s a device in {c.model.dtype} ({peak_source}) · unigram entropy of the validation text: "
         f"{dataset.unigram_entropy('validation'):.4f} nats · workdir: {workdir.path}")
@@ -120,7 +128,7 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
 
     # From here on there is a run: what could be refused has been.
     workdir.write("config.json", config.to_dict(c))
-    workdir.write("manifest.json", _manifest(program, dataset, workdir))
+    workdir.write("manifest.json", manifest)
     workdir.set_status("running", first)
     tokens_per_step = c.batch_size * c.context
     clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
@@ -150,15 +158,6 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     workdir.set_status(status, step, reason)
     say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
   return status
-
-
-def _compile(program: Program, say: Callable[[str], None]) -> tuple[Any, Any]:
-  """Both steps, compiled before the clock runs and before the workdir says that there is a run."""
-  started = time.perf_counter()
-  train_step = program.train_step.lower(program.state, program.batch).compile()
-  eval_step = program.eval_step.lower(program.state.params, program.eval_batch).compile()
-  say(f"compiled the steps in {time.perf_counter() - started:.1f} s")
-  return train_step, eval_step
 
 
 def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]):
@@ -236,12 +235,11 @@ def describe(program: Program) -> str:
 
 
 def describe_compiled(program: Program) -> str:
-  """Compiles the train step and says what it takes: FLOPs, and memory by class of buffer on each device."""
+  """Compiles both steps and says what it takes: FLOPs, and memory by class of buffer on each device."""
   c = program.config
   with mesh_lib.use(program.mesh):
-    compiled = program.train_step.lower(program.state, program.batch).compile()
-    evaluation_memory = program.eval_step.lower(program.state.params, program.eval_batch).compile().memory_analysis()
-  memory = compiled.memory_analysis()
+    compiled, compiled_evaluation = program.compile()
+  memory, evaluation_memory = compiled.memory_analysis(), compiled_evaluation.memory_analysis()
   classes = {
     "parameters": shard_bytes(program.state.params),
     "optimizer state": shard_bytes(program.state.opt_state),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from beyond_outliers.mesh import shardings
+from beyond_outliers.mesh import path_of, shardings
 from beyond_outliers.model import hf_config, transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,7 +75,7 @@ def save(model: transformer.Transformer, params: Any, directory: Any, *, context
   Errors: ConfigError for an architecture that neither family has, ValueError for parameters of another model and for a
   directory that already holds one."""
   directory = pathlib.Path(directory)
-  leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   described = hf_config.to_json(model.config, jnp.result_type(*leaves.values()).name, context)
   _check_params(model, leaves)
   directory.mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,8 @@ def _entries(family: hf_config.Family, model: transformer.Transformer) -> list[E
 
 def _shapes(model: transformer.Transformer) -> dict[str, tuple[int, ...]]:
   """{path: shape} of our parameters, in the order of the tree's leaves."""
-  leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(transformer.boxed_shapes(model)))
-  return {_path(keys): leaf.shape for keys, leaf in leaves}
-
-
-def _path(keys: Any) -> str:
-  return jax.tree_util.keystr(keys, simple=True, separator="/")
+  leaves = jax.tree_util.tree_leaves_with_path(transformer.shapes(model))
+  return {path_of(keys): leaf.shape for keys, leaf in leaves}
 
 
 def _stacked(path: str) -> bool:

@@ -10,10 +10,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers import config
-from beyond_outliers.mesh import Axes
+from beyond_outliers.mesh import Axes, path_of
 from beyond_outliers.optim import groups
 from beyond_outliers.optim.adamw import adamw
-from beyond_outliers.optim.groups import path_of
 from beyond_outliers.optim.schedules import SCHEDULES
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Axes", "Optimizer", "adamw", "build", "path_of"]
@@ -31,20 +30,19 @@ class Optimizer:
   tx: optax.GradientTransformation
   labels: Any                                   # a tree like the parameters of group labels
   schedules: Mapping[str, optax.Schedule]       # by group label
-
   shapes: Any                                   # a tree like the parameters, abstract
 
   def state_shardings(self, param_shardings: Any) -> Any:
     """A tree like the optimizer state: a leaf that mirrors a parameter is split like it, any other is replicated.
 
     A leaf mirrors the parameter whose path its own path ends in, if the shapes agree."""
-    by_path = {groups.path_of(path): (leaf.shape, sharding) for (path, leaf), sharding in zip(
+    by_path = {path_of(path): (leaf.shape, sharding) for (path, leaf), sharding in zip(
       jax.tree_util.tree_leaves_with_path(self.shapes), jax.tree.leaves(param_shardings), strict=True)}
     everywhere = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
 
     def sharding_of(key_path, leaf):
       for start in range(len(key_path)):
-        shape, sharding = by_path.get(groups.path_of(key_path[start:]), (None, None))
+        shape, sharding = by_path.get(path_of(key_path[start:]), (None, None))
         if shape == leaf.shape:
           return sharding
       return everywhere

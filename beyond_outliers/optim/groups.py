@@ -8,11 +8,7 @@ from typing import Any
 import jax
 
 from beyond_outliers import config
-
-
-def path_of(key_path: tuple[Any, ...]) -> str:
-  """`layers/attention/q/kernel`: how paths are written everywhere."""
-  return jax.tree_util.keystr(key_path, simple=True, separator="/")
+from beyond_outliers.mesh import path_of
 
 
 def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
