@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from beyond_outliers import config, mesh
+from beyond_outliers.optim import blocks
 
 SUMS = "sha256.json"
 
@@ -76,7 +77,8 @@ class Checkpoints:
     def read(candidate: int) -> Any:
       self._check_structure(candidate, state)
       return self._manager.restore(candidate, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(state), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
+        # Not strict: the padding of optimizer blocks is cut or grown with zeros, and _check_structure has seen the rest.
+        state=ocp.args.StandardRestore(state, strict=False), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
 
     if step is None and not self.steps():
       return None
@@ -161,12 +163,17 @@ class Checkpoints:
     return mesh.from_first(verdict)
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
-    """Orbax would silently cast another dtype, so names, shapes and dtypes are compared first; all, or those below `part`."""
+    """Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes are compared first; all, or
+    those below `part`. Blocks of optimizer state are padded to a multiple of the devices: how far may differ."""
     def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
       named = ((mesh.path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
       return {name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)}
 
     have, want = leaves(self._manager.item_metadata(step)["state"]), leaves(state)
+    padded = {mesh.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state) if blocks.belongs_to_blocks(path)}
+    for name in have.keys() & want.keys() & padded:
+      (shape, dtype), wanted_shape = have[name], want[name][0]
+      have[name] = (wanted_shape[:1] + shape[1:], dtype)
     for name in sorted(have.keys() | want.keys()):
       if have.get(name) != want.get(name):
         raise CheckpointError(f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint and "

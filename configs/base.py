@@ -11,7 +11,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   """All sections but the optimizer, for the size named in `arg`. Derived values follow whatever is overridden later."""
   size, _ = config.parse_argument(arg)
   shape = config.SIZES[size]
-  study = shape["context"] == 1024           # the study's own sizes; the others are scaled down to one machine
+  study = is_study(size)
 
   c = config_dict.ConfigDict()
   c.size = size                              # row of config.SIZES
@@ -89,6 +89,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
 
   c.log = config_dict.ConfigDict()
   c.log.every = 10                           # steps
+  c.log.update_statistics = False            # also the RMS of every group's updates and the spectral norm of its matrices'
   c.log.tensorboard = False                  # also to <workdir>/tensorboard (extra: tensorboard)
   c.log.wandb = ""                           # also to this Weights & Biases project (extra: wandb)
   c.log.profile_step = 0                     # start a profiler trace at this step; 0: never
@@ -115,9 +116,18 @@ def optimizer(name: str, groups: dict[str, dict] | None = None, **hyperparameter
   return c
 
 
+def longest_axis(c: config_dict.ConfigDict) -> int:
+  """The longest axis that gets a full factor in PSGD and SOAP: below the vocabulary, above all others, as the study's 12288."""
+  return 12288 if is_study(c.size) else 1536             # nano's MLP is 1536 wide, the vocabulary 2048
+
+
 def finish(c: config_dict.ConfigDict, arg: str) -> config_dict.ConfigDict:
   """Applies the overrides of `arg` last, so that they win over what the config file sets, and locks the config."""
   return config.override(c, config.parse_argument(arg)[1]).lock()
+
+
+def is_study(size: str) -> bool:
+  return config.SIZES[size]["context"] == 1024
 
 
 def _steps(c: config_dict.ConfigDict) -> config_dict.FieldReference:

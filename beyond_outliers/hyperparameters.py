@@ -1,0 +1,182 @@
+"""Each optimizer's own section of the configuration: a frozen dataclass a row, with the rules that its values obey.
+
+Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the optimizer.
+"""
+from __future__ import annotations
+
+import dataclasses
+
+from beyond_outliers.checks import at_least, below_one, fraction, one_of, require
+
+REFRESHES = ("together", "staggered")
+ITERATION_DTYPES = ("float32", "bfloat16")
+ITERATION_TABLES = ("quintic", "polar_express")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+  """Hyperparameters of `optim.adamw`."""
+  name: str
+  learning_rate: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+
+  def __post_init__(self):
+    at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0)
+    below_one(self, "optimizer.", "b1", "b2")           # at 1 the bias correction divides by zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+  """Hyperparameters of `optim.muon`."""
+  name: str
+  learning_rate: float
+  momentum: float
+  nesterov: bool
+  nesterov_bias_correction: bool
+  ns_steps: int
+  ns_coefficients: str
+  ns_dtype: str
+  ns_gram: bool
+  scale: str
+  weight_decay: float
+  adam_learning_rate: float
+  adam_b1: float
+  adam_b2: float
+  adam_eps: float
+
+  def __post_init__(self):
+    at_least(self, "optimizer.", learning_rate=0, ns_steps=1, weight_decay=0, adam_learning_rate=0, adam_eps=0)
+    below_one(self, "optimizer.", "momentum", "adam_b1", "adam_b2")
+    one_of(self, "optimizer.", ns_coefficients=ITERATION_TABLES, ns_dtype=ITERATION_DTYPES, scale=("original", "match_rms_adamw"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scion:
+  """Hyperparameters of `optim.scion`."""
+  name: str
+  learning_rate: float
+  momentum: float
+  norm: str
+  scale: float
+  normalized: bool | None
+  clamp: bool
+  constrained: bool
+  weight_decay: float
+  ns_steps: int
+  ns_coefficients: str
+  ns_dtype: str
+  ns_gram: bool
+
+  def __post_init__(self):
+    at_least(self, "optimizer.", learning_rate=0, scale=0, weight_decay=0, ns_steps=1)
+    below_one(self, "optimizer.", "momentum")
+    one_of(self, "optimizer.", norm=("auto", "spectral", "sign", "col", "row", "rms"), ns_coefficients=ITERATION_TABLES,
+           ns_dtype=ITERATION_DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Psgd:
+  """Hyperparameters of `optim.psgd`."""
+  name: str
+  learning_rate: float
+  momentum: float
+  max_size_triangular: int
+  preconditioner_lr: float
+  preconditioner_init: float
+  update_probability: float | None
+  balance_probability: float
+  clip_rms: float
+  clip_eps: float
+  noise: str
+  weight_decay: float
+  cache: bool
+  seed: int
+
+  def __post_init__(self):
+    at_least(self, "optimizer.", learning_rate=0, max_size_triangular=0, preconditioner_lr=0, preconditioner_init=0, clip_rms=0,
+             clip_eps=0, weight_decay=0, seed=0)
+    below_one(self, "optimizer.", "momentum")
+    fraction(self, "optimizer.", "balance_probability")
+    one_of(self, "optimizer.", noise=("both", "preconditioner", "none"))
+    require(self.update_probability is None or 0 < self.update_probability <= 1, "optimizer.update_probability",
+            self.update_probability, "expected a number above 0, at most 1, or None for the schedule")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shampoo:
+  """Hyperparameters of `optim.shampoo`."""
+  name: str
+  learning_rate: float
+  b1: float
+  b2: float
+  eps: float
+  eps_mode: str
+  weight_decay: float
+  bias_correction: bool
+  grafting: str
+  graft_granularity: str
+  grafting_b2: float
+  grafting_eps: float
+  momentum: str
+  root: str
+  exponent: float | None
+  max_residual: float
+  precondition_frequency: int
+  refresh: str
+  start_step: int | None
+  block_size: int
+  long_axes: str
+  merge_dims: bool
+  preconditioner_dtype: str
+  packed: bool
+
+  def __post_init__(self):
+    at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, grafting_eps=0, max_residual=0, precondition_frequency=1,
+             block_size=1)
+    below_one(self, "optimizer.", "b1", "grafting_b2")
+    fraction(self, "optimizer.", "b2")                  # at 1 the factors are sums
+    one_of(self, "optimizer.", eps_mode=("absolute", "relative"), grafting=("none", "sgd", "adam", "rmsprop"),
+           graft_granularity=("block", "parameter"), momentum=("gradient", "update"),
+           root=("eigh", "newton", "denman_beavers", "qr"), refresh=(*REFRESHES, "together_from_first"),
+           long_axes=("block", "skip"), preconditioner_dtype=("float32", "bfloat16"))
+    require(self.exponent is None or self.exponent > 0, "optimizer.exponent", self.exponent, "expected above 0, or None")
+    require(self.start_step is None or self.start_step >= 1, "optimizer.start_step", self.start_step,
+            "expected at least 1, or None for precondition_frequency")
+
+
+@dataclasses.dataclass(frozen=True)
+class Soap:
+  """Hyperparameters of `optim.soap`."""
+  name: str
+  learning_rate: float
+  b1: float
+  b2: float
+  shampoo_beta: float | None
+  eps: float
+  weight_decay: float
+  precondition_frequency: int
+  refresh: str
+  max_dim: int
+  normalize_gradients: bool
+  bias_correction: bool
+  count_skipped_step: bool
+
+  def __post_init__(self):
+    at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, precondition_frequency=1, max_dim=0)
+    below_one(self, "optimizer.", "b1", "b2")
+    one_of(self, "optimizer.", refresh=REFRESHES)
+    require(self.shampoo_beta is None or 0 <= self.shampoo_beta < 1, "optimizer.shampoo_beta", self.shampoo_beta,
+            "expected a number from 0 to below 1, or None for b2")
+
+
+OPTIMIZERS: dict[str, type] = {
+  "adamw": AdamW,
+  "muon": Muon,
+  "psgd": Psgd,
+  "scion": Scion,
+  "shampoo": Shampoo,
+  "soap": Soap,
+}

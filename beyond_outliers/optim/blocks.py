@@ -1,0 +1,188 @@
+"""Blocks of equal shape, stacked: the one layout in which Shampoo, SOAP, PSGD, Muon and Scion compute and keep state.
+
+Every parameter is a batch of matrices or vectors (axes.py). Each is cut into blocks, and all blocks of one shape, from
+all parameters, form a bucket: one array [B, m, n] (m <= n; tall ones are transposed) or [B, n]. The stack axis B is split
+over the whole mesh, so a device owns whole blocks: factors, roots and Newton-Schulz iterations need no communication, and
+nothing is kept or computed twice. There is one reshard on the way in (`stack`) and one on the way out (`unstack`).
+
+B is padded with zero blocks to a multiple of the number of devices, behind the real ones, whose order does not depend on
+the mesh: state written on one mesh fits another once the padding is cut or grown.
+"""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
+
+# The field of every optimizer's state that holds what belongs to blocks: arrays with the stack axis first.
+FIELD = "blocks"
+
+Stacks = dict[str, jax.Array]            # bucket name -> [B, m, n], [B, n], or [B] for one number a block
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Blocks of one bucket that are neighbours in one leaf: a grid of equal blocks in each of its slices."""
+  leaf: int
+  start: tuple[int, ...]                 # where the grid begins in a slice
+  grid: tuple[int, ...]                  # blocks along each axis of a slice
+  block: tuple[int, ...]                 # shape of a block, as it lies in the slice
+  transposed: bool                       # in the bucket
+  count: int                             # blocks, over all slices
+
+  def cut(self, y: jax.Array) -> jax.Array:
+    """[slices, *size] -> [count, *shape in the bucket]."""
+    region = y[(slice(None), *(slice(s, s + g * b) for s, g, b in zip(self.start, self.grid, self.block, strict=True)))]
+    if math.prod(self.grid) > 1 and len(self.grid) == 2:
+      (g, h), (m, n) = self.grid, self.block
+      region = region.reshape(-1, g, m, h, n).swapaxes(2, 3)
+    blocks = region.reshape(self.count, *self.block)
+    return blocks.swapaxes(1, 2) if self.transposed else blocks
+
+  def paste(self, blocks: jax.Array, slices: int) -> jax.Array:
+    """The inverse of `cut`: the region of every slice that the grid covers."""
+    blocks = blocks.swapaxes(1, 2) if self.transposed else blocks
+    if math.prod(self.grid) > 1 and len(self.grid) == 2:
+      (g, h), (m, n) = self.grid, self.block
+      blocks = blocks.reshape(slices, g, h, m, n).swapaxes(2, 3)
+    return blocks.reshape(slices, *(g * b for g, b in zip(self.grid, self.block, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """All blocks of one shape."""
+  shape: tuple[int, ...]                 # (m, n) with m <= n, or (n,)
+  runs: tuple[Run, ...]
+  count: int                             # real blocks
+  padded: int                            # with those that make it a multiple of the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where every block of a tree of parameters goes: static, a function of shapes, axes and the mesh."""
+  leaves: tuple[Leaf, ...]
+  buckets: dict[str, Bucket]             # by name: "768x1024" or "768"
+  dtype: np.dtype                        # of stacks: float32, or the widest of the leaves'
+  mesh: jax.sharding.Mesh | None
+
+  def stack(self, tree: Any) -> Stacks:
+    """The blocks of a tree like the parameters, each on the device that owns it: [B, *shape] a bucket."""
+    slices = [leaf.split(x) for leaf, x in zip(self.leaves, jax.tree.leaves(tree), strict=True)]
+    stacks = {}
+    for name, bucket in self.buckets.items():
+      parts = [run.cut(slices[run.leaf]) for run in bucket.runs]
+      if bucket.padded > bucket.count:
+        parts.append(jnp.zeros((bucket.padded - bucket.count, *bucket.shape), parts[0].dtype))
+      # They travel in their own dtype: half the bytes when gradients are bfloat16.
+      stacks[name] = self._owned(jnp.concatenate(parts) if len(parts) > 1 else parts[0]).astype(self.dtype)
+    return stacks
+
+  def unstack(self, stacks: Stacks, like: Any) -> Any:
+    """The inverse of `stack`, in the structure and dtypes of `like`."""
+    pieces: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in self.leaves]
+    for name, bucket in self.buckets.items():
+      at = 0
+      for run in bucket.runs:
+        pieces[run.leaf][run.start] = run.paste(stacks[name][at: at + run.count], self.leaves[run.leaf].slices)
+        at += run.count
+    flat, structure = jax.tree.flatten(like)
+    joined = [leaf.join(_assemble(p)).astype(x.dtype) for leaf, p, x in zip(self.leaves, pieces, flat, strict=True)]
+    return jax.tree.unflatten(structure, joined)
+
+  def zeros(self) -> Stacks:
+    return {name: jnp.zeros((bucket.padded, *bucket.shape), self.dtype) for name, bucket in self.buckets.items()}
+
+  def local(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(blocks, common)` on each device's share of the blocks, without communication.
+
+    blocks: a tree of arrays with the stack axis first, as what is returned; common: a tree of arrays that all see whole."""
+    if self.mesh is None or self.mesh.size == 1:
+      return function
+    split = PartitionSpec(self.mesh.axis_names)
+    return jax.shard_map(function, mesh=self.mesh, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)
+
+  def constants(self, value: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
+    """One number a block, from the leaf that it is cut from; 0 for padding. [B] a bucket."""
+    def of(bucket: Bucket) -> np.ndarray:
+      runs = [np.full(run.count, value(self.leaves[run.leaf])) for run in bucket.runs]
+      return np.concatenate([*runs, np.zeros(bucket.padded - bucket.count)]).astype(self.dtype)
+    return {name: of(bucket) for name, bucket in self.buckets.items()}
+
+  def sum_over_slices(self, values: Stacks) -> Stacks:
+    """For one number a block, the sum over all blocks of the same slice, in each of their places. [B] a bucket."""
+    if all(math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size for b in self.buckets.values() for run in b.runs):
+      return values                                        # every slice is one block
+    first = np.cumsum([0, *(leaf.slices for leaf in self.leaves)])
+    owners = {}
+    for name, bucket in self.buckets.items():
+      runs = [first[run.leaf] + np.arange(run.count) // math.prod(run.grid) for run in bucket.runs]
+      owners[name] = np.concatenate([*runs, np.full(bucket.padded - bucket.count, first[-1])])
+    every = jnp.concatenate([values[name] for name in self.buckets])
+    sums = jax.ops.segment_sum(every, np.concatenate(list(owners.values())), num_segments=int(first[-1]) + 1)
+    return {name: self._owned(sums[owner]) for name, owner in owners.items()}
+
+  def _owned(self, x: jax.Array) -> jax.Array:
+    if self.mesh is None or self.mesh.size == 1:
+      return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
+
+
+def layout(tree: Any, axes: AxesTree = None, *, mesh: jax.sharding.Mesh | None = None, block_size: int | None = None,
+           merge_dims: bool = False) -> Layout:
+  """The blocks of `tree` (arrays or shapes), at most block_size along each axis; the last along an axis may be smaller.
+
+  block_size None: every slice is one block. merge_dims: a matrix of at most block_size numbers is taken as one vector, as
+  Meta's Shampoo does by default. Scalars are vectors of length 1. Errors: ValueError from `axes`."""
+  records = leaves(tree, axes)
+  runs: dict[tuple[int, ...], list[Run]] = {}
+  for index, leaf in enumerate(records):
+    size = leaf.size or (1,)
+    if merge_dims and block_size is not None and math.prod(size) <= block_size:
+      size = (math.prod(size),)
+    if size != leaf.size:
+      records = (*records[:index], dataclasses.replace(leaf, size=size, fan_in_axis=None), *records[index + 1:])
+    for segments in itertools.product(*(_segments(length, block_size) for length in size)):
+      start, grid, block = zip(*segments, strict=True)
+      shape = tuple(sorted(block))
+      run = Run(index, start, grid, block, block != shape, leaf.slices * math.prod(grid))
+      runs.setdefault(shape, []).append(run)
+  devices = 1 if mesh is None else mesh.size
+  buckets = {}
+  for shape, of_shape in runs.items():
+    count = sum(run.count for run in of_shape)
+    buckets["x".join(map(str, shape))] = Bucket(shape, tuple(of_shape), count, -(-count // devices) * devices)
+  dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+  return Layout(records, buckets, np.dtype(dtype), mesh)
+
+
+def _segments(length: int, block_size: int | None) -> list[tuple[int, int, int]]:
+  """An axis as (start, blocks, length of each): whole blocks, then what is left."""
+  if block_size is None or length <= block_size:
+    return [(0, 1, length)]
+  whole, rest = divmod(length, block_size)
+  return [(0, whole, block_size)] + ([(whole * block_size, 1, rest)] if rest else [])
+
+
+def _assemble(pieces: dict[tuple[int, ...], jax.Array]) -> jax.Array:
+  """[slices, *size] from the regions that cover it, by where each begins."""
+  axes = len(next(iter(pieces)))
+  for axis in reversed(range(axes)):                       # join neighbours along the last axis first
+    rows: dict[tuple[int, ...], list[jax.Array]] = {}
+    for start in sorted(pieces):
+      rows.setdefault(start[:axis], []).append(pieces[start])
+    pieces = {start: jnp.concatenate(row, axis=axis + 1) if len(row) > 1 else row[0] for start, row in rows.items()}
+  return pieces[()]
+
+
+def belongs_to_blocks(key_path: tuple[Any, ...]) -> bool:
+  """Whether this leaf of an optimizer's state has the stack axis first. (A parameter of that name has another kind of key.)"""
+  return jax.tree_util.GetAttrKey(FIELD) in key_path

@@ -1,0 +1,64 @@
+"""The sweep of a config file on this machine, one run after another; the same command goes on where it stopped.
+
+  python -m launch.local --config=configs/shampoo.py --root=runs/tuning/shampoo --where=seed=0
+
+Every run is a process of its own in <root>/<what it overrides>; a run that diverges doesn't stop the others.
+"""
+from __future__ import annotations
+
+import ast
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+from absl import app, flags
+
+from beyond_outliers import hyper
+
+CONFIG = flags.DEFINE_string("config", None, "Config file that has a sweep; size and overrides behind a colon.", required=True)
+ROOT = flags.DEFINE_string("root", None, "Folder of the workdirs.", required=True)
+WHERE = flags.DEFINE_list("where", [], "key=value,...: only the runs of the sweep that have these values.")
+LIST = flags.DEFINE_bool("list", False, "Print the workdirs and what they override, and start nothing.")
+
+ENDED = ("done", "diverged")                  # what is left alone when the command is given again
+
+
+def runs(path: str, where: list[str]) -> dict[str, hyper.Overrides]:
+  """{run name: overrides} of the sweep in a config file. Errors: ValueError when `where` leaves none."""
+  wanted = {key: ast.literal_eval(value) for key, _, value in (condition.partition("=") for condition in where)}
+  sweep = runpy.run_path(path)["get_hyper"](hyper)
+  chosen = [overrides for overrides in sweep if all(overrides.get(key) == value for key, value in wanted.items())]
+  if not chosen:
+    raise ValueError(f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps {sorted(sweep[0])}")
+  return {hyper.run_name(overrides): overrides for overrides in chosen}
+
+
+def status_of(workdir: pathlib.Path) -> str:
+  """What status.json says, or "not started"."""
+  path = workdir / "status.json"
+  return json.loads(path.read_text())["status"] if path.exists() else "not started"
+
+
+def launch(argv: list[str]) -> None:
+  """Runs what is not done. Exits with 1 if a run ended as neither done nor diverged."""
+  del argv
+  path, _, argument = CONFIG.value.partition(":")
+  failed = []
+  sweep = runs(path, WHERE.value)
+  for number, (name, overrides) in enumerate(sweep.items(), 1):
+    workdir = pathlib.Path(ROOT.value) / name
+    print(f"[{number}/{len(sweep)}] {workdir}: {status_of(workdir)}", flush=True)
+    if LIST.value or status_of(workdir) in ENDED:
+      continue
+    command = [sys.executable, "-m", "beyond_outliers.main", f"--config={path}:{argument}", f"--workdir={workdir}"]
+    code = subprocess.run(command + [f"--config.{key}={value}" for key, value in overrides.items()]).returncode
+    if status_of(workdir) not in ENDED:
+      failed.append(f"{workdir} (exit code {code})")
+  if failed:
+    sys.exit("not done: " + ", ".join(failed))
+
+
+if __name__ == "__main__":
+  app.run(launch)

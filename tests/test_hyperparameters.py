@@ -1,0 +1,81 @@
+"""Every optimizer's section: as the factory has it, in every config file, and refused when wrong."""
+import dataclasses
+import inspect
+import itertools
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from beyond_outliers import config, hyper, hyperparameters, optim
+from beyond_outliers.optim import newton_schulz, roots
+from beyond_outliers.optim import shampoo as shampoo_factory
+
+CONFIGS = sorted(path for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[a-z]*.py") if path.stem != "base")
+
+
+def get_config(name, arg=""):
+  return runpy.run_path(str(CONFIGS[0].parent / f"{name}.py"))["get_config"](arg)
+
+
+def test_every_optimizer_has_a_section_and_a_config_file():
+  assert set(hyperparameters.OPTIMIZERS) == set(optim.OPTIMIZERS) <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_section_has_only_arguments_of_the_factory(name):
+  arguments = set(inspect.signature(optim.OPTIMIZERS[name]).parameters)
+  fields = {field.name for field in dataclasses.fields(hyperparameters.OPTIMIZERS[name])} - {"name"}
+  assert fields <= arguments
+  assert arguments - fields <= {"axes", "mesh", "precision", "block_size", "ns_eps"}, "an argument that no config can set"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("size", config.SIZES)
+def test_every_config_resolves_at_every_size_and_survives_json(path, size):
+  c = config.resolve(get_config(path.stem, size))
+  assert config.resolve(json.loads(json.dumps(config.to_dict(c)))) == c
+  assert list(c.optimizer.groups) == ["embedding", "vector", "hidden"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_sweep_has_five_rates_a_factor_of_root_ten_apart_around_the_chosen_one(path):
+  sweep = runpy.run_path(str(path))["get_hyper"](hyper)
+  rates = sorted({run["optimizer.learning_rate"] for run in sweep})
+  assert len(rates) >= 5
+  for lower, higher in itertools.pairwise(rates):
+    assert 2.9 < higher / lower < 3.4
+  assert get_config(path.stem).optimizer.learning_rate in rates[1:-1]
+
+
+def test_choices_are_those_of_the_tables():
+  """The configuration stands below the optimizers, so it names their rows itself."""
+  assert set(hyperparameters.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
+  module = inspect.getmodule(inspect.unwrap(shampoo_factory))
+  c = get_config("shampoo")
+  for field, table in (("root", roots.ROOTS), ("grafting", module.GRAFTS), ("refresh", module.REFRESHES)):
+    for row in table:
+      resolved = config.resolve(config.override(get_config("shampoo"), {f"optimizer.{field}": row}))
+      assert getattr(resolved.optimizer.default, field) == row
+  with pytest.raises(config.ConfigError, match=r"optimizer\.root = 'cholesky': expected one of"):
+    config.resolve(config.override(c, {"optimizer.root": "cholesky"}))
+
+
+@pytest.mark.parametrize("name, field, value, message", [
+  ("adamw", "b2", 1.0, "from 0 to below 1"), ("muon", "ns_steps", 0, "at least 1"), ("muon", "ns_dtype", "float16", "one of"),
+  ("scion", "norm", "l1", "expected one of"), ("psgd", "update_probability", 0.0, "above 0"), ("psgd", "noise", "some", "one of"),
+  ("shampoo", "b2", 1.5, "a fraction"), ("shampoo", "exponent", -1.0, "above 0"), ("shampoo", "start_step", 0, "at least 1"),
+  ("soap", "shampoo_beta", 1.0, "None for b2"), ("soap", "precondition_frequency", 0, "at least 1"),
+])
+def test_what_cannot_be_is_refused_by_name(name, field, value, message):
+  with pytest.raises(config.ConfigError, match=rf"optimizer\.{field} = .*{message}"):
+    config.resolve(config.override(get_config(name), {f"optimizer.{field}": value}))
+
+
+def test_what_is_none_may_be_given_and_taken_away():
+  c = get_config("shampoo", "nano,optimizer.exponent=0.5")
+  assert config.resolve(c).optimizer.groups["hidden"].optimizer.exponent == 0.5
+  assert config.resolve(config.override(c, {"optimizer.exponent": None})).optimizer.default.exponent is None
+  with pytest.raises(config.ConfigError, match=r"optimizer\.exponent"):
+    config.resolve(config.override(c, {"optimizer.exponent": "half"}))
