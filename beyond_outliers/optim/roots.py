@@ -147,7 +147,7 @@ def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Ba
 
 
 def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
-  """By Newton-Denman-Beavers iterations (arXiv 2602.02016, section 4; Higham, Functions of Matrices, 6.35), scaled by a power
+  """By Newton-Denman-Beavers iterations (arXiv 2602.02016; Higham, Functions of Matrices, chapter 6), scaled by a power
   iteration: matrix products only, no solves. Y_k -> A^(1/2) and Z_k -> A^(-1/2); the residual is max|ZY - I|.
 
   A^(-1/4) is the inverse square root of the square root, and so on. Unlike the paper's ten steps, this iterates until it has

@@ -79,6 +79,8 @@ def scale_by_shampoo(
   for name, value in (("precondition_frequency", precondition_frequency), ("block_size", block_size)):
     if value < 1:
       raise ValueError(f"{name} = {value}: expected at least 1")
+  if isinstance(exponent, jax.Array):                     # it chooses the iteration
+    raise TypeError("exponent: must be a Python number; give inject_hyperparams static_args='exponent'")
   if exponent is not None and not exponent > 0:
     raise ValueError(f"exponent = {exponent}: expected the positive power that a factor's inverse is taken to, such as 0.25")
   for order in (1, 2):
@@ -150,7 +152,7 @@ def scale_by_shampoo(
       directions, new = (dict(tree) for tree in (directions, new))
       for name, square in squares.items():
         lengths = jnp.sqrt(square)
-        scale = lengths[:, 0] / (lengths[:, 1] + 1e-16)
+        scale = jnp.where(done[name][3], lengths[:, 0] / (lengths[:, 1] + 1e-16), 1)
         directions[name] = directions[name] * _per_block(scale, directions[name])
     if momentum == "update":
       for name in new:
@@ -160,7 +162,9 @@ def scale_by_shampoo(
     return layout.unstack(directions, updates), ShampooState(count, new)
 
   def one_bucket(g: jax.Array, s: Any, real_B: jax.Array, c: dict[str, jax.Array], shape: tuple[int, ...], phase: int):
-    """-> (state, direction, [B, 2] squared lengths of the grafting step and of the direction)."""
+    """-> (state, direction, [B, 2] squared lengths of the grafting step and of the direction, [B] whether it is Shampoo's).
+
+    A block without roots takes the grafting method's own step, and has no part in the lengths of others."""
     t, which = c["t"].astype(g.dtype), preconditioned(shape)
     correction = lambda decay: 1 - decay ** t if bias_correction else jnp.ones_like(decay)
     # A decay of 1 sums instead of averaging, and needs no correction.
@@ -206,12 +210,13 @@ def scale_by_shampoo(
         s = s._replace(second_moment=v)
         v = v / (1 - c["grafting_b2"] ** t) if graft.bias_correction and bias_correction else v
       step = graft.direction(fed, v, c["grafting_eps"])
+    ready_B = (roots.age >= 0).all(1) if which else jnp.zeros(len(g), bool)
     if momentum == "update":
       s = s._replace(graft_momentum=c["b1"] * s.graft_momentum + (1 - c["b1"]) * step)
     else:
-      # A block without roots takes the grafting method's own step.
-      p = jnp.where(_per_block((c["t"] >= start) & (roots.age >= 0).all(1), p), p, step) if which else step
-    return s, p, jnp.stack([_squares(step), _squares(p)], 1)
+      ready_B &= c["t"] >= start
+    p = jnp.where(_per_block(ready_B, p), p, step)
+    return s, p, ready_B[:, None] * jnp.stack([_squares(step), _squares(p)], 1), ready_B
 
   return optax.GradientTransformation(init, update)
 

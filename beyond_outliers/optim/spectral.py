@@ -20,8 +20,8 @@ def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
 
 def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(each vector at length one, length [B]); by way of its largest entry: squares of small or large numbers leave float32."""
-  tiny = jnp.finfo(v_BxN.dtype).tiny
-  largest_B = jnp.maximum(jnp.max(jnp.abs(v_BxN), 1), tiny)
-  scaled = v_BxN / largest_B[:, None]
+  or_one = lambda x: jnp.where(x > 0, x, 1)               # zero stays zero
+  largest_B = jnp.max(jnp.abs(v_BxN), 1)
+  scaled = v_BxN / or_one(largest_B)[:, None]
   length_B = jnp.linalg.norm(scaled, axis=1)
-  return scaled / jnp.maximum(length_B, tiny)[:, None], length_B * largest_B
+  return scaled / or_one(length_B)[:, None], length_B * largest_B

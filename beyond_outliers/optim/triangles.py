@@ -1,7 +1,9 @@
-"""Products of triangular and of symmetric matrices by panels, without the parts that are zero or known.
+"""Triangular and symmetric matrices by panels: products without the parts that are zero, or known from the other side.
 
-A panel is some rows of a D x D upper triangle: columns from the first of these rows on. Of the operations of whole products
-four panels leave five eighths for Q X, three eighths for products of two triangles. Legend: D, R axes of what is multiplied.
+A panel is some rows of the upper triangle of a D x D matrix, from the first of these rows' column on. Four panels leave five
+eighths of the operations of Q X, and less than half of those of products of two triangles.
+
+Legend: D axis of a triangle, R the other axis of what is multiplied. A diagonal matrix is given as a vector.
 """
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 
 
 def rows(d: int) -> list[slice]:
-  """Of the panels: at most four, multiples of 128 and at least 256 of them each but the last."""
+  """Of each panel: at most four, multiples of 128 and at least 256 of them but for the last."""
   step = max(256, -(-d // 512) * 128)
   return [slice(start, min(start + step, d)) for start in range(0, d, step)]
 
@@ -18,53 +20,57 @@ def rows(d: int) -> list[slice]:
 def times(q: jax.Array, x: jax.Array) -> jax.Array:
   """Q X, for Q upper triangular [D, D] or diagonal [D] and X [D, R] or [D]."""
   if q.ndim == 1:
-    return diagonal(q, x) * x
+    return _column(q, x) * x
   return jnp.concatenate([q[p, p.start:] @ x[p.start:] for p in rows(len(q))])
 
 
-def times_transposed(q: jax.Array, x: jax.Array) -> jax.Array:
+def transposed_times(q: jax.Array, x: jax.Array) -> jax.Array:
   """Qᵀ X."""
   if q.ndim == 1:
-    return diagonal(q, x) * x
+    return _column(q, x) * x
   return jnp.concatenate([q[:p.stop, p].T @ x[:p.stop] for p in rows(len(q))])
 
 
-def solve(q: jax.Array, x: jax.Array) -> jax.Array:
-  """Q⁻ᵀ X; rows of X at which the diagonal of Q is zero are taken as they are, so that Q = 0 gives X."""
-  safe = lambda diagonal_D: jnp.where(diagonal_D == 0, 1, diagonal_D)
+def transposed_solve(q: jax.Array, x: jax.Array) -> jax.Array:
+  """Q⁻ᵀ X. A zero on the diagonal of Q counts as one: finite for Q = 0."""
   if q.ndim == 1:
-    return x / diagonal(safe(q), x)
-  y = x[:0]
-  for p in rows(len(q)):
-    corner = q[p, p]
-    corner += jnp.diag(safe(jnp.diagonal(corner)) - jnp.diagonal(corner))
-    y_p = jax.lax.linalg.triangular_solve(corner, x[p] - q[:p.start, p].T @ y, left_side=True, lower=False, transpose_a=True)
-    y = jnp.concatenate([y, y_p])
-  return y
+    return x / _column(jnp.where(q == 0, 1, q), x)
+  of, y = rows(len(q)), []
+  for p in of:
+    corner = jnp.where(jnp.eye(p.stop - p.start, dtype=bool) & (q[p, p] == 0), 1, q[p, p])
+    rest = x[p] - sum(q[before, p].T @ y_before for before, y_before in zip(of, y, strict=False))
+    y.append(jax.lax.linalg.triangular_solve(corner, rest, left_side=True, lower=False, transpose_a=True))
+  return jnp.concatenate(y)
 
 
 def square(q: jax.Array) -> jax.Array:
   """QᵀQ, for Q [D, D]."""
-  return mirror([q[:p.stop, p].T @ q[:p.stop, p.start:] for p in rows(len(q))])
-
-
-def gram(x: jax.Array) -> list[jax.Array]:
-  """The panels of X Xᵀ."""
-  return [x[p] @ x[p.start:].T for p in rows(len(x))]
-
-
-def mirror(panels: list[jax.Array]) -> jax.Array:
-  """The symmetric matrix of which these are the panels."""
-  of = rows(panels[0].shape[1])
+  of = rows(len(q))
+  panels = [q[:p.stop, p].T @ q[:p.stop, p.start:] for p in of]
   below = lambda i: [panels[j][:, of[i].start - of[j].start: of[i].stop - of[j].start].T for j in range(i)]
   return jnp.concatenate([jnp.concatenate([*below(i), panel], axis=1) for i, panel in enumerate(panels)])
 
 
+def gram(x: jax.Array) -> list[jax.Array]:
+  """The panels of X Xᵀ, for X [D, R]."""
+  return [x[p] @ x[p.start:].T for p in rows(len(x))]
+
+
+def column_squares(panels: list[jax.Array]) -> jax.Array:
+  """[D]: the squared lengths of the columns of a symmetric matrix given by its panels."""
+  d = panels[0].shape[1]
+  squares = jnp.zeros(d, panels[0].dtype)
+  for p, panel in zip(rows(d), panels, strict=True):
+    squares = squares.at[p.start:].add(jnp.sum(panel * panel, axis=0))
+    squares = squares.at[p].add(jnp.sum(panel[:, p.stop - p.start:] ** 2, axis=1))
+  return squares
+
+
 def product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
-  """T Q, for T given by its panels, both upper triangular."""
-  return jnp.concatenate([jnp.pad(panel @ q[p.start:, p.start:], ((0, 0), (p.start, 0)))
-                          for panel, p in zip(panels, rows(len(q)), strict=True)])
+  """triu(T) Q, for T given by its panels and Q [D, D]."""
+  return jnp.concatenate([jnp.pad(jnp.triu(panel) @ q[p.start:, p.start:], ((0, 0), (p.start, 0)))
+                          for p, panel in zip(rows(len(q)), panels, strict=True)])
 
 
-def diagonal(q: jax.Array, x: jax.Array) -> jax.Array:
+def _column(q: jax.Array, x: jax.Array) -> jax.Array:
   return q.reshape(-1, *(1,) * (x.ndim - 1))

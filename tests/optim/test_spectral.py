@@ -32,5 +32,6 @@ def test_a_start_orthogonal_to_the_largest_direction_is_not_taken():
 
 
 def test_zero_is_zero_and_matrices_do_not_mix():
+  np.testing.assert_array_equal(jax.jit(spectral_norm)(jnp.zeros((2, 1, 1))), 0)
   x = jnp.stack([jnp.zeros((3, 4)), jnp.full((3, 4), 2.0)])
   np.testing.assert_allclose(spectral_norm(x), [0.0, 2 * np.sqrt(12)], rtol=1e-6)

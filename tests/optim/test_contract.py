@@ -1,0 +1,335 @@
+"""One contract for every row of optim.OPTIMIZERS. A new row needs a line in SETTINGS, and nothing else here.
+
+Two groups of parameters train for six steps on gradients that depend on them, through `optim.build` and a step jitted as the
+trainer's: on a mesh of eight devices, of four and of one, straight through or from a checkpoint. What optax wraps around a
+factory is tried on one device, on two leaves.
+"""
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import configs
+from beyond_outliers import checkpoint, config, mesh, optim, train
+from beyond_outliers.mesh import Axes
+from beyond_outliers.optim import blocks
+from beyond_outliers.step import TrainState, init_state
+
+# Such that six steps on tiny matrices see all of a row: decay, several blocks a matrix, roots or bases renewed between steps; and
+# such that rounding is not amplified: square blocks, whose factors have full rank, and an eps far above the noise of vectors',
+# which have not.
+SETTINGS = {
+  "adamw": dict(weight_decay=0.1),
+  "muon": dict(weight_decay=0.1, ns_dtype="float32", adam_learning_rate=0.05),
+  "psgd": dict(weight_decay=0.1),
+  "scion": dict(momentum=0.9, ns_dtype="float32"),
+  "shampoo": dict(weight_decay=0.1, block_size=8, grafting="adam", precondition_frequency=2, eps=0.1, b2=0.95),
+  "soap": dict(weight_decay=0.1, block_size=8, precondition_frequency=2),
+}
+CUT = [name for name in optim.OPTIMIZERS if "block_size" in SETTINGS.get(name, ())]
+RATE, STEPS, SAVED_AT = 0.05, 6, 3
+
+SHAPES = {"embedding": (24, 8), "gain": (2, 8), "kernel": (2, 8, 16), "scale": (2, 2), "temperature": (), "up": (2, 16, 8)}
+AXES = {"embedding": Axes((), (1,), (0,)), "gain": Axes((0,), (), (1,)), "kernel": Axes((0,), (1,), (2,)), "scale": Axes((0, 1)),
+        "temperature": Axes(), "up": Axes((0,), (1,), (2,))}
+GROUPS = {"hidden": "kernel|up|embedding", "vector": "gain|scale|temperature"}
+SPLIT = {"embedding": ("model", "fsdp"), "kernel": (None, "fsdp", "model"), "up": (None, "model", "fsdp")}
+MESHES = {1: config.Mesh(1, 1, 1), 4: config.Mesh(1, 2, 2), 8: config.Mesh(2, 2, 2)}
+SMALL = ("gain", "kernel")
+
+
+def normal(seed, names=tuple(SHAPES)):
+  """Numpy: arrays of one device would not fit another mesh."""
+  draw = np.random.default_rng(seed)
+  tree = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+  return {name: tree[name] for name in names}
+
+
+def settings_of(name):
+  if name not in SETTINGS:
+    pytest.fail(f"optim.OPTIMIZERS has {name!r}, SETTINGS of this file has not: add the arguments to test it with")
+  return SETTINGS[name]
+
+
+def configured(name):
+  """The section of a configuration that `optim.build` makes a row from."""
+  values = {"name": name, "learning_rate": RATE, **settings_of(name)}
+  return dataclasses.make_dataclass("Section", list(values), frozen=True)(**values)
+
+
+def shapes_of(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_close(actual, expected, tolerance):
+  """Of each leaf, as a part of its largest number."""
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=mesh.path_of(path))
+
+
+def assert_finite(tree):
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    assert np.isfinite(np.asarray(x, np.float32)).all(), mesh.path_of(path)
+
+
+class Run:
+  """A row of the table on a mesh."""
+
+  def __init__(self, name, devices, **changes):
+    self.mesh = mesh.make_mesh(MESHES[devices], jax.devices()[:devices])
+    section = dataclasses.replace(configured(name), **changes)
+    groups = {label: config.Group(paths, section) for label, paths in GROUPS.items()}
+    self.start = normal(0)
+    self.optimizer = optim.build(config.Optimizer(section, groups), self.start, STEPS, axes=AXES, mesh=self.mesh,
+                                 schedule=config.Schedule("constant", 0.0, 0.0, 0.0, 0.0))
+    of_params = {name: jax.NamedSharding(self.mesh, jax.P(*SPLIT.get(name, ()))) for name in SHAPES}
+    whole = mesh.replicated(self.mesh)
+    shardings = TrainState(whole, of_params, self.optimizer.state_shardings(of_params), whole, whole)
+    self.state = mesh.placed(jax.eval_shape(self._init), shardings)
+    self.step = jax.jit(self._step, out_shardings=shardings, donate_argnums=0)
+
+  def _init(self):
+    return init_state(jax.tree.map(jnp.asarray, self.start), self.optimizer.tx)
+
+  def _step(self, state, target):
+    gradient = jax.tree.map(jnp.subtract, state.params, target)
+    updates, opt_state = self.optimizer.tx.update(gradient, state.opt_state, state.params)
+    return state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+  def begin(self):
+    state, seen = self._init(), {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+      # An array that is donated twice is the end of the process.
+      assert seen.setdefault(id(x), path) == path, f"{mesh.path_of(path)} is the same array as {mesh.path_of(seen[id(x)])}"
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.state))
+
+  def go_on(self, state, until=STEPS):
+    with mesh.use(self.mesh):
+      for number in range(int(state.step), until):
+        state = self.step(state, normal(1 + number))
+    return state
+
+
+class Row:
+  """What the tests of a row look at: computed when first asked for, once."""
+
+  def __init__(self, name, folder):
+    self.name, self.folder = name, folder
+    self.run = functools.cache(functools.partial(Run, name))
+    self.straight = functools.cache(lambda devices: self.run(devices).go_on(self.run(devices).begin()))
+    self.saved = functools.cache(self._saved)
+    self.resumed = functools.cache(lambda before, after: self.run(after).go_on(self.restored(before, self.run(after).state)))
+
+  def _saved(self, devices):
+    state = self.run(devices).go_on(self.run(devices).begin(), SAVED_AT)
+    options = config.Checkpoint(every=1, keep=1, keep_every=0, verify=True)
+    checkpoints = checkpoint.Checkpoints(self.folder / str(devices), options)
+    checkpoints.save(SAVED_AT, state, {"batches": SAVED_AT}, {"seconds": 0.0, "tokens": 0.0})
+    checkpoints.close()
+    return checkpoint.Checkpoints(self.folder / str(devices), read_only=True)
+
+  def restored(self, devices, want):
+    """What a run on so many devices saved, as `want` would have it."""
+    number, state, _, _ = self.saved(devices).restore(want)
+    assert number == SAVED_AT
+    return state
+
+  def factory(self, **arguments):
+    return optim.OPTIMIZERS[self.name](RATE, axes=AXES, **{**settings_of(self.name), **arguments})
+
+  @functools.cached_property
+  def alone(self):
+    """The factory as it is: a function of gradients -> updates of two leaves at every step."""
+    return follow(self.factory(), normal(0, SMALL))
+
+
+def follow(tx, params):
+  """-> gradients of each step -> updates of each step; one program, the parameters stand still."""
+  update = jax.jit(tx.update)
+
+  def updates_of(gradients):
+    state, updates = tx.init(params), []
+    for gradient in gradients:
+      latest, state = update(gradient, state, params)
+      updates.append(jax.device_get(latest))
+    assert update._cache_size() == 1
+    assert_finite(state)
+    return updates
+  return updates_of
+
+
+@pytest.fixture(scope="module", params=list(optim.OPTIMIZERS))
+def row(request, tmp_path_factory):
+  return Row(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_every_row_has_settings():
+  assert not SETTINGS.keys() ^ optim.OPTIMIZERS.keys(), "either not in optim.OPTIMIZERS, or not in SETTINGS of this file"
+
+
+def test_eight_devices_do_what_one_does(row):
+  eight, one = row.straight(8), row.straight(1)
+  assert_close(eight.params, one.params, 1e-5)
+  for name, start in normal(0).items():
+    assert abs(np.asarray(eight.params[name]) - start).max() > RATE, f"{name} hardly moves: the test would see nothing"
+
+
+def test_no_device_has_more_than_its_share(row):
+  state, devices = row.straight(8), row.run(8).mesh.size
+  for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    if blocks.belongs_to_blocks(path):
+      assert x.addressable_shards[0].data.shape == (x.shape[0] // devices, *x.shape[1:]), mesh.path_of(path)
+    elif x.size > SHAPES["gain"][0] * SHAPES["gain"][1]:
+      assert not x.sharding.is_fully_replicated, mesh.path_of(path)
+
+
+def test_one_program_for_every_step(row):
+  row.straight(8), row.resumed(8, 8), row.resumed(1, 8)
+  assert row.run(8).step._cache_size() == 1, "steps of a run, and of runs that go on from checkpoints"
+
+
+@pytest.mark.parametrize("gradient, param", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_state_and_updates_keep_their_types(row, gradient, param):
+  tree = {name: jax.ShapeDtypeStruct(shape, param) for name, shape in SHAPES.items()}
+  gradients = {name: jax.ShapeDtypeStruct(shape, gradient) for name, shape in SHAPES.items()}
+  tx = row.factory()
+  state = jax.eval_shape(tx.init, tree)
+  updates, after = jax.eval_shape(tx.update, gradients, state, tree)
+  assert after == state
+  # What has no blocks of its own is optax's, and as wide as the parameters.
+  assert jax.eval_shape(optax.apply_updates, tree, updates) == tree
+  if gradient == param:
+    assert updates == tree
+  for path, x in jax.tree_util.tree_leaves_with_path(state):
+    assert not blocks.belongs_to_blocks(path) or x.dtype != jnp.bfloat16, mesh.path_of(path)
+
+
+@pytest.mark.parametrize("row, changes", [
+  ("psgd", dict(max_size_triangular=0)), ("shampoo", dict(block_size=4, long_axes="skip")), ("soap", dict(max_dim=0))],
+  indirect=["row"])
+def test_no_array_of_the_state_is_empty(row, changes):
+  """Not even where nothing is preconditioned: Orbax refuses to save such a state."""
+  for tx in (row.factory(), row.factory(**changes)):
+    for path, x in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, normal(0))):
+      assert x.size, mesh.path_of(path)
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(row):
+  straight, resumed = row.straight(8), row.resumed(8, 8)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(resumed), jax.tree.leaves(straight), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=mesh.path_of(path))
+
+
+@pytest.mark.parametrize("before, after", [(8, 4), (8, 1), (1, 8)])
+def test_a_run_goes_on_on_another_mesh(row, before, after):
+  """Blocks of padding come and go: nothing else may change."""
+  want = row.run(after).state
+  restored, written = row.restored(before, want), row.restored(before, row.run(before).state)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(restored), jax.tree.leaves(written), strict=True):
+    x, y = np.asarray(x), np.asarray(y)
+    if blocks.belongs_to_blocks(path):
+      count = min(len(x), len(y))
+      assert not x[count:].any(), mesh.path_of(path)
+      x, y = x[:count], y[:count]
+    np.testing.assert_array_equal(x, y, err_msg=mesh.path_of(path))
+  resumed = row.resumed(before, after)
+  assert len(resumed.params["kernel"].sharding.device_set) == after
+  assert_close(resumed.params, row.straight(8).params, 1e-5)
+  assert_finite(resumed)
+
+
+@pytest.mark.parametrize("which", ["params", "opt_state"])
+def test_a_checkpoint_of_another_shape_is_refused(row, which):
+  """Of blocks only the number may differ; of all else, not even the first axis."""
+  want = row.run(8).state
+  leaves, structure = jax.tree.flatten(want)
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(want)]
+  for number, (path, x) in enumerate(zip(paths, leaves, strict=True)):
+    axis = 1 if blocks.belongs_to_blocks(path) else 0
+    if mesh.path_of(path).startswith(which) and x.ndim > axis:
+      changed = jax.ShapeDtypeStruct((*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1:]), x.dtype, sharding=x.sharding)
+      with pytest.raises(checkpoint.CheckpointError, match=re.escape(mesh.path_of(path)) + " is .*in the checkpoint and"):
+        row.restored(8, jax.tree.unflatten(structure, [*leaves[:number], changed, *leaves[number + 1:]]))
+
+
+@pytest.mark.parametrize("row", CUT, indirect=True)
+def test_a_checkpoint_of_another_block_size_is_refused(row):
+  with pytest.raises(checkpoint.CheckpointError, match=r"blocks/.*was the model or optimizer changed"):
+    row.restored(8, Run(row.name, 8, block_size=4).state)
+
+
+def test_hyperparameters_can_be_injected(row):
+  """Every number may be traced. A rate of twice the size makes an update of twice the size, but for the decay of what it adds."""
+  integers = [name for name, value in settings_of(row.name).items() if type(value) is int]
+  params = normal(0, SMALL)
+  tx = optax.inject_hyperparams(optim.OPTIMIZERS[row.name], static_args=integers)(
+    learning_rate=RATE, axes=AXES, **settings_of(row.name))
+  state, update = tx.init(params), jax.jit(tx.update)
+  gradients = [normal(seed, SMALL) for seed in (1, 2, 3)]
+  for gradient, expected in zip(gradients, row.alone(gradients), strict=True):
+    before = state
+    updates, state = update(gradient, before, params)
+    assert_close(updates, expected, 1e-5)
+  state = before._replace(hyperparams={**before.hyperparams, "learning_rate": jnp.float32(2 * RATE)})
+  larger, _ = update(gradient, state, params)
+  assert_close(larger["kernel"], 2 * updates["kernel"], RATE)
+  assert update._cache_size() == 1
+
+
+def test_accumulated_gradients_make_the_step_of_their_mean(row):
+  gradients = [normal(seed, SMALL) for seed in (1, 2, 3)]
+  halves = [jax.tree.map(lambda g, part=part: part * g, gradient) for gradient in gradients for part in (0.5, 1.5)]
+  accumulated = follow(optax.MultiSteps(row.factory(), 2), normal(0, SMALL))(halves)
+  assert not any(x.any() for updates in accumulated[::2] for x in jax.tree.leaves(updates))
+  for updates, expected in zip(accumulated[1::2], row.alone(gradients), strict=True):
+    assert_close(updates, expected, 1e-5)
+
+
+def test_masked_leaves_are_left_alone(row):
+  """The others train as if they had no company."""
+  params, mask = normal(0), {name: name in SMALL for name in SHAPES}
+  gradients = [normal(seed) for seed in (1, 2, 3)]
+  masked = follow(optax.masked(row.factory(), mask), params)(gradients)
+  alone = row.alone([{name: gradient[name] for name in SMALL} for gradient in gradients])
+  for updates, expected, gradient in zip(masked, alone, gradients, strict=True):
+    assert_close({name: updates[name] for name in SMALL}, expected, 1e-5)
+    for name in SHAPES.keys() - set(SMALL):
+      np.testing.assert_array_equal(updates[name], gradient[name])
+
+
+def test_zero_gradients_do_no_harm(row):
+  """At first, as an unused layer has, between others, and in one leaf alone."""
+  zero, one, other = jax.tree.map(np.zeros_like, normal(0, SMALL)), normal(1, SMALL), normal(2, SMALL)
+  for updates in row.alone([zero, zero, one, zero, {**other, "kernel": zero["kernel"]}, other]):
+    assert_finite(updates)
+
+
+def test_bfloat16_gradients_do_almost_the_same(row):
+  gradients = [normal(seed, SMALL) for seed in (1, 2, 3)]
+  rounded = [jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient) for gradient in gradients]
+  for updates, expected in zip(follow(row.factory(), normal(0, SMALL))(rounded), row.alone(gradients), strict=True):
+    assert_finite(updates)
+    for name in SMALL:
+      distance = np.linalg.norm(updates[name].astype(np.float32) - expected[name])
+      assert distance <= 0.2 * np.linalg.norm(expected[name]), name
+
+
+CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "base"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_of_the_model_has_one_group(name):
+  """Of every configuration: no other group's paths match it, so that their order does not matter."""
+  c = config.resolve(importlib.import_module(f"configs.{name}").get_config("nano"))
+  program = train.build(c, jax.devices()[:1])
+  labels = {mesh.path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)}
+  assert len(labels) == len(jax.tree.leaves(program.state.params))
+  for path, label in labels.items():
+    assert [other for other, group in c.optimizer.groups.items() if re.fullmatch(group.paths, path)] == [label]
