@@ -1,0 +1,34 @@
+"""Gradient estimators: where a gradient passes through rounding, whose own derivative is zero almost everywhere."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from beyond_outliers.quant import grids
+
+
+class Estimator(NamedTuple):
+  """passes: (numbers in units of the scale, their grid) -> where the gradient passes; None: everywhere."""
+  passes: Callable[[jax.Array, grids.Grid], jax.Array] | None
+  learns_scale: bool = False
+
+
+def within_levels(v, grid):
+  return (v >= grid.lowest) & (v <= grid.largest)
+
+
+def within_half_a_step(v, grid):
+  """Where rounding moves a number by at most half a step, which is all but where it is clipped by more.
+
+  |x̂ - x| <= step/2 written as a bound on x: at a tie the difference would be a matter of float rounding."""
+  return (v >= grid.lowest - grid.gap / 2) & (v <= grid.edge)
+
+
+ESTIMATORS = {
+  "ste": Estimator(None),                                   # arXiv 1308.3432
+  "clip": Estimator(within_levels),
+  "trust": Estimator(within_half_a_step),                   # QuEST, arXiv 2502.05003, section 3.2
+  "lsq": Estimator(within_levels, learns_scale=True),       # arXiv 1902.08153, equations 3 and 5
+}

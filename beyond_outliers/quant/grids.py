@@ -1,0 +1,92 @@
+"""Grids: the values that a quantized number can take, as codes times a scale.
+
+Codes are whole numbers wherever the levels lie evenly, so that products of codes are exact: a grid without a zero has odd
+codes, two apart, and half the step as its scale.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Rounds to whole numbers: how is the quantizer's business, where is the grid's.
+ToInteger = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Codes lowest, lowest + gap, ..., largest. A gap of two: the odd ones, half of them negative."""
+  lowest: int
+  largest: int
+  gap: int = 1
+
+  @property
+  def edge(self) -> float:
+    """The end of the last level's bucket."""
+    return self.largest + self.gap / 2
+
+  @property
+  def count(self) -> int:
+    return 1 + (self.largest - self.lowest) // self.gap
+
+  @property
+  def dtype(self) -> Any:
+    """Of the codes: int8, or int16 for 256 odd ones."""
+    return jnp.int8 if self.largest <= 127 else jnp.int16
+
+  def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
+    """The code nearest to `v`, a number in units of the scale. With a gap of two a tie goes to the one half an even step up:
+    round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
+    shift = self.gap - 1
+    return self.gap * to_integer((jnp.clip(v, self.lowest, self.largest) + shift) / self.gap) - shift
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+  """A sign, an exponent and a mantissa; without infinities: what is larger than the largest becomes the largest."""
+  mantissa_bits: int
+  lowest_exponent: int           # of a number that is not subnormal
+  largest: float
+  name: str                      # the type of the codes
+
+  @property
+  def lowest(self) -> float:
+    return -self.largest
+
+  @property
+  def largest_exponent(self) -> int:
+    return math.frexp(self.largest)[1] - 1
+
+  @property
+  def dtype(self) -> Any:
+    return jnp.dtype(self.name)
+
+  def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
+    """The number of this format nearest to `v`. Not a cast, which some devices make by way of float16, rounding twice."""
+    v = jnp.clip(v, -self.largest, self.largest)
+    exponent = jnp.maximum(jnp.frexp(v)[1] - 1, self.lowest_exponent)
+    quantum = jnp.ldexp(jnp.ones_like(v), exponent - self.mantissa_bits)
+    return to_integer(v / quantum) * quantum
+
+
+Grid = Uniform | Float
+WHOLE_BITS = range(1, 9)
+
+# name -> bits -> grid
+GRIDS: dict[str, dict[float, Grid]] = {
+  # 2^b levels at odd halves of a step, none of them zero.
+  "midrise": {b: Uniform(1 - 2**b, 2**b - 1, gap=2) for b in WHOLE_BITS},
+  # The two below have one level less, and a zero: -1, 0, 1 (log2 3 bits), and as many to both sides of it.
+  "ternary": {1.585: Uniform(-1, 1)},
+  "symmetric": {b: Uniform(1 - 2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
+  # All that an integer of b bits can hold: one more below zero than above.
+  "twos_complement": {b: Uniform(-2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
+  # arXiv 2209.05433, table 1; e2m1: OCP Microscaling Formats 1.0, section 5.3.3.
+  "e4m3": {8: Float(3, -6, 448.0, "float8_e4m3fn")},
+  "e5m2": {8: Float(2, -14, 57344.0, "float8_e5m2")},
+  "e2m1": {4: Float(1, 0, 6.0, "float4_e2m1fn")},
+}

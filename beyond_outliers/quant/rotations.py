@@ -1,0 +1,65 @@
+"""Rotations of the contraction axis of both operands: they cancel in the product, and spread outliers over a block.
+
+Rotating in bfloat16 costs more than it spares; everything here is float32 or wider.
+"""
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+BLOCK = 128                      # as QuEST's (arXiv 2502.05003)
+# name -> whether signs are drawn before the Hadamard matrix (as QuaRot, arXiv 2404.00456); None: no rotation
+ROTATIONS: dict[str, bool | None] = {"none": None, "hadamard": False, "randomized_hadamard": True}
+
+
+@functools.cache
+def block_size(width: int) -> int:
+  """BLOCK, or the largest power of two below it that divides `width`; said in the log."""
+  size = min(BLOCK, width & -width)
+  if size < BLOCK:
+    logging.warning("width %d is no multiple of %d: its Hadamard blocks are %d wide", width, BLOCK, size)
+  return size
+
+
+def rotate(x: jax.Array, rotation: str, axis: int) -> jax.Array:
+  """x times an orthonormal matrix along `axis`, in blocks; float32 or wider."""
+  signed = ROTATIONS[rotation]
+  return x if signed is None else _blocks(x * _signs(x, axis) if signed else x, axis)
+
+
+def unrotate(x: jax.Array, rotation: str, axis: int) -> jax.Array:
+  """The inverse of `rotate`."""
+  signed = ROTATIONS[rotation]
+  if signed is None:
+    return x
+  x = _blocks(x, axis)                          # a symmetric matrix is its own inverse if it is orthonormal
+  return x * _signs(x, axis) if signed else x
+
+
+def _blocks(x, axis):
+  axis = axis % x.ndim
+  size = block_size(x.shape[axis])
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  blocks = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1:])
+  rotated = jnp.tensordot(blocks, jnp.asarray(hadamard(size), x.dtype), (axis + 1, 0), precision=jax.lax.Precision.HIGHEST)
+  return jnp.moveaxis(rotated, -1, axis + 1).reshape(x.shape)
+
+
+def _signs(x, axis):
+  """The same for every array of this width: both operands of a product must share them."""
+  width = x.shape[axis]
+  signs = 2 * np.random.RandomState(0).randint(0, 2, width) - 1                # legacy: its numbers never change
+  return jnp.asarray(signs.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), x.dtype)
+
+
+@functools.cache
+def hadamard(size: int) -> np.ndarray:
+  """Sylvester's matrix, orthonormal and symmetric; size is a power of two."""
+  matrix = np.ones((1, 1))
+  while len(matrix) < size:
+    matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+  return matrix / size**0.5

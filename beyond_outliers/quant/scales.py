@@ -1,0 +1,116 @@
+"""Scales: what a code of one stands for. A rule finds them, and a granularity says which numbers share one.
+
+A rule takes numbers, the axes that share a scale, and the grid; it returns positive scales, with those axes kept at length one
+(zero where all numbers are zero). All in float32 or wider.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from beyond_outliers.quant import grids
+
+Rule = Callable[[jax.Array, tuple[int, ...], grids.Grid], jax.Array]
+
+# How many standard deviations the largest level of a grid of so many levels stands for, at the least squared error on a
+# normal distribution: the constants of QuEST (arXiv 2502.05003). The last three are a little below their optima.
+GAUSSIAN_BOUND = {
+  2: 0.7978845587140913, 3: 1.2240089519030855, 4: 1.4935346200015913, 8: 2.051068354131873, 16: 2.513930578568423,
+  32: 2.9160938834961225, 64: 3.276597282593217, 128: 3.6010497188221655, 256: 3.884938678807525,
+}
+# Shares of the largest magnitude that the clip search tries, from all of it down to a fifth.
+CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
+
+
+def absmax(x, axes, grid):
+  """The largest magnitude is the largest level: absmax/7 at four symmetric bits."""
+  return jnp.max(jnp.abs(x), axis=axes, keepdims=True) / grid.largest
+
+
+def absmax_edge(x, axes, grid):
+  """The largest magnitude is the end of the last level's bucket: absmax/7.5 at four symmetric bits."""
+  return jnp.max(jnp.abs(x), axis=axes, keepdims=True) / grid.edge
+
+
+def gaussian(x, axes, grid):
+  """The least squared error if the numbers were normal around zero (arXiv 2502.05003)."""
+  rms = jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
+  return (GAUSSIAN_BOUND[grid.count] * rms + 1e-8) / grid.largest
+
+
+def percentile(percent, x, axes, grid):
+  """So many percent of the magnitudes are no larger than the largest level."""
+  return jnp.quantile(jnp.abs(x), percent / 100, axis=axes, keepdims=True) / grid.largest
+
+
+def mse(x, axes, grid):
+  """The least squared error of all shares of absmax in CLIP_RATIOS; of equals the largest."""
+  whole = absmax(x, axes, grid)
+
+  def attempt(best, ratio):
+    least, scale = best
+    candidate = whole * ratio
+    error = jnp.sum((grid.round(x * reciprocal(candidate), jnp.round) * candidate - x) ** 2, axis=axes, keepdims=True)
+    better = error < least
+    return (jnp.where(better, error, least), jnp.where(better, candidate, scale)), None
+
+  start = jnp.full_like(whole, jnp.inf), whole
+  return lax.scan(attempt, start, jnp.asarray(CLIP_RATIOS, x.dtype))[0][1]
+
+
+def learned(x, axes, grid):
+  """Where a learned scale begins: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section 2.1)."""
+  return 2 * jnp.mean(jnp.abs(x), axis=axes, keepdims=True) / grid.largest**0.5
+
+
+def power_of_two(x, axes, grid):
+  """absmax and the largest level, both rounded down to powers of two (OCP Microscaling Formats 1.0, section 6.3)."""
+  exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))[1] - 1 - grid.largest_exponent
+  # e8m0 reaches down to -127, where float32 has no normal number any more.
+  return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -126, 127)).astype(x.dtype)
+
+
+def two_level(x, axes, grid):
+  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest (arXiv 2509.25149, appendix C)."""
+  e4m3 = grids.GRIDS["e4m3"][8]
+  whole = jnp.max(jnp.abs(x)) / (grid.largest * e4m3.largest)
+  return e4m3.round(absmax(x, axes, grid) * reciprocal(whole), jnp.round) * whole
+
+
+def reciprocal(scale):
+  """1 / scale, or zero where there is nothing to scale."""
+  return jnp.where(scale > jnp.finfo(scale.dtype).tiny, 1 / scale, 0)
+
+
+SCALES: dict[str, Rule] = {
+  "absmax": absmax,
+  "absmax_edge": absmax_edge,
+  "mse": mse,
+  "gaussian": gaussian,
+  "percentile_99": functools.partial(percentile, 99),
+  "percentile_99.9": functools.partial(percentile, 99.9),
+  "percentile_99.99": functools.partial(percentile, 99.99),
+  "learned": learned,
+}
+
+
+class Granularity(NamedTuple):
+  """Which numbers share a scale: all, those along the contraction axis, or a block of these."""
+  all: bool = False
+  block: int | None = None         # of consecutive numbers along the contraction axis; 0: the spec's `group`
+  rule: Rule | None = None         # of the format, instead of the spec's
+
+
+GRANULARITIES = {
+  "tensor": Granularity(all=True),
+  "channel": Granularity(),        # weights: one scale an output channel
+  "token": Granularity(),          # activations, and gradients: one scale a token
+  "group": Granularity(block=0),
+  "mx": Granularity(block=32, rule=power_of_two),
+  "nv": Granularity(block=16, rule=two_level),
+}
