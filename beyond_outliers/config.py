@@ -119,6 +119,24 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantRule:
+  """Linear layers whose path matches `paths` (a regular expression, whole path) and the recipe that they follow."""
+  paths: str
+  recipe: str                       # row of quant.RECIPES
+
+
+@dataclasses.dataclass(frozen=True)
+class Quant:
+  """What the run's linear layers multiply with. The recipes' names are checked where they are looked up."""
+  recipe: str
+  backend: str
+  rules: dict[str, QuantRule]
+
+  def __post_init__(self):
+    one_of(self, "quant.", backend=("aqt", "jax"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
   name: str
   warmup: float
@@ -204,6 +222,7 @@ class Config:
   mesh: Mesh
   model: Model
   data: Data
+  quant: Quant
   optimizer: Optimizer
   schedule: Schedule
   checkpoint: Checkpoint
@@ -361,6 +380,9 @@ def _optimizer_class(name: Any, field: str) -> type:
 def _typed(kind: Any, value: Any, path: str) -> Any:
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, path + ".")
+  if typing.get_origin(kind) is dict:
+    require(isinstance(value, Mapping), path, value, "expected a section of sections")
+    return {label: _typed(typing.get_args(kind)[1], part, f"{path}.{label}") for label, part in value.items()}
   optional = [k for k in typing.get_args(kind) if k is not type(None)]
   if optional:                                           # X | None
     return None if value is None else _typed(optional[0], value, path)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, writers
+from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
@@ -45,14 +45,17 @@ class Program:
 
 
 def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
-  """devices: all by default. Errors: ConfigError for what the mesh cannot split."""
+  """devices: all by default. Errors: ConfigError for what the mesh cannot split or the recipe not fit."""
   mesh = mesh_lib.make_mesh(c.mesh, devices)
   mesh_lib.check_batch(mesh, "batch_size / micro_batches", c.batch_size // c.micro_batches)
   mesh_lib.check_batch(mesh, "eval.batch_size", c.eval.batch_size)
   if c.model.kv_heads % mesh.shape["model"]:
     raise config.ConfigError(f"mesh.model = {mesh.shape['model']}: must divide model.kv_heads ({c.model.kv_heads}), or every "
                              "layer gathers its attention; take a smaller one, and a larger mesh.fsdp")
-  model = transformer.Transformer(c.model)
+  recipe = quant.recipes.from_config(c.quant)
+  recipe.check({path: quant.Contraction(width, mesh.shape["model"] if split else 1)
+                for path, (width, split) in transformer.contractions(c.model).items()})
+  model = transformer.Transformer(c.model, quant.dot_general_for(recipe, c.quant.backend))
   boxed = transformer.boxed_shapes(model)
   params, param_shardings = nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)
   optimizer = optim.build(c.optimizer, params, c.steps, schedule=c.schedule, axes=transformer.axes(model), mesh=mesh)

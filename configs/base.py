@@ -67,6 +67,13 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes; saves memory where unroll is not 0
   c.model.remat = "none"                     # row of model.transformer.POLICIES
 
+  c.quant = config_dict.ConfigDict()         # of the linear layers' products, in training and in evaluation
+  c.quant.recipe = "none"                    # row of quant.recipes.RECIPES, for all layers that the rules leave
+  c.quant.backend = "aqt"                    # aqt (what it cannot express: jax) | jax
+  c.quant.rules = config_dict.ConfigDict({   # in order: the first whose regular expression matches a layer's whole path wins
+    "head": {"paths": "head", "recipe": "none"},              # in full precision, as QuEST; tied with the embedding or not
+  }, sort_keys=False)
+
   c.schedule = config_dict.ConfigDict()      # of every group's learning rate, in fractions of the run
   c.schedule.name = "trapezoidal"            # trapezoidal | cosine (after the warm-up) | constant (after the warm-up)
   c.schedule.warmup = 0.05                   # linear

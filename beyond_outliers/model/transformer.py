@@ -26,11 +26,22 @@ POLICIES = {
 # Collections that modules may write under the scan; one that is not named here would silently stay empty.
 SOWN = ("intermediates", "statistics")
 
+# Streams of random numbers that modules may draw from, beside that of the initial parameters: each layer gets its own.
+STREAMS = ("rounding",)
+
 
 def linear_paths(c: config.Model) -> list[str]:
   """The linear layers of one block, as `dot_general_for` sees them behind `layers/<depth>/`."""
   mlp = ["mlp/up", "mlp/gate", "mlp/down"] if c.mlp == "swiglu" else ["mlp/up", "mlp/down"]
   return ["attention/q", "attention/k", "attention/v", "attention/o", *mlp]
+
+
+def contractions(c: config.Model) -> dict[str, tuple[int, bool]]:
+  """Every linear layer by path: how many numbers it sums over, and whether these are split over the mesh's axis `model`."""
+  inputs = {"attention/o": (c.heads * c.d_head, True), "mlp/down": (c.mlp_hidden, True)}
+  layers_of_blocks = {f"layers/{depth}/{path}": inputs.get(path, (c.d_model, False))
+                      for depth in range(c.blocks) for path in linear_paths(c)}
+  return {**layers_of_blocks, "head": (c.d_model, False)}
 
 
 class Run(nn.Module):
@@ -45,7 +56,7 @@ class Run(nn.Module):
     if c.remat != "none":
       # A loop keeps XLA from merging what is recomputed with what was computed; where all layers are unrolled there is none.
       block = nn.remat(block, policy=POLICIES[c.remat], prevent_cse=not c.unroll)
-    scan = nn.scan(block, variable_axes=dict.fromkeys(("params", *SOWN), 0), split_rngs={"params": True},
+    scan = nn.scan(block, variable_axes=dict.fromkeys(("params", *SOWN), 0), split_rngs=dict.fromkeys(("params", *STREAMS), True),
                    in_axes=(nn.broadcast, nn.broadcast), length=self.length, unroll=c.unroll or self.length,
                    metadata_params={nn.PARTITION_NAME: "layers"})
     blocks = scan(c, self.dot_generals, name="blocks")

@@ -66,7 +66,12 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def forward(x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None) -> tuple[Quantized, Saved]:
   """Numbers to codes, without their rotation."""
   # Times the reciprocal: cheaper than a division, and how AQT scales.
-  v = x.astype(scale.dtype) * spread(reciprocal(scale), x.shape)
+  codes, saved = encode(x.astype(scale.dtype) * spread(reciprocal(scale), x.shape), spec, key)
+  return Quantized(codes, scale), saved
+
+
+def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Array, Saved]:
+  """Codes of numbers that are in units of their scale."""
   if spec.rounding == "stochastic" and key is not None:
     to_integer = lambda t: jnp.floor(t + jax.random.uniform(key, t.shape, t.dtype))
   else:
@@ -74,7 +79,7 @@ def forward(x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | No
   codes, estimator = spec.levels.round(v, to_integer), ESTIMATORS[spec.estimator]
   passes = estimator.passes(v, spec.levels) if estimator.passes else None
   slope = codes - jnp.where(passes, v, 0) if passes is not None and estimator.learns_scale else None
-  return Quantized(codes.astype(spec.levels.dtype), scale), Saved(passes, slope)
+  return codes.astype(spec.levels.dtype), Saved(passes, slope)
 
 
 def backward(saved: Saved, g: jax.Array) -> jax.Array:

@@ -1,0 +1,144 @@
+"""The product of a linear layer with quantized operands by AQT: the only module that imports it.
+
+AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the backward pass. With what:
+
+  symmetric, absmax or absmax_edge, ste or clip, nearest  its own IntSymmetric and AbsMaxCalibration
+  e4m3 or e5m2, absmax, ste, nearest                      its own Fp8Numerics and AbsMaxCalibration
+  any other grid, scale rule, estimator or rounding       `Rounding` and `Scaling` below, of our quantizers
+  granularities group, mx, nv                             cannot: scales must be constant along the axis that is summed over
+  learned scales                                          cannot: its backward pass has no gradient for them
+
+Upstream names Qwix as AQT's successor; a module like this one for it would be another row of dot.BACKENDS.
+Legend: T tokens, K contraction, O outputs; w is [K, O], or [O, K] with w_axis 1.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from aqt.jax.v2 import aqt_dot_general, calibration, utils
+from aqt.jax.v2 import config as aqt_config
+from aqt.jax.v2.numerics import fp8_numerics, int_numerics, no_numerics, numerics
+from jax import lax
+
+from beyond_outliers.quant import quantizers, rotations
+from beyond_outliers.quant.grids import Float
+from beyond_outliers.quant.scales import GRANULARITIES, SCALES
+from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
+
+# AQT makes dataclasses of these by a decorator that type checkers cannot follow.
+IntSymmetric: Any = int_numerics.IntSymmetric
+Fp8Numerics: Any = fp8_numerics.Fp8Numerics
+Numerics: Any = numerics.AqtNumerics
+Calibration: Any = calibration.Calibration
+
+
+def expresses(layer: LayerRecipe) -> bool:
+  """Whether AQT can do it; see the table above."""
+  specs = (layer.weights, layer.activations, layer.gradients)
+  return all(spec is None or (GRANULARITIES[spec.granularity].block is None and spec.scale != "learned") for spec in specs)
+
+
+def dot_general(x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe, *, key: jax.Array | None = None) -> jax.Array:
+  """[T, O], float32; as jax_backend.dot_general, for what `expresses`."""
+  dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
+  # Scales take the type of what they scale, so the operands come in float32 and are narrowed as codes.
+  x_TxK = rotations.rotate(x_TxK.astype(jnp.float32), layer.rotation, 1)
+  w = rotations.rotate(w.astype(jnp.float32), layer.rotation, w_axis)
+  configured = aqt_config.set_context(_config(layer, dtype), key, train_step=None)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*requested in astype is not available.*")
+    return configured(x_TxK, w, (((1,), (w_axis,)), ((), ())))
+
+
+@functools.cache
+def _config(layer: LayerRecipe, dtype: Any) -> aqt_dot_general.DotGeneral:
+  c = aqt_dot_general.DotGeneral.make(8, 8, use_fwd_quant=False)
+  _set(c.fwd, layer.activations, layer.weights)
+  _set(c.dlhs, layer.gradients, None)
+  _set(c.drhs, layer.gradients, None)
+  quantized = layer.backward == "quantized"
+  aqt_config.set_use_fwd_quant(c, quantized and layer.weights is not None, quantized and layer.activations is not None)
+  # A backward product gets the codes of the forward pass as floats.
+  gradients = _is_int8(layer.gradients) and quantized
+  c.fwd.dot_general = _Product(dtype, _is_int8(layer.activations) and _is_int8(layer.weights))
+  c.dlhs.dot_general = _Product(dtype, gradients and _is_int8(layer.weights))
+  c.drhs.dot_general = _Product(dtype, gradients and _is_int8(layer.activations))
+  return c
+
+
+def _is_int8(spec: QuantSpec | None) -> bool:
+  return spec is not None and spec.levels.dtype == jnp.int8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+  """lax.dot_general of int8 operands, summed in int32, or of operands in `dtype`, summed in float32."""
+  dtype: Any
+  integer: bool
+
+  def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    del precision, preferred_element_type
+    operand, total = (jnp.dtype(jnp.int8), jnp.int32) if self.integer else (self.dtype, jnp.float32)
+    precision = lax.Precision.HIGHEST if operand.itemsize >= 4 else None
+    y = lax.dot_general(lhs.astype(operand), rhs.astype(operand), dimension_numbers, precision, total)
+    return y.astype(jnp.float32)
+
+
+def _set(raw: Any, lhs: QuantSpec | None, rhs: QuantSpec | None) -> None:
+  aqt_config.set_numerics(raw, _numerics(lhs), _numerics(rhs))
+  for quantizer, spec in ((raw.dg_quantizer.lhs, lhs), (raw.dg_quantizer.rhs, rhs)):
+    if spec is not None:
+      _calibrate(quantizer, spec)
+
+
+def _calibrate(quantizer: Any, spec: QuantSpec) -> None:
+  native = spec.scale in ("absmax", "absmax_edge") and not isinstance(quantizer.numerics, Rounding)
+  quantizer.calibration = calibration.AbsMaxCalibration if native else functools.partial(Scaling, spec=spec)
+  if GRANULARITIES[spec.granularity].all:
+    quantizer.calib_shared_axes = "per_tensor"
+
+
+def _numerics(spec: QuantSpec | None) -> Any:
+  if spec is None:
+    return no_numerics.NoNumerics()
+  plain = spec.scale in ("absmax", "absmax_edge") and spec.estimator in ("ste", "clip") and spec.rounding == "nearest"
+  if spec.grid == "symmetric" and plain:
+    return IntSymmetric(
+      bits=int(spec.bits), preserve_zero=True, preserve_max_val=spec.scale == "absmax", clip=True, round=True,
+      clip_gradient=spec.estimator == "clip", noise_fn=None, dtype=jnp.int8)
+  if isinstance(spec.levels, Float) and spec.bits == 8 and plain and spec.estimator == "ste":
+    mantissa = spec.levels.mantissa_bits
+    return Fp8Numerics(dtype=spec.levels.dtype.type, exponent_bits=7 - mantissa, mantissa_bits=mantissa)
+  return Rounding(spec=spec)
+
+
+@utils.flax_slots_kw_only_dataclass
+class Rounding(Numerics):
+  """Our grids and estimators: the mask of the forward pass is what the backward pass multiplies by."""
+  spec: QuantSpec
+
+  def get_dtype(self):
+    return self.spec.levels.dtype
+
+  def get_quant_bound(self):
+    return self.spec.levels.largest
+
+  def vjp_fwd(self, x, context):
+    return quantizers.encode(x, self.spec, context.key)
+
+  def vjp_bwd(self, res, grad):
+    return quantizers.backward(res, grad), None
+
+
+@utils.flax_slots_kw_only_dataclass
+class Scaling(Calibration):
+  """Our scale rules."""
+  spec: QuantSpec
+
+  def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):
+    return [SCALES[self.spec.scale](x, tuple(shared_axes or ()), self.spec.levels)], [], None

@@ -1,0 +1,78 @@
+"""What a model's linear layers call instead of lax.dot_general."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from beyond_outliers.checks import require
+from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations
+from beyond_outliers.quant.recipes import Recipe
+from beyond_outliers.quant.spec import LayerRecipe
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"aqt": aqt_backend.dot_general, "jax": jax_backend.dot_general}
+
+
+class QuantizedDot(nn.Module):
+  """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters, but for learned scales.
+
+  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest."""
+  recipe: LayerRecipe
+  backend: str
+
+  @nn.compact
+  def __call__(self, lhs, rhs, dimension_numbers):
+    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs. Returns [T, O], float32 or wider."""
+    (lhs_axes, (w_axis,)), batch = dimension_numbers
+    if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
+      raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
+                       "summed over the last axis of the first: reshape the inputs to [tokens, features]")
+    options: dict[str, Any] = {}
+    if self._has("rounding", "stochastic"):
+      options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
+    if self._has("scale", "learned"):
+      options["scales"] = self._scales(lhs, rhs, w_axis)
+    return BACKENDS[self.backend](lhs, rhs, w_axis, self.recipe, **options)
+
+  def _has(self, field, value):
+    specs = (self.recipe.weights, self.recipe.activations, self.recipe.gradients)
+    return any(spec is not None and getattr(spec, field) == value for spec in specs)
+
+  def _scales(self, lhs, rhs, w_axis):
+    """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first forward pass says."""
+    operands = {"activations": (self.recipe.activations, lhs, 1), "weights": (self.recipe.weights, rhs, w_axis)}
+    learned = {name: (spec, x, axis) for name, (spec, x, axis) in operands.items() if spec and spec.scale == "learned"}
+
+    def begin(key):
+      del key
+      return jnp.stack([quantizers.scale_of(rotations.rotate(x.astype(jnp.float32), spec.rotation, axis), spec, axis).reshape(())
+                        for spec, x, axis in learned.values()])
+    scale: Any = self.param("scale", nn.with_logical_partitioning(begin, ("vector",)))
+    each = dict(zip(learned, scale.reshape(-1, 1, 1), strict=True))
+    return each.get("activations"), each.get("weights")
+
+
+def dot_general_for(recipe: Recipe, backend: str = "aqt") -> Callable[[str], Callable[[], QuantizedDot] | None]:
+  """What the model takes: path of a linear layer -> what makes its dot_general, or None for the plain one.
+
+  Layers of equal recipes get the same object. What AQT cannot express (aqt_backend.py) goes through plain JAX, said in the log.
+  Errors: ConfigError for an unknown backend or a path that no rule matches."""
+  require(backend in BACKENDS, "quant.backend", backend, "expected one of " + ", ".join(map(repr, BACKENDS)))
+
+  def dot_general_of(path):
+    layer = recipe.layer(path)
+    return None if layer is None else _maker(layer, backend)
+  return dot_general_of
+
+
+@functools.cache
+def _maker(layer: LayerRecipe, backend: str) -> Callable[[], QuantizedDot]:
+  if backend == "aqt" and not aqt_backend.expresses(layer):
+    logging.warning("AQT cannot express %s: plain JAX multiplies instead", layer)
+    backend = "jax"
+  return functools.partial(QuantizedDot, layer, backend)

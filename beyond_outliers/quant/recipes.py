@@ -1,0 +1,149 @@
+"""Recipes: which linear layer of a model is quantized how, by rules over their paths; and the named ones."""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from beyond_outliers import config
+from beyond_outliers.checks import ConfigError, require
+from beyond_outliers.quant import quantizers, rotations
+from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
+
+
+class Contraction(NamedTuple):
+  """The axis that a linear layer sums over."""
+  width: int
+  shards: int = 1                 # devices that it is split over
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Ordered rules: the first whose regular expression matches the whole path of a linear layer decides. None: not quantized.
+
+  Paths are those that the model asks for: `layers/3/mlp/up`, `head`. Errors: ConfigError."""
+  rules: tuple[tuple[str, LayerRecipe | None], ...]
+
+  def __post_init__(self):
+    for paths, _ in self.rules:
+      try:
+        re.compile(paths)
+      except re.error as error:
+        raise ConfigError(f"quant.rules: {paths!r} is not a regular expression ({error})") from None
+
+  @property
+  def default(self) -> LayerRecipe | None:
+    """What the last rule says, which is for all layers that the others leave."""
+    return self.rules[-1][1]
+
+  @property
+  def weights(self) -> QuantSpec | None:
+    return self.default.weights if self.default else None
+
+  @property
+  def activations(self) -> QuantSpec | None:
+    return self.default.activations if self.default else None
+
+  def layer(self, path: str) -> LayerRecipe | None:
+    """The recipe of the layer at `path`. Errors: ConfigError when no rule matches."""
+    return self.rules[self._rule(path)][1]
+
+  def _rule(self, path: str) -> int:
+    for i, (paths, _) in enumerate(self.rules):
+      if re.fullmatch(paths, path):
+        return i
+    raise ConfigError(f"quant.rules = {[paths for paths, _ in self.rules]}: none matches the linear layer {path!r}; "
+                      "end with a rule for '.*'")
+
+  def check(self, contractions: Mapping[str, Contraction]) -> None:
+    """Whether the rules fit a model, given all its linear layers by path.
+
+    Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not divide a width or a shard's."""
+    used = set()
+    for path, contraction in contractions.items():
+      used.add(self._rule(path))
+      layer = self.layer(path)
+      if layer is not None:
+        _check_blocks(path, layer, contraction)
+    for i, (paths, _) in enumerate(self.rules):
+      require(i in used, "quant.rules", paths, "no linear layer is left for this rule; the model has "
+              + ", ".join(sorted({re.sub(r"\d+", "*", path) for path in contractions})))
+
+
+def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> None:
+  width, shards = contraction
+  blocks = {}
+  for spec in (layer.weights, layer.activations):
+    if spec is not None:
+      try:
+        blocks["the scale"] = quantizers.block_of(spec, width) or 1
+      except ConfigError as error:
+        raise ConfigError(f"quant: {path}: {error}") from None
+  if rotations.ROTATIONS[layer.rotation] is not None:
+    blocks["the rotation"] = rotations.block_size(width)
+  for what, block in blocks.items():
+    require(width // shards % block == 0, "mesh.model", shards, f"{path} sums over {width} numbers, {width // shards} on each "
+            f"device: no multiple of the blocks of {block} of {what}; take a smaller mesh.model")
+
+
+def _but_the_head(layer: LayerRecipe) -> Recipe:
+  """As QuEST: the head stays in full precision."""
+  return Recipe((("head", None), (".*", layer)))
+
+
+def _round_to_nearest(weights: int, activations: int | None, group: int = 0) -> LayerRecipe:
+  """Symmetric absmax: a scale an output channel (or group of weights), and one a token."""
+  return LayerRecipe(QuantSpec(weights, granularity="group", group=group) if group else QuantSpec(weights),
+                     QuantSpec(activations, granularity="token") if activations else None)
+
+
+def _quest(weights: float, activations: float | None) -> LayerRecipe:
+  """arXiv 2502.05003."""
+  def spec(bits, granularity):
+    grid = "ternary" if bits == 1.585 else "midrise"
+    return QuantSpec(bits, grid, "gaussian", granularity, rotation="hadamard", estimator="trust")
+  return LayerRecipe(spec(weights, "channel"), spec(activations, "token") if activations else None)
+
+
+def _both(spec: QuantSpec, gradients: QuantSpec | None = None) -> LayerRecipe:
+  return LayerRecipe(spec, spec, gradients)
+
+
+RECIPES: dict[str, Recipe] = {
+  "none": Recipe(((".*", None),)),
+  "rtn_w8a8": _but_the_head(_round_to_nearest(8, 8)),
+  "rtn_w4a4": _but_the_head(_round_to_nearest(4, 4)),
+  "rtn_w4a16": _but_the_head(_round_to_nearest(4, None)),
+  "rtn_w3a16": _but_the_head(_round_to_nearest(3, None)),
+  "rtn_w2a16": _but_the_head(_round_to_nearest(2, None)),
+  "rtn_w4a16_g128": _but_the_head(_round_to_nearest(4, None, group=128)),
+  **{f"quest_w{b}a{b}": _but_the_head(_quest(b, b)) for b in (1, 2, 3, 4, 8)},
+  "quest_w1.58a1.58": _but_the_head(_quest(1.585, 1.585)),
+  "quest_w4a16": _but_the_head(_quest(4, None)),
+  # arXiv 1902.08153.
+  "lsq_w4a4": _but_the_head(_both(QuantSpec(4, "twos_complement", "learned", "tensor", estimator="lsq"))),
+  # arXiv 2209.05433: e4m3 forward, e5m2 for gradients, a scale a tensor.
+  "fp8": _but_the_head(_both(QuantSpec(8, "e4m3", granularity="tensor"), QuantSpec(8, "e5m2", granularity="tensor"))),
+  "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
+  "nvfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="nv"))),
+  # All operands of all three products in int8: gradients rounded stochastically, so that their sums stay unbiased.
+  "int8_gradients": _but_the_head(dataclasses.replace(
+    _round_to_nearest(8, 8), gradients=QuantSpec(8, granularity="token", rounding="stochastic"))),
+}
+
+
+def named(name: str, field: str = "quant.recipe") -> Recipe:
+  """A row of RECIPES. Errors: ConfigError with the nearest name."""
+  if name not in RECIPES:
+    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(RECIPES)
+    raise ConfigError(f"{field} = {name!r}: unknown recipe; {hint}")
+  return RECIPES[name]
+
+
+def from_config(c: config.Quant) -> Recipe:
+  """The run's rules in order, each with what its recipe does to most layers, and `recipe` for all others."""
+  rules = [(rule.paths, named(rule.recipe, f"quant.rules.{label}.recipe").default) for label, rule in c.rules.items()]
+  return Recipe((*rules, (".*", named(c.recipe).default)))
