@@ -30,7 +30,8 @@ def dot_general(x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe,
   wide = jnp.promote_types(jnp.promote_types(x_TxK.dtype, w.dtype), jnp.float32)
   x_TxK = rotations.rotate(x_TxK.astype(wide), layer.rotation, 1)
   w = rotations.rotate(w.astype(wide), layer.rotation, w_axis)
-  return _product(layer, w_axis, dtype, x_TxK, w, *scales, key)
+  x_scale, w_scale = (scale if scale is None else scale.astype(wide) for scale in scales)
+  return _product(layer, w_axis, dtype, x_TxK, w, x_scale, w_scale, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
