@@ -42,11 +42,7 @@ class Linear(nn.Module):
   def __call__(self, x):
     init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-    dot_general = dot.dot_general
-    if self.dot_general_cls:
-      dot_general = self.dot_general_cls()
-      # Gathered over fsdp first: sums within the weights would depend on how they are split, and so would what they round to.
-      kernel = nn.with_logical_constraint(kernel, tuple(None if name == "embed" else name for name in self.axes))
+    dot_general = self.dot_general_cls() if self.dot_general_cls else dot.dot_general
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     y = dot_general(rows, as_operand(kernel, self.dtype), (((1,), (0,)), ((), ())))
     return y.reshape(*x.shape[:-1], self.features)

@@ -14,8 +14,8 @@ from beyond_outliers.model import loss, transformer
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize
 from configs import adamw, shampoo_qat
 
-# Heads are as wide as a rotation's block: in one that holds two heads of one key-value head, the first token's, which attends to
-# itself alone, are equal, half of them rotate to zero, and on which side of it they come to lie is chance.
+# Heads are as wide as a rotation's block. In a block of two heads that share a key-value head, those of the first token, which
+# attends to itself alone, are equal: half of the block rotates to zero, and on which side of it is a matter of float rounding.
 MODEL = config.Model(
   vocab=64, blocks=2, heads=4, kv_heads=2, d_head=128, d_model=64, mlp_hidden=256, mlp="relu2", norm_placement="post",
   norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
@@ -81,16 +81,6 @@ def test_scanned_unrolled_rematerialised_and_sharded_are_one(name):
     assert_trees_near(loss_and_grads(unrolled, params), expected)
     with mesh_lib.use(mesh):
       assert_trees_near(loss_and_grads(rematerialised, jax.device_put(params, shardings)), expected)
-
-
-def test_weights_round_alike_however_they_are_split():
-  """Split over fsdp, float32 weights keep their codes: what differs from one device are sums of activations."""
-  model = quantized(Recipe((("head", None), (".*", LayerRecipe(RECIPES["quest_w4a4"].weights)))))
-  params, mesh = fresh(model), mesh_lib.make_mesh(config.Mesh(1, 8, 1))
-  shardings = mesh_lib.shardings(transformer.boxed_shapes(model), mesh)
-  expected = logits(model, params)
-  with mesh_lib.use(mesh):
-    np.testing.assert_allclose(logits(model, jax.device_put(params, shardings)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rules_that_treat_depths_differently_run_over_the_same_parameters():
