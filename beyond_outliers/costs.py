@@ -1,0 +1,143 @@
+"""What an optimizer costs without being run: counted in its program, and read from that program as compiled for a mesh.
+
+  python -m beyond_outliers.bench --on_paper=760m [--only=adamw,shampoo] [--json]
+  python -m beyond_outliers.bench --collectives=50m [--only=shampoo] [--json]
+
+Both take configs/<optimizer>.py at that size, with gradients that lie like the parameters, and nothing but shapes: devices are
+simulated. The training step around an update is left out.
+"""
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beyond_outliers import config, flops, hlo, train
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.model import transformer
+
+DEVICES = (1, 8, 64)                         # of on_paper: parameters and state are split over all of them (fsdp)
+MESHES = ((2, 2, 2), (8, 1, 1), (1, 8, 1))   # of collectives: data, fsdp, model
+STEADY = 4000                                # a step long after the first
+
+# The program's text is wanted, not its speed.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def simulate_devices() -> None:
+  """As many as any table here needs. Call it before anything asks JAX for devices."""
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", max(DEVICES))
+
+
+def program_of(name: str, size: str, mesh: tuple[int, int, int]) -> train.Program:
+  """configs/<name>.py at `size` on a mesh of so many devices. Errors: ConfigError for one that doesn't divide the model."""
+  axes = ",".join(f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True))
+  c = config.resolve(importlib.import_module(f"configs.{name}").get_config(f"{size},{axes}"))
+  return train.build(c, jax.devices()[:math.prod(mesh)])
+
+
+def compiled_update(program: train.Program) -> list[hlo.Instruction]:
+  """What each device runs for the optimizer's update alone."""
+  params, state = program.state.params, program.state.opt_state
+  placed = jax.tree.map(lambda x: x.sharding, (params, state))
+  update = jax.jit(program.optimizer.tx.update, donate_argnums=1, out_shardings=placed)
+  with mesh_lib.use(program.mesh):
+    return hlo.instructions(update.lower(params, state, params).compile(COMPILER_OPTIONS).as_text())
+
+
+def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
+  """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of those that one alone has.
+
+  Both of a step on which everything is renewed. Meshes that don't divide the model have no row."""
+  rows = []
+  for name in names:
+    alone = hlo.decompositions(compiled_update(program_of(name, size, (1, 1, 1))))
+    for mesh in MESHES:
+      try:
+        program = program_of(name, size, mesh)
+      except config.ConfigError:
+        continue
+      update = compiled_update(program)
+      of_kind = {kind: [one for one in update if hlo.collective(one) == kind] for kind in hlo.COLLECTIVES}
+      mine = hlo.decompositions(update)
+      rows.append({
+        "optimizer": name, "mesh": mesh, "parameter_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params)),
+        "bytes": hlo.received(update), "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
+        "kinds": {kind: {"number": len(of), "bytes": hlo.received(of)} for kind, of in of_kind.items() if of},
+        "matrices": {kernel: {"device": mine.get(kernel, 0), "alone": count} for kernel, count in alone.items()}})
+  return rows
+
+
+def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
+  """A row an optimizer and number of devices; FLOPs, bytes of state and bytes moved are those of one device and one step."""
+  rows = []
+  for devices in DEVICES:
+    mesh = (1, devices, 1)
+    adamw = flops_of_update(program_of("adamw", size, mesh))[0].total()
+    for name in names:
+      program = program_of(name, size, mesh)
+      c = program.config
+      model = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context) / devices
+      mean, costliest = flops_of_update(program)
+      rows.append({
+        "optimizer": name, "devices": devices, "flops": mean.total(), **{f"flops/{kind}": mean[kind] for kind in flops.KINDS},
+        "flops/costliest": costliest.total(), "flops/model": model, "over_adamw": (model + mean.total()) / (model + adamw),
+        "state_bytes": train.shard_bytes(program.state.opt_state),
+        "moved_bytes": hlo.received(compiled_update(program)) if devices > 1 else 0})
+  return rows
+
+
+def flops_of_update(program: train.Program) -> tuple[flops.Flops, flops.Flops]:
+  """(mean over the steps after which costs repeat, those of the costliest step), on one device, late in a run."""
+  params, state = program.state.params, program.state.opt_state
+  with mesh_lib.use(program.mesh):
+    update = jax.make_jaxpr(program.optimizer.tx.update)(params, state, params)
+  unknown = [flops.UNKNOWN] * len(jax.tree.leaves(params))
+  counts = [np.asarray(STEADY, x.dtype) if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else flops.UNKNOWN
+            for x in jax.tree.leaves(state)]
+  each = []
+  for _ in range(max(_period(group.optimizer) for group in program.config.optimizer.groups.values())):
+    of_step, outputs = flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
+    counts = outputs[len(unknown):]
+    each.append(of_step)
+  mean = flops.Flops({kind: sum(of_step[kind] for of_step in each) / len(each) for kind in flops.KINDS})
+  return mean, max(each, key=flops.Flops.total)
+
+
+def _period(section: Any) -> int:
+  """Steps after which costs repeat: between roots or bases, or between PSGD's updates, which late in a run come at 3 %."""
+  if section.name == "psgd":
+    return math.ceil(1 / (section.update_probability or 0.03))
+  return getattr(section, "precondition_frequency", 1)
+
+
+def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
+  cells = [("optimizer", "data·fsdp·model", "MiB moved", "of parameters", "in loops", "collectives, MiB",
+            "matrices on a device, of all")]
+  for row in rows:
+    kinds = ", ".join(f"{of['number']} {kind} {of['bytes'] / 2**20:,.1f}" for kind, of in row["kinds"].items())
+    matrices = ", ".join(f"{kernel}: {count['device']} of {count['alone']}" for kernel, count in row["matrices"].items())
+    cells.append((row["optimizer"], "·".join(map(str, row["mesh"])), f"{row['bytes'] / 2**20:,.1f}",
+                  f"{row['bytes'] / row['parameter_bytes']:.2f}", str(row["in_loops"]), kinds, matrices))
+  return _aligned(cells)
+
+
+def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
+  cells = [("optimizer", "devices", "TFLOP a step", *flops.KINDS, "costliest step", "of the model's", "with it, over AdamW",
+            "MiB of state", "MiB moved")]
+  for row in rows:
+    tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in flops.KINDS), "flops/costliest")]
+    cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",
+                  f"{row['over_adamw']:.3f}", f"{row['state_bytes'] / 2**20:,.0f}", f"{row['moved_bytes'] / 2**20:,.0f}"))
+  return _aligned(cells)
+
+
+def _aligned(cells: list[tuple[str, ...]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
