@@ -2,7 +2,12 @@
 
   python -m beyond_outliers.bench --config=configs/adamw.py:nano [--json]
 
-Every figure is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
+and what optimizers' updates cost, counted instead of timed (costs.py):
+
+  python -m beyond_outliers.bench --on_paper=760m              FLOPs, state and traffic
+  python -m beyond_outliers.bench --collectives=50m            what moves between devices in the compiled programs
+
+Every time is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
 """
 from __future__ import annotations
 
@@ -16,12 +21,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from beyond_outliers import command, config, data, hardware, loop, train
+from beyond_outliers import checks, command, config, costs, data, hardware, loop, optim, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 
-CONFIG = command.config_flag()
+ON_PAPER = flags.DEFINE_enum("on_paper", None, list(config.SIZES), "Count what optimizers cost a device at this size.")
+COLLECTIVES = flags.DEFINE_enum("collectives", None, list(config.SIZES), "Compile optimizers' updates of this size for meshes.")
+ONLY = flags.DEFINE_list("only", [], "Optimizers to count; all by default.")
+CONFIG = command.config_flag(required=False)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 
@@ -129,10 +137,28 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
+def count(names: list[str]) -> tuple[list[dict[str, Any]], str]:
+  """(rows, as a table) of --on_paper or --collectives."""
+  for name in names:
+    checks.require(name in optim.OPTIMIZERS, "--only", name, "expected some of " + ", ".join(optim.OPTIMIZERS))
+  costs.simulate_devices()
+  if ON_PAPER.value:
+    rows = costs.on_paper(names, ON_PAPER.value)
+    return rows, costs.on_paper_table(rows)
+  rows = costs.collectives(names, COLLECTIVES.value)
+  return rows, costs.collectives_table(rows)
+
+
 def main(argv: list[str]) -> None:
   del argv
-  result = measure(config.resolve(CONFIG.value), REPEATS.value)
-  print(json.dumps(result) if JSON.value else table(result))
+  given = [f"--{name}" for name in ("config", "on_paper", "collectives") if flags.FLAGS[name].present]
+  checks.require(len(given) == 1, "flags", given, "expected one of --config, --on_paper and --collectives")
+  if CONFIG.value:
+    result = measure(config.resolve(CONFIG.value), REPEATS.value)
+    text = table(result)
+  else:
+    result, text = count(ONLY.value or list(optim.OPTIMIZERS))
+  print(json.dumps(result) if JSON.value else text)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from beyond_outliers import checkpoint, config, data, writers
 REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint.CheckpointError)
 
 
-def config_flag() -> flags.FlagHolder:
-  """Defines --config, which every command requires."""
+def config_flag(*, required: bool = True) -> flags.FlagHolder:
+  """Defines --config, which nearly every command requires."""
   holder = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
-  flags.mark_flag_as_required("config")
+  if required:
+    flags.mark_flag_as_required("config")
   return holder
 
 
@@ -38,9 +39,10 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     # An exception inside a config file comes wrapped with its whole traceback: its last line is what was meant.
     _refuse([line for line in str(error).splitlines() if line.strip()][-1].partition("Error: ")[-1] or str(error))
-  path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-  if not os.path.exists(path):
-    _refuse(f"--config={path}: there is no such file")
+  if flags.FLAGS["config"].present:
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    if not os.path.exists(path):
+      _refuse(f"--config={path}: there is no such file")
   if flags.FLAGS["verbosity"].using_default_value:
     flags.FLAGS.verbosity = logging.WARNING               # app.run would make it INFO, where Orbax tells of every file
   return rest

@@ -65,10 +65,11 @@ def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
         continue
       update = compiled_update(program)
       of_kind = {kind: [one for one in update if hlo.collective(one) == kind] for kind in hlo.COLLECTIVES}
-      mine = hlo.decompositions(update)
+      mine, params = hlo.decompositions(update), jax.tree.leaves(program.state.params)
       rows.append({
-        "optimizer": name, "mesh": mesh, "parameter_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params)),
-        "bytes": hlo.received(update), "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
+        "optimizer": name, "mesh": mesh, "bytes": hlo.received(update),
+        "parameter_bytes": sum(x.size * x.dtype.itemsize for x in params),
+        "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
         "kinds": {kind: {"number": len(of), "bytes": hlo.received(of)} for kind, of in of_kind.items() if of},
         "matrices": {kernel: {"device": mine.get(kernel, 0), "alone": count} for kernel, count in alone.items()}})
   return rows
