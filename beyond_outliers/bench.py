@@ -145,7 +145,7 @@ def count(names: list[str]) -> tuple[list[dict[str, Any]], str]:
   if ON_PAPER.value:
     rows = costs.on_paper(names, ON_PAPER.value)
     return rows, costs.on_paper_table(rows)
-  rows = costs.collectives(names, COLLECTIVES.value)
+  rows = costs.collectives(names, str(COLLECTIVES.value))
   return rows, costs.collectives_table(rows)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,12 +21,14 @@ from beyond_outliers import config, flops, hlo, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
 
+Mesh = tuple[int, int, int]                  # devices along data, fsdp and model
+
 DEVICES = (1, 8, 64)                         # of on_paper: parameters and state are split over all of them (fsdp)
-MESHES = ((2, 2, 2), (8, 1, 1), (1, 8, 1))   # of collectives: data, fsdp, model
+MESHES = ((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1))      # of collectives
 STEADY = 4000                                # a step long after the first
 
 # The program's text is wanted, not its speed.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def simulate_devices() -> None:
@@ -35,11 +37,15 @@ def simulate_devices() -> None:
   jax.config.update("jax_num_cpu_devices", max(DEVICES))
 
 
-def program_of(name: str, size: str, mesh: tuple[int, int, int]) -> train.Program:
-  """configs/<name>.py at `size` on a mesh of so many devices. Errors: ConfigError for one that doesn't divide the model."""
-  axes = ",".join(f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True))
-  c = config.resolve(importlib.import_module(f"configs.{name}").get_config(f"{size},{axes}"))
-  return train.build(c, jax.devices()[:math.prod(mesh)])
+def programs(name: str, size: str, meshes: Iterable[Mesh]) -> Iterator[tuple[Mesh, train.Program]]:
+  """configs/<name>.py at `size` on each mesh that divides the model and its batch."""
+  for mesh in meshes:
+    axes = ",".join(f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True))
+    c = config.resolve(importlib.import_module(f"configs.{name}").get_config(f"{size},{axes}"))
+    try:
+      yield mesh, train.build(c, jax.devices()[:math.prod(mesh)])
+    except config.ConfigError:
+      continue
 
 
 def compiled_update(program: train.Program) -> list[hlo.Instruction]:
@@ -48,49 +54,45 @@ def compiled_update(program: train.Program) -> list[hlo.Instruction]:
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
   update = jax.jit(program.optimizer.tx.update, donate_argnums=1, out_shardings=placed)
   with mesh_lib.use(program.mesh):
-    return hlo.instructions(update.lower(params, state, params).compile(COMPILER_OPTIONS).as_text())
+    return hlo.instructions(str(update.lower(params, state, params).compile(COMPILER_OPTIONS).as_text()))
 
 
 def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
-  """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of those that one alone has.
+  """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of those that there are.
 
-  Both of a step on which everything is renewed. Meshes that don't divide the model have no row."""
+  Both as if all that is ever renewed were at one step, in every way that the program has, such as SOAP's at the first."""
   rows = []
   for name in names:
-    alone = hlo.decompositions(compiled_update(program_of(name, size, (1, 1, 1))))
-    for mesh in MESHES:
-      try:
-        program = program_of(name, size, mesh)
-      except config.ConfigError:
-        continue
+    every: dict[str, int] = {}
+    for mesh, program in programs(name, size, MESHES):
       update = compiled_update(program)
       of_kind = {kind: [one for one in update if hlo.collective(one) == kind] for kind in hlo.COLLECTIVES}
       mine, params = hlo.decompositions(update), jax.tree.leaves(program.state.params)
+      every = every or mine                                # the first mesh is one device
       rows.append({
         "optimizer": name, "mesh": mesh, "bytes": hlo.received(update),
         "parameter_bytes": sum(x.size * x.dtype.itemsize for x in params),
         "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
         "kinds": {kind: {"number": len(of), "bytes": hlo.received(of)} for kind, of in of_kind.items() if of},
-        "matrices": {kernel: {"device": mine.get(kernel, 0), "alone": count} for kernel, count in alone.items()}})
+        "matrices": {kernel: {"device": mine.get(kernel, 0), "every": count} for kernel, count in every.items()}})
   return rows
 
 
 def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
   """A row an optimizer and number of devices; FLOPs, bytes of state and bytes moved are those of one device and one step."""
+  meshes = [(1, devices, 1) for devices in DEVICES]
+  adamw = {mesh: flops_of_update(program)[0].total() for mesh, program in programs("adamw", size, meshes)}
   rows = []
-  for devices in DEVICES:
-    mesh = (1, devices, 1)
-    adamw = flops_of_update(program_of("adamw", size, mesh))[0].total()
-    for name in names:
-      program = program_of(name, size, mesh)
+  for name in names:
+    for mesh, program in programs(name, size, meshes):
       c = program.config
-      model = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context) / devices
+      model = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context) / program.mesh.size
       mean, costliest = flops_of_update(program)
       rows.append({
-        "optimizer": name, "devices": devices, "flops": mean.total(), **{f"flops/{kind}": mean[kind] for kind in flops.KINDS},
-        "flops/costliest": costliest.total(), "flops/model": model, "over_adamw": (model + mean.total()) / (model + adamw),
-        "state_bytes": train.shard_bytes(program.state.opt_state),
-        "moved_bytes": hlo.received(compiled_update(program)) if devices > 1 else 0})
+        "optimizer": name, "devices": program.mesh.size, "flops": mean.total(),
+        **{f"flops/{kind}": mean[kind] for kind in flops.KINDS}, "flops/costliest": costliest.total(), "flops/model": model,
+        "over_adamw": (model + mean.total()) / (model + adamw[mesh]), "state_bytes": train.shard_bytes(program.state.opt_state),
+        "moved_bytes": hlo.received(compiled_update(program))})
   return rows
 
 
@@ -119,19 +121,19 @@ def _period(section: Any) -> int:
 
 
 def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells = [("optimizer", "data·fsdp·model", "MiB moved", "of parameters", "in loops", "collectives, MiB",
-            "matrices on a device, of all")]
+  cells: list[tuple[str, ...]] = [("optimizer", "data·fsdp·model", "MiB moved", "of parameters", "in loops",
+                                   "collectives, MiB", "matrices on a device, of all")]
   for row in rows:
     kinds = ", ".join(f"{of['number']} {kind} {of['bytes'] / 2**20:,.1f}" for kind, of in row["kinds"].items())
-    matrices = ", ".join(f"{kernel}: {count['device']} of {count['alone']}" for kernel, count in row["matrices"].items())
+    matrices = ", ".join(f"{kernel}: {count['device']} of {count['every']}" for kernel, count in row["matrices"].items())
     cells.append((row["optimizer"], "·".join(map(str, row["mesh"])), f"{row['bytes'] / 2**20:,.1f}",
                   f"{row['bytes'] / row['parameter_bytes']:.2f}", str(row["in_loops"]), kinds, matrices))
   return _aligned(cells)
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells = [("optimizer", "devices", "TFLOP a step", *flops.KINDS, "costliest step", "of the model's", "with it, over AdamW",
-            "MiB of state", "MiB moved")]
+  cells: list[tuple[str, ...]] = [("optimizer", "devices", "TFLOP a step", *flops.KINDS, "costliest step", "of the model's",
+                                   "with it, over AdamW", "MiB of state", "MiB moved")]
   for row in rows:
     tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in flops.KINDS), "flops/costliest")]
     cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",

@@ -5,7 +5,6 @@ that are known, such as a step's: branches that they decide are followed, and lo
 """
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 from jax.extend import core
 
 KINDS = ("products", "decompositions", "others")
-Flops = collections.Counter                 # by kind
 
 # FLOPs over d³ for one d x d matrix: Golub and Van Loan, Matrix Computations, 4th edition.
 EIGH = 9                                    # all eigenvectors, section 8.3.5
@@ -25,6 +23,16 @@ CHOLESKY = 1 / 3                            # section 4.2.5
 _OVER_CUBE = {"eigh": EIGH, "geqrf": QR, "householder_product": QR, "qr": 2 * QR, "cholesky": CHOLESKY}
 _ONE_A_NUMBER = frozenset(("add", "sub", "mul", "div", "max", "min", "neg", "sqrt", "rsqrt", "exp", "log", "pow", "integer_pow",
                            "square", "abs", "sign", "reduce_sum", "reduce_max", "reduce_min"))
+
+
+class Flops(dict[str, float]):
+  """By kind."""
+
+  def __missing__(self, kind: str) -> float:
+    return 0.0
+
+  def total(self) -> float:
+    return sum(self.values())
 
 
 class Unknown:
@@ -41,7 +49,7 @@ def of_run(program: core.ClosedJaxpr, inputs: Sequence[Any], devices: int = 1) -
   What stands in a shard_map is one device's; what stands outside is taken to be shared by all `devices`. Where a branch is not
   known the costliest counts, and a loop that nobody knows the end of goes round once. Of branches by platform that of none in
   particular counts."""
-  flops: Flops = Flops()
+  flops = Flops()
   return flops, _walk(program, inputs, flops, 1 / devices)
 
 
@@ -93,7 +101,8 @@ def _cond(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]
   each = [Flops() for _ in eqn.params["branches"]]
   for branch, of_branch in zip(eqn.params["branches"], each, strict=True):
     _walk(branch, rest, of_branch, weight)
-  flops.update(max(each, key=Flops.total))
+  for kind, amount in max(each, key=Flops.total).items():
+    flops[kind] += amount
   return [UNKNOWN] * len(eqn.outvars)
 
 

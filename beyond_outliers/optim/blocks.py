@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -136,7 +136,7 @@ class Layout:
   def _names(self) -> tuple[str, ...]:
     return () if self.mesh is None else self.mesh.axis_names
 
-  def _way(self, ndim: int, *, back: bool = False) -> list[Split]:
+  def _way(self, ndim: int, *, back: bool = False) -> Sequence[Split]:
     """Of a stack with `ndim` axes, from blocks that are themselves split to whole ones, each on its owner; or back.
 
     Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for all at once, XLA gathers
@@ -144,7 +144,8 @@ class Layout:
     the first split them too, so that no padding is gathered along those."""
     names = self._names
     spare, inner = names[:1 - ndim], names[1 - ndim:]
-    way = [(names[:moved], *(() if name in names[:moved] else (name,) for name in inner)) for moved in range(len(names) + 1)]
+    split = lambda moved: (names[:moved], *(() if name in names[:moved] else (name,) for name in inner))
+    way = [split(moved) for moved in range(len(names) + 1)]
     return [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))] if back else way
 
   def _split(self, x: jax.Array, *ways: Split) -> jax.Array:
