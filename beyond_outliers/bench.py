@@ -66,9 +66,10 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
 
     result["forward_seconds"] = median_seconds(lambda: forward(holder[0].params, batch), repeats)
     forward_backward = median_seconds(lambda: both(holder[0].params, batch), repeats)
-    result["step_seconds"] = median_seconds(step, repeats)
+    result |= whole_periods(step, max(group.optimizer.period for group in c.optimizer.groups.values()), repeats)
     result["backward_seconds"] = forward_backward - result["forward_seconds"]
     result["optimizer_seconds"] = result["step_seconds"] - forward_backward
+    result["optimizer_amortised_seconds"] = result["mean_step_seconds"] - forward_backward
     result["input_seconds"] = median_seconds(lambda: mesh_lib.put_batch(next(batches), program.mesh, c.batch_size), repeats)
     result["loop_overhead"] = loop_overhead(program, compiled, holder.pop(), batches, steps=max(3 * repeats, 20))
     result["reading_tokens_per_cpu_second"] = reading(batches, c.batch_size * c.context)
@@ -81,6 +82,19 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
   result["peak_share"] = result["flops_per_second"] / (peak * jax.device_count())
   result["peak_memory_bytes"] = hardware.memory_bytes()
   return result
+
+
+def whole_periods(step: Callable[[], Any], period: int, repeats: int) -> dict[str, Any]:
+  """Of at least `repeats` steps, in whole periods of the optimizer after its first: median, mean and longest time."""
+  for _ in range(period):
+    jax.block_until_ready(step())
+  times = []
+  for _ in range(-(-repeats // period) * period):
+    start = time.perf_counter()
+    jax.block_until_ready(step())
+    times.append(time.perf_counter() - start)
+  return {"period": period, "step_seconds": statistics.median(times), "mean_step_seconds": statistics.mean(times),
+          "longest_step_seconds": max(times)}
 
 
 def loop_overhead(program: train.Program, train_step: Any, state: step_lib.TrainState, batches: Any, steps: int) -> float:
@@ -118,6 +132,9 @@ def table(result: dict[str, Any]) -> str:
   rows += [("compile", f"{r['compile_seconds']:.1f} s"), (f"step, {r['dtype']}", f"{step * 1e3:,.1f} ms")]
   rows += [(f"  {part}", f"{r[f'{part}_seconds'] * 1e3:,.1f} ms  {r[f'{part}_seconds'] / step:>6.1%}")
            for part in ("forward", "backward", "optimizer")]
+  if r["period"] > 1:
+    rows += [(f"  optimizer, mean of {r['period']} steps", f"{r['optimizer_amortised_seconds'] * 1e3:,.1f} ms"),
+             ("longest step", f"{r['longest_step_seconds'] * 1e3:,.1f} ms")]
   rows += [("input (read ahead while a step runs)", f"{r['input_seconds'] * 1e3:,.1f} ms"),
            ("reading alone", f"{r['reading_tokens_per_cpu_second'] / 1e6:,.1f} million tokens a CPU-second"),
            ("loop overhead, 1 − Σ steps / wall", f"{r['loop_overhead']:.1%}"),

@@ -195,9 +195,9 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
   """Iterates each matrix of a stack on its own until the last entry of its state is I, in one loop.
 
   begin: ridge [B] -> state; step: state -> state; a state is a tuple of [B, d, d]. Returns the states and max|last - I|, [B].
-  A matrix stops when it has arrived, or keeps the state before when rounding has won: its error grows, or doesn't even halve where
-  it is so small that it should square. The last entry is kept symmetric: without that, rounding can lead it to I while the root
-  becomes indefinite."""
+  A matrix stops when it has arrived, or keeps the state before when rounding has won: its error grows, or doesn't even halve
+  where it is so small that it should square. The last entry is kept symmetric: without that, rounding can lead it to I while the
+  root becomes indefinite."""
   def enter(ridge_B, attempt_B) -> _Progress:
     state = begin(ridge_B)
     error_B, residual_B = distance(state)
