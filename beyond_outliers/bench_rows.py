@@ -73,11 +73,9 @@ class TorchSteps:
 
   @property
   def state_bytes(self) -> int:
-    """Of all storages that the state refers to, but those of the parameters."""
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                for x in _tensors([list(optimizer.state.values()) for optimizer in self.optimizers], set())}
-    own = {x.untyped_storage().data_ptr() for x in self.params.values()}
-    return sum(size for where, size in storages.items() if where not in own)
+    """Of all storages that the state refers to."""
+    tensors = _tensors([list(optimizer.state.values()) for optimizer in self.optimizers], set())
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
   def finite(self) -> bool:
     return all(bool(x.isfinite().all()) for x in self.params.values())
@@ -91,8 +89,14 @@ def _tensors(thing: Any, seen: set[int]) -> Iterator[Any]:
   if hasattr(thing, "untyped_storage"):
     yield thing
     return
-  parts: Iterable[Any] = thing if isinstance(thing, (list, tuple)) else vars(thing).values() if hasattr(thing, "__dict__") else ()
-  for part in thing.values() if isinstance(thing, Mapping) else parts:
+  parts: Iterable[Any] = ()
+  if isinstance(thing, Mapping):
+    parts = thing.values()
+  elif isinstance(thing, (list, tuple)):
+    parts = thing
+  elif hasattr(thing, "__dict__"):
+    parts = vars(thing).values()
+  for part in parts:
     yield from _tensors(part, seen)
 
 
