@@ -1,6 +1,7 @@
 """What a step costs on this machine, and where its time and memory go.
 
   python -m beyond_outliers.bench --config=configs/adamw.py:nano [--json]
+  python -m beyond_outliers.bench --optimizers [--json]          what optimizers' steps cost alone (bench_optimizers.py)
 
 Every figure is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
 """
@@ -16,12 +17,15 @@ from typing import Any
 import jax
 from absl import flags
 
-from beyond_outliers import command, config, data, hardware, loop, train
+from beyond_outliers import bench_optimizers, checks, command, config, data, hardware, loop, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 
-CONFIG = command.config_flag()
+OPTIMIZERS = flags.DEFINE_bool("optimizers", None, "Time optimizers' steps, and the peers', instead of a run's.")
+CONFIG = command.config_flag("optimizers")
+TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
+ONLY = flags.DEFINE_list("only", [], "Rows that --optimizers times; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 
@@ -146,10 +150,22 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
+def optimizers() -> tuple[dict[str, Any], str]:
+  """(the figures, as a table)."""
+  for name in ONLY.value:
+    checks.require(name in bench_optimizers.ROWS, "--only", name, "expected some of " + ", ".join(bench_optimizers.ROWS))
+  result = bench_optimizers.run(ONLY.value or bench_optimizers.ROWS, TREE.value, REPEATS.value)
+  return result, bench_optimizers.table(result)
+
+
 def main(argv: list[str]) -> None:
   del argv
-  result = measure(config.resolve(CONFIG.value), REPEATS.value)
-  print(json.dumps(result) if JSON.value else table(result))
+  if OPTIMIZERS.value:
+    result, text = optimizers()
+  else:
+    result = measure(config.resolve(CONFIG.value), REPEATS.value)
+    text = table(result)
+  print(json.dumps(result) if JSON.value else text)
 
 
 if __name__ == "__main__":
