@@ -105,19 +105,12 @@ def flops_of_update(program: train.Program) -> tuple[flops.Flops, flops.Flops]:
   counts = [np.asarray(STEADY, x.dtype) if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else flops.UNKNOWN
             for x in jax.tree.leaves(state)]
   each = []
-  for _ in range(max(_period(group.optimizer) for group in program.config.optimizer.groups.values())):
+  for _ in range(max(group.optimizer.period for group in program.config.optimizer.groups.values())):
     of_step, outputs = flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
     counts = outputs[len(unknown):]
     each.append(of_step)
   mean = flops.Flops({kind: sum(of_step[kind] for of_step in each) / len(each) for kind in flops.KINDS})
   return mean, max(each, key=flops.Flops.total)
-
-
-def _period(section: Any) -> int:
-  """Steps after which costs repeat: between roots or bases, or between PSGD's updates, which late in a run come at 3 %."""
-  if section.name == "psgd":
-    return math.ceil(1 / (section.update_probability or 0.03))
-  return getattr(section, "precondition_frequency", 1)
 
 
 def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:

