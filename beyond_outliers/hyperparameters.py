@@ -1,6 +1,7 @@
 """Each optimizer's own section of the configuration: a frozen dataclass a row, with the rules that its values obey.
 
-Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the optimizer.
+Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the optimizer. Those with a default
+are younger than the others: runs recorded without them had it.
 """
 from __future__ import annotations
 
@@ -150,7 +151,7 @@ class Shampoo(Section):
   merge_dims: bool
   preconditioner_dtype: str
   packed: bool
-  eigenvalue_correction: bool
+  eigenvalue_correction: bool = False
 
   def __post_init__(self):
     at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, grafting_eps=0, max_residual=0, precondition_frequency=1,
@@ -190,10 +191,10 @@ class Soap(Section):
   precondition_frequency: int
   refresh: str
   max_dim: int
-  block_size: int | None
   normalize_gradients: bool
   bias_correction: bool
   count_skipped_step: bool
+  block_size: int | None = None
 
   def __post_init__(self):
     at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, precondition_frequency=1, max_dim=0)

@@ -82,6 +82,14 @@ def test_what_does_not_go_together_is_refused(arguments, message):
     config.resolve(get_config("shampoo", f"nano,optimizer.{arguments}"))
 
 
+def test_records_of_runs_without_the_younger_fields_still_resolve():
+  c = get_config("shampoo")
+  recorded = json.loads(json.dumps(config.to_dict(config.resolve(c))))
+  for section in (recorded["optimizer"], *recorded["optimizer"]["groups"].values()):
+    del section["eigenvalue_correction"]
+  assert config.resolve(recorded) == config.resolve(c)
+
+
 def test_what_is_none_may_be_given_and_taken_away():
   c = get_config("shampoo", "nano,optimizer.exponent=0.5")
   assert config.resolve(c).optimizer.groups["hidden"].optimizer.exponent == 0.5
