@@ -128,7 +128,7 @@ class Layout:
     return found
 
   def sum_over_slices(self, values: Stacks) -> Stacks:
-    """For one number a block, the sum over all blocks of the same slice, in each of their places. [B] a bucket."""
+    """Sums of numbers over all blocks of the same slice, in each of their places. [B] or [B, numbers] a bucket."""
     if all(math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size for b in self.buckets.values() for run in b.runs):
       return values                                        # every slice is one block
     first = np.cumsum([0, *(leaf.slices for leaf in self.leaves)])
@@ -138,7 +138,7 @@ class Layout:
       owners[name] = np.concatenate([*runs, np.full(bucket.padded - bucket.count, first[-1])])
     every = jnp.concatenate([values[name] for name in self.buckets])
     sums = jax.ops.segment_sum(every, np.concatenate(list(owners.values())), num_segments=int(first[-1]) + 1)
-    return {name: self._split(sums[owner], (self._names,)) for name, owner in owners.items()}
+    return {name: self._split(sums[owner], (self._names, *((),) * (sums.ndim - 1))) for name, owner in owners.items()}
 
   @property
   def _names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import optax
 
 from beyond_outliers.optim import blocks, lapack, signature
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.kronecker import gram
+from beyond_outliers.optim.kronecker import add_gram
 from beyond_outliers.optim.refresh import staggered, together
 from beyond_outliers.optim.soap import BlocksState, change_bases, first_state, grown_older, rotate
 
@@ -78,7 +78,7 @@ def scale_by_eigenvalue_corrected_shampoo(
     # A decay of 1 sums instead of averaging, and needs no correction.
     weight = jnp.where(c["b2"] < 1, 1 - c["b2"], 1)
     correction = lambda decay: jnp.where(decay < 1, 1 - decay ** c["t"], 1) if bias_correction else 1
-    factors = tuple(c["b2"] * factor + weight * gram(g, axis) for factor, axis in zip(s.factors, which, strict=True))
+    factors = tuple(add_gram(factor, g, axis, c["b2"], weight) for factor, axis in zip(s.factors, which, strict=True))
 
     def renew(s, factors):
       return change_bases(s, tuple(lapack.eigh(factor)[1] for factor in factors), which)[0]

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from beyond_outliers.optim import lapack
+from beyond_outliers.optim.spectral import spectral_norm
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -35,6 +36,7 @@ class Root(NamedTuple):
   """An inverse root, how good it is, and where to start next time."""
   root: jax.Array          # [B, d, d]
   residual: jax.Array      # [B]: how far from an inverse root; 0 is exact; not finite when the method failed
+  condition: jax.Array     # [B]: A's largest eigenvalue over the smallest one taken; estimated from below by iterations
   basis: Basis             # [B, d, d]: what the next call of a warm-started method starts from; () for the others
 
 
@@ -82,7 +84,7 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
 
   Costs little more than the decomposition. A matrix whose decomposition fails has a residual that isn't finite."""
   eigenvalues_BxD, basis_BxDxD = lapack.eigh(a_BxDxD)
-  root_BxDxD, finite_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
+  root_BxDxD, finite_B, condition_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
 
   rows_BxDxD = _transpose(basis_BxDxD)
   z_D = _probe(a_BxDxD)
@@ -92,7 +94,7 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
   norm_B = _largest(eigenvalues_BxD)
   residual_B = (jnp.linalg.norm((image_BxD - back_Bx2xD[:, 0]) / norm_B[:, None], axis=-1)
                 + jnp.linalg.norm(z_D - back_Bx2xD[:, 1], axis=-1))
-  return Root(root_BxDxD, jnp.where(finite_B, residual_B, jnp.inf), ())
+  return Root(root_BxDxD, jnp.where(finite_B, residual_B, jnp.inf), condition_B, ())
 
 
 def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Array) -> Root:
@@ -118,9 +120,9 @@ def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Ar
   stepped = measured(orthogonal_iteration(a_BxDxD, basis)[0])
   stale_B = ~(stepped[-1] <= _STALE)
   basis_BxDxD, eigenvalues_BxD, residual_B = lax.cond(jnp.any(stale_B), lambda: decomposed(stepped[0], stale_B), lambda: stepped)
-  root_BxDxD, finite_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
+  root_BxDxD, finite_B, condition_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
   residual_B = jnp.where(finite_B, residual_B, jnp.inf)
-  return Root(root_BxDxD, residual_B, jnp.where(_each(jnp.isfinite(residual_B)), basis_BxDxD, basis))
+  return Root(root_BxDxD, residual_B, condition_B, jnp.where(_each(jnp.isfinite(residual_B)), basis_BxDxD, basis))
 
 
 def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
@@ -143,7 +145,7 @@ def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Ba
     return _matmul(x_BxDxD, factor_BxDxD), _matmul(_power(factor_BxDxD, order), m_BxDxD)
 
   (x_BxDxD, _), residual_B = _until_identity(begin, step, _ridge(a_BxDxD, eps, relative), _MAX_ATTEMPTS)
-  return Root(_symmetric(x_BxDxD), residual_B, ())
+  return _iterated(a_BxDxD, _symmetric(x_BxDxD), residual_B, p)
 
 
 def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
@@ -156,7 +158,7 @@ def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, b
   for _ in range(round(math.log2(p)) - 1):
     root_BxDxD, inverse_BxDxD, again_B = _square_roots(root_BxDxD, jnp.zeros_like(residual_B), 1)
     residual_B = jnp.maximum(residual_B, again_B)
-  return Root(_symmetric(inverse_BxDxD), residual_B, ())
+  return _iterated(a_BxDxD, _symmetric(inverse_BxDxD), residual_B, p)
 
 
 def _square_roots(a_BxDxD, ridge_B, attempts: int):
@@ -223,6 +225,11 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
   return end.state, end.residual
 
 
+def _iterated(a_BxDxD: jax.Array, root_BxDxD: jax.Array, residual_B: jax.Array, p: float) -> Root:
+  """What an iteration has found, with the condition from the norms of matrix and root."""
+  return Root(root_BxDxD, residual_B, spectral_norm(a_BxDxD) * spectral_norm(root_BxDxD) ** p, ())
+
+
 def _symmetric(x_BxDxD: jax.Array) -> jax.Array:
   """The symmetric part. The rest is rounding in what an iteration finds, but can be larger than the smallest eigenvalues."""
   return 0.5 * (x_BxDxD + _transpose(x_BxDxD))
@@ -243,8 +250,10 @@ def _transpose(x_BxDxD: jax.Array) -> jax.Array:
   return jnp.swapaxes(x_BxDxD, -2, -1)
 
 
-def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any, relative: bool) -> tuple[jax.Array, jax.Array]:
-  """Q L^(-1/p) Qᵀ, and whether it is finite. L are the eigenvalues plus eps, made positive as each reference does it.
+def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any,
+                       relative: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Q L^(-1/p) Qᵀ, whether it is finite, and the largest of L over the smallest. L are the eigenvalues plus eps, made positive as
+  each reference does it.
 
   Absolute (Meta): rounding may leave eigenvalues below zero; all are shifted until the smallest is zero, then eps is added.
   Relative (Google): eigenvalues below zero become zero, and eps times the largest is added."""
@@ -255,7 +264,8 @@ def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any, relativ
     positive_BxD = eigenvalues_BxD - jnp.minimum(jnp.min(eigenvalues_BxD, axis=-1, keepdims=True), 0) + eps
   half_BxD = positive_BxD ** (-0.5 / p)
   half_BxDxD = _transpose(basis_BxDxD) * half_BxD[:, :, None]
-  return _einsum("bki,bkj->bij", half_BxDxD, half_BxDxD), jnp.all(jnp.isfinite(half_BxD), axis=-1)
+  condition_B = jnp.max(positive_BxD, axis=-1) / jnp.maximum(jnp.min(positive_BxD, axis=-1), jnp.finfo(positive_BxD.dtype).tiny)
+  return _einsum("bki,bkj->bij", half_BxDxD, half_BxDxD), jnp.all(jnp.isfinite(half_BxD), axis=-1), condition_B
 
 
 def _ridge(a_BxDxD: jax.Array, eps: Any, relative: bool) -> jax.Array:

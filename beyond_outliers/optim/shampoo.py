@@ -19,9 +19,8 @@ from beyond_outliers.hyperparameters import MAX_BFLOAT16_B2, WITH_EIGENVALUE_COR
 from beyond_outliers.optim import blocks, packing, refresh, signature
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.eigenvalue_correction import scale_by_eigenvalue_corrected_shampoo
-from beyond_outliers.optim.kronecker import along, gram, per_block
+from beyond_outliers.optim.kronecker import add_gram, along, per_block
 from beyond_outliers.optim.roots import ROOTS, check
-from beyond_outliers.optim.spectral import spectral_norm
 
 
 class Roots(NamedTuple):
@@ -29,7 +28,7 @@ class Roots(NamedTuple):
   values: tuple[jax.Array, ...]             # [B, D, D] or packed, float32 or bfloat16; the identity until there is one
   bases: tuple[Any, ...]                    # what a warm-started root begins from
   residual: Any                             # [B, axes] of the last root computed, taken or refused
-  condition: Any                            # [B, axes] largest eigenvalue of its factor over the smallest it took; estimated
+  condition: Any                            # [B, axes] largest eigenvalue of its factor over the smallest it took
   age: Any                                  # [B, axes] steps since the root in use was computed; -1: never
   kept: Any                                 # [B, axes] roots refused so far, because not finite or of too large a residual
 
@@ -169,7 +168,7 @@ def scale_by_shampoo(
     correction = lambda decay: 1 - decay ** t if bias_correction else jnp.ones_like(decay)
     # A decay of 1 sums instead of averaging, and needs no correction.
     weight = jnp.where(c["b2"] < 1, 1 - c["b2"], 1)
-    factors = tuple(c["b2"] * load(factor, shape[axis], g.dtype) + weight * gram(g, axis)
+    factors = tuple(add_gram(load(factor, shape[axis], g.dtype), g, axis, c["b2"], weight)
                     for factor, axis in zip(s.factors, which, strict=True))
     norm = jnp.where(c["b2"] < 1, correction(c["b2"]), 1)
 
@@ -182,9 +181,8 @@ def scale_by_shampoo(
         choose = lambda new, was, ok=ok: jnp.where(per_block(ok, new), new, was)
         value = choose(store(new.root, old.values[i].dtype), old.values[i])
         basis = jax.tree.map(choose, new.basis, old.bases[i])
-        # The largest eigenvalue of A, times that of A^(-1/p), to the power of p.
-        condition = spectral_norm(factor / norm) * spectral_norm(new.root) ** p
-        columns.append((value, basis, new.residual, condition, jnp.where(ok, 0, old.age[:, i]), old.kept[:, i] + (real_B & ~ok)))
+        columns.append((value, basis, new.residual, new.condition, jnp.where(ok, 0, old.age[:, i]),
+                        old.kept[:, i] + (real_B & ~ok)))
       values, bases, *numbers = zip(*columns, strict=True)
       return Roots(values, bases, *(jnp.stack(column, 1) for column in numbers))
 

@@ -16,7 +16,7 @@ import optax
 
 from beyond_outliers.optim import blocks, lapack, signature
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.kronecker import along, gram, per_block
+from beyond_outliers.optim.kronecker import add_gram, along, per_block
 from beyond_outliers.optim.refresh import staggered, together
 from beyond_outliers.optim.roots import orthogonal_iteration
 
@@ -96,7 +96,7 @@ def scale_by_soap(
     direction = rotate(momentum / (jnp.sqrt(second_moment) + c["eps"]), s.bases, which, back=True)
 
     beta = c["shampoo_beta"]
-    factors = tuple(beta * factor + (1 - beta) * gram(g, axis) for factor, axis in zip(s.factors, which, strict=True))
+    factors = tuple(add_gram(factor, g, axis, beta, 1 - beta) for factor, axis in zip(s.factors, which, strict=True))
     s = s._replace(momentum=momentum, second_moment=second_moment, factors=())
     if which:
       begin, improve = functools.partial(_begin, which=which), functools.partial(_improve, which=which)

@@ -45,19 +45,15 @@ def transposed_solve(q: jax.Array, x: jax.Array) -> jax.Array:
 
 def square(q: jax.Array) -> jax.Array:
   """QᵀQ, for Q [D, D]."""
-  return symmetric([q[:p.stop, p].T @ q[:p.stop, p.start:] for p in rows(len(q))])
+  of = rows(len(q))
+  panels = [q[:p.stop, p].T @ q[:p.stop, p.start:] for p in of]
+  below = lambda i: [panels[j][:, of[i].start - of[j].start: of[i].stop - of[j].start].T for j in range(i)]
+  return jnp.concatenate([jnp.concatenate([*below(i), panel], axis=1) for i, panel in enumerate(panels)])
 
 
 def gram(x: jax.Array) -> list[jax.Array]:
   """The panels of X Xᵀ, for X [D, R]."""
   return [x[p] @ x[p.start:].T for p in rows(len(x))]
-
-
-def symmetric(panels: list[jax.Array]) -> jax.Array:
-  """[D, D] from its panels."""
-  of = rows(panels[0].shape[1])
-  below = lambda i: [panels[j][:, of[i].start - of[j].start: of[i].stop - of[j].start].T for j in range(i)]
-  return jnp.concatenate([jnp.concatenate([*below(i), panel], axis=1) for i, panel in enumerate(panels)])
 
 
 def column_squares(panels: list[jax.Array]) -> jax.Array:
