@@ -2,7 +2,13 @@
 
   python -m beyond_outliers.bench --config=configs/adamw.py:nano [--json]
 
-Every figure is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
+and what optimizers' updates cost alone: timed beside their peers (bench_optimizers.py), or counted without being run (costs.py):
+
+  python -m beyond_outliers.bench --optimizers                 milliseconds on one core
+  python -m beyond_outliers.bench --on_paper=760m              FLOPs, state and traffic of a device
+  python -m beyond_outliers.bench --collectives=50m            what moves between devices in the compiled programs
+
+Every time is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
 """
 from __future__ import annotations
 
@@ -16,12 +22,17 @@ from typing import Any
 import jax
 from absl import flags
 
-from beyond_outliers import command, config, data, hardware, loop, train
+from beyond_outliers import bench_optimizers, checks, command, config, costs, data, hardware, loop, optim, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 
-CONFIG = command.config_flag()
+OPTIMIZERS = flags.DEFINE_bool("optimizers", None, "Time optimizers' steps, and the peers', instead of a run's.")
+ON_PAPER = flags.DEFINE_enum("on_paper", None, list(config.SIZES), "Count what optimizers cost a device at this size.")
+COLLECTIVES = flags.DEFINE_enum("collectives", None, list(config.SIZES), "Compile optimizers' updates of this size for meshes.")
+CONFIG = command.config_flag("optimizers", "on_paper", "collectives")
+TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
+ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 
@@ -66,9 +77,10 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
 
     result["forward_seconds"] = median_seconds(lambda: forward(holder[0].params, batch), repeats)
     forward_backward = median_seconds(lambda: both(holder[0].params, batch), repeats)
-    result["step_seconds"] = median_seconds(step, repeats)
+    result |= whole_periods(step, max(group.optimizer.period for group in c.optimizer.groups.values()), repeats)
     result["backward_seconds"] = forward_backward - result["forward_seconds"]
     result["optimizer_seconds"] = result["step_seconds"] - forward_backward
+    result["optimizer_amortised_seconds"] = result["mean_step_seconds"] - forward_backward
     result["input_seconds"] = median_seconds(lambda: mesh_lib.put_batch(next(batches), program.mesh, c.batch_size), repeats)
     result["loop_overhead"] = loop_overhead(program, compiled, holder.pop(), batches, steps=max(3 * repeats, 20))
     result["reading_tokens_per_cpu_second"] = reading(batches, c.batch_size * c.context)
@@ -81,6 +93,19 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
   result["peak_share"] = result["flops_per_second"] / (peak * jax.device_count())
   result["peak_memory_bytes"] = hardware.memory_bytes()
   return result
+
+
+def whole_periods(step: Callable[[], Any], period: int, repeats: int) -> dict[str, Any]:
+  """Of at least `repeats` steps, in whole periods of the optimizer after its first: median, mean and longest time."""
+  for _ in range(period):
+    jax.block_until_ready(step())
+  times = []
+  for _ in range(-(-repeats // period) * period):
+    start = time.perf_counter()
+    jax.block_until_ready(step())
+    times.append(time.perf_counter() - start)
+  return {"period": period, "step_seconds": statistics.median(times), "mean_step_seconds": statistics.mean(times),
+          "longest_step_seconds": max(times)}
 
 
 def loop_overhead(program: train.Program, train_step: Any, state: step_lib.TrainState, batches: Any, steps: int) -> float:
@@ -118,6 +143,9 @@ def table(result: dict[str, Any]) -> str:
   rows += [("compile", f"{r['compile_seconds']:.1f} s"), (f"step, {r['dtype']}", f"{step * 1e3:,.1f} ms")]
   rows += [(f"  {part}", f"{r[f'{part}_seconds'] * 1e3:,.1f} ms  {r[f'{part}_seconds'] / step:>6.1%}")
            for part in ("forward", "backward", "optimizer")]
+  if r["period"] > 1:
+    rows += [(f"  optimizer, mean of {r['period']} steps", f"{r['optimizer_amortised_seconds'] * 1e3:,.1f} ms"),
+             ("longest step", f"{r['longest_step_seconds'] * 1e3:,.1f} ms")]
   rows += [("input (read ahead while a step runs)", f"{r['input_seconds'] * 1e3:,.1f} ms"),
            ("reading alone", f"{r['reading_tokens_per_cpu_second'] / 1e6:,.1f} million tokens a CPU-second"),
            ("loop overhead, 1 − Σ steps / wall", f"{r['loop_overhead']:.1%}"),
@@ -129,10 +157,31 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
+def optimizers() -> tuple[Any, str]:
+  """(figures, as a table) of --optimizers, --on_paper or --collectives."""
+  known = list(bench_optimizers.ROWS if OPTIMIZERS.value else optim.OPTIMIZERS)
+  for name in ONLY.value:
+    checks.require(name in known, "--only", name, "expected some of " + ", ".join(known))
+  names = ONLY.value or known
+  if OPTIMIZERS.value:
+    result = bench_optimizers.run(names, TREE.value, REPEATS.value)
+    return result, bench_optimizers.table(result)
+  costs.simulate_devices()
+  if ON_PAPER.value:
+    rows = costs.on_paper(names, ON_PAPER.value)
+    return rows, costs.on_paper_table(rows)
+  rows = costs.collectives(names, str(COLLECTIVES.value))
+  return rows, costs.collectives_table(rows)
+
+
 def main(argv: list[str]) -> None:
   del argv
-  result = measure(config.resolve(CONFIG.value), REPEATS.value)
-  print(json.dumps(result) if JSON.value else table(result))
+  if CONFIG.value:
+    result = measure(config.resolve(CONFIG.value), REPEATS.value)
+    text = table(result)
+  else:
+    result, text = optimizers()
+  print(json.dumps(result) if JSON.value else text)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,15 @@ from beyond_outliers import checkpoint, config, data, writers
 REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint.CheckpointError)
 
 
-def config_flag() -> flags.FlagHolder:
-  """Defines --config, which every command requires."""
+def config_flag(*instead: str) -> flags.FlagHolder:
+  """Defines --config, which every command requires; or in its place one of the flags `instead`, which are defined before."""
   holder = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
-  flags.mark_flag_as_required("config")
+  if instead:
+    names = ["config", *instead]
+    flags.register_multi_flags_validator(names, lambda values: sum(map(bool, values.values())) == 1,
+                                         "expected one of " + ", ".join(f"--{name}" for name in names))
+  else:
+    flags.mark_flag_as_required("config")
   return holder
 
 
@@ -36,11 +41,14 @@ def _parse(argv: list[str]) -> list[str]:
   except AttributeError as error:                         # --config.key=value with an unknown key
     _refuse("--config: unknown key " + " · ".join(str(error).strip("\"'").replace("\\n", "\n").replace("\\'", "'").splitlines()))
   except flags.Error as error:
-    # An exception inside a config file comes wrapped with its whole traceback: its last line is what was meant.
-    _refuse([line for line in str(error).splitlines() if line.strip()][-1].partition("Error: ")[-1] or str(error))
-  path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-  if not os.path.exists(path):
-    _refuse(f"--config={path}: there is no such file")
+    # An exception inside a config file comes wrapped with its whole traceback, and a refused config with all its values: the
+    # last line is what was meant.
+    last = [line for line in str(error).splitlines() if line.strip()][-1]
+    _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
+  if flags.FLAGS["config"].present:
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    if not os.path.exists(path):
+      _refuse(f"--config={path}: there is no such file")
   if flags.FLAGS["verbosity"].using_default_value:
     flags.FLAGS.verbosity = logging.WARNING               # app.run would make it INFO, where Orbax tells of every file
   return rest

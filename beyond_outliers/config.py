@@ -343,10 +343,11 @@ def _build(cls: type, values: Any, path: str) -> Any:
   for key in values:
     if key not in hints:
       raise ConfigError(_unknown(path + key, key, hints))
-  missing = [key for key in hints if key not in values]
-  if missing:
-    raise ConfigError(f"{path}{missing[0]}: missing; see its comment in configs/")
-  return cls(**{key: _typed(kind, values[key], path + key) for key, kind in hints.items()})
+  for field in dataclasses.fields(cls):
+    # A default is what a key younger than recorded runs meant before there was one: their configs still resolve.
+    if field.name not in values and field.default is dataclasses.MISSING:
+      raise ConfigError(f"{path}{field.name}: missing; see its comment in configs/")
+  return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})
 
 
 def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:

@@ -1,20 +1,35 @@
 """Each optimizer's own section of the configuration: a frozen dataclass a row, with the rules that its values obey.
 
-Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the optimizer.
+Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the optimizer. Those with a default
+are younger than the others: runs recorded without them had it.
 """
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from beyond_outliers.checks import at_least, below_one, fraction, one_of, require
 
 REFRESHES = ("together", "staggered")
 ITERATION_DTYPES = ("float32", "bfloat16")
 ITERATION_TABLES = ("quintic", "polar_express")
+# Shampoo: the only values beside eigenvalue_correction, which has no roots and a step length of its own.
+WITH_EIGENVALUE_CORRECTION = {"eps_mode": "absolute", "grafting": "none", "momentum": "gradient", "root": "eigh",
+                              "preconditioner_dtype": "float32", "packed": False}
+MAX_BFLOAT16_B2 = 0.99               # Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away
+
+
+class Section:
+  """What every section tells beside its fields."""
+
+  @property
+  def period(self) -> int:
+    """Steps after which what the optimizer costs repeats."""
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(Section):
   """Hyperparameters of `optim.adamw`."""
   name: str
   learning_rate: float
@@ -29,7 +44,7 @@ class AdamW:
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon:
+class Muon(Section):
   """Hyperparameters of `optim.muon`."""
   name: str
   learning_rate: float
@@ -54,7 +69,7 @@ class Muon:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scion:
+class Scion(Section):
   """Hyperparameters of `optim.scion`."""
   name: str
   learning_rate: float
@@ -78,7 +93,7 @@ class Scion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Psgd:
+class Psgd(Section):
   """Hyperparameters of `optim.psgd`."""
   name: str
   learning_rate: float
@@ -104,9 +119,13 @@ class Psgd:
     require(self.update_probability is None or 0 < self.update_probability <= 1, "optimizer.update_probability",
             self.update_probability, "expected a number above 0, at most 1, or None for the schedule")
 
+  @property
+  def period(self) -> int:
+    return math.ceil(1 / (0.03 if self.update_probability is None else self.update_probability))   # the schedule ends at 0.03
+
 
 @dataclasses.dataclass(frozen=True)
-class Shampoo:
+class Shampoo(Section):
   """Hyperparameters of `optim.shampoo`."""
   name: str
   learning_rate: float
@@ -132,6 +151,7 @@ class Shampoo:
   merge_dims: bool
   preconditioner_dtype: str
   packed: bool
+  eigenvalue_correction: bool = False
 
   def __post_init__(self):
     at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, grafting_eps=0, max_residual=0, precondition_frequency=1,
@@ -142,13 +162,24 @@ class Shampoo:
            graft_granularity=("block", "parameter"), momentum=("gradient", "update"),
            root=("eigh", "newton", "denman_beavers", "qr"), refresh=(*REFRESHES, "together_from_first"),
            long_axes=("block", "skip"), preconditioner_dtype=("float32", "bfloat16"))
+    if self.eigenvalue_correction:
+      for name, value in WITH_EIGENVALUE_CORRECTION.items():
+        require(getattr(self, name) == value, f"optimizer.{name}", getattr(self, name),
+                f"optimizer.eigenvalue_correction works with {value!r} only")
+      one_of(self, "optimizer.", refresh=REFRESHES)
+    require(self.preconditioner_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2, "optimizer.b2", self.b2,
+            f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or preconditioner_dtype=float32")
     require(self.exponent is None or self.exponent > 0, "optimizer.exponent", self.exponent, "expected above 0, or None")
     require(self.start_step is None or self.start_step >= 1, "optimizer.start_step", self.start_step,
             "expected at least 1, or None for precondition_frequency")
 
+  @property
+  def period(self) -> int:
+    return self.precondition_frequency
+
 
 @dataclasses.dataclass(frozen=True)
-class Soap:
+class Soap(Section):
   """Hyperparameters of `optim.soap`."""
   name: str
   learning_rate: float
@@ -163,13 +194,20 @@ class Soap:
   normalize_gradients: bool
   bias_correction: bool
   count_skipped_step: bool
+  block_size: int | None = None
 
   def __post_init__(self):
     at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, precondition_frequency=1, max_dim=0)
     below_one(self, "optimizer.", "b1", "b2")
     one_of(self, "optimizer.", refresh=REFRESHES)
+    require(self.block_size is None or self.block_size >= 1, "optimizer.block_size", self.block_size,
+            "expected at least 1, or None for whole matrices")
     require(self.shampoo_beta is None or 0 <= self.shampoo_beta < 1, "optimizer.shampoo_beta", self.shampoo_beta,
             "expected a number from 0 to below 1, or None for b2")
+
+  @property
+  def period(self) -> int:
+    return self.precondition_frequency
 
 
 OPTIMIZERS: dict[str, type] = {

@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from configs import base
 
-LEARNING_RATE = {"nano": 3e-3}               # other sizes take the default
+LEARNING_RATE = {"nano": 1e-3}               # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 3e-3
 
 
@@ -39,7 +39,8 @@ def get_config(arg: str = ""):
     long_axes="block",                       # ... are cut into blocks of that size | skip: go without a factor
     merge_dims=False,                        # parameters of at most block_size numbers as vectors (Meta's default; not ours)
     preconditioner_dtype="float32",          # of stored factors and roots: float32 | bfloat16
-    packed=False)                            # store triangles: half the memory of factors and roots, some time
+    packed=False,                            # store triangles: half the memory of factors and roots, some time
+    eigenvalue_correction=False)             # Adam in the factors' eigenbasis instead of roots; needs grafting=none
   return base.finish(c, arg)
 
 

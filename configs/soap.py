@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from configs import base
 
-LEARNING_RATE = {"nano": 3e-3}               # other sizes take the default
+LEARNING_RATE = {"nano": 3e-3}               # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 3e-3
 
 
@@ -23,6 +23,7 @@ def get_config(arg: str = ""):
     precondition_frequency=10,               # steps between a block's bases
     refresh="together",                      # together (as the reference) | staggered: no step pays for all bases
     max_dim=base.longest_axis(c),            # longer axes are not rotated; vectors get plain Adam
+    block_size=config_dict.placeholder(int), # longer axes are cut into blocks with bases of their own; None: whole matrices
     normalize_gradients=False,               # divide every step by its RMS
     bias_correction=True,
     count_skipped_step=True)                 # the first update only finds the bases; True (pytorch_optimizer): but counts

@@ -28,7 +28,7 @@ def test_a_section_has_only_arguments_of_the_factory(name):
   arguments = set(inspect.signature(optim.OPTIMIZERS[name]).parameters)
   fields = {field.name for field in dataclasses.fields(hyperparameters.OPTIMIZERS[name])} - {"name"}
   assert fields <= arguments
-  assert arguments - fields <= {"axes", "mesh", "precision", "block_size", "ns_eps"}, "an argument that no config can set"
+  assert arguments - fields <= {"axes", "mesh", "precision", "ns_eps"}, "an argument that no config can set"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -71,6 +71,23 @@ def test_choices_are_those_of_the_tables():
 def test_what_cannot_be_is_refused_by_name(name, field, value, message):
   with pytest.raises(config.ConfigError, match=rf"optimizer\.{field} = .*{message}"):
     config.resolve(config.override(get_config(name), {f"optimizer.{field}": value}))
+
+
+@pytest.mark.parametrize("arguments, message", [
+  ("eigenvalue_correction=True", "grafting = 'adam': .*eigenvalue_correction works with 'none' only"),
+  ("preconditioner_dtype=bfloat16,optimizer.b2=0.995", r"b2 = 0\.995: averages in bfloat16 stand still above 0\.99"),
+])
+def test_what_does_not_go_together_is_refused(arguments, message):
+  with pytest.raises(config.ConfigError, match=rf"optimizer\.{message}"):
+    config.resolve(get_config("shampoo", f"nano,optimizer.{arguments}"))
+
+
+def test_records_of_runs_without_the_younger_fields_still_resolve():
+  c = get_config("shampoo")
+  recorded = json.loads(json.dumps(config.to_dict(config.resolve(c))))
+  for section in (recorded["optimizer"], *recorded["optimizer"]["groups"].values()):
+    del section["eigenvalue_correction"]
+  assert config.resolve(recorded) == config.resolve(c)
 
 
 def test_what_is_none_may_be_given_and_taken_away():

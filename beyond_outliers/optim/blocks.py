@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
 # The field of every optimizer's state that holds what belongs to blocks: arrays with the stack axis first.
 FIELD = "blocks"
 
+Split = tuple[tuple[str, ...], ...]      # the mesh axes along each axis of an array
 Stacks = dict[str, jax.Array]            # bucket name -> [B, m, n], [B, n], or [B] for one number a block
 
 
@@ -82,17 +83,18 @@ class Layout:
       parts = [run.cut(slices[run.leaf]) for run in bucket.runs]
       if bucket.padded > bucket.count:
         parts.append(jnp.zeros((bucket.padded - bucket.count, *bucket.shape), parts[0].dtype))
+      stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
       # They travel in their own dtype: half the bytes when gradients are bfloat16.
-      stacks[name] = self._owned(jnp.concatenate(parts) if len(parts) > 1 else parts[0]).astype(self.dtype)
+      stacks[name] = self._split(stack, *self._way(stack.ndim)).astype(self.dtype)
     return stacks
 
   def unstack(self, stacks: Stacks, like: Any) -> Any:
     """The inverse of `stack`, in the structure and dtypes of `like`."""
     pieces: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in self.leaves]
     for name, bucket in self.buckets.items():
-      at = 0
+      stack, at = self._split(stacks[name], *self._way(stacks[name].ndim, back=True)), 0
       for run in bucket.runs:
-        pieces[run.leaf][run.start] = run.paste(stacks[name][at: at + run.count], self.leaves[run.leaf].slices)
+        pieces[run.leaf][run.start] = run.paste(stack[at: at + run.count], self.leaves[run.leaf].slices)
         at += run.count
     flat, structure = jax.tree.flatten(like)
     joined = [leaf.join(_assemble(p)).astype(x.dtype) for leaf, p, x in zip(self.leaves, pieces, flat, strict=True)]
@@ -117,8 +119,16 @@ class Layout:
       return np.concatenate([*runs, np.zeros(bucket.padded - bucket.count)]).astype(self.dtype)
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
+  def numbers(self) -> dict[str, np.ndarray]:
+    """Every block's number, counted on from bucket to bucket; padding takes numbers of the next. int32 [B] a bucket."""
+    found, first = {}, 0
+    for name, bucket in self.buckets.items():
+      found[name] = np.arange(first, first + bucket.padded, dtype=np.int32)
+      first += bucket.count
+    return found
+
   def sum_over_slices(self, values: Stacks) -> Stacks:
-    """For one number a block, the sum over all blocks of the same slice, in each of their places. [B] a bucket."""
+    """Sums of numbers over all blocks of the same slice, in each of their places. [B] or [B, numbers] a bucket."""
     if all(math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size for b in self.buckets.values() for run in b.runs):
       return values                                        # every slice is one block
     first = np.cumsum([0, *(leaf.slices for leaf in self.leaves)])
@@ -128,25 +138,46 @@ class Layout:
       owners[name] = np.concatenate([*runs, np.full(bucket.padded - bucket.count, first[-1])])
     every = jnp.concatenate([values[name] for name in self.buckets])
     sums = jax.ops.segment_sum(every, np.concatenate(list(owners.values())), num_segments=int(first[-1]) + 1)
-    return {name: self._owned(sums[owner]) for name, owner in owners.items()}
+    return {name: self._split(sums[owner], (self._names, *((),) * (sums.ndim - 1))) for name, owner in owners.items()}
 
-  def _owned(self, x: jax.Array) -> jax.Array:
+  @property
+  def _names(self) -> tuple[str, ...]:
+    return () if self.mesh is None else self.mesh.axis_names
+
+  def _way(self, ndim: int, *, back: bool = False) -> Sequence[Split]:
+    """Of a stack with `ndim` axes, from blocks that are themselves split to whole ones, each on its owner; or back.
+
+    Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for all at once, XLA gathers
+    whole parameters. Blocks begin as parameters mostly lie: split by the last mesh axes, and by them alone. On the way back
+    the first split them too, so that no padding is gathered along those."""
+    names = self._names
+    spare, inner = names[:1 - ndim], names[1 - ndim:]
+    split = lambda moved: (names[:moved], *(() if name in names[:moved] else (name,) for name in inner))
+    way = [split(moved) for moved in range(len(names) + 1)]
+    return [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))] if back else way
+
+  def _split(self, x: jax.Array, *ways: Split) -> jax.Array:
+    """x, split in one way after another; where mesh axes don't divide an axis, that is whole."""
     if self.mesh is None or self.mesh.size == 1:
       return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
+    for way in ways:
+      parts = [math.prod(self.mesh.shape[name] for name in names) for names in way]
+      spec = PartitionSpec(*(None if length % n else names for names, n, length in zip(way, parts, x.shape, strict=True)))
+      x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+    return x
 
 
 def layout(tree: Any, axes: AxesTree = None, *, mesh: jax.sharding.Mesh | None = None, block_size: int | None = None,
-           merge_dims: bool = False) -> Layout:
+           merge_up_to: int = 0) -> Layout:
   """The blocks of `tree` (arrays or shapes), at most block_size along each axis; the last along an axis may be smaller.
 
-  block_size None: every slice is one block. merge_dims: a matrix of at most block_size numbers is taken as one vector, as
+  block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is taken as one vector, as
   Meta's Shampoo does by default. Scalars are vectors of length 1. Errors: ValueError from `axes`."""
   records = leaves(tree, axes)
   runs: dict[tuple[int, ...], list[Run]] = {}
   for index, leaf in enumerate(records):
     size = leaf.size or (1,)
-    if merge_dims and block_size is not None and math.prod(size) <= block_size:
+    if math.prod(size) <= merge_up_to:
       size = (math.prod(size),)
     if size != leaf.size:
       records = (*records[:index], dataclasses.replace(leaf, size=size, fan_in_axis=None), *records[index + 1:])

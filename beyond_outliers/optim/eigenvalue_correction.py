@@ -16,8 +16,9 @@ import optax
 
 from beyond_outliers.optim import blocks, lapack, signature
 from beyond_outliers.optim.axes import AxesTree
+from beyond_outliers.optim.kronecker import add_gram
 from beyond_outliers.optim.refresh import staggered, together
-from beyond_outliers.optim.soap import BlocksState, change_bases, first_state, gram, grown_older, phases_of, rotate
+from beyond_outliers.optim.soap import BlocksState, change_bases, first_state, grown_older, rotate
 
 
 class EigenvalueCorrectedState(NamedTuple):
@@ -44,7 +45,7 @@ def scale_by_eigenvalue_corrected_shampoo(
       raise ValueError(f"{name} = {value}: expected at least 1")
   start = precondition_frequency if start_step is None else start_step
   layout_of = functools.partial(blocks.layout, axes=axes, mesh=mesh, block_size=block_size if long_axes == "block" else None,
-                                merge_dims=merge_dims)
+                                merge_up_to=block_size if merge_dims else 0)
 
   def rotated(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis, length in enumerate(shape) if length <= block_size)
@@ -58,32 +59,33 @@ def scale_by_eigenvalue_corrected_shampoo(
     del params
     layout = layout_of(updates)
     count = state.count + 1
-    numbers = {"b1": b1, "b2": b2, "eps": eps, "exponent": exponent}
-    common = {name: jnp.asarray(value, layout.dtype) for name, value in numbers.items()} | {"t": count}
-    phases = phases_of(layout, precondition_frequency)
+    floats = {"b1": b1, "b2": b2, "eps": eps, "exponent": exponent}
+    common = {name: jnp.asarray(value, layout.dtype) for name, value in floats.items()} | {"t": count}
+    numbers = layout.numbers()
 
     def advance(given, common):
-      return {name: one_bucket(g, s, common, rotated(layout.buckets[name].shape), phases[name])
-              for name, (g, s) in given.items()}
+      return {name: one_bucket(g, s, number_B, common, rotated(layout.buckets[name].shape))
+              for name, (g, s, number_B) in given.items()}
 
-    done = layout.local(advance)({name: (g, state.blocks[name]) for name, g in layout.stack(updates).items()}, common)
+    given = {name: (g, state.blocks[name], numbers[name]) for name, g in layout.stack(updates).items()}
+    done = layout.local(advance)(given, common)
     new = {name: s for name, (s, _) in done.items()}
     directions = {name: direction for name, (_, direction) in done.items()}
     return layout.unstack(directions, updates), EigenvalueCorrectedState(count, new)
 
-  def one_bucket(g: jax.Array, s: BlocksState, c: dict[str, jax.Array], which: tuple[int, ...], phase: int):
+  def one_bucket(g: jax.Array, s: BlocksState, number_B: jax.Array, c: dict[str, jax.Array], which: tuple[int, ...]):
     """-> (state, direction)."""
     # A decay of 1 sums instead of averaging, and needs no correction.
     weight = jnp.where(c["b2"] < 1, 1 - c["b2"], 1)
     correction = lambda decay: jnp.where(decay < 1, 1 - decay ** c["t"], 1) if bias_correction else 1
-    factors = tuple(c["b2"] * factor + weight * gram(g, axis) for factor, axis in zip(s.factors, which, strict=True))
+    factors = tuple(add_gram(factor, g, axis, c["b2"], weight) for factor, axis in zip(s.factors, which, strict=True))
 
     def renew(s, factors):
       return change_bases(s, tuple(lapack.eigh(factor)[1] for factor in factors), which)[0]
 
     s = s._replace(factors=())
     if which and refresh == "staggered":
-      few = lambda s, factors: staggered(s, c["t"], precondition_frequency, phase, renew, factors)
+      few = lambda s, factors: staggered(s, number_B, c["t"], precondition_frequency, renew, factors)
       s = together(grown_older(s), c["t"] >= start, few, factors)
     elif which:
       due = (c["t"] == start) | (c["t"] > start) & (c["t"] % precondition_frequency == 0)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from beyond_outliers.optim import lapack
+from beyond_outliers.optim.spectral import spectral_norm
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -35,6 +36,7 @@ class Root(NamedTuple):
   """An inverse root, how good it is, and where to start next time."""
   root: jax.Array          # [B, d, d]
   residual: jax.Array      # [B]: how far from an inverse root; 0 is exact; not finite when the method failed
+  condition: jax.Array     # [B]: A's largest eigenvalue over the smallest one taken; estimated from below by iterations
   basis: Basis             # [B, d, d]: what the next call of a warm-started method starts from; () for the others
 
 
@@ -82,7 +84,7 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
 
   Costs little more than the decomposition. A matrix whose decomposition fails has a residual that isn't finite."""
   eigenvalues_BxD, basis_BxDxD = lapack.eigh(a_BxDxD)
-  root_BxDxD, finite_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
+  root_BxDxD, finite_B, condition_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
 
   rows_BxDxD = _transpose(basis_BxDxD)
   z_D = _probe(a_BxDxD)
@@ -92,7 +94,7 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
   norm_B = _largest(eigenvalues_BxD)
   residual_B = (jnp.linalg.norm((image_BxD - back_Bx2xD[:, 0]) / norm_B[:, None], axis=-1)
                 + jnp.linalg.norm(z_D - back_Bx2xD[:, 1], axis=-1))
-  return Root(root_BxDxD, jnp.where(finite_B, residual_B, jnp.inf), ())
+  return Root(root_BxDxD, jnp.where(finite_B, residual_B, jnp.inf), condition_B, ())
 
 
 def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Array) -> Root:
@@ -118,9 +120,9 @@ def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Ar
   stepped = measured(orthogonal_iteration(a_BxDxD, basis)[0])
   stale_B = ~(stepped[-1] <= _STALE)
   basis_BxDxD, eigenvalues_BxD, residual_B = lax.cond(jnp.any(stale_B), lambda: decomposed(stepped[0], stale_B), lambda: stepped)
-  root_BxDxD, finite_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
+  root_BxDxD, finite_B, condition_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
   residual_B = jnp.where(finite_B, residual_B, jnp.inf)
-  return Root(root_BxDxD, residual_B, jnp.where(_each(jnp.isfinite(residual_B)), basis_BxDxD, basis))
+  return Root(root_BxDxD, residual_B, condition_B, jnp.where(_each(jnp.isfinite(residual_B)), basis_BxDxD, basis))
 
 
 def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
@@ -143,7 +145,7 @@ def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Ba
     return _matmul(x_BxDxD, factor_BxDxD), _matmul(_power(factor_BxDxD, order), m_BxDxD)
 
   (x_BxDxD, _), residual_B = _until_identity(begin, step, _ridge(a_BxDxD, eps, relative), _MAX_ATTEMPTS)
-  return _finished(x_BxDxD, residual_B)
+  return _iterated(a_BxDxD, _symmetric(x_BxDxD), residual_B, p)
 
 
 def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
@@ -156,7 +158,7 @@ def _denman_beavers(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, b
   for _ in range(round(math.log2(p)) - 1):
     root_BxDxD, inverse_BxDxD, again_B = _square_roots(root_BxDxD, jnp.zeros_like(residual_B), 1)
     residual_B = jnp.maximum(residual_B, again_B)
-  return _finished(inverse_BxDxD, residual_B)
+  return _iterated(a_BxDxD, _symmetric(inverse_BxDxD), residual_B, p)
 
 
 def _square_roots(a_BxDxD, ridge_B, attempts: int):
@@ -195,9 +197,9 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
   """Iterates each matrix of a stack on its own until the last entry of its state is I, in one loop.
 
   begin: ridge [B] -> state; step: state -> state; a state is a tuple of [B, d, d]. Returns the states and max|last - I|, [B].
-  A matrix stops when it has arrived; when its error grows, which means that rounding has won, and then it keeps the state before;
-  and when its error is small, so that it should square at every step, and yet doesn't halve: float32 can do no better. The last
-  entry is kept symmetric: without that, rounding can lead it to I while the root becomes indefinite."""
+  A matrix stops when it has arrived, or keeps the state before when rounding has won: its error grows, or doesn't even halve
+  where it is so small that it should square. The last entry is kept symmetric: without that, rounding can lead it to I while the
+  root becomes indefinite."""
   def enter(ridge_B, attempt_B) -> _Progress:
     state = begin(ridge_B)
     error_B, residual_B = distance(state)
@@ -211,12 +213,10 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
     *state, product_BxDxD = step(old.state)
     state = (*state, _symmetric(product_BxDxD))
     error_B, residual_B = distance(state)
-    squaring_B = old.error < 0.5
-    accepted_B = old.active & (error_B < jnp.where(squaring_B, 1.0, _MAX_GROWTH) * old.error)
+    accepted_B = old.active & (error_B < jnp.where(old.error < 0.5, 0.5, _MAX_GROWTH) * old.error)
     new = _where(accepted_B, old._replace(state=state, error=error_B, residual=residual_B), old)
-    stalled_B = squaring_B & (error_B > 0.5 * old.error)
-    new = new._replace(step=old.step + 1,
-                       active=accepted_B & ~stalled_B & (new.residual > _TOLERANCE) & (old.step + 1 < _MAX_STEPS))
+    active_B = accepted_B & (new.residual > _TOLERANCE) & (old.step + 1 < _MAX_STEPS)
+    new = new._replace(step=old.step + 1, active=active_B)
     failed_B = old.active & ~new.active & (new.residual > _FAILURE) & (old.attempt + 1 < max_attempts)
     return lax.cond(jnp.any(failed_B), lambda: _where(failed_B, enter(10 * old.ridge, old.attempt + 1), new), lambda: new)
 
@@ -225,14 +225,13 @@ def _until_identity(begin: Callable, step: Callable, ridge_B: jax.Array,
   return end.state, end.residual
 
 
-def _finished(root_BxDxD: jax.Array, residual_B: jax.Array) -> Root:
-  """What an iteration found. Its antisymmetric part is rounding, but larger than the smallest eigenvalues of an ill-conditioned
-  root."""
-  root_BxDxD = _symmetric(root_BxDxD)
-  return Root(root_BxDxD, jnp.where(jnp.all(jnp.isfinite(root_BxDxD), axis=(-2, -1)), residual_B, jnp.inf), ())
+def _iterated(a_BxDxD: jax.Array, root_BxDxD: jax.Array, residual_B: jax.Array, p: float) -> Root:
+  """What an iteration has found, with the condition from the norms of matrix and root."""
+  return Root(root_BxDxD, residual_B, spectral_norm(a_BxDxD) * spectral_norm(root_BxDxD) ** p, ())
 
 
 def _symmetric(x_BxDxD: jax.Array) -> jax.Array:
+  """The symmetric part. The rest is rounding in what an iteration finds, but can be larger than the smallest eigenvalues."""
   return 0.5 * (x_BxDxD + _transpose(x_BxDxD))
 
 
@@ -251,8 +250,10 @@ def _transpose(x_BxDxD: jax.Array) -> jax.Array:
   return jnp.swapaxes(x_BxDxD, -2, -1)
 
 
-def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any, relative: bool) -> tuple[jax.Array, jax.Array]:
-  """Q L^(-1/p) Qᵀ, and whether it is finite. L are the eigenvalues plus eps, made positive as each reference does it.
+def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any,
+                       relative: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Q L^(-1/p) Qᵀ, whether it is finite, and the largest of L over the smallest. L are the eigenvalues plus eps, made positive as
+  each reference does it.
 
   Absolute (Meta): rounding may leave eigenvalues below zero; all are shifted until the smallest is zero, then eps is added.
   Relative (Google): eigenvalues below zero become zero, and eps times the largest is added."""
@@ -263,7 +264,8 @@ def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any, relativ
     positive_BxD = eigenvalues_BxD - jnp.minimum(jnp.min(eigenvalues_BxD, axis=-1, keepdims=True), 0) + eps
   half_BxD = positive_BxD ** (-0.5 / p)
   half_BxDxD = _transpose(basis_BxDxD) * half_BxD[:, :, None]
-  return _einsum("bki,bkj->bij", half_BxDxD, half_BxDxD), jnp.all(jnp.isfinite(half_BxD), axis=-1)
+  condition_B = jnp.max(positive_BxD, axis=-1) / jnp.maximum(jnp.min(positive_BxD, axis=-1), jnp.finfo(positive_BxD.dtype).tiny)
+  return _einsum("bki,bkj->bij", half_BxDxD, half_BxDxD), jnp.all(jnp.isfinite(half_BxD), axis=-1), condition_B
 
 
 def _ridge(a_BxDxD: jax.Array, eps: Any, relative: bool) -> jax.Array:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from beyond_outliers.hyperparameters import MAX_BFLOAT16_B2, WITH_EIGENVALUE_CORRECTION
 from beyond_outliers.optim import blocks, packing, refresh, signature
 from beyond_outliers.optim.axes import AxesTree
+from beyond_outliers.optim.eigenvalue_correction import scale_by_eigenvalue_corrected_shampoo
+from beyond_outliers.optim.kronecker import add_gram, along, per_block
 from beyond_outliers.optim.roots import ROOTS, check
-from beyond_outliers.optim.spectral import spectral_norm
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Roots(NamedTuple):
@@ -28,7 +28,7 @@ class Roots(NamedTuple):
   values: tuple[jax.Array, ...]             # [B, D, D] or packed, float32 or bfloat16; the identity until there is one
   bases: tuple[Any, ...]                    # what a warm-started root begins from
   residual: Any                             # [B, axes] of the last root computed, taken or refused
-  condition: Any                            # [B, axes] largest eigenvalue of its factor over the smallest it took; estimated
+  condition: Any                            # [B, axes] largest eigenvalue of its factor over the smallest it took
   age: Any                                  # [B, axes] steps since the root in use was computed; -1: never
   kept: Any                                 # [B, axes] roots refused so far, because not finite or of too large a residual
 
@@ -81,6 +81,9 @@ def scale_by_shampoo(
       raise ValueError(f"{name} = {value}: expected at least 1")
   if isinstance(exponent, jax.Array):                     # it chooses the iteration
     raise TypeError("exponent: must be a Python number; give inject_hyperparams static_args='exponent'")
+  if preconditioner_dtype == "bfloat16" and not isinstance(b2, jax.Array) and b2 > MAX_BFLOAT16_B2:
+    raise ValueError(f"b2 = {b2}: averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or "
+                     "preconditioner_dtype='float32'")
   if exponent is not None and not exponent > 0:
     raise ValueError(f"exponent = {exponent}: expected the positive power that a factor's inverse is taken to, such as 0.25")
   for order in (1, 2):
@@ -88,7 +91,7 @@ def scale_by_shampoo(
   start = precondition_frequency if start_step is None else start_step
   graft = GRAFTS[grafting]
   layout_of = functools.partial(blocks.layout, axes=axes, mesh=mesh, block_size=block_size if long_axes == "block" else None,
-                                merge_dims=merge_dims)
+                                merge_up_to=block_size if merge_dims else 0)
 
   def preconditioned(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis, length in enumerate(shape) if length <= block_size)
@@ -131,18 +134,14 @@ def scale_by_shampoo(
               "max_residual": max_residual}
     common = {name: jnp.asarray(value, jnp.int32 if name == "t" else layout.dtype) for name, value in common.items()}
     real = {name: np.arange(bucket.padded) < bucket.count for name, bucket in layout.buckets.items()}
-    # Each bucket's odd blocks have their own steps of a staggered refresh.
-    phases, phase = {}, 0
-    devices = 1 if mesh is None else mesh.size
-    for name, bucket in layout.buckets.items():
-      phases[name] = phase
-      phase -= bucket.padded // devices % precondition_frequency
+    numbers = layout.numbers()
 
     def step(given, common):
-      return {name: one_bucket(g, s, real_B, common, layout.buckets[name].shape, phases[name])
-              for name, (g, s, real_B) in given.items()}
+      return {name: one_bucket(g, s, real_B, number_B, common, layout.buckets[name].shape)
+              for name, (g, s, real_B, number_B) in given.items()}
 
-    done = layout.local(step)({name: (g, state.blocks[name], real[name]) for name, g in layout.stack(updates).items()}, common)
+    given = {name: (g, state.blocks[name], real[name], numbers[name]) for name, g in layout.stack(updates).items()}
+    done = layout.local(step)(given, common)
     new = {name: result[0] for name, result in done.items()}
     directions = {name: result[1] for name, result in done.items()}
     if graft:
@@ -153,7 +152,7 @@ def scale_by_shampoo(
       for name, square in squares.items():
         lengths = jnp.sqrt(square)
         scale = jnp.where(done[name][3], lengths[:, 0] / (lengths[:, 1] + 1e-16), 1)
-        directions[name] = directions[name] * _per_block(scale, directions[name])
+        directions[name] = directions[name] * per_block(scale, directions[name])
     if momentum == "update":
       for name in new:
         averaged = common["b1"] * new[name].momentum + (1 - common["b1"]) * directions[name]
@@ -161,7 +160,7 @@ def scale_by_shampoo(
         directions[name] = jnp.where(count >= start, averaged, new[name].graft_momentum)
     return layout.unstack(directions, updates), ShampooState(count, new)
 
-  def one_bucket(g: jax.Array, s: Any, real_B: jax.Array, c: dict[str, jax.Array], shape: tuple[int, ...], phase: int):
+  def one_bucket(g: jax.Array, s: Any, real_B: jax.Array, number_B: jax.Array, c: dict[str, jax.Array], shape: tuple[int, ...]):
     """-> (state, direction, [B, 2] squared lengths of the grafting step and of the direction, [B] whether it is Shampoo's).
 
     A block without roots takes the grafting method's own step, and has no part in the lengths of others."""
@@ -169,7 +168,7 @@ def scale_by_shampoo(
     correction = lambda decay: 1 - decay ** t if bias_correction else jnp.ones_like(decay)
     # A decay of 1 sums instead of averaging, and needs no correction.
     weight = jnp.where(c["b2"] < 1, 1 - c["b2"], 1)
-    factors = tuple(c["b2"] * load(factor, shape[axis], g.dtype) + weight * _gram(g, axis)
+    factors = tuple(add_gram(load(factor, shape[axis], g.dtype), g, axis, c["b2"], weight)
                     for factor, axis in zip(s.factors, which, strict=True))
     norm = jnp.where(c["b2"] < 1, correction(c["b2"]), 1)
 
@@ -179,19 +178,18 @@ def scale_by_shampoo(
       for i, factor in enumerate(factors):
         new = ROOTS[root].compute(factor / norm, p, c["eps"], relative=eps_mode == "relative", basis=old.bases[i])
         ok = jnp.isfinite(new.root).all((1, 2)) & (new.residual <= c["max_residual"])
-        choose = lambda new, was, ok=ok: jnp.where(_per_block(ok, new), new, was)
+        choose = lambda new, was, ok=ok: jnp.where(per_block(ok, new), new, was)
         value = choose(store(new.root, old.values[i].dtype), old.values[i])
         basis = jax.tree.map(choose, new.basis, old.bases[i])
-        # The largest eigenvalue of A, times that of A^(-1/p), to the power of p.
-        condition = spectral_norm(factor / norm) * spectral_norm(new.root) ** p
-        columns.append((value, basis, new.residual, condition, jnp.where(ok, 0, old.age[:, i]), old.kept[:, i] + (real_B & ~ok)))
+        columns.append((value, basis, new.residual, new.condition, jnp.where(ok, 0, old.age[:, i]),
+                        old.kept[:, i] + (real_B & ~ok)))
       values, bases, *numbers = zip(*columns, strict=True)
       return Roots(values, bases, *(jnp.stack(column, 1) for column in numbers))
 
     roots = s.roots
     if which:
       roots = roots._replace(age=jnp.where(roots.age < 0, -1, roots.age + 1))
-      roots = REFRESHES[refresh](roots, c["t"], start, precondition_frequency, phase, renew, (factors, real_B))
+      roots = REFRESHES[refresh](roots, number_B, c["t"], start, precondition_frequency, renew, (factors, real_B))
     s = s._replace(factors=tuple(store(new, was.dtype) for new, was in zip(factors, s.factors, strict=True)), roots=roots)
 
     if momentum == "gradient":
@@ -201,7 +199,7 @@ def scale_by_shampoo(
       fed = g
     p = fed
     for root_stored, axis in zip(s.roots.values, which, strict=True):
-      p = _apply(load(root_stored, shape[axis], g.dtype), p, axis)
+      p = along(axis, load(root_stored, shape[axis], g.dtype), p)
     step = fed
     if graft:
       v: Any = None
@@ -215,7 +213,7 @@ def scale_by_shampoo(
       s = s._replace(graft_momentum=c["b1"] * s.graft_momentum + (1 - c["b1"]) * step)
     else:
       ready_B &= c["t"] >= start
-    p = jnp.where(_per_block(ready_B, p), p, step)
+    p = jnp.where(per_block(ready_B, p), p, step)
     return s, p, ready_B[:, None] * jnp.stack([_squares(step), _squares(p)], 1), ready_B
 
   return optax.GradientTransformation(init, update)
@@ -228,8 +226,8 @@ def shampoo(
     grafting: str = "none", graft_granularity: str = "block", grafting_b2: float = 0.999, grafting_eps: float = 1e-10,
     momentum: str = "gradient", root: str = "eigh", exponent: float | None = None, max_residual: float = 0.1,
     precondition_frequency: int = 1, refresh: str = "together", start_step: int | None = None, block_size: int = 1024,
-    long_axes: str = "block", merge_dims: bool = False, preconditioner_dtype: str = "float32",
-    packed: bool = False) -> optax.GradientTransformation:
+    long_axes: str = "block", merge_dims: bool = False, preconditioner_dtype: str = "float32", packed: bool = False,
+    eigenvalue_correction: bool = False) -> optax.GradientTransformation:
   """Distributed Shampoo with decoupled weight decay (arXiv 2309.06497, algorithm 2).
 
   b1, b2: decays of the momentum and of the factors G Gᵀ; b2 = 1 sums them.
@@ -246,35 +244,44 @@ def shampoo(
     "staggered": from start_step on each block has its own step, so that none pays for all.
   block_size, long_axes: longer axes are cut into blocks ("block"), or go without a factor ("skip").
   merge_dims: parameters of at most block_size numbers are vectors (Meta's default; a trap for small matrices).
-  preconditioner_dtype, packed: how factors and roots are kept: float32 | bfloat16, whole or as triangles.
+  preconditioner_dtype, packed: how factors and roots are kept: float32 | bfloat16 (b2 up to 0.99), whole or as triangles.
+  eigenvalue_correction: Adam in the factors' eigenbasis instead of roots (eigenvalue_correction.py); `exponent` is then of its
+    second moment, by default 1/2, and what roots and grafting need stays at this function's defaults.
 
   State, bytes a number of an m x n block in float32: 4 (momentum) + 4 (adam, rmsprop) + 8 (m² + n²) / mn; packed or
   bfloat16 halve the last term."""
-  direction = scale_by_shampoo(
-    axes=axes, mesh=mesh, b1=b1, b2=b2, eps=eps, eps_mode=eps_mode, bias_correction=bias_correction, grafting=grafting,
-    graft_granularity=graft_granularity, grafting_b2=grafting_b2, grafting_eps=grafting_eps, momentum=momentum, root=root,
-    exponent=exponent, max_residual=max_residual, precondition_frequency=precondition_frequency, refresh=refresh,
-    start_step=start_step, block_size=block_size, long_axes=long_axes, merge_dims=merge_dims,
-    preconditioner_dtype=preconditioner_dtype, packed=packed)
+  shared: dict[str, Any] = dict(
+    axes=axes, mesh=mesh, b1=b1, b2=b2, eps=eps, bias_correction=bias_correction, precondition_frequency=precondition_frequency,
+    refresh=refresh, start_step=start_step, block_size=block_size, long_axes=long_axes, merge_dims=merge_dims)
+  own: dict[str, Any] = dict(
+    eps_mode=eps_mode, grafting=grafting, momentum=momentum, root=root, preconditioner_dtype=preconditioner_dtype, packed=packed)
+  if eigenvalue_correction:
+    for name, value in WITH_EIGENVALUE_CORRECTION.items():
+      if own[name] != value:
+        raise ValueError(f"{name} = {own[name]!r}: eigenvalue_correction works with {value!r} only")
+    direction = scale_by_eigenvalue_corrected_shampoo(**shared, exponent=0.5 if exponent is None else exponent)
+  else:
+    direction = scale_by_shampoo(**shared, **own, graft_granularity=graft_granularity, grafting_b2=grafting_b2,
+                                 grafting_eps=grafting_eps, exponent=exponent, max_residual=max_residual)
   return optax.chain(direction, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
 
 
-def _together(state, t, start, period, phase, renew, given):
-  del phase
+def _together(state, number_B, t, start, period, renew, given):
+  del number_B
   return refresh.together(state, (t == start) | (t > start) & (t % period == 0), renew, given)
 
 
-def _together_from_first(state, t, start, period, phase, renew, given):
-  del start, phase
+def _together_from_first(state, number_B, t, start, period, renew, given):
+  del number_B, start
   return refresh.together(state, (t - 1) % period == 0, renew, given)
 
 
-def _staggered(state, t, start, period, phase, renew, given):
-  a_few = lambda state, given: refresh.staggered(state, t, period, phase, renew, given)
+def _staggered(state, number_B, t, start, period, renew, given):
+  a_few = lambda state, given: refresh.staggered(state, number_B, t, period, renew, given)
   return refresh.together(state, t >= start, a_few, given)
 
 
-# (state, step from 1, start_step, frequency, phase, renew, given) -> state
+# (state, numbers of the blocks, step from 1, start_step, frequency, renew, given) -> state
 REFRESHES: dict[str, Callable[..., Any]] = {
   "together": _together,
   "together_from_first": _together_from_first,
@@ -287,23 +294,5 @@ def _order_of_root(exponent: float | None, order: int) -> float:
   return 2.0 * order if exponent is None else 1 / exponent
 
 
-def _gram(x: jax.Array, axis: int) -> jax.Array:
-  """[B, D, D]: X Xᵀ over all axes but one."""
-  if x.ndim == 2:
-    return x[:, :, None] * x[:, None, :]
-  return jnp.einsum("bmn,bkn->bmk" if axis == 0 else "bnm,bnk->bmk", x, x, precision=HIGHEST)
-
-
-def _apply(root_BxDxD: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-  if x.ndim == 2:
-    return jnp.einsum("bmk,bk->bm", root_BxDxD, x, precision=HIGHEST)
-  return jnp.einsum("bmk,bkn->bmn" if axis == 0 else "bkn,bnm->bkm", *((root_BxDxD, x) if axis == 0 else (x, root_BxDxD)),
-                    precision=HIGHEST)
-
-
 def _squares(x: jax.Array) -> jax.Array:
   return jnp.sum(x * x, tuple(range(1, x.ndim)))
-
-
-def _per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
-  return numbers_B.reshape(-1, *(1,) * (like.ndim - 1))

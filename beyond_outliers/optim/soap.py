@@ -16,10 +16,9 @@ import optax
 
 from beyond_outliers.optim import blocks, lapack, signature
 from beyond_outliers.optim.axes import AxesTree
+from beyond_outliers.optim.kronecker import add_gram, along, per_block
 from beyond_outliers.optim.refresh import staggered, together
 from beyond_outliers.optim.roots import orthogonal_iteration
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class BlocksState(NamedTuple):
@@ -65,15 +64,15 @@ def scale_by_soap(
     layout = layout_of(updates)
     count = state.count + 1
     step = count if count_skipped_step else state.count
-    numbers = {"b1": b1, "b2": b2, "shampoo_beta": b2 if shampoo_beta is None else shampoo_beta, "eps": eps}
-    common = {name: jnp.asarray(value, layout.dtype) for name, value in numbers.items()}
-    phases = phases_of(layout, precondition_frequency)
+    floats = {"b1": b1, "b2": b2, "shampoo_beta": b2 if shampoo_beta is None else shampoo_beta, "eps": eps}
+    common = {name: jnp.asarray(value, layout.dtype) for name, value in floats.items()}
+    numbers = layout.numbers()
 
     def advance(given, common):
-      return {name: one_bucket(g, s, common, rotated(layout.buckets[name].shape), phases[name])
-              for name, (g, s) in given.items()}
+      return {name: one_bucket(g, s, number_B, common, rotated(layout.buckets[name].shape))
+              for name, (g, s, number_B) in given.items()}
 
-    done = layout.local(advance)({name: (g, state.blocks[name]) for name, g in layout.stack(updates).items()},
+    done = layout.local(advance)({name: (g, state.blocks[name], numbers[name]) for name, g in layout.stack(updates).items()},
                                  common | {"first": count == 1, "step": step})
     new = {name: s for name, (s, _) in done.items()}
     directions = {name: direction for name, (_, direction) in done.items()}
@@ -89,7 +88,7 @@ def scale_by_soap(
     directions = {name: jnp.where(count == 1, 0, scale * d) for name, d in directions.items()}
     return layout.unstack(directions, updates), SoapState(count, new)
 
-  def one_bucket(g: jax.Array, s: BlocksState, c: dict[str, jax.Array], which: tuple[int, ...], phase: int):
+  def one_bucket(g: jax.Array, s: BlocksState, number_B: jax.Array, c: dict[str, jax.Array], which: tuple[int, ...]):
     """-> (state, direction)."""
     average = lambda decay, mean, x: jnp.where(c["first"], mean, decay * mean + (1 - decay) * x)
     seen = rotate(g, s.bases, which)
@@ -97,14 +96,14 @@ def scale_by_soap(
     direction = rotate(momentum / (jnp.sqrt(second_moment) + c["eps"]), s.bases, which, back=True)
 
     beta = c["shampoo_beta"]
-    factors = tuple(beta * factor + (1 - beta) * gram(g, axis) for factor, axis in zip(s.factors, which, strict=True))
+    factors = tuple(add_gram(factor, g, axis, beta, 1 - beta) for factor, axis in zip(s.factors, which, strict=True))
     s = s._replace(momentum=momentum, second_moment=second_moment, factors=())
     if which:
       begin, improve = functools.partial(_begin, which=which), functools.partial(_improve, which=which)
 
       def later(s, factors):
         if refresh == "staggered":
-          return staggered(s, c["step"], precondition_frequency, phase, improve, factors)
+          return staggered(s, number_B, c["step"], precondition_frequency, improve, factors)
         return together(s, c["step"] % precondition_frequency == 0, improve, factors)
       s = jax.lax.cond(c["first"], begin, later, grown_older(s), factors)
     return s._replace(factors=factors), direction
@@ -193,15 +192,6 @@ def grown_older(s: BlocksState) -> BlocksState:
   return s._replace(age=jnp.where(s.age < 0, -1, s.age + 1))
 
 
-def phases_of(layout: blocks.Layout, period: int) -> dict[str, int]:
-  """For a staggered refresh, by bucket: the odd blocks of one have their steps after those of the bucket before."""
-  phases, phase = {}, 0
-  for name, bucket in layout.buckets.items():
-    phases[name] = phase
-    phase -= bucket.padded // (1 if layout.mesh is None else layout.mesh.size) % period
-  return phases
-
-
 def change_bases(s: BlocksState, bases: tuple[jax.Array, ...], which: tuple[int, ...]) -> tuple[BlocksState, jax.Array]:
   """-> (the state, its first moment too, in those of the bases [B, D, D] that are finite; which are [B, A]). Others stay."""
   ok_BxA = jnp.stack([jnp.isfinite(basis).all((1, 2)) for basis in bases], 1)
@@ -213,19 +203,5 @@ def change_bases(s: BlocksState, bases: tuple[jax.Array, ...], which: tuple[int,
 def rotate(x: jax.Array, bases: tuple[jax.Array, ...], which: tuple[int, ...], *, back: bool = False) -> jax.Array:
   """[B, *block] with the axes `which` of a block taken into their bases [B, D, D], or out of them."""
   for basis, axis in zip(bases, which, strict=True):
-    names = "bmn"[: x.ndim]
-    name = names[axis + 1]
-    of_basis = f"bd{name}" if back else f"b{name}d"
-    x = jnp.einsum(f"{of_basis},{names}->{names.replace(name, 'd')}", basis, x, precision=HIGHEST)
+    x = along(axis, basis, x, transposed=not back)
   return x
-
-
-def gram(x: jax.Array, axis: int) -> jax.Array:
-  """[B, D, D]: X Xᵀ over all axes of a block but one."""
-  names = "bmn"[: x.ndim]
-  name = names[axis + 1]
-  return jnp.einsum(f"{names},{names.replace(name, 'd')}->b{name}d", x, x, precision=HIGHEST)
-
-
-def per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
-  return numbers_B.reshape(-1, *(1,) * (like.ndim - 1))

@@ -41,10 +41,10 @@ def maybe_mesh(request, mesh):
   return mesh if request.param == 8 else None
 
 
-@pytest.mark.parametrize("block_size, merge_dims", [(None, False), (4, False), (5, False), (16, True)])
-def test_what_is_cut_comes_back(maybe_mesh, block_size, merge_dims):
+@pytest.mark.parametrize("block_size, merge_up_to", [(None, 0), (4, 0), (5, 0), (16, 16)])
+def test_what_is_cut_comes_back(maybe_mesh, block_size, merge_up_to):
   tree = numbered()
-  layout = blocks.layout(tree, AXES, mesh=maybe_mesh, block_size=block_size, merge_dims=merge_dims)
+  layout = blocks.layout(tree, AXES, mesh=maybe_mesh, block_size=block_size, merge_up_to=merge_up_to)
 
   def there_and_back(tree):
     stacks = layout.stack(tree)
@@ -106,14 +106,21 @@ def test_tall_and_wide_ones_share_a_bucket():
   np.testing.assert_array_equal(stacks["5"], tree["vector"][None])
 
 
-@pytest.mark.parametrize("block_size, merge_dims, names", [
-  (None, False, ["3x5", "5", "1"]), (None, True, ["3x5", "5", "1"]), (15, True, ["15", "5", "1"]), (14, True, ["3x5", "5", "1"]),
-  (4, False, ["3x4", "1x3", "4", "1"]), (3, True, ["3x3", "2x3", "3", "2", "1"])])
-def test_names_and_merged_dims(block_size, merge_dims, names):
-  """merge_dims: a matrix of at most block_size numbers is one vector."""
+@pytest.mark.parametrize("block_size, merge_up_to, names", [
+  (None, 0, ["3x5", "5", "1"]), (None, 15, ["15", "5", "1"]), (15, 15, ["15", "5", "1"]), (14, 14, ["3x5", "5", "1"]),
+  (4, 0, ["3x4", "1x3", "4", "1"]), (3, 3, ["3x3", "2x3", "3", "2", "1"])])
+def test_names_and_merged_dims(block_size, merge_up_to, names):
   tree = {"w": jnp.zeros((5, 3)), "b": jnp.zeros(5), "s": jnp.zeros(())}
-  layout = blocks.layout({"w": tree["w"], "x": [tree["b"], tree["s"]]}, block_size=block_size, merge_dims=merge_dims)
+  layout = blocks.layout({"w": tree["w"], "x": [tree["b"], tree["s"]]}, block_size=block_size, merge_up_to=merge_up_to)
   assert list(layout.buckets) == names
+
+
+def test_numbers_count_on_from_bucket_to_bucket(maybe_mesh):
+  """Whatever the number of devices: only padding, behind the real blocks, differs."""
+  layout = blocks.layout(numbered(), AXES, mesh=maybe_mesh, block_size=4)
+  real = [layout.numbers()[name][: bucket.count] for name, bucket in layout.buckets.items()]
+  np.testing.assert_array_equal(np.concatenate(real), np.arange(sum(map(len, real))))
+  assert all(len(layout.numbers()[name]) == bucket.padded for name, bucket in layout.buckets.items())
 
 
 def test_constants_are_those_of_the_leaf(maybe_mesh):

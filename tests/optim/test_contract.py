@@ -30,7 +30,8 @@ SETTINGS = {
   "muon": dict(weight_decay=0.1, ns_dtype="float32", adam_learning_rate=0.05),
   "psgd": dict(weight_decay=0.1),
   "scion": dict(momentum=0.9, ns_dtype="float32"),
-  "shampoo": dict(weight_decay=0.1, block_size=8, grafting="adam", precondition_frequency=2, eps=0.1, b2=0.95),
+  "shampoo": dict(weight_decay=0.1, block_size=8, grafting="adam", precondition_frequency=2, refresh="staggered", eps=0.1,
+                  b2=0.95),
   "soap": dict(weight_decay=0.1, block_size=8, precondition_frequency=2),
 }
 CUT = [name for name in optim.OPTIMIZERS if "block_size" in SETTINGS.get(name, ())]

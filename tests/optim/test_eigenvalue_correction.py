@@ -14,6 +14,7 @@ import pytest
 
 from beyond_outliers.mesh import Axes
 from beyond_outliers.optim.eigenvalue_correction import scale_by_eigenvalue_corrected_shampoo
+from beyond_outliers.optim.shampoo import shampoo
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -37,8 +38,7 @@ def test_the_trajectory_is_metas():
   """The factor of b never has full rank: after the first refresh, at step 5, its basis is anybody's."""
   problem = np.load(GOLDEN / "problem.npz")
   golden = np.load(GOLDEN / "shampoo_meta-head_none-graft_freq5_dim64_eps1e-08_evcorrected_f64.npz")
-  direction = scale_by_eigenvalue_corrected_shampoo(b2=0.95, eps=1e-8, precondition_frequency=5, block_size=64)
-  tx = optax.chain(direction, optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(0.01))
+  tx = shampoo(0.01, b2=0.95, eps=1e-8, weight_decay=0.1, precondition_frequency=5, block_size=64, eigenvalue_correction=True)
   with jax.enable_x64(True):
     params, gradients = ({key: jnp.asarray(problem[f"{name}_{key}"], jnp.float64) for key in ("w1", "w2", "emb", "b")}
                          for name in ("p0", "g"))

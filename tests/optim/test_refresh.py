@@ -8,9 +8,9 @@ import pytest
 
 from beyond_outliers.optim import refresh
 
-COUNTS, PERIODS, PHASES = (1, 2, 4, 5, 11), (1, 3, 4), (0, -1)
-CASES = list(itertools.product(COUNTS, PERIODS, PHASES))
-FIRST = 7                                      # step
+COUNTS, PERIODS, NUMBERS = (1, 2, 4, 5, 11), (1, 3, 4), (0, 1)
+CASES = list(itertools.product(COUNTS, PERIODS, NUMBERS))
+STEPS = 7 + np.arange(8)
 
 
 def fresh(count):
@@ -25,48 +25,21 @@ def renew(blocks, given):
 
 @pytest.fixture(scope="module")
 def renewed():
-  """By (blocks, period, phase): what each step of two periods makes of fresh blocks."""
-  def of(count, period, phase):
+  """By (blocks, period, number of the first): what each step makes of fresh blocks."""
+  def of(count, period, number):
     blocks, given = fresh(count)
-    return jax.lax.map(lambda step: refresh.staggered(blocks, step, period, phase, renew, given), FIRST + jnp.arange(2 * period))
+    numbers = number + jnp.arange(count)
+    return jax.lax.map(lambda step: refresh.staggered(blocks, numbers, step, period, renew, given), STEPS)
   return dict(zip(CASES, jax.device_get(jax.jit(lambda: [of(*case) for case in CASES])()), strict=True))
 
 
-def hits(renewed, *case):
-  """[steps, blocks]: who is renewed when."""
-  return renewed[case]["name"] != 0
-
-
 @pytest.mark.parametrize("count", COUNTS)
-def test_every_block_is_renewed_once_a_period_by_what_is_its_own(renewed, count):
-  for period, phase in itertools.product(PERIODS, PHASES):
-    hit, after = hits(renewed, count, period, phase), renewed[count, period, phase]
-    np.testing.assert_array_equal(hit[:period].sum(0), 1)
-    np.testing.assert_array_equal(hit[period:], hit[:period])
-    np.testing.assert_array_equal(after["name"], np.where(hit, 1 + np.arange(count), 0))
+def test_a_block_is_renewed_by_what_is_its_own_when_the_steps_since_its_number_are_whole_periods(renewed, count):
+  for period, number in itertools.product(PERIODS, NUMBERS):
+    after = renewed[count, period, number]
+    due = (STEPS[:, None] - number - np.arange(count)) % period == 0
+    np.testing.assert_array_equal(after["name"], np.where(due, 1 + np.arange(count), 0))
     np.testing.assert_array_equal(after["matrix"], np.broadcast_to(after["name"][..., None, None], after["matrix"].shape))
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_no_step_has_more_than_its_share(renewed, count):
-  for period, phase in itertools.product(PERIODS, PHASES):
-    a_step = hits(renewed, count, period, phase).sum(1)
-    assert a_step.max() == -(-count // period) and a_step.min() == count // period
-
-
-def test_the_phase_says_when_those_left_over_begin(renewed):
-  for count, period, phase in CASES:
-    for rank in range(count % period):
-      steps = FIRST + np.flatnonzero(hits(renewed, count, period, phase)[:, count - count % period + rank])
-      np.testing.assert_array_equal((steps + phase) % period, rank)
-
-
-def test_a_bucket_whose_phase_moves_on_fills_the_others_gaps(renewed):
-  """One block of the first is left over, and the second begins a step later."""
-  for first, second, period in itertools.product(COUNTS, COUNTS, PERIODS):
-    if first % period == 1:
-      a_step = hits(renewed, first, period, 0).sum(1) + hits(renewed, second, period, -1).sum(1)
-      assert a_step.max() == -(-(first + second) // period)
 
 
 @pytest.mark.parametrize("due", [True, False])

@@ -1,0 +1,47 @@
+"""A matrix for every axis of a block: the products that Shampoo and SOAP are made of, over stacks of blocks.
+
+Legend: B blocks on this device, M and N axes of a block, D the axis that a matrix belongs to.
+"""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from beyond_outliers.optim.lapack import one_by_one
+
+HIGHEST = jax.lax.Precision.HIGHEST
+HALVED_ROWS = 256                            # from which on a symmetric product is faster in halves on CPU
+
+
+def add_gram(factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: jax.Array, weight: jax.Array) -> jax.Array:
+  """decay · A + weight · X Xᵀ, over all axes of a block [B, M, N] or [B, N] but one: [B, D, D]."""
+  if x.ndim == 2:
+    return decay * factor_BxDxD + weight * x[:, :, None] * x[:, None, :]
+  add = lambda a, x: decay * a + weight * _times_transpose(x if axis == 0 else x.mT)
+  return one_by_one(add, factor_BxDxD, x)
+
+
+def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = False) -> jax.Array:
+  """A X along one axis of the blocks, or Aᵀ X."""
+  if x.ndim == 2:
+    return jnp.einsum("bkd,bk->bd" if transposed else "bdk,bk->bd", a_BxDxD, x, precision=HIGHEST)
+  turned = (lambda a: a.mT) if transposed == (axis == 0) else (lambda a: a)
+  if axis == 0:
+    return one_by_one(lambda a, x: jnp.matmul(turned(a), x, precision=HIGHEST), a_BxDxD, x)
+  return one_by_one(lambda a, x: jnp.matmul(x, turned(a), precision=HIGHEST), a_BxDxD, x)
+
+
+def per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
+  """[B] as an array that multiplies or chooses among blocks."""
+  return numbers_B.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _times_transpose(x: jax.Array) -> jax.Array:
+  """X Xᵀ in halves, one of the two off the diagonal being the other's transpose: 3/4 of the arithmetic."""
+  d = x.shape[-2]
+  product = lambda y, z: jnp.matmul(y, z.mT, precision=HIGHEST)
+  if d < HALVED_ROWS:
+    return product(x, x)
+  upper, lower = x[..., : d // 2, :], x[..., d // 2:, :]
+  corner = product(lower, upper)
+  return jnp.block([[product(upper, upper), corner.mT], [corner, product(lower, lower)]])

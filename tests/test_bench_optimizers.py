@@ -1,0 +1,129 @@
+"""The timing table of optimizers: what is measured, what is compared with what, and how it is shown."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from beyond_outliers import bench_optimizers, optim
+from beyond_outliers.bench_rows import EMBEDDING, ROWS, Row
+
+ROOT = pathlib.Path(__file__).parent.parent
+M, N, V = 32, 96, 160
+TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}
+PARAMETERS = M * M + N * M + V * M
+SQUARES = 2 * M * M + (N * N + M * M) + (V * V + M * M)           # of the lengths of all axes
+
+
+@pytest.mark.parametrize(("name", "expected"), {
+  "adamw": 8,
+  "torch_adamw": 8,
+  "torch_kron": 4 + 4 * SQUARES / PARAMETERS,
+  "torch_soap": 8 + 8 * SQUARES / PARAMETERS,
+  "torch_dash": 8 + 8 * SQUARES / PARAMETERS,
+}.items())
+def test_state_is_counted_to_the_byte(name, expected):
+  """Counts of steps are all that may come on top. Peers that do the same work keep the same state."""
+  peer = ROWS[name].peer
+  if peer:
+    pytest.importorskip(peer.replace("-", "_"))
+  figures = bench_optimizers.measure(ROWS[name], TINY, repeats=1)
+  excess = figures["state_bytes_per_parameter"] * PARAMETERS - expected * PARAMETERS
+  assert 0 <= excess < 50
+  assert 0 < figures["ordinary_seconds"] <= figures["slowest_seconds"]
+  assert (figures["compile_seconds"] is None) == name.startswith("torch")
+
+
+class Clock:
+  """Steps that take what they are told."""
+  state_bytes, compile_seconds = 8, 0.5
+
+  def __init__(self, seconds, params, gradients):
+    self.seconds, self.values = iter(seconds), params
+
+  def step(self, number):
+    return next(self.seconds)
+
+  def finite(self):
+    return all(np.isfinite(x).all() for x in self.values.values())
+
+
+def test_steps_of_a_period_are_told_apart():
+  """A slow warm-up and one disturbed step in three periods change nothing."""
+  seconds = [100, 100, 100, *(1, 2, 9, 1), *(1, 2, 9, 77), *(1, 2, 9, 1)]
+  figures = bench_optimizers.measure(Row("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9)
+  assert figures == {"ordinary_seconds": 1.5, "slowest_seconds": 9, "amortised_seconds": 13 / 4, "compile_seconds": 0.5,
+                     "state_bytes_per_parameter": 2}
+
+
+def test_time_for_nonsense_is_refused(monkeypatch):
+  monkeypatch.setattr(Clock, "finite", lambda self: False)
+  with pytest.raises(FloatingPointError, match="not finite"):
+    bench_optimizers.measure(Row("family", [1] * 4, steps=Clock), {"x": (2, 2)}, repeats=1)
+
+
+def figures(ordinary, slowest, amortised, compile_seconds=None):
+  return {"ordinary_seconds": ordinary, "slowest_seconds": slowest, "amortised_seconds": amortised,
+          "compile_seconds": compile_seconds, "state_bytes_per_parameter": 8.0}
+
+
+RESULT = {
+  "tree": "full", "parameters": 27525120, "repeats": 8, "versions": {"jax": "1.2.3"}, "kernels": {"eigh 1024": 0.1},
+  "rows": {"shampoo": figures(1.0, 4.0, 2.0, 0.5), "torch_dash": figures(2.0, 5.0, 4.0), "torch_shampoo": figures(3.0, 4.0, 5.0),
+           "soap": figures(0.1, 0.2, 0.3, 0.5), "torch_soap": {"missing": "pip install pytorch-optimizer"},
+           "psgd": {"failed": "MemoryError"}, "torch_kron": figures(0.1, 0.2, 0.3)},
+}
+
+
+def test_the_best_of_peers_is_the_least_of_each_figure():
+  best = {"ordinary_seconds": 2.0, "slowest_seconds": 4.0, "amortised_seconds": 4.0}
+  assert bench_optimizers.best_of_peers(RESULT["rows"], "shampoo") == best
+  assert bench_optimizers.best_of_peers(RESULT["rows"], "soap") == {}
+
+
+def test_the_table_shows_multiples_and_what_is_missing():
+  lines = [" ".join(line.split()) for line in bench_optimizers.table(RESULT).splitlines()]
+  assert "kernels: eigh 1024 100.0 ms" in lines and "with jax 1.2.3" in lines
+  assert "shampoo 1,000.0 0.50 4,000.0 1.00 2,000.0 0.50 4.00 8.00 0.5" in lines
+  assert "torch_shampoo 3,000.0 1.50 4,000.0 1.00 5,000.0 1.25 1.33 8.00" in lines
+  assert "soap 100.0 200.0 300.0 2.00 8.00 0.5" in lines
+  assert "torch_soap missing: pip install pytorch-optimizer" in lines and "psgd failed: MemoryError" in lines
+
+
+def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
+  assert {row.family.split()[0] for row in ROWS.values()} == set(optim.OPTIMIZERS)
+  assert {row.family for row in ROWS.values() if row.peer} == {row.family for row in ROWS.values()}
+  sizes = sorted(bench_optimizers.TREES["full"].values())
+  assert sizes == sorted([(768, 768)] * 12 + [(768, 2304)] * 4 + [(2304, 768)] * 4 + [(8192, 768)])
+
+
+def test_rows_run_in_processes_of_their_own(monkeypatch):
+  monkeypatch.setattr(bench_optimizers, "versions", lambda: {})
+  result = bench_optimizers.run(["adamw", "torch_adamw"], "small", 1)
+  assert set(result["kernels"]) == set(bench_optimizers.KERNELS) and all(x > 0 for x in result["kernels"].values())
+  assert result["rows"]["torch_adamw"] == {"missing": "pip install torch"}
+  assert result["rows"]["adamw"]["state_bytes_per_parameter"] == pytest.approx(8, abs=1e-4)
+  assert bench_optimizers.table(json.loads(json.dumps(result)))
+
+
+def test_a_process_that_fails_is_told_of():
+  assert bench_optimizers.in_process("nobody", "small", 1) == {"failed": "KeyError: 'nobody'"}
+
+
+# what is wrong -> (arguments, what the refusal says)
+REFUSED = {
+  "a row": (["--optimizers", "--only=adamw,nobody"], ["--only = 'nobody'", "shampoo_staggered"]),
+  "nothing to measure": ([], ["expected one of --config, --optimizers"]),
+  "two things to measure": (["--optimizers", "--config=configs/adamw.py:nano"], ["expected one of --config, --optimizers"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_the_command_refuses(what):
+  arguments, parts = REFUSED[what]
+  process = subprocess.run([sys.executable, "-m", "beyond_outliers.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+  assert (process.returncode, process.stdout) == (2, "")
+  line, = process.stderr.splitlines()
+  assert line.startswith("error: ") and all(part in line for part in parts)
