@@ -222,12 +222,12 @@ class Config:
   mesh: Mesh
   model: Model
   data: Data
-  quant: Quant
   optimizer: Optimizer
   schedule: Schedule
   checkpoint: Checkpoint
   eval: Eval
   log: Log
+  quant: Quant = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
   def __post_init__(self):
     require(self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches,

@@ -11,7 +11,7 @@ import jax
 import pandas as pd
 from etils import epath
 
-from beyond_outliers import checkpoint, data, writers
+from beyond_outliers import checkpoint, data, quant, writers
 from beyond_outliers import config as config_lib
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
@@ -59,7 +59,9 @@ class Run:
 
   @functools.cached_property
   def model(self) -> transformer.Transformer:
-    return transformer.Transformer(self.config.model)
+    """As it was trained: under the run's recipe, if it has one."""
+    recipe = quant.recipes.from_config(self.config.quant)
+    return transformer.Transformer(self.config.model, quant.dot_general_for(recipe, self.config.quant.backend))
 
   def params(self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Any:
     """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is given."""

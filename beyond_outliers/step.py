@@ -31,12 +31,14 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask_documents: bool) -> jax.Array:
+def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask_documents: bool,
+                 rng: jax.Array | None = None) -> jax.Array:
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
   Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
   masks = (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
-  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks)
+  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks,
+                                  rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
   nll_T = loss.cross_entropy(logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), batch["targets"].reshape(-1))
   return nll_T.reshape(batch["targets"].shape)
 
@@ -44,9 +46,8 @@ def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask
 def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn:
   """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their number})."""
   def loss_fn(params, batch, rng):
-    del rng
     weight = jnp.sum(batch["weights"])
-    nll_BxL = token_losses(model, params, batch, mask_documents)
+    nll_BxL = token_losses(model, params, batch, mask_documents, rng)
     return jnp.sum(nll_BxL * batch["weights"]) / jnp.maximum(weight, 1), {"weight": weight}
   return loss_fn
 

@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import checkpoint, mesh, runs, train, writers
+from beyond_outliers import checkpoint, config, mesh, runs, train, writers
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +13,25 @@ def workdir(tiny_config, tmp_path_factory):
   c = tiny_config(**{"mesh.fsdp": 2, "mesh.model": 2, "steps": 4, "checkpoint.every": 2, "eval.every": 2})
   assert train.run(c, path, say=lambda text: None) == "done"
   return path
+
+
+def test_the_model_is_the_one_that_was_trained(tiny_config, tmp_path):
+  """Under its recipe, with the scales that it learned."""
+  c = tiny_config(**{"quant.recipe": "lsq_w4a4", "steps": 1, "model.blocks": 1})
+  train.run(c, tmp_path, say=lambda text: None)
+  run = runs.open(tmp_path)
+  tokens = next(run.batches("validation"))["tokens"]
+  program = train.build(c)
+  with mesh.use(program.mesh):
+    _, state, _, _ = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).restore(program.state, 1)
+  expected = jax.jit(program.model.apply)({"params": jax.device_get(state.params)}, tokens)
+  np.testing.assert_allclose(jax.jit(run.model.apply)({"params": run.params()}, tokens), expected, rtol=0, atol=1e-5)
+
+
+def test_records_without_a_recipe_still_open(workdir):
+  run = runs.open(workdir)
+  recorded = {key: value for key, value in config.to_dict(run.config).items() if key != "quant"}
+  assert config.resolve(recorded) == run.config
 
 
 def test_open(workdir, tiny_config):
