@@ -252,8 +252,8 @@ def _transpose(x_BxDxD: jax.Array) -> jax.Array:
 
 def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any,
                        relative: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Q L^(-1/p) Qᵀ, whether it is finite, and the largest of L over the smallest. L are the eigenvalues plus eps, made positive as
-  each reference does it.
+  """Q L^(-1/p) Qᵀ, whether it is finite, and the largest eigenvalue over the smallest of L. L are the eigenvalues plus eps, made
+  positive as each reference does it.
 
   Absolute (Meta): rounding may leave eigenvalues below zero; all are shifted until the smallest is zero, then eps is added.
   Relative (Google): eigenvalues below zero become zero, and eps times the largest is added."""
@@ -264,7 +264,7 @@ def _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p: float, eps: Any,
     positive_BxD = eigenvalues_BxD - jnp.minimum(jnp.min(eigenvalues_BxD, axis=-1, keepdims=True), 0) + eps
   half_BxD = positive_BxD ** (-0.5 / p)
   half_BxDxD = _transpose(basis_BxDxD) * half_BxD[:, :, None]
-  condition_B = jnp.max(positive_BxD, axis=-1) / jnp.maximum(jnp.min(positive_BxD, axis=-1), jnp.finfo(positive_BxD.dtype).tiny)
+  condition_B = jnp.max(eigenvalues_BxD, axis=-1) / jnp.maximum(jnp.min(positive_BxD, axis=-1), jnp.finfo(half_BxD.dtype).tiny)
   return _einsum("bki,bkj->bij", half_BxDxD, half_BxDxD), jnp.all(jnp.isfinite(half_BxD), axis=-1), condition_B
 
 
