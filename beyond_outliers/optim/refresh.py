@@ -25,20 +25,18 @@ def staggered(blocks: Blocks, number_B: jax.Array, step: jax.Array, period: int,
   count = number_B.shape[0]
   rounds, rest = divmod(count, period)
   first = (step - number_B[0]) % period                    # the first place that is due
+  # Blocks are put back one by one, in place: anything else would copy all.
+  put = lambda blocks, place, new: jax.tree.map(
+    lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, place, 0), blocks, new)
   if rounds:
-    # As [rounds, period, ...], a step renews one column.
-    grid = lambda x: x[: rounds * period].reshape(rounds, period, *x.shape[1:])
-    pick = lambda x: jax.lax.dynamic_index_in_dim(grid(x), first, axis=1, keepdims=False)
+    places = first + period * jnp.arange(rounds)
+    pick = lambda x: x[places]
     renewed = renew(jax.tree.map(pick, blocks), jax.tree.map(pick, given))
-
-    def put(x, new):
-      placed = jax.lax.dynamic_update_index_in_dim(grid(x), new, first, axis=1).reshape(rounds * period, *x.shape[1:])
-      return jnp.concatenate([placed, x[rounds * period:]]) if rest else placed
-    blocks = jax.tree.map(put, blocks, renewed)
+    blocks = jax.lax.fori_loop(0, rounds, lambda i, blocks: put(blocks, places[i], jax.tree.map(lambda x: x[i], renewed)), blocks)
   if rest:
-    # Only the one block goes through the conditional, which would copy the others. One that isn't due is put back.
+    # Only one block goes through the conditional. If it isn't due, it is put back as it was.
     place = jnp.minimum(rounds * period + first, count - 1)
     pick = lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1)
     renewed = together(jax.tree.map(pick, blocks), first < rest, renew, jax.tree.map(pick, given))
-    blocks = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, place, 0), blocks, renewed)
+    blocks = put(blocks, place, jax.tree.map(lambda x: x[0], renewed))
   return blocks
