@@ -17,7 +17,7 @@ def test_it_lists_the_sweep_of_a_config_file(tmp_path):
   done = tmp_path / "learning_rate=0.003,seed=0"
   done.mkdir()
   (done / "status.json").write_text(json.dumps({"status": "done"}))
-  result = launch("--config=configs/adamw.py", f"--root={tmp_path}", "--where=seed=0", "--list")
+  result = launch("--config=configs/soap.py", f"--root={tmp_path}", "--where=seed=0", "--list")
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   assert len(lines) == 5 and f"[3/5] {done}: done" in lines and sum("not started" in line for line in lines) == 4
