@@ -37,7 +37,7 @@ def tiny(corpus, tmp_path_factory):
   settings = {
     "model.blocks": 2, "model.heads": 6, "model.d_head": 8, "context": 32, "batch_size": 8, "steps": 10, "log.every": 1,
     "data.source": "text", "data.path": f"{corpus}/*.txt", "data.tokenizer": "bytes", "data.vocab": 264,
-    "data.directory": str(datasets), "data.validation": "newest:4", "data.readers": 4,
+    "data.directory": str(datasets), "data.validation": "newest:4", "data.readers": 4, "optimizer.learning_rate": 3e-3,
   }
 
   def argument(**overrides):
