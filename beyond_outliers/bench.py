@@ -37,17 +37,6 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a tabl
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 
 
-def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-  """Median wall time of `call`, its result waited for; one call before is not counted."""
-  jax.block_until_ready(call())
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    times.append(time.perf_counter() - start)
-  return statistics.median(times)
-
-
 def measure(c: config.Config, repeats: int) -> dict[str, Any]:
   """All figures as one flat dictionary; seconds, bytes, FLOP/s."""
   program = train.build(c)
@@ -75,13 +64,14 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
       holder[0], metrics = compiled(holder[0], batch)
       return metrics
 
-    result["forward_seconds"] = median_seconds(lambda: forward(holder[0].params, batch), repeats)
-    forward_backward = median_seconds(lambda: both(holder[0].params, batch), repeats)
-    result |= whole_periods(step, max(group.optimizer.period for group in c.optimizer.groups.values()), repeats)
+    result["forward_seconds"] = hardware.median_seconds(lambda: forward(holder[0].params, batch), repeats)
+    forward_backward = hardware.median_seconds(lambda: both(holder[0].params, batch), repeats)
+    result |= whole_periods(step, c.optimizer.period, repeats)
     result["backward_seconds"] = forward_backward - result["forward_seconds"]
     result["optimizer_seconds"] = result["step_seconds"] - forward_backward
     result["optimizer_amortised_seconds"] = result["mean_step_seconds"] - forward_backward
-    result["input_seconds"] = median_seconds(lambda: mesh_lib.put_batch(next(batches), program.mesh, c.batch_size), repeats)
+    read = lambda: mesh_lib.put_batch(next(batches), program.mesh, c.batch_size)
+    result["input_seconds"] = hardware.median_seconds(read, repeats)
     result["loop_overhead"] = loop_overhead(program, compiled, holder.pop(), batches, steps=max(3 * repeats, 20))
     result["reading_tokens_per_cpu_second"] = reading(batches, c.batch_size * c.context)
     batches.close()
@@ -97,13 +87,8 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
 
 def whole_periods(step: Callable[[], Any], period: int, repeats: int) -> dict[str, Any]:
   """Of at least `repeats` steps, in whole periods of the optimizer after its first: median, mean and longest time."""
-  for _ in range(period):
-    jax.block_until_ready(step())
-  times = []
-  for _ in range(-(-repeats // period) * period):
-    start = time.perf_counter()
-    jax.block_until_ready(step())
-    times.append(time.perf_counter() - start)
+  hardware.seconds_of(step, period)
+  times = hardware.seconds_of(step, -(-repeats // period) * period)
   return {"period": period, "step_seconds": statistics.median(times), "mean_step_seconds": statistics.mean(times),
           "longest_step_seconds": max(times)}
 

@@ -11,10 +11,8 @@ import importlib.metadata
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beyond_outliers import hardware
 from beyond_outliers.bench_rows import EMBEDDING, ROWS, Row
 from beyond_outliers.optim import lapack
 
@@ -60,7 +59,7 @@ def _kernel(function: Callable[[jax.Array], Any], width: int, dtype: Any = jnp.f
   """A call of it on a stack of one symmetric matrix."""
   x = np.random.default_rng(0).standard_normal((1, width, 2 * width), np.float32)
   stack, compiled = jnp.asarray(x @ x.mT / width, dtype), jax.jit(function)
-  return lambda: jax.block_until_ready(compiled(stack))
+  return lambda: compiled(stack)
 
 
 def measure(row: Row, shapes: Shapes, repeats: int) -> dict[str, Any]:
@@ -86,15 +85,7 @@ def measure(row: Row, shapes: Shapes, repeats: int) -> dict[str, Any]:
 
 def measure_kernels(repeats: int) -> dict[str, float]:
   """Median seconds of every kernel, in this process."""
-  result = {}
-  for name, make in KERNELS.items():
-    call, times = make(), []
-    for _ in range(1 + repeats):
-      start = time.perf_counter()
-      call()
-      times.append(time.perf_counter() - start)
-    result[name] = statistics.median(times[1:])
-  return result
+  return {name: hardware.median_seconds(make(), repeats) for name, make in KERNELS.items()}
 
 
 def run(names: Iterable[str], tree: str, repeats: int) -> dict[str, Any]:

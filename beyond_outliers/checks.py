@@ -1,6 +1,7 @@
 """What a configuration value must obey: every error names the field, the value and the remedy."""
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection
 from typing import Any
@@ -8,6 +9,12 @@ from typing import Any
 
 class ConfigError(ValueError):
   """A configuration that cannot run; the message names the field, its value and the remedy."""
+
+
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
+  """The remedy for an unknown name: the one of `known` that is so similar, or all of them."""
+  near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+  return f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(known)
 
 
 def require(ok: bool, field: str, value: Any, remedy: str) -> None:

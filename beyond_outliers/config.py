@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from beyond_outliers.checks import ConfigError, at_least, fraction, one_of, require
+from beyond_outliers.checks import ConfigError, at_least, fraction, nearest, one_of, require
 from beyond_outliers.hyperparameters import OPTIMIZERS
 
 SIZES = {
@@ -169,6 +168,11 @@ class Optimizer:
     return self.default.name
 
   @property
+  def period(self) -> int:
+    """Steps after which what a step costs repeats."""
+    return max(group.optimizer.period for group in self.groups.values())
+
+  @property
   def learning_rate(self) -> float:
     return self.default.learning_rate
 
@@ -317,9 +321,7 @@ def _check_minimum(field: str, value: Any) -> None:
 
 
 def _unknown(path: str, name: str, known: Any) -> str:
-  near = difflib.get_close_matches(name, list(known), n=1)
-  hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(sorted(known))
-  return f"{path}: unknown key; {hint}"
+  return f"{path}: unknown key; {nearest(name, sorted(known))}"
 
 
 def _plain(node: Any) -> Any:

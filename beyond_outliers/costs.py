@@ -105,7 +105,7 @@ def flops_of_update(program: train.Program) -> tuple[flops.Flops, flops.Flops]:
   counts = [np.asarray(STEADY, x.dtype) if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else flops.UNKNOWN
             for x in jax.tree.leaves(state)]
   each = []
-  for _ in range(max(group.optimizer.period for group in program.config.optimizer.groups.values())):
+  for _ in range(program.config.optimizer.period):
     of_step, outputs = flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
     counts = outputs[len(unknown):]
     each.append(of_step)
@@ -121,7 +121,7 @@ def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
     matrices = ", ".join(f"{kernel}: {count['device']} of {count['every']}" for kernel, count in row["matrices"].items())
     cells.append((row["optimizer"], "·".join(map(str, row["mesh"])), f"{row['bytes'] / 2**20:,.1f}",
                   f"{row['bytes'] / row['parameter_bytes']:.2f}", str(row["in_loops"]), kinds, matrices))
-  return _aligned(cells)
+  return "\n".join(train.aligned(cells))
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -131,9 +131,4 @@ def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
     tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in flops.KINDS), "flops/costliest")]
     cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",
                   f"{row['over_adamw']:.3f}", f"{row['state_bytes'] / 2**20:,.0f}", f"{row['moved_bytes'] / 2**20:,.0f}"))
-  return _aligned(cells)
-
-
-def _aligned(cells: list[tuple[str, ...]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+  return "\n".join(train.aligned(cells))

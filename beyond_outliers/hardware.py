@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +46,23 @@ def measure_matmul(dtype: str, repeats: int = 5) -> float:
     return jax.lax.fori_loop(0, products - 1, once, once(0, a))
 
   multiply(x, x).block_until_ready()
-  best = float("inf")
-  for _ in range(repeats):
+  return products * 2 * width**3 / min(seconds_of(lambda: multiply(x, x), repeats))
+
+
+def seconds_of(call: Callable[[], Any], count: int) -> list[float]:
+  """Wall time of each of `count` calls, its result waited for."""
+  times = []
+  for _ in range(count):
     start = time.perf_counter()
-    multiply(x, x).block_until_ready()
-    best = min(best, time.perf_counter() - start)
-  return products * 2 * width**3 / best
+    jax.block_until_ready(call())
+    times.append(time.perf_counter() - start)
+  return times
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+  """Median wall time of `call`; one call before is not counted."""
+  jax.block_until_ready(call())
+  return statistics.median(seconds_of(call, repeats))
 
 
 def memory_bytes() -> int:

@@ -16,6 +16,7 @@ ITERATION_TABLES = ("quintic", "polar_express")
 # Shampoo: the only values beside eigenvalue_correction, which has no roots and a step length of its own.
 WITH_EIGENVALUE_CORRECTION = {"eps_mode": "absolute", "grafting": "none", "momentum": "gradient", "root": "eigh",
                               "preconditioner_dtype": "float32", "packed": False}
+LEAST_UPDATE_PROBABILITY = 0.03      # PSGD: where its schedule ends
 MAX_BFLOAT16_B2 = 0.99               # Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away
 
 
@@ -121,7 +122,7 @@ class Psgd(Section):
 
   @property
   def period(self) -> int:
-    return math.ceil(1 / (0.03 if self.update_probability is None else self.update_probability))   # the schedule ends at 0.03
+    return math.ceil(1 / (self.update_probability or LEAST_UPDATE_PROBABILITY))
 
 
 @dataclasses.dataclass(frozen=True)

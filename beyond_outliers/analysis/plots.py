@@ -27,10 +27,9 @@ def loss_curves(tunings: Sequence[Tuning], path: Any) -> None:
   curves.set(xlabel="step", ylabel="loss (nats)", title="training (lines) and validation (points), best rate of each")
   rates.set(xlabel="learning rate", ylabel="validation loss (nats)", xscale="log", title="validation loss after the last step")
   curves.legend(frameon=False)
-  # First steps at rates that begin badly would flatten the rest.
-  curves.set_ylim(top=min(curves.get_ylim()[1], 4 + min(min(t.losses.values()) for t in tunings)))
   finite = [loss for t in tunings for loss in t.losses.values() if loss < float("inf")]
-  # Rates that lead nowhere would flatten what the figure is about.
+  # First steps at rates that begin badly, and rates that lead nowhere, would flatten what the figure is about.
+  curves.set_ylim(top=min(curves.get_ylim()[1], min(finite) + 4.0))
   rates.set_ylim(min(finite) - 0.1, min(min(finite) + 2.0, max(finite) + 0.1))
   for axes in (curves, rates):
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ import optax
 from beyond_outliers.optim import blocks, lapack, signature
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.kronecker import add_gram
-from beyond_outliers.optim.refresh import staggered, together
+from beyond_outliers.optim.refresh import REFRESHES
 from beyond_outliers.optim.soap import BlocksState, change_bases, first_state, grown_older, rotate
 
 
@@ -84,12 +84,8 @@ def scale_by_eigenvalue_corrected_shampoo(
       return change_bases(s, tuple(lapack.eigh(factor)[1] for factor in factors), which)[0]
 
     s = s._replace(factors=())
-    if which and refresh == "staggered":
-      few = lambda s, factors: staggered(s, number_B, c["t"], precondition_frequency, renew, factors)
-      s = together(grown_older(s), c["t"] >= start, few, factors)
-    elif which:
-      due = (c["t"] == start) | (c["t"] > start) & (c["t"] % precondition_frequency == 0)
-      s = together(grown_older(s), due, renew, factors)
+    if which:
+      s = REFRESHES[refresh](grown_older(s), number_B, c["t"], start, precondition_frequency, renew, factors)
 
     seen = rotate(g, s.bases, which)
     momentum, second_moment = c["b1"] * s.momentum + (1 - c["b1"]) * seen, c["b2"] * s.second_moment + weight * seen * seen

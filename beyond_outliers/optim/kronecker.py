@@ -25,10 +25,11 @@ def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = Fal
   """A X along one axis of the blocks, or Aᵀ X."""
   if x.ndim == 2:
     return jnp.einsum("bkd,bk->bd" if transposed else "bdk,bk->bd", a_BxDxD, x, precision=HIGHEST)
-  turned = (lambda a: a.mT) if transposed == (axis == 0) else (lambda a: a)
-  if axis == 0:
-    return one_by_one(lambda a, x: jnp.matmul(turned(a), x, precision=HIGHEST), a_BxDxD, x)
-  return one_by_one(lambda a, x: jnp.matmul(x, turned(a), precision=HIGHEST), a_BxDxD, x)
+
+  def product(a, x):
+    a = a.mT if transposed else a
+    return jnp.matmul(a, x, precision=HIGHEST) if axis == 0 else jnp.matmul(x, a.mT, precision=HIGHEST)
+  return one_by_one(product, a_BxDxD, x)
 
 
 def per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beyond_outliers.hyperparameters import LEAST_UPDATE_PROBABILITY
 from beyond_outliers.optim import blocks, signature, triangles
 from beyond_outliers.optim.axes import AxesTree, matrix_mask
 from beyond_outliers.optim.muon import has_average
@@ -112,7 +113,7 @@ def scale_by_psgd(
 
   def probability(steps_before: jax.Array) -> Any:
     if update_probability is None:
-      return jnp.clip(jnp.exp(-0.001 * (steps_before - 500)), 0.03, 1.0)
+      return jnp.clip(jnp.exp(-0.001 * (steps_before - 500)), LEAST_UPDATE_PROBABILITY, 1.0)
     return update_probability
 
   def step(tree, c):

@@ -16,10 +16,11 @@ import numpy as np
 import optax
 
 from beyond_outliers.hyperparameters import MAX_BFLOAT16_B2, WITH_EIGENVALUE_CORRECTION
-from beyond_outliers.optim import blocks, packing, refresh, signature
+from beyond_outliers.optim import blocks, packing, signature
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.eigenvalue_correction import scale_by_eigenvalue_corrected_shampoo
 from beyond_outliers.optim.kronecker import add_gram, along, per_block
+from beyond_outliers.optim.refresh import REFRESHES
 from beyond_outliers.optim.roots import ROOTS, check
 
 
@@ -264,29 +265,6 @@ def shampoo(
     direction = scale_by_shampoo(**shared, **own, graft_granularity=graft_granularity, grafting_b2=grafting_b2,
                                  grafting_eps=grafting_eps, exponent=exponent, max_residual=max_residual)
   return optax.chain(direction, optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
-
-
-def _together(state, number_B, t, start, period, renew, given):
-  del number_B
-  return refresh.together(state, (t == start) | (t > start) & (t % period == 0), renew, given)
-
-
-def _together_from_first(state, number_B, t, start, period, renew, given):
-  del number_B, start
-  return refresh.together(state, (t - 1) % period == 0, renew, given)
-
-
-def _staggered(state, number_B, t, start, period, renew, given):
-  a_few = lambda state, given: refresh.staggered(state, number_B, t, period, renew, given)
-  return refresh.together(state, t >= start, a_few, given)
-
-
-# (state, numbers of the blocks, step from 1, start_step, frequency, renew, given) -> state
-REFRESHES: dict[str, Callable[..., Any]] = {
-  "together": _together,
-  "together_from_first": _together_from_first,
-  "staggered": _staggered,
-}
 
 
 def _order_of_root(exponent: float | None, order: int) -> float:

@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from beyond_outliers import config
-from beyond_outliers.checks import ConfigError, require
+from beyond_outliers.checks import ConfigError, nearest, require
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
@@ -137,9 +136,7 @@ RECIPES: dict[str, Recipe] = {
 def named(name: str, field: str = "quant.recipe") -> Recipe:
   """A row of RECIPES. Errors: ConfigError with the nearest name."""
   if name not in RECIPES:
-    near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(RECIPES)
-    raise ConfigError(f"{field} = {name!r}: unknown recipe; {hint}")
+    raise ConfigError(f"{field} = {name!r}: unknown recipe; {nearest(name, RECIPES, cutoff=0.4)}")
   return RECIPES[name]
 
 
