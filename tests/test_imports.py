@@ -9,13 +9,13 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 # Each floor may import from its own and those before it.
 FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
-  ("mesh", "hardware", "flops", "hlo", "quant", "optim", "data", "writers"),
+  ("mesh", "hardware", "flops", "hlo", "transpose", "quant", "optim", "data", "writers"),
   ("model",),
   ("step", "checkpoint"),
   ("evaluation",),
   ("loop", "runs"),
   ("train", "analysis", "zero_shot"),
-  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_rows", "bench"),
+  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_recipes", "bench_rows", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.transpose import transposed
+
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
   """lax.dot_general for linear layers, whose backward products run in the type of the operands too.
@@ -60,18 +62,3 @@ def _backward(rhs_sum, precision, narrow, out, residuals, g_TxO):
 
 
 _narrow_dot.defvjp(_forward, _backward)
-
-
-def transposed(x):
-  """x.T, on CPU as a copy that the compiler does not fold into the product that follows.
-
-  XLA's CPU library multiplies bfloat16 only where the first operand is stored as the rows that are summed over, and
-  casts all else to float32, at half the speed or less. XLA folds transposes into products before it looks, but turns a
-  convolution by one into a transpose only afterwards."""
-  return lax.platform_dependent(x, cpu=_transposed_copy, default=jnp.transpose)
-
-
-def _transposed_copy(x):
-  one = jnp.ones((1, 1, 1, 1), x.dtype)
-  specs = ("NHWC", "HWIO", "NWHC")
-  return lax.conv_general_dilated(x[None, :, :, None], one, (1, 1), "VALID", dimension_numbers=specs)[0, :, :, 0]

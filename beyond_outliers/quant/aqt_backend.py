@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from aqt.jax.v2 import aqt_dot_general, calibration, utils
 from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import fp8_numerics, int_numerics, no_numerics, numerics
-from jax import lax
 
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.grids import Float
+from beyond_outliers.quant.products import product
 from beyond_outliers.quant.scales import GRANULARITIES, SCALES
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
@@ -49,14 +49,14 @@ def dot_general(x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe,
   # Scales take the type of what they scale, so the operands come in float32 and are narrowed as codes.
   x_TxK = rotations.rotate(x_TxK.astype(jnp.float32), layer.rotation, 1)
   w = rotations.rotate(w.astype(jnp.float32), layer.rotation, w_axis)
-  configured = aqt_config.set_context(_config(layer, dtype), key, train_step=None)
+  configured = aqt_config.set_context(_config(layer, dtype, w_axis), key, train_step=None)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*requested in astype is not available.*")
     return configured(x_TxK, w, (((1,), (w_axis,)), ((), ())))
 
 
 @functools.cache
-def _config(layer: LayerRecipe, dtype: Any) -> aqt_dot_general.DotGeneral:
+def _config(layer: LayerRecipe, dtype: Any, w_axis: int) -> aqt_dot_general.DotGeneral:
   c = aqt_dot_general.DotGeneral.make(8, 8, use_fwd_quant=False)
   _set(c.fwd, layer.activations, layer.weights)
   _set(c.dlhs, layer.gradients, None)
@@ -67,7 +67,9 @@ def _config(layer: LayerRecipe, dtype: Any) -> aqt_dot_general.DotGeneral:
   gradients = _is_int8(layer.gradients) and quantized
   c.fwd.dot_general = _Product(dtype, _is_int8(layer.activations) and _is_int8(layer.weights))
   c.dlhs.dot_general = _Product(dtype, gradients and _is_int8(layer.weights))
-  c.drhs.dot_general = _Product(dtype, gradients and _is_int8(layer.activations))
+  # For weights [K, O] AQT transposes gᵀ x. XLA would move a transpose right behind a product into it, but none behind scales.
+  swapped = w_axis == 0 and layer.gradients is None
+  c.drhs.dot_general = _Product(dtype, gradients and _is_int8(layer.activations), swapped)
   return c
 
 
@@ -77,15 +79,18 @@ def _is_int8(spec: QuantSpec | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-  """lax.dot_general of int8 operands, summed in int32, or of operands in `dtype`, summed in float32."""
+  """In the place of lax.dot_general: of int8 operands, or of operands in `dtype`; float32.
+
+  swapped: as the transpose of the other product, for whom transposes the result."""
   dtype: Any
   integer: bool
+  swapped: bool = False
 
   def __call__(self, lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
     del precision, preferred_element_type
-    operand, total = (jnp.dtype(jnp.int8), jnp.int32) if self.integer else (self.dtype, jnp.float32)
-    precision = lax.Precision.HIGHEST if operand.itemsize >= 4 else None
-    y = lax.dot_general(lhs.astype(operand), rhs.astype(operand), dimension_numbers, precision, total)
+    ((lhs_axis,), (rhs_axis,)), _ = dimension_numbers
+    dtype = jnp.int8 if self.integer else self.dtype
+    y = product(rhs, lhs, rhs_axis, lhs_axis, dtype).T if self.swapped else product(lhs, rhs, lhs_axis, rhs_axis, dtype)
     return y.astype(jnp.float32)
 
 

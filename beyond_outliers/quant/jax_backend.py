@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from beyond_outliers.quant import quantizers, rotations
+from beyond_outliers.quant.products import product
 from beyond_outliers.quant.quantizers import Quantized, Saved
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
@@ -86,12 +86,6 @@ def _factored(q: Quantized, axis: int) -> tuple[jax.Array, jax.Array]:
 def multiply(a: Quantized, b: Quantized, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
   """The matrix product of two, summed over these axes: of int8 codes in int32, of others in `dtype`."""
   (a_codes, a_scale), (b_codes, b_scale) = _factored(a, a_axis), _factored(b, b_axis)
-  numbers = (((a_axis,), (b_axis,)), ((), ()))
-  wide = jnp.promote_types(a_scale.dtype, b_scale.dtype)
-  if a_codes.dtype == b_codes.dtype == jnp.int8:
-    y = lax.dot_general(a_codes, b_codes, numbers, preferred_element_type=jnp.int32).astype(wide)
-  else:
-    # Whoever asks for float32 gets it: left to themselves TPUs take bfloat16 passes, and recent GPUs TF32.
-    precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
-    y = lax.dot_general(a_codes.astype(dtype), b_codes.astype(dtype), numbers, precision, wide)
-  return y * a_scale[:, None] * b_scale
+  integer = a_codes.dtype == b_codes.dtype == jnp.int8
+  y = product(a_codes, b_codes, a_axis, b_axis, jnp.int8 if integer else dtype)
+  return y.astype(jnp.promote_types(a_scale.dtype, b_scale.dtype)) * a_scale[:, None] * b_scale

@@ -5,6 +5,7 @@ Rotating in bfloat16 costs more than it spares; everything here is float32 or wi
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,13 @@ def _blocks(x, axis):
   axis = axis % x.ndim
   size = block_size(x.shape[axis])
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  blocks = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1:])
-  rotated = jnp.tensordot(blocks, jnp.asarray(hadamard(size), x.dtype), (axis + 1, 0), precision=jax.lax.Precision.HIGHEST)
-  return jnp.moveaxis(rotated, -1, axis + 1).reshape(x.shape)
+  matrix = jnp.asarray(hadamard(size), x.dtype)
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  if axis == x.ndim - 1:
+    return product(x.reshape(*x.shape[:axis], -1, size), matrix).reshape(x.shape)
+  # A product a block: summing over an axis in the middle would transpose what it is given and what it returns.
+  blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1:]))
+  return product(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(x.shape)
 
 
 def _signs(x, axis):
