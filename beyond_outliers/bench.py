@@ -8,6 +8,10 @@ and what optimizers' updates cost alone: timed beside their peers (bench_optimiz
   python -m beyond_outliers.bench --on_paper=760m              FLOPs, state and traffic of a device
   python -m beyond_outliers.bench --collectives=50m            what moves between devices in the compiled programs
 
+and what quantization costs beside full precision (bench_recipes.py):
+
+  python -m beyond_outliers.bench --recipes                    a linear layer, and whole models
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
 """
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from beyond_outliers import bench_optimizers, checks, command, config, costs, data, hardware, loop, optim, train
+from beyond_outliers import bench_optimizers, bench_recipes, checks, command, config, costs, data, hardware, loop, optim, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
@@ -30,7 +34,8 @@ from beyond_outliers.model import transformer
 OPTIMIZERS = flags.DEFINE_bool("optimizers", None, "Time optimizers' steps, and the peers', instead of a run's.")
 ON_PAPER = flags.DEFINE_enum("on_paper", None, list(config.SIZES), "Count what optimizers cost a device at this size.")
 COLLECTIVES = flags.DEFINE_enum("collectives", None, list(config.SIZES), "Compile optimizers' updates of this size for meshes.")
-CONFIG = command.config_flag("optimizers", "on_paper", "collectives")
+RECIPES = flags.DEFINE_bool("recipes", None, "Time quantization recipes beside full precision, instead of a run's step.")
+CONFIG = command.config_flag("optimizers", "on_paper", "collectives", "recipes")
 TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
 ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
@@ -142,21 +147,24 @@ def table(result: dict[str, Any]) -> str:
   return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
-def optimizers() -> tuple[Any, str]:
-  """(figures, as a table) of --optimizers, --on_paper or --collectives."""
-  known = list(bench_optimizers.ROWS if OPTIMIZERS.value else optim.OPTIMIZERS)
+def rows() -> tuple[Any, str]:
+  """(figures, as a table) of --optimizers, --on_paper, --collectives or --recipes."""
+  known = list(bench_optimizers.ROWS if OPTIMIZERS.value else bench_recipes.ROWS if RECIPES.value else optim.OPTIMIZERS)
   for name in ONLY.value:
     checks.require(name in known, "--only", name, "expected some of " + ", ".join(known))
+  if RECIPES.value:
+    result = bench_recipes.run(ONLY.value or bench_recipes.DEFAULT, REPEATS.value)
+    return result, bench_recipes.table(result)
   names = ONLY.value or known
   if OPTIMIZERS.value:
     result = bench_optimizers.run(names, TREE.value, REPEATS.value)
     return result, bench_optimizers.table(result)
   costs.simulate_devices()
   if ON_PAPER.value:
-    rows = costs.on_paper(names, ON_PAPER.value)
-    return rows, costs.on_paper_table(rows)
-  rows = costs.collectives(names, str(COLLECTIVES.value))
-  return rows, costs.collectives_table(rows)
+    counted = costs.on_paper(names, ON_PAPER.value)
+    return counted, costs.on_paper_table(counted)
+  counted = costs.collectives(names, str(COLLECTIVES.value))
+  return counted, costs.collectives_table(counted)
 
 
 def main(argv: list[str]) -> None:
@@ -165,7 +173,7 @@ def main(argv: list[str]) -> None:
     result = measure(config.resolve(CONFIG.value), REPEATS.value)
     text = table(result)
   else:
-    result, text = optimizers()
+    result, text = rows()
   print(json.dumps(result) if JSON.value else text)
 
 
