@@ -14,14 +14,14 @@ INTEGER, FLOAT, NARROW = "i8·i8→i32", "f32·f32→f32", "bf16·bf16→f32"
   ("int8_gradients", "bfloat16", [INTEGER] * 3),
 ])
 def test_types_of_products_for_other_devices(name, dtype, expected, backend):
-  layer = bench_recipes.quantized(quant.RECIPES[name].default, backend)
+  layer = bench_recipes.quantized(bench_recipes.ROWS[name], backend)
   types = bench_recipes.product_types(layer, dtype)
   assert types == dict(zip(("forward", "dx", "dw"), expected, strict=True))
 
 
 def test_learned_scales_are_learned():
   """Their gradient is part of what is timed."""
-  layer = bench_recipes.quantized(quant.RECIPES["lsq_w4a4"].default, "jax")
+  layer = bench_recipes.quantized(bench_recipes.ROWS["lsq_w4a4"], "jax")
   shapes = jax.eval_shape(bench_recipes.with_gradients(layer).apply, layer.params, *bench_recipes.operands("float32"))
   assert [leaf.shape for leaf in jax.tree.leaves(shapes[1])] == [(2,)]
 
