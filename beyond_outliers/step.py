@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beyond_outliers import quant
 from beyond_outliers.model import loss, transformer
 
 Batch = dict[str, jax.Array]
@@ -109,3 +110,16 @@ def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Call
     nll_BxL = token_losses(model, params, batch, mask_documents)
     return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
   return eval_step
+
+
+def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
+                          mask_documents: bool) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+  """quant_statistics(params, params before the last step, batch) -> what quant/statistics.py knows of the model's linear layers."""
+  c = model.config
+
+  def quant_statistics(params, before, batch):
+    masks = (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
+    _, sown = model.apply({"params": params}, batch["tokens"], *masks, mutable=["statistics"])
+    return {**quant.statistics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
+            **quant.statistics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
+  return quant_statistics

@@ -32,6 +32,7 @@ class Program:
   eval_batch: dict[str, jax.ShapeDtypeStruct]
   train_step: Any                           # jitted (state, batch) -> (state, metrics); donates the state
   eval_step: Any                            # jitted (params, batch) -> (nll_BxL, document_BxL or 0), whole on every process
+  statistics: Any                           # (state, params before, their change, batch) -> metrics, for loop.Log
 
   def init(self) -> step_lib.TrainState:
     """The state a run begins with, created where it lives."""
@@ -74,7 +75,29 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   return Program(
     c, mesh, model, optimizer, state, batch, eval_batch,
     jax.jit(step, out_shardings=(shardings, None), donate_argnums=0),
-    jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere))
+    jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere),
+    _statistics(c, model, recipe, optimizer))
+
+
+def _statistics(c: config.Config, model: transformer.Transformer, recipe: quant.Recipe, optimizer: optim.Optimizer):
+  """What a row of the log tells beside the metrics of the step."""
+  of_optimizer = optimizer.statistics if c.log.update_statistics else optimizer.state_statistics
+  of_quant = step_lib.make_quant_statistics(model, recipe, c.data.mask_documents)
+
+  def statistics(state, before, update, sample):
+    quantized = {} if sample is None else of_quant(state.params, before, sample)
+    return {**of_optimizer(state.opt_state, update), **quantized}
+  return statistics
+
+
+def _sample(program: Program, validation: data.ValidationBatches) -> dict[str, jax.Array] | None:
+  """What the statistics of quantization are of: the first validation windows, one on each device that splits a batch."""
+  c, mesh = program.config, program.mesh
+  if not c.log.quant_statistics or not quant.recipes.from_config(c.quant).quantizes:
+    return None
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  first = {name: x[:len(x) * rows // c.eval.batch_size] for name, x in next(iter(validation)).items()}
+  return mesh_lib.put_batch(first, mesh, rows)
 
 
 def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None,
@@ -135,10 +158,10 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     workdir.set_status("running", first)
     tokens_per_step = c.batch_size * c.context
     clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
-    statistics = program.optimizer.statistics if c.log.update_statistics else program.optimizer.state_statistics
     log = loop.Log(c.log.every, sinks, clock, state, tokens_per_step=tokens_per_step,
                    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates, statistics=statistics)
+                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates, statistics=program.statistics,
+                   sample=_sample(program, validation))
     evaluate = _evaluation(eval_step, validation, mesh, dataset.bytes("validation", c.eval.documents))
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)

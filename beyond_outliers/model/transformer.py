@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,40 @@ def contractions(c: config.Model) -> dict[str, tuple[int, bool]]:
   layers_of_blocks = {f"layers/{depth}/{path}": inputs.get(path, (c.d_model, False))
                       for depth in range(c.blocks) for path in linear_paths(c)}
   return {**layers_of_blocks, "head": (c.d_model, False)}
+
+
+class Linears(NamedTuple):
+  """All linear layers of one kind."""
+  paths: tuple[str, ...]           # as `dot_general_for` sees them, by depth
+  kernels: Any                     # by depth, two axes each
+  axis: int                        # of a kernel, that is summed over
+  own: Any                         # parameters of their dot_generals, by depth
+
+
+def linears(c: config.Model, params: Any) -> dict[str, Linears]:
+  """The linear layers of a model by kind, `attention/q` to `mlp/down` and `head`, with their parameters."""
+  own, found = of_dot_generals(c, params), {}
+  for kind in linear_paths(c):
+    paths = tuple(f"layers/{depth}/{kind}" for depth in range(c.blocks))
+    found[kind] = Linears(paths, _below(params["layers"], kind)["kernel"], 0, own.get(kind))
+  kernel, axis = (params["embedding"], 1) if c.tied else (params["head"]["kernel"], 0)
+  found["head"] = Linears(("head",), kernel[None], axis, jax.tree.map(lambda x: x[None], own.get("head")))
+  return found
+
+
+def of_dot_generals(c: config.Model, tree: Any) -> dict[str, Any]:
+  """What a tree like the parameters, or a collection that was sown, holds of the dot_generals of each kind; of some, nothing."""
+  found = {kind: _below(tree.get("layers", {}), kind) for kind in linear_paths(c)} | {"head": tree.get("head", {})}
+  modules = {kind: [value for name, value in linear.items() if name != "kernel"] for kind, linear in found.items()}
+  if "head_dot_general" in tree:
+    modules["head"] = [tree["head_dot_general"]]
+  return {kind: own[0] for kind, own in modules.items() if own}
+
+
+def _below(tree: Any, path: str) -> Any:
+  for name in path.split("/"):
+    tree = tree.get(name, {})
+  return tree
 
 
 class Run(nn.Module):

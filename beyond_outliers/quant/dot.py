@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from beyond_outliers.checks import require
-from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations
+from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 
@@ -21,7 +21,8 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {"aqt": aqt_backend.dot_general,
 class QuantizedDot(nn.Module):
   """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters, but for learned scales.
 
-  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest."""
+  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest.
+  Sums over the activations (statistics.Sums) are sown into the collection `statistics` where that is mutable."""
   recipe: LayerRecipe
   backend: str
 
@@ -37,6 +38,9 @@ class QuantizedDot(nn.Module):
       options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
     if self._has("scale", "learned"):
       options["scales"] = self._scales(lhs, rhs, w_axis)
+    if self.recipe.activations is not None and self.is_mutable_collection("statistics"):
+      scale = options["scales"][0] if "scales" in options else None
+      self.sow("statistics", "activations", statistics.measure(lhs, self.recipe.activations, 1, scale)[0])
     return BACKENDS[self.backend](lhs, rhs, w_axis, self.recipe, **options)
 
   def _has(self, field, value):
