@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, writers
+from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, warm_start, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
@@ -132,7 +132,7 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
   with contextlib.ExitStack() as stack:
     stack.callback(batches.close)
     stack.enter_context(mesh_lib.use(mesh))
-    state, position, clock_start = _begin(program, checkpoints, say)
+    state, position, clock_start = _begin(program, checkpoints, batches, say)
     first = int(state.step)
     if first >= c.steps:
       say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
@@ -187,7 +187,7 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
   return status
 
 
-def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]):
+def _begin(program: Program, checkpoints: checkpoint.Checkpoints, batches: data.Batches, say: Callable[[str], None]):
   """(state, position of the data or None, clock or None): from the newest intact checkpoint, another run, or scratch."""
   c = program.config
   restored = checkpoints.restore(program.state)
@@ -197,14 +197,24 @@ def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[
     return state, position, clock
   state = program.init()
   if c.warm_start:
-    source = checkpoint.Checkpoints(writers.Workdir(c.warm_start).checkpoints, read_only=True)
-    try:
-      step, params = source.restore_params(program.state.params)
-    except checkpoint.CheckpointError as error:
-      raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
+    step, params = warm_start.params(c, program.mesh)
     say(f"parameters from step {step} of {c.warm_start}")
-    state = state._replace(params=params)
-  return state, None, None
+  else:
+    params = transformer.without_own(c.model, state.params)
+  if jax.tree.structure(params) != jax.tree.structure(state.params):
+    params = _with_scales(program, params, batches)
+  return state._replace(params=params), None, None
+
+
+def _with_scales(program: Program, params: Any, batches: data.Batches) -> Any:
+  """The parameters with learned scales, which begin as the first micro-batch says. It is trained on, too."""
+  c = program.config
+  position = batches.state()
+  first = {name: x[:len(x) // c.micro_batches] for name, x in next(batches).items()}
+  batches.restore(position)
+  begin = jax.jit(step_lib.make_begin_scales(program.model, c.data.mask_documents),
+                  out_shardings=jax.tree.map(lambda x: x.sharding, program.state.params))
+  return begin(params, mesh_lib.put_batch(first, program.mesh, c.batch_size // c.micro_batches))
 
 
 def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.sharding.Mesh,

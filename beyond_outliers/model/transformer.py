@@ -78,6 +78,13 @@ def _below(tree: Any, path: str) -> Any:
   return tree
 
 
+def without_own(c: config.Model, params: Any) -> Any:
+  """The parameters but those that dot_generals have of their own."""
+  def common(like, tree):
+    return {name: common(value, tree[name]) for name, value in like.items()} if isinstance(like, dict) else tree
+  return common(shapes(Transformer(c)), params)
+
+
 class Run(nn.Module):
   """A scan over `length` equal blocks."""
   config: config.Model
@@ -223,7 +230,7 @@ def boxed_shapes(model: Transformer) -> Any:
 
 def shapes(model: Transformer) -> Any:
   """The abstract parameters: ShapeDtypeStructs."""
-  return nn.unbox(boxed_shapes(model))
+  return jax.eval_shape(lambda: init(model, 0))
 
 
 def axes(model: Transformer) -> Any:
