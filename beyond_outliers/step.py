@@ -118,7 +118,7 @@ def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Call
 
 def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
                           mask_documents: bool) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-  """quant_statistics(params, params before the last step, batch) -> what quant/statistics.py knows of the model's linear layers."""
+  """quant_statistics(params, params before the last step, batch) -> what quant/statistics.py knows of the linear layers."""
   c = model.config
 
   def quant_statistics(params, before, batch):

@@ -160,8 +160,8 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
     log = loop.Log(c.log.every, sinks, clock, state, tokens_per_step=tokens_per_step,
                    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates, statistics=program.statistics,
-                   sample=_sample(program, validation))
+                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates,
+                   statistics=program.statistics, sample=_sample(program, validation))
     evaluate = _evaluation(eval_step, validation, mesh, dataset.bytes("validation", c.eval.documents))
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)

@@ -151,19 +151,21 @@ def _split(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
 
 
 def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
-  """One tree of the runs' in each collection. Depths that sowed nothing where others did hold NaN, or 0 for integers."""
+  """One tree of the runs' in each collection. Where others sowed and a depth did not, it holds NaN, or 0 for integers; where
+  others have a parameter, an unused 0, of which norms know nothing."""
   joined = {}
   for collection, runs in variables.items():
     flat = [traverse_util.flatten_dict(runs.get(f"run_{i}", {})) for i in range(len(lengths))]
     every = {path: leaf for tree in flat for path, leaf in tree.items()}
-    padded = [{path: tree[path] if path in tree else jax.tree.map(lambda x, n=n: _absent(x, n), like)
+    fill = 0.0 if collection == "params" else jnp.nan
+    padded = [{path: tree[path] if path in tree else jax.tree.map(lambda x, n=n, fill=fill: _absent(x, n, fill), like)
                for path, like in every.items()} for tree, n in zip(flat, lengths, strict=True)]
     joined[collection] = traverse_util.unflatten_dict(jax.tree.map(lambda *parts: jnp.concatenate(parts), *padded))
   return joined
 
 
-def _absent(like: Any, length: int) -> Any:
-  return jnp.full((length, *like.shape[1:]), jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)
+def _absent(like: Any, length: int, fill: float) -> Any:
+  return jnp.full((length, *like.shape[1:]), fill if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)
 
 
 class Transformer(nn.Module):

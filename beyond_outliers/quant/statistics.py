@@ -77,7 +77,7 @@ def of_weights(recipe: Recipe, linears: Mapping[str, Linears], before: Mapping[s
   metrics: dict[str, jax.Array] = {}
   crossed, count = [], []
   for kind, layers in linears.items():
-    specs = [layer and layer.weights for layer in map(recipe.layer, layers.paths)]
+    specs = [layer.weights if layer else None for layer in map(recipe.layer, layers.paths)]
     found = [_of_step(spec, [depth for depth, other in enumerate(specs) if other == spec], layers, before[kind])
              for spec in dict.fromkeys(specs) if spec is not None]
     if found:
@@ -86,7 +86,9 @@ def of_weights(recipe: Recipe, linears: Mapping[str, Linears], before: Mapping[s
       metrics[f"quant/weights/crossed/{kind}"] = jnp.sum(crossings) / jnp.sum(sums.count)
       crossed.append(jnp.sum(crossings))
       count.append(jnp.sum(sums.count))
-  return {**metrics, "quant/weights/crossed": sum(crossed) / sum(count)} if count else metrics
+  if crossed:
+    metrics["quant/weights/crossed"] = jnp.sum(jnp.stack(crossed)) / jnp.sum(jnp.stack(count))
+  return metrics
 
 
 def _of_step(spec: QuantSpec, depths: list[int], after: Linears, before: Linears) -> tuple[Sums, jax.Array]:

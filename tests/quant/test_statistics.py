@@ -132,6 +132,15 @@ def test_only_operands_that_are_quantized_have_rows():
   assert all(name.startswith("quant/weights/") for name in names)
 
 
+def test_scales_that_only_some_depths_learn():
+  """What fills the places of the others is in nobody's way."""
+  recipe = Recipe((("layers/1/mlp/.*", RECIPES["lsq_w4a4"].default), (".*", None)))
+  params = transformer.init(transformer.Transformer(MODEL, dot_general_for(recipe)), 0)
+  assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))
+  found = measured(recipe, params)
+  assert len(found) == 2 * 7 + 1 and all(map(np.isfinite, found.values()))
+
+
 FAMILIES = ["quest_w4a4", "lsq_w4a4"]
 SLOW = ["rtn_w8a8", "fp8", "mxfp4", "nvfp4", "quest_w1.58a1.58", "int8_gradients"]
 
