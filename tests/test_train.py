@@ -240,7 +240,8 @@ def test_a_warm_start_goes_from_one_recipe_to_another(learned, tiny_config, tmp_
   assert run(c, tmp_path / "warm") == "done"
   params, before = runs.open(tmp_path / "warm").params(), runs.open(learned).params()
   assert equal(params["embedding"], before["embedding"])
-  assert equal(params, before) == (recipe == "lsq_w4a4")
+  alike = jax.tree.structure(params) == jax.tree.structure(before)
+  assert alike == (recipe == "lsq_w4a4") and (not alike or equal(params, before))
   np.testing.assert_allclose(losses(tmp_path / "warm")[1], first_loss(tmp_path / "warm"), rtol=1e-5)
   rows = set(runs.open(tmp_path / "warm").metrics())
   assert ("quant/weights/crossed" in rows) == ("quant/activations/sqnr/mlp/up" in rows) == (recipe != "none")
