@@ -108,6 +108,7 @@ def _mean(see: Callable[..., Any], streams: Iterable[Any]) -> Any:
     seen = see(x_BxLxD, *masks)
     tokens += x_BxLxD.shape[0] * x_BxLxD.shape[1]
     total = seen if total is None else jax.tree.map(_join, total, seen, is_leaf=is_inputs)
+    jax.block_until_ready(total)     # or the batches, which are sent off at once, would all be in memory
   return jax.tree.map(lambda sums: Inputs(sums.largest_K, sums.mean_K / tokens, sums.gram_KxK / tokens), total, is_leaf=is_inputs)
 
 

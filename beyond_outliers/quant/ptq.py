@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from beyond_outliers.checks import ConfigError, nearest, require
-from beyond_outliers.quant import calibration, quantizers, weights
+from beyond_outliers.quant import calibration, fusion, quantizers, weights
 from beyond_outliers.quant.calibration import Inputs, Stage
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.recipes import Contraction, Recipe
@@ -32,26 +33,27 @@ from beyond_outliers.quant.weights import Weight
 @dataclasses.dataclass(frozen=True)
 class Method:
   """rounding: row of ROUNDINGS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
-  of the recipe's "absmax" and "none", or "". sequential: a block sees what the blocks before it make once they are quantized,
-  else what they made in full precision."""
+  of the recipe's "absmax" and "none", or "". fused: rotations that matrices can take in are (fusion.py). sequential: a block sees
+  what the blocks before it make once they are quantized, else what they made in full precision."""
   rounding: str = "nearest"
   smoothing: str = ""
   scale: str = ""
   rotation: str = ""
+  fused: bool = False
   sequential: bool = False
 
   @property
   def calibrated(self) -> bool:
     return self.rounding != "nearest" or bool(self.smoothing)
 
-  def layer(self, layer: LayerRecipe | None) -> LayerRecipe | None:
-    """What this method makes of a layer's recipe. Gradients have no part in it any more."""
+  def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
+    """What this method makes of a layer's recipe. Gradients have no part in it any more. rotated: the inputs come in so."""
     if layer is None or not (layer.weights or layer.activations):
       return None
     w, x = layer.weights, layer.activations
     if self.scale and w and w.scale == "absmax":
       w = dataclasses.replace(w, scale=self.scale)
-    if self.rotation and layer.rotation == "none":
+    if self.rotation and layer.rotation == "none" and not rotated:
       w, x = (spec and dataclasses.replace(spec, rotation=self.rotation) for spec in (w, x))
     return LayerRecipe(w, x)
 
@@ -69,6 +71,8 @@ METHODS: dict[str, Method] = {
   "hadamard": Method(rotation="hadamard"),                              # of every layer's inputs, as they come in
   "hadamard_mse": Method(scale="mse", rotation="hadamard"),
   "hadamard+gptq": Method("gptq", rotation="hadamard", sequential=True),
+  "quarot": Method(rotation="hadamard", fused=True),                    # arXiv 2404.00456
+  "quarot+gptq": Method("gptq", rotation="hadamard", fused=True, sequential=True),
   "hadamard+gptq_mse": Method("gptq", scale="mse", rotation="hadamard", sequential=True),
 }
 
@@ -115,13 +119,16 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
           "they hold codes already; start from those of a trained model")
   require(not how.calibrated or len(calibration_batches) > 0, "calibration_batches", list(calibration_batches),
           f"{method} looks at the inputs of every layer: give it some")
-  recipe = Recipe(tuple((paths, how.layer(layer)) for paths, layer in recipe.rules))
   contractions = model.contractions()
+  if how.fused:
+    model, params, rotated = fusion.fuse(model, params)
+    # A rule for every path: what is rotated already does not follow the recipe's.
+    rules = ((path, recipe.layer(path), path.split("/", 2)[-1] in rotated) for path in contractions)
+    recipe = Recipe(tuple((re.escape(path), how.layer(layer, rotated=is_rotated)) for path, layer, is_rotated in rules))
+  else:
+    recipe = Recipe(tuple((paths, how.layer(layer)) for paths, layer in recipe.rules))
   recipe.check({path: Contraction(width) for path, (width, _) in contractions.items()})
   paths = [path.removeprefix("layers/0/") for path in contractions if path.startswith("layers/0/")]
-
-  def part(tree, depth):
-    return jax.tree.map(lambda x: x[depth], tree)
 
   plain, watching = model.clone(dot_general_for=None), model.clone(dot_general_for=calibration.watched)
   of_recipe = dot_general_for(recipe, "jax")
@@ -129,7 +136,7 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
   blocks: list[dict[str, Weight]] = []
   before: list[Stage] = []
   for depth in range(model.config.blocks):
-    of_block, inputs = part(params["layers"], depth), {}
+    of_block, inputs = _part(params["layers"], depth), {}
     if how.calibrated:
       inputs = calibration.of_block(plain, params, before, Stage(watching.block(depth), of_block), calibration_batches)
     layers = {path: recipe.layer(f"layers/{depth}/{path}") for path in paths}
@@ -137,6 +144,7 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
                    if layer is not None and layer.weights is not None})
     before.append(Stage(serving.block(depth), _with(of_block, blocks[-1])) if how.sequential else
                   Stage(plain.block(depth), of_block))
+    jax.block_until_ready(blocks)
     say(f"{method}: block {depth + 1} of {model.config.blocks}")
 
   result = {**params, "layers": _with(params["layers"], {
@@ -161,6 +169,11 @@ def _layers(recipe: Recipe, path: str, blocks: int) -> list[LayerRecipe | None]:
   if not path.startswith("layers/"):
     return [recipe.layer(path)]
   return [recipe.layer(path.replace("layers/", f"layers/{depth}/", 1)) for depth in range(blocks)]
+
+
+@jax.jit
+def _part(layers, depth):
+  return jax.tree.map(lambda x: x[depth], layers)
 
 
 def _at(params: Any, path: str) -> Any:
