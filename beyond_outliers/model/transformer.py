@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -195,16 +196,32 @@ class Transformer(nn.Module):
     del params
     return axes(self)
 
+  @nn.nowrap
+  def contractions(self) -> dict[str, tuple[int, bool]]:
+    """As the function of this name."""
+    return contractions(self.config)
+
+  @nn.nowrap
+  def block(self, depth: int) -> layers.Block:
+    """The block at `depth` by itself: (x_BxLxD, segment_ids, positions) -> (x_BxLxD, None).
+
+    Its parameters are the slices at `depth` of those under `layers`."""
+    dot_general_for = self.dot_general_for or (lambda path: None)
+    makers = {path: dot_general_for(f"layers/{depth}/{path}") for path in linear_paths(self.config)}
+    return layers.Block(self.config, flax.core.freeze(makers))         # hashable, so that equal blocks share compiled programs
+
   def __call__(self, tokens_BxL, segment_ids=None, positions=None):
     return self.logits(self.hidden(tokens_BxL, segment_ids, positions))
 
   def hidden(self, tokens_BxL, segment_ids=None, positions=None):
     """What the head sees: the final norm's output, [B, L, D]."""
     positions = jnp.arange(tokens_BxL.shape[1]) if positions is None else positions
-    stream = layers.at_least_float32(self.config.dtype)
-    x_BxLxD = jnp.take(self.table(), tokens_BxL, axis=0).astype(stream)
-    x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
-    return self.final_norm(self.layers(x_BxLxD, segment_ids, positions))
+    return self.final_norm(self.layers(self.embed(tokens_BxL), segment_ids, positions))
+
+  def embed(self, tokens_BxL):
+    """What the first block sees, [B, L, D]."""
+    x_BxLxD = jnp.take(self.table(), tokens_BxL, axis=0).astype(layers.at_least_float32(self.config.dtype))
+    return nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
 
   def table(self):
     """The embedding [V, D], gathered over fsdp: a look-up in rows that are themselves split is what XLA partitions badly."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from beyond_outliers.checks import require
-from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics
+from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics, weights
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 
@@ -28,8 +28,11 @@ class QuantizedDot(nn.Module):
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
-    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs. Returns [T, O], float32 or wider."""
+    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a quantized Weight. Returns [T, O], float32 or wider."""
     (lhs_axes, (w_axis,)), batch = dimension_numbers
+    if isinstance(rhs, weights.Weight):
+      scale = self._scales(lhs, rhs, w_axis)[0] if self._has("scale", "learned") else None
+      return weights.multiply(lhs, rhs, self.recipe, scale)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
       raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
                        "summed over the last axis of the first: reshape the inputs to [tokens, features]")
