@@ -206,6 +206,7 @@ class Log:
   wandb: str
   profile_step: int
   profile_steps: int
+  quant_statistics: bool = False
 
   def __post_init__(self):
     at_least(self, "log.", every=1, profile_step=0, profile_steps=1)

@@ -66,11 +66,12 @@ class Log:
   """Rows of metrics every `every` steps, each fetched one step late so that the device never waits for the host.
 
   Norms of the parameters and of their change are a program of their own, so that the steps between rows don't pay for them;
-  so is what `statistics(optimizer state, update)` adds."""
+  so is what `statistics(state, parameters before, their change, sample)` adds. sample: arrays that it gets with every row."""
 
   def __init__(self, every: int, sinks: Sequence[writers.Writer], clock: Clock, state: step_lib.TrainState, *,
                tokens_per_step: int, flops_per_step: float, peak_flops: float, num_steps: int, max_skipped: int,
-               statistics: Callable[[Any, Any], Metrics] = lambda opt_state, update: {}):
+               statistics: Callable[[step_lib.TrainState, Any, Any, Any], Metrics] = lambda state, before, update, sample: {},
+               sample: Any = None):
     self._every, self._sinks, self._clock = every, sinks, clock
     self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
     self._num_steps, self._max_skipped = num_steps, max_skipped
@@ -78,18 +79,18 @@ class Log:
     self._pending: tuple[int, Metrics] | None = None
     self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
 
-    def norms(state, old):
-      update = optax.tree.sub(state.params, old)
+    def measures(state, before, sample):
+      update = optax.tree.sub(state.params, before)
       return {"parameter_norm": optax.tree.norm(state.params), "update_norm": optax.tree.norm(update),
-              **statistics(state.opt_state, update)}
-    self._norms = jax.jit(norms)
+              **statistics(state, before, update, sample)}
+    self._measures, self._sample = jax.jit(measures), sample
     self._before = self._copy_before(int(state.step) + 1, state)
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     self.flush()
-    norms = self._norms(state, self._before) if self._before is not None else {}
+    measures = self._measures(state, self._before, self._sample) if self._before is not None else {}
     self._before = self._copy_before(step + 1, state)
-    self._pending = (step, {**metrics, **norms})
+    self._pending = (step, {**metrics, **measures})
     if step == self._num_steps:
       self.flush()
 

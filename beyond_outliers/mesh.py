@@ -74,7 +74,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   Errors: ConfigError naming the parameter when a mesh axis does not divide the array axis that it splits."""
   specs = nn.get_partition_spec(boxed)
   tree = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-  shapes = nn.unbox(boxed)
+  shapes = jax.eval_shape(nn.unbox, boxed)               # traced, so that it may happen inside `use`
   for (path, sharding), leaf in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes), strict=True):
     try:
       sharding.shard_shape(leaf.shape)

@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from beyond_outliers import quant
 from beyond_outliers.model import loss, transformer
 
 Batch = dict[str, jax.Array]
@@ -36,11 +38,14 @@ def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
   Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
-  masks = (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
-  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks,
+  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents),
                                   rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
   nll_T = loss.cross_entropy(logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), batch["targets"].reshape(-1))
   return nll_T.reshape(batch["targets"].shape)
+
+
+def _masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
+  return (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
 
 
 def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn:
@@ -109,3 +114,24 @@ def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Call
     nll_BxL = token_losses(model, params, batch, mask_documents)
     return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
   return eval_step
+
+
+def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
+                          mask_documents: bool) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+  """quant_statistics(params, params before the last step, batch) -> what quant/statistics.py knows of the linear layers."""
+  c = model.config
+
+  def quant_statistics(params, before, batch):
+    _, sown = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents), mutable=["statistics"])
+    return {**quant.statistics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
+            **quant.statistics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
+  return quant_statistics
+
+
+def make_begin_scales(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], Any]:
+  """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on the batch lets them begin."""
+  def begin_scales(params, batch):
+    _, whole = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents), mutable=["params"],
+                           rngs={"params": jax.random.key(0)})            # drawn from by nothing
+    return nn.unbox(whole["params"])
+  return begin_scales

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, writers
+from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, warm_start, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
@@ -32,6 +32,7 @@ class Program:
   eval_batch: dict[str, jax.ShapeDtypeStruct]
   train_step: Any                           # jitted (state, batch) -> (state, metrics); donates the state
   eval_step: Any                            # jitted (params, batch) -> (nll_BxL, document_BxL or 0), whole on every process
+  statistics: Any                           # (state, params before, their change, batch) -> metrics, for loop.Log
 
   def init(self) -> step_lib.TrainState:
     """The state a run begins with, created where it lives."""
@@ -74,7 +75,29 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   return Program(
     c, mesh, model, optimizer, state, batch, eval_batch,
     jax.jit(step, out_shardings=(shardings, None), donate_argnums=0),
-    jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere))
+    jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere),
+    _statistics(c, model, recipe, optimizer))
+
+
+def _statistics(c: config.Config, model: transformer.Transformer, recipe: quant.Recipe, optimizer: optim.Optimizer):
+  """What a row of the log tells beside the metrics of the step."""
+  of_optimizer = optimizer.statistics if c.log.update_statistics else optimizer.state_statistics
+  of_quant = step_lib.make_quant_statistics(model, recipe, c.data.mask_documents)
+
+  def statistics(state, before, update, sample):
+    quantized = {} if sample is None else of_quant(state.params, before, sample)
+    return {**of_optimizer(state.opt_state, update), **quantized}
+  return statistics
+
+
+def _sample(program: Program, validation: data.ValidationBatches) -> dict[str, jax.Array] | None:
+  """What the statistics of quantization are of: the first validation windows, one on each device that splits a batch."""
+  c, mesh = program.config, program.mesh
+  if not c.log.quant_statistics or not quant.recipes.from_config(c.quant).quantizes:
+    return None
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  first = {name: x[:len(x) * rows // c.eval.batch_size] for name, x in next(iter(validation)).items()}
+  return mesh_lib.put_batch(first, mesh, rows)
 
 
 def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None,
@@ -109,7 +132,7 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
   with contextlib.ExitStack() as stack:
     stack.callback(batches.close)
     stack.enter_context(mesh_lib.use(mesh))
-    state, position, clock_start = _begin(program, checkpoints, say)
+    state, position, clock_start = _begin(program, checkpoints, batches, say)
     first = int(state.step)
     if first >= c.steps:
       say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
@@ -135,10 +158,10 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     workdir.set_status("running", first)
     tokens_per_step = c.batch_size * c.context
     clock = loop.Clock(clock_start["seconds"] if clock_start else 0.0)
-    statistics = program.optimizer.statistics if c.log.update_statistics else program.optimizer.state_statistics
     log = loop.Log(c.log.every, sinks, clock, state, tokens_per_step=tokens_per_step,
                    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates, statistics=statistics)
+                   peak_flops=peak * mesh.size, num_steps=c.steps, max_skipped=c.max_skipped_updates,
+                   statistics=program.statistics, sample=_sample(program, validation))
     evaluate = _evaluation(eval_step, validation, mesh, dataset.bytes("validation", c.eval.documents))
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)
@@ -164,7 +187,7 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
   return status
 
 
-def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[[str], None]):
+def _begin(program: Program, checkpoints: checkpoint.Checkpoints, batches: data.Batches, say: Callable[[str], None]):
   """(state, position of the data or None, clock or None): from the newest intact checkpoint, another run, or scratch."""
   c = program.config
   restored = checkpoints.restore(program.state)
@@ -174,14 +197,24 @@ def _begin(program: Program, checkpoints: checkpoint.Checkpoints, say: Callable[
     return state, position, clock
   state = program.init()
   if c.warm_start:
-    source = checkpoint.Checkpoints(writers.Workdir(c.warm_start).checkpoints, read_only=True)
-    try:
-      step, params = source.restore_params(program.state.params)
-    except checkpoint.CheckpointError as error:
-      raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
+    step, params = warm_start.params(c, program.mesh)
     say(f"parameters from step {step} of {c.warm_start}")
-    state = state._replace(params=params)
-  return state, None, None
+  else:
+    params = transformer.without_own(c.model, state.params)
+  if jax.tree.structure(params) != jax.tree.structure(state.params):
+    params = _with_scales(program, params, batches)
+  return state._replace(params=params), None, None
+
+
+def _with_scales(program: Program, params: Any, batches: data.Batches) -> Any:
+  """The parameters with learned scales, which begin as the first micro-batch says. It is trained on, too."""
+  c = program.config
+  position = batches.state()
+  first = {name: x[:len(x) // c.micro_batches] for name, x in next(batches).items()}
+  batches.restore(position)
+  begin = jax.jit(step_lib.make_begin_scales(program.model, c.data.mask_documents),
+                  out_shardings=jax.tree.map(lambda x: x.sharding, program.state.params))
+  return begin(params, mesh_lib.put_batch(first, program.mesh, c.batch_size // c.micro_batches))
 
 
 def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.sharding.Mesh,

@@ -13,7 +13,7 @@ FLOORS = (
   ("model",),
   ("step", "checkpoint"),
   ("evaluation",),
-  ("loop", "runs"),
+  ("loop", "runs", "warm_start"),
   ("train", "analysis", "zero_shot"),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_recipes", "bench_rows", "bench"),
 )

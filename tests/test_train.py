@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, data, mesh, runs, train, writers
+from beyond_outliers import step as step_lib
 from configs import adamw
 
 # Of this file's run, written down when gradients and AdamW had been checked against their references.
@@ -202,6 +203,53 @@ def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_pat
   c = tiny_config(**{"warm_start": str(finished[1]), "model.d_head": 16})
   with pytest.raises(config.ConfigError, match=r"warm_start = .*params/embedding is \(\(264, 48\)"):
     run(c, tmp_path / "warm")
+
+
+def first_loss(workdir):
+  """Of a run's model on its first batch, its last parameters given."""
+  opened = runs.open(workdir)
+  loss_fn = jax.jit(step_lib.make_loss_fn(opened.model, opened.config.data.mask_documents))
+  return float(loss_fn(opened.params(), jax.tree.map(jnp.asarray, dict(next(opened.batches("train")))), jax.random.key(0))[0])
+
+
+@pytest.fixture(scope="module")
+def learned(finished, tiny_config, tmp_path_factory):
+  """A run of learned scales that began with the parameters of `finished`, and kept them: its rate is zero."""
+  workdir = tmp_path_factory.mktemp("runs") / "learned"
+  c = tiny_config(**{"warm_start": str(finished[1]), "quant.recipe": "lsq_w4a4", "optimizer.learning_rate": 0.0, "steps": 1})
+  assert run(c, workdir) == "done"
+  return workdir
+
+
+def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
+  """2 mean|x| / sqrt(7) (arXiv 1902.08153, section 2.1) of real inputs: those of the first layer are the embedding's rows."""
+  params, before = runs.open(learned).params(), runs.open(finished[1]).params()
+  assert equal(params["embedding"], before["embedding"])
+  q = params["layers"]["attention"]["q"]
+  assert equal(q["kernel"], before["layers"]["attention"]["q"]["kernel"])
+  x = np.asarray(before["embedding"])[next(runs.open(learned).batches("train"))["tokens"]]
+  expected = [2 * np.abs(numbers).mean() / 7**0.5 for numbers in (x, np.asarray(q["kernel"][0]))]
+  np.testing.assert_allclose(q["QuantizedDot_0"]["scale"][0], expected, rtol=1e-5)
+  np.testing.assert_allclose(losses(learned)[1], first_loss(learned), rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["none", "quest_w4a4", "lsq_w4a4"])
+def test_a_warm_start_goes_from_one_recipe_to_another(learned, tiny_config, tmp_path, recipe):
+  """From learned scales, which stay behind unless they are learned on; the first loss is that of the new model."""
+  c = tiny_config(**{"warm_start": str(learned), "quant.recipe": recipe, "optimizer.learning_rate": 0.0, "steps": 1})
+  assert run(c, tmp_path / "warm") == "done"
+  params, before = runs.open(tmp_path / "warm").params(), runs.open(learned).params()
+  assert equal(params["embedding"], before["embedding"])
+  alike = jax.tree.structure(params) == jax.tree.structure(before)
+  assert alike == (recipe == "lsq_w4a4") and (not alike or equal(params, before))
+  np.testing.assert_allclose(losses(tmp_path / "warm")[1], first_loss(tmp_path / "warm"), rtol=1e-5)
+  rows = set(runs.open(tmp_path / "warm").metrics())
+  assert ("quant/weights/crossed" in rows) == ("quant/activations/sqnr/mlp/up" in rows) == (recipe != "none")
+
+
+def test_a_warm_start_from_nowhere_is_refused(tiny_config, tmp_path):
+  with pytest.raises(config.ConfigError, match=r"warm_start = .*nowhere.*: .*holds no run"):
+    run(tiny_config(**{"warm_start": str(tmp_path / "nowhere")}), tmp_path / "warm")
 
 
 def test_a_model_axis_that_would_cut_heads_is_refused(tiny_config):

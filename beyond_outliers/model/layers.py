@@ -24,8 +24,10 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
 
 
 def as_operand(weights, dtype):
-  """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their gradient keeps its float32 sums."""
-  return weights.astype(jnp.promote_types(weights.dtype, dtype))
+  """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their gradient keeps its float32 sums.
+
+  What is no array (a quantized matrix in its place) goes in as it is: its dot_general knows it."""
+  return weights.astype(jnp.promote_types(weights.dtype, dtype)) if hasattr(weights, "astype") else weights
 
 
 class Linear(nn.Module):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,47 @@ def contractions(c: config.Model) -> dict[str, tuple[int, bool]]:
   layers_of_blocks = {f"layers/{depth}/{path}": inputs.get(path, (c.d_model, False))
                       for depth in range(c.blocks) for path in linear_paths(c)}
   return {**layers_of_blocks, "head": (c.d_model, False)}
+
+
+class Linears(NamedTuple):
+  """All linear layers of one kind."""
+  paths: tuple[str, ...]           # as `dot_general_for` sees them, by depth
+  kernels: Any                     # by depth, two axes each
+  axis: int                        # of a kernel, that is summed over
+  own: Any                         # parameters of their dot_generals, by depth
+
+
+def linears(c: config.Model, params: Any) -> dict[str, Linears]:
+  """The linear layers of a model by kind, `attention/q` to `mlp/down` and `head`, with their parameters."""
+  own, found = of_dot_generals(c, params), {}
+  for kind in linear_paths(c):
+    paths = tuple(f"layers/{depth}/{kind}" for depth in range(c.blocks))
+    found[kind] = Linears(paths, _below(params["layers"], kind)["kernel"], 0, own.get(kind))
+  kernel, axis = (params["embedding"], 1) if c.tied else (params["head"]["kernel"], 0)
+  found["head"] = Linears(("head",), kernel[None], axis, jax.tree.map(lambda x: x[None], own.get("head")))
+  return found
+
+
+def of_dot_generals(c: config.Model, tree: Any) -> dict[str, Any]:
+  """What a tree like the parameters, or a collection that was sown, holds of the dot_generals of each kind; of some, nothing."""
+  found = {kind: _below(tree.get("layers", {}), kind) for kind in linear_paths(c)} | {"head": tree.get("head", {})}
+  modules = {kind: [value for name, value in linear.items() if name != "kernel"] for kind, linear in found.items()}
+  if "head_dot_general" in tree:
+    modules["head"] = [tree["head_dot_general"]]
+  return {kind: own[0] for kind, own in modules.items() if own}
+
+
+def _below(tree: Any, path: str) -> Any:
+  for name in path.split("/"):
+    tree = tree.get(name, {})
+  return tree
+
+
+def without_own(c: config.Model, params: Any) -> Any:
+  """The parameters but those that dot_generals have of their own."""
+  def common(like, tree):
+    return {name: common(value, tree[name]) for name, value in like.items()} if isinstance(like, dict) else tree
+  return common(shapes(Transformer(c)), params)
 
 
 class Run(nn.Module):
@@ -110,19 +152,21 @@ def _split(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
 
 
 def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
-  """One tree of the runs' in each collection. Depths that sowed nothing where others did hold NaN, or 0 for integers."""
+  """One tree of the runs' in each collection. Where others sowed and a depth did not, it holds NaN, or 0 for integers; where
+  others have a parameter, an unused 0, of which norms know nothing."""
   joined = {}
   for collection, runs in variables.items():
     flat = [traverse_util.flatten_dict(runs.get(f"run_{i}", {})) for i in range(len(lengths))]
     every = {path: leaf for tree in flat for path, leaf in tree.items()}
-    padded = [{path: tree[path] if path in tree else jax.tree.map(lambda x, n=n: _absent(x, n), like)
+    fill = 0.0 if collection == "params" else jnp.nan
+    padded = [{path: tree[path] if path in tree else jax.tree.map(lambda x, n=n, fill=fill: _absent(x, n, fill), like)
                for path, like in every.items()} for tree, n in zip(flat, lengths, strict=True)]
     joined[collection] = traverse_util.unflatten_dict(jax.tree.map(lambda *parts: jnp.concatenate(parts), *padded))
   return joined
 
 
-def _absent(like: Any, length: int) -> Any:
-  return jnp.full((length, *like.shape[1:]), jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)
+def _absent(like: Any, length: int, fill: float) -> Any:
+  return jnp.full((length, *like.shape[1:]), fill if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)
 
 
 class Transformer(nn.Module):
@@ -152,16 +196,32 @@ class Transformer(nn.Module):
     del params
     return axes(self)
 
+  @nn.nowrap
+  def contractions(self) -> dict[str, tuple[int, bool]]:
+    """As the function of this name."""
+    return contractions(self.config)
+
+  @nn.nowrap
+  def block(self, depth: int) -> layers.Block:
+    """The block at `depth` by itself: (x_BxLxD, segment_ids, positions) -> (x_BxLxD, None).
+
+    Its parameters are the slices at `depth` of those under `layers`."""
+    dot_general_for = self.dot_general_for or (lambda path: None)
+    makers = {path: dot_general_for(f"layers/{depth}/{path}") for path in linear_paths(self.config)}
+    return layers.Block(self.config, flax.core.freeze(makers))         # hashable, so that equal blocks share compiled programs
+
   def __call__(self, tokens_BxL, segment_ids=None, positions=None):
     return self.logits(self.hidden(tokens_BxL, segment_ids, positions))
 
   def hidden(self, tokens_BxL, segment_ids=None, positions=None):
     """What the head sees: the final norm's output, [B, L, D]."""
     positions = jnp.arange(tokens_BxL.shape[1]) if positions is None else positions
-    stream = layers.at_least_float32(self.config.dtype)
-    x_BxLxD = jnp.take(self.table(), tokens_BxL, axis=0).astype(stream)
-    x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
-    return self.final_norm(self.layers(x_BxLxD, segment_ids, positions))
+    return self.final_norm(self.layers(self.embed(tokens_BxL), segment_ids, positions))
+
+  def embed(self, tokens_BxL):
+    """What the first block sees, [B, L, D]."""
+    x_BxLxD = jnp.take(self.table(), tokens_BxL, axis=0).astype(layers.at_least_float32(self.config.dtype))
+    return nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
 
   def table(self):
     """The embedding [V, D], gathered over fsdp: a look-up in rows that are themselves split is what XLA partitions badly."""
@@ -189,7 +249,7 @@ def boxed_shapes(model: Transformer) -> Any:
 
 def shapes(model: Transformer) -> Any:
   """The abstract parameters: ShapeDtypeStructs."""
-  return nn.unbox(boxed_shapes(model))
+  return jax.eval_shape(lambda: init(model, 0))
 
 
 def axes(model: Transformer) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from beyond_outliers.checks import require
-from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations
+from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics, weights
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 
@@ -21,14 +21,18 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {"aqt": aqt_backend.dot_general,
 class QuantizedDot(nn.Module):
   """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters, but for learned scales.
 
-  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest."""
+  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest.
+  Sums over the activations (statistics.Sums) are sown into the collection `statistics` where that is mutable."""
   recipe: LayerRecipe
   backend: str
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
-    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs. Returns [T, O], float32 or wider."""
+    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a quantized Weight. Returns [T, O], float32 or wider."""
     (lhs_axes, (w_axis,)), batch = dimension_numbers
+    if isinstance(rhs, weights.Weight):
+      scale = self._scales(lhs, rhs, w_axis)[0] if self._has("scale", "learned") else None
+      return weights.multiply(lhs, rhs, self.recipe, scale)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
       raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
                        "summed over the last axis of the first: reshape the inputs to [tokens, features]")
@@ -37,6 +41,9 @@ class QuantizedDot(nn.Module):
       options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
     if self._has("scale", "learned"):
       options["scales"] = self._scales(lhs, rhs, w_axis)
+    if self.recipe.activations is not None and self.is_mutable_collection("statistics"):
+      scale = options["scales"][0] if "scales" in options else None
+      self.sow("statistics", "activations", statistics.measure(lhs, self.recipe.activations, 1, scale)[0])
     return BACKENDS[self.backend](lhs, rhs, w_axis, self.recipe, **options)
 
   def _has(self, field, value):

@@ -63,10 +63,15 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return scale
 
 
+def in_units(x: jax.Array, scale: jax.Array) -> jax.Array:
+  """Numbers in units of their scale."""
+  # Times the reciprocal: cheaper than a division, and how AQT scales.
+  return x.astype(scale.dtype) * spread(reciprocal(scale), x.shape)
+
+
 def forward(x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None) -> tuple[Quantized, Saved]:
   """Numbers to codes, without their rotation."""
-  # Times the reciprocal: cheaper than a division, and how AQT scales.
-  codes, saved = encode(x.astype(scale.dtype) * spread(reciprocal(scale), x.shape), spec, key)
+  codes, saved = encode(in_units(x, scale), spec, key)
   return Quantized(codes, scale), saved
 
 

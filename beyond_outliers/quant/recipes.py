@@ -45,6 +45,10 @@ class Recipe:
   def activations(self) -> QuantSpec | None:
     return self.default.activations if self.default else None
 
+  @property
+  def quantizes(self) -> bool:
+    return any(layer is not None for _, layer in self.rules)
+
   def layer(self, path: str) -> LayerRecipe | None:
     """The recipe of the layer at `path`. Errors: ConfigError when no rule matches."""
     return self.rules[self._rule(path)][1]

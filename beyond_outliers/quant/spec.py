@@ -64,8 +64,14 @@ class QuantSpec:
 class LayerRecipe:
   """How a linear layer y = x w multiplies. None leaves an operand as it is.
 
-  gradients: of both products of the backward pass, dx = g wᵀ and dw = xᵀ g, each along its own contraction axis; the other
-  operand is what `backward` says: the "quantized" one, as in the forward pass, or the "unquantized".
+  gradients: g, the gradient of y, in both products of the backward pass, twice and independently:
+
+    dx = g wᵀ  sums over outputs: a scale a token ("token"), or one for all ("tensor")
+    dw = xᵀ g  sums over tokens: a scale an output, or one for all
+
+  What scales w by output, and x by token, lies along the axis that is summed over, and so has been multiplied into g before it
+  is quantized. The other operand is what `backward` says: the "quantized" one, as in the forward pass, or the "unquantized".
+  dx and dw are not quantized themselves, nor is any product of attention. Both backends do the same.
   A rotation is applied to both operands, also to one that is not quantized: otherwise it would not cancel.
   Errors: ConfigError."""
   weights: QuantSpec | None = None

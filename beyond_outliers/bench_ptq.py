@@ -1,0 +1,44 @@
+"""What quantizing a trained model costs: bench.py's --ptq, one method after another, on random weights and tokens."""
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from beyond_outliers import config, hardware, quant
+from beyond_outliers.model import transformer
+
+RECIPE = "rtn_w4a4"
+WINDOWS = 16                     # of calibration, a batch each
+
+
+def run(c: config.Config, methods: Sequence[str]) -> dict[str, Any]:
+  """{seconds and bytes of every method}: the time includes what it compiles, the memory is the process's peak so far."""
+  model = transformer.Transformer(c.model)
+  params = jax.jit(lambda: transformer.init(model, c.seed))()
+  draw = np.random.default_rng(c.seed)
+  batches = [{"tokens": draw.integers(0, c.model.vocab, (1, c.context)).astype(np.int32)} for _ in range(WINDOWS)]
+  result: dict[str, Any] = {"size": c.size, "dtype": c.model.dtype, "recipe": RECIPE, "calibration_tokens": WINDOWS * c.context,
+                            "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(params)), "rows": {}}
+  for method in methods:
+    start = time.perf_counter()
+    q = quant.ptq.quantize(model, params, quant.RECIPES[RECIPE], method, batches)
+    jax.block_until_ready(q.params)
+    row = {"seconds": time.perf_counter() - start, "peak_memory_bytes": hardware.memory_bytes(), "size_bytes": q.size_bytes}
+    print(f"{method}: {row}", file=sys.stderr, flush=True)
+    result["rows"][method] = row
+  return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+  """The figures for a person."""
+  mebi = lambda size: f"{size / 2**20:,.0f} MiB"
+  lines = [f"{result['size']}, {result['dtype']}, {mebi(result['parameter_bytes'])} of parameters · {result['recipe']} · "
+           f"{result['calibration_tokens']:,} tokens of calibration", f"{'':<20}{'seconds':>9}{'peak memory':>14}{'size':>12}"]
+  lines += [f"{name:<20}{row['seconds']:>9.1f}{mebi(row['peak_memory_bytes']):>14}{mebi(row['size_bytes']):>12}"
+            for name, row in result["rows"].items()]
+  return "\n".join([*lines, f"{'all':<20}{sum(row['seconds'] for row in result['rows'].values()):>9.1f}"])

@@ -1,0 +1,221 @@
+"""Quantization after training: a trained model in, one that obeys the same contract out.
+
+A method is a row of METHODS: what rotates, what smooths, what rounds. Matrices become codes block after block, from the
+statistics of their inputs over all calibration batches. Only those of one block are in memory: for every block the batches go
+anew through the blocks before it.
+
+A tied head is quantized in every call, since the embedding needs its matrix whole: to nearest, whatever the method.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from beyond_outliers.checks import ConfigError, nearest, require
+from beyond_outliers.quant import calibration, fusion, quantizers, weights
+from beyond_outliers.quant.calibration import Inputs, Stage
+from beyond_outliers.quant.dot import dot_general_for
+from beyond_outliers.quant.recipes import Contraction, Recipe
+from beyond_outliers.quant.rounding import ROUNDINGS
+from beyond_outliers.quant.smoothing import SMOOTHINGS
+from beyond_outliers.quant.spec import LayerRecipe
+from beyond_outliers.quant.weights import Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """rounding: row of ROUNDINGS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
+  of the recipe's "absmax" and "none", or "". fused: rotations that matrices can take in are (fusion.py). sequential: a block sees
+  what the blocks before it make once they are quantized, else what they made in full precision."""
+  rounding: str = "nearest"
+  smoothing: str = ""
+  scale: str = ""
+  rotation: str = ""
+  fused: bool = False
+  sequential: bool = False
+
+  @property
+  def calibrated(self) -> bool:
+    return self.rounding != "nearest" or bool(self.smoothing)
+
+  def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
+    """What this method makes of a layer's recipe. Gradients have no part in it any more. rotated: the inputs come in so."""
+    if layer is None or not (layer.weights or layer.activations):
+      return None
+    w, x = layer.weights, layer.activations
+    if self.scale and w and w.scale == "absmax":
+      w = dataclasses.replace(w, scale=self.scale)
+    if self.rotation and layer.rotation == "none" and not rotated:
+      w, x = (spec and dataclasses.replace(spec, rotation=self.rotation) for spec in (w, x))
+    return LayerRecipe(w, x)
+
+
+METHODS: dict[str, Method] = {
+  "rtn": Method(),
+  "rtn_mse": Method(scale="mse"),                                       # the clip of least squared error
+  "gptq": Method("gptq", sequential=True),                              # arXiv 2210.17323
+  "gptq_in_order": Method("gptq_in_order", sequential=True),
+  "gptq_mse": Method("gptq", scale="mse", sequential=True),
+  "smoothquant": Method(smoothing="smoothquant"),                       # arXiv 2211.10438
+  "smoothquant+gptq": Method("gptq", smoothing="smoothquant", sequential=True),
+  "awq": Method(smoothing="awq"),                                       # arXiv 2306.00978
+  "awq+gptq": Method("gptq", smoothing="awq", sequential=True),
+  "hadamard": Method(rotation="hadamard"),                              # of every layer's inputs, as they come in
+  "hadamard_mse": Method(scale="mse", rotation="hadamard"),
+  "hadamard+gptq": Method("gptq", rotation="hadamard", sequential=True),
+  "quarot": Method(rotation="hadamard", fused=True),                    # arXiv 2404.00456
+  "quarot+gptq": Method("gptq", rotation="hadamard", fused=True, sequential=True),
+  "hadamard+gptq_mse": Method("gptq", scale="mse", rotation="hadamard", sequential=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+  """model.apply({"params": params}, tokens) as of any model; in `params`, quantized matrices are `Weight`s."""
+  model: Any
+  params: Any
+  recipe: Recipe                   # as the method changed it
+  method: str
+
+  @property
+  def size_bytes(self) -> int:
+    """Of the parameters: codes with the bits of their grid, all else in the type that it has."""
+    total, flat = 0, dict[Any, Any](traverse_util.flatten_dict(self.params))
+    for path, leaf in flat.items():
+      if isinstance(leaf, Weight):
+        layers = _layers(self.recipe, "/".join(path[:-1]), self.model.config.blocks)
+        bits = [math.ceil(layer.weights.bits) if layer and layer.weights else 8 * leaf.codes.dtype.itemsize for layer in layers]
+        total += leaf.codes.size // len(layers) * sum(bits) // 8
+      total += sum(x.size * x.dtype.itemsize for x in (leaf[1:] if isinstance(leaf, Weight) else [leaf]) if x is not None)
+    return total
+
+
+def named(name: str, field: str = "method") -> Method:
+  """A row of METHODS. Errors: ConfigError with the nearest name."""
+  if name not in METHODS:
+    raise ConfigError(f"{field} = {name!r}: unknown method; {nearest(name, METHODS, cutoff=0.4)}")
+  return METHODS[name]
+
+
+def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
+             calibration_batches: Sequence[calibration.Batch] = (), *,
+             say: Callable[[str], None] = lambda text: None) -> QuantizedModel:
+  """The model with the matrices of all linear layers, and what they multiply, quantized as `recipe` and `method` say.
+
+  model, params: a transformer and its parameters, as it trains. calibration_batches: {"tokens": [B, L]; and "segment_ids" and
+  "positions" if documents are kept apart}, for the methods that need some; gone through several times.
+  Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches, a recipe that does not fit
+  the model, or learned scales that the parameters do not hold."""
+  how = named(method)
+  require(not any(isinstance(leaf, Weight) for leaf in traverse_util.flatten_dict(params).values()), "params", "quantized",
+          "they hold codes already; start from those of a trained model")
+  require(not how.calibrated or len(calibration_batches) > 0, "calibration_batches", list(calibration_batches),
+          f"{method} looks at the inputs of every layer: give it some")
+  contractions = model.contractions()
+  if how.fused:
+    model, params, rotated = fusion.fuse(model, params)
+    # A rule for every path: what is rotated already does not follow the recipe's.
+    rules = ((path, recipe.layer(path), path.split("/", 2)[-1] in rotated) for path in contractions)
+    recipe = Recipe(tuple((re.escape(path), how.layer(layer, rotated=is_rotated)) for path, layer, is_rotated in rules))
+  else:
+    recipe = Recipe(tuple((paths, how.layer(layer)) for paths, layer in recipe.rules))
+  recipe.check({path: Contraction(width) for path, (width, _) in contractions.items()})
+  paths = [path.removeprefix("layers/0/") for path in contractions if path.startswith("layers/0/")]
+
+  plain, watching = model.clone(dot_general_for=None), model.clone(dot_general_for=calibration.watched)
+  of_recipe = dot_general_for(recipe, "jax")
+  serving = model.clone(dot_general_for=of_recipe)
+  blocks: list[dict[str, Weight]] = []
+  before: list[Stage] = []
+  for depth in range(model.config.blocks):
+    of_block, inputs = _part(params["layers"], depth), {}
+    if how.calibrated:
+      inputs = calibration.of_block(plain, params, before, Stage(watching.block(depth), of_block), calibration_batches)
+    layers = {path: recipe.layer(f"layers/{depth}/{path}") for path in paths}
+    blocks.append({path: _weight(_at(of_block, path), layer, how, inputs.get(path)) for path, layer in layers.items()
+                   if layer is not None and layer.weights is not None})
+    before.append(Stage(serving.block(depth), _with(of_block, blocks[-1])) if how.sequential else
+                  Stage(plain.block(depth), of_block))
+    jax.block_until_ready(blocks)
+    say(f"{method}: block {depth + 1} of {model.config.blocks}")
+
+  result = {**params, "layers": _with(params["layers"], {
+    path: _stack([block.get(path) for block in blocks], _at(params["layers"], path)["kernel"])
+    for path in paths if any(path in block for block in blocks)})}
+  head = recipe.layer("head")
+  if "head" in params and head is not None and head.weights is not None:
+    inputs = calibration.of_head(plain, params, before, calibration_batches) if how.calibrated else None
+    result = _with(result, {"head": _weight(params["head"], head, how, inputs)})
+  stacks = {f"layers/{depth}/{path}" for depth in range(len(blocks)) for path in paths if any(path in block for block in blocks)}
+  serving = model.clone(dot_general_for=lambda path: of_recipe(path) or (weights.plain_product if path in stacks else None))
+  return QuantizedModel(serving, result, recipe, method)
+
+
+def quantized(model: Any, params: Any, recipe: Recipe) -> QuantizedModel:
+  """A model that was trained under `recipe`, with its matrices as the codes that it multiplied with."""
+  return quantize(model, params, recipe)
+
+
+def _layers(recipe: Recipe, path: str, blocks: int) -> list[LayerRecipe | None]:
+  """What the recipe says of the matrix at `path` in the parameters, a layer of the stack after the other."""
+  if not path.startswith("layers/"):
+    return [recipe.layer(path)]
+  return [recipe.layer(path.replace("layers/", f"layers/{depth}/", 1)) for depth in range(blocks)]
+
+
+@jax.jit
+def _part(layers, depth):
+  return jax.tree.map(lambda x: x[depth], layers)
+
+
+def _at(params: Any, path: str) -> Any:
+  return functools.reduce(lambda node, name: node[name], path.split("/"), params)
+
+
+def _with(params: Any, kernels: dict[str, Weight]) -> Any:
+  """The tree with other kernels at these paths."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict({**flat, **{f"{path}/kernel": weight for path, weight in kernels.items()}}, sep="/")
+
+
+def _weight(params: Any, layer: LayerRecipe, how: Method, inputs: Inputs | None) -> Weight:
+  """The matrix of one linear layer, given its parameters."""
+  learned = next((node["scale"] for node in params.values() if isinstance(node, dict)), None)
+  for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
+    require(spec is None or spec.scale != "learned" or learned is not None, f"recipe.{operand}.scale", "learned",
+            "the parameters hold no learned scales; only a model that was trained under this recipe has them")
+  weights_learn = learned is not None and layer.weights is not None and layer.weights.scale == "learned"
+  return _rounded(params["kernel"], inputs, learned[-1].reshape(1, 1) if weights_learn else None, layer, how)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) -> Weight:
+  smooth_K = SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer) if how.smoothing else None
+  w_KxO, spec = weights.prepare(kernel_KxO, layer, smooth_K), layer.weights
+  assert spec is not None            # the caller saw to it
+  scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
+  gram_KxK: Any = weights.prepare_gram(inputs.gram_KxK, layer, smooth_K) if inputs is not None else None
+  return Weight(*ROUNDINGS[how.rounding](w_KxO, scale, spec, gram_KxK), smooth_K)
+
+
+def _stack(each: Sequence[Weight | None], kernel_NxKxO: jax.Array) -> Weight:
+  """One stack of all depths. Depths that are not quantized keep their numbers as codes, and all then are floats."""
+  whole = [Weight(kernel_NxKxO[depth], jnp.ones((1, 1), jnp.float32)) if weight is None else weight
+           for depth, weight in enumerate(each)]
+  if len({weight.codes.dtype for weight in whole}) > 1:
+    whole = [weight._replace(codes=weight.codes.astype(jnp.float32)) for weight in whole]
+  _, width, outputs = kernel_NxKxO.shape
+  if len({weight.scale.shape for weight in whole}) > 1:
+    shape = (width if any(len(weight.scale) > 1 for weight in whole) else 1, outputs)
+    whole = [weight._replace(scale=jnp.broadcast_to(quantizers.spread(weight.scale, shape), shape)) for weight in whole]
+  if any(weight.smooth is not None for weight in whole):
+    whole = [weight if weight.smooth is not None else weight._replace(smooth=jnp.ones((width,), jnp.float32)) for weight in whole]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *whole)

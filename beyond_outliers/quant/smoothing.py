@@ -1,0 +1,56 @@
+"""Factors of a layer's inputs, undone in its matrix: the function stays, what is hard to quantize moves from one to the other.
+
+Legend: K contraction, O outputs; a factor [K] multiplies the input, and its reciprocal the matrix.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from beyond_outliers.quant import quantizers, rotations, weights
+from beyond_outliers.quant.calibration import Inputs
+from beyond_outliers.quant.spec import LayerRecipe
+
+SMOOTHQUANT_ALPHA = 0.5
+AWQ_STEPS = 20                   # exponents tried, from 0 on
+
+
+def smoothquant(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
+  """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4), α one half."""
+  del layer
+  x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(jnp.max(jnp.abs(w_KxO), axis=1), 1e-5)
+  return w_K ** (1 - SMOOTHQUANT_ALPHA) / x_K**SMOOTHQUANT_ALPHA
+
+
+def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
+  """mean |x|^-α of every input, with the α in [0, 1) that changes the layer's output least, its weights being rounded to nearest
+  (arXiv 2306.00978, equations 4 and 5); the output's change is read from the Gram matrix of the inputs."""
+  x_K = jnp.maximum(inputs.mean_K, 1e-4)
+
+  def factors(alpha):
+    s_K = jnp.maximum(x_K**alpha, 1e-4)
+    return jnp.sqrt(jnp.max(s_K) * jnp.min(s_K)) / s_K
+
+  def attempt(best, alpha):
+    smooth_K = factors(alpha)
+    error = output_error(w_KxO, smooth_K, inputs, layer)
+    return jax.tree.map(lambda new, old: jnp.where(error < best[0], new, old), (error, smooth_K), best), None
+
+  start = jnp.full((), jnp.inf, w_KxO.dtype), jnp.ones_like(x_K)
+  return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=w_KxO.dtype) / AWQ_STEPS)[0][1]
+
+
+def output_error(w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
+  """Mean squared norm of what rounding the weights to nearest changes in the layer's output, its inputs being as they are."""
+  w = weights.prepare(w_KxO, layer, smooth_K)
+  spec: Any = layer.weights
+  codes = quantizers.forward(w, quantizers.scale_of(w, spec, 0), spec)[0]
+  error_KxO = rotations.unrotate(quantizers.dequantize(codes) - w, layer.rotation, 0) * smooth_K[:, None]
+  return jnp.sum(error_KxO * jnp.matmul(inputs.gram_KxK, error_KxO, precision=lax.Precision.HIGHEST))
+
+
+SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe], jax.Array]] = {"smoothquant": smoothquant, "awq": awq}

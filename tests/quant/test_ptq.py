@@ -1,0 +1,264 @@
+"""Quantization after training: its methods against numpy, what they leave as it was, and the contract that their result obeys."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beyond_outliers import config
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.checks import ConfigError
+from beyond_outliers.model import transformer
+from beyond_outliers.quant import fusion, ptq, rounding, smoothing, weights
+from beyond_outliers.quant.calibration import Inputs
+from beyond_outliers.quant.dot import dot_general_for
+from beyond_outliers.quant.recipes import RECIPES, Recipe
+from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
+
+MODEL = config.Model(
+  vocab=64, blocks=3, heads=2, kv_heads=1, d_head=32, d_model=64, mlp_hidden=128, mlp="relu2", norm_placement="post",
+  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
+  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+DRAW = np.random.default_rng(0)
+TOKENS = DRAW.integers(0, MODEL.vocab, (3, 24)).astype(np.int32)
+BATCHES = [{"tokens": DRAW.integers(0, MODEL.vocab, (2, 24)).astype(np.int32)} for _ in range(3)]
+W4A16, W4A4 = RECIPES["rtn_w4a16"], RECIPES["rtn_w4a4"]
+
+
+def plain(**change):
+  model = transformer.Transformer(dataclasses.replace(MODEL, **change))
+  draw = np.random.default_rng(1)
+  return model, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
+                             transformer.shapes(model))
+
+
+def logits(model, params, tokens=TOKENS):
+  return jax.jit(lambda params: model.apply({"params": params}, tokens))(params)
+
+
+def correlated(tokens, width):
+  """Inputs whose features are neither independent nor of one size."""
+  mixed = DRAW.normal(size=(tokens, width)) @ DRAW.normal(size=(width, width))
+  return (mixed * np.exp(DRAW.normal(size=width))).astype(np.float32)
+
+
+def reference_gptq(w_KxO, gram_KxK, scale_KxO, order):
+  """Algorithm 1 of arXiv 2210.17323 as it is written, a row at a time, in float64, on the grid -7 ... 7."""
+  w, gram, scale = (np.asarray(x, np.float64)[order] for x in (w_KxO, gram_KxK, scale_KxO))
+  gram = gram[:, order] + 0.01 * np.mean(np.diag(gram_KxK)) * np.eye(len(w))
+  inverse = np.linalg.inv(gram)
+  codes = np.zeros_like(w)
+  for row in range(len(w)):
+    codes[row] = np.clip(np.round(w[row] / scale[row]), -7, 7)
+    error = (w[row] - codes[row] * scale[row]) / inverse[row, row]
+    w -= np.outer(inverse[:, row], error)
+    inverse -= np.outer(inverse[:, row], inverse[row]) / inverse[row, row]        # one unknown less
+    inverse[row, row] = 1.0
+  result = np.empty_like(codes)
+  result[order] = codes
+  return result
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_in_order"])
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(4, granularity="group", group=16)], ids=["channel", "group"])
+def test_gptq_is_the_papers_algorithm(name, spec):
+  K, outputs = 160, 24                                   # more rows than a block of 128, and no multiple of it
+  x, w = correlated(500, K), DRAW.normal(size=(K, outputs)).astype(np.float32)
+  gram = x.T @ x / len(x)
+  with jax.enable_x64(True):
+    w, gram = jnp.asarray(w, jnp.float64), jnp.asarray(gram, jnp.float64)
+    scale = rounding.quantizers.scale_of(w, spec, 0)
+    codes = rounding.ROUNDINGS[name](w, scale, spec, gram).codes
+  order = np.argsort(-np.diag(gram), kind="stable") if name == "gptq" else np.arange(K)
+  expected = reference_gptq(w, gram, np.repeat(scale, K // len(scale), 0), order)
+  np.testing.assert_array_equal(codes, expected)
+
+
+def test_gptq_moves_the_output_less_than_rounding_to_nearest():
+  x, w = correlated(500, 128), DRAW.normal(size=(128, 32)).astype(np.float32)
+  spec, gram = QuantSpec(4), jnp.asarray(x.T @ x / len(x))
+  scale = rounding.quantizers.scale_of(jnp.asarray(w), spec, 0)
+
+  def error(name):
+    return np.linalg.norm(x @ (np.asarray(rounding.ROUNDINGS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w))
+  assert error("gptq") < 0.8 * error("nearest") and error("gptq_in_order") < 0.8 * error("nearest")
+
+
+def test_inputs_that_are_always_zero_leave_their_rows_rounded_alone():
+  x, w = correlated(300, 64), DRAW.normal(size=(64, 8)).astype(np.float32)
+  x[:, 5] = 0
+  spec, gram = QuantSpec(4), jnp.asarray(x.T @ x / len(x))
+  scale = rounding.quantizers.scale_of(jnp.asarray(w), spec, 0)
+  codes = np.asarray(rounding.gptq(jnp.asarray(w), scale, spec, gram).codes)
+  np.testing.assert_array_equal(codes[5], np.asarray(rounding.nearest(jnp.asarray(w), scale, spec, None).codes)[5])
+
+
+def test_smoothquant_is_the_papers_equation():
+  x, w = correlated(200, 32), DRAW.normal(size=(32, 8)).astype(np.float32)
+  s = np.abs(x).max(0) ** 0.5 / np.abs(w).max(1) ** 0.5                     # X / s, W · s
+  inputs = Inputs(np.abs(x).max(0), np.abs(x).mean(0), x.T @ x / len(x))
+  np.testing.assert_allclose(smoothing.smoothquant(jnp.asarray(w), inputs, W4A4.default), 1 / s, rtol=1e-5)
+
+
+def test_awq_takes_the_exponent_of_least_output_error():
+  x, w = correlated(200, 32), DRAW.normal(size=(32, 8)).astype(np.float32)
+  inputs, layer = Inputs(np.abs(x).max(0), np.abs(x).mean(0), jnp.asarray(x.T @ x / len(x))), W4A16.default
+  errors = {}
+  for alpha in np.arange(20) / 20:
+    s = np.abs(x).mean(0) ** alpha
+    s = s / np.sqrt(s.max() * s.min())
+    scale = np.abs(w * s[:, None]).max(0) / 7
+    errors[alpha] = np.mean(np.sum((x @ (np.round(w * s[:, None] / scale) * scale / s[:, None] - w)) ** 2, 1)), 1 / s
+  best = min(errors, key=errors.get)
+  assert best > 0 and errors[best][0] < errors[0][0]
+  smooth = smoothing.awq(jnp.asarray(w), inputs, layer)
+  np.testing.assert_allclose(smooth, errors[best][1], rtol=1e-4)
+  np.testing.assert_allclose(smoothing.output_error(jnp.asarray(w), smooth, inputs, layer), errors[best][0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["none", "hadamard", "smooth", "both"])
+def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
+  """Rotation and smoothing of both operands, with nothing rounded: codes are the numbers themselves."""
+  x, w = correlated(20, 64), DRAW.normal(size=(64, 8)).astype(np.float32)
+  rotation = "hadamard" if name in ("hadamard", "both") else "none"
+  layer = LayerRecipe(QuantSpec(8, rotation=rotation))
+  smooth = jnp.asarray(np.exp(DRAW.normal(size=64)), jnp.float32) if name in ("smooth", "both") else None
+  weight = weights.Weight(weights.prepare(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth)
+  expected = x.astype(np.float64) @ w
+  tolerance = 1e-5 * np.abs(expected).max()
+  np.testing.assert_allclose(weights.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(x @ np.asarray(weights.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance)
+  # The Gram matrix follows the inputs into the basis of the matrix.
+  rotated = np.asarray(weights.rotations.rotate(jnp.asarray(x if smooth is None else x * smooth), rotation, 1), np.float64)
+  gram = rotated.T @ rotated
+  np.testing.assert_allclose(weights.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max())
+
+
+@pytest.mark.parametrize("change", [{}, {"norm_placement": "pre"}, {"norm_placement": "pre", "tied": False, "mlp": "swiglu"},
+                                    {"heads": 3, "d_head": 24, "d_model": 72, "norm_placement": "pre"}], ids=str)
+def test_fused_rotations_leave_the_function_as_it_was(change):
+  model, params = plain(**change)
+  rotated_model, rotated, _ = fusion.fuse(model, params)
+  exact = logits(model, params)
+  np.testing.assert_allclose(logits(rotated_model, rotated), exact, rtol=0, atol=1e-5 * float(jnp.abs(exact).max()))
+  assert not np.allclose(rotated["layers"]["attention"]["o"]["kernel"], params["layers"]["attention"]["o"]["kernel"], atol=0.1)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_fused_rotations_leave_out_those_at_run_time_that_they_replace(placement):
+  model, params = plain(norm_placement=placement)
+  recipe = ptq.quantize(model, params, W4A4, "quarot").recipe
+  online = {path.split("/", 2)[-1] for path in model.contractions() if (layer := recipe.layer(path)) and layer.rotation != "none"}
+  assert online == {"mlp/down"} if placement == "pre" else {"mlp/down", "mlp/up", "attention/q", "attention/k", "attention/v"}
+
+
+@pytest.mark.parametrize("recipe", ["rtn_w4a4", "rtn_w4a16_g128", "mxfp4", "quest_w4a4"])
+def test_rounding_to_nearest_is_what_training_under_the_recipe_computes(recipe):
+  model, params = plain(heads=4, d_model=128, mlp_hidden=256)
+  q = ptq.quantize(model, params, RECIPES[recipe])
+  trained = model.clone(dot_general_for=dot_general_for(RECIPES[recipe], "jax"))
+  np.testing.assert_array_equal(logits(q.model, q.params), logits(trained, params))
+
+
+@pytest.mark.parametrize("method", [
+  "smoothquant", "awq", "quarot+gptq",
+  *(pytest.param(name, marks=pytest.mark.slow) for name in ("rtn", "gptq", "hadamard", "awq+gptq"))])
+def test_every_kind_of_method_approaches_the_model_as_bits_grow(method):
+  model, params = plain()
+  exact = logits(model, params)
+
+  def error(bits):
+    recipe = Recipe((("head", None), (".*", LayerRecipe(QuantSpec(bits), QuantSpec(bits, granularity="token")))))
+    q = ptq.quantize(model, params, recipe, method, BATCHES)
+    return float(jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact))
+  assert error(8) < 0.2 * error(4) < 0.05
+
+
+def test_later_blocks_of_gptq_see_quantized_inputs():
+  """The last block's codes are others than where the blocks before it stay whole."""
+  model, params = plain()
+  q = ptq.quantize(model, params, W4A4, "gptq", BATCHES)
+  rules = (("layers/[01]/.*|head", None), (".*", W4A4.default))
+  again = ptq.quantize(model, params, Recipe(rules), "gptq", BATCHES)
+  ours, alone = q.params["layers"]["mlp"]["up"]["kernel"].codes[2], again.params["layers"]["mlp"]["up"]["kernel"].codes[2]
+  assert np.mean(ours != alone) > 0.01
+
+
+def test_calibration_is_the_mean_over_all_batches():
+  model, params = plain()
+  together = [{"tokens": np.concatenate([batch["tokens"] for batch in BATCHES])}]
+  one, many = (ptq.quantize(model, params, W4A16, "awq", batches).params for batches in (together, BATCHES))
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4)
+
+
+def test_rules_over_depths_share_a_stack():
+  """Some layers of a stack in codes of other widths, some left whole: each as its own rule says."""
+  model, params = plain()
+  layer = W4A4.default
+  group = LayerRecipe(QuantSpec(8, granularity="group", group=16))
+  recipe = Recipe((("head|layers/0/.*", None), ("layers/1/mlp/.*", group), (".*", layer)))
+  q = ptq.quantize(model, params, recipe)
+  trained = model.clone(dot_general_for=dot_general_for(recipe, "jax"))
+  np.testing.assert_allclose(logits(q.model, q.params), logits(trained, params), atol=2e-5)
+  assert q.params["layers"]["mlp"]["up"]["kernel"].codes.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_head(tied):
+  model, params = plain(tied=tied)
+  recipe = Recipe(((".*", W4A4.default),))
+  q = ptq.quantize(model, params, recipe, "gptq" if not tied else "rtn", BATCHES)
+  assert isinstance(q.params.get("head", {}).get("kernel"), weights.Weight) != tied
+  exact = logits(model, params)
+  assert 1e-3 < jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact) < 0.5
+
+
+def test_documents_that_are_kept_apart_are_calibrated_apart():
+  model, params = plain()
+  masks = {"segment_ids": np.repeat([[1, 2]], 12, 1).reshape(1, 24).repeat(2, 0).astype(np.int32),
+           "positions": np.tile(np.arange(12), 2)[None].repeat(2, 0).astype(np.int32)}
+  apart = ptq.quantize(model, params, W4A16, "awq", [{**batch, **masks} for batch in BATCHES])
+  halves = [{"tokens": np.concatenate([batch["tokens"][:, :12], batch["tokens"][:, 12:]])} for batch in BATCHES]
+  alone = ptq.quantize(model, params, W4A16, "awq", halves)
+  for a, b in zip(jax.tree.leaves(apart.params), jax.tree.leaves(alone.params), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gets_the_same_codes():
+  model, params = plain(kv_heads=2)
+  expected = ptq.quantize(model, params, W4A16, "gptq", BATCHES[:1])
+  mesh = mesh_lib.make_mesh(config.Mesh(2, 2, 2))
+  placed = jax.device_put(params, mesh_lib.shardings(transformer.boxed_shapes(model), mesh))
+  with mesh_lib.use(mesh):
+    q = ptq.quantize(model, placed, W4A16, "gptq", BATCHES[:1])
+    scores = logits(q.model, q.params)
+  pairs = zip(jax.tree.leaves(q.params), jax.tree.leaves(expected.params), strict=True)
+  differ = [np.mean(np.asarray(a) != np.asarray(b)) for a, b in pairs if a.dtype == jnp.int8]
+  assert max(differ) < 0.01                              # sums in another order round a few numbers otherwise
+  np.testing.assert_allclose(scores, logits(expected.model, expected.params), atol=0.05)
+
+
+def test_sizes_count_every_bit():
+  model, params = plain()
+  whole = sum(x.size for x in jax.tree.leaves(params)) * 4
+  kernels = sum(x.size for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
+  outputs = sum(x.shape[0] * x.shape[2] for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
+  assert ptq.quantize(model, params, W4A16).size_bytes == whole - 4 * kernels + kernels // 2 + 4 * outputs
+
+
+def test_what_is_refused():
+  model, params = plain()
+  q = ptq.quantize(model, params, W4A4)
+  for call, message in {
+    lambda: ptq.quantize(model, params, W4A4, "gptw", BATCHES): "did you mean 'gptq'",
+    lambda: ptq.quantize(model, q.params, W4A4): "hold codes already",
+    lambda: ptq.quantize(model, params, W4A4, "awq"): "awq looks at the inputs",
+    lambda: ptq.quantize(model, params, RECIPES["lsq_w4a4"]): "no learned scales",
+    lambda: ptq.quantize(model, params, RECIPES["rtn_w4a16_g128"]): "blocks of 128 do not divide a width of 64",
+    lambda: ptq.quantize(model, params, RECIPES["mxfp4"], "rtn_mse"): "has a rule of its own",
+  }.items():
+    with pytest.raises(ConfigError, match=message):
+      call()
