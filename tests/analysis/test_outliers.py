@@ -181,7 +181,7 @@ def test_a_model_under_recipes_has_the_same_sites(measured):
   first = [path for path in frame.index if path.startswith("layers/0")]
   assert_frames_near(quantized.loc[first], frame.loc[first])
   assert list(quantized.index) == list(frame.index)
-  assert abs(quantized.kurtosis["head"] - frame.kurtosis["head"]) > 1e-3
+  assert abs(quantized["kurtosis"]["head"] - frame["kurtosis"]["head"]) > 1e-3
 
 
 def test_an_untied_head_and_gated_mlp_are_measured():
@@ -213,5 +213,5 @@ def test_the_signal_is_what_a_spec_leaves_of_it():
 def test_a_row_of_metrics_has_means_by_kind(measured):
   frame = measured[2]
   row = outliers.summary(frame)
-  assert row["kurtosis/residual"] == pytest.approx(frame.kurtosis[frame.kind == "residual"].mean())
+  assert row["kurtosis/residual"] == pytest.approx(frame["kurtosis"][frame.kind == "residual"].mean())
   assert set(row) == {f"{metric}/{kind}" for metric in outliers.METRICS for kind in ("residual", "linear", "activation")}
