@@ -207,9 +207,10 @@ class Log:
   profile_step: int
   profile_steps: int
   quant_statistics: bool = False
+  outliers_every: int = 0
 
   def __post_init__(self):
-    at_least(self, "log.", every=1, profile_step=0, profile_steps=1)
+    at_least(self, "log.", every=1, profile_step=0, profile_steps=1, outliers_every=0)
     require(self.profile_step != 1, "log.profile_step", 1, "expected 2 or more (the first step compiles), or 0: never")
 
 

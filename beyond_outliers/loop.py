@@ -127,12 +127,12 @@ class Log:
 
 
 class Evaluate:
-  """Validation every `every` steps and after the last."""
+  """A row of `<name>/...` every `every` steps and after the last, from the parameters alone: validation by default."""
 
   def __init__(self, every: int, evaluate: Callable[[Any], dict[str, Any]], sinks: Sequence[writers.Writer], clock: Clock, *,
-               num_steps: int, before: Callable[[], None]):
+               num_steps: int, before: Callable[[], None], name: str = "eval"):
     self._every, self._evaluate, self._sinks, self._clock = every, evaluate, sinks, clock
-    self._num_steps, self._before = num_steps, before
+    self._num_steps, self._before, self._name = num_steps, before, name
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     if not due(step, self._every, self._num_steps):
@@ -141,8 +141,8 @@ class Evaluate:
       self._before()                             # the log's held-back row belongs in front of this one
       start = time.perf_counter()
       result = self._evaluate(state.params)
-      row = {"step": step, **{f"eval/{name}": value for name, value in result.items()},
-             "eval/seconds": time.perf_counter() - start}
+      row = {"step": step, **{f"{self._name}/{key}": value for key, value in result.items()},
+             f"{self._name}/seconds": time.perf_counter() - start}
       for sink in self._sinks:
         sink.write(row)
 

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, warm_start, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
+from beyond_outliers.analysis import outliers
 from beyond_outliers.model import transformer
 
 
@@ -166,7 +167,12 @@ def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None
     save = loop.Save(c.checkpoint, checkpoints, batches.state, clock, tokens_per_step=tokens_per_step, num_steps=c.steps,
                      before=log.flush)
     stack.callback(save.close)
-    hooks: list[loop.Hook] = [log, loop.Evaluate(c.eval.every, evaluate, sinks, clock, num_steps=c.steps, before=log.flush), save]
+    periodic = dict(num_steps=c.steps, before=log.flush)
+    hooks: list[loop.Hook] = [log, loop.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
+    if c.log.outliers_every:
+      measure = _outliers(program.model, validation, mesh, c.data.mask_documents)
+      hooks.append(loop.Evaluate(c.log.outliers_every, measure, sinks, clock, **periodic, name="outliers"))
+    hooks.append(save)
     if c.log.profile_step:
       profile = loop.Profile(workdir.path / "profile", c.log.profile_step, c.log.profile_steps)
       stack.callback(profile.close)
@@ -225,6 +231,19 @@ def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.shard
       return jax.device_get(eval_step(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)))
     return evaluation.evaluate(token_losses, batches, num_bytes)
   return evaluate
+
+
+def _outliers(model: transformer.Transformer, batches: data.ValidationBatches, mesh: jax.sharding.Mesh,
+              mask_documents: bool) -> Callable[[Any], dict[str, float]]:
+  """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
+  everywhere = mesh_lib.replicated(mesh)
+  activations = jax.jit(outliers.measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
+  matrices = jax.jit(outliers.weight_measurement, out_shardings=everywhere)
+
+  def measure(params):
+    seen = outliers.collect(activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches)
+    return {**outliers.summary(seen), **outliers.summary(outliers.collect([matrices(params)]).assign(kind="weights"))}
+  return measure
 
 
 def _sinks(c: config.Config, workdir: writers.Workdir, first: int) -> list[writers.Writer]:

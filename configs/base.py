@@ -98,6 +98,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.log.every = 10                           # steps
   c.log.update_statistics = False            # also the RMS of every group's updates and the spectral norm of its matrices'
   c.log.quant_statistics = True              # also, under a recipe, what it does to weights and activations, by kind of layer
+  c.log.outliers_every = 0                   # steps between metrics of outliers over the validation documents; 0: never
   c.log.tensorboard = False                  # also to <workdir>/tensorboard (extra: tensorboard)
   c.log.wandb = ""                           # also to this Weights & Biases project (extra: wandb)
   c.log.profile_step = 0                     # start a profiler trace at this step; 0: never

@@ -9,6 +9,7 @@ import pytest
 
 from beyond_outliers import checkpoint, config, data, mesh, runs, train, writers
 from beyond_outliers import step as step_lib
+from beyond_outliers.analysis import outliers
 from configs import adamw
 
 # Of this file's run, written down when gradients and AdamW had been checked against their references.
@@ -70,6 +71,22 @@ def test_the_checkpoint_of_a_step_holds_the_parameters_of_that_step(finished, tm
     saved = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(program.state, 4)
   assert equal(saved[1], state)
   assert not equal(saved[1].params, runs.open(workdir).params(8))
+
+
+@pytest.mark.slow
+def test_outliers_are_logged_when_asked_for(tiny_config, tmp_path):
+  """Of the parameters that a step left, padding left out; on a mesh."""
+  c = tiny_config(**{"steps": 2, "eval.documents": 1, "log.outliers_every": 2})
+  assert run(c, tmp_path / "run", devices=2) == "done"
+  opened = runs.open(tmp_path / "run")
+  row = opened.metrics().loc[2]
+  params = opened.params(2)
+  expected = {**outliers.summary(outliers.measure(opened.model, params, opened.batches("validation"))),
+              **outliers.summary(outliers.weights(params))}
+  assert len(expected) == 6 * 4
+  for name, value in expected.items():
+    np.testing.assert_allclose(row[f"outliers/{name}"], value, rtol=1e-3, err_msg=name)
+  assert row["outliers/seconds"] > 0 and "eval/kurtosis/linear" not in row
 
 
 def test_resume_is_bitwise(finished, cut):

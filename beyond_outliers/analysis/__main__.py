@@ -1,24 +1,58 @@
-"""Reports on a sweep: python -m beyond_outliers.analysis --root=runs/tuning [--plot=curves.png]."""
+"""Reports on sweeps: python -m beyond_outliers.analysis --root=runs/tuning,runs/qat [--plot=curves.png --gap_plot=gap.png].
+
+Prints each recipe's best learning rates, and where there is more than one recipe what each costs each optimizer. --common_loss
+prints instead how the optimizers come to one loss. --overrides=FILE writes the rates, or rates and lengths, for launch.local.
+"""
 from __future__ import annotations
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from beyond_outliers import runs
-from beyond_outliers.analysis import plots, protocol, tables
+from beyond_outliers.analysis import gaps, plots, protocol, tables
 
-ROOT = flags.DEFINE_string("root", None, "Folder with the workdirs of the sweep, at any depth.", required=True)
-PLOT = flags.DEFINE_string("plot", "", "Also write the loss curves to this PNG file.")
+ROOT = flags.DEFINE_list("root", None, "Folders with the workdirs of sweeps, at any depth.", required=True)
+PLOT = flags.DEFINE_string("plot", "", "Also draw the loss curves into this PNG file.")
+GAP_PLOT = flags.DEFINE_string("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
+COMMON_LOSS = flags.DEFINE_bool("common_loss", False, "How the optimizers come to one loss in full precision, instead.")
+OVERRIDES = flags.DEFINE_string("overrides", "", "Also write what was found in full precision to this file, for launch.local.")
 
 
 def main(argv: list[str]) -> None:
   del argv
-  tunings = protocol.tuning(runs.find(ROOT.value))
-  print(tables.tuning(tunings))
-  for t in tunings:
-    if t.at_the_edge:
-      print(f"{t.optimizer}: {t.learning_rate:g} lies on the edge of its grid {sorted(t.losses)}; widen it")
+  logging.set_verbosity(logging.WARNING)          # Orbax tells of every checkpoint it opens
+  found = [run for root in ROOT.value for run in runs.find(root)]
+  chosen = report_common_loss(found) if COMMON_LOSS.value else report_tuning(found)
+  if OVERRIDES.value:
+    protocol.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
+
+
+def report_tuning(found: list[runs.Run]) -> list[protocol.Tuning]:
+  """Returns what was tuned in full precision."""
+  tunings = protocol.tuning(found)
+  recipes = list(dict.fromkeys(t.recipe for t in tunings))
+  for recipe in recipes:
+    own = [t for t in tunings if t.recipe == recipe]
+    print(f"learning rates, recipe {recipe}\n\n{tables.tuning(own)}\n")
+    for t in own:
+      if t.at_the_edge and len(t.losses) > 1:
+        print(f"{t.optimizer}: {t.learning_rate:g} lies on the edge of its grid {sorted(t.losses)}; widen it")
+  if len(recipes) > 1:
+    differences, left_out = gaps.gaps(found)
+    print(f"full precision against recipe\n\n{tables.gaps(differences)}\n")
+    if any(len(t.losses) > 1 for t in tunings if t.recipe != protocol.FULL_PRECISION):
+      print(f"learning rates tuned under a recipe\n\n{tables.retuning(tunings)}\n")
+    print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
+    if GAP_PLOT.value:
+      plots.gaps(differences, GAP_PLOT.value)
   if PLOT.value:
     plots.loss_curves(tunings, PLOT.value)
+  return [t for t in tunings if t.recipe == protocol.FULL_PRECISION]
+
+
+def report_common_loss(found: list[runs.Run]) -> list[protocol.Landing]:
+  loss, landings = protocol.common_loss(found)
+  print(f"common loss: {loss:.4f} nats\n\n{tables.common_loss(landings, loss)}")
+  return landings
 
 
 if __name__ == "__main__":

@@ -2,23 +2,11 @@
 import json
 
 import pytest
+from workdirs import workdir
 
-from beyond_outliers import config, runs
+from beyond_outliers import runs
 from beyond_outliers.analysis import plots, protocol, tables
-from configs import adamw, muon
-
-
-def workdir(root, module, rate, seed, losses, status="done"):
-  """A run as training leaves it, without the training."""
-  folder = root / module.__name__.split(".")[-1] / f"{rate}-{seed}"
-  folder.mkdir(parents=True)
-  c = config.resolve(module.get_config(f"nano,optimizer.learning_rate={rate},seed={seed}"))
-  (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
-  (folder / "manifest.json").write_text("{}")
-  (folder / "status.json").write_text(json.dumps({"status": status, "step": len(losses)}))
-  rows = [{"step": step, "train/loss": loss, "seconds": 2.0 * step, "skipped": 0.0} for step, loss in enumerate(losses, 1)]
-  rows.append({"step": len(losses), "eval/loss": losses[-1] + 0.5})
-  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+from configs import adamw, muon, soap
 
 
 @pytest.fixture
@@ -58,3 +46,80 @@ def test_the_table_has_the_neighbours_and_what_went_wrong(sweep):
 def test_the_figure_is_written(sweep, tmp_path):
   plots.loss_curves(protocol.tuning(sweep), tmp_path / "curves.png")
   assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipes_are_sweeps_of_their_own(sweep, tmp_path):
+  """Under the recipe another rate is best: no mean over both."""
+  for rate, end in ((0.03, 4.9), (0.1, 4.8)):
+    for seed in (0, 1):
+      workdir(tmp_path / "qat", adamw, rate, seed, [6.0, end], recipe="quest_w4a4")
+  found = protocol.tuning([*sweep, *runs.find(tmp_path / "qat")])
+  assert [(t.recipe, t.optimizer, t.learning_rate) for t in found] == [
+    ("none", "muon", 0.1), ("none", "adamw", 0.03), ("quest_w4a4", "adamw", 0.1)]
+  assert tables.retuning(found).splitlines()[2:] == [
+    "| adamw | quest_w4a4 | 0.03 | 0.1 (edge of the grid) | 5.4000 | 5.3000 |"]
+
+
+@pytest.mark.parametrize("options,message", [
+  ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in"),
+  ({"argument": ",steps=100"}, "steps: 260 in .*, 100 in"),
+  ({"argument": ",model.blocks=3"}, "model.blocks: 2 in .*, 3 in"),
+  ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .*: these do not compare"),
+  ({}, "are of one optimizer, recipe, learning rate, seed and length"),
+])
+def test_runs_that_do_not_compare_are_refused(sweep, tmp_path, options, message):
+  workdir(tmp_path / "other", adamw, 0.1, 0, [6.0, 4.0], **options)
+  with pytest.raises(ValueError, match=message):
+    protocol.tuning([*sweep, *runs.find(tmp_path / "other")])
+
+
+def test_what_was_found_is_written_for_the_launcher(sweep, tmp_path):
+  found = protocol.tuning(sweep)
+  protocol.write_overrides(tmp_path / "tuned.json", "nano", found)
+  assert json.loads((tmp_path / "tuned.json").read_text()) == {
+    "size": "nano", "overrides": {"muon": {"optimizer.learning_rate": 0.1}, "adamw": {"optimizer.learning_rate": 0.03}}}
+  with pytest.raises(ValueError, match="one entry an optimizer"):
+    protocol.write_overrides(tmp_path / "tuned.json", "nano", [*found, found[0]])
+
+
+def curve(end, gain=0.25):
+  """Evaluations of a run of 256 steps whose loss falls by a nat as the steps double, and by `gain` in its cool-down."""
+  return {64: end + gain + 2, 128: end + gain + 1, 256: end}
+
+
+def test_the_common_loss_and_how_many_steps_lead_to_it(tmp_path):
+  full = dict(argument=",steps=256")
+  workdir(tmp_path, adamw, 0.1, 0, curve(4.0), **full)
+  for seed, off in ((0, 0.1), (1, -0.1)):
+    workdir(tmp_path, muon, 0.01, seed, curve(3.0 + off), **full)
+  workdir(tmp_path, soap, 0.01, 0, curve(3.5), **full)
+  workdir(tmp_path, soap, 0.01, 1, curve(3.5), **full, recipe="quest_w4a4")          # of no concern here
+  loss, landings = protocol.common_loss(runs.find(tmp_path))
+  assert loss == 4.0
+  assert [(x.optimizer, x.steps) for x in landings] == [("muon", 128), ("soap", 181), ("adamw", 256)], "a half, 1/sqrt(2), all"
+  muons = landings[0]
+  assert muons.ending == pytest.approx((256, 3.0)) and muons.evaluation == pytest.approx((128, 4.25)) and muons.checkpoint is None
+  assert muons.overrides == {"optimizer.learning_rate": 0.01, "steps": 128}
+  assert tables.common_loss(landings, loss).splitlines()[2] == (
+    "| muon | 0.01 | 3.0000 at 256 | 128 | 3.0000 at 256 | -1.0000 | 4.2500 at 128 | none |")
+
+  # It ended lower than expected: the second estimate lies between the two ends that are known.
+  for seed in (0, 1):
+    workdir(tmp_path / "again", muon, 0.01, seed, {128: 3.6}, argument=",steps=128")
+  muons = protocol.common_loss(runs.find(tmp_path))[1][0]
+  assert muons.ending == pytest.approx((128, 3.6))
+  assert muons.steps == 81, "128 · 2 ** (-0.4 / 0.6)"
+
+
+def test_a_checkpoint_between_evaluations_has_a_loss_between_theirs(tmp_path):
+  for module, end in ((adamw, 4.0), (muon, 3.0)):
+    workdir(tmp_path, module, 0.1, 0, curve(end), argument=",steps=256", checkpoints=(96, 256))
+  muons, adamws = protocol.common_loss(runs.find(tmp_path))[1]
+  assert muons.checkpoint == pytest.approx((96, 4.75)) and adamws.checkpoint == pytest.approx((256, 4.0))
+
+
+def test_a_run_that_tells_too_little_for_the_common_loss_is_refused(tmp_path):
+  workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256")
+  workdir(tmp_path, muon, 0.1, 0, {128: 4.0, 256: 3.5}, argument=",steps=256")
+  with pytest.raises(ValueError, match=r"muon: 1 evaluations between .* train with a smaller eval.every"):
+    protocol.common_loss(runs.find(tmp_path))

@@ -28,6 +28,17 @@ def test_a_condition_that_nothing_meets_is_refused(tmp_path):
   assert result.returncode != 0 and "--where=seed=99: no run of configs/adamw.py's sweep has these values" in result.stderr
 
 
+def test_what_an_analysis_found_replaces_the_sweep_s_values(tmp_path):
+  """Rates fall out of the sweep, seeds stay; the file is of one size, and says what it knows of."""
+  file = tmp_path / "tuned.json"
+  file.write_text(json.dumps({"size": "nano", "overrides": {"soap": {"optimizer.learning_rate": 0.01, "steps": 7}}}))
+  start = lambda config: launch(f"--config={config}", f"--root={tmp_path}", f"--overrides={file}", "--list")
+  lines = start("configs/soap_qat.py").stdout.splitlines()
+  assert lines == [f"[{i + 1}/3] {tmp_path}/learning_rate=0.01,seed={i},steps=7: not started" for i in range(3)]
+  assert "found at size nano, and this is 50m; tune at that size" in start("configs/soap.py:50m").stderr
+  assert "nothing about muon; it has soap" in start("configs/muon.py").stderr
+
+
 @pytest.mark.slow
 def test_runs_are_made_once(tiny, tmp_path):
   """The sweep's smallest rate, then the same command again, which starts nothing."""

@@ -1,0 +1,23 @@
+"""Runs as training leaves them, without the training."""
+import json
+
+from beyond_outliers import config
+
+
+def workdir(root, module, rate, seed, losses, status="done", recipe="none", argument="", fingerprint="abc", checkpoints=()):
+  """losses: of training, from step 1, with the validation loss half a nat above the last; or {step: validation loss}."""
+  folder = root / module.__name__.split(".")[-1] / f"{recipe}-{rate}-{seed}"
+  folder.mkdir(parents=True, exist_ok=True)
+  c = config.resolve(module.get_config(f"nano,optimizer.learning_rate={rate},seed={seed},quant.recipe={recipe}{argument}"))
+  (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
+  (folder / "manifest.json").write_text(json.dumps({"data": {"fingerprint": fingerprint}}))
+  (folder / "status.json").write_text(json.dumps({"status": status, "step": len(losses)}))
+  for step in checkpoints:
+    (folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+  if isinstance(losses, dict):
+    rows, evaluated = [{"step": step, "train/loss": loss} for step, loss in losses.items()], losses
+  else:
+    rows = [{"step": step, "train/loss": loss, "seconds": 2.0 * step, "skipped": 0.0} for step, loss in enumerate(losses, 1)]
+    evaluated = {len(losses): losses[-1] + 0.5}
+  rows += [{"step": step, "eval/loss": loss, "eval/bits_per_byte": loss / 2} for step, loss in evaluated.items()]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
