@@ -8,9 +8,10 @@ and what optimizers' updates cost alone: timed beside their peers (bench_optimiz
   python -m beyond_outliers.bench --on_paper=760m              FLOPs, state and traffic of a device
   python -m beyond_outliers.bench --collectives=50m            what moves between devices in the compiled programs
 
-and what quantization costs beside full precision (bench_recipes.py):
+and what quantization costs: beside full precision (bench_recipes.py), and after training, method by method (bench_ptq.py):
 
   python -m beyond_outliers.bench --recipes                    a linear layer, and whole models
+  python -m beyond_outliers.bench --ptq=50m                    seconds and memory
 
 Every time is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
 """
@@ -26,7 +27,21 @@ from typing import Any
 import jax
 from absl import flags
 
-from beyond_outliers import bench_optimizers, bench_recipes, checks, command, config, costs, data, hardware, loop, optim, train
+from beyond_outliers import (
+  bench_optimizers,
+  bench_ptq,
+  bench_recipes,
+  checks,
+  command,
+  config,
+  costs,
+  data,
+  hardware,
+  loop,
+  optim,
+  quant,
+  train,
+)
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
@@ -35,7 +50,8 @@ OPTIMIZERS = flags.DEFINE_bool("optimizers", None, "Time optimizers' steps, and 
 ON_PAPER = flags.DEFINE_enum("on_paper", None, list(config.SIZES), "Count what optimizers cost a device at this size.")
 COLLECTIVES = flags.DEFINE_enum("collectives", None, list(config.SIZES), "Compile optimizers' updates of this size for meshes.")
 RECIPES = flags.DEFINE_bool("recipes", None, "Time quantization recipes beside full precision, instead of a run's step.")
-CONFIG = command.config_flag("optimizers", "on_paper", "collectives", "recipes")
+PTQ = flags.DEFINE_enum("ptq", None, list(config.SIZES), "Time quantizing a model of this size after its training.")
+CONFIG = command.config_flag("optimizers", "on_paper", "collectives", "recipes", "ptq")
 TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
 ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
@@ -148,14 +164,18 @@ def table(result: dict[str, Any]) -> str:
 
 
 def rows() -> tuple[Any, str]:
-  """(figures, as a table) of --optimizers, --on_paper, --collectives or --recipes."""
-  known = list(bench_optimizers.ROWS if OPTIMIZERS.value else bench_recipes.ROWS if RECIPES.value else optim.OPTIMIZERS)
+  """(figures, as a table) of --optimizers, --on_paper, --collectives, --recipes or --ptq."""
+  known = list(bench_optimizers.ROWS if OPTIMIZERS.value else bench_recipes.ROWS if RECIPES.value else
+               quant.METHODS if PTQ.value else optim.OPTIMIZERS)
   for name in ONLY.value:
     checks.require(name in known, "--only", name, "expected some of " + ", ".join(known))
   if RECIPES.value:
     result = bench_recipes.run(ONLY.value or bench_recipes.DEFAULT, REPEATS.value)
     return result, bench_recipes.table(result)
   names = ONLY.value or known
+  if PTQ.value:
+    result = bench_ptq.run(PTQ.value, names)
+    return result, bench_ptq.table(result)
   if OPTIMIZERS.value:
     result = bench_optimizers.run(names, TREE.value, REPEATS.value)
     return result, bench_optimizers.table(result)

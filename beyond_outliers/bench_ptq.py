@@ -1,6 +1,10 @@
-"""What quantizing a trained model costs: bench.py's --ptq, one method after another, on random weights and tokens."""
+"""What quantizing a model costs after its training: one method after another, on random weights and tokens.
+
+  python -m beyond_outliers.bench --ptq=50m [--only=rtn,gptq] [--json]
+"""
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +20,9 @@ RECIPE = "rtn_w4a4"
 WINDOWS = 16                     # of calibration, a batch each
 
 
-def run(c: config.Config, methods: Sequence[str]) -> dict[str, Any]:
-  """{seconds and bytes of every method}: the time includes what it compiles, the memory is the process's peak so far."""
+def run(size: str, methods: Sequence[str]) -> dict[str, Any]:
+  """Seconds and bytes of every method: compiling counts, and the memory is the process's peak so far."""
+  c = config.resolve(importlib.import_module("configs.adamw").get_config(f"{size},model.dtype=float32"))
   model = transformer.Transformer(c.model)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
   draw = np.random.default_rng(c.seed)

@@ -15,7 +15,8 @@ FLOORS = (
   ("evaluation",),
   ("loop", "runs", "warm_start"),
   ("train", "analysis", "zero_shot"),
-  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_recipes", "bench_rows", "bench"),
+  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
+   "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
