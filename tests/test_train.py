@@ -246,7 +246,7 @@ def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
   assert equal(q["kernel"], before["layers"]["attention"]["q"]["kernel"])
   x = np.asarray(before["embedding"])[next(runs.open(learned).batches("train"))["tokens"]]
   expected = [2 * np.abs(numbers).mean() / 7**0.5 for numbers in (x, np.asarray(q["kernel"][0]))]
-  np.testing.assert_allclose(q["QuantizedDot_0"]["scale"][0], expected, rtol=1e-5)
+  np.testing.assert_allclose(np.exp(q["QuantizedDot_0"]["log_scale"][0]), expected, rtol=1e-5)
   np.testing.assert_allclose(losses(learned)[1], first_loss(learned), rtol=1e-5)
 
 

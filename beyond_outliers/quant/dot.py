@@ -51,16 +51,20 @@ class QuantizedDot(nn.Module):
     return any(spec is not None and getattr(spec, field) == value for spec in specs)
 
   def _scales(self, lhs, rhs, w_axis):
-    """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first forward pass says."""
+    """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first forward pass says.
+
+    Their logarithms are what is learned: an optimizer whose steps have one length whatever the gradient's, as all here have, would
+    throw scales of a hundredth below zero, but changes logarithms in proportion (as arXiv 1903.08066, section 3.3, argues)."""
     operands = {"activations": (self.recipe.activations, lhs, 1), "weights": (self.recipe.weights, rhs, w_axis)}
     learned = {name: (spec, x, axis) for name, (spec, x, axis) in operands.items() if spec and spec.scale == "learned"}
 
     def begin(key):
       del key
-      return jnp.stack([quantizers.scale_of(rotations.rotate(x.astype(jnp.float32), spec.rotation, axis), spec, axis).reshape(())
-                        for spec, x, axis in learned.values()])
-    scale: Any = self.param("scale", nn.with_logical_partitioning(begin, ("vector",)))
-    each = dict(zip(learned, scale.reshape(-1, 1, 1), strict=True))
+      scales = [quantizers.scale_of(rotations.rotate(x.astype(jnp.float32), spec.rotation, axis), spec, axis).reshape(())
+                for spec, x, axis in learned.values()]
+      return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))         # inputs that are all zero have none
+    log_scale: Any = self.param("log_scale", nn.with_logical_partitioning(begin, ("vector",)))
+    each = dict(zip(learned, jnp.exp(log_scale).reshape(-1, 1, 1), strict=True))
     return each.get("activations"), each.get("weights")
 
 

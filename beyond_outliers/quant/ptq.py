@@ -188,7 +188,7 @@ def _with(params: Any, kernels: dict[str, Weight]) -> Any:
 
 def _weight(params: Any, layer: LayerRecipe, how: Method, inputs: Inputs | None) -> Weight:
   """The matrix of one linear layer, given its parameters."""
-  learned = next((node["scale"] for node in params.values() if isinstance(node, dict)), None)
+  learned = next((jnp.exp(node["log_scale"]) for node in params.values() if isinstance(node, dict)), None)
   for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
     require(spec is None or spec.scale != "learned" or learned is not None, f"recipe.{operand}.scale", "learned",
             "the parameters hold no learned scales; only a model that was trained under this recipe has them")

@@ -101,7 +101,7 @@ def _of_step(spec: QuantSpec, depths: list[int], after: Linears, before: Linears
 
   def operands(layers):
     # Of learned scales the last is that of the weights.
-    scales = layers.own["scale"][:, -1].reshape(-1, 1, 1) if spec.scale == "learned" else None
+    scales = jnp.exp(layers.own["log_scale"][:, -1]).reshape(-1, 1, 1) if spec.scale == "learned" else None
     every = len(depths) == len(layers.paths)
     return jax.tree.map(lambda x: x if every else x[np.array(depths)], (layers.kernels, scales))
 

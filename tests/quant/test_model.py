@@ -33,8 +33,11 @@ def quantized(recipe, c=MODEL, backend="aqt"):
 def fresh(model):
   """Numbers that all differ, and that cost no compilation."""
   draw = np.random.default_rng(1)
-  return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
-                      transformer.shapes(model))
+
+  def number(path, leaf):
+    mean = 0 if leaf.ndim == 3 else -2 if path[-1].key == "log_scale" else 0.5
+    return jnp.asarray(draw.normal(mean, 0.1, leaf.shape), leaf.dtype)
+  return jax.tree_util.tree_map_with_path(number, transformer.shapes(model))
 
 
 def logits(model, params, tokens=TOKENS, **rngs):
@@ -62,7 +65,7 @@ def paths(tree):
 def test_the_parameters_are_those_of_full_precision(name):
   plain = paths(transformer.shapes(transformer.Transformer(MODEL)))
   ours = paths(transformer.shapes(quantized(name)))
-  scales = {path: leaf for path, leaf in ours.items() if path.endswith("/scale") and path not in plain}
+  scales = {path: leaf for path, leaf in ours.items() if path.endswith("/log_scale") and path not in plain}
   assert {path: leaf for path, leaf in ours.items() if path not in scales} == plain
   learned = len(transformer.linear_paths(MODEL)) if name == "lsq_w4a4" else 0
   assert [leaf.shape for leaf in scales.values()] == [(2, 2)] * learned
@@ -202,5 +205,5 @@ def test_a_mesh_that_would_cut_blocks_is_refused(tiny):
 
 def test_trees_hold_boxes_of_learned_scales():
   boxes = transformer.boxed_shapes(quantized("lsq_w4a4"))
-  scale = boxes["layers"]["mlp"]["up"]["QuantizedDot_0"]["scale"]
+  scale = boxes["layers"]["mlp"]["up"]["QuantizedDot_0"]["log_scale"]
   assert isinstance(scale, nn.Partitioned) and scale.names == ("layers", "vector")
