@@ -53,9 +53,8 @@ class QuantizedDot(nn.Module):
   def _scales(self, lhs, rhs, w_axis):
     """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first forward pass says.
 
-    Their logarithms are what is learned: an optimizer whose steps have one length whatever the gradient's, as all here have, would
-    throw scales of a hundredth below zero, but changes logarithms in proportion (as arXiv 1903.08066
-    argues)."""
+    Their logarithms are what is learned: an optimizer whose steps have one length whatever the gradient's, as all here have,
+    would throw scales of a hundredth below zero, but changes logarithms in proportion (as arXiv 1903.08066 argues)."""
     operands = {"activations": (self.recipe.activations, lhs, 1), "weights": (self.recipe.weights, rhs, w_axis)}
     learned = {name: (spec, x, axis) for name, (spec, x, axis) in operands.items() if spec and spec.scale == "learned"}
 
