@@ -54,11 +54,12 @@ class Scorer:
   def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
     """Of each pair: the continuation's log-probability in nats, and whether all its tokens are the model's first choices.
 
-    A pair of more than context + 1 tokens loses its beginning. Errors: ValueError for a continuation that is empty, or
+    A pair of more than context + 1 tokens loses its beginning. Errors: ConfigError for a continuation that is empty, or
     alone longer than the context."""
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
-        raise ValueError(f"{len(continuation)} tokens to score after {len(context)}: expected 1 to {self.context} after some")
+        raise config.ConfigError(f"context = {self.context}: a window of that holds no {len(continuation)} tokens to score after "
+                                 f"{len(context)}; expected at least one of each, and no more than fit")
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
 
     def collect(batch, outputs):
@@ -103,10 +104,11 @@ class Scorer:
 
     ended(number of the prompt, tokens so far) -> whether the rest is of no interest; asked every AT_ONCE tokens, so that up
     to AT_ONCE - 1 come after the end. Nothing is cached between tokens: each costs a pass over its row.
-    Errors: ValueError for an empty prompt, or a limit that leaves no room to one token of it."""
+    Errors: ConfigError for an empty prompt, or a limit that leaves no room to one token of it."""
     for prompt, limit in zip(prompts, limits, strict=True):
       if not prompt or not 0 < limit < self.context:
-        raise ValueError(f"{limit} tokens after {len(prompt)}: expected 1 to {self.context - 1} after some")
+        raise config.ConfigError(f"context = {self.context}: a window of that holds no {limit} new tokens after {len(prompt)}; "
+                                 "expected at least one of each")
     kept = [list(prompt)[-(self.context - limit):] for prompt, limit in zip(prompts, limits, strict=True)]
     results: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(kept[number]) + limits[number], reverse=True)

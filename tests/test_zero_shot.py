@@ -1,5 +1,10 @@
 """The harness around models whose every answer is known: of bytes, each with fixed chances to follow another."""
 import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +14,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
 from lm_eval.api.instance import Instance  # noqa: E402  (nothing of it where it is missing)
 
-from beyond_outliers import checks, config, scoring, zero_shot, zero_shot_tasks  # noqa: E402
+from beyond_outliers import checks, config, mesh, runs, scoring, train, zero_shot, zero_shot_tasks  # noqa: E402
 from beyond_outliers.data import tokenizers  # noqa: E402
 from beyond_outliers.model import hf_config, transformer  # noqa: E402
 
@@ -132,3 +137,24 @@ def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder)
     zero_shot.run(None, None, BYTES, ["known", "hellaswagg"], context=CONTEXT, folders=[folder])
   known = zero_shot.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
   assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)
+
+
+@pytest.mark.slow
+def test_the_command_on_a_run(tiny_config, tmp_path):
+  """On one device, what the library finds on eight."""
+  draw = random.Random(0)
+  for number in range(8):
+    words = draw.choices(["we", "the", "people", "of", "the", "united", "states", "do", "ordain"], k=400)
+    text = " ".join(word + "." * (draw.random() < 0.1) for word in words)
+    (tmp_path / f"{number}.txt").write_text(text)
+  c = tiny_config(**{"data.path": f"{tmp_path}/*.txt", "mesh.fsdp": 2, "mesh.model": 2, "steps": 2, "context": 256})
+  assert train.run(c, tmp_path / "run", say=lambda text: None) == "done"
+  command = [sys.executable, "-m", "beyond_outliers.zero_shot", f"--workdir={tmp_path}/run", "--tasks=continuation,last_word"]
+  found = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent,
+                         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
+  assert found.returncode == 0, found.stderr
+  run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
+  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, ["continuation", "last_word"], context=256, mesh=eight,
+                          folders=[tmp_path / "run" / "eval" / "tasks"])
+  assert zero_shot.table(results).splitlines() == found.stdout.splitlines()[-6:]
+  assert results["continuation"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
