@@ -111,11 +111,11 @@ def test_greedy_continuations_are_those_of_one_token_at_a_time(batch_tokens):
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * (CONTEXT + 1))])
 def test_what_cannot_be_scored_is_refused(context, continuation):
-  with pytest.raises(config.ConfigError, match="context = 24: .* to score"):
+  with pytest.raises(config.ConfigError, match=r"context = 24: .* to score"):
     scoring.Scorer(*olmo2(), context=CONTEXT).score([scoring.Pair(context, continuation)])
 
 
 @pytest.mark.parametrize("limit", [0, CONTEXT])
 def test_a_limit_without_room_is_refused(limit):
-  with pytest.raises(config.ConfigError, match="context = 24: .* new tokens"):
+  with pytest.raises(config.ConfigError, match=r"context = 24: .* new tokens"):
     scoring.Scorer(*olmo2(), context=CONTEXT).generate([[1]], [limit], lambda *_: False)

@@ -154,7 +154,7 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
                          env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
-  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, ["continuation", "last_word"], context=256, mesh=eight,
-                          folders=[tmp_path / "run" / "eval" / "tasks"])
+  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, ["continuation", "last_word"], context=256,
+                          mesh=eight, folders=[tmp_path / "run" / "eval" / "tasks"])
   assert zero_shot.table(results).splitlines() == found.stdout.splitlines()[-6:]
   assert results["continuation"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
