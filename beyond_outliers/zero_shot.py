@@ -1,0 +1,187 @@
+"""A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the extra `eval`, and no torch.
+
+  python -m beyond_outliers.zero_shot --workdir=runs/adamw-nano --tasks=continuation,last_word      from the run's held-out text
+  python -m beyond_outliers.zero_shot --workdir=runs/adamw-50m --tasks=piqa,hellaswag,arc_easy      from the Hugging Face hub
+"""
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from beyond_outliers import checks, config, runs, scoring, zero_shot_tasks
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.analysis import tables
+from beyond_outliers.data import tokenizers
+from beyond_outliers.model import transformer
+
+try:
+  import lm_eval
+  import lm_eval.api.model
+  import lm_eval.models.utils
+  import lm_eval.tasks
+  import lm_eval.utils
+except ImportError as error:
+  raise checks.ConfigError("--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'") from error
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+TASKS = flags.DEFINE_list("tasks", [], "Names of the harness's tasks, groups and tags, of tasks in --folders, or "
+                          + " and ".join(zero_shot_tasks.HELD_OUT) + ", which are made of the run's validation text.")
+FOLDERS = flags.DEFINE_list("folders", [], "Folders with the YAML files of further tasks.")
+LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many examples of each task.", lower_bound=1)
+
+Results = dict[str, dict[str, float]]
+
+# Resamples behind the standard errors that have no formula, such as perplexity's.
+BOOTSTRAPS = 1000
+GENERATED = 256                     # tokens at most where a task doesn't say, or half the window where that is less
+
+
+class HarnessModel(lm_eval.api.model.TemplateLM):
+  """What the harness asks in strings, of a `scoring.Scorer`.
+
+  prefix: the id that stands before a text without a context: what parts documents in training. As with the harness's Hugging
+  Face model, contexts too long for the window lose their beginning, and a context's trailing spaces are encoded with the
+  continuation. Generation is greedy: ConfigError for a task that samples, or that wants more tokens than the window has."""
+
+  def __init__(self, scorer: scoring.Scorer, tokenizer: tokenizers.Tokenizer, prefix: int):
+    super().__init__()
+    self._scorer, self._tokenizer, self._prefix = scorer, tokenizer, prefix
+
+  @property
+  def eot_token_id(self):
+    return self._prefix if self._tokenizer.eot is None else self._tokenizer.eot
+
+  @property
+  def prefix_token_id(self):
+    return self._prefix
+
+  def tok_encode(self, string, add_special_tokens=None, **kwargs):
+    return self._tokenizer.encode(string).tolist()
+
+  def loglikelihood(self, requests, disable_tqdm=True):
+    return super().loglikelihood(requests, disable_tqdm)
+
+  def _loglikelihood_tokens(self, requests, **kwargs):
+    results = self._scorer.score([scoring.Pair(context, continuation) for _, context, continuation in requests])
+    for (texts, _, _), result in zip(requests, results, strict=True):
+      self.cache_hook.add_partial("loglikelihood", texts, result)
+    return results
+
+  def loglikelihood_rolling(self, requests, disable_tqdm=True):
+    windows = [[scoring.Pair(*lm_eval.utils.make_disjoint_window(window)) for window in lm_eval.utils.get_rolling_token_windows(
+                  self.tok_encode(request.args[0]), self._prefix, self._scorer.context, context_len=1)] for request in requests]
+    scores = iter(self._scorer.score([window for each in windows for window in each]))
+    results = [sum(next(scores)[0] for _ in each) for each in windows]
+    for request, result in zip(requests, results, strict=True):
+      self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+    return results
+
+  def generate_until(self, requests, disable_tqdm=True):
+    settings = [lm_eval.models.utils.normalize_gen_kwargs(request.args[1], min(GENERATED, self._scorer.context // 2))
+                for request in requests]
+    for setting in settings:
+      checks.require(not setting["do_sample"], "generation_kwargs.do_sample", True, "only greedy generation; set it to false")
+      tokens, most = setting["max_gen_toks"], self._scorer.context - 1
+      checks.require(0 < tokens <= most, "generation_kwargs.max_gen_toks", tokens, f"expected 1 to {most}, one below the window")
+
+    def text(number, ids):
+      return cut(self._tokenizer.decode(until(ids, self.eot_token_id)), settings[number]["until"])
+
+    def ended(number, ids):
+      whole = self._tokenizer.decode(ids)
+      return self.eot_token_id in ids or cut(whole, settings[number]["until"]) != whole
+
+    generated = self._scorer.generate([self.tok_encode(request.args[0]) or [self._prefix] for request in requests],
+                                      [setting["max_gen_toks"] for setting in settings], ended)
+    results = [text(number, ids) for number, ids in enumerate(generated)]
+    for request, result in zip(requests, results, strict=True):
+      self.cache_hook.add_partial("generate_until", request.args, result)
+    return results
+
+
+def until(ids: list[int], end: int) -> list[int]:
+  return ids[: ids.index(end)] if end in ids else ids
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+  """The text before the first of the stop strings."""
+  return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+
+def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.tasks.TaskManager:
+  """The harness's tasks, groups and tags, and those of the YAML files in `folders`, which replace its own of the same name.
+
+  Where the folders have all that is asked for, the harness's own fifteen thousand files stay unread.
+  Errors: ConfigError for a name that nobody knows."""
+  missing = [folder for folder in folders if not os.path.isdir(folder)]
+  checks.require(not missing, "task folders", missing, "there is no such folder")
+  folders = [str(folder) for folder in folders]
+  manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+  if not set(tasks) <= set(manager.all_tasks):
+    manager = lm_eval.tasks.TaskManager(include_path=folders)
+  for task in tasks:
+    # cutoff 0: the nearest of thousands, rather than all of them.
+    checks.require(task in manager.all_tasks, "tasks", task, checks.nearest(task, manager.all_tasks, cutoff=0.0))
+  return manager
+
+
+def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, tasks: Sequence[str], *, context: int,
+        mesh: jax.sharding.Mesh | None = None, limit: int | None = None, prefix: int | None = None,
+        folders: Sequence[Any] = ()) -> Results:
+  """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a task itself says otherwise.
+
+  context, mesh: as `scoring.Scorer` takes them. limit: only the first so many examples of each task. prefix: as `HarnessModel`
+  takes it; by default the tokenizer's token that ends a text, or else the one that begins it. folders: see `task_manager`.
+  Of a group or tag each task has a row. Errors: ConfigError for an unknown task, before anything is computed, and for one
+  whose data cannot be fetched."""
+  manager = task_manager(tasks, folders)
+  prefix = next((i for i in (prefix, tokenizer.eot, tokenizer.bos) if i is not None), None)
+  if prefix is None:
+    raise checks.ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
+  # Its bootstrap would fork this process, whose threads may then hang.
+  os.environ["DISABLE_MULTIPROC"] = "1"
+  try:
+    found: Any = lm_eval.simple_evaluate(
+      HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix), tasks=list(tasks),
+      task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS, torch_random_seed=None)
+  except ConnectionError as error:
+    raise checks.ConfigError(f"tasks = {', '.join(tasks)}: {error}; without the hub, name tasks on local data") from error
+  # The harness writes `acc,none` and `acc_stderr,none` where no filter has a name.
+  return {task: {key.removesuffix(",none"): float(value) for key, value in metrics.items()
+                 if "," in key and isinstance(value, int | float)} for task, metrics in found["results"].items()}
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  opened, folders = runs.open(WORKDIR.value), [*map(pathlib.Path, FOLDERS.value)]
+  if set(TASKS.value) & zero_shot_tasks.HELD_OUT.keys():
+    folders.append(pathlib.Path(opened.path, "eval", "tasks"))
+    zero_shot_tasks.from_held_out(opened.dataset, folders[-1])
+  task_manager(TASKS.value, folders)
+  mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1))
+  results = run(opened.model, opened.params(mesh=mesh), opened.tokenizer, TASKS.value, context=opened.config.context, mesh=mesh,
+                limit=LIMIT.value, prefix=opened.dataset.meta["separator"]["id"], folders=folders)
+  print(table(results))
+
+
+def table(results: Results) -> str:
+  """Markdown: a row a metric, with its standard error."""
+  rows = [("task", "metric", "value", "standard error")]
+  for task, metrics in results.items():
+    for name, value in metrics.items():
+      metric, _, filter_name = name.partition(",")
+      stderr = metrics.get(",".join(filter(None, (f"{metric}_stderr", filter_name))))
+      if not metric.endswith("_stderr"):
+        rows.append((task, name, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}"))
+  return tables.markdown(rows)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir", "tasks"])
+  app.run(main)

@@ -1,0 +1,163 @@
+"""The harness around models whose every answer is known: of bytes, each with fixed chances to follow another."""
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+
+from lm_eval.api.instance import Instance  # noqa: E402  (nothing of it where it is missing)
+
+from beyond_outliers import checks, config, mesh, runs, scoring, train, zero_shot, zero_shot_tasks  # noqa: E402
+from beyond_outliers.data import tokenizers  # noqa: E402
+from beyond_outliers.model import hf_config, transformer  # noqa: E402
+
+V, CONTEXT = 258, 32
+BYTES = tokenizers.load("bytes")
+
+
+def bigram(log_p_VxV):
+  """A model that foretells the next token from the last alone: embeddings are unit vectors, and blocks add nothing."""
+  c = config.Model(**{"vocab": V, "blocks": 1, "heads": 1, "kv_heads": 1, "d_head": 2, "d_model": V, "mlp_hidden": 2,
+                      "norm_eps": 1e-12, "rope_base": 1e4, "tied": False, "init_std": 0.02, "dtype": "float32",
+                      "attention": "plain", "unroll": 1, "remat": "none", **hf_config.FAMILIES["llama"].switches})
+  model = transformer.Transformer(c)
+  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), transformer.shapes(model))
+  params["embedding"] = np.eye(V, dtype=np.float32)
+  params["final_norm"] = jax.tree.map(np.ones_like, params["final_norm"])       # which makes the unit vectors sqrt(V) long
+  params["head"]["kernel"] = (log_p_VxV / np.sqrt(V)).astype(np.float32)
+  return model, params
+
+
+@pytest.fixture(scope="module")
+def chances():
+  """Log-probabilities [V, V] of the next byte, in float64; in the alphabet the next letter comes first."""
+  scores_VxV = np.random.default_rng(0).normal(0, 2, (V, V))
+  scores_VxV[np.arange(V - 1), np.arange(1, V)] += 12
+  return scores_VxV - np.log(np.exp(scores_VxV).sum(1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def harness_model(chances):
+  return zero_shot.HarnessModel(scoring.Scorer(*bigram(chances), context=CONTEXT), BYTES, prefix=BYTES.eot)
+
+
+def expected(chances, before, text):
+  """The log-probability of `text` after the id or text `before`."""
+  ids = [*(BYTES.encode(before).tolist() if isinstance(before, str) else [before]), *BYTES.encode(text).tolist()]
+  start = len(ids) - len(text.encode())
+  return chances[ids[start - 1 : -1], ids[start:]].sum()
+
+
+def ask(method, *arguments):
+  return method([Instance("loglikelihood", {}, each, 0) for each in arguments])
+
+
+def test_log_likelihoods(harness_model, chances):
+  long = "a long context that does not fit into the window of 32 bytes"
+  asked = [("on", "e"), ("ab", "cde"), ("ab", "cdd"), (long, " end"), ("spaces  ", "move"), ("", "empty")]
+  known = [expected(chances, "on", "e"), expected(chances, "ab", "cde"), expected(chances, "ab", "cdd"),
+           expected(chances, long, " end"), expected(chances, "spaces", "  move"), expected(chances, BYTES.eot, "empty")]
+  got = ask(harness_model.loglikelihood, *asked)
+  np.testing.assert_allclose([score for score, _ in got], known, rtol=1e-5)
+  assert [first for _, first in got] == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("length", [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 3 * CONTEXT + 5])
+def test_rolling_counts_every_token_once(harness_model, chances, length):
+  text = "the quick brown fox jumps over the lazy dog; " * 3
+  got = ask(harness_model.loglikelihood_rolling, (text[:length],), ("other",))
+  np.testing.assert_allclose(got, [expected(chances, BYTES.eot, text[:length]), expected(chances, BYTES.eot, "other")], rtol=1e-5)
+
+
+def test_greedy_generation_ends_at_a_stop_or_at_its_limit(harness_model):
+  def generate(context, **settings):
+    return ask(harness_model.generate_until, (context, settings))[0]
+  assert generate("xyzabc", until=["jk", "h"]) == "defg"
+  assert generate("abc", until="never", max_gen_toks=5) == "defgh"
+  assert generate("a" * 100 + "bc", max_gen_toks=20) == "defghijklmnopqrstuvw"
+  with pytest.raises(checks.ConfigError, match=r"generation_kwargs.max_gen_toks = 32: expected 1 to 31"):
+    generate("a", max_gen_toks=CONTEXT)
+  with pytest.raises(checks.ConfigError, match="only greedy"):
+    generate("a", do_sample=True)
+
+
+@pytest.fixture(scope="module")
+def folder(chances, tmp_path_factory):
+  """`known`: 40 multiple choices, of which the model gets 28 right; `word`: one of three words is its first choice."""
+  path, draw = tmp_path_factory.mktemp("tasks"), np.random.default_rng(5)
+  examples = []
+  for number in range(40):
+    words = ["".join(chr(c) for c in draw.integers(97, 123, n)) for n in (3, 5, 8, 12)]
+    best = int(np.argmax([expected(chances, "answer:", " " + word) for word in words]))
+    examples.append({"context": "answer:", "choices": words, "answer": best if number % 10 < 7 else (best + 1) % 4})
+  zero_shot_tasks.write(path, "known", examples)
+  zero_shot_tasks.write(path, "word", [{"context": "x", "word": word} for word in ("!", "abc", "!\"#")])
+  return path
+
+
+def test_tasks_whose_accuracy_is_known(chances, folder):
+  results = zero_shot.run(*bigram(chances), BYTES, ["known", "word"], context=CONTEXT, folders=[folder])
+  assert results["known"]["acc"] == pytest.approx(0.7)
+  assert results["known"]["acc_stderr"] == pytest.approx(np.sqrt(0.7 * 0.3 / 39))
+  examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
+  right = [np.argmax([expected(chances, "answer:", " " + word) / len(word) for word in example["choices"]]) == example["answer"]
+           for example in examples]
+  assert results["known"]["acc_norm"] == pytest.approx(np.mean(right))
+  words = [expected(chances, "x", " " + word) for word in ("!", "abc", "!\"#")]
+  assert results["word"]["perplexity"] == pytest.approx(np.exp(-np.mean(words)), rel=1e-4)
+  assert results["word"].keys() == {"acc", "acc_stderr", "perplexity", "perplexity_stderr"}
+  limited = zero_shot.run(*bigram(chances), BYTES, ["known"], context=CONTEXT, folders=[folder], limit=7)
+  assert limited["known"]["acc"] == 1.0
+  assert "| known | acc | 1.0000 | 0.0000 |" in zero_shot.table(limited)
+
+
+def test_a_token_stands_before_texts_without_context(chances, folder):
+  model, params = bigram(chances)
+  class Without(tokenizers.Bytes):
+    bos = eot = None
+  with pytest.raises(checks.ConfigError, match="prefix = None"):
+    zero_shot.run(model, params, Without(), ["known"], context=CONTEXT, folders=[folder])
+
+
+def test_folders_that_are_not_there_are_refused():
+  with pytest.raises(checks.ConfigError, match="no such folder"):
+    zero_shot.task_manager(["known"], ["nowhere"])
+
+
+@pytest.mark.slow                   # reads all of the harness's task files
+def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
+  with pytest.raises(checks.ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
+    zero_shot.run(None, None, BYTES, ["known", "hellaswagg"], context=CONTEXT, folders=[folder])
+  known = zero_shot.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
+  assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)
+
+
+@pytest.mark.slow
+def test_the_command_on_a_run(tiny_config, tmp_path):
+  """On one device, what the library finds on eight."""
+  draw = random.Random(0)
+  for number in range(8):
+    words = draw.choices(["we", "the", "people", "of", "the", "united", "states", "do", "ordain"], k=400)
+    text = " ".join(word + "." * (draw.random() < 0.1) for word in words)
+    (tmp_path / f"{number}.txt").write_text(text)
+  c = tiny_config(**{"data.path": f"{tmp_path}/*.txt", "mesh.fsdp": 2, "mesh.model": 2, "steps": 2, "context": 256})
+  assert train.run(c, tmp_path / "run", say=lambda text: None) == "done"
+  command = [sys.executable, "-m", "beyond_outliers.zero_shot", f"--workdir={tmp_path}/run", "--tasks=continuation,last_word"]
+  found = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent,
+                         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
+  assert found.returncode == 0, found.stderr
+  run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
+  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, ["continuation", "last_word"], context=256,
+                          mesh=eight, folders=[tmp_path / "run" / "eval" / "tasks"])
+  here, there = ([line.split(" | ") for line in text.splitlines()[-6:]] for text in (zero_shot.table(results), found.stdout))
+  assert [row[1] for row in here] == ["metric", "---", "acc", "acc_norm", "perplexity", "acc"]
+  assert here[:4] + here[5:] == there[:4] + there[5:]
+  assert float(there[4][2]) == pytest.approx(float(here[4][2]), rel=1e-5)
+  assert results["continuation"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}

@@ -1,0 +1,113 @@
+"""Tasks made of text: the truth follows its context, what is wrong stands elsewhere, and two makings are one."""
+import json
+import random
+import zipfile
+
+import pytest
+from conftest import WORDS
+
+from beyond_outliers import checks, config, data, zero_shot_tasks
+from configs import adamw
+
+
+@pytest.fixture(scope="module")
+def documents():
+  """Eight of 60 sentences, each of which names its document and its place, and says so once only."""
+  draw = random.Random(0)
+
+  def sentence(document, place):
+    return f"In {document}.{place} " + " ".join(draw.choices(WORDS, k=draw.randint(4, 40))) + draw.choice([".", "!", ".”", "?"])
+  return ["\n\n".join(" ".join(sentence(document, place) for place in range(start, start + 5)) for start in range(0, 60, 5))
+          for document in range(8)]
+
+
+def test_the_true_continuation_is_the_only_one_from_the_document(documents):
+  examples = list(zero_shot_tasks.continuation(documents))
+  assert len(examples) > 50
+  for example in examples:
+    home = next(text for text in documents if example["context"] in text)
+    true = example["choices"][example["answer"]]
+    assert home.split(example["context"])[1].lstrip().startswith(true)
+    assert len(set(example["choices"])) == zero_shot_tasks.CHOICES
+    assert [choice in home for choice in example["choices"]] == [choice == true for choice in example["choices"]]
+    assert all(len(choice.split()) in zero_shot_tasks.CHOICE_WORDS for choice in example["choices"])
+  # No answer can be told by its place alone.
+  counts = [sum(example["answer"] == place for example in examples) for place in range(zero_shot_tasks.CHOICES)]
+  assert max(counts) < 0.4 * len(examples)
+
+
+def test_the_last_word_ends_its_passage(documents):
+  examples = list(zero_shot_tasks.last_word(documents))
+  assert len(examples) > 50
+  for example in examples:
+    home = next(text for text in documents if example["context"] in text)
+    after = home.split(example["context"])[1]
+    assert after.startswith(" " + example["word"]) and after[len(example["word"]) + 1] in ".!?"
+    assert len(example["context"].split()) >= zero_shot_tasks.PASSAGE_WORDS - 1 and example["word"] in WORDS
+
+
+@pytest.fixture(scope="module")
+def dataset(documents, tmp_path_factory):
+  """The documents as the validation split of a prepared dataset."""
+  folder = tmp_path_factory.mktemp("text")
+  for number, text in enumerate(["Some text to train on.", *documents]):
+    (folder / f"{number}.txt").write_text(text)
+  settings = f"nano,data.source=text,data.path={folder}/*.txt,data.tokenizer=bytes,data.vocab=258,data.validation=newest:8"
+  return data.prepare(config.resolve(adamw.get_config(f"{settings},data.directory={folder}")).data, log=lambda text: None)
+
+
+def read(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_held_out_text_becomes_the_same_files_again(dataset, documents, tmp_path, monkeypatch):
+  zero_shot_tasks.from_held_out(dataset, tmp_path / "a")
+  assert read(tmp_path / "a" / "continuation.jsonl") == list(zero_shot_tasks.continuation(documents))
+  assert read(tmp_path / "a" / "last_word.jsonl") == list(zero_shot_tasks.last_word(documents))
+  assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{name}.{kind}" for name in zero_shot_tasks.HELD_OUT
+                                                               for kind in ("yaml", "jsonl")}
+  dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+  zero_shot_tasks.from_held_out(dataset, tmp_path / "a")
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == dates
+  monkeypatch.setattr(zero_shot_tasks, "EXAMPLES", 20)
+  zero_shot_tasks.from_held_out(dataset, tmp_path / "a")
+  fewer = read(tmp_path / "a" / "last_word.jsonl")
+  assert 10 < len(fewer) <= 20 and fewer[-1] in list(zero_shot_tasks.last_word(documents))[-20:]
+
+
+def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch):
+  monkeypatch.setattr(zero_shot_tasks, "PASSAGE_WORDS", 100_000)
+  with pytest.raises(checks.ConfigError, match=r"tasks = continuation: .* = 8: they hold no example"):
+    zero_shot_tasks.from_held_out(dataset, tmp_path)
+
+
+QUARTZ = "A small nation shut down several factories. Would the river have\n\n A: more waste\n B: less waste?"
+LOGIQA = ("\nPassage: All men are mortal.Question: Which follows?\nA. A.Socrates is a man.\nB. B.None.\nC. C.Men die.\n"
+          "D. D.Gods do.\nAnswer:")
+
+
+def wheel(path, **contents):
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, (text, answer) in contents.items():
+      line = {"input": [{"role": "system", "content": "Answer."}, {"role": "user", "content": text}], "ideal": answer}
+      archive.writestr(zero_shot_tasks.EVALS_FILES[name][0], json.dumps(line) + "\n")
+  return path
+
+
+def test_questions_of_evals(tmp_path):
+  zero_shot_tasks.from_evals(wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C")), tmp_path)
+  assert read(tmp_path / "quartz_evals.jsonl") == [
+    {"context": "A small nation shut down several factories. Would the river have", "choices": ["more waste", "less waste"],
+     "answer": 1}]
+  assert read(tmp_path / "logiqa_evals.jsonl") == [
+    {"context": "Passage: All men are mortal.\nQuestion: Which follows?\nChoices:\nA. Socrates is a man.\nB. None.\nC. Men die.\n"
+                "D. Gods do.\nAnswer:", "choices": ["Socrates is a man.", "None.", "Men die.", "Gods do."], "answer": 2}]
+
+
+def test_another_wheel_is_refused(tmp_path):
+  with pytest.raises(checks.ConfigError, match="there is no such file"):
+    zero_shot_tasks.from_evals(tmp_path / "none.whl", tmp_path)
+  with pytest.raises(checks.ConfigError, match="the wheel holds no evals/registry/data/logiqa"):
+    zero_shot_tasks.from_evals(wheel(tmp_path / "b.whl", quartz_evals=(QUARTZ, "A")), tmp_path)
+  with pytest.raises(checks.ConfigError, match="not of the form"):
+    zero_shot_tasks.from_evals(wheel(tmp_path / "c.whl", quartz_evals=("What?", "A")), tmp_path)
