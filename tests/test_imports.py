@@ -11,7 +11,7 @@ FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
   ("mesh", "hardware", "flops", "hlo", "quant", "optim", "data", "writers"),
   ("model",),
-  ("step", "checkpoint"),
+  ("step", "checkpoint", "export"),
   ("evaluation",),
   ("loop", "runs"),
   ("train", "analysis", "zero_shot"),
@@ -32,7 +32,7 @@ DOORS = {
   "grain": ("data/pipeline",),
   "tensorflow_datasets": ("data/array_records",),
   "aqt": ("quant/aqt_backend",),
-  "safetensors": ("model/hf",),
+  "safetensors": ("model/hf", "quant/formats"),             # other programs' files, and our own of quantized models
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
   "torch": ("bench_rows",), "pytorch_optimizer": ("bench_rows",),

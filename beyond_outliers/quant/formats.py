@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -97,7 +98,8 @@ def read(directory: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """What `write` wrote. Errors: ConfigError when it is not there."""
   directory = pathlib.Path(directory)
   for name in (TENSORS, DESCRIPTION):
-    require((directory / name).exists(), "directory", str(directory), f"holds no {name}; give what a quantized model's save() wrote")
+    require((directory / name).exists(), "directory", str(directory),
+            f"holds no {name}; give what save() of a quantized model wrote to")
   return safetensors.numpy.load_file(directory / TENSORS), json.loads((directory / DESCRIPTION).read_text())
 
 
@@ -105,7 +107,7 @@ def matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
   """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or of the one matrix."""
   if not path.startswith("layers/"):
     return [(path, weight)]
-  return [(path.replace("layers/", f"layers/{depth}/", 1), Weight(*(field if field is None else field[depth] for field in weight)))
+  return [(path.replace("layers/", f"layers/{depth}/", 1), jax.tree.map(lambda field, depth=depth: field[depth], weight))
           for depth in range(len(weight.codes))]
 
 
@@ -162,8 +164,8 @@ def _pack_scale(scale: np.ndarray, granularity: str) -> dict[str, np.ndarray]:
       return {"scale_e8m0": exponents.view(np.uint8)}
   if granularity == "nv":
     # The largest scale is e4m3's largest number times the unit, rounded: which leaves the unit's neighbours in question.
-    unit = scale.max() / scale.dtype.type(ml_dtypes.finfo(E4M3).max) or scale.dtype.type(1)
-    for unit in (unit, np.nextafter(unit, 0 * unit), np.nextafter(unit, 2 * unit)):
+    guess = scale.max() / scale.dtype.type(ml_dtypes.finfo(E4M3).max) or scale.dtype.type(1)
+    for unit in (guess, np.nextafter(guess, 0 * guess), np.nextafter(guess, 2 * guess)):
       factors = (scale / unit).astype(E4M3)
       if np.array_equal(factors.astype(scale.dtype) * unit, scale):
         return {"scale_e4m3": factors.view(np.uint8), "scale_unit": unit.reshape(1)}
@@ -188,11 +190,12 @@ def _stack(each: list[tuple[Any, Any, Any]]) -> Weight:
 
 
 def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:
-  return LayerRecipe(**{name: QuantSpec(**value) if isinstance(value, dict) else value for name, value in fields.items()})
+  values: dict[str, Any] = {name: QuantSpec(**value) if isinstance(value, dict) else value for name, value in fields.items()}
+  return LayerRecipe(**values)
 
 
 def _model(described: Mapping[str, Any]) -> Any:
   """By the name of its class: quantization works on whatever obeys the model contract, and knows no model."""
   module, _, name = described["class"].rpartition(".")
-  require(module.startswith(f"{__package__.split('.')[0]}."), "model.class", described["class"], "not a model of this package")
+  require(module.startswith(f"{__name__.split('.')[0]}."), "model.class", described["class"], "not a model of this package")
   return getattr(importlib.import_module(module), name)(config.Model(**described["config"]))
