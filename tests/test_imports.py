@@ -11,7 +11,7 @@ FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
   ("mesh", "hardware", "flops", "hlo", "transpose", "quant", "optim", "data", "writers"),
   ("model",),
-  ("step", "checkpoint", "scoring"),
+  ("step", "checkpoint", "export", "scoring"),
   ("evaluation",),
   ("loop", "runs", "warm_start"),
   ("train", "analysis", "zero_shot_tasks", "zero_shot"),
@@ -33,7 +33,7 @@ DOORS = {
   "grain": ("data/pipeline",),
   "tensorflow_datasets": ("data/array_records",),
   "aqt": ("quant/aqt_backend",),
-  "safetensors": ("model/hf",),
+  "safetensors": ("model/hf", "quant/formats"),             # other programs' files, and our own of quantized models
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("command", "main", "prepare", "bench", "evaluate"),
   "lm_eval": ("zero_shot",),

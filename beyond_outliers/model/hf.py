@@ -7,9 +7,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -57,10 +56,10 @@ def load(directory: Any, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | 
   places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(boxed, mesh))
   with contextlib.ExitStack() as stack:
     tensors = _open(directory, stack)
-    entries = _entries(family, model)
-    _check_tensors(directory, tensors, entries)
+    expected = entries(family, model)
+    _check_tensors(directory, tensors, expected)
     sources = collections.defaultdict(list)
-    for entry in entries:
+    for entry in expected:
       sources[entry.path].append(tensors[entry.name])
     return model, treedef.unflatten(_place(_reader(path, sources[path], shape, dtype), shape, place)
                                     for (path, shape), place in zip(_shapes(model).items(), places, strict=True))
@@ -74,45 +73,58 @@ def save(model: transformer.Transformer, params: Any, directory: Any, *, context
   shard_bytes: what a file holds at most, a larger single tensor excepted; more than one file: with an index.
   Errors: ConfigError for an architecture that neither family has, ValueError for parameters of another model and for a
   directory that already holds one."""
-  directory = pathlib.Path(directory)
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   described = hf_config.to_json(model.config, jnp.result_type(*leaves.values()).name, context)
   _check_params(model, leaves)
+  family = hf_config.FAMILIES[described["model_type"]]
+  write(directory, described, ((entry.name, tensor(leaves[entry.path], entry)) for entry in entries(family, model)), shard_bytes)
+
+
+def write(directory: Any, described: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+  """The files of `save`, with tensors that are made as they are asked for. Errors: as `save`, for the directory."""
+  directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   taken = sorted(path.name for path in directory.iterdir() if path.name == "config.json" or ".safetensors" in path.name)
   if taken:
     raise ValueError(f"directory = '{directory}': already holds {', '.join(taken)}; remove them or choose another")
 
-  shards, size = [[]], 0
-  for entry in _entries(hf_config.FAMILIES[described["model_type"]], model):
-    nbytes = math.prod(entry.shape) * leaves[entry.path].dtype.itemsize
-    if shards[-1] and size + nbytes > shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(entry)
-    size += nbytes
-  weight_map, total = {}, 0
-  for i, shard in enumerate(shards):
-    file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    tensors = {entry.name: _tensor(leaves[entry.path], entry) for entry in shard}
-    safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
-    weight_map.update(dict.fromkeys(tensors, file))
-    total += sum(tensor.nbytes for tensor in tensors.values())
-  if len(shards) > 1:
+  parts, total = [], 0
+  for shard in _shards(tensors, shard_bytes):
+    part = directory / f"part-{len(parts)}.safetensors"             # how many there will be is part of a file's name
+    safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
+    parts.append((part, list(shard)))
+    total += sum(array.nbytes for array in shard.values())
+  weight_map = {}
+  for i, (part, names) in enumerate(parts):
+    file = SINGLE if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+    part.rename(directory / file)
+    weight_map.update(dict.fromkeys(names, file))
+  if len(parts) > 1:
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
   _write_json(directory / "config.json", described)      # last: what a crash leaves behind does not pass for a model
 
 
-def _entries(family: hf_config.Family, model: transformer.Transformer) -> list[Entry]:
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+  shard, size = {}, 0
+  for name, array in tensors:
+    if shard and size + array.nbytes > shard_bytes:
+      yield shard
+      shard, size = {}, 0
+    shard[name] = array
+    size += array.nbytes
+  yield shard
+
+
+def entries(family: hf_config.Family, model: transformer.Transformer) -> list[Entry]:
   """All tensors of the model's files, depths in order."""
-  entries = []
+  every = []
   for path, shape in _shapes(model).items():
     template = family.names[path]
     depths = range(shape[0]) if _stacked(path) else [None]
     shape = shape[1:] if _stacked(path) else shape
     shape = shape[::-1] if _transposed(path) else shape
-    entries += [Entry(template.format(depth), shape, path, depth) for depth in depths]
-  return entries
+    every += [Entry(template.format(depth), shape, path, depth) for depth in depths]
+  return every
 
 
 def _shapes(model: transformer.Transformer) -> dict[str, tuple[int, ...]]:
@@ -152,8 +164,8 @@ def _require_file(directory: pathlib.Path, name: str) -> None:
     raise ValueError(f"directory = '{directory}': holds no {name}; give a whole Hugging Face model, as safetensors")
 
 
-def _check_tensors(directory: pathlib.Path, tensors: Mapping[str, Any], entries: Sequence[Entry]) -> None:
-  shapes = {entry.name: entry.shape for entry in entries}
+def _check_tensors(directory: pathlib.Path, tensors: Mapping[str, Any], expected: Sequence[Entry]) -> None:
+  shapes = {entry.name: entry.shape for entry in expected}
   missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
   for problem, names in (("missing", missing), ("not of this model", unexpected)):
     if names:
@@ -202,7 +214,7 @@ def _place(read: Reader, shape: tuple[int, ...], sharding: jax.sharding.Sharding
   return jax.make_array_from_callback(shape, sharding, read)
 
 
-def _tensor(leaf: Any, entry: Entry) -> np.ndarray:
+def tensor(leaf: Any, entry: Entry) -> np.ndarray:
   """What the file holds under the entry's name."""
   array = np.asarray(leaf if entry.depth is None else leaf[entry.depth])
   return np.ascontiguousarray(array.T if _transposed(entry.path) else array)

@@ -31,8 +31,9 @@ class QuantizedDot(nn.Module):
     """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a quantized Weight. Returns [T, O], float32 or wider."""
     (lhs_axes, (w_axis,)), batch = dimension_numbers
     if isinstance(rhs, weights.Weight):
-      scale = self._scales(lhs, rhs, w_axis)[0] if self._has("scale", "learned") else None
-      return weights.multiply(lhs, rhs, self.recipe, scale)
+      learned = self.recipe.activations is not None and self.recipe.activations.scale == "learned"
+      log_scale: Any = self.get_variable("params", "log_scale") if learned else None       # that of the activations comes first
+      return weights.multiply(lhs, rhs, self.recipe, jnp.exp(log_scale[0]).reshape(1, 1) if learned else None)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
       raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
                        "summed over the last axis of the first: reshape the inputs to [tokens, features]")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from beyond_outliers.checks import ConfigError, nearest, require
-from beyond_outliers.quant import calibration, fusion, quantizers, weights
+from beyond_outliers.quant import calibration, formats, fusion, quantizers, weights
 from beyond_outliers.quant.calibration import Inputs, Stage
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.recipes import Contraction, Recipe
@@ -87,15 +86,25 @@ class QuantizedModel:
 
   @property
   def size_bytes(self) -> int:
-    """Of the parameters: codes with the bits of their grid, all else in the type that it has."""
-    total, flat = 0, dict[Any, Any](traverse_util.flatten_dict(self.params))
-    for path, leaf in flat.items():
-      if isinstance(leaf, Weight):
-        layers = _layers(self.recipe, "/".join(path[:-1]), self.model.config.blocks)
-        bits = [math.ceil(layer.weights.bits) if layer and layer.weights else 8 * leaf.codes.dtype.itemsize for layer in layers]
-        total += leaf.codes.size // len(layers) * sum(bits) // 8
-      total += sum(x.size * x.dtype.itemsize for x in (leaf[1:] if isinstance(leaf, Weight) else [leaf]) if x is not None)
-    return total
+    """Of the parameters, as `save` stores them: codes with the bits of their grid, all else in the type that it has."""
+    return sum(tensor.nbytes for tensor in formats.pack(self)[0].values())
+
+  def save(self, directory: Any) -> None:
+    """Writes what `load` reads: a safetensors file and a description in JSON (formats.py).
+
+    Errors: ConfigError when the directory holds a model."""
+    formats.write(directory, *formats.pack(self))
+
+
+def load(directory: Any) -> QuantizedModel:
+  """What `QuantizedModel.save` wrote, on the default device: the same numbers, bit by bit. Errors: ConfigError."""
+  return restored(*formats.read(directory))
+
+
+def restored(tensors: Any, description: Any) -> QuantizedModel:
+  """The model that `formats.pack` took apart."""
+  model, params, recipe, method = formats.unpack(tensors, description)
+  return QuantizedModel(_serving(model, params, recipe), params, recipe, method)
 
 
 def named(name: str, field: str = "method") -> Method:
@@ -154,9 +163,7 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
   if "head" in params and head is not None and head.weights is not None:
     inputs = calibration.of_head(plain, params, before, calibration_batches) if how.calibrated else None
     result = _with(result, {"head": _weight(params["head"], head, how, inputs)})
-  stacks = {f"layers/{depth}/{path}" for depth in range(len(blocks)) for path in paths if any(path in block for block in blocks)}
-  serving = model.clone(dot_general_for=lambda path: of_recipe(path) or (weights.plain_product if path in stacks else None))
-  return QuantizedModel(serving, result, recipe, method)
+  return QuantizedModel(_serving(model, result, recipe), result, recipe, method)
 
 
 def quantized(model: Any, params: Any, recipe: Recipe) -> QuantizedModel:
@@ -164,11 +171,15 @@ def quantized(model: Any, params: Any, recipe: Recipe) -> QuantizedModel:
   return quantize(model, params, recipe)
 
 
-def _layers(recipe: Recipe, path: str, blocks: int) -> list[LayerRecipe | None]:
-  """What the recipe says of the matrix at `path` in the parameters, a layer of the stack after the other."""
-  if not path.startswith("layers/"):
-    return [recipe.layer(path)]
-  return [recipe.layer(path.replace("layers/", f"layers/{depth}/", 1)) for depth in range(blocks)]
+def _serving(model: Any, params: Any, recipe: Recipe) -> Any:
+  """The model that multiplies with the codes in `params`. Layers that stay as they are, in a stack of which some do not, hold
+  their numbers as codes."""
+  of_recipe = dot_general_for(recipe, "jax")
+  stacks = {"/".join(path[:-1]) for path, leaf in traverse_util.flatten_dict(params).items() if isinstance(leaf, Weight)}
+
+  def dot_general_of(path):
+    return of_recipe(path) or (weights.plain_product if re.sub(r"^layers/\d+/", "layers/", path) in stacks else None)
+  return model.clone(dot_general_for=dot_general_of)
 
 
 @jax.jit

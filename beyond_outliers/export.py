@@ -1,0 +1,145 @@
+"""Quantized OLMo2 and Llama models as other engines read them: Hugging Face directories in the layout of `compressed-tensors`.
+
+  format            of                             a matrix of O outputs and K inputs
+  pack-quantized    integer weights                weight_packed int32 [O, K bits / 32], weight_shape int64 [2]
+  int-quantized     integer weights and inputs     weight int8 [O, K]
+  float-quantized   e4m3                           weight float8_e4m3fn [O, K]
+
+each with weight_scale, float32: [O, 1], [O, groups], or [1]. Weights are read back exactly. Inputs are quantized by the engine,
+which has its own rule for their scale: integers' is their largest magnitude over (2^bits - 1) / 2, as absmax_edge.
+Legend: K inputs (contraction), O outputs.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from beyond_outliers.checks import require
+from beyond_outliers.model import hf, hf_config
+from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, formats, quantizers
+from beyond_outliers.quant.weights import Weight
+
+INTEGERS = ("symmetric", "twos_complement", "ternary")       # grids that lie within the integers of their bits, zero included
+PACKED_BITS = (2, 4, 8)                                      # others straddle words, about which versions of the layout disagree
+
+
+def compressed_tensors(q: QuantizedModel, directory: Any, *, context: int | None = None, shard_bytes: int = 5 * 10**9) -> None:
+  """Writes the directory. context, shard_bytes and errors: as `hf.save`; ConfigError also for what `check` refuses."""
+  check(q)
+  leaves = traverse_util.flatten_dict(q.params, sep="/")
+  plain = jnp.result_type(*(leaf for leaf in leaves.values() if not isinstance(leaf, Weight))).name
+  described = hf_config.to_json(q.model.config, plain, context)
+  entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model)
+  layers = {_module(entry): _layer(q, entry) for entry in entries if entry.path.endswith("/kernel")}
+  # A head that is the embedding has no tensor, but it is a module.
+  described["quantization_config"] = _config({"lm_head": None, **layers})
+  tensors = (named for entry in entries for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry))))
+  hf.write(directory, described, tensors, shard_bytes)
+
+
+def check(q: QuantizedModel) -> None:
+  """Whether the layout can say what the model computes. Errors: ConfigError naming the layer, what it cannot, and what can."""
+  formats_used = {}
+  for path in q.model.contractions():
+    layer = q.recipe.layer(path)
+    if layer is not None:
+      _check_layer(path, layer)
+      formats_used[_format(layer)] = path
+  require(bool(formats_used), "recipe", "none", "quantizes nothing; hf.save writes models in full precision")
+  require(len(formats_used) == 1, "recipe", ", ".join(formats_used), "the layers' formats differ; take recipes of one format")
+  require(not (q.model.config.tied and q.recipe.layer("head")), "head", "quantized",
+          "the embedding is its matrix, and stays whole; leave it in full precision, or untie it")
+  for path, leaf in traverse_util.flatten_dict(q.params, sep="/").items():
+    require(not isinstance(leaf, Weight) or leaf.smooth is None, path, "smoothed",
+            "factors of a layer's inputs have no place in the layout, nor in a norm's gain, since layers behind one norm have "
+            "different ones; take a method without smoothing")
+
+
+def _check_layer(path: str, layer: LayerRecipe) -> None:
+  w, x = layer.weights, layer.activations
+  require(w is not None, f"{path}: weights", None, "the layout quantizes inputs only beside weights; quantize both")
+  assert w is not None             # for type checkers
+  require(layer.rotation == "none", f"{path}: rotation", layer.rotation,
+          "the engine would have to rotate inputs as it runs; take a recipe and a method that do not rotate")
+  for name, spec in (("weights", w), ("activations", x)):
+    if spec is not None:
+      require(spec.grid in (*INTEGERS, "e4m3"), f"{path}: {name}.grid", spec.grid,
+              "its odd codes have no zero, and the layout has whole numbers around zero; take 'symmetric'"
+              if spec.grid == "midrise" else "not written; take 'symmetric' or 'e4m3', or keep the model by its save()")
+  require(w.granularity in ("channel", "tensor", "group"), f"{path}: weights.granularity", w.granularity,
+          "not written; take 'channel', 'group' or 'tensor', or keep the model by its save()")
+  require(_format(layer) != "pack-quantized" or _bits(w) in PACKED_BITS, f"{path}: weights.bits", w.bits,
+          f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()")
+  if x is not None:
+    require(x.granularity in ("token", "tensor"), f"{path}: activations.granularity", x.granularity, "take 'token' or 'tensor'")
+    require(x.scale in ("absmax", "absmax_edge"), f"{path}: activations.scale", x.scale,
+            "the engine scales inputs by their largest magnitude; take 'absmax_edge', or leave them in full precision")
+
+
+def _format(layer: LayerRecipe) -> str:
+  if layer.weights is not None and layer.weights.grid == "e4m3":
+    return "float-quantized"
+  return "pack-quantized" if layer.activations is None else "int-quantized"
+
+
+def _bits(spec: QuantSpec) -> int:
+  """Of an integer that holds the codes."""
+  return 2 if spec.grid == "ternary" else int(spec.bits)
+
+
+def _module(entry: hf.Entry) -> str:
+  return entry.name.removesuffix(".weight")
+
+
+def _layer(q: QuantizedModel, entry: hf.Entry) -> LayerRecipe | None:
+  path = entry.path.removesuffix("/kernel")
+  return q.recipe.layer(path if entry.depth is None else path.replace("layers/", f"layers/{entry.depth}/", 1))
+
+
+def _config(layers: dict[str, LayerRecipe | None]) -> dict[str, Any]:
+  """The `quantization_config` of config.json. layers: by the names of all linear modules."""
+  kinds = dict.fromkeys(layer for layer in layers.values() if layer is not None)
+  groups = {f"group_{i}": {
+    "targets": ["Linear"] if len(kinds) == 1 else [name for name, of_this in layers.items() if of_this == layer],
+    "weights": _arguments(layer.weights, dynamic=False),
+    "input_activations": _arguments(layer.activations, dynamic=True),
+    "output_activations": None} for i, layer in enumerate(kinds)}
+  return {"quant_method": "compressed-tensors", "format": _format(next(iter(kinds))), "quantization_status": "compressed",
+          "config_groups": groups, "ignore": [name for name, layer in layers.items() if layer is None], "kv_cache_scheme": None}
+
+
+def _arguments(spec: QuantSpec | None, dynamic: bool) -> dict[str, Any] | None:
+  if spec is None:
+    return None
+  group = {"group_size": spec.group} if spec.granularity == "group" else {}
+  return {"num_bits": _bits(spec), "type": "float" if spec.grid == "e4m3" else "int", "symmetric": True,
+          "strategy": spec.granularity, "dynamic": dynamic, **group}
+
+
+def _tensors(entry: hf.Entry, leaf: Any, layer: LayerRecipe | None) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, array) of all that a parameter is in the files."""
+  if layer is None or not isinstance(leaf, Weight):
+    yield entry.name, hf.tensor(leaf.codes if isinstance(leaf, Weight) else leaf, entry)
+    return
+  spec: Any = layer.weights
+  codes_OxK, scale = hf.tensor(leaf.codes, entry).astype(spec.levels.dtype), hf.tensor(leaf.scale, entry)
+  groups = codes_OxK.shape[1] // (quantizers.block_of(spec, codes_OxK.shape[1]) or codes_OxK.shape[1])
+  # In a stack of layers with different recipes, a scale may be spread over more numbers than share it.
+  scale = scale[:, :: scale.shape[1] // groups]
+  if _format(layer) == "pack-quantized":
+    yield f"{_module(entry)}.weight_packed", _pack(codes_OxK, _bits(spec))
+    yield f"{_module(entry)}.weight_shape", np.array(codes_OxK.shape, np.int64)
+  else:
+    yield entry.name, codes_OxK
+  yield f"{_module(entry)}.weight_scale", scale[0] if spec.granularity == "tensor" else np.ascontiguousarray(scale)
+
+
+def _pack(codes_OxK: np.ndarray, bits: int) -> np.ndarray:
+  """int32 [O, K bits / 32 rounded up]: codes plus 2^(bits - 1), the first of a row in the lowest bits."""
+  K = codes_OxK.shape[1]
+  whole = np.pad(codes_OxK.astype(np.int32) + 2**(bits - 1), ((0, 0), (0, -K % (formats.WORD_BITS // bits))))
+  return np.ascontiguousarray(formats.pack_digits(whole, bits).view("<i4").reshape(len(codes_OxK), -1)[:, : -(-K * bits // 32)])

@@ -1,0 +1,146 @@
+"""Quantized models as files: whatever is written is read back bit by bit, and takes the bytes that its grid needs."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beyond_outliers import checkpoint, config, quant
+from beyond_outliers.model import transformer
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, formats, ptq
+
+MODEL = config.Model(
+  vocab=64, blocks=2, heads=4, kv_heads=2, d_head=32, d_model=128, mlp_hidden=160, mlp="relu2", norm_placement="post",
+  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=False,
+  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+GROUPS = Recipe((("head", LayerRecipe(QuantSpec(8))), (".*", LayerRecipe(QuantSpec(4, granularity="group", group=32)))))
+# Layers of one stack that differ: in bits, in what shares a scale, in the type of their codes; and some that stay as they are.
+MIXED = Recipe((("layers/0/mlp/.*", LayerRecipe(QuantSpec(8))), ("layers/.*/attention/[qk]", RECIPES["fp8"].default),
+                ("layers/0/attention/v", LayerRecipe(QuantSpec(4, "e2m1", granularity="nv"))), ("layers/1/attention/v", None),
+                ("head", None), (".*", LayerRecipe(QuantSpec(3, granularity="group", group=32)))))
+EVERY = {**{name: recipe for name, recipe in RECIPES.items() if name not in ("none", "rtn_w4a16_g128", "nvfp4")},
+         "groups": GROUPS, "nvfp4": RECIPES["nvfp4"], "mixed": MIXED}
+FAMILIES = ("rtn_w4a4", "quest_w1.58a1.58", "lsq_w4a4", "mxfp4", "nvfp4", "mixed")          # in the fast tests
+# Digits in a word of 64 bits.
+DIGITS = {1: 64, 1.585: 40, 2: 32, 3: 21, 4: 16, 8: 8}
+
+
+def fresh(recipe, seed=0):
+  """(model, parameters whose sizes differ by orders of magnitude); some inputs of some layers, and one whole matrix, are zero."""
+  model, draw = transformer.Transformer(MODEL, dot_general_for(recipe)), np.random.default_rng(seed)
+
+  def numbers(leaf):
+    spread = 10 ** draw.uniform(-3, 1, (*leaf.shape[:-1], 1)) if leaf.ndim > 2 else 1
+    return jnp.asarray(spread * draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype)
+  params = jax.tree.map(numbers, transformer.shapes(model))
+  params["layers"]["mlp"]["up"]["kernel"] = params["layers"]["mlp"]["up"]["kernel"].at[0].set(0).at[1, :48].set(0)
+  return model, params
+
+
+def assert_same(actual, expected):
+  """The same model and the same numbers, types included."""
+  assert (actual.recipe, actual.method, actual.model.config) == (expected.recipe, expected.method, expected.model.config)
+  assert jax.tree.structure(actual.params) == jax.tree.structure(expected.params)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual.params), jax.tree.leaves(expected.params), strict=True):
+    assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def logits(q):
+  return jax.jit(lambda params: q.model.apply({"params": params}, np.arange(12).reshape(2, 6)))(q.params)
+
+
+@pytest.mark.parametrize("name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in EVERY])
+def test_a_model_comes_back_bit_by_bit(name, tmp_path):
+  q = ptq.quantize(*fresh(EVERY[name]), EVERY[name])
+  q.save(tmp_path / "a")
+  assert_same(quant.load(tmp_path / "a"), q)
+  tensors, _ = formats.read(tmp_path / "a")
+  file = tmp_path / "a" / formats.TENSORS
+  header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+  assert file.stat().st_size == header + sum(array.nbytes for array in tensors.values()) == header + q.size_bytes
+  for path in (f"layers/{depth}/{linear}" for depth in range(2) for linear in transformer.linear_paths(MODEL)):
+    spec = q.recipe.layer(path) and q.recipe.layer(path).weights
+    width, outputs = q.params["layers"][path.split("/")[2]][path.split("/")[3]]["kernel"].codes.shape[1:]
+    if spec is not None:
+      assert tensors[f"{path}/kernel/codes"].nbytes == 8 * -(-width * outputs // DIGITS[spec.bits])
+    if spec is not None and spec.granularity in ("mx", "nv") and name != "mixed":
+      scale = tensors[f"{path}/kernel/scale_" + {"mx": "e8m0", "nv": "e4m3"}[spec.granularity]]
+      assert scale.nbytes == width * outputs // {"mx": 32, "nv": 16}[spec.granularity]
+
+
+@pytest.mark.parametrize("name", ["quest_w4a4", "mixed"])
+def test_logits_are_the_same_bits(name, tmp_path):
+  q = ptq.quantize(*fresh(EVERY[name]), EVERY[name])
+  q.save(tmp_path / "a")
+  np.testing.assert_array_equal(logits(quant.load(tmp_path / "a")), logits(q))
+
+
+@pytest.mark.parametrize("name", ["quest_w1.58a1.58", "nvfp4", "fp8"])
+def test_orbax_holds_the_same(name, tmp_path):
+  model, params = fresh(EVERY[name])
+  params["embedding"] = params["embedding"].astype(jnp.bfloat16)
+  q = ptq.quantize(model, params, EVERY[name])
+  checkpoint.save_quantized(q, tmp_path / "a")
+  assert_same(checkpoint.load_quantized(tmp_path / "a"), q)
+  with pytest.raises(checkpoint.CheckpointError, match="no quantized model"):
+    checkpoint.load_quantized(tmp_path / "b")
+
+
+def test_smoothing_and_other_types_are_kept(tmp_path):
+  model, params = fresh(RECIPES["rtn_w4a4"])
+  params["embedding"] = params["embedding"].astype(jnp.bfloat16)
+  batches = [{"tokens": np.arange(24).reshape(2, 12) % MODEL.vocab}]
+  q = ptq.quantize(model, params, RECIPES["rtn_w4a4"], "smoothquant", batches)
+  assert q.params["layers"]["mlp"]["up"]["kernel"].smooth is not None
+  q.save(tmp_path / "a")
+  assert_same(quant.load(tmp_path / "a"), q)
+
+
+@pytest.mark.parametrize("bits", DIGITS)
+def test_digits_are_those_of_a_number_in_their_base(bits):
+  """Against whole numbers of Python, a word at a time; four bits lie two a byte, the first below."""
+  base, a_word = round(2**bits), DIGITS[bits]
+  digits = np.random.default_rng(0).integers(0, base, (7, 23))
+  digits[0] = base - 1
+  expected = b""
+  for start in range(0, digits.size, a_word):
+    word = digits.reshape(-1)[start:start + a_word].tolist()
+    expected += sum(digit * base**place for place, digit in enumerate(word)).to_bytes(8, "little")
+  packed = formats.pack_digits(digits, bits)
+  assert packed.dtype == np.uint8 and packed.tobytes() == expected
+  np.testing.assert_array_equal(formats.unpack_digits(packed, bits, digits.shape), digits)
+  if bits == 4:
+    np.testing.assert_array_equal(packed[:80] & 15, digits.reshape(-1)[:160:2])
+    np.testing.assert_array_equal(packed[:80] >> 4, digits.reshape(-1)[1:160:2])
+
+
+def test_odd_codes_of_four_bits_lie_in_four_bits(tmp_path):
+  """2k + 1 as k + 8: what QuEST trains is stored whole."""
+  q = ptq.quantize(*fresh(RECIPES["quest_w4a4"]), RECIPES["quest_w4a4"])
+  q.save(tmp_path / "a")
+  stored = formats.read(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
+  codes = np.asarray(q.params["layers"]["mlp"]["down"]["kernel"].codes[1], np.int32)
+  assert set(np.unique(codes)) == set(range(-15, 16, 2)) and stored.nbytes == codes.size // 2
+  nibbles = np.stack([stored & 15, stored >> 4], -1).reshape(codes.shape).astype(np.int32)
+  np.testing.assert_array_equal(2 * (nibbles - 8) + 1, codes)
+
+
+def test_what_is_refused(tmp_path):
+  q = ptq.quantize(*fresh(RECIPES["rtn_w4a16"]), RECIPES["rtn_w4a16"])
+  q.save(tmp_path / "a")
+  with pytest.raises(config.ConfigError, match="already holds a model"):
+    q.save(tmp_path / "a")
+  with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
+    quant.load(tmp_path)
+  tensors, description = formats.read(tmp_path / "a")
+  for change, message in (({"version": 2}, "version = 2: this program reads version 1"),
+                          ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'")):
+    with pytest.raises(config.ConfigError, match=message):
+      formats.unpack(tensors, {**description, **change})
+  del tensors["layers/1/mlp/up/kernel/codes"]
+  with pytest.raises(config.ConfigError, match="layers/1/mlp/up/kernel/codes = None: missing"):
+    formats.unpack(tensors, description)
+  text = (tmp_path / "a" / formats.DESCRIPTION).read_text()
+  assert json.loads(text) == json.loads(json.dumps(description))

@@ -1,0 +1,136 @@
+"""The compressed-tensors layout: what other engines read from it is the matrix, and what it cannot say is refused."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+
+from beyond_outliers import config, export
+from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, weights
+
+# 72 numbers of two or four bits fill no whole number of words.
+MODEL = config.Model(
+  vocab=32, blocks=2, heads=4, kv_heads=2, d_head=18, d_model=72, mlp_hidden=72, norm_eps=1e-6, rope_base=500000.0, tied=False,
+  init_std=0.02, dtype="float32", attention="blockwise", unroll=1, remat="none", **hf_config.FAMILIES["llama"].switches)
+
+
+def recipe(w, x=None, head=None):
+  return Recipe((("head", head and LayerRecipe(head)), (".*", LayerRecipe(w, x))))
+
+
+GROUPS = recipe(QuantSpec(4, granularity="group", group=24), head=QuantSpec(4))
+WRITTEN = {
+  "rtn_w4a16": (RECIPES["rtn_w4a16"], "pack-quantized"), "groups and a head": (GROUPS, "pack-quantized"),
+  "two bits, a tensor": (recipe(QuantSpec(2, "twos_complement", granularity="tensor")), "pack-quantized"),
+  "ternary": (recipe(QuantSpec(1.585, "ternary")), "pack-quantized"), "eight bits": (recipe(QuantSpec(8)), "pack-quantized"),
+  "rtn_w8a8": (RECIPES["rtn_w8a8"], "int-quantized"), "rtn_w4a4": (RECIPES["rtn_w4a4"], "int-quantized"),
+  "fp8": (RECIPES["fp8"], "float-quantized"),
+}
+
+
+def fresh(model):
+  draw = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: jnp.asarray(draw.standard_t(4, leaf.shape), leaf.dtype), transformer.shapes(model))
+
+
+def exported(recipe, directory, c=MODEL):
+  """(config.json, {name: its array}, {module: the matrix [O, K] that ours multiplies with})."""
+  model = transformer.Transformer(c)
+  q = ptq.quantize(model, fresh(model), recipe)
+  export.compressed_tensors(q, directory)
+  fields = json.loads((directory / "config.json").read_text())
+  found = safetensors.deserialize((directory / hf.SINGLE).read_bytes())
+  kinds = {"I32": np.int32, "I64": np.int64, "I8": np.int8, "F32": np.float32, "F8_E4M3": jnp.float8_e4m3fn}
+  tensors = {name: np.frombuffer(of["data"], kinds[of["dtype"]]).reshape(of["shape"]) for name, of in found}
+  matrices = {}
+  for entry in hf.entries(hf_config.FAMILIES[fields["model_type"]], model):
+    layer = entry.path.endswith("kernel") and recipe.layer(f"layers/{entry.depth}/{entry.path[7:-7]}" if entry.depth is not None
+                                                           else "head")
+    if layer:
+      node = q.params
+      for name in entry.path.split("/"):
+        node = node[name]
+      matrix = weights.Weight(*(field if entry.depth is None or field is None else field[entry.depth] for field in node))
+      matrices[entry.name.removesuffix(".weight")] = np.asarray(weights.dequantize(matrix, layer)).T
+  return fields, tensors, matrices
+
+
+@pytest.fixture(scope="module", params=WRITTEN)
+def written(request, tmp_path_factory):
+  """(directory, recipe, its format, what `exported` returns)."""
+  directory = tmp_path_factory.mktemp("hf") / "model"
+  return directory, *WRITTEN[request.param], exported(WRITTEN[request.param][0], directory)
+
+
+def unpacked(packed, bits, width):
+  """Integers, bit by bit: what the layout says, and none of our code."""
+  rows = [[(int(word) & 0xFFFFFFFF) >> shift & (2**bits - 1) for word in row for shift in range(0, 32, bits)] for row in packed]
+  return np.array(rows)[:, :width] - 2**(bits - 1)
+
+
+def test_every_matrix_can_be_computed_from_the_files(written):
+  directory, recipe, format_, (fields, tensors, matrices) = written
+  described = fields["quantization_config"]
+  assert (described["quant_method"], described["format"]) == ("compressed-tensors", format_)
+  assert described["ignore"] == ([] if recipe.layer("head") else ["lm_head"])
+  for module, matrix in matrices.items():
+    scale = tensors[f"{module}.weight_scale"]
+    if format_ == "pack-quantized":
+      (group,) = [group for group in described["config_groups"].values() if {"Linear", module} & set(group["targets"])]
+      shape = tensors[f"{module}.weight_shape"]
+      assert shape.tolist() == list(matrix.shape) and f"{module}.weight" not in tensors
+      codes = unpacked(tensors[f"{module}.weight_packed"], group["weights"]["num_bits"], shape[1])
+    else:
+      codes = tensors[f"{module}.weight"].astype(np.float32)
+    spread = scale if scale.ndim == 1 else np.repeat(scale, matrix.shape[1] // scale.shape[1], 1)
+    np.testing.assert_array_equal(codes.astype(np.float32) * spread, matrix)
+  with pytest.raises(config.ConfigError, match="quantization_config"):
+    hf.load(directory)
+
+
+def test_the_package_of_the_layout_reads_the_same(written):
+  """Its own configuration classes and its own unpacking, where it is installed."""
+  pytest.importorskip("compressed_tensors", reason="compressed-tensors (and the torch it needs) is not installed")
+  import torch
+  from compressed_tensors.compressors import BaseCompressor
+  from compressed_tensors.compressors.format import infer_module_format
+  from compressed_tensors.quantization import QuantizationConfig
+  from safetensors.torch import load_file
+
+  directory, _, format_, (fields, _, matrices) = written
+  described = QuantizationConfig(**fields["quantization_config"])
+  state = load_file(directory / hf.SINGLE)
+  for module, matrix in matrices.items():
+    (scheme,) = [scheme for scheme in described.config_groups.values() if {"Linear", module} & set(scheme.targets)]
+    assert infer_module_format(torch.nn.Linear, scheme).value == described.format == format_
+    compressor = BaseCompressor.get_value_from_registry(format_)
+    local = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == module}
+    assert set(local) == {key for key in compressor.compression_param_names(scheme) if key in local} >= {"weight_scale"}
+    read = compressor.decompress(local, scheme)["weight"]
+    np.testing.assert_array_equal(read.numpy(), matrix)
+
+
+@pytest.mark.parametrize("recipe,message", [
+  (RECIPES["quest_w4a4"], "layers/0/attention/q: rotation = 'hadamard': the engine would have to rotate inputs"),
+  (recipe(QuantSpec(4, "midrise")), "weights.grid = 'midrise': its odd codes have no zero.*take 'symmetric'"),
+  (recipe(QuantSpec(4, "e2m1")), "weights.grid = 'e2m1': not written; .* keep the model by its save"),
+  (RECIPES["rtn_w3a16"], "weights.bits = 3: not packed; take 2, 4, 8"),
+  (recipe(None, QuantSpec(8, granularity="token")), "weights = None: the layout quantizes inputs only beside"),
+  (recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")), "activations.scale = 'mse': the engine scales inputs"),
+  (RECIPES["none"], "recipe = 'none': quantizes nothing; hf.save"),
+  (Recipe((("head", None), (".*/q", LayerRecipe(QuantSpec(4))), *RECIPES["fp8"].rules[1:])), "pack-quantized, float-quantized"),
+])
+def test_what_the_layout_cannot_say_is_refused(recipe, message, tmp_path):
+  with pytest.raises(config.ConfigError, match=message):
+    exported(recipe, tmp_path / "a")
+  assert not (tmp_path / "a").exists()
+
+
+def test_smoothed_inputs_are_refused():
+  model, tokens = transformer.Transformer(MODEL), [{"tokens": np.arange(16).reshape(2, 8)}]
+  q = ptq.quantize(model, fresh(model), RECIPES["rtn_w4a16"], "smoothquant", tokens)
+  with pytest.raises(config.ConfigError, match=r"layers/attention/k/kernel = 'smoothed'.*a method without smoothing"):
+    export.check(q)
