@@ -15,6 +15,7 @@ FLOORS = (
   ("evaluation",),
   ("loop", "runs"),
   ("train", "analysis", "zero_shot"),
+  ("cells",),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_rows", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
