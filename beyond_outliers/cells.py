@@ -2,7 +2,6 @@
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -19,23 +18,9 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.checks import require
 from beyond_outliers.model import transformer
+from beyond_outliers.sources import Source
 
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A trained model, and the text that it is judged by."""
-  model: transformer.Transformer            # in full precision
-  recipe: str                               # that it was trained under: row of quant.RECIPES
-  trained_under: quant.Recipe | None        # the same with the run's rules; None if nothing was quantized
-  dataset: data.Dataset
-  data: config.Data
-  context: int
-  batch_size: int
-  documents: int                            # of the validation split; 0: all
-  described: dict[str, Any]                 # where it comes from, for whoever reads a cell
-  trained: str                              # when its training began, which tells it from another run in the same folder
 
 
 class Cell(NamedTuple):
@@ -47,16 +32,20 @@ class Cell(NamedTuple):
     return f"{step}-{self.recipe}-{self.method}.json"
 
 
-def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
-  """The model as it is, then every method under every recipe.
-
-  Errors: ConfigError for names that nobody knows, recipes that do not fit the model, and methods for a model that was
-  trained quantized."""
+def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
+  """Errors: ConfigError for one that nobody knows."""
   for name in recipes:
     require(name != "none", "--recipes", name, "the model as it was trained is evaluated anyway; leave it out")
     quant.recipes.named(name, "--recipes")
   for name in methods:
     quant.ptq.named(name, "--methods")
+
+
+def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
+  """The model as it is, then every method under every recipe.
+
+  Errors: ConfigError for unknown names, recipes that do not fit the model, and any for a model that was trained quantized."""
+  check_names(recipes, methods)
   require(not recipes or source.trained_under is None, "--recipes", ",".join(recipes), f"methods begin with a model in full "
           f"precision, and this one was trained under {source.recipe!r}; leave --recipes and --methods out to evaluate it as it "
           "was trained, or give the run of its full-precision twin (quant.recipe = 'none')")
@@ -69,21 +58,22 @@ def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list
 
 
 class Evaluator:
-  """Measures cells into a folder. Those that are there, of the same settings, are not measured again.
+  """Measures cells into a folder, the source's own by default. Those that are there, of the same settings, stay as they are.
 
-  windows: of training data that methods look at. say: takes progress, as (what, whether it is worth a line).
+  windows: of training data that methods look at. say: takes progress.
   Errors: ConfigError for a batch that the devices cannot split, unknown tasks, and tasks without the library for them."""
 
-  def __init__(self, source: Source, cells: Sequence[Cell], folder: Any, *, tasks: Sequence[str] = (), windows: int = 32,
-               sinks: Sequence[writers.Writer] = (), say: Callable[[str], None] = lambda text: None):
-    self.source, self.cells, self._tasks, self._windows, self._sinks, self._say = source, list(cells), tasks, windows, sinks, say
-    self._folder = writers.Workdir(folder)
+  def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (), windows: int = 32,
+               say: Callable[[str], None] = lambda text: None):
+    self.source, self.cells, self._tasks, self._windows, self._say = source, list(cells), tasks, windows, say
+    self._folder = writers.Workdir(folder or source.folder)
     # Parameters whole on every device, rows of a batch split over them.
     self._mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
     mesh_lib.check_batch(self._mesh, "--batch_size", source.batch_size)
     self._batches = data.validation_batches(source.dataset, source.data, context=source.context, batch_size=source.batch_size,
                                             documents=source.documents)
     self._num_bytes = source.dataset.bytes("validation", source.documents)
+    self._sink = writers.TensorBoard(source.tensorboard, None) if source.tensorboard else None
     self._steps: dict[Cell, Any] = {}                 # compiled once, for all checkpoints
     self._task_folders = _task_folders(tasks, source.dataset, self._folder.path) if tasks else []
 
@@ -122,9 +112,13 @@ class Evaluator:
     # JSON knows no NaN: it is null.
     found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
     self._folder.write(cell.file(step), found)
-    for sink in self._sinks:
-      sink.write({"step": step, **{f"{cell.recipe}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
+    if self._sink:
+      self._sink.write({"step": step, **{f"{cell.recipe}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
     return found
+
+  def close(self) -> None:
+    if self._sink:
+      self._sink.close()
 
   @functools.cached_property
   def calibration(self) -> list[dict[str, np.ndarray]]:

@@ -15,6 +15,7 @@ FLOORS = (
   ("evaluation",),
   ("loop", "runs"),
   ("train", "analysis", "zero_shot"),
+  ("sources",),
   ("cells",),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_rows", "bench"),
 )
