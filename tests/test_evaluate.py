@@ -180,7 +180,7 @@ REFUSED = {
   "a step": (["--workdir={run}", "--steps=2,3"], ["--steps = '3'", "[1, 2]"]),
   "no step": (["--workdir={run}", "--steps=last"], ["--steps = 'last'", "100,200"]),
   "a folder that is no checkpoint": (["--checkpoint={run}"], ["--checkpoint = ", "RUN/checkpoints/N"]),
-  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["trained under 'quest_w4a4'", "full-precision twin"]),
+  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4'", "full-precision twin"]),
   "another tokenizer": (["--workdir={run}", "--data={other}"], ["--data = ", "tokenizer", "the run was trained with"]),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
