@@ -34,16 +34,15 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
       if len(values) > 1:
         raise ValueError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
   by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem", "count"])
+  shown: dict[Any, Any] = by_cell.to_dict("index")
+  least = by_cell["mean"].groupby(["recipe", "optimizer"]).min()
+  order = by_cell["mean"].groupby(["recipe", "method"]).mean()
   optimizers = sorted(set(measured.optimizer))
   rows: list[Sequence[str]] = [("recipe", "method", *optimizers)]
-  for recipe, of_recipe in by_cell.groupby("recipe", sort=False):
-    least = of_recipe["mean"].groupby("optimizer").min()
-    for method in of_recipe["mean"].groupby("method").mean().sort_values().index:
-      row = [str(recipe), str(method)]
-      for optimizer in optimizers:
-        key = (recipe, method, optimizer)
-        row.append(_shown(of_recipe.loc[key], least[optimizer], style) if key in of_recipe.index else "")
-      rows.append(row)
+  for recipe, method in sorted(order.index, key=lambda row: (row[0], order[row])):
+    cells_of = {optimizer: shown.get((recipe, method, optimizer)) for optimizer in optimizers}
+    rows.append((recipe, method, *(_shown(cell, least[recipe, optimizer], style) if cell else ""
+                                   for optimizer, cell in cells_of.items())))
   return tables.markdown(rows)
 
 
