@@ -195,6 +195,7 @@ for arguments in json.loads(sys.argv[1]):
   with tempfile.TemporaryFile("w+") as errors:
     child = os.fork()
     if not child:
+      os.dup2(errors.fileno(), 1)
       os.dup2(errors.fileno(), 2)
       sys.argv = ["evaluate", *arguments]
       command.run(evaluate.main)

@@ -212,7 +212,7 @@ def test_the_switch_reaches_training_and_evaluation(model, losses, params, mask_
 
 def test_the_pair_step_compares_two_models_token_by_token(model, params):
   """Against NumPy on both models' logits; what weighs nothing counts for no document and is zero."""
-  batch, other = make_batch(), jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), params)
+  batch, other = make_batch(), jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params)
   numbers, document = jax.jit(step.make_pair_step(model, model, True))(params, other, batch)
   apply = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"]))
   logits = [np.asarray(apply(p), np.float64) for p in (params, other)]
@@ -221,7 +221,7 @@ def test_the_pair_step_compares_two_models_token_by_token(model, params):
   expected = {"reference_nll": pick(log_p), "nll": pick(log_q), "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
               "agreement": log_p.argmax(-1) == log_q.argmax(-1)}
   counts = np.asarray(batch["weights"]) > 0
-  assert 0.1 < expected["agreement"].mean() < 0.9 and expected["kl"].mean() > 0.1
+  assert 0.1 < expected["agreement"].mean() < 0.9 and expected["kl"].mean() > 0.01
   assert numbers.keys() == expected.keys()
   for name, want in expected.items():
     np.testing.assert_allclose(numbers[name], np.where(counts, want, 0), rtol=1e-4, atol=1e-5, err_msg=name)
