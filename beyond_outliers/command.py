@@ -15,7 +15,7 @@ REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
-  """Defines --config, which every command requires; or in its place one of the flags `instead`, which are defined before."""
+  """Defines --config, which most commands require; or in its place one of the flags `instead`, which are defined before."""
   holder = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
   if instead:
     names = ["config", *instead]
@@ -45,7 +45,7 @@ def _parse(argv: list[str]) -> list[str]:
     # last line is what was meant.
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
-  if flags.FLAGS["config"].present:
+  if "config" in flags.FLAGS and flags.FLAGS["config"].present:
     path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     if not os.path.exists(path):
       _refuse(f"--config={path}: there is no such file")

@@ -38,10 +38,15 @@ def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
   Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
+  nll_T = loss.cross_entropy(_logits(model, params, batch, mask_documents, rng), batch["targets"].reshape(-1))
+  return nll_T.reshape(batch["targets"].shape)
+
+
+def _logits(model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None) -> jax.Array:
+  """[T, V]."""
   logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents),
                                   rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
-  nll_T = loss.cross_entropy(logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1]), batch["targets"].reshape(-1))
-  return nll_T.reshape(batch["targets"].shape)
+  return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
 
 
 def _masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
@@ -114,6 +119,23 @@ def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Call
     nll_BxL = token_losses(model, params, batch, mask_documents)
     return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
   return eval_step
+
+
+def make_pair_step(model: Any, other: Any, mask_documents: bool) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+  """pair_step(params, other's params, batch) -> (numbers of every target, segment it counts for or 0), all [B, L].
+
+  The numbers: `reference_nll` of `model` and `nll` of `other`, in nats; `kl` (nats), the divergence of other's prediction from
+  model's; `agreement`, 1 where both hold the same token for the likeliest."""
+  def pair_step(params, other_params, batch):
+    counts, shape = batch["weights"] > 0, batch["targets"].shape
+    p_TxV = _logits(model, params, batch, mask_documents)
+    q_TxV = _logits(other, other_params, batch, mask_documents)
+    targets_T = batch["targets"].reshape(-1)
+    numbers = {"reference_nll": loss.cross_entropy(p_TxV, targets_T), "nll": loss.cross_entropy(q_TxV, targets_T),
+               "kl": loss.divergence(p_TxV, q_TxV), "agreement": jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1)}
+    return ({name: jnp.where(counts, x_T.reshape(shape), 0) for name, x_T in numbers.items()},
+            jnp.where(counts, batch["segment_ids"], 0))
+  return pair_step
 
 
 def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,

@@ -128,11 +128,11 @@ class JsonLines:
 
 
 class TensorBoard:
-  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard)."""
+  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard). Those after `last_step` are dropped, if it is given."""
 
-  def __init__(self, directory: epath.Path, last_step: int):
+  def __init__(self, directory: epath.Path, last_step: int | None):
     tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
-    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1)
+    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=None if last_step is None else last_step + 1)
 
   def write(self, row: Row) -> None:
     for name, value in row.items():

@@ -93,3 +93,46 @@ def test_a_target_without_weight_counts_nowhere():
   result = evaluation.evaluate(token_losses, [batch], None)
   assert (result["documents"], result["tokens"]) == (5, 39)
   assert result["loss"] == pytest.approx(math.log(32), rel=0.05), "an untrained model knows nothing"
+
+
+def test_intervals_are_those_of_documents_drawn_again():
+  """Against a bootstrap that draws the documents one by one; and pairing: what is the same for all documents has no spread."""
+  rng = np.random.default_rng(2)
+  counts = rng.integers(5, 200, 40).astype(float)
+  sums = counts * np.stack([3 + rng.normal(0, 0.4, 40), np.full(40, 0.25)])
+  bounds = evaluation.intervals(sums, counts, seed=0)
+  picks = rng.integers(0, 40, (10_000, 40))
+  direct = sums[:, picks].sum(-1) / counts[picks].sum(-1)
+  low, high = np.quantile(direct, [0.025, 0.975], axis=1)
+  np.testing.assert_allclose(bounds[0], [low[0], high[0]], atol=0.03 * (high[0] - low[0]))
+  np.testing.assert_allclose(bounds[1], [0.25, 0.25], rtol=1e-12)
+  np.testing.assert_array_equal(bounds, evaluation.intervals(sums, counts, seed=0))
+  assert not np.array_equal(bounds, evaluation.intervals(sums, counts, seed=1))
+
+
+def test_intervals_of_two_documents_by_hand_and_of_one():
+  # A quarter of the resamples is the first document twice, a quarter the second: the outer 2.5 % lie there, the middle between.
+  two = np.array([[2.0, 12.0]]), np.array([2.0, 3.0])
+  np.testing.assert_array_equal(evaluation.intervals(*two, seed=0), [[1.0, 4.0]])
+  np.testing.assert_allclose(evaluation.intervals(*two, seed=0, confidence=0.2), [[2.8, 2.8]])
+  assert np.isnan(evaluation.intervals(np.array([[2.0]]), np.array([2.0]), seed=0)).all()
+
+
+def test_a_comparison_weighs_targets_not_documents_or_batches():
+  batches, nll, owner = random_batches(9, seed=3)
+  shift = lambda document: 0.1 * document
+
+  def numbers(batch):
+    after = np.where(batch["documents"] > 0, batch["nll"] + shift(batch["documents"]), 0)
+    return {"reference_nll": batch["nll"], "nll": after, "kl": 2 * (after - batch["nll"]),
+            "agreement": batch["documents"] == 3}, batch["documents"]
+  result = evaluation.compare(numbers, batches, num_bytes=1000)
+  assert result["loss_difference"] == pytest.approx(shift(owner).mean(), rel=1e-5)
+  assert result["kl"] == pytest.approx(2 * shift(owner).mean(), rel=1e-5)
+  assert result["agreement"] == pytest.approx((owner == 3).mean())
+  assert result["reference_loss"] == pytest.approx(nll.mean(), rel=1e-6)
+  assert result["loss"] == pytest.approx(result["reference_loss"] + result["loss_difference"])
+  low, high = result["loss_difference_interval"]
+  assert 0.1 <= low < result["loss_difference"] < high <= 0.9
+  alone = evaluation.evaluate(lambda batch: (numbers(batch)[0]["nll"], batch["documents"]), batches, num_bytes=1000)
+  assert {name: result[name] for name in alone} == alone

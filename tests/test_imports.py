@@ -15,6 +15,8 @@ FLOORS = (
   ("evaluation",),
   ("loop", "runs", "warm_start"),
   ("train", "analysis", "zero_shot_tasks", "zero_shot"),
+  ("sources",),
+  ("cells",),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
    "bench"),
 )

@@ -208,3 +208,21 @@ def test_the_switch_reaches_training_and_evaluation(model, losses, params, mask_
   np.testing.assert_allclose(value, expected.sum() / weights.sum(), rtol=1e-5)
   got, _ = jax.jit(step.make_eval_step(model, mask_documents))(params, batch)
   np.testing.assert_allclose(got, losses[mask_documents](params, batch) * (weights > 0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_pair_step_compares_two_models_token_by_token(model, params):
+  """Against NumPy on both models' logits; what weighs nothing counts for no document and is zero."""
+  batch, other = make_batch(), jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params)
+  numbers, document = jax.jit(step.make_pair_step(model, model, True))(params, other, batch)
+  apply = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"]))
+  logits = [np.asarray(apply(p), np.float64) for p in (params, other)]
+  log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
+  pick = lambda log: -np.take_along_axis(log, np.asarray(batch["targets"])[..., None], -1)[..., 0]
+  expected = {"reference_nll": pick(log_p), "nll": pick(log_q), "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
+              "agreement": log_p.argmax(-1) == log_q.argmax(-1)}
+  counts = np.asarray(batch["weights"]) > 0
+  assert 0.1 < expected["agreement"].mean() < 0.9 and expected["kl"].mean() > 0.01
+  assert numbers.keys() == expected.keys()
+  for name, want in expected.items():
+    np.testing.assert_allclose(numbers[name], np.where(counts, want, 0), rtol=1e-4, atol=1e-5, err_msg=name)
+  np.testing.assert_array_equal(document, np.where(counts, batch["segment_ids"], 0))

@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary.
+"""Cross entropy over a large vocabulary, and how far two predictions are apart.
 
 Legend: T tokens, V vocabulary.
 """
@@ -33,3 +33,10 @@ def _backward(residuals, g_T):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def divergence(p_TxV, q_TxV):
+  """Kullback-Leibler divergence of softmax(q) from softmax(p), in nats, [T], float32 or wider. p, q: logits."""
+  wide = jnp.promote_types(p_TxV.dtype, jnp.float32)
+  log_p_TxV, log_q_TxV = (jax.nn.log_softmax(logits_TxV.astype(wide)) for logits_TxV in (p_TxV, q_TxV))
+  return jnp.sum(jnp.exp(log_p_TxV) * (log_p_TxV - log_q_TxV), axis=-1)

@@ -61,3 +61,16 @@ def test_sharded_vocabulary_agrees_with_one_device_and_is_not_gathered():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   gathered = [line for line in eight.as_text().splitlines() if re.search(rf"f32\[\d+,{V}\]", line)]
   assert not gathered, gathered
+
+
+def test_the_divergence_is_that_of_numpy_and_nothing_where_both_agree():
+  p, *_ = problem()
+  p[0] += 500                                                   # far from zero, as logits may be
+  q = p + np.random.default_rng(1).standard_normal(p.shape) * np.geomspace(1e-2, 3, T)[:, None]
+  log = [x - x.max(-1, keepdims=True) for x in (p, q)]
+  log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in log)
+  expected = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+  assert expected.min() < 1e-3 and expected.max() > 0.5
+  divergence = jax.jit(loss.divergence)
+  np.testing.assert_allclose(divergence(p.astype(np.float32), q.astype(np.float32)), expected, rtol=2e-3, atol=2e-6)
+  np.testing.assert_array_equal(divergence(jnp.bfloat16(p), jnp.bfloat16(p)), np.zeros(T, np.float32))

@@ -1,0 +1,64 @@
+"""What quantization after training costs by optimizer and method, from the cells that evaluation jobs leave in workdirs."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from etils import epath
+
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis import tables
+
+ORIGIN = ["size", "optimizer", "learning_rate", "seed"]
+
+
+def cells(runs: Sequence[runs_lib.Run], folder: str = "eval") -> pd.DataFrame:
+  """A row a cell of the last step that each run was evaluated at: where it comes from, recipe, method and its metrics."""
+  rows = [row for run in runs for row in _of_run(run.path / folder)]
+  return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, "step", "recipe", "method"])
+
+
+def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.4f") -> str:
+  """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard error, the least of each recipe
+  and optimizer in bold. Rows from the least mean over all optimizers up. loss_difference: nats, to full precision on the same
+  tokens.
+
+  Errors: ValueError when an optimizer has runs of several learning rates or sizes, whose mean would say nothing."""
+  measured = found[found[metric].notna()] if metric in found else found[:0]
+  if not len(measured):
+    raise ValueError(f"{metric}: no cell has it; run python -m beyond_outliers.evaluate with --recipes on these runs")
+  for key in ("learning_rate", "size"):
+    for optimizer, values in measured.groupby("optimizer")[key].unique().items():
+      if len(values) > 1:
+        raise ValueError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
+  by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem", "count"])
+  shown: dict[Any, Any] = by_cell.to_dict("index")
+  least = by_cell["mean"].groupby(["recipe", "optimizer"]).min()
+  order = by_cell["mean"].groupby(["recipe", "method"]).mean()
+  optimizers = sorted(set(measured.optimizer))
+  rows: list[Sequence[str]] = [("recipe", "method", *optimizers)]
+  for recipe, method in sorted(order.index, key=lambda row: (row[0], order[row])):
+    cells_of = {optimizer: shown.get((recipe, method, optimizer)) for optimizer in optimizers}
+    rows.append((recipe, method, *(_shown(cell, least[recipe, optimizer], style) if cell else ""
+                                   for optimizer, cell in cells_of.items())))
+  return tables.markdown(rows)
+
+
+def _of_run(folder: epath.Path) -> list[dict[str, Any]]:
+  found = [json.loads(path.read_text()) for path in folder.glob("*.json")] if folder.exists() else []
+  newest = max((cell["step"] for cell in found), default=None)
+  return [_row(cell) for cell in found if cell["step"] == newest]
+
+
+def _row(cell: dict[str, Any]) -> dict[str, Any]:
+  c = cell["source"]["config"]
+  tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
+  origin = dict(zip(ORIGIN, (c["size"], c["optimizer"]["name"], c["optimizer"]["learning_rate"], c["seed"]), strict=True))
+  return {**origin, **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")}, **cell["metrics"], **tasks}
+
+
+def _shown(cell: Any, least: float, style: str) -> str:
+  text = format(cell["mean"], style) + (f" ± {cell['sem']:.4f}" if cell["count"] > 1 else "")
+  return f"**{text}**" if cell["mean"] == least else text

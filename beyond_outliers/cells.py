@@ -1,0 +1,219 @@
+"""What quantization after training costs a checkpoint: a cell a (step, recipe, method), each a JSON file that is read alone.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from beyond_outliers import config, data, evaluation, quant, train, writers
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import step as step_lib
+from beyond_outliers.checks import require
+from beyond_outliers.model import transformer
+from beyond_outliers.sources import Source
+
+SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
+
+
+class Cell(NamedTuple):
+  """What is done to a checkpoint. method "none": nothing, it is judged as it was trained, under its own recipe."""
+  recipe: str
+  method: str
+
+  def file(self, step: int) -> str:
+    return f"{step}-{self.recipe}-{self.method}.json"
+
+
+def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
+  """Errors: ConfigError for one that nobody knows."""
+  for name in recipes:
+    require(name != "none", "--recipes", name, "the model as it was trained is evaluated anyway; leave it out")
+    quant.recipes.named(name, "--recipes")
+  for name in methods:
+    quant.ptq.named(name, "--methods")
+
+
+def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
+  """The model as it is, then every method under every recipe.
+
+  Errors: ConfigError for unknown names, recipes that do not fit the model, and any for a model that was trained quantized."""
+  check_names(recipes, methods)
+  require(not recipes or source.trained_under is None, "--recipes", ",".join(recipes), f"methods begin with a model in full "
+          f"precision, and this one was trained under {source.recipe!r}; leave --recipes and --methods out to evaluate it as it "
+          "was trained, or give the run of its full-precision twin (quant.recipe = 'none')")
+  shapes = transformer.shapes(source.model)
+  for name in recipes:
+    # Traced, not run: whatever a recipe cannot do with this model is said before any checkpoint is read.
+    jax.eval_shape(lambda params, name=name: quant.ptq.quantize(source.model, params, quant.RECIPES[name]).params, shapes)
+  pairs = itertools.product(dict.fromkeys(recipes), dict.fromkeys(methods))
+  return [Cell(source.recipe, "none"), *(Cell(recipe, method) for recipe, method in pairs)]
+
+
+class Evaluator:
+  """Measures cells into a folder, the source's own by default. Those that are there, of the same settings, stay as they are.
+
+  windows: of training data that methods look at. say: takes progress.
+  Errors: ConfigError for a batch that the devices cannot split, unknown tasks, and tasks without the library for them."""
+
+  def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (), windows: int = 32,
+               say: Callable[[str], None] = lambda text: None):
+    self.source, self.cells, self._tasks, self._windows, self._say = source, list(cells), tasks, windows, say
+    self._folder = writers.Workdir(folder or source.folder)
+    # Parameters whole on every device, rows of a batch split over them.
+    self._mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
+    mesh_lib.check_batch(self._mesh, "--batch_size", source.batch_size)
+    self._batches = data.validation_batches(source.dataset, source.data, context=source.context, batch_size=source.batch_size,
+                                            documents=source.documents)
+    self._num_bytes = source.dataset.bytes("validation", source.documents)
+    self._sink = writers.TensorBoard(source.tensorboard, None) if source.tensorboard else None
+    self._steps: dict[Cell, Any] = {}                 # compiled once, for all checkpoints
+    self._task_folders = _task_folders(tasks, source.dataset, self._folder.path) if tasks else []
+
+  def missing(self, step: int) -> list[Cell]:
+    return [cell for cell in self.cells if not self._complete(self._read(step, cell))]
+
+  def results(self, steps: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """The cells that are there, of these steps or of all, by step."""
+    found = {int(path.name.partition("-")[0]) for path in self._folder.path.glob("*-*.json")} if steps is None else set(steps)
+    cells = (self._read(step, cell) for step in sorted(found) for cell in self.cells)
+    return [cell for cell in cells if cell is not None]
+
+  def measure(self, step: int, params: Any, cell: Cell) -> dict[str, Any]:
+    """Measures what is missing of one cell and writes it."""
+    found: Any = self._read(step, cell)
+    began = time.perf_counter()
+    q = self._quantized(params, cell)
+    model, q_params = (q.model, q.params) if q else (self.source.model, params)
+    jax.block_until_ready(q_params)
+    quantized = time.perf_counter()
+    if found is None:
+      metrics = self._metrics(cell, params, q)
+      size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+      found = {"step": step, **cell._asdict(), "metrics": metrics, "tasks": {}, "size_bytes": size,
+               "settings": self._settings(cell),
+               "seconds": {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized, "tasks": 0.0},
+               "source": self.source.described, **writers.manifest({})}
+    tasks = [task for task in self._tasks if task not in found["tasks"]]
+    if tasks:
+      began = time.perf_counter()
+      self._say("tasks " + ", ".join(tasks))
+      found["tasks"] |= _zero_shot().run(model, q_params, self.source.dataset.tokenizer, tasks, context=self.source.context,
+                                         mesh=self._mesh, prefix=self.source.dataset.meta["separator"]["id"],
+                                         folders=self._task_folders)
+      found["seconds"]["tasks"] += time.perf_counter() - began
+    # JSON knows no NaN: it is null.
+    found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
+    self._folder.write(cell.file(step), found)
+    if self._sink:
+      self._sink.write({"step": step, **{f"{cell.recipe}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
+    return found
+
+  def close(self) -> None:
+    if self._sink:
+      self._sink.close()
+
+  @functools.cached_property
+  def calibration(self) -> list[dict[str, np.ndarray]]:
+    """The same windows of training data for every run on these data."""
+    c, source = self.source.data, self.source
+    batches = data.train_batches(source.dataset, c, context=source.context, batch_size=math.lcm(source.batch_size, c.readers),
+                                 seed=SEED)
+    names = ("tokens", "segment_ids", "positions") if c.mask_documents else ("tokens",)
+    rows, taken = [], 0
+    while taken < self._windows:
+      rows.append(next(batches))
+      taken += len(rows[-1]["tokens"])
+    batches.close()
+    whole = {name: np.concatenate([batch[name] for batch in rows])[: self._windows] for name in names}
+    return [{name: x[start : start + source.batch_size] for name, x in whole.items()}
+            for start in range(0, self._windows, source.batch_size)]
+
+  def _quantized(self, params: Any, cell: Cell) -> quant.QuantizedModel | None:
+    if cell.method != "none":
+      calibrated = quant.METHODS[cell.method].calibrated
+      return quant.ptq.quantize(self.source.model, params, quant.RECIPES[cell.recipe], cell.method,
+                                self.calibration if calibrated else (), say=self._say)
+    return quant.quantized(self.source.model, params, self.source.trained_under) if self.source.trained_under else None
+
+  def _metrics(self, cell: Cell, params: Any, q: quant.QuantizedModel | None) -> dict[str, Any]:
+    source, everywhere = self.source, mesh_lib.replicated(self._mesh)
+    if cell not in self._steps:
+      # The quantized model is the same of every checkpoint: only its parameters differ.
+      step = (step_lib.make_pair_step(source.model, q.model, source.data.mask_documents) if q else
+              step_lib.make_eval_step(source.model, source.data.mask_documents))
+      self._steps[cell] = jax.jit(step, out_shardings=everywhere)
+    number = itertools.count(1)
+    with mesh_lib.use(self._mesh):
+      arguments = [jax.device_put(tree, everywhere) for tree in ([params, q.params] if q else [params])]
+
+      def of_batch(batch):
+        self._say(f"batch {next(number)} of {len(self._batches)}")
+        return jax.device_get(self._steps[cell](*arguments, mesh_lib.put_batch(batch, self._mesh, source.batch_size)))
+      if q:
+        return evaluation.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
+      return evaluation.evaluate(of_batch, self._batches, self._num_bytes)
+
+  def _settings(self, cell: Cell) -> dict[str, Any]:
+    """All that a cell's numbers depend on, beside the checkpoint: other settings make another cell."""
+    source = self.source
+    calibrated = cell.method != "none" and quant.METHODS[cell.method].calibrated
+    return {"trained": source.trained, "data": source.dataset.fingerprint, "tokenizer": source.dataset.tokenizer.fingerprint,
+            "context": source.context, "documents": source.documents, "mask_documents": source.data.mask_documents,
+            "calibration_windows": self._windows if calibrated else 0, "seed": SEED, "resamples": evaluation.RESAMPLES,
+            "confidence": evaluation.CONFIDENCE}
+
+  def _read(self, step: int, cell: Cell) -> dict[str, Any] | None:
+    found = self._folder.read(cell.file(step))
+    return found if found is not None and found["settings"] == self._settings(cell) else None
+
+  def _complete(self, found: dict[str, Any] | None) -> bool:
+    return found is not None and set(self._tasks) <= found["tasks"].keys()
+
+
+def scalars(cell: dict[str, Any]) -> dict[str, float]:
+  """The numbers of a cell by name, those of its tasks as `task/metric`; without intervals."""
+  tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
+  return {name: value for name, value in {**cell["metrics"], **tasks}.items() if isinstance(value, int | float)}
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+  """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval."""
+  accuracies = list(dict.fromkeys(name for cell in cells for name in scalars(cell) if "/" in name and "stderr" not in name))
+  rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
+           "agreement", "MiB", *accuracies, "seconds")]
+  for cell in cells:
+    m, numbers = cell["metrics"], scalars(cell)
+    low, high = m.get("loss_difference_interval", (None, None))
+    rows.append((str(cell["step"]), cell["recipe"], cell["method"], shown(m["loss"]), shown(m.get("loss_difference"), "+.4f"),
+                 "" if low is None else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
+                 shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
+                 *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
+  return "\n".join(train.aligned(rows))
+
+
+def shown(value: float | None, style: str = ".4f") -> str:
+  return "" if value is None else format(value, style)
+
+
+def _zero_shot() -> Any:
+  """Only where tasks are asked for: it needs the extra `eval`."""
+  return importlib.import_module("beyond_outliers.zero_shot")
+
+
+def _task_folders(tasks: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
+  """Where the tasks are that the harness itself does not have: those made of held-out text. Errors: ConfigError."""
+  held_out = importlib.import_module("beyond_outliers.zero_shot_tasks")
+  folders = []
+  if set(tasks) & held_out.HELD_OUT.keys():
+    folders.append(folder / "tasks")
+    held_out.from_held_out(dataset, folders[-1])
+  _zero_shot().task_manager(tasks, folders)
+  return folders

@@ -1,0 +1,204 @@
+"""Evaluates checkpoints: as they were trained, and quantized after training by every method under every recipe.
+
+  python -m beyond_outliers.evaluate --workdir=runs/adamw-nano --recipes=rtn_w4a4,rtn_w4a16 --methods=rtn,gptq
+  python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow          # beside the training job
+  python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
+
+Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only reads the run.
+"""
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+from etils import epath
+
+from beyond_outliers import cells, checkpoint, command, sources
+from beyond_outliers.checks import require
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+HF = flags.DEFINE_string("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
+STEPS = flags.DEFINE_list("steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow.")
+RECIPES = flags.DEFINE_list("recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained.")
+METHODS = flags.DEFINE_list("methods", ["rtn"], "Rows of quant.METHODS.")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (extra: eval).")
+CALIBRATION = flags.DEFINE_integer("calibration", 32, "Training windows for the methods that look at some.", lower_bound=1)
+DATA = flags.DEFINE_string("data", None, "Folder of a prepared dataset, in the place of the run's.")
+CONTEXT = flags.DEFINE_integer("context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1)
+DOCUMENTS = flags.DEFINE_integer("documents", None, "Validation documents, 0: all; by default the run's.", lower_bound=0)
+FOLLOW = flags.DEFINE_bool("follow", False, "Evaluate checkpoints as they land, until the run is done.")
+POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
+OUT = flags.DEFINE_string("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
+JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
+
+RECORDS = ("config.json", "manifest.json", "status.json")       # in the order in which a run writes them
+
+
+class Progress:
+  """For a person, on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then one within a long one."""
+
+  def __init__(self, every: float = 30.0):
+    self._redraw, self._every, self._last, self._what = sys.stderr.isatty(), every, time.monotonic(), ""
+    self._spent, self._measured = 0.0, 0
+
+  def begin(self, what: str) -> None:
+    self._what, self._last = what, time.monotonic()
+
+  def __call__(self, text: str) -> None:
+    if self._redraw:
+      print(f"\r\x1b[K{self._what} · {text}", end="", file=sys.stderr, flush=True)
+    elif time.monotonic() - self._last > self._every:
+      self.line(f"{self._what} · {text}")
+
+  def done(self, text: str, seconds: float, cells_left: int) -> None:
+    self._spent, self._measured = self._spent + seconds, self._measured + 1
+    left = datetime.timedelta(seconds=round(self._spent / self._measured * cells_left))
+    self.line(f"{self._what} · {text} · {seconds:.1f} s · {cells_left} to go, {left} left")
+
+  def line(self, text: str) -> None:
+    print(("\r\x1b[K" if self._redraw else "") + text, file=sys.stderr, flush=True)
+    self._last = time.monotonic()
+
+
+def wait_for_run(workdir: epath.Path, progress: Progress) -> None:
+  if not all((workdir / name).exists() for name in RECORDS):
+    progress.line(f"waiting for a run in {workdir}")
+  while not all((workdir / name).exists() for name in RECORDS):
+    time.sleep(POLL.value)
+
+
+class Job:
+  """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and left alone."""
+
+  def __init__(self, source: sources.Source, evaluator: cells.Evaluator, progress: Progress):
+    self._source, self._evaluator, self._progress = source, evaluator, progress
+    self.skipped: dict[int, str] = {}
+
+  def once(self, steps: list[int]) -> None:
+    for i, step in enumerate(steps):
+      self._evaluate(step, later=steps[i + 1 :])
+
+  def newest(self) -> list[int]:
+    """The steps that were evaluated: the newest one, or the one before it where that is damaged."""
+    for step in self._source.steps()[::-1]:
+      if self._evaluate(step):
+        return [step]
+    return []
+
+  def follow(self, wanted: Callable[[int], bool]) -> None:
+    """Until the run has ended and all its checkpoints are evaluated. One that was set aside and saved again is new."""
+    seen: set[int] = set()
+    while True:
+      ended = self._source.ended()           # asked first: what was written until then is in the list
+      steps = [step for step in self._source.steps() if wanted(step)]
+      seen &= set(steps)
+      waiting = [step for step in steps if step not in seen]
+      if waiting:
+        # One a turn: others may go meanwhile.
+        self._evaluate(waiting[0], later=waiting[1:])
+        seen.add(waiting[0])
+      elif ended:
+        return
+      else:
+        time.sleep(POLL.value)
+
+  def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
+    """Whether it could be read."""
+    missing = self._evaluator.missing(step)
+    self.skipped.pop(step, None)
+    if not missing:
+      return True
+    self._progress.begin(f"step {step}")
+    try:
+      params = self._source.params(step)
+    except (checkpoint.CheckpointError, OSError) as error:
+      time.sleep(1.0)                        # a deletion under way looks like damage
+      gone = step not in self._source.steps()
+      self.skipped[step] = "deleted before it could be read (checkpoint.keep)" if gone else str(error)
+      self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
+      return False
+    to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
+    for i, cell in enumerate(missing, 1):
+      self._progress.begin(f"step {step} · {cell.recipe} · {cell.method}")
+      start = time.perf_counter()
+      metrics = self._evaluator.measure(step, params, cell)["metrics"]
+      text = f"loss {cells.shown(metrics['loss'])}"
+      if "kl" in metrics:
+        text += f" ({cells.shown(metrics['loss_difference'], '+.4f')}) · KL {cells.shown(metrics['kl'])}"
+      self._progress.done(text, time.perf_counter() - start, to_go - i)
+    return True
+
+
+def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
+  """Errors: ConfigError."""
+  if list(asked) == ["all"]:
+    return known
+  require(all(step.isdigit() for step in asked), "--steps", ",".join(asked), "expected 'all', or numbers of steps: 100,200")
+  for step in asked:
+    require(FOLLOW.value or int(step) in known, "--steps", step, f"there is no such checkpoint; there are {known}")
+  return [int(step) for step in asked]
+
+
+def opened(progress: Progress) -> sources.Source:
+  """What the flags name. Errors: ConfigError, WorkdirError, DataError, CheckpointError."""
+  options: Any = dict(dataset=DATA.value or "", context=CONTEXT.value or 0, batch_size=BATCH_SIZE.value or 0,
+                      documents=DOCUMENTS.value)
+  if HF.value:
+    require(not FOLLOW.value and not STEPS.value, "--hf", HF.value, "holds one model; leave --follow and --steps out")
+    return sources.of_hugging_face(HF.value, **options)
+  if CHECKPOINT.value:
+    require(not FOLLOW.value and not STEPS.value, "--checkpoint", CHECKPOINT.value, "is of one step: leave --follow and --steps "
+            "out, or give --workdir")
+    return sources.of_checkpoint(CHECKPOINT.value, **options)
+  if FOLLOW.value:
+    wait_for_run(epath.Path(str(WORKDIR.value)), progress)
+  return sources.of_run(WORKDIR.value, **options)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  # Names first: a run that --follow waits for may begin tomorrow.
+  cells.check_names(RECIPES.value, METHODS.value)
+  require(bool(RECIPES.value) or not flags.FLAGS["methods"].present, "--methods", ",".join(METHODS.value),
+          "under which recipe? give --recipes too, such as rtn_w4a4")
+  progress = Progress()
+  source = opened(progress)
+  if not FOLLOW.value and not source.steps():
+    raise checkpoint.CheckpointError(f"{source.name}: no checkpoint; train first, or wait for one with --follow")
+  steps = chosen_steps(STEPS.value, source.steps())
+  evaluator = cells.Evaluator(source, cells.plan(source, RECIPES.value, METHODS.value), OUT.value, tasks=TASKS.value,
+                              windows=CALIBRATION.value, say=progress)
+  job = Job(source, evaluator, progress)
+  if FOLLOW.value:
+    job.follow(lambda step: STEPS.value in ([], ["all"]) or step in steps)
+    steps = None
+  elif STEPS.value:
+    job.once(steps)
+  else:
+    steps = job.newest()
+  evaluator.close()
+  results = evaluator.results(steps)
+  if not results:
+    raise checkpoint.CheckpointError(f"{source.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}")
+  if JSON.value:
+    print(json.dumps({"cells": results, "skipped": job.skipped}))
+  else:
+    print(cells.table(results))
+    for step, reason in job.skipped.items():
+      print(f"step {step} skipped: {reason}")
+
+
+flags.register_multi_flags_validator(
+  ["workdir", "hf", "checkpoint"], lambda values: sum(map(bool, values.values())) == 1,
+  "expected one of --workdir, --hf, --checkpoint")
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,48 @@
+"""The table of what methods cost optimizers, from cells as evaluation jobs write them."""
+import json
+import math
+
+import pytest
+
+from beyond_outliers import config, runs
+from beyond_outliers.analysis import degradation
+from configs import adamw, muon
+
+
+def workdir(root, module, seed, differences, step=2, rate=0.1):
+  """A run with evaluated checkpoints; differences: {(recipe, method): of the loss}."""
+  folder = root / f"{module.__name__}-{rate}-{seed}"
+  c = config.to_dict(config.resolve(module.get_config(f"nano,optimizer.learning_rate={rate},seed={seed}")))
+  (folder / "eval").mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").write_text(json.dumps(c))
+  (folder / "manifest.json").write_text("{}")
+  for (recipe, method), difference in {("none", "none"): None, **differences}.items():
+    metrics = {"loss": 4.0} if difference is None else {"loss": 4.0 + difference, "loss_difference": difference}
+    cell = {"step": step, "recipe": recipe, "method": method, "metrics": metrics, "tasks": {}, "size_bytes": 1}
+    (folder / "eval" / f"{step}-{recipe}-{method}.json").write_text(json.dumps({**cell, "source": {"config": c}}))
+
+
+def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
+  for seed, (rtn, gptq) in enumerate([(0.3, 0.1), (0.4, 0.2), (0.5, 0.6)]):
+    workdir(tmp_path, adamw, seed, {("rtn_w4a4", "rtn"): rtn, ("rtn_w4a4", "gptq"): gptq})
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 9.0}, step=1)                # an older checkpoint counts for nothing
+  workdir(tmp_path, muon, 0, {("rtn_w4a4", "rtn"): 0.05, ("rtn_w8a8", "rtn"): 0.01})
+  found = degradation.cells(runs.find(tmp_path))
+  assert len(found) == 3 * 3 + 3
+  lines = degradation.table(found).splitlines()
+  assert lines[0] == "| recipe | method | adamw | muon |"
+  gptq, rtn = 0.3, 0.4
+  errors = [math.sqrt(sum((x - mean) ** 2 for x in xs) / 2 / 3) for mean, xs in
+            ((gptq, (0.1, 0.2, 0.6)), (rtn, (0.3, 0.4, 0.5)))]
+  assert sorted(lines[2:4]) == sorted([f"| rtn_w4a4 | gptq | **+0.3000 ± {errors[0]:.4f}** |  |",
+                                       f"| rtn_w4a4 | rtn | +0.4000 ± {errors[1]:.4f} | **+0.0500** |"])
+  assert lines[4] == "| rtn_w8a8 | rtn |  | **+0.0100** |"
+
+
+def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3}, rate=0.3)
+  with pytest.raises(ValueError, match=r"adamw: the runs have learning_rate = \[.*0\.1.*0\.3.*\]; give those of one"):
+    degradation.table(degradation.cells(runs.find(tmp_path)))
+  with pytest.raises(ValueError, match="no cell has it"):
+    degradation.table(degradation.cells([]))

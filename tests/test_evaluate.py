@@ -1,0 +1,232 @@
+"""Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is refused before any of it."""
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from beyond_outliers import cells, config, data, runs, sources, train
+from beyond_outliers.model import hf, transformer
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1}
+PLAN = (["rtn_w4a4"], ["rtn", "gptq"])
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny_config, tmp_path_factory):
+  """A run with two checkpoints."""
+  path = tmp_path_factory.mktemp("evaluate") / "run"
+  train.run(tiny_config(**SHAPE, **{"optimizer.learning_rate": 3e-2}), path, say=lambda text: None)
+  return path
+
+
+@pytest.fixture(scope="module")
+def quantized_workdir(tiny_config, tmp_path_factory):
+  """A run under QuEST."""
+  path = tmp_path_factory.mktemp("evaluate") / "quantized"
+  train.run(tiny_config(**SHAPE, **{"quant.recipe": "quest_w4a4"}), path, say=lambda text: None)
+  return path
+
+
+@pytest.fixture(scope="module")
+def measured(workdir):
+  """(run, evaluator, its cells at step 2 by method)"""
+  source = sources.of_run(workdir)
+  evaluator = cells.Evaluator(source, cells.plan(source, *PLAN), windows=12)
+  params = source.params(2)
+  assert evaluator.missing(2) == evaluator.cells and len(evaluator.cells) == 3
+  return runs.open(workdir), evaluator, {cell.method: evaluator.measure(2, params, cell) for cell in evaluator.missing(2)}
+
+
+def test_the_model_as_it_is_has_the_loss_that_training_recorded(measured):
+  run, _, found = measured
+  recorded = run.metrics().loc[2]
+  for name in ("loss", "loss_stderr", "bits_per_byte"):
+    np.testing.assert_allclose(found["none"]["metrics"][name], recorded[f"eval/{name}"], rtol=1e-5)
+  assert "kl" not in found["none"]["metrics"]
+
+
+def test_a_cell_compares_with_full_precision(measured):
+  _, _, found = measured
+  for method in ("rtn", "gptq"):
+    metrics = found[method]["metrics"]
+    np.testing.assert_allclose(metrics["reference_loss"], found["none"]["metrics"]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"] - metrics["reference_loss"], metrics["loss_difference"], atol=1e-6)
+    assert 0 < metrics["kl"] < 1 and 0 < metrics["agreement"] < 1
+    for name in ("loss_difference", "kl", "agreement"):
+      low, high = metrics[f"{name}_interval"]
+      assert low <= metrics[name] <= high
+  assert found["rtn"]["metrics"]["kl"] != found["gptq"]["metrics"]["kl"]
+  assert found["rtn"]["size_bytes"] < found["none"]["size_bytes"]
+
+
+def test_a_cell_is_read_alone(measured):
+  run, evaluator, found = measured
+  written = json.loads((run.path / "eval" / "2-rtn_w4a4-gptq.json").read_text())
+  assert written == found["gptq"]
+  assert config.resolve(written["source"]["config"]) == run.config
+  assert written["settings"]["data"] == run.manifest["data"]["fingerprint"]
+  assert written["packages"]["jax"] == jax.__version__ and written["seconds"]["evaluate"] > 0
+  assert found["gptq"]["settings"]["calibration_windows"] == 12 and found["rtn"]["settings"]["calibration_windows"] == 0
+  assert sorted(path.name for path in (run.path / "eval").iterdir()) == [
+    "2-none-none.json", "2-rtn_w4a4-gptq.json", "2-rtn_w4a4-rtn.json"]
+  assert len(cells.table(evaluator.results()).splitlines()) == 4
+
+
+def test_only_what_the_settings_change_is_measured_again(measured, workdir):
+  _, evaluator, _ = measured
+  assert evaluator.missing(2) == [] and evaluator.missing(1) == evaluator.cells
+  again = lambda windows=12, **options: cells.Evaluator(sources.of_run(workdir, **options), evaluator.cells, windows=windows)
+  assert again().missing(2) == []
+  assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
+  assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
+  assert again(batch_size=16).missing(2) == []
+
+
+def test_calibration_sees_the_same_training_windows_whatever_the_batches(measured, workdir):
+  _, evaluator, _ = measured
+  assert [len(batch["tokens"]) for batch in evaluator.calibration] == [8, 4]
+  whole = np.concatenate([batch["tokens"] for batch in evaluator.calibration])
+  other = cells.Evaluator(sources.of_run(workdir, batch_size=16), [], windows=12).calibration
+  np.testing.assert_array_equal(whole, other[0]["tokens"])
+  stream = data.open(runs.open(workdir).manifest["data"]["directory"]).stream("train")
+  tokens = stream.read(0, len(stream)).tobytes()
+  assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
+
+
+def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch):
+  """Through a stand-in for the harness: nothing else is measured again."""
+  _, evaluator, found = measured
+  asked = []
+
+  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, folders):
+    asked.append((type(jax.tree.leaves(params)[0]), tasks, context))
+    return {task: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
+  harness = types.ModuleType("beyond_outliers.zero_shot")
+  harness.run, harness.task_manager = run, lambda tasks, folders: None
+  monkeypatch.setitem(sys.modules, "beyond_outliers.zero_shot", harness)
+  held_out = types.ModuleType("beyond_outliers.zero_shot_tasks")
+  held_out.HELD_OUT = {}
+  monkeypatch.setitem(sys.modules, "beyond_outliers.zero_shot_tasks", held_out)
+  source = sources.of_run(workdir)
+  with_tasks = cells.Evaluator(source, evaluator.cells[:2], tasks=["piqa"], windows=12)
+  assert with_tasks.missing(2) == evaluator.cells[:2]
+  cell = with_tasks.measure(2, source.params(2), evaluator.cells[1])
+  assert cell["metrics"] == found["rtn"]["metrics"] and cell["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
+  assert with_tasks.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
+  assert len(asked) == 1 and asked[0][1:] == (["piqa"], 32)
+  assert "piqa/acc" in cells.table([cell]) and "stderr" not in cells.table([cell])
+
+
+def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
+  source = sources.of_run(quantized_workdir)
+  plan = cells.plan(source, [], ["rtn"])
+  assert plan == [cells.Cell("quest_w4a4", "none")]
+  cell = cells.Evaluator(source, plan).measure(2, source.params(2), plan[0])
+  recorded = runs.open(quantized_workdir).metrics().loc[2]
+  np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
+  assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
+  with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*trained under 'quest_w4a4'; leave --recipes and"):
+    cells.plan(source, ["rtn_w4a4"], ["gptq"])
+
+
+def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
+  source = sources.of_run(workdir)
+  with pytest.raises(config.ConfigError, match="learned"):
+    cells.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
+  with pytest.raises(config.ConfigError, match=r"attention/q.* 48"):
+    cells.plan(source, ["rtn_w4a16_g128"], ["rtn"])
+
+
+def test_a_hugging_face_directory(workdir, tmp_path):
+  c = config.Model(**{**config.to_dict(runs.open(workdir).config)["model"], "mlp": "swiglu", "qk_norm": "rms",
+                      "attention_scale": "rsqrt", "rope_layout": "half", "tied": False})
+  model = transformer.Transformer(c)
+  params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, transformer.init(model, 0)))()
+  hf.save(model, params, tmp_path)
+  prepared = runs.open(workdir).dataset.directory
+  source = sources.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
+  evaluator = cells.Evaluator(source, cells.plan(source, ["rtn_w8a8"], ["rtn"]))
+  as_it_is, rounded = (evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells)
+  ids = source.dataset.stream("validation").document(0)
+  losses = []
+  apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+  for start in range(0, len(ids) - 1, 32):
+    window = ids[start : start + 33].astype(np.int32)
+    padded = np.pad(window[:-1], (0, 33 - len(window)))[None]
+    logits = np.asarray(apply(padded), np.float64)[0, : len(window) - 1]
+    losses += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(window) - 1), window[1:]]).tolist()
+  np.testing.assert_allclose(as_it_is["loss"], np.mean(losses), rtol=1e-5)
+  assert as_it_is["tokens"] == len(losses) and rounded["kl"] < 1e-2
+  assert (tmp_path / "eval" / "0-rtn_w8a8-rtn.json").exists()
+
+
+# what is wrong -> (arguments, what the one line on stderr holds); {run}, {quantized}, {empty}, {other} are folders
+REFUSED = {
+  "nothing": ([], ["--workdir, --hf, --checkpoint"]),
+  "two sources": (["--workdir={run}", "--hf={run}"], ["expected one of --workdir, --hf, --checkpoint"]),
+  "no run": (["--workdir={empty}"], ["holds no run"]),
+  "no checkpoints": (["--workdir={bare}"], ["bare: no checkpoint", "--follow"]),
+  "a recipe": (["--workdir={run}", "--recipes=rtn_w4a5"], ["--recipes = 'rtn_w4a5'", "did you mean 'rtn_w4a"]),
+  "a method": (["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gtpq"], ["--methods = 'gtpq'", "did you mean 'gptq'"]),
+  "a method without a recipe": (["--workdir={run}", "--methods=gptq"], ["--methods = 'gptq'", "--recipes"]),
+  "a step": (["--workdir={run}", "--steps=2,3"], ["--steps = '3'", "[1, 2]"]),
+  "no step": (["--workdir={run}", "--steps=last"], ["--steps = 'last'", "100,200"]),
+  "a folder that is no checkpoint": (["--checkpoint={run}"], ["--checkpoint = ", "RUN/checkpoints/N"]),
+  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4'", "full-precision twin"]),
+  "another tokenizer": (["--workdir={run}", "--data={other}"], ["--data = ", "tokenizer", "the run was trained with"]),
+  "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
+  "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
+}
+
+COMMANDS = """
+import json, os, sys, tempfile
+from beyond_outliers import command, evaluate
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+  with tempfile.TemporaryFile("w+") as errors:
+    child = os.fork()
+    if not child:
+      os.dup2(errors.fileno(), 1)
+      os.dup2(errors.fileno(), 2)
+      sys.argv = ["evaluate", *arguments]
+      command.run(evaluate.main)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    errors.seek(0)
+    answers.append([code, errors.read()])
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("refused")
+  (folder / "empty").mkdir()
+  (folder / "bare").mkdir()
+  for name in ("config.json", "manifest.json", "status.json"):
+    shutil.copy(workdir / name, folder / "bare")
+  pieces = tiny_config(**{"data.tokenizer": "sentencepiece", "data.vocab": 300}).data
+  folders = {"run": workdir, "quantized": quantized_workdir, "empty": folder / "empty", "bare": folder / "bare",
+             "other": data.prepare(pieces, log=lambda text: None).directory, "own": runs.open(workdir).dataset.directory}
+  commands = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
+  process = subprocess.run([sys.executable, "-c", COMMANDS, json.dumps(commands)], cwd=ROOT, env={**os.environ},
+                           capture_output=True, text=True, timeout=400)
+  assert process.returncode == 0, process.stderr
+  return dict(zip(REFUSED, json.loads(process.stdout), strict=True))
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_is_one_line_and_exit_code_2(told, what):
+  code, errors = told[what]
+  assert code == 2, errors
+  *_, line = errors.splitlines()
+  assert line.startswith("error: ")
+  assert all(part in line for part in REFUSED[what][1]), line
