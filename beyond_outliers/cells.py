@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
 import time
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, evaluation, quant, train, writers
+from beyond_outliers import config, data, evaluation, quant, train, writers, zero_shot_tasks
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.checks import require
@@ -63,8 +62,8 @@ class Evaluator:
   windows: of training data that methods look at. say: takes progress.
   Errors: ConfigError for a batch that the devices cannot split, unknown tasks, and tasks without the library for them."""
 
-  def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (), windows: int = 32,
-               say: Callable[[str], None] = lambda text: None):
+  def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (),
+               task_folders: Sequence[str] = (), windows: int = 32, say: Callable[[str], None] = lambda text: None):
     self.source, self.cells, self._tasks, self._windows, self._say = source, list(cells), tasks, windows, say
     self._folder = writers.Workdir(folder or source.folder)
     # Parameters whole on every device, rows of a batch split over them.
@@ -75,7 +74,7 @@ class Evaluator:
     self._num_bytes = source.dataset.bytes("validation", source.documents)
     self._sink = writers.TensorBoard(source.tensorboard, None) if source.tensorboard else None
     self._steps: dict[Cell, Any] = {}                 # compiled once, for all checkpoints
-    self._task_folders = _task_folders(tasks, source.dataset, self._folder.path) if tasks else []
+    self._task_folders = _task_folders(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
 
   def missing(self, step: int) -> list[Cell]:
     return [cell for cell in self.cells if not self._complete(self._read(step, cell))]
@@ -205,15 +204,15 @@ def shown(value: float | None, style: str = ".4f") -> str:
 
 def _zero_shot() -> Any:
   """Only where tasks are asked for: it needs the extra `eval`."""
-  return importlib.import_module("beyond_outliers.zero_shot")
+  from beyond_outliers import zero_shot
+  return zero_shot
 
 
-def _task_folders(tasks: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
-  """Where the tasks are that the harness itself does not have: those made of held-out text. Errors: ConfigError."""
-  held_out = importlib.import_module("beyond_outliers.zero_shot_tasks")
-  folders = []
-  if set(tasks) & held_out.HELD_OUT.keys():
+def _task_folders(tasks: Sequence[str], given: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
+  """Where the tasks are that the harness itself does not have: `given`, and those made of held-out text. Errors: ConfigError."""
+  folders: list[Any] = list(given)
+  if set(tasks) & zero_shot_tasks.HELD_OUT.keys():
     folders.append(folder / "tasks")
-    held_out.from_held_out(dataset, folders[-1])
+    zero_shot_tasks.from_held_out(dataset, folders[-1])
   _zero_shot().task_manager(tasks, folders)
   return folders

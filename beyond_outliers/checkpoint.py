@@ -26,6 +26,9 @@ from beyond_outliers.optim import blocks
 
 SUMS = "sha256.json"
 
+# A reader is told by Orbax, as a warning, that it reads.
+logging.get_absl_logger().addFilter(lambda record: not record.getMessage().startswith("Given directory is read only"))
+
 
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be used; the message says which, why and what to do."""

@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 from etils import epath
 
-from beyond_outliers import cells, checkpoint, command, sources
+from beyond_outliers import cells, checkpoint, command, sources, zero_shot_tasks
 from beyond_outliers.checks import require
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
@@ -27,7 +27,9 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, RUN/checkp
 STEPS = flags.DEFINE_list("steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow.")
 RECIPES = flags.DEFINE_list("recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained.")
 METHODS = flags.DEFINE_list("methods", ["rtn"], "Rows of quant.METHODS.")
-TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (extra: eval).")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (extra: eval), of --task_folders, or "
+                          + " and ".join(zero_shot_tasks.HELD_OUT) + ", which are made of the validation text.")
+TASK_FOLDERS = flags.DEFINE_list("task_folders", [], "Folders with the YAML files of further tasks.")
 CALIBRATION = flags.DEFINE_integer("calibration", 32, "Training windows for the methods that look at some.", lower_bound=1)
 DATA = flags.DEFINE_string("data", None, "Folder of a prepared dataset, in the place of the run's.")
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1)
@@ -175,7 +177,7 @@ def main(argv: list[str]) -> None:
     raise checkpoint.CheckpointError(f"{source.name}: no checkpoint; train first, or wait for one with --follow")
   steps = chosen_steps(STEPS.value, source.steps())
   evaluator = cells.Evaluator(source, cells.plan(source, RECIPES.value, METHODS.value), OUT.value, tasks=TASKS.value,
-                              windows=CALIBRATION.value, say=progress)
+                              task_folders=TASK_FOLDERS.value, windows=CALIBRATION.value, say=progress)
   job = Job(source, evaluator, progress)
   if FOLLOW.value:
     job.follow(lambda step: STEPS.value in ([], ["all"]) or step in steps)

@@ -1,21 +1,13 @@
-"""A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the extra `eval`, and no torch.
-
-  python -m beyond_outliers.zero_shot --workdir=runs/adamw-nano --tasks=continuation,last_word      from the run's held-out text
-  python -m beyond_outliers.zero_shot --workdir=runs/adamw-50m --tasks=piqa,hellaswag,arc_easy      from the Hugging Face hub
-"""
+"""A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the extra `eval`, and no torch."""
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
 
-from beyond_outliers import checks, config, runs, scoring, zero_shot_tasks
-from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.analysis import tables
+from beyond_outliers import checks, scoring
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import transformer
 
@@ -27,12 +19,6 @@ try:
   import lm_eval.utils
 except ImportError as error:
   raise checks.ConfigError("--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'") from error
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-TASKS = flags.DEFINE_list("tasks", [], "Names of the harness's tasks, groups and tags, of tasks in --folders, or "
-                          + " and ".join(zero_shot_tasks.HELD_OUT) + ", which are made of the run's validation text.")
-FOLDERS = flags.DEFINE_list("folders", [], "Folders with the YAML files of further tasks.")
-LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many examples of each task.", lower_bound=1)
 
 Results = dict[str, dict[str, float]]
 
@@ -154,34 +140,3 @@ def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Token
   # The harness writes `acc,none` and `acc_stderr,none` where no filter has a name.
   return {task: {key.removesuffix(",none"): float(value) for key, value in metrics.items()
                  if "," in key and isinstance(value, int | float)} for task, metrics in found["results"].items()}
-
-
-def main(argv: list[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  opened, folders = runs.open(WORKDIR.value), [*map(pathlib.Path, FOLDERS.value)]
-  if set(TASKS.value) & zero_shot_tasks.HELD_OUT.keys():
-    folders.append(pathlib.Path(opened.path, "eval", "tasks"))
-    zero_shot_tasks.from_held_out(opened.dataset, folders[-1])
-  task_manager(TASKS.value, folders)
-  mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1))
-  results = run(opened.model, opened.params(mesh=mesh), opened.tokenizer, TASKS.value, context=opened.config.context, mesh=mesh,
-                limit=LIMIT.value, prefix=opened.dataset.meta["separator"]["id"], folders=folders)
-  print(table(results))
-
-
-def table(results: Results) -> str:
-  """Markdown: a row a metric, with its standard error."""
-  rows = [("task", "metric", "value", "standard error")]
-  for task, metrics in results.items():
-    for name, value in metrics.items():
-      metric, _, filter_name = name.partition(",")
-      stderr = metrics.get(",".join(filter(None, (f"{metric}_stderr", filter_name))))
-      if not metric.endswith("_stderr"):
-        rows.append((task, name, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}"))
-  return tables.markdown(rows)
-
-
-if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir", "tasks"])
-  app.run(main)

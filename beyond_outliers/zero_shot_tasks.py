@@ -21,9 +21,6 @@ from absl import app, flags
 
 from beyond_outliers import checks, data
 
-EVALS = flags.DEFINE_string("evals", None, "Wheel of PyPI's package `evals`, or of a later version of it.")
-TO = flags.DEFINE_string("to", None, "Folder for the tasks.")
-
 PASSAGE_WORDS = 48                  # of a passage at least, in whole sentences
 CHOICE_WORDS = range(8, 33)         # of a sentence that is told from others
 CHOICES = 4
@@ -162,11 +159,8 @@ def replace(path: pathlib.Path, text: str) -> None:
     whole.replace(path)
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  from_evals(EVALS.value, TO.value)
-
-
 if __name__ == "__main__":
+  EVALS = flags.DEFINE_string("evals", None, "Wheel of PyPI's package `evals`, or of a later version of it.")
+  TO = flags.DEFINE_string("to", None, "Folder for the tasks.")
   flags.mark_flags_as_required(["evals", "to"])
-  app.run(main)
+  app.run(lambda argv: from_evals(EVALS.value, TO.value))

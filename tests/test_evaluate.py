@@ -109,12 +109,8 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   def run(model, params, tokenizer, tasks, *, context, mesh, prefix, folders):
     asked.append((type(jax.tree.leaves(params)[0]), tasks, context))
     return {task: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
-  harness = types.ModuleType("beyond_outliers.zero_shot")
-  harness.run, harness.task_manager = run, lambda tasks, folders: None
-  monkeypatch.setitem(sys.modules, "beyond_outliers.zero_shot", harness)
-  held_out = types.ModuleType("beyond_outliers.zero_shot_tasks")
-  held_out.HELD_OUT = {}
-  monkeypatch.setitem(sys.modules, "beyond_outliers.zero_shot_tasks", held_out)
+  harness = types.SimpleNamespace(run=run, task_manager=lambda tasks, folders: None)
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness)
   source = sources.of_run(workdir)
   with_tasks = cells.Evaluator(source, evaluator.cells[:2], tasks=["piqa"], windows=12)
   assert with_tasks.missing(2) == evaluator.cells[:2]

@@ -149,15 +149,16 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
     (tmp_path / f"{number}.txt").write_text(text)
   c = tiny_config(**{"data.path": f"{tmp_path}/*.txt", "mesh.fsdp": 2, "mesh.model": 2, "steps": 2, "context": 256})
   assert train.run(c, tmp_path / "run", say=lambda text: None) == "done"
-  command = [sys.executable, "-m", "beyond_outliers.zero_shot", f"--workdir={tmp_path}/run", "--tasks=continuation,last_word"]
+  command = [sys.executable, "-m", "beyond_outliers.evaluate", "--json", f"--workdir={tmp_path}/run",
+             "--tasks=continuation,last_word"]
   found = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent,
                          env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
   results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, ["continuation", "last_word"], context=256,
                           mesh=eight, folders=[tmp_path / "run" / "eval" / "tasks"])
-  here, there = ([line.split(" | ") for line in text.splitlines()[-6:]] for text in (zero_shot.table(results), found.stdout))
-  assert [row[1] for row in here] == ["metric", "---", "acc", "acc_norm", "perplexity", "acc"]
-  assert here[:4] + here[5:] == there[:4] + there[5:]
-  assert float(there[4][2]) == pytest.approx(float(here[4][2]), rel=1e-5)
+  there = json.loads(found.stdout)["cells"][0]["tasks"]
+  assert there.keys() == results.keys()
+  for task, metrics in results.items():
+    assert there[task] == pytest.approx(metrics, rel=1e-4)
   assert results["continuation"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
