@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import hardware
+from beyond_outliers import hardware, lapack
 from beyond_outliers.bench_rows import EMBEDDING, ROWS, Row
-from beyond_outliers.optim import lapack
 
 WARM_UP = 3                     # steps that are not timed: memory is touched for the first time, the first bases are found
 GRADIENTS = 4                   # different ones, in turn, so that statistics have full rank

@@ -21,7 +21,7 @@ WINDOWS = 16                     # of calibration, a batch each
 
 
 def run(size: str, methods: Sequence[str]) -> dict[str, Any]:
-  """Seconds and bytes of every method: compiling counts, and the memory is the process's peak so far."""
+  """Seconds of every method, compiling all that it runs, and the process's peak memory so far."""
   c = config.resolve(importlib.import_module("configs.adamw").get_config(f"{size},model.dtype=float32"))
   model = transformer.Transformer(c.model)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
@@ -30,10 +30,11 @@ def run(size: str, methods: Sequence[str]) -> dict[str, Any]:
   result: dict[str, Any] = {"size": c.size, "dtype": c.model.dtype, "recipe": RECIPE, "calibration_tokens": WINDOWS * c.context,
                             "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(params)), "rows": {}}
   for method in methods:
+    jax.clear_caches()
     start = time.perf_counter()
     q = quant.ptq.quantize(model, params, quant.RECIPES[RECIPE], method, batches)
     jax.block_until_ready(q.params)
-    row = {"seconds": time.perf_counter() - start, "peak_memory_bytes": hardware.memory_bytes(), "size_bytes": q.size_bytes}
+    row = {"seconds": time.perf_counter() - start, "peak_memory_bytes": hardware.memory_bytes()}
     print(f"{method}: {row}", file=sys.stderr, flush=True)
     result["rows"][method] = row
   return result
@@ -43,7 +44,7 @@ def table(result: Mapping[str, Any]) -> str:
   """The figures for a person."""
   mebi = lambda size: f"{size / 2**20:,.0f} MiB"
   lines = [f"{result['size']}, {result['dtype']}, {mebi(result['parameter_bytes'])} of parameters · {result['recipe']} · "
-           f"{result['calibration_tokens']:,} tokens of calibration", f"{'':<20}{'seconds':>9}{'peak memory':>14}{'size':>12}"]
-  lines += [f"{name:<20}{row['seconds']:>9.1f}{mebi(row['peak_memory_bytes']):>14}{mebi(row['size_bytes']):>12}"
+           f"{result['calibration_tokens']:,} tokens of calibration", f"{'':<20}{'seconds':>9}{'peak memory':>14}"]
+  lines += [f"{name:<20}{row['seconds']:>9.1f}{mebi(row['peak_memory_bytes']):>14}"
             for name, row in result["rows"].items()]
   return "\n".join([*lines, f"{'all':<20}{sum(row['seconds'] for row in result['rows'].values()):>9.1f}"])

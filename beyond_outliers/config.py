@@ -236,6 +236,9 @@ class Config:
   quant: Quant = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
   def __post_init__(self):
+    names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
+    require(self.model.dtype != "float64" or self.quant.backend == "jax" or names == {"none"}, "quant.backend",
+            self.quant.backend, "AQT multiplies in float32; with model.dtype = 'float64' take 'jax'")
     require(self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches,
              f"must divide batch_size ({self.batch_size})")
     require(self.data.vocab == self.model.vocab, "model.vocab", self.model.vocab,

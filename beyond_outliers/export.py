@@ -75,6 +75,8 @@ def _check_layer(path: str, layer: LayerRecipe) -> None:
   require(_format(layer) != "pack-quantized" or _bits(w) in PACKED_BITS, f"{path}: weights.bits", w.bits,
           f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()")
   if x is not None:
+    require((x.grid == "e4m3") == (w.grid == "e4m3"), f"{path}: activations.grid", x.grid,
+            f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both")
     require(x.granularity in ("token", "tensor"), f"{path}: activations.granularity", x.granularity, "take 'token' or 'tensor'")
     require(x.scale in ("absmax", "absmax_edge"), f"{path}: activations.scale", x.scale,
             "the engine scales inputs by their largest magnitude; take 'absmax_edge', or leave them in full precision")

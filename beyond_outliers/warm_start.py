@@ -1,14 +1,17 @@
 """The parameters of another run for a run to begin with, whatever the recipes of the two."""
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from beyond_outliers import checkpoint, config, quant, runs, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
+
+# What a model may change between two runs and still compute the same of its parameters, up to rounding.
+MAY_DIFFER = ("init_std", "dtype", "attention", "unroll", "remat")
 
 
 def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
@@ -19,8 +22,7 @@ def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
   try:
     source = runs.open(c.warm_start)
     theirs = source.config
-    _check_equal(c.warm_start, transformer.shapes(transformer.Transformer(theirs.model)),
-                 transformer.shapes(transformer.Transformer(c.model)))
+    _check_same_model(c.warm_start, theirs.model, c.model)
     shardings = mesh_lib.shardings(transformer.boxed_shapes(source.model), mesh)
     step, found = checkpoint.Checkpoints(writers.Workdir(c.warm_start).checkpoints, read_only=True).restore_params(
       mesh_lib.placed(transformer.shapes(source.model), shardings))
@@ -30,13 +32,9 @@ def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
   return step, found if alike else transformer.without_own(c.model, found)
 
 
-def _check_equal(path: str, theirs: Any, ours: Any) -> None:
-  """Errors: ConfigError with the first parameter that is not the same."""
-  def leaves(tree):
-    return {mesh_lib.path_of(keys): (x.shape, str(np.dtype(x.dtype))) for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-  have, want = leaves(theirs), leaves(ours)
-  for name in sorted(have.keys() | want.keys()):
-    if have.get(name) != want.get(name):
-      raise config.ConfigError(f"warm_start = {path!r}: params/{name} is {have.get(name, 'missing')} in that run and "
-                               f"{want.get(name, 'missing')} in this one; take a run of the same model")
+def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> None:
+  for field in dataclasses.fields(config.Model):
+    was, now = getattr(theirs, field.name), getattr(ours, field.name)
+    if field.name not in MAY_DIFFER and was != now:
+      raise config.ConfigError(f"warm_start = {path!r}: model.{field.name} is {was!r} in that run and {now!r} in this one; "
+                               "take a run of the same model")

@@ -114,7 +114,7 @@ def optimizer(name: str, groups: dict[str, dict] | None = None, **hyperparameter
   c = config_dict.ConfigDict({"name": name, **hyperparameters})
   c.groups = config_dict.ConfigDict({        # in order: the first whose regular expression matches the whole path wins
     "embedding": {"paths": r"embedding"},                     # tied with the head
-    "vector": {"paths": r".*/gain|.*/(log_)?scale"},          # norm gains, attention scales, logarithms of learned ones
+    "vector": {"paths": r".*/gain|.*/(log_)?scale"},          # norm gains, attention scales, logarithms of learned scales
     "hidden": {"paths": r"layers/.*/kernel|head/kernel"},     # the matrices of the blocks, and an untied head
   }, sort_keys=False)
   for label, group in c.groups.items():

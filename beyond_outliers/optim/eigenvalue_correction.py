@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers.optim import blocks, lapack, signature
+from beyond_outliers import lapack
+from beyond_outliers.optim import blocks, signature
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.kronecker import add_gram
 from beyond_outliers.optim.refresh import REFRESHES

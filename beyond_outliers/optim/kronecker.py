@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.optim.lapack import one_by_one
+from beyond_outliers.lapack import one_by_one
 
 HIGHEST = jax.lax.Precision.HIGHEST
 HALVED_ROWS = 256                            # from which on a symmetric product is faster in halves on CPU

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from beyond_outliers.optim import lapack
+from beyond_outliers import lapack
 from beyond_outliers.optim.spectral import spectral_norm
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)

@@ -6,7 +6,7 @@ What can be rotated for free hangs on the architecture:
   writes to it to each that reads it              goes into the matrices behind it
 Where norms stand behind (the study's, OLMo2), their gains scale what is added to the stream, feature by feature: a rotated stream
 would need rotated gains, which are no gains. There the inputs of q, k, v, up and gate have to be rotated as they come in, and so
-has that of down everywhere, behind a nonlinearity.
+has that of down everywhere, behind a nonlinearity. The paper also rotates o's inputs across heads as they come in; not so here.
 
 Legend: N layers, D model width, H heads, Dh head width, V vocabulary.
 """

@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from beyond_outliers.checks import ConfigError, nearest, require
@@ -23,7 +24,7 @@ from beyond_outliers.quant import calibration, formats, fusion, quantizers, weig
 from beyond_outliers.quant.calibration import Inputs, Stage
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.recipes import Contraction, Recipe
-from beyond_outliers.quant.rounding import ROUNDINGS
+from beyond_outliers.quant.rounding import ROUNDERS
 from beyond_outliers.quant.smoothing import SMOOTHINGS
 from beyond_outliers.quant.spec import LayerRecipe
 from beyond_outliers.quant.weights import Weight
@@ -31,7 +32,7 @@ from beyond_outliers.quant.weights import Weight
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """rounding: row of ROUNDINGS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
+  """rounding: row of ROUNDERS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
   of the recipe's "absmax" and "none", or "". fused: rotations that matrices can take in are (fusion.py). sequential: a block sees
   what the blocks before it make once they are quantized, else what they made in full precision."""
   rounding: str = "nearest"
@@ -52,8 +53,12 @@ class Method:
     w, x = layer.weights, layer.activations
     if self.scale and w and w.scale == "absmax":
       w = dataclasses.replace(w, scale=self.scale)
-    if self.rotation and layer.rotation == "none" and not rotated:
-      w, x = (spec and dataclasses.replace(spec, rotation=self.rotation) for spec in (w, x))
+    rotation = "none" if rotated else self.rotation if layer.rotation == "none" else ""
+    if rotation:
+      w, x = (spec and dataclasses.replace(spec, rotation=rotation) for spec in (w, x))
+    require(not (self.rotation or self.smoothing) or "learned" not in [spec.scale for spec in (w, x) if spec], "method",
+            self.rotation or self.smoothing, "learned scales hold in the basis that they were learned in: take a method that "
+            "neither rotates nor smooths")
     return LayerRecipe(w, x)
 
 
@@ -115,19 +120,23 @@ def named(name: str, field: str = "method") -> Method:
 
 
 def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
-             calibration_batches: Sequence[calibration.Batch] = (), *,
+             calibration_batches: Iterable[calibration.Batch] = (), *,
              say: Callable[[str], None] = lambda text: None) -> QuantizedModel:
   """The model with the matrices of all linear layers, and what they multiply, quantized as `recipe` and `method` say.
 
   model, params: a transformer and its parameters, as it trains. calibration_batches: {"tokens": [B, L]; and "segment_ids" and
-  "positions" if documents are kept apart}, for the methods that need some; gone through several times.
-  Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches, a recipe that does not fit
-  the model, or learned scales that the parameters do not hold."""
+  "positions" if documents are kept apart}, for the methods that need some; every token counts, so without padding.
+  Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches or such of another tokenizer,
+  inputs that are not finite, a recipe that does not fit the model, or learned scales that the parameters do not hold."""
   how = named(method)
   require(not any(isinstance(leaf, Weight) for leaf in traverse_util.flatten_dict(params).values()), "params", "quantized",
           "they hold codes already; start from those of a trained model")
-  require(not how.calibrated or len(calibration_batches) > 0, "calibration_batches", list(calibration_batches),
+  batches, vocab = list(calibration_batches) if how.calibrated else [], model.config.vocab
+  require(not how.calibrated or bool(batches), "calibration_batches", batches,
           f"{method} looks at the inputs of every layer: give it some")
+  for batch in batches:
+    largest = int(np.max(batch["tokens"]))
+    require(largest < vocab, "calibration_batches", largest, f"the model knows tokens below {vocab}; take those of its tokenizer")
   contractions = model.contractions()
   if how.fused:
     model, params, rotated = fusion.fuse(model, params)
@@ -147,7 +156,8 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
   for depth in range(model.config.blocks):
     of_block, inputs = _part(params["layers"], depth), {}
     if how.calibrated:
-      inputs = calibration.of_block(plain, params, before, Stage(watching.block(depth), of_block), calibration_batches)
+      inputs = calibration.of_block(plain, params, before, Stage(watching.block(depth), of_block), batches)
+      _check_finite(inputs, f"layers/{depth}")
     layers = {path: recipe.layer(f"layers/{depth}/{path}") for path in paths}
     blocks.append({path: _weight(_at(of_block, path), layer, how, inputs.get(path)) for path, layer in layers.items()
                    if layer is not None and layer.weights is not None})
@@ -157,11 +167,12 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
     say(f"{method}: block {depth + 1} of {model.config.blocks}")
 
   result = {**params, "layers": _with(params["layers"], {
-    path: _stack([block.get(path) for block in blocks], _at(params["layers"], path)["kernel"])
+    path: _stack([block.get(path) for block in blocks], _at(params["layers"], path)["kernel"],
+                 [recipe.layer(f"layers/{depth}/{path}") for depth in range(len(blocks))])
     for path in paths if any(path in block for block in blocks)})}
   head = recipe.layer("head")
   if "head" in params and head is not None and head.weights is not None:
-    inputs = calibration.of_head(plain, params, before, calibration_batches) if how.calibrated else None
+    inputs = calibration.of_head(plain, params, before, batches) if how.calibrated else None
     result = _with(result, {"head": _weight(params["head"], head, how, inputs)})
   return QuantizedModel(_serving(model, result, recipe), result, recipe, method)
 
@@ -180,6 +191,12 @@ def _serving(model: Any, params: Any, recipe: Recipe) -> Any:
   def dot_general_of(path):
     return of_recipe(path) or (weights.plain_product if re.sub(r"^layers/\d+/", "layers/", path) in stacks else None)
   return model.clone(dot_general_for=dot_general_of)
+
+
+def _check_finite(inputs: dict[str, Inputs], where: str) -> None:
+  for path, of_layer in inputs.items():
+    require(bool(jnp.isfinite(of_layer.gram_KxK).all()), f"calibration_batches: {where}/{path}", "not finite",
+            "the layer's inputs overflow or are no numbers; look at the checkpoint, or at the tokens")
 
 
 @jax.jit
@@ -212,15 +229,21 @@ def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) ->
   smooth_K = SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer) if how.smoothing else None
   w_KxO, spec = weights.prepare(kernel_KxO, layer, smooth_K), layer.weights
   assert spec is not None            # the caller saw to it
+  gram_KxK: Any = None
+  if inputs is not None:
+    gram_KxK = weights.prepare_gram(inputs.gram_KxK, layer, smooth_K)
+    w_KxO = w_KxO.astype(gram_KxK.dtype)
   scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
-  gram_KxK: Any = weights.prepare_gram(inputs.gram_KxK, layer, smooth_K) if inputs is not None else None
-  return Weight(*ROUNDINGS[how.rounding](w_KxO, scale, spec, gram_KxK), smooth_K)
+  return Weight(*ROUNDERS[how.rounding](w_KxO, scale, spec, gram_KxK), smooth_K)
 
 
-def _stack(each: Sequence[Weight | None], kernel_NxKxO: jax.Array) -> Weight:
-  """One stack of all depths. Depths that are not quantized keep their numbers as codes, and all then are floats."""
-  whole = [Weight(kernel_NxKxO[depth], jnp.ones((1, 1), jnp.float32)) if weight is None else weight
-           for depth, weight in enumerate(each)]
+def _stack(each: Sequence[Weight | None], kernel_NxKxO: jax.Array, layers: Sequence[LayerRecipe | None]) -> Weight:
+  """One stack of all depths. Depths whose matrix is not quantized keep its numbers as codes, and all then are floats."""
+  def plain(depth):
+    kernel_KxO, layer = kernel_NxKxO[depth], layers[depth]
+    # Where the inputs are rotated, the matrix has to be.
+    return Weight(kernel_KxO if layer is None else weights.prepare(kernel_KxO, layer), jnp.ones((1, 1), jnp.float32))
+  whole = [plain(depth) if weight is None else weight for depth, weight in enumerate(each)]
   if len({weight.codes.dtype for weight in whole}) > 1:
     whole = [weight._replace(codes=weight.codes.astype(jnp.float32)) for weight in whole]
   _, width, outputs = kernel_NxKxO.shape

@@ -93,7 +93,8 @@ def backward(saved: Saved, g: jax.Array) -> jax.Array:
 
 
 def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec) -> jax.Array | None:
-  """The gradient of a learned scale, times 1 / sqrt(count of numbers · largest level) (arXiv 1902.08153, section 2.2).
+  """The gradient of a learned scale, times 1 / sqrt(count of numbers · largest level) (arXiv 1902.08153, section 2.2, which
+  counts the features of activations, not their tokens: a factor that optimizers whose steps have one length don't see).
 
   None: of one that follows a rule."""
   if saved.slope is None:

@@ -78,10 +78,10 @@ class Recipe:
 def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> None:
   width, shards = contraction
   blocks = {}
-  for spec in (layer.weights, layer.activations):
+  for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
     if spec is not None:
       try:
-        blocks["the scale"] = quantizers.block_of(spec, width) or 1
+        blocks[f"the scales of {operand}"] = quantizers.block_of(spec, width) or 1
       except ConfigError as error:
         raise ConfigError(f"quant: {path}: {error}") from None
   if rotations.ROTATIONS[layer.rotation] is not None:

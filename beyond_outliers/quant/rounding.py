@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beyond_outliers.optim import lapack
+from beyond_outliers import lapack
 from beyond_outliers.quant import quantizers
 from beyond_outliers.quant.quantizers import Quantized
 from beyond_outliers.quant.scales import reciprocal
@@ -35,8 +35,8 @@ def gptq(w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: jax.Arra
   they lie. The scales stay as they are (the official `static_groups`), so they don't depend on the order. An input that is always
   zero leaves its row to be rounded alone."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
-  spread = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
-  codes = _row_after_row(w_KxO[order], spread[order], _propagation(gram_KxK[order][:, order]), spec)
+  scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
+  codes = _row_after_row(w_KxO[order], scale_KxO[order], _propagation(gram_KxK[order][:, order]), spec)
   return Quantized(codes[jnp.argsort(order)], scale)
 
 
@@ -46,8 +46,9 @@ def _propagation(gram_KxK: jax.Array) -> jax.Array:
   added = DAMPING * jnp.mean(diagonal) + jnp.where(diagonal == 0, 1, 0)
   damped = gram_KxK + jnp.diag(added)
   # The Cholesky factor from the other end, V Vᵀ with V upper triangular; then U = V⁻¹.
-  upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-  return lapack.solve_triangular(upper[None], jnp.eye(len(gram_KxK), dtype=gram_KxK.dtype)[None], left_side=True, lower=False)[0]
+  upper_1xKxK = lapack.cholesky(damped[None, ::-1, ::-1])[:, ::-1, ::-1]
+  one_1xKxK = jnp.eye(len(gram_KxK), dtype=gram_KxK.dtype)[None]
+  return lapack.solve_triangular(upper_1xKxK, one_1xKxK, left_side=True, lower=False)[0]
 
 
 def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
@@ -81,7 +82,7 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
   return lax.fori_loop(0, (K + padding) // size, of_block, (w_KxO, codes))[1][:K]
 
 
-ROUNDINGS = {
+ROUNDERS = {
   "nearest": nearest,
   "gptq": gptq,
   "gptq_in_order": functools.partial(gptq, by_importance=False),

@@ -76,7 +76,9 @@ def power_of_two(x, axes, grid):
 
 
 def two_level(x, axes, grid):
-  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest (arXiv 2509.25149, appendix C)."""
+  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest (arXiv 2509.25149, appendix C).
+
+  Of activations, all is the whole batch: what a token becomes depends on those beside it, as with granularity "tensor"."""
   e4m3 = grids.GRIDS["e4m3"][8]
   whole = jnp.max(jnp.abs(x)) / (grid.largest * e4m3.largest)
   return e4m3.round(absmax(x, axes, grid) * reciprocal(whole), jnp.round) * whole

@@ -20,16 +20,19 @@ AWQ_STEPS = 20                   # exponents tried, from 0 on
 
 
 def smoothquant(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
-  """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4), α one half."""
+  """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4), α one half.
+
+  Every layer has its own: the paper, which puts them into the norm in front, has one for all layers behind a norm."""
   del layer
   x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(jnp.max(jnp.abs(w_KxO), axis=1), 1e-5)
   return w_K ** (1 - SMOOTHQUANT_ALPHA) / x_K**SMOOTHQUANT_ALPHA
 
 
 def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
-  """mean |x|^-α of every input, with the α in [0, 1) that changes the layer's output least, its weights being rounded to nearest
-  (arXiv 2306.00978, equations 4 and 5); the output's change is read from the Gram matrix of the inputs."""
-  x_K = jnp.maximum(inputs.mean_K, 1e-4)
+  """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its weights are rounded to nearest
+  (arXiv 2306.00978, equations 4 and 5); the output's change is read from the Gram matrix of the inputs. The paper's search for a
+  clip is not part of it."""
+  w_KxO, x_K = w_KxO.astype(inputs.mean_K.dtype), jnp.maximum(inputs.mean_K, 1e-4)
 
   def factors(alpha):
     s_K = jnp.maximum(x_K**alpha, 1e-4)
@@ -40,8 +43,8 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
     error = output_error(w_KxO, smooth_K, inputs, layer)
     return jax.tree.map(lambda new, old: jnp.where(error < best[0], new, old), (error, smooth_K), best), None
 
-  start = jnp.full((), jnp.inf, w_KxO.dtype), jnp.ones_like(x_K)
-  return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=w_KxO.dtype) / AWQ_STEPS)[0][1]
+  start = jnp.full((), jnp.inf, x_K.dtype), jnp.ones_like(x_K)
+  return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0][1]
 
 
 def output_error(w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:

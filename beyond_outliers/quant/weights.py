@@ -32,14 +32,15 @@ def prepare(w_KxO: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = N
 
 def multiply(x_TxK: jax.Array, weight: Weight, layer: LayerRecipe | None, scale: Any = None) -> jax.Array:
   """[T, O], float32 or wider: to the bit what `jax_backend.dot_general` makes of the matrix before it was quantized, if it was
-  rounded to nearest. layer None: the input as it is. scale: a learned one of the activations, [1, 1]."""
+  rounded to nearest and all of its stack are alike. layer None: the input as it is. scale: a learned one, of the activations."""
   wide = jnp.promote_types(x_TxK.dtype, jnp.float32)
   x = x_TxK.astype(wide) if weight.smooth is None else x_TxK.astype(wide) * weight.smooth
-  x, xq = x if layer is None else rotations.rotate(x, layer.rotation, 1), None
-  if layer is not None and layer.activations is not None:
+  x = x if layer is None else rotations.rotate(x, layer.rotation, 1)
+  if layer is None or layer.activations is None:
+    xq = Quantized(x, jnp.ones((1, 1), wide))
+  else:
     scale = quantizers.scale_of(x, layer.activations, 1) if scale is None else scale.astype(wide)
     xq, _ = quantizers.forward(x, scale, layer.activations)
-  xq = xq or Quantized(x, jnp.ones((1, 1), wide))
   return jax_backend.multiply(xq, Quantized(weight.codes, weight.scale), 1, 0, x_TxK.dtype)
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.optim import lapack, roots
+from beyond_outliers import lapack
+from beyond_outliers.optim import roots
 from beyond_outliers.optim.roots import ROOTS
 
 D, STACK = 8, 6        # of nearly all tests, so that they share compiled programs

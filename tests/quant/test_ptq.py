@@ -10,7 +10,7 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.checks import ConfigError
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import fusion, ptq, rounding, smoothing, weights
+from beyond_outliers.quant import fusion, ptq, quantizers, rotations, rounding, smoothing, weights
 from beyond_outliers.quant.calibration import Inputs
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.recipes import RECIPES, Recipe
@@ -68,8 +68,8 @@ def test_gptq_is_the_papers_algorithm(name, spec):
   gram = x.T @ x / len(x)
   with jax.enable_x64(True):
     w, gram = jnp.asarray(w, jnp.float64), jnp.asarray(gram, jnp.float64)
-    scale = rounding.quantizers.scale_of(w, spec, 0)
-    codes = rounding.ROUNDINGS[name](w, scale, spec, gram).codes
+    scale = quantizers.scale_of(w, spec, 0)
+    codes = rounding.ROUNDERS[name](w, scale, spec, gram).codes
   order = np.argsort(-np.diag(gram), kind="stable") if name == "gptq" else np.arange(K)
   expected = reference_gptq(w, gram, np.repeat(scale, K // len(scale), 0), order)
   np.testing.assert_array_equal(codes, expected)
@@ -78,10 +78,10 @@ def test_gptq_is_the_papers_algorithm(name, spec):
 def test_gptq_moves_the_output_less_than_rounding_to_nearest():
   x, w = correlated(500, 128), DRAW.normal(size=(128, 32)).astype(np.float32)
   spec, gram = QuantSpec(4), jnp.asarray(x.T @ x / len(x))
-  scale = rounding.quantizers.scale_of(jnp.asarray(w), spec, 0)
+  scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
 
   def error(name):
-    return np.linalg.norm(x @ (np.asarray(rounding.ROUNDINGS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w))
+    return np.linalg.norm(x @ (np.asarray(rounding.ROUNDERS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w))
   assert error("gptq") < 0.8 * error("nearest") and error("gptq_in_order") < 0.8 * error("nearest")
 
 
@@ -89,9 +89,11 @@ def test_inputs_that_are_always_zero_leave_their_rows_rounded_alone():
   x, w = correlated(300, 64), DRAW.normal(size=(64, 8)).astype(np.float32)
   x[:, 5] = 0
   spec, gram = QuantSpec(4), jnp.asarray(x.T @ x / len(x))
-  scale = rounding.quantizers.scale_of(jnp.asarray(w), spec, 0)
+  scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
   codes = np.asarray(rounding.gptq(jnp.asarray(w), scale, spec, gram).codes)
-  np.testing.assert_array_equal(codes[5], np.asarray(rounding.nearest(jnp.asarray(w), scale, spec, None).codes)[5])
+  alone = np.asarray(rounding.nearest(jnp.asarray(w), scale, spec, None).codes)
+  np.testing.assert_array_equal(codes[5], alone[5])
+  np.testing.assert_array_equal(rounding.gptq(jnp.asarray(w), scale, spec, jnp.zeros_like(gram)).codes, alone)
 
 
 def test_smoothquant_is_the_papers_equation():
@@ -130,7 +132,7 @@ def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
   np.testing.assert_allclose(weights.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance)
   np.testing.assert_allclose(x @ np.asarray(weights.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance)
   # The Gram matrix follows the inputs into the basis of the matrix.
-  rotated = np.asarray(weights.rotations.rotate(jnp.asarray(x if smooth is None else x * smooth), rotation, 1), np.float64)
+  rotated = np.asarray(rotations.rotate(jnp.asarray(x if smooth is None else x * smooth), rotation, 1), np.float64)
   gram = rotated.T @ rotated
   np.testing.assert_allclose(weights.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max())
 
@@ -150,7 +152,14 @@ def test_fused_rotations_leave_out_those_at_run_time_that_they_replace(placement
   model, params = plain(norm_placement=placement)
   recipe = ptq.quantize(model, params, W4A4, "quarot").recipe
   online = {path.split("/", 2)[-1] for path in model.contractions() if (layer := recipe.layer(path)) and layer.rotation != "none"}
-  assert online == {"mlp/down"} if placement == "pre" else {"mlp/down", "mlp/up", "attention/q", "attention/k", "attention/v"}
+  assert online == ({"mlp/down"} if placement == "pre" else {"mlp/down", "mlp/up", "attention/q", "attention/k", "attention/v"})
+
+
+def test_a_recipe_that_rotates_is_not_rotated_twice():
+  """Two rotations of o's inputs by the same blocks would be none."""
+  model, params = plain(heads=1, kv_heads=1, d_head=128, d_model=128, mlp_hidden=256)
+  recipe = ptq.quantize(model, params, RECIPES["quest_w4a4"], "quarot").recipe
+  assert recipe.layer("layers/0/attention/o").rotation == "none" and recipe.layer("layers/0/mlp/up").rotation == "hadamard"
 
 
 @pytest.mark.parametrize("recipe", ["rtn_w4a4", "rtn_w4a16_g128", "mxfp4", "quest_w4a4"])
@@ -162,8 +171,7 @@ def test_rounding_to_nearest_is_what_training_under_the_recipe_computes(recipe):
 
 
 @pytest.mark.parametrize("method", [
-  "smoothquant", "awq", "quarot+gptq",
-  *(pytest.param(name, marks=pytest.mark.slow) for name in ("rtn", "gptq", "hadamard", "awq+gptq"))])
+  name if name in ("smoothquant", "awq", "quarot+gptq") else pytest.param(name, marks=pytest.mark.slow) for name in ptq.METHODS])
 def test_every_kind_of_method_approaches_the_model_as_bits_grow(method):
   model, params = plain()
   exact = logits(model, params)
@@ -203,6 +211,25 @@ def test_rules_over_depths_share_a_stack():
   trained = model.clone(dot_general_for=dot_general_for(recipe, "jax"))
   np.testing.assert_allclose(logits(q.model, q.params), logits(trained, params), atol=2e-5)
   assert q.params["layers"]["mlp"]["up"]["kernel"].codes.dtype == jnp.float32
+
+
+def test_a_depth_in_a_stack_that_quantizes_its_inputs_alone():
+  """Rotated inputs meet a rotated matrix, also where that is not quantized."""
+  model, params = plain()
+  inputs = QuantSpec(8, granularity="token")
+  recipe = Recipe((("head", None), ("layers/0/.*", LayerRecipe(None, inputs)), (".*", LayerRecipe(QuantSpec(8), inputs))))
+  q = ptq.quantize(model, params, recipe, "hadamard")
+  exact = logits(model, params)
+  assert float(jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact)) < 0.02
+
+
+def test_matrices_and_products_in_bfloat16():
+  model, params = plain(dtype="bfloat16")
+  halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  exact = logits(model, params)
+  for method in ("awq+gptq", "smoothquant"):
+    q = ptq.quantize(model, halves, RECIPES["rtn_w8a8"], method, BATCHES[:1])
+    assert float(jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact)) < 0.05
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -257,6 +284,8 @@ def test_what_is_refused():
     lambda: ptq.quantize(model, q.params, W4A4): "hold codes already",
     lambda: ptq.quantize(model, params, W4A4, "awq"): "awq looks at the inputs",
     lambda: ptq.quantize(model, params, RECIPES["lsq_w4a4"]): "no learned scales",
+    lambda: ptq.quantize(model, params, RECIPES["lsq_w4a4"], "hadamard"): "neither rotates nor smooths",
+    lambda: ptq.quantize(model, params, W4A4, "awq", [{"tokens": TOKENS + 64}]): "tokens below 64",
     lambda: ptq.quantize(model, params, RECIPES["rtn_w4a16_g128"]): "blocks of 128 do not divide a width of 64",
     lambda: ptq.quantize(model, params, RECIPES["mxfp4"], "rtn_mse"): "has a rule of its own",
   }.items():

@@ -22,6 +22,11 @@ def qr(a_BxDxD: jax.Array) -> jax.Array:
   return one_by_one(lambda a: jnp.linalg.qr(a)[0], a_BxDxD)
 
 
+def cholesky(a_BxDxD: jax.Array) -> jax.Array:
+  """The lower triangular factors [B, D, D]; NaN where a matrix is not positive definite."""
+  return one_by_one(jnp.linalg.cholesky, a_BxDxD)
+
+
 def solve_triangular(r_BxDxD: jax.Array, b: jax.Array, **how: bool) -> jax.Array:
   """X with R X = B, or what `how` says: the keywords of jax.lax.linalg.triangular_solve."""
   return one_by_one(lambda r, b: jax.lax.linalg.triangular_solve(r, b, **how), r_BxDxD, b)

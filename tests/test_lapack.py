@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.optim import lapack
+from beyond_outliers import lapack
 
 
 def symmetric(count, d):
@@ -37,7 +37,7 @@ def test_on_cpu_no_call_of_a_kernel_takes_more_than_one_matrix():
 
 HANGS = """
 import jax, numpy as np
-from beyond_outliers.optim import lapack
+from beyond_outliers import lapack
 xs = [np.eye(d, dtype=np.float32) * np.ones((b, 1, 1), np.float32) for b, d in ((6, 48), (4, 48), (3, 24), (8, 16))]
 step = jax.jit(lambda xs: [(lapack.eigh(x), lapack.qr(x), lapack.solve_triangular(x, x, left_side=True)) for x in xs])
 for _ in range(100):
