@@ -13,6 +13,10 @@ and what quantization costs: beside full precision (bench_recipes.py), and after
   python -m beyond_outliers.bench --recipes                    a linear layer, and whole models
   python -m beyond_outliers.bench --ptq=50m                    seconds and memory
 
+and how fast zero-shot questions are answered (bench_scoring.py):
+
+  python -m beyond_outliers.bench --scoring=nano
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not with another day's.
 """
 from __future__ import annotations
@@ -31,6 +35,7 @@ from beyond_outliers import (
   bench_optimizers,
   bench_ptq,
   bench_recipes,
+  bench_scoring,
   checks,
   command,
   config,
@@ -51,7 +56,8 @@ ON_PAPER = flags.DEFINE_enum("on_paper", None, list(config.SIZES), "Count what o
 COLLECTIVES = flags.DEFINE_enum("collectives", None, list(config.SIZES), "Compile optimizers' updates of this size for meshes.")
 RECIPES = flags.DEFINE_bool("recipes", None, "Time quantization recipes beside full precision, instead of a run's step.")
 PTQ = flags.DEFINE_enum("ptq", None, list(config.SIZES), "Time quantizing a model of this size after its training.")
-CONFIG = command.config_flag("optimizers", "on_paper", "collectives", "recipes", "ptq")
+SCORING = flags.DEFINE_enum("scoring", None, list(config.SIZES), "Time zero-shot scoring with a model of this size.")
+CONFIG = command.config_flag("optimizers", "on_paper", "collectives", "recipes", "ptq", "scoring")
 TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
 ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
@@ -164,11 +170,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def rows() -> tuple[Any, str]:
-  """(figures, as a table) of --optimizers, --on_paper, --collectives, --recipes or --ptq."""
+  """(figures, as a table) of all that is not --config."""
   known = list(bench_optimizers.ROWS if OPTIMIZERS.value else bench_recipes.ROWS if RECIPES.value else
                quant.METHODS if PTQ.value else optim.OPTIMIZERS)
   for name in ONLY.value:
     checks.require(name in known, "--only", name, "expected some of " + ", ".join(known))
+  if SCORING.value:
+    result = bench_scoring.run(SCORING.value, REPEATS.value)
+    return result, bench_scoring.table(result)
   if RECIPES.value:
     result = bench_recipes.run(ONLY.value or bench_recipes.DEFAULT, REPEATS.value)
     return result, bench_recipes.table(result)

@@ -18,7 +18,7 @@ FLOORS = (
   ("sources",),
   ("cells",),
   ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
-   "bench"),
+   "bench_scoring", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
