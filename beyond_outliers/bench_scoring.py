@@ -2,7 +2,7 @@
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 
-Questions as multiple-choice tasks have them: contexts of many lengths, four choices each, of random tokens. Padding does not count.
+Questions as multiple-choice tasks have them, of random tokens: contexts of many lengths, four choices each. Padding is left out.
 """
 from __future__ import annotations
 
