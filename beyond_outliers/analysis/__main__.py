@@ -1,19 +1,21 @@
 """Reports on sweeps: python -m beyond_outliers.analysis --root=runs/tuning,runs/qat [--plot=curves.png --gap_plot=gap.png].
 
 Prints each recipe's best learning rates, and where there is more than one recipe what each costs each optimizer. --common_loss
-prints instead how the optimizers come to one loss. --overrides=FILE writes the rates, or rates and lengths, for launch.local.
+prints instead how the optimizers come to one loss, --degradation what quantization after training costs them, from the cells of
+evaluation jobs. --overrides=FILE writes the rates, or rates and lengths, for launch.local.
 """
 from __future__ import annotations
 
 from absl import app, flags, logging
 
 from beyond_outliers import runs
-from beyond_outliers.analysis import gaps, plots, protocol, tables
+from beyond_outliers.analysis import degradation, gaps, plots, protocol, tables
 
 ROOT = flags.DEFINE_list("root", None, "Folders with the workdirs of sweeps, at any depth.", required=True)
 PLOT = flags.DEFINE_string("plot", "", "Also draw the loss curves into this PNG file.")
 GAP_PLOT = flags.DEFINE_string("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
 COMMON_LOSS = flags.DEFINE_bool("common_loss", False, "How the optimizers come to one loss in full precision, instead.")
+DEGRADATION = flags.DEFINE_string("degradation", "", "What evaluation jobs found, instead: loss_difference, kl, agreement, ...")
 OVERRIDES = flags.DEFINE_string("overrides", "", "Also write what was found in full precision to this file, for launch.local.")
 
 
@@ -21,6 +23,9 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)          # Orbax tells of every checkpoint it opens
   found = [run for root in ROOT.value for run in runs.find(root)]
+  if DEGRADATION.value:
+    print(degradation.table(degradation.cells(found), DEGRADATION.value, "+.4f" if "difference" in DEGRADATION.value else ".4f"))
+    return
   chosen = report_common_loss(found) if COMMON_LOSS.value else report_tuning(found)
   if OVERRIDES.value:
     protocol.write_overrides(OVERRIDES.value, found[0].config.size, chosen)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from etils import epath
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 
+HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["size", "optimizer", "learning_rate", "seed"]
 
 
@@ -21,8 +23,8 @@ def cells(runs: Sequence[runs_lib.Run], folder: str = "eval") -> pd.DataFrame:
 
 
 def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.4f") -> str:
-  """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard error, the least of each recipe
-  and optimizer in bold. Rows from the least mean over all optimizers up. loss_difference: nats, to full precision on the same
+  """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard error, the best of each recipe
+  and optimizer in bold. Rows from the best mean over all optimizers on. loss_difference: nats, to full precision on the same
   tokens.
 
   Errors: ValueError when an optimizer has runs of several learning rates or sizes, whose mean would say nothing."""
@@ -35,13 +37,14 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
         raise ValueError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
   by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem", "count"])
   shown: dict[Any, Any] = by_cell.to_dict("index")
-  least = by_cell["mean"].groupby(["recipe", "optimizer"]).min()
+  sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
+  best = (sign * by_cell["mean"]).groupby(["recipe", "optimizer"]).min() * sign
   order = by_cell["mean"].groupby(["recipe", "method"]).mean()
   optimizers = sorted(set(measured.optimizer))
   rows: list[Sequence[str]] = [("recipe", "method", *optimizers)]
-  for recipe, method in sorted(order.index, key=lambda row: (row[0], order[row])):
+  for recipe, method in sorted(order.index, key=lambda row: (row[0], sign * order[row])):
     cells_of = {optimizer: shown.get((recipe, method, optimizer)) for optimizer in optimizers}
-    rows.append((recipe, method, *(_shown(cell, least[recipe, optimizer], style) if cell else ""
+    rows.append((recipe, method, *(_shown(cell, best[recipe, optimizer], style) if cell else ""
                                    for optimizer, cell in cells_of.items())))
   return tables.markdown(rows)
 
@@ -59,6 +62,6 @@ def _row(cell: dict[str, Any]) -> dict[str, Any]:
   return {**origin, **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")}, **cell["metrics"], **tasks}
 
 
-def _shown(cell: Any, least: float, style: str) -> str:
+def _shown(cell: Any, best: float, style: str) -> str:
   text = format(cell["mean"], style) + (f" ± {cell['sem']:.4f}" if cell["count"] > 1 else "")
-  return f"**{text}**" if cell["mean"] == least else text
+  return f"**{text}**" if cell["mean"] == best else text
