@@ -99,18 +99,19 @@ class Evaluator:
       found = {"step": step, **cell._asdict(), "metrics": metrics, "tasks": {}, "size_bytes": size,
                "settings": self._settings(cell),
                "seconds": {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized, "tasks": 0.0},
-               "source": self.source.described, **writers.manifest({})}
-    tasks = [task for task in self._tasks if task not in found["tasks"]]
+               "asked": [], "source": self.source.described, **writers.manifest({})}
+      found = self._write(step, cell, found)         # tasks take long, and may fail
+    tasks = [task for task in self._tasks if task not in found["asked"]]
     if tasks:
       began = time.perf_counter()
       self._say("tasks " + ", ".join(tasks))
-      found["tasks"] |= _zero_shot().run(model, q_params, self.source.dataset.tokenizer, tasks, context=self.source.context,
+      placed = jax.device_put(q_params, mesh_lib.replicated(self._mesh))
+      found["tasks"] |= _zero_shot().run(model, placed, self.source.dataset.tokenizer, tasks, context=self.source.context,
                                          mesh=self._mesh, prefix=self.source.dataset.meta["separator"]["id"],
                                          folders=self._task_folders)
+      found["asked"] += tasks                        # of a tag, the rows have the names of its tasks
       found["seconds"]["tasks"] += time.perf_counter() - began
-    # JSON knows no NaN: it is null.
-    found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
-    self._folder.write(cell.file(step), found)
+      found = self._write(step, cell, found)
     if self._sink:
       self._sink.write({"step": step, **{f"{cell.recipe}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
     return found
@@ -118,6 +119,12 @@ class Evaluator:
   def close(self) -> None:
     if self._sink:
       self._sink.close()
+
+  def _write(self, step: int, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
+    # JSON knows no NaN: it is null.
+    found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
+    self._folder.write(cell.file(step), found)
+    return found
 
   @functools.cached_property
   def calibration(self) -> list[dict[str, np.ndarray]]:
@@ -174,7 +181,7 @@ class Evaluator:
     return found if found is not None and found["settings"] == self._settings(cell) else None
 
   def _complete(self, found: dict[str, Any] | None) -> bool:
-    return found is not None and set(self._tasks) <= found["tasks"].keys()
+    return found is not None and set(self._tasks) <= set(found["asked"])
 
 
 def scalars(cell: dict[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from absl import app, flags
 from etils import epath
 
 from beyond_outliers import cells, checkpoint, command, sources, zero_shot_tasks
-from beyond_outliers.checks import require
+from beyond_outliers.checks import ConfigError, require
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 HF = flags.DEFINE_string("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
@@ -130,7 +130,12 @@ class Job:
     for i, cell in enumerate(missing, 1):
       self._progress.begin(f"step {step} · {cell.recipe} · {cell.method}")
       start = time.perf_counter()
-      metrics = self._evaluator.measure(step, params, cell)["metrics"]
+      try:
+        metrics = self._evaluator.measure(step, params, cell)["metrics"]
+      except ConfigError as error:           # a checkpoint that a method cannot take, or a task: the others may be well
+        self.skipped[step] = f"{cell.recipe}, {cell.method}: {error}"
+        self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
+        continue
       text = f"loss {cells.shown(metrics['loss'])}"
       if "kl" in metrics:
         text += f" ({cells.shown(metrics['loss_difference'], '+.4f')}) · KL {cells.shown(metrics['kl'])}"
@@ -181,7 +186,7 @@ def main(argv: list[str]) -> None:
   job = Job(source, evaluator, progress)
   if FOLLOW.value:
     job.follow(lambda step: STEPS.value in ([], ["all"]) or step in steps)
-    steps = None
+    steps = None if STEPS.value in ([], ["all"]) else steps
   elif STEPS.value:
     job.once(steps)
   else:

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from beyond_outliers import config, data, quant, runs
@@ -32,7 +35,7 @@ class Source:
   batch_size: int
   documents: int                             # of the validation split; 0: all
   described: dict[str, Any]                  # where it comes from, for whoever reads a result
-  trained: str                               # when its training began, which tells it from another run in the same folder
+  trained: str                               # when its training began, or a sum: what tells it from another in the same folder
   folder: epath.Path                         # of the results
   tensorboard: epath.Path | None             # where TensorBoard is to find them, if at all
 
@@ -53,7 +56,7 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
   recipe = quant.recipes.from_config(c.quant)
   return Source(
     str(run.path), run.model.clone(dot_general_for=None), c.quant.recipe,
-    recipe if any(layer for _, layer in recipe.rules) else None,
+    recipe if recipe.quantizes else None,
     lambda: run.steps, run.params, lambda: run.status["status"] in ENDED,
     opened, dataclasses.replace(c.data, reader=_reader(opened)), context or c.context, batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
@@ -96,8 +99,17 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
     "vocab": model.config.vocab, "mask_documents": False, "readers": 8, "prefetch": 4}))
   return Source(
     directory, model, "none", None, lambda: [0], lambda step: params, lambda: True, opened, section, context or 1024,
-    batch_size or 8, documents or 0, {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, "",
+    batch_size or 8, documents or 0, {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)},
+    _fingerprint(params),
     epath.Path(directory).absolute() / "eval", None)
+
+
+def _fingerprint(params: Any) -> str:
+  """Tells the parameters of one model from another's."""
+  sums = hashlib.sha256()
+  for leaf in jax.tree.leaves(params):
+    sums.update(np.asarray(leaf).tobytes())
+  return sums.hexdigest()
 
 
 def _reader(dataset: data.Dataset) -> str:

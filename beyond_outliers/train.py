@@ -216,7 +216,7 @@ def _with_scales(program: Program, params: Any, batches: data.Batches) -> Any:
   """The parameters with learned scales, which begin as the first micro-batch says. It is trained on, too."""
   c = program.config
   position = batches.state()
-  first = {name: x[:len(x) // c.micro_batches] for name, x in next(batches).items()}
+  first = {name: x[::c.micro_batches] for name, x in next(batches).items()}
   batches.restore(position)
   begin = jax.jit(step_lib.make_begin_scales(program.model, c.data.mask_documents),
                   out_shardings=jax.tree.map(lambda x: x.sharding, program.state.params))

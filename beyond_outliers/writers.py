@@ -47,7 +47,7 @@ class Workdir:
   def write(self, name: str, value: Any) -> None:
     if jax.process_index() == 0:
       self.path.mkdir(parents=True, exist_ok=True)
-      temporary = self.path / (name + ".tmp")
+      temporary = self.path / f"{name}.{os.getpid()}.tmp"             # evaluation jobs may share a folder
       temporary.write_text(json.dumps(value, indent=2) + "\n")
       temporary.replace(self.path / name)
 

@@ -66,7 +66,7 @@ def continuation(documents: Sequence[str]) -> Iterator[Example]:
            if len(after[0].group().split()) in CHOICE_WORDS]
   draw = random.Random(0)
   for number, context, true in asked:
-    others = [sentence for other, _, sentence in asked if other != number]
+    others = list(dict.fromkeys(sentence for other, _, sentence in asked if other != number and sentence != true))
     if len(others) >= CHOICES - 1:
       choices, answer = draw.sample(others, CHOICES - 1), draw.randrange(CHOICES)
       yield {"context": context, "choices": [*choices[:answer], true, *choices[answer:]], "answer": answer}

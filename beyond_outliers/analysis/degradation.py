@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,14 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
-ORIGIN = ["size", "optimizer", "learning_rate", "seed"]
+ORIGIN = ["size", "steps", "optimizer", "learning_rate", "seed"]
+MEASURED_ON = ["data", "tokenizer", "context", "documents", "mask_documents"]
 
 
 def cells(runs: Sequence[runs_lib.Run], folder: str = "eval") -> pd.DataFrame:
   """A row a cell of the last step that each run was evaluated at: where it comes from, recipe, method and its metrics."""
   rows = [row for run in runs for row in _of_run(run.path / folder)]
-  return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, "step", "recipe", "method"])
+  return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"])
 
 
 def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.4f") -> str:
@@ -27,11 +29,13 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
   and optimizer in bold. Rows from the best mean over all optimizers on. loss_difference: nats, to full precision on the same
   tokens.
 
-  Errors: ValueError when an optimizer has runs of several learning rates or sizes, whose mean would say nothing."""
-  measured = found[found[metric].notna()] if metric in found else found[:0]
+  A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
+  Errors: ValueError when an optimizer has runs of several learning rates, sizes or lengths, or cells differ in what they were
+  measured on: their means would say nothing."""
+  measured = found[(found.method != "none") & found[metric].notna()] if metric in found else found[:0]
   if not len(measured):
     raise ValueError(f"{metric}: no cell has it; run python -m beyond_outliers.evaluate with --recipes on these runs")
-  for key in ("learning_rate", "size"):
+  for key in ("learning_rate", "size", "steps", "step", *MEASURED_ON):
     for optimizer, values in measured.groupby("optimizer")[key].unique().items():
       if len(values) > 1:
         raise ValueError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
@@ -58,8 +62,11 @@ def _of_run(folder: epath.Path) -> list[dict[str, Any]]:
 def _row(cell: dict[str, Any]) -> dict[str, Any]:
   c = cell["source"]["config"]
   tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
-  origin = dict(zip(ORIGIN, (c["size"], c["optimizer"]["name"], c["optimizer"]["learning_rate"], c["seed"]), strict=True))
-  return {**origin, **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")}, **cell["metrics"], **tasks}
+  optimizer = c["optimizer"]
+  origin = dict(zip(ORIGIN, (c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]), strict=True))
+  measured = {name: math.inf if value is None else value for name, value in {**cell["metrics"], **tasks}.items()}
+  return {**origin, **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
+          **{name: cell["settings"][name] for name in MEASURED_ON}, **measured}
 
 
 def _shown(cell: Any, best: float, style: str) -> str:

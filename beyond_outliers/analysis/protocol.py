@@ -85,7 +85,9 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
     flat = config.flatten(config.to_dict(run.config))
     keys = {key for key in flat if _below(key, set(COMPARED) - set(but)) and not _below(key, config.MAY_CHANGE)}
     compared = {"data.fingerprint": run.manifest["data"]["fingerprint"], **{key: flat[key] for key in keys}}
-    settings = {key: value for key, value in flat.items() if _below(key, ["optimizer"]) and not key.endswith("learning_rate")}
+    tuned = flat["optimizer.learning_rate"]              # groups without a rate of their own have it, too
+    settings = {key: value for key, value in flat.items()
+                if _below(key, ["optimizer"]) and not (key.endswith(".learning_rate") and value == tuned)}
     for group, values in (("", compared), (run.config.optimizer.name, settings)):
       first, expected = alike.setdefault(group, (run, values))
       for key in sorted(expected.keys() | values.keys()):

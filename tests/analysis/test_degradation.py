@@ -9,7 +9,7 @@ from beyond_outliers.analysis import degradation
 from configs import adamw, muon
 
 
-def workdir(root, module, seed, differences, step=2, rate=0.1):
+def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0):
   """A run with evaluated checkpoints; differences: {(recipe, method): of the loss}."""
   folder = root / f"{module.__name__}-{rate}-{seed}"
   c = config.to_dict(config.resolve(module.get_config(f"nano,optimizer.learning_rate={rate},seed={seed}")))
@@ -17,9 +17,13 @@ def workdir(root, module, seed, differences, step=2, rate=0.1):
   (folder / "config.json").write_text(json.dumps(c))
   (folder / "manifest.json").write_text("{}")
   for (recipe, method), difference in {("none", "none"): None, **differences}.items():
-    metrics = {"loss": 4.0} if difference is None else {"loss": 4.0 + difference, "loss_difference": difference}
+    metrics = {"loss": 4.0} if method == "none" else {"loss": 4.0, "loss_difference": difference, "agreement": 0.5}
+    if method == "gptq":
+      metrics["agreement"] = 0.6
     cell = {"step": step, "recipe": recipe, "method": method, "metrics": metrics, "tasks": {}, "size_bytes": 1}
-    (folder / "eval" / f"{step}-{recipe}-{method}.json").write_text(json.dumps({**cell, "source": {"config": c}}))
+    settings = {"data": "a", "tokenizer": "b", "context": 256, "documents": documents, "mask_documents": False}
+    (folder / "eval" / f"{step}-{recipe}-{method}.json").write_text(
+      json.dumps({**cell, "settings": settings, "source": {"config": c}}))
 
 
 def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
@@ -34,9 +38,23 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
   gptq, rtn = 0.3, 0.4
   errors = [math.sqrt(sum((x - mean) ** 2 for x in xs) / 2 / 3) for mean, xs in
             ((gptq, (0.1, 0.2, 0.6)), (rtn, (0.3, 0.4, 0.5)))]
-  assert sorted(lines[2:4]) == sorted([f"| rtn_w4a4 | gptq | **+0.3000 ± {errors[0]:.4f}** |  |",
-                                       f"| rtn_w4a4 | rtn | +0.4000 ± {errors[1]:.4f} | **+0.0500** |"])
-  assert lines[4] == "| rtn_w8a8 | rtn |  | **+0.0100** |"
+  assert lines[2:] == [f"| rtn_w4a4 | rtn | +0.4000 ± {errors[1]:.4f} | **+0.0500** |",
+                       f"| rtn_w4a4 | gptq | **+0.3000 ± {errors[0]:.4f}** |  |", "| rtn_w8a8 | rtn |  | **+0.0100** |"]
+  higher = degradation.table(found, "agreement", ".1f").splitlines()
+  assert higher[2].startswith("| rtn_w4a4 | gptq | **0.6") and higher[3].startswith("| rtn_w4a4 | rtn | 0.5")
+
+
+def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3, ("rtn_w4a4", "gptq"): 0.2})
+  workdir(tmp_path, adamw, 1, {("rtn_w4a4", "rtn"): None, ("rtn_w4a4", "gptq"): 0.2})
+  assert "| rtn_w4a4 | rtn | +inf" in degradation.table(degradation.cells(runs.find(tmp_path)))
+
+
+def test_cells_measured_on_other_documents_are_refused(tmp_path):
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
+  workdir(tmp_path, adamw, 1, {("rtn_w4a4", "rtn"): 0.3}, documents=3)
+  with pytest.raises(ValueError, match=r"adamw: the runs have documents = \[.*0.*3.*\]"):
+    degradation.table(degradation.cells(runs.find(tmp_path)))
 
 
 def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
