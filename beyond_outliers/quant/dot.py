@@ -42,7 +42,7 @@ class QuantizedDot(nn.Module):
       options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
     if self._has("scale", "learned"):
       options["scales"] = self._scales(lhs, rhs, w_axis)
-    if self.recipe.activations is not None and self.is_mutable_collection("statistics"):
+    if self.recipe.activations is not None and self.is_mutable_collection("statistics") and not self.is_initializing():
       scale = options["scales"][0] if "scales" in options else None
       self.sow("statistics", "activations", statistics.measure(lhs, self.recipe.activations, 1, scale)[0])
     return BACKENDS[self.backend](lhs, rhs, w_axis, self.recipe, **options)

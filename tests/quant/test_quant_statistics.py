@@ -25,8 +25,11 @@ QUEST, RTN = RECIPES["quest_w4a4"].default, RECIPES["rtn_w4a4"].default
 
 def params_of(model, seed=1):
   draw = np.random.default_rng(seed)
-  return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
-                      transformer.shapes(model))
+
+  def number(path, leaf):
+    mean = 0 if leaf.ndim == 3 else -2 if path[-1].key == "log_scale" else 0.5
+    return jnp.asarray(draw.normal(mean, 0.1, leaf.shape), leaf.dtype)
+  return jax.tree_util.tree_map_with_path(number, transformer.shapes(model))
 
 
 def measured(recipe, params=None, before=None, c=MODEL, backend="jax"):
