@@ -1,7 +1,9 @@
 """A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the extra `eval`, and no torch."""
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,10 +133,12 @@ def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Token
     raise checks.ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
+  harness_model = HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix)
   try:
-    found: Any = lm_eval.simple_evaluate(
-      HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix), tasks=list(tasks),
-      task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS, torch_random_seed=None)
+    with contextlib.redirect_stdout(sys.stderr):          # results alone go to stdout
+      found: Any = lm_eval.simple_evaluate(
+        harness_model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS,
+        torch_random_seed=None)
   except ConnectionError as error:
     raise checks.ConfigError(f"tasks = {', '.join(tasks)}: {error}; without the hub, name tasks on local data") from error
   # The harness writes `acc,none` and `acc_stderr,none` where no filter has a name.
