@@ -185,8 +185,8 @@ def main(argv: list[str]) -> None:
                               task_folders=TASK_FOLDERS.value, windows=CALIBRATION.value, say=progress)
   job = Job(source, evaluator, progress)
   if FOLLOW.value:
-    job.follow(lambda step: STEPS.value in ([], ["all"]) or step in steps)
-    steps = None if STEPS.value in ([], ["all"]) else steps
+    steps = None if STEPS.value in ([], ["all"]) else steps          # None: all that will ever be
+    job.follow(lambda step: steps is None or step in steps)
   elif STEPS.value:
     job.once(steps)
   else:

@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from beyond_outliers.checks import require
 from beyond_outliers.model import hf, hf_config
-from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, formats, quantizers
+from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, formats, quantizers, recipes
 from beyond_outliers.quant.weights import Weight
 
 INTEGERS = ("symmetric", "twos_complement", "ternary")       # grids that lie within the integers of their bits, zero included
@@ -99,7 +99,7 @@ def _module(entry: hf.Entry) -> str:
 
 def _layer(q: QuantizedModel, entry: hf.Entry) -> LayerRecipe | None:
   path = entry.path.removesuffix("/kernel")
-  return q.recipe.layer(path if entry.depth is None else path.replace("layers/", f"layers/{entry.depth}/", 1))
+  return q.recipe.layer(path if entry.depth is None else recipes.at_depth(path, entry.depth))
 
 
 def _config(layers: dict[str, LayerRecipe | None]) -> dict[str, Any]:

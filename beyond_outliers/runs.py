@@ -4,17 +4,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
-import pandas as pd
 from etils import epath
 
 from beyond_outliers import checkpoint, data, quant, writers
 from beyond_outliers import config as config_lib
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
+
+if TYPE_CHECKING:
+  import pandas as pd
 
 
 class Run:
@@ -52,6 +53,7 @@ class Run:
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
+    import pandas as pd  # takes a while, and training opens runs too
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
     frame = pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])       # the last may be half written
     # A step that was both logged and evaluated wrote two lines.
@@ -65,10 +67,14 @@ class Run:
 
   def params(self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Any:
     """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is given."""
-    boxed = transformer.boxed_shapes(self.model)
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
-    _, params = self._checkpoints.restore_params(mesh_lib.placed(nn.unbox(boxed), mesh_lib.shardings(boxed, mesh)), step)
+    _, params = self.restore(mesh, step)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+  def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[int, Any]:
+    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh. Errors: CheckpointError."""
+    shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
+    return self._checkpoints.restore_params(mesh_lib.placed(transformer.shapes(self.model), shardings), step)
 
   @functools.cached_property
   def dataset(self) -> data.Dataset:

@@ -44,12 +44,13 @@ def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask
 
 def _logits(model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None) -> jax.Array:
   """[T, V]."""
-  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents),
+  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents),
                                   rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
   return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
 
 
-def _masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
+def masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
+  """(segment_ids, positions) as a model takes them; without mask_documents (None, None)."""
   return (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
 
 
@@ -144,7 +145,7 @@ def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
   c = model.config
 
   def quant_statistics(params, before, batch):
-    _, sown = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents), mutable=["statistics"])
+    _, sown = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents), mutable=["statistics"])
     return {**quant.statistics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
             **quant.statistics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
   return quant_statistics
@@ -153,7 +154,7 @@ def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
 def make_begin_scales(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], Any]:
   """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on the batch lets them begin."""
   def begin_scales(params, batch):
-    _, whole = model.apply({"params": params}, batch["tokens"], *_masks(batch, mask_documents), mutable=["params"],
+    _, whole = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents), mutable=["params"],
                            rngs={"params": jax.random.key(0)})            # drawn from by nothing
     return nn.unbox(whole["params"])
   return begin_scales

@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding
 from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, warm_start, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
-from beyond_outliers.analysis import outliers
 from beyond_outliers.model import transformer
 
 
@@ -236,6 +235,7 @@ def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.shard
 def _outliers(model: transformer.Transformer, batches: data.ValidationBatches, mesh: jax.sharding.Mesh,
               mask_documents: bool) -> Callable[[Any], dict[str, float]]:
   """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
+  from beyond_outliers.analysis import outliers  # brings pandas, which a run without this hook can spare
   everywhere = mesh_lib.replicated(mesh)
   activations = jax.jit(outliers.measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
   matrices = jax.jit(outliers.weight_measurement, out_shardings=everywhere)

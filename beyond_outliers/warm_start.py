@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from beyond_outliers import checkpoint, config, quant, runs, writers
-from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
 
 # What a model may change between two runs and still compute the same of its parameters, up to rounding.
@@ -23,9 +22,7 @@ def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
     source = runs.open(c.warm_start)
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
-    shardings = mesh_lib.shardings(transformer.boxed_shapes(source.model), mesh)
-    step, found = checkpoint.Checkpoints(writers.Workdir(c.warm_start).checkpoints, read_only=True).restore_params(
-      mesh_lib.placed(transformer.shapes(source.model), shardings))
+    step, found = source.restore(mesh)
   except (checkpoint.CheckpointError, writers.WorkdirError) as error:
     raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)

@@ -23,6 +23,11 @@ WORDS = ["the", "of", "and", "to", "in", "a", "that", "it", "is", "was", "for", 
 
 
 @pytest.fixture(scope="session")
+def words():
+  return WORDS
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
   """A folder of 40 text documents of English words, the same on every run."""
   folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)

@@ -1,13 +1,10 @@
 """The commands as a person types them: a refusal is one line and exit code 2, before anything long begins."""
-import json
 import os
-import pathlib
 import subprocess
 import sys
 
+import commands
 import pytest
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 # what is wrong -> (arguments of main, what its one line on stderr holds)
 REFUSED = {
@@ -23,44 +20,28 @@ REFUSED = {
   "how to find the others": (["--config=configs/adamw.py", "--distributed=here"], ["distributed", "HOST:PORT,COUNT,INDEX"]),
 }
 
-# Imports main once and gives each command a process of its own; then the default workdirs, flags parsed in this one.
-COMMANDS = """
-import json, os, sys, tempfile
+# Flags parsed in the process that imported main.
+DEFAULT_WORKDIRS = """
 from absl import flags
-from beyond_outliers import command, config, main
-
-answers = []
-for arguments in json.loads(sys.argv[1]):
-  with tempfile.TemporaryFile("w+") as errors:
-    child = os.fork()
-    if not child:
-      os.dup2(errors.fileno(), 2)
-      sys.argv = ["main", *arguments]
-      command.run(main.main)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    errors.seek(0)
-    answers.append([code, errors.read()])
+from beyond_outliers import config
 
 def default_workdir(argument):
   flags.FLAGS.unparse_flags()
   flags.FLAGS(["main", "--config=" + argument])
-  return main.default_workdir(config.resolve(main.CONFIG.value))
+  return module.default_workdir(config.resolve(module.CONFIG.value))
 
-print(json.dumps({"answers": answers, "workdirs": [default_workdir(argument) for argument in json.loads(sys.argv[2])]}))
+result = [default_workdir(argument) for argument in
+          ("configs/adamw.py", "configs/adamw.py:0.3m", "configs/adamw.py:50m,data.path=/a/b.c")]
 """
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("refused") / "run"
-  commands = [[*arguments, f"--workdir={workdir}"] for arguments, _ in REFUSED.values()]
-  process = subprocess.run([sys.executable, "-c", COMMANDS, json.dumps(commands),
-                            json.dumps(["configs/adamw.py", "configs/adamw.py:0.3m", "configs/adamw.py:50m,data.path=/a/b.c"])],
-                           cwd=ROOT, capture_output=True, text=True, timeout=240)
-  assert process.returncode == 0, process.stderr
-  result = json.loads(process.stdout)
+  answers, workdirs = commands.answers("main", [[*arguments, f"--workdir={workdir}"] for arguments, _ in REFUSED.values()],
+                                       DEFAULT_WORKDIRS)
   assert not workdir.exists(), "a refused command left a workdir"
-  return {**result, "answers": dict(zip(REFUSED, result["answers"], strict=True))}
+  return {"workdirs": workdirs, "answers": dict(zip(REFUSED, answers, strict=True))}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -80,6 +61,6 @@ def test_the_module_is_the_command_and_libraries_keep_quiet():
   # Unless it is told the platform, JAX says at level INFO which ones it looked for.
   environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
   command = [sys.executable, "-m", "beyond_outliers.main", "--config=configs/adamw.py:nano,mesh.data=3,mesh.fsdp=7", "--dry_run"]
-  process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+  process = subprocess.run(command, cwd=commands.ROOT, env=environment, capture_output=True, text=True, timeout=120)
   assert (process.returncode, process.stdout) == (2, "")
   assert process.stderr.startswith("error: mesh = ") and process.stderr.count("\n") == 1, process.stderr

@@ -1,12 +1,10 @@
 """Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is refused before any of it."""
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import types
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -182,25 +180,6 @@ REFUSED = {
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
 }
 
-COMMANDS = """
-import json, os, sys, tempfile
-from beyond_outliers import command, evaluate
-
-answers = []
-for arguments in json.loads(sys.argv[1]):
-  with tempfile.TemporaryFile("w+") as errors:
-    child = os.fork()
-    if not child:
-      os.dup2(errors.fileno(), 1)
-      os.dup2(errors.fileno(), 2)
-      sys.argv = ["evaluate", *arguments]
-      command.run(evaluate.main)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    errors.seek(0)
-    answers.append([code, errors.read()])
-print(json.dumps(answers))
-"""
-
 
 @pytest.fixture(scope="module")
 def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
@@ -212,11 +191,8 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   pieces = tiny_config(**{"data.tokenizer": "sentencepiece", "data.vocab": 300}).data
   folders = {"run": workdir, "quantized": quantized_workdir, "empty": folder / "empty", "bare": folder / "bare",
              "other": data.prepare(pieces, log=lambda text: None).directory, "own": runs.open(workdir).dataset.directory}
-  commands = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
-  process = subprocess.run([sys.executable, "-c", COMMANDS, json.dumps(commands)], cwd=ROOT, env={**os.environ},
-                           capture_output=True, text=True, timeout=400)
-  assert process.returncode == 0, process.stderr
-  return dict(zip(REFUSED, json.loads(process.stdout), strict=True))
+  given = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
+  return dict(zip(REFUSED, commands.answers("evaluate", given)[0], strict=True))
 
 
 @pytest.mark.parametrize("what", REFUSED)

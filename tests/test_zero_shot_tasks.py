@@ -8,16 +8,14 @@ import pytest
 from beyond_outliers import checks, config, data, zero_shot_tasks
 from configs import adamw
 
-WORDS = ["the", "of", "and", "to", "in", "a", "that", "it", "is", "was", "for", "on", "with", "as", "be", "at", "by", "this"]
-
 
 @pytest.fixture(scope="module")
-def documents():
+def documents(words):
   """Eight of 60 sentences, each of which names its document and its place, and says so once only."""
   draw = random.Random(0)
 
   def sentence(document, place):
-    return f"In {document}.{place} " + " ".join(draw.choices(WORDS, k=draw.randint(4, 40))) + draw.choice([".", "!", ".”", "?"])
+    return f"In {document}.{place} " + " ".join(draw.choices(words, k=draw.randint(4, 40))) + draw.choice([".", "!", ".”", "?"])
   return ["\n\n".join(" ".join(sentence(document, place) for place in range(start, start + 5)) for start in range(0, 60, 5))
           for document in range(8)]
 
@@ -37,14 +35,14 @@ def test_the_true_continuation_is_the_only_one_from_the_document(documents):
   assert max(counts) < 0.4 * len(examples)
 
 
-def test_the_last_word_ends_its_passage(documents):
+def test_the_last_word_ends_its_passage(documents, words):
   examples = list(zero_shot_tasks.last_word(documents))
   assert len(examples) > 50
   for example in examples:
     home = next(text for text in documents if example["context"] in text)
     after = home.split(example["context"])[1]
     assert after.startswith(" " + example["word"]) and after[len(example["word"]) + 1] in ".!?"
-    assert len(example["context"].split()) >= zero_shot_tasks.PASSAGE_WORDS - 1 and example["word"] in WORDS
+    assert len(example["context"].split()) >= zero_shot_tasks.PASSAGE_WORDS - 1 and example["word"] in words
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 from flax import traverse_util
 
+from beyond_outliers import step as step_lib
 from beyond_outliers.model import layers, transformer
-from beyond_outliers.quant import QuantSpec, fake_quantize
+from beyond_outliers.quant import QuantSpec, fake_quantize, recipes
 
 # A channel is an outlier if its RMS is so many times the median channel's. LLM.int8() (arXiv 2208.07339, section 4.1) calls
 # magnitudes of at least 6 outliers, which only means something where all models have activations of one scale.
@@ -170,9 +171,8 @@ def measurement(model: transformer.Transformer, spec: QuantSpec = ACTIVATIONS,
         sow(module, result)
       return result
 
-    masks = (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
     with nn.intercept_methods(watch):
-      _, sown = model.apply({"params": params}, batch["tokens"], *masks, mutable=["statistics"])
+      _, sown = model.apply({"params": params}, batch["tokens"], *step_lib.masks(batch, mask_documents), mutable=["statistics"])
     flat = traverse_util.flatten_dict(sown["statistics"], sep="/")
     return {path.removesuffix("/outliers"): found for path, found in flat.items() if isinstance(found, Statistics)}
   return measure_batch
@@ -205,8 +205,8 @@ def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
       rows.append({"path": path, "depth": np.nan, **_row(path, found)})
     else:
       for depth in range(found.power.shape[0]):
-        name = path.replace("layers/", f"layers/{depth}/", 1)
-        rows.append({"path": name, "depth": depth, **_row(path, jax.tree.map(lambda x, i=depth: x[i], found))})
+        of_depth = _row(path, jax.tree.map(lambda x, i=depth: x[i], found))
+        rows.append({"path": recipes.at_depth(path, depth), "depth": depth, **of_depth})
   order = lambda row: (row["path"] == "head", row["path"] != "embedding", row["depth"])
   return pd.DataFrame(sorted(rows, key=order))
 

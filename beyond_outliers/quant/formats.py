@@ -20,7 +20,6 @@ import importlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +33,7 @@ from flax import traverse_util
 from beyond_outliers import config
 from beyond_outliers.checks import require
 from beyond_outliers.quant.grids import Uniform
-from beyond_outliers.quant.recipes import Recipe
+from beyond_outliers.quant.recipes import Recipe, at_depth, stacked
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 from beyond_outliers.quant.weights import Weight
 
@@ -76,7 +75,7 @@ def unpack(tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) ->
   for path, shape in description["matrices"].items():
     parts = {name.removeprefix(f"{path}/"): rest.pop(name) for name in tensors if name.startswith(f"{path}/")}
     require("codes" in parts, f"{path}/codes", None, "missing; fetch the whole model again")
-    stacks.setdefault(re.sub(r"^layers/\d+/", "layers/", path), []).append(
+    stacks.setdefault(stacked(path), []).append(
       _unpack_matrix(parts, shape, _weights_spec(recipe, path)))
   params = {path: jnp.asarray(array) for path, array in rest.items()}
   params |= {path: _stack(each) if path.startswith("layers/") else Weight(*each[0]) for path, each in stacks.items()}
@@ -107,7 +106,7 @@ def matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
   """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or of the one matrix."""
   if not path.startswith("layers/"):
     return [(path, weight)]
-  return [(path.replace("layers/", f"layers/{depth}/", 1), jax.tree.map(lambda field, depth=depth: field[depth], weight))
+  return [(at_depth(path, depth), jax.tree.map(lambda field, depth=depth: field[depth], weight))
           for depth in range(len(weight.codes))]
 
 

@@ -23,7 +23,7 @@ from beyond_outliers.checks import ConfigError, nearest, require
 from beyond_outliers.quant import calibration, formats, fusion, quantizers, weights
 from beyond_outliers.quant.calibration import Inputs, Stage
 from beyond_outliers.quant.dot import dot_general_for
-from beyond_outliers.quant.recipes import Contraction, Recipe
+from beyond_outliers.quant.recipes import Contraction, Recipe, stacked
 from beyond_outliers.quant.rounding import ROUNDERS
 from beyond_outliers.quant.smoothing import SMOOTHINGS
 from beyond_outliers.quant.spec import LayerRecipe
@@ -189,7 +189,7 @@ def _serving(model: Any, params: Any, recipe: Recipe) -> Any:
   stacks = {"/".join(path[:-1]) for path, leaf in traverse_util.flatten_dict(params).items() if isinstance(leaf, Weight)}
 
   def dot_general_of(path):
-    return of_recipe(path) or (weights.plain_product if re.sub(r"^layers/\d+/", "layers/", path) in stacks else None)
+    return of_recipe(path) or (weights.plain_product if stacked(path) in stacks else None)
   return model.clone(dot_general_for=dot_general_of)
 
 

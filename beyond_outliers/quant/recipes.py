@@ -18,6 +18,16 @@ class Contraction(NamedTuple):
   shards: int = 1                 # devices that it is split over
 
 
+def at_depth(path: str, depth: int) -> str:
+  """`layers/mlp/up`, as parameters are stacked, as `layers/3/mlp/up`, as rules see it; other paths as they are."""
+  return path.replace("layers/", f"layers/{depth}/", 1) if path.startswith("layers/") else path
+
+
+def stacked(path: str) -> str:
+  """The inverse of `at_depth`."""
+  return re.sub(r"^layers/\d+/", "layers/", path)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """Ordered rules: the first whose regular expression matches the whole path of a linear layer decides. None: not quantized.
