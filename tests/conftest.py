@@ -8,8 +8,9 @@ CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# On a busy machine eight devices of two cores may wait long for each other; XLA would end the process after 40 seconds.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+# By default XLA:CPU starts all-reduces that don't depend on each other in any order, each device in its own, on threads of which
+# there are too few for all of them: devices wait for each other for ever, sooner on a busy machine. This schedule orders them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 import jax  # noqa: E402  (the environment comes first)
 
