@@ -29,3 +29,14 @@ def test_either_axis_of_either_operand(axes, dtype):
   laid = a.T if axes[0] == 0 else a, b if axes[1] == 0 else b.T
   y = jax.jit(lambda a, b: product(a, b, *axes, dtype))(*laid)
   np.testing.assert_array_equal(y, a @ b)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (1, 1)])
+def test_sums_too_long_for_int32_do_not_wrap(axes):
+  """A gradient of weights sums over all tokens of a batch: 140,000 products of 127 and 127 are beyond 2^31."""
+  long = jnp.full((140_000, 2), 127, jnp.int8).at[::3, 1].set(-126)
+  laid = [long if axis == 0 else long.T for axis in axes]
+  y = jax.jit(lambda a, b: product(a, b, *axes, jnp.int8))(*laid)
+  exact = np.asarray(long, np.int64).T @ np.asarray(long, np.int64)
+  assert exact.max() > 2**31
+  np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-23)
