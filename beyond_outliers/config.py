@@ -299,13 +299,18 @@ def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
 
 
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:
-  """Sets dotted keys of a ConfigDict in place. Errors: ConfigError with the nearest key, or the expected type."""
+  """Sets dotted keys of a ConfigDict in place; a new name below quant.rules is a further rule, behind those that are there.
+
+  Errors: ConfigError with the nearest key, or the expected type."""
   for key, value in overrides.items():
     _check_minimum(key, value)
     node, *rest = config, *key.split(".")
     for depth, name in enumerate(rest):
       known = node.keys() if hasattr(node, "keys") else ()
-      if name not in known:
+      if rest[:depth] == ["quant", "rules"] and name not in known and depth + 1 < len(rest):
+        with node.unlocked():
+          node[name] = type(node)({field.name: "" for field in dataclasses.fields(QuantRule)}).lock()
+      elif name not in known:
         raise ConfigError(_unknown(".".join(rest[: depth + 1]), name, known))
       if depth + 1 < len(rest):
         node = node[name]

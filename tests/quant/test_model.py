@@ -187,6 +187,8 @@ def test_evaluation_is_of_the_quantized_model(trained, tiny):
 @pytest.mark.parametrize("overrides,message", [
   ("quant.recipe=quest_w4a5", "quant.recipe = 'quest_w4a5': unknown recipe; did you mean 'quest_w4a4'"),
   ("quant.rules.head.recipe=rtn", "quant.rules.head.recipe = 'rtn': unknown recipe"),
+  ("quant.rules.first.paths=.*", "quant.rules.first.recipe = '': unknown recipe"),
+  ("quant.rules.first.recipe=none", "quant.rules = '': no linear layer is left for this rule"),
   ("quant.rules.head.paths=heads", "quant.rules = 'heads': no linear layer is left for this rule"),
   ("quant.backend=torch", "quant.backend = 'torch': expected one of 'aqt', 'jax'"),
   ("quant.recipe=mxfp4,model.d_head=10", "layers/0/attention/q: granularity = 'mx': blocks of 32 do not divide a width of 30"),

@@ -44,9 +44,8 @@ def test_the_first_rule_that_matches_the_whole_path_decides():
 
 
 def test_rules_of_a_config_come_before_its_recipe():
-  c = adamw.get_config("nano,quant.recipe=quest_w4a4,quant.rules.head.recipe=rtn_w8a8").unlock()
-  c.quant.rules.first = {"paths": "layers/0/.*", "recipe": "none"}
-  resolved = config.resolve(c)
+  resolved = config.resolve(adamw.get_config("nano,quant.recipe=quest_w4a4,quant.rules.head.recipe=rtn_w8a8,"
+                                             "quant.rules.first.paths=layers/0/.*,quant.rules.first.recipe=none"))
   assert config.resolve(config.to_dict(resolved)) == resolved
   recipe = recipes.from_config(resolved.quant)
   recipe.check(contractions())
