@@ -45,6 +45,7 @@ from beyond_outliers import (
   loop,
   optim,
   quant,
+  text_table,
   train,
 )
 from beyond_outliers import mesh as mesh_lib
@@ -165,8 +166,7 @@ def table(result: dict[str, Any]) -> str:
            ("model FLOP/s", f"{r['flops_per_second'] / 1e9:,.0f} GFLOP/s, {r['peak_share']:.1%} of peak ({r['peak_source']})"),
            ("temporaries of a step", f"{r['temporary_bytes'] / 2**20:,.0f} MiB"),
            ("peak memory", f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB")]
-  width = max(len(name) for name, _ in rows)
-  return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+  return "\n".join(text_table.aligned(rows))
 
 
 def rows() -> tuple[Any, str]:

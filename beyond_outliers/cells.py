@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, evaluation, quant, train, writers, zero_shot_tasks
+from beyond_outliers import config, data, evaluation, quant, text_table, writers, zero_shot_tasks
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.checks import require
@@ -202,7 +202,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
                  "" if low is None else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
-  return "\n".join(train.aligned(rows))
+  return "\n".join(text_table.aligned(rows))
 
 
 def shown(value: float | None, style: str = ".4f") -> str:
