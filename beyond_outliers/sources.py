@@ -24,7 +24,7 @@ class Source:
   """A trained model at some steps, and the text that it is judged by."""
   name: str
   model: transformer.Transformer             # in full precision
-  recipe: str                                # that it was trained under: row of quant.RECIPES
+  recipe: str                                # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None         # the same with the run's rules; None if nothing was quantized
   steps: Callable[[], list[int]]             # that have a checkpoint now
   written: Callable[[int], Any]              # differs once a step's checkpoint was saved anew
@@ -56,7 +56,7 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
           "name these, if they are meant")
   recipe = quant.recipes.from_config(c.quant)
   return Source(
-    str(run.path), run.model.clone(dot_general_for=None), c.quant.recipe,
+    str(run.path), run.model.clone(dot_general_for=None), quant.recipes.name_of(c.quant),
     recipe if recipe.quantizes else None,
     lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED,
     opened, dataclasses.replace(c.data, reader=_reader(opened)), context or c.context, batch_size or c.eval.batch_size,

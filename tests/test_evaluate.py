@@ -31,9 +31,10 @@ def workdir(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized_workdir(tiny_config, tmp_path_factory):
-  """A run under QuEST."""
+  """A run under QuEST, with a head of 8 bits."""
   path = tmp_path_factory.mktemp("evaluate") / "quantized"
-  train.run(tiny_config(**SHAPE, **{"quant.recipe": "quest_w4a4"}), path, say=lambda text: None)
+  rules = {"quant.recipe": "quest_w4a4", "quant.rules.head.recipe": "rtn_w8a8"}
+  train.run(tiny_config(**SHAPE, **rules), path, say=lambda text: None)
   return path
 
 
@@ -126,12 +127,17 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
   source = sources.of_run(quantized_workdir)
   plan = cells.plan(source, [], ["rtn"])
-  assert plan == [cells.Cell("quest_w4a4", "none")]
-  cell = cells.Evaluator(source, plan).measure(2, source.params(2), plan[0])
+  assert plan == [cells.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
+  evaluator = cells.Evaluator(source, plan)
+  cell = evaluator.measure(2, source.params(2), plan[0])
+  written = quantized_workdir / "eval" / "2-quest_w4a4-none.json"
+  assert json.loads(written.read_text())["recipe"] == plan[0].recipe
+  written.write_text(json.dumps({**cell, "recipe": "quest_w4a4"}))
+  assert not evaluator.missing(2) and evaluator.results() == [{**cell, "recipe": "quest_w4a4"}], "the row alone is read, too"
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
-  with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*trained under 'quest_w4a4'; leave --recipes and"):
+  with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
 
 
@@ -209,7 +215,7 @@ REFUSED = {
   "a step": (["--workdir={run}", "--steps=2,3"], ["--steps = '3'", "[1, 2]"]),
   "no step": (["--workdir={run}", "--steps=last"], ["--steps = 'last'", "100,200"]),
   "a folder that is no checkpoint": (["--checkpoint={run}"], ["--checkpoint = ", "RUN/checkpoints/N"]),
-  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4'", "full-precision twin"]),
+  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4, head: rtn", "precision twin"]),
   "another tokenizer": (["--workdir={run}", "--data={other}"], ["--data = ", "tokenizer", "the run was trained with"]),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from beyond_outliers import config
+from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
 
 FULL_PRECISION = "none"
@@ -46,13 +46,6 @@ class Tuning:
     return {"optimizer.learning_rate": self.learning_rate}
 
 
-def recipe_of(c: config.Config) -> str:
-  """What a run's linear layers multiply with, in a word: its recipe, and the rules that are more than a plain head."""
-  own = [f"{rule.paths}: {rule.recipe}" for rule in c.quant.rules.values()
-         if (rule.paths, rule.recipe) != ("head", FULL_PRECISION)]
-  return ", ".join([c.quant.recipe, *own])
-
-
 def last(run: runs_lib.Run, metric: str) -> float:
   """A metric's last value; infinite for a run that is not done, zero where it was never known."""
   if run.status["status"] != "done":
@@ -66,8 +59,9 @@ def table(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.Data
 
   but: what of COMPARED may differ. Errors: ValueError for runs that do not compare, or that are one run twice."""
   check_comparable(runs, but)
-  rows = [{"optimizer": run.config.optimizer.name, "recipe": recipe_of(run.config), "rate": run.config.optimizer.learning_rate,
-           "seed": run.config.seed, "loss": last(run, "eval/loss"), "steps": run.config.steps, "run": run} for run in runs]
+  rows = [{"optimizer": run.config.optimizer.name, "recipe": quant.recipes.name_of(run.config.quant),
+           "rate": run.config.optimizer.learning_rate, "seed": run.config.seed, "loss": last(run, "eval/loss"),
+           "steps": run.config.steps, "run": run} for run in runs]
   frame = pd.DataFrame(rows)
   for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", "steps"]):
     if len(same) > 1:
