@@ -13,11 +13,11 @@ FLOORS = (
   ("model",),
   ("step", "checkpoint", "export", "scoring"),
   ("evaluation",),
-  ("loop", "runs", "warm_start"),
+  ("loop", "runs", "warm_start", "command"),
   ("train", "analysis", "zero_shot_tasks", "zero_shot"),
   ("sources",),
   ("cells",),
-  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
+  ("main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
    "bench_scoring", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
