@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from beyond_outliers import (
   bench_optimizers,
@@ -45,6 +45,7 @@ from beyond_outliers import (
   loop,
   optim,
   quant,
+  text_table,
   train,
 )
 from beyond_outliers import mesh as mesh_lib
@@ -57,11 +58,19 @@ COLLECTIVES = flags.DEFINE_enum("collectives", None, list(config.SIZES), "Compil
 RECIPES = flags.DEFINE_bool("recipes", None, "Time quantization recipes beside full precision, instead of a run's step.")
 PTQ = flags.DEFINE_enum("ptq", None, list(config.SIZES), "Time quantizing a model of this size after its training.")
 SCORING = flags.DEFINE_enum("scoring", None, list(config.SIZES), "Time zero-shot scoring with a model of this size.")
-CONFIG = command.config_flag("optimizers", "on_paper", "collectives", "recipes", "ptq", "scoring")
+INSTEAD = ("optimizers", "on_paper", "collectives", "recipes", "ptq", "scoring")
+CONFIG = command.config_flag(*INSTEAD)
 TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
 ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
+
+# Flag -> what it is for, one of which must be asked for.
+BELONGS_TO = {
+  "only": ("optimizers", "on_paper", "collectives", "recipes", "ptq"),
+  "tree": ("optimizers",),
+  "repeats": ("config", "optimizers", "recipes", "scoring"),
+}
 
 
 def measure(c: config.Config, repeats: int) -> dict[str, Any]:
@@ -165,8 +174,15 @@ def table(result: dict[str, Any]) -> str:
            ("model FLOP/s", f"{r['flops_per_second'] / 1e9:,.0f} GFLOP/s, {r['peak_share']:.1%} of peak ({r['peak_source']})"),
            ("temporaries of a step", f"{r['temporary_bytes'] / 2**20:,.0f} MiB"),
            ("peak memory", f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB")]
-  width = max(len(name) for name, _ in rows)
-  return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+  return "\n".join(text_table.aligned(rows))
+
+
+def check_flags() -> None:
+  """Errors: ConfigError for a flag that would change nothing."""
+  asked = next(name for name in ("config", *INSTEAD) if flags.FLAGS[name].value)
+  for name, belongs_to in BELONGS_TO.items():
+    checks.require(asked in belongs_to or not flags.FLAGS[name].present, f"--{name}", flags.FLAGS[name].value,
+                   f"changes nothing of --{asked}; leave it out, it is for " + ", ".join(f"--{one}" for one in belongs_to))
 
 
 def rows() -> tuple[Any, str]:
@@ -197,7 +213,9 @@ def rows() -> tuple[Any, str]:
 
 
 def main(argv: list[str]) -> None:
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  check_flags()
   if CONFIG.value:
     result = measure(config.resolve(CONFIG.value), REPEATS.value)
     text = table(result)

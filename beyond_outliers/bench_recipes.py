@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, hardware, quant, train
+from beyond_outliers import config, hardware, quant, text_table, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import dot, transformer
@@ -203,4 +203,4 @@ def table(result: Mapping[str, Any]) -> str:
                    peak(row)))
   title = (f"one linear layer, {TOKENS:,} tokens, {INPUTS} -> {OUTPUTS}, on {result['device']}; "
            "types of its products as lowered for GPU")
-  return "\n".join([title, *train.aligned(layers), "", "loss and gradients of a step", *train.aligned(models)])
+  return "\n".join([title, *text_table.aligned(layers), "", "loss and gradients of a step", *text_table.aligned(models)])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, evaluation, quant, train, writers, zero_shot_tasks
+from beyond_outliers import config, data, evaluation, quant, text_table, writers, zero_shot_tasks
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.checks import require
@@ -24,11 +24,16 @@ SEED = 0                          # of the calibration windows and of the bootst
 
 class Cell(NamedTuple):
   """What is done to a checkpoint. method "none": nothing, it is judged as it was trained, under its own recipe."""
-  recipe: str
+  recipe: str                     # row of quant.RECIPES; where the model was trained under rules of its own, with these
   method: str
 
+  @property
+  def row(self) -> str:
+    """The recipe without rules: enough within a folder, whose model was trained under one recipe, and fit for a file's name."""
+    return self.recipe.partition(",")[0]
+
   def file(self, step: int) -> str:
-    return f"{step}-{self.recipe}-{self.method}.json"
+    return f"{step}-{self.row}-{self.method}.json"
 
 
 def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
@@ -113,7 +118,7 @@ class Evaluator:
       found["seconds"]["tasks"] += time.perf_counter() - began
       found = self._write(step, cell, found)
     if self._sink:
-      self._sink.write({"step": step, **{f"{cell.recipe}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
+      self._sink.write({"step": step, **{f"{cell.row}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
     return found
 
   def close(self) -> None:
@@ -202,7 +207,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
                  "" if low is None else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
-  return "\n".join(train.aligned(rows))
+  return "\n".join(text_table.aligned(rows))
 
 
 def shown(value: float | None, style: str = ".4f") -> str:

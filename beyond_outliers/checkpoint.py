@@ -62,6 +62,15 @@ class Checkpoints:
     """Committed checkpoints, oldest first."""
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
+  def written(self, step: int) -> set[tuple[str, int, int]]:
+    """(name, bytes, time in seconds) of a checkpoint's files, which differ once it was saved anew; none of one that is gone."""
+    directory = self.directory / str(step)
+    try:
+      found = [(name, (directory / name).stat()) for name in _files(directory)]
+    except FileNotFoundError:
+      return set()
+    return {(name, file.length, file.mtime) for name, file in found}
+
   def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, float]) -> None:
     """Begins to write; returns once the arrays are copied. A step is saved once."""
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merge(data)),

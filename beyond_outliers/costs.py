@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, flops, hlo, train
+from beyond_outliers import config, flops, hlo, text_table, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
 
@@ -121,7 +121,7 @@ def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
     matrices = ", ".join(f"{kernel}: {count['device']} of {count['every']}" for kernel, count in row["matrices"].items())
     cells.append((row["optimizer"], "·".join(map(str, row["mesh"])), f"{row['bytes'] / 2**20:,.1f}",
                   f"{row['bytes'] / row['parameter_bytes']:.2f}", str(row["in_loops"]), kinds, matrices))
-  return "\n".join(train.aligned(cells))
+  return "\n".join(text_table.aligned(cells))
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -131,4 +131,4 @@ def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
     tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in flops.KINDS), "flops/costliest")]
     cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",
                   f"{row['over_adamw']:.3f}", f"{row['state_bytes'] / 2**20:,.0f}", f"{row['moved_bytes'] / 2**20:,.0f}"))
-  return "\n".join(train.aligned(cells))
+  return "\n".join(text_table.aligned(cells))

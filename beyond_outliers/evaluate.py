@@ -95,17 +95,18 @@ class Job:
     return []
 
   def follow(self, wanted: Callable[[int], bool]) -> None:
-    """Until the run has ended and all its checkpoints are evaluated. One that was set aside and saved again is new."""
-    seen: set[int] = set()
+    """Until the run has ended and all its checkpoints are evaluated. One that was skipped and then saved anew is tried again."""
+    seen: dict[int, Any] = {}                # step -> what had been written of it
     while True:
       ended = self._source.ended()           # asked first: what was written until then is in the list
       steps = [step for step in self._source.steps() if wanted(step)]
-      seen &= set(steps)
-      waiting = [step for step in steps if step not in seen]
+      seen = {step: written for step, written in seen.items() if step in steps}
+      waiting = [step for step in steps
+                 if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])]
       if waiting:
         # One a turn: others may go meanwhile.
+        seen[waiting[0]] = self._source.written(waiting[0])
         self._evaluate(waiting[0], later=waiting[1:])
-        seen.add(waiting[0])
       elif ended:
         return
       else:

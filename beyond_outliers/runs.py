@@ -51,6 +51,10 @@ class Run:
     """Steps that have a checkpoint, oldest first."""
     return self._checkpoints.steps()
 
+  def written(self, step: int) -> set[tuple[str, int, int]]:
+    """What tells whether a checkpoint was saved anew: as `checkpoint.Checkpoints.written`."""
+    return self._checkpoints.written(step)
+
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
     import pandas as pd  # takes a while, and training opens runs too

@@ -24,9 +24,10 @@ class Source:
   """A trained model at some steps, and the text that it is judged by."""
   name: str
   model: transformer.Transformer             # in full precision
-  recipe: str                                # that it was trained under: row of quant.RECIPES
+  recipe: str                                # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None         # the same with the run's rules; None if nothing was quantized
   steps: Callable[[], list[int]]             # that have a checkpoint now
+  written: Callable[[int], Any]              # differs once a step's checkpoint was saved anew
   params: Callable[[int], Any]               # errors: CheckpointError, OSError
   ended: Callable[[], bool]                  # whether no more steps will come
   dataset: data.Dataset
@@ -55,9 +56,9 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
           "name these, if they are meant")
   recipe = quant.recipes.from_config(c.quant)
   return Source(
-    str(run.path), run.model.clone(dot_general_for=None), c.quant.recipe,
+    str(run.path), run.model.clone(dot_general_for=None), quant.recipes.name_of(c.quant),
     recipe if recipe.quantizes else None,
-    lambda: run.steps, run.params, lambda: run.status["status"] in ENDED,
+    lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED,
     opened, dataclasses.replace(c.data, reader=_reader(opened)), context or c.context, batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
     {"workdir": str(run.path), "config": config.to_dict(c)}, run.manifest["time"], run.path / "eval",
@@ -98,9 +99,9 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
     **opened.meta["settings"], "reader": _reader(opened), "directory": os.path.dirname(opened.directory),
     "vocab": model.config.vocab, "mask_documents": False, "readers": 8, "prefetch": 4}))
   return Source(
-    directory, model, "none", None, lambda: [0], lambda step: params, lambda: True, opened, section, context or 1024,
-    batch_size or 8, documents or 0, {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)},
-    _fingerprint(params),
+    directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, opened, section,
+    context or 1024, batch_size or 8, documents or 0,
+    {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(params),
     epath.Path(directory).absolute() / "eval", None)
 
 

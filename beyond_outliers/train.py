@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, warm_start, writers
+from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, optim, quant, text_table, warm_start, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
@@ -282,17 +282,11 @@ def describe(program: Program) -> str:
   for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(program.state.params), labels, strict=True):
     split = ", ".join("·".join(axes) if isinstance(axes, tuple) else str(axes or "—") for axes in leaf.sharding.spec)
     rows.append((optim.path_of(path), "×".join(map(str, leaf.shape)), f"{leaf.size:,}", label, f"({split})"))
-  lines += ["  " + line for line in aligned(rows)]
+  lines += ["  " + line for line in text_table.aligned(rows)]
   counts, tokens = transformer.count(program.state.params), c.steps * c.batch_size * c.context
   lines.append(f"{counts['total']:,} parameters, {counts['embedding']:,} of them the embedding · {tokens:,} tokens in "
                f"{c.steps:,} steps ({tokens / counts['total']:.1f} a parameter) · mesh {dict(program.mesh.shape)}")
   return "\n".join(lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-  """A line a row, in columns."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def describe_compiled(program: Program) -> str:

@@ -1,5 +1,31 @@
-"""The short tables of bench: what is measured, and how it is shown."""
+"""The short tables of bench: what is measured, and how it is shown; and which flags go together."""
+import commands
+import pytest
+
 from beyond_outliers import bench_ptq, bench_scoring
+
+# Arguments, and what the one line on stderr holds.
+REFUSED = [
+  (["--scoring=0.3m", "--only=rtn"], ["--only = ['rtn']: changes nothing of --scoring", "--ptq"]),
+  (["--config=configs/adamw.py:0.3m", "--only=adamw"], ["--only = ['adamw']", "--config"]),
+  (["--recipes", "--tree=full"], ["--tree = 'full'", "it is for --optimizers"]),
+  (["--ptq=0.3m", "--repeats=2"], ["--repeats = 2", "--ptq", "--config, --optimizers, --recipes, --scoring"]),
+  (["--on_paper=0.3m", "--repeats=2"], ["--repeats = 2", "--on_paper"]),
+  (["--collectives=0.3m", "--only=adma"], ["--only = 'adma'", "adamw"]),
+  (["--optimizers", "--recipes"], ["expected one of --config, --optimizers"]),
+]
+
+
+@pytest.fixture(scope="module")
+def told():
+  return commands.answers("bench", [arguments for arguments, _ in REFUSED])[0]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: " ".join(REFUSED[number][0]))
+def test_flags_that_would_change_nothing_are_refused(told, number):
+  code, said = told[number]
+  assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+  assert all(part in said for part in REFUSED[number][1]), said
 
 
 def test_every_method_that_is_asked_for_is_timed():

@@ -1,5 +1,8 @@
 """Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is refused before any of it."""
+import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -9,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import cells, config, data, runs, sources, train
+from beyond_outliers import cells, config, data, evaluate, runs, sources, train
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1}
+POLL = 0.125
 PLAN = (["rtn_w4a4"], ["rtn", "gptq"])
 
 
@@ -27,9 +31,10 @@ def workdir(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized_workdir(tiny_config, tmp_path_factory):
-  """A run under QuEST."""
+  """A run under QuEST, with a head of 8 bits."""
   path = tmp_path_factory.mktemp("evaluate") / "quantized"
-  train.run(tiny_config(**SHAPE, **{"quant.recipe": "quest_w4a4"}), path, say=lambda text: None)
+  rules = {"quant.recipe": "quest_w4a4", "quant.rules.head.recipe": "rtn_w8a8"}
+  train.run(tiny_config(**SHAPE, **rules), path, say=lambda text: None)
   return path
 
 
@@ -122,12 +127,17 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
   source = sources.of_run(quantized_workdir)
   plan = cells.plan(source, [], ["rtn"])
-  assert plan == [cells.Cell("quest_w4a4", "none")]
-  cell = cells.Evaluator(source, plan).measure(2, source.params(2), plan[0])
+  assert plan == [cells.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
+  evaluator = cells.Evaluator(source, plan)
+  cell = evaluator.measure(2, source.params(2), plan[0])
+  written = quantized_workdir / "eval" / "2-quest_w4a4-none.json"
+  assert json.loads(written.read_text())["recipe"] == plan[0].recipe
+  written.write_text(json.dumps({**cell, "recipe": "quest_w4a4"}))
+  assert not evaluator.missing(2) and evaluator.results() == [{**cell, "recipe": "quest_w4a4"}], "the row alone is read, too"
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
-  with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*trained under 'quest_w4a4'; leave --recipes and"):
+  with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
 
 
@@ -137,6 +147,37 @@ def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
     cells.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
   with pytest.raises(config.ConfigError, match=r"attention/q.* 48"):
     cells.plan(source, ["rtn_w4a16_g128"], ["rtn"])
+
+
+def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workdir, tmp_path, monkeypatch):
+  """Between two looks of the job: nothing, other damage, what it should be, the run's end."""
+  shutil.copytree(workdir, tmp_path / "run")
+  damaged = tmp_path / "run" / "checkpoints" / "2"
+  later = itertools.count(int(os.stat(damaged).st_mtime) + 1)
+
+  def save(keep):
+    shutil.rmtree(damaged)
+    shutil.copytree(workdir / "checkpoints" / "2", damaged)
+    array = max((damaged / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    array.write_bytes(array.read_bytes()[:keep])
+    os.utime(array, times=2 * (next(later),))
+  save(keep=100)
+  events = iter([lambda: None, lambda: save(keep=200), lambda: save(keep=None), lambda: ended.append(True)])
+  clock = types.SimpleNamespace(sleep=lambda seconds: seconds == POLL and next(events)(), monotonic=float, perf_counter=float)
+  monkeypatch.setattr(evaluate, "time", clock)
+  monkeypatch.setattr(evaluate, "POLL", types.SimpleNamespace(value=POLL))
+
+  source = sources.of_run(tmp_path / "run")
+  read, measured, ended = [], [], []
+  params = lambda step: read.append(step) or source.params(step)
+  watched = dataclasses.replace(source, ended=lambda: bool(ended), params=params)
+  cell = cells.Cell("none", "none")
+  evaluator = types.SimpleNamespace(missing=lambda step: [cell] * (step not in measured),
+                                    measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}})
+  job = evaluate.Job(watched, evaluator, evaluate.Progress())
+  job.follow(lambda step: True)
+  assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
+  assert next(events, None) is None
 
 
 def test_a_hugging_face_directory(workdir, tmp_path):
@@ -174,7 +215,7 @@ REFUSED = {
   "a step": (["--workdir={run}", "--steps=2,3"], ["--steps = '3'", "[1, 2]"]),
   "no step": (["--workdir={run}", "--steps=last"], ["--steps = 'last'", "100,200"]),
   "a folder that is no checkpoint": (["--checkpoint={run}"], ["--checkpoint = ", "RUN/checkpoints/N"]),
-  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4'", "full-precision twin"]),
+  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4, head: rtn", "precision twin"]),
   "another tokenizer": (["--workdir={run}", "--data={other}"], ["--data = ", "tokenizer", "the run was trained with"]),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),

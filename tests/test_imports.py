@@ -9,15 +9,15 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 # Each floor may import from its own and those before it.
 FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
-  ("mesh", "hardware", "flops", "hlo", "lapack", "transpose", "quant", "optim", "data", "writers"),
+  ("mesh", "hardware", "flops", "hlo", "lapack", "transpose", "quant", "optim", "data", "writers", "text_table"),
   ("model",),
   ("step", "checkpoint", "export", "scoring"),
   ("evaluation",),
-  ("loop", "runs", "warm_start"),
+  ("loop", "runs", "warm_start", "command"),
   ("train", "analysis", "zero_shot_tasks", "zero_shot"),
   ("sources",),
   ("cells",),
-  ("command", "main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
+  ("main", "prepare", "evaluate", "costs", "bench_optimizers", "bench_ptq", "bench_recipes", "bench_rows",
    "bench_scoring", "bench"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

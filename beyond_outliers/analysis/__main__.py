@@ -6,10 +6,12 @@ evaluation jobs. --overrides=FILE writes the rates, or rates and lengths, for la
 """
 from __future__ import annotations
 
-from absl import app, flags, logging
+from absl import app, flags
+from etils import epath
 
-from beyond_outliers import runs
+from beyond_outliers import command, runs
 from beyond_outliers.analysis import degradation, gaps, plots, protocol, tables
+from beyond_outliers.checks import require
 
 ROOT = flags.DEFINE_list("root", None, "Folders with the workdirs of sweeps, at any depth.", required=True)
 PLOT = flags.DEFINE_string("plot", "", "Also draw the loss curves into this PNG file.")
@@ -20,9 +22,13 @@ OVERRIDES = flags.DEFINE_string("overrides", "", "Also write what was found in f
 
 
 def main(argv: list[str]) -> None:
-  del argv
-  logging.set_verbosity(logging.WARNING)          # Orbax tells of every checkpoint it opens
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  check_flags()
+  for root in ROOT.value:
+    require(epath.Path(root).exists(), "--root", root, "there is no such folder; give those that hold the runs' workdirs")
   found = [run for root in ROOT.value for run in runs.find(root)]
+  require(bool(found), "--root", ",".join(ROOT.value), "holds no run; give the folders that hold the runs' workdirs")
   if DEGRADATION.value:
     print(degradation.table(degradation.cells(found), DEGRADATION.value, "+.4f" if "difference" in DEGRADATION.value else ".4f"))
     return
@@ -31,10 +37,22 @@ def main(argv: list[str]) -> None:
     protocol.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
 
 
+def check_flags() -> None:
+  """Errors: ConfigError for what the report that is asked for would not draw or write, or could not."""
+  for flag, others in ((PLOT, (COMMON_LOSS, DEGRADATION)), (GAP_PLOT, (COMMON_LOSS, DEGRADATION)), (COMMON_LOSS, (DEGRADATION,)),
+                       (OVERRIDES, (DEGRADATION,))):
+    given = [f"--{other.name}" for other in others if other.value]
+    require(not flag.value or not given, f"--{flag.name}", flag.value, f"{' and '.join(given)} asks for another report; give one")
+  for flag in (PLOT, GAP_PLOT, OVERRIDES):
+    require(epath.Path(flag.value).parent.exists(), f"--{flag.name}", flag.value, "there is no such folder; make it first")
+
+
 def report_tuning(found: list[runs.Run]) -> list[protocol.Tuning]:
   """Returns what was tuned in full precision."""
   tunings = protocol.tuning(found)
   recipes = list(dict.fromkeys(t.recipe for t in tunings))
+  require(not GAP_PLOT.value or len(recipes) > 1, "--gap_plot", GAP_PLOT.value, f"the runs are all of recipe {recipes[0]!r}; add "
+          "to --root the same under another")
   for recipe in recipes:
     own = [t for t in tunings if t.recipe == recipe]
     print(f"learning rates, recipe {recipe}\n\n{tables.tuning(own)}\n")
@@ -61,4 +79,4 @@ def report_common_loss(found: list[runs.Run]) -> list[protocol.Landing]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

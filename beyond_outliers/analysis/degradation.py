@@ -12,6 +12,7 @@ from etils import epath
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
+from beyond_outliers.checks import ConfigError, nearest, require
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["size", "steps", "optimizer", "learning_rate", "seed"]
@@ -30,15 +31,18 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
   tokens.
 
   A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
-  Errors: ValueError when an optimizer has runs of several learning rates, sizes or lengths, or cells differ in what they were
-  measured on: their means would say nothing."""
-  measured = found[(found.method != "none") & found[metric].notna()] if metric in found else found[:0]
-  if not len(measured):
-    raise ValueError(f"{metric}: no cell has it; run python -m beyond_outliers.evaluate with --recipes on these runs")
+  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning rates, sizes or lengths, or
+  cells differ in what they were measured on: their means would say nothing."""
+  measured = found[found.method != "none"].dropna(axis="columns", how="all")
+  known = [str(name) for name in measured.select_dtypes("number") if name not in (*ORIGIN, *MEASURED_ON, "step")]
+  require(bool(known), "--degradation", metric, "these runs have no cell of a recipe; measure some: python -m "
+          "beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4")
+  require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
+  measured = measured[measured[metric].notna()]
   for key in ("learning_rate", "size", "steps", "step", *MEASURED_ON):
     for optimizer, values in measured.groupby("optimizer")[key].unique().items():
       if len(values) > 1:
-        raise ValueError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
+        raise ConfigError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
   by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem", "count"])
   shown: dict[Any, Any] = by_cell.to_dict("index")
   sign = -1 if HIGHER_IS_BETTER.search(metric) else 1

@@ -51,7 +51,7 @@ def gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
   """(a `Gap` for every optimizer and recipe, those of a recipe together, smallest first; what had to be left out, in words).
 
   As in the study (arXiv 2509.23500, section 3) both sides have the learning rate that is best in full precision; where a recipe
-  was not trained at that rate, the best it was trained at. Errors: ValueError as protocol.tuning."""
+  was not trained at that rate, the best it was trained at. Errors: ConfigError as protocol.tuning."""
   frame = protocol.table(runs)
   left_out = [f"{run.path}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
               for run in frame.run if run.status["status"] != "done"]

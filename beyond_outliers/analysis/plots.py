@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 
 from beyond_outliers.analysis.gaps import Gap, estimate
 from beyond_outliers.analysis.protocol import Tuning
+from beyond_outliers.checks import require
 
 # One colour an optimizer in every figure (Okabe and Ito's palette, told apart by the colour-blind too).
 COLORS = {"adamw": "#000000", "muon": "#0072B2", "psgd": "#CC79A7", "scion": "#56B4E9", "shampoo": "#D55E00", "soap": "#009E73"}
@@ -16,7 +17,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def loss_curves(tunings: Sequence[Tuning], path: Any) -> None:
-  """Training loss of each optimizer's best run over the steps, and how the validation loss depends on the learning rate."""
+  """Training loss of each optimizer's best run over the steps, and how the validation loss depends on the learning rate.
+
+  Errors: ConfigError where no run came to its end."""
+  finite = [loss for t in tunings for loss in t.losses.values() if loss < float("inf")]
+  require(bool(finite), "--plot", str(path), "no learning rate has all its runs done, so there is no loss to draw; finish some")
   figure, (curves, rates) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
   recipes = list(dict.fromkeys(t.recipe for t in tunings))
   for t in tunings:
@@ -33,7 +38,6 @@ def loss_curves(tunings: Sequence[Tuning], path: Any) -> None:
   curves.set(xlabel="step", ylabel="loss (nats)", title="training (lines) and validation (points), best rate of each")
   rates.set(xlabel="learning rate", ylabel="validation loss (nats)", xscale="log", title="validation loss after the last step")
   curves.legend(frameon=False)
-  finite = [loss for t in tunings for loss in t.losses.values() if loss < float("inf")]
   # First steps at rates that begin badly, and rates that lead nowhere, would flatten what the figure is about.
   curves.set_ylim(top=min(curves.get_ylim()[1], min(finite) + 4.0))
   rates.set_ylim(min(finite) - 0.1, min(min(finite) + 2.0, max(finite) + 0.1))

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from etils import epath
 
-from beyond_outliers import config
+from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
+from beyond_outliers.checks import ConfigError
 
 FULL_PRECISION = "none"
 
@@ -46,13 +47,6 @@ class Tuning:
     return {"optimizer.learning_rate": self.learning_rate}
 
 
-def recipe_of(c: config.Config) -> str:
-  """What a run's linear layers multiply with, in a word: its recipe, and the rules that are more than a plain head."""
-  own = [f"{rule.paths}: {rule.recipe}" for rule in c.quant.rules.values()
-         if (rule.paths, rule.recipe) != ("head", FULL_PRECISION)]
-  return ", ".join([c.quant.recipe, *own])
-
-
 def last(run: runs_lib.Run, metric: str) -> float:
   """A metric's last value; infinite for a run that is not done, zero where it was never known."""
   if run.status["status"] != "done":
@@ -64,22 +58,23 @@ def last(run: runs_lib.Run, metric: str) -> float:
 def table(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.DataFrame:
   """One row a run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite if not done), steps, run.
 
-  but: what of COMPARED may differ. Errors: ValueError for runs that do not compare, or that are one run twice."""
+  but: what of COMPARED may differ. Errors: ConfigError for runs that do not compare, or that are one run twice."""
   check_comparable(runs, but)
-  rows = [{"optimizer": run.config.optimizer.name, "recipe": recipe_of(run.config), "rate": run.config.optimizer.learning_rate,
-           "seed": run.config.seed, "loss": last(run, "eval/loss"), "steps": run.config.steps, "run": run} for run in runs]
+  rows = [{"optimizer": run.config.optimizer.name, "recipe": quant.recipes.name_of(run.config.quant),
+           "rate": run.config.optimizer.learning_rate, "seed": run.config.seed, "loss": last(run, "eval/loss"),
+           "steps": run.config.steps, "run": run} for run in runs]
   frame = pd.DataFrame(rows)
   for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", "steps"]):
     if len(same) > 1:
-      raise ValueError(f"{same.run.iloc[0].path} and {same.run.iloc[1].path} are of one optimizer, recipe, learning rate, seed "
-                       "and length: leave one out")
+      raise ConfigError(f"{same.run.iloc[0].path} and {same.run.iloc[1].path} are of one optimizer, recipe, learning rate, seed "
+                        "and length: leave one out")
   return frame
 
 
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
-  """Errors: ValueError when there are no runs, or two differ in data, in what COMPARED lists, or in one optimizer's settings."""
+  """Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, or in one optimizer's settings."""
   if not runs:
-    raise ValueError("no runs: give the folder that holds their workdirs")
+    raise ConfigError("no runs: give the folder that holds their workdirs")
   alike: dict[str, tuple[runs_lib.Run, Mapping[str, Any]]] = {}
   for run in runs:
     flat = config.flatten(config.to_dict(run.config))
@@ -92,8 +87,8 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
       first, expected = alike.setdefault(group, (run, values))
       for key in sorted(expected.keys() | values.keys()):
         if expected.get(key) != values.get(key):
-          raise ValueError(f"{key}: {expected.get(key)!r} in {first.path}, {values.get(key)!r} in {run.path}: these do "
-                           "not compare; report on them apart")
+          raise ConfigError(f"{key}: {expected.get(key)!r} in {first.path}, {values.get(key)!r} in {run.path}: these do "
+                            "not compare; report on them apart")
 
 
 def _below(key: str, sections: Collection[str]) -> bool:
@@ -104,7 +99,7 @@ def tuning(runs: Sequence[runs_lib.Run]) -> list[Tuning]:
   """A `Tuning` for every optimizer and recipe among the runs, those of a recipe together, best first.
 
   A rate is judged by the seeds that all rates of its sweep have.
-  Errors: ValueError when a sweep's rates have no seed in common, or runs do not compare."""
+  Errors: ConfigError when a sweep's rates have no seed in common, or runs do not compare."""
   return _tunings(table(runs))
 
 
@@ -113,7 +108,7 @@ def _tunings(frame: pd.DataFrame) -> list[Tuning]:
   for (recipe, name), sweep in frame.groupby(["recipe", "optimizer"]):
     common = set.intersection(*(set(group.seed) for _, group in sweep.groupby("rate")))
     if not common:
-      raise ValueError(f"{name}: the rates {sorted(set(sweep.rate))} have no seed in common; run every rate with one seed")
+      raise ConfigError(f"{name}: the rates {sorted(set(sweep.rate))} have no seed in common; run every rate with one seed")
     judged = sweep[sweep.seed.isin(common)]
     losses = {float(rate): float(judged.loss[judged.rate == rate].mean()) for rate in sorted(set(judged.rate))}
     best = judged[judged.rate == min(losses, key=losses.__getitem__)].sort_values("seed")
@@ -153,16 +148,17 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
   replace that guess, so that the same two commands, report and launch, close in on CL; |ending.loss - loss| says how near it is.
   All seeds of an optimizer get one number of steps: landing each by itself would take out part of the variance between them.
   A checkpoint's loss is that of the evaluation at its step, or between two evaluations linear in the step.
-  Errors: ValueError as `tuning`; fewer than two evaluations before the cool-down; losses that do not fall with the steps."""
+  Errors: ConfigError as `tuning`; fewer than two evaluations before the cool-down; losses that do not fall with the steps."""
   frame = table(runs, but=("steps",))
   frame = frame[frame.recipe == FULL_PRECISION]
   if frame.empty:
-    raise ValueError("the common loss is of runs in full precision (quant.recipe = 'none'), and there are none")
+    raise ConfigError("the common loss is of runs in full precision (quant.recipe = 'none'), and there are none; give some")
   length = int(frame.steps.max())
   tunings = _tunings(frame[frame.steps == length])
   target = max(t.loss for t in tunings)
   if not math.isfinite(target):
-    raise ValueError(f"{[t.optimizer for t in tunings if not math.isfinite(t.loss)]}: no run of {length} steps is done")
+    raise ConfigError(f"{[t.optimizer for t in tunings if not math.isfinite(t.loss)]}: no run of {length} steps is done; finish "
+                      "one, or leave these optimizers out")
   landings = []
   for t in tunings:
     seeds = {run.config.seed for run in t.best}
@@ -186,8 +182,8 @@ def _expected_endings(evaluations: Sequence[Point], schedule: config.Schedule, n
   length, final = evaluations[-1]
   flat = [p for p in evaluations if schedule.warmup * length <= p.step <= (1 - schedule.cooldown) * length]
   if len(flat) < 2:
-    raise ValueError(f"{name}: {len(flat)} evaluations between warm-up and cool-down of {length} steps, two are needed to "
-                     "estimate a shorter run: train with a smaller eval.every")
+    raise ConfigError(f"{name}: {len(flat)} evaluations between warm-up and cool-down of {length} steps, two are needed to "
+                      "estimate a shorter run: train with a smaller eval.every")
   slope = (flat[-1].loss - flat[-2].loss) / math.log(flat[-1].step / flat[-2].step)
   gain = flat[-1].loss + slope * math.log(length / flat[-1].step) - final
   return [*(Point(p.step, p.loss - gain) for p in flat), Point(length, final)]
@@ -198,16 +194,17 @@ def _steps_to(target: float, points: Sequence[Point], name: str) -> int:
   after = next((i for i, p in enumerate(points) if i > 0 and p.loss <= target), len(points) - 1)
   (first, high), (second, low) = points[after - 1], points[after]
   if low >= high:
-    raise ValueError(f"{name}: the loss does not fall between {first} steps ({high:.4f}) and {second} ({low:.4f}): no estimate")
+    raise ConfigError(f"{name}: the loss does not fall between {first} steps ({high:.4f}) and {second} ({low:.4f}): no estimate; "
+                      "add a run of another length")
   return max(1, round(first * (second / first) ** ((high - target) / (high - low))))
 
 
 def write_overrides(path: Any, size: str, found: Sequence[Tuning | Landing]) -> None:
   """What was found, as a file that `launch.local --overrides` reads: {size, overrides: {optimizer: {config key: value}}}.
 
-  Errors: ValueError when an optimizer comes twice."""
+  Errors: ConfigError when an optimizer comes twice."""
   names = [one.optimizer for one in found]
   if len(set(names)) < len(names):
-    raise ValueError(f"{names}: one entry an optimizer; give those of one recipe")
+    raise ConfigError(f"{names}: one entry an optimizer; give those of one recipe")
   text = json.dumps({"size": size, "overrides": {one.optimizer: one.overrides for one in found}}, indent=1)
   epath.Path(path).write_text(text + "\n")

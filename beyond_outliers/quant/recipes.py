@@ -154,6 +154,12 @@ def named(name: str, field: str = "quant.recipe") -> Recipe:
   return RECIPES[name]
 
 
+def name_of(c: config.Quant) -> str:
+  """A run's recipe in a word: the row that most layers follow, and the rules that are more than a plain head."""
+  own = [f"{rule.paths}: {rule.recipe}" for rule in c.rules.values() if (rule.paths, rule.recipe) != ("head", "none")]
+  return ", ".join([c.recipe, *own])
+
+
 def from_config(c: config.Quant) -> Recipe:
   """The run's rules in order, each with what its recipe does to most layers, and `recipe` for all others."""
   rules = [(rule.paths, named(rule.recipe, f"quant.rules.{label}.recipe").default) for label, rule in c.rules.items()]

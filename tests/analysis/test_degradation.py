@@ -53,14 +53,17 @@ def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
 def test_cells_measured_on_other_documents_are_refused(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
   workdir(tmp_path, adamw, 1, {("rtn_w4a4", "rtn"): 0.3}, documents=3)
-  with pytest.raises(ValueError, match=r"adamw: the runs have documents = \[.*0.*3.*\]"):
+  with pytest.raises(config.ConfigError, match=r"adamw: the runs have documents = \[.*0.*3.*\]"):
     degradation.table(degradation.cells(runs.find(tmp_path)))
 
 
 def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3}, rate=0.3)
-  with pytest.raises(ValueError, match=r"adamw: the runs have learning_rate = \[.*0\.1.*0\.3.*\]; give those of one"):
+  with pytest.raises(config.ConfigError, match=r"adamw: the runs have learning_rate = \[.*0\.1.*0\.3.*\]; give those of one"):
     degradation.table(degradation.cells(runs.find(tmp_path)))
-  with pytest.raises(ValueError, match="no cell has it"):
+  with pytest.raises(config.ConfigError, match=r"--degradation = 'loss_difference': these runs have no cell of a recipe"):
     degradation.table(degradation.cells([]))
+  for metric, remedy in (("agremeent", "did you mean 'agreement'"), ("seed", "expected one of .*loss_difference")):
+    with pytest.raises(config.ConfigError, match=rf"--degradation = '{metric}': no cell has it; {remedy}"):
+      degradation.table(degradation.cells(runs.find(tmp_path)), metric)

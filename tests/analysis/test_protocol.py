@@ -4,7 +4,7 @@ import json
 import pytest
 from workdirs import workdir
 
-from beyond_outliers import runs
+from beyond_outliers import config, runs
 from beyond_outliers.analysis import plots, protocol, tables
 from configs import adamw, muon, soap
 
@@ -33,7 +33,7 @@ def test_rates_are_compared_on_common_seeds_alone(sweep, tmp_path):
   adamws = protocol.tuning([*sweep, *runs.find(tmp_path / "more")])[-1]
   assert adamws.losses == pytest.approx({0.01: 5.6, 0.03: 4.6, 0.1: 5.1, 0.3: 4.55}) and adamws.learning_rate == 0.3
   workdir(tmp_path / "other", adamw, 1.0, 7, [6.0, 4.0])
-  with pytest.raises(ValueError, match=r"adamw: the rates .* have no seed in common"):
+  with pytest.raises(config.ConfigError, match=r"adamw: the rates .* have no seed in common"):
     protocol.tuning([*sweep, *runs.find(tmp_path / "other")])
 
 
@@ -60,6 +60,12 @@ def test_recipes_are_sweeps_of_their_own(sweep, tmp_path):
     "| adamw | quest_w4a4 | 0.03 | 0.1 (edge of the grid) | 5.4000 | 5.3000 |"]
 
 
+def test_a_figure_of_nothing_is_refused(tmp_path):
+  workdir(tmp_path, adamw, 0.1, 0, [6.0, 4.0], status="diverged")
+  with pytest.raises(config.ConfigError, match=r"--plot = '.*curves.png': no learning rate has all its runs done"):
+    plots.loss_curves(protocol.tuning(runs.find(tmp_path)), tmp_path / "curves.png")
+
+
 @pytest.mark.parametrize("options,message", [
   ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in"),
   ({"argument": ",steps=100"}, "steps: 260 in .*, 100 in"),
@@ -69,7 +75,7 @@ def test_recipes_are_sweeps_of_their_own(sweep, tmp_path):
 ])
 def test_runs_that_do_not_compare_are_refused(sweep, tmp_path, options, message):
   workdir(tmp_path / "other", adamw, 0.1, 0, [6.0, 4.0], **options)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(config.ConfigError, match=message):
     protocol.tuning([*sweep, *runs.find(tmp_path / "other")])
 
 
@@ -78,7 +84,7 @@ def test_what_was_found_is_written_for_the_launcher(sweep, tmp_path):
   protocol.write_overrides(tmp_path / "tuned.json", "nano", found)
   assert json.loads((tmp_path / "tuned.json").read_text()) == {
     "size": "nano", "overrides": {"muon": {"optimizer.learning_rate": 0.1}, "adamw": {"optimizer.learning_rate": 0.03}}}
-  with pytest.raises(ValueError, match="one entry an optimizer"):
+  with pytest.raises(config.ConfigError, match="one entry an optimizer"):
     protocol.write_overrides(tmp_path / "tuned.json", "nano", [*found, found[0]])
 
 
@@ -121,5 +127,5 @@ def test_a_checkpoint_between_evaluations_has_a_loss_between_theirs(tmp_path):
 def test_a_run_that_tells_too_little_for_the_common_loss_is_refused(tmp_path):
   workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256")
   workdir(tmp_path, muon, 0.1, 0, {128: 4.0, 256: 3.5}, argument=",steps=256")
-  with pytest.raises(ValueError, match=r"muon: 1 evaluations between .* train with a smaller eval.every"):
+  with pytest.raises(config.ConfigError, match=r"muon: 1 evaluations between .* train with a smaller eval.every"):
     protocol.common_loss(runs.find(tmp_path))
