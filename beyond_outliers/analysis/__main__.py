@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
   check_flags()
   for root in ROOT.value:
     require(epath.Path(root).exists(), "--root", root, "there is no such folder; give those that hold the runs' workdirs")
-  found = [run for root in ROOT.value for run in runs.find(root)]
+  # Roots may overlap.
+  found = list({run.path.resolve(): run for root in ROOT.value for run in runs.find(root)}.values())
   require(bool(found), "--root", ",".join(ROOT.value), "holds no run; give the folders that hold the runs' workdirs")
   if DEGRADATION.value:
     print(degradation.table(degradation.cells(found), DEGRADATION.value, "+.4f" if "difference" in DEGRADATION.value else ".4f"))

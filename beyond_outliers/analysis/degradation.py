@@ -15,13 +15,13 @@ from beyond_outliers.analysis import tables
 from beyond_outliers.checks import ConfigError, nearest, require
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
-ORIGIN = ["size", "steps", "optimizer", "learning_rate", "seed"]
-MEASURED_ON = ["data", "tokenizer", "context", "documents", "mask_documents"]
+ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
+MEASURED_ON = ["data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
 
 
 def cells(runs: Sequence[runs_lib.Run], folder: str = "eval") -> pd.DataFrame:
   """A row a cell of the last step that each run was evaluated at: where it comes from, recipe, method and its metrics."""
-  rows = [row for run in runs for row in _of_run(run.path / folder)]
+  rows = [row for run in runs for row in _of_run(run.path, folder)]
   return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"])
 
 
@@ -31,18 +31,15 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
   tokens.
 
   A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
-  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning rates, sizes or lengths, or
-  cells differ in what they were measured on: their means would say nothing."""
+  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning rates or lengths, or two of
+  one seed; or cells differ in the model's size or in what they were measured on: their means would say nothing."""
   measured = found[found.method != "none"].dropna(axis="columns", how="all")
   known = [str(name) for name in measured.select_dtypes("number") if name not in (*ORIGIN, *MEASURED_ON, "step")]
   require(bool(known), "--degradation", metric, "these runs have no cell of a recipe; measure some: python -m "
           "beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4")
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
   measured = measured[measured[metric].notna()]
-  for key in ("learning_rate", "size", "steps", "step", *MEASURED_ON):
-    for optimizer, values in measured.groupby("optimizer")[key].unique().items():
-      if len(values) > 1:
-        raise ConfigError(f"{optimizer}: the runs have {key} = {sorted(values)}; give those of one")
+  _check_comparable(measured)
   by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem", "count"])
   shown: dict[Any, Any] = by_cell.to_dict("index")
   sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
@@ -57,19 +54,33 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
   return tables.markdown(rows)
 
 
-def _of_run(folder: epath.Path) -> list[dict[str, Any]]:
-  found = [json.loads(path.read_text()) for path in folder.glob("*.json")] if folder.exists() else []
+def _check_comparable(measured: pd.DataFrame) -> None:
+  # Optimizers that came to one loss did so in lengths of their own. Methods that look at no data have no windows.
+  for key, within in {**dict.fromkeys(("size", *MEASURED_ON)), **dict.fromkeys(("learning_rate", "steps", "step"), "optimizer"),
+                      "calibration_windows": "method"}.items():
+    for name, rows in measured.groupby(within) if within else [("all", measured)]:
+      values = rows[key].unique()
+      if len(values) > 1:
+        raise ConfigError(f"{name}: the cells have {key} = {sorted(values)}; give the runs, or make the cells, of one")
+  for (optimizer, seed, recipe, method), rows in measured.groupby(["optimizer", "seed", "recipe", "method"]):
+    if len(rows) > 1:
+      raise ConfigError(f"{optimizer}: {' and '.join(map(str, rows.run))} have seed {seed} and a cell of {recipe} and {method}; "
+                        "give one of them")
+
+
+def _of_run(run: epath.Path, folder: str) -> list[dict[str, Any]]:
+  found = [json.loads(path.read_text()) for path in (run / folder).glob("*.json")] if (run / folder).exists() else []
   newest = max((cell["step"] for cell in found), default=None)
-  return [_row(cell) for cell in found if cell["step"] == newest]
+  return [_row(run, cell) for cell in found if cell["step"] == newest]
 
 
-def _row(cell: dict[str, Any]) -> dict[str, Any]:
+def _row(run: epath.Path, cell: dict[str, Any]) -> dict[str, Any]:
   c = cell["source"]["config"]
   tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
   optimizer = c["optimizer"]
-  origin = dict(zip(ORIGIN, (c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]), strict=True))
+  values = str(run), c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
   measured = {name: math.inf if value is None else value for name, value in {**cell["metrics"], **tasks}.items()}
-  return {**origin, **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
+  return {**dict(zip(ORIGIN, values, strict=True)), **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
           **{name: cell["settings"][name] for name in MEASURED_ON}, **measured}
 
 

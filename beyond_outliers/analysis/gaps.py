@@ -30,7 +30,7 @@ class Gap:
   rates: tuple[float, float]                # learning rates in full precision and under the recipe
   seeds: tuple[int, ...]                    # that both have
   losses: np.ndarray                        # [2, seeds]: validation losses in nats, in full precision and under the recipe
-  bits_per_byte: np.ndarray                 # [2, seeds]; zero where a dataset does not know its bytes
+  bits_per_byte: np.ndarray                 # [2, seeds]; infinite where a dataset does not know its bytes
 
   @property
   def loss(self) -> Estimate:
@@ -79,7 +79,7 @@ def gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
                       + ("" if rate == full.learning_rate else f" and {rate:g}"))
     if seeds:
       sides = [side.run[list(seeds)] for side in (plain, quantized)]
-      losses, bits = (np.array([[protocol.last(run, metric) for run in side] for side in sides])
+      losses, bits = (np.array([[protocol.final(run, metric) for run in side] for side in sides])
                       for metric in ("eval/loss", "eval/bits_per_byte"))
       found.append(Gap(name, recipe, (full.learning_rate, rate), seeds, losses, bits))
   return sorted(found, key=lambda gap: (gap.recipe, gap.loss.mean)), left_out

@@ -47,12 +47,11 @@ class Tuning:
     return {"optimizer.learning_rate": self.learning_rate}
 
 
-def last(run: runs_lib.Run, metric: str) -> float:
-  """A metric's last value; infinite for a run that is not done, zero where it was never known."""
-  if run.status["status"] != "done":
-    return math.inf
-  values = run.metrics().get(metric, pd.Series(dtype=float)).dropna()
-  return float(values.iloc[-1]) if len(values) else 0.0
+def final(run: runs_lib.Run, metric: str) -> float:
+  """A metric's value after the last step; infinite for a run that is not done, or where it was not finite."""
+  values = run.metrics().get(metric, pd.Series(dtype=float)) if run.status["status"] == "done" else {}
+  value = float(values.get(run.config.steps, math.inf))
+  return value if math.isfinite(value) else math.inf
 
 
 def table(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.DataFrame:
@@ -61,7 +60,7 @@ def table(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.Data
   but: what of COMPARED may differ. Errors: ConfigError for runs that do not compare, or that are one run twice."""
   check_comparable(runs, but)
   rows = [{"optimizer": run.config.optimizer.name, "recipe": quant.recipes.name_of(run.config.quant),
-           "rate": run.config.optimizer.learning_rate, "seed": run.config.seed, "loss": last(run, "eval/loss"),
+           "rate": run.config.optimizer.learning_rate, "seed": run.config.seed, "loss": final(run, "eval/loss"),
            "steps": run.config.steps, "run": run} for run in runs]
   frame = pd.DataFrame(rows)
   for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", "steps"]):

@@ -4,8 +4,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis.gaps import Estimate, Gap, estimate
-from beyond_outliers.analysis.protocol import FULL_PRECISION, Landing, Tuning, last
+from beyond_outliers.analysis.protocol import FULL_PRECISION, Landing, Tuning
 
 
 def tuning(tunings: Sequence[Tuning]) -> str:
@@ -17,9 +20,15 @@ def tuning(tunings: Sequence[Tuning]) -> str:
     at = rates.index(t.learning_rate)
     beside = [f"{t.losses[rates[i]]:.4f} at {rates[i]:g}" if 0 <= i < len(rates) else "edge of the grid"
               for i in (at - 1, at + 1)]
-    counts = [f"{max(last(run, metric) for run in t.best):.0f}" for metric in ("skipped", "roots/kept", "seconds")]
+    counts = [f"{max(_last(run, metric) for run in t.best):.0f}" for metric in ("skipped", "roots/kept", "seconds")]
     rows.append((t.optimizer, f"{t.learning_rate:g}", f"{t.loss:.4f}", *beside, *counts))
   return markdown(rows)
+
+
+def _last(run: runs_lib.Run, count: str) -> float:
+  """Of something that a run counts; infinite if it is not done, zero where it has nothing to count."""
+  counted = run.metrics().get(count)
+  return math.inf if run.status["status"] != "done" else 0.0 if counted is None else counted.dropna().iloc[-1]
 
 
 def retuning(tunings: Sequence[Tuning]) -> str:
@@ -44,7 +53,7 @@ def gaps(found: Sequence[Gap]) -> str:
     full, under = gap.rates
     rate = f"{full:g}" if full == under else f"{full:g}, then {under:g}"
     losses = [plus_minus(estimate(side), 4) for side in gap.losses]
-    bits = plus_minus(gap.bits, 4, "+") if gap.bits_per_byte.all() else "unknown"
+    bits = plus_minus(gap.bits, 4, "+") if np.isfinite(gap.bits_per_byte).all() else "unknown"
     rows.append((gap.optimizer, gap.recipe, rate, *losses, plus_minus(gap.loss, 4, "+"), bits, plus_minus(gap.percent, 2, "+"),
                  str(len(gap.seeds))))
   return markdown(rows)

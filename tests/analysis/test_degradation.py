@@ -9,10 +9,10 @@ from beyond_outliers.analysis import degradation
 from configs import adamw, muon
 
 
-def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0):
+def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0, size="nano", windows=8):
   """A run with evaluated checkpoints; differences: {(recipe, method): of the loss}."""
   folder = root / f"{module.__name__}-{rate}-{seed}"
-  c = config.to_dict(config.resolve(module.get_config(f"nano,optimizer.learning_rate={rate},seed={seed}")))
+  c = config.to_dict(config.resolve(module.get_config(f"{size},optimizer.learning_rate={rate},seed={seed}")))
   (folder / "eval").mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(c))
   (folder / "manifest.json").write_text("{}")
@@ -21,7 +21,8 @@ def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0):
     if method == "gptq":
       metrics["agreement"] = 0.6
     cell = {"step": step, "recipe": recipe, "method": method, "metrics": metrics, "tasks": {}, "size_bytes": 1}
-    settings = {"data": "a", "tokenizer": "b", "context": 256, "documents": documents, "mask_documents": False}
+    settings = {"data": "a", "tokenizer": "b", "context": 256, "documents": documents, "mask_documents": False,
+                "calibration_windows": windows if method == "gptq" else 0}
     (folder / "eval" / f"{step}-{recipe}-{method}.json").write_text(
       json.dumps({**cell, "settings": settings, "source": {"config": c}}))
 
@@ -50,17 +51,29 @@ def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
   assert "| rtn_w4a4 | rtn | +inf" in degradation.table(degradation.cells(runs.find(tmp_path)))
 
 
-def test_cells_measured_on_other_documents_are_refused(tmp_path):
-  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
-  workdir(tmp_path, adamw, 1, {("rtn_w4a4", "rtn"): 0.3}, documents=3)
-  with pytest.raises(config.ConfigError, match=r"adamw: the runs have documents = \[.*0.*3.*\]"):
+@pytest.mark.parametrize("module,seed", [(adamw, 1), (muon, 0)])
+@pytest.mark.parametrize("other,named", [({"documents": 3}, "documents"), ({"size": "0.3m"}, "size"),
+                                         ({"windows": 128}, "calibration_windows")])
+def test_cells_of_other_models_or_measured_on_others_are_refused(module, seed, other, named, tmp_path):
+  """Of one optimizer, and of two beside each other."""
+  cells = {("rtn_w4a4", "rtn"): 0.3, ("rtn_w4a4", "gptq"): 0.2}
+  workdir(tmp_path, adamw, 0, cells)
+  workdir(tmp_path, module, seed, cells, **other)
+  with pytest.raises(config.ConfigError, match=rf"(all|gptq): the cells have {named} = \["):
+    degradation.table(degradation.cells(runs.find(tmp_path)))
+
+
+def test_a_seed_counts_once(tmp_path):
+  for root in ("one", "two"):
+    workdir(tmp_path / root, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
+  with pytest.raises(config.ConfigError, match=r"adamw: .*one/.* and .*two/.* have seed 0 and a cell of rtn_w4a4 and rtn"):
     degradation.table(degradation.cells(runs.find(tmp_path)))
 
 
 def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3}, rate=0.3)
-  with pytest.raises(config.ConfigError, match=r"adamw: the runs have learning_rate = \[.*0\.1.*0\.3.*\]; give those of one"):
+  with pytest.raises(config.ConfigError, match=r"adamw: the cells have learning_rate = \[.*0\.1.*0\.3.*\]; give the runs"):
     degradation.table(degradation.cells(runs.find(tmp_path)))
   with pytest.raises(config.ConfigError, match=r"--degradation = 'loss_difference': these runs have no cell of a recipe"):
     degradation.table(degradation.cells([]))

@@ -41,7 +41,7 @@ def test_only_pairs_count_and_the_rest_is_named(pairs):
   muons, adamws = found
   assert muons.seeds == (0, 1, 2) and muons.loss.mean == pytest.approx(0.1)
   assert adamws.seeds == (0, 1) and adamws.loss.mean == pytest.approx(0.32)
-  assert left_out == [f"{pairs}/adamw/quest_w4a4-0.1-2: diverged at step 1 of 260", "soap: no run under a recipe",
+  assert left_out == [f"{pairs}/adamw/quest_w4a4-0.1-2: diverged at step 260 of 260", "soap: no run under a recipe",
                       "adamw, quest_w4a4: seeds [2] are done on one side only, at learning rate 0.1",
                       "muon, quest_w4a4: seeds [7] are done on one side only, at learning rate 0.01"]
 

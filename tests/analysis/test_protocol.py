@@ -1,5 +1,6 @@
 """Which learning rate a sweep's workdirs speak for, and the table and figure made of them."""
 import json
+import math
 
 import pytest
 from workdirs import workdir
@@ -66,9 +67,18 @@ def test_a_figure_of_nothing_is_refused(tmp_path):
     plots.loss_curves(protocol.tuning(runs.find(tmp_path)), tmp_path / "curves.png")
 
 
+def test_a_run_whose_last_loss_is_not_finite_has_none(tmp_path):
+  """Though an earlier one is; and though it was never finite, or never measured."""
+  for rate, losses in ((0.03, {1: 5.0, 2: 4.5}), (0.1, {1: 4.0, 2: None}), (0.3, {1: None, 2: None})):
+    workdir(tmp_path, adamw, rate, 0, losses)
+  workdir(tmp_path, adamw, 1.0, 0, {1: 4.0}, argument=",steps=2")
+  (found,) = protocol.tuning(runs.find(tmp_path))
+  assert found.losses == {0.03: 4.5, 0.1: math.inf, 0.3: math.inf, 1.0: math.inf} and found.learning_rate == 0.03
+
+
 @pytest.mark.parametrize("options,message", [
   ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in"),
-  ({"argument": ",steps=100"}, "steps: 260 in .*, 100 in"),
+  ({"argument": ",steps=100"}, "steps: 2 in .*, 100 in"),
   ({"argument": ",model.blocks=3"}, "model.blocks: 2 in .*, 3 in"),
   ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .*: these do not compare"),
   ({}, "are of one optimizer, recipe, learning rate, seed and length"),

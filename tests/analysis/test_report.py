@@ -10,7 +10,7 @@ REFUSED = {
   "no folder": (["--root={sweep},{sweep}/nobody"], ["--root = '", "nobody': there is no such folder"]),
   "no runs": (["--root={empty}"], ["--root = '", "empty': holds no run"]),
   "runs that do not compare": (["--root={sweep},{other}"], ["model.blocks: 2 in", "3 in", "report on them apart"]),
-  "no run done": (["--root={sweep}", "--common_loss"], ["['muon']: no run of 260 steps is done; finish one"]),
+  "no run done": (["--root={sweep}", "--common_loss"], ["['muon']: no run of 2 steps is done; finish one"]),
   "no cells": (["--root={sweep}", "--degradation=kl"], ["--degradation = 'kl'", "beyond_outliers.evaluate"]),
   "one recipe": (["--root={sweep}", "--gap_plot=gap.png"], ["--gap_plot = 'gap.png': the runs are all of recipe 'none'"]),
   "another report's figure": (["--root={sweep}", "--common_loss", "--plot=x.png"], ["--plot = 'x.png': --common_loss asks for"]),
