@@ -112,7 +112,7 @@ class Evaluator:
       self._say("tasks " + ", ".join(tasks))
       placed = jax.device_put(q_params, mesh_lib.replicated(self._mesh))
       found["tasks"] |= _zero_shot().run(model, placed, self.source.dataset.tokenizer, tasks, context=self.source.context,
-                                         mesh=self._mesh, prefix=self.source.dataset.meta["separator"]["id"],
+                                         mesh=self._mesh, prefix=self.source.prefix, bos=self.source.bos,
                                          folders=self._task_folders)
       found["asked"] += tasks                        # of a tag, the rows have the names of its tasks
       found["seconds"]["tasks"] += time.perf_counter() - began
@@ -177,13 +177,14 @@ class Evaluator:
     source = self.source
     calibrated = cell.method != "none" and quant.METHODS[cell.method].calibrated
     return {"trained": source.trained, "data": source.dataset.fingerprint, "tokenizer": source.dataset.tokenizer.fingerprint,
-            "context": source.context, "documents": source.documents, "mask_documents": source.data.mask_documents,
-            "calibration_windows": self._windows if calibrated else 0, "seed": SEED, "resamples": evaluation.RESAMPLES,
-            "confidence": evaluation.CONFIDENCE}
+            "bos": source.prefix if source.bos else None, "context": source.context, "documents": source.documents,
+            "mask_documents": source.data.mask_documents, "calibration_windows": self._windows if calibrated else 0, "seed": SEED,
+            "resamples": evaluation.RESAMPLES, "confidence": evaluation.CONFIDENCE}
 
   def _read(self, step: int, cell: Cell) -> dict[str, Any] | None:
     found = self._folder.read(cell.file(step))
-    return found if found is not None and found["settings"] == self._settings(cell) else None
+    # A cell that says nothing of it is of texts without a token before them.
+    return found if found is not None and {"bos": None, **found["settings"]} == self._settings(cell) else None
 
   def _complete(self, found: dict[str, Any] | None) -> bool:
     return found is not None and set(self._tasks) <= set(found["asked"])

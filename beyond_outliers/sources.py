@@ -32,6 +32,8 @@ class Source:
   ended: Callable[[], bool]                  # whether no more steps will come
   dataset: data.Dataset
   data: config.Data
+  prefix: int                                # token that stands before a text without context, as between training documents
+  bos: bool                                  # whether it stands before every text, as before every training document
   context: int
   batch_size: int
   documents: int                             # of the validation split; 0: all
@@ -59,7 +61,9 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
     str(run.path), run.model.clone(dot_general_for=None), quant.recipes.name_of(c.quant),
     recipe if recipe.quantizes else None,
     lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED,
-    opened, dataclasses.replace(c.data, reader=_reader(opened)), context or c.context, batch_size or c.eval.batch_size,
+    opened, dataclasses.replace(c.data, reader=_reader(opened)),
+    # Of what the run was trained on, whatever it is judged on: --data may name documents that were parted otherwise.
+    getattr(opened.tokenizer, c.data.separator), c.data.separator == "bos", context or c.context, batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
     {"workdir": str(run.path), "config": config.to_dict(c)}, run.manifest["time"], run.path / "eval",
     # Beside the run's own events, which TensorBoard would take for the same run.
@@ -80,8 +84,8 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
   """An OLMo2 or Llama model, at step 0. By default windows of 1024, 8 at once, of all validation documents.
 
   Errors: DataError, ConfigError for what hf.load refuses, and for a dataset of another tokenizer than the directory's; where
-  that holds none, the dataset's is taken for it."""
-  own = os.path.join(directory, "tokenizer.json")
+  that holds none, the dataset's is taken for it, and puts nothing before a text."""
+  own, bos = os.path.join(directory, "tokenizer.json"), None
   require(bool(dataset), "--data", dataset, "give the folder of documents that python -m beyond_outliers.prepare made with "
           f"data.tokenizer=huggingface:{own}")
   opened = data.open(dataset)
@@ -89,6 +93,7 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
     expected, found = tokenizers.load(f"huggingface:{own}").fingerprint, opened.tokenizer.fingerprint
     require(found == expected, "--data", dataset, f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the "
             f"documents with data.tokenizer=huggingface:{own}")
+    bos = tokenizers.begins_texts(directory)
   try:
     model, params = hf.load(directory)
   except ValueError as error:
@@ -100,7 +105,7 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
     "vocab": model.config.vocab, "mask_documents": False, "readers": 8, "prefetch": 4}))
   return Source(
     directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, opened, section,
-    context or 1024, batch_size or 8, documents or 0,
+    opened.meta["separator"]["id"] if bos is None else bos, bos is not None, context or 1024, batch_size or 8, documents or 0,
     {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(params),
     epath.Path(directory).absolute() / "eval", None)
 

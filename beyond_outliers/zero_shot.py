@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -32,13 +33,16 @@ GENERATED = 256                     # tokens at most where a task doesn't say, o
 class HarnessModel(lm_eval.api.model.TemplateLM):
   """What the harness asks in strings, of a `scoring.Scorer`.
 
-  prefix: the id that stands before a text without a context: what parts documents in training. As with the harness's Hugging
-  Face model, contexts too long for the window lose their beginning, and a context's trailing spaces are encoded with the
-  continuation. Generation is greedy: ConfigError for a task that samples, or that wants more tokens than the window has."""
+  prefix: the id that stands before a text without a context: what parts documents in training. bos: whether it stands before
+  every text, as before every document in training; it is not doubled. As with the harness's Hugging Face model, contexts too
+  long for the window lose their beginning, and a context's trailing spaces are encoded with the continuation. Generation is
+  greedy, and ends with the text or where another would begin: ConfigError for a task that samples, or that wants more tokens
+  than the window has."""
 
-  def __init__(self, scorer: scoring.Scorer, tokenizer: tokenizers.Tokenizer, prefix: int):
+  def __init__(self, scorer: scoring.Scorer, tokenizer: tokenizers.Tokenizer, prefix: int, bos: bool = False):
     super().__init__()
-    self._scorer, self._tokenizer, self._prefix = scorer, tokenizer, prefix
+    self._scorer, self._tokenizer, self._prefix, self._bos = scorer, tokenizer, prefix, bos
+    self._ends = {self.eot_token_id, prefix}
 
   @property
   def eot_token_id(self):
@@ -49,7 +53,9 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return self._prefix
 
   def tok_encode(self, string, add_special_tokens=None, **kwargs):
-    return self._tokenizer.encode(string).tolist()
+    ids = self._tokenizer.encode(string).tolist()
+    begins = self._bos and add_special_tokens is not False and ids[:1] != [self._prefix]
+    return [self._prefix, *ids] if begins else ids
 
   def loglikelihood(self, requests, disable_tqdm=True):
     return super().loglikelihood(requests, disable_tqdm)
@@ -61,8 +67,9 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return results
 
   def loglikelihood_rolling(self, requests, disable_tqdm=True):
+    texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]      # prefix is put for each
     windows = [[scoring.Pair(*lm_eval.utils.make_disjoint_window(window)) for window in lm_eval.utils.get_rolling_token_windows(
-                  self.tok_encode(request.args[0]), self._prefix, self._scorer.context, context_len=1)] for request in requests]
+                  text, self._prefix, self._scorer.context, context_len=1)] for text in texts]
     scores = iter(self._scorer.score([window for each in windows for window in each]))
     results = [sum(next(scores)[0] for _ in each) for each in windows]
     for request, result in zip(requests, results, strict=True):
@@ -78,11 +85,11 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
       checks.require(0 < tokens <= most, "generation_kwargs.max_gen_toks", tokens, f"expected 1 to {most}, one below the window")
 
     def text(number, ids):
-      return cut(self._tokenizer.decode(until(ids, self.eot_token_id)), settings[number]["until"])
+      return cut(self._tokenizer.decode(until(ids, self._ends)), settings[number]["until"])
 
     def ended(number, ids):
       whole = self._tokenizer.decode(ids)
-      return self.eot_token_id in ids or cut(whole, settings[number]["until"]) != whole
+      return not self._ends.isdisjoint(ids) or cut(whole, settings[number]["until"]) != whole
 
     generated = self._scorer.generate([self.tok_encode(request.args[0]) or [self._prefix] for request in requests],
                                       [setting["max_gen_toks"] for setting in settings], ended)
@@ -92,8 +99,8 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return results
 
 
-def until(ids: list[int], end: int) -> list[int]:
-  return ids[: ids.index(end)] if end in ids else ids
+def until(ids: list[int], ends: set[int]) -> list[int]:
+  return list(itertools.takewhile(lambda i: i not in ends, ids))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -119,21 +126,23 @@ def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.t
 
 
 def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, tasks: Sequence[str], *, context: int,
-        mesh: jax.sharding.Mesh | None = None, limit: int | None = None, prefix: int | None = None,
+        mesh: jax.sharding.Mesh | None = None, limit: int | None = None, prefix: int | None = None, bos: bool = False,
         folders: Sequence[Any] = ()) -> Results:
   """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a task itself says otherwise.
 
-  context, mesh: as `scoring.Scorer` takes them. limit: only the first so many examples of each task. prefix: as `HarnessModel`
-  takes it; by default the tokenizer's token that ends a text, or else the one that begins it. folders: see `task_manager`.
+  context, mesh: as `scoring.Scorer` takes them. limit: only the first so many examples of each task. prefix, bos: as
+  `HarnessModel` takes them; prefix by default the tokenizer's token that ends a text (with bos: begins it), or else the other.
+  folders: see `task_manager`.
   Of a group or tag each task has a row. Errors: ConfigError for an unknown task, before anything is computed, and for one
   whose data cannot be fetched."""
   manager = task_manager(tasks, folders)
-  prefix = next((i for i in (prefix, tokenizer.eot, tokenizer.bos) if i is not None), None)
+  marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
+  prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
     raise checks.ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
-  harness_model = HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix)
+  harness_model = HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
   try:
     with contextlib.redirect_stdout(sys.stderr):          # results alone go to stdout
       found: Any = lm_eval.simple_evaluate(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import cells, config, data, evaluate, runs, sources, train
+from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,9 +32,9 @@ def workdir(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized_workdir(tiny_config, tmp_path_factory):
-  """A run under QuEST, with a head of 8 bits."""
+  """A run under QuEST, with a head of 8 bits, on documents that a token begins."""
   path = tmp_path_factory.mktemp("evaluate") / "quantized"
-  rules = {"quant.recipe": "quest_w4a4", "quant.rules.head.recipe": "rtn_w8a8"}
+  rules = {"quant.recipe": "quest_w4a4", "quant.rules.head.recipe": "rtn_w8a8", "data.separator": "bos"}
   train.run(tiny_config(**SHAPE, **rules), path, say=lambda text: None)
   return path
 
@@ -109,8 +110,9 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   _, evaluator, found = measured
   asked = []
 
-  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, folders):
-    asked.append(({leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)}, tasks, context))
+  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, bos, folders):
+    placed = {leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)}
+    asked.append((placed, tasks, context, prefix, bos))
     return {task: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
   harness = types.SimpleNamespace(run=run, task_manager=lambda tasks, folders: None)
   monkeypatch.setattr(cells, "_zero_shot", lambda: harness)
@@ -120,7 +122,7 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   cell = with_tasks.measure(2, source.params(2), evaluator.cells[1])
   assert cell["metrics"] == found["rtn"]["metrics"] and cell["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
   assert with_tasks.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
-  assert asked == [({True}, ["piqa"], 32)]
+  assert asked == [({True}, ["piqa"], 32, tokenizers.load("bytes").eot, False)]
   assert "piqa/acc" in cells.table([cell]) and "stderr" not in cells.table([cell])
 
 
@@ -139,6 +141,29 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
   with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
+
+
+def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir, measured):
+  """Whatever parts the documents that a run is judged on. Cells that don't say how are of runs whose documents nothing began."""
+  with_bos, without = tokenizers.load("bytes").bos, tokenizers.load("bytes").eot
+  other = runs.open(workdir).dataset.directory
+  for options in ({}, {"dataset": other}):
+    source = sources.of_run(quantized_workdir, **options)
+    assert (source.prefix, source.bos) == (with_bos, True)
+  source = sources.of_run(workdir)
+  assert (source.prefix, source.bos) == (without, False)
+  as_trained = cells.Cell("quest_w4a4, head: rtn_w8a8", "none")
+  for folder, began, cell in ((quantized_workdir, with_bos, as_trained), (workdir, None, measured[1].cells[0])):
+    evaluator = cells.Evaluator(sources.of_run(folder), [cell], windows=12)
+    if evaluator.missing(2):
+      evaluator.measure(2, evaluator.source.params(2), cell)
+    path = folder / "eval" / cell.file(2)
+    written = path.read_text()
+    found = json.loads(written)
+    assert found["settings"].pop("bos") == began
+    path.write_text(json.dumps(found))
+    assert evaluator.missing(2) == [cell] * (began is not None)
+    path.write_text(written)
 
 
 def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
@@ -180,7 +205,7 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
   assert next(events, None) is None
 
 
-def test_a_hugging_face_directory(workdir, tmp_path):
+def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   c = config.Model(**{**config.to_dict(runs.open(workdir).config)["model"], "mlp": "swiglu", "qk_norm": "rms",
                       "attention_scale": "rsqrt", "rope_layout": "half", "tied": False})
   model = transformer.Transformer(c)
@@ -188,6 +213,7 @@ def test_a_hugging_face_directory(workdir, tmp_path):
   hf.save(model, params, tmp_path)
   prepared = runs.open(workdir).dataset.directory
   source = sources.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
+  assert not source.bos, "there is no tokenizer that would say so"
   evaluator = cells.Evaluator(source, cells.plan(source, ["rtn_w8a8"], ["rtn"]))
   as_it_is, rounded = (evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells)
   ids = source.dataset.stream("validation").document(0)
@@ -201,6 +227,16 @@ def test_a_hugging_face_directory(workdir, tmp_path):
   np.testing.assert_allclose(as_it_is["loss"], np.mean(losses), rtol=1e-5)
   assert as_it_is["tokens"] == len(losses) and rounded["kl"] < 1e-2
   assert (tmp_path / "eval" / "0-rtn_w8a8-rtn.json").exists()
+
+  library = pytest.importorskip("tokenizers")
+  alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+  tokenizer = library.Tokenizer(library.models.BPE({token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}, []))
+  tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.post_processor = library.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 256)])
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  own = data.prepare(tiny_config(**{"data.tokenizer": f"huggingface:{tmp_path}/tokenizer.json"}).data, log=lambda text: None)
+  source = sources.of_hugging_face(str(tmp_path), dataset=own.directory)
+  assert (source.prefix, source.bos) == (256, True), "the tokenizer decides, whatever parts the documents of the dataset"
 
 
 # what is wrong -> (arguments, what the one line on stderr holds); {run}, {quantized}, {empty}, {other} are folders

@@ -1,4 +1,5 @@
 """The harness around models whose every answer is known: of bytes, each with fixed chances to follow another."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -86,6 +87,58 @@ def test_greedy_generation_ends_at_a_stop_or_at_its_limit(harness_model):
     generate("a", max_gen_toks=CONTEXT)
   with pytest.raises(checks.ConfigError, match="only greedy"):
     generate("a", do_sample=True)
+
+
+@pytest.fixture(scope="module")
+def attentive():
+  """(model, params): a model that looks at all that it has read, so that a token before a text matters."""
+  sizes = dict(d_model=16, mlp_hidden=32, heads=2, kv_heads=2, d_head=8, init_std=0.5)
+  model = transformer.Transformer(dataclasses.replace(bigram(np.zeros((V, V)))[0].config, **sizes))
+  return model, jax.jit(lambda: transformer.init(model, 0))()
+
+
+def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
+  model, params = attentive
+  log_p = jax.jit(lambda ids: jax.nn.log_softmax(model.apply({"params": params}, ids)[0]))
+
+  def direct(before, text):
+    ids = np.array([*before, *BYTES.encode(text).tolist()])
+    padded = np.asarray(log_p(np.pad(ids, (0, CONTEXT - len(ids)))[None]), np.float64)
+    return padded[np.arange(len(before) - 1, len(ids) - 1), ids[len(before) :]].sum()
+
+  class Doubling(tokenizers.Bytes):
+    def encode_batch(self, texts):
+      return [np.concatenate([[self.bos], ids]) for ids in super().encode_batch(texts)]
+  make = lambda tokenizer, **options: zero_shot.HarnessModel(scoring.Scorer(model, params, context=CONTEXT), tokenizer, **options)
+  begun, plain = make(BYTES, prefix=BYTES.bos, bos=True), make(BYTES, prefix=BYTES.bos)
+  context = BYTES.encode("ab").tolist()
+  asked = [("ab", "cd"), ("ab ", "cd"), ("", "cd")]
+  with_it = [direct([BYTES.bos, *context], text) for text in ("cd", " cd")]
+  without = [direct(context, text) for text in ("cd", " cd")]
+  empty = direct([BYTES.bos], "cd")
+  assert np.abs(np.subtract(with_it, without)).min() > 0.01
+  for asks, known in ((begun, with_it), (make(Doubling(), prefix=BYTES.bos, bos=True), with_it), (plain, without)):
+    np.testing.assert_allclose([score for score, _ in ask(asks.loglikelihood, *asked[:2])], known, rtol=1e-5)
+  for asks in (begun, plain):
+    np.testing.assert_allclose(ask(asks.loglikelihood, asked[2])[0][0], empty, rtol=1e-5)
+    np.testing.assert_allclose(ask(asks.loglikelihood_rolling, ("cd",)), [empty], rtol=1e-5)
+
+  def greedy(ids, count):
+    for _ in range(count):
+      padded = np.asarray(log_p(np.pad(ids, (0, CONTEXT - len(ids)))[None]))
+      ids = [*ids, int(np.argmax(padded[len(ids) - 1]))]
+    return ids[-count:]
+  for asks, ids in ((begun, [BYTES.bos, *context]), (plain, context)):
+    expected_ids = zero_shot.until(greedy(ids, 6), {BYTES.bos, BYTES.eot})
+    assert ask(asks.generate_until, ("ab", {"max_gen_toks": 6})) == [BYTES.decode(expected_ids)]
+
+
+def test_what_is_generated_ends_where_the_next_document_begins(chances):
+  """The token before documents follows "d" here, and after it the model goes on."""
+  log_p_VxV = chances.copy()
+  log_p_VxV[ord("d"), BYTES.bos] = log_p_VxV[BYTES.bos, ord("x")] = 50.0
+  harness_model = zero_shot.HarnessModel(scoring.Scorer(*bigram(log_p_VxV), context=CONTEXT), BYTES, prefix=BYTES.bos, bos=True)
+  assert ask(harness_model.generate_until, ("ab", {"max_gen_toks": 8})) == ["cd"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   found = list({run.path.resolve(): run for root in ROOT.value for run in runs.find(root)}.values())
   require(bool(found), "--root", ",".join(ROOT.value), "holds no run; give the folders that hold the runs' workdirs")
   if DEGRADATION.value:
-    print(degradation.table(degradation.cells(found), DEGRADATION.value, "+.4f" if "difference" in DEGRADATION.value else ".4f"))
+    print(degradation.table(degradation.cells(found), DEGRADATION.value))
     return
   chosen = report_common_loss(found) if COMMON_LOSS.value else report_tuning(found)
   if OVERRIDES.value:

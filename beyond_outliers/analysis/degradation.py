@@ -12,6 +12,7 @@ from etils import epath
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
+from beyond_outliers.analysis.gaps import Estimate
 from beyond_outliers.checks import ConfigError, nearest, require
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
@@ -25,7 +26,7 @@ def cells(runs: Sequence[runs_lib.Run], folder: str = "eval") -> pd.DataFrame:
   return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"])
 
 
-def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.4f") -> str:
+def table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
   """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard error, the best of each recipe
   and optimizer in bold. Rows from the best mean over all optimizers on. loss_difference: nats, to full precision on the same
   tokens.
@@ -40,17 +41,22 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", style: str = "+.
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
   measured = measured[measured[metric].notna()]
   _check_comparable(measured)
-  by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem", "count"])
-  shown: dict[Any, Any] = by_cell.to_dict("index")
+  by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem"])
+  estimates = {cell: Estimate(*values) for cell, *values in by_cell.itertuples(name=None)}
   sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
   best = (sign * by_cell["mean"]).groupby(["recipe", "optimizer"]).min() * sign
   order = by_cell["mean"].groupby(["recipe", "method"]).mean()
   optimizers = sorted(set(measured.optimizer))
   rows: list[Sequence[str]] = [("recipe", "method", *optimizers)]
+
+  def shown(recipe, method, optimizer):
+    estimate = estimates.get((recipe, method, optimizer))
+    if estimate is None:
+      return ""
+    text = tables.plus_minus(estimate, digits, "+" if "difference" in metric else "")
+    return f"**{text}**" if estimate.mean == best[recipe, optimizer] else text
   for recipe, method in sorted(order.index, key=lambda row: (row[0], sign * order[row])):
-    cells_of = {optimizer: shown.get((recipe, method, optimizer)) for optimizer in optimizers}
-    rows.append((recipe, method, *(_shown(cell, best[recipe, optimizer], style) if cell else ""
-                                   for optimizer, cell in cells_of.items())))
+    rows.append((recipe, method, *(shown(recipe, method, optimizer) for optimizer in optimizers)))
   return tables.markdown(rows)
 
 
@@ -82,8 +88,3 @@ def _row(run: epath.Path, cell: dict[str, Any]) -> dict[str, Any]:
   measured = {name: math.inf if value is None else value for name, value in {**cell["metrics"], **tasks}.items()}
   return {**dict(zip(ORIGIN, values, strict=True)), **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
           **{name: cell["settings"][name] for name in MEASURED_ON}, **measured}
-
-
-def _shown(cell: Any, best: float, style: str) -> str:
-  text = format(cell["mean"], style) + (f" ± {cell['sem']:.4f}" if cell["count"] > 1 else "")
-  return f"**{text}**" if cell["mean"] == best else text

@@ -131,7 +131,16 @@ class HuggingFace(Tokenizer):
     self.eot, self.bos = self._first_known(EOT_NAMES), self._first_known(BOS_NAMES)
 
   def _first_known(self, names: Sequence[str]) -> int | None:
-    return next((i for i in map(self._model.token_to_id, names) if i is not None), None)
+    return next((i for i in map(self.id_of, names) if i is not None), None)
+
+  @property
+  def puts_first(self) -> int | None:
+    """The id that the file's post-processor puts before a text, which `encode` leaves to the trainer; None if it puts none."""
+    encoding = self._model.encode("a", add_special_tokens=True)
+    return encoding.ids[0] if encoding.special_tokens_mask[0] else None
+
+  def id_of(self, token: str) -> int | None:
+    return self._model.token_to_id(token)
 
   def encode_batch(self, texts):
     encodings = self._model.encode_batch(list(texts), add_special_tokens=False)
@@ -192,6 +201,26 @@ def load(name: str) -> Tokenizer:
   if kind in ("sentencepiece", "huggingface") and not argument:
     raise DataError(f"data.tokenizer = {name!r}: expected '{kind}:FILE'")
   return TOKENIZERS[kind](argument)
+
+
+def begins_texts(directory: str) -> int | None:
+  """The id that the tokenizer of a Hugging Face directory puts before every text; None if it puts none.
+
+  As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said, tokenizer.json's post-processor.
+  Errors: DataError for a token to be put that the vocabulary lacks."""
+  tokenizer = HuggingFace(os.path.join(directory, "tokenizer.json"))
+  settings_file = os.path.join(directory, "tokenizer_config.json")
+  settings = json.loads(_read_file(settings_file)) if os.path.exists(settings_file) else {}
+  adds, token = settings.get("add_bos_token"), settings.get("bos_token")
+  if adds is None:
+    return tokenizer.puts_first
+  if not adds:
+    return None
+  name = token["content"] if isinstance(token, dict) else token
+  found = tokenizer.id_of(name) if name else None
+  if found is None:
+    raise DataError(f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json")
+  return found
 
 
 def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:

@@ -85,6 +85,29 @@ def test_vocabularies(sentencepiece, huggingface):
   assert len({sentencepiece.fingerprint, huggingface.fingerprint, tokenizers.load("bytes").fingerprint}) == 3
 
 
+@pytest.mark.parametrize("adds,settings,expected", [
+  (True, None, 0), (False, None, None),                         # tokenizer.json alone: as Llama 3, as GPT-NeoX
+  (True, {"bos_token": "<s>"}, 0),
+  (True, {"add_bos_token": False, "bos_token": "<s>"}, None),
+  (False, {"add_bos_token": False, "bos_token": "<s>"}, None),  # as OLMo 2
+  (False, {"add_bos_token": True, "bos_token": "<s>"}, 0),      # as Llama 2
+  (False, {"add_bos_token": True, "bos_token": {"content": "</s>", "lstrip": False}}, 1),
+])
+def test_what_a_hugging_face_directory_puts_before_texts(huggingface, tmp_path, adds, settings, expected):
+  library = pytest.importorskip("tokenizers")
+  model = library.Tokenizer.from_buffer(huggingface._files["tokenizer.json"])
+  single, pair = ("<s> $A </s>", "<s> $A $B") if adds else ("$A </s>", "$A $B")
+  model.post_processor = library.processors.Sequence([
+    library.processors.ByteLevel(), library.processors.TemplateProcessing(single, pair, [("<s>", 0), ("</s>", 1)])])
+  model.save(str(tmp_path / "tokenizer.json"))
+  if settings is not None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  assert tokenizers.begins_texts(str(tmp_path)) == expected
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "<bos>"}))
+  with pytest.raises(DataError, match=r"add_bos_token is true, and bos_token = '<bos>' is not in"):
+    tokenizers.begins_texts(str(tmp_path))
+
+
 def test_gpt2_gives_gpt2s_ids(gpt2):
   assert gpt2.encode("Hello, my name is").tolist() == [15496, 11, 616, 1438, 318]
   assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
