@@ -46,9 +46,9 @@ from beyond_outliers import (
   optim,
   quant,
   text_table,
-  train,
 )
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import program as program_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 
@@ -75,7 +75,7 @@ BELONGS_TO = {
 
 def measure(c: config.Config, repeats: int) -> dict[str, Any]:
   """All figures as one flat dictionary; seconds, bytes, FLOP/s."""
-  program = train.build(c)
+  program = program_lib.build(c)
   dataset = data.prepare(c.data, log=lambda text: print(text, file=sys.stderr))
   result: dict[str, Any] = {"config": c.size, "dtype": c.model.dtype, "device": jax.devices()[0].device_kind,
                             "devices": jax.device_count()}
@@ -129,7 +129,8 @@ def whole_periods(step: Callable[[], Any], period: int, repeats: int) -> dict[st
           "longest_step_seconds": max(times)}
 
 
-def loop_overhead(program: train.Program, train_step: Any, state: step_lib.TrainState, batches: Any, steps: int) -> float:
+def loop_overhead(program: program_lib.Program, train_step: Any, state: step_lib.TrainState, batches: Any,
+                  steps: int) -> float:
   """1 − Σ step time / wall time of a run's loop with its log, the first step left out; every step is waited for."""
   c, spent, began = program.config, [], []
 

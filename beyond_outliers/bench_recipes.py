@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, hardware, quant, text_table, train
+from beyond_outliers import config, hardware, quant, text_table
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import program as program_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import dot, transformer
 from beyond_outliers.quant import aqt_backend
@@ -142,7 +143,7 @@ def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[dict
   rows, base, arguments = [], None, ()
   for recipe in ("none", *recipes):
     c = config.resolve(importlib.import_module("configs.adamw").get_config(f"{MODELS[name].argument},quant.recipe={recipe}"))
-    program = train.build(c, jax.devices()[:1])
+    program = program_lib.build(c, jax.devices()[:1])
     loss_fn = step_lib.make_loss_fn(program.model, c.data.mask_documents)
     with mesh_lib.use(program.mesh):
       compiled = _compiled(step_lib.accumulate(loss_fn, c.micro_batches), program.state.params, program.batch,
@@ -158,7 +159,7 @@ def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[dict
   return rows
 
 
-def _batch(program: train.Program) -> dict[str, jax.Array]:
+def _batch(program: program_lib.Program) -> dict[str, jax.Array]:
   """Random tokens."""
   draw, vocab = np.random.default_rng(0), program.config.model.vocab
   return {name: jnp.asarray(draw.integers(0, vocab, x.shape) if name in ("tokens", "targets") else np.ones(x.shape), x.dtype)

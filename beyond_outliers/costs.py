@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, flops, hlo, text_table, train
+from beyond_outliers import config, flops, hlo, text_table
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import program as program_lib
 from beyond_outliers.model import transformer
 
 Mesh = tuple[int, int, int]                  # devices along data, fsdp and model
@@ -37,18 +38,18 @@ def simulate_devices() -> None:
   jax.config.update("jax_num_cpu_devices", max(DEVICES))
 
 
-def programs(name: str, size: str, meshes: Iterable[Mesh]) -> Iterator[tuple[Mesh, train.Program]]:
+def programs(name: str, size: str, meshes: Iterable[Mesh]) -> Iterator[tuple[Mesh, program_lib.Program]]:
   """configs/<name>.py at `size` on each mesh that divides the model and its batch."""
   for mesh in meshes:
     axes = ",".join(f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True))
     c = config.resolve(importlib.import_module(f"configs.{name}").get_config(f"{size},{axes}"))
     try:
-      yield mesh, train.build(c, jax.devices()[:math.prod(mesh)])
+      yield mesh, program_lib.build(c, jax.devices()[:math.prod(mesh)])
     except config.ConfigError:
       continue
 
 
-def compiled_update(program: train.Program) -> list[hlo.Instruction]:
+def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
   """What each device runs for the optimizer's update alone."""
   params, state = program.state.params, program.state.opt_state
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
@@ -91,12 +92,12 @@ def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
       rows.append({
         "optimizer": name, "devices": program.mesh.size, "flops": mean.total(),
         **{f"flops/{kind}": mean[kind] for kind in flops.KINDS}, "flops/costliest": costliest.total(), "flops/model": model,
-        "over_adamw": (model + mean.total()) / (model + adamw[mesh]), "state_bytes": train.shard_bytes(program.state.opt_state),
-        "moved_bytes": hlo.received(compiled_update(program))})
+        "over_adamw": (model + mean.total()) / (model + adamw[mesh]),
+        "state_bytes": program_lib.shard_bytes(program.state.opt_state), "moved_bytes": hlo.received(compiled_update(program))})
   return rows
 
 
-def flops_of_update(program: train.Program) -> tuple[flops.Flops, flops.Flops]:
+def flops_of_update(program: program_lib.Program) -> tuple[flops.Flops, flops.Flops]:
   """(mean over the steps after which costs repeat, those of the costliest step), on one device, late in a run."""
   params, state = program.state.params, program.state.opt_state
   with mesh_lib.use(program.mesh):

@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from beyond_outliers import config, train
+from beyond_outliers import config
+from beyond_outliers import program as program_lib
 from beyond_outliers.model import transformer
 from configs import adamw, base
 
@@ -29,7 +30,7 @@ def named(name: str, arg: str = "") -> config.Config:
 @pytest.mark.parametrize("size", config.SIZES)
 def test_every_config_builds_at_every_size_with_the_parameters_it_says(name, size):
   c = named(name, size)
-  program = train.build(c)
+  program = program_lib.build(c)
   expected, tolerance = PARAMETERS[size]
   count = transformer.count(program.state.params)["total"]
   assert count == pytest.approx(expected, rel=tolerance)
@@ -58,7 +59,7 @@ def test_derived_values_follow_what_they_derive_from():
   c.batch_size = 8
   assert (c.model.kv_heads, c.model.d_model, c.model.mlp_hidden, c.model.vocab) == (4, 384, 1536, 1024)
   assert c.eval.batch_size == 8
-  count = transformer.count(train.build(config.resolve(c)).state.params)["total"]
+  count = transformer.count(program_lib.build(config.resolve(c)).state.params)["total"]
   assert c.steps == -(-20 * count // (8 * 256)) != before
   c.steps = 90
   assert (c.checkpoint.every, c.eval.every) == (23, 30)

@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from beyond_outliers import config, evaluation, mesh, train
+from beyond_outliers import config, evaluation, mesh
+from beyond_outliers import program as program_lib
 from configs import adamw
 
 
@@ -82,7 +83,7 @@ def test_a_loss_that_is_not_a_number_stays_visible():
 def test_a_target_without_weight_counts_nowhere():
   """Through the compiled step: neither the first target of a masked document, nor padding, nor rows beyond the end."""
   tiny = "nano,model.blocks=1,model.d_head=4,data.vocab=32,context=8,batch_size=8"
-  program = train.build(config.resolve(adamw.get_config(tiny)))
+  program = program_lib.build(config.resolve(adamw.get_config(tiny)))
   params = program.init().params
   rng = np.random.default_rng(0)
   batch = {"tokens": rng.integers(0, 32, (8, 8)), "targets": rng.integers(0, 32, (8, 8)),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, mesh, runs, train, writers
+from beyond_outliers import program as program_lib
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def test_the_model_is_the_one_that_was_trained(tiny_config, tmp_path):
   train.run(c, tmp_path, say=lambda text: None)
   run = runs.open(tmp_path)
   tokens = next(run.batches("validation"))["tokens"]
-  program = train.build(c)
+  program = program_lib.build(c)
   with mesh.use(program.mesh):
     _, state, _, _ = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).restore(program.state, 1)
   expected = jax.jit(program.model.apply)({"params": jax.device_get(state.params)}, tokens)
@@ -51,7 +52,7 @@ def test_open(workdir, tiny_config):
 
 def test_parameters_of_eight_devices_on_one(workdir):
   run = runs.open(workdir)
-  program = train.build(run.config)
+  program = program_lib.build(run.config)
   with mesh.use(program.mesh):
     _, state, _, _ = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(program.state, 2)
   params = run.params(2)

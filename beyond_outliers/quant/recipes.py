@@ -61,9 +61,10 @@ class Recipe:
 
   def layer(self, path: str) -> LayerRecipe | None:
     """The recipe of the layer at `path`. Errors: ConfigError when no rule matches."""
-    return self.rules[self._rule(path)][1]
+    return self.rules[self.rule(path)][1]
 
-  def _rule(self, path: str) -> int:
+  def rule(self, path: str) -> int:
+    """Which of the rules the layer at `path` follows. Errors: as `layer`."""
     for i, (paths, _) in enumerate(self.rules):
       if re.fullmatch(paths, path):
         return i
@@ -76,7 +77,7 @@ class Recipe:
     Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not divide a width or a shard's."""
     used = set()
     for path, contraction in contractions.items():
-      used.add(self._rule(path))
+      used.add(self.rule(path))
       layer = self.layer(path)
       if layer is not None:
         _check_blocks(path, layer, contraction)

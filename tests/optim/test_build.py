@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from beyond_outliers import config, hyperparameters, optim, train
+from beyond_outliers import config, hyperparameters, optim
+from beyond_outliers import program as program_lib
 from beyond_outliers.optim import groups
 from configs import adamw, base
 
@@ -59,7 +60,7 @@ def test_state_and_dtypes_keep_their_structure_over_a_step():
 @pytest.mark.parametrize("axes", ["mesh.data=2,mesh.fsdp=2,mesh.model=2", "mesh.data=1,mesh.fsdp=4,mesh.model=2"])
 def test_moments_lie_where_their_parameters_lie(axes):
   shape = "nano,model.blocks=1,model.heads=6,model.d_head=4,data.vocab=64,context=8,batch_size=8,"
-  program = train.build(config.resolve(adamw.get_config(shape + axes)))
+  program = program_lib.build(config.resolve(adamw.get_config(shape + axes)))
   state = program.init()
   of_parameter = {groups.path_of(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(state.params)}
   found = []

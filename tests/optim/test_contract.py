@@ -17,7 +17,8 @@ import optax
 import pytest
 
 import configs
-from beyond_outliers import checkpoint, config, mesh, optim, train
+from beyond_outliers import checkpoint, config, mesh, optim
+from beyond_outliers import program as program_lib
 from beyond_outliers.mesh import Axes
 from beyond_outliers.optim import blocks
 from beyond_outliers.step import TrainState, init_state
@@ -329,7 +330,7 @@ CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if m
 def test_every_parameter_of_the_model_has_one_group(name):
   """Of every configuration: no other group's paths match it, so that their order does not matter."""
   c = config.resolve(importlib.import_module(f"configs.{name}").get_config("nano"))
-  program = train.build(c, jax.devices()[:1])
+  program = program_lib.build(c, jax.devices()[:1])
   labels = {mesh.path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)}
   assert len(labels) == len(jax.tree.leaves(program.state.params))
   for path, label in labels.items():

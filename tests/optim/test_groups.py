@@ -6,7 +6,8 @@ import jax
 import pytest
 
 import configs
-from beyond_outliers import config, train
+from beyond_outliers import config
+from beyond_outliers import program as program_lib
 from beyond_outliers.optim import groups
 
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
@@ -29,7 +30,7 @@ def test_the_first_group_that_matches_a_whole_path_wins():
 @pytest.mark.parametrize("switches", ["", ",model.tied=False", ",model.mlp=swiglu,model.qk_norm=rms,model.attention_scale=rsqrt"])
 def test_the_studys_groups_hold_every_parameter(name, switches):
   """embedding: the table; vector: gains and scales; hidden: matrices, also a head of its own."""
-  program = train.build(config.resolve(importlib.import_module(f"configs.{name}").get_config("nano" + switches)))
+  program = program_lib.build(config.resolve(importlib.import_module(f"configs.{name}").get_config("nano" + switches)))
   labels = {groups.path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)}
   shapes = {groups.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params)}
   assert labels.keys() == shapes.keys()

@@ -10,6 +10,7 @@ import pytest
 
 from beyond_outliers import config, train
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import program as program_lib
 from beyond_outliers.model import loss, transformer
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize
 from configs import adamw, shampoo_qat
@@ -172,7 +173,7 @@ def test_a_run_goes_on_in_four_bits_from_full_precision(trained):
 def test_evaluation_is_of_the_quantized_model(trained, tiny):
   """The loss of the same parameters, with and without the recipe."""
   c = config.resolve(adamw.get_config(tiny(**{"quant.recipe": "quest_w4a4"})))
-  program = train.build(c, jax.devices()[:1])
+  program = program_lib.build(c, jax.devices()[:1])
   params = fresh(program.model)
   batch = {name: jnp.ones((8, 32), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
   batch["weights"] = jnp.ones((8, 32))
@@ -196,13 +197,13 @@ def test_evaluation_is_of_the_quantized_model(trained, tiny):
 ])
 def test_what_a_run_refuses(overrides, message):
   with pytest.raises(config.ConfigError, match=message):
-    train.build(config.resolve(shampoo_qat.get_config("nano," + overrides)), jax.devices()[:1])
+    program_lib.build(config.resolve(shampoo_qat.get_config("nano," + overrides)), jax.devices()[:1])
 
 
 def test_a_mesh_that_would_cut_blocks_is_refused(tiny):
   c = config.resolve(adamw.get_config(tiny(**{"quant.recipe": "quest_w4a4", "mesh.model": 2})))
   with pytest.raises(config.ConfigError, match=r"mesh.model = 2: layers/0/attention/o sums over 48 numbers, 24 on each"):
-    train.build(c)
+    program_lib.build(c)
 
 
 def test_trees_hold_boxes_of_learned_scales():
