@@ -89,16 +89,20 @@ def operands(dtype: str) -> tuple[jax.Array, ...]:
 
 
 def product_types(layer: Layer, dtype: str) -> dict[str, str]:
-  """Operands and sums of the three products as lowered for GPU: {"forward": "i8·i8→i32", ...}. Nothing is compiled or run."""
+  """Operands and sums of the three products as lowered for GPU and TPU: {"forward": "i8·i8→i32", ...}; both where they differ.
+
+  Nothing is compiled or run."""
   shapes = jax.eval_shape(lambda: (layer.params, *operands(dtype)))
-  text = jax.jit(with_gradients(layer).apply).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-  found = {}
-  for a, b, y in re.findall(r"dot_general .* : \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>", text):
-    *shape, total = y.split("x")
-    product = PRODUCTS.get(tuple(map(int, shape)))
-    if product:
-      found[product] = f"{a.split('x')[-1]}·{b.split('x')[-1]}→{total}"
-  return {product: found[product] for product in ("forward", "dx", "dw")}
+  traced = jax.jit(with_gradients(layer).apply).trace(*shapes)
+  found: dict[str, list[str]] = {"forward": [], "dx": [], "dw": []}
+  for platform in ("cuda", "tpu"):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    for a, b, y in re.findall(r"dot_general .* : \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>", text):
+      *shape, total = y.split("x")
+      product = PRODUCTS.get(tuple(map(int, shape)))
+      if product:
+        found[product].append(f"{a.split('x')[-1]}·{b.split('x')[-1]}→{total}")
+  return {product: " | ".join(dict.fromkeys(types)) for product, types in found.items()}
 
 
 def by_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -203,5 +207,5 @@ def table(result: Mapping[str, Any]) -> str:
                    mebibytes(row["plain_temporary_bytes"]), f"{row['temporary_bytes'] / row['plain_temporary_bytes']:.2f}",
                    peak(row)))
   title = (f"one linear layer, {TOKENS:,} tokens, {INPUTS} -> {OUTPUTS}, on {result['device']}; "
-           "types of its products as lowered for GPU")
+           "types of its products as lowered for GPU and TPU")
   return "\n".join([title, *text_table.aligned(layers), "", "loss and gradients of a step", *text_table.aligned(models)])
