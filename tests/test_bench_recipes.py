@@ -19,6 +19,16 @@ def test_types_of_products_for_other_devices(name, dtype, expected, backend):
   assert types == dict(zip(("forward", "dx", "dw"), expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", quant.BACKENDS)
+def test_four_bits_take_at_most_half_as_much_memory_again(backend):
+  """Forward and backward, on CPU; float32 copies of the rotated operands that live on would make it two thirds."""
+  ours, base = (bench_recipes.with_gradients(layer) for layer in (
+    bench_recipes.quantized(bench_recipes.ROWS["quest_w4a4"], backend), bench_recipes.plain()))
+  figures = bench_recipes.memory(*(
+    jax.jit(layer.apply).lower(layer.params, *bench_recipes.operands("float32")).compile() for layer in (ours, base)))
+  assert figures["peak_bytes"] <= 1.5 * figures["plain_peak_bytes"]
+
+
 def test_learned_scales_are_learned():
   """Their gradient is part of what is timed."""
   layer = bench_recipes.quantized(bench_recipes.ROWS["lsq_w4a4"], "jax")
