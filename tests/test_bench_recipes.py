@@ -19,6 +19,17 @@ def test_types_of_products_for_other_devices(name, dtype, expected, backend):
   assert types == dict(zip(("forward", "dx", "dw"), expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", quant.BACKENDS)
+def test_four_bits_take_at_most_half_as_much_memory_again(backend):
+  """Forward and backward, on CPU, as it is scheduled outside of tests."""
+  scheduled = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT"}
+  ours, base = (jax.jit(bench_recipes.with_gradients(layer).apply, compiler_options=scheduled)
+                .lower(layer.params, *bench_recipes.operands("float32")).compile()
+                for layer in (bench_recipes.quantized(bench_recipes.ROWS["quest_w4a4"], backend), bench_recipes.plain()))
+  figures = bench_recipes.memory(ours, base)
+  assert figures["peak_bytes"] <= 1.5 * figures["plain_peak_bytes"]
+
+
 def test_learned_scales_are_learned():
   """Their gradient is part of what is timed."""
   layer = bench_recipes.quantized(bench_recipes.ROWS["lsq_w4a4"], "jax")

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 # Each floor may import from its own and those before it.
 FLOORS = (
   ("checks", "hyperparameters", "config", "hyper"),
-  ("mesh", "hardware", "flops", "hlo", "lapack", "transpose", "quant", "optim", "data", "writers", "text_table"),
+  ("mesh", "hardware", "flops", "hlo", "lapack", "transpose", "apart", "quant", "optim", "data", "writers", "text_table"),
   ("model",),
   ("step", "checkpoint", "export", "scoring"),
   ("evaluation", "program"),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from beyond_outliers.apart import apart
 from beyond_outliers.checks import require
 from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics, weights
 from beyond_outliers.quant.recipes import Recipe
@@ -40,12 +41,11 @@ class QuantizedDot(nn.Module):
     options: dict[str, Any] = {}
     if self._has("rounding", "stochastic"):
       options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
-    if self._has("scale", "learned"):
-      options["scales"] = self._scales(lhs, rhs, w_axis)
+    scales = self._scales(lhs, rhs, w_axis) if self._has("scale", "learned") else None
     if self.recipe.activations is not None and self.is_mutable_collection("statistics") and not self.is_initializing():
-      scale = options["scales"][0] if "scales" in options else None
+      scale = scales[0] if scales else None
       self.sow("statistics", "activations", statistics.measure(lhs, self.recipe.activations, 1, scale)[0])
-    return BACKENDS[self.backend](lhs, rhs, w_axis, self.recipe, **options)
+    return _product(BACKENDS[self.backend], w_axis, self.recipe, lhs, rhs, scales, options)
 
   def _has(self, field, value):
     specs = (self.recipe.weights, self.recipe.activations, self.recipe.gradients)
@@ -67,6 +67,30 @@ class QuantizedDot(nn.Module):
     log_scale: Any = self.param("log_scale", nn.with_logical_partitioning(begin, ("vector",)))
     each = dict(zip(learned, jnp.exp(log_scale).reshape(-1, 1, 1), strict=True))
     return each.get("activations"), each.get("weights")
+
+
+def _multiply(backend, w_axis, layer, x_TxK, w, scales, options):
+  return backend(x_TxK, w, w_axis, layer, **options, **({} if scales is None else {"scales": scales}))
+
+
+def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
+  """(y, its pullback: a tree of codes, their scales and masks)."""
+  def with_pullback(x_TxK, w, scales, options):
+    return jax.vjp(lambda x, w, scales: _multiply(backend, w_axis, layer, x, w, scales, options), x_TxK, w, scales)
+  return apart(with_pullback, x_TxK, w, scales, options)
+
+
+def _backward(backend, w_axis, layer, pullback, g_TxO):
+  del backend, w_axis, layer
+  x_bar = apart(lambda pullback, g_TxO: pullback(g_TxO)[:1], pullback, g_TxO)
+  others = apart(lambda pullback, g_TxO: pullback(g_TxO)[1:], pullback, g_TxO)
+  return *x_bar, *others, None
+
+
+# The forward pass and either gradient apart: else XLA:CPU keeps rotated numbers in the place of codes and masks, and works on
+# both gradients at once, each with its own scaled copy of y's.
+_product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1, 2))
+_product.defvjp(_forward, _backward)
 
 
 def dot_general_for(recipe: Recipe, backend: str = "aqt") -> Callable[[str], Callable[[], QuantizedDot] | None]:

@@ -42,9 +42,12 @@ def unrotate(x: jax.Array, rotation: str, axis: int) -> jax.Array:
 
 
 def _blocks(x, axis):
-  axis = axis % x.ndim
+  return _multiply(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis % x.ndim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _multiply(x, axis):
   size = block_size(x.shape[axis])
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   matrix = jnp.asarray(hadamard(size), x.dtype)
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if axis == x.ndim - 1:
@@ -52,6 +55,10 @@ def _blocks(x, axis):
   # A product a block: summing over an axis in the middle would transpose what it is given and what it returns.
   blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1:]))
   return product(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(x.shape)
+
+
+# The matrix is its own transpose. Automatic differentiation would keep one for the backward pass, and a copy of it a block.
+_multiply.defvjp(lambda x, axis: (_multiply(x, axis), None), lambda axis, nothing, g: (_multiply(g, axis),))
 
 
 def _signs(x, axis):
