@@ -1,8 +1,7 @@
 """Quantization after training: a trained model in, one that obeys the same contract out.
 
 A method is a row of METHODS: what rotates, what smooths, what rounds. Matrices become codes block after block, from the
-statistics of their inputs over all calibration batches. Only those of one block are in memory: for every block the batches go
-anew through the blocks before it.
+statistics of their inputs over all calibration batches (calibration.py).
 
 A tied head is quantized in every call, since the embedding needs its matrix whole: to nearest, whatever the method.
 """
@@ -34,7 +33,8 @@ from beyond_outliers.quant.weights import Weight
 class Method:
   """rounding: row of ROUNDERS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
   of the recipe's "absmax" and "none", or "". fused: rotations that matrices can take in are (fusion.py). sequential: a block sees
-  what the blocks before it make once they are quantized, else what they made in full precision."""
+  what the blocks before it make once they are quantized, else what they made in full precision; within a block, layers see each
+  other in full precision (the official code without `--true-sequential`)."""
   rounding: str = "nearest"
   smoothing: str = ""
   scale: str = ""
@@ -45,6 +45,10 @@ class Method:
   @property
   def calibrated(self) -> bool:
     return self.rounding != "nearest" or bool(self.smoothing)
+
+  @property
+  def needs_gram(self) -> bool:
+    return self.rounding != "nearest" or self.smoothing == "awq"
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
     """What this method makes of a layer's recipe. Gradients have no part in it any more. rotated: the inputs come in so."""
@@ -152,17 +156,17 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
   of_recipe = dot_general_for(recipe, "jax")
   serving = model.clone(dot_general_for=of_recipe)
   blocks: list[dict[str, Weight]] = []
-  before: list[Stage] = []
+  stream = calibration.Stream(plain, params, batches)
   for depth in range(model.config.blocks):
     of_block, inputs = _part(params["layers"], depth), {}
     if how.calibrated:
-      inputs = calibration.of_block(plain, params, before, Stage(watching.block(depth), of_block), batches)
+      inputs = stream.see(Stage(watching.block(depth), of_block), gram=how.needs_gram, run=not how.sequential)
       _check_finite(inputs, f"layers/{depth}")
     layers = {path: recipe.layer(f"layers/{depth}/{path}") for path in paths}
     blocks.append({path: _weight(_at(of_block, path), layer, how, inputs.get(path)) for path, layer in layers.items()
                    if layer is not None and layer.weights is not None})
-    before.append(Stage(serving.block(depth), _with(of_block, blocks[-1])) if how.sequential else
-                  Stage(plain.block(depth), of_block))
+    if how.sequential:
+      stream.run(Stage(serving.block(depth), _with(of_block, blocks[-1])))
     jax.block_until_ready(blocks)
     say(f"{method}: block {depth + 1} of {model.config.blocks}")
 
@@ -172,7 +176,7 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
     for path in paths if any(path in block for block in blocks)})}
   head = recipe.layer("head")
   if "head" in params and head is not None and head.weights is not None:
-    inputs = calibration.of_head(plain, params, before, batches) if how.calibrated else None
+    inputs = stream.see_head(gram=how.needs_gram) if how.calibrated else None
     result = _with(result, {"head": _weight(params["head"], head, how, inputs)})
   return QuantizedModel(_serving(model, result, recipe), result, recipe, method)
 
@@ -195,7 +199,8 @@ def _serving(model: Any, params: Any, recipe: Recipe) -> Any:
 
 def _check_finite(inputs: dict[str, Inputs], where: str) -> None:
   for path, of_layer in inputs.items():
-    require(bool(jnp.isfinite(of_layer.gram_KxK).all()), f"calibration_batches: {where}/{path}", "not finite",
+    finite = all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(of_layer))
+    require(finite, f"calibration_batches: {where}/{path}", "not finite",
             "the layer's inputs overflow or are no numbers; look at the checkpoint, or at the tokens")
 
 
@@ -230,7 +235,7 @@ def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) ->
   w_KxO, spec = weights.prepare(kernel_KxO, layer, smooth_K), layer.weights
   assert spec is not None            # the caller saw to it
   gram_KxK: Any = None
-  if inputs is not None:
+  if how.needs_gram:
     gram_KxK = weights.prepare_gram(inputs.gram_KxK, layer, smooth_K)
     w_KxO = w_KxO.astype(gram_KxK.dtype)
   scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale

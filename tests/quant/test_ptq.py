@@ -10,7 +10,7 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.checks import ConfigError
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import fusion, ptq, quantizers, rotations, rounding, smoothing, weights
+from beyond_outliers.quant import calibration, fusion, ptq, quantizers, rotations, rounding, smoothing, weights
 from beyond_outliers.quant.calibration import Inputs
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.recipes import RECIPES, Recipe
@@ -191,6 +191,36 @@ def test_later_blocks_of_gptq_see_quantized_inputs():
   again = ptq.quantize(model, params, Recipe(rules), "gptq", BATCHES)
   ours, alone = q.params["layers"]["mlp"]["up"]["kernel"].codes[2], again.params["layers"]["mlp"]["up"]["kernel"].codes[2]
   assert np.mean(ours != alone) > 0.01
+
+
+@pytest.mark.parametrize("method,gram,runs", [("smoothquant", False, 0), ("awq", True, 0), ("gptq", True, 2)])
+def test_every_block_runs_once_or_twice_a_batch(method, gram, runs, monkeypatch):
+  """Not once for every block behind it; and Gram matrices are only made where something reads them."""
+  model, params = plain()
+  calls = {"_run": [], "_see_block": []}
+
+  def count(name, function):
+    monkeypatch.setattr(calibration, name, lambda module, *rest: calls[name].append(rest) or function(module, *rest))
+  count("_run", calibration._run)
+  count("_see_block", calibration._see_block)
+  ptq.quantize(model, params, W4A16, method, BATCHES)
+  assert len(calls["_see_block"]) == MODEL.blocks * len(BATCHES) and len(calls["_run"]) == runs * len(BATCHES)
+  assert {asked for asked, *_ in calls["_see_block"]} == {gram}
+  stream = calibration.Stream(model, params, BATCHES)
+  watched = model.clone(dot_general_for=calibration.watched).block(0)
+  seen = stream.see(calibration.Stage(watched, jax.tree.map(lambda x: x[0], params["layers"])), gram=gram, run=False)
+  assert {inputs.gram_KxK is not None for inputs in seen.values()} == {gram}
+
+
+def test_what_is_not_sequential_sees_every_block_in_full_precision():
+  model, params = plain()
+  smooth = ptq.quantize(model, params, W4A4, "smoothquant", BATCHES).params["layers"]["mlp"]["up"]["kernel"].smooth
+  watched, tokens = model.clone(dot_general_for=calibration.watched), np.concatenate([batch["tokens"] for batch in BATCHES])
+  seen = watched.apply({"params": params}, tokens, mutable="intermediates")[1]["intermediates"]["layers"]["mlp"]["up"]
+  ((x_NxTxK,),) = jax.tree.leaves(seen, is_leaf=lambda node: isinstance(node, tuple))
+  for depth, w_KxO in enumerate(params["layers"]["mlp"]["up"]["kernel"]):
+    expected = smoothing.smoothquant(w_KxO, Inputs(jnp.abs(x_NxTxK[depth]).max(0), None, None), W4A4.default)
+    np.testing.assert_allclose(smooth[depth], expected, rtol=1e-5)
 
 
 def test_calibration_is_the_mean_over_all_batches():
