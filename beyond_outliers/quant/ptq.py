@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beyond_outliers.checks import ConfigError, nearest, require
+from beyond_outliers.checks import ConfigError, fraction, nearest, require
 from beyond_outliers.quant import calibration, formats, fusion, quantizers, weights
 from beyond_outliers.quant.calibration import Inputs, Stage
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.recipes import Contraction, Recipe, stacked
-from beyond_outliers.quant.rounding import ROUNDERS
-from beyond_outliers.quant.smoothing import SMOOTHINGS
+from beyond_outliers.quant.rounding import DAMPING, ROUNDERS
+from beyond_outliers.quant.smoothing import ALPHA, SMOOTHINGS
 from beyond_outliers.quant.spec import LayerRecipe
 from beyond_outliers.quant.weights import Weight
 
@@ -34,13 +35,25 @@ class Method:
   """rounding: row of ROUNDERS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
   of the recipe's "absmax" and "none", or "". fused: rotations that matrices can take in are (fusion.py). sequential: a block sees
   what the blocks before it make once they are quantized, else what they made in full precision; within a block, layers see each
-  other in full precision (the official code without `--true-sequential`)."""
+  other in full precision (the official code without `--true-sequential`). alpha: of smoothquant, 0 to 1: how much of the inputs'
+  range goes to the matrix. damping: of gptq, in mean squares of an input. Errors: ConfigError."""
   rounding: str = "nearest"
   smoothing: str = ""
   scale: str = ""
   rotation: str = ""
   fused: bool = False
   sequential: bool = False
+  alpha: float = ALPHA
+  damping: float = DAMPING
+
+  def __post_init__(self):
+    fraction(self, "", "alpha")
+    require(0 < self.damping < math.inf, "damping", self.damping, "expected a number above 0, such as 0.01")
+
+  @property
+  def options(self) -> tuple[str, ...]:
+    """The numbers that it looks at."""
+    return ("alpha",) * (self.smoothing == "smoothquant") + ("damping",) * (self.rounding != "nearest")
 
   @property
   def calibrated(self) -> bool:
@@ -84,6 +97,8 @@ METHODS: dict[str, Method] = {
   "hadamard+gptq_mse": Method("gptq", scale="mse", rotation="hadamard", sequential=True),
 }
 
+OPTION = re.compile(r"\((\w+)=([-+.0-9e]+)\)")     # behind a part of a method's name; its characters may stand in names of files
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModel:
@@ -117,10 +132,22 @@ def restored(tensors: Any, description: Any) -> QuantizedModel:
 
 
 def named(name: str, field: str = "method") -> Method:
-  """A row of METHODS. Errors: ConfigError with the nearest name."""
-  if name not in METHODS:
-    raise ConfigError(f"{field} = {name!r}: unknown method; {nearest(name, METHODS, cutoff=0.4)}")
-  return METHODS[name]
+  """A row of METHODS, with other numbers where its name sets some: `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
+
+  Errors: ConfigError with the nearest name, the options of the row, or their range."""
+  row, options = OPTION.sub("", name), OPTION.findall(name)
+  require("(" not in row, field, name, "numbers are written as in smoothquant(alpha=0.75)+gptq(damping=0.1)")
+  if row not in METHODS:
+    raise ConfigError(f"{field} = {name!r}: unknown method; {nearest(row, METHODS, cutoff=0.4)}")
+  known = METHODS[row].options
+  for option, _ in options:
+    require(option in known and len(options) == len(dict(options)), field, name, f"{row} takes "
+            + (" and ".join(f"({one}=NUMBER) once" for one in known) or "no numbers") + f", not {option!r} here")
+  try:
+    numbers: dict[str, Any] = {option: float(number) for option, number in options}
+    return dataclasses.replace(METHODS[row], **numbers)
+  except ValueError as error:          # no number, or one out of its range
+    raise ConfigError(f"{field} = {name!r}: {error}") from None
 
 
 def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
@@ -231,7 +258,7 @@ def _weight(params: Any, layer: LayerRecipe, how: Method, inputs: Inputs | None)
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) -> Weight:
-  smooth_K = SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer) if how.smoothing else None
+  smooth_K = SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer, how.alpha) if how.smoothing else None
   w_KxO, spec = weights.prepare(kernel_KxO, layer, smooth_K), layer.weights
   assert spec is not None            # the caller saw to it
   gram_KxK: Any = None
@@ -239,7 +266,7 @@ def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) ->
     gram_KxK = weights.prepare_gram(inputs.gram_KxK, layer, smooth_K)
     w_KxO = w_KxO.astype(gram_KxK.dtype)
   scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
-  return Weight(*ROUNDERS[how.rounding](w_KxO, scale, spec, gram_KxK), smooth_K)
+  return Weight(*ROUNDERS[how.rounding](w_KxO, scale, spec, gram_KxK, how.damping), smooth_K)
 
 
 def _stack(each: Sequence[Weight | None], kernel_NxKxO: jax.Array, layers: Sequence[LayerRecipe | None]) -> Weight:
