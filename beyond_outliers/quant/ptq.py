@@ -160,24 +160,14 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
   Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches or such of another tokenizer,
   inputs that are not finite, a recipe that does not fit the model, or learned scales that the parameters do not hold."""
   how = named(method)
-  require(not any(isinstance(leaf, Weight) for leaf in traverse_util.flatten_dict(params).values()), "params", "quantized",
-          "they hold codes already; start from those of a trained model")
   batches, vocab = list(calibration_batches) if how.calibrated else [], model.config.vocab
   require(not how.calibrated or bool(batches), "calibration_batches", batches,
           f"{method} looks at the inputs of every layer: give it some")
   for batch in batches:
     largest = int(np.max(batch["tokens"]))
     require(largest < vocab, "calibration_batches", largest, f"the model knows tokens below {vocab}; take those of its tokenizer")
-  contractions = model.contractions()
-  if how.fused:
-    model, params, rotated = fusion.fuse(model, params)
-    # A rule for every path: what is rotated already does not follow the recipe's.
-    rules = ((path, recipe.layer(path), path.split("/", 2)[-1] in rotated) for path in contractions)
-    recipe = Recipe(tuple((re.escape(path), how.layer(layer, rotated=is_rotated)) for path, layer, is_rotated in rules))
-  else:
-    recipe = Recipe(tuple((paths, how.layer(layer)) for paths, layer in recipe.rules))
-  recipe.check({path: Contraction(width) for path, (width, _) in contractions.items()})
-  paths = [path.removeprefix("layers/0/") for path in contractions if path.startswith("layers/0/")]
+  model, params, recipe = _prepared(model, params, recipe, how)
+  paths = [path.removeprefix("layers/0/") for path in model.contractions() if path.startswith("layers/0/")]
 
   plain, watching = model.clone(dot_general_for=None), model.clone(dot_general_for=calibration.watched)
   of_recipe = dot_general_for(recipe, "jax")
@@ -208,9 +198,39 @@ def quantize(model: Any, params: Any, recipe: Recipe, method: str = "rtn",
   return QuantizedModel(_serving(model, result, recipe), result, recipe, method)
 
 
+def check(model: Any, params: Any, recipe: Recipe, method: str = "rtn", field: str = "method") -> None:
+  """Whether `quantize` takes them, before there are numbers. params: shapes will do. Errors: ConfigError, as there."""
+  how = named(method, field)
+  jax.eval_shape(lambda params: _prepared(model, params, recipe, how)[1], params)
+
+
 def quantized(model: Any, params: Any, recipe: Recipe) -> QuantizedModel:
   """A model that was trained under `recipe`, with its matrices as the codes that it multiplied with."""
   return quantize(model, params, recipe)
+
+
+def _prepared(model: Any, params: Any, recipe: Recipe, how: Method) -> tuple[Any, Any, Recipe]:
+  """The model and its parameters with the rotations that they take in, and what the method makes of the recipe.
+
+  Errors: ConfigError, whatever does not go together."""
+  require(not any(isinstance(leaf, Weight) for leaf in traverse_util.flatten_dict(params).values()), "params", "quantized",
+          "they hold codes already; start from those of a trained model")
+  contractions = model.contractions()
+  if how.fused:
+    model, params, rotated = fusion.fuse(model, params)
+    # A rule for every path: what is rotated already does not follow the recipe's.
+    rules = ((path, recipe.layer(path), path.split("/", 2)[-1] in rotated) for path in contractions)
+    recipe = Recipe(tuple((re.escape(path), how.layer(layer, rotated=is_rotated)) for path, layer, is_rotated in rules))
+  else:
+    recipe = Recipe(tuple((paths, how.layer(layer)) for paths, layer in recipe.rules))
+  recipe.check({path: Contraction(width) for path, (width, _) in contractions.items()})
+  for path in contractions:
+    layer = recipe.layer(path)
+    learns = layer is not None and "learned" in [spec.scale for spec in (layer.weights, layer.activations) if spec]
+    embedded = path == "head" and "head" not in params
+    require(not learns or embedded or _log_scale(_at(params, stacked(path))) is not None, f"recipe: {path}: scale", "learned",
+            "the parameters hold no learned scales; only a model that was trained under this recipe has them")
+  return model, params, recipe
 
 
 def _serving(model: Any, params: Any, recipe: Recipe) -> Any:
@@ -246,14 +266,16 @@ def _with(params: Any, kernels: dict[str, Weight]) -> Any:
   return traverse_util.unflatten_dict({**flat, **{f"{path}/kernel": weight for path, weight in kernels.items()}}, sep="/")
 
 
+def _log_scale(params: Any) -> Any:
+  """Learned scales of a linear layer, given its parameters: of activations and weights."""
+  return next((node["log_scale"] for node in params.values() if isinstance(node, dict)), None)
+
+
 def _weight(params: Any, layer: LayerRecipe, how: Method, inputs: Inputs | None) -> Weight:
   """The matrix of one linear layer, given its parameters."""
-  learned = next((jnp.exp(node["log_scale"]) for node in params.values() if isinstance(node, dict)), None)
-  for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
-    require(spec is None or spec.scale != "learned" or learned is not None, f"recipe.{operand}.scale", "learned",
-            "the parameters hold no learned scales; only a model that was trained under this recipe has them")
-  weights_learn = learned is not None and layer.weights is not None and layer.weights.scale == "learned"
-  return _rounded(params["kernel"], inputs, learned[-1].reshape(1, 1) if weights_learn else None, layer, how)
+  learns = layer.weights is not None and layer.weights.scale == "learned"
+  scale = jnp.exp(_log_scale(params))[-1].reshape(1, 1) if learns else None
+  return _rounded(params["kernel"], inputs, scale, layer, how)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

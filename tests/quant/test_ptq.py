@@ -334,16 +334,29 @@ def test_sizes_count_every_bit():
 
 def test_what_is_refused():
   model, params = plain()
-  q = ptq.quantize(model, params, W4A4)
   for call, message in {
-    lambda: ptq.quantize(model, params, W4A4, "gptw", BATCHES): "did you mean 'gptq'",
-    lambda: ptq.quantize(model, q.params, W4A4): "hold codes already",
     lambda: ptq.quantize(model, params, W4A4, "awq"): "awq looks at the inputs",
-    lambda: ptq.quantize(model, params, RECIPES["lsq_w4a4"]): "no learned scales",
-    lambda: ptq.quantize(model, params, RECIPES["lsq_w4a4"], "hadamard"): "neither rotates nor smooths",
     lambda: ptq.quantize(model, params, W4A4, "awq", [{"tokens": TOKENS + 64}]): "tokens below 64",
-    lambda: ptq.quantize(model, params, RECIPES["rtn_w4a16_g128"]): "blocks of 128 do not divide a width of 64",
-    lambda: ptq.quantize(model, params, RECIPES["mxfp4"], "rtn_mse"): "has a rule of its own",
+    lambda: ptq.quantize(model, ptq.quantize(model, params, W4A4).params, W4A4): "hold codes already",
   }.items():
     with pytest.raises(ConfigError, match=message):
       call()
+
+
+@pytest.mark.parametrize("recipe,method,message", [
+  ("rtn_w4a4", "gptw", "did you mean 'gptq'"), ("lsq_w4a4", "gptq", "no learned scales"),
+  ("lsq_w4a4", "hadamard", "neither rotates nor smooths"), ("lsq_w4a4", "smoothquant", "neither rotates nor smooths"),
+  ("rtn_w4a16_g128", "quarot+gptq", "blocks of 128 do not divide a width of 64"), ("mxfp4", "rtn_mse", "has a rule of its own"),
+])
+def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, method, message):
+  model, params = plain()
+  for call in (lambda: ptq.check(model, transformer.shapes(model), RECIPES[recipe], method),
+               lambda: ptq.quantize(model, params, RECIPES[recipe], method, BATCHES)):
+    with pytest.raises(ConfigError, match=message):
+      call()
+
+
+def test_what_goes_together_is_not_refused():
+  model = transformer.Transformer(MODEL)
+  for method in ptq.METHODS:
+    ptq.check(model, transformer.shapes(model), W4A4, method)
