@@ -149,7 +149,7 @@ class Evaluator:
 
   def _quantized(self, params: Any, cell: Cell) -> quant.QuantizedModel | None:
     if cell.method != "none":
-      calibrated = quant.METHODS[cell.method].calibrated
+      calibrated = quant.ptq.named(cell.method).calibrated
       return quant.ptq.quantize(self.source.model, params, quant.RECIPES[cell.recipe], cell.method,
                                 self.calibration if calibrated else (), say=self._say)
     return quant.quantized(self.source.model, params, self.source.trained_under) if self.source.trained_under else None
@@ -175,7 +175,7 @@ class Evaluator:
   def _settings(self, cell: Cell) -> dict[str, Any]:
     """All that a cell's numbers depend on, beside the checkpoint: other settings make another cell."""
     source = self.source
-    calibrated = cell.method != "none" and quant.METHODS[cell.method].calibrated
+    calibrated = cell.method != "none" and quant.ptq.named(cell.method).calibrated
     return {"trained": source.trained, "data": source.dataset.fingerprint, "tokenizer": source.dataset.tokenizer.fingerprint,
             "bos": source.prefix if source.bos else None, "context": source.context, "documents": source.documents,
             "mask_documents": source.data.mask_documents, "calibration_windows": self._windows if calibrated else 0, "seed": SEED,
