@@ -87,7 +87,8 @@ class LayerRecipe:
       require(w.rotation == x.rotation, "activations.rotation", x.rotation,
               f"must equal that of the weights ({w.rotation!r}), or the two don't cancel in the product")
     if w is not None:
-      require(w.granularity != "token", "weights.granularity", w.granularity, "weights have channels: 'channel'")
+      require(w.granularity not in ("token", "nv_token"), "weights.granularity", w.granularity,
+              "weights have channels: 'channel', or 'nv'")
     if x is not None:
       require(x.granularity != "channel", "activations.granularity", x.granularity, "activations have tokens: 'token'")
     if g is not None:

@@ -86,6 +86,17 @@ def test_scanned_unrolled_rematerialised_and_sharded_are_one(name):
       assert_trees_near(loss_and_grads(rematerialised, jax.device_put(params, shardings)), expected)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_the_past_does_not_see_the_future_nor_a_window_the_others(name):
+  model, changed = quantized(name), np.array(TOKENS)
+  changed[0, 7:], changed[1:] = changed[0, :6], 0
+  params = fresh(model)
+  apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+  before, after = apply(params, TOKENS), apply(params, changed)
+  np.testing.assert_array_equal(before[0, :7], after[0, :7])
+  assert np.all(np.any(before[0, 7:] != after[0, 7:], -1))
+
+
 def test_rules_that_treat_depths_differently_run_over_the_same_parameters():
   """The first block's weights rounded to four bits: by a rule, and beforehand."""
   w4 = LayerRecipe(QuantSpec(4))

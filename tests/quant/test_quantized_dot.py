@@ -65,6 +65,7 @@ MORE = {
                                      for name in ("channel", "token"))),
   "clip search": LayerRecipe(QuantSpec(3, scale="mse")),
   "two's complement, a tensor": LayerRecipe(*2 * [QuantSpec(4, "twos_complement", "percentile_99", "tensor", estimator="clip")]),
+  "float8, a tensor": LayerRecipe(*2 * [QuantSpec(8, "e4m3", granularity="tensor")], QuantSpec(8, "e5m2", granularity="tensor")),
   "activations alone": LayerRecipe(None, QuantSpec(4, "midrise", "gaussian", "token", estimator="trust", rotation="hadamard")),
 }
 BOTH = {**{name: recipe.default for name, recipe in RECIPES.items() if recipe.default and aqt_backend.expresses(recipe.default)},
@@ -78,6 +79,17 @@ def test_both_backends_are_one(name):
   ours, aqts = (forward_and_gradients(x, w, g, BOTH[name], backend) for backend in ("jax", "aqt"))
   for a, b in zip(ours, aqts, strict=True):
     reference.assert_near(a, b)
+
+
+@pytest.mark.parametrize("name,backend", [(name, backend) for name, recipe in RECIPES.items() for backend in BACKENDS
+                                          if recipe.default and (backend == "jax" or aqt_backend.expresses(recipe.default))])
+def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
+  """Others a hundred times as large, as are later tokens, other windows, or padding: not a bit changes."""
+  layer = RECIPES[name].default
+  x, w, _ = problem()
+  scales = {"scales": 2 * (jnp.full((1, 1), 0.3),)} if layer.weights.scale == "learned" else {}
+  product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **scales))
+  np.testing.assert_array_equal(product(x)[:5], product(np.concatenate([x[:5], 100 * x[5:]]))[:5])
 
 
 def test_what_aqt_cannot_express_goes_through_jax():

@@ -196,6 +196,15 @@ def test_nv_is_the_published_algorithm_bit_for_bit():
   np.testing.assert_array_equal(np.asarray(q.codes).astype(f32), expected.astype(f32))
 
 
+def test_nv_a_token_is_nv_of_each_token_alone():
+  x = awkward(32, 128)
+  q = quantize(x, QuantSpec(4, "e2m1", granularity="nv_token"))
+  for i, row in enumerate(x):
+    alone = quantize(row[None], NVFP4)
+    np.testing.assert_array_equal(q.scale[i], alone.scale[0])
+    np.testing.assert_array_equal(np.asarray(q.codes[i], np.float32), np.asarray(alone.codes[0], np.float32))
+
+
 def test_rotations_are_orthonormal_and_undone():
   for width, block in ((256, 128), (48, 16), (7, 1)):
     eye = np.eye(width, dtype=np.float32)
