@@ -42,7 +42,8 @@ class Uniform:
     """The code nearest to `v`, a number in units of the scale. With a gap of two a tie goes to the one half an even step up:
     round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
     shift = self.gap - 1
-    return self.gap * to_integer((jnp.clip(v, self.lowest, self.largest) + shift) / self.gap) - shift
+    # Clipped last: rounding may go up from the largest level.
+    return jnp.clip(self.gap * to_integer((v + shift) / self.gap) - shift, self.lowest, self.largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,9 @@ class Float:
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
     """The number of this format nearest to `v`. Not a cast, which some devices make by way of float16, rounding twice."""
-    v = jnp.clip(v, -self.largest, self.largest)
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, self.lowest_exponent)
     quantum = jnp.ldexp(jnp.ones_like(v), exponent - self.mantissa_bits)
-    return to_integer(v / quantum) * quantum
+    return jnp.clip(to_integer(v / quantum) * quantum, self.lowest, self.largest)
 
 
 Grid = Uniform | Float

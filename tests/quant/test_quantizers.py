@@ -155,6 +155,16 @@ def test_float_grids_round_as_every_bit_pattern_says(grid, bits):
   np.testing.assert_array_equal(np.asarray(stored).astype(np.float32), ours)
 
 
+@pytest.mark.parametrize("grid,bits", [(grid, bits) for grid, by_bits in GRIDS.items() for bits in by_bits])
+def test_rounding_that_goes_up_stays_on_the_grid(grid, bits):
+  """As stochastic rounding of the largest level may, by float error: no code beyond it, which would be NaN or overflow."""
+  levels = GRIDS[grid][bits]
+  v = jnp.array([-np.inf, 2 * levels.lowest, levels.lowest, 0.3, levels.largest, 1.01 * levels.largest, 3e38, np.inf])
+  codes = levels.round(v, lambda t: jnp.floor(t) + 1)
+  assert codes.min() == levels.lowest and codes[4:].tolist() == [levels.largest] * 4
+  np.testing.assert_array_equal(codes.astype(levels.dtype).astype(jnp.float32), codes)
+
+
 def awkward(*shape):
   """Magnitudes over many powers of two, whole blocks of zeros, and maxima that are powers of two."""
   x = normal(*shape) * np.exp2(np.random.default_rng(1).integers(-12, 12, (shape[0], 1))).astype(np.float32)
