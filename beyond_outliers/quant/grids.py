@@ -35,7 +35,7 @@ class Uniform:
 
   @property
   def dtype(self) -> Any:
-    """Of the codes: int8, or int16 for 256 odd ones."""
+    """Of the codes: int8, or int16 where the largest is 255."""
     return jnp.int8 if self.largest <= 127 else jnp.int16
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
@@ -85,6 +85,8 @@ GRIDS: dict[str, dict[float, Grid]] = {
   "symmetric": {b: Uniform(1 - 2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
   # All that an integer of b bits can hold: one more below zero than above.
   "twos_complement": {b: Uniform(-2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
+  # Of numbers that have no sign, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are int16, multiplied as floats.
+  "unsigned": {b: Uniform(0, 2**b - 1) for b in WHOLE_BITS},
   # arXiv 2209.05433, table 1; e2m1: OCP Microscaling Formats 1.0, section 5.3.3.
   "e4m3": {8: Float(3, -6, 448.0, "float8_e4m3fn")},
   "e5m2": {8: Float(2, -14, 57344.0, "float8_e5m2")},

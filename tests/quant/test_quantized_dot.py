@@ -66,6 +66,7 @@ MORE = {
   "clip search": LayerRecipe(QuantSpec(3, scale="mse")),
   "two's complement, a tensor": LayerRecipe(*2 * [QuantSpec(4, "twos_complement", "percentile_99", "tensor", estimator="clip")]),
   "float8, a tensor": LayerRecipe(*2 * [QuantSpec(8, "e4m3", granularity="tensor")], QuantSpec(8, "e5m2", granularity="tensor")),
+  "without a sign": LayerRecipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token", estimator="clip")),
   "activations alone": LayerRecipe(None, QuantSpec(4, "midrise", "gaussian", "token", estimator="trust", rotation="hadamard")),
 }
 BOTH = {**{name: recipe.default for name, recipe in RECIPES.items() if recipe.default and aqt_backend.expresses(recipe.default)},
@@ -94,7 +95,7 @@ def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
 
 def test_what_aqt_cannot_express_goes_through_jax():
   unable = {name for name, recipe in RECIPES.items() if recipe.default and not aqt_backend.expresses(recipe.default)}
-  assert unable == {"rtn_w4a16_g128", "lsq_w4a4", "mxfp4", "nvfp4"}
+  assert unable == {"rtn_w4a16_g128", "lsq_w4a4", "lsq_w4a4_unsigned", "mxfp4", "nvfp4"}
   for name, recipe in RECIPES.items():
     made = dot_general_for(recipe, "aqt")("layers/0/mlp/up")
     assert (made().backend if made else None) == (None if name == "none" else "jax" if name in unable else "aqt")
@@ -116,9 +117,11 @@ def test_blocks_multiply_as_fake_quantized_operands(name):
     reference.assert_near(a, b)
 
 
-def test_learned_scales_get_the_gradient_that_fake_quantization_gives():
+@pytest.mark.parametrize("name", ["lsq_w4a4", "lsq_w4a4_unsigned"])
+def test_learned_scales_get_the_gradient_that_fake_quantization_gives(name):
   x, w, g = problem()
-  layer = RECIPES["lsq_w4a4"].default
+  x = x if name == "lsq_w4a4" else np.maximum(x, 0) ** 2
+  layer = RECIPES[name].default
   sx, sw = jnp.full((1, 1), 0.3), jnp.full((1, 1), 0.4)
 
   def ours(x, w, sx, sw):
