@@ -19,6 +19,10 @@ def within_levels(v, grid):
   return (v >= grid.lowest) & (v <= grid.largest)
 
 
+def between_levels(v, grid):
+  return (v > grid.lowest) & (v < grid.largest)
+
+
 def within_half_a_step(v, grid):
   """Where rounding moves a number by at most half a step, which is all but where it is clipped by more.
 
@@ -30,5 +34,5 @@ ESTIMATORS = {
   "ste": Estimator(None),                                   # arXiv 1308.3432
   "clip": Estimator(within_levels),
   "trust": Estimator(within_half_a_step),                   # QuEST, arXiv 2502.05003, section 3.2
-  "lsq": Estimator(within_levels, learns_scale=True),       # arXiv 1902.08153, equations 3 and 5
+  "lsq": Estimator(between_levels, learns_scale=True),       # arXiv 1902.08153, equations 3 and 5
 }
