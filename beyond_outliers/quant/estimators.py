@@ -8,6 +8,9 @@ import jax
 
 from beyond_outliers.quant import grids
 
+# The largest number divided by its scale may come out a little beyond the largest level that it stands for.
+ROUNDING = 2.0**-20
+
 
 class Estimator(NamedTuple):
   """passes: (numbers in units of the scale, their grid) -> where the gradient passes; None: everywhere."""
@@ -16,7 +19,7 @@ class Estimator(NamedTuple):
 
 
 def within_levels(v, grid):
-  return (v >= grid.lowest) & (v <= grid.largest)
+  return (v >= grid.lowest * (1 + ROUNDING)) & (v <= grid.largest * (1 + ROUNDING))
 
 
 def between_levels(v, grid):

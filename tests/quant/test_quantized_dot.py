@@ -93,6 +93,15 @@ def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
   np.testing.assert_array_equal(product(x)[:5], product(np.concatenate([x[:5], 100 * x[5:]]))[:5])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_largest_number_under_absmax_keeps_its_gradient(backend):
+  """Though it divided by its scale may come out beyond the largest level."""
+  x = np.random.default_rng(1).standard_normal((2048, 64)).astype(np.float32)
+  layer = LayerRecipe(None, QuantSpec(4, granularity="token", estimator="clip"))
+  dx = forward_and_gradients(x, np.ones((64, 1), np.float32), np.ones((2048, 1), np.float32), layer, backend)[1]
+  np.testing.assert_array_equal(dx, 1)
+
+
 def test_what_aqt_cannot_express_goes_through_jax():
   unable = {name for name, recipe in RECIPES.items() if recipe.default and not aqt_backend.expresses(recipe.default)}
   assert unable == {"rtn_w4a16_g128", "lsq_w4a4", "lsq_w4a4_unsigned", "mxfp4", "nvfp4"}
