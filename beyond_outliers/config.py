@@ -155,6 +155,7 @@ class Group:
   """Parameters whose path matches `paths` (a regular expression, whole path) and the optimizer that trains them."""
   paths: str
   optimizer: Any                    # one of OPTIMIZERS
+  optional: bool = False            # whether a model may have no such parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +263,8 @@ def resolve(config: Any) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
   """The inverse of `resolve`: plain JSON types, every value written out."""
   tree = dataclasses.asdict(config)
-  groups = {label: {"paths": group["paths"], **group["optimizer"]} for label, group in tree["optimizer"]["groups"].items()}
+  groups = {label: {**{key: value for key, value in group.items() if key != "optimizer"}, **group["optimizer"]}
+            for label, group in tree["optimizer"]["groups"].items()}
   return {**tree, "optimizer": {**tree["optimizer"]["default"], "groups": groups}}
 
 
@@ -369,19 +371,22 @@ def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
   groups = values.pop("groups", None)
   require(isinstance(groups, Mapping) and bool(groups), "optimizer.groups", groups, "expected {label: {paths: regex, ...}}")
   default = _build(_optimizer_class(values.get("name"), "optimizer.name"), values, "optimizer.")
+  if "vector" in groups and "scale" not in groups:       # recorded while learned scales were among the vectors
+    groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
   built = {}
   for label, group in groups.items():
     prefix = f"optimizer.groups.{label}."
     require(isinstance(group, Mapping), prefix.rstrip("."), group, "expected {paths: regex, ...}")
     group = dict(group)
     paths = _typed(str, group.pop("paths", None), prefix + "paths")
+    optional = _typed(bool, group.pop("optional", False), prefix + "optional")
     try:
       re.compile(paths)
     except re.error as error:
       raise ConfigError(f"{prefix}paths = {paths!r}: not a regular expression ({error})") from None
     name = group.get("name", default.name)
     inherited = values if name == default.name else {}
-    built[label] = Group(paths, _build(_optimizer_class(name, prefix + "name"), {**inherited, **group}, prefix))
+    built[label] = Group(paths, _build(_optimizer_class(name, prefix + "name"), {**inherited, **group}, prefix), optional)
   return Optimizer(default, built)
 
 

@@ -114,14 +114,21 @@ def optimizer(name: str, groups: dict[str, dict] | None = None, **hyperparameter
   c = config_dict.ConfigDict({"name": name, **hyperparameters})
   c.groups = config_dict.ConfigDict({        # in order: the first whose regular expression matches the whole path wins
     "embedding": {"paths": r"embedding"},                     # tied with the head
-    "vector": {"paths": r".*/gain|.*/(log_)?scale"},          # norm gains, attention scales, logarithms of learned scales
+    "scale": {"paths": r".*/log_scale", "optional": True},    # logarithms of learned scales; as vectors, but without decay
+    "vector": {"paths": r".*/gain|.*/(log_)?scale"},          # norm gains, attention scales
     "hidden": {"paths": r"layers/.*/kernel|head/kernel"},     # the matrices of the blocks, and an untied head
   }, sort_keys=False)
-  for label, group in c.groups.items():
+  for label in ("embedding", "vector", "hidden"):
+    group = c.groups[label]
     if own.get(label, {}).get("name", name) == name:
       for key in ("name", *hyperparameters):
         group[key] = c.get_ref(key).identity()                # follows the optimizer's until the group is given its own
     group.update(own.get(label, {}))
+  vector, scale = c.groups.vector, c.groups.scale
+  for key in [key for key in vector if key != "paths"]:
+    scale[key] = vector.get_ref(key).identity()
+  scale.weight_decay = 0.0                   # which would pull the scales themselves towards one, a hundred times too large
+  scale.update(own.get("scale", {}))
   return c
 
 

@@ -15,7 +15,8 @@ def get_config(arg: str = ""):
   c = base.get_config(arg)
   # Fixed rates: the tied table takes signs over its fan-in as the head, vectors are divided by their RMS.
   c.optimizer = base.optimizer(
-    "scion", groups={"embedding": {"norm": "sign", "learning_rate": 1.0}, "vector": {"norm": "rms", "learning_rate": 3e-3}},
+    "scion", groups={"embedding": {"norm": "sign", "learning_rate": 1.0}, "vector": {"norm": "rms", "learning_rate": 3e-3},
+                     "scale": {"constrained": False}},       # which decays
     learning_rate=LEARNING_RATE.get(c.size, DEFAULT_LEARNING_RATE),
     momentum=0.9,                            # the official argument is one minus it
     norm="spectral",                         # whose steps: spectral | sign | col | row | rms | auto

@@ -49,7 +49,7 @@ def test_a_config_read_back_from_json_is_the_same(name, size):
   assert back == c
   assert c.optimizer.groups["vector"].optimizer.learning_rate == 0.125
   # The first match wins, so the order is meaning, which == does not see.
-  assert list(back.optimizer.groups) == list(c.optimizer.groups) == ["embedding", "vector", "hidden"]
+  assert list(back.optimizer.groups) == list(c.optimizer.groups) == ["embedding", "scale", "vector", "hidden"]
 
 
 def test_derived_values_follow_what_they_derive_from():

@@ -151,6 +151,7 @@ def test_the_package_of_the_layout_reads_the_same(written):
   (recipe(QuantSpec(4, "midrise")), "weights.grid = 'midrise': its odd codes have no zero.*take 'symmetric'"),
   (recipe(QuantSpec(4, "e2m1")), "weights.grid = 'e2m1': not written; .* keep the model by its save"),
   (RECIPES["rtn_w3a16"], "weights.bits = 3: not packed; take 2, 4, 8"),
+  (recipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token")), "activations.grid = 'unsigned': not written"),
   (recipe(None, QuantSpec(8, granularity="token")), "weights = None: the layout quantizes inputs only beside"),
   (recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")), "activations = 'symmetric, mse': the engine divides"),
   (RECIPES["rtn_w4a4"], "activations = 'symmetric, absmax': the engine .* take the grid 'twos_complement' with"),

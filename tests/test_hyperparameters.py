@@ -36,7 +36,7 @@ def test_a_section_has_only_arguments_of_the_factory(name):
 def test_every_config_resolves_at_every_size_and_survives_json(path, size):
   c = config.resolve(get_config(path.stem, size))
   assert config.resolve(json.loads(json.dumps(config.to_dict(c)))) == c
-  assert list(c.optimizer.groups) == ["embedding", "vector", "hidden"]
+  assert list(c.optimizer.groups) == ["embedding", "scale", "vector", "hidden"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -88,6 +88,18 @@ def test_records_of_runs_without_the_younger_fields_still_resolve():
   for section in (recorded["optimizer"], *recorded["optimizer"]["groups"].values()):
     del section["eigenvalue_correction"]
   assert config.resolve(recorded) == config.resolve(c)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_learned_scales_are_trained_as_vectors_but_never_decay(path):
+  """Being logarithms, they would be pulled towards scales of one. So in runs recorded when they were among the vectors."""
+  decay = dict.fromkeys(("optimizer.weight_decay", "optimizer.groups.vector.weight_decay"), 0.1)
+  groups = config.resolve(config.override(get_config(path.stem), {**decay, "optimizer.groups.vector.learning_rate": 0.5})
+                          ).optimizer.groups
+  assert groups["scale"].optimizer == dataclasses.replace(groups["vector"].optimizer, weight_decay=0.0)
+  recorded = config.to_dict(config.resolve(get_config(path.stem)))
+  del recorded["optimizer"]["groups"]["scale"]
+  assert config.resolve(recorded) == config.resolve(get_config(path.stem))
 
 
 def test_what_is_none_may_be_given_and_taken_away():

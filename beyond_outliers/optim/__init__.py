@@ -82,8 +82,11 @@ def build(optimizer: config.Optimizer, params: Any, num_steps: int, *, schedule:
   params: arrays or their shapes. axes: a tree like params of `Axes`. mesh: over whose devices blocks of state are dealt.
   Errors: ConfigError when a parameter has no group or a group no parameter."""
   labels = groups.labels(params, optimizer.groups)
+  used = set(jax.tree.leaves(labels))
   schedules, transforms = {}, {}
   for label, group in optimizer.groups.items():
+    if label not in used:
+      continue
     hyperparameters = dataclasses.asdict(group.optimizer)
     name, peak = hyperparameters.pop("name"), hyperparameters.pop("learning_rate")
     schedules[label] = SCHEDULES[schedule.name](schedule, peak, num_steps)

@@ -12,7 +12,9 @@ from beyond_outliers.mesh import path_of
 
 
 def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
-  """A tree like `params` of group labels. Errors: ConfigError for a parameter without group, or a group without parameters."""
+  """A tree like `params` of group labels.
+
+  Errors: ConfigError for a parameter without group, or a group without parameters that is not optional."""
   def label(key_path, _):
     path = path_of(key_path)
     for name, group in groups.items():
@@ -22,7 +24,7 @@ def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
     raise config.ConfigError(f"optimizer.groups = {patterns}: no group matches parameter {path!r}; widen one of the paths")
 
   tree = jax.tree_util.tree_map_with_path(label, params)
-  unused = set(groups) - set(jax.tree.leaves(tree))
+  unused = {name for name, group in groups.items() if not group.optional} - set(jax.tree.leaves(tree))
   if unused:
     name = sorted(unused)[0]
     raise config.ConfigError(f"optimizer.groups.{name}.paths = {groups[name].paths!r}: matches no parameter; mend or drop it")

@@ -2,11 +2,11 @@
 
 AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the backward pass. With what:
 
-  symmetric, absmax or absmax_edge, ste or clip, nearest  its own IntSymmetric and AbsMaxCalibration
-  e4m3 or e5m2, absmax, ste, nearest                      its own Fp8Numerics and AbsMaxCalibration
-  any other grid, scale rule, estimator or rounding       `Rounding` and `Scaling` below, of our quantizers
-  granularities group, mx, nv                             cannot: scales must be constant along the axis that is summed over
-  learned scales                                          cannot: its backward pass has no gradient for them
+  symmetric, absmax or absmax_edge, ste, nearest      its own IntSymmetric and AbsMaxCalibration
+  e4m3 or e5m2, absmax, ste, nearest                  its own Fp8Numerics and AbsMaxCalibration
+  any other grid, scale rule, estimator or rounding   `Rounding` and `Scaling` below, of our quantizers
+  granularities group, mx, nv, nv_token               cannot: scales must be constant along the axis that is summed over
+  learned scales                                      cannot: its backward pass has no gradient for them
 
 Upstream names Qwix as AQT's successor; a module like this one for it would be another row of dot.BACKENDS.
 Legend: T tokens, K contraction, O outputs; w is [K, O], or [O, K] with w_axis 1.
@@ -111,12 +111,12 @@ def _calibrate(quantizer: Any, spec: QuantSpec) -> None:
 def _numerics(spec: QuantSpec | None) -> Any:
   if spec is None:
     return no_numerics.NoNumerics()
-  plain = spec.scale in ("absmax", "absmax_edge") and spec.estimator in ("ste", "clip") and spec.rounding == "nearest"
+  plain = spec.scale in ("absmax", "absmax_edge") and spec.estimator == "ste" and spec.rounding == "nearest"
   if spec.grid == "symmetric" and plain:
     return IntSymmetric(
       bits=int(spec.bits), preserve_zero=True, preserve_max_val=spec.scale == "absmax", clip=True, round=True,
-      clip_gradient=spec.estimator == "clip", noise_fn=None, dtype=jnp.int8)
-  if isinstance(spec.levels, Float) and spec.bits == 8 and plain and spec.estimator == "ste":
+      clip_gradient=False, noise_fn=None, dtype=jnp.int8)
+  if isinstance(spec.levels, Float) and spec.bits == 8 and plain:
     mantissa = spec.levels.mantissa_bits
     return Fp8Numerics(dtype=spec.levels.dtype.type, exponent_bits=7 - mantissa, mantissa_bits=mantissa)
   return Rounding(spec=spec)

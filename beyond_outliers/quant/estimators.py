@@ -8,6 +8,9 @@ import jax
 
 from beyond_outliers.quant import grids
 
+# The largest number divided by its scale may come out a little beyond the largest level that it stands for.
+ROUNDING = 2.0**-20
+
 
 class Estimator(NamedTuple):
   """passes: (numbers in units of the scale, their grid) -> where the gradient passes; None: everywhere."""
@@ -16,7 +19,11 @@ class Estimator(NamedTuple):
 
 
 def within_levels(v, grid):
-  return (v >= grid.lowest) & (v <= grid.largest)
+  return (v >= grid.lowest * (1 + ROUNDING)) & (v <= grid.largest * (1 + ROUNDING))
+
+
+def between_levels(v, grid):
+  return (v > grid.lowest) & (v < grid.largest)
 
 
 def within_half_a_step(v, grid):
@@ -30,5 +37,5 @@ ESTIMATORS = {
   "ste": Estimator(None),                                   # arXiv 1308.3432
   "clip": Estimator(within_levels),
   "trust": Estimator(within_half_a_step),                   # QuEST, arXiv 2502.05003, section 3.2
-  "lsq": Estimator(within_levels, learns_scale=True),       # arXiv 1902.08153, equations 3 and 5
+  "lsq": Estimator(between_levels, learns_scale=True),       # arXiv 1902.08153, equations 3 and 5
 }

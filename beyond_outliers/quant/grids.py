@@ -35,14 +35,15 @@ class Uniform:
 
   @property
   def dtype(self) -> Any:
-    """Of the codes: int8, or int16 for 256 odd ones."""
+    """Of the codes: int8, or int16 where the largest is 255."""
     return jnp.int8 if self.largest <= 127 else jnp.int16
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
     """The code nearest to `v`, a number in units of the scale. With a gap of two a tie goes to the one half an even step up:
     round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
     shift = self.gap - 1
-    return self.gap * to_integer((jnp.clip(v, self.lowest, self.largest) + shift) / self.gap) - shift
+    # Clipped last: rounding may go up from the largest level.
+    return jnp.clip(self.gap * to_integer((v + shift) / self.gap) - shift, self.lowest, self.largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +68,9 @@ class Float:
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
     """The number of this format nearest to `v`. Not a cast, which some devices make by way of float16, rounding twice."""
-    v = jnp.clip(v, -self.largest, self.largest)
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, self.lowest_exponent)
     quantum = jnp.ldexp(jnp.ones_like(v), exponent - self.mantissa_bits)
-    return to_integer(v / quantum) * quantum
+    return jnp.clip(to_integer(v / quantum) * quantum, self.lowest, self.largest)
 
 
 Grid = Uniform | Float
@@ -85,6 +85,8 @@ GRIDS: dict[str, dict[float, Grid]] = {
   "symmetric": {b: Uniform(1 - 2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
   # All that an integer of b bits can hold: one more below zero than above.
   "twos_complement": {b: Uniform(-2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
+  # Of numbers that have no sign, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are int16, multiplied as floats.
+  "unsigned": {b: Uniform(0, 2**b - 1) for b in WHOLE_BITS},
   # arXiv 2209.05433, table 1; e2m1: OCP Microscaling Formats 1.0, section 5.3.3.
   "e4m3": {8: Float(3, -6, 448.0, "float8_e4m3fn")},
   "e5m2": {8: Float(2, -14, 57344.0, "float8_e5m2")},

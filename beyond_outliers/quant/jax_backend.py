@@ -59,8 +59,8 @@ def _backward(layer, w_axis, dtype, residuals, g_TxO):
   gq, _ = _quantize(g_TxO * scale[:, None], layer.gradients, 0, None, w_key)
   dw = multiply(_plain(codes), gq, 0, 0, dtype) if w_axis == 0 else multiply(gq, _plain(codes), 0, 0, dtype)
   return (quantizers.backward(x_saved, dx_TxK), quantizers.backward(w_saved, dw),
-          layer.activations and quantizers.scale_gradient(x_saved, dx_TxK, layer.activations),
-          layer.weights and quantizers.scale_gradient(w_saved, dw, layer.weights), None)
+          layer.activations and quantizers.scale_gradient(x_saved, dx_TxK, layer.activations, dx_TxK.shape[1]),
+          layer.weights and quantizers.scale_gradient(w_saved, dw, layer.weights, dw.size), None)
 
 
 _product.defvjp(_forward, _backward)

@@ -92,14 +92,13 @@ def backward(saved: Saved, g: jax.Array) -> jax.Array:
   return g if saved.passes is None else jnp.where(saved.passes, g, 0)
 
 
-def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec) -> jax.Array | None:
-  """The gradient of a learned scale, times 1 / sqrt(count of numbers · largest level) (arXiv 1902.08153, section 2.2, which
-  counts the features of activations, not their tokens: a factor that optimizers whose steps have one length don't see).
+def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec, count: int) -> jax.Array | None:
+  """The gradient of a learned scale, times 1 / sqrt(count · largest level) (arXiv 1902.08153, section 2.2).
 
-  None: of one that follows a rule."""
+  count: of the weights, or of the features of activations, whatever the tokens. None: of a scale that follows a rule."""
   if saved.slope is None:
     return None
-  return (jnp.sum(g * saved.slope) / (g.size * spec.levels.largest) ** 0.5).reshape((1,) * g.ndim)
+  return (jnp.sum(g * saved.slope) / (count * spec.levels.largest) ** 0.5).reshape((1,) * g.ndim)
 
 
 def quantize(x: jax.Array, spec: QuantSpec, axis: int = -1, *, key: jax.Array | None = None,
@@ -118,7 +117,7 @@ def fake_quantize(x: jax.Array, spec: QuantSpec, axis: int = -1, *, key: jax.Arr
                   scale: jax.Array | None = None) -> jax.Array:
   """The values that `x` becomes, in its own basis and type; its gradient is the spec's estimator.
 
-  scale: instead of the spec's rule, what a code of one stands for; a learned one gets its gradient."""
+  scale: instead of the spec's rule, what a code of one stands for; a learned one gets its gradient, as of weights."""
   rotated = rotations.rotate(x, spec.rotation, axis)
   if scale is None:
     scale = jax.lax.stop_gradient(scale_of(rotated, spec, axis))
@@ -137,7 +136,7 @@ def _fake_forward(spec, x, scale, key):
 
 def _fake_backward(spec, residuals, g) -> tuple[Any, ...]:
   saved, kind = residuals
-  return backward(saved, g).astype(kind.dtype), scale_gradient(saved, g, spec), None
+  return backward(saved, g).astype(kind.dtype), scale_gradient(saved, g, spec, g.size), None
 
 
 _fake.defvjp(_fake_forward, _fake_backward)

@@ -121,6 +121,13 @@ def _quest(weights: float, activations: float | None) -> LayerRecipe:
   return LayerRecipe(spec(weights, "channel"), spec(activations, "token") if activations else None)
 
 
+def _lsq(activations: str) -> LayerRecipe:
+  """arXiv 1902.08153, whose section 2 has a grid for numbers with a sign and one for those without."""
+  def spec(grid):
+    return QuantSpec(4, grid, "learned", "tensor", estimator="lsq")
+  return LayerRecipe(spec("twos_complement"), spec(activations))
+
+
 def _both(spec: QuantSpec, gradients: QuantSpec | None = None) -> LayerRecipe:
   return LayerRecipe(spec, spec, gradients)
 
@@ -136,12 +143,14 @@ RECIPES: dict[str, Recipe] = {
   **{f"quest_w{b}a{b}": _but_the_head(_quest(b, b)) for b in (1, 2, 3, 4, 8)},
   "quest_w1.58a1.58": _but_the_head(_quest(1.585, 1.585)),
   "quest_w4a16": _but_the_head(_quest(4, None)),
-  # arXiv 1902.08153.
-  "lsq_w4a4": _but_the_head(_both(QuantSpec(4, "twos_complement", "learned", "tensor", estimator="lsq"))),
-  # arXiv 2209.05433: e4m3 forward, e5m2 for gradients, a scale a tensor.
-  "fp8": _but_the_head(_both(QuantSpec(8, "e4m3", granularity="tensor"), QuantSpec(8, "e5m2", granularity="tensor"))),
+  "lsq_w4a4": _but_the_head(_lsq("twos_complement")),
+  "lsq_w4a4_unsigned": _but_the_head(_lsq("unsigned")),       # for a rule: of layers behind a squared ReLU, `.*/mlp/down`
+  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale a tensor, which shows a token the later ones.
+  "fp8": _but_the_head(LayerRecipe(QuantSpec(8, "e4m3"), QuantSpec(8, "e4m3", granularity="token"),
+                                   QuantSpec(8, "e5m2", granularity="token"))),
   "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
-  "nvfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="nv"))),
+  # As published for the weights. Activations have a float32 scale a token, for the same reason.
+  "nvfp4": _but_the_head(LayerRecipe(QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token"))),
   # All operands of all three products in int8: gradients rounded stochastically, so that their sums stay unbiased.
   "int8_gradients": _but_the_head(dataclasses.replace(
     _round_to_nearest(8, 8), gradients=QuantSpec(8, granularity="token", rounding="stochastic"))),

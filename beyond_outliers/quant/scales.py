@@ -76,11 +76,19 @@ def power_of_two(x, axes, grid):
 
 
 def two_level(x, axes, grid):
-  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest (arXiv 2509.25149, appendix C).
+  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest (arXiv 2509.25149, appendix C)."""
+  return _two_level(x, axes, None, grid)
 
-  Of activations, all is the whole batch: what a token becomes depends on those beside it, as with granularity "tensor"."""
+
+def two_level_a_row(x, axes, grid):
+  """two_level with a float32 for the blocks of each row, which lie along the axis before `axes`."""
+  (axis,) = axes
+  return _two_level(x, axes, (axis - 1, axis), grid)
+
+
+def _two_level(x, axes, outer, grid):
   e4m3 = grids.GRIDS["e4m3"][8]
-  whole = jnp.max(jnp.abs(x)) / (grid.largest * e4m3.largest)
+  whole = jnp.max(jnp.abs(x), axis=outer, keepdims=True) / (grid.largest * e4m3.largest)
   return e4m3.round(absmax(x, axes, grid) * reciprocal(whole), jnp.round) * whole
 
 
@@ -108,6 +116,8 @@ class Granularity(NamedTuple):
   rule: Rule | None = None         # of the format, instead of the spec's
 
 
+# Under "tensor" and "nv" what a token becomes depends on all others of the batch, those behind it and those of other windows
+# included: for weights that is no matter, but no named recipe has them for activations or gradients.
 GRANULARITIES = {
   "tensor": Granularity(all=True),
   "channel": Granularity(),        # weights: one scale an output channel
@@ -115,4 +125,5 @@ GRANULARITIES = {
   "group": Granularity(block=0),
   "mx": Granularity(block=32, rule=power_of_two),
   "nv": Granularity(block=16, rule=two_level),
+  "nv_token": Granularity(block=16, rule=two_level_a_row),
 }

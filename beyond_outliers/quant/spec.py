@@ -50,6 +50,8 @@ class QuantSpec:
     if self.scale == "absmax_edge" or self.estimator == "trust":
       name = "scale" if self.scale == "absmax_edge" else "estimator"
       require(even, name, getattr(self, name), f"needs a grid with even steps, not {self.grid!r}")
+    require(self.grid != "unsigned" or self.rotation == "none", "rotation", self.rotation,
+            "numbers have a sign behind it, which the grid 'unsigned' has not: take 'none', or another grid")
     require((self.scale == "learned") == ESTIMATORS[self.estimator].learns_scale, "scale", self.scale,
             f"'learned' and estimator 'lsq' come together, not with estimator {self.estimator!r}")
     if self.scale == "learned":
@@ -83,11 +85,15 @@ class LayerRecipe:
     one_of(self, "", backward=BACKWARDS)
     w, x, g = self.weights, self.activations, self.gradients
     require(any((w, x, g)), "weights", w, "a layer that quantizes nothing has the recipe None")
+    for name, spec in (("weights", w), ("gradients", g)):
+      require(spec is None or spec.grid != "unsigned", f"{name}.grid", "unsigned",
+              "they have a sign; only activations may have none")
     if w is not None and x is not None:
       require(w.rotation == x.rotation, "activations.rotation", x.rotation,
               f"must equal that of the weights ({w.rotation!r}), or the two don't cancel in the product")
     if w is not None:
-      require(w.granularity != "token", "weights.granularity", w.granularity, "weights have channels: 'channel'")
+      require(w.granularity not in ("token", "nv_token"), "weights.granularity", w.granularity,
+              "weights have channels: 'channel', or 'nv'")
     if x is not None:
       require(x.granularity != "channel", "activations.granularity", x.granularity, "activations have tokens: 'token'")
     if g is not None:

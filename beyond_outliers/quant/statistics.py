@@ -22,11 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.quant import quantizers, rotations
+from beyond_outliers.quant.estimators import within_levels
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import QuantSpec
-
-# The largest number divided by its scale may come out a little beyond the largest level that it stands for.
-ROUNDING = 2.0**-20
 
 
 class Linears(Protocol):
@@ -57,7 +55,7 @@ def measure(x: jax.Array, spec: QuantSpec, axis: int, scale: jax.Array | None = 
   v, grid = quantizers.in_units(x, scale), spec.levels
   codes, saved = quantizers.encode(v, spec, None)
   error = quantizers.dequantize(quantizers.Quantized(codes, scale)) - x
-  clipped = (v < grid.lowest * (1 + ROUNDING)) | (v > grid.largest * (1 + ROUNDING))
+  clipped = ~within_levels(v, grid)
   masked = 0 if saved.passes is None else _count(~saved.passes)
   numbers = (jnp.sum(x * x), jnp.sum(error * error), masked, _count(clipped), x.size)
   return Sums(*(jnp.asarray(number, jnp.float32) for number in numbers)), codes

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-import configs
+import configs.adamw
 from beyond_outliers import config
 from beyond_outliers import program as program_lib
 from beyond_outliers.optim import groups
@@ -48,3 +48,11 @@ def test_a_parameter_without_group_is_named():
 def test_a_group_without_parameters_is_named():
   with pytest.raises(config.ConfigError, match=r"optimizer.groups.head.paths = 'head/.\*': matches no parameter"):
     labelled(rest=".*", head="head/.*")
+
+
+def test_learned_scales_are_a_group_where_there_are_some():
+  others = {"embedding", "vector", "hidden"}
+  for recipe, expected in (("quest_w4a4", others), ("lsq_w4a4", {*others, "scale"})):
+    optimizer = train.build(config.resolve(configs.adamw.get_config(f"nano,quant.recipe={recipe}"))).optimizer
+    assert set(optimizer.schedules) == set(jax.tree.leaves(optimizer.labels)) == expected
+    assert optimizer.labels["layers"]["mlp"]["up"].get("QuantizedDot_0", {"log_scale": "scale"}) == {"log_scale": "scale"}

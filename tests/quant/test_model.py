@@ -68,7 +68,7 @@ def test_the_parameters_are_those_of_full_precision(name):
   ours = paths(transformer.shapes(quantized(name)))
   scales = {path: leaf for path, leaf in ours.items() if path.endswith("/log_scale") and path not in plain}
   assert {path: leaf for path, leaf in ours.items() if path not in scales} == plain
-  learned = len(transformer.linear_paths(MODEL)) if name == "lsq_w4a4" else 0
+  learned = len(transformer.linear_paths(MODEL)) if name.startswith("lsq") else 0
   assert [leaf.shape for leaf in scales.values()] == [(2, 2)] * learned
 
 
@@ -85,6 +85,17 @@ def test_scanned_unrolled_rematerialised_and_sharded_are_one(name):
     assert_trees_near(loss_and_grads(unrolled, params), expected)
     with mesh_lib.use(mesh):
       assert_trees_near(loss_and_grads(rematerialised, jax.device_put(params, shardings)), expected)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_past_does_not_see_the_future_nor_a_window_the_others(name):
+  model, changed = quantized(name), np.array(TOKENS)
+  changed[0, 7:], changed[1:] = changed[0, :6], 0
+  params = fresh(model)
+  apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+  before, after = apply(params, TOKENS), apply(params, changed)
+  np.testing.assert_array_equal(before[0, :7], after[0, :7])
+  assert np.all(np.any(before[0, 7:] != after[0, 7:], -1))
 
 
 def test_rules_that_treat_depths_differently_run_over_the_same_parameters():

@@ -58,6 +58,7 @@ def test_four_bits_of_quest_on_normal_numbers(operand, axis):
 SPECS = {
   "quest": QUEST.weights, "rtn": RTN.weights, "lsq": RECIPES["lsq_w4a4"].weights, "fp8": RECIPES["fp8"].weights,
   "mxfp4": RECIPES["mxfp4"].weights, "nvfp4": RECIPES["nvfp4"].weights, "quest 1 bit": RECIPES["quest_w1a1"].weights,
+  "lsq unsigned": RECIPES["lsq_w4a4_unsigned"].activations,
   "clip": QuantSpec(3, scale="percentile_99", estimator="clip", rotation="randomized_hadamard"),
 }
 
@@ -67,7 +68,7 @@ def test_sums_are_those_of_fake_quantization(name):
   """Its values, and where its gradient vanishes."""
   spec, draw = SPECS[name], np.random.default_rng(4)
   x = (draw.standard_normal((64, 96)) * np.exp(draw.standard_normal((64, 1)))).astype(np.float32)
-  scale = jnp.full((1, 1), 0.4) if name == "lsq" else None
+  scale = jnp.full((1, 1), 0.4) if name.startswith("lsq") else None
 
   @jax.jit
   def compute(x):

@@ -65,6 +65,8 @@ MORE = {
                                      for name in ("channel", "token"))),
   "clip search": LayerRecipe(QuantSpec(3, scale="mse")),
   "two's complement, a tensor": LayerRecipe(*2 * [QuantSpec(4, "twos_complement", "percentile_99", "tensor", estimator="clip")]),
+  "float8, a tensor": LayerRecipe(*2 * [QuantSpec(8, "e4m3", granularity="tensor")], QuantSpec(8, "e5m2", granularity="tensor")),
+  "without a sign": LayerRecipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token", estimator="clip")),
   "activations alone": LayerRecipe(None, QuantSpec(4, "midrise", "gaussian", "token", estimator="trust", rotation="hadamard")),
 }
 BOTH = {**{name: recipe.default for name, recipe in RECIPES.items() if recipe.default and aqt_backend.expresses(recipe.default)},
@@ -80,9 +82,29 @@ def test_both_backends_are_one(name):
     reference.assert_near(a, b)
 
 
+@pytest.mark.parametrize("name,backend", [(name, backend) for name, recipe in RECIPES.items() for backend in BACKENDS
+                                          if recipe.default and (backend == "jax" or aqt_backend.expresses(recipe.default))])
+def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
+  """Others a hundred times as large, as are later tokens, other windows, or padding: not a bit changes."""
+  layer = RECIPES[name].default
+  x, w, _ = problem()
+  scales = {"scales": 2 * (jnp.full((1, 1), 0.3),)} if layer.weights.scale == "learned" else {}
+  product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **scales))
+  np.testing.assert_array_equal(product(x)[:5], product(np.concatenate([x[:5], 100 * x[5:]]))[:5])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_largest_number_under_absmax_keeps_its_gradient(backend):
+  """Though it divided by its scale may come out beyond the largest level."""
+  x = np.random.default_rng(1).standard_normal((2048, 64)).astype(np.float32)
+  layer = LayerRecipe(None, QuantSpec(4, granularity="token", estimator="clip"))
+  dx = forward_and_gradients(x, np.ones((64, 1), np.float32), np.ones((2048, 1), np.float32), layer, backend)[1]
+  np.testing.assert_array_equal(dx, 1)
+
+
 def test_what_aqt_cannot_express_goes_through_jax():
   unable = {name for name, recipe in RECIPES.items() if recipe.default and not aqt_backend.expresses(recipe.default)}
-  assert unable == {"rtn_w4a16_g128", "lsq_w4a4", "mxfp4", "nvfp4"}
+  assert unable == {"rtn_w4a16_g128", "lsq_w4a4", "lsq_w4a4_unsigned", "mxfp4", "nvfp4"}
   for name, recipe in RECIPES.items():
     made = dot_general_for(recipe, "aqt")("layers/0/mlp/up")
     assert (made().backend if made else None) == (None if name == "none" else "jax" if name in unable else "aqt")
@@ -104,9 +126,11 @@ def test_blocks_multiply_as_fake_quantized_operands(name):
     reference.assert_near(a, b)
 
 
-def test_learned_scales_get_the_gradient_that_fake_quantization_gives():
+@pytest.mark.parametrize("name", ["lsq_w4a4", "lsq_w4a4_unsigned"])
+def test_learned_scales_get_the_gradient_that_fake_quantization_gives(name):
   x, w, g = problem()
-  layer = RECIPES["lsq_w4a4"].default
+  x = x if name == "lsq_w4a4" else np.maximum(x, 0) ** 2
+  layer = RECIPES[name].default
   sx, sw = jnp.full((1, 1), 0.3), jnp.full((1, 1), 0.4)
 
   def ours(x, w, sx, sw):
@@ -115,7 +139,9 @@ def test_learned_scales_get_the_gradient_that_fake_quantization_gives():
   def fake(x, w, sx, sw):
     xq, wq = fake_quantize(x, layer.activations, scale=sx), fake_quantize(w, layer.weights, scale=sw)
     return jnp.sum(g * jnp.matmul(xq, wq, precision="highest"))
-  for a, b in zip(*(jax.jit(jax.grad(f, (0, 1, 2, 3)))(x, w, sx, sw) for f in (ours, fake)), strict=True):
+  grads, (dx, dw, ds_x, ds_w) = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(x, w, sx, sw) for f in (ours, fake))
+  # What counts is a token's features, not all of the tokens' (arXiv 1902.08153, section 2.2).
+  for a, b in zip(grads, (dx, dw, ds_x * TOKENS**0.5, ds_w), strict=True):
     reference.assert_near(a, b, 1e-5)
 
 

@@ -85,6 +85,7 @@ def test_gaussian_bounds_are_the_least_squared_error(count):
   *((QuantSpec(b, "midrise"), [k + 0.5 for k in range(-(2 ** (b - 1)), 2 ** (b - 1))]) for b in (1, 2, 4, 7, 8)),
   (QuantSpec(1.585, "ternary"), [-1, 0, 1]),
   *((QuantSpec(b), range(1 - 2 ** (b - 1), 2 ** (b - 1))) for b in (2, 3, 4, 8)),
+  *((QuantSpec(b, "unsigned"), range(2**b)) for b in (1, 4, 8)),
   *((QuantSpec(b, "twos_complement"), range(-(2 ** (b - 1)), 2 ** (b - 1))) for b in (2, 4, 8)),
 ])
 def test_every_level_is_hit_and_no_other(spec, levels):
@@ -92,7 +93,7 @@ def test_every_level_is_hit_and_no_other(spec, levels):
   unit = np.linspace(-200, 200, 100_001, dtype=np.float32)
   q = quantize(unit, spec, scale=jnp.full((1,), step / spec.levels.gap))
   np.testing.assert_array_equal(np.unique(dequantize(q)), step * np.asarray(levels, np.float32))
-  assert q.codes.dtype == (jnp.int16 if spec.bits == 8 and spec.grid == "midrise" else jnp.int8)
+  assert q.codes.dtype == (jnp.int16 if spec.bits == 8 and spec.grid in ("midrise", "unsigned") else jnp.int8)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -155,6 +156,16 @@ def test_float_grids_round_as_every_bit_pattern_says(grid, bits):
   np.testing.assert_array_equal(np.asarray(stored).astype(np.float32), ours)
 
 
+@pytest.mark.parametrize("grid,bits", [(grid, bits) for grid, by_bits in GRIDS.items() for bits in by_bits])
+def test_rounding_that_goes_up_stays_on_the_grid(grid, bits):
+  """As stochastic rounding of the largest level may, by float error: no code beyond it, which would be NaN or overflow."""
+  levels = GRIDS[grid][bits]
+  v = jnp.array([-np.inf, 2 * levels.lowest, levels.lowest, 0.3, levels.largest, 1.01 * levels.largest, 3e38, np.inf])
+  codes = levels.round(v, lambda t: jnp.floor(t) + 1)
+  assert codes.min() == levels.lowest and codes[4:].tolist() == [levels.largest] * 4
+  np.testing.assert_array_equal(codes.astype(levels.dtype).astype(jnp.float32), codes)
+
+
 def awkward(*shape):
   """Magnitudes over many powers of two, whole blocks of zeros, and maxima that are powers of two."""
   x = normal(*shape) * np.exp2(np.random.default_rng(1).integers(-12, 12, (shape[0], 1))).astype(np.float32)
@@ -196,6 +207,15 @@ def test_nv_is_the_published_algorithm_bit_for_bit():
   np.testing.assert_array_equal(np.asarray(q.codes).astype(f32), expected.astype(f32))
 
 
+def test_nv_a_token_is_nv_of_each_token_alone():
+  x = awkward(32, 128)
+  q = quantize(x, QuantSpec(4, "e2m1", granularity="nv_token"))
+  for i, row in enumerate(x):
+    alone = quantize(row[None], NVFP4)
+    np.testing.assert_array_equal(q.scale[i], alone.scale[0])
+    np.testing.assert_array_equal(np.asarray(q.codes[i], np.float32), np.asarray(alone.codes[0], np.float32))
+
+
 def test_rotations_are_orthonormal_and_undone():
   for width, block in ((256, 128), (48, 16), (7, 1)):
     eye = np.eye(width, dtype=np.float32)
@@ -229,17 +249,21 @@ def test_estimators(estimator, passes):
   np.testing.assert_array_equal(gradient, passes(x / scale))
 
 
-def test_learned_scales_get_the_gradient_of_the_paper():
-  """arXiv 1902.08153, equations 3 and 5, and section 2.2's factor."""
-  spec = QuantSpec(4, "twos_complement", "learned", "tensor", estimator="lsq")
-  x, g, s = 3 * normal(32, 16), normal(32, 16, seed=1), np.float32(0.7)
-  dx, ds = jax.grad(lambda x, s: jnp.sum(g * fake_quantize(x, spec, scale=s)), (0, 1))(x, jnp.full((1, 1), s))
+@pytest.mark.parametrize("grid,low,high", [("twos_complement", -8, 7), ("unsigned", 0, 15)])
+def test_learned_scales_are_the_papers(grid, low, high):
+  """arXiv 1902.08153, equations 1 to 3 and 5, and section 2.2's factor."""
+  spec = QuantSpec(4, grid, "learned", "tensor", estimator="lsq")
+  x, g, s = 3 * normal(32, 16), normal(32, 16, seed=1), np.float32(0.5)
+  x[0, :2] = low * s, high * s                # on the bounds, where the gradient stops
+  y, pullback = jax.vjp(lambda x, s: fake_quantize(x, spec, scale=s), x, jnp.full((1, 1), s))
+  dx, ds = pullback(g)
   v = x.astype(np.float64) / s
-  inside = (v >= -8) & (v <= 7)
-  slope = np.where(v < -8, -8, np.where(v > 7, 7, np.round(v) - v))
+  inside = (v > low) & (v < high)
+  slope = np.where(v <= low, low, np.where(v >= high, high, np.round(v) - v))
+  reference.assert_near(y, np.round(np.clip(v, low, high)) * s)
   np.testing.assert_array_equal(dx, g * inside)
-  np.testing.assert_allclose(ds, [[np.sum(g * slope) / np.sqrt(x.size * 7)]], rtol=1e-5)
-  np.testing.assert_allclose(SCALES["learned"](x, (0, 1), spec.levels), [[2 * np.abs(x).mean() / 7**0.5]], rtol=1e-6)
+  np.testing.assert_allclose(ds, [[np.sum(g * slope) / np.sqrt(x.size * high)]], rtol=1e-5)
+  np.testing.assert_allclose(SCALES["learned"](x, (0, 1), spec.levels), [[2 * np.abs(x).mean() / high**0.5]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, rounding="stochastic"), QuantSpec(4, "e2m1", rounding="stochastic"),
@@ -272,7 +296,7 @@ REFUSED = [
   (dict(bits=4, scale="gaussian"), "'midrise' and 'ternary'"), (dict(bits=4, grid="e2m1", estimator="trust"), "even steps"),
   (dict(bits=8, grid="e4m3", scale="absmax_edge"), "even steps"), (dict(bits=4, scale="learned"), "come together"),
   (dict(bits=4, estimator="lsq"), "come together"), (dict(bits=4, scale="learned", estimator="lsq"), "whole tensor's"),
-  (dict(bits=4, rounding="up"), "rounding = 'up'"),
+  (dict(bits=4, rounding="up"), "rounding = 'up'"), (dict(bits=4, grid="unsigned", rotation="hadamard"), "have a sign behind it"),
 ]
 
 
@@ -289,6 +313,8 @@ def test_specs_that_make_no_sense_are_refused(fields, message):
   (dict(), "quantizes nothing"), (dict(weights=RTN, backward="none"), "backward = 'none'"),
   (dict(weights=RTN, gradients=quest(4)), "gradients.granularity"),
   (dict(gradients=QuantSpec(8, granularity="token", rotation="hadamard")), "not rotated"),
+  (dict(weights=QuantSpec(4, "unsigned")), "weights.grid = 'unsigned': they have a sign"),
+  (dict(gradients=QuantSpec(8, "unsigned", granularity="token")), "gradients.grid = 'unsigned': they have a sign"),
 ])
 def test_layer_recipes_that_make_no_sense_are_refused(fields, message):
   with pytest.raises(ConfigError, match=message):

@@ -17,7 +17,7 @@ def contractions(**overrides):
 
 @pytest.mark.parametrize("name", [
   "none", "rtn_w8a8", "rtn_w4a4", "rtn_w4a16", *(f"quest_w{b}a{b}" for b in (1, 2, 3, 4, 8)), "quest_w1.58a1.58", "quest_w4a16",
-  "lsq_w4a4", "fp8", "mxfp4", "nvfp4", "int8_gradients"])
+  "lsq_w4a4", "lsq_w4a4_unsigned", "fp8", "mxfp4", "nvfp4", "int8_gradients"])
 def test_named_recipes_leave_the_head_and_fit_the_model(name):
   recipe = RECIPES[name]
   recipe.check(contractions())
@@ -31,7 +31,7 @@ def test_named_recipes_are_what_their_names_say():
     "none": (None, None), "rtn_w8a8": (8, 8), "rtn_w4a4": (4, 4), "rtn_w4a16": (4, None), "rtn_w3a16": (3, None),
     "rtn_w2a16": (2, None), "rtn_w4a16_g128": (4, None), "quest_w1a1": (1, 1), "quest_w2a2": (2, 2), "quest_w3a3": (3, 3),
     "quest_w4a4": (4, 4), "quest_w8a8": (8, 8), "quest_w1.58a1.58": (1.585, 1.585), "quest_w4a16": (4, None), "lsq_w4a4": (4, 4),
-    "fp8": (8, 8), "mxfp4": (4, 4), "nvfp4": (4, 4), "int8_gradients": (8, 8)}
+    "lsq_w4a4_unsigned": (4, 4), "fp8": (8, 8), "mxfp4": (4, 4), "nvfp4": (4, 4), "int8_gradients": (8, 8)}
 
 
 def test_the_first_rule_that_matches_the_whole_path_decides():
