@@ -53,6 +53,6 @@ def test_a_group_without_parameters_is_named():
 def test_learned_scales_are_a_group_where_there_are_some():
   others = {"embedding", "vector", "hidden"}
   for recipe, expected in (("quest_w4a4", others), ("lsq_w4a4", {*others, "scale"})):
-    optimizer = train.build(config.resolve(configs.adamw.get_config(f"nano,quant.recipe={recipe}"))).optimizer
+    optimizer = program_lib.build(config.resolve(configs.adamw.get_config(f"nano,quant.recipe={recipe}"))).optimizer
     assert set(optimizer.schedules) == set(jax.tree.leaves(optimizer.labels)) == expected
     assert optimizer.labels["layers"]["mlp"]["up"].get("QuantizedDot_0", {"log_scale": "scale"}) == {"log_scale": "scale"}
