@@ -82,15 +82,36 @@ def test_both_backends_are_one(name):
     reference.assert_near(a, b)
 
 
-@pytest.mark.parametrize("name,backend", [(name, backend) for name, recipe in RECIPES.items() for backend in BACKENDS
-                                          if recipe.default and (backend == "jax" or aqt_backend.expresses(recipe.default))])
+PAIRS = [(name, backend) for name, recipe in RECIPES.items() for backend in BACKENDS
+         if recipe.default and (backend == "jax" or aqt_backend.expresses(recipe.default))]
+
+
+def learned(layer):
+  """The options that a backend needs of learned scales."""
+  return {"scales": 2 * (jnp.full((1, 1), 0.3),)} if layer.weights.scale == "learned" else {}
+
+
+@pytest.mark.parametrize("name,backend", PAIRS)
 def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
   """Others a hundred times as large, as are later tokens, other windows, or padding: not a bit changes."""
   layer = RECIPES[name].default
   x, w, _ = problem()
-  scales = {"scales": 2 * (jnp.full((1, 1), 0.3),)} if layer.weights.scale == "learned" else {}
-  product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **scales))
+  product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **learned(layer)))
   np.testing.assert_array_equal(product(x)[:5], product(np.concatenate([x[:5], 100 * x[5:]]))[:5])
+
+
+@pytest.mark.parametrize("name,backend", PAIRS)
+def test_what_is_not_finite_stays_so(name, backend):
+  """Of an input in the outputs of its token, of a weight in its output."""
+  layer = RECIPES[name].default
+  product = jax.jit(lambda x, w: BACKENDS[backend](x, w, KERNEL, layer, **learned(layer)))
+  for number in (np.nan, np.inf, -np.inf):
+    x, w, _ = problem()
+    x[3, 5] = number
+    assert not np.isfinite(product(x, w)[3]).any()
+    x, w, _ = problem()
+    w[5, 3] = number
+    assert not np.isfinite(product(x, w)[:, 3]).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
