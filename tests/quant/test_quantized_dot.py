@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.sharding import NamedSharding, PartitionSpec
 
+from beyond_outliers import config, mesh
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, aqt_backend, dot_general_for, jax_backend
 from beyond_outliers.quant.dot import BACKENDS
 from beyond_outliers.quant.quantizers import fake_quantize
@@ -226,6 +228,27 @@ def test_int8_gradients_are_unbiased(backend):
     error, mean_error = (np.linalg.norm(a - b) / np.linalg.norm(b) for a in (each[0], each.mean(0)))
     assert 1e-3 < error < 0.05
     assert mean_error < 0.1 * error
+
+
+@pytest.mark.parametrize("name,backend", [*((name, "aqt") for name in ("quest_w4a4", "rtn_w8a8", "fp8", "int8_gradients")),
+                                          ("int8_gradients", "jax")])
+def test_sharded_and_rematerialised_are_one(name, backend):
+  """Of the layer whose contraction is split, with a key: the same numbers are drawn on eight devices, and drawn again."""
+  layer, key, operands = RECIPES[name].default, jax.random.key(0), problem()
+  expected = forward_and_gradients(*operands, layer, backend, key=key)
+  grid = mesh.make_mesh(config.Mesh(2, 2, 2))
+  split = (("data", "fsdp"), "model"), ("model", "fsdp"), (("data", "fsdp"), None)
+  sharded = [jax.device_put(x, NamedSharding(grid, PartitionSpec(*axes))) for x, axes in zip(operands, split, strict=True)]
+
+  @jax.jit
+  def rematerialised(x, w, g):
+    y, pullback = jax.vjp(jax.checkpoint(lambda x, w: BACKENDS[backend](x, w, KERNEL, layer, key=key)), x, w)
+    return y, *pullback(g)
+  eight = forward_and_gradients(*sharded, layer, backend, key=key)
+  assert len(eight[0].sharding.device_set) == 8
+  for ours in (eight, rematerialised(*operands)):
+    for a, b in zip(ours, expected, strict=True):
+      reference.assert_near(a, b, 2e-6)
 
 
 def test_layers_of_equal_recipes_share_one_maker():
