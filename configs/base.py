@@ -115,7 +115,7 @@ def optimizer(name: str, groups: dict[str, dict] | None = None, **hyperparameter
   c.groups = config_dict.ConfigDict({        # in order: the first whose regular expression matches the whole path wins
     "embedding": {"paths": r"embedding"},                     # tied with the head
     "scale": {"paths": r".*/log_scale", "optional": True},    # logarithms of learned scales; as vectors, but without decay
-    "vector": {"paths": r".*/gain|.*/(log_)?scale"},          # norm gains, attention scales
+    "vector": {"paths": r".*/gain|.*/scale"},                 # norm gains, attention scales
     "hidden": {"paths": r"layers/.*/kernel|head/kernel"},     # the matrices of the blocks, and an untied head
   }, sort_keys=False)
   for label in ("embedding", "vector", "hidden"):

@@ -2,9 +2,10 @@
 
 AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the backward pass. With what:
 
-  symmetric, absmax or absmax_edge, ste, nearest      its own IntSymmetric and AbsMaxCalibration
-  e4m3 or e5m2, absmax, ste, nearest                  its own Fp8Numerics and AbsMaxCalibration
-  any other grid, scale rule, estimator or rounding   `Rounding` and `Scaling` below, of our quantizers
+  scales                                              `Scaling` below, of our rules
+  symmetric, absmax or absmax_edge, ste, nearest      its own IntSymmetric
+  e4m3 or e5m2, absmax, ste, nearest                  its own Fp8Numerics
+  any other grid, scale rule, estimator or rounding   `Rounding` below, of our quantizers
   granularities group, mx, nv, nv_token               cannot: scales must be constant along the axis that is summed over
   learned scales                                      cannot: its backward pass has no gradient for them
 
@@ -102,8 +103,7 @@ def _set(raw: Any, lhs: QuantSpec | None, rhs: QuantSpec | None) -> None:
 
 
 def _calibrate(quantizer: Any, spec: QuantSpec) -> None:
-  native = spec.scale in ("absmax", "absmax_edge") and not isinstance(quantizer.numerics, Rounding)
-  quantizer.calibration = calibration.AbsMaxCalibration if native else functools.partial(Scaling, spec=spec)
+  quantizer.calibration = functools.partial(Scaling, spec=spec)
   if GRANULARITIES[spec.granularity].all:
     quantizer.calib_shared_axes = "per_tensor"
 

@@ -72,6 +72,9 @@ def in_units(x: jax.Array, scale: jax.Array) -> jax.Array:
 def forward(x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None) -> tuple[Quantized, Saved]:
   """Numbers to codes, without their rotation."""
   codes, saved = encode(in_units(x, scale), spec, key)
+  if spec.scale == "learned":
+    # Codes hide what is not finite. Scales that are found in the numbers show it; a learned one would not.
+    scale = jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
   return Quantized(codes, scale), saved
 
 

@@ -148,6 +148,9 @@ RECIPES: dict[str, Recipe] = {
   # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale a tensor, which shows a token the later ones.
   "fp8": _but_the_head(LayerRecipe(QuantSpec(8, "e4m3"), QuantSpec(8, "e4m3", granularity="token"),
                                    QuantSpec(8, "e5m2", granularity="token"))),
+  # Of these two the number formats alone, scaled in blocks along the contraction: gradients stay whole, and the backward pass
+  # multiplies them with what the forward pass dequantized. The training methods of their papers, with rotations, stochastic
+  # rounding, blocks of two axes and some layers left out, are not in them.
   "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
   # As published for the weights. Activations have a float32 scale a token, for the same reason.
   "nvfp4": _but_the_head(LayerRecipe(QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token"))),

@@ -27,14 +27,21 @@ GAUSSIAN_BOUND = {
 CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
 
 
+def _largest(x, axes):
+  """The largest magnitude; not finite where some number is not. By their bits, whose order is that of magnitudes, with NaN
+  above all: XLA's maximum of floats passes over NaN on CPUs."""
+  bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
+  return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True), x.dtype)
+
+
 def absmax(x, axes, grid):
   """The largest magnitude is the largest level: absmax/7 at four symmetric bits."""
-  return jnp.max(jnp.abs(x), axis=axes, keepdims=True) / grid.largest
+  return _largest(x, axes) / grid.largest
 
 
 def absmax_edge(x, axes, grid):
   """The largest magnitude is the end of the last level's bucket: absmax/7.5 at four symmetric bits."""
-  return jnp.max(jnp.abs(x), axis=axes, keepdims=True) / grid.edge
+  return _largest(x, axes) / grid.edge
 
 
 def gaussian(x, axes, grid):
@@ -70,9 +77,11 @@ def learned(x, axes, grid):
 
 def power_of_two(x, axes, grid):
   """absmax and the largest level, both rounded down to powers of two (OCP Microscaling Formats 1.0, section 6.3)."""
-  exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))[1] - 1 - grid.largest_exponent
-  # e8m0 reaches down to -127, where float32 has no normal number any more.
-  return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -126, 127)).astype(x.dtype)
+  largest = _largest(x, axes)
+  exponent = jnp.frexp(largest)[1] - 1 - grid.largest_exponent
+  # e8m0 reaches down to -127, where float32 has no normal number any more, and has a NaN.
+  scale = jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -126, 127)).astype(x.dtype)
+  return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
 def two_level(x, axes, grid):
@@ -88,7 +97,7 @@ def two_level_a_row(x, axes, grid):
 
 def _two_level(x, axes, outer, grid):
   e4m3 = grids.GRIDS["e4m3"][8]
-  whole = jnp.max(jnp.abs(x), axis=outer, keepdims=True) / (grid.largest * e4m3.largest)
+  whole = _largest(x, outer) / (grid.largest * e4m3.largest)
   return e4m3.round(absmax(x, axes, grid) * reciprocal(whole), jnp.round) * whole
 
 

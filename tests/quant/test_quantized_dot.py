@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.sharding import NamedSharding, PartitionSpec
 
+from beyond_outliers import config, mesh
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, aqt_backend, dot_general_for, jax_backend
 from beyond_outliers.quant.dot import BACKENDS
 from beyond_outliers.quant.quantizers import fake_quantize
@@ -82,15 +84,36 @@ def test_both_backends_are_one(name):
     reference.assert_near(a, b)
 
 
-@pytest.mark.parametrize("name,backend", [(name, backend) for name, recipe in RECIPES.items() for backend in BACKENDS
-                                          if recipe.default and (backend == "jax" or aqt_backend.expresses(recipe.default))])
+PAIRS = [(name, backend) for name, recipe in RECIPES.items() for backend in BACKENDS
+         if recipe.default and (backend == "jax" or aqt_backend.expresses(recipe.default))]
+
+
+def learned(layer):
+  """The options that a backend needs of learned scales."""
+  return {"scales": 2 * (jnp.full((1, 1), 0.3),)} if layer.weights.scale == "learned" else {}
+
+
+@pytest.mark.parametrize("name,backend", PAIRS)
 def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
   """Others a hundred times as large, as are later tokens, other windows, or padding: not a bit changes."""
   layer = RECIPES[name].default
   x, w, _ = problem()
-  scales = {"scales": 2 * (jnp.full((1, 1), 0.3),)} if layer.weights.scale == "learned" else {}
-  product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **scales))
+  product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **learned(layer)))
   np.testing.assert_array_equal(product(x)[:5], product(np.concatenate([x[:5], 100 * x[5:]]))[:5])
+
+
+@pytest.mark.parametrize("name,backend", PAIRS)
+def test_what_is_not_finite_stays_so(name, backend):
+  """Of an input in the outputs of its token, of a weight in its output."""
+  layer = RECIPES[name].default
+  product = jax.jit(lambda x, w: BACKENDS[backend](x, w, KERNEL, layer, **learned(layer)))
+  for number in (np.nan, np.inf, -np.inf):
+    x, w, _ = problem()
+    x[3, 5] = number
+    assert not np.isfinite(product(x, w)[3]).any()
+    x, w, _ = problem()
+    w[5, 3] = number
+    assert not np.isfinite(product(x, w)[:, 3]).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -205,6 +228,27 @@ def test_int8_gradients_are_unbiased(backend):
     error, mean_error = (np.linalg.norm(a - b) / np.linalg.norm(b) for a in (each[0], each.mean(0)))
     assert 1e-3 < error < 0.05
     assert mean_error < 0.1 * error
+
+
+@pytest.mark.parametrize("name,backend", [*((name, "aqt") for name in ("quest_w4a4", "rtn_w8a8", "fp8", "int8_gradients")),
+                                          ("int8_gradients", "jax")])
+def test_sharded_and_rematerialised_are_one(name, backend):
+  """Of the layer whose contraction is split, with a key: the same numbers are drawn on eight devices, and drawn again."""
+  layer, key, operands = RECIPES[name].default, jax.random.key(0), problem()
+  expected = forward_and_gradients(*operands, layer, backend, key=key)
+  grid = mesh.make_mesh(config.Mesh(2, 2, 2))
+  split = (("data", "fsdp"), "model"), ("model", "fsdp"), (("data", "fsdp"), None)
+  sharded = [jax.device_put(x, NamedSharding(grid, PartitionSpec(*axes))) for x, axes in zip(operands, split, strict=True)]
+
+  @jax.jit
+  def rematerialised(x, w, g):
+    y, pullback = jax.vjp(jax.checkpoint(lambda x, w: BACKENDS[backend](x, w, KERNEL, layer, key=key)), x, w)
+    return y, *pullback(g)
+  eight = forward_and_gradients(*sharded, layer, backend, key=key)
+  assert len(eight[0].sharding.device_set) == 8
+  for ours in (eight, rematerialised(*operands)):
+    for a, b in zip(ours, expected, strict=True):
+      reference.assert_near(a, b, 2e-6)
 
 
 def test_layers_of_equal_recipes_share_one_maker():
