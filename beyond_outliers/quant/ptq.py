@@ -81,7 +81,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
   "rtn": Method(),
-  "rtn_mse": Method(scale="mse"),                                       # the clip of least squared error
+  "rtn_mse": Method(scale="mse"),                                       # the clip of least squared error of the matrix itself
   "gptq": Method("gptq", sequential=True),                              # arXiv 2210.17323
   "gptq_in_order": Method("gptq_in_order", sequential=True),
   "gptq_mse": Method("gptq", scale="mse", sequential=True),
