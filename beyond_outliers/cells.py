@@ -1,5 +1,4 @@
-"""What quantization after training costs a checkpoint: a cell a (step, recipe, method), each a JSON file that is read alone.
-"""
+"""What quantization after training costs a checkpoint: a cell a (step, recipe, method), each a JSON file that is read alone."""
 from __future__ import annotations
 
 import functools
@@ -12,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, evaluation, quant, text_table, writers, zero_shot_tasks
+from beyond_outliers import config, data, evaluation, quant, results, text_table, writers, zero_shot_tasks
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.checks import require
 from beyond_outliers.model import transformer
+from beyond_outliers.results import Result
 from beyond_outliers.sources import Source
 
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
@@ -29,11 +29,8 @@ class Cell(NamedTuple):
 
   @property
   def row(self) -> str:
-    """The recipe without rules: enough within a folder, whose model was trained under one recipe, and fit for a file's name."""
+    """The recipe without the rules of a run, which is told by other means."""
     return self.recipe.partition(",")[0]
-
-  def file(self, step: int) -> str:
-    return f"{step}-{self.row}-{self.method}.json"
 
 
 def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
@@ -62,15 +59,16 @@ def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list
 
 
 class Evaluator:
-  """Measures cells into a folder, the source's own by default. Those that are there, of the same settings, stay as they are.
+  """Measures cells into a folder, the source's own by default. What was measured under the same settings stays as it is.
 
-  windows: of training data that methods look at. say: takes progress.
+  windows: of training data that methods look at. say: takes progress. warn: takes what should be seen.
   Errors: ConfigError for a batch that the devices cannot split, unknown tasks, and tasks without the library for them."""
 
   def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (),
-               task_folders: Sequence[str] = (), windows: int = 32, say: Callable[[str], None] = lambda text: None):
+               task_folders: Sequence[str] = (), windows: int = 32, say: Callable[[str], None] = lambda text: None,
+               warn: Callable[[str], None] = results.warn):
     self.source, self.cells, self._tasks, self._windows, self._say = source, list(cells), tasks, windows, say
-    self._folder = writers.Workdir(folder or source.folder)
+    self._folder = results.Folder(folder or source.folder, warn)
     # Parameters whole on every device, rows of a batch split over them.
     self._mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
     mesh_lib.check_batch(self._mesh, "--batch_size", source.batch_size)
@@ -82,41 +80,34 @@ class Evaluator:
     self._task_folders = _task_folders(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
 
   def missing(self, step: int) -> list[Cell]:
-    return [cell for cell in self.cells if not self._complete(self._read(step, cell))]
+    return [cell for cell in self.cells if self._read(step, cell, self._settings(cell)) is None or self._unasked(step, cell)]
 
   def results(self, steps: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """The cells that are there, of these steps or of all, by step."""
-    found = {int(path.name.partition("-")[0]) for path in self._folder.path.glob("*-*.json")} if steps is None else set(steps)
-    cells = (self._read(step, cell) for step in sorted(found) for cell in self.cells)
+    found = {cell["step"] for cell in self._folder.cells()} if steps is None else set(steps)
+    cells = (self._result(step, cell) for step in sorted(found) for cell in self.cells)
     return [cell for cell in cells if cell is not None]
 
   def measure(self, step: int, params: Any, cell: Cell) -> dict[str, Any]:
     """Measures what is missing of one cell and writes it."""
-    found: Any = self._read(step, cell)
     began = time.perf_counter()
     q = self._quantized(params, cell)
     model, q_params = (q.model, q.params) if q else (self.source.model, params)
     jax.block_until_ready(q_params)
     quantized = time.perf_counter()
-    if found is None:
+    if self._read(step, cell, self._settings(cell)) is None:
       metrics = self._metrics(cell, params, q)
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-      found = {"step": step, **cell._asdict(), "metrics": metrics, "tasks": {}, "size_bytes": size,
-               "settings": self._settings(cell),
-               "seconds": {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized, "tasks": 0.0},
-               "asked": [], "source": self.source.described, **writers.manifest({})}
-      found = self._write(step, cell, found)         # tasks take long, and may fail
-    tasks = [task for task in self._tasks if task not in found["asked"]]
-    if tasks:
+      seconds = {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized}
+      self._write(step, cell, self._settings(cell), {"metrics": metrics, "size_bytes": size, "seconds": seconds})
+    for task in self._unasked(step, cell):
       began = time.perf_counter()
-      self._say("tasks " + ", ".join(tasks))
+      self._say(f"task {task}")
       placed = jax.device_put(q_params, mesh_lib.replicated(self._mesh))
-      found["tasks"] |= _zero_shot().run(model, placed, self.source.dataset.tokenizer, tasks, context=self.source.context,
-                                         mesh=self._mesh, prefix=self.source.prefix, bos=self.source.bos,
-                                         folders=self._task_folders)
-      found["asked"] += tasks                        # of a tag, the rows have the names of its tasks
-      found["seconds"]["tasks"] += time.perf_counter() - began
-      found = self._write(step, cell, found)
+      scores = _zero_shot().run(model, placed, self.source.dataset.tokenizer, [task], context=self.source.context,
+                                mesh=self._mesh, prefix=self.source.prefix, bos=self.source.bos, folders=self._task_folders)
+      self._write(step, cell, self._task_settings(cell, task), {"scores": scores, "seconds": time.perf_counter() - began})
+    found: Any = self._result(step, cell)
     if self._sink:
       self._sink.write({"step": step, **{f"{cell.row}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
     return found
@@ -125,11 +116,22 @@ class Evaluator:
     if self._sink:
       self._sink.close()
 
-  def _write(self, step: int, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
+  def _read(self, step: int, cell: Cell, settings: dict[str, Any]) -> Result | None:
+    return self._folder.read(step, cell.row, cell.method, settings)
+
+  def _write(self, step: int, cell: Cell, settings: dict[str, Any], found: dict[str, Any]) -> None:
     # JSON knows no NaN: it is null.
     found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
-    self._folder.write(cell.file(step), found)
-    return found
+    self._folder.write(step, cell.row, cell.method, settings, {
+      "step": step, **cell._asdict(), **found, "settings": settings, "source": self.source.described, **writers.manifest({})})
+
+  def _result(self, step: int, cell: Cell) -> Result | None:
+    found = self._read(step, cell, self._settings(cell))
+    tasks = [self._read(step, cell, self._task_settings(cell, task)) for task in self._tasks]
+    return None if found is None else results.joined(found, [task for task in tasks if task is not None])
+
+  def _unasked(self, step: int, cell: Cell) -> list[str]:
+    return [task for task in self._tasks if self._read(step, cell, self._task_settings(cell, task)) is None]
 
   @functools.cached_property
   def calibration(self) -> list[dict[str, np.ndarray]]:
@@ -172,22 +174,23 @@ class Evaluator:
         return evaluation.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
       return evaluation.evaluate(of_batch, self._batches, self._num_bytes)
 
-  def _settings(self, cell: Cell) -> dict[str, Any]:
-    """All that a cell's numbers depend on, beside the checkpoint: other settings make another cell."""
+  def _model_settings(self, cell: Cell) -> dict[str, Any]:
+    """What the quantized model depends on, beside the step, the recipe and the method."""
     source = self.source
     calibrated = cell.method != "none" and quant.METHODS[cell.method].calibrated
-    return {"trained": source.trained, "data": source.dataset.fingerprint, "tokenizer": source.dataset.tokenizer.fingerprint,
-            "bos": source.prefix if source.bos else None, "context": source.context, "documents": source.documents,
-            "mask_documents": source.data.mask_documents, "calibration_windows": self._windows if calibrated else 0, "seed": SEED,
-            "resamples": evaluation.RESAMPLES, "confidence": evaluation.CONFIDENCE}
+    return {"trained": source.trained, "tokenizer": source.dataset.tokenizer.fingerprint, "context": source.context, "seed": SEED,
+            "calibration_windows": self._windows if calibrated else 0,
+            "calibration_data": source.dataset.fingerprint if calibrated else None}
 
-  def _read(self, step: int, cell: Cell) -> dict[str, Any] | None:
-    found = self._folder.read(cell.file(step))
-    # A cell that says nothing of it is of texts without a token before them.
-    return found if found is not None and {"bos": None, **found["settings"]} == self._settings(cell) else None
+  def _settings(self, cell: Cell) -> dict[str, Any]:
+    """All that a cell's numbers depend on: other settings make another cell."""
+    source = self.source
+    return {**self._model_settings(cell), "data": source.dataset.fingerprint, "documents": source.documents,
+            "mask_documents": source.data.mask_documents, "resamples": evaluation.RESAMPLES,
+            "confidence": evaluation.CONFIDENCE}
 
-  def _complete(self, found: dict[str, Any] | None) -> bool:
-    return found is not None and set(self._tasks) <= set(found["asked"])
+  def _task_settings(self, cell: Cell, task: str) -> dict[str, Any]:
+    return {**self._model_settings(cell), results.OF_TASKS: task, "prefix": self.source.prefix, "bos": self.source.bos}
 
 
 def scalars(cell: dict[str, Any]) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Source:
   batch_size: int
   documents: int                             # of the validation split; 0: all
   described: dict[str, Any]                  # where it comes from, for whoever reads a result
-  trained: str                               # when its training began, or a sum: what tells it from another in the same folder
+  trained: str                               # tells this training's result from every other, wherever it lies
   folder: epath.Path                         # of the results
   tensorboard: epath.Path | None             # where TensorBoard is to find them, if at all
 
@@ -65,7 +65,7 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
     # Of what the run was trained on, whatever it is judged on: --data may name documents that were parted otherwise.
     getattr(opened.tokenizer, c.data.separator), c.data.separator == "bos", context or c.context, batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
-    {"workdir": str(run.path), "config": config.to_dict(c)}, run.manifest["time"], run.path / "eval",
+    {"workdir": str(run.path), "config": config.to_dict(c)}, run.identity, run.path / "eval",
     # Beside the run's own events, which TensorBoard would take for the same run.
     run.path / "tensorboard" / "eval" if c.log.tensorboard else None)
 

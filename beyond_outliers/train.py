@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -265,7 +266,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: writers.Workdir)
   })
   before = workdir.read("manifest.json")
   if before is None:
-    return {**now, "resumed": []}
+    return {"id": secrets.token_hex(8), **now, "resumed": []}       # two may begin in the same second
   if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
     raise writers.WorkdirError(f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
                                f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new workdir")

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import cells, config, data, evaluate, runs, sources, train
+from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train
+from beyond_outliers.analysis import degradation
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
 
@@ -71,17 +72,80 @@ def test_a_cell_compares_with_full_precision(measured):
   assert found["rtn"]["size_bytes"] < found["none"]["size_bytes"]
 
 
+def files(workdir, step, recipe, method):
+  return sorted((workdir / "eval").glob(f"{step}-{recipe}-{method}-*.json"))
+
+
 def test_a_cell_is_read_alone(measured):
   run, evaluator, found = measured
-  written = json.loads((run.path / "eval" / "2-rtn_w4a4-gptq.json").read_text())
-  assert written == found["gptq"]
+  path, = files(run.path, 2, "rtn_w4a4", "gptq")
+  written = json.loads(path.read_text())
+  assert {**written, "tasks": {}, "seconds": {**written["seconds"], "tasks": 0}} == found["gptq"]
   assert config.resolve(written["source"]["config"]) == run.config
   assert written["settings"]["data"] == run.manifest["data"]["fingerprint"]
   assert written["packages"]["jax"] == jax.__version__ and written["seconds"]["evaluate"] > 0
   assert found["gptq"]["settings"]["calibration_windows"] == 12 and found["rtn"]["settings"]["calibration_windows"] == 0
-  assert sorted(path.name for path in (run.path / "eval").iterdir()) == [
-    "2-none-none.json", "2-rtn_w4a4-gptq.json", "2-rtn_w4a4-rtn.json"]
+  assert len(list((run.path / "eval").iterdir())) == 3
   assert len(cells.table(evaluator.results()).splitlines()) == 4
+
+
+def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_path):
+  """A quick look beside a whole evaluation, and a second look at that."""
+  shutil.copytree(workdir, tmp_path / "run")
+  before = {path: path.read_text() for path in (tmp_path / "run" / "eval").iterdir()}
+  none = measured[1].cells[:1]
+  quick = cells.Evaluator(sources.of_run(tmp_path / "run", documents=2), none)
+  assert quick.missing(2) == none
+  found = quick.measure(2, quick.source.params(2), none[0])
+  assert found["metrics"]["documents"] == 2 and quick.missing(2) == [] and quick.results() == [found]
+  whole = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
+  assert {path: path.read_text() for path in before} == before
+  every = degradation.cells([runs.open(tmp_path / "run")])
+  assert sorted(every.documents) == [0, 0, 0, 2]
+  assert list(degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [found["metrics"]["loss"]]
+
+
+def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
+  """Not even where they began in the same second; and a run that was resumed keeps its own."""
+  one, other = tmp_path / "one", tmp_path / "other"
+  for folder in (one, other):
+    shutil.copytree(workdir, folder)
+  manifest = json.loads((other / "manifest.json").read_text())
+  (other / "manifest.json").write_text(json.dumps({**manifest, "id": "another"}))
+  (one / "manifest.json").write_text(json.dumps({**manifest, "resumed": [manifest]}))
+  resumed, new = (cells.Evaluator(sources.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
+                  for folder in (one, other))
+  assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 2, "recipe"', "[]", '{"foo": 1}'])
+def test_what_is_no_cell_counts_as_missing_and_is_named_once(content, workdir, measured, tmp_path):
+  shutil.copytree(workdir / "eval", tmp_path / "eval")
+  path, = files(tmp_path, 2, "rtn_w4a4", "rtn")
+  for broken in (path, tmp_path / "eval" / "foo-bar.json"):
+    broken.write_text(content)
+  said = []
+  evaluator = cells.Evaluator(sources.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append)
+  assert evaluator.missing(2) == [measured[1].cells[1]]
+  assert evaluator.results() == [measured[2]["none"], measured[2]["gptq"]]
+  assert sorted(line.partition(" ")[0] for line in said) == sorted([str(path), str(tmp_path / "eval" / "foo-bar.json")])
+
+
+def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured, tmp_path):
+  """They were named without a hash, told trainings apart by their time, and held their tasks."""
+  shutil.copytree(workdir, tmp_path / "run")
+  run, folder = runs.open(tmp_path / "run"), tmp_path / "run" / "eval"
+  shutil.rmtree(folder)
+  folder.mkdir()
+  for method, cell in measured[2].items():
+    settings = {**cell["settings"], "trained": run.manifest["time"]}
+    old = {**cell, "settings": settings, "tasks": {"piqa": {"acc": 0.5}}, "asked": ["piqa"]}
+    (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
+  evaluator = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
+  found = degradation.cells([run])
+  assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
 
 
 def test_only_what_the_settings_change_is_measured_again(measured, workdir):
@@ -117,13 +181,18 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   harness = types.SimpleNamespace(run=run, task_manager=lambda tasks, folders: None)
   monkeypatch.setattr(cells, "_zero_shot", lambda: harness)
   source = sources.of_run(workdir)
-  with_tasks = cells.Evaluator(source, evaluator.cells[:2], tasks=["piqa"], windows=12)
+  make = lambda tasks: cells.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
+  with_tasks, others = make(["piqa"]), make(["arc_easy"])
   assert with_tasks.missing(2) == evaluator.cells[:2]
-  cell = with_tasks.measure(2, source.params(2), evaluator.cells[1])
-  assert cell["metrics"] == found["rtn"]["metrics"] and cell["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
-  assert with_tasks.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
-  assert asked == [({True}, ["piqa"], 32, tokenizers.load("bytes").eot, False)]
-  assert "piqa/acc" in cells.table([cell]) and "stderr" not in cells.table([cell])
+  params, cell = source.params(2), evaluator.cells[1]
+  others.measure(2, params, cell)
+  found_too = with_tasks.measure(2, params, cell)
+  assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
+  assert with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
+  assert asked == [({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")]
+  assert "piqa/acc" in cells.table([found_too]) and "stderr" not in cells.table([found_too])
+  both, = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
+  assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
 
 
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
@@ -132,10 +201,8 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   assert plan == [cells.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
   evaluator = cells.Evaluator(source, plan)
   cell = evaluator.measure(2, source.params(2), plan[0])
-  written = quantized_workdir / "eval" / "2-quest_w4a4-none.json"
-  assert json.loads(written.read_text())["recipe"] == plan[0].recipe
-  written.write_text(json.dumps({**cell, "recipe": "quest_w4a4"}))
-  assert not evaluator.missing(2) and evaluator.results() == [{**cell, "recipe": "quest_w4a4"}], "the row alone is read, too"
+  written, = files(quantized_workdir, 2, "quest_w4a4", "none")
+  assert json.loads(written.read_text())["recipe"] == plan[0].recipe and not evaluator.missing(2)
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
@@ -143,8 +210,8 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
 
 
-def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir, measured):
-  """Whatever parts the documents that a run is judged on. Cells that don't say how are of runs whose documents nothing began."""
+def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir):
+  """Whatever parts the documents that a run is judged on."""
   with_bos, without = tokenizers.load("bytes").bos, tokenizers.load("bytes").eot
   other = runs.open(workdir).dataset.directory
   for options in ({}, {"dataset": other}):
@@ -152,18 +219,6 @@ def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir
     assert (source.prefix, source.bos) == (with_bos, True)
   source = sources.of_run(workdir)
   assert (source.prefix, source.bos) == (without, False)
-  as_trained = cells.Cell("quest_w4a4, head: rtn_w8a8", "none")
-  for folder, began, cell in ((quantized_workdir, with_bos, as_trained), (workdir, None, measured[1].cells[0])):
-    evaluator = cells.Evaluator(sources.of_run(folder), [cell], windows=12)
-    if evaluator.missing(2):
-      evaluator.measure(2, evaluator.source.params(2), cell)
-    path = folder / "eval" / cell.file(2)
-    written = path.read_text()
-    found = json.loads(written)
-    assert found["settings"].pop("bos") == began
-    path.write_text(json.dumps(found))
-    assert evaluator.missing(2) == [cell] * (began is not None)
-    path.write_text(written)
 
 
 def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
@@ -226,7 +281,7 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
     losses += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(window) - 1), window[1:]]).tolist()
   np.testing.assert_allclose(as_it_is["loss"], np.mean(losses), rtol=1e-5)
   assert as_it_is["tokens"] == len(losses) and rounded["kl"] < 1e-2
-  assert (tmp_path / "eval" / "0-rtn_w8a8-rtn.json").exists()
+  assert len(files(tmp_path, 0, "rtn_w8a8", "rtn")) == 1
 
   library = pytest.importorskip("tokenizers")
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
