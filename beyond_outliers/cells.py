@@ -22,6 +22,10 @@ from beyond_outliers.sources import Source
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
 
 
+class TaskError(RuntimeError):
+  """Tasks that could not be asked of a model; the message says which, and why."""
+
+
 class Cell(NamedTuple):
   """What is done to a checkpoint. method "none": nothing, it is judged as it was trained, under its own recipe."""
   recipe: str                     # row of quant.RECIPES; where the model was trained under rules of its own, with these
@@ -62,12 +66,13 @@ class Evaluator:
   """Measures cells into a folder, the source's own by default. What was measured under the same settings stays as it is.
 
   windows: of training data that methods look at. say: takes progress. warn: takes what should be seen.
-  Errors: ConfigError for a batch that the devices cannot split, unknown tasks, and tasks without the library for them."""
+  Errors: ConfigError for a batch that the devices cannot split, tasks that are unknown, faulty or without their data, and tasks
+  without the library for them."""
 
   def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (),
                task_folders: Sequence[str] = (), windows: int = 32, say: Callable[[str], None] = lambda text: None,
                warn: Callable[[str], None] = results.warn):
-    self.source, self.cells, self._tasks, self._windows, self._say = source, list(cells), tasks, windows, say
+    self.source, self.cells, self._windows, self._say = source, list(cells), windows, say
     self._folder = results.Folder(folder or source.folder, warn)
     # Parameters whole on every device, rows of a batch split over them.
     self._mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
@@ -77,7 +82,7 @@ class Evaluator:
     self._num_bytes = source.dataset.bytes("validation", source.documents)
     self._sink = writers.TensorBoard(source.tensorboard, None) if source.tensorboard else None
     self._steps: dict[Cell, Any] = {}                 # compiled once, for all checkpoints
-    self._task_folders = _task_folders(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
+    self._tasks = _load(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
 
   def missing(self, step: int) -> list[Cell]:
     return [cell for cell in self.cells if self._read(step, cell, self._settings(cell)) is None or self._unasked(step, cell)]
@@ -89,7 +94,7 @@ class Evaluator:
     return [cell for cell in cells if cell is not None]
 
   def measure(self, step: int, params: Any, cell: Cell) -> dict[str, Any]:
-    """Measures what is missing of one cell and writes it."""
+    """Measures what is missing of one cell and writes it. Errors: TaskError once all else is written; what a method raises."""
     began = time.perf_counter()
     q = self._quantized(params, cell)
     model, q_params = (q.model, q.params) if q else (self.source.model, params)
@@ -100,17 +105,26 @@ class Evaluator:
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
       seconds = {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized}
       self._write(step, cell, self._settings(cell), {"metrics": metrics, "size_bytes": size, "seconds": seconds})
+    failed: list[tuple[str, Exception]] = []
     for task in self._unasked(step, cell):
-      began = time.perf_counter()
-      self._say(f"task {task}")
-      placed = jax.device_put(q_params, mesh_lib.replicated(self._mesh))
-      scores = _zero_shot().run(model, placed, self.source.dataset.tokenizer, [task], context=self.source.context,
-                                mesh=self._mesh, prefix=self.source.prefix, bos=self.source.bos, folders=self._task_folders)
-      self._write(step, cell, self._task_settings(cell, task), {"scores": scores, "seconds": time.perf_counter() - began})
+      try:
+        self._ask(step, cell, task, model, q_params)
+      except Exception as error:                      # whatever a task of others raises
+        failed.append((task.name, error))
+    if failed:
+      raise TaskError("; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed)) from failed[0][1]
     found: Any = self._result(step, cell)
     if self._sink:
       self._sink.write({"step": step, **{f"{cell.row}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
     return found
+
+  def _ask(self, step: int, cell: Cell, task: Any, model: Any, params: Any) -> None:
+    began = time.perf_counter()
+    self._say(f"task {task.name}")
+    source, placed = self.source, jax.device_put(params, mesh_lib.replicated(self._mesh))
+    scores = _zero_shot().run(model, placed, source.dataset.tokenizer, [task], context=source.context, mesh=self._mesh,
+                              prefix=source.prefix, bos=source.bos)
+    self._write(step, cell, self._task_settings(cell, task), {"scores": scores, "seconds": time.perf_counter() - began})
 
   def close(self) -> None:
     if self._sink:
@@ -130,7 +144,7 @@ class Evaluator:
     tasks = [self._read(step, cell, self._task_settings(cell, task)) for task in self._tasks]
     return None if found is None else results.joined(found, [task for task in tasks if task is not None])
 
-  def _unasked(self, step: int, cell: Cell) -> list[str]:
+  def _unasked(self, step: int, cell: Cell) -> list[Any]:
     return [task for task in self._tasks if self._read(step, cell, self._task_settings(cell, task)) is None]
 
   @functools.cached_property
@@ -189,8 +203,8 @@ class Evaluator:
             "mask_documents": source.data.mask_documents, "resamples": evaluation.RESAMPLES,
             "confidence": evaluation.CONFIDENCE}
 
-  def _task_settings(self, cell: Cell, task: str) -> dict[str, Any]:
-    return {**self._model_settings(cell), results.OF_TASKS: task, "prefix": self.source.prefix, "bos": self.source.bos}
+  def _task_settings(self, cell: Cell, task: Any) -> dict[str, Any]:
+    return {**self._model_settings(cell), results.OF_TASKS: task.name, "prefix": self.source.prefix, "bos": self.source.bos}
 
 
 def scalars(cell: dict[str, Any]) -> dict[str, float]:
@@ -224,11 +238,9 @@ def _zero_shot() -> Any:
   return zero_shot
 
 
-def _task_folders(tasks: Sequence[str], given: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
-  """Where the tasks are that the harness itself does not have: `given`, and those made of held-out text. Errors: ConfigError."""
-  folders: list[Any] = list(given)
-  if set(tasks) & zero_shot_tasks.HELD_OUT.keys():
-    folders.append(folder / "tasks")
-    zero_shot_tasks.from_held_out(dataset, folders[-1])
-  _zero_shot().task_manager(tasks, folders)
-  return folders
+def _load(tasks: Sequence[str], folders: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
+  """Those of the harness, of the folders, or made of held-out text below `folder`. Errors: ConfigError."""
+  made = [folder / "tasks"] if set(tasks) & zero_shot_tasks.HELD_OUT.keys() else []
+  for path in made:
+    zero_shot_tasks.from_held_out(dataset, path)
+  return _zero_shot().load(tasks, [*folders, *made])

@@ -4,7 +4,8 @@
   python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow          # beside the training job
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
-Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only reads the run.
+Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only reads the run. What cannot be
+measured is told and left out, and makes the exit code 1.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import datetime
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +84,7 @@ class Job:
   def __init__(self, source: sources.Source, evaluator: cells.Evaluator, progress: Progress):
     self._source, self._evaluator, self._progress = source, evaluator, progress
     self.skipped: dict[int, str] = {}
+    self.failed = False                      # whether a cell could not be measured of a checkpoint that could be read
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
@@ -133,8 +136,11 @@ class Job:
       start = time.perf_counter()
       try:
         metrics = self._evaluator.measure(step, params, cell)["metrics"]
-      except ConfigError as error:           # a checkpoint that a method cannot take, or a task: the others may be well
-        self.skipped[step] = f"{cell.recipe}, {cell.method}: {error}"
+      except Exception as error:             # no memory, a checkpoint that a method cannot take, a task: the others may be well
+        if not isinstance(error, ConfigError):
+          traceback.print_exc()
+        self.failed = True
+        self.skipped[step] = f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}"
         self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
         continue
       text = f"loss {cells.shown(metrics['loss'])}"
@@ -202,6 +208,8 @@ def main(argv: list[str]) -> None:
     print(cells.table(results))
     for step, reason in job.skipped.items():
       print(f"step {step} skipped: {reason}")
+  if job.failed:
+    sys.exit(1)
 
 
 flags.register_multi_flags_validator(

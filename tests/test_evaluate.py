@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train
+from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, zero_shot_tasks
 from beyond_outliers.analysis import degradation
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
@@ -169,17 +169,22 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(measure
   assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
 
 
+def harness(run):
+  """A stand-in for zero_shot."""
+  load = lambda names, folders: [types.SimpleNamespace(name=name) for name in names]
+  return types.SimpleNamespace(run=run, load=load)
+
+
 def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch):
-  """Through a stand-in for the harness: nothing else is measured again."""
+  """Nothing else is measured again."""
   _, evaluator, found = measured
   asked = []
 
-  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, bos, folders):
+  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, bos):
     placed = {leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)}
-    asked.append((placed, tasks, context, prefix, bos))
-    return {task: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
-  harness = types.SimpleNamespace(run=run, task_manager=lambda tasks, folders: None)
-  monkeypatch.setattr(cells, "_zero_shot", lambda: harness)
+    asked.append((placed, [task.name for task in tasks], context, prefix, bos))
+    return {task.name: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run))
   source = sources.of_run(workdir)
   make = lambda tasks: cells.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
   with_tasks, others = make(["piqa"]), make(["arc_easy"])
@@ -193,6 +198,31 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert "piqa/acc" in cells.table([found_too]) and "stderr" not in cells.table([found_too])
   both, = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
   assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
+
+
+def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_path, monkeypatch, capsys):
+  """A method that runs out of memory, and one of two tasks."""
+  def run(model, params, tokenizer, tasks, **options):
+    if tasks[0].name == "broken":
+      raise FileNotFoundError("no such\nfile")
+    return {tasks[0].name: {"acc": 0.25}}
+
+  def quantize(*arguments, **options):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run))
+  source = sources.of_run(workdir)
+  plan = cells.plan(source, *PLAN)
+  monkeypatch.setattr(cells.quant.ptq, "quantize", quantize)
+  evaluator = cells.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
+  job = evaluate.Job(source, evaluator, evaluate.Progress())
+  job.once([2])
+  cell, = evaluator.results([2])
+  assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
+  assert job.failed and evaluator.missing(2) == plan
+  said = capsys.readouterr().err.splitlines()
+  for line in ("step 2 · skipped: none, none: TaskError: broken: FileNotFoundError: no such file",
+               "step 2 · skipped: rtn_w4a4, rtn: JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"):
+    assert line in said
 
 
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
@@ -324,7 +354,12 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   folders = {"run": workdir, "quantized": quantized_workdir, "empty": folder / "empty", "bare": folder / "bare",
              "other": data.prepare(pieces, log=lambda text: None).directory, "own": runs.open(workdir).dataset.directory}
   given = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
-  return dict(zip(REFUSED, commands.answers("evaluate", given)[0], strict=True))
+  zero_shot_tasks.write(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
+  with open(folder / "tasks" / "endless.yaml", "a") as file:
+    file.write("output_type: generate_until\ngeneration_kwargs: {until: [], max_gen_toks: 1000}\n"
+               "metric_list: [{metric: exact_match}]\n")
+  fails = [f"--workdir={workdir}", f"--out={folder}", "--documents=1", f"--task_folders={folder}/tasks", "--tasks=endless"]
+  return dict(zip([*REFUSED, "a task"], commands.answers("evaluate", [*given, fails])[0], strict=True))
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -334,3 +369,12 @@ def test_a_refusal_is_one_line_and_exit_code_2(told, what):
   *_, line = errors.splitlines()
   assert line.startswith("error: ")
   assert all(part in line for part in REFUSED[what][1]), line
+
+
+def test_what_could_not_be_measured_makes_the_exit_code_1(told):
+  pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+  code, said = told["a task"]
+  assert code == 1, said
+  *_, row, skipped = said.splitlines()
+  assert row.startswith("2     none") and skipped.startswith("step 2 skipped: ")
+  assert "max_gen_toks = 1000: expected 1 to 31" in skipped
