@@ -19,6 +19,7 @@ from beyond_outliers.model import transformer
 from beyond_outliers.results import Result
 from beyond_outliers.sources import Source
 
+VERSION = 2                       # of the measurements: raised by whatever changes their numbers; then all is measured anew
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
 
 
@@ -192,8 +193,8 @@ class Evaluator:
     """What the quantized model depends on, beside the step, the recipe and the method."""
     source = self.source
     calibrated = cell.method != "none" and quant.METHODS[cell.method].calibrated
-    return {"trained": source.trained, "tokenizer": source.dataset.tokenizer.fingerprint, "context": source.context, "seed": SEED,
-            "calibration_windows": self._windows if calibrated else 0,
+    return {"version": VERSION, "trained": source.trained, "tokenizer": source.dataset.tokenizer.fingerprint,
+            "context": source.context, "seed": SEED, "calibration_windows": self._windows if calibrated else 0,
             "calibration_data": source.dataset.fingerprint if calibrated else None}
 
   def _settings(self, cell: Cell) -> dict[str, Any]:
@@ -204,7 +205,8 @@ class Evaluator:
             "confidence": evaluation.CONFIDENCE}
 
   def _task_settings(self, cell: Cell, task: Any) -> dict[str, Any]:
-    return {**self._model_settings(cell), results.OF_TASKS: task.name, "prefix": self.source.prefix, "bos": self.source.bos}
+    return {**self._model_settings(cell), results.OF_TASKS: task.name, "content": task.content, "prefix": self.source.prefix,
+            "bos": self.source.bos}
 
 
 def scalars(cell: dict[str, Any]) -> dict[str, float]:

@@ -65,7 +65,7 @@ class Folder:
     except ValueError:                                # empty or truncated
       found = None
     if isinstance(found, dict) and set(IDENTITY) <= found.keys():
-      return found
+      return {**found, "settings": {"version": 1, **found["settings"]}}         # the first had no number
     self._say(f"{path} holds no result of an evaluation job, and counts for none")
     return None
 

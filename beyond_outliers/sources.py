@@ -106,13 +106,13 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
   return Source(
     directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, opened, section,
     opened.meta["separator"]["id"] if bos is None else bos, bos is not None, context or 1024, batch_size or 8, documents or 0,
-    {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(params),
+    {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(model, params),
     epath.Path(directory).absolute() / "eval", None)
 
 
-def _fingerprint(params: Any) -> str:
-  """Tells the parameters of one model from another's."""
-  sums = hashlib.sha256()
+def _fingerprint(model: transformer.Transformer, params: Any) -> str:
+  """Tells a model from another, of the same parameters too."""
+  sums = hashlib.sha256(repr(model.config).encode())
   for leaf in jax.tree.leaves(params):
     sums.update(np.asarray(leaf).tobytes())
   return sums.hexdigest()

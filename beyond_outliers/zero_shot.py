@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import itertools
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,9 +34,11 @@ class Asked(NamedTuple):
   """What a name stands for, with its data: a task, or those of a group or tag."""
   name: str
   objects: list[Any]                # of the harness
+  content: str                      # hash of what is asked and how it is judged
 
 # Resamples behind the standard errors that have no formula, such as perplexity's.
 BOOTSTRAPS = 1000
+WHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")      # of a task's configuration: where it and its data lie
 GENERATED = 256                     # tokens at most where a task doesn't say, or half the window where that is less
 
 
@@ -141,10 +147,26 @@ def _load(manager: lm_eval.tasks.TaskManager, name: str) -> Asked:
   try:
     with contextlib.redirect_stdout(sys.stderr):          # results alone go to stdout
       found: Any = manager.load([name])
+    content = [_content(task) for _, task in sorted(found["tasks"].items())]
   except Exception as error:                              # the harness and its library of data raise whatever there is
     raise checks.ConfigError(f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file or its "
                              "data; without the hub, name tasks on local data") from error
-  return Asked(name, [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values()))
+  group = found.get("groups", {}).get(name)
+  return Asked(name, list(found["tasks"].values()) if group is None else [group],
+               _digest([importlib.metadata.version("lm_eval"), group and group.to_dict(), content]))
+
+
+def _content(task: Any) -> list[Any]:
+  """All that a task's answers are of: its configuration and documents, wherever they lie."""
+  configuration = {name: value for name, value in task.dump_config().items() if name not in WHERE}
+  shots = task.fewshot_docs() if task.config.num_fewshot else []
+  return [configuration, [_digest(list(documents)) for documents in (task.eval_docs, shots)]]
+
+
+def _digest(value: Any) -> str:
+  # Functions that have no source are told with their place in memory.
+  text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True, default=str))
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, asked: Sequence[Asked], *, context: int,

@@ -139,16 +139,18 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
   shutil.rmtree(folder)
   folder.mkdir()
   for method, cell in measured[2].items():
-    settings = {**cell["settings"], "trained": run.manifest["time"]}
+    settings = {name: value for name, value in cell["settings"].items() if name != "version"} | {"trained": run.manifest["time"]}
     old = {**cell, "settings": settings, "tasks": {"piqa": {"acc": 0.5}}, "asked": ["piqa"]}
     (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
   evaluator = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
   assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
   found = degradation.cells([run])
   assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
+  evaluator.measure(2, evaluator.source.params(2), measured[1].cells[1])
+  assert list(degradation.cells([run]).method) == ["rtn"] and len(degradation.cells([run], {"version": "1"})) == 3
 
 
-def test_only_what_the_settings_change_is_measured_again(measured, workdir):
+def test_only_what_the_settings_change_is_measured_again(measured, workdir, monkeypatch):
   _, evaluator, _ = measured
   assert evaluator.missing(2) == [] and evaluator.missing(1) == evaluator.cells
   again = lambda windows=12, **options: cells.Evaluator(sources.of_run(workdir, **options), evaluator.cells, windows=windows)
@@ -156,6 +158,8 @@ def test_only_what_the_settings_change_is_measured_again(measured, workdir):
   assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
   assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
   assert again(batch_size=16).missing(2) == []
+  monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
+  assert again().missing(2) == evaluator.cells
 
 
 def test_calibration_sees_the_same_training_windows_whatever_the_batches(measured, workdir):
@@ -169,9 +173,9 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(measure
   assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
 
 
-def harness(run):
+def harness(run, content="these questions"):
   """A stand-in for zero_shot."""
-  load = lambda names, folders: [types.SimpleNamespace(name=name) for name in names]
+  load = lambda names, folders: [types.SimpleNamespace(name=name, content=content) for name in names]
   return types.SimpleNamespace(run=run, load=load)
 
 
@@ -196,6 +200,8 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
   assert asked == [({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")]
   assert "piqa/acc" in cells.table([found_too]) and "stderr" not in cells.table([found_too])
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run, "others of that name"))
+  assert make(["piqa"]).missing(2) == evaluator.cells[:2] and make(["piqa"]).results()[1]["tasks"] == {}
   both, = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
   assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
 
@@ -299,6 +305,11 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   prepared = runs.open(workdir).dataset.directory
   source = sources.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
   assert not source.bos, "there is no tokenizer that would say so"
+  described = (tmp_path / "config.json").read_text()
+  (tmp_path / "config.json").write_text(json.dumps({**json.loads(described), "rms_norm_eps": 1e-3}))
+  other = sources.of_hugging_face(str(tmp_path), dataset=prepared)
+  assert other.trained != source.trained, "the same parameters, another model"
+  (tmp_path / "config.json").write_text(described)
   evaluator = cells.Evaluator(source, cells.plan(source, ["rtn_w8a8"], ["rtn"]))
   as_it_is, rounded = (evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells)
   ids = source.dataset.stream("validation").document(0)

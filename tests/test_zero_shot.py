@@ -179,6 +179,17 @@ def test_tasks_that_are_loaded_once_are_asked_again(chances, folder):
   assert ask(both) == first and {"known", "word"} <= first.keys() and ask(known) == {"known": first["known"]}
 
 
+def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path):
+  content = lambda path, name="known": zero_shot.load([name], [path])[0].content
+  examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
+  zero_shot_tasks.write(tmp_path / "copy", "known", examples)
+  assert content(tmp_path / "copy") == content(folder) != content(folder, "word")
+  zero_shot_tasks.write(tmp_path / "data", "known", [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}])
+  zero_shot_tasks.write(tmp_path / "prompt", "known", examples)
+  (tmp_path / "prompt" / "known.yaml").open("a").write('target_delimiter: ""\n')
+  assert len({content(path) for path in (folder, tmp_path / "data", tmp_path / "prompt")}) == 3
+
+
 @pytest.mark.parametrize("field,value,told", [
   ("dataset_kwargs", {"data_files": {"test": "gone.jsonl"}}, "FileNotFoundError.*gone"),
   ("doc_to_text", "{{context.a.b}}", "UndefinedError.*'a'"), ("test_split", "none", "none")])

@@ -16,11 +16,12 @@ from beyond_outliers.checks import ConfigError, nearest, require
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
-MEASURED_ON = ["data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
+MEASURED_ON = ["version", "data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
 
 
 def cells(runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None = None) -> pd.DataFrame:
-  """A row a cell of the last step that each run was evaluated at: where it comes from, recipe, method and its metrics.
+  """A row a cell of the last step that each run was evaluated at, by the newest version that did: where it comes from, recipe,
+  method and its metrics.
 
   settings: only cells that were measured under these, {"documents": "3"}."""
   rows = [row for run in runs for row in _of_run(run, settings or {})]
@@ -81,8 +82,9 @@ def _of_run(run: runs_lib.Run, settings: Mapping[str, str]) -> list[dict[str, An
   itself = (run.identity, run.manifest["time"])
   found = [cell for cell in results.Folder(run.path / "eval").cells() if cell["settings"].get("trained") in itself
            and all(str(cell["settings"].get(name)) == value for name, value in settings.items())]
-  newest = max((cell["step"] for cell in found), default=None)
-  return [_row(str(run.path), cell) for cell in found if cell["step"] == newest]
+  age = lambda cell: (cell["settings"]["version"], cell["step"])
+  newest = max(map(age, found), default=None)
+  return [_row(str(run.path), cell) for cell in found if age(cell) == newest]
 
 
 def _row(run: str, cell: dict[str, Any]) -> dict[str, Any]:
