@@ -224,7 +224,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     m, numbers = cell["metrics"], scalars(cell)
     low, high = m.get("loss_difference_interval", (None, None))
     rows.append((str(cell["step"]), cell["recipe"], cell["method"], shown(m["loss"]), shown(m.get("loss_difference"), "+.4f"),
-                 "" if low is None else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
+                 "" if None in (low, high) else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
   return "\n".join(text_table.aligned(rows))

@@ -206,6 +206,14 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
 
 
+def test_the_table_of_a_model_that_broke_has_empty_places(measured):
+  """NaN and infinity are null in JSON, each by itself."""
+  cell = measured[2]["rtn"]
+  broken = {**cell["metrics"], "loss_difference": None, "loss_difference_interval": [0.5, None], "kl": None}
+  _, row = cells.table([{**cell, "metrics": broken}]).splitlines()[:2]
+  assert "…" not in row and f"{cell['metrics']['agreement']:.1%}" in row
+
+
 def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_path, monkeypatch, capsys):
   """A method that runs out of memory, and one of two tasks."""
   def run(model, params, tokenizer, tasks, **options):
