@@ -14,6 +14,7 @@ import numpy as np
 from beyond_outliers import config, data, evaluation, quant, results, text_table, writers, zero_shot_tasks
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
+from beyond_outliers.analysis import outliers
 from beyond_outliers.checks import require
 from beyond_outliers.model import transformer
 from beyond_outliers.results import Result
@@ -83,6 +84,7 @@ class Evaluator:
     self._num_bytes = source.dataset.bytes("validation", source.documents)
     self._sink = writers.TensorBoard(source.tensorboard, None) if source.tensorboard else None
     self._steps: dict[Cell, Any] = {}                 # compiled once, for all checkpoints
+    self._measure_outliers: Any = None                # the same
     self._tasks = _load(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
 
   def missing(self, step: int) -> list[Cell]:
@@ -103,6 +105,8 @@ class Evaluator:
     quantized = time.perf_counter()
     if self._read(step, cell, self._settings(cell)) is None:
       metrics = self._metrics(cell, params, q)
+      if cell.method == "none":
+        metrics |= self._outliers(model, q_params, params)
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
       seconds = {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized}
       self._write(step, cell, self._settings(cell), {"metrics": metrics, "size_bytes": size, "seconds": seconds})
@@ -189,6 +193,15 @@ class Evaluator:
         return evaluation.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
       return evaluation.evaluate(of_batch, self._batches, self._num_bytes)
 
+  def _outliers(self, model: Any, params: Any, plain: Any) -> dict[str, float]:
+    """By the names that training logs them under, of the model as it was trained: what degradation is to be seen beside."""
+    self._say("outliers")
+    if self._measure_outliers is None:
+      self._measure_outliers = outliers.on_documents(model, self._batches, self._mesh, self.source.data.mask_documents)
+    with mesh_lib.use(self._mesh):
+      found = self._measure_outliers(*jax.device_put((params, plain), mesh_lib.replicated(self._mesh)))
+    return {f"outliers/{name}": value for name, value in found.items()}
+
   def _model_settings(self, cell: Cell) -> dict[str, Any]:
     """What the quantized model depends on, beside the step, the recipe and the method."""
     source = self.source
@@ -209,15 +222,18 @@ class Evaluator:
             "bos": self.source.bos}
 
 
-def scalars(cell: dict[str, Any]) -> dict[str, float]:
-  """The numbers of a cell by name, those of its tasks as `task/metric`; without intervals."""
-  tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
-  return {name: value for name, value in {**cell["metrics"], **tasks}.items() if isinstance(value, int | float)}
+def scalars(cell: Result) -> dict[str, float]:
+  """The numbers of a cell by name, without intervals."""
+  return {name: value for name, value in {**cell["metrics"], **task_scores(cell)}.items() if isinstance(value, int | float)}
+
+
+def task_scores(cell: Result) -> dict[str, float]:
+  return {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
   """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval."""
-  accuracies = list(dict.fromkeys(name for cell in cells for name in scalars(cell) if "/" in name and "stderr" not in name))
+  accuracies = list(dict.fromkeys(name for cell in cells for name in task_scores(cell) if "stderr" not in name))
   rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
            "agreement", "MiB", *accuracies, "seconds")]
   for cell in cells:

@@ -237,14 +237,8 @@ def _outliers(model: transformer.Transformer, batches: data.ValidationBatches, m
               mask_documents: bool) -> Callable[[Any], dict[str, float]]:
   """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
   from beyond_outliers.analysis import outliers  # brings pandas, which a run without this hook can spare
-  everywhere = mesh_lib.replicated(mesh)
-  activations = jax.jit(outliers.measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
-  matrices = jax.jit(outliers.weight_measurement, out_shardings=everywhere)
-
-  def measure(params):
-    seen = outliers.collect(activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches)
-    return {**outliers.summary(seen), **outliers.summary(outliers.collect([matrices(params)]).assign(kind="weights"))}
-  return measure
+  measure = outliers.on_documents(model, batches, mesh, mask_documents)
+  return lambda params: measure(params, params)
 
 
 def _sinks(c: config.Config, workdir: writers.Workdir, first: int) -> list[writers.Writer]:

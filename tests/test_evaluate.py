@@ -18,7 +18,7 @@ from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1}
+SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1, "log.outliers_every": 2}
 POLL = 0.125
 PLAN = (["rtn_w4a4"], ["rtn", "gptq"])
 
@@ -56,6 +56,15 @@ def test_the_model_as_it_is_has_the_loss_that_training_recorded(measured):
   for name in ("loss", "loss_stderr", "bits_per_byte"):
     np.testing.assert_allclose(found["none"]["metrics"][name], recorded[f"eval/{name}"], rtol=1e-5)
   assert "kl" not in found["none"]["metrics"]
+
+
+def test_the_model_as_it_is_has_the_outliers_that_training_records(measured):
+  run, _, found = measured
+  recorded = run.metrics().loc[2].filter(like="outliers/").drop("outliers/seconds", errors="ignore").to_dict()
+  metrics = {name: value for name, value in found["none"]["metrics"].items() if name.startswith("outliers/")}
+  assert metrics.keys() == recorded.keys() and len(metrics) == 6 * 4
+  assert metrics == pytest.approx(recorded, rel=1e-4)
+  assert not any("outliers" in name for name in found["rtn"]["metrics"]) and "outliers" not in cells.table([found["none"]])
 
 
 def test_a_cell_compares_with_full_precision(measured):
@@ -249,6 +258,8 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   assert json.loads(written.read_text())["recipe"] == plan[0].recipe and not evaluator.missing(2)
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
+  seen = {name: cell["metrics"][name] for name in recorded.index if name.startswith("outliers/") and name in cell["metrics"]}
+  assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), "as its quantized layers see it"
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
   with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
