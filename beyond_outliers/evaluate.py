@@ -83,7 +83,7 @@ class Job:
 
   def __init__(self, source: sources.Source, evaluator: cells.Evaluator, progress: Progress):
     self._source, self._evaluator, self._progress = source, evaluator, progress
-    self.skipped: dict[int, str] = {}
+    self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
     self.failed = False                      # whether a cell could not be measured of a checkpoint that could be read
 
   def once(self, steps: list[int]) -> None:
@@ -127,8 +127,7 @@ class Job:
     except (checkpoint.CheckpointError, OSError) as error:
       time.sleep(1.0)                        # a deletion under way looks like damage
       gone = step not in self._source.steps()
-      self.skipped[step] = "deleted before it could be read (checkpoint.keep)" if gone else str(error)
-      self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
+      self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False
     to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
     for i, cell in enumerate(missing, 1):
@@ -140,14 +139,17 @@ class Job:
         if not isinstance(error, ConfigError):
           traceback.print_exc()
         self.failed = True
-        self.skipped[step] = f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}"
-        self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
+        self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}")
         continue
       text = f"loss {cells.shown(metrics['loss'])}"
       if "kl" in metrics:
         text += f" ({cells.shown(metrics['loss_difference'], '+.4f')}) · KL {cells.shown(metrics['kl'])}"
       self._progress.done(text, time.perf_counter() - start, to_go - i)
     return True
+
+  def _skip(self, step: int, reason: str) -> None:
+    self.skipped.setdefault(step, []).append(reason)
+    self._progress.line(f"step {step} · skipped: {reason}")
 
 
 def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
@@ -206,8 +208,8 @@ def main(argv: list[str]) -> None:
     print(json.dumps({"cells": results, "skipped": job.skipped}))
   else:
     print(cells.table(results))
-    for step, reason in job.skipped.items():
-      print(f"step {step} skipped: {reason}")
+    for step, reasons in job.skipped.items():
+      print("\n".join(f"step {step} skipped: {reason}" for reason in reasons))
   if job.failed:
     sys.exit(1)
 

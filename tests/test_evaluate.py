@@ -242,6 +242,7 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_p
   cell, = evaluator.results([2])
   assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
   assert job.failed and evaluator.missing(2) == plan
+  assert [reason.partition(":")[0] for reason in job.skipped[2]] == ["none, none", "rtn_w4a4, rtn", "rtn_w4a4, gptq"]
   said = capsys.readouterr().err.splitlines()
   for line in ("step 2 · skipped: none, none: TaskError: broken: FileNotFoundError: no such file",
                "step 2 · skipped: rtn_w4a4, rtn: JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"):
