@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -37,11 +38,12 @@ DATA = flags.DEFINE_string("data", None, "Folder of a prepared dataset, in the p
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1)
 DOCUMENTS = flags.DEFINE_integer("documents", None, "Validation documents, 0: all; by default the run's.", lower_bound=0)
-FOLLOW = flags.DEFINE_bool("follow", False, "Evaluate checkpoints as they land, until the run is done.")
+FOLLOW = flags.DEFINE_bool("follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done.")
 POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
 OUT = flags.DEFINE_string("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
 
+SILENCE = 1800.0                  # seconds without a word from the run, after which that is told
 RECORDS = ("config.json", "manifest.json", "status.json")       # in the order in which a run writes them
 
 
@@ -78,6 +80,24 @@ def wait_for_run(workdir: epath.Path, progress: Progress) -> None:
     time.sleep(POLL.value)
 
 
+class Watch:
+  """Tells a person what becomes of a run that is followed. One that was killed looks like one that takes long for a step."""
+
+  def __init__(self, source: sources.Source, progress: Progress):
+    self._source, self._progress = source, progress
+    self._status, self._wrote, self._since = "", None, time.monotonic()
+
+  def look(self) -> None:
+    status, wrote = self._source.news()
+    if status != self._status:
+      self._progress.line(f"run: {status}")
+    if (status, wrote) != (self._status, self._wrote):
+      self._status, self._wrote, self._since = status, wrote, time.monotonic()
+    elif time.monotonic() - self._since > SILENCE:
+      self._progress.line(f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or end this")
+      self._since = math.inf
+
+
 class Job:
   """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and left alone."""
 
@@ -97,19 +117,24 @@ class Job:
         return [step]
     return []
 
-  def follow(self, wanted: Callable[[int], bool]) -> None:
-    """Until the run has ended and all its checkpoints are evaluated. One that was skipped and then saved anew is tried again."""
+  def follow(self, wanted: Collection[int] | None = None) -> None:
+    """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are. One that was skipped and
+    then saved anew is tried again."""
     seen: dict[int, Any] = {}                # step -> what had been written of it
-    while True:
+    left = {step for step in wanted or () if self._evaluator.missing(step)}
+    watch = Watch(self._source, self._progress)
+    while wanted is None or left:
+      watch.look()
       ended = self._source.ended()           # asked first: what was written until then is in the list
-      steps = [step for step in self._source.steps() if wanted(step)]
+      steps = [step for step in self._source.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
       waiting = [step for step in steps
                  if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])]
       if waiting:
         # One a turn: others may go meanwhile.
         seen[waiting[0]] = self._source.written(waiting[0])
-        self._evaluate(waiting[0], later=waiting[1:])
+        if self._evaluate(waiting[0], later=waiting[1:]):
+          left.discard(waiting[0])
       elif ended:
         return
       else:
@@ -195,7 +220,7 @@ def main(argv: list[str]) -> None:
   job = Job(source, evaluator, progress)
   if FOLLOW.value:
     steps = None if STEPS.value in ([], ["all"]) else steps          # None: all that will ever be
-    job.follow(lambda step: steps is None or step in steps)
+    job.follow(steps)
   elif STEPS.value:
     job.once(steps)
   else:

@@ -16,7 +16,7 @@ from beyond_outliers.checks import ConfigError, require
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
 
-ENDED = ("done", "diverged")       # a run that was preempted or failed may be resumed
+ENDED = ("done", "diverged", "failed")       # what was preempted is started again, by schedulers too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Source:
   written: Callable[[int], Any]              # differs once a step's checkpoint was saved anew
   params: Callable[[int], Any]               # errors: CheckpointError, OSError
   ended: Callable[[], bool]                  # whether no more steps will come
+  news: Callable[[], tuple[str, Any]]        # what became of the training, and what differs once it wrote something
   dataset: data.Dataset
   data: config.Data
   prefix: int                                # token that stands before a text without context, as between training documents
@@ -60,7 +61,7 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
   return Source(
     str(run.path), run.model.clone(dot_general_for=None), quant.recipes.name_of(c.quant),
     recipe if recipe.quantizes else None,
-    lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED,
+    lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED, lambda: _news(run),
     opened, dataclasses.replace(c.data, reader=_reader(opened)),
     # Of what the run was trained on, whatever it is judged on: --data may name documents that were parted otherwise.
     getattr(opened.tokenizer, c.data.separator), c.data.separator == "bos", context or c.context, batch_size or c.eval.batch_size,
@@ -104,10 +105,17 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
     **opened.meta["settings"], "reader": _reader(opened), "directory": os.path.dirname(opened.directory),
     "vocab": model.config.vocab, "mask_documents": False, "readers": 8, "prefetch": 4}))
   return Source(
-    directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, opened, section,
+    directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, lambda: ("done", None),
+    opened, section,
     opened.meta["separator"]["id"] if bos is None else bos, bos is not None, context or 1024, batch_size or 8, documents or 0,
     {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(model, params),
     epath.Path(directory).absolute() / "eval", None)
+
+
+def _news(run: runs.Run) -> tuple[str, Any]:
+  status, metrics = run.status, run.path / "metrics.jsonl"
+  told = f"{status['status']} {'from' if status['status'] == 'running' else 'at'} step {status['step']}"
+  return f"{told}: {status['reason']}" if status["reason"] else told, metrics.stat().mtime if metrics.exists() else None
 
 
 def _fingerprint(model: transformer.Transformer, params: Any) -> str:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, zero_shot_tasks
+from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, writers, zero_shot_tasks
 from beyond_outliers.analysis import degradation
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
@@ -311,9 +311,48 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
   evaluator = types.SimpleNamespace(missing=lambda step: [cell] * (step not in measured),
                                     measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}})
   job = evaluate.Job(watched, evaluator, evaluate.Progress())
-  job.follow(lambda step: True)
+  job.follow()
   assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
   assert next(events, None) is None
+
+
+def test_following_ends_once_the_steps_that_are_wanted_are_done():
+  """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and one comes later."""
+  there, measured = [1, 2], {5}
+  source = types.SimpleNamespace(steps=lambda: list(there), ended=lambda: False, written=lambda step: None,
+                                 params=lambda step: {}, news=lambda: ("running from step 0", len(there)))
+
+  def measure(step, params, cell):
+    measured.add(step)
+    there.append(9)
+    return {"metrics": {"loss": 1.0}}
+  evaluator = types.SimpleNamespace(missing=lambda step: [cells.Cell("none", "none")] * (step not in measured), measure=measure)
+  evaluate.Job(source, evaluator, evaluate.Progress()).follow([1, 5, 9])
+  assert measured == {1, 5, 9}
+
+
+def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
+  shutil.copytree(workdir, tmp_path / "run")
+  status, now, told = writers.Workdir(tmp_path / "run").set_status, [0.0], []
+  source = sources.of_run(tmp_path / "run")
+  monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+  watch = evaluate.Watch(source, types.SimpleNamespace(line=told.append))
+
+  def look(after=evaluate.SILENCE / 2):
+    now[0] += after
+    watch.look()
+    return told.pop() if told else None
+  status("running", 1)
+  assert look() == "run: running from step 1" and look() is None
+  os.utime(tmp_path / "run" / "metrics.jsonl", (5, 5))
+  assert look() is None and look() is None and look() is None, "it wrote something"
+  assert look(1.0).startswith("run: running from step 1, and silent for 30 minutes; if it was killed, resume") and look() is None
+  status("preempted", 2, "asked to stop")
+  assert look() == "run: preempted at step 2: asked to stop" and not source.ended()
+  status("running", 2)
+  assert look() == "run: running from step 2"
+  status("failed", 2, "OSError: disk full")
+  assert look() == "run: failed at step 2: OSError: disk full" and source.ended()
 
 
 def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
