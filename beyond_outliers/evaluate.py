@@ -4,15 +4,18 @@
   python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow          # beside the training job
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
-Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only reads the run.
+Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only reads the run. What cannot be
+measured is told and left out, and makes the exit code 1.
 """
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -35,11 +38,12 @@ DATA = flags.DEFINE_string("data", None, "Folder of a prepared dataset, in the p
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1)
 DOCUMENTS = flags.DEFINE_integer("documents", None, "Validation documents, 0: all; by default the run's.", lower_bound=0)
-FOLLOW = flags.DEFINE_bool("follow", False, "Evaluate checkpoints as they land, until the run is done.")
+FOLLOW = flags.DEFINE_bool("follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done.")
 POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
 OUT = flags.DEFINE_string("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
 
+SILENCE = 1800.0                  # seconds without a word from the run, after which that is told
 RECORDS = ("config.json", "manifest.json", "status.json")       # in the order in which a run writes them
 
 
@@ -76,12 +80,31 @@ def wait_for_run(workdir: epath.Path, progress: Progress) -> None:
     time.sleep(POLL.value)
 
 
+class Watch:
+  """Tells a person what becomes of a run that is followed. One that was killed looks like one that takes long for a step."""
+
+  def __init__(self, source: sources.Source, progress: Progress):
+    self._source, self._progress = source, progress
+    self._status, self._wrote, self._since = "", None, time.monotonic()
+
+  def look(self) -> None:
+    status, wrote = self._source.news()
+    if status != self._status:
+      self._progress.line(f"run: {status}")
+    if (status, wrote) != (self._status, self._wrote):
+      self._status, self._wrote, self._since = status, wrote, time.monotonic()
+    elif time.monotonic() - self._since > SILENCE:
+      self._progress.line(f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or end this")
+      self._since = math.inf
+
+
 class Job:
   """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and left alone."""
 
   def __init__(self, source: sources.Source, evaluator: cells.Evaluator, progress: Progress):
     self._source, self._evaluator, self._progress = source, evaluator, progress
-    self.skipped: dict[int, str] = {}
+    self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
+    self.failed = False                      # whether a cell could not be measured of a checkpoint that could be read
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
@@ -94,19 +117,24 @@ class Job:
         return [step]
     return []
 
-  def follow(self, wanted: Callable[[int], bool]) -> None:
-    """Until the run has ended and all its checkpoints are evaluated. One that was skipped and then saved anew is tried again."""
+  def follow(self, wanted: Collection[int] | None = None) -> None:
+    """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are. One that was skipped and
+    then saved anew is tried again."""
     seen: dict[int, Any] = {}                # step -> what had been written of it
-    while True:
+    left = {step for step in wanted or () if self._evaluator.missing(step)}
+    watch = Watch(self._source, self._progress)
+    while wanted is None or left:
+      watch.look()
       ended = self._source.ended()           # asked first: what was written until then is in the list
-      steps = [step for step in self._source.steps() if wanted(step)]
+      steps = [step for step in self._source.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
       waiting = [step for step in steps
                  if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])]
       if waiting:
         # One a turn: others may go meanwhile.
         seen[waiting[0]] = self._source.written(waiting[0])
-        self._evaluate(waiting[0], later=waiting[1:])
+        if self._evaluate(waiting[0], later=waiting[1:]):
+          left.discard(waiting[0])
       elif ended:
         return
       else:
@@ -124,8 +152,7 @@ class Job:
     except (checkpoint.CheckpointError, OSError) as error:
       time.sleep(1.0)                        # a deletion under way looks like damage
       gone = step not in self._source.steps()
-      self.skipped[step] = "deleted before it could be read (checkpoint.keep)" if gone else str(error)
-      self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
+      self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False
     to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
     for i, cell in enumerate(missing, 1):
@@ -133,15 +160,21 @@ class Job:
       start = time.perf_counter()
       try:
         metrics = self._evaluator.measure(step, params, cell)["metrics"]
-      except ConfigError as error:           # a checkpoint that a method cannot take, or a task: the others may be well
-        self.skipped[step] = f"{cell.recipe}, {cell.method}: {error}"
-        self._progress.line(f"step {step} · skipped: {self.skipped[step]}")
+      except Exception as error:             # no memory, a checkpoint that a method cannot take, a task: the others may be well
+        if not isinstance(error, ConfigError):
+          traceback.print_exc()
+        self.failed = True
+        self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}")
         continue
       text = f"loss {cells.shown(metrics['loss'])}"
       if "kl" in metrics:
         text += f" ({cells.shown(metrics['loss_difference'], '+.4f')}) · KL {cells.shown(metrics['kl'])}"
       self._progress.done(text, time.perf_counter() - start, to_go - i)
     return True
+
+  def _skip(self, step: int, reason: str) -> None:
+    self.skipped.setdefault(step, []).append(reason)
+    self._progress.line(f"step {step} · skipped: {reason}")
 
 
 def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
@@ -187,7 +220,7 @@ def main(argv: list[str]) -> None:
   job = Job(source, evaluator, progress)
   if FOLLOW.value:
     steps = None if STEPS.value in ([], ["all"]) else steps          # None: all that will ever be
-    job.follow(lambda step: steps is None or step in steps)
+    job.follow(steps)
   elif STEPS.value:
     job.once(steps)
   else:
@@ -200,8 +233,10 @@ def main(argv: list[str]) -> None:
     print(json.dumps({"cells": results, "skipped": job.skipped}))
   else:
     print(cells.table(results))
-    for step, reason in job.skipped.items():
-      print(f"step {step} skipped: {reason}")
+    for step, reasons in job.skipped.items():
+      print("\n".join(f"step {step} skipped: {reason}" for reason in reasons))
+  if job.failed:
+    sys.exit(1)
 
 
 flags.register_multi_flags_validator(

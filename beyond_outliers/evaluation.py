@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 Batch = Mapping[str, Any]
 # batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does not count), [B, L] numpy
@@ -66,10 +67,11 @@ def by_document(token_numbers: TokenNumbers, batches: Iterable[Batch]) -> tuple[
 
 def intervals(sums_MxN: np.ndarray, counts_N: np.ndarray, *, seed: int, resamples: int = RESAMPLES,
               confidence: float = CONFIDENCE) -> np.ndarray:
-  """[M, 2]: where Σ sums / Σ counts lies when documents are drawn anew with replacement, by percentiles of the resamples.
+  """[M, 2]: where Σ sums / Σ counts of all documents lies: that of these ± Student's t times the bootstrap's standard error.
 
   A paired bootstrap: a draw of documents is one for all that is measured on them, so what makes a document hard cancels in
-  differences. NaN for one document, which says nothing of others."""
+  differences. Percentiles of the resamples would be too narrow for few documents (Hesterberg, arXiv 1411.5279): their variance is
+  1 - 1/N of what it should be, and known by N - 1 degrees of freedom. NaN for one document, which says nothing of others."""
   N = counts_N.size
   if N < 2:
     return np.full((len(sums_MxN), 2), math.nan)
@@ -77,8 +79,9 @@ def intervals(sums_MxN: np.ndarray, counts_N: np.ndarray, *, seed: int, resample
   for start in range(0, resamples, rows):
     times_RxN = draw.multinomial(N, np.full(N, 1 / N), min(rows, resamples - start)).astype(np.float64)
     ratios.append(times_RxN @ sums_MxN.T / (times_RxN @ counts_N)[:, None])
-  tail = (1 - confidence) / 2
-  return np.quantile(np.concatenate(ratios), [tail, 1 - tail], axis=0).T
+  stderr_M = math.sqrt(N / (N - 1)) * np.concatenate(ratios).std(axis=0)
+  center_M, width_M = sums_MxN.sum(axis=1) / counts_N.sum(), special.stdtrit(N - 1, (1 + confidence) / 2) * stderr_M
+  return np.stack([center_M - width_M, center_M + width_M], axis=1)
 
 
 def _of_loss(sums_N: np.ndarray, counts_N: np.ndarray, num_bytes: int | None) -> dict[str, Any]:

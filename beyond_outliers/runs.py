@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
-from beyond_outliers import checkpoint, data, quant, writers
+from beyond_outliers import checkpoint, data, quant, results, writers
 from beyond_outliers import config as config_lib
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
@@ -41,6 +41,11 @@ class Run:
   @property
   def manifest(self) -> dict[str, Any]:
     return self._workdir.read("manifest.json")
+
+  @property
+  def identity(self) -> str:
+    """Tells this training from every other, whatever the folder: a resumed run keeps it."""
+    return results.digest({name: value for name, value in self.manifest.items() if name != "resumed"})
 
   @property
   def status(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from beyond_outliers.checks import ConfigError, require
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
 
-ENDED = ("done", "diverged")       # a run that was preempted or failed may be resumed
+ENDED = ("done", "diverged", "failed")       # what was preempted is started again, by schedulers too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Source:
   written: Callable[[int], Any]              # differs once a step's checkpoint was saved anew
   params: Callable[[int], Any]               # errors: CheckpointError, OSError
   ended: Callable[[], bool]                  # whether no more steps will come
+  news: Callable[[], tuple[str, Any]]        # what became of the training, and what differs once it wrote something
   dataset: data.Dataset
   data: config.Data
   prefix: int                                # token that stands before a text without context, as between training documents
@@ -38,7 +39,7 @@ class Source:
   batch_size: int
   documents: int                             # of the validation split; 0: all
   described: dict[str, Any]                  # where it comes from, for whoever reads a result
-  trained: str                               # when its training began, or a sum: what tells it from another in the same folder
+  trained: str                               # tells this training's result from every other, wherever it lies
   folder: epath.Path                         # of the results
   tensorboard: epath.Path | None             # where TensorBoard is to find them, if at all
 
@@ -60,12 +61,12 @@ def of_run(workdir: Any, *, dataset: str = "", context: int = 0, batch_size: int
   return Source(
     str(run.path), run.model.clone(dot_general_for=None), quant.recipes.name_of(c.quant),
     recipe if recipe.quantizes else None,
-    lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED,
+    lambda: run.steps, run.written, run.params, lambda: run.status["status"] in ENDED, lambda: _news(run),
     opened, dataclasses.replace(c.data, reader=_reader(opened)),
     # Of what the run was trained on, whatever it is judged on: --data may name documents that were parted otherwise.
     getattr(opened.tokenizer, c.data.separator), c.data.separator == "bos", context or c.context, batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
-    {"workdir": str(run.path), "config": config.to_dict(c)}, run.manifest["time"], run.path / "eval",
+    {"workdir": str(run.path), "config": config.to_dict(c)}, run.identity, run.path / "eval",
     # Beside the run's own events, which TensorBoard would take for the same run.
     run.path / "tensorboard" / "eval" if c.log.tensorboard else None)
 
@@ -104,15 +105,22 @@ def of_hugging_face(directory: str, *, dataset: str, context: int = 0, batch_siz
     **opened.meta["settings"], "reader": _reader(opened), "directory": os.path.dirname(opened.directory),
     "vocab": model.config.vocab, "mask_documents": False, "readers": 8, "prefetch": 4}))
   return Source(
-    directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, opened, section,
+    directory, model, "none", None, lambda: [0], lambda step: None, lambda step: params, lambda: True, lambda: ("done", None),
+    opened, section,
     opened.meta["separator"]["id"] if bos is None else bos, bos is not None, context or 1024, batch_size or 8, documents or 0,
-    {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(params),
+    {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)}, _fingerprint(model, params),
     epath.Path(directory).absolute() / "eval", None)
 
 
-def _fingerprint(params: Any) -> str:
-  """Tells the parameters of one model from another's."""
-  sums = hashlib.sha256()
+def _news(run: runs.Run) -> tuple[str, Any]:
+  status, metrics = run.status, run.path / "metrics.jsonl"
+  told = f"{status['status']} {'from' if status['status'] == 'running' else 'at'} step {status['step']}"
+  return f"{told}: {status['reason']}" if status["reason"] else told, metrics.stat().mtime if metrics.exists() else None
+
+
+def _fingerprint(model: transformer.Transformer, params: Any) -> str:
+  """Tells a model from another, of the same parameters too."""
+  sums = hashlib.sha256(repr(model.config).encode())
   for leaf in jax.tree.leaves(params):
     sums.update(np.asarray(leaf).tobytes())
   return sums.hexdigest()

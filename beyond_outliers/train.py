@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,14 +154,8 @@ def _outliers(model: transformer.Transformer, batches: data.ValidationBatches, m
               mask_documents: bool) -> Callable[[Any], dict[str, float]]:
   """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
   from beyond_outliers.analysis import outliers  # brings pandas, which a run without this hook can spare
-  everywhere = mesh_lib.replicated(mesh)
-  activations = jax.jit(outliers.measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
-  matrices = jax.jit(outliers.weight_measurement, out_shardings=everywhere)
-
-  def measure(params):
-    seen = outliers.collect(activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches)
-    return {**outliers.summary(seen), **outliers.summary(outliers.collect([matrices(params)]).assign(kind="weights"))}
-  return measure
+  measure = outliers.on_documents(model, batches, mesh, mask_documents)
+  return lambda params: measure(params, params)
 
 
 def _sinks(c: config.Config, workdir: writers.Workdir, first: int) -> list[writers.Writer]:
@@ -182,7 +177,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: writers.Workdir)
   })
   before = workdir.read("manifest.json")
   if before is None:
-    return {**now, "resumed": []}
+    return {"id": secrets.token_hex(8), **now, "resumed": []}       # two may begin in the same second
   if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
     raise writers.WorkdirError(f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
                                f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new workdir")

@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import itertools
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,8 +29,16 @@ except ImportError as error:
 
 Results = dict[str, dict[str, float]]
 
+
+class Asked(NamedTuple):
+  """What a name stands for, with its data: a task, or those of a group or tag."""
+  name: str
+  objects: list[Any]                # of the harness
+  content: str                      # hash of what is asked and how it is judged
+
 # Resamples behind the standard errors that have no formula, such as perplexity's.
 BOOTSTRAPS = 1000
+WHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")      # of a task's configuration: where it and its data lie
 GENERATED = 256                     # tokens at most where a task doesn't say, or half the window where that is less
 
 
@@ -125,17 +137,46 @@ def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.t
   return manager
 
 
-def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, tasks: Sequence[str], *, context: int,
-        mesh: jax.sharding.Mesh | None = None, limit: int | None = None, prefix: int | None = None, bos: bool = False,
-        folders: Sequence[Any] = ()) -> Results:
+def load(names: Sequence[str], folders: Sequence[Any] = ()) -> list[Asked]:
+  """folders: see `task_manager`. Errors: ConfigError for tasks that are unknown, faulty or without their data."""
+  manager = task_manager(names, folders)
+  return [_load(manager, name) for name in names]
+
+
+def _load(manager: lm_eval.tasks.TaskManager, name: str) -> Asked:
+  try:
+    with contextlib.redirect_stdout(sys.stderr):          # results alone go to stdout
+      found: Any = manager.load([name])
+    content = [_content(task) for _, task in sorted(found["tasks"].items())]
+  except Exception as error:                              # the harness and its library of data raise whatever there is
+    raise checks.ConfigError(f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file or its "
+                             "data; without the hub, name tasks on local data") from error
+  group = found.get("groups", {}).get(name)
+  return Asked(name, list(found["tasks"].values()) if group is None else [group],
+               _digest([importlib.metadata.version("lm_eval"), group and group.to_dict(), content]))
+
+
+def _content(task: Any) -> list[Any]:
+  """All that a task's answers are of: its configuration and documents, wherever they lie."""
+  configuration = {name: value for name, value in task.dump_config().items() if name not in WHERE}
+  shots = task.fewshot_docs() if task.config.num_fewshot else []
+  return [configuration, [_digest(list(documents)) for documents in (task.eval_docs, shots)]]
+
+
+def _digest(value: Any) -> str:
+  # Functions that have no source are told with their place in memory.
+  text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True, default=str))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, asked: Sequence[Asked], *, context: int,
+        mesh: jax.sharding.Mesh | None = None, limit: int | None = None, prefix: int | None = None,
+        bos: bool = False) -> Results:
   """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a task itself says otherwise.
 
-  context, mesh: as `scoring.Scorer` takes them. limit: only the first so many examples of each task. prefix, bos: as
-  `HarnessModel` takes them; prefix by default the tokenizer's token that ends a text (with bos: begins it), or else the other.
-  folders: see `task_manager`.
-  Of a group or tag each task has a row. Errors: ConfigError for an unknown task, before anything is computed, and for one
-  whose data cannot be fetched."""
-  manager = task_manager(tasks, folders)
+  asked: as `load` makes them, any number of times. context, mesh: as `scoring.Scorer` takes them. limit: only the first so many
+  examples of each task. prefix, bos: as `HarnessModel` takes them; prefix by default the tokenizer's token that ends a text (with
+  bos: begins it), or else the other. Of a group or tag each task has a row."""
   marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
@@ -143,13 +184,10 @@ def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Token
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
   harness_model = HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
-  try:
-    with contextlib.redirect_stdout(sys.stderr):          # results alone go to stdout
-      found: Any = lm_eval.simple_evaluate(
-        harness_model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS,
-        torch_random_seed=None)
-  except ConnectionError as error:
-    raise checks.ConfigError(f"tasks = {', '.join(tasks)}: {error}; without the hub, name tasks on local data") from error
+  with contextlib.redirect_stdout(sys.stderr):
+    found: Any = lm_eval.simple_evaluate(
+      harness_model, tasks=[task for each in asked for task in each.objects], limit=limit, log_samples=False,
+      task_manager=lm_eval.tasks.TaskManager(include_defaults=False), bootstrap_iters=BOOTSTRAPS, torch_random_seed=None)
   # The harness writes `acc,none` and `acc_stderr,none` where no filter has a name.
   return {task: {key.removesuffix(",none"): float(value) for key, value in metrics.items()
                  if "," in key and isinstance(value, int | float)} for task, metrics in found["results"].items()}

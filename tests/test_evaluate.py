@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import cells, config, data, evaluate, runs, sources, train
+from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, writers, zero_shot_tasks
+from beyond_outliers.analysis import degradation
 from beyond_outliers.data import tokenizers
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1}
+SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1, "log.outliers_every": 2}
 POLL = 0.125
 PLAN = (["rtn_w4a4"], ["rtn", "gptq"])
 
@@ -57,6 +58,15 @@ def test_the_model_as_it_is_has_the_loss_that_training_recorded(measured):
   assert "kl" not in found["none"]["metrics"]
 
 
+def test_the_model_as_it_is_has_the_outliers_that_training_records(measured):
+  run, _, found = measured
+  recorded = run.metrics().loc[2].filter(like="outliers/").drop("outliers/seconds", errors="ignore").to_dict()
+  metrics = {name: value for name, value in found["none"]["metrics"].items() if name.startswith("outliers/")}
+  assert metrics.keys() == recorded.keys() and len(metrics) == 6 * 4
+  assert metrics == pytest.approx(recorded, rel=1e-4)
+  assert not any("outliers" in name for name in found["rtn"]["metrics"]) and "outliers" not in cells.table([found["none"]])
+
+
 def test_a_cell_compares_with_full_precision(measured):
   _, _, found = measured
   for method in ("rtn", "gptq"):
@@ -71,20 +81,85 @@ def test_a_cell_compares_with_full_precision(measured):
   assert found["rtn"]["size_bytes"] < found["none"]["size_bytes"]
 
 
+def files(workdir, step, recipe, method):
+  return sorted((workdir / "eval").glob(f"{step}-{recipe}-{method}-*.json"))
+
+
 def test_a_cell_is_read_alone(measured):
   run, evaluator, found = measured
-  written = json.loads((run.path / "eval" / "2-rtn_w4a4-gptq.json").read_text())
-  assert written == found["gptq"]
+  path, = files(run.path, 2, "rtn_w4a4", "gptq")
+  written = json.loads(path.read_text())
+  assert {**written, "tasks": {}, "seconds": {**written["seconds"], "tasks": 0}} == found["gptq"]
   assert config.resolve(written["source"]["config"]) == run.config
   assert written["settings"]["data"] == run.manifest["data"]["fingerprint"]
   assert written["packages"]["jax"] == jax.__version__ and written["seconds"]["evaluate"] > 0
   assert found["gptq"]["settings"]["calibration_windows"] == 12 and found["rtn"]["settings"]["calibration_windows"] == 0
-  assert sorted(path.name for path in (run.path / "eval").iterdir()) == [
-    "2-none-none.json", "2-rtn_w4a4-gptq.json", "2-rtn_w4a4-rtn.json"]
+  assert len(list((run.path / "eval").iterdir())) == 3
   assert len(cells.table(evaluator.results()).splitlines()) == 4
 
 
-def test_only_what_the_settings_change_is_measured_again(measured, workdir):
+def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_path):
+  """A quick look beside a whole evaluation, and a second look at that."""
+  shutil.copytree(workdir, tmp_path / "run")
+  before = {path: path.read_text() for path in (tmp_path / "run" / "eval").iterdir()}
+  none = measured[1].cells[:1]
+  quick = cells.Evaluator(sources.of_run(tmp_path / "run", documents=2), none)
+  assert quick.missing(2) == none
+  found = quick.measure(2, quick.source.params(2), none[0])
+  assert found["metrics"]["documents"] == 2 and quick.missing(2) == [] and quick.results() == [found]
+  whole = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
+  assert {path: path.read_text() for path in before} == before
+  every = degradation.cells([runs.open(tmp_path / "run")])
+  assert sorted(every.documents) == [0, 0, 0, 2]
+  assert list(degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [found["metrics"]["loss"]]
+
+
+def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
+  """Not even where they began in the same second; and a run that was resumed keeps its own."""
+  one, other = tmp_path / "one", tmp_path / "other"
+  for folder in (one, other):
+    shutil.copytree(workdir, folder)
+  manifest = json.loads((other / "manifest.json").read_text())
+  (other / "manifest.json").write_text(json.dumps({**manifest, "id": "another"}))
+  (one / "manifest.json").write_text(json.dumps({**manifest, "resumed": [manifest]}))
+  resumed, new = (cells.Evaluator(sources.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
+                  for folder in (one, other))
+  assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 2, "recipe"', "[]", '{"foo": 1}'])
+def test_what_is_no_cell_counts_as_missing_and_is_named_once(content, workdir, measured, tmp_path):
+  shutil.copytree(workdir / "eval", tmp_path / "eval")
+  path, = files(tmp_path, 2, "rtn_w4a4", "rtn")
+  for broken in (path, tmp_path / "eval" / "foo-bar.json"):
+    broken.write_text(content)
+  said = []
+  evaluator = cells.Evaluator(sources.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append)
+  assert evaluator.missing(2) == [measured[1].cells[1]]
+  assert evaluator.results() == [measured[2]["none"], measured[2]["gptq"]]
+  assert sorted(line.partition(" ")[0] for line in said) == sorted([str(path), str(tmp_path / "eval" / "foo-bar.json")])
+
+
+def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured, tmp_path):
+  """They were named without a hash, told trainings apart by their time, and held their tasks."""
+  shutil.copytree(workdir, tmp_path / "run")
+  run, folder = runs.open(tmp_path / "run"), tmp_path / "run" / "eval"
+  shutil.rmtree(folder)
+  folder.mkdir()
+  for method, cell in measured[2].items():
+    settings = {name: value for name, value in cell["settings"].items() if name != "version"} | {"trained": run.manifest["time"]}
+    old = {**cell, "settings": settings, "tasks": {"piqa": {"acc": 0.5}}, "asked": ["piqa"]}
+    (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
+  evaluator = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
+  found = degradation.cells([run])
+  assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
+  evaluator.measure(2, evaluator.source.params(2), measured[1].cells[1])
+  assert list(degradation.cells([run]).method) == ["rtn"] and len(degradation.cells([run], {"version": "1"})) == 3
+
+
+def test_only_what_the_settings_change_is_measured_again(measured, workdir, monkeypatch):
   _, evaluator, _ = measured
   assert evaluator.missing(2) == [] and evaluator.missing(1) == evaluator.cells
   again = lambda windows=12, **options: cells.Evaluator(sources.of_run(workdir, **options), evaluator.cells, windows=windows)
@@ -92,6 +167,8 @@ def test_only_what_the_settings_change_is_measured_again(measured, workdir):
   assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
   assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
   assert again(batch_size=16).missing(2) == []
+  monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
+  assert again().missing(2) == evaluator.cells
 
 
 def test_calibration_sees_the_same_training_windows_whatever_the_batches(measured, workdir):
@@ -105,25 +182,71 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(measure
   assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
 
 
+def harness(run, content="these questions"):
+  """A stand-in for zero_shot."""
+  load = lambda names, folders: [types.SimpleNamespace(name=name, content=content) for name in names]
+  return types.SimpleNamespace(run=run, load=load)
+
+
 def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch):
-  """Through a stand-in for the harness: nothing else is measured again."""
+  """Nothing else is measured again."""
   _, evaluator, found = measured
   asked = []
 
-  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, bos, folders):
+  def run(model, params, tokenizer, tasks, *, context, mesh, prefix, bos):
     placed = {leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)}
-    asked.append((placed, tasks, context, prefix, bos))
-    return {task: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
-  harness = types.SimpleNamespace(run=run, task_manager=lambda tasks, folders: None)
-  monkeypatch.setattr(cells, "_zero_shot", lambda: harness)
+    asked.append((placed, [task.name for task in tasks], context, prefix, bos))
+    return {task.name: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run))
   source = sources.of_run(workdir)
-  with_tasks = cells.Evaluator(source, evaluator.cells[:2], tasks=["piqa"], windows=12)
+  make = lambda tasks: cells.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
+  with_tasks, others = make(["piqa"]), make(["arc_easy"])
   assert with_tasks.missing(2) == evaluator.cells[:2]
-  cell = with_tasks.measure(2, source.params(2), evaluator.cells[1])
-  assert cell["metrics"] == found["rtn"]["metrics"] and cell["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
-  assert with_tasks.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
-  assert asked == [({True}, ["piqa"], 32, tokenizers.load("bytes").eot, False)]
-  assert "piqa/acc" in cells.table([cell]) and "stderr" not in cells.table([cell])
+  params, cell = source.params(2), evaluator.cells[1]
+  others.measure(2, params, cell)
+  found_too = with_tasks.measure(2, params, cell)
+  assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
+  assert with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
+  assert asked == [({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")]
+  assert "piqa/acc" in cells.table([found_too]) and "stderr" not in cells.table([found_too])
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run, "others of that name"))
+  assert make(["piqa"]).missing(2) == evaluator.cells[:2] and make(["piqa"]).results()[1]["tasks"] == {}
+  both, = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
+  assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
+
+
+def test_the_table_of_a_model_that_broke_has_empty_places(measured):
+  """NaN and infinity are null in JSON, each by itself."""
+  cell = measured[2]["rtn"]
+  broken = {**cell["metrics"], "loss_difference": None, "loss_difference_interval": [0.5, None], "kl": None}
+  _, row = cells.table([{**cell, "metrics": broken}]).splitlines()[:2]
+  assert "…" not in row and f"{cell['metrics']['agreement']:.1%}" in row
+
+
+def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_path, monkeypatch, capsys):
+  """A method that runs out of memory, and one of two tasks."""
+  def run(model, params, tokenizer, tasks, **options):
+    if tasks[0].name == "broken":
+      raise FileNotFoundError("no such\nfile")
+    return {tasks[0].name: {"acc": 0.25}}
+
+  def quantize(*arguments, **options):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run))
+  source = sources.of_run(workdir)
+  plan = cells.plan(source, *PLAN)
+  monkeypatch.setattr(cells.quant.ptq, "quantize", quantize)
+  evaluator = cells.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
+  job = evaluate.Job(source, evaluator, evaluate.Progress())
+  job.once([2])
+  cell, = evaluator.results([2])
+  assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
+  assert job.failed and evaluator.missing(2) == plan
+  assert [reason.partition(":")[0] for reason in job.skipped[2]] == ["none, none", "rtn_w4a4, rtn", "rtn_w4a4, gptq"]
+  said = capsys.readouterr().err.splitlines()
+  for line in ("step 2 · skipped: none, none: TaskError: broken: FileNotFoundError: no such file",
+               "step 2 · skipped: rtn_w4a4, rtn: JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"):
+    assert line in said
 
 
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
@@ -132,19 +255,19 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   assert plan == [cells.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
   evaluator = cells.Evaluator(source, plan)
   cell = evaluator.measure(2, source.params(2), plan[0])
-  written = quantized_workdir / "eval" / "2-quest_w4a4-none.json"
-  assert json.loads(written.read_text())["recipe"] == plan[0].recipe
-  written.write_text(json.dumps({**cell, "recipe": "quest_w4a4"}))
-  assert not evaluator.missing(2) and evaluator.results() == [{**cell, "recipe": "quest_w4a4"}], "the row alone is read, too"
+  written, = files(quantized_workdir, 2, "quest_w4a4", "none")
+  assert json.loads(written.read_text())["recipe"] == plan[0].recipe and not evaluator.missing(2)
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
+  seen = {name: cell["metrics"][name] for name in recorded.index if name.startswith("outliers/") and name in cell["metrics"]}
+  assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), "as its quantized layers see it"
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
   with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
 
 
-def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir, measured):
-  """Whatever parts the documents that a run is judged on. Cells that don't say how are of runs whose documents nothing began."""
+def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir):
+  """Whatever parts the documents that a run is judged on."""
   with_bos, without = tokenizers.load("bytes").bos, tokenizers.load("bytes").eot
   other = runs.open(workdir).dataset.directory
   for options in ({}, {"dataset": other}):
@@ -152,18 +275,6 @@ def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir
     assert (source.prefix, source.bos) == (with_bos, True)
   source = sources.of_run(workdir)
   assert (source.prefix, source.bos) == (without, False)
-  as_trained = cells.Cell("quest_w4a4, head: rtn_w8a8", "none")
-  for folder, began, cell in ((quantized_workdir, with_bos, as_trained), (workdir, None, measured[1].cells[0])):
-    evaluator = cells.Evaluator(sources.of_run(folder), [cell], windows=12)
-    if evaluator.missing(2):
-      evaluator.measure(2, evaluator.source.params(2), cell)
-    path = folder / "eval" / cell.file(2)
-    written = path.read_text()
-    found = json.loads(written)
-    assert found["settings"].pop("bos") == began
-    path.write_text(json.dumps(found))
-    assert evaluator.missing(2) == [cell] * (began is not None)
-    path.write_text(written)
 
 
 def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
@@ -200,9 +311,48 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
   evaluator = types.SimpleNamespace(missing=lambda step: [cell] * (step not in measured),
                                     measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}})
   job = evaluate.Job(watched, evaluator, evaluate.Progress())
-  job.follow(lambda step: True)
+  job.follow()
   assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
   assert next(events, None) is None
+
+
+def test_following_ends_once_the_steps_that_are_wanted_are_done():
+  """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and one comes later."""
+  there, measured = [1, 2], {5}
+  source = types.SimpleNamespace(steps=lambda: list(there), ended=lambda: False, written=lambda step: None,
+                                 params=lambda step: {}, news=lambda: ("running from step 0", len(there)))
+
+  def measure(step, params, cell):
+    measured.add(step)
+    there.append(9)
+    return {"metrics": {"loss": 1.0}}
+  evaluator = types.SimpleNamespace(missing=lambda step: [cells.Cell("none", "none")] * (step not in measured), measure=measure)
+  evaluate.Job(source, evaluator, evaluate.Progress()).follow([1, 5, 9])
+  assert measured == {1, 5, 9}
+
+
+def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
+  shutil.copytree(workdir, tmp_path / "run")
+  status, now, told = writers.Workdir(tmp_path / "run").set_status, [0.0], []
+  source = sources.of_run(tmp_path / "run")
+  monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+  watch = evaluate.Watch(source, types.SimpleNamespace(line=told.append))
+
+  def look(after=evaluate.SILENCE / 2):
+    now[0] += after
+    watch.look()
+    return told.pop() if told else None
+  status("running", 1)
+  assert look() == "run: running from step 1" and look() is None
+  os.utime(tmp_path / "run" / "metrics.jsonl", (5, 5))
+  assert look() is None and look() is None and look() is None, "it wrote something"
+  assert look(1.0).startswith("run: running from step 1, and silent for 30 minutes; if it was killed, resume") and look() is None
+  status("preempted", 2, "asked to stop")
+  assert look() == "run: preempted at step 2: asked to stop" and not source.ended()
+  status("running", 2)
+  assert look() == "run: running from step 2"
+  status("failed", 2, "OSError: disk full")
+  assert look() == "run: failed at step 2: OSError: disk full" and source.ended()
 
 
 def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
@@ -214,6 +364,11 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   prepared = runs.open(workdir).dataset.directory
   source = sources.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
   assert not source.bos, "there is no tokenizer that would say so"
+  described = (tmp_path / "config.json").read_text()
+  (tmp_path / "config.json").write_text(json.dumps({**json.loads(described), "rms_norm_eps": 1e-3}))
+  other = sources.of_hugging_face(str(tmp_path), dataset=prepared)
+  assert other.trained != source.trained, "the same parameters, another model"
+  (tmp_path / "config.json").write_text(described)
   evaluator = cells.Evaluator(source, cells.plan(source, ["rtn_w8a8"], ["rtn"]))
   as_it_is, rounded = (evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells)
   ids = source.dataset.stream("validation").document(0)
@@ -226,7 +381,7 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
     losses += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(window) - 1), window[1:]]).tolist()
   np.testing.assert_allclose(as_it_is["loss"], np.mean(losses), rtol=1e-5)
   assert as_it_is["tokens"] == len(losses) and rounded["kl"] < 1e-2
-  assert (tmp_path / "eval" / "0-rtn_w8a8-rtn.json").exists()
+  assert len(files(tmp_path, 0, "rtn_w8a8", "rtn")) == 1
 
   library = pytest.importorskip("tokenizers")
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
@@ -269,7 +424,12 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   folders = {"run": workdir, "quantized": quantized_workdir, "empty": folder / "empty", "bare": folder / "bare",
              "other": data.prepare(pieces, log=lambda text: None).directory, "own": runs.open(workdir).dataset.directory}
   given = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
-  return dict(zip(REFUSED, commands.answers("evaluate", given)[0], strict=True))
+  zero_shot_tasks.write(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
+  with open(folder / "tasks" / "endless.yaml", "a") as file:
+    file.write("output_type: generate_until\ngeneration_kwargs: {until: [], max_gen_toks: 1000}\n"
+               "metric_list: [{metric: exact_match}]\n")
+  fails = [f"--workdir={workdir}", f"--out={folder}", "--documents=1", f"--task_folders={folder}/tasks", "--tasks=endless"]
+  return dict(zip([*REFUSED, "a task"], commands.answers("evaluate", [*given, fails])[0], strict=True))
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -279,3 +439,12 @@ def test_a_refusal_is_one_line_and_exit_code_2(told, what):
   *_, line = errors.splitlines()
   assert line.startswith("error: ")
   assert all(part in line for part in REFUSED[what][1]), line
+
+
+def test_what_could_not_be_measured_makes_the_exit_code_1(told):
+  pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+  code, said = told["a task"]
+  assert code == 1, said
+  *_, row, skipped = said.splitlines()
+  assert row.startswith("2     none") and skipped.startswith("step 2 skipped: ")
+  assert "max_gen_toks = 1000: expected 1 to 31" in skipped

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from beyond_outliers import config, evaluation, mesh
 from beyond_outliers import program as program_lib
@@ -103,19 +104,26 @@ def test_intervals_are_those_of_documents_drawn_again():
   sums = counts * np.stack([3 + rng.normal(0, 0.4, 40), np.full(40, 0.25)])
   bounds = evaluation.intervals(sums, counts, seed=0)
   picks = rng.integers(0, 40, (10_000, 40))
-  direct = sums[:, picks].sum(-1) / counts[picks].sum(-1)
-  low, high = np.quantile(direct, [0.025, 0.975], axis=1)
-  np.testing.assert_allclose(bounds[0], [low[0], high[0]], atol=0.03 * (high[0] - low[0]))
+  direct = sums[0, picks].sum(-1) / counts[picks].sum(-1)
+  width = stats.t(39).ppf(0.975) * np.sqrt(40 / 39) * direct.std()
+  center = sums[0].sum() / counts.sum()
+  np.testing.assert_allclose(bounds[0], [center - width, center + width], atol=0.03 * width)
   np.testing.assert_allclose(bounds[1], [0.25, 0.25], rtol=1e-12)
   np.testing.assert_array_equal(bounds, evaluation.intervals(sums, counts, seed=0))
   assert not np.array_equal(bounds, evaluation.intervals(sums, counts, seed=1))
 
 
-def test_intervals_of_two_documents_by_hand_and_of_one():
-  # A quarter of the resamples is the first document twice, a quarter the second: the outer 2.5 % lie there, the middle between.
-  two = np.array([[2.0, 12.0]]), np.array([2.0, 3.0])
-  np.testing.assert_array_equal(evaluation.intervals(*two, seed=0), [[1.0, 4.0]])
-  np.testing.assert_allclose(evaluation.intervals(*two, seed=0, confidence=0.2), [[2.8, 2.8]])
+@pytest.mark.parametrize("documents", [2, 3, 10, 30])
+def test_intervals_hold_the_truth_as_often_as_they_claim(documents):
+  """4000 studies of so many documents. Percentiles of the resamples held it in 49, 75, 90 and 93 % of them."""
+  rng = np.random.default_rng(3)
+  counts = rng.integers(100, 200, documents).astype(float)
+  sums = counts * (0.03 + rng.normal(0, 0.02, (4000, documents)))
+  low, high = evaluation.intervals(sums, counts, seed=0, resamples=1000).T
+  assert ((low < 0.03) & (high > 0.03)).mean() == pytest.approx(0.95, abs=0.015)
+
+
+def test_one_document_has_no_interval():
   assert np.isnan(evaluation.intervals(np.array([[2.0]]), np.array([2.0]), seed=0)).all()
 
 
@@ -134,6 +142,6 @@ def test_a_comparison_weighs_targets_not_documents_or_batches():
   assert result["reference_loss"] == pytest.approx(nll.mean(), rel=1e-6)
   assert result["loss"] == pytest.approx(result["reference_loss"] + result["loss_difference"])
   low, high = result["loss_difference_interval"]
-  assert 0.1 <= low < result["loss_difference"] < high <= 0.9
+  assert low < result["loss_difference"] < high
   alone = evaluation.evaluate(lambda batch: (numbers(batch)[0]["nll"], batch["documents"]), batches, num_bytes=1000)
   assert {name: result[name] for name in alone} == alone

@@ -12,7 +12,7 @@ FLOORS = (
   ("mesh", "hardware", "flops", "hlo", "lapack", "transpose", "apart", "quant", "optim", "data", "writers", "text_table"),
   ("model",),
   ("step", "checkpoint", "export", "scoring"),
-  ("evaluation", "program"),
+  ("evaluation", "program", "results"),
   ("loop", "runs", "warm_start", "command"),
   ("train", "analysis", "zero_shot_tasks", "zero_shot"),
   ("sources",),

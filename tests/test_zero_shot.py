@@ -156,7 +156,7 @@ def folder(chances, tmp_path_factory):
 
 
 def test_tasks_whose_accuracy_is_known(chances, folder):
-  results = zero_shot.run(*bigram(chances), BYTES, ["known", "word"], context=CONTEXT, folders=[folder])
+  results = zero_shot.run(*bigram(chances), BYTES, zero_shot.load(["known", "word"], [folder]), context=CONTEXT)
   assert results["known"]["acc"] == pytest.approx(0.7)
   assert results["known"]["acc_stderr"] == pytest.approx(np.sqrt(0.7 * 0.3 / 39))
   examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
@@ -166,8 +166,40 @@ def test_tasks_whose_accuracy_is_known(chances, folder):
   words = [expected(chances, "x", " " + word) for word in ("!", "abc", "!\"#")]
   assert results["word"]["perplexity"] == pytest.approx(np.exp(-np.mean(words)), rel=1e-4)
   assert results["word"].keys() == {"acc", "acc_stderr", "perplexity", "perplexity_stderr"}
-  limited = zero_shot.run(*bigram(chances), BYTES, ["known"], context=CONTEXT, folders=[folder], limit=7)
+  limited = zero_shot.run(*bigram(chances), BYTES, zero_shot.load(["known"], [folder]), context=CONTEXT, limit=7)
   assert limited["known"]["acc"] == 1.0
+
+
+def test_tasks_that_are_loaded_once_are_asked_again(chances, folder):
+  """A group is one name, whose members have rows."""
+  (folder / "both.yaml").write_text("group: both\ntask: [known, word]\n")
+  both, known = zero_shot.load(["both", "known"], [folder])
+  ask = lambda asked: zero_shot.run(*bigram(chances), BYTES, [asked], context=CONTEXT, limit=5)
+  first = ask(both)
+  assert ask(both) == first and {"known", "word"} <= first.keys() and ask(known) == {"known": first["known"]}
+
+
+def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path):
+  content = lambda path, name="known": zero_shot.load([name], [path])[0].content
+  examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
+  zero_shot_tasks.write(tmp_path / "copy", "known", examples)
+  assert content(tmp_path / "copy") == content(folder) != content(folder, "word")
+  zero_shot_tasks.write(tmp_path / "data", "known", [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}])
+  zero_shot_tasks.write(tmp_path / "prompt", "known", examples)
+  (tmp_path / "prompt" / "known.yaml").open("a").write('target_delimiter: ""\n')
+  assert len({content(path) for path in (folder, tmp_path / "data", tmp_path / "prompt")}) == 3
+
+
+@pytest.mark.parametrize("field,value,told", [
+  ("dataset_kwargs", {"data_files": {"test": "gone.jsonl"}}, "FileNotFoundError.*gone"),
+  ("doc_to_text", "{{context.a.b}}", "UndefinedError.*'a'"), ("test_split", "none", "none")])
+def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value, told, tmp_path):
+  zero_shot_tasks.write(tmp_path, "faulty", [{"context": "x", "word": "y"}])
+  file = tmp_path / "faulty.yaml"
+  lines = [line for line in file.read_text().splitlines() if not line.startswith(f"{field}:")]
+  file.write_text("\n".join([*lines, f"{field}: {json.dumps(value)}"]))
+  with pytest.raises(checks.ConfigError, match=rf"^tasks = faulty: .*{told}.*; mend its YAML file[^\n]*$"):
+    zero_shot.load(["faulty"], [tmp_path])
 
 
 def test_a_token_stands_before_texts_without_context(chances, folder):
@@ -175,7 +207,7 @@ def test_a_token_stands_before_texts_without_context(chances, folder):
   class Without(tokenizers.Bytes):
     bos = eot = None
   with pytest.raises(checks.ConfigError, match="prefix = None"):
-    zero_shot.run(model, params, Without(), ["known"], context=CONTEXT, folders=[folder])
+    zero_shot.run(model, params, Without(), zero_shot.load(["known"], [folder]), context=CONTEXT)
 
 
 def test_folders_that_are_not_there_are_refused():
@@ -186,7 +218,7 @@ def test_folders_that_are_not_there_are_refused():
 @pytest.mark.slow                   # reads all of the harness's task files
 def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
   with pytest.raises(checks.ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
-    zero_shot.run(None, None, BYTES, ["known", "hellaswagg"], context=CONTEXT, folders=[folder])
+    zero_shot.load(["known", "hellaswagg"], [folder])
   known = zero_shot.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
   assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)
 
@@ -207,8 +239,8 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
                          env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
-  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, ["continuation", "last_word"], context=256,
-                          mesh=eight, folders=[tmp_path / "run" / "eval" / "tasks"])
+  tasks = zero_shot.load(["continuation", "last_word"], [tmp_path / "run" / "eval" / "tasks"])
+  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, tasks, context=256, mesh=eight)
   there = json.loads(found.stdout)["cells"][0]["tasks"]
   assert there.keys() == results.keys()
   for task, metrics in results.items():

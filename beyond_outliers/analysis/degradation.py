@@ -1,15 +1,14 @@
 """What quantization after training costs by optimizer and method, from the cells that evaluation jobs leave in workdirs."""
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from etils import epath
 
+from beyond_outliers import results
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 from beyond_outliers.analysis.gaps import Estimate
@@ -17,12 +16,15 @@ from beyond_outliers.checks import ConfigError, nearest, require
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
-MEASURED_ON = ["data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
+MEASURED_ON = ["version", "data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
 
 
-def cells(runs: Sequence[runs_lib.Run], folder: str = "eval") -> pd.DataFrame:
-  """A row a cell of the last step that each run was evaluated at: where it comes from, recipe, method and its metrics."""
-  rows = [row for run in runs for row in _of_run(run.path, folder)]
+def cells(runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None = None) -> pd.DataFrame:
+  """A row a cell of the last step that each run was evaluated at, by the newest version that did: where it comes from, recipe,
+  method and its metrics.
+
+  settings: only cells that were measured under these, {"documents": "3"}."""
+  rows = [row for run in runs for row in _of_run(run, settings or {})]
   return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"])
 
 
@@ -67,24 +69,29 @@ def _check_comparable(measured: pd.DataFrame) -> None:
     for name, rows in measured.groupby(within) if within else [("all", measured)]:
       values = rows[key].unique()
       if len(values) > 1:
-        raise ConfigError(f"{name}: the cells have {key} = {sorted(values)}; give the runs, or make the cells, of one")
+        remedy = f"or choose by --settings={key}={values[0]}" if key in MEASURED_ON else "or make the cells, of one"
+        raise ConfigError(f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}")
   for (optimizer, seed, recipe, method), rows in measured.groupby(["optimizer", "seed", "recipe", "method"]):
     if len(rows) > 1:
       raise ConfigError(f"{optimizer}: {' and '.join(map(str, rows.run))} have seed {seed} and a cell of {recipe} and {method}; "
-                        "give one of them")
+                        "give one of them, or choose by --settings")
 
 
-def _of_run(run: epath.Path, folder: str) -> list[dict[str, Any]]:
-  found = [json.loads(path.read_text()) for path in (run / folder).glob("*.json")] if (run / folder).exists() else []
-  newest = max((cell["step"] for cell in found), default=None)
-  return [_row(run, cell) for cell in found if cell["step"] == newest]
+def _of_run(run: runs_lib.Run, settings: Mapping[str, str]) -> list[dict[str, Any]]:
+  # Earlier versions told trainings apart by their time.
+  itself = (run.identity, run.manifest["time"])
+  found = [cell for cell in results.Folder(run.path / "eval").cells() if cell["settings"].get("trained") in itself
+           and all(str(cell["settings"].get(name)) == value for name, value in settings.items())]
+  age = lambda cell: (cell["settings"]["version"], cell["step"])
+  newest = max(map(age, found), default=None)
+  return [_row(str(run.path), cell) for cell in found if age(cell) == newest]
 
 
-def _row(run: epath.Path, cell: dict[str, Any]) -> dict[str, Any]:
+def _row(run: str, cell: dict[str, Any]) -> dict[str, Any]:
   c = cell["source"]["config"]
   tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
   optimizer = c["optimizer"]
-  values = str(run), c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
+  values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
   measured = {name: math.inf if value is None else value for name, value in {**cell["metrics"], **tasks}.items()}
   return {**dict(zip(ORIGIN, values, strict=True)), **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
-          **{name: cell["settings"][name] for name in MEASURED_ON}, **measured}
+          **measured, **{name: cell["settings"].get(name, "") for name in MEASURED_ON}}

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from flax import traverse_util
 
+from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import layers, transformer
 from beyond_outliers.quant import QuantSpec, fake_quantize, recipes
@@ -256,3 +257,16 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
   """{<metric>/<kind>: mean over the tensors of a kind}: a row of metrics.jsonl."""
   means = frame.groupby("kind")[list(METRICS)].mean()
   return {f"{metric}/{kind}": float(means.loc[kind, metric]) for metric in METRICS for kind in means.index}
+
+
+def on_documents(model: transformer.Transformer, batches: Any, mesh: jax.sharding.Mesh,
+                 mask_documents: bool) -> Callable[[Any, Any], dict[str, float]]:
+  """(params, params with plain matrices) -> `summary` of what the model sees in these batches, and of its matrices."""
+  everywhere = mesh_lib.replicated(mesh)
+  activations = jax.jit(measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
+  matrices = jax.jit(weight_measurement, out_shardings=everywhere)
+
+  def measure_documents(params, plain):
+    seen = collect(activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches)
+    return {**summary(seen), **summary(collect([matrices(plain)]).assign(kind="weights"))}
+  return measure_documents

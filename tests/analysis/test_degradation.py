@@ -8,6 +8,8 @@ from beyond_outliers import config, runs
 from beyond_outliers.analysis import degradation
 from configs import adamw, muon
 
+TIME = "2026-11-23T05:00:00+00:00"
+
 
 def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0, size="nano", windows=8):
   """A run with evaluated checkpoints; differences: {(recipe, method): of the loss}."""
@@ -15,15 +17,15 @@ def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0, size
   c = config.to_dict(config.resolve(module.get_config(f"{size},optimizer.learning_rate={rate},seed={seed}")))
   (folder / "eval").mkdir(parents=True, exist_ok=True)
   (folder / "config.json").write_text(json.dumps(c))
-  (folder / "manifest.json").write_text("{}")
+  (folder / "manifest.json").write_text(json.dumps({"time": TIME}))
   for (recipe, method), difference in {("none", "none"): None, **differences}.items():
     metrics = {"loss": 4.0} if method == "none" else {"loss": 4.0, "loss_difference": difference, "agreement": 0.5}
     if method == "gptq":
       metrics["agreement"] = 0.6
     cell = {"step": step, "recipe": recipe, "method": method, "metrics": metrics, "tasks": {}, "size_bytes": 1}
-    settings = {"data": "a", "tokenizer": "b", "context": 256, "documents": documents, "mask_documents": False,
+    settings = {"trained": TIME, "data": "a", "tokenizer": "b", "context": 256, "documents": documents, "mask_documents": False,
                 "calibration_windows": windows if method == "gptq" else 0}
-    (folder / "eval" / f"{step}-{recipe}-{method}.json").write_text(
+    (folder / "eval" / f"{step}-{recipe}-{method}-{documents}.json").write_text(
       json.dumps({**cell, "settings": settings, "source": {"config": c}}))
 
 

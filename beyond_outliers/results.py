@@ -1,0 +1,83 @@
+"""What evaluation jobs leave: a JSON file a measurement, whose name holds a hash of all that its numbers depend on.
+
+So nothing is replaced by what was measured otherwise, and any number of runs and jobs may share a folder. What a task of the
+lm-evaluation-harness found is a file of its own, beside the cell of the model that it was asked of.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from beyond_outliers import writers
+
+Result = dict[str, Any]           # {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
+IDENTITY = ("step", "recipe", "method", "settings")
+OF_TASKS = "task"                 # the setting that only tasks have
+
+
+def digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_name(step: int, recipe: str, method: str, settings: dict[str, Any]) -> str:
+  words = [str(step), recipe, method, *([settings[OF_TASKS]] if OF_TASKS in settings else [])]
+  return "-".join(re.sub(r"[^\w.+=()]", "_", word) for word in words) + f"-{digest(settings)[:8]}.json"
+
+
+def warn(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+class Folder:
+  """Results of any models. say: takes what is wrong with a file, once; it then counts as missing."""
+
+  def __init__(self, path: Any, say: Callable[[str], None] = warn):
+    self._workdir, self._say = writers.Workdir(path), functools.cache(say)
+
+  @property
+  def path(self) -> epath.Path:
+    return self._workdir.path
+
+  def read(self, step: int, recipe: str, method: str, settings: dict[str, Any]) -> Result | None:
+    path = self.path / file_name(step, recipe, method, settings)
+    found = self._load(path) if path.exists() else None
+    return found if found is not None and found["settings"] == settings else None
+
+  def write(self, step: int, recipe: str, method: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
+    self._workdir.write(file_name(step, recipe, method, settings), found)
+
+  def cells(self) -> list[Result]:
+    """Every cell with its tasks; see `joined`."""
+    found = [result for path in sorted(self.path.glob("*.json")) if (result := self._load(path)) is not None]
+    tasks = sorted((result for result in found if "scores" in result), key=lambda task: task["time"])
+    return [joined(cell, [task for task in tasks if _same_model(cell, task)]) for cell in found if "metrics" in cell]
+
+  def _load(self, path: epath.Path) -> Result | None:
+    try:
+      found = json.loads(path.read_text())
+    except ValueError:                                # empty or truncated
+      found = None
+    if isinstance(found, dict) and set(IDENTITY) <= found.keys():
+      return {**found, "settings": {"version": 1, **found["settings"]}}         # the first had no number
+    self._say(f"{path} holds no result of an evaluation job, and counts for none")
+    return None
+
+
+def joined(cell: Result, tasks: list[Result]) -> Result:
+  """The cell with `tasks`: {name: what the model scored}; of a group or tag, its members are among them. The last one counts."""
+  scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
+  spent = sum(task["seconds"] for task in tasks)
+  return {**cell, "tasks": {**cell.get("tasks", {}), **scores}, "seconds": {"tasks": spent, **cell.get("seconds", {})}}
+
+
+def _same_model(cell: Result, task: Result) -> bool:
+  """Whether they agree in all that is said of both."""
+  ours, theirs = ({**result["settings"], **{name: result[name] for name in IDENTITY[:3]}} for result in (cell, task))
+  return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())
