@@ -24,6 +24,8 @@ from beyond_outliers.sources import Source
 VERSION = 2                       # of the measurements: raised by whatever changes their numbers; then all is measured anew
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
 
+OWN_REFERENCE = "method none: difference, KL and agreement are to the same parameters with nothing quantized, not to another run"
+
 
 class TaskError(RuntimeError):
   """Tasks that could not be asked of a model; the message says which, and why."""
@@ -236,7 +238,8 @@ def task_scores(cell: Result) -> dict[str, float]:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-  """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval."""
+  """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval; a run that was
+  trained quantized has no others, which a line below says."""
   accuracies = list(dict.fromkeys(name for cell in cells for name in task_scores(cell) if "stderr" not in name))
   rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
            "agreement", "MiB", *accuracies, "seconds")]
@@ -247,7 +250,8 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
                  "" if None in (low, high) else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
-  return "\n".join(text_table.aligned(rows))
+  trained_quantized = any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells)
+  return "\n".join([*text_table.aligned(rows), *([OWN_REFERENCE] if trained_quantized else [])])
 
 
 def shown(value: float | None, style: str = ".4f") -> str:

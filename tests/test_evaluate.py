@@ -275,6 +275,7 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   seen = {name: cell["metrics"][name] for name in recorded.index if name.startswith("outliers/") and name in cell["metrics"]}
   assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), "as its quantized layers see it"
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
+  assert cells.table([cell]).splitlines()[2:] == [cells.OWN_REFERENCE]
   with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
 
