@@ -1,6 +1,7 @@
 """What quantization after training costs a checkpoint: a cell a (step, recipe, method), each a JSON file that is read alone."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -23,6 +24,8 @@ from beyond_outliers.sources import Source
 VERSION = 2                       # of the measurements: raised by whatever changes their numbers; then all is measured anew
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
 
+OWN_REFERENCE = "method none: difference, KL and agreement are to the same parameters with nothing quantized, not to another run"
+
 
 class TaskError(RuntimeError):
   """Tasks that could not be asked of a model; the message says which, and why."""
@@ -32,6 +35,10 @@ class Cell(NamedTuple):
   """What is done to a checkpoint. method "none": nothing, it is judged as it was trained, under its own recipe."""
   recipe: str                     # row of quant.RECIPES; where the model was trained under rules of its own, with these
   method: str
+
+  @property
+  def calibrated(self) -> bool:
+    return self.method != "none" and quant.ptq.named(self.method).calibrated
 
   @property
   def row(self) -> str:
@@ -154,10 +161,11 @@ class Evaluator:
 
   @functools.cached_property
   def calibration(self) -> list[dict[str, np.ndarray]]:
-    """The same windows of training data for every run on these data."""
-    c, source = self.source.data, self.source
-    batches = data.train_batches(source.dataset, c, context=source.context, batch_size=math.lcm(source.batch_size, c.readers),
-                                 seed=SEED)
+    """The same windows of training data for every run on these data, whatever its batches."""
+    source = self.source
+    # Several readers would deal their documents to rows as the batch has places.
+    c = dataclasses.replace(source.data, readers=1)
+    batches = data.train_batches(source.dataset, c, context=source.context, batch_size=source.batch_size, seed=SEED)
     names = ("tokens", "segment_ids", "positions") if c.mask_documents else ("tokens",)
     rows, taken = [], 0
     while taken < self._windows:
@@ -170,9 +178,8 @@ class Evaluator:
 
   def _quantized(self, params: Any, cell: Cell) -> quant.QuantizedModel | None:
     if cell.method != "none":
-      calibrated = quant.ptq.named(cell.method).calibrated
       return quant.ptq.quantize(self.source.model, params, quant.RECIPES[cell.recipe], cell.method,
-                                self.calibration if calibrated else (), say=self._say)
+                                self.calibration if cell.calibrated else (), say=self._say)
     return quant.quantized(self.source.model, params, self.source.trained_under) if self.source.trained_under else None
 
   def _metrics(self, cell: Cell, params: Any, q: quant.QuantizedModel | None) -> dict[str, Any]:
@@ -205,10 +212,9 @@ class Evaluator:
   def _model_settings(self, cell: Cell) -> dict[str, Any]:
     """What the quantized model depends on, beside the step, the recipe and the method."""
     source = self.source
-    calibrated = cell.method != "none" and quant.ptq.named(cell.method).calibrated
     return {"version": VERSION, "trained": source.trained, "tokenizer": source.dataset.tokenizer.fingerprint,
-            "context": source.context, "seed": SEED, "calibration_windows": self._windows if calibrated else 0,
-            "calibration_data": source.dataset.fingerprint if calibrated else None}
+            "context": source.context, "seed": SEED, "calibration_windows": self._windows if cell.calibrated else 0,
+            "calibration_data": source.dataset.fingerprint if cell.calibrated else None}
 
   def _settings(self, cell: Cell) -> dict[str, Any]:
     """All that a cell's numbers depend on: other settings make another cell."""
@@ -232,7 +238,8 @@ def task_scores(cell: Result) -> dict[str, float]:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-  """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval."""
+  """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval; a run that was
+  trained quantized has no others, which a line below says."""
   accuracies = list(dict.fromkeys(name for cell in cells for name in task_scores(cell) if "stderr" not in name))
   rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
            "agreement", "MiB", *accuracies, "seconds")]
@@ -243,7 +250,8 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
                  "" if None in (low, high) else f"{low:+.4f} … {high:+.4f}", shown(m["bits_per_byte"]), shown(m.get("kl")),
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
-  return "\n".join(text_table.aligned(rows))
+  trained_quantized = any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells)
+  return "\n".join([*text_table.aligned(rows), *([OWN_REFERENCE] if trained_quantized else [])])
 
 
 def shown(value: float | None, style: str = ".4f") -> str:

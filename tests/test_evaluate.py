@@ -14,7 +14,7 @@ import pytest
 
 from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, writers, zero_shot_tasks
 from beyond_outliers.analysis import degradation
-from beyond_outliers.data import tokenizers
+from beyond_outliers.data import array_records, tokenizers
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -126,6 +126,10 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   resumed, new = (cells.Evaluator(sources.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
                   for folder in (one, other))
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
+  for folder in (one, other):
+    shutil.rmtree(folder / "eval")
+  reported = degradation.cells([runs.open(one), runs.open(other)], folders=[workdir / "eval"])
+  assert set(reported.run) == {str(one)} and len(reported) == 3
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 2, "recipe"', "[]", '{"foo": 1}'])
@@ -171,15 +175,28 @@ def test_only_what_the_settings_change_is_measured_again(measured, workdir, monk
   assert again().missing(2) == evaluator.cells
 
 
-def test_calibration_sees_the_same_training_windows_whatever_the_batches(measured, workdir):
-  _, evaluator, _ = measured
-  assert [len(batch["tokens"]) for batch in evaluator.calibration] == [8, 4]
-  whole = np.concatenate([batch["tokens"] for batch in evaluator.calibration])
-  other = cells.Evaluator(sources.of_run(workdir, batch_size=16), [], windows=12).calibration
+@pytest.mark.parametrize("reader", ["shards", "tfds"])
+def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader, workdir, corpus, tiny_config, tmp_path):
+  """And however many readers a run has."""
+  source = sources.of_run(workdir)
+  if reader == "tfds":
+    texts = (path.read_text() for path in sorted(corpus.iterdir()))
+    records = {"data.source": "tfds", "data.path": array_records.write(texts, str(tmp_path)), "data.reader": "tfds",
+               "data.validation": "fraction:0.1", "data.field": "text"}
+    section = tiny_config(**records).data
+    source = dataclasses.replace(source, dataset=data.prepare(section, log=lambda text: None), data=section)
+
+  def calibration(**options):
+    return cells.Evaluator(dataclasses.replace(source, **options), [], tmp_path, windows=12).calibration
+  batches = calibration()
+  assert [len(batch["tokens"]) for batch in batches] == [8, 4]
+  whole = np.concatenate([batch["tokens"] for batch in batches])
+  other = calibration(batch_size=16, data=dataclasses.replace(source.data, readers=8))
   np.testing.assert_array_equal(whole, other[0]["tokens"])
-  stream = data.open(runs.open(workdir).manifest["data"]["directory"]).stream("train")
-  tokens = stream.read(0, len(stream)).tobytes()
-  assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
+  if reader == "shards":
+    stream = source.dataset.stream("train")
+    tokens = stream.read(0, len(stream)).tobytes()
+    assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
 
 
 def harness(run, content="these questions"):
@@ -262,6 +279,7 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   seen = {name: cell["metrics"][name] for name in recorded.index if name.startswith("outliers/") and name in cell["metrics"]}
   assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), "as its quantized layers see it"
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
+  assert cells.table([cell]).splitlines()[2:] == [cells.OWN_REFERENCE]
   with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
     cells.plan(source, ["rtn_w4a4"], ["gptq"])
 
