@@ -126,6 +126,10 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   resumed, new = (cells.Evaluator(sources.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
                   for folder in (one, other))
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
+  for folder in (one, other):
+    shutil.rmtree(folder / "eval")
+  reported = degradation.cells([runs.open(one), runs.open(other)], folders=[workdir / "eval"])
+  assert set(reported.run) == {str(one)} and len(reported) == 3
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 2, "recipe"', "[]", '{"foo": 1}'])

@@ -18,6 +18,7 @@ PLOT = flags.DEFINE_string("plot", "", "Also draw the loss curves into this PNG 
 GAP_PLOT = flags.DEFINE_string("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
 COMMON_LOSS = flags.DEFINE_bool("common_loss", False, "How the optimizers come to one loss in full precision, instead.")
 DEGRADATION = flags.DEFINE_string("degradation", "", "What evaluation jobs found, instead: loss_difference, kl, agreement, ...")
+CELLS = flags.DEFINE_list("cells", [], "With --degradation: folders that evaluate --out wrote to, beside the runs' own eval/.")
 SETTINGS = flags.DEFINE_list("settings", [], "With --degradation: only cells that were measured under these, documents=3,...")
 OVERRIDES = flags.DEFINE_string("overrides", "", "Also write what was found in full precision to this file, for launch.local.")
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
   require(bool(found), "--root", ",".join(ROOT.value), "holds no run; give the folders that hold the runs' workdirs")
   if DEGRADATION.value:
     settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
-    print(degradation.table(degradation.cells(found, settings), DEGRADATION.value))
+    print(degradation.table(degradation.cells(found, settings, CELLS.value), DEGRADATION.value))
     return
   chosen = report_common_loss(found) if COMMON_LOSS.value else report_tuning(found)
   if OVERRIDES.value:
@@ -46,7 +47,10 @@ def check_flags() -> None:
                        (OVERRIDES, (DEGRADATION,))):
     given = [f"--{other.name}" for other in others if other.value]
     require(not flag.value or not given, f"--{flag.name}", flag.value, f"{' and '.join(given)} asks for another report; give one")
-  require(not SETTINGS.value or bool(DEGRADATION.value), "--settings", ",".join(SETTINGS.value), "belongs to --degradation")
+  for flag in (SETTINGS, CELLS):
+    require(not flag.value or bool(DEGRADATION.value), f"--{flag.name}", ",".join(flag.value), "belongs to --degradation")
+  for folder in CELLS.value:
+    require(epath.Path(folder).exists(), "--cells", folder, "there is no such folder; give those that evaluate had as --out")
   require(all("=" in setting for setting in SETTINGS.value), "--settings", ",".join(SETTINGS.value), "expected name=value,...")
   for flag in (PLOT, GAP_PLOT, OVERRIDES):
     require(epath.Path(flag.value).parent.exists(), f"--{flag.name}", flag.value, "there is no such folder; make it first")

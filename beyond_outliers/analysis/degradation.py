@@ -19,12 +19,14 @@ ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
 MEASURED_ON = ["version", "data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
 
 
-def cells(runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None = None) -> pd.DataFrame:
+def cells(runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None = None, folders: Sequence[Any] = ()) -> pd.DataFrame:
   """A row a cell of the last step that each run was evaluated at, by the newest version that did: where it comes from, recipe,
   method and its metrics.
 
-  settings: only cells that were measured under these, {"documents": "3"}."""
-  rows = [row for run in runs for row in _of_run(run, settings or {})]
+  settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of these runs are beside their own
+  eval/."""
+  shared = [cell for folder in folders for cell in results.Folder(folder).cells()]
+  rows = [row for run in runs for row in _of_run(run, settings or {}, shared)]
   return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"])
 
 
@@ -77,10 +79,10 @@ def _check_comparable(measured: pd.DataFrame) -> None:
                         "give one of them, or choose by --settings")
 
 
-def _of_run(run: runs_lib.Run, settings: Mapping[str, str]) -> list[dict[str, Any]]:
+def _of_run(run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]) -> list[dict[str, Any]]:
   # Earlier versions told trainings apart by their time.
   itself = (run.identity, run.manifest["time"])
-  found = [cell for cell in results.Folder(run.path / "eval").cells() if cell["settings"].get("trained") in itself
+  found = [cell for cell in [*results.Folder(run.path / "eval").cells(), *shared] if cell["settings"].get("trained") in itself
            and all(str(cell["settings"].get(name)) == value for name, value in settings.items())]
   age = lambda cell: (cell["settings"]["version"], cell["step"])
   newest = max(map(age, found), default=None)
