@@ -123,11 +123,11 @@ class Evaluator:
         self._ask(step, cell, task, model, q_params)
       except Exception as error:                      # whatever a task of others raises
         failed.append((task.name, error))
-    if failed:
-      raise TaskError("; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed)) from failed[0][1]
     found: Any = self._result(step, cell)
     if self._sink:
       self._sink.write({"step": step, **{f"{cell.row}/{cell.method}/{name}": value for name, value in scalars(found).items()}})
+    if failed:
+      raise TaskError("; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed)) from failed[0][1]
     return found
 
   def _ask(self, step: int, cell: Cell, task: Any, model: Any, params: Any) -> None:

@@ -14,7 +14,7 @@ def workdir(root, module, rate, seed, losses, status="done", recipe="none", argu
   c = config.resolve(module.get_config(
     f"nano,steps={steps},optimizer.learning_rate={rate},seed={seed},quant.recipe={recipe}{argument}"))
   (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
-  (folder / "manifest.json").write_text(json.dumps({"data": {"fingerprint": fingerprint}}))
+  (folder / "manifest.json").write_text(json.dumps({"time": "2026-11-23T05:00:00+00:00", "data": {"fingerprint": fingerprint}}))
   (folder / "status.json").write_text(json.dumps({"status": status, "step": steps}))
   for step in checkpoints:
     (folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
