@@ -29,7 +29,7 @@ HF = flags.DEFINE_string("hf", None, "Hugging Face directory of an OLMo2 or Llam
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
 STEPS = flags.DEFINE_list("steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow.")
 RECIPES = flags.DEFINE_list("recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained.")
-METHODS = flags.DEFINE_list("methods", ["rtn"], "Rows of quant.METHODS.")
+METHODS = flags.DEFINE_list("methods", ["rtn"], "Rows of quant.METHODS, with numbers as in gptq(damping=0.1).")
 TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (extra: eval), of --task_folders, or "
                           + " and ".join(zero_shot_tasks.HELD_OUT) + ", which are made of the validation text.")
 TASK_FOLDERS = flags.DEFINE_list("task_folders", [], "Folders with the YAML files of further tasks.")

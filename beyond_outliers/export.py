@@ -6,7 +6,12 @@
   float-quantized   e4m3                           weight float8_e4m3fn [O, K]
 
 each with weight_scale, float32: [O, 1], [O, groups], or [1]. Weights are read back exactly. Inputs are quantized by the engine,
-which has its own rule for their scale: integers' is their largest magnitude over (2^bits - 1) / 2, as absmax_edge.
+whose rule no field says; `check` lets through what an engine computes too:
+  compressed-tensors 0.20, by which transformers runs it      integers: largest magnitude / ((2^bits - 1) / 2), all 2^bits levels
+  vLLM's kernels, at eight bits                               largest magnitude / 127
+  both, e4m3                                                  largest magnitude / 448
+of which the first is grid 'twos_complement' with scale 'absmax_edge', but for the largest number of a token where it is negative:
+it lies halfway between two codes, and the last bit of the quotient decides.
 Legend: K inputs (contraction), O outputs.
 """
 from __future__ import annotations
@@ -78,8 +83,10 @@ def _check_layer(path: str, layer: LayerRecipe) -> None:
     require((x.grid == "e4m3") == (w.grid == "e4m3"), f"{path}: activations.grid", x.grid,
             f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both")
     require(x.granularity in ("token", "tensor"), f"{path}: activations.granularity", x.granularity, "take 'token' or 'tensor'")
-    require(x.scale in ("absmax", "absmax_edge"), f"{path}: activations.scale", x.scale,
-            "the engine scales inputs by their largest magnitude; take 'absmax_edge', or leave them in full precision")
+    whole = x.scale == "absmax" and x.bits == 8
+    require(whole or (x.grid, x.scale) == ("twos_complement", "absmax_edge"), f"{path}: activations", f"{x.grid}, {x.scale}",
+            "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has 2^bits levels: take the grid "
+            "'twos_complement' with the scale 'absmax_edge', eight bits with 'absmax', or leave them in full precision")
 
 
 def _format(layer: LayerRecipe) -> str:

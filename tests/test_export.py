@@ -1,5 +1,12 @@
-"""The compressed-tensors layout: what other engines read from it is the matrix, and what it cannot say is refused."""
+"""The compressed-tensors layout: what other engines read from it is the matrix, and what it cannot say is refused.
+
+tests/golden/compressed_tensors.npz is of that package's version 0.20.0: numbers of 2, 4 and 8 bits with what its pack_to_int32
+made of them, and inputs (Student's t, 3 degrees of freedom; a row of zeros) with what its compute_dynamic_scales_and_zp and
+fake_quantize made of them.
+"""
+import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +16,7 @@ import safetensors
 
 from beyond_outliers import config, export
 from beyond_outliers.model import hf, hf_config, transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, weights
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, quantizers, weights
 
 # 72 numbers of two or four bits fill no whole number of words.
 MODEL = config.Model(
@@ -21,12 +28,19 @@ def recipe(w, x=None, head=None):
   return Recipe((("head", head and LayerRecipe(head)), (".*", LayerRecipe(w, x))))
 
 
+def edge(bits, granularity="token"):
+  """What the package makes of inputs."""
+  return QuantSpec(bits, "twos_complement", "absmax_edge", granularity)
+
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "compressed_tensors.npz")
 GROUPS = recipe(QuantSpec(4, granularity="group", group=24), head=QuantSpec(4))
 WRITTEN = {
   "rtn_w4a16": (RECIPES["rtn_w4a16"], "pack-quantized"), "groups and a head": (GROUPS, "pack-quantized"),
   "two bits, a tensor": (recipe(QuantSpec(2, "twos_complement", granularity="tensor")), "pack-quantized"),
   "ternary": (recipe(QuantSpec(1.585, "ternary")), "pack-quantized"), "eight bits": (recipe(QuantSpec(8)), "pack-quantized"),
-  "rtn_w8a8": (RECIPES["rtn_w8a8"], "int-quantized"), "rtn_w4a4": (RECIPES["rtn_w4a4"], "int-quantized"),
+  "rtn_w8a8": (RECIPES["rtn_w8a8"], "int-quantized"), "W4A4": (recipe(QuantSpec(4), edge(4)), "int-quantized"),
+  "W8A8": (recipe(QuantSpec(8), edge(8, "tensor")), "int-quantized"),
   "fp8": (RECIPES["fp8"], "float-quantized"),
 }
 
@@ -91,9 +105,28 @@ def test_every_matrix_can_be_computed_from_the_files(written):
     hf.load(directory)
 
 
+@pytest.mark.parametrize("bits", export.PACKED_BITS)
+def test_words_are_those_of_the_package_of_the_layout(bits):
+  np.testing.assert_array_equal(export._pack(GOLDEN[f"codes_{bits}"], bits), GOLDEN[f"packed_{bits}"])
+
+
+@pytest.mark.parametrize("name,spec", [
+  ("int4_token", edge(4)), ("int8_token", edge(8)), ("int4_tensor", edge(4, "tensor")), ("int8_tensor", edge(8, "tensor")),
+  ("float8_token", QuantSpec(8, "e4m3", granularity="token")), ("float8_tensor", QuantSpec(8, "e4m3", granularity="tensor"))])
+def test_inputs_become_what_the_package_of_the_layout_makes_of_them(name, spec):
+  export._check_layer("up", LayerRecipe(QuantSpec(8, "e4m3" if spec.grid == "e4m3" else "symmetric"), spec))
+  x, expected = GOLDEN["x"], GOLDEN[name]
+  ours = np.asarray(quantizers.fake_quantize(jnp.asarray(x), spec))
+  # Halfway between two codes: the largest of a token, where it is negative.
+  tie = (spec.scale == "absmax_edge") & (x < 0) & (x == -np.abs(x).max(1, keepdims=True))
+  np.testing.assert_allclose(ours[~tie], expected[~tie], rtol=1e-6)
+  step = np.abs(x).max() / spec.levels.largest
+  assert np.abs(ours - expected).max() < 1.01 * step
+
+
 def test_the_package_of_the_layout_reads_the_same(written):
   """Its own configuration classes and its own unpacking, where it is installed."""
-  pytest.importorskip("compressed_tensors", reason="compressed-tensors (and the torch it needs) is not installed")
+  pytest.importorskip("compressed_tensors", reason="pip install -c constraints.txt -e '.[peers]'")
   import torch
   from compressed_tensors.compressors import BaseCompressor
   from compressed_tensors.compressors.format import infer_module_format
@@ -119,7 +152,9 @@ def test_the_package_of_the_layout_reads_the_same(written):
   (recipe(QuantSpec(4, "e2m1")), "weights.grid = 'e2m1': not written; .* keep the model by its save"),
   (RECIPES["rtn_w3a16"], "weights.bits = 3: not packed; take 2, 4, 8"),
   (recipe(None, QuantSpec(8, granularity="token")), "weights = None: the layout quantizes inputs only beside"),
-  (recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")), "activations.scale = 'mse': the engine scales inputs"),
+  (recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")), "activations = 'symmetric, mse': the engine divides"),
+  (RECIPES["rtn_w4a4"], "activations = 'symmetric, absmax': the engine .* take the grid 'twos_complement' with"),
+  (recipe(QuantSpec(4), dataclasses.replace(edge(4), grid="symmetric")), "activations = 'symmetric, absmax_edge': the engine"),
   (RECIPES["none"], "recipe = 'none': quantizes nothing; hf.save"),
   (Recipe((("head", None), (".*/q", LayerRecipe(QuantSpec(4))), *RECIPES["fp8"].rules[1:])), "pack-quantized, float-quantized"),
 ])

@@ -1,11 +1,14 @@
 """Statistics of what the linear layers of a model see, over any number of batches.
 
+What goes from block to block is kept on the host, so that every block runs once or twice a batch, however deep the model is; of
+statistics, those of one block are in memory.
+
 Legend: B batch, L length, D model width, T = B·L tokens, K contraction, O outputs.
 """
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,7 +26,7 @@ class Inputs(NamedTuple):
   """Of a layer's inputs, over all calibration tokens; float32 or wider."""
   largest_K: jax.Array             # max |x|
   mean_K: jax.Array                # mean |x|
-  gram_KxK: jax.Array              # mean of x xᵀ
+  gram_KxK: Any                    # mean of x xᵀ, or None if nobody asked for it
 
 
 class Stage(NamedTuple):
@@ -48,25 +51,45 @@ def watched(path: str) -> Any:
   return _Watched
 
 
-def of_block(model: Any, params: Any, before: list[Stage], block: Stage, batches: Iterable[Batch]) -> dict[str, Inputs]:
-  """{path within the block: its inputs}, of a block whose module is made with `watched`; `before` runs in front of it."""
-  return _mean(functools.partial(_see_block, block.module, block.params), stream(model, params, before, batches))
+class Stream:
+  """The residual stream of all batches at one place of the model, at first in front of its blocks.
 
+  model, params: of what stands before and behind the blocks."""
 
-def of_head(model: Any, params: Any, before: list[Stage], batches: Iterable[Batch]) -> Inputs:
-  """The inputs of the head, where `before` are all blocks."""
-  return _mean(functools.partial(_see_head, model, params), stream(model, params, before, batches))
+  def __init__(self, model: Any, params: Any, batches: Iterable[Batch]):
+    self._model, self._params, self._batches = model, params, []
+    self._ahead: Stage | None = None
+    for batch in batches:
+      tokens_BxL = jnp.asarray(batch["tokens"])
+      masks = batch.get("segment_ids"), batch.get("positions", jnp.arange(tokens_BxL.shape[1]))
+      self._batches.append((jax.device_get(_embed(model, params, tokens_BxL)), masks))
 
+  def see(self, block: Stage, *, gram: bool, run: bool) -> dict[str, Inputs]:
+    """{path within the block: its inputs}, of a block whose module is made with `watched`. run: the stream goes on behind it."""
+    return self._mean(functools.partial(_see_block, block.module, gram, run, block.params))
 
-def stream(model: Any, params: Any, stages: list[Stage], batches: Iterable[Batch]) -> Iterator[tuple[Any, Any, Any]]:
-  """(x_BxLxD, segment_ids or None, positions) behind all stages, batch by batch: nothing of a batch is kept."""
-  for batch in batches:
-    tokens_BxL = jnp.asarray(batch["tokens"])
-    masks = batch.get("segment_ids"), batch.get("positions", jnp.arange(tokens_BxL.shape[1]))
-    x_BxLxD = _embed(model, params, tokens_BxL)
-    for module, stage_params in stages:
-      x_BxLxD = _run(module, stage_params, x_BxLxD, *masks)
-    yield x_BxLxD, *masks
+  def see_head(self, *, gram: bool) -> Inputs:
+    """The inputs of the head, where the stream is behind all blocks."""
+    return self._mean(functools.partial(_see_head, self._model, gram, self._params))
+
+  def run(self, block: Stage) -> None:
+    """Goes on behind the block, when somebody looks again."""
+    self._ahead = block
+
+  def _mean(self, see: Callable[..., Any]) -> Any:
+    """`see` of every batch as one: largest of the largest, means of the sums."""
+    is_inputs, total, tokens = lambda node: isinstance(node, Inputs), None, 0
+    for number, (x_BxLxD, masks) in enumerate(self._batches):
+      if self._ahead is not None:
+        x_BxLxD = _run(*self._ahead, x_BxLxD, *masks)
+      seen, x_BxLxD = see(x_BxLxD, *masks)
+      tokens += x_BxLxD.shape[0] * x_BxLxD.shape[1]
+      total = seen if total is None else jax.tree.map(_join, total, seen, is_leaf=is_inputs)
+      # Which also waits: the batches are sent off at once, and all would be in the device's memory.
+      self._batches[number] = jax.device_get(x_BxLxD), masks
+    self._ahead = None
+    mean = lambda sums: jax.tree.map(lambda x: x / tokens, sums)._replace(largest_K=sums.largest_K)
+    return jax.tree.map(mean, total, is_leaf=is_inputs)
 
 
 # Modules are static: equal ones, as the blocks of most models are, share a compiled program.
@@ -81,36 +104,26 @@ def _run(module, params, x_BxLxD, *masks):
   return module.apply({"params": params}, x_BxLxD, *masks)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _see_block(module, params, x_BxLxD, *masks):
-  seen: Any = module.apply({"params": params}, x_BxLxD, *masks, mutable="intermediates")[1]["intermediates"]
-  sown = dict[Any, Any](traverse_util.flatten_dict(seen))
-  return {"/".join(path[:-2]): _inputs(x_TxK) for path, (x_TxK,) in sown.items()}
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _see_block(module, gram, run, params, x_BxLxD, *masks):
+  (y_BxLxD, _), seen = module.apply({"params": params}, x_BxLxD, *masks, mutable="intermediates")
+  sown = dict[Any, Any](traverse_util.flatten_dict(seen["intermediates"]))
+  return {"/".join(path[:-2]): _inputs(x_TxK, gram) for path, (x_TxK,) in sown.items()}, y_BxLxD if run else x_BxLxD
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _see_head(model, params, x_BxLxD, *masks):
-  x_BxLxD = model.apply({"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x))
-  return _inputs(x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(model.config.dtype))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _see_head(model, gram, params, x_BxLxD, *masks):
+  normed_BxLxD = model.apply({"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x))
+  return _inputs(normed_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(model.config.dtype), gram), x_BxLxD
 
 
-def _inputs(x_TxK) -> Inputs:
+def _inputs(x_TxK, gram) -> Inputs:
   """Sums over the tokens in the places of means; the count of tokens goes with the mean."""
   x_TxK = x_TxK.astype(jnp.promote_types(x_TxK.dtype, jnp.float32))
   size = jnp.abs(x_TxK)
-  return Inputs(jnp.max(size, axis=0), jnp.sum(size, axis=0), jnp.matmul(x_TxK.T, x_TxK, precision=lax.Precision.HIGHEST))
-
-
-def _mean(see: Callable[..., Any], streams: Iterable[Any]) -> Any:
-  """`see` of every batch as one: largest of the largest, means of the sums."""
-  is_inputs, total, tokens = lambda node: isinstance(node, Inputs), None, 0
-  for x_BxLxD, *masks in streams:
-    seen = see(x_BxLxD, *masks)
-    tokens += x_BxLxD.shape[0] * x_BxLxD.shape[1]
-    total = seen if total is None else jax.tree.map(_join, total, seen, is_leaf=is_inputs)
-    jax.block_until_ready(total)     # or the batches, which are sent off at once, would all be in memory
-  return jax.tree.map(lambda sums: Inputs(sums.largest_K, sums.mean_K / tokens, sums.gram_KxK / tokens), total, is_leaf=is_inputs)
+  gram_KxK = jnp.matmul(x_TxK.T, x_TxK, precision=lax.Precision.HIGHEST) if gram else None
+  return Inputs(jnp.max(size, axis=0), jnp.sum(size, axis=0), gram_KxK)
 
 
 def _join(a: Inputs, b: Inputs) -> Inputs:
-  return Inputs(jnp.maximum(a.largest_K, b.largest_K), a.mean_K + b.mean_K, a.gram_KxK + b.gram_KxK)
+  return jax.tree.map(jnp.add, a, b)._replace(largest_K=jnp.maximum(a.largest_K, b.largest_K))

@@ -18,32 +18,34 @@ from beyond_outliers.quant.scales import reciprocal
 from beyond_outliers.quant.spec import QuantSpec
 
 BLOCK = 128                      # rows between two updates of all that follow: a matter of speed alone
-DAMPING = 0.01                   # of the mean diagonal, added to it: the official default
+DAMPING = 0.01                   # the official default
 
 
-def nearest(w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: Any) -> Quantized:
+def nearest(w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: Any, damping: float = DAMPING) -> Quantized:
   """Every weight to its nearest level."""
-  del gram_KxK
+  del gram_KxK, damping
   return quantizers.forward(w_KxO, scale, spec)[0]
 
 
-def gptq(w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: jax.Array, *, by_importance: bool = True) -> Quantized:
+def gptq(w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: jax.Array, damping: float = DAMPING, *,
+         by_importance: bool = True) -> Quantized:
   """Row after row to the nearest level, each row's error made up for by the rows that are still to come (arXiv 2210.17323,
   algorithm 1).
 
-  gram: XᵀX of the inputs, in any multiple. by_importance: rows with the largest inputs first (the official `act_order`), else as
-  they lie. The scales stay as they are (the official `static_groups`), so they don't depend on the order. An input that is always
+  gram: XᵀX of the inputs, in any multiple. damping: how much of its mean diagonal is added to the diagonal. by_importance: rows
+  with the largest inputs first (the official `act_order`), else as they lie. The scales stay as they are (the official
+  `static_groups`), so they don't depend on the order. An input that is always
   zero leaves its row to be rounded alone."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
   scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
-  codes = _row_after_row(w_KxO[order], scale_KxO[order], _propagation(gram_KxK[order][:, order]), spec)
+  codes = _row_after_row(w_KxO[order], scale_KxO[order], _propagation(gram_KxK[order][:, order], damping), spec)
   return Quantized(codes[jnp.argsort(order)], scale)
 
 
-def _propagation(gram_KxK: jax.Array) -> jax.Array:
+def _propagation(gram_KxK: jax.Array, damping: float) -> jax.Array:
   """U, upper triangular, with UᵀU the inverse of the damped Gram matrix: how a row's error goes to those behind it."""
   diagonal = jnp.diag(gram_KxK)
-  added = DAMPING * jnp.mean(diagonal) + jnp.where(diagonal == 0, 1, 0)
+  added = damping * jnp.mean(diagonal) + jnp.where(diagonal == 0, 1, 0)
   damped = gram_KxK + jnp.diag(added)
   # The Cholesky factor from the other end, V Vᵀ with V upper triangular; then U = V⁻¹.
   upper_1xKxK = lapack.cholesky(damped[None, ::-1, ::-1])[:, ::-1, ::-1]

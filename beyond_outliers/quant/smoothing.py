@@ -15,23 +15,24 @@ from beyond_outliers.quant import quantizers, rotations, weights
 from beyond_outliers.quant.calibration import Inputs
 from beyond_outliers.quant.spec import LayerRecipe
 
-SMOOTHQUANT_ALPHA = 0.5
+ALPHA = 0.5                      # SmoothQuant's: the official default
 AWQ_STEPS = 20                   # exponents tried, from 0 on
 
 
-def smoothquant(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
-  """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4), α one half.
+def smoothquant(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
+  """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4).
 
   Every layer has its own: the paper, which puts them into the norm in front, has one for all layers behind a norm."""
   del layer
   x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(jnp.max(jnp.abs(w_KxO), axis=1), 1e-5)
-  return w_K ** (1 - SMOOTHQUANT_ALPHA) / x_K**SMOOTHQUANT_ALPHA
+  return w_K ** (1 - alpha) / x_K**alpha
 
 
-def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
+def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
   """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its weights are rounded to nearest
   (arXiv 2306.00978, equations 4 and 5); the output's change is read from the Gram matrix of the inputs. The paper's search for a
   clip is not part of it."""
+  del alpha
   w_KxO, x_K = w_KxO.astype(inputs.mean_K.dtype), jnp.maximum(inputs.mean_K, 1e-4)
 
   def factors(alpha):
@@ -56,4 +57,4 @@ def output_error(w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: L
   return jnp.sum(error_KxO * jnp.matmul(inputs.gram_KxK, error_KxO, precision=lax.Precision.HIGHEST))
 
 
-SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe], jax.Array]] = {"smoothquant": smoothquant, "awq": awq}
+SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]] = {"smoothquant": smoothquant, "awq": awq}
