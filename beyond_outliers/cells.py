@@ -16,7 +16,7 @@ from beyond_outliers import config, data, evaluation, quant, results, text_table
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.analysis import outliers
-from beyond_outliers.checks import require
+from beyond_outliers.checks import ConfigError, require
 from beyond_outliers.model import transformer
 from beyond_outliers.results import Result
 from beyond_outliers.sources import Source
@@ -58,17 +58,20 @@ def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
 def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
   """The model as it is, then every method under every recipe.
 
-  Errors: ConfigError for unknown names, recipes that do not fit the model, and any for a model that was trained quantized."""
+  Errors: ConfigError for unknown names, recipes that do not fit the model or a method, and any for a model that was trained
+  quantized; before any checkpoint is read."""
   check_names(recipes, methods)
   require(not recipes or source.trained_under is None, "--recipes", ",".join(recipes), f"methods begin with a model in full "
           f"precision, and this one was trained under {source.recipe!r}; leave --recipes and --methods out to evaluate it as it "
           "was trained, or give the run of its full-precision twin (quant.recipe = 'none')")
   shapes = transformer.shapes(source.model)
-  for name in recipes:
-    # Traced, not run: whatever a recipe cannot do with this model is said before any checkpoint is read.
-    jax.eval_shape(lambda params, name=name: quant.ptq.quantize(source.model, params, quant.RECIPES[name]).params, shapes)
-  pairs = itertools.product(dict.fromkeys(recipes), dict.fromkeys(methods))
-  return [Cell(source.recipe, "none"), *(Cell(recipe, method) for recipe, method in pairs)]
+  pairs = [Cell(*pair) for pair in itertools.product(dict.fromkeys(recipes), dict.fromkeys(methods))]
+  for recipe, method in pairs:
+    try:
+      quant.ptq.check(source.model, shapes, quant.RECIPES[recipe], method)
+    except ConfigError as error:
+      raise ConfigError(f"--recipes = {recipe!r} with --methods = {method!r}: {error}") from None
+  return [Cell(source.recipe, "none"), *pairs]
 
 
 class Evaluator:

@@ -301,6 +301,8 @@ def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
     cells.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
   with pytest.raises(config.ConfigError, match=r"attention/q.* 48"):
     cells.plan(source, ["rtn_w4a16_g128"], ["rtn"])
+  with pytest.raises(config.ConfigError, match=r"--recipes = 'nvfp4' with --methods = 'rtn_mse': scale = 'mse'"):
+    cells.plan(source, ["nvfp4"], ["rtn", "rtn_mse"])
 
 
 def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workdir, tmp_path, monkeypatch):
