@@ -79,15 +79,15 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
     flat = config.flatten(config.to_dict(run.config))
     keys = {key for key in flat if _below(key, set(COMPARED) - set(but)) and not _below(key, config.MAY_CHANGE)}
     compared = {"data.fingerprint": run.manifest["data"]["fingerprint"], **{key: flat[key] for key in keys}}
-    tuned = flat["optimizer.learning_rate"]              # groups without a rate of their own have it, too
-    settings = {key: value for key, value in flat.items()
-                if _below(key, ["optimizer"]) and not (key.endswith(".learning_rate") and value == tuned)}
+    settings = {key: value for key, value in flat.items() if _below(key, ["optimizer"])}
     for group, values in (("", compared), (run.config.optimizer.name, settings)):
       first, expected = alike.setdefault(group, (run, values))
       for key in sorted(expected.keys() | values.keys()):
-        if expected.get(key) != values.get(key):
-          raise ConfigError(f"{key}: {expected.get(key)!r} in {first.path}, {values.get(key)!r} in {run.path}: these do "
-                            "not compare; report on them apart")
+        one, other = expected.get(key), values.get(key)
+        # Parameter groups without a rate of their own have the one that is swept.
+        rates = expected.get("optimizer.learning_rate"), values.get("optimizer.learning_rate")
+        if one != other and not (key.endswith(".learning_rate") and (one, other) == rates):
+          raise ConfigError(f"{key}: {one!r} in {first.path}, {other!r} in {run.path}: these do not compare; report on them apart")
 
 
 def _below(key: str, sections: Collection[str]) -> bool:

@@ -76,6 +76,17 @@ def test_a_run_whose_last_loss_is_not_finite_has_none(tmp_path):
   assert found.losses == {0.03: 4.5, 0.1: math.inf, 0.3: math.inf, 1.0: math.inf} and found.learning_rate == 0.03
 
 
+def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
+  """Muon's embedding has one, which a sweep meets; where it differs, runs do not compare."""
+  own = config.resolve(muon.get_config()).optimizer.groups["embedding"].optimizer.learning_rate
+  for rate in (own, 10 * own):
+    workdir(tmp_path, muon, rate, 0, [6.0, 4.0])
+  assert set(protocol.tuning(runs.find(tmp_path))[0].losses) == {own, 10 * own}
+  workdir(tmp_path, muon, 100 * own, 0, [6.0, 4.0], argument=f",optimizer.groups.embedding.learning_rate={2 * own}")
+  with pytest.raises(config.ConfigError, match=r"optimizer.groups.embedding.learning_rate: .*: these do not compare"):
+    protocol.tuning(runs.find(tmp_path))
+
+
 @pytest.mark.parametrize("options,message", [
   ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in"),
   ({"argument": ",steps=100"}, "steps: 2 in .*, 100 in"),
