@@ -87,7 +87,8 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
         # Parameter groups without a rate of their own have the one that is swept.
         rates = expected.get("optimizer.learning_rate"), values.get("optimizer.learning_rate")
         if one != other and not (key.endswith(".learning_rate") and (one, other) == rates):
-          raise ConfigError(f"{key}: {one!r} in {first.path}, {other!r} in {run.path}: these do not compare; report on them apart")
+          raise ConfigError(f"{key}: {one!r} in {first.path}, {other!r} in {run.path}: these do not compare; report on them "
+                            "apart")
 
 
 def _below(key: str, sections: Collection[str]) -> bool:
