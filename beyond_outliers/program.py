@@ -52,7 +52,7 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
     raise config.ConfigError(f"mesh.model = {mesh.shape['model']}: must divide model.kv_heads ({c.model.kv_heads}), or every "
                              "layer gathers its attention; take a smaller one, and a larger mesh.fsdp")
   recipe = quant.recipes.from_config(c.quant)
-  recipe.check({path: quant.Contraction(width, mesh.shape["model"] if split else 1)
+  recipe.check({path: quant.Contraction(width, *((mesh.shape["model"], 1) if split else (1, mesh.shape["fsdp"])))
                 for path, (width, split) in transformer.contractions(c.model).items()})
   model = transformer.Transformer(c.model, quant.dot_general_for(recipe, c.quant.backend))
   boxed = transformer.boxed_shapes(model)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from absl import logging
+
 from beyond_outliers import config
 from beyond_outliers.checks import ConfigError, nearest, require
 from beyond_outliers.quant import quantizers, rotations
@@ -16,6 +18,7 @@ class Contraction(NamedTuple):
   """The axis that a linear layer sums over."""
   width: int
   shards: int = 1                 # devices that it is split over
+  gathered: int = 1               # devices that it is gathered from, of the weights
 
 
 def at_depth(path: str, depth: int) -> str:
@@ -74,20 +77,25 @@ class Recipe:
   def check(self, contractions: Mapping[str, Contraction]) -> None:
     """Whether the rules fit a model, given all its linear layers by path.
 
+    Blocks that reach over devices which weights are gathered from are said in the log.
     Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not divide a width or a shard's."""
     used = set()
+    costly: dict[str, None] = {}
     for path, contraction in contractions.items():
       used.add(self.rule(path))
       layer = self.layer(path)
       if layer is not None:
-        _check_blocks(path, layer, contraction)
+        costly |= _check_blocks(path, layer, contraction)
     for i, (paths, _) in enumerate(self.rules):
       require(i in used, "quant.rules", paths, "no linear layer is left for this rule; the model has "
               + ", ".join(sorted({re.sub(r"\d+", "*", path) for path in contractions})))
+    if costly:
+      logging.warning("mesh.fsdp cuts %s: devices exchange float32 there beside codes", "; ".join(costly))
 
 
-def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> None:
-  width, shards = contraction
+def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> dict[str, None]:
+  """What reaches over devices that weights are gathered from: in words, once each."""
+  width, shards, gathered = contraction
   blocks = {}
   for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
     if spec is not None:
@@ -100,6 +108,8 @@ def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> No
   for what, block in blocks.items():
     require(width // shards % block == 0, "mesh.model", shards, f"{path} sums over {width} numbers, {width // shards} on each "
             f"device: no multiple of the blocks of {block} of {what}; take a smaller mesh.model")
+  return {f"{what} in blocks of {block}, with {width // gathered} on each device": None for what, block in blocks.items()
+          if "activations" not in what and width // gathered % block}
 
 
 def _but_the_head(layer: LayerRecipe) -> Recipe:
