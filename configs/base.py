@@ -127,7 +127,8 @@ def optimizer(name: str, groups: dict[str, dict] | None = None, **hyperparameter
   vector, scale = c.groups.vector, c.groups.scale
   for key in [key for key in vector if key != "paths"]:
     scale[key] = vector.get_ref(key).identity()
-  scale.weight_decay = 0.0                   # which would pull the scales themselves towards one, a hundred times too large
+  if "weight_decay" in scale:
+    scale.weight_decay = 0.0                 # which would pull the scales themselves towards one, a hundred times too large
   scale.update(own.get("scale", {}))
   return c
 
