@@ -121,9 +121,10 @@ class Evaluator:
       seconds = {"quantize": quantized - began, "evaluate": time.perf_counter() - quantized}
       self._write(step, cell, self._settings(cell), {"metrics": metrics, "size_bytes": size, "seconds": seconds})
     failed: list[tuple[str, Exception]] = []
+    asked = functools.cache(lambda: self._harness_model(model, q_params))             # one for all tasks, if there are any
     for task in self._unasked(step, cell):
       try:
-        self._ask(step, cell, task, model, q_params)
+        self._ask(step, cell, task, asked)
       except Exception as error:                      # whatever a task of others raises
         failed.append((task.name, error))
     found: Any = self._result(step, cell)
@@ -133,12 +134,15 @@ class Evaluator:
       raise TaskError("; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed)) from failed[0][1]
     return found
 
-  def _ask(self, step: int, cell: Cell, task: Any, model: Any, params: Any) -> None:
+  def _harness_model(self, model: Any, params: Any) -> Any:
+    source, placed = self.source, jax.device_put(params, mesh_lib.replicated(self._mesh))
+    return _zero_shot().harness_model(model, placed, source.dataset.tokenizer, context=source.context, mesh=self._mesh,
+                                      prefix=source.prefix, bos=source.bos)
+
+  def _ask(self, step: int, cell: Cell, task: Any, asked: Callable[[], Any]) -> None:
     began = time.perf_counter()
     self._say(f"task {task.name}")
-    source, placed = self.source, jax.device_put(params, mesh_lib.replicated(self._mesh))
-    scores = _zero_shot().run(model, placed, source.dataset.tokenizer, [task], context=source.context, mesh=self._mesh,
-                              prefix=source.prefix, bos=source.bos)
+    scores = _zero_shot().ask(asked(), [task])
     self._write(step, cell, self._task_settings(cell, task), {"scores": scores, "seconds": time.perf_counter() - began})
 
   def close(self) -> None:
@@ -233,17 +237,14 @@ class Evaluator:
 
 def scalars(cell: Result) -> dict[str, float]:
   """The numbers of a cell by name, without intervals."""
-  return {name: value for name, value in {**cell["metrics"], **task_scores(cell)}.items() if isinstance(value, int | float)}
-
-
-def task_scores(cell: Result) -> dict[str, float]:
-  return {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
+  numbers = {**cell["metrics"], **results.task_scores(cell)}
+  return {name: value for name, value in numbers.items() if isinstance(value, int | float)}
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
   """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval; a run that was
   trained quantized has no others, which a line below says."""
-  accuracies = list(dict.fromkeys(name for cell in cells for name in task_scores(cell) if "stderr" not in name))
+  accuracies = list(dict.fromkeys(name for cell in cells for name in results.task_scores(cell) if "stderr" not in name))
   rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
            "agreement", "MiB", *accuracies, "seconds")]
   for cell in cells:

@@ -77,6 +77,11 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
   return {**cell, "tasks": {**cell.get("tasks", {}), **scores}, "seconds": {"tasks": spent, **cell.get("seconds", {})}}
 
 
+def task_scores(cell: Result) -> dict[str, float]:
+  """The numbers of a cell's tasks, as `task/metric`."""
+  return {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
+
+
 def _same_model(cell: Result, task: Result) -> bool:
   """Whether they agree in all that is said of both."""
   ours, theirs = ({**result["settings"], **{name: result[name] for name in IDENTITY[:3]}} for result in (cell, task))

@@ -174,19 +174,30 @@ def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Token
         bos: bool = False) -> Results:
   """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a task itself says otherwise.
 
-  asked: as `load` makes them, any number of times. context, mesh: as `scoring.Scorer` takes them. limit: only the first so many
-  examples of each task. prefix, bos: as `HarnessModel` takes them; prefix by default the tokenizer's token that ends a text (with
-  bos: begins it), or else the other. Of a group or tag each task has a row."""
+  Of a group or tag each task has a row. asked, limit: as `ask` takes them; the others as `harness_model`."""
+  return ask(harness_model(model, params, tokenizer, context=context, mesh=mesh, prefix=prefix, bos=bos), asked, limit)
+
+
+def harness_model(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, *, context: int,
+                  mesh: jax.sharding.Mesh | None = None, prefix: int | None = None, bos: bool = False) -> HarnessModel:
+  """What any number of tasks is asked of: its programs are compiled once for all.
+
+  context, mesh: as `scoring.Scorer` takes them. prefix, bos: as `HarnessModel` does; prefix by default the tokenizer's token that
+  ends a text (with bos: begins it), or else the other."""
   marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
     raise checks.ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
+  return HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
+
+
+def ask(asked_model: HarnessModel, asked: Sequence[Asked], limit: int | None = None) -> Results:
+  """As `run`. asked: as `load` makes them, any number of times. limit: only the first so many examples of each task."""
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
-  harness_model = HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
   with contextlib.redirect_stdout(sys.stderr):
     found: Any = lm_eval.simple_evaluate(
-      harness_model, tasks=[task for each in asked for task in each.objects], limit=limit, log_samples=False,
+      asked_model, tasks=[task for each in asked for task in each.objects], limit=limit, log_samples=False,
       task_manager=lm_eval.tasks.TaskManager(include_defaults=False), bootstrap_iters=BOOTSTRAPS, torch_random_seed=None)
   # The harness writes `acc,none` and `acc_stderr,none` where no filter has a name.
   return {task: {key.removesuffix(",none"): float(value) for key, value in metrics.items()

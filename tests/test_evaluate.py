@@ -1,5 +1,6 @@
 """Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is refused before any of it."""
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -202,7 +203,8 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader,
 def harness(run, content="these questions"):
   """A stand-in for zero_shot."""
   load = lambda names, folders: [types.SimpleNamespace(name=name, content=content) for name in names]
-  return types.SimpleNamespace(run=run, load=load)
+  return types.SimpleNamespace(harness_model=lambda *model, **options: functools.partial(run, *model, **options),
+                               ask=lambda model, tasks: model(tasks), load=load)
 
 
 def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch):

@@ -91,9 +91,9 @@ def _of_run(run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[res
 
 def _row(run: str, cell: dict[str, Any]) -> dict[str, Any]:
   c = cell["source"]["config"]
-  tasks = {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
   optimizer = c["optimizer"]
   values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
-  measured = {name: math.inf if value is None else value for name, value in {**cell["metrics"], **tasks}.items()}
+  numbers = {**cell["metrics"], **results.task_scores(cell)}
+  measured = {name: math.inf if value is None else value for name, value in numbers.items()}
   return {**dict(zip(ORIGIN, values, strict=True)), **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
           **measured, **{name: cell["settings"].get(name, "") for name in MEASURED_ON}}
