@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import hardware, lapack
+from beyond_outliers import hardware
 from beyond_outliers.bench_rows import EMBEDDING, ROWS, Row
+from beyond_outliers.ops import linalg
 
 WARM_UP = 3                     # steps that are not timed: memory is touched for the first time, the first bases are found
 GRADIENTS = 4                   # different ones, in turn, so that statistics have full rank
@@ -47,10 +48,10 @@ TREES: dict[str, Shapes] = {
 KERNELS: dict[str, Callable[[], Callable[[], Any]]] = {
   "matmul 1024": lambda: _kernel(lambda x: jnp.matmul(x, x, precision="highest"), 1024),
   "matmul 1024 bfloat16": lambda: _kernel(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32), 1024, jnp.bfloat16),
-  "eigh 768": lambda: _kernel(lapack.eigh, 768),
-  "eigh 1024": lambda: _kernel(lapack.eigh, 1024),
-  "qr 768": lambda: _kernel(lapack.qr, 768),
-  "qr 2304": lambda: _kernel(lapack.qr, 2304),
+  "eigh 768": lambda: _kernel(linalg.eigh, 768),
+  "eigh 1024": lambda: _kernel(linalg.eigh, 1024),
+  "qr 768": lambda: _kernel(linalg.qr, 768),
+  "qr 2304": lambda: _kernel(linalg.qr, 2304),
 }
 
 

@@ -26,7 +26,8 @@ from beyond_outliers import config, hardware, quant, text_table
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import program as program_lib
 from beyond_outliers import step as step_lib
-from beyond_outliers.model import dot, transformer
+from beyond_outliers.model import transformer
+from beyond_outliers.ops import dot
 from beyond_outliers.quant import aqt_backend
 
 TOKENS, INPUTS, OUTPUTS = 2048, 768, 2304

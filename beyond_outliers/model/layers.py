@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from beyond_outliers import config
-from beyond_outliers.model import attention, dot
+from beyond_outliers.model import attention
+from beyond_outliers.ops import dot
 
 # What a linear layer calls instead of lax.dot_general: a module class, or a function that makes a module. None: plain.
 DotGeneralCls = Callable[[], Any]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from beyond_outliers import config, mesh
-from beyond_outliers.model import dot, layers
+from beyond_outliers.model import layers
+from beyond_outliers.ops import dot
 
 POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers import lapack
+from beyond_outliers.ops import linalg
 from beyond_outliers.optim import blocks, signature
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.kronecker import add_gram
@@ -82,7 +82,7 @@ def scale_by_eigenvalue_corrected_shampoo(
     factors = tuple(add_gram(factor, g, axis, c["b2"], weight) for factor, axis in zip(s.factors, which, strict=True))
 
     def renew(s, factors):
-      return change_bases(s, tuple(lapack.eigh(factor)[1] for factor in factors), which)[0]
+      return change_bases(s, tuple(linalg.eigh(factor)[1] for factor in factors), which)[0]
 
     s = s._replace(factors=())
     if which:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.lapack import one_by_one
+from beyond_outliers.ops.linalg import map_matrices
 
 HIGHEST = jax.lax.Precision.HIGHEST
 HALVED_ROWS = 256                            # from which on a symmetric product is faster in halves on CPU
@@ -18,7 +18,7 @@ def add_gram(factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: jax.Array,
   if x.ndim == 2:
     return decay * factor_BxDxD + weight * x[:, :, None] * x[:, None, :]
   add = lambda a, x: decay * a + weight * _times_transpose(x if axis == 0 else x.mT)
-  return one_by_one(add, factor_BxDxD, x)
+  return map_matrices(add, factor_BxDxD, x)
 
 
 def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = False) -> jax.Array:
@@ -29,7 +29,7 @@ def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = Fal
   def product(a, x):
     a = a.mT if transposed else a
     return jnp.matmul(a, x, precision=HIGHEST) if axis == 0 else jnp.matmul(x, a.mT, precision=HIGHEST)
-  return one_by_one(product, a_BxDxD, x)
+  return map_matrices(product, a_BxDxD, x)
 
 
 def per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from beyond_outliers import lapack
+from beyond_outliers.ops import linalg
 from beyond_outliers.optim.spectral import spectral_norm
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -75,7 +75,7 @@ def orthogonal_iteration(a_BxDxD: jax.Array, basis_BxDxD: jax.Array) -> tuple[ja
   eigenvalues_BxD = jnp.sum(rows_BxDxD * image_BxDxD, axis=-1)
   order_BxD = jnp.argsort(eigenvalues_BxD, axis=-1, descending=True)
   sorted_BxDxD = jnp.take_along_axis(image_BxDxD, order_BxD[:, :, None], axis=-2)
-  return lapack.qr(_transpose(sorted_BxDxD)), jnp.take_along_axis(eigenvalues_BxD, order_BxD, axis=-1), order_BxD
+  return linalg.qr(_transpose(sorted_BxDxD)), jnp.take_along_axis(eigenvalues_BxD, order_BxD, axis=-1), order_BxD
 
 
 def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
@@ -83,7 +83,7 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
   whose root no method can compute to a small forward error.
 
   Costs little more than the decomposition. A matrix whose decomposition fails has a residual that isn't finite."""
-  eigenvalues_BxD, basis_BxDxD = lapack.eigh(a_BxDxD)
+  eigenvalues_BxD, basis_BxDxD = linalg.eigh(a_BxDxD)
   root_BxDxD, finite_B, condition_B = _from_eigenvectors(basis_BxDxD, eigenvalues_BxD, p, eps, relative)
 
   rows_BxDxD = _transpose(basis_BxDxD)
@@ -113,7 +113,7 @@ def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Ar
     return basis_BxDxD, eigenvalues_BxD, off_B / jnp.maximum(jnp.hypot(off_B, on_B), 1)
 
   def decomposed(basis_BxDxD, stale_B):
-    eigenvectors = lambda a_DxD, _: lapack.eigh(a_DxD[None])[1][0, :, ::-1]
+    eigenvectors = lambda a_DxD, _: linalg.eigh(a_DxD[None])[1][0, :, ::-1]
     return measured(lax.map(lambda each: lax.cond(each[0], eigenvectors, lambda _, basis_DxD: basis_DxD, *each[1:]),
                             (stale_B, a_BxDxD, basis_BxDxD)))
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers import lapack
+from beyond_outliers.ops import linalg
 from beyond_outliers.optim import blocks, signature
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.kronecker import add_gram, along, per_block
@@ -163,7 +163,7 @@ def _decay_afterwards(learning_rate: optax.ScalarOrSchedule, weight_decay: float
 def _begin(s: BlocksState, factors: tuple[jax.Array, ...], which: tuple[int, ...]) -> BlocksState:
   """The first bases: eigenvectors, by descending eigenvalue. There are no moments yet."""
   ridge = lambda factor: 1e-30 * jnp.eye(factor.shape[-1], dtype=factor.dtype)
-  return change_bases(s, tuple(lapack.eigh(factor + ridge(factor))[1][:, :, ::-1] for factor in factors), which)[0]
+  return change_bases(s, tuple(linalg.eigh(factor + ridge(factor))[1][:, :, ::-1] for factor in factors), which)[0]
 
 
 def _improve(s: BlocksState, factors: tuple[jax.Array, ...], which: tuple[int, ...]) -> BlocksState:

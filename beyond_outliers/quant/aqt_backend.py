@@ -25,9 +25,9 @@ from aqt.jax.v2 import aqt_dot_general, calibration, utils
 from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import fp8_numerics, int_numerics, no_numerics, numerics
 
+from beyond_outliers.ops.int_dot import product
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.grids import Float
-from beyond_outliers.quant.products import product
 from beyond_outliers.quant.scales import GRANULARITIES, SCALES
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from beyond_outliers.apart import apart
 from beyond_outliers.checks import require
+from beyond_outliers.ops.outline import outlined_call
 from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics, weights
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
@@ -77,13 +77,13 @@ def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
   """(y, its pullback: a tree of codes, their scales and masks)."""
   def with_pullback(x_TxK, w, scales, options):
     return jax.vjp(lambda x, w, scales: _multiply(backend, w_axis, layer, x, w, scales, options), x_TxK, w, scales)
-  return apart(with_pullback, x_TxK, w, scales, options)
+  return outlined_call(with_pullback, x_TxK, w, scales, options)
 
 
 def _backward(backend, w_axis, layer, pullback, g_TxO):
   del backend, w_axis, layer
-  x_bar = apart(lambda pullback, g_TxO: pullback(g_TxO)[:1], pullback, g_TxO)
-  others = apart(lambda pullback, g_TxO: pullback(g_TxO)[1:], pullback, g_TxO)
+  x_bar = outlined_call(lambda pullback, g_TxO: pullback(g_TxO)[:1], pullback, g_TxO)
+  others = outlined_call(lambda pullback, g_TxO: pullback(g_TxO)[1:], pullback, g_TxO)
   return *x_bar, *others, None
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from beyond_outliers.ops.int_dot import product
 from beyond_outliers.quant import quantizers, rotations
-from beyond_outliers.quant.products import product
 from beyond_outliers.quant.quantizers import Quantized, Saved
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 

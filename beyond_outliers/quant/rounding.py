@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beyond_outliers import lapack
+from beyond_outliers.ops import linalg
 from beyond_outliers.quant import quantizers
 from beyond_outliers.quant.quantizers import Quantized
 from beyond_outliers.quant.scales import reciprocal
@@ -48,9 +48,9 @@ def _propagation(gram_KxK: jax.Array, damping: float) -> jax.Array:
   added = damping * jnp.mean(diagonal) + jnp.where(diagonal == 0, 1, 0)
   damped = gram_KxK + jnp.diag(added)
   # The Cholesky factor from the other end, V Vᵀ with V upper triangular; then U = V⁻¹.
-  upper_1xKxK = lapack.cholesky(damped[None, ::-1, ::-1])[:, ::-1, ::-1]
+  upper_1xKxK = linalg.cholesky(damped[None, ::-1, ::-1])[:, ::-1, ::-1]
   one_1xKxK = jnp.eye(len(gram_KxK), dtype=gram_KxK.dtype)[None]
-  return lapack.solve_triangular(upper_1xKxK, one_1xKxK, left_side=True, lower=False)[0]
+  return linalg.solve_triangular(upper_1xKxK, one_1xKxK, left_side=True, lower=False)[0]
 
 
 def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):

@@ -239,8 +239,8 @@ def test_blocks_are_worked_on_a_few_at_a_time(monkeypatch):
   gradients = [{"w": jnp.asarray(normal(t, 3, 4, 6))} for t in range(2)]
   together = run(gradients)[-1]
   monkeypatch.setattr(sys.modules["beyond_outliers.optim.psgd"], "CHUNK", 2 * 24)
-  one_by_one = run(gradients, probes=lambda *args: normal_probes(*args))[-1]                    # another program
-  for x, y in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(together), strict=True):
+  map_matrices = run(gradients, probes=lambda *args: normal_probes(*args))[-1]                    # another program
+  for x, y in zip(jax.tree.leaves(map_matrices), jax.tree.leaves(together), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 

@@ -14,24 +14,24 @@ import jax.numpy as jnp
 
 def eigh(a_BxDxD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(eigenvalues [B, D], ascending; eigenvectors [B, D, D], in columns) of symmetric matrices, whose lower triangle is read."""
-  return one_by_one(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), a_BxDxD)
+  return map_matrices(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), a_BxDxD)
 
 
 def qr(a_BxDxD: jax.Array) -> jax.Array:
   """The orthogonal factors [B, D, D]."""
-  return one_by_one(lambda a: jnp.linalg.qr(a)[0], a_BxDxD)
+  return map_matrices(lambda a: jnp.linalg.qr(a)[0], a_BxDxD)
 
 
 def cholesky(a_BxDxD: jax.Array) -> jax.Array:
   """The lower triangular factors [B, D, D]; NaN where a matrix is not positive definite."""
-  return one_by_one(jnp.linalg.cholesky, a_BxDxD)
+  return map_matrices(jnp.linalg.cholesky, a_BxDxD)
 
 
 def solve_triangular(r_BxDxD: jax.Array, b: jax.Array, **how: bool) -> jax.Array:
   """X with R X = B, or what `how` says: the keywords of jax.lax.linalg.triangular_solve."""
-  return one_by_one(lambda r, b: jax.lax.linalg.triangular_solve(r, b, **how), r_BxDxD, b)
+  return map_matrices(lambda r, b: jax.lax.linalg.triangular_solve(r, b, **how), r_BxDxD, b)
 
 
-def one_by_one(kernel: Callable[..., Any], *stacks: jax.Array) -> Any:
+def map_matrices(kernel: Callable[..., Any], *stacks: jax.Array) -> Any:
   """kernel(*stacks), for a kernel of matrices or of stacks of them; on CPU matrix by matrix, each staying in the cache."""
   return jax.lax.platform_dependent(*stacks, cpu=lambda *stacks: jax.lax.map(lambda one: kernel(*one), stacks), default=kernel)

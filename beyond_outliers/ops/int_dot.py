@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beyond_outliers.transpose import transposed
+from beyond_outliers.ops.outline import materialized_transpose
 
 # So many products of two int8 codes add up to a number that int32 holds, whatever the codes.
 LONGEST = 2**31 // 128**2 - 1
@@ -23,7 +23,7 @@ def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) ->
   if dtype == jnp.int8 and length > LONGEST:
     return _in_parts(a, b, a_axis, b_axis, next(n for n in range(math.ceil(length / LONGEST), length + 1) if length % n == 0))
   if a_axis == 0 and dtype.itemsize < 4:
-    a, a_axis = transposed(a), 1
+    a, a_axis = materialized_transpose(a), 1
   # Whoever asks for float32 gets it: left to themselves TPUs take bfloat16 passes, and recent GPUs TF32.
   precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
   total = jnp.int32 if dtype == jnp.int8 else jnp.promote_types(dtype, jnp.float32)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.quant.products import product
+from beyond_outliers.ops.int_dot import product
 
 EXACT = 2**24 // 127**2                    # so many products of int8 codes, and no more, float32 sums exactly in any case
 

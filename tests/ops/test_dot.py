@@ -9,8 +9,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from beyond_outliers.model import dot
-from beyond_outliers.transpose import transposed
+from beyond_outliers.ops import dot
+from beyond_outliers.ops.outline import materialized_transpose
 
 KERNEL, EMBEDDING = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 CASES = [(KERNEL, (24, 32)), (EMBEDDING, (32, 24))]                       # dimension numbers, shape of the right one
@@ -90,7 +90,7 @@ def test_result_type_can_be_asked_for():
 
 def test_transposed_copies_bits():
   x = jnp.asarray([[1.0, -0.0, jnp.inf], [jnp.nan, 3e-39, -2.5]], jnp.bfloat16)
-  ours = jax.jit(transposed)(x)
+  ours = jax.jit(materialized_transpose)(x)
   np.testing.assert_array_equal(np.asarray(ours).view(np.uint16), np.asarray(x).T.view(np.uint16))
 
 

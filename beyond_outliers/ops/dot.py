@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beyond_outliers.transpose import transposed
+from beyond_outliers.ops.outline import materialized_transpose
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
@@ -57,7 +57,7 @@ def _backward(rhs_sum, precision, narrow, out, residuals, g_TxO):
   g_TxO = g_TxO.astype(narrow)
   lhs_bar = lax.dot_general(g_TxO, rhs, (((1,), (1 - rhs_sum[0],)), ((), ())), precision, jnp.float32)
   first, second = (lhs_TxI, g_TxO) if rhs_sum == (0,) else (g_TxO, lhs_TxI)
-  rhs_bar = lax.dot_general(transposed(first), second, (((1,), (0,)), ((), ())), precision, jnp.float32)
+  rhs_bar = lax.dot_general(materialized_transpose(first), second, (((1,), (0,)), ((), ())), precision, jnp.float32)
   return lhs_bar.astype(lhs_type.dtype), rhs_bar.astype(rhs_type.dtype)
 
 
