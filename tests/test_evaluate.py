@@ -15,7 +15,7 @@ import pytest
 
 from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, writers, zero_shot_tasks
 from beyond_outliers.analysis import degradation
-from beyond_outliers.data import array_records, tokenizers
+from beyond_outliers.data import tfds, tokenizers
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -182,7 +182,7 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader,
   source = sources.of_run(workdir)
   if reader == "tfds":
     texts = (path.read_text() for path in sorted(corpus.iterdir()))
-    records = {"data.source": "tfds", "data.path": array_records.write(texts, str(tmp_path)), "data.reader": "tfds",
+    records = {"data.source": "tfds", "data.path": tfds.write(texts, str(tmp_path)), "data.reader": "tfds",
                "data.validation": "fraction:0.1", "data.field": "text"}
     section = tiny_config(**records).data
     source = dataclasses.replace(source, dataset=data.prepare(section, log=lambda text: None), data=section)

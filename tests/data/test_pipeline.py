@@ -9,7 +9,7 @@ import pytest
 from corpus import make_texts, quiet
 
 from beyond_outliers import data
-from beyond_outliers.data import array_records
+from beyond_outliers.data import tfds
 from beyond_outliers.data.documents import DataError
 
 CONTEXT, BATCH = 16, 8
@@ -21,7 +21,7 @@ def make_dataset(make_config, tmp_path, texts):
   """(dataset, data section) of a kind; keyword arguments replace fields of the section."""
   def make(kind, **fields):
     if kind == "in place":
-      fields = {"source": "tfds", "path": array_records.write(iter(texts), str(tmp_path / "tfds")), "validation": "fraction:0.1",
+      fields = {"source": "tfds", "path": tfds.write(iter(texts), str(tmp_path / "tfds")), "validation": "fraction:0.1",
                 **fields}
     cfg = make_config(reader="shards" if kind == "shards" else "tfds", **fields)
     return data.prepare(cfg, log=quiet), cfg
@@ -217,7 +217,7 @@ def test_sources_are_cheap_to_pickle_and_open_lazily(make_dataset):
   assert copy._map.cache_info().currsize == 0 and len(pickle.dumps(stream)) < 2000
   np.testing.assert_array_equal(copy.read(5, 2000), stream.read(5, 2000))
   dataset, _ = make_dataset("records")
-  records = array_records.Records(dataset.meta["records"]["path"].format(directory=dataset.directory), "tokens")
+  records = tfds.Records(dataset.meta["records"]["path"].format(directory=dataset.directory), "tokens")
   expected = records[3].content
   assert len(pickle.dumps(records)) < 1000
   np.testing.assert_array_equal(pickle.loads(pickle.dumps(records))[3].content, expected)

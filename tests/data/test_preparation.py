@@ -13,7 +13,7 @@ import pytest
 from corpus import make_texts, prepare_in_child, quiet
 
 from beyond_outliers import data, prepare
-from beyond_outliers.data import array_records, encoding, preparation, tokenizers
+from beyond_outliers.data import encoding, preparation, tfds, tokenizers
 from beyond_outliers.data.documents import DataError
 
 ROOT = pathlib.Path(data.__file__).parents[2]
@@ -138,7 +138,7 @@ def test_the_tokenizer_sees_training_documents_only(tmp_path, make_config, texts
   seen = []
   train = tokenizers.train_sentencepiece
   monkeypatch.setattr(tokenizers, "train_sentencepiece", lambda texts, vocab: seen.extend(texts) or train(texts, vocab))
-  path = array_records.write(iter(texts), str(tmp_path))
+  path = tfds.write(iter(texts), str(tmp_path))
   dataset = data.prepare(make_config(source="tfds", path=path, reader=reader, validation=validation, tokenizer="sentencepiece",
                                      vocab=320), log=quiet)
   held = decoded(dataset, "validation")
@@ -287,7 +287,7 @@ def test_records_hold_what_shards_hold(make_config):
   assert decoded(in_records, "validation") == decoded(in_shards, "validation")
   for what in ("documents", "tokens", "bytes"):
     assert in_records.meta["splits"]["train"][what] == in_shards.meta["splits"]["train"][what]
-  records = array_records.Records(in_records.meta["records"]["path"].format(directory=in_records.directory), "tokens")
+  records = tfds.Records(in_records.meta["records"]["path"].format(directory=in_records.directory), "tokens")
   found = [in_records.tokenizer.decode(records[i].content) for i in range(len(records))]
   assert sorted(found) == sorted(decoded(in_shards, "train"))
   data.verify(in_records)
@@ -297,13 +297,13 @@ def test_records_hold_what_shards_hold(make_config):
 
 @pytest.mark.parametrize("rule, count", [("newest:5", 5), ("fraction:0.2", None), ("path:{path}@train[:7]", 7)])
 def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts, rule, count):
-  path = array_records.write(iter(texts), str(tmp_path / "tfds"))
+  path = tfds.write(iter(texts), str(tmp_path / "tfds"))
   cfg = make_config(source="tfds", path=path, reader="tfds", validation=rule.format(path=path), tokenizer="sentencepiece",
                     vocab=320)
   dataset = data.prepare(cfg, log=quiet)
   assert dataset.tokens("train") is None and not any("record" in name for name in dataset.meta["files"])
   held = decoded(dataset, "validation")
-  stored = [document.content for document in array_records.documents(path, "text")]
+  stored = [document.content for document in tfds.documents(path, "text")]
   expected = {"n": stored[-5:], "f": [text for text in stored if preparation.documents.is_held_out(text, 0.2)], "p": stored[:7]}
   assert held == expected[rule[0]] and (count is None or len(held) == count)
 
