@@ -9,8 +9,8 @@ import runpy
 import pytest
 
 from beyond_outliers import config, hyper, hyperparameters, optim
-from beyond_outliers.optim import newton_schulz, roots
 from beyond_outliers.optim import shampoo as shampoo_factory
+from beyond_outliers.optim.linalg import inverse_root, newton_schulz
 
 CONFIGS = sorted(path for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[a-z]*.py") if path.stem != "base")
 
@@ -54,7 +54,7 @@ def test_choices_are_those_of_the_tables():
   assert set(hyperparameters.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
   module = inspect.getmodule(inspect.unwrap(shampoo_factory))
   c = get_config("shampoo")
-  for field, table in (("root", roots.ROOTS), ("grafting", module.GRAFTS), ("refresh", module.REFRESHES)):
+  for field, table in (("root", inverse_root.ROOTS), ("grafting", module.GRAFTS), ("refresh", module.REFRESHES)):
     for row in table:
       resolved = config.resolve(config.override(get_config("shampoo"), {f"optimizer.{field}": row}))
       assert getattr(resolved.optimizer.default, field) == row

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers import config
 from beyond_outliers.mesh import Axes, path_of
-from beyond_outliers.optim import blocks, groups, statistics
+from beyond_outliers.optim import blocks, groups, metrics
 from beyond_outliers.optim.adamw import adamw
 from beyond_outliers.optim.muon import muon, scale_by_muon
 from beyond_outliers.optim.psgd import psgd, scale_by_psgd
@@ -46,13 +46,13 @@ class Optimizer:
   axes: Any = None                              # likewise, of Axes
 
   def statistics(self, opt_state: Any, update: Any) -> dict[str, jax.Array]:
-    """All that statistics.py knows of a step: `update` is the change of the parameters that it made."""
-    return {**self.state_statistics(opt_state), **statistics.of_update(update, self.labels, self.axes)}
+    """All that metrics.py knows of a step: `update` is the change of the parameters that it made."""
+    return {**self.state_statistics(opt_state), **metrics.of_update(update, self.labels, self.axes)}
 
   def state_statistics(self, opt_state: Any, update: Any = None) -> dict[str, jax.Array]:
     """Those that are free."""
     del update
-    return statistics.of_state(opt_state)
+    return metrics.of_state(opt_state)
 
   def state_shardings(self, param_shardings: Any) -> Any:
     """A tree like the optimizer state. What belongs to blocks (under a field `blocks`) is split over the whole mesh along its

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers.optim import blocks, newton_schulz, signature
+from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.adamw import adamw
 from beyond_outliers.optim.axes import AxesTree, Leaf, by_kind
+from beyond_outliers.optim.linalg import newton_schulz
 
 # What an orthogonalised matrix is multiplied by.
 SCALES: dict[str, Callable[[Leaf], float]] = {
@@ -42,10 +43,10 @@ def scale_by_muon(
   scale: also a function of the leaf that a matrix belongs to. A momentum of the Python number 0 keeps no average.
   Errors: ValueError, at init, for a leaf that `axes` don't make a matrix."""
   if isinstance(scale, str):
-    signature.one_of("scale", scale, SCALES)
+    factory.one_of("scale", scale, SCALES)
     scale = SCALES[scale]
   if ns_dtype is not None:
-    signature.one_of("ns_dtype", ns_dtype, newton_schulz.DTYPES)
+    factory.one_of("ns_dtype", ns_dtype, newton_schulz.DTYPES)
   try:
     newton_schulz.coefficients(ns_coefficients, ns_steps)
   except ValueError as error:
@@ -89,7 +90,7 @@ def scale_by_muon(
   return optax.GradientTransformation(init, update)
 
 
-@signature.static_integers
+@factory.static_integers
 def muon(
     learning_rate: optax.ScalarOrSchedule, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None,
     momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5, ns_coefficients: newton_schulz.Table = "quintic",

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers.hyperparameters import LEAST_UPDATE_PROBABILITY
-from beyond_outliers.optim import blocks, signature, triangles
+from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.axes import AxesTree, matrix_mask
+from beyond_outliers.optim.linalg import triangular
 from beyond_outliers.optim.muon import has_average
 
 # On a step that updates factors, whether H has noise added (where they learn from it, where it becomes the direction).
@@ -66,7 +67,7 @@ def scale_by_psgd(
   """PSGD's direction, to be subtracted; `psgd` has the arguments' meaning.
 
   probes: (key of this step and shape, steps before this one, shape of a block) -> V of all blocks of that shape."""
-  signature.one_of("noise", noise, NOISE)
+  factory.one_of("noise", noise, NOISE)
   averages = has_average(momentum)
   if max_size_triangular < 0:
     raise ValueError(f"max_size_triangular = {max_size_triangular}: expected the longest axis to have a triangular factor, or "
@@ -83,8 +84,8 @@ def scale_by_psgd(
 
     def bucket(shape: tuple[int, ...], real_B: Any) -> BlocksState:
       start_B = real_B * jnp.asarray(preconditioner_init, layout.dtype) ** (1 / len(shape))
-      triangular = lambda d: len(shape) == 2 and 1 < d <= max_size_triangular
-      ones = lambda d: jnp.eye(d, dtype=layout.dtype) if triangular(d) else jnp.ones(d, layout.dtype)
+      is_triangular = lambda d: len(shape) == 2 and 1 < d <= max_size_triangular
+      ones = lambda d: jnp.eye(d, dtype=layout.dtype) if is_triangular(d) else jnp.ones(d, layout.dtype)
       factors = tuple(jax.vmap(jnp.multiply, (0, None))(start_B, ones(d)) for d in shape)
       momentum = jnp.zeros((len(real_B), *shape), layout.dtype) if averages else None
       return BlocksState(momentum, factors, jax.vmap(to_apply)(factors), jnp.zeros(len(real_B), jnp.int32))
@@ -145,8 +146,8 @@ def scale_by_psgd(
     in_learning, in_direction = NOISE[noise]
     a, b = (noisy if in_learning else mean) / c["correction"], probe
     for axis, q in long_axis_first(s.factors):
-      a = along(axis, triangles.times, q, a)
-      b = along(axis, triangles.transposed_solve, q, b)
+      a = along(axis, triangular.times, q, a)
+      b = along(axis, triangular.transposed_solve, q, b)
     changes = [c["rate"] * change(q, jnp.moveaxis(a, axis, 0), jnp.moveaxis(b, axis, 0)) for axis, q in enumerate(s.factors)]
     largest = jnp.stack([jnp.max(jnp.abs(q - dq)) for q, dq in zip(s.factors, changes, strict=True)])
     # The clip squares what QᵀQ along every axis makes of H.
@@ -159,7 +160,7 @@ def scale_by_psgd(
     return direction, BlocksState(mean if averages else None, factors, applied, s.kept + ~ok)
 
   def to_apply(factors):
-    return tuple(triangles.square(q) if q.ndim == 2 else () for q in factors) if cache else ()
+    return tuple(triangular.square(q) if q.ndim == 2 else () for q in factors) if cache else ()
 
   def precondition(c, x, factors, applied):
     """x: H times the correction, which so costs nothing."""
@@ -167,14 +168,14 @@ def scale_by_psgd(
       if cache and q.ndim == 2:
         x = along(axis, jnp.matmul, applied[axis], x)
       else:
-        x = along(axis, triangles.transposed_times, q, along(axis, triangles.times, q, x))
+        x = along(axis, triangular.transposed_times, q, along(axis, triangular.times, q, x))
     rms = jnp.sqrt(jnp.mean(x * x)) / c["correction"]
     return x * (jnp.minimum(1, c["clip_rms"] / (rms + c["clip_eps"])) / c["correction"])
 
   return optax.GradientTransformation(init, update)
 
 
-@signature.static_integers
+@factory.static_integers
 def psgd(
     learning_rate: optax.ScalarOrSchedule, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None, momentum: float = 0.9,
     max_size_triangular: int = 8192, preconditioner_lr: float = 0.1, preconditioner_init: float = 1.0,
@@ -218,14 +219,14 @@ def change(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   largest = jnp.where(largest > 0, largest, 1)
   if q.ndim == 1:
     return (t1_D - t2_D) / largest * q
-  t1, t2 = triangles.gram(a), triangles.gram(b)
+  t1, t2 = triangular.gram(a), triangular.gram(b)
   # Two power iterations from the longest column. Over the largest number, no square overflows.
   total = [(x + y) / largest for x, y in zip(t1, t2, strict=True)]
   total_times = lambda x_D: (a @ (a.T @ x_D) + b @ (b.T @ x_D)) / largest
-  longest = jnp.argmax(triangles.column_squares(total))
+  longest = jnp.argmax(triangular.column_squares(total))
   x_D = total_times((a @ a[longest] + b @ b[longest]) / largest)
   norm = largest * jnp.linalg.norm(total_times(x_D)) / jnp.linalg.norm(x_D)
-  return triangles.product([x - y for x, y in zip(t1, t2, strict=True)], q) / jnp.where(norm > 0, norm, 1)
+  return triangular.product([x - y for x, y in zip(t1, t2, strict=True)], q) / jnp.where(norm > 0, norm, 1)
 
 
 def along(axis: int, function: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, x: jax.Array) -> jax.Array:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers.optim import newton_schulz, signature
+from beyond_outliers.optim import factory
 from beyond_outliers.optim.axes import AxesTree, Leaf, by_kind, leaves
+from beyond_outliers.optim.linalg import newton_schulz
 from beyond_outliers.optim.muon import has_average, scale_by_muon
 
 EPS = 1e-8                                  # added to norms
@@ -53,7 +54,7 @@ def scale_by_scion(
   return optax.chain(direction, optax.scale(scale))
 
 
-@signature.static_integers
+@factory.static_integers
 def scion(
     learning_rate: optax.ScalarOrSchedule, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None,
     momentum: float = 0.0, norm: str = "auto", scale: float = 1.0, normalized: bool | None = None, clamp: bool = False,
@@ -127,7 +128,7 @@ def _scale_by_norm(norm: str, normalized: bool, axes: AxesTree, momentum: float)
 
 def _checked(norm: str, normalized: bool | None, clamp: bool) -> bool:
   """Whether fan_in counts. Errors: ValueError for an unknown norm, or for one that `clamp` says nothing about."""
-  signature.one_of("norm", norm, ("auto", "spectral", *NORMS))
+  factory.one_of("norm", norm, ("auto", "spectral", *NORMS))
   if clamp and norm in NORMS:
     raise ValueError(f"clamp = True: norm = {norm!r} has no factor to clamp; leave it False, or take norm = 'spectral'")
   return norm != "col" if normalized is None else normalized

@@ -16,12 +16,13 @@ import numpy as np
 import optax
 
 from beyond_outliers.hyperparameters import MAX_BFLOAT16_B2, WITH_EIGENVALUE_CORRECTION
-from beyond_outliers.optim import blocks, packing, signature
+from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.eigenvalue_correction import scale_by_eigenvalue_corrected_shampoo
-from beyond_outliers.optim.kronecker import add_gram, along, per_block
+from beyond_outliers.optim.eigenvalue_corrected import scale_by_eigenvalue_corrected_shampoo
+from beyond_outliers.optim.linalg import packing
+from beyond_outliers.optim.linalg.inverse_root import ROOTS, check
+from beyond_outliers.optim.linalg.kronecker import add_gram, along, per_block
 from beyond_outliers.optim.refresh import REFRESHES
-from beyond_outliers.optim.roots import ROOTS, check
 
 
 class Roots(NamedTuple):
@@ -76,7 +77,7 @@ def scale_by_shampoo(
       ("graft_granularity", graft_granularity, ("block", "parameter")), ("momentum", momentum, ("gradient", "update")),
       ("root", root, ROOTS), ("refresh", refresh, REFRESHES), ("long_axes", long_axes, ("block", "skip")),
       ("preconditioner_dtype", preconditioner_dtype, ("float32", "bfloat16"))):
-    signature.one_of(name, value, allowed)
+    factory.one_of(name, value, allowed)
   for name, value in (("precondition_frequency", precondition_frequency), ("block_size", block_size)):
     if value < 1:
       raise ValueError(f"{name} = {value}: expected at least 1")
@@ -220,7 +221,7 @@ def scale_by_shampoo(
   return optax.GradientTransformation(init, update)
 
 
-@signature.static_integers
+@factory.static_integers
 def shampoo(
     learning_rate: optax.ScalarOrSchedule, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None, b1: float = 0.9,
     b2: float = 1.0, eps: float = 1e-12, eps_mode: str = "absolute", weight_decay: float = 0.0, bias_correction: bool = True,
@@ -246,7 +247,7 @@ def shampoo(
   block_size, long_axes: longer axes are cut into blocks ("block"), or go without a factor ("skip").
   merge_dims: parameters of at most block_size numbers are vectors (Meta's default; a trap for small matrices).
   preconditioner_dtype, packed: how factors and roots are kept: float32 | bfloat16 (b2 up to 0.99), whole or as triangles.
-  eigenvalue_correction: Adam in the factors' eigenbasis instead of roots (eigenvalue_correction.py); `exponent` is then of its
+  eigenvalue_correction: Adam in the factors' eigenbasis instead of roots (eigenvalue_corrected.py); `exponent` is then of its
     second moment, by default 1/2, and what roots and grafting need stays at this function's defaults.
 
   State, bytes a number of an m x n block in float32: 4 (momentum) + 4 (adam, rmsprop) + 8 (m² + n²) / mn; packed or

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers.ops import linalg
-from beyond_outliers.optim import blocks, signature
+from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.kronecker import add_gram, along, per_block
+from beyond_outliers.optim.linalg.inverse_root import orthogonal_iteration
+from beyond_outliers.optim.linalg.kronecker import add_gram, along, per_block
 from beyond_outliers.optim.refresh import staggered, together
-from beyond_outliers.optim.roots import orthogonal_iteration
 
 
 class BlocksState(NamedTuple):
@@ -43,7 +43,7 @@ def scale_by_soap(
     max_dim: int = 10000, block_size: int | None = None, normalize_gradients: bool = False, bias_correction: bool = True,
     count_skipped_step: bool = False) -> optax.GradientTransformation:
   """SOAP's direction, to be subtracted; `soap` has the arguments' meaning."""
-  signature.one_of("refresh", refresh, ("together", "staggered"))
+  factory.one_of("refresh", refresh, ("together", "staggered"))
   if precondition_frequency < 1:
     raise ValueError(f"precondition_frequency = {precondition_frequency}: expected at least 1 step between bases")
   if max_dim < 0:
@@ -112,7 +112,7 @@ def scale_by_soap(
   return optax.GradientTransformation(init, update)
 
 
-@signature.static_integers
+@factory.static_integers
 def soap(
     learning_rate: optax.ScalarOrSchedule, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None, b1: float = 0.95,
     b2: float = 0.95, shampoo_beta: float | None = None, eps: float = 1e-8, weight_decay: float = 0.01,

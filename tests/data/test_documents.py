@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tensorflow_datasets as tfds
+import tensorflow_datasets
 
 from beyond_outliers.data import documents, tfds
 from beyond_outliers.data.documents import DataError
@@ -90,9 +90,9 @@ def test_tfds_slices(tmp_path, make_config, texts):
 def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
   """Public TFDS datasets come as TFRecord: the records are the same, in another container."""
   path = tfds.write(iter(texts), str(tmp_path))
-  builder = tfds.builder_from_directory(path)
+  builder = tensorflow_datasets.builder_from_directory(path)
   file, = builder.info.splits["train"].filepaths
-  raw = builder.as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+  raw = builder.as_data_source("train", deserialize_method=tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES)
   with open(str(file).replace("array_record", "tfrecord"), "wb") as stream:
     for record in raw:
       stream.write(len(record).to_bytes(8, "little") + bytes(4) + record + bytes(4))
@@ -193,7 +193,7 @@ def test_bad_tfds_is_refused(tmp_path, make_config, texts):
                        ({"path": path, "field": "tokens"}, r"no feature 'tokens' \(data.field\); it has \['text'\]")]:
     with pytest.raises(DataError, match=message):
       contents(make_config(source="tfds", **bad))
-  (tfds.builder_from_directory(path).info.splits["train"].filepaths[0]).unlink()
+  (tensorflow_datasets.builder_from_directory(path).info.splits["train"].filepaths[0]).unlink()
   with pytest.raises(DataError, match=r"documents-train.array_record-00000 is missing"):
     contents(make_config(source="tfds", path=path))
 

@@ -16,8 +16,8 @@ import pytest
 
 from beyond_outliers import config, optim
 from beyond_outliers.mesh import make_mesh
-from beyond_outliers.optim import triangles
 from beyond_outliers.optim.axes import matrix_mask
+from beyond_outliers.optim.linalg import triangular
 from beyond_outliers.optim.psgd import normal as normal_probes
 from beyond_outliers.optim.psgd import psgd, scale_by_psgd
 
@@ -142,13 +142,13 @@ def test_every_step_is_the_formulas(shapes, arguments, same):
 
 
 def test_panels_make_whole_products():
-  assert [p.start for p in triangles.rows(600)] == [0, 256, 512] and len(triangles.rows(5000)) == 4
+  assert [p.start for p in triangular.rows(600)] == [0, 256, 512] and len(triangular.rows(5000)) == 4
 
   @jax.jit
   def by_panels(q, x):
-    gram = triangles.gram(x)
-    return (triangles.times(q, x), triangles.transposed_times(q, x), triangles.transposed_solve(q, x), triangles.square(q),
-            triangles.column_squares(gram), triangles.product(gram, q), triangles.transposed_solve(0 * q, x))
+    gram = triangular.gram(x)
+    return (triangular.times(q, x), triangular.transposed_times(q, x), triangular.transposed_solve(q, x), triangular.square(q),
+            triangular.column_squares(gram), triangular.product(gram, q), triangular.transposed_solve(0 * q, x))
   with jax.enable_x64(True):
     q, x = np.triu(normal(0, 600, 600)) / 30 + np.eye(600), normal(1, 600, 3).astype(np.float64)
     s = x @ x.T

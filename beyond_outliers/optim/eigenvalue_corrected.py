@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers.ops import linalg
-from beyond_outliers.optim import blocks, signature
+from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.kronecker import add_gram
+from beyond_outliers.optim.linalg.kronecker import add_gram
 from beyond_outliers.optim.refresh import REFRESHES
 from beyond_outliers.optim.soap import BlocksState, change_bases, first_state, grown_older, rotate
 
@@ -39,8 +39,8 @@ def scale_by_eigenvalue_corrected_shampoo(
   precondition_frequency, refresh, start_step, block_size, long_axes, merge_dims: as of `shampoo`; until start_step this is Adam.
 
   State: as of `soap`; vectors have a factor too."""
-  signature.one_of("refresh", refresh, ("together", "staggered"))
-  signature.one_of("long_axes", long_axes, ("block", "skip"))
+  factory.one_of("refresh", refresh, ("together", "staggered"))
+  factory.one_of("long_axes", long_axes, ("block", "skip"))
   for name, value in (("precondition_frequency", precondition_frequency), ("block_size", block_size)):
     if value < 1:
       raise ValueError(f"{name} = {value}: expected at least 1")

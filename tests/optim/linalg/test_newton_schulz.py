@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.optim import newton_schulz
-from beyond_outliers.optim.newton_schulz import coefficients, orthogonalize
+from beyond_outliers.optim.linalg import newton_schulz
+from beyond_outliers.optim.linalg.newton_schulz import coefficients, orthogonalize
 
 PROBLEM = pathlib.Path(__file__).parents[1] / "golden" / "problem.npz"
 QUINTIC = (3.4445, -4.7750, 2.0315)

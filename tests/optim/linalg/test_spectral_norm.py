@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.optim.spectral import spectral_norm
+from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 5), (2, 1, 7), (2, 6, 1), (1, 1, 1)])

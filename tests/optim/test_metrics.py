@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from beyond_outliers import optim
-from beyond_outliers.optim import statistics
+from beyond_outliers.optim import metrics
 
 
 class Bucket(NamedTuple):
@@ -25,13 +25,13 @@ def test_numbers_of_all_blocks_become_one():
   ints = lambda *values: jnp.array(values)
   state = (State({"4": Bucket(ints([1], [2]), ints([0], [7]), jnp.array([[0.1], [0.5]])),
                   "8": Bucket(ints([3]), ints([-1]), jnp.array([[0.2]]))}), optax.EmptyState())
-  found = {name: float(value) for name, value in statistics.of_state(state).items()}
+  found = {name: float(value) for name, value in metrics.of_state(state).items()}
   assert found == pytest.approx({"roots/kept": 6, "roots/age": 7, "roots/residual": 0.5})
 
 
 def test_a_parameter_of_such_a_name_is_none_of_them():
   params = {"blocks": {"kept": jnp.ones(3), "age": jnp.ones((2, 2))}}
-  assert statistics.of_state(optim.adamw(0.1).init(params)) == {}
+  assert metrics.of_state(optim.adamw(0.1).init(params)) == {}
 
 
 def test_rms_is_of_the_whole_group_and_the_spectral_norm_of_its_largest_matrix():
@@ -39,7 +39,7 @@ def test_rms_is_of_the_whole_group_and_the_spectral_norm_of_its_largest_matrix()
   update = {"a": rng.standard_normal((2, 3, 4)), "b": rng.standard_normal((5, 6)), "g": rng.standard_normal((2, 7))}
   labels = {"a": "hidden", "b": "hidden", "g": "vector"}
   axes = {"a": optim.Axes((0,), (1,), (2,)), "b": optim.Axes((), (0,), (1,)), "g": optim.Axes((0,), (), (1,))}
-  found = jax.jit(lambda update: statistics.of_update(update, labels, axes))(jax.tree.map(jnp.float32, update))
+  found = jax.jit(lambda update: metrics.of_update(update, labels, axes))(jax.tree.map(jnp.float32, update))
   assert sorted(found) == ["update_rms/hidden", "update_rms/vector", "update_spectral_norm/hidden"]
   both = np.concatenate([update["a"].ravel(), update["b"].ravel()])
   np.testing.assert_allclose(found["update_rms/hidden"], np.sqrt(np.mean(both ** 2)), rtol=1e-6)
@@ -55,6 +55,6 @@ def test_a_shampoo_run_tells_of_its_roots():
   state = tx.init(params)
   for _ in range(3):
     _, state = jax.jit(tx.update)(params, state)
-  found = statistics.of_state(state)
+  found = metrics.of_state(state)
   assert found["roots/kept"] == 0 and found["roots/age"] == 0 and found["roots/residual"] < 1e-5
   np.testing.assert_allclose(found["roots/condition"], 4 / 1.5, rtol=1e-4)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.optim.packing import pack, unpack
+from beyond_outliers.optim.linalg.packing import pack, unpack
 
 WIDTHS = range(1, 10)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from beyond_outliers.ops import linalg
-from beyond_outliers.optim.spectral import spectral_norm
+from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)

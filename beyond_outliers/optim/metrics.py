@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from beyond_outliers.optim import blocks
 from beyond_outliers.optim.axes import AxesTree, leaves
-from beyond_outliers.optim.spectral import spectral_norm
+from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 
 # Field of a bucket's state -> how the numbers of all blocks become one.
 FIELDS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp.max}

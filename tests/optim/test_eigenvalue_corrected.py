@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from beyond_outliers.mesh import Axes
-from beyond_outliers.optim.eigenvalue_correction import scale_by_eigenvalue_corrected_shampoo
+from beyond_outliers.optim.eigenvalue_corrected import scale_by_eigenvalue_corrected_shampoo
 from beyond_outliers.optim.shampoo import shampoo
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

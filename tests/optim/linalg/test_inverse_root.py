@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from beyond_outliers.ops import linalg
-from beyond_outliers.optim import roots
-from beyond_outliers.optim.roots import ROOTS
+from beyond_outliers.optim.linalg import inverse_root
+from beyond_outliers.optim.linalg.inverse_root import ROOTS
 
 D, STACK = 8, 6        # of nearly all tests, so that they share compiled programs
 ORDERS = {"eigh": (1, 1.5, 4), "newton": (1, 2, 3, 4), "denman_beavers": (2, 4, 8), "qr": (1.5, 4)}
@@ -31,7 +31,7 @@ def low_rank(rank, seed=0):
   return g @ g.T
 
 
-def inverse_root(a, p, ridge=0.0):
+def exact_root(a, p, ridge=0.0):
   values, vectors = np.linalg.eigh(a)
   return (vectors * (np.maximum(values, 0) + ridge) ** (-1 / p)) @ vectors.T
 
@@ -66,7 +66,7 @@ def test_roots_of_well_conditioned_matrices(name):
       for a in ([graded(30, 0), graded(30, 1)], [np.array([[0.7]])]) if p == 4 else ([graded(30)],):
         found = root(name, a, p, 1e-3, dtype=np.float64)
         assert found.root.dtype == found.residual.dtype == np.float64
-        close(found.root, np.stack([inverse_root(x, p, 1e-3) for x in a]), PRECISION[name])
+        close(found.root, np.stack([exact_root(x, p, 1e-3) for x in a]), PRECISION[name])
         assert np.all((found.residual >= 0) & (found.residual < PRECISION[name]))
 
 
@@ -76,7 +76,7 @@ def test_float32_stays_float32(name, x64):
   with jax.enable_x64(x64):
     found = root(name, [graded(100)], 4, 1e-3)
   assert found.root.dtype == found.residual.dtype == np.float32
-  close(found.root[0], inverse_root(graded(100), 4, 1e-3), 1e-5)
+  close(found.root[0], exact_root(graded(100), 4, 1e-3), 1e-5)
   assert found.residual[0] < 1e-5
 
 
@@ -134,8 +134,8 @@ def test_what_iterations_call_a_root_is_positive_definite(name):
 
 
 def test_an_iteration_stops_where_float32_can_do_no_better(monkeypatch):
-  products, matmul = [], roots._matmul
-  monkeypatch.setattr(roots, "_matmul", lambda x, y: products.append(1) or matmul(x, y))
+  products, matmul = [], inverse_root._matmul
+  monkeypatch.setattr(inverse_root, "_matmul", lambda x, y: products.append(1) or matmul(x, y))
   with jax.disable_jit():
     found = ROOTS["denman_beavers"].compute(jnp.asarray(graded(1e6, d=64)[None], np.float32), 2, 0.0, relative=False, basis=())
   assert 1e-6 < found.residual[0] < 1e-3
@@ -153,7 +153,7 @@ def test_the_residual_of_roots_of_roots_is_the_worst():
 def test_a_relative_eps_is_a_multiple_of_the_largest_eigenvalue(name):
   a = 5 * graded(1e3)
   found = root(name, [a], 4, 1e-2, relative=True)
-  close(found.root[0], inverse_root(a, 4, 1e-2 * largest(a)), 1e-5)
+  close(found.root[0], exact_root(a, 4, 1e-2 * largest(a)), 1e-5)
 
 
 @pytest.mark.parametrize("name", ROOTS)
@@ -217,7 +217,7 @@ def test_orthogonal_iteration_is_numpys():
   a = np.stack([graded(100, seed) for seed in (0, 1)])
   basis = np.stack([np.linalg.qr(low_rank(D, seed))[0] for seed in (5, 6)])
   with jax.enable_x64(True):
-    new, eigenvalues, order = jax.jit(roots.orthogonal_iteration)(a, basis)
+    new, eigenvalues, order = jax.jit(inverse_root.orthogonal_iteration)(a, basis)
   for i in range(2):
     quotients = np.diag(basis[i].T @ a[i] @ basis[i])
     expected = np.argsort(-quotients)
@@ -232,7 +232,7 @@ def test_orthogonal_iteration_is_numpys():
 def test_orthogonal_iteration_stays_orthonormal_on_deficient_matrices():
   a = np.stack([np.zeros((D, D)), low_rank(1), graded(1e12)]).astype(np.float32)
   basis = jnp.broadcast_to(np.linalg.qr(low_rank(D))[0], a.shape).astype(np.float32)
-  iterate = jax.jit(roots.orthogonal_iteration)
+  iterate = jax.jit(inverse_root.orthogonal_iteration)
   for _ in range(5):
     basis, _, _ = iterate(a, basis)
   np.testing.assert_allclose(np.swapaxes(basis, 1, 2) @ basis, np.broadcast_to(np.eye(D), a.shape), atol=1e-5)
@@ -257,7 +257,7 @@ def test_a_carried_basis_follows_a_slowly_changing_matrix():
       basis = found.basis
       assert 1e-6 < found.residual[0] < 0.03                   # a decomposition leaves less than 1e-12
       np.testing.assert_allclose(found.residual[0], off_diagonal(basis[0], a), rtol=1e-6)
-      close(found.root[0], inverse_root(a, 4), 0.01)
+      close(found.root[0], exact_root(a, 4), 0.01)
     assert off_diagonal(first[0], a) > 0.5
     residuals = [found.residual[0]]
     for _ in range(15):
@@ -265,7 +265,7 @@ def test_a_carried_basis_follows_a_slowly_changing_matrix():
       residuals.append(found.residual[0])
     assert np.all(np.diff(residuals) < 0)
     assert residuals[-1] < 1e-5
-    close(found.root[0], inverse_root(a, 4), 1e-5)
+    close(found.root[0], exact_root(a, 4), 1e-5)
 
 
 def test_a_stale_basis_is_given_up_and_a_good_one_is_kept():
@@ -277,7 +277,7 @@ def test_a_stale_basis_is_given_up_and_a_good_one_is_kept():
     found = root("qr", [a, a, a, a, a, broken], 4, dtype=np.float64,
                  basis=[np.eye(D), np.zeros((D, D)), foreign, np.full((D, D), np.nan), nearly, good])
   assert np.all(found.residual[:4] < 1e-12)
-  close(found.root[:4], np.stack([inverse_root(a, 4)] * 4), 1e-12)
+  close(found.root[:4], np.stack([exact_root(a, 4)] * 4), 1e-12)
   assert 1e-6 < found.residual[4] < 0.1
   assert not np.isfinite(found.residual[5])
   np.testing.assert_array_equal(found.basis[5], good)
@@ -299,7 +299,7 @@ def test_only_the_warm_carry_a_basis():
 ])
 def test_what_cannot_be_computed_is_refused(name, p, words):
   with pytest.raises(ValueError) as error:
-    roots.check(name, p)
+    inverse_root.check(name, p)
   assert all(word in str(error.value) for word in words), error.value
 
 
@@ -307,4 +307,4 @@ def test_what_can_be_computed_is_not_refused():
   assert set(ORDERS) == set(ROOTS)
   for name, orders in ORDERS.items():
     for p in orders:
-      roots.check(name, p)
+      inverse_root.check(name, p)

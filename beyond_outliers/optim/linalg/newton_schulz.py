@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from beyond_outliers.optim import signature
+from beyond_outliers.optim import factory
 
 Triple = tuple[float, float, float]                   # (a, b, c) of x -> a x + b x³ + c x⁵
 Table = str | Sequence[Triple]                        # a row of COEFFICIENTS, or a polynomial a step
@@ -66,7 +66,7 @@ def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
   if steps < 1:
     raise ValueError(f"steps = {steps}: expected at least 1")
   if isinstance(table, str):
-    signature.one_of("table", table, COEFFICIENTS)
+    factory.one_of("table", table, COEFFICIENTS)
     rows = COEFFICIENTS[table]
   else:
     try:
@@ -107,7 +107,7 @@ def orthogonalize(x_BxMxN: jax.Array, *, steps: int = 5, table: Table = "quintic
   if x_BxMxN.ndim != 3:
     raise ValueError(f"x of shape {x_BxMxN.shape}: expected a stack of matrices [B, M, N]; reshape, or add an axis")
   if dtype is not None:
-    signature.one_of("dtype", dtype, DTYPES)
+    factory.one_of("dtype", dtype, DTYPES)
   operands = jax.dtypes.canonicalize_dtype(dtype or x_BxMxN.dtype)
   runs = _runs(coefficients(table, steps), operands, gram)
   if x_BxMxN.shape[1] > x_BxMxN.shape[2]:

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from beyond_outliers.optim import signature
+from beyond_outliers.optim import factory
 
 
-@signature.static_integers
+@factory.static_integers
 def scaled(learning_rate, *, steps: int = 3, period: int | None = None, size: int | None = None, decay: float = 0.5, offset=0.0,
            flag: bool = True, name: str = "a"):
   """A factory whose program is as long as `steps`."""
@@ -66,8 +66,8 @@ def test_an_integer_that_is_traced_is_refused_with_the_remedy(argument):
 
 
 def test_a_name_that_is_not_allowed_brings_the_nearest():
-  signature.one_of("scale", "original", {"original": 1, "other": 2})
+  factory.one_of("scale", "original", {"original": 1, "other": 2})
   with pytest.raises(ValueError, match=r"^scale = 'orignal': did you mean 'original'\? expected one of 'original', 'other'$"):
-    signature.one_of("scale", "orignal", ("original", "other"))
+    factory.one_of("scale", "orignal", ("original", "other"))
   with pytest.raises(ValueError, match=r"^scale = 'xyz': expected one of 'original', 'other'$"):
-    signature.one_of("scale", "xyz", ("original", "other"))
+    factory.one_of("scale", "xyz", ("original", "other"))

@@ -1,0 +1,1 @@
+"""Linear algebra of the optimizers: products, roots and orthogonal factors of stacks of matrices."""
