@@ -28,7 +28,7 @@ from beyond_outliers import program as program_lib
 from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 from beyond_outliers.ops import dot
-from beyond_outliers.quant import aqt_backend
+from beyond_outliers.quant.backends import aqt as aqt_backend
 
 TOKENS, INPUTS, OUTPUTS = 2048, 768, 2304
 NUMBERS = (((1,), (0,)), ((), ()))

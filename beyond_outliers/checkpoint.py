@@ -205,8 +205,8 @@ class Checkpoints:
 
 
 def save_quantized(q: quant.QuantizedModel, directory: Any) -> None:
-  """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/formats.py says."""
-  tensors, description = quant.formats.pack(q)
+  """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/storage.py says."""
+  tensors, description = quant.storage.pack(q)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(epath.Path(directory).absolute(), args=ocp.args.Composite(
       tensors=ocp.args.StandardSave(traverse_util.unflatten_dict(tensors, sep="/")), description=ocp.args.JsonSave(description)))

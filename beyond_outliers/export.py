@@ -25,8 +25,8 @@ from flax import traverse_util
 
 from beyond_outliers.checks import require
 from beyond_outliers.model import hf, hf_config
-from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, formats, quantizers, recipes
-from beyond_outliers.quant.weights import Weight
+from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, recipes, storage
+from beyond_outliers.quant.qmatrix import QuantizedMatrix
 
 INTEGERS = ("symmetric", "twos_complement", "ternary")       # grids that lie within the integers of their bits, zero included
 PACKED_BITS = (2, 4, 8)                                      # others straddle words, about which versions of the layout disagree
@@ -36,7 +36,7 @@ def compressed_tensors(q: QuantizedModel, directory: Any, *, context: int | None
   """Writes the directory. context, shard_bytes and errors: as `hf.save`; ConfigError also for what `check` refuses."""
   check(q)
   leaves = traverse_util.flatten_dict(q.params, sep="/")
-  plain = jnp.result_type(*(leaf for leaf in leaves.values() if not isinstance(leaf, Weight))).name
+  plain = jnp.result_type(*(leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix))).name
   described = hf_config.to_json(q.model.config, plain, context)
   entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model)
   layers = {_module(entry): _layer(q, entry) for entry in entries if entry.path.endswith("/kernel")}
@@ -59,7 +59,7 @@ def check(q: QuantizedModel) -> None:
   require(not (q.model.config.tied and q.recipe.layer("head")), "head", "quantized",
           "the embedding is its matrix, and stays whole; leave it in full precision, or untie it")
   for path, leaf in traverse_util.flatten_dict(q.params, sep="/").items():
-    require(not isinstance(leaf, Weight) or leaf.smooth is None, path, "smoothed",
+    require(not isinstance(leaf, QuantizedMatrix) or leaf.smooth is None, path, "smoothed",
             "factors of a layer's inputs have no place in the layout, nor in a norm's gain, since layers behind one norm have "
             "different ones; take a method without smoothing")
 
@@ -131,8 +131,8 @@ def _arguments(spec: QuantSpec | None, dynamic: bool) -> dict[str, Any] | None:
 
 def _tensors(entry: hf.Entry, leaf: Any, layer: LayerRecipe | None) -> Iterator[tuple[str, np.ndarray]]:
   """(name, array) of all that a parameter is in the files."""
-  if layer is None or not isinstance(leaf, Weight):
-    yield entry.name, hf.tensor(leaf.codes if isinstance(leaf, Weight) else leaf, entry)
+  if layer is None or not isinstance(leaf, QuantizedMatrix):
+    yield entry.name, hf.tensor(leaf.codes if isinstance(leaf, QuantizedMatrix) else leaf, entry)
     return
   spec: Any = layer.weights
   codes_OxK, scale = hf.tensor(leaf.codes, entry).astype(spec.levels.dtype), hf.tensor(leaf.scale, entry)
@@ -150,5 +150,5 @@ def _tensors(entry: hf.Entry, leaf: Any, layer: LayerRecipe | None) -> Iterator[
 def _pack(codes_OxK: np.ndarray, bits: int) -> np.ndarray:
   """int32 [O, K bits / 32 rounded up]: codes plus 2^(bits - 1), the first of a row in the lowest bits."""
   K = codes_OxK.shape[1]
-  whole = np.pad(codes_OxK.astype(np.int32) + 2**(bits - 1), ((0, 0), (0, -K % (formats.WORD_BITS // bits))))
-  return np.ascontiguousarray(formats.pack_digits(whole, bits).view("<i4").reshape(len(codes_OxK), -1)[:, : -(-K * bits // 32)])
+  whole = np.pad(codes_OxK.astype(np.int32) + 2**(bits - 1), ((0, 0), (0, -K % (storage.WORD_BITS // bits))))
+  return np.ascontiguousarray(storage.pack_digits(whole, bits).view("<i4").reshape(len(codes_OxK), -1)[:, : -(-K * bits // 32)])

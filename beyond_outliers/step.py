@@ -141,13 +141,13 @@ def make_pair_step(model: Any, other: Any, mask_documents: bool) -> Callable[...
 
 def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
                           mask_documents: bool) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-  """quant_statistics(params, params before the last step, batch) -> what quant/statistics.py knows of the linear layers."""
+  """quant_statistics(params, params before the last step, batch) -> what quant/metrics.py knows of the linear layers."""
   c = model.config
 
   def quant_statistics(params, before, batch):
     _, sown = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents), mutable=["statistics"])
-    return {**quant.statistics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
-            **quant.statistics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
+    return {**quant.metrics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
+            **quant.metrics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
   return quant_statistics
 
 

@@ -16,7 +16,7 @@ import safetensors
 
 from beyond_outliers import config, export
 from beyond_outliers.model import hf, hf_config, transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, quantizers, weights
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, qmatrix, quantizers
 
 # 72 numbers of two or four bits fill no whole number of words.
 MODEL = config.Model(
@@ -67,8 +67,8 @@ def exported(recipe, directory, c=MODEL):
       node = q.params
       for name in entry.path.split("/"):
         node = node[name]
-      matrix = weights.Weight(*(field if entry.depth is None or field is None else field[entry.depth] for field in node))
-      matrices[entry.name.removesuffix(".weight")] = np.asarray(weights.dequantize(matrix, layer)).T
+      matrix = qmatrix.QuantizedMatrix(*(field if entry.depth is None or field is None else field[entry.depth] for field in node))
+      matrices[entry.name.removesuffix(".weight")] = np.asarray(qmatrix.dequantize(matrix, layer)).T
   return fields, tensors, matrices
 
 

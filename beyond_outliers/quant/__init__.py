@@ -1,5 +1,5 @@
 """Quantization: specs as data, their mathematics, and what a model's linear layers multiply with."""
-from beyond_outliers.quant import statistics
+from beyond_outliers.quant import metrics
 from beyond_outliers.quant.dot import BACKENDS, dot_general_for
 from beyond_outliers.quant.ptq import METHODS, QuantizedModel, load, quantized
 from beyond_outliers.quant.quantizers import Quantized, dequantize, fake_quantize, quantize
@@ -7,4 +7,4 @@ from beyond_outliers.quant.recipes import RECIPES, Contraction, Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 __all__ = ["BACKENDS", "METHODS", "RECIPES", "Contraction", "LayerRecipe", "QuantSpec", "Quantized", "QuantizedModel", "Recipe",
-           "dequantize", "dot_general_for", "fake_quantize", "load", "quantize", "quantized", "statistics"]
+           "dequantize", "dot_general_for", "fake_quantize", "load", "metrics", "quantize", "quantized"]

@@ -12,7 +12,9 @@ from absl import logging
 
 from beyond_outliers.checks import require
 from beyond_outliers.ops.outline import outlined_call
-from beyond_outliers.quant import aqt_backend, jax_backend, quantizers, rotations, statistics, weights
+from beyond_outliers.quant import metrics, qmatrix, quantizers, rotations
+from beyond_outliers.quant.backends import aqt as aqt_backend
+from beyond_outliers.quant.backends import jax as jax_backend
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 
@@ -23,18 +25,18 @@ class QuantizedDot(nn.Module):
   """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters, but for learned scales.
 
   Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest.
-  Sums over the activations (statistics.Sums) are sown into the collection `statistics` where that is mutable."""
+  Sums over the activations (metrics.Sums) are sown into the collection `statistics` where that is mutable."""
   recipe: LayerRecipe
   backend: str
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
-    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a quantized Weight. Returns [T, O], float32 or wider."""
+    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a QuantizedMatrix. Returns [T, O], float32 or wider."""
     (lhs_axes, (w_axis,)), batch = dimension_numbers
-    if isinstance(rhs, weights.Weight):
+    if isinstance(rhs, qmatrix.QuantizedMatrix):
       learned = self.recipe.activations is not None and self.recipe.activations.scale == "learned"
       log_scale: Any = self.get_variable("params", "log_scale") if learned else None       # that of the activations comes first
-      return weights.multiply(lhs, rhs, self.recipe, jnp.exp(log_scale[0]).reshape(1, 1) if learned else None)
+      return qmatrix.multiply(lhs, rhs, self.recipe, jnp.exp(log_scale[0]).reshape(1, 1) if learned else None)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
       raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
                        "summed over the last axis of the first: reshape the inputs to [tokens, features]")
@@ -44,7 +46,7 @@ class QuantizedDot(nn.Module):
     scales = self._scales(lhs, rhs, w_axis) if self._has("scale", "learned") else None
     if self.recipe.activations is not None and self.is_mutable_collection("statistics") and not self.is_initializing():
       scale = scales[0] if scales else None
-      self.sow("statistics", "activations", statistics.measure(lhs, self.recipe.activations, 1, scale)[0])
+      self.sow("statistics", "activations", metrics.measure(lhs, self.recipe.activations, 1, scale)[0])
     return _product(BACKENDS[self.backend], w_axis, self.recipe, lhs, rhs, scales, options)
 
   def _has(self, field, value):
@@ -96,7 +98,7 @@ _product.defvjp(_forward, _backward)
 def dot_general_for(recipe: Recipe, backend: str = "aqt") -> Callable[[str], Callable[[], QuantizedDot] | None]:
   """What the model takes: path of a linear layer -> what makes its dot_general, or None for the plain one.
 
-  Layers of equal recipes get the same object. What AQT cannot express (aqt_backend.py) goes through plain JAX, said in the log.
+  Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes through plain JAX, said in the log.
   Errors: ConfigError for an unknown backend or a path that no rule matches."""
   require(backend in BACKENDS, "quant.backend", backend, "expected one of " + ", ".join(map(repr, BACKENDS)))
 

@@ -10,9 +10,10 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.checks import ConfigError
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import calibration, fusion, ptq, quantizers, rotations, rounding, smoothing, weights
-from beyond_outliers.quant.calibration import Inputs
+from beyond_outliers.quant import ptq, qmatrix, quantizers, rotations
 from beyond_outliers.quant.dot import dot_general_for
+from beyond_outliers.quant.ptq import calibration, gptq, rotation_fusion, smoothing
+from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.recipes import RECIPES, Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
@@ -69,7 +70,7 @@ def test_gptq_is_the_papers_algorithm(name, damping, spec):
   with jax.enable_x64(True):
     w, gram = jnp.asarray(w, jnp.float64), jnp.asarray(gram, jnp.float64)
     scale = quantizers.scale_of(w, spec, 0)
-    codes = rounding.ROUNDERS[name](w, scale, spec, gram, damping).codes
+    codes = gptq.ROUNDERS[name](w, scale, spec, gram, damping).codes
   order = np.argsort(-np.diag(gram), kind="stable") if name == "gptq" else np.arange(K)
   expected = reference_gptq(w, gram, np.repeat(scale, K // len(scale), 0), order, damping)
   np.testing.assert_array_equal(codes, expected)
@@ -81,7 +82,7 @@ def test_gptq_moves_the_output_less_than_rounding_to_nearest():
   scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
 
   def error(name):
-    return np.linalg.norm(x @ (np.asarray(rounding.ROUNDERS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w))
+    return np.linalg.norm(x @ (np.asarray(gptq.ROUNDERS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w))
   assert error("gptq") < 0.9 * error("nearest") and error("gptq_in_order") < 0.9 * error("nearest")
 
 
@@ -90,10 +91,10 @@ def test_inputs_that_are_always_zero_leave_their_rows_rounded_alone():
   x[:, 5] = 0
   spec, gram = QuantSpec(4), jnp.asarray(x.T @ x / len(x))
   scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
-  codes = np.asarray(rounding.gptq(jnp.asarray(w), scale, spec, gram).codes)
-  alone = np.asarray(rounding.nearest(jnp.asarray(w), scale, spec, None).codes)
+  codes = np.asarray(gptq.gptq(jnp.asarray(w), scale, spec, gram).codes)
+  alone = np.asarray(gptq.nearest(jnp.asarray(w), scale, spec, None).codes)
   np.testing.assert_array_equal(codes[5], alone[5])
-  np.testing.assert_array_equal(rounding.gptq(jnp.asarray(w), scale, spec, jnp.zeros_like(gram)).codes, alone)
+  np.testing.assert_array_equal(gptq.gptq(jnp.asarray(w), scale, spec, jnp.zeros_like(gram)).codes, alone)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.75])
@@ -127,22 +128,22 @@ def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
   rotation = "hadamard" if name in ("hadamard", "both") else "none"
   layer = LayerRecipe(QuantSpec(8, rotation=rotation))
   smooth = jnp.asarray(np.exp(DRAW.normal(size=64)), jnp.float32) if name in ("smooth", "both") else None
-  weight = weights.Weight(weights.prepare(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth)
+  weight = qmatrix.QuantizedMatrix(qmatrix.prepare(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth)
   expected = x.astype(np.float64) @ w
   tolerance = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(weights.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance)
-  np.testing.assert_allclose(x @ np.asarray(weights.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(qmatrix.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(x @ np.asarray(qmatrix.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance)
   # The Gram matrix follows the inputs into the basis of the matrix.
   rotated = np.asarray(rotations.rotate(jnp.asarray(x if smooth is None else x * smooth), rotation, 1), np.float64)
   gram = rotated.T @ rotated
-  np.testing.assert_allclose(weights.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max())
+  np.testing.assert_allclose(qmatrix.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max())
 
 
 @pytest.mark.parametrize("change", [{}, {"norm_placement": "pre"}, {"norm_placement": "pre", "tied": False, "mlp": "swiglu"},
                                     {"heads": 3, "d_head": 24, "d_model": 72, "norm_placement": "pre"}], ids=str)
 def test_fused_rotations_leave_the_function_as_it_was(change):
   model, params = plain(**change)
-  rotated_model, rotated, _ = fusion.fuse(model, params)
+  rotated_model, rotated, _ = rotation_fusion.fuse(model, params)
   exact = logits(model, params)
   np.testing.assert_allclose(logits(rotated_model, rotated), exact, rtol=0, atol=1e-5 * float(jnp.abs(exact).max()))
   assert not np.allclose(rotated["layers"]["attention"]["o"]["kernel"], params["layers"]["attention"]["o"]["kernel"], atol=0.1)
@@ -293,7 +294,7 @@ def test_a_quantized_head(tied):
   model, params = plain(tied=tied)
   recipe = Recipe(((".*", W4A4.default),))
   q = ptq.quantize(model, params, recipe, "gptq" if not tied else "rtn", BATCHES)
-  assert isinstance(q.params.get("head", {}).get("kernel"), weights.Weight) != tied
+  assert isinstance(q.params.get("head", {}).get("kernel"), qmatrix.QuantizedMatrix) != tied
   exact = logits(model, params)
   assert 1e-3 < jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact) < 0.5
 

@@ -9,7 +9,8 @@ import pytest
 
 from beyond_outliers import config, quant
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import RECIPES, aqt_backend, dot_general_for, quantizers, weights
+from beyond_outliers.quant import RECIPES, dot_general_for, qmatrix, quantizers
+from beyond_outliers.quant.backends import aqt as aqt_backend
 from beyond_outliers.quant.dot import BACKENDS, QuantizedDot
 
 FAMILIES = ("rtn_w4a16", "quest_w4a4", "lsq_w4a4", "fp8", "nvfp4")
@@ -39,10 +40,10 @@ def outputs(layer, dtype):
       return y, pullback(jnp.ones_like(y))
 
     def codes(w, variables=variables):
-      prepared, spec = weights.prepare(w, layer), layer.weights
+      prepared, spec = qmatrix.prepare(w, layer), layer.weights
       learned = spec.scale == "learned"
       scale = jnp.exp(variables["params"]["log_scale"][-1]).reshape(1, 1) if learned else quantizers.scale_of(prepared, spec, 0)
-      return weights.Weight(*quantizers.forward(prepared, scale, spec)[0])
+      return qmatrix.QuantizedMatrix(*quantizers.forward(prepared, scale, spec)[0])
     served = jax.jit(codes)(w)
     every[f"{backend}, trained"] = jax.jit(trained)(x, w)[0]
     every[f"{backend}, evaluated"] = jax.jit(evaluated)(x, w)

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.quant import jax_backend, quantizers, rotations
+from beyond_outliers.quant import quantizers, rotations
+from beyond_outliers.quant.backends import jax as jax_backend
 from beyond_outliers.quant.quantizers import Quantized
 from beyond_outliers.quant.spec import LayerRecipe
 
 
-class Weight(NamedTuple):
+class QuantizedMatrix(NamedTuple):
   """The matrix [K, O] of a linear layer as codes · scale, in the basis that its recipe rotates to.
 
   Stacked layers have the depth as the first axis of every field. `codes` comes first: flax compares its shape with the array's.
@@ -30,7 +31,7 @@ def prepare(w_KxO: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = N
   return rotations.rotate(w_KxO if smooth_K is None else w_KxO / smooth_K[:, None], layer.rotation, 0)
 
 
-def multiply(x_TxK: jax.Array, weight: Weight, layer: LayerRecipe | None, scale: Any = None) -> jax.Array:
+def multiply(x_TxK: jax.Array, weight: QuantizedMatrix, layer: LayerRecipe | None, scale: Any = None) -> jax.Array:
   """[T, O], float32 or wider: to the bit what `jax_backend.dot_general` makes of the matrix before it was quantized, if it was
   rounded to nearest and all of its stack are alike. layer None: the input as it is. scale: a learned one, of the activations."""
   wide = jnp.promote_types(x_TxK.dtype, jnp.float32)
@@ -49,7 +50,7 @@ def plain_product() -> Any:
   return lambda lhs, rhs, dimension_numbers: multiply(lhs, rhs, None)
 
 
-def dequantize(weight: Weight, layer: LayerRecipe) -> jax.Array:
+def dequantize(weight: QuantizedMatrix, layer: LayerRecipe) -> jax.Array:
   """The matrix [K, O] that the layer multiplies with, in the basis of the input."""
   w_KxO = rotations.unrotate(quantizers.dequantize(Quantized(weight.codes, weight.scale)), layer.rotation, 0)
   return w_KxO if weight.smooth is None else w_KxO * weight.smooth[:, None]

@@ -33,9 +33,9 @@ from flax import traverse_util
 from beyond_outliers import config
 from beyond_outliers.checks import require
 from beyond_outliers.quant.grids import Uniform
+from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.recipes import Recipe, at_depth, stacked
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
-from beyond_outliers.quant.weights import Weight
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantized.json"
 VERSION = 1                      # of what the docstring says
@@ -48,7 +48,7 @@ def pack(q: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   tensors: dict[str, np.ndarray] = {}
   shapes: dict[str, list[int]] = {}
   for path, leaf in traverse_util.flatten_dict(q.params, sep="/").items():
-    if not isinstance(leaf, Weight):
+    if not isinstance(leaf, QuantizedMatrix):
       tensors[path] = np.asarray(leaf)
       continue
     for path_of_one, weight in matrices(path, leaf):
@@ -78,7 +78,7 @@ def unpack(tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) ->
     stacks.setdefault(stacked(path), []).append(
       _unpack_matrix(parts, shape, _weights_spec(recipe, path)))
   params = {path: jnp.asarray(array) for path, array in rest.items()}
-  params |= {path: _stack(each) if path.startswith("layers/") else Weight(*each[0]) for path, each in stacks.items()}
+  params |= {path: _stack(each) if path.startswith("layers/") else QuantizedMatrix(*each[0]) for path, each in stacks.items()}
   return _model(description["model"]), traverse_util.unflatten_dict(params, sep="/"), recipe, description["method"]
 
 
@@ -102,7 +102,7 @@ def read(directory: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   return safetensors.numpy.load_file(directory / TENSORS), json.loads((directory / DESCRIPTION).read_text())
 
 
-def matrices(path: str, weight: Weight) -> list[tuple[str, Weight]]:
+def matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:
   """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or of the one matrix."""
   if not path.startswith("layers/"):
     return [(path, weight)]
@@ -133,7 +133,7 @@ def _weights_spec(recipe: Recipe, path: str) -> QuantSpec | None:
   return layer.weights if layer else None
 
 
-def _pack_matrix(weight: Weight, spec: QuantSpec | None) -> dict[str, np.ndarray]:
+def _pack_matrix(weight: QuantizedMatrix, spec: QuantSpec | None) -> dict[str, np.ndarray]:
   """spec None: one that is not quantized, in a stack of others that are."""
   codes_KxO, scale = np.asarray(weight.codes), np.asarray(weight.scale)
   if spec is None:
@@ -146,7 +146,7 @@ def _pack_matrix(weight: Weight, spec: QuantSpec | None) -> dict[str, np.ndarray
 
 
 def _unpack_matrix(parts: Mapping[str, np.ndarray], shape: list[int], spec: QuantSpec | None) -> tuple[Any, Any, Any]:
-  """The fields of a Weight, on the host."""
+  """The fields of a QuantizedMatrix, on the host."""
   scale, smooth = _unpack_scale(parts), parts.get("smooth")
   if spec is None:
     return parts["codes"], scale, smooth
@@ -180,12 +180,12 @@ def _unpack_scale(parts: Mapping[str, np.ndarray]) -> np.ndarray:
   return parts["scale"]
 
 
-def _stack(each: list[tuple[Any, Any, Any]]) -> Weight:
+def _stack(each: list[tuple[Any, Any, Any]]) -> QuantizedMatrix:
   """As it was before it was saved: where the layers' codes were of several types, they all were floats."""
   codes, scales, smooths = zip(*each, strict=True)
   kinds = {of_one.dtype for of_one in codes}
   codes = np.stack([of_one if len(kinds) == 1 else of_one.astype(np.float32) for of_one in codes])
-  return Weight(jnp.asarray(codes), jnp.asarray(np.stack(scales)), None if smooths[0] is None else jnp.asarray(np.stack(smooths)))
+  return QuantizedMatrix(jnp.asarray(codes), jnp.asarray(np.stack(scales)), None if smooths[0] is None else jnp.asarray(np.stack(smooths)))
 
 
 def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beyond_outliers.quant import quantizers, rotations, weights
-from beyond_outliers.quant.calibration import Inputs
+from beyond_outliers.quant import qmatrix, quantizers, rotations
+from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.spec import LayerRecipe
 
 ALPHA = 0.5                      # SmoothQuant's: the official default
@@ -50,7 +50,7 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
 
 def output_error(w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
   """Mean squared norm of what rounding the weights to nearest changes in the layer's output, its inputs being as they are."""
-  w = weights.prepare(w_KxO, layer, smooth_K)
+  w = qmatrix.prepare(w_KxO, layer, smooth_K)
   spec: Any = layer.weights
   codes = quantizers.forward(w, quantizers.scale_of(w, spec, 0), spec)[0]
   error_KxO = rotations.unrotate(quantizers.dequantize(codes) - w, layer.rotation, 0) * smooth_K[:, None]

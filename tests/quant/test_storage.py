@@ -8,7 +8,7 @@ import pytest
 
 from beyond_outliers import checkpoint, config, quant
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, formats, ptq
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, ptq, storage
 
 MODEL = config.Model(
   vocab=64, blocks=2, heads=4, kv_heads=2, d_head=32, d_model=128, mlp_hidden=160, mlp="relu2", norm_placement="post",
@@ -56,8 +56,8 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
   q = ptq.quantize(*fresh(EVERY[name]), EVERY[name])
   q.save(tmp_path / "a")
   assert_same(quant.load(tmp_path / "a"), q)
-  tensors, _ = formats.read(tmp_path / "a")
-  file = tmp_path / "a" / formats.TENSORS
+  tensors, _ = storage.read(tmp_path / "a")
+  file = tmp_path / "a" / storage.TENSORS
   header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
   assert file.stat().st_size == header + sum(array.nbytes for array in tensors.values()) == header + q.size_bytes
   for path in (f"layers/{depth}/{linear}" for depth in range(2) for linear in transformer.linear_paths(MODEL)):
@@ -108,9 +108,9 @@ def test_digits_are_those_of_a_number_in_their_base(bits):
   for start in range(0, digits.size, a_word):
     word = digits.reshape(-1)[start:start + a_word].tolist()
     expected += sum(digit * base**place for place, digit in enumerate(word)).to_bytes(8, "little")
-  packed = formats.pack_digits(digits, bits)
+  packed = storage.pack_digits(digits, bits)
   assert packed.dtype == np.uint8 and packed.tobytes() == expected
-  np.testing.assert_array_equal(formats.unpack_digits(packed, bits, digits.shape), digits)
+  np.testing.assert_array_equal(storage.unpack_digits(packed, bits, digits.shape), digits)
   if bits == 4:
     np.testing.assert_array_equal(packed[:80] & 15, digits.reshape(-1)[:160:2])
     np.testing.assert_array_equal(packed[:80] >> 4, digits.reshape(-1)[1:160:2])
@@ -120,7 +120,7 @@ def test_odd_codes_of_four_bits_lie_in_four_bits(tmp_path):
   """2k + 1 as k + 8: what QuEST trains is stored whole."""
   q = ptq.quantize(*fresh(RECIPES["quest_w4a4"]), RECIPES["quest_w4a4"])
   q.save(tmp_path / "a")
-  stored = formats.read(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
+  stored = storage.read(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
   codes = np.asarray(q.params["layers"]["mlp"]["down"]["kernel"].codes[1], np.int32)
   assert set(np.unique(codes)) == set(range(-15, 16, 2)) and stored.nbytes == codes.size // 2
   nibbles = np.stack([stored & 15, stored >> 4], -1).reshape(codes.shape).astype(np.int32)
@@ -134,13 +134,13 @@ def test_what_is_refused(tmp_path):
     q.save(tmp_path / "a")
   with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
     quant.load(tmp_path)
-  tensors, description = formats.read(tmp_path / "a")
+  tensors, description = storage.read(tmp_path / "a")
   for change, message in (({"version": 2}, "version = 2: this program reads version 1"),
                           ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'")):
     with pytest.raises(config.ConfigError, match=message):
-      formats.unpack(tensors, {**description, **change})
+      storage.unpack(tensors, {**description, **change})
   del tensors["layers/1/mlp/up/kernel/codes"]
   with pytest.raises(config.ConfigError, match="layers/1/mlp/up/kernel/codes = None: missing"):
-    formats.unpack(tensors, description)
-  text = (tmp_path / "a" / formats.DESCRIPTION).read_text()
+    storage.unpack(tensors, description)
+  text = (tmp_path / "a" / storage.DESCRIPTION).read_text()
   assert json.loads(text) == json.loads(json.dumps(description))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import lax
 
-from beyond_outliers.quant import weights
+from beyond_outliers.quant import qmatrix
 
 Batch = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class _Watched(nn.Module):
   def __call__(self, lhs, rhs, dimension_numbers):
     del dimension_numbers
     self.sow("intermediates", "x", lhs)
-    return weights.multiply(lhs, weights.Weight(rhs, jnp.ones((1, 1), jnp.float32)), None)
+    return qmatrix.multiply(lhs, qmatrix.QuantizedMatrix(rhs, jnp.ones((1, 1), jnp.float32)), None)
 
 
 def watched(path: str) -> Any:

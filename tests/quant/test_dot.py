@@ -9,7 +9,9 @@ import reference
 from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers import config, mesh
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, aqt_backend, dot_general_for, jax_backend
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for
+from beyond_outliers.quant.backends import aqt as aqt_backend
+from beyond_outliers.quant.backends import jax as jax_backend
 from beyond_outliers.quant.dot import BACKENDS
 from beyond_outliers.quant.quantizers import fake_quantize
 

@@ -9,7 +9,7 @@ import pytest
 from beyond_outliers import config, hlo, step
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize, quantize, statistics
+from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize, metrics, quantize
 from beyond_outliers.quant.rotations import rotate, unrotate
 
 # Heads are as wide as a rotation's block: see test_model.py.
@@ -48,7 +48,7 @@ def sqnr(x, became):
 def test_four_bits_of_quest_on_normal_numbers(operand, axis):
   """arXiv 2502.05003: half a step beyond the largest level lies 0.73 % of a normal distribution, and 0.0115 of it is error."""
   x = np.random.default_rng(3).standard_normal((512, 512), np.float32)
-  sums, _ = jax.jit(lambda x: statistics.measure(x, getattr(QUEST, operand), axis))(x)
+  sums, _ = jax.jit(lambda x: metrics.measure(x, getattr(QUEST, operand), axis))(x)
   assert float(sums.masked / sums.count) == pytest.approx(0.0073, abs=3e-4)
   assert float(sums.error / sums.signal) == pytest.approx(0.0115, abs=2e-4)
   # 2.5139 standard deviations: the largest level.
@@ -72,7 +72,7 @@ def test_sums_are_those_of_fake_quantization(name):
 
   @jax.jit
   def compute(x):
-    sums, codes = statistics.measure(x, spec, 0, scale)
+    sums, codes = metrics.measure(x, spec, 0, scale)
     became, back = jax.vjp(lambda x: fake_quantize(x, spec, 0, scale=scale), x)
     # A gradient of ones in the basis that is quantized.
     passed = rotate(back(unrotate(jnp.ones_like(x), spec.rotation, 0))[0], spec.rotation, 0)
@@ -89,7 +89,7 @@ def test_sums_are_those_of_fake_quantization(name):
 def test_the_largest_number_under_absmax_is_not_clipped():
   """Though it divided by its scale may come out beyond the largest level."""
   x = np.random.default_rng(5).standard_normal((2048, 3)).astype(np.float32)
-  assert float(jax.jit(lambda x: statistics.measure(x, QuantSpec(4), 1)[0].clipped)(x)) == 0
+  assert float(jax.jit(lambda x: metrics.measure(x, QuantSpec(4), 1)[0].clipped)(x)) == 0
 
 
 def test_what_crosses_a_boundary():
@@ -97,7 +97,7 @@ def test_what_crosses_a_boundary():
   c, recipe = dataclasses.replace(MODEL, blocks=1), RECIPES["quest_w4a4"]
   params = params_of(transformer.Transformer(c))
   linears = lambda tree: transformer.linears(c, tree)
-  of_weights = jax.jit(lambda before: statistics.of_weights(recipe, linears(params), linears(before)))
+  of_weights = jax.jit(lambda before: metrics.of_weights(recipe, linears(params), linears(before)))
   crossed = lambda change: float(of_weights(jax.tree.map(change, params))["quant/weights/crossed"])
   assert crossed(lambda x: x) == crossed(lambda x: 2 * x) == 0
   assert crossed(jnp.negative) == pytest.approx(1, abs=1e-6)
@@ -174,7 +174,7 @@ def test_scanned_unrolled_and_sharded_are_one(name):
 
   linears = lambda tree: transformer.linears(MODEL, tree)
   with mesh_lib.use(mesh):
-    of_weights = jax.jit(lambda params, before: statistics.of_weights(recipe, linears(params), linears(before)),
+    of_weights = jax.jit(lambda params, before: metrics.of_weights(recipe, linears(params), linears(before)),
                          in_shardings=(shardings, shardings))
     program = hlo.instructions(of_weights.lower(params, before).compile().as_text())
   # Scales, one an output channel of the widest layer, are the most that devices tell each other.

@@ -1,0 +1,1 @@
+"""What multiplies quantized operands: AQT's dot_general, or plain JAX."""
