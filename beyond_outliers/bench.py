@@ -42,15 +42,15 @@ from beyond_outliers import (
   costs,
   data,
   hardware,
-  loop,
   optim,
   quant,
   text_table,
 )
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import program as program_lib
-from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
+from beyond_outliers.train import loop
+from beyond_outliers.train import program as program_lib
+from beyond_outliers.train import step as step_lib
 
 OPTIMIZERS = flags.DEFINE_bool("optimizers", None, "Time optimizers' steps, and the peers', instead of a run's.")
 ON_PAPER = flags.DEFINE_enum("on_paper", None, list(config.SIZES), "Count what optimizers cost a device at this size.")

@@ -24,11 +24,11 @@ import numpy as np
 
 from beyond_outliers import config, hardware, quant, text_table
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import program as program_lib
-from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
 from beyond_outliers.ops import dot
 from beyond_outliers.quant.backends import aqt as aqt_backend
+from beyond_outliers.train import program as program_lib
+from beyond_outliers.train import step as step_lib
 
 TOKENS, INPUTS, OUTPUTS = 2048, 768, 2304
 NUMBERS = (((1,), (0,)), ((), ()))

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from beyond_outliers import config, hardware, scoring
+from beyond_outliers import config, hardware
+from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.model import transformer
 
 QUESTIONS, CHOICES = 64, 4
@@ -28,7 +29,7 @@ def run(size: str, repeats: int) -> dict[str, Any]:
   params = jax.jit(lambda: transformer.init(model, c.seed))()
   pairs = questions(draw, c.model.vocab, c.context)
   tokens_RxL = draw.integers(0, c.model.vocab, (max(1, BATCH_TOKENS // c.context), c.context)).astype(np.int32)
-  scorer = scoring.Scorer(model, params, context=c.context, batch_tokens=BATCH_TOKENS)
+  scorer = loglikelihood.Scorer(model, params, context=c.context, batch_tokens=BATCH_TOKENS)
   forward = jax.jit(lambda params: model.apply({"params": params}, tokens_RxL))
   scored = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
   for call in (lambda: scorer.score(pairs), lambda: forward(params)):
@@ -43,12 +44,12 @@ def run(size: str, repeats: int) -> dict[str, Any]:
           "ratio": statistics.median(ours / plain for ours, plain in rates)}
 
 
-def questions(draw: np.random.Generator, vocab: int, context: int) -> list[scoring.Pair]:
+def questions(draw: np.random.Generator, vocab: int, context: int) -> list[loglikelihood.Pair]:
   """Contexts of an eighth to three quarters of a window, each with choices of up to an eighth."""
   pairs = []
   for _ in range(QUESTIONS):
     shared = draw.integers(0, vocab, draw.integers(context // 8, 3 * context // 4)).tolist()
-    pairs += [scoring.Pair(shared, draw.integers(0, vocab, draw.integers(1, context // 8)).tolist()) for _ in range(CHOICES)]
+    pairs += [loglikelihood.Pair(shared, draw.integers(0, vocab, draw.integers(1, context // 8)).tolist()) for _ in range(CHOICES)]
   return pairs
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from beyond_outliers import config, flops, hlo, text_table
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import program as program_lib
 from beyond_outliers.model import transformer
+from beyond_outliers.train import program as program_lib
 
 Mesh = tuple[int, int, int]                  # devices along data, fsdp and model
 

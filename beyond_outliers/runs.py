@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
-from beyond_outliers import checkpoint, data, quant, results, writers
+from beyond_outliers import checkpoint, data, quant, writers
 from beyond_outliers import config as config_lib
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.evaluate import results
 from beyond_outliers.model import transformer
 
 if TYPE_CHECKING:

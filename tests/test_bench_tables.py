@@ -18,7 +18,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def told():
-  return commands.answers("bench", [arguments for arguments, _ in REFUSED])[0]
+  return commands.answers("bench.__main__", [arguments for arguments, _ in REFUSED])[0]
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: " ".join(REFUSED[number][0]))

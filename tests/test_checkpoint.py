@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import logging as absl_logging
 
-from beyond_outliers import checkpoint, config, mesh, step
+from beyond_outliers import checkpoint, config, mesh
+from beyond_outliers.train import step
 
 OPTIONS = config.Checkpoint(every=1, keep=3, keep_every=0, verify=True)
 

@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers import program as program_lib
 from beyond_outliers.model import transformer
+from beyond_outliers.train import program as program_lib
 from configs import adamw, base
 
 CONFIGS = pathlib.Path(base.__file__).parent

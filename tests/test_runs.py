@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, mesh, runs, train, writers
-from beyond_outliers import program as program_lib
+from beyond_outliers.train import program as program_lib
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,12 @@ def test_parameters_of_eight_devices_on_one(workdir):
 
 def test_batches_and_the_recorded_loss_agree(workdir):
   """The model, parameters and validation batches that `runs` hands out give the loss that the run wrote down."""
-  from beyond_outliers import evaluation, step
+  from beyond_outliers.evaluate import metrics
+  from beyond_outliers.train import step
   run = runs.open(workdir)
   eval_step = jax.jit(step.make_eval_step(run.model, run.config.data.mask_documents))
   params = run.params()
-  got = evaluation.evaluate(lambda batch: jax.tree.map(np.asarray, eval_step(params, dict(batch))),
+  got = metrics.evaluate(lambda batch: jax.tree.map(np.asarray, eval_step(params, dict(batch))),
                             run.batches("validation"), run.dataset.bytes("validation"))
   recorded = run.metrics()
   np.testing.assert_allclose(got["loss"], recorded["eval/loss"].iloc[-1], rtol=1e-6)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from beyond_outliers import results
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 from beyond_outliers.analysis.gaps import Estimate
 from beyond_outliers.checks import ConfigError, nearest, require
+from beyond_outliers.evaluate import results
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]

@@ -19,9 +19,9 @@ import pandas as pd
 from flax import traverse_util
 
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import step as step_lib
 from beyond_outliers.model import layers, transformer
 from beyond_outliers.quant import QuantSpec, fake_quantize, recipes
+from beyond_outliers.train import step as step_lib
 
 # A channel is an outlier if its RMS is so many times the median channel's. LLM.int8() (arXiv 2208.07339, section 4.1) calls
 # magnitudes of at least 6 outliers, which only means something where all models have activations of one scale.

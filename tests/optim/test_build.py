@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from beyond_outliers import config, hyperparameters, optim
-from beyond_outliers import program as program_lib
 from beyond_outliers.optim import groups
+from beyond_outliers.train import program as program_lib
 from configs import adamw, base
 
 SCHEDULE = config.Schedule("constant", 0.0, 0.0, 0.0, 0.0)

@@ -18,10 +18,10 @@ import pytest
 
 import configs
 from beyond_outliers import checkpoint, config, mesh, optim
-from beyond_outliers import program as program_lib
 from beyond_outliers.mesh import Axes
 from beyond_outliers.optim import blocks
-from beyond_outliers.step import TrainState, init_state
+from beyond_outliers.train import program as program_lib
+from beyond_outliers.train.step import TrainState, init_state
 
 # Such that six steps on tiny matrices see all of a row: decay, several blocks a matrix, roots or bases renewed between steps; and
 # such that rounding is not amplified: square blocks, whose factors have full rank, and an eps far above the noise of vectors',

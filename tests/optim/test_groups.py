@@ -7,8 +7,8 @@ import pytest
 
 import configs.adamw
 from beyond_outliers import config
-from beyond_outliers import program as program_lib
 from beyond_outliers.optim import groups
+from beyond_outliers.train import program as program_lib
 
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 TREE = {"embedding": 0, "layers": {"attention": {"q": {"kernel": 0}, "scale": 0}, "norm": {"gain": 0}}, "final_norm": {"gain": 0}}

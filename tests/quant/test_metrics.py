@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers import config, hlo, step
+from beyond_outliers import config, hlo
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize, metrics, quantize
 from beyond_outliers.quant.rotations import rotate, unrotate
+from beyond_outliers.train import step
 
 # Heads are as wide as a rotation's block: see test_model.py.
 MODEL = config.Model(

@@ -10,9 +10,9 @@ import pytest
 
 from beyond_outliers import config, train
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import program as program_lib
 from beyond_outliers.model import loss, transformer
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize
+from beyond_outliers.train import program as program_lib
 from configs import adamw, shampoo_qat
 
 # Heads are as wide as a rotation's block. In a block of two heads that share a key-value head, those of the first token, which

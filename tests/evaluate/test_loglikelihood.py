@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers import config, mesh, scoring
+from beyond_outliers import config, mesh
+from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.model import hf, hf_config, transformer
 
 CONTEXT = 24
@@ -23,7 +24,7 @@ def olmo2(**changes):
 def pairs():
   """Contexts and continuations of 1 to 40 and 1 to CONTEXT tokens: many lose their beginning."""
   draw = np.random.default_rng(1)
-  return [scoring.Pair(draw.integers(0, 64, draw.integers(1, 41)).tolist(),
+  return [loglikelihood.Pair(draw.integers(0, 64, draw.integers(1, 41)).tolist(),
                        draw.integers(0, 64, draw.choice([1, 1, 2, 5, 9, CONTEXT])).tolist()) for _ in range(60)]
 
 
@@ -54,9 +55,9 @@ def test_scores_of_a_hugging_face_directory_are_those_of_the_plain_pass(pairs, d
   hf.save(*olmo2(), tmp_path / "olmo2")
   model, params = hf.load(tmp_path / "olmo2")
   # Some continuations that the model would choose itself.
-  scorer = scoring.Scorer(model, params, context=CONTEXT)
+  scorer = loglikelihood.Scorer(model, params, context=CONTEXT)
   chosen = scorer.generate([context for context, _ in pairs[:5]], [4] * 5, lambda *_: False)
-  asked = [*pairs, *(scoring.Pair(context[-20:], ids) for (context, _), ids in zip(pairs, chosen, strict=False))]
+  asked = [*pairs, *(loglikelihood.Pair(context[-20:], ids) for (context, _), ids in zip(pairs, chosen, strict=False))]
   got = scorer.score(asked)
   assert_close(got, [directly(model, params, pair) for pair in asked])
   assert 5 <= sum(first for _, first in got) < len(asked)
@@ -64,24 +65,24 @@ def test_scores_of_a_hugging_face_directory_are_those_of_the_plain_pass(pairs, d
 
 def test_scores_do_not_depend_on_batches_order_or_devices(pairs):
   model, params = olmo2()
-  expected = scoring.Scorer(model, params, context=CONTEXT).score(pairs)
+  expected = loglikelihood.Scorer(model, params, context=CONTEXT).score(pairs)
   # So small that a batch has two rows and the head sees few columns at once.
-  assert_close(scoring.Scorer(model, params, context=CONTEXT, batch_tokens=48).score(pairs), expected)
+  assert_close(loglikelihood.Scorer(model, params, context=CONTEXT, batch_tokens=48).score(pairs), expected)
   order = np.random.default_rng(2).permutation(len(pairs))
-  shuffled = scoring.Scorer(model, params, context=CONTEXT).score([pairs[i] for i in order])
+  shuffled = loglikelihood.Scorer(model, params, context=CONTEXT).score([pairs[i] for i in order])
   assert_close(shuffled, [expected[i] for i in order])
   eight = mesh.make_mesh(config.Mesh(data=2, fsdp=2, model=2))
   placed = jax.device_put(params, mesh.shardings(transformer.boxed_shapes(model), eight))
-  assert_close(scoring.Scorer(model, placed, context=CONTEXT, mesh=eight, batch_tokens=48).score(pairs), expected)
+  assert_close(loglikelihood.Scorer(model, placed, context=CONTEXT, mesh=eight, batch_tokens=48).score(pairs), expected)
 
 
 def test_few_programs_and_no_logits_that_nobody_asked_for():
   model, params = olmo2()
   draw = np.random.default_rng(3)
-  scorer = scoring.Scorer(model, params, context=256)
+  scorer = loglikelihood.Scorer(model, params, context=256)
   assert {scorer._length(n) for n in range(1, 257)} == {12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
   # 16 rows of 32 tokens, 4 of them scored.
-  jaxpr = jax.make_jaxpr(lambda *arrays: scoring.score(model, params, *arrays, columns=4))(
+  jaxpr = jax.make_jaxpr(lambda *arrays: loglikelihood.score(model, params, *arrays, columns=4))(
     *(draw.integers(0, 4, (16, n)) for n in (32, 4, 4)))
   wide = {variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars if variable.aval.shape[-1:] == (64,)}
   assert max(wide) == 16 * 4 * 64
@@ -102,20 +103,20 @@ def test_greedy_continuations_are_those_of_one_token_at_a_time(batch_tokens):
       padded = np.array([ids + [0] * (CONTEXT - len(ids))])
       ids.append(int(np.argmax(forward({"params": params}, padded)[0, len(ids) - 1])))
     expected.append(ids[start:])
-  scorer = scoring.Scorer(model, params, context=CONTEXT, batch_tokens=batch_tokens)
+  scorer = loglikelihood.Scorer(model, params, context=CONTEXT, batch_tokens=batch_tokens)
   assert scorer.generate(prompts, limits, lambda number, ids: False) == expected
   # Rows that ended keep what they have, the others go on.
   got = scorer.generate(prompts, limits, lambda number, ids: number == 0)
-  assert got == [expected[0][: scoring.AT_ONCE], *expected[1:]]
+  assert got == [expected[0][: loglikelihood.AT_ONCE], *expected[1:]]
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * (CONTEXT + 1))])
 def test_what_cannot_be_scored_is_refused(context, continuation):
   with pytest.raises(config.ConfigError, match=r"context = 24: .* to score"):
-    scoring.Scorer(*olmo2(), context=CONTEXT).score([scoring.Pair(context, continuation)])
+    loglikelihood.Scorer(*olmo2(), context=CONTEXT).score([loglikelihood.Pair(context, continuation)])
 
 
 @pytest.mark.parametrize("limit", [0, CONTEXT])
 def test_a_limit_without_room_is_refused(limit):
   with pytest.raises(config.ConfigError, match=r"context = 24: .* new tokens"):
-    scoring.Scorer(*olmo2(), context=CONTEXT).generate([[1]], [limit], lambda *_: False)
+    loglikelihood.Scorer(*olmo2(), context=CONTEXT).generate([[1]], [limit], lambda *_: False)

@@ -13,9 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import cells, config, data, evaluate, results, runs, sources, train, writers, zero_shot_tasks
+from beyond_outliers import config, data, runs, train, writers
 from beyond_outliers.analysis import degradation
 from beyond_outliers.data import tfds, tokenizers
+from beyond_outliers.evaluate import evaluator as evaluator_lib
+from beyond_outliers.evaluate import job as job_lib
+from beyond_outliers.evaluate import offline_tasks, results, target
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,8 +47,8 @@ def quantized_workdir(tiny_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(workdir):
   """(run, evaluator, its cells at step 2 by method)"""
-  source = sources.of_run(workdir)
-  evaluator = cells.Evaluator(source, cells.plan(source, *PLAN), windows=12)
+  source = target.of_run(workdir)
+  evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, *PLAN), windows=12)
   params = source.params(2)
   assert evaluator.missing(2) == evaluator.cells and len(evaluator.cells) == 3
   return runs.open(workdir), evaluator, {cell.method: evaluator.measure(2, params, cell) for cell in evaluator.missing(2)}
@@ -65,7 +68,7 @@ def test_the_model_as_it_is_has_the_outliers_that_training_records(measured):
   metrics = {name: value for name, value in found["none"]["metrics"].items() if name.startswith("outliers/")}
   assert metrics.keys() == recorded.keys() and len(metrics) == 6 * 4
   assert metrics == pytest.approx(recorded, rel=1e-4)
-  assert not any("outliers" in name for name in found["rtn"]["metrics"]) and "outliers" not in cells.table([found["none"]])
+  assert not any("outliers" in name for name in found["rtn"]["metrics"]) and "outliers" not in evaluator_lib.table([found["none"]])
 
 
 def test_a_cell_compares_with_full_precision(measured):
@@ -96,7 +99,7 @@ def test_a_cell_is_read_alone(measured):
   assert written["packages"]["jax"] == jax.__version__ and written["seconds"]["evaluate"] > 0
   assert found["gptq"]["settings"]["calibration_windows"] == 12 and found["rtn"]["settings"]["calibration_windows"] == 0
   assert len(list((run.path / "eval").iterdir())) == 3
-  assert len(cells.table(evaluator.results()).splitlines()) == 4
+  assert len(evaluator_lib.table(evaluator.results()).splitlines()) == 4
 
 
 def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_path):
@@ -104,11 +107,11 @@ def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_pat
   shutil.copytree(workdir, tmp_path / "run")
   before = {path: path.read_text() for path in (tmp_path / "run" / "eval").iterdir()}
   none = measured[1].cells[:1]
-  quick = cells.Evaluator(sources.of_run(tmp_path / "run", documents=2), none)
+  quick = evaluator_lib.Evaluator(target.of_run(tmp_path / "run", documents=2), none)
   assert quick.missing(2) == none
   found = quick.measure(2, quick.source.params(2), none[0])
   assert found["metrics"]["documents"] == 2 and quick.missing(2) == [] and quick.results() == [found]
-  whole = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  whole = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
   assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
   assert {path: path.read_text() for path in before} == before
   every = degradation.cells([runs.open(tmp_path / "run")])
@@ -124,7 +127,7 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   manifest = json.loads((other / "manifest.json").read_text())
   (other / "manifest.json").write_text(json.dumps({**manifest, "id": "another"}))
   (one / "manifest.json").write_text(json.dumps({**manifest, "resumed": [manifest]}))
-  resumed, new = (cells.Evaluator(sources.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
+  resumed, new = (evaluator_lib.Evaluator(target.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
                   for folder in (one, other))
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
   for folder in (one, other):
@@ -140,7 +143,7 @@ def test_what_is_no_cell_counts_as_missing_and_is_named_once(content, workdir, m
   for broken in (path, tmp_path / "eval" / "foo-bar.json"):
     broken.write_text(content)
   said = []
-  evaluator = cells.Evaluator(sources.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append)
+  evaluator = evaluator_lib.Evaluator(target.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append)
   assert evaluator.missing(2) == [measured[1].cells[1]]
   assert evaluator.results() == [measured[2]["none"], measured[2]["gptq"]]
   assert sorted(line.partition(" ")[0] for line in said) == sorted([str(path), str(tmp_path / "eval" / "foo-bar.json")])
@@ -156,7 +159,7 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
     settings = {name: value for name, value in cell["settings"].items() if name != "version"} | {"trained": run.manifest["time"]}
     old = {**cell, "settings": settings, "tasks": {"piqa": {"acc": 0.5}}, "asked": ["piqa"]}
     (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
-  evaluator = cells.Evaluator(sources.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  evaluator = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
   assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
   found = degradation.cells([run])
   assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
@@ -167,19 +170,19 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
 def test_only_what_the_settings_change_is_measured_again(measured, workdir, monkeypatch):
   _, evaluator, _ = measured
   assert evaluator.missing(2) == [] and evaluator.missing(1) == evaluator.cells
-  again = lambda windows=12, **options: cells.Evaluator(sources.of_run(workdir, **options), evaluator.cells, windows=windows)
+  again = lambda windows=12, **options: evaluator_lib.Evaluator(target.of_run(workdir, **options), evaluator.cells, windows=windows)
   assert again().missing(2) == []
   assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
   assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
   assert again(batch_size=16).missing(2) == []
-  monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
+  monkeypatch.setattr(evaluator_lib, "VERSION", evaluator_lib.VERSION + 1)
   assert again().missing(2) == evaluator.cells
 
 
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
 def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader, workdir, corpus, tiny_config, tmp_path):
   """And however many readers a run has."""
-  source = sources.of_run(workdir)
+  source = target.of_run(workdir)
   if reader == "tfds":
     texts = (path.read_text() for path in sorted(corpus.iterdir()))
     records = {"data.source": "tfds", "data.path": tfds.write(texts, str(tmp_path)), "data.reader": "tfds",
@@ -188,7 +191,7 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader,
     source = dataclasses.replace(source, dataset=data.prepare(section, log=lambda text: None), data=section)
 
   def calibration(**options):
-    return cells.Evaluator(dataclasses.replace(source, **options), [], tmp_path, windows=12).calibration
+    return evaluator_lib.Evaluator(dataclasses.replace(source, **options), [], tmp_path, windows=12).calibration
   batches = calibration()
   assert [len(batch["tokens"]) for batch in batches] == [8, 4]
   whole = np.concatenate([batch["tokens"] for batch in batches])
@@ -216,9 +219,9 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
     placed = {leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)}
     asked.append((placed, [task.name for task in tasks], context, prefix, bos))
     return {task.name: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
-  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run))
-  source = sources.of_run(workdir)
-  make = lambda tasks: cells.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
+  monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run))
+  source = target.of_run(workdir)
+  make = lambda tasks: evaluator_lib.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
   with_tasks, others = make(["piqa"]), make(["arc_easy"])
   assert with_tasks.missing(2) == evaluator.cells[:2]
   params, cell = source.params(2), evaluator.cells[1]
@@ -227,8 +230,8 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
   assert with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
   assert asked == [({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")]
-  assert "piqa/acc" in cells.table([found_too]) and "stderr" not in cells.table([found_too])
-  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run, "others of that name"))
+  assert "piqa/acc" in evaluator_lib.table([found_too]) and "stderr" not in evaluator_lib.table([found_too])
+  monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run, "others of that name"))
   assert make(["piqa"]).missing(2) == evaluator.cells[:2] and make(["piqa"]).results()[1]["tasks"] == {}
   both, = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
   assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
@@ -238,7 +241,7 @@ def test_the_table_of_a_model_that_broke_has_empty_places(measured):
   """NaN and infinity are null in JSON, each by itself."""
   cell = measured[2]["rtn"]
   broken = {**cell["metrics"], "loss_difference": None, "loss_difference_interval": [0.5, None], "kl": None}
-  _, row = cells.table([{**cell, "metrics": broken}]).splitlines()[:2]
+  _, row = evaluator_lib.table([{**cell, "metrics": broken}]).splitlines()[:2]
   assert "…" not in row and f"{cell['metrics']['agreement']:.1%}" in row
 
 
@@ -251,14 +254,14 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_p
 
   def quantize(*arguments, **options):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-  monkeypatch.setattr(cells, "_zero_shot", lambda: harness(run))
-  source = sources.of_run(workdir)
-  plan = cells.plan(source, *PLAN)
-  monkeypatch.setattr(cells.quant.ptq, "quantize", quantize)
-  evaluator = cells.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
-  job = evaluate.Job(source, evaluator, evaluate.Progress())
+  monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run))
+  source = target.of_run(workdir)
+  plan = evaluator_lib.plan(source, *PLAN)
+  monkeypatch.setattr(evaluator_lib.quant.ptq, "quantize", quantize)
+  evaluator = evaluator_lib.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
+  job = job_lib.Job(source, evaluator, job_lib.Progress())
   job.once([2])
-  cell, = evaluator.results([2])
+  cell, = evaluator_lib.results([2])
   assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
   assert job.failed and evaluator.missing(2) == plan
   assert [reason.partition(":")[0] for reason in job.skipped[2]] == ["none, none", "rtn_w4a4, rtn", "rtn_w4a4, gptq"]
@@ -269,10 +272,10 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_p
 
 
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
-  source = sources.of_run(quantized_workdir)
-  plan = cells.plan(source, [], ["rtn"])
-  assert plan == [cells.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
-  evaluator = cells.Evaluator(source, plan)
+  source = target.of_run(quantized_workdir)
+  plan = evaluator_lib.plan(source, [], ["rtn"])
+  assert plan == [evaluator_lib.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
+  evaluator = evaluator_lib.Evaluator(source, plan)
   cell = evaluator.measure(2, source.params(2), plan[0])
   written, = files(quantized_workdir, 2, "quest_w4a4", "none")
   assert json.loads(written.read_text())["recipe"] == plan[0].recipe and not evaluator.missing(2)
@@ -281,9 +284,9 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
   seen = {name: cell["metrics"][name] for name in recorded.index if name.startswith("outliers/") and name in cell["metrics"]}
   assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), "as its quantized layers see it"
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
-  assert cells.table([cell]).splitlines()[2:] == [cells.OWN_REFERENCE]
+  assert evaluator_lib.table([cell]).splitlines()[2:] == [evaluator_lib.OWN_REFERENCE]
   with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
-    cells.plan(source, ["rtn_w4a4"], ["gptq"])
+    evaluator_lib.plan(source, ["rtn_w4a4"], ["gptq"])
 
 
 def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir):
@@ -291,20 +294,20 @@ def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir
   with_bos, without = tokenizers.load("bytes").bos, tokenizers.load("bytes").eot
   other = runs.open(workdir).dataset.directory
   for options in ({}, {"dataset": other}):
-    source = sources.of_run(quantized_workdir, **options)
+    source = target.of_run(quantized_workdir, **options)
     assert (source.prefix, source.bos) == (with_bos, True)
-  source = sources.of_run(workdir)
+  source = target.of_run(workdir)
   assert (source.prefix, source.bos) == (without, False)
 
 
 def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
-  source = sources.of_run(workdir)
+  source = target.of_run(workdir)
   with pytest.raises(config.ConfigError, match="learned"):
-    cells.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
+    evaluator_lib.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
   with pytest.raises(config.ConfigError, match=r"attention/q.* 48"):
-    cells.plan(source, ["rtn_w4a16_g128"], ["rtn"])
+    evaluator_lib.plan(source, ["rtn_w4a16_g128"], ["rtn"])
   with pytest.raises(config.ConfigError, match=r"--recipes = 'nvfp4' with --methods = 'rtn_mse': scale = 'mse'"):
-    cells.plan(source, ["nvfp4"], ["rtn", "rtn_mse"])
+    evaluator_lib.plan(source, ["nvfp4"], ["rtn", "rtn_mse"])
 
 
 def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workdir, tmp_path, monkeypatch):
@@ -322,17 +325,16 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
   save(keep=100)
   events = iter([lambda: None, lambda: save(keep=200), lambda: save(keep=None), lambda: ended.append(True)])
   clock = types.SimpleNamespace(sleep=lambda seconds: seconds == POLL and next(events)(), monotonic=float, perf_counter=float)
-  monkeypatch.setattr(evaluate, "time", clock)
-  monkeypatch.setattr(evaluate, "POLL", types.SimpleNamespace(value=POLL))
+  monkeypatch.setattr(job_lib, "time", clock)
 
-  source = sources.of_run(tmp_path / "run")
+  source = target.of_run(tmp_path / "run")
   read, measured, ended = [], [], []
   params = lambda step: read.append(step) or source.params(step)
   watched = dataclasses.replace(source, ended=lambda: bool(ended), params=params)
-  cell = cells.Cell("none", "none")
+  cell = evaluator_lib.Cell("none", "none")
   evaluator = types.SimpleNamespace(missing=lambda step: [cell] * (step not in measured),
                                     measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}})
-  job = evaluate.Job(watched, evaluator, evaluate.Progress())
+  job = job_lib.Job(watched, evaluator, job_lib.Progress(), POLL)
   job.follow()
   assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
   assert next(events, None) is None
@@ -348,19 +350,19 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     measured.add(step)
     there.append(9)
     return {"metrics": {"loss": 1.0}}
-  evaluator = types.SimpleNamespace(missing=lambda step: [cells.Cell("none", "none")] * (step not in measured), measure=measure)
-  evaluate.Job(source, evaluator, evaluate.Progress()).follow([1, 5, 9])
+  evaluator = types.SimpleNamespace(missing=lambda step: [evaluator_lib.Cell("none", "none")] * (step not in measured), measure=measure)
+  job_lib.Job(source, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
   assert measured == {1, 5, 9}
 
 
 def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
   shutil.copytree(workdir, tmp_path / "run")
   status, now, told = writers.Workdir(tmp_path / "run").set_status, [0.0], []
-  source = sources.of_run(tmp_path / "run")
-  monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-  watch = evaluate.Watch(source, types.SimpleNamespace(line=told.append))
+  source = target.of_run(tmp_path / "run")
+  monkeypatch.setattr(job_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+  watch = job_lib.Watch(source, types.SimpleNamespace(line=told.append))
 
-  def look(after=evaluate.SILENCE / 2):
+  def look(after=job_lib.SILENCE / 2):
     now[0] += after
     watch.look()
     return told.pop() if told else None
@@ -384,14 +386,14 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, transformer.init(model, 0)))()
   hf.save(model, params, tmp_path)
   prepared = runs.open(workdir).dataset.directory
-  source = sources.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
+  source = target.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
   assert not source.bos, "there is no tokenizer that would say so"
   described = (tmp_path / "config.json").read_text()
   (tmp_path / "config.json").write_text(json.dumps({**json.loads(described), "rms_norm_eps": 1e-3}))
-  other = sources.of_hugging_face(str(tmp_path), dataset=prepared)
+  other = target.of_hugging_face(str(tmp_path), dataset=prepared)
   assert other.trained != source.trained, "the same parameters, another model"
   (tmp_path / "config.json").write_text(described)
-  evaluator = cells.Evaluator(source, cells.plan(source, ["rtn_w8a8"], ["rtn"]))
+  evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, ["rtn_w8a8"], ["rtn"]))
   as_it_is, rounded = (evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells)
   ids = source.dataset.stream("validation").document(0)
   losses = []
@@ -412,7 +414,7 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   tokenizer.post_processor = library.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 256)])
   tokenizer.save(str(tmp_path / "tokenizer.json"))
   own = data.prepare(tiny_config(**{"data.tokenizer": f"huggingface:{tmp_path}/tokenizer.json"}).data, log=lambda text: None)
-  source = sources.of_hugging_face(str(tmp_path), dataset=own.directory)
+  source = target.of_hugging_face(str(tmp_path), dataset=own.directory)
   assert (source.prefix, source.bos) == (256, True), "the tokenizer decides, whatever parts the documents of the dataset"
 
 
@@ -446,12 +448,12 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   folders = {"run": workdir, "quantized": quantized_workdir, "empty": folder / "empty", "bare": folder / "bare",
              "other": data.prepare(pieces, log=lambda text: None).directory, "own": runs.open(workdir).dataset.directory}
   given = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
-  zero_shot_tasks.write(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
+  offline_tasks.write(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
   with open(folder / "tasks" / "endless.yaml", "a") as file:
     file.write("output_type: generate_until\ngeneration_kwargs: {until: [], max_gen_toks: 1000}\n"
                "metric_list: [{metric: exact_match}]\n")
   fails = [f"--workdir={workdir}", f"--out={folder}", "--documents=1", f"--task_folders={folder}/tasks", "--tasks=endless"]
-  return dict(zip([*REFUSED, "a task"], commands.answers("evaluate", [*given, fails])[0], strict=True))
+  return dict(zip([*REFUSED, "a task"], commands.answers("evaluate.__main__", [*given, fails])[0], strict=True))
 
 
 @pytest.mark.parametrize("what", REFUSED)

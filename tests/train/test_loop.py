@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers import checkpoint, config, loop, optim, step
+from beyond_outliers import checkpoint, config, optim
+from beyond_outliers.train import loop, step
 
 OPTIONS = config.Checkpoint(every=4, keep=100, keep_every=0, verify=False)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, data, mesh, runs, train, writers
-from beyond_outliers import program as program_lib
-from beyond_outliers import step as step_lib
 from beyond_outliers.analysis import outliers
+from beyond_outliers.train import program as program_lib
+from beyond_outliers.train import step as step_lib
 from configs import adamw
 
 # Of this file's run, written down when gradients and AdamW had been checked against their references.

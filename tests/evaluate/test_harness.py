@@ -15,8 +15,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
 from lm_eval.api.instance import Instance  # noqa: E402  (nothing of it where it is missing)
 
-from beyond_outliers import checks, config, mesh, runs, scoring, train, zero_shot, zero_shot_tasks  # noqa: E402
+from beyond_outliers import checks, config, mesh, runs, train  # noqa: E402
 from beyond_outliers.data import tokenizers  # noqa: E402
+from beyond_outliers.evaluate import harness, loglikelihood, offline_tasks  # noqa: E402
 from beyond_outliers.model import hf_config, transformer  # noqa: E402
 
 V, CONTEXT = 258, 32
@@ -46,7 +47,7 @@ def chances():
 
 @pytest.fixture(scope="module")
 def harness_model(chances):
-  return zero_shot.HarnessModel(scoring.Scorer(*bigram(chances), context=CONTEXT), BYTES, prefix=BYTES.eot)
+  return harness.HarnessModel(loglikelihood.Scorer(*bigram(chances), context=CONTEXT), BYTES, prefix=BYTES.eot)
 
 
 def expected(chances, before, text):
@@ -109,7 +110,7 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
   class Doubling(tokenizers.Bytes):
     def encode_batch(self, texts):
       return [np.concatenate([[self.bos], ids]) for ids in super().encode_batch(texts)]
-  make = lambda tokenizer, **options: zero_shot.HarnessModel(scoring.Scorer(model, params, context=CONTEXT), tokenizer, **options)
+  make = lambda tokenizer, **options: harness.HarnessModel(loglikelihood.Scorer(model, params, context=CONTEXT), tokenizer, **options)
   begun, plain = make(BYTES, prefix=BYTES.bos, bos=True), make(BYTES, prefix=BYTES.bos)
   context = BYTES.encode("ab").tolist()
   asked = [("ab", "cd"), ("ab ", "cd"), ("", "cd")]
@@ -129,7 +130,7 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
       ids = [*ids, int(np.argmax(padded[len(ids) - 1]))]
     return ids[-count:]
   for asks, ids in ((begun, [BYTES.bos, *context]), (plain, context)):
-    expected_ids = zero_shot.until(greedy(ids, 6), {BYTES.bos, BYTES.eot})
+    expected_ids = harness.until(greedy(ids, 6), {BYTES.bos, BYTES.eot})
     assert ask(asks.generate_until, ("ab", {"max_gen_toks": 6})) == [BYTES.decode(expected_ids)]
 
 
@@ -137,7 +138,7 @@ def test_what_is_generated_ends_where_the_next_document_begins(chances):
   """The token before documents follows "d" here, and after it the model goes on."""
   log_p_VxV = chances.copy()
   log_p_VxV[ord("d"), BYTES.bos] = log_p_VxV[BYTES.bos, ord("x")] = 50.0
-  harness_model = zero_shot.HarnessModel(scoring.Scorer(*bigram(log_p_VxV), context=CONTEXT), BYTES, prefix=BYTES.bos, bos=True)
+  harness_model = harness.HarnessModel(loglikelihood.Scorer(*bigram(log_p_VxV), context=CONTEXT), BYTES, prefix=BYTES.bos, bos=True)
   assert ask(harness_model.generate_until, ("ab", {"max_gen_toks": 8})) == ["cd"]
 
 
@@ -150,13 +151,13 @@ def folder(chances, tmp_path_factory):
     words = ["".join(chr(c) for c in draw.integers(97, 123, n)) for n in (3, 5, 8, 12)]
     best = int(np.argmax([expected(chances, "answer:", " " + word) for word in words]))
     examples.append({"context": "answer:", "choices": words, "answer": best if number % 10 < 7 else (best + 1) % 4})
-  zero_shot_tasks.write(path, "known", examples)
-  zero_shot_tasks.write(path, "word", [{"context": "x", "word": word} for word in ("!", "abc", "!\"#")])
+  offline_tasks.write(path, "known", examples)
+  offline_tasks.write(path, "word", [{"context": "x", "word": word} for word in ("!", "abc", "!\"#")])
   return path
 
 
 def test_tasks_whose_accuracy_is_known(chances, folder):
-  results = zero_shot.run(*bigram(chances), BYTES, zero_shot.load(["known", "word"], [folder]), context=CONTEXT)
+  results = harness.run(*bigram(chances), BYTES, harness.load(["known", "word"], [folder]), context=CONTEXT)
   assert results["known"]["acc"] == pytest.approx(0.7)
   assert results["known"]["acc_stderr"] == pytest.approx(np.sqrt(0.7 * 0.3 / 39))
   examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
@@ -166,26 +167,26 @@ def test_tasks_whose_accuracy_is_known(chances, folder):
   words = [expected(chances, "x", " " + word) for word in ("!", "abc", "!\"#")]
   assert results["word"]["perplexity"] == pytest.approx(np.exp(-np.mean(words)), rel=1e-4)
   assert results["word"].keys() == {"acc", "acc_stderr", "perplexity", "perplexity_stderr"}
-  limited = zero_shot.run(*bigram(chances), BYTES, zero_shot.load(["known"], [folder]), context=CONTEXT, limit=7)
+  limited = harness.run(*bigram(chances), BYTES, harness.load(["known"], [folder]), context=CONTEXT, limit=7)
   assert limited["known"]["acc"] == 1.0
 
 
 def test_tasks_that_are_loaded_once_are_asked_again(chances, folder):
   """A group is one name, whose members have rows."""
   (folder / "both.yaml").write_text("group: both\ntask: [known, word]\n")
-  both, known = zero_shot.load(["both", "known"], [folder])
-  ask = lambda asked: zero_shot.run(*bigram(chances), BYTES, [asked], context=CONTEXT, limit=5)
+  both, known = harness.load(["both", "known"], [folder])
+  ask = lambda asked: harness.run(*bigram(chances), BYTES, [asked], context=CONTEXT, limit=5)
   first = ask(both)
   assert ask(both) == first and {"known", "word"} <= first.keys() and ask(known) == {"known": first["known"]}
 
 
 def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path):
-  content = lambda path, name="known": zero_shot.load([name], [path])[0].content
+  content = lambda path, name="known": harness.load([name], [path])[0].content
   examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
-  zero_shot_tasks.write(tmp_path / "copy", "known", examples)
+  offline_tasks.write(tmp_path / "copy", "known", examples)
   assert content(tmp_path / "copy") == content(folder) != content(folder, "word")
-  zero_shot_tasks.write(tmp_path / "data", "known", [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}])
-  zero_shot_tasks.write(tmp_path / "prompt", "known", examples)
+  offline_tasks.write(tmp_path / "data", "known", [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}])
+  offline_tasks.write(tmp_path / "prompt", "known", examples)
   (tmp_path / "prompt" / "known.yaml").open("a").write('target_delimiter: ""\n')
   assert len({content(path) for path in (folder, tmp_path / "data", tmp_path / "prompt")}) == 3
 
@@ -194,12 +195,12 @@ def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path
   ("dataset_kwargs", {"data_files": {"test": "gone.jsonl"}}, "FileNotFoundError.*gone"),
   ("doc_to_text", "{{context.a.b}}", "UndefinedError.*'a'"), ("test_split", "none", "none")])
 def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value, told, tmp_path):
-  zero_shot_tasks.write(tmp_path, "faulty", [{"context": "x", "word": "y"}])
+  offline_tasks.write(tmp_path, "faulty", [{"context": "x", "word": "y"}])
   file = tmp_path / "faulty.yaml"
   lines = [line for line in file.read_text().splitlines() if not line.startswith(f"{field}:")]
   file.write_text("\n".join([*lines, f"{field}: {json.dumps(value)}"]))
   with pytest.raises(checks.ConfigError, match=rf"^tasks = faulty: .*{told}.*; mend its YAML file[^\n]*$"):
-    zero_shot.load(["faulty"], [tmp_path])
+    harness.load(["faulty"], [tmp_path])
 
 
 def test_a_token_stands_before_texts_without_context(chances, folder):
@@ -207,19 +208,19 @@ def test_a_token_stands_before_texts_without_context(chances, folder):
   class Without(tokenizers.Bytes):
     bos = eot = None
   with pytest.raises(checks.ConfigError, match="prefix = None"):
-    zero_shot.run(model, params, Without(), zero_shot.load(["known"], [folder]), context=CONTEXT)
+    harness.run(model, params, Without(), harness.load(["known"], [folder]), context=CONTEXT)
 
 
 def test_folders_that_are_not_there_are_refused():
   with pytest.raises(checks.ConfigError, match="no such folder"):
-    zero_shot.task_manager(["known"], ["nowhere"])
+    harness.task_manager(["known"], ["nowhere"])
 
 
 @pytest.mark.slow                   # reads all of the harness's task files
 def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
   with pytest.raises(checks.ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
-    zero_shot.load(["known", "hellaswagg"], [folder])
-  known = zero_shot.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
+    harness.load(["known", "hellaswagg"], [folder])
+  known = harness.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
   assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)
 
 
@@ -239,8 +240,8 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
                          env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
-  tasks = zero_shot.load(["continuation", "last_word"], [tmp_path / "run" / "eval" / "tasks"])
-  results = zero_shot.run(run.model, run.params(mesh=eight), run.tokenizer, tasks, context=256, mesh=eight)
+  tasks = harness.load(["continuation", "last_word"], [tmp_path / "run" / "eval" / "tasks"])
+  results = harness.run(run.model, run.params(mesh=eight), run.tokenizer, tasks, context=256, mesh=eight)
   there = json.loads(found.stdout)["cells"][0]["tasks"]
   assert there.keys() == results.keys()
   for task, metrics in results.items():

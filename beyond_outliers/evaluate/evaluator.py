@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, evaluation, quant, results, text_table, writers, zero_shot_tasks
+from beyond_outliers import config, data, quant, text_table, writers
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import step as step_lib
 from beyond_outliers.analysis import outliers
 from beyond_outliers.checks import ConfigError, require
+from beyond_outliers.evaluate import metrics, offline_tasks, results
+from beyond_outliers.evaluate.results import Result
+from beyond_outliers.evaluate.target import Source
 from beyond_outliers.model import transformer
-from beyond_outliers.results import Result
-from beyond_outliers.sources import Source
+from beyond_outliers.train import step as step_lib
 
 VERSION = 2                       # of the measurements: raised by whatever changes their numbers; then all is measured anew
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
@@ -204,8 +205,8 @@ class Evaluator:
         self._say(f"batch {next(number)} of {len(self._batches)}")
         return jax.device_get(self._steps[cell](*arguments, mesh_lib.put_batch(batch, self._mesh, source.batch_size)))
       if q:
-        return evaluation.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
-      return evaluation.evaluate(of_batch, self._batches, self._num_bytes)
+        return metrics.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
+      return metrics.evaluate(of_batch, self._batches, self._num_bytes)
 
   def _outliers(self, model: Any, params: Any, plain: Any) -> dict[str, float]:
     """By the names that training logs them under, of the model as it was trained: what degradation is to be seen beside."""
@@ -227,8 +228,8 @@ class Evaluator:
     """All that a cell's numbers depend on: other settings make another cell."""
     source = self.source
     return {**self._model_settings(cell), "data": source.dataset.fingerprint, "documents": source.documents,
-            "mask_documents": source.data.mask_documents, "resamples": evaluation.RESAMPLES,
-            "confidence": evaluation.CONFIDENCE}
+            "mask_documents": source.data.mask_documents, "resamples": metrics.RESAMPLES,
+            "confidence": metrics.CONFIDENCE}
 
   def _task_settings(self, cell: Cell, task: Any) -> dict[str, Any]:
     return {**self._model_settings(cell), results.OF_TASKS: task.name, "content": task.content, "prefix": self.source.prefix,
@@ -245,7 +246,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
   """A line a cell. The difference of the loss is to the same parameters in full precision, with its interval; a run that was
   trained quantized has no others, which a line below says."""
   accuracies = list(dict.fromkeys(name for cell in cells for name in results.task_scores(cell) if "stderr" not in name))
-  rows = [("step", "recipe", "method", "loss", "difference", f"{evaluation.CONFIDENCE:.0%} interval", "bits per byte", "KL",
+  rows = [("step", "recipe", "method", "loss", "difference", f"{metrics.CONFIDENCE:.0%} interval", "bits per byte", "KL",
            "agreement", "MiB", *accuracies, "seconds")]
   for cell in cells:
     m, numbers = cell["metrics"], scalars(cell)
@@ -264,13 +265,13 @@ def shown(value: float | None, style: str = ".4f") -> str:
 
 def _zero_shot() -> Any:
   """Only where tasks are asked for: it needs the extra `eval`."""
-  from beyond_outliers import zero_shot
-  return zero_shot
+  from beyond_outliers.evaluate import harness
+  return harness
 
 
 def _load(tasks: Sequence[str], folders: Sequence[str], dataset: data.Dataset, folder: Any) -> list[Any]:
   """Those of the harness, of the folders, or made of held-out text below `folder`. Errors: ConfigError."""
-  made = [folder / "tasks"] if set(tasks) & zero_shot_tasks.HELD_OUT.keys() else []
+  made = [folder / "tasks"] if set(tasks) & offline_tasks.HELD_OUT.keys() else []
   for path in made:
-    zero_shot_tasks.from_held_out(dataset, path)
+    offline_tasks.from_held_out(dataset, path)
   return _zero_shot().load(tasks, [*folders, *made])

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from beyond_outliers import config, step
+from beyond_outliers import config
 from beyond_outliers.model import transformer
+from beyond_outliers.train import step
 from configs import adamw
 
 TINY = "nano,model.blocks=1,model.d_head=4,data.vocab=32,context=12,batch_size=8"

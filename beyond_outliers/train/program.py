@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 
 from beyond_outliers import config, optim, quant, text_table
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import step as step_lib
 from beyond_outliers.model import transformer
+from beyond_outliers.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True)

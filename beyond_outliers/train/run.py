@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 
-from beyond_outliers import checkpoint, config, data, evaluation, hardware, loop, quant, warm_start, writers
+from beyond_outliers import checkpoint, config, data, hardware, quant, writers
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import program as program_lib
-from beyond_outliers import step as step_lib
+from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
-from beyond_outliers.program import Program
+from beyond_outliers.train import initialize, loop
+from beyond_outliers.train import program as program_lib
+from beyond_outliers.train import step as step_lib
+from beyond_outliers.train.program import Program
 
 
 def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Callable[[str], None] | None = None,
@@ -120,7 +122,7 @@ def _begin(program: Program, checkpoints: checkpoint.Checkpoints, batches: data.
     return state, position, clock
   state = program.init()
   if c.warm_start:
-    step, params = warm_start.params(c, program.mesh)
+    step, params = initialize.params(c, program.mesh)
     say(f"parameters from step {step} of {c.warm_start}")
   else:
     params = transformer.without_own(c.model, state.params)
@@ -146,7 +148,7 @@ def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.shard
   def evaluate(params):
     def token_losses(batch):
       return jax.device_get(eval_step(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)))
-    return evaluation.evaluate(token_losses, batches, num_bytes)
+    return metrics.evaluate(token_losses, batches, num_bytes)
   return evaluate
 
 

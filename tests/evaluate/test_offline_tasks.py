@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 
-from beyond_outliers import checks, config, data, zero_shot_tasks
+from beyond_outliers import checks, config, data
+from beyond_outliers.evaluate import offline_tasks
 from configs import adamw
 
 
@@ -21,28 +22,28 @@ def documents(words):
 
 
 def test_the_true_continuation_is_the_only_one_from_the_document(documents):
-  examples = list(zero_shot_tasks.continuation(documents))
+  examples = list(offline_tasks.continuation(documents))
   assert len(examples) > 50
   for example in examples:
     home = next(text for text in documents if example["context"] in text)
     true = example["choices"][example["answer"]]
     assert home.split(example["context"])[1].lstrip().startswith(true)
-    assert len(set(example["choices"])) == zero_shot_tasks.CHOICES
+    assert len(set(example["choices"])) == offline_tasks.CHOICES
     assert [choice in home for choice in example["choices"]] == [choice == true for choice in example["choices"]]
-    assert all(len(choice.split()) in zero_shot_tasks.CHOICE_WORDS for choice in example["choices"])
+    assert all(len(choice.split()) in offline_tasks.CHOICE_WORDS for choice in example["choices"])
   # No answer can be told by its place alone.
-  counts = [sum(example["answer"] == place for example in examples) for place in range(zero_shot_tasks.CHOICES)]
+  counts = [sum(example["answer"] == place for example in examples) for place in range(offline_tasks.CHOICES)]
   assert max(counts) < 0.4 * len(examples)
 
 
 def test_the_last_word_ends_its_passage(documents, words):
-  examples = list(zero_shot_tasks.last_word(documents))
+  examples = list(offline_tasks.last_word(documents))
   assert len(examples) > 50
   for example in examples:
     home = next(text for text in documents if example["context"] in text)
     after = home.split(example["context"])[1]
     assert after.startswith(" " + example["word"]) and after[len(example["word"]) + 1] in ".!?"
-    assert len(example["context"].split()) >= zero_shot_tasks.PASSAGE_WORDS - 1 and example["word"] in words
+    assert len(example["context"].split()) >= offline_tasks.PASSAGE_WORDS - 1 and example["word"] in words
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +61,24 @@ def read(path):
 
 
 def test_held_out_text_becomes_the_same_files_again(dataset, documents, tmp_path, monkeypatch):
-  zero_shot_tasks.from_held_out(dataset, tmp_path / "a")
-  assert read(tmp_path / "a" / "continuation.jsonl") == list(zero_shot_tasks.continuation(documents))
-  assert read(tmp_path / "a" / "last_word.jsonl") == list(zero_shot_tasks.last_word(documents))
-  assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{name}.{kind}" for name in zero_shot_tasks.HELD_OUT
+  offline_tasks.from_held_out(dataset, tmp_path / "a")
+  assert read(tmp_path / "a" / "continuation.jsonl") == list(offline_tasks.continuation(documents))
+  assert read(tmp_path / "a" / "last_word.jsonl") == list(offline_tasks.last_word(documents))
+  assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{name}.{kind}" for name in offline_tasks.HELD_OUT
                                                                for kind in ("yaml", "jsonl")}
   dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-  zero_shot_tasks.from_held_out(dataset, tmp_path / "a")
+  offline_tasks.from_held_out(dataset, tmp_path / "a")
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == dates
-  monkeypatch.setattr(zero_shot_tasks, "EXAMPLES", 20)
-  zero_shot_tasks.from_held_out(dataset, tmp_path / "a")
+  monkeypatch.setattr(offline_tasks, "EXAMPLES", 20)
+  offline_tasks.from_held_out(dataset, tmp_path / "a")
   fewer = read(tmp_path / "a" / "last_word.jsonl")
-  assert 10 < len(fewer) <= 20 and fewer[-1] in list(zero_shot_tasks.last_word(documents))[-20:]
+  assert 10 < len(fewer) <= 20 and fewer[-1] in list(offline_tasks.last_word(documents))[-20:]
 
 
 def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch):
-  monkeypatch.setattr(zero_shot_tasks, "PASSAGE_WORDS", 100_000)
+  monkeypatch.setattr(offline_tasks, "PASSAGE_WORDS", 100_000)
   with pytest.raises(checks.ConfigError, match=r"tasks = continuation: .* = 8: they hold no example"):
-    zero_shot_tasks.from_held_out(dataset, tmp_path)
+    offline_tasks.from_held_out(dataset, tmp_path)
 
 
 QUARTZ = "A small nation shut down several factories. Would the river have\n\n A: more waste\n B: less waste?"
@@ -89,12 +90,12 @@ def wheel(path, **contents):
   with zipfile.ZipFile(path, "w") as archive:
     for name, (text, answer) in contents.items():
       line = {"input": [{"role": "system", "content": "Answer."}, {"role": "user", "content": text}], "ideal": answer}
-      archive.writestr(zero_shot_tasks.EVALS_FILES[name][0], json.dumps(line) + "\n")
+      archive.writestr(offline_tasks.EVALS_FILES[name][0], json.dumps(line) + "\n")
   return path
 
 
 def test_questions_of_evals(tmp_path):
-  zero_shot_tasks.from_evals(wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C")), tmp_path)
+  offline_tasks.from_evals(wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C")), tmp_path)
   assert read(tmp_path / "quartz_evals.jsonl") == [
     {"context": "A small nation shut down several factories. Would the river have", "choices": ["more waste", "less waste"],
      "answer": 1}]
@@ -105,8 +106,8 @@ def test_questions_of_evals(tmp_path):
 
 def test_another_wheel_is_refused(tmp_path):
   with pytest.raises(checks.ConfigError, match="there is no such file"):
-    zero_shot_tasks.from_evals(tmp_path / "none.whl", tmp_path)
+    offline_tasks.from_evals(tmp_path / "none.whl", tmp_path)
   with pytest.raises(checks.ConfigError, match="the wheel holds no evals/registry/data/logiqa"):
-    zero_shot_tasks.from_evals(wheel(tmp_path / "b.whl", quartz_evals=(QUARTZ, "A")), tmp_path)
+    offline_tasks.from_evals(wheel(tmp_path / "b.whl", quartz_evals=(QUARTZ, "A")), tmp_path)
   with pytest.raises(checks.ConfigError, match="not of the form"):
-    zero_shot_tasks.from_evals(wheel(tmp_path / "c.whl", quartz_evals=("What?", "A")), tmp_path)
+    offline_tasks.from_evals(wheel(tmp_path / "c.whl", quartz_evals=("What?", "A")), tmp_path)

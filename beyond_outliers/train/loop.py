@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers import checkpoint, config, hardware, writers
-from beyond_outliers import step as step_lib
+from beyond_outliers.train import step as step_lib
 
 Metrics = dict[str, jax.Array]
 Hook = Callable[[int, step_lib.TrainState, Metrics], None]

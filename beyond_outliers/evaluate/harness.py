@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from beyond_outliers import checks, scoring
+from beyond_outliers import checks
 from beyond_outliers.data import tokenizers
+from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.model import transformer
 
 try:
@@ -51,7 +52,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
   greedy, and ends with the text or where another would begin: ConfigError for a task that samples, or that wants more tokens
   than the window has."""
 
-  def __init__(self, scorer: scoring.Scorer, tokenizer: tokenizers.Tokenizer, prefix: int, bos: bool = False):
+  def __init__(self, scorer: loglikelihood.Scorer, tokenizer: tokenizers.Tokenizer, prefix: int, bos: bool = False):
     super().__init__()
     self._scorer, self._tokenizer, self._prefix, self._bos = scorer, tokenizer, prefix, bos
     self._ends = {self.eot_token_id, prefix}
@@ -73,14 +74,14 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return super().loglikelihood(requests, disable_tqdm)
 
   def _loglikelihood_tokens(self, requests, **kwargs):
-    results = self._scorer.score([scoring.Pair(context, continuation) for _, context, continuation in requests])
+    results = self._scorer.score([loglikelihood.Pair(context, continuation) for _, context, continuation in requests])
     for (texts, _, _), result in zip(requests, results, strict=True):
       self.cache_hook.add_partial("loglikelihood", texts, result)
     return results
 
   def loglikelihood_rolling(self, requests, disable_tqdm=True):
     texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]      # prefix is put for each
-    windows = [[scoring.Pair(*lm_eval.utils.make_disjoint_window(window)) for window in lm_eval.utils.get_rolling_token_windows(
+    windows = [[loglikelihood.Pair(*lm_eval.utils.make_disjoint_window(window)) for window in lm_eval.utils.get_rolling_token_windows(
                   text, self._prefix, self._scorer.context, context_len=1)] for text in texts]
     scores = iter(self._scorer.score([window for each in windows for window in each]))
     results = [sum(next(scores)[0] for _ in each) for each in windows]
@@ -188,7 +189,7 @@ def harness_model(model: transformer.Transformer, params: Any, tokenizer: tokeni
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
     raise checks.ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
-  return HarnessModel(scoring.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
+  return HarnessModel(loglikelihood.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
 
 
 def ask(asked_model: HarnessModel, asked: Sequence[Asked], limit: int | None = None) -> Results:

@@ -1,0 +1,150 @@
+"""An evaluation job: checkpoint after checkpoint of one target through an evaluator, once or as they land."""
+from __future__ import annotations
+
+import datetime
+import math
+import sys
+import time
+import traceback
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from etils import epath
+
+from beyond_outliers import checkpoint
+from beyond_outliers.checks import ConfigError
+from beyond_outliers.evaluate import evaluator as evaluator_lib
+from beyond_outliers.evaluate import target
+
+SILENCE = 1800.0                  # seconds without a word from the run, after which that is told
+RECORDS = ("config.json", "manifest.json", "status.json")       # in the order in which a run writes them
+
+
+class Progress:
+  """For a person, on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then one within a long one."""
+
+  def __init__(self, every: float = 30.0):
+    self._redraw, self._every, self._last, self._what = sys.stderr.isatty(), every, time.monotonic(), ""
+    self._spent, self._measured = 0.0, 0
+
+  def begin(self, what: str) -> None:
+    self._what, self._last = what, time.monotonic()
+
+  def __call__(self, text: str) -> None:
+    if self._redraw:
+      print(f"\r\x1b[K{self._what} · {text}", end="", file=sys.stderr, flush=True)
+    elif time.monotonic() - self._last > self._every:
+      self.line(f"{self._what} · {text}")
+
+  def done(self, text: str, seconds: float, cells_left: int) -> None:
+    self._spent, self._measured = self._spent + seconds, self._measured + 1
+    left = datetime.timedelta(seconds=round(self._spent / self._measured * cells_left))
+    self.line(f"{self._what} · {text} · {seconds:.1f} s · {cells_left} to go, {left} left")
+
+  def line(self, text: str) -> None:
+    print(("\r\x1b[K" if self._redraw else "") + text, file=sys.stderr, flush=True)
+    self._last = time.monotonic()
+
+
+def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
+  if not all((workdir / name).exists() for name in RECORDS):
+    progress.line(f"waiting for a run in {workdir}")
+  while not all((workdir / name).exists() for name in RECORDS):
+    time.sleep(poll)
+
+
+class Watch:
+  """Tells a person what becomes of a run that is followed. One that was killed looks like one that takes long for a step."""
+
+  def __init__(self, source: target.Source, progress: Progress):
+    self._source, self._progress = source, progress
+    self._status, self._wrote, self._since = "", None, time.monotonic()
+
+  def look(self) -> None:
+    status, wrote = self._source.news()
+    if status != self._status:
+      self._progress.line(f"run: {status}")
+    if (status, wrote) != (self._status, self._wrote):
+      self._status, self._wrote, self._since = status, wrote, time.monotonic()
+    elif time.monotonic() - self._since > SILENCE:
+      self._progress.line(f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or end this")
+      self._since = math.inf
+
+
+class Job:
+  """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and left alone."""
+
+  def __init__(self, source: target.Source, evaluator: evaluator_lib.Evaluator, progress: Progress):
+    self._source, self._evaluator, self._progress = source, evaluator, progress
+    self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
+    self.failed = False                      # whether a cell could not be measured of a checkpoint that could be read
+
+  def once(self, steps: list[int]) -> None:
+    for i, step in enumerate(steps):
+      self._evaluate(step, later=steps[i + 1 :])
+
+  def newest(self) -> list[int]:
+    """The steps that were evaluated: the newest one, or the one before it where that is damaged."""
+    for step in self._source.steps()[::-1]:
+      if self._evaluate(step):
+        return [step]
+    return []
+
+  def follow(self, wanted: Collection[int] | None = None) -> None:
+    """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are. One that was skipped and
+    then saved anew is tried again."""
+    seen: dict[int, Any] = {}                # step -> what had been written of it
+    left = {step for step in wanted or () if self._evaluator.missing(step)}
+    watch = Watch(self._source, self._progress)
+    while wanted is None or left:
+      watch.look()
+      ended = self._source.ended()           # asked first: what was written until then is in the list
+      steps = [step for step in self._source.steps() if wanted is None or step in wanted]
+      seen = {step: written for step, written in seen.items() if step in steps}
+      waiting = [step for step in steps
+                 if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])]
+      if waiting:
+        # One a turn: others may go meanwhile.
+        seen[waiting[0]] = self._source.written(waiting[0])
+        if self._evaluate(waiting[0], later=waiting[1:]):
+          left.discard(waiting[0])
+      elif ended:
+        return
+      else:
+        time.sleep(self._poll)
+
+  def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
+    """Whether it could be read."""
+    missing = self._evaluator.missing(step)
+    self.skipped.pop(step, None)
+    if not missing:
+      return True
+    self._progress.begin(f"step {step}")
+    try:
+      params = self._source.params(step)
+    except (checkpoint.CheckpointError, OSError) as error:
+      time.sleep(1.0)                        # a deletion under way looks like damage
+      gone = step not in self._source.steps()
+      self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
+      return False
+    to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
+    for i, cell in enumerate(missing, 1):
+      self._progress.begin(f"step {step} · {cell.recipe} · {cell.method}")
+      start = time.perf_counter()
+      try:
+        metrics = self._evaluator.measure(step, params, cell)["metrics"]
+      except Exception as error:             # no memory, a checkpoint that a method cannot take, a task: the others may be well
+        if not isinstance(error, ConfigError):
+          traceback.print_exc()
+        self.failed = True
+        self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}")
+        continue
+      text = f"loss {evaluator_lib.shown(metrics['loss'])}"
+      if "kl" in metrics:
+        text += f" ({evaluator_lib.shown(metrics['loss_difference'], '+.4f')}) · KL {evaluator_lib.shown(metrics['kl'])}"
+      self._progress.done(text, time.perf_counter() - start, to_go - i)
+    return True
+
+  def _skip(self, step: int, reason: str) -> None:
+    self.skipped.setdefault(step, []).append(reason)
+    self._progress.line(f"step {step} · skipped: {reason}")
