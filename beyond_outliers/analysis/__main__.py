@@ -10,7 +10,7 @@ from absl import app, flags
 from etils import epath
 
 from beyond_outliers import command, runs
-from beyond_outliers.analysis import degradation, gaps, plots, protocol, tables
+from beyond_outliers.analysis import plots, ptq_degradation, qat_gap, tables, tuning
 from beyond_outliers.checks import require
 
 ROOT = flags.DEFINE_list("root", None, "Folders with the workdirs of sweeps, at any depth.", required=True)
@@ -34,11 +34,11 @@ def main(argv: list[str]) -> None:
   require(bool(found), "--root", ",".join(ROOT.value), "holds no run; give the folders that hold the runs' workdirs")
   if DEGRADATION.value:
     settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
-    print(degradation.table(degradation.cells(found, settings, CELLS.value), DEGRADATION.value))
+    print(ptq_degradation.table(ptq_degradation.cells(found, settings, CELLS.value), DEGRADATION.value))
     return
   chosen = report_common_loss(found) if COMMON_LOSS.value else report_tuning(found)
   if OVERRIDES.value:
-    protocol.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
+    tuning.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
 
 
 def check_flags() -> None:
@@ -56,9 +56,9 @@ def check_flags() -> None:
     require(epath.Path(flag.value).parent.exists(), f"--{flag.name}", flag.value, "there is no such folder; make it first")
 
 
-def report_tuning(found: list[runs.Run]) -> list[protocol.Tuning]:
+def report_tuning(found: list[runs.Run]) -> list[tuning.Tuning]:
   """Returns what was tuned in full precision."""
-  tunings = protocol.tuning(found)
+  tunings = tuning.tuning(found)
   recipes = list(dict.fromkeys(t.recipe for t in tunings))
   require(not GAP_PLOT.value or len(recipes) > 1, "--gap_plot", GAP_PLOT.value, f"the runs are all of recipe {recipes[0]!r}; add "
           "to --root the same under another")
@@ -69,20 +69,20 @@ def report_tuning(found: list[runs.Run]) -> list[protocol.Tuning]:
       if t.at_the_edge and len(t.losses) > 1:
         print(f"{t.optimizer}: {t.learning_rate:g} lies on the edge of its grid {sorted(t.losses)}; widen it")
   if len(recipes) > 1:
-    differences, left_out = gaps.gaps(found)
+    differences, left_out = qat_gap.gaps(found)
     print(f"full precision against recipe\n\n{tables.gaps(differences)}\n")
-    if any(len(t.losses) > 1 for t in tunings if t.recipe != protocol.FULL_PRECISION):
+    if any(len(t.losses) > 1 for t in tunings if t.recipe != tuning.FULL_PRECISION):
       print(f"learning rates tuned under a recipe\n\n{tables.retuning(tunings)}\n")
     print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
     if GAP_PLOT.value:
       plots.gaps(differences, GAP_PLOT.value)
   if PLOT.value:
     plots.loss_curves(tunings, PLOT.value)
-  return [t for t in tunings if t.recipe == protocol.FULL_PRECISION]
+  return [t for t in tunings if t.recipe == tuning.FULL_PRECISION]
 
 
-def report_common_loss(found: list[runs.Run]) -> list[protocol.Landing]:
-  loss, landings = protocol.common_loss(found)
+def report_common_loss(found: list[runs.Run]) -> list[tuning.Landing]:
+  loss, landings = tuning.common_loss(found)
   print(f"common loss: {loss:.4f} nats\n\n{tables.common_loss(landings, loss)}")
   return landings
 

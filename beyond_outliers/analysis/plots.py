@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from beyond_outliers.analysis.gaps import Gap, estimate
-from beyond_outliers.analysis.protocol import Tuning
+from beyond_outliers.analysis.qat_gap import Gap, estimate
+from beyond_outliers.analysis.tuning import Tuning
 from beyond_outliers.checks import require
 
 # One colour an optimizer in every figure (Okabe and Ito's palette, told apart by the colour-blind too).

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis.gaps import Estimate, Gap, estimate
-from beyond_outliers.analysis.protocol import FULL_PRECISION, Landing, Tuning
+from beyond_outliers.analysis.qat_gap import Estimate, Gap, estimate
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Landing, Tuning
 
 
 def tuning(tunings: Sequence[Tuning]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import config, data, runs, train, writers
-from beyond_outliers.analysis import degradation
+from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.data import tfds, tokenizers
 from beyond_outliers.evaluate import evaluator as evaluator_lib
 from beyond_outliers.evaluate import job as job_lib
@@ -114,9 +114,9 @@ def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_pat
   whole = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
   assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
   assert {path: path.read_text() for path in before} == before
-  every = degradation.cells([runs.open(tmp_path / "run")])
+  every = ptq_degradation.cells([runs.open(tmp_path / "run")])
   assert sorted(every.documents) == [0, 0, 0, 2]
-  assert list(degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [found["metrics"]["loss"]]
+  assert list(ptq_degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [found["metrics"]["loss"]]
 
 
 def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
@@ -132,7 +132,7 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
   for folder in (one, other):
     shutil.rmtree(folder / "eval")
-  reported = degradation.cells([runs.open(one), runs.open(other)], folders=[workdir / "eval"])
+  reported = ptq_degradation.cells([runs.open(one), runs.open(other)], folders=[workdir / "eval"])
   assert set(reported.run) == {str(one)} and len(reported) == 3
 
 
@@ -161,10 +161,10 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
     (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
   evaluator = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
   assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
-  found = degradation.cells([run])
+  found = ptq_degradation.cells([run])
   assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
   evaluator.measure(2, evaluator.source.params(2), measured[1].cells[1])
-  assert list(degradation.cells([run]).method) == ["rtn"] and len(degradation.cells([run], {"version": "1"})) == 3
+  assert list(ptq_degradation.cells([run]).method) == ["rtn"] and len(ptq_degradation.cells([run], {"version": "1"})) == 3
 
 
 def test_only_what_the_settings_change_is_measured_again(measured, workdir, monkeypatch):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis import protocol
+from beyond_outliers.analysis import tuning
 
 
 class Estimate(NamedTuple):
@@ -52,16 +52,16 @@ def gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
 
   As in the study (arXiv 2509.23500, section 3) both sides have the learning rate that is best in full precision; where a recipe
   was not trained at that rate, the best it was trained at. Errors: ConfigError as protocol.tuning."""
-  frame = protocol.table(runs)
+  frame = tuning.table(runs)
   left_out = [f"{run.path}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
               for run in frame.run if run.status["status"] != "done"]
   # A rate is chosen by the seeds common to all rates; the gap has all seeds there are at that rate.
-  tunings = {(t.recipe, t.optimizer): t for t in protocol.tuning(runs)}
+  tunings = {(t.recipe, t.optimizer): t for t in tuning.tuning(runs)}
   done = frame[np.isfinite(frame.loss)].set_index("seed").sort_index()
   found = []
   for recipe, name in sorted(set(zip(frame.recipe, frame.optimizer, strict=True))):
-    full, under = tunings.get((protocol.FULL_PRECISION, name)), tunings[recipe, name]
-    if recipe == protocol.FULL_PRECISION:
+    full, under = tunings.get((tuning.FULL_PRECISION, name)), tunings[recipe, name]
+    if recipe == tuning.FULL_PRECISION:
       if not any((other, name) in tunings for other in set(frame.recipe) - {recipe}):
         left_out.append(f"{name}: no run under a recipe")
       continue
@@ -69,7 +69,7 @@ def gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
       left_out.append(f"{name}: no {'run' if full is None else 'learning rate with all seeds done'} in full precision")
       continue
     of = lambda recipe, rate, name=name: done[(done.optimizer == name) & (done.recipe == recipe) & (done.rate == rate)]
-    plain = of(protocol.FULL_PRECISION, full.learning_rate)
+    plain = of(tuning.FULL_PRECISION, full.learning_rate)
     rate = full.learning_rate if full.learning_rate in under.losses else under.learning_rate
     quantized = of(recipe, rate)
     seeds = tuple(int(seed) for seed in plain.index.intersection(quantized.index))
@@ -79,7 +79,7 @@ def gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
                       + ("" if rate == full.learning_rate else f" and {rate:g}"))
     if seeds:
       sides = [side.run[list(seeds)] for side in (plain, quantized)]
-      losses, bits = (np.array([[protocol.final(run, metric) for run in side] for side in sides])
+      losses, bits = (np.array([[tuning.final(run, metric) for run in side] for side in sides])
                       for metric in ("eval/loss", "eval/bits_per_byte"))
       found.append(Gap(name, recipe, (full.learning_rate, rate), seeds, losses, bits))
   return sorted(found, key=lambda gap: (gap.recipe, gap.loss.mean)), left_out

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from beyond_outliers import config, runs
-from beyond_outliers.analysis import degradation
+from beyond_outliers.analysis import ptq_degradation
 from configs import adamw, muon
 
 TIME = "2026-11-23T05:00:00+00:00"
@@ -34,23 +34,23 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
     workdir(tmp_path, adamw, seed, {("rtn_w4a4", "rtn"): rtn, ("rtn_w4a4", "gptq"): gptq})
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 9.0}, step=1)                # an older checkpoint counts for nothing
   workdir(tmp_path, muon, 0, {("rtn_w4a4", "rtn"): 0.05, ("rtn_w8a8", "rtn"): 0.01})
-  found = degradation.cells(runs.find(tmp_path))
+  found = ptq_degradation.cells(runs.find(tmp_path))
   assert len(found) == 3 * 3 + 3
-  lines = degradation.table(found).splitlines()
+  lines = ptq_degradation.table(found).splitlines()
   assert lines[0] == "| recipe | method | adamw | muon |"
   gptq, rtn = 0.3, 0.4
   errors = [math.sqrt(sum((x - mean) ** 2 for x in xs) / 2 / 3) for mean, xs in
             ((gptq, (0.1, 0.2, 0.6)), (rtn, (0.3, 0.4, 0.5)))]
   assert lines[2:] == [f"| rtn_w4a4 | rtn | +0.4000 ± {errors[1]:.4f} | **+0.0500** |",
                        f"| rtn_w4a4 | gptq | **+0.3000 ± {errors[0]:.4f}** |  |", "| rtn_w8a8 | rtn |  | **+0.0100** |"]
-  higher = degradation.table(found, "agreement", digits=1).splitlines()
+  higher = ptq_degradation.table(found, "agreement", digits=1).splitlines()
   assert higher[2].startswith("| rtn_w4a4 | gptq | **0.6 ± 0.0**") and higher[3].startswith("| rtn_w4a4 | rtn | 0.5 ± 0.0")
 
 
 def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3, ("rtn_w4a4", "gptq"): 0.2})
   workdir(tmp_path, adamw, 1, {("rtn_w4a4", "rtn"): None, ("rtn_w4a4", "gptq"): 0.2})
-  assert "| rtn_w4a4 | rtn | +inf" in degradation.table(degradation.cells(runs.find(tmp_path)))
+  assert "| rtn_w4a4 | rtn | +inf" in ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
 
 
 @pytest.mark.parametrize("module,seed", [(adamw, 1), (muon, 0)])
@@ -62,23 +62,23 @@ def test_cells_of_other_models_or_measured_on_others_are_refused(module, seed, o
   workdir(tmp_path, adamw, 0, cells)
   workdir(tmp_path, module, seed, cells, **other)
   with pytest.raises(config.ConfigError, match=rf"(all|gptq): the cells have {named} = \["):
-    degradation.table(degradation.cells(runs.find(tmp_path)))
+    ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
 
 
 def test_a_seed_counts_once(tmp_path):
   for root in ("one", "two"):
     workdir(tmp_path / root, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
   with pytest.raises(config.ConfigError, match=r"adamw: .*one/.* and .*two/.* have seed 0 and a cell of rtn_w4a4 and rtn"):
-    degradation.table(degradation.cells(runs.find(tmp_path)))
+    ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
 
 
 def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3}, rate=0.3)
   with pytest.raises(config.ConfigError, match=r"adamw: the cells have learning_rate = \[.*0\.1.*0\.3.*\]; give the runs"):
-    degradation.table(degradation.cells(runs.find(tmp_path)))
+    ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
   with pytest.raises(config.ConfigError, match=r"--degradation = 'loss_difference': these runs have no cell of a recipe"):
-    degradation.table(degradation.cells([]))
+    ptq_degradation.table(ptq_degradation.cells([]))
   for metric, remedy in (("agremeent", "did you mean 'agreement'"), ("seed", "expected one of .*loss_difference")):
     with pytest.raises(config.ConfigError, match=rf"--degradation = '{metric}': no cell has it; {remedy}"):
-      degradation.table(degradation.cells(runs.find(tmp_path)), metric)
+      ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)), metric)

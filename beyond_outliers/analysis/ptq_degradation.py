@@ -10,7 +10,7 @@ import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
-from beyond_outliers.analysis.gaps import Estimate
+from beyond_outliers.analysis.qat_gap import Estimate
 from beyond_outliers.checks import ConfigError, nearest, require
 from beyond_outliers.evaluate import results
 
