@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beyond_outliers import config, hlo, mesh, optim
+from beyond_outliers import config, mesh, optim
+from beyond_outliers.bench import hlo
 from beyond_outliers.mesh import Axes
 from beyond_outliers.optim import blocks
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers import config, hlo
+from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.bench import hlo
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize, metrics, quantize
 from beyond_outliers.quant.rotations import rotate, unrotate

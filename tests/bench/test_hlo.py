@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from beyond_outliers import config, hlo
+from beyond_outliers import config
+from beyond_outliers.bench import hlo
 from beyond_outliers.mesh import make_mesh
 
 

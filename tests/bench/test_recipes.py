@@ -2,7 +2,8 @@
 import jax
 import pytest
 
-from beyond_outliers import bench_recipes, hardware, quant
+from beyond_outliers import hardware, quant
+from beyond_outliers.bench import recipes
 
 INTEGER, FLOAT, NARROW = "i8·i8→i32", "f32·f32→f32", "bf16·bf16→f32"
 
@@ -14,8 +15,8 @@ INTEGER, FLOAT, NARROW = "i8·i8→i32", "f32·f32→f32", "bf16·bf16→f32"
   ("int8_gradients", "bfloat16", [INTEGER] * 3),
 ])
 def test_types_of_products_for_other_devices(name, dtype, expected, backend):
-  layer = bench_recipes.quantized(bench_recipes.ROWS[name], backend)
-  types = bench_recipes.product_types(layer, dtype)
+  layer = recipes.quantized(recipes.ROWS[name], backend)
+  types = recipes.product_types(layer, dtype)
   assert types == dict(zip(("forward", "dx", "dw"), expected, strict=True))
 
 
@@ -23,17 +24,17 @@ def test_types_of_products_for_other_devices(name, dtype, expected, backend):
 def test_four_bits_take_at_most_half_as_much_memory_again(backend):
   """Forward and backward, on CPU, as it is scheduled outside of tests."""
   scheduled = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT"}
-  ours, base = (jax.jit(bench_recipes.with_gradients(layer).apply, compiler_options=scheduled)
-                .lower(layer.params, *bench_recipes.operands("float32")).compile()
-                for layer in (bench_recipes.quantized(bench_recipes.ROWS["quest_w4a4"], backend), bench_recipes.plain()))
-  figures = bench_recipes.memory(ours, base)
+  ours, base = (jax.jit(recipes.with_gradients(layer).apply, compiler_options=scheduled)
+                .lower(layer.params, *recipes.operands("float32")).compile()
+                for layer in (recipes.quantized(recipes.ROWS["quest_w4a4"], backend), recipes.plain()))
+  figures = recipes.memory(ours, base)
   assert figures["peak_bytes"] <= 1.5 * figures["plain_peak_bytes"]
 
 
 def test_learned_scales_are_learned():
   """Their gradient is part of what is timed."""
-  layer = bench_recipes.quantized(bench_recipes.ROWS["lsq_w4a4"], "jax")
-  shapes = jax.eval_shape(bench_recipes.with_gradients(layer).apply, layer.params, *bench_recipes.operands("float32"))
+  layer = recipes.quantized(recipes.ROWS["lsq_w4a4"], "jax")
+  shapes = jax.eval_shape(recipes.with_gradients(layer).apply, layer.params, *recipes.operands("float32"))
   assert [leaf.shape for leaf in jax.tree.leaves(shapes[1])] == [(2,)]
 
 
@@ -41,7 +42,7 @@ def test_what_slows_both_calls_changes_no_ratio(monkeypatch):
   """Everything took ten times as long in one of three pairs, and one call of another was disturbed alone."""
   seconds = iter([1, 2, 10, 20, 1, 50])
   monkeypatch.setattr(hardware, "seconds_of", lambda call, count: [call() or next(seconds) for _ in range(count)])
-  assert bench_recipes.by_turns(lambda: 0, lambda: 0, 3) == {"plain_seconds": 1, "seconds": 20, "ratio": 2}
+  assert recipes.by_turns(lambda: 0, lambda: 0, 3) == {"plain_seconds": 1, "seconds": 20, "ratio": 2}
 
 
 MIB = 2**20
@@ -53,12 +54,12 @@ def test_the_table_shows_times_ratios_memory_and_products():
   layer = {"recipe": "rtn_w8a8", "backend": "aqt", "dtype": "float32", "forward": BOTH | {"seconds": 0.1, "ratio": 0.5},
            "both": BOTH, "products": {"forward": INTEGER, "dx": FLOAT, "dw": FLOAT}}
   model = {"model": "nano", "recipe": "quest_w4a4", "dtype": "float32", "tokens": 2048} | BOTH
-  text = bench_recipes.table({"device": "cpu", "repeats": 1, "layers": [layer], "models": [model]})
+  text = recipes.table({"device": "cpu", "repeats": 1, "layers": [layer], "models": [model]})
   lines = [" ".join(line.split()) for line in text.splitlines()]
   assert f"rtn_w8a8 aqt float32 100.0 200.0 0.50 250.0 200.0 1.24 30.0 20.0 1.50 {INTEGER} {FLOAT} {FLOAT}" in lines
   assert "nano quest_w4a4 float32 2,048 250.0 200.0 1.24 30.0 20.0 1.50 1.50" in lines
 
 
 def test_recipes_are_rows_of_the_table():
-  models = [name for model in bench_recipes.MODELS.values() for name in model.recipes]
-  assert set(models) <= set(bench_recipes.DEFAULT) <= set(bench_recipes.ROWS) == set(quant.RECIPES) - {"none"}
+  models = [name for model in recipes.MODELS.values() for name in model.recipes]
+  assert set(models) <= set(recipes.DEFAULT) <= set(recipes.ROWS) == set(quant.RECIPES) - {"none"}

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from beyond_outliers import config, flops
+from beyond_outliers import config
+from beyond_outliers.bench import jaxpr_flops
 from beyond_outliers.mesh import make_mesh
 
 
@@ -13,7 +14,7 @@ def counted(function, *shapes, known=(), devices=1):
   """(FLOPs by kind, outputs); the last inputs are `known`, the others are not."""
   inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   program = jax.make_jaxpr(function)(*inputs, *known)
-  return flops.of_run(program, [flops.UNKNOWN] * len(inputs) + list(known), devices)
+  return jaxpr_flops.of_run(program, [jaxpr_flops.UNKNOWN] * len(inputs) + list(known), devices)
 
 
 @pytest.mark.parametrize("function, shapes, kind, expected", [
@@ -45,7 +46,7 @@ def test_what_is_known_decides(step, products):
     return lax.cond(step % 4 == 0, more, lambda x: x, x @ x), step + 1
   total, (x, following) = counted(jax.jit(function), (4, 4), known=[np.int32(step)])
   assert total["products"] == products * 2 * 4 ** 3
-  assert x is flops.UNKNOWN and following == step + 1
+  assert x is jaxpr_flops.UNKNOWN and following == step + 1
 
 
 def test_what_a_device_does():

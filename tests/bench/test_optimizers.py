@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from beyond_outliers import bench_optimizers, optim
-from beyond_outliers.bench_rows import EMBEDDING, ROWS, Row
+from beyond_outliers import optim
+from beyond_outliers.bench import optimizers
+from beyond_outliers.bench.peers import EMBEDDING, ROWS, Row
 
 ROOT = pathlib.Path(__file__).parent.parent
 M, N, V = 32, 96, 160
@@ -29,7 +30,7 @@ def test_state_is_counted_to_the_byte(name, expected):
   peer = ROWS[name].peer
   if peer:
     pytest.importorskip(peer.replace("-", "_"))
-  figures = bench_optimizers.measure(ROWS[name], TINY, repeats=1)
+  figures = optimizers.measure(ROWS[name], TINY, repeats=1)
   excess = figures["state_bytes_per_parameter"] * PARAMETERS - expected * PARAMETERS
   assert 0 <= excess < 50
   assert 0 < figures["ordinary_seconds"] <= figures["slowest_seconds"]
@@ -53,7 +54,7 @@ class Clock:
 def test_steps_of_a_period_are_told_apart():
   """A slow warm-up and one disturbed step in three periods change nothing."""
   seconds = [100, 100, 100, *(1, 2, 9, 1), *(1, 2, 9, 77), *(1, 2, 9, 1)]
-  figures = bench_optimizers.measure(Row("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9)
+  figures = optimizers.measure(Row("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9)
   assert figures == {"ordinary_seconds": 1.5, "slowest_seconds": 9, "amortised_seconds": 13 / 4, "compile_seconds": 0.5,
                      "state_bytes_per_parameter": 2}
 
@@ -61,7 +62,7 @@ def test_steps_of_a_period_are_told_apart():
 def test_time_for_nonsense_is_refused(monkeypatch):
   monkeypatch.setattr(Clock, "finite", lambda self: False)
   with pytest.raises(FloatingPointError, match="not finite"):
-    bench_optimizers.measure(Row("family", [1] * 4, steps=Clock), {"x": (2, 2)}, repeats=1)
+    optimizers.measure(Row("family", [1] * 4, steps=Clock), {"x": (2, 2)}, repeats=1)
 
 
 def figures(ordinary, slowest, amortised, compile_seconds=None):
@@ -79,12 +80,12 @@ RESULT = {
 
 def test_the_best_of_peers_is_the_least_of_each_figure():
   best = {"ordinary_seconds": 2.0, "slowest_seconds": 4.0, "amortised_seconds": 4.0}
-  assert bench_optimizers.best_of_peers(RESULT["rows"], "shampoo") == best
-  assert bench_optimizers.best_of_peers(RESULT["rows"], "soap") == {}
+  assert optimizers.best_of_peers(RESULT["rows"], "shampoo") == best
+  assert optimizers.best_of_peers(RESULT["rows"], "soap") == {}
 
 
 def test_the_table_shows_multiples_and_what_is_missing():
-  lines = [" ".join(line.split()) for line in bench_optimizers.table(RESULT).splitlines()]
+  lines = [" ".join(line.split()) for line in optimizers.table(RESULT).splitlines()]
   assert "kernels: eigh 1024 100.0 ms" in lines and "with jax 1.2.3" in lines
   assert "shampoo 1,000.0 0.50 4,000.0 1.00 2,000.0 0.50 4.00 8.00 0.5" in lines
   assert "torch_shampoo 3,000.0 1.50 4,000.0 1.00 5,000.0 1.25 1.33 8.00" in lines
@@ -95,21 +96,21 @@ def test_the_table_shows_multiples_and_what_is_missing():
 def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
   assert {row.family.split()[0] for row in ROWS.values()} == set(optim.OPTIMIZERS)
   assert {row.family for row in ROWS.values() if row.peer} == {row.family for row in ROWS.values()}
-  sizes = sorted(bench_optimizers.TREES["full"].values())
+  sizes = sorted(optimizers.TREES["full"].values())
   assert sizes == sorted([(768, 768)] * 12 + [(768, 2304)] * 4 + [(2304, 768)] * 4 + [(8192, 768)])
 
 
 def test_rows_run_in_processes_of_their_own(monkeypatch):
-  monkeypatch.setattr(bench_optimizers, "versions", lambda: {})
-  result = bench_optimizers.run(["adamw", "torch_adamw"], "small", 1)
-  assert set(result["kernels"]) == set(bench_optimizers.KERNELS) and all(x > 0 for x in result["kernels"].values())
+  monkeypatch.setattr(optimizers, "versions", lambda: {})
+  result = optimizers.run(["adamw", "torch_adamw"], "small", 1)
+  assert set(result["kernels"]) == set(optimizers.KERNELS) and all(x > 0 for x in result["kernels"].values())
   assert result["rows"]["torch_adamw"] == {"missing": "pip install torch"}
   assert result["rows"]["adamw"]["state_bytes_per_parameter"] == pytest.approx(8, abs=1e-4)
-  assert bench_optimizers.table(json.loads(json.dumps(result)))
+  assert optimizers.table(json.loads(json.dumps(result)))
 
 
 def test_a_process_that_fails_is_told_of():
-  assert bench_optimizers.in_process("nobody", "small", 1) == {"failed": "KeyError: 'nobody'"}
+  assert optimizers.in_process("nobody", "small", 1) == {"failed": "KeyError: 'nobody'"}
 
 
 # what is wrong -> (arguments, what the refusal says)

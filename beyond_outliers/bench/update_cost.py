@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, flops, hlo, text_table
+from beyond_outliers import config, text_table
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.bench import hlo, jaxpr_flops
 from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 
@@ -91,27 +92,27 @@ def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
       mean, costliest = flops_of_update(program)
       rows.append({
         "optimizer": name, "devices": program.mesh.size, "flops": mean.total(),
-        **{f"flops/{kind}": mean[kind] for kind in flops.KINDS}, "flops/costliest": costliest.total(), "flops/model": model,
+        **{f"flops/{kind}": mean[kind] for kind in jaxpr_flops.KINDS}, "flops/costliest": costliest.total(), "flops/model": model,
         "over_adamw": (model + mean.total()) / (model + adamw[mesh]),
         "state_bytes": program_lib.shard_bytes(program.state.opt_state), "moved_bytes": hlo.received(compiled_update(program))})
   return rows
 
 
-def flops_of_update(program: program_lib.Program) -> tuple[flops.Flops, flops.Flops]:
+def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, jaxpr_flops.Flops]:
   """(mean over the steps after which costs repeat, those of the costliest step), on one device, late in a run."""
   params, state = program.state.params, program.state.opt_state
   with mesh_lib.use(program.mesh):
     update = jax.make_jaxpr(program.optimizer.tx.update)(params, state, params)
-  unknown = [flops.UNKNOWN] * len(jax.tree.leaves(params))
-  counts = [np.asarray(STEADY, x.dtype) if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else flops.UNKNOWN
+  unknown = [jaxpr_flops.UNKNOWN] * len(jax.tree.leaves(params))
+  counts = [np.asarray(STEADY, x.dtype) if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else jaxpr_flops.UNKNOWN
             for x in jax.tree.leaves(state)]
   each = []
   for _ in range(program.config.optimizer.period):
-    of_step, outputs = flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
+    of_step, outputs = jaxpr_flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
     counts = outputs[len(unknown):]
     each.append(of_step)
-  mean = flops.Flops({kind: sum(of_step[kind] for of_step in each) / len(each) for kind in flops.KINDS})
-  return mean, max(each, key=flops.Flops.total)
+  mean = jaxpr_flops.Flops({kind: sum(of_step[kind] for of_step in each) / len(each) for kind in jaxpr_flops.KINDS})
+  return mean, max(each, key=jaxpr_flops.Flops.total)
 
 
 def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -126,10 +127,10 @@ def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells: list[tuple[str, ...]] = [("optimizer", "devices", "TFLOP a step", *flops.KINDS, "costliest step", "of the model's",
+  cells: list[tuple[str, ...]] = [("optimizer", "devices", "TFLOP a step", *jaxpr_flops.KINDS, "costliest step", "of the model's",
                                    "with it, over AdamW", "MiB of state", "MiB moved")]
   for row in rows:
-    tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in flops.KINDS), "flops/costliest")]
+    tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in jaxpr_flops.KINDS), "flops/costliest")]
     cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",
                   f"{row['over_adamw']:.3f}", f"{row['state_bytes'] / 2**20:,.0f}", f"{row['moved_bytes'] / 2**20:,.0f}"))
   return "\n".join(text_table.aligned(cells))

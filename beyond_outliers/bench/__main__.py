@@ -2,18 +2,18 @@
 
   python -m beyond_outliers.bench --config=configs/adamw.py:nano [--json]
 
-and what optimizers' updates cost alone: timed beside their peers (bench_optimizers.py), or counted without being run (costs.py):
+and what optimizers' updates cost alone: timed beside their peers (bench/optimizers.py), or counted without being run (bench/update_cost.py):
 
   python -m beyond_outliers.bench --optimizers                 milliseconds on one core
   python -m beyond_outliers.bench --on_paper=760m              FLOPs, state and traffic of a device
   python -m beyond_outliers.bench --collectives=50m            what moves between devices in the compiled programs
 
-and what quantization costs: beside full precision (bench_recipes.py), and after training, method by method (bench_ptq.py):
+and what quantization costs: beside full precision (bench/recipes.py), and after training, method by method (bench/ptq.py):
 
   python -m beyond_outliers.bench --recipes                    a linear layer, and whole models
   python -m beyond_outliers.bench --ptq=50m                    seconds and memory
 
-and how fast zero-shot questions are answered (bench_scoring.py):
+and how fast zero-shot questions are answered (bench/scoring.py):
 
   python -m beyond_outliers.bench --scoring=nano
 
@@ -31,22 +31,9 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from beyond_outliers import (
-  bench_optimizers,
-  bench_ptq,
-  bench_recipes,
-  bench_scoring,
-  checks,
-  command,
-  config,
-  costs,
-  data,
-  hardware,
-  optim,
-  quant,
-  text_table,
-)
+from beyond_outliers import checks, command, config, data, hardware, optim, quant, text_table
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.bench import optimizers, ptq, recipes, scoring, update_cost
 from beyond_outliers.model import transformer
 from beyond_outliers.train import loop
 from beyond_outliers.train import program as program_lib
@@ -60,7 +47,7 @@ PTQ = flags.DEFINE_enum("ptq", None, list(config.SIZES), "Time quantizing a mode
 SCORING = flags.DEFINE_enum("scoring", None, list(config.SIZES), "Time zero-shot scoring with a model of this size.")
 INSTEAD = ("optimizers", "on_paper", "collectives", "recipes", "ptq", "scoring")
 CONFIG = command.config_flag(*INSTEAD)
-TREE = flags.DEFINE_enum("tree", "full", list(bench_optimizers.TREES), "Parameters that --optimizers updates.")
+TREE = flags.DEFINE_enum("tree", "full", list(optimizers.TREES), "Parameters that --optimizers updates.")
 ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
@@ -188,29 +175,29 @@ def check_flags() -> None:
 
 def rows() -> tuple[Any, str]:
   """(figures, as a table) of all that is not --config."""
-  known = list(bench_optimizers.ROWS if OPTIMIZERS.value else bench_recipes.ROWS if RECIPES.value else
+  known = list(optimizers.ROWS if OPTIMIZERS.value else recipes.ROWS if RECIPES.value else
                quant.METHODS if PTQ.value else optim.OPTIMIZERS)
   for name in ONLY.value:
     checks.require(name in known, "--only", name, "expected some of " + ", ".join(known))
   if SCORING.value:
-    result = bench_scoring.run(SCORING.value, REPEATS.value)
-    return result, bench_scoring.table(result)
+    result = scoring.run(SCORING.value, REPEATS.value)
+    return result, scoring.table(result)
   if RECIPES.value:
-    result = bench_recipes.run(ONLY.value or bench_recipes.DEFAULT, REPEATS.value)
-    return result, bench_recipes.table(result)
+    result = recipes.run(ONLY.value or recipes.DEFAULT, REPEATS.value)
+    return result, recipes.table(result)
   names = ONLY.value or known
   if PTQ.value:
-    result = bench_ptq.run(PTQ.value, names)
-    return result, bench_ptq.table(result)
+    result = ptq.run(PTQ.value, names)
+    return result, ptq.table(result)
   if OPTIMIZERS.value:
-    result = bench_optimizers.run(names, TREE.value, REPEATS.value)
-    return result, bench_optimizers.table(result)
-  costs.simulate_devices()
+    result = optimizers.run(names, TREE.value, REPEATS.value)
+    return result, optimizers.table(result)
+  update_cost.simulate_devices()
   if ON_PAPER.value:
-    counted = costs.on_paper(names, ON_PAPER.value)
-    return counted, costs.on_paper_table(counted)
-  counted = costs.collectives(names, str(COLLECTIVES.value))
-  return counted, costs.collectives_table(counted)
+    counted = update_cost.on_paper(names, ON_PAPER.value)
+    return counted, update_cost.on_paper_table(counted)
+  counted = update_cost.collectives(names, str(COLLECTIVES.value))
+  return counted, update_cost.collectives_table(counted)
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The optimizers whose steps bench_optimizers.py times: all of this package, and beside each family the peers that PyPI has.
+"""The optimizers whose steps bench/optimizers.py times: all of this package, and beside each family the peers that PyPI has.
 
 Rows of a family do the same work: the same period between roots, bases or factors, the same blocks, axes and precision, no
 weight decay. Where a peer cannot be set so, its function says what differs.

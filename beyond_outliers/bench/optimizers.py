@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers import hardware
-from beyond_outliers.bench_rows import EMBEDDING, ROWS, Row
+from beyond_outliers.bench.peers import EMBEDDING, ROWS, Row
 from beyond_outliers.ops import linalg
 
 WARM_UP = 3                     # steps that are not timed: memory is touched for the first time, the first bases are found
