@@ -22,16 +22,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from beyond_outliers import config, mesh, quant
+from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
+from beyond_outliers.params import path_of
 
 SUMS = "sha256.json"
 
 # A reader is told by Orbax, as a warning, that it reads.
 logging.get_absl_logger().addFilter(lambda record: not record.getMessage().startswith("Given directory is read only"))
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be used; the message says which, why and what to do."""
 
 
 class Checkpoints:
@@ -179,11 +177,11 @@ class Checkpoints:
     """Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes are compared first; all, or
     those below `part`. Blocks of optimizer state are padded to a multiple of the devices: how far may differ."""
     def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-      named = ((mesh.path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
+      named = ((path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
       return {name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)}
 
     have, want = leaves(self._manager.item_metadata(step)["state"]), leaves(state)
-    padded = {mesh.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state) if blocks.belongs_to_blocks(path)}
+    padded = {path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state) if blocks.belongs_to_blocks(path)}
     for name in have.keys() & want.keys() & padded:
       (shape, dtype), wanted_shape = have[name], want[name][0]
       have[name] = (wanted_shape[:1] + shape[1:], dtype)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 from beyond_outliers.model import hf, hf_config
 from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, recipes, storage
 from beyond_outliers.quant.qmatrix import QuantizedMatrix

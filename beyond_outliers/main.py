@@ -8,11 +8,11 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from beyond_outliers import command, config, train
+from beyond_outliers import cli, config, train
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
-CONFIG = command.config_flag()
+CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<config>-<size>. The same command resumes.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
 DISTRIBUTED = flags.DEFINE_string("distributed", "", "Several processes: 'auto' (Slurm, TPU pod, Open MPI, as JAX detects "
@@ -41,4 +41,4 @@ def default_workdir(c: config.Config) -> str:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  cli.run(main)

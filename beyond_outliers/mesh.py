@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from beyond_outliers import config
+from beyond_outliers.params import path_of
 
 # Logical name of an array axis -> mesh axes that split it.
 RULES = (
@@ -28,16 +29,8 @@ RULES = (
 )
 
 
-class Axes(NamedTuple):
-  """What each axis of a parameter is: axis numbers. fan_in and fan_out: matrices; fan_out alone: vectors; neither: scalars."""
-  batch: tuple[int, ...] = ()
-  fan_in: tuple[int, ...] = ()
-  fan_out: tuple[int, ...] = ()
 
 
-def path_of(key_path: tuple[Any, ...]) -> str:
-  """`layers/attention/q/kernel`: how paths in a tree are written everywhere."""
-  return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from absl import app, flags
 
-from beyond_outliers import command, config, data
+from beyond_outliers import cli, config, data
 
-_CONFIG = command.config_flag()
+_CONFIG = cli.config_flag()
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare the SHA-256 of every file of the dataset with what was written.")
 
 
@@ -36,4 +36,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  cli.run(main)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
-from beyond_outliers import checkpoint, data, quant, writers
+from beyond_outliers import checkpoint, data, quant
 from beyond_outliers import config as config_lib
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import results
 from beyond_outliers.model import transformer
 
@@ -23,9 +24,9 @@ class Run:
   """One workdir, read only. Nothing is loaded before it is asked for."""
 
   def __init__(self, workdir: Any):
-    self._workdir = writers.Workdir(workdir)
+    self._workdir = workdir_lib.Workdir(workdir)
     if self._workdir.read("config.json") is None:
-      raise writers.WorkdirError(f"{self.path} holds no run: it has no config.json")
+      raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
 
   def __repr__(self) -> str:
     status = self.status or {"status": "not started", "step": 0}

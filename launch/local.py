@@ -20,7 +20,7 @@ import sys
 
 from absl import app, flags
 
-from beyond_outliers import hyper
+from beyond_outliers.config import sweeps
 
 CONFIG = flags.DEFINE_string("config", None, "Config file that has a sweep; size and overrides behind a colon.", required=True)
 ROOT = flags.DEFINE_string("root", None, "Folder of the workdirs.", required=True)
@@ -31,18 +31,18 @@ LIST = flags.DEFINE_bool("list", False, "Print the workdirs and what they overri
 ENDED = ("done", "diverged")                  # what is left alone when the command is given again
 
 
-def runs(path: str, where: list[str], fixed: hyper.Overrides) -> dict[str, hyper.Overrides]:
+def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
   """{run name: overrides} of the sweep in a config file, with the `fixed` values in all. Errors: ValueError when `where` leaves
   none."""
   wanted = {key: ast.literal_eval(value) for key, _, value in (condition.partition("=") for condition in where)}
-  sweep = [{**overrides, **fixed} for overrides in runpy.run_path(path)["get_hyper"](hyper)]
+  sweep = [{**overrides, **fixed} for overrides in runpy.run_path(path)["get_hyper"](sweeps)]
   chosen = [overrides for overrides in sweep if all(overrides.get(key) == value for key, value in wanted.items())]
   if not chosen:
     raise ValueError(f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps {sorted(sweep[0])}")
-  return {hyper.run_name(overrides): overrides for overrides in chosen}
+  return {sweeps.run_name(overrides): overrides for overrides in chosen}
 
 
-def found(file: str, path: str, argument: str) -> hyper.Overrides:
+def found(file: str, path: str, argument: str) -> sweeps.Overrides:
   """What `file` says of the config's optimizer. Errors: ValueError when it is of another size, or lacks the optimizer."""
   saved, c = json.loads(pathlib.Path(file).read_text()), runpy.run_path(path)["get_config"](argument)
   if saved["size"] != c.size:

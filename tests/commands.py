@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 SCRIPT = """
 import importlib, json, os, sys, tempfile
-from beyond_outliers import command
+from beyond_outliers import cli
 
 name, commands = sys.argv[1], json.loads(sys.argv[2])
 module = importlib.import_module("beyond_outliers." + name)
@@ -20,7 +20,7 @@ for arguments in commands:
       os.dup2(said.fileno(), 1)
       os.dup2(said.fileno(), 2)
       sys.argv = [name, *arguments]
-      command.run(module.main)
+      cli.run(module.main)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said.seek(0)
     answers.append([code, said.read()])

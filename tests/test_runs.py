@@ -3,7 +3,8 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import checkpoint, config, mesh, runs, train, writers
+from beyond_outliers import checkpoint, config, mesh, runs, train
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.train import program as program_lib
 
 
@@ -83,5 +84,5 @@ def test_find(workdir, tmp_path):
   found = runs.find(workdir.parent.parent)
   assert [run.path.name for run in found] == ["eight"]
   assert "done at step 4 of 4" in repr(found[0])
-  with pytest.raises(writers.WorkdirError, match="holds no run"):
+  with pytest.raises(workdir_lib.WorkdirError, match="holds no run"):
     runs.open(tmp_path)

@@ -12,6 +12,7 @@ import jax
 import pytest
 from etils import epath
 
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers import writers
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,7 +49,7 @@ def test_a_resumed_run_drops_the_rows_it_will_write_again_and_a_torn_line(tmp_pa
 
 
 def test_files_of_a_workdir_are_replaced_whole(tmp_path):
-  workdir = writers.Workdir(tmp_path / "runs" / "one")
+  workdir = workdir_lib.Workdir(tmp_path / "runs" / "one")
   assert workdir.read("config.json") is None
   workdir.write("config.json", {"steps": 3, "nested": {"a": [1, None]}})
   workdir.write("config.json", {"steps": 4})
@@ -61,9 +62,9 @@ def test_files_of_a_workdir_are_replaced_whole(tmp_path):
 
 
 def test_a_manifest_says_where_and_with_what(tmp_path):
-  manifest = json.loads(json.dumps(writers.manifest({"data": {"fingerprint": "abc"}})))
+  manifest = json.loads(json.dumps(workdir_lib.manifest({"data": {"fingerprint": "abc"}})))
   assert manifest["data"] == {"fingerprint": "abc"}
-  assert manifest["packages"]["jax"] == jax.__version__ and set(manifest["packages"]) == set(writers.PACKAGES)
+  assert manifest["packages"]["jax"] == jax.__version__ and set(manifest["packages"]) == set(workdir_lib.PACKAGES)
   assert manifest["devices"] == {"kind": "cpu", "count": 8, "processes": 1, "backend": "cpu"}
   assert manifest["python"] == sys.version.split()[0] and manifest["command"][1:] == sys.argv
   if (ROOT / ".git").exists():
@@ -74,7 +75,7 @@ def test_a_manifest_says_where_and_with_what(tmp_path):
 HOLDER = """
 import sys
 from beyond_outliers import writers
-workdir = writers.Workdir(sys.argv[1])
+workdir = workdir_lib.Workdir(sys.argv[1])
 with workdir.lock():
   print("locked", flush=True)
   sys.stdin.read()
@@ -87,26 +88,26 @@ def test_a_second_process_is_kept_out_by_name_and_a_dead_one_is_not_in_the_way(t
   try:
     assert holder.stdout.readline() == "locked\n"
     held = rf"{tmp_path} is in use by process {holder.pid} on .*; .*--workdir"
-    with pytest.raises(writers.WorkdirError, match=held), writers.Workdir(tmp_path).lock():
+    with pytest.raises(workdir_lib.WorkdirError, match=held), workdir_lib.Workdir(tmp_path).lock():
       pass
   finally:
     holder.kill()
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-  other = writers.Workdir(tmp_path)
-  with writers.Workdir(tmp_path).lock():
+  other = workdir_lib.Workdir(tmp_path)
+  with workdir_lib.Workdir(tmp_path).lock():
     text = (tmp_path / "lock").read_text()
     assert text.startswith(f"process {os.getpid()} on ") and str(holder.pid) not in text.replace(str(os.getpid()), "")
-    with pytest.raises(writers.WorkdirError, match=f"process {os.getpid()}"), other.lock():
+    with pytest.raises(workdir_lib.WorkdirError, match=f"process {os.getpid()}"), other.lock():
       pass
   with other.lock():
     pass
 
 
 def test_the_address_of_an_object_store_is_refused():
-  with pytest.raises(writers.WorkdirError, match=r"gs://bucket/run: .* give a mounted folder"):
-    writers.Workdir("gs://bucket/run")
+  with pytest.raises(workdir_lib.WorkdirError, match=r"gs://bucket/run: .* give a mounted folder"):
+    workdir_lib.Workdir("gs://bucket/run")
 
 
 class Terminal(io.StringIO):

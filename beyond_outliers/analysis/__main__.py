@@ -9,9 +9,9 @@ from __future__ import annotations
 from absl import app, flags
 from etils import epath
 
-from beyond_outliers import command, runs
+from beyond_outliers import cli, runs
 from beyond_outliers.analysis import plots, ptq_degradation, qat_gap, tables, tuning
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 
 ROOT = flags.DEFINE_list("root", None, "Folders with the workdirs of sweeps, at any depth.", required=True)
 PLOT = flags.DEFINE_string("plot", "", "Also draw the loss curves into this PNG file.")
@@ -88,4 +88,4 @@ def report_common_loss(found: list[runs.Run]) -> list[tuning.Landing]:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  cli.run(main)

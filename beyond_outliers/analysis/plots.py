@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from beyond_outliers.analysis.qat_gap import Gap, estimate
 from beyond_outliers.analysis.tuning import Tuning
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 
 # One colour an optimizer in every figure (Okabe and Ito's palette, told apart by the colour-blind too).
 COLORS = {"adamw": "#000000", "muon": "#0072B2", "psgd": "#CC79A7", "scion": "#56B4E9", "shampoo": "#D55E00", "soap": "#009E73"}

@@ -11,7 +11,8 @@ import pandas as pd
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 from beyond_outliers.analysis.qat_gap import Estimate
-from beyond_outliers.checks import ConfigError, nearest, require
+from beyond_outliers.config.checks import nearest, require
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import results
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")

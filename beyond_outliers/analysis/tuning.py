@@ -13,7 +13,7 @@ from etils import epath
 
 from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.checks import ConfigError
+from beyond_outliers.errors import ConfigError
 
 FULL_PRECISION = "none"
 

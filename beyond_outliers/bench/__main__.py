@@ -31,9 +31,10 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from beyond_outliers import checks, command, config, data, hardware, optim, quant, text_table
+from beyond_outliers import cli, config, data, hardware, optim, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import optimizers, ptq, recipes, scoring, update_cost
+from beyond_outliers.config import checks
 from beyond_outliers.model import transformer
 from beyond_outliers.train import loop
 from beyond_outliers.train import program as program_lib
@@ -46,7 +47,7 @@ RECIPES = flags.DEFINE_bool("recipes", None, "Time quantization recipes beside f
 PTQ = flags.DEFINE_enum("ptq", None, list(config.SIZES), "Time quantizing a model of this size after its training.")
 SCORING = flags.DEFINE_enum("scoring", None, list(config.SIZES), "Time zero-shot scoring with a model of this size.")
 INSTEAD = ("optimizers", "on_paper", "collectives", "recipes", "ptq", "scoring")
-CONFIG = command.config_flag(*INSTEAD)
+CONFIG = cli.config_flag(*INSTEAD)
 TREE = flags.DEFINE_enum("tree", "full", list(optimizers.TREES), "Parameters that --optimizers updates.")
 ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
@@ -162,7 +163,7 @@ def table(result: dict[str, Any]) -> str:
            ("model FLOP/s", f"{r['flops_per_second'] / 1e9:,.0f} GFLOP/s, {r['peak_share']:.1%} of peak ({r['peak_source']})"),
            ("temporaries of a step", f"{r['temporary_bytes'] / 2**20:,.0f} MiB"),
            ("peak memory", f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB")]
-  return "\n".join(text_table.aligned(rows))
+  return "\n".join(cli.aligned(rows))
 
 
 def check_flags() -> None:
@@ -213,4 +214,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  cli.run(main)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, hardware, quant, text_table
+from beyond_outliers import cli, config, hardware, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
 from beyond_outliers.ops import dot
@@ -209,4 +209,4 @@ def table(result: Mapping[str, Any]) -> str:
                    peak(row)))
   title = (f"one linear layer, {TOKENS:,} tokens, {INPUTS} -> {OUTPUTS}, on {result['device']}; "
            "types of its products as lowered for GPU and TPU")
-  return "\n".join([title, *text_table.aligned(layers), "", "loss and gradients of a step", *text_table.aligned(models)])
+  return "\n".join([title, *cli.aligned(layers), "", "loss and gradients of a step", *cli.aligned(models)])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import config, text_table
+from beyond_outliers import cli, config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo, jaxpr_flops
 from beyond_outliers.model import transformer
@@ -123,7 +123,7 @@ def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
     matrices = ", ".join(f"{kernel}: {count['device']} of {count['every']}" for kernel, count in row["matrices"].items())
     cells.append((row["optimizer"], "·".join(map(str, row["mesh"])), f"{row['bytes'] / 2**20:,.1f}",
                   f"{row['bytes'] / row['parameter_bytes']:.2f}", str(row["in_loops"]), kinds, matrices))
-  return "\n".join(text_table.aligned(cells))
+  return "\n".join(cli.aligned(cells))
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -133,4 +133,4 @@ def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
     tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in jaxpr_flops.KINDS), "flops/costliest")]
     cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",
                   f"{row['over_adamw']:.3f}", f"{row['state_bytes'] / 2**20:,.0f}", f"{row['moved_bytes'] / 2**20:,.0f}"))
-  return "\n".join(text_table.aligned(cells))
+  return "\n".join(cli.aligned(cells))

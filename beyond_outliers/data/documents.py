@@ -20,9 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-
-class DataError(ValueError):
-  """Data that cannot be used; the message names the place, or the field of the configuration, and the remedy."""
+from beyond_outliers.errors import DataError
 
 
 class Document(NamedTuple):

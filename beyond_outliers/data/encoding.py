@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from beyond_outliers.data import tokenizers
-from beyond_outliers.data.documents import DataError, Document
+from beyond_outliers.data.documents import Document
+from beyond_outliers.errors import DataError
 
 ENCODE_AT_ONCE = 4 << 20            # characters, or ids, handed to the tokenizer's threads
 REPORT_SECONDS = 10.0

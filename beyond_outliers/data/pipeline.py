@@ -16,9 +16,10 @@ import grain
 import numpy as np
 
 from beyond_outliers.data import shards
-from beyond_outliers.data.documents import DataError, Document, is_held_out
+from beyond_outliers.data.documents import Document, is_held_out
 from beyond_outliers.data.encoding import checked_ids, separated
 from beyond_outliers.data.windows import Batch, make_batch, num_windows, read_windows, rows_of
+from beyond_outliers.errors import DataError
 
 CHUNK = 64                          # documents that a reader of TFDS records takes at once
 

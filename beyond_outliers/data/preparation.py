@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from beyond_outliers.data import documents, shards, tokenizers
-from beyond_outliers.data.documents import DataError, Document
+from beyond_outliers.data.documents import Document
 from beyond_outliers.data.encoding import Tokenized, separated, tokenized
+from beyond_outliers.errors import DataError
 
 SHAPING = ("source", "path", "field", "tokenizer", "separator", "validation", "reader", "seed", "shard_tokens")
 TOKENIZER_SAMPLE = 64 << 20         # bytes of the corpus, about, that a SentencePiece model is trained on

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from beyond_outliers.data import tokenizers
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 FORMAT = 1                          # of what is written here; a change makes old folders unreadable by name
 OPEN_SHARDS = 256                   # memory maps kept, each of which holds a file descriptor

@@ -15,7 +15,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import sequential_writer
 
-from beyond_outliers.data.documents import DataError, Document, as_content
+from beyond_outliers.data.documents import Document, as_content
+from beyond_outliers.errors import DataError
 
 READ_AT_ONCE = 256                  # records a call when reading in order
 SHARD_RECORDS = 100_000             # records a file at most

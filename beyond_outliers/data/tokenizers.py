@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 GPT2_FILES = {                      # SHA-256 of OpenAI's release
   "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from beyond_outliers.data import shards
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 Batch = dict[str, np.ndarray]
 

@@ -17,8 +17,8 @@ from typing import Any
 from absl import app, flags
 from etils import epath
 
-from beyond_outliers import checkpoint, command
-from beyond_outliers.checks import require
+from beyond_outliers import checkpoint, cli
+from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate import evaluator as evaluator_lib
 from beyond_outliers.evaluate import offline_tasks, target
 from beyond_outliers.evaluate.job import Job, Progress, wait_for_run
@@ -110,4 +110,4 @@ flags.register_multi_flags_validator(
   "expected one of --workdir, --hf, --checkpoint")
 
 if __name__ == "__main__":
-  command.run(main)
+  cli.run(main)

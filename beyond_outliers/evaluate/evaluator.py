@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from beyond_outliers import config, data, quant, text_table, writers
+from beyond_outliers import cli, config, data, quant, writers
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
-from beyond_outliers.checks import ConfigError, require
+from beyond_outliers.config.checks import require
+from beyond_outliers.errors import ConfigError, TaskError
 from beyond_outliers.evaluate import metrics, offline_tasks, results
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.target import Source
@@ -26,10 +28,6 @@ VERSION = 2                       # of the measurements: raised by whatever chan
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
 
 OWN_REFERENCE = "method none: difference, KL and agreement are to the same parameters with nothing quantized, not to another run"
-
-
-class TaskError(RuntimeError):
-  """Tasks that could not be asked of a model; the message says which, and why."""
 
 
 class Cell(NamedTuple):
@@ -157,7 +155,7 @@ class Evaluator:
     # JSON knows no NaN: it is null.
     found = jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
     self._folder.write(step, cell.row, cell.method, settings, {
-      "step": step, **cell._asdict(), **found, "settings": settings, "source": self.source.described, **writers.manifest({})})
+      "step": step, **cell._asdict(), **found, "settings": settings, "source": self.source.described, **workdir_lib.manifest({})})
 
   def _result(self, step: int, cell: Cell) -> Result | None:
     found = self._read(step, cell, self._settings(cell))
@@ -256,7 +254,7 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
                  shown(m.get("agreement"), ".1%"), f"{cell['size_bytes'] / 2**20:.2f}",
                  *(shown(numbers.get(name)) for name in accuracies), f"{sum(cell['seconds'].values()):.1f}"))
   trained_quantized = any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells)
-  return "\n".join([*text_table.aligned(rows), *([OWN_REFERENCE] if trained_quantized else [])])
+  return "\n".join([*cli.aligned(rows), *([OWN_REFERENCE] if trained_quantized else [])])
 
 
 def shown(value: float | None, style: str = ".4f") -> str:

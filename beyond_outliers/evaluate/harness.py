@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from beyond_outliers import checks
+from beyond_outliers.config import checks
 from beyond_outliers.data import tokenizers
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.model import transformer
 
@@ -26,7 +27,7 @@ try:
   import lm_eval.tasks
   import lm_eval.utils
 except ImportError as error:
-  raise checks.ConfigError("--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'") from error
+  raise ConfigError("--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'") from error
 
 Results = dict[str, dict[str, float]]
 
@@ -150,7 +151,7 @@ def _load(manager: lm_eval.tasks.TaskManager, name: str) -> Asked:
       found: Any = manager.load([name])
     content = [_content(task) for _, task in sorted(found["tasks"].items())]
   except Exception as error:                              # the harness and its library of data raise whatever there is
-    raise checks.ConfigError(f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file or its "
+    raise ConfigError(f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file or its "
                              "data; without the hub, name tasks on local data") from error
   group = found.get("groups", {}).get(name)
   return Asked(name, list(found["tasks"].values()) if group is None else [group],
@@ -188,7 +189,7 @@ def harness_model(model: transformer.Transformer, params: Any, tokenizer: tokeni
   marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
-    raise checks.ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
+    raise ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
   return HarnessModel(loglikelihood.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from beyond_outliers import checkpoint
-from beyond_outliers.checks import ConfigError
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import evaluator as evaluator_lib
 from beyond_outliers.evaluate import target
 

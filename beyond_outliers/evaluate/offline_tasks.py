@@ -19,7 +19,9 @@ from typing import Any
 
 from absl import app, flags
 
-from beyond_outliers import checks, data
+from beyond_outliers import data
+from beyond_outliers.config import checks
+from beyond_outliers.errors import ConfigError
 
 PASSAGE_WORDS = 48                  # of a passage at least, in whole sentences
 CHOICE_WORDS = range(8, 33)         # of a sentence that is told from others
@@ -116,7 +118,7 @@ def parts(form: str, text: str) -> list[str]:
   """The groups of a regular expression that the whole text obeys. Errors: ConfigError."""
   found = re.fullmatch(form, text.strip(), re.DOTALL)
   if found is None:
-    raise checks.ConfigError(f"--evals: a question is not of the form {form!r}: {text!r}; take evals==3.0.1.post1")
+    raise ConfigError(f"--evals: a question is not of the form {form!r}: {text!r}; take evals==3.0.1.post1")
   return [group.strip() for group in found.groups()]
 
 

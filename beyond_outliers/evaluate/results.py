@@ -6,7 +6,6 @@ lm-evaluation-harness found is a file of its own, beside the cell of the model t
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 import sys
@@ -15,15 +14,12 @@ from typing import Any
 
 from etils import epath
 
-from beyond_outliers import writers
+from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.workdir import digest
 
 Result = dict[str, Any]           # {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
 IDENTITY = ("step", "recipe", "method", "settings")
 OF_TASKS = "task"                 # the setting that only tasks have
-
-
-def digest(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_name(step: int, recipe: str, method: str, settings: dict[str, Any]) -> str:
@@ -39,7 +35,7 @@ class Folder:
   """Results of any models. say: takes what is wrong with a file, once; it then counts as missing."""
 
   def __init__(self, path: Any, say: Callable[[str], None] = warn):
-    self._workdir, self._say = writers.Workdir(path), functools.cache(say)
+    self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
 
   @property
   def path(self) -> epath.Path:

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from beyond_outliers import config, data, quant, runs
-from beyond_outliers.checks import ConfigError, require
+from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import hf, transformer
 
 ENDED = ("done", "diverged", "failed")       # what was preempted is started again, by schedulers too

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from beyond_outliers.mesh import path_of, shardings
+from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, transformer
+from beyond_outliers.params import path_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from beyond_outliers import config, mesh
+from beyond_outliers import config
 from beyond_outliers.model import layers
 from beyond_outliers.ops import dot
+from beyond_outliers.params import Axes
 
 POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -193,7 +194,7 @@ class Transformer(nn.Module):
 
   @nn.nowrap
   def axes(self, params: Any = None) -> Any:
-    """A tree like the parameters of `mesh.Axes`, from the logical names: what optimizers take as `axes`."""
+    """A tree like the parameters of `Axes`, from the logical names: what optimizers take as `axes`."""
     del params
     return axes(self)
 
@@ -254,18 +255,18 @@ def shapes(model: Transformer) -> Any:
 
 
 def axes(model: Transformer) -> Any:
-  """A tree like the parameters of `mesh.Axes`: which axes are batch, fan-in and fan-out, from the logical names."""
+  """A tree like the parameters of `Axes`: which axes are batch, fan-in and fan-out, from the logical names."""
   boxes = boxed_shapes(model)
   return jax.tree.map(lambda box: _axes(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def _axes(names: tuple[str, ...]) -> mesh.Axes:
+def _axes(names: tuple[str, ...]) -> Axes:
   batch = tuple(i for i, name in enumerate(names) if name == "layers")
   rest = [i for i in range(len(names)) if i not in batch]
   if len(rest) == 1:
-    return mesh.Axes(batch, (), (rest[0],))
+    return Axes(batch, (), (rest[0],))
   fan_in, fan_out = reversed(rest) if names[rest[0]] == "vocab" else rest        # the embedding is the head's matrix, transposed
-  return mesh.Axes(batch, (fan_in,), (fan_out,))
+  return Axes(batch, (fan_in,), (fan_out,))
 
 
 def count(params: Any) -> dict[str, int]:

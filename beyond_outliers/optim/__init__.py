@@ -10,7 +10,6 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers import config
-from beyond_outliers.mesh import Axes, path_of
 from beyond_outliers.optim import blocks, groups, metrics
 from beyond_outliers.optim.adamw import adamw
 from beyond_outliers.optim.muon import muon, scale_by_muon
@@ -19,6 +18,7 @@ from beyond_outliers.optim.schedules import SCHEDULES
 from beyond_outliers.optim.scion import scale_by_scion, scion
 from beyond_outliers.optim.shampoo import scale_by_shampoo, shampoo
 from beyond_outliers.optim.soap import scale_by_soap, soap
+from beyond_outliers.params import Axes, path_of
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Axes", "Optimizer", "adamw", "build", "muon", "path_of", "psgd", "scale_by_muon",
            "scale_by_psgd", "scale_by_scion", "scale_by_shampoo", "scale_by_soap", "scion", "shampoo", "soap"]

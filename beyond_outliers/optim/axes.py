@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers.mesh import Axes, path_of
+from beyond_outliers.params import Axes, path_of
 
 AxesTree = Any            # a tree like the parameters of `Axes`, or params -> such a tree, or None
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from beyond_outliers import config
-from beyond_outliers.mesh import path_of
+from beyond_outliers.params import path_of
 
 
 def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers.hyperparameters import LEAST_UPDATE_PROBABILITY
+from beyond_outliers.config.optimizers import LEAST_UPDATE_PROBABILITY
 from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.axes import AxesTree, matrix_mask
 from beyond_outliers.optim.linalg import triangular

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from beyond_outliers.hyperparameters import MAX_BFLOAT16_B2, WITH_EIGENVALUE_CORRECTION
+from beyond_outliers.config.optimizers import MAX_BFLOAT16_B2, WITH_EIGENVALUE_CORRECTION
 from beyond_outliers.optim import blocks, factory
 from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.eigenvalue_corrected import scale_by_eigenvalue_corrected_shampoo

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 from beyond_outliers.ops.outline import outlined_call
 from beyond_outliers.quant import metrics, qmatrix, quantizers, rotations
 from beyond_outliers.quant.backends import aqt as aqt_backend

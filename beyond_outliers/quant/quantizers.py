@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 from beyond_outliers.quant import rotations
 from beyond_outliers.quant.estimators import ESTIMATORS
 from beyond_outliers.quant.scales import GRANULARITIES, SCALES, reciprocal

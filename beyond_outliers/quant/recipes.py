@@ -9,7 +9,8 @@ from typing import NamedTuple
 from absl import logging
 
 from beyond_outliers import config
-from beyond_outliers.checks import ConfigError, nearest, require
+from beyond_outliers.config.checks import nearest, require
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 

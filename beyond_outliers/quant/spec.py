@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from beyond_outliers.checks import one_of, require
+from beyond_outliers.config.checks import one_of, require
 from beyond_outliers.quant.estimators import ESTIMATORS
 from beyond_outliers.quant.grids import GRIDS, Float, Grid
 from beyond_outliers.quant.rotations import ROTATIONS

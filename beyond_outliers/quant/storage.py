@@ -31,7 +31,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from beyond_outliers import config
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 from beyond_outliers.quant.grids import Uniform
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.recipes import Recipe, at_depth, stacked

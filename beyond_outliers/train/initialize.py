@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from beyond_outliers import checkpoint, config, quant, runs, writers
+from beyond_outliers import checkpoint, config, quant, runs
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.model import transformer
 
 # What a model may change between two runs and still compute the same of its parameters, up to rounding.
@@ -23,7 +24,7 @@ def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
     step, found = source.restore(mesh)
-  except (checkpoint.CheckpointError, writers.WorkdirError) as error:
+  except (checkpoint.CheckpointError, workdir_lib.WorkdirError) as error:
     raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)
   return step, found if alike else transformer.without_own(c.model, found)

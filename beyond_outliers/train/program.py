@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from beyond_outliers import config, optim, quant, text_table
+from beyond_outliers import cli, config, optim, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
 from beyond_outliers.train import step as step_lib
@@ -98,7 +98,7 @@ def describe(program: Program) -> str:
   for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(program.state.params), labels, strict=True):
     split = ", ".join("·".join(axes) if isinstance(axes, tuple) else str(axes or "—") for axes in leaf.sharding.spec)
     rows.append((optim.path_of(path), "×".join(map(str, leaf.shape)), f"{leaf.size:,}", label, f"({split})"))
-  lines += ["  " + line for line in text_table.aligned(rows)]
+  lines += ["  " + line for line in cli.aligned(rows)]
   lines.append(_describe_recipe(c))
   counts, tokens = transformer.count(program.state.params), c.steps * c.batch_size * c.context
   lines.append(f"{counts['total']:,} parameters, {counts['embedding']:,} of them the embedding · {tokens:,} tokens in "

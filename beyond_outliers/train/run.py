@@ -12,6 +12,7 @@ import jax
 
 from beyond_outliers import checkpoint, config, data, hardware, quant, writers
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
 from beyond_outliers.train import initialize, loop
@@ -32,7 +33,7 @@ def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Call
     say(program_lib.describe_compiled(program))
     return "done"
 
-  workdir = writers.Workdir(workdir_path)
+  workdir = workdir_lib.Workdir(workdir_path)
   before = workdir.read("config.json")
   if before is not None:
     config.check_resumable(config.resolve(before), c)
@@ -40,7 +41,7 @@ def run(c: config.Config, workdir_path: Any, *, dry_run: bool = False, say: Call
     return _train(program, workdir, say)
 
 
-def _train(program: Program, workdir: writers.Workdir, say: Callable[[str], None]) -> str:
+def _train(program: Program, workdir: workdir_lib.Workdir, say: Callable[[str], None]) -> str:
   c, mesh = program.config, program.mesh
   dataset = data.prepare(c.data, log=say)                  # several processes: one does the work, the others wait for its lock
   index, count = mesh_lib.share_of_rows(mesh, c.batch_size)
@@ -160,7 +161,7 @@ def _outliers(model: transformer.Transformer, batches: data.ValidationBatches, m
   return lambda params: measure(params, params)
 
 
-def _sinks(c: config.Config, workdir: writers.Workdir, first: int) -> list[writers.Writer]:
+def _sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> list[writers.Writer]:
   if jax.process_index() != 0:
     return []
   sinks: list[writers.Writer] = [writers.JsonLines(workdir.path / "metrics.jsonl", first), writers.Console(c.steps)]
@@ -171,9 +172,9 @@ def _sinks(c: config.Config, workdir: writers.Workdir, first: int) -> list[write
   return sinks
 
 
-def _manifest(program: Program, dataset: data.Dataset, workdir: writers.Workdir) -> dict[str, Any]:
+def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Workdir) -> dict[str, Any]:
   """The first start's manifest, with every later start of the same workdir listed under `resumed`."""
-  now = writers.manifest({
+  now = workdir_lib.manifest({
     "parameters": transformer.count(program.state.params),
     "data": {"directory": dataset.directory, "fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
   })
@@ -181,7 +182,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: writers.Workdir)
   if before is None:
     return {"id": secrets.token_hex(8), **now, "resumed": []}       # two may begin in the same second
   if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
-    raise writers.WorkdirError(f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
+    raise workdir_lib.WorkdirError(f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
                                f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new workdir")
   return {**before, "resumed": [*before["resumed"], now]}
 

@@ -8,7 +8,8 @@ import runpy
 
 import pytest
 
-from beyond_outliers import config, hyper, hyperparameters, optim
+from beyond_outliers import config, optim
+from beyond_outliers.config import optimizers, sweeps
 from beyond_outliers.optim import shampoo as shampoo_factory
 from beyond_outliers.optim.linalg import inverse_root, newton_schulz
 
@@ -20,13 +21,13 @@ def get_config(name, arg=""):
 
 
 def test_every_optimizer_has_a_section_and_a_config_file():
-  assert set(hyperparameters.OPTIMIZERS) == set(optim.OPTIMIZERS) <= {path.stem for path in CONFIGS}
+  assert set(optimizers.OPTIMIZERS) == set(optim.OPTIMIZERS) <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_a_section_has_only_arguments_of_the_factory(name):
   arguments = set(inspect.signature(optim.OPTIMIZERS[name]).parameters)
-  fields = {field.name for field in dataclasses.fields(hyperparameters.OPTIMIZERS[name])} - {"name"}
+  fields = {field.name for field in dataclasses.fields(optimizers.OPTIMIZERS[name])} - {"name"}
   assert fields <= arguments
   assert arguments - fields <= {"axes", "mesh", "precision", "ns_eps"}, "an argument that no config can set"
 
@@ -41,7 +42,7 @@ def test_every_config_resolves_at_every_size_and_survives_json(path, size):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_sweep_has_five_rates_a_factor_of_root_ten_apart_around_the_chosen_one(path):
-  sweep = runpy.run_path(str(path))["get_hyper"](hyper)
+  sweep = runpy.run_path(str(path))["get_hyper"](sweeps)
   rates = sorted({run["optimizer.learning_rate"] for run in sweep})
   assert len(rates) >= 5
   for lower, higher in itertools.pairwise(rates):
@@ -51,7 +52,7 @@ def test_a_sweep_has_five_rates_a_factor_of_root_ten_apart_around_the_chosen_one
 
 def test_choices_are_those_of_the_tables():
   """The configuration stands below the optimizers, so it names their rows itself."""
-  assert set(hyperparameters.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
+  assert set(optimizers.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
   module = inspect.getmodule(inspect.unwrap(shampoo_factory))
   c = get_config("shampoo")
   for field, table in (("root", inverse_root.ROOTS), ("grafting", module.GRAFTS), ("refresh", module.REFRESHES)):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets
 
 from beyond_outliers.data import documents, tfds
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 IDS = [[1, 2, 3], [50256], [], list(range(500))]
 

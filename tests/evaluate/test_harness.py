@@ -15,8 +15,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
 from lm_eval.api.instance import Instance  # noqa: E402  (nothing of it where it is missing)
 
-from beyond_outliers import checks, config, mesh, runs, train  # noqa: E402
+from beyond_outliers import config, mesh, runs, train  # noqa: E402
 from beyond_outliers.data import tokenizers  # noqa: E402
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import harness, loglikelihood, offline_tasks  # noqa: E402
 from beyond_outliers.model import hf_config, transformer  # noqa: E402
 
@@ -84,9 +85,9 @@ def test_greedy_generation_ends_at_a_stop_or_at_its_limit(harness_model):
   assert generate("xyzabc", until=["jk", "h"]) == "defg"
   assert generate("abc", until="never", max_gen_toks=5) == "defgh"
   assert generate("a" * 100 + "bc", max_gen_toks=20) == "defghijklmnopqrstuvw"
-  with pytest.raises(checks.ConfigError, match=r"generation_kwargs.max_gen_toks = 32: expected 1 to 31"):
+  with pytest.raises(ConfigError, match=r"generation_kwargs.max_gen_toks = 32: expected 1 to 31"):
     generate("a", max_gen_toks=CONTEXT)
-  with pytest.raises(checks.ConfigError, match="only greedy"):
+  with pytest.raises(ConfigError, match="only greedy"):
     generate("a", do_sample=True)
 
 
@@ -199,7 +200,7 @@ def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value,
   file = tmp_path / "faulty.yaml"
   lines = [line for line in file.read_text().splitlines() if not line.startswith(f"{field}:")]
   file.write_text("\n".join([*lines, f"{field}: {json.dumps(value)}"]))
-  with pytest.raises(checks.ConfigError, match=rf"^tasks = faulty: .*{told}.*; mend its YAML file[^\n]*$"):
+  with pytest.raises(ConfigError, match=rf"^tasks = faulty: .*{told}.*; mend its YAML file[^\n]*$"):
     harness.load(["faulty"], [tmp_path])
 
 
@@ -207,18 +208,18 @@ def test_a_token_stands_before_texts_without_context(chances, folder):
   model, params = bigram(chances)
   class Without(tokenizers.Bytes):
     bos = eot = None
-  with pytest.raises(checks.ConfigError, match="prefix = None"):
+  with pytest.raises(ConfigError, match="prefix = None"):
     harness.run(model, params, Without(), harness.load(["known"], [folder]), context=CONTEXT)
 
 
 def test_folders_that_are_not_there_are_refused():
-  with pytest.raises(checks.ConfigError, match="no such folder"):
+  with pytest.raises(ConfigError, match="no such folder"):
     harness.task_manager(["known"], ["nowhere"])
 
 
 @pytest.mark.slow                   # reads all of the harness's task files
 def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
-  with pytest.raises(checks.ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
+  with pytest.raises(ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
     harness.load(["known", "hellaswagg"], [folder])
   known = harness.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
   assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import config, data, runs, train, writers
+from beyond_outliers import config, data, runs, train
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.data import tfds, tokenizers
 from beyond_outliers.evaluate import evaluator as evaluator_lib
@@ -357,7 +358,7 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
 
 def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
   shutil.copytree(workdir, tmp_path / "run")
-  status, now, told = writers.Workdir(tmp_path / "run").set_status, [0.0], []
+  status, now, told = workdir_lib.Workdir(tmp_path / "run").set_status, [0.0], []
   source = target.of_run(tmp_path / "run")
   monkeypatch.setattr(job_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
   watch = job_lib.Watch(source, types.SimpleNamespace(line=told.append))

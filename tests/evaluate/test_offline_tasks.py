@@ -5,7 +5,8 @@ import zipfile
 
 import pytest
 
-from beyond_outliers import checks, config, data
+from beyond_outliers import config, data
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import offline_tasks
 from configs import adamw
 
@@ -77,7 +78,7 @@ def test_held_out_text_becomes_the_same_files_again(dataset, documents, tmp_path
 
 def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch):
   monkeypatch.setattr(offline_tasks, "PASSAGE_WORDS", 100_000)
-  with pytest.raises(checks.ConfigError, match=r"tasks = continuation: .* = 8: they hold no example"):
+  with pytest.raises(ConfigError, match=r"tasks = continuation: .* = 8: they hold no example"):
     offline_tasks.from_held_out(dataset, tmp_path)
 
 
@@ -105,9 +106,9 @@ def test_questions_of_evals(tmp_path):
 
 
 def test_another_wheel_is_refused(tmp_path):
-  with pytest.raises(checks.ConfigError, match="there is no such file"):
+  with pytest.raises(ConfigError, match="there is no such file"):
     offline_tasks.from_evals(tmp_path / "none.whl", tmp_path)
-  with pytest.raises(checks.ConfigError, match="the wheel holds no evals/registry/data/logiqa"):
+  with pytest.raises(ConfigError, match="the wheel holds no evals/registry/data/logiqa"):
     offline_tasks.from_evals(wheel(tmp_path / "b.whl", quartz_evals=(QUARTZ, "A")), tmp_path)
-  with pytest.raises(checks.ConfigError, match="not of the form"):
+  with pytest.raises(ConfigError, match="not of the form"):
     offline_tasks.from_evals(wheel(tmp_path / "c.whl", quartz_evals=("What?", "A")), tmp_path)

@@ -106,7 +106,7 @@ def test_follows_a_run_that_is_killed_and_resumed_and_is_killed_itself(training,
 # Training deletes the oldest checkpoint while the job reads it: here always between its SHA-256 sums and its arrays.
 DELETES = """
 import pathlib, shutil
-from beyond_outliers import checkpoint, command
+from beyond_outliers import checkpoint, cli
 from beyond_outliers.evaluate import __main__ as evaluate
 check = checkpoint.Checkpoints._damage
 def check_and_lose(self, step):
@@ -115,7 +115,7 @@ def check_and_lose(self, step):
     shutil.rmtree(self.directory / "10")
   return verdict
 checkpoint.Checkpoints._damage = check_and_lose
-command.run(evaluate.main)
+cli.run(evaluate.main)
 """
 
 

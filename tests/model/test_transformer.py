@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.mesh import Axes
 from beyond_outliers.model import attention, loss, transformer
+from beyond_outliers.params import Axes
 from configs import adamw
 
 STUDY = config.Model(

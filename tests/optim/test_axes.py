@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from beyond_outliers.mesh import Axes
 from beyond_outliers.optim import axes as axes_lib
+from beyond_outliers.params import Axes
 
 # shape, axes -> slices, size of a slice, fan_in, fan_out
 LEAVES = {

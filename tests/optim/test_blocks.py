@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.mesh import Axes, make_mesh
+from beyond_outliers.mesh import make_mesh
 from beyond_outliers.optim import blocks
+from beyond_outliers.params import Axes
 
 SHAPES = {
   "cut": (3, 9, 11), "embedding": (18, 8), "gain": (3, 5), "row": (1, 5), "scalar": (), "scales": (2, 3), "several": (2, 3, 2, 6),

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from beyond_outliers import config, hyperparameters, optim
+from beyond_outliers import config, optim
+from beyond_outliers.config import optimizers
 from beyond_outliers.optim import groups
 from beyond_outliers.train import program as program_lib
 from configs import adamw, base
@@ -101,6 +102,6 @@ def test_a_group_may_have_an_optimizer_of_its_own():
     patch.setitem(config.OPTIMIZERS, "other", other)
     c.optimizer.learning_rate = 0.2
     groups = config.resolve(c).optimizer.groups
-  assert groups["embedding"].optimizer == hyperparameters.AdamW("adamw", 0.5, 0.1, 0.2, 1e-6, 0.0)
+  assert groups["embedding"].optimizer == optimizers.AdamW("adamw", 0.5, 0.1, 0.2, 1e-6, 0.0)
   assert groups["vector"].optimizer == other("other", 0.25, 0.9)
   assert groups["hidden"].optimizer == other("other", 0.2, 0.9), "a group without a value of its own follows the default"

@@ -6,8 +6,8 @@ import pytest
 
 from beyond_outliers import config, mesh, optim
 from beyond_outliers.bench import hlo
-from beyond_outliers.mesh import Axes
 from beyond_outliers.optim import blocks
+from beyond_outliers.params import Axes
 
 # As a model's: matrices split in either order, and a cut axis of which a device has whole blocks, or parts.
 SHAPES = {"embedding": (80, 16), "gain": (8, 16), "down": (8, 32, 16), "o": (8, 16, 16), "q": (8, 16, 16), "up": (8, 16, 32)}

@@ -18,8 +18,8 @@ import pytest
 
 import configs
 from beyond_outliers import checkpoint, config, mesh, optim
-from beyond_outliers.mesh import Axes
 from beyond_outliers.optim import blocks
+from beyond_outliers.params import Axes, path_of
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.step import TrainState, init_state
 
@@ -73,12 +73,12 @@ def shapes_of(state):
 def assert_close(actual, expected, tolerance):
   """Of each leaf, as a part of its largest number."""
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=mesh.path_of(path))
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=path_of(path))
 
 
 def assert_finite(tree):
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    assert np.isfinite(np.asarray(x, np.float32)).all(), mesh.path_of(path)
+    assert np.isfinite(np.asarray(x, np.float32)).all(), path_of(path)
 
 
 class Run:
@@ -109,7 +109,7 @@ class Run:
     state, seen = self._init(), {}
     for path, x in jax.tree_util.tree_leaves_with_path(state):
       # An array that is donated twice is the end of the process.
-      assert seen.setdefault(id(x), path) == path, f"{mesh.path_of(path)} is the same array as {mesh.path_of(seen[id(x)])}"
+      assert seen.setdefault(id(x), path) == path, f"{path_of(path)} is the same array as {path_of(seen[id(x)])}"
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.state))
 
   def go_on(self, state, until=STEPS):
@@ -187,9 +187,9 @@ def test_no_device_has_more_than_its_share(row):
   state, devices = row.straight(8), row.run(8).mesh.size
   for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state):
     if blocks.belongs_to_blocks(path):
-      assert x.addressable_shards[0].data.shape == (x.shape[0] // devices, *x.shape[1:]), mesh.path_of(path)
+      assert x.addressable_shards[0].data.shape == (x.shape[0] // devices, *x.shape[1:]), path_of(path)
     elif x.size > SHAPES["gain"][0] * SHAPES["gain"][1]:
-      assert not x.sharding.is_fully_replicated, mesh.path_of(path)
+      assert not x.sharding.is_fully_replicated, path_of(path)
 
 
 def test_one_program_for_every_step(row):
@@ -210,7 +210,7 @@ def test_state_and_updates_keep_their_types(row, gradient, param):
   if gradient == param:
     assert updates == tree
   for path, x in jax.tree_util.tree_leaves_with_path(state):
-    assert not blocks.belongs_to_blocks(path) or x.dtype != jnp.bfloat16, mesh.path_of(path)
+    assert not blocks.belongs_to_blocks(path) or x.dtype != jnp.bfloat16, path_of(path)
 
 
 @pytest.mark.parametrize("row, changes", [
@@ -220,13 +220,13 @@ def test_no_array_of_the_state_is_empty(row, changes):
   """Not even where nothing is preconditioned: Orbax refuses to save such a state."""
   for tx in (row.factory(), row.factory(**changes)):
     for path, x in jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, normal(0))):
-      assert x.size, mesh.path_of(path)
+      assert x.size, path_of(path)
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(row):
   straight, resumed = row.straight(8), row.resumed(8, 8)
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(resumed), jax.tree.leaves(straight), strict=True):
-    np.testing.assert_array_equal(x, y, err_msg=mesh.path_of(path))
+    np.testing.assert_array_equal(x, y, err_msg=path_of(path))
 
 
 @pytest.mark.parametrize("before, after", [(8, 4), (8, 1), (1, 8)])
@@ -238,9 +238,9 @@ def test_a_run_goes_on_on_another_mesh(row, before, after):
     x, y = np.asarray(x), np.asarray(y)
     if blocks.belongs_to_blocks(path):
       count = min(len(x), len(y))
-      assert not x[count:].any(), mesh.path_of(path)
+      assert not x[count:].any(), path_of(path)
       x, y = x[:count], y[:count]
-    np.testing.assert_array_equal(x, y, err_msg=mesh.path_of(path))
+    np.testing.assert_array_equal(x, y, err_msg=path_of(path))
   resumed = row.resumed(before, after)
   assert len(resumed.params["kernel"].sharding.device_set) == after
   assert_close(resumed.params, row.straight(8).params, 1e-5)
@@ -255,9 +255,9 @@ def test_a_checkpoint_of_another_shape_is_refused(row, which):
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(want)]
   for number, (path, x) in enumerate(zip(paths, leaves, strict=True)):
     axis = 1 if blocks.belongs_to_blocks(path) else 0
-    if mesh.path_of(path).startswith(which) and x.ndim > axis:
+    if path_of(path).startswith(which) and x.ndim > axis:
       changed = jax.ShapeDtypeStruct((*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1:]), x.dtype, sharding=x.sharding)
-      with pytest.raises(checkpoint.CheckpointError, match=re.escape(mesh.path_of(path)) + " is .*in the checkpoint and"):
+      with pytest.raises(checkpoint.CheckpointError, match=re.escape(path_of(path)) + " is .*in the checkpoint and"):
         row.restored(8, jax.tree.unflatten(structure, [*leaves[:number], changed, *leaves[number + 1:]]))
 
 
@@ -331,7 +331,7 @@ def test_every_parameter_of_the_model_has_one_group(name):
   """Of every configuration: no other group's paths match it, so that their order does not matter."""
   c = config.resolve(importlib.import_module(f"configs.{name}").get_config("nano"))
   program = program_lib.build(c, jax.devices()[:1])
-  labels = {mesh.path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)}
+  labels = {path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)}
   assert len(labels) == len(jax.tree.leaves(program.state.params))
   for path, label in labels.items():
     assert [other for other, group in c.optimizer.groups.items() if re.fullmatch(group.paths, path)] == [label]

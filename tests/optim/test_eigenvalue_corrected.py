@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from beyond_outliers.mesh import Axes
 from beyond_outliers.optim.eigenvalue_corrected import scale_by_eigenvalue_corrected_shampoo
 from beyond_outliers.optim.shampoo import shampoo
+from beyond_outliers.params import Axes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

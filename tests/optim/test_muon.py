@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.mesh import Axes, make_mesh
+from beyond_outliers.mesh import make_mesh
 from beyond_outliers.optim.muon import muon, scale_by_muon
+from beyond_outliers.params import Axes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MATRIX = Axes(fan_in=(1,), fan_out=(0,))

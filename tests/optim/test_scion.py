@@ -13,9 +13,10 @@ import optax
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.mesh import Axes, make_mesh
+from beyond_outliers.mesh import make_mesh
 from beyond_outliers.optim.muon import BlocksState
 from beyond_outliers.optim.scion import initialize, scale_by_scion, scion
+from beyond_outliers.params import Axes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MATRIX, TRANSPOSED = Axes(fan_in=(1,), fan_out=(0,)), Axes(fan_in=(0,), fan_out=(1,))

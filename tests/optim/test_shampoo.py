@@ -16,8 +16,9 @@ import optax
 import pytest
 
 from beyond_outliers import config, optim
-from beyond_outliers.mesh import Axes, make_mesh
+from beyond_outliers.mesh import make_mesh
 from beyond_outliers.optim.shampoo import scale_by_shampoo, shampoo
+from beyond_outliers.params import Axes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KEYS = ("w1", "w2", "b", "emb")

@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from beyond_outliers import config, mesh
-from beyond_outliers.mesh import Axes
 from beyond_outliers.optim.soap import scale_by_soap, soap
+from beyond_outliers.params import Axes
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 RECTANGULAR = ("w1", "w2", "b", "emb")

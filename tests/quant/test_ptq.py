@@ -8,7 +8,7 @@ import pytest
 
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.checks import ConfigError
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import ptq, qmatrix, quantizers, rotations
 from beyond_outliers.quant.dot import dot_general_for

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from beyond_outliers.checks import ConfigError
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.quant import LayerRecipe, QuantSpec, dequantize, quantizers, rotations
 from beyond_outliers.quant.grids import GRIDS
 from beyond_outliers.quant.scales import GAUSSIAN_BOUND, SCALES

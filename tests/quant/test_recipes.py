@@ -2,7 +2,7 @@
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.checks import ConfigError
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import RECIPES, Contraction, LayerRecipe, QuantSpec, Recipe, recipes
 from configs import adamw

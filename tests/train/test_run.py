@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers import checkpoint, config, data, mesh, runs, train, writers
+from beyond_outliers import checkpoint, config, data, mesh, runs, train
+from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
@@ -152,7 +153,7 @@ def test_other_data_are_refused(finished, cut):
   manifest = json.loads(path.read_text())
   manifest["data"]["fingerprint"] = "0" * 64
   path.write_text(json.dumps(manifest))
-  with pytest.raises(writers.WorkdirError, match="trained on data 0000"):
+  with pytest.raises(workdir_lib.WorkdirError, match="trained on data 0000"):
     run(c, cut)
 
 

@@ -6,7 +6,8 @@ import math
 import re
 from typing import Any
 
-from beyond_outliers.checks import ConfigError, fraction, nearest, require
+from beyond_outliers.config.checks import fraction, nearest, require
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.quant.ptq.gptq import DAMPING
 from beyond_outliers.quant.ptq.smoothing import ALPHA
 from beyond_outliers.quant.spec import LayerRecipe

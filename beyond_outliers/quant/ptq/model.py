@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beyond_outliers.checks import require
+from beyond_outliers.config.checks import require
 from beyond_outliers.quant import qmatrix, quantizers, storage
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.ptq import calibration, rotation_fusion

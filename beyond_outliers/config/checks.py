@@ -6,9 +6,10 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from beyond_outliers.errors import ConfigError
 
-class ConfigError(ValueError):
-  """A configuration that cannot run; the message names the field, its value and the remedy."""
+# Of a run's own numbers, outside the sections.
+MINIMUM = dict(seed=0, steps=1, batch_size=1, micro_batches=1, context=1, tokens_per_parameter=0, max_skipped_updates=1)
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
@@ -44,3 +45,12 @@ def fraction(section: Any, prefix: str, *names: str) -> None:
   for name in names:
     value = getattr(section, name)
     require(0 <= value <= 1, prefix + name, value, "expected a fraction, 0 to 1")
+
+
+def check_minimum(field: str, value: Any) -> None:
+  bound = MINIMUM.get(field)
+  require(bound is None or not isinstance(value, int) or value >= bound, field, value, f"expected at least {bound}")
+
+
+def unknown_key(path: str, name: str, known: Any) -> str:
+  return f"{path}: unknown key; {nearest(name, sorted(known))}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from beyond_outliers.checks import at_least, below_one, fraction, one_of, require
+from beyond_outliers.config.checks import at_least, below_one, fraction, one_of, require
 
 REFRESHES = ("together", "staggered")
 ITERATION_DTYPES = ("float32", "bfloat16")

@@ -1,17 +1,15 @@
-"""What all commands share: quiet libraries, and refusals as a plain message instead of a traceback."""
+"""Commands: the --config flag, refusals in one line instead of a traceback, and aligned columns."""
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from beyond_outliers import checkpoint, config, data, writers
-
-REFUSALS = (config.ConfigError, data.DataError, writers.WorkdirError, checkpoint.CheckpointError)
+from beyond_outliers.errors import Refusal
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
@@ -30,8 +28,14 @@ def run(main: Callable[[list[str]], None]) -> None:
   """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
   try:
     app.run(main, flags_parser=_parse)
-  except REFUSALS as refusal:
+  except Refusal as refusal:
     _refuse(str(refusal))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """A line a row, in columns."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _parse(argv: list[str]) -> list[str]:

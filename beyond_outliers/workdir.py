@@ -1,0 +1,116 @@
+"""The folder of one run: config, manifest, status and lock; what lies beside its checkpoints and metrics."""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from beyond_outliers import mesh
+from beyond_outliers.errors import WorkdirError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections", "aqtp",
+            "sentencepiece", "numpy")
+
+
+class Workdir:
+  """The folder of one run. Files are replaced whole, so that a reader never sees half of one.
+
+  Only process 0 of a run writes. A local or mounted folder. Errors: WorkdirError for the address of an object store."""
+
+  def __init__(self, path: Any):
+    if "://" in str(path):
+      raise WorkdirError(f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder (gcsfuse, for gs://)")
+    self.path = epath.Path(path).absolute()
+
+  @property
+  def checkpoints(self) -> epath.Path:
+    return self.path / "checkpoints"
+
+  def write(self, name: str, value: Any) -> None:
+    if jax.process_index() == 0:
+      self.path.mkdir(parents=True, exist_ok=True)
+      temporary = self.path / f"{name}.{os.getpid()}.tmp"             # evaluation jobs may share a folder
+      temporary.write_text(json.dumps(value, indent=2) + "\n")
+      temporary.replace(self.path / name)
+
+  def read(self, name: str) -> Any:
+    """The JSON in a file, or None when it isn't there."""
+    path = self.path / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def set_status(self, status: str, step: int, reason: str = "") -> None:
+    """status: running | done | diverged | preempted | failed."""
+    self.write("status.json", {"status": status, "step": step, "reason": reason, "time": _now()})
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Holds the folder against other runs; the system lets go of it when the process ends, however it ends.
+
+    Errors: WorkdirError on every process of the run when another one holds it."""
+    with contextlib.ExitStack() as stack:
+      problem = ""
+      if jax.process_index() == 0:
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(open(self.path / "lock", "a+"))
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          file.truncate(0)
+          file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+          file.flush()
+        except BlockingIOError:
+          file.seek(0)
+          problem = f"{self.path} is in use by {file.read() or 'another process'}; wait for it or give another --workdir"
+      problem = mesh.from_first(problem)
+      if problem:
+        raise WorkdirError(problem)
+      yield
+
+
+def manifest(extra: Mapping[str, Any]) -> dict[str, Any]:
+  """Where and with what a run was made: git commit, versions, devices, command."""
+  return {
+    "command": [os.path.basename(sys.executable), *sys.argv],
+    "time": _now(),
+    "host": socket.gethostname(),
+    "git": _git(),
+    "python": sys.version.split()[0],
+    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count(),
+                "backend": jax.default_backend()},
+    **extra,
+  }
+
+
+def digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _git() -> dict[str, Any] | None:
+  """The commit of the code that runs and whether it was changed since, or None outside a clone."""
+  here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  try:
+    ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
+    commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
+    if os.path.realpath(ask(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) != os.path.realpath(here):
+      return None                                     # installed inside somebody else's repository
+    dirty = ask(["git", "status", "--porcelain", "--", "beyond_outliers", "configs"]).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return {"commit": commit, "changed": bool(dirty.strip())}
