@@ -13,8 +13,8 @@ from beyond_outliers import checkpoint, data, quant
 from beyond_outliers import config as config_lib
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.evaluate import results
 from beyond_outliers.model import transformer
+from beyond_outliers.workdir import digest
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -47,7 +47,7 @@ class Run:
   @property
   def identity(self) -> str:
     """Tells this training from every other, whatever the folder: a resumed run keeps it."""
-    return results.digest({name: value for name, value in self.manifest.items() if name != "resumed"})
+    return digest({name: value for name, value in self.manifest.items() if name != "resumed"})
 
   @property
   def status(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 
 from beyond_outliers import checkpoint, config, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.evaluate import steps
 from beyond_outliers.train import program as program_lib
 
 
@@ -65,9 +66,8 @@ def test_parameters_of_eight_devices_on_one(workdir):
 def test_batches_and_the_recorded_loss_agree(workdir):
   """The model, parameters and validation batches that `runs` hands out give the loss that the run wrote down."""
   from beyond_outliers.evaluate import metrics
-  from beyond_outliers.train import step
   run = runs.open(workdir)
-  eval_step = jax.jit(step.make_eval_step(run.model, run.config.data.mask_documents))
+  eval_step = jax.jit(steps.make_eval_step(run.model, run.config.data.mask_documents))
   params = run.params()
   got = metrics.evaluate(lambda batch: jax.tree.map(np.asarray, eval_step(params, dict(batch))),
                             run.batches("validation"), run.dataset.bytes("validation"))

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
   else:
     steps = job.newest()
   evaluator.close()
-  results = evaluator_lib.results(steps)
+  results = evaluator.results(steps)
   if not results:
     raise checkpoint.CheckpointError(f"{source.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}")
   if JSON.value:

@@ -15,14 +15,12 @@ import numpy as np
 from beyond_outliers import cli, config, data, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.analysis import outliers
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import ConfigError, TaskError
-from beyond_outliers.evaluate import metrics, offline_tasks, results
+from beyond_outliers.evaluate import activations, metrics, offline_tasks, results, steps
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.target import Source
 from beyond_outliers.model import transformer
-from beyond_outliers.train import step as step_lib
 
 VERSION = 2                       # of the measurements: raised by whatever changes their numbers; then all is measured anew
 SEED = 0                          # of the calibration windows and of the bootstrap: the same for every run
@@ -192,8 +190,8 @@ class Evaluator:
     source, everywhere = self.source, mesh_lib.replicated(self._mesh)
     if cell not in self._steps:
       # The quantized model is the same of every checkpoint: only its parameters differ.
-      step = (step_lib.make_pair_step(source.model, q.model, source.data.mask_documents) if q else
-              step_lib.make_eval_step(source.model, source.data.mask_documents))
+      step = (steps.make_pair_step(source.model, q.model, source.data.mask_documents) if q else
+              steps.make_eval_step(source.model, source.data.mask_documents))
       self._steps[cell] = jax.jit(step, out_shardings=everywhere)
     number = itertools.count(1)
     with mesh_lib.use(self._mesh):
@@ -210,7 +208,7 @@ class Evaluator:
     """By the names that training logs them under, of the model as it was trained: what degradation is to be seen beside."""
     self._say("outliers")
     if self._measure_outliers is None:
-      self._measure_outliers = outliers.on_documents(model, self._batches, self._mesh, self.source.data.mask_documents)
+      self._measure_outliers = activations.on_documents(model, self._batches, self._mesh, self.source.data.mask_documents)
     with mesh_lib.use(self._mesh):
       found = self._measure_outliers(*jax.device_put((params, plain), mesh_lib.replicated(self._mesh)))
     return {f"outliers/{name}": value for name, value in found.items()}

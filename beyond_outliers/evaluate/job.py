@@ -74,8 +74,8 @@ class Watch:
 class Job:
   """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and left alone."""
 
-  def __init__(self, source: target.Source, evaluator: evaluator_lib.Evaluator, progress: Progress):
-    self._source, self._evaluator, self._progress = source, evaluator, progress
+  def __init__(self, source: target.Source, evaluator: evaluator_lib.Evaluator, progress: Progress, poll: float = 10.0):
+    self._source, self._evaluator, self._progress, self._poll = source, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
     self.failed = False                      # whether a cell could not be measured of a checkpoint that could be read
 

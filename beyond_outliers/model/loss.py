@@ -1,11 +1,17 @@
-"""Cross entropy over a large vocabulary, and how far two predictions are apart.
+"""Losses of a batch: cross entropy over a large vocabulary, and the divergence of two predictions.
 
-Legend: T tokens, V vocabulary.
+Legend: B batch, L length, T = B·L tokens, V vocabulary.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from beyond_outliers.model import transformer
+
+Batch = dict[str, jax.Array]
 
 
 @jax.custom_vjp
@@ -40,3 +46,24 @@ def divergence(p_TxV, q_TxV):
   wide = jnp.promote_types(p_TxV.dtype, jnp.float32)
   log_p_TxV, log_q_TxV = (jax.nn.log_softmax(logits_TxV.astype(wide)) for logits_TxV in (p_TxV, q_TxV))
   return jnp.sum(jnp.exp(log_p_TxV) * (log_p_TxV - log_q_TxV), axis=-1)
+
+
+def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask_documents: bool,
+                 rng: jax.Array | None = None) -> jax.Array:
+  """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
+
+  Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
+  nll_T = cross_entropy(logits(model, params, batch, mask_documents, rng), batch["targets"].reshape(-1))
+  return nll_T.reshape(batch["targets"].shape)
+
+
+def logits(model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None) -> jax.Array:
+  """[T, V]."""
+  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents),
+                                  rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
+  return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
+
+
+def masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
+  """(segment_ids, positions) as a model takes them; without mask_documents (None, None)."""
+  return (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)

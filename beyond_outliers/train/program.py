@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from beyond_outliers import cli, config, optim, quant
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.evaluate import steps
 from beyond_outliers.model import transformer
 from beyond_outliers.train import step as step_lib
 
@@ -73,7 +74,7 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   return Program(
     c, mesh, model, optimizer, state, batch, eval_batch,
     jax.jit(step, out_shardings=(shardings, None), donate_argnums=0),
-    jax.jit(step_lib.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere),
+    jax.jit(steps.make_eval_step(model, c.data.mask_documents), out_shardings=everywhere),
     _statistics(c, model, recipe, optimizer))
 
 

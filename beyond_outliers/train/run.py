@@ -156,8 +156,8 @@ def _evaluation(eval_step: Any, batches: data.ValidationBatches, mesh: jax.shard
 def _outliers(model: transformer.Transformer, batches: data.ValidationBatches, mesh: jax.sharding.Mesh,
               mask_documents: bool) -> Callable[[Any], dict[str, float]]:
   """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
-  from beyond_outliers.analysis import outliers  # brings pandas, which a run without this hook can spare
-  measure = outliers.on_documents(model, batches, mesh, mask_documents)
+  from beyond_outliers.evaluate import activations
+  measure = activations.on_documents(model, batches, mesh, mask_documents)
   return lambda params: measure(params, params)
 
 

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: (state, batch) -> (state, metrics), pure, for jit.
+"""The train step: (state, batch) -> (state, metrics), pure, for jit.
 
 Legend: B batch, L length, D model width, V vocabulary, T = B·L tokens.
 """
@@ -14,8 +14,8 @@ import optax
 
 from beyond_outliers import quant
 from beyond_outliers.model import loss, transformer
+from beyond_outliers.model.loss import Batch
 
-Batch = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -33,32 +33,11 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask_documents: bool,
-                 rng: jax.Array | None = None) -> jax.Array:
-  """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
-
-  Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
-  nll_T = loss.cross_entropy(_logits(model, params, batch, mask_documents, rng), batch["targets"].reshape(-1))
-  return nll_T.reshape(batch["targets"].shape)
-
-
-def _logits(model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None) -> jax.Array:
-  """[T, V]."""
-  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents),
-                                  rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
-  return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
-
-
-def masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
-  """(segment_ids, positions) as a model takes them; without mask_documents (None, None)."""
-  return (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)
-
-
 def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn:
   """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their number})."""
   def loss_fn(params, batch, rng):
     weight = jnp.sum(batch["weights"])
-    nll_BxL = token_losses(model, params, batch, mask_documents, rng)
+    nll_BxL = loss.token_losses(model, params, batch, mask_documents, rng)
     return jnp.sum(nll_BxL * batch["weights"]) / jnp.maximum(weight, 1), {"weight": weight}
   return loss_fn
 
@@ -113,39 +92,13 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, schedules
   return train_step
 
 
-def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-  """eval_step(params, batch) -> (negative log-likelihood of every target in nats, segment it counts for or 0), [B, L] both."""
-  def eval_step(params, batch):
-    counts = batch["weights"] > 0
-    nll_BxL = token_losses(model, params, batch, mask_documents)
-    return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
-  return eval_step
-
-
-def make_pair_step(model: Any, other: Any, mask_documents: bool) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
-  """pair_step(params, other's params, batch) -> (numbers of every target, segment it counts for or 0), all [B, L].
-
-  The numbers: `reference_nll` of `model` and `nll` of `other`, in nats; `kl` (nats), the divergence of other's prediction from
-  model's; `agreement`, 1 where both hold the same token for the likeliest."""
-  def pair_step(params, other_params, batch):
-    counts, shape = batch["weights"] > 0, batch["targets"].shape
-    p_TxV = _logits(model, params, batch, mask_documents)
-    q_TxV = _logits(other, other_params, batch, mask_documents)
-    targets_T = batch["targets"].reshape(-1)
-    numbers = {"reference_nll": loss.cross_entropy(p_TxV, targets_T), "nll": loss.cross_entropy(q_TxV, targets_T),
-               "kl": loss.divergence(p_TxV, q_TxV), "agreement": jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1)}
-    return ({name: jnp.where(counts, x_T.reshape(shape), 0) for name, x_T in numbers.items()},
-            jnp.where(counts, batch["segment_ids"], 0))
-  return pair_step
-
-
 def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
                           mask_documents: bool) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
   """quant_statistics(params, params before the last step, batch) -> what quant/metrics.py knows of the linear layers."""
   c = model.config
 
   def quant_statistics(params, before, batch):
-    _, sown = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents), mutable=["statistics"])
+    _, sown = model.apply({"params": params}, batch["tokens"], *loss.masks(batch, mask_documents), mutable=["statistics"])
     return {**quant.metrics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
             **quant.metrics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
   return quant_statistics
@@ -154,7 +107,7 @@ def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
 def make_begin_scales(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], Any]:
   """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on the batch lets them begin."""
   def begin_scales(params, batch):
-    _, whole = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents), mutable=["params"],
+    _, whole = model.apply({"params": params}, batch["tokens"], *loss.masks(batch, mask_documents), mutable=["params"],
                            rngs={"params": jax.random.key(0)})            # drawn from by nothing
     return nn.unbox(whole["params"])
   return begin_scales

@@ -11,7 +11,7 @@ from beyond_outliers import optim
 from beyond_outliers.bench import optimizers
 from beyond_outliers.bench.peers import EMBEDDING, ROWS, Row
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 M, N, V = 32, 96, 160
 TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}
 PARAMETERS = M * M + N * M + V * M

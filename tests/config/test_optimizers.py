@@ -13,7 +13,7 @@ from beyond_outliers.config import optimizers, sweeps
 from beyond_outliers.optim import shampoo as shampoo_factory
 from beyond_outliers.optim.linalg import inverse_root, newton_schulz
 
-CONFIGS = sorted(path for path in (pathlib.Path(__file__).parent.parent / "configs").glob("[a-z]*.py") if path.stem != "base")
+CONFIGS = sorted(path for path in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py") if path.stem != "base")
 
 
 def get_config(name, arg=""):

@@ -237,7 +237,7 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
   assert train.run(c, tmp_path / "run", say=lambda text: None) == "done"
   command = [sys.executable, "-m", "beyond_outliers.evaluate", "--json", f"--workdir={tmp_path}/run",
              "--tasks=continuation,last_word"]
-  found = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent,
+  found = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2],
                          env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))

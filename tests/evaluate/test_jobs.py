@@ -22,7 +22,7 @@ from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import offline_tasks, results, target
 from beyond_outliers.model import hf, transformer
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1, "log.outliers_every": 2}
 POLL = 0.125
 PLAN = (["rtn_w4a4"], ["rtn", "gptq"])

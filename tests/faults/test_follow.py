@@ -12,7 +12,7 @@ import pytest
 
 from beyond_outliers import runs
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 200
 pytestmark = pytest.mark.slow
 

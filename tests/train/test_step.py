@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.model import transformer
+from beyond_outliers.evaluate import steps
+from beyond_outliers.model import loss, transformer
 from beyond_outliers.train import step
 from configs import adamw
 
@@ -28,7 +29,7 @@ def params(model):
 @pytest.fixture(scope="module")
 def losses(model):
   """losses(mask_documents)(params, batch) -> [B, L]"""
-  return {mask: jax.jit(lambda p, b, mask=mask: step.token_losses(model, p, b, mask)) for mask in (True, False)}
+  return {mask: jax.jit(lambda p, b, mask=mask: loss.token_losses(model, p, b, mask)) for mask in (True, False)}
 
 
 def make_batch(rows: int = 8, seed: int = 0, weighted: bool = True):
@@ -61,7 +62,7 @@ def test_the_loss_is_the_weighted_mean_of_minus_log_p(model, params):
   np.testing.assert_allclose(value, (nll * weights).sum() / weights.sum(), rtol=1e-5)
   assert aux["weight"] == weights.sum()
 
-  eval_step = jax.jit(step.make_eval_step(model, False))
+  eval_step = jax.jit(steps.make_eval_step(model, False))
   got, documents = eval_step(params, batch)
   np.testing.assert_allclose(got, nll * (weights > 0), rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(documents, batch["segment_ids"] * (weights > 0))
@@ -207,14 +208,14 @@ def test_the_switch_reaches_training_and_evaluation(model, losses, params, mask_
   value, _ = jax.jit(step.make_loss_fn(model, mask_documents))(params, batch, KEY)
   expected = losses[mask_documents](params, batch) * weights
   np.testing.assert_allclose(value, expected.sum() / weights.sum(), rtol=1e-5)
-  got, _ = jax.jit(step.make_eval_step(model, mask_documents))(params, batch)
+  got, _ = jax.jit(steps.make_eval_step(model, mask_documents))(params, batch)
   np.testing.assert_allclose(got, losses[mask_documents](params, batch) * (weights > 0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_pair_step_compares_two_models_token_by_token(model, params):
   """Against NumPy on both models' logits; what weighs nothing counts for no document and is zero."""
   batch, other = make_batch(), jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params)
-  numbers, document = jax.jit(step.make_pair_step(model, model, True))(params, other, batch)
+  numbers, document = jax.jit(steps.make_pair_step(model, model, True))(params, other, batch)
   apply = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"]))
   logits = [np.asarray(apply(p), np.float64) for p in (params, other)]
   log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)

@@ -12,7 +12,7 @@ import pytest
 from beyond_outliers.optim.linalg import newton_schulz
 from beyond_outliers.optim.linalg.newton_schulz import coefficients, orthogonalize
 
-PROBLEM = pathlib.Path(__file__).parents[1] / "golden" / "problem.npz"
+PROBLEM = pathlib.Path(__file__).parents[2] / "golden" / "problem.npz"
 QUINTIC = (3.4445, -4.7750, 2.0315)
 # arXiv 2505.16932, algorithm 1, before its safety factor.
 POLAR_EXPRESS = [
