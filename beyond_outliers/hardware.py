@@ -1,4 +1,6 @@
-"""What this machine can do: its matmul peak, its memory. Numbers that a run's speed is a share of."""
+"""What this machine can do: its matmul peak, its memory. Numbers that a run's speed is a share
+of."""
+
 from __future__ import annotations
 
 import resource
@@ -11,13 +13,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense peak of one device in FLOP/s, bfloat16 with float32 accumulation, from the makers' data sheets.
+# Dense peak of one device in FLOP/s, bfloat16 with float32 accumulation, from the makers' data
+# sheets.
 BFLOAT16_PEAKS = {
-  "TPU v2": 45e12 / 2, "TPU v3": 123e12 / 2, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-  "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12 / 2,
-  "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
-  "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-  "NVIDIA H200": 989e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA B200": 2250e12,
+  "TPU v2": 45e12 / 2,
+  "TPU v3": 123e12 / 2,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "TPU7x": 2307e12 / 2,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA A100-PCIE-40GB": 312e12,
+  "NVIDIA A100 80GB PCIe": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA GH200 480GB": 989e12,
+  "NVIDIA B200": 2250e12,
 }
 
 
@@ -32,9 +50,11 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 
 
 def measure_matmul(dtype: str, repeats: int = 5) -> float:
-  """FLOP/s of products of square matrices in `dtype` with float32 accumulation on one device: the best of `repeats`.
+  """FLOP/s of products of square matrices in `dtype` with float32 accumulation on one device: the
+  best of `repeats`.
 
-  On an accelerator the matrices are large and several products run in one program, or the dispatch would be measured."""
+  On an accelerator the matrices are large and several products run in one program, or the dispatch
+  would be measured."""
   width, products = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
   x = jnp.ones((width, width), dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
@@ -42,7 +62,13 @@ def measure_matmul(dtype: str, repeats: int = 5) -> float:
   @jax.jit
   def multiply(a, b):
     def once(_, c):
-      return jnp.matmul(c.astype(a.dtype), b, precision=precision, preferred_element_type=jnp.promote_types(dtype, jnp.float32))
+      return jnp.matmul(
+        c.astype(a.dtype),
+        b,
+        precision=precision,
+        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+      )
+
     return jax.lax.fori_loop(0, products - 1, once, once(0, a))
 
   multiply(x, x).block_until_ready()

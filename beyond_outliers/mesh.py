@@ -1,4 +1,6 @@
-"""Devices in a mesh of three axes, and which array axis is split along which: the one place that knows both."""
+"""Devices in a mesh of three axes, and which array axis is split along which: the one place that
+knows both."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +22,7 @@ RULES = (
   ("batch", ("data", "fsdp")),
   ("length", None),
   ("layers", None),
-  ("embed", "fsdp"),           # parameters' model width; activations name theirs None
+  ("embed", "fsdp"),  # parameters' model width; activations name theirs None
   ("heads", "model"),
   ("kv_heads", "model"),
   ("mlp", "model"),
@@ -29,18 +31,17 @@ RULES = (
 )
 
 
-
-
-
-
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """A (data, fsdp, model) mesh over all devices. Errors: ConfigError when the axes' product is not the device count."""
+  """A (data, fsdp, model) mesh over all devices. Errors: ConfigError when the axes' product is not
+  the device count."""
   devices = jax.devices() if devices is None else devices
   sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}
   fixed = math.prod(size for size in sizes.values() if size != -1)
   sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
   if math.prod(sizes.values()) != len(devices):
-    raise config.ConfigError(f"mesh = {axes}: the axes' product must be the number of devices, {len(devices)}")
+    raise config.ConfigError(
+      f"mesh = {axes}: the axes' product must be the number of devices, {len(devices)}"
+    )
   # jax's default axis type is Explicit, on which linen's logical partitioning fails.
   types = (AxisType.Auto,) * 3
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -48,7 +49,9 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
   # Slices of TPUs are joined by a slower network: only the data axis crosses it.
   if sizes["data"] % slices:
-    raise config.ConfigError(f"mesh.data = {sizes['data']}: must be a multiple of the number of slices, {slices}")
+    raise config.ConfigError(
+      f"mesh.data = {sizes['data']}: must be a multiple of the number of slices, {slices}"
+    )
   within = (sizes["data"] // slices, sizes["fsdp"], sizes["model"])
   grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
   return jax.sharding.Mesh(grid, tuple(sizes), axis_types=types)
@@ -62,24 +65,33 @@ def use(mesh: jax.sharding.Mesh):
 
 
 def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-  """NamedShardings for a tree of abstract parameters that carry logical axis names (`nn.Partitioned` boxes).
+  """NamedShardings for a tree of abstract parameters that carry logical axis names
+  (`nn.Partitioned` boxes).
 
-  Errors: ConfigError naming the parameter when a mesh axis does not divide the array axis that it splits."""
+  Errors: ConfigError naming the parameter when a mesh axis does not divide the array axis that it
+    splits."""
   specs = nn.get_partition_spec(boxed)
   tree = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-  shapes = jax.eval_shape(nn.unbox, boxed)               # traced, so that it may happen inside `use`
-  for (path, sharding), leaf in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes), strict=True):
+  shapes = jax.eval_shape(nn.unbox, boxed)  # traced, so that it may happen inside `use`
+  for (path, sharding), leaf in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes), strict=True
+  ):
     try:
       sharding.shard_shape(leaf.shape)
     except ValueError:
-      raise config.ConfigError(f"mesh = {dict(mesh.shape)}: parameter {path_of(path)} of shape {leaf.shape} cannot be split as "
-                               f"{sharding.spec}; choose mesh axes that divide it") from None
+      raise config.ConfigError(
+        f"mesh = {dict(mesh.shape)}: parameter {path_of(path)} of shape {leaf.shape} cannot be "
+        "split as "
+        f"{sharding.spec}; choose mesh axes that divide it"
+      ) from None
   return tree
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
   """ShapeDtypeStructs that say where each array lives."""
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -95,26 +107,36 @@ def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
   """Errors: ConfigError when the mesh does not divide a batch of `rows`."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if rows % ways:
-    raise config.ConfigError(f"{field} = {rows}: must be a multiple of mesh.data · mesh.fsdp = {ways}")
+    raise config.ConfigError(
+      f"{field} = {rows}: must be a multiple of mesh.data · mesh.fsdp = {ways}"
+    )
 
 
 def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-  """(index, count): this process's devices hold the index-th of `count` equal runs of a batch's rows.
+  """(index, count): this process's devices hold the index-th of `count` equal runs of a batch's
+  rows.
 
-  Processes that a model axis spans hold the same run. Errors: ConfigError when the devices' rows are not such a run."""
+  Processes that a model axis spans hold the same run. Errors: ConfigError when the devices' rows
+  are not such a run."""
   indices: Any = batch_sharding(mesh).addressable_devices_indices_map((rows,))
   held = sorted({row for (part,) in indices.values() for row in range(*part.indices(rows))})
   if held != list(range(held[0], held[0] + len(held))) or rows % len(held) or held[0] % len(held):
-    raise config.ConfigError(f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are no "
-                             "equal share of the batch; make mesh.model, or the devices of a process, divide the other")
+    raise config.ConfigError(
+      f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are "
+      "no "
+      "equal share of the batch; make mesh.model, or the devices of a process, divide the other"
+    )
   return held[0] // len(held), rows // len(held)
 
 
 def put_batch(batch: dict[str, Any], mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
-  """This process's share of a batch of `rows` as global arrays: numpy in, [rows, L] split over the mesh out."""
+  """This process's share of a batch of `rows` as global arrays: numpy in, [rows, L] split over the
+  mesh out."""
   sharding = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
-          for name, array in batch.items()}
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+    for name, array in batch.items()
+  }
 
 
 def from_first(text: str) -> str:

@@ -1,4 +1,5 @@
 """How parameters are addressed: paths in their tree, and what each axis is."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -7,7 +8,9 @@ import jax
 
 
 class Axes(NamedTuple):
-  """What each axis of a parameter is: axis numbers. fan_in and fan_out: matrices; fan_out alone: vectors; neither: scalars."""
+  """What each axis of a parameter is: axis numbers. fan_in and fan_out: matrices; fan_out alone:
+  vectors; neither: scalars."""
+
   batch: tuple[int, ...] = ()
   fan_in: tuple[int, ...] = ()
   fan_out: tuple[int, ...] = ()

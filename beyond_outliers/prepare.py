@@ -1,9 +1,10 @@
 """Documents to a dataset on disk, ahead of the training that would otherwise do it.
 
-  python -m beyond_outliers.prepare --config=configs/adamw.py:nano
-  python -m beyond_outliers.prepare --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
-  python -m beyond_outliers.prepare --config=configs/adamw.py:nano --verify      # read all of it again and compare SHA-256
+python -m beyond_outliers.prepare --config=configs/adamw.py:nano
+python -m beyond_outliers.prepare --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
+python -m beyond_outliers.prepare --config=configs/adamw.py:nano --verify      # read all of it again and compare SHA-256
 """
+
 from __future__ import annotations
 
 from absl import app, flags
@@ -11,15 +12,24 @@ from absl import app, flags
 from beyond_outliers import cli, config, data
 
 _CONFIG = cli.config_flag()
-_VERIFY = flags.DEFINE_bool("verify", False, "Compare the SHA-256 of every file of the dataset with what was written.")
+_VERIFY = flags.DEFINE_bool(
+  "verify", False, "Compare the SHA-256 of every file of the dataset with what was written."
+)
 
 
 def summary(dataset: data.Dataset) -> str:
   """A line a split; counts of TFDS records that stay where they are, are not known."""
-  lines = [f"{dataset.directory}: fingerprint {dataset.fingerprint[:12]}, tokenizer {dataset.tokenizer.fingerprint[:12]} "
-           f"of {dataset.tokenizer.vocab_size} tokens"]
+  lines = [
+    f"{dataset.directory}: fingerprint {dataset.fingerprint[:12]}, tokenizer "
+    f"{dataset.tokenizer.fingerprint[:12]} "
+    f"of {dataset.tokenizer.vocab_size} tokens"
+  ]
   for split, counts in dataset.meta["splits"].items():
-    shown = ", ".join(f"{counts[what]:,} {what}" for what in ("documents", "bytes", "tokens") if counts[what] is not None)
+    shown = ", ".join(
+      f"{counts[what]:,} {what}"
+      for what in ("documents", "bytes", "tokens")
+      if counts[what] is not None
+    )
     ratio = f", {counts['bytes'] / counts['tokens']:.3f} bytes a token" if counts["tokens"] else ""
     lines.append(f"  {split}: {shown or 'not counted'}{ratio}")
   return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""Opens what runs left in their workdirs, for notebooks and tables; also on another machine than the one that trained."""
+"""Opens what runs left in their workdirs, for notebooks and tables; also on another machine than
+the one that trained."""
+
 from __future__ import annotations
 
 import functools
@@ -30,7 +32,9 @@ class Run:
 
   def __repr__(self) -> str:
     status = self.status or {"status": "not started", "step": 0}
-    return f"Run({str(self.path)!r}, {status['status']} at step {status['step']} of {self.config.steps})"
+    return (
+      f"Run({str(self.path)!r}, {status['status']} at step {status['step']} of {self.config.steps})"
+    )
 
   @property
   def path(self) -> epath.Path:
@@ -65,8 +69,11 @@ class Run:
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
     import pandas as pd  # takes a while, and training opens runs too
+
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
-    frame = pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])       # the last may be half written
+    frame = pd.DataFrame(
+      [json.loads(line) for line in lines if line.endswith("}")]
+    )  # the last may be half written
     # A step that was both logged and evaluated wrote two lines.
     return frame.groupby("step").first() if len(frame) else frame
 
@@ -74,18 +81,26 @@ class Run:
   def model(self) -> transformer.Transformer:
     """As it was trained: under the run's recipe, if it has one."""
     recipe = quant.recipes.from_config(self.config.quant)
-    return transformer.Transformer(self.config.model, quant.dot_general_for(recipe, self.config.quant.backend))
+    return transformer.Transformer(
+      self.config.model, quant.dot_general_for(recipe, self.config.quant.backend)
+    )
 
-  def params(self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> Any:
-    """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is given."""
+  def params(
+    self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+  ) -> Any:
+    """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is
+    given."""
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
     _, params = self.restore(mesh, step)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
   def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[int, Any]:
-    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh. Errors: CheckpointError."""
+    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh. Errors:
+    CheckpointError."""
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
-    return self._checkpoints.restore_params(mesh_lib.placed(transformer.shapes(self.model), shardings), step)
+    return self._checkpoints.restore_params(
+      mesh_lib.placed(transformer.shapes(self.model), shardings), step
+    )
 
   @functools.cached_property
   def dataset(self) -> data.Dataset:
@@ -96,13 +111,23 @@ class Run:
     return self.dataset.tokenizer
 
   def batches(self, split: str) -> Iterator[Mapping[str, Any]]:
-    """The batches that the run trained on, from its first, or those of its `validation`: numpy, [B, L] each."""
+    """The batches that the run trained on, from its first, or those of its `validation`: numpy, [B,
+    L] each."""
     c = self.config
     if split == "validation":
-      return iter(data.validation_batches(self.dataset, c.data, context=c.context, batch_size=c.eval.batch_size,
-                                          documents=c.eval.documents))
+      return iter(
+        data.validation_batches(
+          self.dataset,
+          c.data,
+          context=c.context,
+          batch_size=c.eval.batch_size,
+          documents=c.eval.documents,
+        )
+      )
     if split == "train":
-      return data.train_batches(self.dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed)
+      return data.train_batches(
+        self.dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed
+      )
     raise ValueError(f"split = {split!r}: expected 'train' or 'validation'")
 
   @functools.cached_property

@@ -1,4 +1,6 @@
-"""The folder of one run: config, manifest, status and lock; what lies beside its checkpoints and metrics."""
+"""The folder of one run: config, manifest, status and lock; what lies beside its checkpoints and
+metrics."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,18 +23,33 @@ from etils import epath
 from beyond_outliers import mesh
 from beyond_outliers.errors import WorkdirError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "ml-collections", "aqtp",
-            "sentencepiece", "numpy")
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "tensorflow-datasets",
+  "ml-collections",
+  "aqtp",
+  "sentencepiece",
+  "numpy",
+)
 
 
 class Workdir:
   """The folder of one run. Files are replaced whole, so that a reader never sees half of one.
 
-  Only process 0 of a run writes. A local or mounted folder. Errors: WorkdirError for the address of an object store."""
+  Only process 0 of a run writes. A local or mounted folder. Errors: WorkdirError for the address of
+  an object store."""
 
   def __init__(self, path: Any):
     if "://" in str(path):
-      raise WorkdirError(f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder (gcsfuse, for gs://)")
+      raise WorkdirError(
+        f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder "
+        "(gcsfuse, for gs://)"
+      )
     self.path = epath.Path(path).absolute()
 
   @property
@@ -42,7 +59,7 @@ class Workdir:
   def write(self, name: str, value: Any) -> None:
     if jax.process_index() == 0:
       self.path.mkdir(parents=True, exist_ok=True)
-      temporary = self.path / f"{name}.{os.getpid()}.tmp"             # evaluation jobs may share a folder
+      temporary = self.path / f"{name}.{os.getpid()}.tmp"  # evaluation jobs may share a folder
       temporary.write_text(json.dumps(value, indent=2) + "\n")
       temporary.replace(self.path / name)
 
@@ -57,7 +74,8 @@ class Workdir:
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Holds the folder against other runs; the system lets go of it when the process ends, however it ends.
+    """Holds the folder against other runs; the system lets go of it when the process ends, however
+    it ends.
 
     Errors: WorkdirError on every process of the run when another one holds it."""
     with contextlib.ExitStack() as stack:
@@ -88,8 +106,12 @@ def manifest(extra: Mapping[str, Any]) -> dict[str, Any]:
     "git": _git(),
     "python": sys.version.split()[0],
     "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count(),
-                "backend": jax.default_backend()},
+    "devices": {
+      "kind": jax.devices()[0].device_kind,
+      "count": jax.device_count(),
+      "processes": jax.process_count(),
+      "backend": jax.default_backend(),
+    },
     **extra,
   }
 
@@ -108,8 +130,10 @@ def _git() -> dict[str, Any] | None:
   try:
     ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
     commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
-    if os.path.realpath(ask(["git", "rev-parse", "--show-toplevel"]).stdout.strip()) != os.path.realpath(here):
-      return None                                     # installed inside somebody else's repository
+    if os.path.realpath(
+      ask(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
+    ) != os.path.realpath(here):
+      return None  # installed inside somebody else's repository
     dirty = ask(["git", "status", "--porcelain", "--", "beyond_outliers", "configs"]).stdout
   except (OSError, subprocess.CalledProcessError):
     return None

@@ -1,4 +1,5 @@
 """Where a run's metrics go: JSON lines, TensorBoard, Weights & Biases, the console."""
+
 from __future__ import annotations
 
 import datetime
@@ -14,7 +15,7 @@ from etils import epath
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.workdir import Workdir
 
-Row = Mapping[str, Any]                           # {"step": n, metric: number}; None where it is not defined
+Row = Mapping[str, Any]  # {"step": n, metric: number}; None where it is not defined
 
 
 class Writer(Protocol):
@@ -26,10 +27,15 @@ class Writer(Protocol):
 
 
 class JsonLines:
-  """metrics.jsonl: one object a row, flushed. Rows after `last_step` (of a run that is resumed) are dropped at opening."""
+  """metrics.jsonl: one object a row, flushed. Rows after `last_step` (of a run that is resumed) are
+  dropped at opening."""
 
   def __init__(self, path: epath.Path, last_step: int):
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    lines = (
+      [line for line in path.read_text().splitlines() if line.endswith("}")]
+      if path.exists()
+      else []
+    )
     kept = [line for line in lines if json.loads(line)["step"] <= last_step]
     temporary = path.parent / (path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
@@ -38,7 +44,10 @@ class JsonLines:
 
   def write(self, row: Row) -> None:
     # JSON knows no NaN and no infinity: a diverged loss is null.
-    self._file.write(json.dumps({k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}) + "\n")
+    self._file.write(
+      json.dumps({k: v if v is not None and math.isfinite(v) else None for k, v in row.items()})
+      + "\n"
+    )
     self._file.flush()
 
   def close(self) -> None:
@@ -46,11 +55,14 @@ class JsonLines:
 
 
 class TensorBoard:
-  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard). Those after `last_step` are dropped, if it is given."""
+  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard). Those after `last_step` are
+  dropped, if it is given."""
 
   def __init__(self, directory: epath.Path, last_step: int | None):
     tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
-    self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=None if last_step is None else last_step + 1)
+    self._writer = tensorboardX.SummaryWriter(
+      str(directory), purge_step=None if last_step is None else last_step + 1
+    )
 
   def write(self, row: Row) -> None:
     for name, value in row.items():
@@ -62,13 +74,20 @@ class TensorBoard:
 
 
 class Wandb:
-  """Weights & Biases (extra: wandb); the run's id is kept in the workdir, so that a resumed run goes on in the same one."""
+  """Weights & Biases (extra: wandb); the run's id is kept in the workdir, so that a resumed run
+  goes on in the same one."""
 
   def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any]):
     wandb = _optional("wandb", "log.wandb", "wandb")
     known = workdir.read("wandb.json")
-    self._run = wandb.init(project=project, name=workdir.path.name, config=dict(settings), dir=str(workdir.path),
-                           id=known["id"] if known else None, resume="allow")
+    self._run = wandb.init(
+      project=project,
+      name=workdir.path.name,
+      config=dict(settings),
+      dir=str(workdir.path),
+      id=known["id"] if known else None,
+      resume="allow",
+    )
     workdir.write("wandb.json", {"id": self._run.id})
 
   def write(self, row: Row) -> None:
@@ -84,21 +103,33 @@ class Console:
   def __init__(self, num_steps: int, file=None):
     self._steps, self._file = num_steps, file or sys.stderr
     self._redraw = self._file.isatty()
-    self._open = False                                # whether the cursor stands behind a line to be redrawn
+    self._open = False  # whether the cursor stands behind a line to be redrawn
 
   def write(self, row: Row) -> None:
     if "eval/loss" in row:
-      bits = f"{row['eval/bits_per_byte']:.4f} bits per byte · " if row["eval/bits_per_byte"] is not None else ""
-      self.line(f"step {row['step']:>6} · validation loss {row['eval/loss']:.4f} ± {row['eval/loss_stderr']:.4f} nats · "
-                f"perplexity {row['eval/perplexity']:.2f} · {bits}"
-                f"{row['eval/documents']} documents, {row['eval/seconds']:.1f} s")
+      bits = (
+        f"{row['eval/bits_per_byte']:.4f} bits per byte · "
+        if row["eval/bits_per_byte"] is not None
+        else ""
+      )
+      self.line(
+        f"step {row['step']:>6} · validation loss {row['eval/loss']:.4f} ± "
+        f"{row['eval/loss_stderr']:.4f} nats · "
+        f"perplexity {row['eval/perplexity']:.2f} · {bits}"
+        f"{row['eval/documents']} documents, {row['eval/seconds']:.1f} s"
+      )
     elif "train/loss" in row:
       left = datetime.timedelta(seconds=round(row["seconds_left"]))
-      text = (f"loss {row['train/loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s · "
-              f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak) · {left} left")
+      text = (
+        f"loss {row['train/loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s · "
+        f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak) · {left} "
+        "left"
+      )
       if self._redraw:
         done = round(24 * row["step"] / self._steps)
-        self._file.write(f"\r\x1b[K{'━' * done}{'─' * (24 - done)} {row['step']}/{self._steps} · {text}")
+        self._file.write(
+          f"\r\x1b[K{'━' * done}{'─' * (24 - done)} {row['step']}/{self._steps} · {text}"
+        )
         self._file.flush()
         self._open = True
       else:
@@ -120,4 +151,6 @@ def _optional(module: str, field: str, extra: str) -> Any:
   try:
     return importlib.import_module(module)
   except ImportError:
-    raise ConfigError(f"{field}: needs {module}; pip install 'beyond_outliers[{extra}]', or switch it off") from None
+    raise ConfigError(
+      f"{field}: needs {module}; pip install 'beyond_outliers[{extra}]', or switch it off"
+    ) from None

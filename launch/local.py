@@ -1,14 +1,18 @@
-"""The sweep of a config file on this machine, one run after another; the same command goes on where it stopped.
+"""The sweep of a config file on this machine, one run after another; the same command goes on where
+it stopped.
 
   python -m launch.local --config=configs/shampoo.py --root=runs/tuning/shampoo --where=seed=0
 
-What was found for the optimizer in another sweep is taken over, instead of being swept again, with --overrides=FILE:
+What was found for the optimizer in another sweep is taken over, instead of being swept again, with
+--overrides=FILE:
 
   python -m beyond_outliers.analysis --root=runs/tuning --overrides=tuned.json
   python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo --overrides=tuned.json
 
-Every run is a process of its own in <root>/<what it overrides>; a run that diverges doesn't stop the others.
+Every run is a process of its own in <root>/<what it overrides>; a run that diverges doesn't stop
+the others.
 """
+
 from __future__ import annotations
 
 import ast
@@ -22,33 +26,60 @@ from absl import app, flags
 
 from beyond_outliers.config import sweeps
 
-CONFIG = flags.DEFINE_string("config", None, "Config file that has a sweep; size and overrides behind a colon.", required=True)
+CONFIG = flags.DEFINE_string(
+  "config", None, "Config file that has a sweep; size and overrides behind a colon.", required=True
+)
 ROOT = flags.DEFINE_string("root", None, "Folder of the workdirs.", required=True)
-WHERE = flags.DEFINE_list("where", [], "key=value,...: only the runs of the sweep that have these values.")
-OVERRIDES = flags.DEFINE_string("overrides", "", "What an analysis wrote: values that replace the sweep's, by optimizer.")
-LIST = flags.DEFINE_bool("list", False, "Print the workdirs and what they override, and start nothing.")
+WHERE = flags.DEFINE_list(
+  "where", [], "key=value,...: only the runs of the sweep that have these values."
+)
+OVERRIDES = flags.DEFINE_string(
+  "overrides", "", "What an analysis wrote: values that replace the sweep's, by optimizer."
+)
+LIST = flags.DEFINE_bool(
+  "list", False, "Print the workdirs and what they override, and start nothing."
+)
 
-ENDED = ("done", "diverged")                  # what is left alone when the command is given again
+ENDED = ("done", "diverged")  # what is left alone when the command is given again
 
 
 def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
-  """{run name: overrides} of the sweep in a config file, with the `fixed` values in all. Errors: ValueError when `where` leaves
-  none."""
-  wanted = {key: ast.literal_eval(value) for key, _, value in (condition.partition("=") for condition in where)}
+  """{run name: overrides} of the sweep in a config file, with the `fixed` values in all. Errors:
+  ValueError when `where` leaves none."""
+  wanted = {
+    key: ast.literal_eval(value)
+    for key, _, value in (condition.partition("=") for condition in where)
+  }
   sweep = [{**overrides, **fixed} for overrides in runpy.run_path(path)["get_hyper"](sweeps)]
-  chosen = [overrides for overrides in sweep if all(overrides.get(key) == value for key, value in wanted.items())]
+  chosen = [
+    overrides
+    for overrides in sweep
+    if all(overrides.get(key) == value for key, value in wanted.items())
+  ]
   if not chosen:
-    raise ValueError(f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps {sorted(sweep[0])}")
+    raise ValueError(
+      f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps "
+      f"{sorted(sweep[0])}"
+    )
   return {sweeps.run_name(overrides): overrides for overrides in chosen}
 
 
 def found(file: str, path: str, argument: str) -> sweeps.Overrides:
-  """What `file` says of the config's optimizer. Errors: ValueError when it is of another size, or lacks the optimizer."""
-  saved, c = json.loads(pathlib.Path(file).read_text()), runpy.run_path(path)["get_config"](argument)
+  """What `file` says of the config's optimizer. Errors: ValueError when it is of another size, or
+  lacks the optimizer."""
+  saved, c = (
+    json.loads(pathlib.Path(file).read_text()),
+    runpy.run_path(path)["get_config"](argument),
+  )
   if saved["size"] != c.size:
-    raise ValueError(f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size")
+    raise ValueError(
+      f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
+    )
   if c.optimizer.name not in saved["overrides"]:
-    raise ValueError(f"--overrides={file}: nothing about {c.optimizer.name}; it has {', '.join(saved['overrides'])}")
+    raise ValueError(
+      f"--overrides={file}: nothing about {c.optimizer.name}; it has "
+      f"{', '.join(saved['overrides'])}"
+    )
   return saved["overrides"][c.optimizer.name]
 
 
@@ -69,8 +100,16 @@ def launch(argv: list[str]) -> None:
     print(f"[{number}/{len(sweep)}] {workdir}: {status_of(workdir)}", flush=True)
     if LIST.value or status_of(workdir) in ENDED:
       continue
-    command = [sys.executable, "-m", "beyond_outliers.main", f"--config={path}:{argument}", f"--workdir={workdir}"]
-    code = subprocess.run(command + [f"--config.{key}={value}" for key, value in overrides.items()]).returncode
+    command = [
+      sys.executable,
+      "-m",
+      "beyond_outliers.main",
+      f"--config={path}:{argument}",
+      f"--workdir={workdir}",
+    ]
+    code = subprocess.run(
+      command + [f"--config.{key}={value}" for key, value in overrides.items()]
+    ).returncode
     if status_of(workdir) not in ENDED:
       failed.append(f"{workdir} (exit code {code})")
   if failed:

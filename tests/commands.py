@@ -1,4 +1,6 @@
-"""Commands as a person types them: a module is imported once, and gives each command a process of its own."""
+"""Commands as a person types them: a module is imported once, and gives each command a process of
+its own."""
+
 import json
 import pathlib
 import subprocess
@@ -30,8 +32,14 @@ print(json.dumps([answers, result]))
 
 
 def answers(name, commands, after=""):
-  """([exit code, all that it said] of each command, `result`, which the code `after` may set with the module at hand)."""
-  process = subprocess.run([sys.executable, "-c", SCRIPT.replace("{after}", after), name, json.dumps(commands)], cwd=ROOT,
-                           capture_output=True, text=True, timeout=400)
+  """([exit code, all that it said] of each command, `result`, which the code `after` may set with
+  the module at hand)."""
+  process = subprocess.run(
+    [sys.executable, "-c", SCRIPT.replace("{after}", after), name, json.dumps(commands)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=400,
+  )
   assert process.returncode == 0, process.stderr
   return json.loads(process.stdout)

@@ -1,4 +1,5 @@
 """Eight simulated devices, and a compilation cache kept from one run of the tests to the next."""
+
 import os
 import pathlib
 
@@ -8,9 +9,12 @@ CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# By default XLA:CPU starts all-reduces that don't depend on each other in any order, each device in its own, on threads of which
-# there are too few for all of them: devices wait for each other for ever, sooner on a busy machine. This schedule orders them.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+# By default XLA:CPU starts all-reduces that don't depend on each other in any order, each device in
+# its own, on threads of which there are too few for all of them: devices wait for each other for
+# ever, sooner on a busy machine. This schedule orders them.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+)
 
 import jax  # noqa: E402  (the environment comes first)
 
@@ -20,7 +24,26 @@ import random  # noqa: E402
 
 import pytest  # noqa: E402
 
-WORDS = ["the", "of", "and", "to", "in", "a", "that", "it", "is", "was", "for", "on", "with", "as", "be", "at", "by", "this"]
+WORDS = [
+  "the",
+  "of",
+  "and",
+  "to",
+  "in",
+  "a",
+  "that",
+  "it",
+  "is",
+  "was",
+  "for",
+  "on",
+  "with",
+  "as",
+  "be",
+  "at",
+  "by",
+  "this",
+]
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +63,32 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(corpus, tmp_path_factory):
-  """tiny(**{"key": value}) -> what follows the colon of --config for a model of two blocks on the corpus."""
+  """tiny(**{"key": value}) -> what follows the colon of --config for a model of two blocks on the
+  corpus."""
   datasets = tmp_path_factory.mktemp("datasets")
   settings = {
-    "model.blocks": 2, "model.heads": 6, "model.d_head": 8, "context": 32, "batch_size": 8, "steps": 10, "log.every": 1,
-    "data.source": "text", "data.path": f"{corpus}/*.txt", "data.tokenizer": "bytes", "data.vocab": 264,
-    "data.directory": str(datasets), "data.validation": "newest:4", "data.readers": 4, "optimizer.learning_rate": 3e-3,
+    "model.blocks": 2,
+    "model.heads": 6,
+    "model.d_head": 8,
+    "context": 32,
+    "batch_size": 8,
+    "steps": 10,
+    "log.every": 1,
+    "data.source": "text",
+    "data.path": f"{corpus}/*.txt",
+    "data.tokenizer": "bytes",
+    "data.vocab": 264,
+    "data.directory": str(datasets),
+    "data.validation": "newest:4",
+    "data.readers": 4,
+    "optimizer.learning_rate": 3e-3,
   }
 
   def argument(**overrides):
-    return ",".join(["nano", *(f"{key}={value}" for key, value in {**settings, **overrides}.items())])
+    return ",".join(
+      ["nano", *(f"{key}={value}" for key, value in {**settings, **overrides}.items())]
+    )
+
   return argument
 
 
@@ -58,4 +97,5 @@ def tiny_config(tiny):
   """The same, resolved."""
   from beyond_outliers import config
   from configs import adamw
+
   return lambda **overrides: config.resolve(adamw.get_config(tiny(**overrides)))

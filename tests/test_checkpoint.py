@@ -1,4 +1,6 @@
-"""What is saved comes back to the bit or not at all: sums, fallback, other structures, other meshes, the keep policy."""
+"""What is saved comes back to the bit or not at all: sums, fallback, other structures, other
+meshes, the keep policy."""
+
 import json
 import logging
 
@@ -40,7 +42,9 @@ def saved(tmp_path):
 
 
 def largest_file(directory):
-  return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  return max(
+    (path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+  )
 
 
 def flip(path):
@@ -59,9 +63,11 @@ DAMAGE = {
 
 def without_sums(then):
   """As kill -9 leaves it between Orbax's commit and the sums, and then damaged."""
+
   def damage(directory):
     (directory / checkpoint.SUMS).unlink()
     then(directory)
+
   return damage
 
 
@@ -69,7 +75,9 @@ DAMAGE |= {
   "torn sums": lambda directory: (directory / checkpoint.SUMS).write_text('{"state/'),
   "no sums and a truncated file": without_sums(DAMAGE["a truncated file"]),
   "no sums and a missing file": without_sums(DAMAGE["a missing file"]),
-  "no sums and torn metadata": without_sums(lambda directory: (directory / "state" / "_METADATA").write_text("{")),
+  "no sums and torn metadata": without_sums(
+    lambda directory: (directory / "state" / "_METADATA").write_text("{")
+  ),
 }
 
 
@@ -82,9 +90,13 @@ def test_damage_is_found_and_the_older_one_used(saved, damage, caplog):
     restored, state, data, clock = checkpoints.restore(shapes(make_state()))
   assert (restored, data, clock) == (2, {"batches": 2}, {"seconds": 2.0, "tokens": 20.0})
   np.testing.assert_array_equal(state.params["kernel"], make_state(2).params["kernel"])
-  assert "checkpoint" in caplog.text and "is damaged" in caplog.text and "falling back" in caplog.text
+  assert (
+    "checkpoint" in caplog.text and "is damaged" in caplog.text and "falling back" in caplog.text
+  )
   # Nothing is lost: the damaged one is set aside, and its step can be saved again.
-  assert [path.name.split("-")[1] for path in saved.iterdir() if path.name.startswith("damaged")] == ["3"]
+  assert [
+    path.name.split("-")[1] for path in saved.iterdir() if path.name.startswith("damaged")
+  ] == ["3"]
   checkpoints.save(3, make_state(7), {"batches": 3}, {"seconds": 3.0, "tokens": 30.0})
   checkpoints.close()
   again = checkpoint.Checkpoints(saved, read_only=True).restore(shapes(make_state()))
@@ -93,7 +105,9 @@ def test_damage_is_found_and_the_older_one_used(saved, damage, caplog):
 
 def test_a_damaged_step_asked_for_by_name_is_refused(saved):
   flip(largest_file(saved / "2" / "state"))
-  with pytest.raises(checkpoint.CheckpointError, match=r"2 is damaged: .* does not match its SHA-256 sum"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"2 is damaged: .* does not match its SHA-256 sum"
+  ):
     checkpoint.Checkpoints(saved, read_only=True).restore(shapes(make_state()), 2)
   assert (saved / "2").exists()
 
@@ -115,13 +129,36 @@ def test_without_sums_it_is_restored_with_a_warning(saved, caplog):
   assert "not verified" in caplog.text
 
 
-@pytest.mark.parametrize("change, message", [
-  (lambda s: s._replace(params={"kernel": jax.ShapeDtypeStruct((8, 512), jnp.bfloat16, sharding=s.params["kernel"].sharding)}),
-   r"params/kernel is \(\(8, 512\), 'float32'\) in the checkpoint and \(\(8, 512\), 'bfloat16'\)"),
-  (lambda s: s._replace(params={"kernel": jax.ShapeDtypeStruct((4, 512), jnp.float32, sharding=s.params["kernel"].sharding)}),
-   r"params/kernel is \(\(8, 512\)"),
-  (lambda s: s._replace(opt_state={"nu": s.opt_state["mu"]}), r"opt_state/mu is .* in the checkpoint and missing in this run"),
-], ids=["dtype", "shape", "name"])
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      lambda s: s._replace(
+        params={
+          "kernel": jax.ShapeDtypeStruct(
+            (8, 512), jnp.bfloat16, sharding=s.params["kernel"].sharding
+          )
+        }
+      ),
+      r"params/kernel is \(\(8, 512\), 'float32'\) in the checkpoint and \(\(8, 512\), 'bfloat16'\)",
+    ),
+    (
+      lambda s: s._replace(
+        params={
+          "kernel": jax.ShapeDtypeStruct(
+            (4, 512), jnp.float32, sharding=s.params["kernel"].sharding
+          )
+        }
+      ),
+      r"params/kernel is \(\(8, 512\)",
+    ),
+    (
+      lambda s: s._replace(opt_state={"nu": s.opt_state["mu"]}),
+      r"opt_state/mu is .* in the checkpoint and missing in this run",
+    ),
+  ],
+  ids=["dtype", "shape", "name"],
+)
 def test_another_structure_is_refused_by_name(saved, change, message):
   """Orbax alone would cast to another dtype without a word."""
   with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -135,32 +172,46 @@ def test_another_mesh_restores_the_same_bits(saved, devices):
   _, state, _, _ = checkpoint.Checkpoints(saved, read_only=True).restore(shapes(target))
   np.testing.assert_array_equal(state.params["kernel"], make_state(3).params["kernel"])
   assert len(state.params["kernel"].sharding.device_set) == devices
-  with pytest.raises(checkpoint.CheckpointError, match=r"params/kernel is .* in the checkpoint and"):
-    checkpoint.Checkpoints(saved, read_only=True).restore_params({"kernel": jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)}, 1)
-  step_number, params = checkpoint.Checkpoints(saved, read_only=True).restore_params(shapes(target).params, 1)
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"params/kernel is .* in the checkpoint and"
+  ):
+    checkpoint.Checkpoints(saved, read_only=True).restore_params(
+      {"kernel": jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)}, 1
+    )
+  step_number, params = checkpoint.Checkpoints(saved, read_only=True).restore_params(
+    shapes(target).params, 1
+  )
   assert step_number == 1
   np.testing.assert_array_equal(params["kernel"], make_state(1).params["kernel"])
 
 
 def test_plain_orbax_opens_it(saved):
-  restored = ocp.CheckpointManager(saved).restore(3, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+  restored = ocp.CheckpointManager(saved).restore(
+    3, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+  )
   np.testing.assert_array_equal(restored.state["params"]["kernel"], make_state(3).params["kernel"])
 
 
 def test_keep_policy(tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, config.Checkpoint(every=1, keep=2, keep_every=4, verify=True))
+  checkpoints = checkpoint.Checkpoints(
+    tmp_path, config.Checkpoint(every=1, keep=2, keep_every=4, verify=True)
+  )
   for n in range(1, 8):
     checkpoints.save(n, make_state(n), {"batches": n}, {"seconds": 0.0, "tokens": 0.0})
   checkpoints.close()
   assert checkpoints.steps() == [4, 6, 7]
   reader = checkpoint.Checkpoints(tmp_path, read_only=True)
-  np.testing.assert_array_equal(reader.restore(shapes(make_state()))[1].params["kernel"], make_state(7).params["kernel"])
+  np.testing.assert_array_equal(
+    reader.restore(shapes(make_state()))[1].params["kernel"], make_state(7).params["kernel"]
+  )
   assert all((tmp_path / str(n) / checkpoint.SUMS).exists() for n in (4, 6, 7))
 
 
 def test_the_sums_cover_every_file(saved):
   sums = json.loads((saved / "3" / checkpoint.SUMS).read_text())
-  files = {str(path.relative_to(saved / "3")) for path in (saved / "3").rglob("*") if path.is_file()}
+  files = {
+    str(path.relative_to(saved / "3")) for path in (saved / "3").rglob("*") if path.is_file()
+  }
   assert sums.keys() == files - {checkpoint.SUMS}
 
 

@@ -1,9 +1,11 @@
-"""The compressed-tensors layout: what other engines read from it is the matrix, and what it cannot say is refused.
+"""The compressed-tensors layout: what other engines read from it is the matrix, and what it cannot
+say is refused.
 
-tests/golden/compressed_tensors.npz is of that package's version 0.20.0: numbers of 2, 4 and 8 bits with what its pack_to_int32
-made of them, and inputs (Student's t, 3 degrees of freedom; a row of zeros) with what its compute_dynamic_scales_and_zp and
-fake_quantize made of them.
+tests/golden/compressed_tensors.npz is of that package's version 0.20.0: numbers of 2, 4 and 8 bits
+with what its pack_to_int32 made of them, and inputs (Student's t, 3 degrees of freedom; a row of
+zeros) with what its compute_dynamic_scales_and_zp and fake_quantize made of them.
 """
+
 import dataclasses
 import json
 import pathlib
@@ -20,8 +22,23 @@ from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, 
 
 # 72 numbers of two or four bits fill no whole number of words.
 MODEL = config.Model(
-  vocab=32, blocks=2, heads=4, kv_heads=2, d_head=18, d_model=72, mlp_hidden=72, norm_eps=1e-6, rope_base=500000.0, tied=False,
-  init_std=0.02, dtype="float32", attention="blockwise", unroll=1, remat="none", **hf_config.FAMILIES["llama"].switches)
+  vocab=32,
+  blocks=2,
+  heads=4,
+  kv_heads=2,
+  d_head=18,
+  d_model=72,
+  mlp_hidden=72,
+  norm_eps=1e-6,
+  rope_base=500000.0,
+  tied=False,
+  init_std=0.02,
+  dtype="float32",
+  attention="blockwise",
+  unroll=1,
+  remat="none",
+  **hf_config.FAMILIES["llama"].switches,
+)
 
 
 def recipe(w, x=None, head=None):
@@ -36,10 +53,16 @@ def edge(bits, granularity="token"):
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "compressed_tensors.npz")
 GROUPS = recipe(QuantSpec(4, granularity="group", group=24), head=QuantSpec(4))
 WRITTEN = {
-  "rtn_w4a16": (RECIPES["rtn_w4a16"], "pack-quantized"), "groups and a head": (GROUPS, "pack-quantized"),
-  "two bits, a tensor": (recipe(QuantSpec(2, "twos_complement", granularity="tensor")), "pack-quantized"),
-  "ternary": (recipe(QuantSpec(1.585, "ternary")), "pack-quantized"), "eight bits": (recipe(QuantSpec(8)), "pack-quantized"),
-  "rtn_w8a8": (RECIPES["rtn_w8a8"], "int-quantized"), "W4A4": (recipe(QuantSpec(4), edge(4)), "int-quantized"),
+  "rtn_w4a16": (RECIPES["rtn_w4a16"], "pack-quantized"),
+  "groups and a head": (GROUPS, "pack-quantized"),
+  "two bits, a tensor": (
+    recipe(QuantSpec(2, "twos_complement", granularity="tensor")),
+    "pack-quantized",
+  ),
+  "ternary": (recipe(QuantSpec(1.585, "ternary")), "pack-quantized"),
+  "eight bits": (recipe(QuantSpec(8)), "pack-quantized"),
+  "rtn_w8a8": (RECIPES["rtn_w8a8"], "int-quantized"),
+  "W4A4": (recipe(QuantSpec(4), edge(4)), "int-quantized"),
   "W8A8": (recipe(QuantSpec(8), edge(8, "tensor")), "int-quantized"),
   "fp8": (RECIPES["fp8"], "float-quantized"),
 }
@@ -47,7 +70,9 @@ WRITTEN = {
 
 def fresh(model):
   draw = np.random.default_rng(0)
-  return jax.tree.map(lambda leaf: jnp.asarray(draw.standard_t(4, leaf.shape), leaf.dtype), transformer.shapes(model))
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(draw.standard_t(4, leaf.shape), leaf.dtype), transformer.shapes(model)
+  )
 
 
 def exported(recipe, directory, c=MODEL):
@@ -57,17 +82,28 @@ def exported(recipe, directory, c=MODEL):
   export.compressed_tensors(q, directory)
   fields = json.loads((directory / "config.json").read_text())
   found = safetensors.deserialize((directory / hf.SINGLE).read_bytes())
-  kinds = {"I32": np.int32, "I64": np.int64, "I8": np.int8, "F32": np.float32, "F8_E4M3": jnp.float8_e4m3fn}
-  tensors = {name: np.frombuffer(of["data"], kinds[of["dtype"]]).reshape(of["shape"]) for name, of in found}
+  kinds = {
+    "I32": np.int32,
+    "I64": np.int64,
+    "I8": np.int8,
+    "F32": np.float32,
+    "F8_E4M3": jnp.float8_e4m3fn,
+  }
+  tensors = {
+    name: np.frombuffer(of["data"], kinds[of["dtype"]]).reshape(of["shape"]) for name, of in found
+  }
   matrices = {}
   for entry in hf.entries(hf_config.FAMILIES[fields["model_type"]], model):
-    layer = entry.path.endswith("kernel") and recipe.layer(f"layers/{entry.depth}/{entry.path[7:-7]}" if entry.depth is not None
-                                                           else "head")
+    layer = entry.path.endswith("kernel") and recipe.layer(
+      f"layers/{entry.depth}/{entry.path[7:-7]}" if entry.depth is not None else "head"
+    )
     if layer:
       node = q.params
       for name in entry.path.split("/"):
         node = node[name]
-      matrix = qmatrix.QuantizedMatrix(*(field if entry.depth is None or field is None else field[entry.depth] for field in node))
+      matrix = qmatrix.QuantizedMatrix(
+        *(field if entry.depth is None or field is None else field[entry.depth] for field in node)
+      )
       matrices[entry.name.removesuffix(".weight")] = np.asarray(qmatrix.dequantize(matrix, layer)).T
   return fields, tensors, matrices
 
@@ -81,8 +117,15 @@ def written(request, tmp_path_factory):
 
 def unpacked(packed, bits, width):
   """Integers, bit by bit: what the layout says, and none of our code."""
-  rows = [[(int(word) & 0xFFFFFFFF) >> shift & (2**bits - 1) for word in row for shift in range(0, 32, bits)] for row in packed]
-  return np.array(rows)[:, :width] - 2**(bits - 1)
+  rows = [
+    [
+      (int(word) & 0xFFFFFFFF) >> shift & (2**bits - 1)
+      for word in row
+      for shift in range(0, 32, bits)
+    ]
+    for row in packed
+  ]
+  return np.array(rows)[:, :width] - 2 ** (bits - 1)
 
 
 def test_every_matrix_can_be_computed_from_the_files(written):
@@ -93,7 +136,11 @@ def test_every_matrix_can_be_computed_from_the_files(written):
   for module, matrix in matrices.items():
     scale = tensors[f"{module}.weight_scale"]
     if format_ == "pack-quantized":
-      (group,) = [group for group in described["config_groups"].values() if {"Linear", module} & set(group["targets"])]
+      (group,) = [
+        group
+        for group in described["config_groups"].values()
+        if {"Linear", module} & set(group["targets"])
+      ]
       shape = tensors[f"{module}.weight_shape"]
       assert shape.tolist() == list(matrix.shape) and f"{module}.weight" not in tensors
       codes = unpacked(tensors[f"{module}.weight_packed"], group["weights"]["num_bits"], shape[1])
@@ -107,14 +154,26 @@ def test_every_matrix_can_be_computed_from_the_files(written):
 
 @pytest.mark.parametrize("bits", export.PACKED_BITS)
 def test_words_are_those_of_the_package_of_the_layout(bits):
-  np.testing.assert_array_equal(export._pack(GOLDEN[f"codes_{bits}"], bits), GOLDEN[f"packed_{bits}"])
+  np.testing.assert_array_equal(
+    export._pack(GOLDEN[f"codes_{bits}"], bits), GOLDEN[f"packed_{bits}"]
+  )
 
 
-@pytest.mark.parametrize("name,spec", [
-  ("int4_token", edge(4)), ("int8_token", edge(8)), ("int4_tensor", edge(4, "tensor")), ("int8_tensor", edge(8, "tensor")),
-  ("float8_token", QuantSpec(8, "e4m3", granularity="token")), ("float8_tensor", QuantSpec(8, "e4m3", granularity="tensor"))])
+@pytest.mark.parametrize(
+  "name,spec",
+  [
+    ("int4_token", edge(4)),
+    ("int8_token", edge(8)),
+    ("int4_tensor", edge(4, "tensor")),
+    ("int8_tensor", edge(8, "tensor")),
+    ("float8_token", QuantSpec(8, "e4m3", granularity="token")),
+    ("float8_tensor", QuantSpec(8, "e4m3", granularity="tensor")),
+  ],
+)
 def test_inputs_become_what_the_package_of_the_layout_makes_of_them(name, spec):
-  export._check_layer("up", LayerRecipe(QuantSpec(8, "e4m3" if spec.grid == "e4m3" else "symmetric"), spec))
+  export._check_layer(
+    "up", LayerRecipe(QuantSpec(8, "e4m3" if spec.grid == "e4m3" else "symmetric"), spec)
+  )
   x, expected = GOLDEN["x"], GOLDEN[name]
   ours = np.asarray(quantizers.fake_quantize(jnp.asarray(x), spec))
   # Halfway between two codes: the largest of a token, where it is negative.
@@ -137,28 +196,70 @@ def test_the_package_of_the_layout_reads_the_same(written):
   described = QuantizationConfig(**fields["quantization_config"])
   state = load_file(directory / hf.SINGLE)
   for module, matrix in matrices.items():
-    (scheme,) = [scheme for scheme in described.config_groups.values() if {"Linear", module} & set(scheme.targets)]
+    (scheme,) = [
+      scheme
+      for scheme in described.config_groups.values()
+      if {"Linear", module} & set(scheme.targets)
+    ]
     assert infer_module_format(torch.nn.Linear, scheme).value == described.format == format_
     compressor = BaseCompressor.get_value_from_registry(format_)
-    local = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == module}
-    assert set(local) == {key for key in compressor.compression_param_names(scheme) if key in local} >= {"weight_scale"}
+    local = {
+      key.rpartition(".")[2]: value
+      for key, value in state.items()
+      if key.rpartition(".")[0] == module
+    }
+    assert (
+      set(local)
+      == {key for key in compressor.compression_param_names(scheme) if key in local}
+      >= {"weight_scale"}
+    )
     read = compressor.decompress(local, scheme)["weight"]
     np.testing.assert_array_equal(read.numpy(), matrix)
 
 
-@pytest.mark.parametrize("recipe,message", [
-  (RECIPES["quest_w4a4"], "layers/0/attention/q: rotation = 'hadamard': the engine would have to rotate inputs"),
-  (recipe(QuantSpec(4, "midrise")), "weights.grid = 'midrise': its odd codes have no zero.*take 'symmetric'"),
-  (recipe(QuantSpec(4, "e2m1")), "weights.grid = 'e2m1': not written; .* keep the model by its save"),
-  (RECIPES["rtn_w3a16"], "weights.bits = 3: not packed; take 2, 4, 8"),
-  (recipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token")), "activations.grid = 'unsigned': not written"),
-  (recipe(None, QuantSpec(8, granularity="token")), "weights = None: the layout quantizes inputs only beside"),
-  (recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")), "activations = 'symmetric, mse': the engine divides"),
-  (RECIPES["rtn_w4a4"], "activations = 'symmetric, absmax': the engine .* take the grid 'twos_complement' with"),
-  (recipe(QuantSpec(4), dataclasses.replace(edge(4), grid="symmetric")), "activations = 'symmetric, absmax_edge': the engine"),
-  (RECIPES["none"], "recipe = 'none': quantizes nothing; hf.save"),
-  (Recipe((("head", None), (".*/q", LayerRecipe(QuantSpec(4))), *RECIPES["fp8"].rules[1:])), "pack-quantized, float-quantized"),
-])
+@pytest.mark.parametrize(
+  "recipe,message",
+  [
+    (
+      RECIPES["quest_w4a4"],
+      "layers/0/attention/q: rotation = 'hadamard': the engine would have to rotate inputs",
+    ),
+    (
+      recipe(QuantSpec(4, "midrise")),
+      "weights.grid = 'midrise': its odd codes have no zero.*take 'symmetric'",
+    ),
+    (
+      recipe(QuantSpec(4, "e2m1")),
+      "weights.grid = 'e2m1': not written; .* keep the model by its save",
+    ),
+    (RECIPES["rtn_w3a16"], "weights.bits = 3: not packed; take 2, 4, 8"),
+    (
+      recipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token")),
+      "activations.grid = 'unsigned': not written",
+    ),
+    (
+      recipe(None, QuantSpec(8, granularity="token")),
+      "weights = None: the layout quantizes inputs only beside",
+    ),
+    (
+      recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")),
+      "activations = 'symmetric, mse': the engine divides",
+    ),
+    (
+      RECIPES["rtn_w4a4"],
+      "activations = 'symmetric, absmax': the engine .* take the grid 'twos_complement' with",
+    ),
+    (
+      recipe(QuantSpec(4), dataclasses.replace(edge(4), grid="symmetric")),
+      "activations = 'symmetric, absmax_edge': the engine",
+    ),
+    (RECIPES["none"], "recipe = 'none': quantizes nothing; hf.save"),
+    (
+      Recipe((("head", None), (".*/q", LayerRecipe(QuantSpec(4))), *RECIPES["fp8"].rules[1:])),
+      "pack-quantized, float-quantized",
+    ),
+  ],
+)
 def test_what_the_layout_cannot_say_is_refused(recipe, message, tmp_path):
   with pytest.raises(config.ConfigError, match=message):
     exported(recipe, tmp_path / "a")
@@ -168,5 +269,7 @@ def test_what_the_layout_cannot_say_is_refused(recipe, message, tmp_path):
 def test_smoothed_inputs_are_refused():
   model, tokens = transformer.Transformer(MODEL), [{"tokens": np.arange(16).reshape(2, 8)}]
   q = ptq.quantize(model, fresh(model), RECIPES["rtn_w4a16"], "smoothquant", tokens)
-  with pytest.raises(config.ConfigError, match=r"layers/attention/k/kernel = 'smoothed'.*a method without smoothing"):
+  with pytest.raises(
+    config.ConfigError, match=r"layers/attention/k/kernel = 'smoothed'.*a method without smoothing"
+  ):
     export.check(q)

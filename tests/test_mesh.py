@@ -1,4 +1,5 @@
 """The mesh: its axes' sizes, what cannot be split, and which device holds which rows."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,21 @@ from jax.sharding import AxisType, PartitionSpec
 from beyond_outliers import config, mesh
 
 
-@pytest.mark.parametrize("axes, shape", [
-  ((-1, 1, 1), (8, 1, 1)), ((1, -1, 2), (1, 4, 2)), ((2, 2, 2), (2, 2, 2)), ((2, 4, -1), (2, 4, 1)),
-])
+@pytest.mark.parametrize(
+  "axes, shape",
+  [
+    ((-1, 1, 1), (8, 1, 1)),
+    ((1, -1, 2), (1, 4, 2)),
+    ((2, 2, 2), (2, 2, 2)),
+    ((2, 4, -1), (2, 4, 1)),
+  ],
+)
 def test_minus_one_takes_all_devices_that_remain(axes, shape):
   made = mesh.make_mesh(config.Mesh(*axes))
   assert dict(made.shape) == dict(zip(("data", "fsdp", "model"), shape, strict=True))
-  assert made.axis_types == (AxisType.Auto,) * 3, "linen's logical partitioning fails on Explicit axes"
+  assert made.axis_types == (AxisType.Auto,) * 3, (
+    "linen's logical partitioning fails on Explicit axes"
+  )
 
 
 @pytest.mark.parametrize("axes", [(2, 2, 1), (3, 1, 1), (-1, 3, 1), (-1, 16, 1), (16, 1, 1)])
@@ -35,16 +44,27 @@ def boxed(shape, names):
 
 def test_logical_names_say_how_parameters_are_split():
   made = mesh.make_mesh(config.Mesh(1, 4, 2))
-  tree = mesh.shardings({"embedding": boxed((64, 16), ("vocab", "embed")),
-                         "kernel": boxed((3, 16, 10), ("layers", "embed", "mlp")),
-                         "gain": boxed((16,), ("vector",))}, made)
+  tree = mesh.shardings(
+    {
+      "embedding": boxed((64, 16), ("vocab", "embed")),
+      "kernel": boxed((3, 16, 10), ("layers", "embed", "mlp")),
+      "gain": boxed((16,), ("vector",)),
+    },
+    made,
+  )
   assert {name: sharding.spec for name, sharding in tree.items()} == {
-    "embedding": PartitionSpec("model", "fsdp"), "kernel": PartitionSpec(None, "fsdp", "model"), "gain": PartitionSpec(None)}
+    "embedding": PartitionSpec("model", "fsdp"),
+    "kernel": PartitionSpec(None, "fsdp", "model"),
+    "gain": PartitionSpec(None),
+  }
 
 
 def test_a_parameter_that_does_not_divide_is_named():
   made = mesh.make_mesh(config.Mesh(1, 4, 2))
-  with pytest.raises(config.ConfigError, match=r"parameter mlp/up/kernel of shape \(6, 10\).*'fsdp'.*choose mesh axes"):
+  with pytest.raises(
+    config.ConfigError,
+    match=r"parameter mlp/up/kernel of shape \(6, 10\).*'fsdp'.*choose mesh axes",
+  ):
     mesh.shardings({"mlp": {"up": {"kernel": boxed((6, 10), ("embed", "mlp"))}}}, made)
 
 
@@ -59,7 +79,10 @@ def test_rows_are_split_over_data_and_fsdp_and_shared_by_a_model_group():
   made = mesh.make_mesh(config.Mesh(2, 2, 2))
   rows = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
   batch = mesh.put_batch({"tokens": rows, "weights": rows.astype(np.float32)}, made, 8)
-  assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {"tokens": ((8, 3), "int32"), "weights": ((8, 3), "float32")}
+  assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+    "tokens": ((8, 3), "int32"),
+    "weights": ((8, 3), "float32"),
+  }
   for shard in batch["tokens"].addressable_shards:
     data, fsdp, _ = np.argwhere(made.devices == shard.device)[0]
     first = (2 * data + fsdp) * 2
@@ -81,6 +104,7 @@ def test_one_process_holds_all_rows(sizes):
 
 class Devices:
   """What one of several processes would see of a batch's rows."""
+
   def __init__(self, *rows):
     self.rows = rows
 
@@ -88,8 +112,15 @@ class Devices:
     return {number: (slice(*rows),) for number, rows in enumerate(self.rows)}
 
 
-@pytest.mark.parametrize("rows, expected", [([(8, 10), (10, 12), (12, 14), (14, 16)], (1, 2)), ([(4, 8), (4, 8)], (1, 4)),
-                                            ([(0, None)], (0, 1))], ids=str)
+@pytest.mark.parametrize(
+  "rows, expected",
+  [
+    ([(8, 10), (10, 12), (12, 14), (14, 16)], (1, 2)),
+    ([(4, 8), (4, 8)], (1, 4)),
+    ([(0, None)], (0, 1)),
+  ],
+  ids=str,
+)
 def test_a_process_knows_its_share_of_the_rows(monkeypatch, rows, expected):
   """Two processes of four devices; a model axis of two; a model axis that spans the processes."""
   monkeypatch.setattr(mesh, "batch_sharding", lambda made: Devices(*rows))

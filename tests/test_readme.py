@@ -1,4 +1,5 @@
 """What the README claims of the configuration is true."""
+
 import pathlib
 import re
 

@@ -1,4 +1,6 @@
-"""What quantization after training costs by optimizer and method, from the cells that evaluation jobs leave in workdirs."""
+"""What quantization after training costs by optimizer and method, from the cells that evaluation
+jobs leave in workdirs."""
+
 from __future__ import annotations
 
 import math
@@ -17,32 +19,56 @@ from beyond_outliers.evaluate import results
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
-MEASURED_ON = ["version", "data", "tokenizer", "context", "documents", "mask_documents", "calibration_windows"]
+MEASURED_ON = [
+  "version",
+  "data",
+  "tokenizer",
+  "context",
+  "documents",
+  "mask_documents",
+  "calibration_windows",
+]
 
 
-def cells(runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None = None, folders: Sequence[Any] = ()) -> pd.DataFrame:
-  """A row a cell of the last step that each run was evaluated at, by the newest version that did: where it comes from, recipe,
-  method and its metrics.
+def cells(
+  runs: Sequence[runs_lib.Run],
+  settings: Mapping[str, str] | None = None,
+  folders: Sequence[Any] = (),
+) -> pd.DataFrame:
+  """A row a cell of the last step that each run was evaluated at, by the newest version that did:
+  where it comes from, recipe, method and its metrics.
 
-  settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of these runs are beside their own
-  eval/."""
+  settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
+  these runs are beside their own eval/."""
   shared = [cell for folder in folders for cell in results.Folder(folder).cells()]
   rows = [row for run in runs for row in _of_run(run, settings or {}, shared)]
-  return pd.DataFrame(rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"])
+  return pd.DataFrame(
+    rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"]
+  )
 
 
 def table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
-  """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard error, the best of each recipe
-  and optimizer in bold. Rows from the best mean over all optimizers on. loss_difference: nats, to full precision on the same
-  tokens.
+  """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard
+  error, the best of each recipe and optimizer in bold. Rows from the best mean over all optimizers
+  on. loss_difference: nats, to full precision on the same tokens.
 
   A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
-  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning rates or lengths, or two of
-  one seed; or cells differ in the model's size or in what they were measured on: their means would say nothing."""
+  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning
+  rates or lengths, or two of one seed; or cells differ in the model's size or in what they were
+  measured on: their means would say nothing."""
   measured = found[found.method != "none"].dropna(axis="columns", how="all")
-  known = [str(name) for name in measured.select_dtypes("number") if name not in (*ORIGIN, *MEASURED_ON, "step")]
-  require(bool(known), "--degradation", metric, "these runs have no cell of a recipe; measure some: python -m "
-          "beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4")
+  known = [
+    str(name)
+    for name in measured.select_dtypes("number")
+    if name not in (*ORIGIN, *MEASURED_ON, "step")
+  ]
+  require(
+    bool(known),
+    "--degradation",
+    metric,
+    "these runs have no cell of a recipe; measure some: python -m "
+    "beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4",
+  )
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
   measured = measured[measured[metric].notna()]
   _check_comparable(measured)
@@ -60,31 +86,53 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4)
       return ""
     text = tables.plus_minus(estimate, digits, "+" if "difference" in metric else "")
     return f"**{text}**" if estimate.mean == best[recipe, optimizer] else text
+
   for recipe, method in sorted(order.index, key=lambda row: (row[0], sign * order[row])):
     rows.append((recipe, method, *(shown(recipe, method, optimizer) for optimizer in optimizers)))
   return tables.markdown(rows)
 
 
 def _check_comparable(measured: pd.DataFrame) -> None:
-  # Optimizers that came to one loss did so in lengths of their own. Methods that look at no data have no windows.
-  for key, within in {**dict.fromkeys(("size", *MEASURED_ON)), **dict.fromkeys(("learning_rate", "steps", "step"), "optimizer"),
-                      "calibration_windows": "method"}.items():
+  # Optimizers that came to one loss did so in lengths of their own. Methods that look at no data
+  # have no windows.
+  for key, within in {
+    **dict.fromkeys(("size", *MEASURED_ON)),
+    **dict.fromkeys(("learning_rate", "steps", "step"), "optimizer"),
+    "calibration_windows": "method",
+  }.items():
     for name, rows in measured.groupby(within) if within else [("all", measured)]:
       values = rows[key].unique()
       if len(values) > 1:
-        remedy = f"or choose by --settings={key}={values[0]}" if key in MEASURED_ON else "or make the cells, of one"
-        raise ConfigError(f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}")
-  for (optimizer, seed, recipe, method), rows in measured.groupby(["optimizer", "seed", "recipe", "method"]):
+        remedy = (
+          f"or choose by --settings={key}={values[0]}"
+          if key in MEASURED_ON
+          else "or make the cells, of one"
+        )
+        raise ConfigError(
+          f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}"
+        )
+  for (optimizer, seed, recipe, method), rows in measured.groupby(
+    ["optimizer", "seed", "recipe", "method"]
+  ):
     if len(rows) > 1:
-      raise ConfigError(f"{optimizer}: {' and '.join(map(str, rows.run))} have seed {seed} and a cell of {recipe} and {method}; "
-                        "give one of them, or choose by --settings")
+      raise ConfigError(
+        f"{optimizer}: {' and '.join(map(str, rows.run))} have seed {seed} and a cell of {recipe} "
+        f"and {method}; "
+        "give one of them, or choose by --settings"
+      )
 
 
-def _of_run(run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]) -> list[dict[str, Any]]:
+def _of_run(
+  run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]
+) -> list[dict[str, Any]]:
   # Earlier versions told trainings apart by their time.
   itself = (run.identity, run.manifest["time"])
-  found = [cell for cell in [*results.Folder(run.path / "eval").cells(), *shared] if cell["settings"].get("trained") in itself
-           and all(str(cell["settings"].get(name)) == value for name, value in settings.items())]
+  found = [
+    cell
+    for cell in [*results.Folder(run.path / "eval").cells(), *shared]
+    if cell["settings"].get("trained") in itself
+    and all(str(cell["settings"].get(name)) == value for name, value in settings.items())
+  ]
   age = lambda cell: (cell["settings"]["version"], cell["step"])
   newest = max(map(age, found), default=None)
   return [_row(str(run.path), cell) for cell in found if age(cell) == newest]
@@ -96,5 +144,9 @@ def _row(run: str, cell: dict[str, Any]) -> dict[str, Any]:
   values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
   numbers = {**cell["metrics"], **results.task_scores(cell)}
   measured = {name: math.inf if value is None else value for name, value in numbers.items()}
-  return {**dict(zip(ORIGIN, values, strict=True)), **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
-          **measured, **{name: cell["settings"].get(name, "") for name in MEASURED_ON}}
+  return {
+    **dict(zip(ORIGIN, values, strict=True)),
+    **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
+    **measured,
+    **{name: cell["settings"].get(name, "") for name in MEASURED_ON},
+  }

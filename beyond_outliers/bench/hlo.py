@@ -1,8 +1,10 @@
-"""What a compiled program makes each device do: collectives, and decompositions on CPU. XLA's cost analysis counts neither.
+"""What a compiled program makes each device do: collectives, and decompositions on CPU. XLA's cost
+analysis counts neither.
 
-Read from the text of the per-device HLO. An instruction counts as often as the loops around it run, where XLA knows how often
-that is, else once; of conditionals all branches count.
+Read from the text of the per-device HLO. An instruction counts as often as the loops around it run,
+where XLA knows how often that is, else once; of conditionals all branches count.
 """
+
 from __future__ import annotations
 
 import collections
@@ -11,10 +13,17 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
-               "reduce-scatter")
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-broadcast",
+  "collective-permute",
+  "ragged-all-to-all",
+  "reduce-scatter",
+)
 
-_BITS = {"pred": 8, "token": 0}             # of one number; other types' names hold it, as bf16's does
+_BITS = {"pred": 8, "token": 0}  # of one number; other types' names hold it, as bf16's does
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -22,16 +31,28 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # Their computations are of single numbers.
-_OF_NUMBERS = ("all-reduce", "map", "reduce", "reduce-scatter", "reduce-window", "scatter", "select-and-scatter", "sort")
+_OF_NUMBERS = (
+  "all-reduce",
+  "map",
+  "reduce",
+  "reduce-scatter",
+  "reduce-window",
+  "scatter",
+  "select-and-scatter",
+  "sort",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
   """One line of a computation, and where it stands."""
+
   opcode: str
-  result: str                               # its type as written: f32[8,768]{1,0}, or a tuple of such
+  result: str  # its type as written: f32[8,768]{1,0}, or a tuple of such
   line: str
-  loops: tuple[int | None, ...] = ()        # how often those around it run, outermost first; None: not known
+  loops: tuple[
+    int | None, ...
+  ] = ()  # how often those around it run, outermost first; None: not known
 
   @property
   def times(self) -> int:
@@ -49,12 +70,18 @@ class Instruction:
 
   def _arrays(self) -> list[tuple[int, tuple[int, ...]]]:
     found = re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", self.result)
-    return [(_BITS[name] if name in _BITS else int(bits), tuple(int(length) for length in shape.split(",") if length))
-            for name, bits, shape in found]
+    return [
+      (
+        _BITS[name] if name in _BITS else int(bits),
+        tuple(int(length) for length in shape.split(",") if length),
+      )
+      for name, bits, shape in found
+    ]
 
 
 def instructions(text: str) -> list[Instruction]:
-  """All that the program runs: what is in loops, branches and called computations stands there once for every caller."""
+  """All that the program runs: what is in loops, branches and called computations stands there once
+  for every caller."""
   computations, name, entry = {}, "", ""
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
@@ -66,7 +93,9 @@ def instructions(text: str) -> list[Instruction]:
   return list(_inside(computations, entry, ()))
 
 
-def _inside(computations: dict[str, list[Instruction]], name: str, loops: tuple[int | None, ...]) -> Iterator[Instruction]:
+def _inside(
+  computations: dict[str, list[Instruction]], name: str, loops: tuple[int | None, ...]
+) -> Iterator[Instruction]:
   for one in computations[name]:
     yield dataclasses.replace(one, loops=loops)
     if one.opcode in _OF_NUMBERS:
@@ -75,13 +104,16 @@ def _inside(computations: dict[str, list[Instruction]], name: str, loops: tuple[
     if one.opcode == "while":
       trips = _TRIPS.search(one.line)
       deeper = (*loops, int(trips[1]) if trips else None)
-    branches = [name.strip().lstrip("%") for names in _BRANCHES.findall(one.line) for name in names.split(",")]
+    branches = [
+      name.strip().lstrip("%") for names in _BRANCHES.findall(one.line) for name in names.split(",")
+    ]
     for called in [*_CALLED.findall(one.line), *branches]:
       yield from _inside(computations, called, deeper)
 
 
 def collective(one: Instruction) -> str | None:
-  """Which of COLLECTIVES it is: an asynchronous one counts when it is done, when its result is what was received."""
+  """Which of COLLECTIVES it is: an asynchronous one counts when it is done, when its result is what
+  was received."""
   kind = one.opcode.removesuffix("-done")
   return kind if kind in COLLECTIVES else None
 
@@ -95,7 +127,9 @@ def decompositions(program: Iterable[Instruction]) -> dict[str, int]:
   """Matrices that LAPACK is given: {"ssyevd 768x768": 6}."""
   found: collections.Counter[str] = collections.Counter()
   for one in program:
-    if one.opcode == "custom-call" and (kernel := re.search(r'custom_call_target="lapack_(\w+?)(?:_ffi)?"', one.line)):
+    if one.opcode == "custom-call" and (
+      kernel := re.search(r'custom_call_target="lapack_(\w+?)(?:_ffi)?"', one.line)
+    ):
       *batch, rows, columns = one.shapes[0]
       found[f"{kernel[1]} {rows}x{columns}"] += one.times * math.prod(batch)
   return dict(found)

@@ -1,8 +1,11 @@
-"""FLOPs of one run of a traced program, of any size: what is multiplied, decomposed, and computed number by number.
+"""FLOPs of one run of a traced program, of any size: what is multiplied, decomposed, and computed
+number by number.
 
-XLA's cost analysis counts every loop once, every branch, and no decomposition. Here the program is walked with the few numbers
-that are known, such as a step's: branches that they decide are followed, and loops go round as often as they would.
+XLA's cost analysis counts every loop once, every branch, and no decomposition. Here the program is
+walked with the few numbers that are known, such as a step's: branches that they decide are
+followed, and loops go round as often as they would.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,13 +19,40 @@ from jax.extend import core
 KINDS = ("products", "decompositions", "others")
 
 # FLOPs over d³ for one d x d matrix: Golub and Van Loan, Matrix Computations, 4th edition.
-EIGH = 9                                    # all eigenvectors, section 8.3.5
-QR = 4 / 3                                  # R by Householder reflections, section 5.2.2; Q out of them takes as much again
-CHOLESKY = 1 / 3                            # section 4.2.5
+EIGH = 9  # all eigenvectors, section 8.3.5
+QR = 4 / 3  # R by Householder reflections, section 5.2.2; Q out of them takes as much again
+CHOLESKY = 1 / 3  # section 4.2.5
 
-_OVER_CUBE = {"eigh": EIGH, "geqrf": QR, "householder_product": QR, "qr": 2 * QR, "cholesky": CHOLESKY}
-_ONE_A_NUMBER = frozenset(("add", "sub", "mul", "div", "max", "min", "neg", "sqrt", "rsqrt", "exp", "log", "pow", "integer_pow",
-                           "square", "abs", "sign", "reduce_sum", "reduce_max", "reduce_min"))
+_OVER_CUBE = {
+  "eigh": EIGH,
+  "geqrf": QR,
+  "householder_product": QR,
+  "qr": 2 * QR,
+  "cholesky": CHOLESKY,
+}
+_ONE_A_NUMBER = frozenset(
+  (
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "max",
+    "min",
+    "neg",
+    "sqrt",
+    "rsqrt",
+    "exp",
+    "log",
+    "pow",
+    "integer_pow",
+    "square",
+    "abs",
+    "sign",
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+  )
+)
 
 
 class Flops(dict[str, float]):
@@ -40,27 +70,37 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-_LARGEST_KNOWN = 1024                       # numbers; of larger arrays none is known
+_LARGEST_KNOWN = 1024  # numbers; of larger arrays none is known
 
 
-def of_run(program: core.ClosedJaxpr, inputs: Sequence[Any], devices: int = 1) -> tuple[Flops, list[Any]]:
-  """(FLOPs on one device, the outputs). Inputs and outputs are flat, with UNKNOWN for what is not known or not small.
+def of_run(
+  program: core.ClosedJaxpr, inputs: Sequence[Any], devices: int = 1
+) -> tuple[Flops, list[Any]]:
+  """(FLOPs on one device, the outputs). Inputs and outputs are flat, with UNKNOWN for what is not
+  known or not small.
 
-  What stands in a shard_map is one device's; what stands outside is taken to be shared by all `devices`. Where a branch is not
-  known the costliest counts, and a loop that nobody knows the end of goes round once. Of branches by platform that of none in
-  particular counts."""
+  What stands in a shard_map is one device's; what stands outside is taken to be shared by all
+  `devices`. Where a branch is not known the costliest counts, and a loop that nobody knows the end
+  of goes round once. Of branches by platform that of none in particular counts."""
   flops = Flops()
   return flops, _walk(program, inputs, flops, 1 / devices)
 
 
-def _walk(program: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Any], flops: Flops, weight: float) -> list[Any]:
-  jaxpr, constants = (program.jaxpr, program.consts) if isinstance(program, core.ClosedJaxpr) else (program, ())
+def _walk(
+  program: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Any], flops: Flops, weight: float
+) -> list[Any]:
+  jaxpr, constants = (
+    (program.jaxpr, program.consts) if isinstance(program, core.ClosedJaxpr) else (program, ())
+  )
   known: dict[Any, Any] = {}
   read = lambda atom: atom.val if isinstance(atom, core.Literal) else known.get(atom, UNKNOWN)
 
   def write(variables, values):
-    known.update((variable, value) for variable, value in zip(variables, values, strict=True)
-                 if value is not UNKNOWN and np.size(value) <= _LARGEST_KNOWN)
+    known.update(
+      (variable, value)
+      for variable, value in zip(variables, values, strict=True)
+      if value is not UNKNOWN and np.size(value) <= _LARGEST_KNOWN
+    )
 
   write(jaxpr.constvars, constants)
   write(jaxpr.invars, inputs)
@@ -75,23 +115,32 @@ def _evaluate(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[
     return _NESTED[name](eqn, inputs, flops, weight)
   kind, amount = _cost(eqn)
   flops[kind] += weight * amount
-  if any(x is UNKNOWN for x in inputs) or any(math.prod(v.aval.shape) > _LARGEST_KNOWN for v in eqn.outvars):
+  if any(x is UNKNOWN for x in inputs) or any(
+    math.prod(v.aval.shape) > _LARGEST_KNOWN for v in eqn.outvars
+  ):
     return [UNKNOWN] * len(eqn.outvars)
   values = eqn.primitive.bind(*inputs, **eqn.params)
   return list(values) if eqn.primitive.multiple_results else [values]
 
 
 def _call(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
-  program = next(value for value in eqn.params.values() if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)))
+  program = next(
+    value for value in eqn.params.values() if isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
+  )
   return _walk(program, inputs, flops, weight)
 
 
 def _shard_map(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
   """Inside, an array is known if it is the same on all devices."""
   del weight
-  alike = [x if not any(spec) else UNKNOWN for x, spec in zip(inputs, eqn.params["in_specs"], strict=True)]
+  alike = [
+    x if not any(spec) else UNKNOWN for x, spec in zip(inputs, eqn.params["in_specs"], strict=True)
+  ]
   outputs = _walk(eqn.params["jaxpr"], alike, flops, 1.0)
-  return [x if not any(spec) else UNKNOWN for x, spec in zip(outputs, eqn.params["out_specs"], strict=True)]
+  return [
+    x if not any(spec) else UNKNOWN
+    for x, spec in zip(outputs, eqn.params["out_specs"], strict=True)
+  ]
 
 
 def _cond(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
@@ -108,7 +157,12 @@ def _cond(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]
 
 def _scan(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
   fixed = eqn.params["num_consts"]
-  _walk(eqn.params["jaxpr"], inputs[:fixed] + [UNKNOWN] * (len(inputs) - fixed), flops, weight * eqn.params["length"])
+  _walk(
+    eqn.params["jaxpr"],
+    inputs[:fixed] + [UNKNOWN] * (len(inputs) - fixed),
+    flops,
+    weight * eqn.params["length"],
+  )
   return [UNKNOWN] * len(eqn.outvars)
 
 
@@ -131,8 +185,15 @@ def _platform_index(eqn: Any, inputs: list[Any], flops: Flops, weight: float) ->
 
 
 _NESTED: dict[str, Callable[..., list[Any]]] = {
-  "cond": _cond, "scan": _scan, "while": _while, "shard_map": _shard_map, "platform_index": _platform_index,
-  **dict.fromkeys(("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"), _call)}
+  "cond": _cond,
+  "scan": _scan,
+  "while": _while,
+  "shard_map": _shard_map,
+  "platform_index": _platform_index,
+  **dict.fromkeys(
+    ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"), _call
+  ),
+}
 
 
 def _cost(eqn: Any) -> tuple[str, float]:

@@ -2,9 +2,11 @@
 
   python -m beyond_outliers.bench --optimizers [--tree=small] [--only=shampoo,torch_dash] [--repeats=40] [--json]
 
-Every row of bench_rows.ROWS runs in a process of its own, one after the other: neither memory nor caches are shared. Peers that
-are not installed are named; `pip install 'beyond_outliers[peers]'` installs them all. Compare figures of one run.
+Every row of bench_rows.ROWS runs in a process of its own, one after the other: neither memory nor
+caches are shared. Peers that are not installed are named; `pip install 'beyond_outliers[peers]'`
+installs them all. Compare figures of one run.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -24,19 +26,26 @@ from beyond_outliers import hardware
 from beyond_outliers.bench.peers import EMBEDDING, ROWS, Row
 from beyond_outliers.ops import linalg
 
-WARM_UP = 3                     # steps that are not timed: memory is touched for the first time, the first bases are found
-GRADIENTS = 4                   # different ones, in turn, so that statistics have full rank
+WARM_UP = (
+  3  # steps that are not timed: memory is touched for the first time, the first bases are found
+)
+GRADIENTS = 4  # different ones, in turn, so that statistics have full rank
 FIGURES = ("ordinary_seconds", "slowest_seconds", "amortised_seconds")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def tree_of(width: int, squares: int, others: int, vocabulary: int = 0) -> dict[str, tuple[int, ...]]:
-  """Matrices of a transformer as leaves of their own: square ones, others three times as wide or as tall, an embedding."""
-  return {**{f"square_{i}": (width, width) for i in range(squares)},
-          **{f"wide_{i}": (width, 3 * width) for i in range(others)},
-          **{f"tall_{i}": (3 * width, width) for i in range(others)},
-          **({EMBEDDING: (vocabulary, width)} if vocabulary else {})}
+def tree_of(
+  width: int, squares: int, others: int, vocabulary: int = 0
+) -> dict[str, tuple[int, ...]]:
+  """Matrices of a transformer as leaves of their own: square ones, others three times as wide or as
+  tall, an embedding."""
+  return {
+    **{f"square_{i}": (width, width) for i in range(squares)},
+    **{f"wide_{i}": (width, 3 * width) for i in range(others)},
+    **{f"tall_{i}": (3 * width, width) for i in range(others)},
+    **({EMBEDDING: (vocabulary, width)} if vocabulary else {}),
+  }
 
 
 TREES: dict[str, Shapes] = {
@@ -47,7 +56,9 @@ TREES: dict[str, Shapes] = {
 # What libraries' kernels take, which no optimizer that calls them can beat.
 KERNELS: dict[str, Callable[[], Callable[[], Any]]] = {
   "matmul 1024": lambda: _kernel(lambda x: jnp.matmul(x, x, precision="highest"), 1024),
-  "matmul 1024 bfloat16": lambda: _kernel(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32), 1024, jnp.bfloat16),
+  "matmul 1024 bfloat16": lambda: _kernel(
+    lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32), 1024, jnp.bfloat16
+  ),
   "eigh 768": lambda: _kernel(linalg.eigh, 768),
   "eigh 1024": lambda: _kernel(linalg.eigh, 1024),
   "qr 768": lambda: _kernel(linalg.qr, 768),
@@ -55,7 +66,9 @@ KERNELS: dict[str, Callable[[], Callable[[], Any]]] = {
 }
 
 
-def _kernel(function: Callable[[jax.Array], Any], width: int, dtype: Any = jnp.float32) -> Callable[[], Any]:
+def _kernel(
+  function: Callable[[jax.Array], Any], width: int, dtype: Any = jnp.float32
+) -> Callable[[], Any]:
   """A call of it on a stack of one symmetric matrix."""
   x = np.random.default_rng(0).standard_normal((1, width, 2 * width), np.float32)
   stack, compiled = jnp.asarray(x @ x.mT / width, dtype), jax.jit(function)
@@ -65,22 +78,32 @@ def _kernel(function: Callable[[jax.Array], Any], width: int, dtype: Any = jnp.f
 def measure(row: Row, shapes: Shapes, repeats: int) -> dict[str, Any]:
   """One row's figures, in this process: seconds, bytes.
 
-  At least `repeats` steps, in whole periods, are timed. A period's steps are told apart, each with the median of its times:
-  ordinary is the median of a period, slowest its largest, amortised its mean. Compiling includes tracing.
-  Errors: FloatingPointError for parameters that aren't finite in the end: their time is worth nothing."""
+  At least `repeats` steps, in whole periods, are timed. A period's steps are told apart, each with
+  the median of its times: ordinary is the median of a period, slowest its largest, amortised its
+  mean. Compiling includes tracing.
+  Errors: FloatingPointError for parameters that aren't finite in the end: their time is worth
+    nothing."""
   draw = np.random.default_rng(0)
-  tree = lambda scale: {name: scale * draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  tree = lambda scale: {
+    name: scale * draw.standard_normal(shape, np.float32) for name, shape in shapes.items()
+  }
   steps = row.steps(row.make, tree(0.02), [tree(0.01) for _ in range(GRADIENTS)])
   for number in range(WARM_UP):
     steps.step(number)
   periods = -(-repeats // row.period)
-  times = np.reshape([steps.step(WARM_UP + number) for number in range(periods * row.period)], (periods, row.period))
+  times = np.reshape(
+    [steps.step(WARM_UP + number) for number in range(periods * row.period)], (periods, row.period)
+  )
   if not steps.finite():
     raise FloatingPointError("the parameters are not finite")
   of_steps = np.median(times, axis=0)
-  return {"ordinary_seconds": float(np.median(of_steps)), "slowest_seconds": float(of_steps.max()),
-          "amortised_seconds": float(of_steps.mean()), "compile_seconds": steps.compile_seconds,
-          "state_bytes_per_parameter": steps.state_bytes / sum(map(math.prod, shapes.values()))}
+  return {
+    "ordinary_seconds": float(np.median(of_steps)),
+    "slowest_seconds": float(of_steps.max()),
+    "amortised_seconds": float(of_steps.mean()),
+    "compile_seconds": steps.compile_seconds,
+    "state_bytes_per_parameter": steps.state_bytes / sum(map(math.prod, shapes.values())),
+  }
 
 
 def measure_kernels(repeats: int) -> dict[str, float]:
@@ -89,9 +112,16 @@ def measure_kernels(repeats: int) -> dict[str, float]:
 
 
 def run(names: Iterable[str], tree: str, repeats: int) -> dict[str, Any]:
-  """All figures: {"rows": {name: those of `measure`, or {"missing": what installs it}, or {"failed": why}}, ...}."""
-  result: dict[str, Any] = {"tree": tree, "parameters": sum(map(math.prod, TREES[tree].values())), "repeats": repeats,
-                            "versions": versions(), "kernels": in_process("kernels", tree, repeats), "rows": {}}
+  """All figures: {"rows": {name: those of `measure`, or {"missing": what installs it}, or
+  {"failed": why}}, ...}."""
+  result: dict[str, Any] = {
+    "tree": tree,
+    "parameters": sum(map(math.prod, TREES[tree].values())),
+    "repeats": repeats,
+    "versions": versions(),
+    "kernels": in_process("kernels", tree, repeats),
+    "rows": {},
+  }
   if "failed" in result["kernels"]:
     raise RuntimeError("a process could not time the kernels: " + result["kernels"]["failed"])
   for name in names:
@@ -116,35 +146,72 @@ def versions() -> dict[str, str]:
 
 def in_process(*arguments: Any) -> dict[str, Any]:
   """What `main` prints in a process of its own, or {"failed": the last line of its errors}."""
-  one_thread = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu",
-                "JAX_ENABLE_COMPILATION_CACHE": "false"}
-  process = subprocess.run([sys.executable, "-m", "beyond_outliers.bench_optimizers", *map(str, arguments)],
-                           env={**os.environ, **one_thread}, capture_output=True, text=True)
+  one_thread = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "OMP_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+  }
+  process = subprocess.run(
+    [sys.executable, "-m", "beyond_outliers.bench_optimizers", *map(str, arguments)],
+    env={**os.environ, **one_thread},
+    capture_output=True,
+    text=True,
+  )
   if process.returncode:
-    return {"failed": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
+    return {
+      "failed": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    }
   return json.loads(process.stdout.splitlines()[-1])
 
 
 def main(name: str, tree: str, repeats: str) -> None:
   """Prints a row's figures, or those of "kernels", as a line of JSON."""
-  if hasattr(os, "sched_setaffinity"):                          # before JAX and torch start their threads, which inherit it
+  if hasattr(os, "sched_setaffinity"):  # before JAX and torch start their threads, which inherit it
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-  print(json.dumps(measure_kernels(int(repeats)) if name == "kernels" else measure(ROWS[name], TREES[tree], int(repeats))))
+  print(
+    json.dumps(
+      measure_kernels(int(repeats))
+      if name == "kernels"
+      else measure(ROWS[name], TREES[tree], int(repeats))
+    )
+  )
 
 
 def best_of_peers(rows: Mapping[str, Mapping[str, Any]], family: str) -> dict[str, float]:
   """The least that any peer of a family takes, for each figure; empty where none ran."""
-  peers = [row for name, row in rows.items() if ROWS[name].family == family and ROWS[name].peer and FIGURES[0] in row]
+  peers = [
+    row
+    for name, row in rows.items()
+    if ROWS[name].family == family and ROWS[name].peer and FIGURES[0] in row
+  ]
   return {figure: min(row[figure] for row in peers) for figure in FIGURES} if peers else {}
 
 
 def table(result: Mapping[str, Any]) -> str:
   """The figures for a person: milliseconds of a step, and each as a multiple of the best peer's."""
-  line = lambda name, *cells: f"{name:<22}{cells[0]:>11}" + "".join(f"{cell:>11}" for cell in cells[1:])
-  lines = [f"tree {result['tree']}: {result['parameters']:,} parameters · one core · milliseconds a step",
-           "with " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-           "kernels: " + " · ".join(f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()), "",
-           line("", "ordinary", "× best", "slowest", "× best", "amortised", "× best", "slow/ord", "state B/p", "compile s")]
+  line = lambda name, *cells: (
+    f"{name:<22}{cells[0]:>11}" + "".join(f"{cell:>11}" for cell in cells[1:])
+  )
+  lines = [
+    f"tree {result['tree']}: {result['parameters']:,} parameters · one core · milliseconds a step",
+    "with " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+    "kernels: "
+    + " · ".join(f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()),
+    "",
+    line(
+      "",
+      "ordinary",
+      "× best",
+      "slowest",
+      "× best",
+      "amortised",
+      "× best",
+      "slow/ord",
+      "state B/p",
+      "compile s",
+    ),
+  ]
   family = ""
   for name, row in result["rows"].items():
     if ROWS[name].family != family:
@@ -154,10 +221,20 @@ def table(result: Mapping[str, Any]) -> str:
       lines += [f"  {name:<22}{what}: {text}" for what, text in row.items()]
       continue
     best, compiled = best_of_peers(result["rows"], family), row["compile_seconds"]
-    times = [cell for figure in FIGURES
-             for cell in (f"{1e3 * row[figure]:,.1f}", f"{row[figure] / best[figure]:.2f}" if best else "")]
-    lines.append(line(f"  {name}", *times, f"{row['slowest_seconds'] / row['ordinary_seconds']:.2f}",
-                      f"{row['state_bytes_per_parameter']:.2f}", "" if compiled is None else f"{compiled:.1f}"))
+    times = [
+      cell
+      for figure in FIGURES
+      for cell in (f"{1e3 * row[figure]:,.1f}", f"{row[figure] / best[figure]:.2f}" if best else "")
+    ]
+    lines.append(
+      line(
+        f"  {name}",
+        *times,
+        f"{row['slowest_seconds'] / row['ordinary_seconds']:.2f}",
+        f"{row['state_bytes_per_parameter']:.2f}",
+        "" if compiled is None else f"{compiled:.1f}",
+      )
+    )
   return "\n".join(lines)
 
 

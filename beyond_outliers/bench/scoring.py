@@ -1,9 +1,12 @@
-"""How fast zero-shot questions are answered: tokens a second of scoring, beside those of the plain forward pass.
+"""How fast zero-shot questions are answered: tokens a second of scoring, beside those of the plain
+forward pass.
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 
-Questions as multiple-choice tasks have them, of random tokens: contexts of many lengths, four choices each. Padding is left out.
+Questions as multiple-choice tasks have them, of random tokens: contexts of many lengths, four
+choices each. Padding is left out.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -24,24 +27,36 @@ BATCH_TOKENS = 8192
 
 def run(size: str, repeats: int) -> dict[str, Any]:
   """Tokens a second, and the median ratio of calls that alternate."""
-  c = config.resolve(importlib.import_module("configs.adamw").get_config(f"{size},model.dtype=float32"))
+  c = config.resolve(
+    importlib.import_module("configs.adamw").get_config(f"{size},model.dtype=float32")
+  )
   model, draw = transformer.Transformer(c.model), np.random.default_rng(c.seed)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
   pairs = questions(draw, c.model.vocab, c.context)
-  tokens_RxL = draw.integers(0, c.model.vocab, (max(1, BATCH_TOKENS // c.context), c.context)).astype(np.int32)
+  tokens_RxL = draw.integers(
+    0, c.model.vocab, (max(1, BATCH_TOKENS // c.context), c.context)
+  ).astype(np.int32)
   scorer = loglikelihood.Scorer(model, params, context=c.context, batch_tokens=BATCH_TOKENS)
   forward = jax.jit(lambda params: model.apply({"params": params}, tokens_RxL))
   scored = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
   for call in (lambda: scorer.score(pairs), lambda: forward(params)):
-    hardware.seconds_of(call, 1)                       # compiles
+    hardware.seconds_of(call, 1)  # compiles
   rates = []
   for _ in range(repeats):
-    (ours,), plain = hardware.seconds_of(lambda: scorer.score(pairs), 1), hardware.seconds_of(lambda: forward(params), 2)
+    (ours,), plain = (
+      hardware.seconds_of(lambda: scorer.score(pairs), 1),
+      hardware.seconds_of(lambda: forward(params), 2),
+    )
     rates.append((scored / ours, 2 * tokens_RxL.size / sum(plain)))
-  return {"size": size, "device": jax.devices()[0].device_kind, "pairs": len(pairs), "tokens": scored,
-          "scoring_tokens_per_second": statistics.median(ours for ours, _ in rates),
-          "forward_tokens_per_second": statistics.median(plain for _, plain in rates),
-          "ratio": statistics.median(ours / plain for ours, plain in rates)}
+  return {
+    "size": size,
+    "device": jax.devices()[0].device_kind,
+    "pairs": len(pairs),
+    "tokens": scored,
+    "scoring_tokens_per_second": statistics.median(ours for ours, _ in rates),
+    "forward_tokens_per_second": statistics.median(plain for _, plain in rates),
+    "ratio": statistics.median(ours / plain for ours, plain in rates),
+  }
 
 
 def questions(draw: np.random.Generator, vocab: int, context: int) -> list[loglikelihood.Pair]:
@@ -49,7 +64,10 @@ def questions(draw: np.random.Generator, vocab: int, context: int) -> list[logli
   pairs = []
   for _ in range(QUESTIONS):
     shared = draw.integers(0, vocab, draw.integers(context // 8, 3 * context // 4)).tolist()
-    pairs += [loglikelihood.Pair(shared, draw.integers(0, vocab, draw.integers(1, context // 8)).tolist()) for _ in range(CHOICES)]
+    pairs += [
+      loglikelihood.Pair(shared, draw.integers(0, vocab, draw.integers(1, context // 8)).tolist())
+      for _ in range(CHOICES)
+    ]
   return pairs
 
 
@@ -57,5 +75,8 @@ def table(result: Mapping[str, Any]) -> str:
   """The figures for a person."""
   r = result
   rates = (f"{r[f'{which}_tokens_per_second']:,.0f}" for which in ("scoring", "forward"))
-  return (f"{r['size']} on {r['device']}: {r['pairs']} choices, {r['tokens']:,} tokens · "
-          + "scoring {} tokens/s, plain forward pass {}".format(*rates) + f" · {r['ratio']:.2f} of it")
+  return (
+    f"{r['size']} on {r['device']}: {r['pairs']} choices, {r['tokens']:,} tokens · "
+    + "scoring {} tokens/s, plain forward pass {}".format(*rates)
+    + f" · {r['ratio']:.2f} of it"
+  )

@@ -1,11 +1,13 @@
-"""What an optimizer costs without being run: counted in its program, and read from that program as compiled for a mesh.
+"""What an optimizer costs without being run: counted in its program, and read from that program as
+compiled for a mesh.
 
   python -m beyond_outliers.bench --on_paper=760m [--only=adamw,shampoo] [--json]
   python -m beyond_outliers.bench --collectives=50m [--only=shampoo] [--json]
 
-Both take configs/<optimizer>.py at that size, with gradients that lie like the parameters, and nothing but shapes: devices are
-simulated. The training step around an update is left out.
+Both take configs/<optimizer>.py at that size, with gradients that lie like the parameters, and
+nothing but shapes: devices are simulated. The training step around an update is left out.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -23,14 +25,17 @@ from beyond_outliers.bench import hlo, jaxpr_flops
 from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 
-Mesh = tuple[int, int, int]                  # devices along data, fsdp and model
+Mesh = tuple[int, int, int]  # devices along data, fsdp and model
 
-DEVICES = (1, 8, 64)                         # of on_paper: parameters and state are split over all of them (fsdp)
-MESHES = ((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1))      # of collectives
-STEADY = 4000                                # a step long after the first
+DEVICES = (1, 8, 64)  # of on_paper: parameters and state are split over all of them (fsdp)
+MESHES = ((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1))  # of collectives
+STEADY = 4000  # a step long after the first
 
 # The program's text is wanted, not its speed.
-COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+COMPILER_OPTIONS: dict[str, Any] = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+}
 
 
 def simulate_devices() -> None:
@@ -39,13 +44,17 @@ def simulate_devices() -> None:
   jax.config.update("jax_num_cpu_devices", max(DEVICES))
 
 
-def programs(name: str, size: str, meshes: Iterable[Mesh]) -> Iterator[tuple[Mesh, program_lib.Program]]:
+def programs(
+  name: str, size: str, meshes: Iterable[Mesh]
+) -> Iterator[tuple[Mesh, program_lib.Program]]:
   """configs/<name>.py at `size` on each mesh that divides the model and its batch."""
   for mesh in meshes:
-    axes = ",".join(f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True))
+    axes = ",".join(
+      f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True)
+    )
     c = config.resolve(importlib.import_module(f"configs.{name}").get_config(f"{size},{axes}"))
     try:
-      yield mesh, program_lib.build(c, jax.devices()[:math.prod(mesh)])
+      yield mesh, program_lib.build(c, jax.devices()[: math.prod(mesh)])
     except config.ConfigError:
       continue
 
@@ -56,81 +65,168 @@ def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
   update = jax.jit(program.optimizer.tx.update, donate_argnums=1, out_shardings=placed)
   with mesh_lib.use(program.mesh):
-    return hlo.instructions(str(update.lower(params, state, params).compile(COMPILER_OPTIONS).as_text()))
+    return hlo.instructions(
+      str(update.lower(params, state, params).compile(COMPILER_OPTIONS).as_text())
+    )
 
 
 def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
-  """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of those that there are.
+  """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of
+  those that there are.
 
-  Both as if all that is ever renewed were at one step, in every way that the program has, such as SOAP's at the first."""
+  Both as if all that is ever renewed were at one step, in every way that the program has, such as
+  SOAP's at the first."""
   rows = []
   for name in names:
     every: dict[str, int] = {}
     for mesh, program in programs(name, size, MESHES):
       update = compiled_update(program)
-      of_kind = {kind: [one for one in update if hlo.collective(one) == kind] for kind in hlo.COLLECTIVES}
+      of_kind = {
+        kind: [one for one in update if hlo.collective(one) == kind] for kind in hlo.COLLECTIVES
+      }
       mine, params = hlo.decompositions(update), jax.tree.leaves(program.state.params)
-      every = every or mine                                # the first mesh is one device
-      rows.append({
-        "optimizer": name, "mesh": mesh, "bytes": hlo.received(update),
-        "parameter_bytes": sum(x.size * x.dtype.itemsize for x in params),
-        "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
-        "kinds": {kind: {"number": len(of), "bytes": hlo.received(of)} for kind, of in of_kind.items() if of},
-        "matrices": {kernel: {"device": mine.get(kernel, 0), "every": count} for kernel, count in every.items()}})
+      every = every or mine  # the first mesh is one device
+      rows.append(
+        {
+          "optimizer": name,
+          "mesh": mesh,
+          "bytes": hlo.received(update),
+          "parameter_bytes": sum(x.size * x.dtype.itemsize for x in params),
+          "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
+          "kinds": {
+            kind: {"number": len(of), "bytes": hlo.received(of)}
+            for kind, of in of_kind.items()
+            if of
+          },
+          "matrices": {
+            kernel: {"device": mine.get(kernel, 0), "every": count}
+            for kernel, count in every.items()
+          },
+        }
+      )
   return rows
 
 
 def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
-  """A row an optimizer and number of devices; FLOPs, bytes of state and bytes moved are those of one device and one step."""
+  """A row an optimizer and number of devices; FLOPs, bytes of state and bytes moved are those of
+  one device and one step."""
   meshes = [(1, devices, 1) for devices in DEVICES]
-  adamw = {mesh: flops_of_update(program)[0].total() for mesh, program in programs("adamw", size, meshes)}
+  adamw = {
+    mesh: flops_of_update(program)[0].total() for mesh, program in programs("adamw", size, meshes)
+  }
   rows = []
   for name in names:
     for mesh, program in programs(name, size, meshes):
       c = program.config
-      model = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context) / program.mesh.size
+      model = (
+        c.batch_size
+        * c.context
+        * transformer.flops_per_token(c.model, c.context)
+        / program.mesh.size
+      )
       mean, costliest = flops_of_update(program)
-      rows.append({
-        "optimizer": name, "devices": program.mesh.size, "flops": mean.total(),
-        **{f"flops/{kind}": mean[kind] for kind in jaxpr_flops.KINDS}, "flops/costliest": costliest.total(), "flops/model": model,
-        "over_adamw": (model + mean.total()) / (model + adamw[mesh]),
-        "state_bytes": program_lib.shard_bytes(program.state.opt_state), "moved_bytes": hlo.received(compiled_update(program))})
+      rows.append(
+        {
+          "optimizer": name,
+          "devices": program.mesh.size,
+          "flops": mean.total(),
+          **{f"flops/{kind}": mean[kind] for kind in jaxpr_flops.KINDS},
+          "flops/costliest": costliest.total(),
+          "flops/model": model,
+          "over_adamw": (model + mean.total()) / (model + adamw[mesh]),
+          "state_bytes": program_lib.shard_bytes(program.state.opt_state),
+          "moved_bytes": hlo.received(compiled_update(program)),
+        }
+      )
   return rows
 
 
 def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, jaxpr_flops.Flops]:
-  """(mean over the steps after which costs repeat, those of the costliest step), on one device, late in a run."""
+  """(mean over the steps after which costs repeat, those of the costliest step), on one device,
+  late in a run."""
   params, state = program.state.params, program.state.opt_state
   with mesh_lib.use(program.mesh):
     update = jax.make_jaxpr(program.optimizer.tx.update)(params, state, params)
   unknown = [jaxpr_flops.UNKNOWN] * len(jax.tree.leaves(params))
-  counts = [np.asarray(STEADY, x.dtype) if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer) else jaxpr_flops.UNKNOWN
-            for x in jax.tree.leaves(state)]
+  counts = [
+    np.asarray(STEADY, x.dtype)
+    if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+    else jaxpr_flops.UNKNOWN
+    for x in jax.tree.leaves(state)
+  ]
   each = []
   for _ in range(program.config.optimizer.period):
     of_step, outputs = jaxpr_flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
-    counts = outputs[len(unknown):]
+    counts = outputs[len(unknown) :]
     each.append(of_step)
-  mean = jaxpr_flops.Flops({kind: sum(of_step[kind] for of_step in each) / len(each) for kind in jaxpr_flops.KINDS})
+  mean = jaxpr_flops.Flops(
+    {kind: sum(of_step[kind] for of_step in each) / len(each) for kind in jaxpr_flops.KINDS}
+  )
   return mean, max(each, key=jaxpr_flops.Flops.total)
 
 
 def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells: list[tuple[str, ...]] = [("optimizer", "data·fsdp·model", "MiB moved", "of parameters", "in loops",
-                                   "collectives, MiB", "matrices on a device, of all")]
+  cells: list[tuple[str, ...]] = [
+    (
+      "optimizer",
+      "data·fsdp·model",
+      "MiB moved",
+      "of parameters",
+      "in loops",
+      "collectives, MiB",
+      "matrices on a device, of all",
+    )
+  ]
   for row in rows:
-    kinds = ", ".join(f"{of['number']} {kind} {of['bytes'] / 2**20:,.1f}" for kind, of in row["kinds"].items())
-    matrices = ", ".join(f"{kernel}: {count['device']} of {count['every']}" for kernel, count in row["matrices"].items())
-    cells.append((row["optimizer"], "·".join(map(str, row["mesh"])), f"{row['bytes'] / 2**20:,.1f}",
-                  f"{row['bytes'] / row['parameter_bytes']:.2f}", str(row["in_loops"]), kinds, matrices))
+    kinds = ", ".join(
+      f"{of['number']} {kind} {of['bytes'] / 2**20:,.1f}" for kind, of in row["kinds"].items()
+    )
+    matrices = ", ".join(
+      f"{kernel}: {count['device']} of {count['every']}"
+      for kernel, count in row["matrices"].items()
+    )
+    cells.append(
+      (
+        row["optimizer"],
+        "·".join(map(str, row["mesh"])),
+        f"{row['bytes'] / 2**20:,.1f}",
+        f"{row['bytes'] / row['parameter_bytes']:.2f}",
+        str(row["in_loops"]),
+        kinds,
+        matrices,
+      )
+    )
   return "\n".join(cli.aligned(cells))
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells: list[tuple[str, ...]] = [("optimizer", "devices", "TFLOP a step", *jaxpr_flops.KINDS, "costliest step", "of the model's",
-                                   "with it, over AdamW", "MiB of state", "MiB moved")]
+  cells: list[tuple[str, ...]] = [
+    (
+      "optimizer",
+      "devices",
+      "TFLOP a step",
+      *jaxpr_flops.KINDS,
+      "costliest step",
+      "of the model's",
+      "with it, over AdamW",
+      "MiB of state",
+      "MiB moved",
+    )
+  ]
   for row in rows:
-    tera = [f"{row[key] / 1e12:,.3f}" for key in ("flops", *(f"flops/{kind}" for kind in jaxpr_flops.KINDS), "flops/costliest")]
-    cells.append((row["optimizer"], str(row["devices"]), *tera, f"{row['flops'] / row['flops/model']:.2%}",
-                  f"{row['over_adamw']:.3f}", f"{row['state_bytes'] / 2**20:,.0f}", f"{row['moved_bytes'] / 2**20:,.0f}"))
+    tera = [
+      f"{row[key] / 1e12:,.3f}"
+      for key in ("flops", *(f"flops/{kind}" for kind in jaxpr_flops.KINDS), "flops/costliest")
+    ]
+    cells.append(
+      (
+        row["optimizer"],
+        str(row["devices"]),
+        *tera,
+        f"{row['flops'] / row['flops/model']:.2%}",
+        f"{row['over_adamw']:.3f}",
+        f"{row['state_bytes'] / 2**20:,.0f}",
+        f"{row['moved_bytes'] / 2**20:,.0f}",
+      )
+    )
   return "\n".join(cli.aligned(cells))

@@ -1,7 +1,16 @@
-"""A run's configuration: what a config file says becomes frozen dataclasses here, checked once, before any long work."""
+"""A run's configuration: what a config file says becomes frozen dataclasses here, checked once,
+before any long work."""
+
 from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.overrides import override, parse_argument
-from beyond_outliers.config.resolve import MAY_CHANGE, check_resumable, differences, flatten, resolve, to_dict
+from beyond_outliers.config.resolve import (
+  MAY_CHANGE,
+  check_resumable,
+  differences,
+  flatten,
+  resolve,
+  to_dict,
+)
 from beyond_outliers.config.sections import (
   Checkpoint,
   Config,
@@ -19,6 +28,28 @@ from beyond_outliers.config.sections import (
 from beyond_outliers.config.sizes import SIZES
 from beyond_outliers.errors import ConfigError
 
-__all__ = ["MAY_CHANGE", "OPTIMIZERS", "SIZES", "Checkpoint", "Config", "ConfigError", "Data", "Eval", "Group", "Log", "Mesh",
-           "Model", "Optimizer", "Quant", "QuantRule", "Schedule", "check_resumable", "differences", "flatten", "override",
-           "parse_argument", "resolve", "to_dict"]
+__all__ = [
+  "MAY_CHANGE",
+  "OPTIMIZERS",
+  "SIZES",
+  "Checkpoint",
+  "Config",
+  "ConfigError",
+  "Data",
+  "Eval",
+  "Group",
+  "Log",
+  "Mesh",
+  "Model",
+  "Optimizer",
+  "Quant",
+  "QuantRule",
+  "Schedule",
+  "check_resumable",
+  "differences",
+  "flatten",
+  "override",
+  "parse_argument",
+  "resolve",
+  "to_dict",
+]

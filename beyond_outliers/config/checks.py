@@ -1,4 +1,5 @@
 """What a configuration value must obey: every error names the field, the value and the remedy."""
+
 from __future__ import annotations
 
 import difflib
@@ -9,7 +10,15 @@ from typing import Any
 from beyond_outliers.errors import ConfigError
 
 # Of a run's own numbers, outside the sections.
-MINIMUM = dict(seed=0, steps=1, batch_size=1, micro_batches=1, context=1, tokens_per_parameter=0, max_skipped_updates=1)
+MINIMUM = dict(
+  seed=0,
+  steps=1,
+  batch_size=1,
+  micro_batches=1,
+  context=1,
+  tokens_per_parameter=0,
+  max_skipped_updates=1,
+)
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
@@ -26,13 +35,20 @@ def require(ok: bool, field: str, value: Any, remedy: str) -> None:
 def one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
   for name, choices in allowed.items():
     value = getattr(section, name)
-    require(value in choices, prefix + name, value, "expected one of " + ", ".join(map(repr, choices)))
+    require(
+      value in choices, prefix + name, value, "expected one of " + ", ".join(map(repr, choices))
+    )
 
 
 def at_least(section: Any, prefix: str, **bounds: float) -> None:
   for name, bound in bounds.items():
     value = getattr(section, name)
-    require(math.isfinite(value) and value >= bound, prefix + name, value, f"expected a finite number of at least {bound}")
+    require(
+      math.isfinite(value) and value >= bound,
+      prefix + name,
+      value,
+      f"expected a finite number of at least {bound}",
+    )
 
 
 def below_one(section: Any, prefix: str, *names: str) -> None:
@@ -49,7 +65,12 @@ def fraction(section: Any, prefix: str, *names: str) -> None:
 
 def check_minimum(field: str, value: Any) -> None:
   bound = MINIMUM.get(field)
-  require(bound is None or not isinstance(value, int) or value >= bound, field, value, f"expected at least {bound}")
+  require(
+    bound is None or not isinstance(value, int) or value >= bound,
+    field,
+    value,
+    f"expected at least {bound}",
+  )
 
 
 def unknown_key(path: str, name: str, known: Any) -> str:

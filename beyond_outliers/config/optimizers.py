@@ -1,8 +1,10 @@
-"""Each optimizer's own section of the configuration: a frozen dataclass a row, with the rules that its values obey.
+"""Each optimizer's own section of the configuration: a frozen dataclass a row, with the rules that
+its values obey.
 
-Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the optimizer. Those with a default
-are younger than the others: runs recorded without them had it.
+Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the
+optimizer. Those with a default are younger than the others: runs recorded without them had it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,11 +15,20 @@ from beyond_outliers.config.checks import at_least, below_one, fraction, one_of,
 REFRESHES = ("together", "staggered")
 ITERATION_DTYPES = ("float32", "bfloat16")
 ITERATION_TABLES = ("quintic", "polar_express")
-# Shampoo: the only values beside eigenvalue_correction, which has no roots and a step length of its own.
-WITH_EIGENVALUE_CORRECTION = {"eps_mode": "absolute", "grafting": "none", "momentum": "gradient", "root": "eigh",
-                              "preconditioner_dtype": "float32", "packed": False}
-LEAST_UPDATE_PROBABILITY = 0.03      # PSGD: where its schedule ends
-MAX_BFLOAT16_B2 = 0.99               # Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away
+# Shampoo: the only values beside eigenvalue_correction, which has no roots and a step length of its
+# own.
+WITH_EIGENVALUE_CORRECTION = {
+  "eps_mode": "absolute",
+  "grafting": "none",
+  "momentum": "gradient",
+  "root": "eigh",
+  "preconditioner_dtype": "float32",
+  "packed": False,
+}
+LEAST_UPDATE_PROBABILITY = 0.03  # PSGD: where its schedule ends
+MAX_BFLOAT16_B2 = (
+  0.99  # Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away
+)
 
 
 class Section:
@@ -32,6 +43,7 @@ class Section:
 @dataclasses.dataclass(frozen=True)
 class AdamW(Section):
   """Hyperparameters of `optim.adamw`."""
+
   name: str
   learning_rate: float
   b1: float
@@ -41,12 +53,13 @@ class AdamW(Section):
 
   def __post_init__(self):
     at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0)
-    below_one(self, "optimizer.", "b1", "b2")           # at 1 the bias correction divides by zero
+    below_one(self, "optimizer.", "b1", "b2")  # at 1 the bias correction divides by zero
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Section):
   """Hyperparameters of `optim.muon`."""
+
   name: str
   learning_rate: float
   momentum: float
@@ -64,14 +77,29 @@ class Muon(Section):
   adam_eps: float
 
   def __post_init__(self):
-    at_least(self, "optimizer.", learning_rate=0, ns_steps=1, weight_decay=0, adam_learning_rate=0, adam_eps=0)
+    at_least(
+      self,
+      "optimizer.",
+      learning_rate=0,
+      ns_steps=1,
+      weight_decay=0,
+      adam_learning_rate=0,
+      adam_eps=0,
+    )
     below_one(self, "optimizer.", "momentum", "adam_b1", "adam_b2")
-    one_of(self, "optimizer.", ns_coefficients=ITERATION_TABLES, ns_dtype=ITERATION_DTYPES, scale=("original", "match_rms_adamw"))
+    one_of(
+      self,
+      "optimizer.",
+      ns_coefficients=ITERATION_TABLES,
+      ns_dtype=ITERATION_DTYPES,
+      scale=("original", "match_rms_adamw"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scion(Section):
   """Hyperparameters of `optim.scion`."""
+
   name: str
   learning_rate: float
   momentum: float
@@ -89,13 +117,19 @@ class Scion(Section):
   def __post_init__(self):
     at_least(self, "optimizer.", learning_rate=0, scale=0, weight_decay=0, ns_steps=1)
     below_one(self, "optimizer.", "momentum")
-    one_of(self, "optimizer.", norm=("auto", "spectral", "sign", "col", "row", "rms"), ns_coefficients=ITERATION_TABLES,
-           ns_dtype=ITERATION_DTYPES)
+    one_of(
+      self,
+      "optimizer.",
+      norm=("auto", "spectral", "sign", "col", "row", "rms"),
+      ns_coefficients=ITERATION_TABLES,
+      ns_dtype=ITERATION_DTYPES,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Psgd(Section):
   """Hyperparameters of `optim.psgd`."""
+
   name: str
   learning_rate: float
   momentum: float
@@ -112,13 +146,27 @@ class Psgd(Section):
   seed: int
 
   def __post_init__(self):
-    at_least(self, "optimizer.", learning_rate=0, max_size_triangular=0, preconditioner_lr=0, preconditioner_init=0, clip_rms=0,
-             clip_eps=0, weight_decay=0, seed=0)
+    at_least(
+      self,
+      "optimizer.",
+      learning_rate=0,
+      max_size_triangular=0,
+      preconditioner_lr=0,
+      preconditioner_init=0,
+      clip_rms=0,
+      clip_eps=0,
+      weight_decay=0,
+      seed=0,
+    )
     below_one(self, "optimizer.", "momentum")
     fraction(self, "optimizer.", "balance_probability")
     one_of(self, "optimizer.", noise=("both", "preconditioner", "none"))
-    require(self.update_probability is None or 0 < self.update_probability <= 1, "optimizer.update_probability",
-            self.update_probability, "expected a number above 0, at most 1, or None for the schedule")
+    require(
+      self.update_probability is None or 0 < self.update_probability <= 1,
+      "optimizer.update_probability",
+      self.update_probability,
+      "expected a number above 0, at most 1, or None for the schedule",
+    )
 
   @property
   def period(self) -> int:
@@ -128,6 +176,7 @@ class Psgd(Section):
 @dataclasses.dataclass(frozen=True)
 class Shampoo(Section):
   """Hyperparameters of `optim.shampoo`."""
+
   name: str
   learning_rate: float
   b1: float
@@ -155,24 +204,59 @@ class Shampoo(Section):
   eigenvalue_correction: bool = False
 
   def __post_init__(self):
-    at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, grafting_eps=0, max_residual=0, precondition_frequency=1,
-             block_size=1)
+    at_least(
+      self,
+      "optimizer.",
+      learning_rate=0,
+      eps=0,
+      weight_decay=0,
+      grafting_eps=0,
+      max_residual=0,
+      precondition_frequency=1,
+      block_size=1,
+    )
     below_one(self, "optimizer.", "b1", "grafting_b2")
-    fraction(self, "optimizer.", "b2")                  # at 1 the factors are sums
-    one_of(self, "optimizer.", eps_mode=("absolute", "relative"), grafting=("none", "sgd", "adam", "rmsprop"),
-           graft_granularity=("block", "parameter"), momentum=("gradient", "update"),
-           root=("eigh", "newton", "denman_beavers", "qr"), refresh=(*REFRESHES, "together_from_first"),
-           long_axes=("block", "skip"), preconditioner_dtype=("float32", "bfloat16"))
+    fraction(self, "optimizer.", "b2")  # at 1 the factors are sums
+    one_of(
+      self,
+      "optimizer.",
+      eps_mode=("absolute", "relative"),
+      grafting=("none", "sgd", "adam", "rmsprop"),
+      graft_granularity=("block", "parameter"),
+      momentum=("gradient", "update"),
+      root=("eigh", "newton", "denman_beavers", "qr"),
+      refresh=(*REFRESHES, "together_from_first"),
+      long_axes=("block", "skip"),
+      preconditioner_dtype=("float32", "bfloat16"),
+    )
     if self.eigenvalue_correction:
       for name, value in WITH_EIGENVALUE_CORRECTION.items():
-        require(getattr(self, name) == value, f"optimizer.{name}", getattr(self, name),
-                f"optimizer.eigenvalue_correction works with {value!r} only")
+        require(
+          getattr(self, name) == value,
+          f"optimizer.{name}",
+          getattr(self, name),
+          f"optimizer.eigenvalue_correction works with {value!r} only",
+        )
       one_of(self, "optimizer.", refresh=REFRESHES)
-    require(self.preconditioner_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2, "optimizer.b2", self.b2,
-            f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or preconditioner_dtype=float32")
-    require(self.exponent is None or self.exponent > 0, "optimizer.exponent", self.exponent, "expected above 0, or None")
-    require(self.start_step is None or self.start_step >= 1, "optimizer.start_step", self.start_step,
-            "expected at least 1, or None for precondition_frequency")
+    require(
+      self.preconditioner_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
+      "optimizer.b2",
+      self.b2,
+      f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or "
+      "preconditioner_dtype=float32",
+    )
+    require(
+      self.exponent is None or self.exponent > 0,
+      "optimizer.exponent",
+      self.exponent,
+      "expected above 0, or None",
+    )
+    require(
+      self.start_step is None or self.start_step >= 1,
+      "optimizer.start_step",
+      self.start_step,
+      "expected at least 1, or None for precondition_frequency",
+    )
 
   @property
   def period(self) -> int:
@@ -182,6 +266,7 @@ class Shampoo(Section):
 @dataclasses.dataclass(frozen=True)
 class Soap(Section):
   """Hyperparameters of `optim.soap`."""
+
   name: str
   learning_rate: float
   b1: float
@@ -198,13 +283,29 @@ class Soap(Section):
   block_size: int | None = None
 
   def __post_init__(self):
-    at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0, precondition_frequency=1, max_dim=0)
+    at_least(
+      self,
+      "optimizer.",
+      learning_rate=0,
+      eps=0,
+      weight_decay=0,
+      precondition_frequency=1,
+      max_dim=0,
+    )
     below_one(self, "optimizer.", "b1", "b2")
     one_of(self, "optimizer.", refresh=REFRESHES)
-    require(self.block_size is None or self.block_size >= 1, "optimizer.block_size", self.block_size,
-            "expected at least 1, or None for whole matrices")
-    require(self.shampoo_beta is None or 0 <= self.shampoo_beta < 1, "optimizer.shampoo_beta", self.shampoo_beta,
-            "expected a number from 0 to below 1, or None for b2")
+    require(
+      self.block_size is None or self.block_size >= 1,
+      "optimizer.block_size",
+      self.block_size,
+      "expected at least 1, or None for whole matrices",
+    )
+    require(
+      self.shampoo_beta is None or 0 <= self.shampoo_beta < 1,
+      "optimizer.shampoo_beta",
+      self.shampoo_beta,
+      "expected a number from 0 to below 1, or None for b2",
+    )
 
   @property
   def period(self) -> int:

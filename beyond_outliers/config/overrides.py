@@ -1,4 +1,5 @@
 """Overrides of a config: `size,key=value,...` behind the colon of --config, and dotted keys."""
+
 from __future__ import annotations
 
 import ast
@@ -13,7 +14,8 @@ from beyond_outliers.errors import ConfigError
 
 
 def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
-  """`size,key=value,...`, what follows the colon of --config, as (size, {dotted key: value}). The default size is nano."""
+  """`size,key=value,...`, what follows the colon of --config, as (size, {dotted key: value}). The
+  default size is nano."""
   parts = [part for part in (arg or "").split(",") if part]
   size = parts.pop(0) if parts and "=" not in parts[0] else "nano"
   require(size in SIZES, "size", size, "expected one of " + ", ".join(SIZES))
@@ -29,7 +31,8 @@ def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
 
 
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:
-  """Sets dotted keys of a ConfigDict in place; a new name below quant.rules is a further rule, behind those that are there.
+  """Sets dotted keys of a ConfigDict in place; a new name below quant.rules is a further rule,
+  behind those that are there.
 
   Errors: ConfigError with the nearest key, or the expected type."""
   for key, value in overrides.items():
@@ -39,7 +42,9 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
       known = node.keys() if hasattr(node, "keys") else ()
       if rest[:depth] == ["quant", "rules"] and name not in known and depth + 1 < len(rest):
         with node.unlocked():
-          node[name] = type(node)({field.name: "" for field in dataclasses.fields(QuantRule)}).lock()
+          node[name] = type(node)(
+            {field.name: "" for field in dataclasses.fields(QuantRule)}
+          ).lock()
       elif name not in known:
         raise ConfigError(unknown_key(".".join(rest[: depth + 1]), name, known))
       if depth + 1 < len(rest):

@@ -1,4 +1,5 @@
 """A ConfigDict, or what `to_dict` wrote to config.json, as a checked `Config`, and back."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,13 +13,25 @@ from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.sections import Config, Group, Optimizer
 from beyond_outliers.errors import ConfigError
 
-# What a resumed run may change: none of it enters the numbers beyond the order of floating-point sums.
-MAY_CHANGE = ("mesh", "log", "checkpoint", "data.directory", "data.prefetch", "model.remat", "model.unroll", "model.attention",
-              "micro_batches", "eval.batch_size")
+# What a resumed run may change: none of it enters the numbers beyond the order of floating-point
+# sums.
+MAY_CHANGE = (
+  "mesh",
+  "log",
+  "checkpoint",
+  "data.directory",
+  "data.prefetch",
+  "model.remat",
+  "model.unroll",
+  "model.attention",
+  "micro_batches",
+  "eval.batch_size",
+)
 
 
 def resolve(config: Any) -> Config:
-  """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key, type, value)."""
+  """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key,
+  type, value)."""
   require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
   # First of all, because values of the sections are derived from these.
   for field in MINIMUM:
@@ -29,25 +42,42 @@ def resolve(config: Any) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
   """The inverse of `resolve`: plain JSON types, every value written out."""
   tree = dataclasses.asdict(config)
-  groups = {label: {**{key: value for key, value in group.items() if key != "optimizer"}, **group["optimizer"]}
-            for label, group in tree["optimizer"]["groups"].items()}
+  groups = {
+    label: {
+      **{key: value for key, value in group.items() if key != "optimizer"},
+      **group["optimizer"],
+    }
+    for label, group in tree["optimizer"]["groups"].items()
+  }
   return {**tree, "optimizer": {**tree["optimizer"]["default"], "groups": groups}}
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
   """{dotted key: (old, new)} where two configurations differ."""
   flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
-  return {key: (flat_old.get(key), flat_new.get(key)) for key in sorted(flat_old.keys() | flat_new.keys())
-          if flat_old.get(key) != flat_new.get(key)}
+  return {
+    key: (flat_old.get(key), flat_new.get(key))
+    for key in sorted(flat_old.keys() | flat_new.keys())
+    if flat_old.get(key) != flat_new.get(key)
+  }
 
 
 def check_resumable(old: Config, new: Config) -> None:
-  """Raises ConfigError with the differing keys if `new` would train another model than the run that `old` began."""
-  clash = {key: pair for key, pair in differences(old, new).items()
-           if not any(key == may or key.startswith(may + ".") for may in MAY_CHANGE)}
+  """Raises ConfigError with the differing keys if `new` would train another model than the run that
+  `old` began."""
+  clash = {
+    key: pair
+    for key, pair in differences(old, new).items()
+    if not any(key == may or key.startswith(may + ".") for may in MAY_CHANGE)
+  }
   if clash:
-    lines = "\n".join(f"  {key}: {was!r} in the workdir, {now!r} now" for key, (was, now) in clash.items())
-    raise ConfigError(f"the workdir holds a run of another configuration; give another --workdir. They differ in\n{lines}")
+    lines = "\n".join(
+      f"  {key}: {was!r} in the workdir, {now!r} now" for key, (was, now) in clash.items()
+    )
+    raise ConfigError(
+      "the workdir holds a run of another configuration; give another --workdir. They differ "
+      f"in\n{lines}"
+    )
 
 
 def _plain(node: Any) -> Any:
@@ -59,33 +89,49 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """{dotted key: value} of a nested dictionary."""
   flat = {}
   for key, value in tree.items():
-    flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    flat.update(
+      flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    )
   return flat
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
   if cls is Optimizer:
     return _build_optimizer(values)
-  require(isinstance(values, Mapping), path.rstrip(".") or "config", values, f"expected the section {cls.__name__}")
+  require(
+    isinstance(values, Mapping),
+    path.rstrip(".") or "config",
+    values,
+    f"expected the section {cls.__name__}",
+  )
   hints = typing.get_type_hints(cls)
   for key in values:
     if key not in hints:
       raise ConfigError(unknown_key(path + key, key, hints))
   for field in dataclasses.fields(cls):
-    # A default is what a key younger than recorded runs meant before there was one: their configs still resolve.
+    # A default is what a key younger than recorded runs meant before there was one: their configs
+    # still resolve.
     if field.name not in values and field.default is dataclasses.MISSING:
       raise ConfigError(f"{path}{field.name}: missing; see its comment in configs/")
   return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})
 
 
 def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
-  """The optimizer's own keys, then each group's: the group's overrides on top, or another optimizer's keys in full."""
+  """The optimizer's own keys, then each group's: the group's overrides on top, or another
+  optimizer's keys in full."""
   require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
   values = dict(values)
   groups = values.pop("groups", None)
-  require(isinstance(groups, Mapping) and bool(groups), "optimizer.groups", groups, "expected {label: {paths: regex, ...}}")
+  require(
+    isinstance(groups, Mapping) and bool(groups),
+    "optimizer.groups",
+    groups,
+    "expected {label: {paths: regex, ...}}",
+  )
   default = _build(_optimizer_class(values.get("name"), "optimizer.name"), values, "optimizer.")
-  if "vector" in groups and "scale" not in groups:       # recorded while learned scales were among the vectors
+  if (
+    "vector" in groups and "scale" not in groups
+  ):  # recorded while learned scales were among the vectors
     groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
   built = {}
   for label, group in groups.items():
@@ -100,12 +146,21 @@ def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
       raise ConfigError(f"{prefix}paths = {paths!r}: not a regular expression ({error})") from None
     name = group.get("name", default.name)
     inherited = values if name == default.name else {}
-    built[label] = Group(paths, _build(_optimizer_class(name, prefix + "name"), {**inherited, **group}, prefix), optional)
+    built[label] = Group(
+      paths,
+      _build(_optimizer_class(name, prefix + "name"), {**inherited, **group}, prefix),
+      optional,
+    )
   return Optimizer(default, built)
 
 
 def _optimizer_class(name: Any, field: str) -> type:
-  require(isinstance(name, str) and name in OPTIMIZERS, field, name, "expected one of " + ", ".join(OPTIMIZERS))
+  require(
+    isinstance(name, str) and name in OPTIMIZERS,
+    field,
+    name,
+    "expected one of " + ", ".join(OPTIMIZERS),
+  )
   return OPTIMIZERS[name]
 
 
@@ -114,9 +169,12 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     return _build(kind, value, path + ".")
   if typing.get_origin(kind) is dict:
     require(isinstance(value, Mapping), path, value, "expected a section of sections")
-    return {label: _typed(typing.get_args(kind)[1], part, f"{path}.{label}") for label, part in value.items()}
+    return {
+      label: _typed(typing.get_args(kind)[1], part, f"{path}.{label}")
+      for label, part in value.items()
+    }
   optional = [k for k in typing.get_args(kind) if k is not type(None)]
-  if optional:                                           # X | None
+  if optional:  # X | None
     return None if value is None else _typed(optional[0], value, path)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)

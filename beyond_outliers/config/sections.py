@@ -1,8 +1,10 @@
-"""Sections of a run's configuration: frozen dataclasses, checked as they are made, without defaults of their own.
+"""Sections of a run's configuration: frozen dataclasses, checked as they are made, without defaults
+of their own.
 
-Config files (configs/) hold every value with its comment; here are types, and the rules that values obey. A default is what a key
-younger than recorded runs meant before there was one.
+Config files (configs/) hold every value with its comment; here are types, and the rules that values
+obey. A default is what a key younger than recorded runs meant before there was one.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,9 +22,16 @@ class Mesh:
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
-      require(value == -1 or value >= 1, "mesh." + name, value, "expected a count of devices, or -1 for all that remain")
+      require(
+        value == -1 or value >= 1,
+        "mesh." + name,
+        value,
+        "expected a count of devices, or -1 for all that remain",
+      )
     sizes = dataclasses.astuple(self)
-    require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all devices that remain)")
+    require(
+      sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all devices that remain)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +58,42 @@ class Model:
   remat: str
 
   def __post_init__(self):
-    at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1, mlp_hidden=1, norm_eps=0,
-              rope_base=1, init_std=0, unroll=0)
-    one_of(self, "model.", mlp=("relu2", "swiglu"), norm_placement=("post", "pre"), qk_norm=("l2", "rms", "none"),
-            attention_scale=("learned", "rsqrt"), rope_layout=("interleaved", "half"),
-            dtype=("float32", "bfloat16", "float64"), attention=("plain", "blockwise", "fused"),
-            remat=("none", "full", "dots", "dots_with_no_batch_dims"))
-    require(self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads,
-             f"query heads ({self.heads}) must be a multiple of key-value heads")
-    require(self.d_head % 2 == 0, "model.d_head", self.d_head, "rotary embedding needs an even head width")
+    at_least(
+      self,
+      "model.",
+      vocab=2,
+      blocks=1,
+      heads=1,
+      kv_heads=1,
+      d_head=2,
+      d_model=1,
+      mlp_hidden=1,
+      norm_eps=0,
+      rope_base=1,
+      init_std=0,
+      unroll=0,
+    )
+    one_of(
+      self,
+      "model.",
+      mlp=("relu2", "swiglu"),
+      norm_placement=("post", "pre"),
+      qk_norm=("l2", "rms", "none"),
+      attention_scale=("learned", "rsqrt"),
+      rope_layout=("interleaved", "half"),
+      dtype=("float32", "bfloat16", "float64"),
+      attention=("plain", "blockwise", "fused"),
+      remat=("none", "full", "dots", "dots_with_no_batch_dims"),
+    )
+    require(
+      self.heads % self.kv_heads == 0,
+      "model.kv_heads",
+      self.kv_heads,
+      f"query heads ({self.heads}) must be a multiple of key-value heads",
+    )
+    require(
+      self.d_head % 2 == 0, "model.d_head", self.d_head, "rotary embedding needs an even head width"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,28 +114,51 @@ class Data:
   prefetch: int
 
   def __post_init__(self):
-    one_of(self, "data.", source=("sotu", "text", "jsonl", "parquet", "tfds"), separator=("eot", "bos"),
-            reader=("shards", "tfds"))
+    one_of(
+      self,
+      "data.",
+      source=("sotu", "text", "jsonl", "parquet", "tfds"),
+      separator=("eot", "bos"),
+      reader=("shards", "tfds"),
+    )
     at_least(self, "data.", vocab=2, seed=0, shard_tokens=1, readers=1, prefetch=1)
-    require(self.source == "sotu" or bool(self.path), "data.path", self.path,
-             f"source {self.source!r} reads from a path: give a glob or a directory")
+    require(
+      self.source == "sotu" or bool(self.path),
+      "data.path",
+      self.path,
+      f"source {self.source!r} reads from a path: give a glob or a directory",
+    )
     kind = self.tokenizer.partition(":")[0]
-    require(kind in ("bytes", "sentencepiece", "huggingface", "gpt2"), "data.tokenizer", self.tokenizer,
-             "expected 'bytes', 'sentencepiece', 'sentencepiece:FILE', 'huggingface:FILE', 'gpt2' or 'gpt2:DIR'")
-    require(re.fullmatch(r"newest:[1-9]\d*|fraction:0?\.\d*[1-9]\d*|path:.+", self.validation) is not None, "data.validation",
-             self.validation, "expected 'newest:COUNT', 'fraction:0.01' or 'path:GLOB'")
+    require(
+      kind in ("bytes", "sentencepiece", "huggingface", "gpt2"),
+      "data.tokenizer",
+      self.tokenizer,
+      "expected 'bytes', 'sentencepiece', 'sentencepiece:FILE', 'huggingface:FILE', 'gpt2' or "
+      "'gpt2:DIR'",
+    )
+    require(
+      re.fullmatch(r"newest:[1-9]\d*|fraction:0?\.\d*[1-9]\d*|path:.+", self.validation)
+      is not None,
+      "data.validation",
+      self.validation,
+      "expected 'newest:COUNT', 'fraction:0.01' or 'path:GLOB'",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
-  """Linear layers whose path matches `paths` (a regular expression, whole path) and the recipe that they follow."""
+  """Linear layers whose path matches `paths` (a regular expression, whole path) and the recipe that
+  they follow."""
+
   paths: str
-  recipe: str                       # row of quant.RECIPES
+  recipe: str  # row of quant.RECIPES
 
 
 @dataclasses.dataclass(frozen=True)
 class Quant:
-  """What the run's linear layers multiply with. The recipes' names are checked where they are looked up."""
+  """What the run's linear layers multiply with. The recipes' names are checked where they are
+  looked up."""
+
   recipe: str
   backend: str
   rules: dict[str, QuantRule]
@@ -119,22 +178,30 @@ class Schedule:
   def __post_init__(self):
     one_of(self, "schedule.", name=("trapezoidal", "cosine", "constant"))
     fraction(self, "schedule.", "warmup", "cooldown", "start", "end")
-    require(self.warmup + self.cooldown <= 1, "schedule.cooldown", self.cooldown,
-             f"warm-up ({self.warmup}) and cool-down together must not exceed the run")
+    require(
+      self.warmup + self.cooldown <= 1,
+      "schedule.cooldown",
+      self.cooldown,
+      f"warm-up ({self.warmup}) and cool-down together must not exceed the run",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Parameters whose path matches `paths` (a regular expression, whole path) and the optimizer that trains them."""
+  """Parameters whose path matches `paths` (a regular expression, whole path) and the optimizer that
+  trains them."""
+
   paths: str
-  optimizer: Any                    # one of OPTIMIZERS
-  optional: bool = False            # whether a model may have no such parameters
+  optimizer: Any  # one of OPTIMIZERS
+  optional: bool = False  # whether a model may have no such parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """The run's optimizer, and what each parameter group makes of it, in order: the first group that matches wins."""
-  default: Any                      # one of OPTIMIZERS
+  """The run's optimizer, and what each parameter group makes of it, in order: the first group that
+  matches wins."""
+
+  default: Any  # one of OPTIMIZERS
   groups: dict[str, Group]
 
   @property
@@ -185,7 +252,12 @@ class Log:
 
   def __post_init__(self):
     at_least(self, "log.", every=1, profile_step=0, profile_steps=1, outliers_every=0)
-    require(self.profile_step != 1, "log.profile_step", 1, "expected 2 or more (the first step compiles), or 0: never")
+    require(
+      self.profile_step != 1,
+      "log.profile_step",
+      1,
+      "expected 2 or more (the first step compiles), or 0: never",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,14 +283,34 @@ class Config:
 
   def __post_init__(self):
     names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
-    require(self.model.dtype != "float64" or self.quant.backend == "jax" or names == {"none"}, "quant.backend",
-            self.quant.backend, "AQT multiplies in float32; with model.dtype = 'float64' take 'jax'")
-    require(self.batch_size % self.micro_batches == 0, "micro_batches", self.micro_batches,
-             f"must divide batch_size ({self.batch_size})")
-    require(self.data.vocab == self.model.vocab, "model.vocab", self.model.vocab,
-             f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived")
-    require(not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps, "log.profile_step",
-             self.log.profile_step, f"with log.profile_steps = {self.log.profile_steps} the trace must end by step {self.steps}")
+    require(
+      self.model.dtype != "float64" or self.quant.backend == "jax" or names == {"none"},
+      "quant.backend",
+      self.quant.backend,
+      "AQT multiplies in float32; with model.dtype = 'float64' take 'jax'",
+    )
+    require(
+      self.batch_size % self.micro_batches == 0,
+      "micro_batches",
+      self.micro_batches,
+      f"must divide batch_size ({self.batch_size})",
+    )
+    require(
+      self.data.vocab == self.model.vocab,
+      "model.vocab",
+      self.model.vocab,
+      f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived",
+    )
+    require(
+      not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps,
+      "log.profile_step",
+      self.log.profile_step,
+      f"with log.profile_steps = {self.log.profile_steps} the trace must end by step {self.steps}",
+    )
     if self.data.reader == "tfds":
-      require(self.batch_size % self.data.readers == 0, "data.readers", self.data.readers,
-               f"must divide batch_size ({self.batch_size})")
+      require(
+        self.batch_size % self.data.readers == 0,
+        "data.readers",
+        self.data.readers,
+        f"must divide batch_size ({self.batch_size})",
+      )

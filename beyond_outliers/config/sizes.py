@@ -1,14 +1,17 @@
 """Model sizes by name: what follows the colon of --config. The study's run from 50m to 1.5b."""
+
 from __future__ import annotations
 
 SIZES = {
-  # Below the study. nano is for trying things out: minutes on a laptop. The ladder is for scaling laws on one machine.
+  # Below the study. nano is for trying things out: minutes on a laptop. The ladder is for scaling
+  # laws on one machine.
   "nano": dict(blocks=2, heads=3, d_head=128, vocab=2048, context=256, batch_size=8, steps=260),
   "0.3m": dict(blocks=1, heads=3, d_head=32, vocab=2048, context=256, batch_size=16),
   "0.6m": dict(blocks=4, heads=3, d_head=32, vocab=2048, context=256, batch_size=16),
   "1m": dict(blocks=2, heads=6, d_head=32, vocab=2048, context=256, batch_size=16),
   "2m": dict(blocks=4, heads=6, d_head=32, vocab=2048, context=256, batch_size=32),
-  # The study's. Blocks and heads of 50m are known; the paper does not give the others, these come to the right totals.
+  # The study's. Blocks and heads of 50m are known; the paper does not give the others, these come
+  # to the right totals.
   "50m": dict(blocks=4, heads=6, d_head=128, vocab=32000, context=1024, batch_size=512),
   "125m": dict(blocks=6, heads=9, d_head=128, vocab=32000, context=1024, batch_size=512),
   "350m": dict(blocks=12, heads=12, d_head=128, vocab=32000, context=1024, batch_size=512),

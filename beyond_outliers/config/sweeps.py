@@ -1,8 +1,9 @@
 """Sweeps in config files: lists of overrides, and the names of the runs they make.
 
-  def get_hyper(h):
-    return h.product([h.sweep("optimizer.learning_rate", [1e-3, 3e-3]), h.sweep("seed", range(3))])
+def get_hyper(h):
+  return h.product([h.sweep("optimizer.learning_rate", [1e-3, 3e-3]), h.sweep("seed", range(3))])
 """
+
 from __future__ import annotations
 
 import itertools
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Overrides = dict[str, Any]                   # {dotted config key: value}
+Overrides = dict[str, Any]  # {dotted config key: value}
 
 
 def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
@@ -24,12 +25,14 @@ def fixed(key: str, value: Any) -> list[Overrides]:
 
 
 def product(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-  """Every combination; the last sweep varies fastest. Errors: ValueError when a key is set twice."""
+  """Every combination; the last sweep varies fastest. Errors: ValueError when a key is set
+  twice."""
   return [_merge(combination) for combination in itertools.product(*sweeps)]
 
 
 def zipit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-  """The first of each, the second of each, ... Errors: ValueError when the sweeps are not of one length."""
+  """The first of each, the second of each, ... Errors: ValueError when the sweeps are not of one
+  length."""
   lengths = [len(s) for s in sweeps]
   if len(set(lengths)) > 1:
     raise ValueError(f"zipit: sweeps of lengths {lengths}: expected equal lengths")
@@ -42,8 +45,12 @@ def chainit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
 
 
 def run_name(overrides: Overrides) -> str:
-  """A stable name for a run, fit for a folder: the same overrides in any order give the same name."""
-  parts = [f"{key.split('.')[-1] if _short(key, overrides) else key}={overrides[key]}" for key in sorted(overrides)]
+  """A stable name for a run, fit for a folder: the same overrides in any order give the same
+  name."""
+  parts = [
+    f"{key.split('.')[-1] if _short(key, overrides) else key}={overrides[key]}"
+    for key in sorted(overrides)
+  ]
   return re.sub(r"[^A-Za-z0-9_.=,+-]+", "_", ",".join(parts)) or "default"
 
 

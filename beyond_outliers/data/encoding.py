@@ -1,4 +1,6 @@
-"""Documents to token ids: batches of text through the tokenizer, ids checked against the vocabulary, separators put."""
+"""Documents to token ids: batches of text through the tokenizer, ids checked against the
+vocabulary, separators put."""
+
 from __future__ import annotations
 
 import time
@@ -11,23 +13,30 @@ from beyond_outliers.data import tokenizers
 from beyond_outliers.data.documents import Document
 from beyond_outliers.errors import DataError
 
-ENCODE_AT_ONCE = 4 << 20            # characters, or ids, handed to the tokenizer's threads
+ENCODE_AT_ONCE = 4 << 20  # characters, or ids, handed to the tokenizer's threads
 REPORT_SECONDS = 10.0
 
 
 class Tokenized(NamedTuple):
   split: str
-  ids: np.ndarray                   # without the separator
-  num_bytes: int                    # of the text
+  ids: np.ndarray  # without the separator
+  num_bytes: int  # of the text
 
 
-def tokenized(stream: Iterable[tuple[str, Document]], tokenizer: tokenizers.Tokenizer,
-              log: Callable[[str], None]) -> Iterator[Tokenized]:
+def tokenized(
+  stream: Iterable[tuple[str, Document]],
+  tokenizer: tokenizers.Tokenizer,
+  log: Callable[[str], None],
+) -> Iterator[Tokenized]:
   """Encodes documents a few megabytes at a time, in order, and says how far it has come."""
   began = reported = time.monotonic()
   count = num_bytes = 0
   for batch in _batches(stream):
-    encoded = iter(tokenizer.encode_batch([document.content for _, document in batch if isinstance(document.content, str)]))
+    encoded = iter(
+      tokenizer.encode_batch(
+        [document.content for _, document in batch if isinstance(document.content, str)]
+      )
+    )
     for split, document in batch:
       if isinstance(document.content, str):
         item = Tokenized(split, next(encoded), len(document.content.encode()))
@@ -38,17 +47,24 @@ def tokenized(stream: Iterable[tuple[str, Document]], tokenizer: tokenizers.Toke
       yield item
     if time.monotonic() - reported > REPORT_SECONDS:
       reported = time.monotonic()
-      log(f"prepare: {count:,} documents, {num_bytes / 1e6:,.0f} MB of text, {num_bytes / 1e6 / (reported - began):.1f} MB/s")
+      log(
+        f"prepare: {count:,} documents, {num_bytes / 1e6:,.0f} MB of text, "
+        f"{num_bytes / 1e6 / (reported - began):.1f} MB/s"
+      )
 
 
 def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
-  """A document's token ids, all of them in the vocabulary. Errors: DataError naming the document and the id."""
+  """A document's token ids, all of them in the vocabulary. Errors: DataError naming the document
+  and the id."""
   ids = document.content
-  assert not isinstance(ids, str)     # a text is encoded, not checked
+  assert not isinstance(ids, str)  # a text is encoded, not checked
   low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
   if low < 0 or high >= vocab_size:
-    raise DataError(f"{document.where}: token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}; is "
-                    "data.tokenizer the one that the ids come from?")
+    raise DataError(
+      f"{document.where}: token id {low if low < 0 else high} is outside the vocabulary of "
+      f"{vocab_size}; is "
+      "data.tokenizer the one that the ids come from?"
+    )
   return ids
 
 
@@ -64,7 +80,8 @@ def _batches(stream: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str,
 
 
 def separated(ids: np.ndarray, separator: dict[str, Any]) -> np.ndarray:
-  """A document's ids with the separator {"name", "id"} after ("eot") or before ("bos") them; one that is there is not doubled."""
+  """A document's ids with the separator {"name", "id"} after ("eot") or before ("bos") them; one
+  that is there is not doubled."""
   mark = np.array([separator["id"]], np.int32)
   if separator["name"] == "eot":
     return ids if np.array_equal(ids[-1:], mark) else np.concatenate([ids, mark])

@@ -1,14 +1,18 @@
-"""A prepared dataset on disk: flat token shards, where each document starts, and a meta.json that says what they are.
+"""A prepared dataset on disk: flat token shards, where each document starts, and a meta.json that
+says what they are.
 
   meta.json            settings, split rule, tokenizer fingerprint, counts, and size and SHA-256 of every file below
   tokenizer.*          a copy of the files the tokenizer is made of
-  train-00000.bin ...  token ids, uint16 or uint32 little-endian: one stream over all shards, separators included
+  train-00000.bin ...  token ids, uint16 or uint32 little-endian: one stream over all shards,
+  separators included
   train.starts         int64, where each document starts in the stream, then the stream's length
   train.bytes          int64, bytes of text before each document, then the total
   validation...        the same, in the source's order
 
-Everything here is numpy; 64-bit positions throughout, as the study's larger runs read tens of billions of tokens.
+Everything here is numpy; 64-bit positions throughout, as the study's larger runs read tens of
+billions of tokens.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -24,15 +28,20 @@ import numpy as np
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import DataError
 
-FORMAT = 1                          # of what is written here; a change makes old folders unreadable by name
-OPEN_SHARDS = 256                   # memory maps kept, each of which holds a file descriptor
+FORMAT = 1  # of what is written here; a change makes old folders unreadable by name
+OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
 
 
 class ShardWriter:
   """Appends documents to one split of a dataset."""
 
   def __init__(self, directory: str, split: str, dtype: np.dtype, shard_tokens: int):
-    self._directory, self._split, self._dtype, self._shard_tokens = directory, split, np.dtype(dtype), shard_tokens
+    self._directory, self._split, self._dtype, self._shard_tokens = (
+      directory,
+      split,
+      np.dtype(dtype),
+      shard_tokens,
+    )
     self._shard: io.BufferedWriter | None = None
     self._room = 0
     self._starts, self._bytes = (open(self._path(f".{name}"), "wb") for name in ("starts", "bytes"))
@@ -72,11 +81,17 @@ class ShardWriter:
     for file in (self._shard, self._starts, self._bytes):
       if file:
         file.close()
-    return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": self.shards}
+    return {
+      "documents": self.documents,
+      "tokens": self.tokens,
+      "bytes": self.bytes,
+      "shards": self.shards,
+    }
 
 
 class TokenStream:
-  """The tokens of one split as one long array, over memory maps that open when first touched; picklable."""
+  """The tokens of one split as one long array, over memory maps that open when first touched;
+  picklable."""
 
   def __init__(self, directory: str, split: str, dtype: str, shards: list[str]):
     self._arguments = (directory, split, dtype, shards)
@@ -85,7 +100,9 @@ class TokenStream:
     self.dtype = np.dtype(dtype)
     sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self._paths]
     self._offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    self._map = functools.lru_cache(OPEN_SHARDS)(lambda shard: _memory_map(self._paths[shard], self.dtype))
+    self._map = functools.lru_cache(OPEN_SHARDS)(
+      lambda shard: _memory_map(self._paths[shard], self.dtype)
+    )
 
   def __reduce__(self):
     return TokenStream, self._arguments
@@ -112,7 +129,9 @@ class TokenStream:
       first, last = int(self._offsets[shard]), min(stop, int(self._offsets[shard + 1]))
       parts.append(self._map(shard)[start - first : last - first])
       start, shard = last, shard + 1
-    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+    return (
+      parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+    )
 
   def document(self, number: int) -> np.ndarray:
     """The ids of one document, its separator included."""
@@ -121,29 +140,37 @@ class TokenStream:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """An opened dataset. `meta` is meta.json; `fingerprint` names the contents, wherever the folder lies."""
+  """An opened dataset. `meta` is meta.json; `fingerprint` names the contents, wherever the folder
+  lies."""
+
   directory: str
   meta: dict[str, Any]
   tokenizer: tokenizers.Tokenizer
 
   @property
   def fingerprint(self) -> str:
-    contents = {key: self.meta[key] for key in ("files", "splits", "tokenizer", "separator", "records")}
+    contents = {
+      key: self.meta[key] for key in ("files", "splits", "tokenizer", "separator", "records")
+    }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
   def documents(self, split: str) -> int | None:
     return self.meta["splits"][split]["documents"]
 
   def tokens(self, split: str) -> int | None:
-    """Tokens, separators included; None for training documents that stay in a TFDS dataset of the user's."""
+    """Tokens, separators included; None for training documents that stay in a TFDS dataset of the
+    user's."""
     return self.meta["splits"][split]["tokens"]
 
   def bytes(self, split: str, documents: int = 0) -> int | None:
     """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
-    return int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
+    return (
+      int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
+    )
 
   def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
-    """Nats a token that a model would pay which knows how frequent each token is and nothing else; of the first `at_most`."""
+    """Nats a token that a model would pay which knows how frequent each token is and nothing else;
+    of the first `at_most`."""
     stream = self.stream(split)
     counts = np.bincount(stream.read(0, min(len(stream), at_most)))
     frequencies = counts[counts > 0] / counts.sum()
@@ -152,7 +179,9 @@ class Dataset:
   def stream(self, split: str) -> TokenStream:
     shards = self.meta["splits"][split]["shards"]
     if shards is None:
-      raise DataError(f"{self.directory}: the {split} documents are TFDS records; set data.reader = 'tfds'")
+      raise DataError(
+        f"{self.directory}: the {split} documents are TFDS records; set data.reader = 'tfds'"
+      )
     return TokenStream(self.directory, split, self.meta["dtype"], shards)
 
   def path(self, name: str) -> str:
@@ -161,43 +190,67 @@ class Dataset:
 
 def write_meta(directory: str, meta: dict[str, Any]) -> None:
   """Completes a folder: meta.json with the size and SHA-256 of every other file. Written last."""
-  names = sorted(os.path.relpath(os.path.join(folder, name), directory)
-                 for folder, _, found in os.walk(directory) for name in found)
-  files = {name: {"bytes": os.path.getsize(os.path.join(directory, name)), "sha256": _sha256(os.path.join(directory, name))}
-           for name in names}
+  names = sorted(
+    os.path.relpath(os.path.join(folder, name), directory)
+    for folder, _, found in os.walk(directory)
+    for name in found
+  )
+  files = {
+    name: {
+      "bytes": os.path.getsize(os.path.join(directory, name)),
+      "sha256": _sha256(os.path.join(directory, name)),
+    }
+    for name in names
+  }
   with open(os.path.join(directory, "meta.json"), "w") as file:
     json.dump({"format": FORMAT, **meta, "files": files}, file, indent=1)
 
 
 def open_dataset(directory: str) -> Dataset:
-  """Opens a prepared folder. Errors: DataError naming what is missing, short or not of this tokenizer; see also `verify`."""
+  """Opens a prepared folder. Errors: DataError naming what is missing, short or not of this
+  tokenizer; see also `verify`."""
   path = os.path.join(directory, "meta.json")
   if not os.path.isfile(path):
-    raise DataError(f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare")
+    raise DataError(
+      f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare"
+    )
   with open(path) as file:
     meta = json.load(file)
   if meta["format"] != FORMAT:
-    raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; delete the folder and prepare again")
+    raise DataError(
+      f"{path}: format {meta['format']}, this version reads {FORMAT}; delete the folder and "
+      "prepare again"
+    )
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
     if not os.path.isfile(file):
       raise DataError(f"{file} is missing; delete the folder and prepare again")
     size = os.path.getsize(file)
     if size != expected["bytes"]:
-      raise DataError(f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and prepare again")
+      raise DataError(
+        f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and "
+        "prepare again"
+      )
   tokenizer = tokenizers.load(meta["tokenizer"]["stored"].format(directory=directory))
   if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-    raise DataError(f"{directory}: its tokenizer has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
-                    f"{meta['tokenizer']['fingerprint'][:12]}: the file was replaced; delete the folder and prepare again")
+    raise DataError(
+      f"{directory}: its tokenizer has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
+      f"{meta['tokenizer']['fingerprint'][:12]}: the file was replaced; delete the folder and "
+      "prepare again"
+    )
   return Dataset(directory, meta, tokenizer)
 
 
 def verify(dataset: Dataset) -> None:
-  """Reads every file and compares its SHA-256 with meta.json's. Errors: DataError naming the first that differs."""
+  """Reads every file and compares its SHA-256 with meta.json's. Errors: DataError naming the first
+  that differs."""
   for name, expected in dataset.meta["files"].items():
     if _sha256(dataset.path(name)) != expected["sha256"]:
-      raise DataError(f"{dataset.path(name)}: contents are not those that were prepared (SHA-256 differs from meta.json's); "
-                      "delete the folder and prepare again")
+      raise DataError(
+        f"{dataset.path(name)}: contents are not those that were prepared (SHA-256 differs from "
+        "meta.json's); "
+        "delete the folder and prepare again"
+      )
 
 
 def _memory_map(path: str, dtype: Any) -> np.ndarray:

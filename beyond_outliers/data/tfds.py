@@ -1,8 +1,11 @@
-"""Documents in TFDS datasets: the builder that writes them as ArrayRecord, and the reading of any prepared one.
+"""Documents in TFDS datasets: the builder that writes them as ArrayRecord, and the reading of any
+prepared one.
 
-No TensorFlow anywhere. A path is a prepared dataset's directory (the one with dataset_info.json), and optionally a split of it
-after an @: "/data/c4/en/3.0.1@train[:90%]". Without it the split is train.
+No TensorFlow anywhere. A path is a prepared dataset's directory (the one with dataset_info.json),
+and optionally a split of it after an @: "/data/c4/en/3.0.1@train[:90%]". Without it the split is
+train.
 """
+
 from __future__ import annotations
 
 import functools
@@ -18,24 +21,34 @@ from tensorflow_datasets.core import sequential_writer
 from beyond_outliers.data.documents import Document, as_content
 from beyond_outliers.errors import DataError
 
-READ_AT_ONCE = 256                  # records a call when reading in order
-SHARD_RECORDS = 100_000             # records a file at most
+READ_AT_ONCE = 256  # records a call when reading in order
+SHARD_RECORDS = 100_000  # records a file at most
 
 
 class Documents(tfds.core.GeneratorBasedBuilder):
-  """A TFDS dataset with one split, train, in the order given, and one feature: "text", or "tokens" in `ids_dtype`."""
-  VERSION = tfds.core.Version("1.0.0")
-  url_infos = None                  # nothing is downloaded; TFDS would search for checksums by a package it doesn't declare
+  """A TFDS dataset with one split, train, in the order given, and one feature: "text", or "tokens"
+  in `ids_dtype`."""
 
-  def __init__(self, documents: Iterable[str | np.ndarray], *, data_dir: str, ids_dtype: Any = None):
+  VERSION = tfds.core.Version("1.0.0")
+  url_infos = (
+    None  # nothing is downloaded; TFDS would search for checksums by a package it doesn't declare
+  )
+
+  def __init__(
+    self, documents: Iterable[str | np.ndarray], *, data_dir: str, ids_dtype: Any = None
+  ):
     self._documents = documents
     self._ids_dtype = ids_dtype
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
-    # Ids as raw bytes: the default encoding, a list of variable-length integers, takes five times as long to write.
-    features = ({"text": tfds.features.Text()} if self._ids_dtype is None else
-                {"tokens": tfds.features.Tensor(shape=(None,), dtype=self._ids_dtype, encoding="bytes")})
+    # Ids as raw bytes: the default encoding, a list of variable-length integers, takes five times
+    # as long to write.
+    features = (
+      {"text": tfds.features.Text()}
+      if self._ids_dtype is None
+      else {"tokens": tfds.features.Tensor(shape=(None,), dtype=self._ids_dtype, encoding="bytes")}
+    )
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
   def _split_generators(self, dl_manager):
@@ -49,27 +62,32 @@ class Documents(tfds.core.GeneratorBasedBuilder):
       yield from ({"tokens": np.asarray(ids, self._ids_dtype)} for ids in self._documents)
 
   def _download_and_prepare(self, dl_manager, download_config=None):
-    """In order, in no memory. TFDS's own way shuffles, in memory up to a gigabyte and beyond it in TensorFlow's files."""
+    """In order, in no memory. TFDS's own way shuffles, in memory up to a gigabyte and beyond it in
+    TensorFlow's files."""
     del download_config
-    info = self._info()             # of the directory that TFDS writes in and then renames
-    writer = sequential_writer.SequentialWriter(info, max_examples_per_shard=SHARD_RECORDS, file_format="array_record")
+    info = self._info()  # of the directory that TFDS writes in and then renames
+    writer = sequential_writer.SequentialWriter(
+      info, max_examples_per_shard=SHARD_RECORDS, file_format="array_record"
+    )
     splits = self._split_generators(dl_manager)
     writer.initialize_splits(list(splits))
-    writer.add_examples(splits)     # pyrefly: ignore[bad-argument-type]  (TFDS says list; it only iterates)
+    writer.add_examples(splits)  # pyrefly: ignore[bad-argument-type]  (TFDS says list; it only iterates)
     writer.close_all()
     self.info.set_splits(info.splits)
 
 
 def write(documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None) -> str:
-  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns the prepared dataset's own directory."""
-  tfds.disable_progress_bar()       # preparation has progress lines of its own
+  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns the prepared dataset's
+  own directory."""
+  tfds.disable_progress_bar()  # preparation has progress lines of its own
   builder = Documents(documents, data_dir=directory, ids_dtype=ids_dtype)
   builder.download_and_prepare()
   return str(builder.data_path)
 
 
 class Records:
-  """Random access to the documents of a prepared ArrayRecord split; opened at first use, so cheap to pickle."""
+  """Random access to the documents of a prepared ArrayRecord split; opened at first use, so cheap
+  to pickle."""
 
   def __init__(self, path: str, field: str):
     self.path, self._field = path, field
@@ -81,8 +99,11 @@ class Records:
   def _source(self):
     builder, split = _open(self.path, self._field)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-      raise DataError(f"data.path = {self.path!r}: prepared as {builder.info.file_format.value}, which has no random access; "
-                      "set data.reader = 'shards', or prepare it again with file_format='array_record'")
+      raise DataError(
+        f"data.path = {self.path!r}: prepared as {builder.info.file_format.value}, which has no "
+        "random access; "
+        "set data.reader = 'shards', or prepare it again with file_format='array_record'"
+      )
     return builder.as_data_source(split=split)
 
   def __len__(self) -> int:
@@ -102,9 +123,12 @@ class Records:
 
 
 def files(path: str) -> list[str]:
-  """The record files of a split. Errors: DataError if one that the dataset's description names is missing."""
+  """The record files of a split. Errors: DataError if one that the dataset's description names is
+  missing."""
   builder, split = _open(path)
-  names = [str(instruction.filename) for instruction in builder.info.splits[split].file_instructions]
+  names = [
+    str(instruction.filename) for instruction in builder.info.splits[split].file_instructions
+  ]
   missing = [name for name in names if not os.path.isfile(name)]
   if missing:
     raise DataError(f"data.path = {path!r}: {missing[0]} is missing")
@@ -126,7 +150,9 @@ def documents(path: str, field: str) -> Iterator[Document]:
           example = builder.info.features.deserialize_example_np(record)
           yield _document(example, field, f"{part.filename}: record {number}")
   else:
-    raise DataError(f"data.path = {path!r}: prepared as {file_format.value}; expected array_record or tfrecord")
+    raise DataError(
+      f"data.path = {path!r}: prepared as {file_format.value}; expected array_record or tfrecord"
+    )
 
 
 def _document(example: dict[str, Any], field: str, where: str) -> Document:
@@ -137,14 +163,21 @@ def _open(path: str, field: str | None = None) -> tuple[Any, str]:
   directory, _, split = path.partition("@")
   split = split or "train"
   if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
-    raise DataError(f"data.path = {path!r}: not a prepared TFDS dataset (no dataset_info.json in {directory!r}); "
-                    "expected the directory of its version, such as .../c4/en/3.0.1")
+    raise DataError(
+      f"data.path = {path!r}: not a prepared TFDS dataset (no dataset_info.json in {directory!r}); "
+      "expected the directory of its version, such as .../c4/en/3.0.1"
+    )
   builder = tfds.builder_from_directory(directory)
   name = split.partition("[")[0]
   if name not in builder.info.splits:
-    raise DataError(f"data.path = {path!r}: no split {name!r}; the dataset has {sorted(builder.info.splits)}")
+    raise DataError(
+      f"data.path = {path!r}: no split {name!r}; the dataset has {sorted(builder.info.splits)}"
+    )
   if field is not None and field not in builder.info.features:
-    raise DataError(f"data.path = {path!r}: no feature {field!r} (data.field); it has {sorted(builder.info.features)}")
+    raise DataError(
+      f"data.path = {path!r}: no feature {field!r} (data.field); it has "
+      f"{sorted(builder.info.features)}"
+    )
   return builder, split
 
 

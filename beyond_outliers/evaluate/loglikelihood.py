@@ -1,8 +1,10 @@
-"""Log-likelihoods and greedy continuations of token sequences, in few compiled shapes: what zero-shot tasks ask of a model.
+"""Log-likelihoods and greedy continuations of token sequences, in few compiled shapes: what
+zero-shot tasks ask of a model.
 
-Legend: R rows of a batch, L length of its bucket, S scored positions of a row, C of these that the head sees at once,
-D model width, V vocabulary.
+Legend: R rows of a batch, L length of its bucket, S scored positions of a row, C of these that the
+head sees at once, D model width, V vocabulary.
 """
+
 from __future__ import annotations
 
 import functools
@@ -17,58 +19,77 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import loss, transformer
 
-SHORTEST = 16                       # the smallest bucket of lengths
-AT_ONCE = 16                        # tokens that a row grows by between two looks for its end
+SHORTEST = 16  # the smallest bucket of lengths
+AT_ONCE = 16  # tokens that a row grows by between two looks for its end
 
 
 class Pair(NamedTuple):
   """A continuation, and what is read before it: at least one token each."""
+
   context: Sequence[int]
   continuation: Sequence[int]
 
 
 class Batch(NamedTuple):
-  members: list[int]                # which pair each row holds
+  members: list[int]  # which pair each row holds
   tokens_RxL: np.ndarray
-  places_RxS: np.ndarray            # from which position of its row a target is foretold
+  places_RxS: np.ndarray  # from which position of its row a target is foretold
   targets_RxS: np.ndarray
 
 
 class Scorer:
-  """A model behind a few compiled programs: one for each length of rows and number of scored positions that occurs.
+  """A model behind a few compiled programs: one for each length of rows and number of scored
+  positions that occurs.
 
-  context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding included. mesh: its data
-  and fsdp axes split the rows, and the parameters must have been placed on it; by default the first device.
-  Every process of a run makes the same calls and gets the same results."""
+  context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
+  included. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
+  it; by default the first device. Every process of a run makes the same calls and gets the same
+  results."""
 
-  def __init__(self, model: transformer.Transformer, params: Any, *, context: int, mesh: jax.sharding.Mesh | None = None,
-               batch_tokens: int = 8192):
+  def __init__(
+    self,
+    model: transformer.Transformer,
+    params: Any,
+    *,
+    context: int,
+    mesh: jax.sharding.Mesh | None = None,
+    batch_tokens: int = 8192,
+  ):
     self.context = context
     self._params, self._batch_tokens = params, batch_tokens
     self._mesh = mesh or mesh_lib.make_mesh(config.Mesh(1, 1, 1), jax.local_devices()[:1])
     self._ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-    everywhere = mesh_lib.replicated(self._mesh)            # so that each process can read all
-    self._score = jax.jit(functools.partial(score, model), static_argnames="columns", out_shardings=everywhere)
+    everywhere = mesh_lib.replicated(self._mesh)  # so that each process can read all
+    self._score = jax.jit(
+      functools.partial(score, model), static_argnames="columns", out_shardings=everywhere
+    )
     self._extend = jax.jit(functools.partial(extend, model), out_shardings=everywhere)
 
   def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-    """Of each pair: the continuation's log-probability in nats, and whether all its tokens are the model's first choices.
+    """Of each pair: the continuation's log-probability in nats, and whether all its tokens are the
+    model's first choices.
 
-    A pair of more than context + 1 tokens loses its beginning. Errors: ConfigError for a continuation that is empty, or
-    alone longer than the context."""
+    A pair of more than context + 1 tokens loses its beginning. Errors: ConfigError for a
+    continuation that is empty, or alone longer than the context."""
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
-        raise config.ConfigError(f"context = {self.context}: a window of that holds no {len(continuation)} tokens to score after "
-                                 f"{len(context)}; expected at least one of each, and no more than fit")
+        raise config.ConfigError(
+          f"context = {self.context}: a window of that holds no {len(continuation)} tokens to "
+          "score after "
+          f"{len(context)}; expected at least one of each, and no more than fit"
+        )
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
 
     def collect(batch, outputs):
       nll_RxS, first_RxS = map(np.asarray, outputs)
       for row, member in enumerate(batch.members):
         n = len(pairs[member].continuation)
-        results[member] = (-float(nll_RxS[row, :n].sum(dtype=np.float64)), bool(first_RxS[row, :n].all()))
+        results[member] = (
+          -float(nll_RxS[row, :n].sum(dtype=np.float64)),
+          bool(first_RxS[row, :n].all()),
+        )
 
-    started = None                  # a batch is fetched once the next one runs
+    started = None  # a batch is fetched once the next one runs
     for batch in self._batches(pairs):
       columns = max(1, self._batch_tokens // 4 * self._ways // len(batch.tokens_RxL))
       running = batch, self._run(functools.partial(self._score, columns=columns), *batch[1:])
@@ -80,38 +101,62 @@ class Scorer:
     return results
 
   def _batches(self, pairs: Sequence[Pair]) -> Iterator[Batch]:
-    """From the longest bucket to the shortest; what doesn't fill a batch goes on with the next bucket's."""
-    shapes = [(self._length(min(len(context) + len(continuation) - 1, self.context)), power_of_two(len(continuation)))
-              for context, continuation in pairs]
+    """From the longest bucket to the shortest; what doesn't fill a batch goes on with the next
+    bucket's."""
+    shapes = [
+      (
+        self._length(min(len(context) + len(continuation) - 1, self.context)),
+        power_of_two(len(continuation)),
+      )
+      for context, continuation in pairs
+    ]
     order = sorted(range(len(pairs)), key=shapes.__getitem__, reverse=True)
     while order:
       length = shapes[order[0]][0]
       members = order[: self._rows(length)]
       del order[: len(members)]
-      batch = Batch(members, *(np.zeros((self._rows(length), n), np.int32)
-                               for n in (length, *2 * [max(shapes[member][1] for member in members)])))
+      batch = Batch(
+        members,
+        *(
+          np.zeros((self._rows(length), n), np.int32)
+          for n in (length, *2 * [max(shapes[member][1] for member in members)])
+        ),
+      )
       for row, member in enumerate(members):
         context, continuation = pairs[member]
-        window, n = [*context, *continuation][-(self.context + 1):], len(continuation)
+        window, n = [*context, *continuation][-(self.context + 1) :], len(continuation)
         batch.tokens_RxL[row, : len(window) - 1] = window[:-1]
         batch.places_RxS[row, :n] = np.arange(len(window) - 1 - n, len(window) - 1)
         batch.targets_RxS[row, :n] = continuation
       yield batch
 
-  def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], ended: Callable[[int, list[int]], bool],
-               ) -> list[list[int]]:
-    """Greedy continuations of at most `limits` tokens; a prompt loses its beginning to make room for them.
+  def generate(
+    self,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    ended: Callable[[int, list[int]], bool],
+  ) -> list[list[int]]:
+    """Greedy continuations of at most `limits` tokens; a prompt loses its beginning to make room
+    for them.
 
-    ended(number of the prompt, tokens so far) -> whether the rest is of no interest; asked every AT_ONCE tokens, so that up
-    to AT_ONCE - 1 come after the end. Nothing is cached between tokens: each costs a pass over its row.
+    ended(number of the prompt, tokens so far) -> whether the rest is of no interest; asked every
+    AT_ONCE tokens, so that up to AT_ONCE - 1 come after the end. Nothing is cached between tokens:
+    each costs a pass over its row.
     Errors: ConfigError for an empty prompt, or a limit that leaves no room to one token of it."""
     for prompt, limit in zip(prompts, limits, strict=True):
       if not prompt or not 0 < limit < self.context:
-        raise config.ConfigError(f"context = {self.context}: a window of that holds no {limit} new tokens after {len(prompt)}; "
-                                 "expected at least one of each")
-    kept = [list(prompt)[-(self.context - limit):] for prompt, limit in zip(prompts, limits, strict=True)]
+        raise config.ConfigError(
+          f"context = {self.context}: a window of that holds no {limit} new tokens after "
+          f"{len(prompt)}; "
+          "expected at least one of each"
+        )
+    kept = [
+      list(prompt)[-(self.context - limit) :] for prompt, limit in zip(prompts, limits, strict=True)
+    ]
     results: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda number: len(kept[number]) + limits[number], reverse=True)
+    order = sorted(
+      range(len(prompts)), key=lambda number: len(kept[number]) + limits[number], reverse=True
+    )
     while order:
       rows = self._rows(self._length(len(kept[order[0]]) + limits[order[0]]))
       members = order[:rows]
@@ -135,7 +180,9 @@ class Scorer:
     rows = len(arrays[0])
     index, count = mesh_lib.share_of_rows(self._mesh, rows)
     share = slice(index * rows // count, (index + 1) * rows // count)
-    placed = mesh_lib.put_batch({str(i): array[share] for i, array in enumerate(arrays)}, self._mesh, rows)
+    placed = mesh_lib.put_batch(
+      {str(i): array[share] for i, array in enumerate(arrays)}, self._mesh, rows
+    )
     with mesh_lib.use(self._mesh):
       return program(self._params, *placed.values())
 
@@ -154,7 +201,8 @@ def power_of_two(n: int) -> int:
 
 
 def score(model, params, tokens_RxL, places_RxS, targets_RxS, *, columns):
-  """(negative log-likelihood of every target in nats, float32 at least; whether it is the model's first choice), [R, S] each.
+  """(negative log-likelihood of every target in nats, float32 at least; whether it is the model's
+  first choice), [R, S] each.
 
   Only the scored positions go through the head, `columns` of each row at once."""
   R, S = targets_RxS.shape
@@ -163,19 +211,24 @@ def score(model, params, tokens_RxL, places_RxS, targets_RxS, *, columns):
 
   def foretell(x_RxCxD, targets_RxC):
     logits_RxCxV = model.apply({"params": params}, x_RxCxD, method="logits")
-    nll = loss.cross_entropy(logits_RxCxV.reshape(-1, logits_RxCxV.shape[-1]), targets_RxC.reshape(-1))
+    nll = loss.cross_entropy(
+      logits_RxCxV.reshape(-1, logits_RxCxV.shape[-1]), targets_RxC.reshape(-1)
+    )
     return nll.reshape(targets_RxC.shape), jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
 
-  C = min(S, power_of_two(columns + 1) // 2)            # the power of two from below: divides S, which is one
+  C = min(S, power_of_two(columns + 1) // 2)  # the power of two from below: divides S, which is one
   if C == S:
     return foretell(x_RxSxD, targets_RxS)
-  chunks = (jnp.moveaxis(x.reshape(R, S // C, C, *x.shape[2:]), 1, 0) for x in (x_RxSxD, targets_RxS))
+  chunks = (
+    jnp.moveaxis(x.reshape(R, S // C, C, *x.shape[2:]), 1, 0) for x in (x_RxSxD, targets_RxS)
+  )
   nll, first = jax.lax.map(lambda chunk: foretell(*chunk), tuple(chunks))
   return (jnp.moveaxis(nll, 0, 1).reshape(R, S), jnp.moveaxis(first, 0, 1).reshape(R, S))
 
 
 def extend(model, params, tokens_RxL, lengths_R):
-  """The AT_ONCE tokens that the model puts greedily after the first lengths_R of each row, [R, AT_ONCE].
+  """The AT_ONCE tokens that the model puts greedily after the first lengths_R of each row, [R,
+  AT_ONCE].
 
   Those that would come after position L mean nothing."""
   rows = jnp.arange(len(tokens_RxL))
@@ -184,7 +237,9 @@ def extend(model, params, tokens_RxL, lengths_R):
     places_R = jnp.minimum(lengths_R + step, tokens_RxL.shape[1]) - 1
     x_RxLxD = model.apply({"params": params}, tokens_RxL, method="hidden")
     x_RxD = jnp.take_along_axis(x_RxLxD, places_R[:, None, None], axis=1)[:, 0]
-    new_R = jnp.argmax(model.apply({"params": params}, x_RxD, method="logits"), axis=-1).astype(tokens_RxL.dtype)
+    new_R = jnp.argmax(model.apply({"params": params}, x_RxD, method="logits"), axis=-1).astype(
+      tokens_RxL.dtype
+    )
     return tokens_RxL.at[rows, lengths_R + step].set(new_R, mode="drop"), new_R
 
   _, new_AxR = jax.lax.scan(append, tokens_RxL, jnp.arange(AT_ONCE))

@@ -2,6 +2,7 @@
 
 Legend: B batch, L length, N documents, M quantities, R resamples.
 """
+
 from __future__ import annotations
 
 import math
@@ -12,45 +13,67 @@ import numpy as np
 from scipy import special
 
 Batch = Mapping[str, Any]
-# batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does not count), [B, L] numpy
+# batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does
+# not count), [B, L] numpy
 TokenLosses = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
 # The same for several numbers of every target, by name.
 TokenNumbers = Callable[[Batch], tuple[Mapping[str, np.ndarray], np.ndarray]]
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
-AT_ONCE = 1 << 22                 # draws of a document that `intervals` holds in memory
+AT_ONCE = 1 << 22  # draws of a document that `intervals` holds in memory
 
 
-def evaluate(token_losses: TokenLosses, batches: Iterable[Batch], num_bytes: int | None) -> dict[str, Any]:
-  """Loss over all targets of a fixed set of documents, and how far it would move with other documents.
+def evaluate(
+  token_losses: TokenLosses, batches: Iterable[Batch], num_bytes: int | None
+) -> dict[str, Any]:
+  """Loss over all targets of a fixed set of documents, and how far it would move with other
+  documents.
 
   num_bytes: UTF-8 bytes of those documents' text; None when unknown.
-  Returns loss (nats a target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte (the nats of all
-  counted targets, a document's end among them, over the bytes; None if these are unknown), documents, tokens (targets)."""
+  Returns loss (nats a target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte (the
+  nats of all counted targets, a document's end among them, over the bytes; None if these are
+  unknown), documents, tokens (targets)."""
+
   def token_numbers(batch):
     nll_BxL, document_BxL = token_losses(batch)
     return {"nll": nll_BxL}, document_BxL
+
   sums, counts_N = by_document(token_numbers, batches)
   return _of_loss(sums["nll"], counts_N, num_bytes)
 
 
-def compare(token_numbers: TokenNumbers, batches: Iterable[Batch], num_bytes: int | None, *, seed: int = 0) -> dict[str, Any]:
-  """What a change of a model costs on a fixed set of documents, given `nll` of the model, and `reference_nll`, `kl` and
-  `agreement` of every target against what it was before.
+def compare(
+  token_numbers: TokenNumbers, batches: Iterable[Batch], num_bytes: int | None, *, seed: int = 0
+) -> dict[str, Any]:
+  """What a change of a model costs on a fixed set of documents, given `nll` of the model, and
+  `reference_nll`, `kl` and `agreement` of every target against what it was before.
 
-  Returns what `evaluate` does, and means over all targets of reference_loss, loss_difference (nats), kl, agreement, with
-  <name>_interval of the last three: [low, high], see `intervals`; seed is of its draws."""
+  Returns what `evaluate` does, and means over all targets of reference_loss, loss_difference
+  (nats), kl, agreement, with <name>_interval of the last three: [low, high], see `intervals`; seed
+  is of its draws."""
   sums, counts_N = by_document(token_numbers, batches)
-  judged = {"loss_difference": sums["nll"] - sums["reference_nll"], "kl": sums["kl"], "agreement": sums["agreement"]}
+  judged = {
+    "loss_difference": sums["nll"] - sums["reference_nll"],
+    "kl": sums["kl"],
+    "agreement": sums["agreement"],
+  }
   bounds_Mx2 = intervals(np.stack(list(judged.values())), counts_N, seed=seed)
   means = {"reference_loss": sums["reference_nll"], **judged}
-  return {**_of_loss(sums["nll"], counts_N, num_bytes),
-          **{name: float(sums_N.sum() / counts_N.sum()) for name, sums_N in means.items()},
-          **{f"{name}_interval": bounds_2.tolist() for name, bounds_2 in zip(judged, bounds_Mx2, strict=True)}}
+  return {
+    **_of_loss(sums["nll"], counts_N, num_bytes),
+    **{name: float(sums_N.sum() / counts_N.sum()) for name, sums_N in means.items()},
+    **{
+      f"{name}_interval": bounds_2.tolist()
+      for name, bounds_2 in zip(judged, bounds_Mx2, strict=True)
+    },
+  }
 
 
-def by_document(token_numbers: TokenNumbers, batches: Iterable[Batch]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """({name: sum over the targets of each document, [N]}, how many these are, [N]), float64, of documents that have some."""
+def by_document(
+  token_numbers: TokenNumbers, batches: Iterable[Batch]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """({name: sum over the targets of each document, [N]}, how many these are, [N]), float64, of
+  documents that have some."""
   sums: dict[str, np.ndarray] = {}
   counts = np.zeros(1)
   for batch in batches:
@@ -60,40 +83,63 @@ def by_document(token_numbers: TokenNumbers, batches: Iterable[Batch]) -> tuple[
     counts = np.pad(counts, (0, size - counts.size)) + np.bincount(document, minlength=size)
     for name, x_BxL in numbers.items():
       before = sums.get(name, np.zeros(1))
-      sums[name] = np.pad(before, (0, size - before.size)) + np.bincount(document, x_BxL.ravel().astype(np.float64), size)
+      sums[name] = np.pad(before, (0, size - before.size)) + np.bincount(
+        document, x_BxL.ravel().astype(np.float64), size
+      )
   has_targets = counts[1:] > 0
   return {name: total[1:][has_targets] for name, total in sums.items()}, counts[1:][has_targets]
 
 
-def intervals(sums_MxN: np.ndarray, counts_N: np.ndarray, *, seed: int, resamples: int = RESAMPLES,
-              confidence: float = CONFIDENCE) -> np.ndarray:
-  """[M, 2]: where Σ sums / Σ counts of all documents lies: that of these ± Student's t times the bootstrap's standard error.
+def intervals(
+  sums_MxN: np.ndarray,
+  counts_N: np.ndarray,
+  *,
+  seed: int,
+  resamples: int = RESAMPLES,
+  confidence: float = CONFIDENCE,
+) -> np.ndarray:
+  """[M, 2]: where Σ sums / Σ counts of all documents lies: that of these ± Student's t times the
+  bootstrap's standard error.
 
-  A paired bootstrap: a draw of documents is one for all that is measured on them, so what makes a document hard cancels in
-  differences. Percentiles of the resamples would be too narrow for few documents (Hesterberg, arXiv 1411.5279): their variance is
-  1 - 1/N of what it should be, and known by N - 1 degrees of freedom. NaN for one document, which says nothing of others."""
+  A paired bootstrap: a draw of documents is one for all that is measured on them, so what makes a
+  document hard cancels in differences. Percentiles of the resamples would be too narrow for few
+  documents (Hesterberg, arXiv 1411.5279): their variance is 1 - 1/N of what it should be, and known
+  by N - 1 degrees of freedom. NaN for one document, which says nothing of others."""
   N = counts_N.size
   if N < 2:
     return np.full((len(sums_MxN), 2), math.nan)
   draw, rows, ratios = np.random.default_rng(seed), max(1, AT_ONCE // N), []
   for start in range(0, resamples, rows):
-    times_RxN = draw.multinomial(N, np.full(N, 1 / N), min(rows, resamples - start)).astype(np.float64)
+    times_RxN = draw.multinomial(N, np.full(N, 1 / N), min(rows, resamples - start)).astype(
+      np.float64
+    )
     ratios.append(times_RxN @ sums_MxN.T / (times_RxN @ counts_N)[:, None])
   stderr_M = math.sqrt(N / (N - 1)) * np.concatenate(ratios).std(axis=0)
-  center_M, width_M = sums_MxN.sum(axis=1) / counts_N.sum(), special.stdtrit(N - 1, (1 + confidence) / 2) * stderr_M
+  center_M, width_M = (
+    sums_MxN.sum(axis=1) / counts_N.sum(),
+    special.stdtrit(N - 1, (1 + confidence) / 2) * stderr_M,
+  )
   return np.stack([center_M - width_M, center_M + width_M], axis=1)
 
 
 def _of_loss(sums_N: np.ndarray, counts_N: np.ndarray, num_bytes: int | None) -> dict[str, Any]:
   loss, stderr = ratio_and_stderr(sums_N, counts_N)
-  return {"loss": loss, "loss_stderr": stderr, "perplexity": math.exp(min(loss, 700)),
-          "bits_per_byte": float(sums_N.sum()) / math.log(2) / num_bytes if num_bytes else None,
-          "documents": sums_N.size, "tokens": int(counts_N.sum())}
+  return {
+    "loss": loss,
+    "loss_stderr": stderr,
+    "perplexity": math.exp(min(loss, 700)),
+    "bits_per_byte": float(sums_N.sum()) / math.log(2) / num_bytes if num_bytes else None,
+    "documents": sums_N.size,
+    "tokens": int(counts_N.sum()),
+  }
 
 
 def ratio_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-  """Σ sums / Σ counts and its standard error when the pairs (documents) are a random sample: the linearised ratio estimator."""
+  """Σ sums / Σ counts and its standard error when the pairs (documents) are a random sample: the
+  linearised ratio estimator."""
   ratio, n = sums.sum() / counts.sum(), sums.size
   residuals = sums - ratio * counts
-  stderr = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / counts.sum() if n > 1 else math.nan
+  stderr = (
+    math.sqrt(n / (n - 1) * float(residuals @ residuals)) / counts.sum() if n > 1 else math.nan
+  )
   return float(ratio), float(stderr)

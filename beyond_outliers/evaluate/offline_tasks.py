@@ -1,10 +1,12 @@
-"""Tasks on local data, for machines that don't reach the Hugging Face hub: folders of the harness's YAML files and JSON lines.
+"""Tasks on local data, for machines that don't reach the Hugging Face hub: folders of the harness's
+YAML files and JSON lines.
 
   pip download --no-deps evals==3.0.1.post1
   python -m beyond_outliers.zero_shot_tasks --evals=evals-3.0.1.post1-py3-none-any.whl --to=tasks     # quartz_evals, logiqa_evals
 
 What is written follows from the texts alone, so that models are asked the same on every machine.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -23,11 +25,11 @@ from beyond_outliers import data
 from beyond_outliers.config import checks
 from beyond_outliers.errors import ConfigError
 
-PASSAGE_WORDS = 48                  # of a passage at least, in whole sentences
-CHOICE_WORDS = range(8, 33)         # of a sentence that is told from others
+PASSAGE_WORDS = 48  # of a passage at least, in whole sentences
+CHOICE_WORDS = range(8, 33)  # of a sentence that is told from others
 CHOICES = 4
-DOCUMENTS = 1000                    # of the validation split that are read at most
-EXAMPLES = 1000                     # of a task from held-out text at most, evenly from all passages
+DOCUMENTS = 1000  # of the validation split that are read at most
+EXAMPLES = 1000  # of a task from held-out text at most, evenly from all passages
 
 SENTENCE = re.compile(r"\S.*?[.!?][\"'”’)]*(?=\s|$)", re.DOTALL)
 LAST_WORD = re.compile(r" ([^\W\d_]+)[^\w\s]+$")
@@ -35,25 +37,36 @@ LAST_WORD = re.compile(r" ([^\W\d_]+)[^\w\s]+$")
 Example = dict[str, Any]
 
 
-# ---- from held-out text -------------------------------------------------------------------------------------------------
+# ---- from held-out text
+# -------------------------------------------------------------------------------------------------
+
 
 def from_held_out(dataset: data.Dataset, folder: Any) -> None:
   """Writes the tasks of HELD_OUT, made of a prepared dataset's validation documents.
 
-  Passages of one document resemble each other: the harness, which takes them for independent, understates standard errors.
+  Passages of one document resemble each other: the harness, which takes them for independent,
+  understates standard errors.
   Errors: ConfigError where the documents are too few or too short."""
   stream, separator = dataset.stream("validation"), dataset.meta["separator"]["id"]
   numbers = range(min(len(stream.starts) - 1, DOCUMENTS))
-  documents = [dataset.tokenizer.decode([i for i in stream.document(number).tolist() if i != separator]) for number in numbers]
+  documents = [
+    dataset.tokenizer.decode([i for i in stream.document(number).tolist() if i != separator])
+    for number in numbers
+  ]
   for name, make in HELD_OUT.items():
     examples = list(make(documents))
-    checks.require(bool(examples), f"tasks = {name}: validation documents of {dataset.directory}", len(documents),
-                   "they hold no example; hold out more, or longer ones")
+    checks.require(
+      bool(examples),
+      f"tasks = {name}: validation documents of {dataset.directory}",
+      len(documents),
+      "they hold no example; hold out more, or longer ones",
+    )
     write(folder, name, examples[:: -(-len(examples) // EXAMPLES)])
 
 
 def last_word(documents: Sequence[str]) -> Iterator[Example]:
-  """Which word ends the passage? As LAMBADA asks (arXiv 1606.06031), but of passages that nobody picked."""
+  """Which word ends the passage? As LAMBADA asks (arXiv 1606.06031), but of passages that nobody
+  picked."""
   for text in documents:
     for sentences in passages(text):
       passage = text[sentences[0].start() : sentences[-1].end()]
@@ -63,19 +76,31 @@ def last_word(documents: Sequence[str]) -> Iterator[Example]:
 
 def continuation(documents: Sequence[str]) -> Iterator[Example]:
   """Which sentence comes next: the true one, or one that comes next in another document?"""
-  asked = [(number, text[before[0].start() : before[-1].end()], after[0].group())
-           for number, text in enumerate(documents) for before, after in itertools.pairwise(passages(text))
-           if len(after[0].group().split()) in CHOICE_WORDS]
+  asked = [
+    (number, text[before[0].start() : before[-1].end()], after[0].group())
+    for number, text in enumerate(documents)
+    for before, after in itertools.pairwise(passages(text))
+    if len(after[0].group().split()) in CHOICE_WORDS
+  ]
   draw = random.Random(0)
   for number, context, true in asked:
-    others = list(dict.fromkeys(sentence for other, _, sentence in asked if other != number and sentence != true))
+    others = list(
+      dict.fromkeys(
+        sentence for other, _, sentence in asked if other != number and sentence != true
+      )
+    )
     if len(others) >= CHOICES - 1:
       choices, answer = draw.sample(others, CHOICES - 1), draw.randrange(CHOICES)
-      yield {"context": context, "choices": [*choices[:answer], true, *choices[answer:]], "answer": answer}
+      yield {
+        "context": context,
+        "choices": [*choices[:answer], true, *choices[answer:]],
+        "answer": answer,
+      }
 
 
 def passages(text: str) -> Iterator[list[re.Match[str]]]:
-  """The text cut into runs of sentences of at least PASSAGE_WORDS; what remains at its end is left out."""
+  """The text cut into runs of sentences of at least PASSAGE_WORDS; what remains at its end is left
+  out."""
   run, words = [], 0
   for sentence in SENTENCE.finditer(text):
     run.append(sentence)
@@ -88,22 +113,36 @@ def passages(text: str) -> Iterator[list[re.Match[str]]]:
 HELD_OUT = {"continuation": continuation, "last_word": last_word}
 
 
-# ---- from the package `evals` -------------------------------------------------------------------------------------------
+# ---- from the package `evals`
+# -------------------------------------------------------------------------------------------
+
 
 def from_evals(wheel: Any, folder: Any) -> None:
-  """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, none of which is imported. Errors: ConfigError."""
-  checks.require(os.path.isfile(wheel), "--evals", wheel, "there is no such file; pip download --no-deps evals")
+  """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, none of which is imported.
+  Errors: ConfigError."""
+  checks.require(
+    os.path.isfile(wheel), "--evals", wheel, "there is no such file; pip download --no-deps evals"
+  )
   with zipfile.ZipFile(wheel) as archive:
     for name, (path, make) in EVALS_FILES.items():
       checks.require(path in archive.namelist(), "--evals", wheel, f"the wheel holds no {path}")
       lines = [json.loads(line) for line in archive.read(path).decode().splitlines()]
-      write(folder, name, [make(line["input"][-1]["content"], "ABCD".index(line["ideal"])) for line in lines])
+      write(
+        folder,
+        name,
+        [make(line["input"][-1]["content"], "ABCD".index(line["ideal"])) for line in lines],
+      )
 
 
 def quartz(text: str, answer: int) -> Example:
-  """QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one of two ways."""
+  """QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one of two
+  ways."""
   context, *choices = parts(r"(.*?)\s+A: (.*?)\s+B: (.*)", text)
-  return {"context": context, "choices": [choice.rstrip("?. ") for choice in choices], "answer": answer}
+  return {
+    "context": context,
+    "choices": [choice.rstrip("?. ") for choice in choices],
+    "answer": answer,
+  }
 
 
 def logiqa(text: str, answer: int) -> Example:
@@ -111,14 +150,20 @@ def logiqa(text: str, answer: int) -> Example:
   listed = "".join(rf"\n{letter}\. {letter}\.(.*?)" for letter in "ABCD")
   passage, question, *choices = parts(rf"(Passage: .*?)(Question: .*?){listed}\nAnswer:", text)
   again = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
-  return {"context": f"{passage}\n{question}\nChoices:\n{again}Answer:", "choices": choices, "answer": answer}
+  return {
+    "context": f"{passage}\n{question}\nChoices:\n{again}Answer:",
+    "choices": choices,
+    "answer": answer,
+  }
 
 
 def parts(form: str, text: str) -> list[str]:
   """The groups of a regular expression that the whole text obeys. Errors: ConfigError."""
   found = re.fullmatch(form, text.strip(), re.DOTALL)
   if found is None:
-    raise ConfigError(f"--evals: a question is not of the form {form!r}: {text!r}; take evals==3.0.1.post1")
+    raise ConfigError(
+      f"--evals: a question is not of the form {form!r}: {text!r}; take evals==3.0.1.post1"
+    )
   return [group.strip() for group in found.groups()]
 
 
@@ -128,33 +173,59 @@ EVALS_FILES = {
 }
 
 
-# ---- on disk ------------------------------------------------------------------------------------------------------------
+# ---- on disk
+# ------------------------------------------------------------------------------------------------------------
+
 
 def write(folder: Any, name: str, examples: Iterable[Example]) -> None:
-  """name.yaml and name.jsonl: a multiple choice of examples' `choices`, or which `word` follows, after their `context`."""
+  """name.yaml and name.jsonl: a multiple choice of examples' `choices`, or which `word` follows,
+  after their `context`."""
   folder = pathlib.Path(folder).absolute()
   examples = list(examples)
   kind, aggregations = CHOICE_TASK if "choices" in examples[0] else WORD_TASK
-  metrics = [{"metric": metric, "aggregation": aggregation, "higher_is_better": metric != "perplexity"}
-             for metric, aggregation in aggregations.items()]
-  # The harness's library of datasets resolves names against where it is started, and keeps a copy of what it has read.
-  task = {"task": name, "dataset_path": "json", "test_split": "test",
-          "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")},
-          "doc_to_text": "{{context}}", **kind, "metric_list": metrics}
+  metrics = [
+    {"metric": metric, "aggregation": aggregation, "higher_is_better": metric != "perplexity"}
+    for metric, aggregation in aggregations.items()
+  ]
+  # The harness's library of datasets resolves names against where it is started, and keeps a copy
+  # of what it has read.
+  task = {
+    "task": name,
+    "dataset_path": "json",
+    "test_split": "test",
+    "dataset_kwargs": {
+      "data_files": {"test": str(folder / f"{name}.jsonl")},
+      "cache_dir": str(folder / "cache"),
+    },
+    "doc_to_text": "{{context}}",
+    **kind,
+    "metric_list": metrics,
+  }
   folder.mkdir(parents=True, exist_ok=True)
-  replace(folder / f"{name}.jsonl", "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
-  replace(folder / f"{name}.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items()))
+  replace(
+    folder / f"{name}.jsonl",
+    "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples),
+  )
+  replace(
+    folder / f"{name}.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items())
+  )
 
 
 # The harness puts the space before a choice, and none before the target of a log-likelihood.
 # Fields of a task by kind, and metric -> how the harness takes it over all examples.
-CHOICE_TASK = ({"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"},
-               {"acc": "mean", "acc_norm": "mean"})
-WORD_TASK = {"output_type": "loglikelihood", "doc_to_target": " {{word}}"}, {"acc": "mean", "perplexity": "perplexity"}
+CHOICE_TASK = (
+  {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"},
+  {"acc": "mean", "acc_norm": "mean"},
+)
+WORD_TASK = (
+  {"output_type": "loglikelihood", "doc_to_target": " {{word}}"},
+  {"acc": "mean", "perplexity": "perplexity"},
+)
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-  """Leaves a file alone that is as it should be: the harness's copies are known by their source's date."""
+  """Leaves a file alone that is as it should be: the harness's copies are known by their source's
+  date."""
   if not path.exists() or path.read_text() != text:
     whole = path.with_name(f"{path.name}.{os.getpid()}")
     whole.write_text(text)
@@ -162,7 +233,9 @@ def replace(path: pathlib.Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-  EVALS = flags.DEFINE_string("evals", None, "Wheel of PyPI's package `evals`, or of a later version of it.")
+  EVALS = flags.DEFINE_string(
+    "evals", None, "Wheel of PyPI's package `evals`, or of a later version of it."
+  )
   TO = flags.DEFINE_string("to", None, "Folder for the tasks.")
   flags.mark_flags_as_required(["evals", "to"])
   app.run(lambda argv: from_evals(EVALS.value, TO.value))

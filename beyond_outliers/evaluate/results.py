@@ -1,8 +1,11 @@
-"""What evaluation jobs leave: a JSON file a measurement, whose name holds a hash of all that its numbers depend on.
+"""What evaluation jobs leave: a JSON file a measurement, whose name holds a hash of all that its
+numbers depend on.
 
-So nothing is replaced by what was measured otherwise, and any number of runs and jobs may share a folder. What a task of the
-lm-evaluation-harness found is a file of its own, beside the cell of the model that it was asked of.
+So nothing is replaced by what was measured otherwise, and any number of runs and jobs may share a
+folder. What a task of the lm-evaluation-harness found is a file of its own, beside the cell of the
+model that it was asked of.
 """
+
 from __future__ import annotations
 
 import functools
@@ -17,14 +20,18 @@ from etils import epath
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.workdir import digest
 
-Result = dict[str, Any]           # {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
+Result = dict[
+  str, Any
+]  # {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
 IDENTITY = ("step", "recipe", "method", "settings")
-OF_TASKS = "task"                 # the setting that only tasks have
+OF_TASKS = "task"  # the setting that only tasks have
 
 
 def file_name(step: int, recipe: str, method: str, settings: dict[str, Any]) -> str:
   words = [str(step), recipe, method, *([settings[OF_TASKS]] if OF_TASKS in settings else [])]
-  return "-".join(re.sub(r"[^\w.+=()]", "_", word) for word in words) + f"-{digest(settings)[:8]}.json"
+  return (
+    "-".join(re.sub(r"[^\w.+=()]", "_", word) for word in words) + f"-{digest(settings)[:8]}.json"
+  )
 
 
 def warn(text: str) -> None:
@@ -32,7 +39,8 @@ def warn(text: str) -> None:
 
 
 class Folder:
-  """Results of any models. say: takes what is wrong with a file, once; it then counts as missing."""
+  """Results of any models. say: takes what is wrong with a file, once; it then counts as
+  missing."""
 
   def __init__(self, path: Any, say: Callable[[str], None] = warn):
     self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
@@ -46,39 +54,63 @@ class Folder:
     found = self._load(path) if path.exists() else None
     return found if found is not None and found["settings"] == settings else None
 
-  def write(self, step: int, recipe: str, method: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
+  def write(
+    self, step: int, recipe: str, method: str, settings: dict[str, Any], found: dict[str, Any]
+  ) -> None:
     self._workdir.write(file_name(step, recipe, method, settings), found)
 
   def cells(self) -> list[Result]:
     """Every cell with its tasks; see `joined`."""
-    found = [result for path in sorted(self.path.glob("*.json")) if (result := self._load(path)) is not None]
-    tasks = sorted((result for result in found if "scores" in result), key=lambda task: task["time"])
-    return [joined(cell, [task for task in tasks if _same_model(cell, task)]) for cell in found if "metrics" in cell]
+    found = [
+      result
+      for path in sorted(self.path.glob("*.json"))
+      if (result := self._load(path)) is not None
+    ]
+    tasks = sorted(
+      (result for result in found if "scores" in result), key=lambda task: task["time"]
+    )
+    return [
+      joined(cell, [task for task in tasks if _same_model(cell, task)])
+      for cell in found
+      if "metrics" in cell
+    ]
 
   def _load(self, path: epath.Path) -> Result | None:
     try:
       found = json.loads(path.read_text())
-    except ValueError:                                # empty or truncated
+    except ValueError:  # empty or truncated
       found = None
     if isinstance(found, dict) and set(IDENTITY) <= found.keys():
-      return {**found, "settings": {"version": 1, **found["settings"]}}         # the first had no number
+      return {**found, "settings": {"version": 1, **found["settings"]}}  # the first had no number
     self._say(f"{path} holds no result of an evaluation job, and counts for none")
     return None
 
 
 def joined(cell: Result, tasks: list[Result]) -> Result:
-  """The cell with `tasks`: {name: what the model scored}; of a group or tag, its members are among them. The last one counts."""
+  """The cell with `tasks`: {name: what the model scored}; of a group or tag, its members are among
+  them. The last one counts."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
   spent = sum(task["seconds"] for task in tasks)
-  return {**cell, "tasks": {**cell.get("tasks", {}), **scores}, "seconds": {"tasks": spent, **cell.get("seconds", {})}}
+  return {
+    **cell,
+    "tasks": {**cell.get("tasks", {}), **scores},
+    "seconds": {"tasks": spent, **cell.get("seconds", {})},
+  }
 
 
 def task_scores(cell: Result) -> dict[str, float]:
   """The numbers of a cell's tasks, as `task/metric`."""
-  return {f"{task}/{name}": value for task, metrics in cell["tasks"].items() for name, value in metrics.items()}
+  return {
+    f"{task}/{name}": value
+    for task, metrics in cell["tasks"].items()
+    for name, value in metrics.items()
+  }
 
 
 def _same_model(cell: Result, task: Result) -> bool:
   """Whether they agree in all that is said of both."""
-  ours, theirs = ({**result["settings"], **{name: result[name] for name in IDENTITY[:3]}} for result in (cell, task))
+  ours, theirs = (
+    {**result["settings"], **{name: result[name] for name in IDENTITY[:3]}}
+    for result in (cell, task)
+  )
   return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())

@@ -2,6 +2,7 @@
 
 Legend: B batch, L length, T = B·L tokens, V vocabulary.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,27 +15,44 @@ from beyond_outliers.model import loss, transformer
 from beyond_outliers.model.loss import Batch
 
 
-def make_eval_step(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-  """eval_step(params, batch) -> (negative log-likelihood of every target in nats, segment it counts for or 0), [B, L] both."""
+def make_eval_step(
+  model: transformer.Transformer, mask_documents: bool
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+  """eval_step(params, batch) -> (negative log-likelihood of every target in nats, segment it counts
+  for or 0), [B, L] both."""
+
   def eval_step(params, batch):
     counts = batch["weights"] > 0
     nll_BxL = loss.token_losses(model, params, batch, mask_documents)
     return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
+
   return eval_step
 
 
-def make_pair_step(model: Any, other: Any, mask_documents: bool) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
-  """pair_step(params, other's params, batch) -> (numbers of every target, segment it counts for or 0), all [B, L].
+def make_pair_step(
+  model: Any, other: Any, mask_documents: bool
+) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+  """pair_step(params, other's params, batch) -> (numbers of every target, segment it counts for or
+  0), all [B, L].
 
-  The numbers: `reference_nll` of `model` and `nll` of `other`, in nats; `kl` (nats), the divergence of other's prediction from
-  model's; `agreement`, 1 where both hold the same token for the likeliest."""
+  The numbers: `reference_nll` of `model` and `nll` of `other`, in nats; `kl` (nats), the divergence
+  of other's prediction from model's; `agreement`, 1 where both hold the same token for the
+  likeliest."""
+
   def pair_step(params, other_params, batch):
     counts, shape = batch["weights"] > 0, batch["targets"].shape
     p_TxV = loss.logits(model, params, batch, mask_documents)
     q_TxV = loss.logits(other, other_params, batch, mask_documents)
     targets_T = batch["targets"].reshape(-1)
-    numbers = {"reference_nll": loss.cross_entropy(p_TxV, targets_T), "nll": loss.cross_entropy(q_TxV, targets_T),
-               "kl": loss.divergence(p_TxV, q_TxV), "agreement": jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1)}
-    return ({name: jnp.where(counts, x_T.reshape(shape), 0) for name, x_T in numbers.items()},
-            jnp.where(counts, batch["segment_ids"], 0))
+    numbers = {
+      "reference_nll": loss.cross_entropy(p_TxV, targets_T),
+      "nll": loss.cross_entropy(q_TxV, targets_T),
+      "kl": loss.divergence(p_TxV, q_TxV),
+      "agreement": jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1),
+    }
+    return (
+      {name: jnp.where(counts, x_T.reshape(shape), 0) for name, x_T in numbers.items()},
+      jnp.where(counts, batch["segment_ids"], 0),
+    )
+
   return pair_step

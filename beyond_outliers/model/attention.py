@@ -1,25 +1,31 @@
 """Causal grouped-query attention. Rows of IMPLEMENTATIONS compute the same.
 
-Legend: B batch, L length, H query heads, K key-value heads, G = H / K query heads a key head, Dh head width;
-S length of a block of queries, E keys up to its end.
+Legend: B batch, L length, H query heads, K key-value heads, G = H / K query heads a key head, Dh
+head width; S length of a block of queries, E keys up to its end.
 """
+
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# L queries make at most so many blocks of at least so many: neither the products nor the program get out of hand.
+# L queries make at most so many blocks of at least so many: neither the products nor the program
+# get out of hand.
 MAX_BLOCKS, MIN_BLOCK = 8, 128
 
 
 def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, implementation):
   """Mixes the values of the past and of the token itself, of its own segment if segments are given.
 
-  q carries the logits' scale. Scores and softmax are float32 or wider, products take their operands as they come, the
-  result has q's type. Raises ValueError for an implementation that is not in IMPLEMENTATIONS."""
+  q carries the logits' scale. Scores and softmax are float32 or wider, products take their operands
+  as they come, the result has q's type. Raises ValueError for an implementation that is not in
+  IMPLEMENTATIONS."""
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"model.attention = {implementation!r}: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    raise ValueError(
+      f"model.attention = {implementation!r}: expected one of "
+      f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+    )
   return IMPLEMENTATIONS[implementation](q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL)
 
 
@@ -37,9 +43,11 @@ def plain(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
 
 @jax.custom_vjp
 def blockwise(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """Blocks of queries against the keys up to their end: half the arithmetic, and scores of one block at a time.
+  """Blocks of queries against the keys up to their end: half the arithmetic, and scores of one
+  block at a time.
 
-  The backward pass computes the probabilities again, from the logarithm of their denominator (arXiv 2205.14135)."""
+  The backward pass computes the probabilities again, from the logarithm of their denominator (arXiv
+  2205.14135)."""
   return _blockwise_forward(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL)[0]
 
 
@@ -48,21 +56,34 @@ def _blockwise_forward(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
   k_BxKxLxDh, v_BxKxLxDh = k_BxLxKxDh.swapaxes(1, 2), v_BxLxKxDh.swapaxes(1, 2)
   outputs, log_denominators = [], []
   for start, end in _blocks(q_BxLxHxDh.shape[1]):
-    scores_BxKxGxSxE = _product("bkgsd,bked->bkgse", q_BxKxGxLxDh[:, :, :, start:end], k_BxKxLxDh[:, :, :end])
+    scores_BxKxGxSxE = _product(
+      "bkgsd,bked->bkgse", q_BxKxGxLxDh[:, :, :, start:end], k_BxKxLxDh[:, :, :end]
+    )
     scores_BxKxGxSxE = jnp.where(_mask(start, end, segment_ids_BxL), scores_BxKxGxSxE, -jnp.inf)
     top_BxKxGxSx1 = jnp.max(scores_BxKxGxSxE, axis=-1, keepdims=True)
     weights_BxKxGxSxE = jnp.exp(scores_BxKxGxSxE - top_BxKxGxSx1)
     sum_BxKxGxSx1 = jnp.sum(weights_BxKxGxSxE, axis=-1, keepdims=True)
     weights_BxKxGxSxE = weights_BxKxGxSxE.astype(v_BxKxLxDh.dtype)
-    outputs.append(_product("bkgse,bked->bkgsd", weights_BxKxGxSxE, v_BxKxLxDh[:, :, :end]) / sum_BxKxGxSx1)
+    outputs.append(
+      _product("bkgse,bked->bkgsd", weights_BxKxGxSxE, v_BxKxLxDh[:, :, :end]) / sum_BxKxGxSx1
+    )
     log_denominators.append((top_BxKxGxSx1 + jnp.log(sum_BxKxGxSx1))[..., 0])
   y_BxLxHxDh = _heads_last(jnp.concatenate(outputs, axis=3)).astype(q_BxLxHxDh.dtype)
   log_denominator_BxKxGxL = jnp.concatenate(log_denominators, axis=3)
-  return y_BxLxHxDh, (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL, y_BxLxHxDh, log_denominator_BxKxGxL)
+  return y_BxLxHxDh, (
+    q_BxLxHxDh,
+    k_BxLxKxDh,
+    v_BxLxKxDh,
+    segment_ids_BxL,
+    y_BxLxHxDh,
+    log_denominator_BxKxGxL,
+  )
 
 
 def _blockwise_backward(residuals, g_BxLxHxDh):
-  q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL, y_BxLxHxDh, log_denominator_BxKxGxL = residuals
+  q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL, y_BxLxHxDh, log_denominator_BxKxGxL = (
+    residuals
+  )
   dtype, wide, (_, L, K, _) = q_BxLxHxDh.dtype, log_denominator_BxKxGxL.dtype, k_BxLxKxDh.shape
   q_BxKxGxLxDh, g_BxKxGxLxDh = _heads_first(q_BxLxHxDh, K), _heads_first(g_BxLxHxDh, K)
   k_BxKxLxDh, v_BxKxLxDh = k_BxLxKxDh.swapaxes(1, 2), v_BxLxKxDh.swapaxes(1, 2)
@@ -75,14 +96,24 @@ def _blockwise_backward(residuals, g_BxLxHxDh):
     p_BxKxGxSxE = jnp.exp(scores_BxKxGxSxE - log_denominator_BxKxGxL[..., start:end, None])
     p_BxKxGxSxE = jnp.where(_mask(start, end, segment_ids_BxL), p_BxKxGxSxE, 0)
     dp_BxKxGxSxE = _product("bkgsd,bked->bkgse", g_BxKxGxSxDh, v_BxKxExDh)
-    dscores_BxKxGxSxE = (p_BxKxGxSxE * (dp_BxKxGxSxE - mean_BxKxGxL[..., start:end, None])).astype(dtype)
+    dscores_BxKxGxSxE = (p_BxKxGxSxE * (dp_BxKxGxSxE - mean_BxKxGxL[..., start:end, None])).astype(
+      dtype
+    )
     dq.append(_product("bkgse,bked->bkgsd", dscores_BxKxGxSxE, k_BxKxExDh))
     dk_BxKxExDh = _product("bkgse,bkgsd->bked", dscores_BxKxGxSxE, q_BxKxGxSxDh)
     dv_BxKxExDh = _product("bkgse,bkgsd->bked", p_BxKxGxSxE.astype(dtype), g_BxKxGxSxDh)
     later = ((0, 0), (0, 0), (0, L - end), (0, 0))
-    dk_BxKxLxDh, dv_BxKxLxDh = dk_BxKxLxDh + jnp.pad(dk_BxKxExDh, later), dv_BxKxLxDh + jnp.pad(dv_BxKxExDh, later)
+    dk_BxKxLxDh, dv_BxKxLxDh = (
+      dk_BxKxLxDh + jnp.pad(dk_BxKxExDh, later),
+      dv_BxKxLxDh + jnp.pad(dv_BxKxExDh, later),
+    )
   dq_BxLxHxDh = _heads_last(jnp.concatenate(dq, axis=3)).astype(dtype)
-  return dq_BxLxHxDh, dk_BxKxLxDh.swapaxes(1, 2).astype(dtype), dv_BxKxLxDh.swapaxes(1, 2).astype(dtype), None
+  return (
+    dq_BxLxHxDh,
+    dk_BxKxLxDh.swapaxes(1, 2).astype(dtype),
+    dv_BxKxLxDh.swapaxes(1, 2).astype(dtype),
+    None,
+  )
 
 
 blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -93,19 +124,30 @@ def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
 
   Raises ValueError for float64, whose softmax jax.nn computes in float32."""
   if q_BxLxHxDh.dtype == jnp.float64:
-    raise ValueError("model.attention = 'fused' in float64: its softmax is float32; take 'blockwise' or 'plain'")
-  mask = None if segment_ids_BxL is None else (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+    raise ValueError(
+      "model.attention = 'fused' in float64: its softmax is float32; take 'blockwise' or 'plain'"
+    )
+  mask = (
+    None
+    if segment_ids_BxL is None
+    else (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+  )
   kernel = "cudnn" if jax.default_backend() == "gpu" and q_BxLxHxDh.dtype.itemsize == 2 else "xla"
-  return jax.nn.dot_product_attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask=mask, scale=1.0, is_causal=True,
-                                      implementation=kernel)
+  return jax.nn.dot_product_attention(
+    q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask=mask, scale=1.0, is_causal=True, implementation=kernel
+  )
 
 
 IMPLEMENTATIONS = {"plain": plain, "blockwise": blockwise, "fused": fused}
 
 
 def _product(axes, a, b):
-  precision = jax.lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None       # float32 is float32 on TPU and GPU too
-  return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+  precision = (
+    jax.lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+  )  # float32 is float32 on TPU and GPU too
+  return jnp.einsum(
+    axes, a, b, precision=precision, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)
+  )
 
 
 def _blocks(L):
@@ -119,7 +161,9 @@ def _mask(start, end, segment_ids_BxL):
   causal_SxE = np.arange(start, end)[:, None] >= np.arange(end)
   if segment_ids_BxL is None:
     return causal_SxE[None, None, None]
-  return (causal_SxE & (segment_ids_BxL[:, start:end, None] == segment_ids_BxL[:, None, :end]))[:, None, None]
+  return (causal_SxE & (segment_ids_BxL[:, start:end, None] == segment_ids_BxL[:, None, :end]))[
+    :, None, None
+  ]
 
 
 def _heads_first(x_BxLxHxDh, K):

@@ -2,6 +2,7 @@
 
 There one tensor a layer, matrices as (out, in); here layers are stacked and kernels are (in, out).
 """
+
 from __future__ import annotations
 
 import collections
@@ -23,32 +24,39 @@ from beyond_outliers.params import path_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
-IGNORED = ".rotary_emb.inv_freq"    # in old Llama files; follows from the rotary base
+IGNORED = ".rotary_emb.inv_freq"  # in old Llama files; follows from the rotary base
 
 Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
 
 class Entry(NamedTuple):
   """One tensor of the files."""
+
   name: str
   shape: tuple[int, ...]
-  path: str                         # of the parameter of ours that holds it
-  depth: int | None                 # which slice of that one; None: all of it
+  path: str  # of the parameter of ours that holds it
+  depth: int | None  # which slice of that one; None: all of it
 
 
-def load(directory: Any, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None,
-         ) -> tuple[transformer.Transformer, Any]:
+def load(
+  directory: Any, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> tuple[transformer.Transformer, Any]:
   """A Hugging Face directory as (model, parameters), under the model contract.
 
-  dtype: of the parameters, whatever the files hold, and `model.config.dtype`: float32, bfloat16 or, under
-  jax_enable_x64, float64. To compute in bfloat16 on float32 parameters, load float32 and replace the config's dtype.
-  mesh: where parameters are placed, as `mesh.shardings` says; a process reads only what its devices hold. Without it,
-  on the default device. One stacked parameter at a time is in host memory beside what is placed.
-  What no such directory says gets the plainest value: blockwise attention, no unrolling, no remat.
-  Errors: ConfigError for what config.json asks of the model and it can't do, ValueError for tensors that don't fit."""
+  dtype: of the parameters, whatever the files hold, and `model.config.dtype`: float32, bfloat16 or,
+  under jax_enable_x64, float64. To compute in bfloat16 on float32 parameters, load float32 and
+  replace the config's dtype.
+  mesh: where parameters are placed, as `mesh.shardings` says; a process reads only what its devices
+  hold. Without it, on the default device. One stacked parameter at a time is in host memory beside
+  what is placed. What no such directory says gets the plainest value: blockwise attention, no
+  unrolling, no remat.
+  Errors: ConfigError for what config.json asks of the model and it can't do, ValueError for tensors
+    that don't fit."""
   directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
   if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-    raise ValueError(f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32")
+    raise ValueError(
+      f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32"
+    )
   _require_file(directory, "config.json")
   family, c = hf_config.read(directory / "config.json", dtype.name)
   model = transformer.Transformer(c)
@@ -62,36 +70,65 @@ def load(directory: Any, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | 
     sources = collections.defaultdict(list)
     for entry in expected:
       sources[entry.path].append(tensors[entry.name])
-    return model, treedef.unflatten(_place(_reader(path, sources[path], shape, dtype), shape, place)
-                                    for (path, shape), place in zip(_shapes(model).items(), places, strict=True))
+    return model, treedef.unflatten(
+      _place(_reader(path, sources[path], shape, dtype), shape, place)
+      for (path, shape), place in zip(_shapes(model).items(), places, strict=True)
+    )
 
 
-def save(model: transformer.Transformer, params: Any, directory: Any, *, context: int | None = None,
-         shard_bytes: int = 5 * 10**9) -> None:
-  """Writes a directory that transformers and `load` read, in the parameters' own dtype, one file at a time in memory.
+def save(
+  model: transformer.Transformer,
+  params: Any,
+  directory: Any,
+  *,
+  context: int | None = None,
+  shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes a directory that transformers and `load` read, in the parameters' own dtype, one file at
+  a time in memory.
 
   context: the longest window the model was trained on; left out, transformers takes 2048 tokens.
-  shard_bytes: what a file holds at most, a larger single tensor excepted; more than one file: with an index.
-  Errors: ConfigError for an architecture that neither family has, ValueError for parameters of another model and for a
-  directory that already holds one."""
+  shard_bytes: what a file holds at most, a larger single tensor excepted; more than one file: with
+    an index.
+  Errors: ConfigError for an architecture that neither family has, ValueError for parameters of
+  another model and for a directory that already holds one."""
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   described = hf_config.to_json(model.config, jnp.result_type(*leaves.values()).name, context)
   _check_params(model, leaves)
   family = hf_config.FAMILIES[described["model_type"]]
-  write(directory, described, ((entry.name, tensor(leaves[entry.path], entry)) for entry in entries(family, model)), shard_bytes)
+  write(
+    directory,
+    described,
+    ((entry.name, tensor(leaves[entry.path], entry)) for entry in entries(family, model)),
+    shard_bytes,
+  )
 
 
-def write(directory: Any, described: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-  """The files of `save`, with tensors that are made as they are asked for. Errors: as `save`, for the directory."""
+def write(
+  directory: Any,
+  described: Mapping[str, Any],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  shard_bytes: int,
+) -> None:
+  """The files of `save`, with tensors that are made as they are asked for. Errors: as `save`, for
+  the directory."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  taken = sorted(path.name for path in directory.iterdir() if path.name == "config.json" or ".safetensors" in path.name)
+  taken = sorted(
+    path.name
+    for path in directory.iterdir()
+    if path.name == "config.json" or ".safetensors" in path.name
+  )
   if taken:
-    raise ValueError(f"directory = '{directory}': already holds {', '.join(taken)}; remove them or choose another")
+    raise ValueError(
+      f"directory = '{directory}': already holds {', '.join(taken)}; remove them or choose another"
+    )
 
   parts, total = [], 0
   for shard in _shards(tensors, shard_bytes):
-    part = directory / f"part-{len(parts)}.safetensors"             # how many there will be is part of a file's name
+    part = (
+      directory / f"part-{len(parts)}.safetensors"
+    )  # how many there will be is part of a file's name
     safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
     parts.append((part, list(shard)))
     total += sum(array.nbytes for array in shard.values())
@@ -102,10 +139,14 @@ def write(directory: Any, described: Mapping[str, Any], tensors: Iterable[tuple[
     weight_map.update(dict.fromkeys(names, file))
   if len(parts) > 1:
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-  _write_json(directory / "config.json", described)      # last: what a crash leaves behind does not pass for a model
+  _write_json(
+    directory / "config.json", described
+  )  # last: what a crash leaves behind does not pass for a model
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+def _shards(
+  tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
   shard, size = {}, 0
   for name, array in tensors:
     if shard and size + array.nbytes > shard_bytes:
@@ -139,7 +180,7 @@ def _stacked(path: str) -> bool:
 
 
 def _transposed(path: str) -> bool:
-  return path.endswith("/kernel")   # the embedding is (vocabulary, width) there and here
+  return path.endswith("/kernel")  # the embedding is (vocabulary, width) there and here
 
 
 def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -153,8 +194,10 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
     try:
       handle = stack.enter_context(safetensors.safe_open(directory / file, framework="numpy"))
     except safetensors.SafetensorError as error:
-      raise ValueError(f"directory = '{directory}': {file} is not a whole safetensors file ({error}); fetch it again"
-                       ) from error
+      raise ValueError(
+        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); fetch it "
+        "again"
+      ) from error
     names = handle.keys()
     tensors.update((name, handle.get_slice(name)) for name in names if not name.endswith(IGNORED))
   return tensors
@@ -162,36 +205,56 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
 
 def _require_file(directory: pathlib.Path, name: str) -> None:
   if not (directory / name).exists():
-    raise ValueError(f"directory = '{directory}': holds no {name}; give a whole Hugging Face model, as safetensors")
+    raise ValueError(
+      f"directory = '{directory}': holds no {name}; give a whole Hugging Face model, as safetensors"
+    )
 
 
-def _check_tensors(directory: pathlib.Path, tensors: Mapping[str, Any], expected: Sequence[Entry]) -> None:
+def _check_tensors(
+  directory: pathlib.Path, tensors: Mapping[str, Any], expected: Sequence[Entry]
+) -> None:
   shapes = {entry.name: entry.shape for entry in expected}
   missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
   for problem, names in (("missing", missing), ("not of this model", unexpected)):
     if names:
-      listed = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-      raise ValueError(f"directory = '{directory}': tensors {problem}: {listed}; check config.json against the files")
+      listed = ", ".join(sorted(names)[:4]) + (
+        f" and {len(names) - 4} more" if len(names) > 4 else ""
+      )
+      raise ValueError(
+        f"directory = '{directory}': tensors {problem}: {listed}; check config.json against the "
+        "files"
+      )
   for name, shape in shapes.items():
     found, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
     if found != shape:
-      raise ValueError(f"directory = '{directory}': {name} has shape {found}, config.json makes it {shape}; "
-                       "check config.json against the files")
+      raise ValueError(
+        f"directory = '{directory}': {name} has shape {found}, config.json makes it {shape}; "
+        "check config.json against the files"
+      )
     if dtype not in DTYPES:
-      raise ValueError(f"directory = '{directory}': {name} is of type {dtype}, expected one of {', '.join(DTYPES)}; "
-                       "choose a checkpoint that is not quantized")
+      raise ValueError(
+        f"directory = '{directory}': {name} is of type {dtype}, expected one of "
+        f"{', '.join(DTYPES)}; "
+        "choose a checkpoint that is not quantized"
+      )
 
 
 def _check_params(model: transformer.Transformer, leaves: Mapping[str, Any]) -> None:
   expected, found = _shapes(model), {path: leaf.shape for path, leaf in leaves.items()}
   for path in sorted(expected.keys() | found.keys()):
-    here, there = (str(shapes[path]) if path in shapes else "absent" for shapes in (found, expected))
+    here, there = (
+      str(shapes[path]) if path in shapes else "absent" for shapes in (found, expected)
+    )
     if here != there:
-      raise ValueError(f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed")
+      raise ValueError(
+        f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed"
+      )
 
 
 def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype) -> Reader:
-  """index -> that part of our parameter, read from nothing but the parts of their tensors that it lies in."""
+  """index -> that part of our parameter, read from nothing but the parts of their tensors that it
+  lies in."""
+
   def one(source, index):
     return source[index[::-1]].T if _transposed(path) else source[index]
 
@@ -208,7 +271,9 @@ def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np
   return read
 
 
-def _place(read: Reader, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _place(
+  read: Reader, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
+) -> jax.Array:
   if sharding is None:
     return jnp.asarray(read((slice(None),) * len(shape)))
   # pyrefly: ignore[bad-argument-type]  (JAX says Index | None; a shard has an index)

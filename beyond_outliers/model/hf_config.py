@@ -1,4 +1,6 @@
-"""The Hugging Face families that the model equals, OLMo2 and Llama: their names, and config.json as `config.Model`."""
+"""The Hugging Face families that the model equals, OLMo2 and Llama: their names, and config.json as
+`config.Model`."""
+
 from __future__ import annotations
 
 import json
@@ -10,10 +12,12 @@ from beyond_outliers import config
 
 
 class Family(NamedTuple):
-  """One `model_type`: the switches of `config.Model` that make it, and its name of each of our parameters."""
+  """One `model_type`: the switches of `config.Model` that make it, and its name of each of our
+  parameters."""
+
   architecture: str
   switches: Mapping[str, Any]
-  names: Mapping[str, str]          # path of ours -> name of theirs; {} stands for the depth
+  names: Mapping[str, str]  # path of ours -> name of theirs; {} stands for the depth
 
 
 _SWITCHES = {"mlp": "swiglu", "attention_scale": "rsqrt", "rope_layout": "half"}
@@ -30,18 +34,26 @@ _NAMES = {
   "head/kernel": "lm_head.weight",
 }
 FAMILIES = {
-  "olmo2": Family("Olmo2ForCausalLM", {**_SWITCHES, "norm_placement": "post", "qk_norm": "rms"}, {
-    **_NAMES,
-    "layers/attention/q_norm/gain": "model.layers.{}.self_attn.q_norm.weight",
-    "layers/attention/k_norm/gain": "model.layers.{}.self_attn.k_norm.weight",
-    "layers/attention_norm/gain": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/mlp_norm/gain": "model.layers.{}.post_feedforward_layernorm.weight",
-  }),
-  "llama": Family("LlamaForCausalLM", {**_SWITCHES, "norm_placement": "pre", "qk_norm": "none"}, {
-    **_NAMES,
-    "layers/attention_norm/gain": "model.layers.{}.input_layernorm.weight",
-    "layers/mlp_norm/gain": "model.layers.{}.post_attention_layernorm.weight",
-  }),
+  "olmo2": Family(
+    "Olmo2ForCausalLM",
+    {**_SWITCHES, "norm_placement": "post", "qk_norm": "rms"},
+    {
+      **_NAMES,
+      "layers/attention/q_norm/gain": "model.layers.{}.self_attn.q_norm.weight",
+      "layers/attention/k_norm/gain": "model.layers.{}.self_attn.k_norm.weight",
+      "layers/attention_norm/gain": "model.layers.{}.post_attention_layernorm.weight",
+      "layers/mlp_norm/gain": "model.layers.{}.post_feedforward_layernorm.weight",
+    },
+  ),
+  "llama": Family(
+    "LlamaForCausalLM",
+    {**_SWITCHES, "norm_placement": "pre", "qk_norm": "none"},
+    {
+      **_NAMES,
+      "layers/attention_norm/gain": "model.layers.{}.input_layernorm.weight",
+      "layers/mlp_norm/gain": "model.layers.{}.post_attention_layernorm.weight",
+    },
+  ),
 }
 
 # (field of config.Model, field of config.json, type).
@@ -64,8 +76,9 @@ ABSENT = {
   "initializer_range": lambda fields: 0.02,
   "tie_word_embeddings": lambda fields: False,
 }
-ROPE_BASE_ABSENT = 10000.0          # of a config older than the field
-# Fields that change the arithmetic, and the one value under which it is ours. What stands in no table changes nothing.
+ROPE_BASE_ABSENT = 10000.0  # of a config older than the field
+# Fields that change the arithmetic, and the one value under which it is ours. What stands in no
+# table changes nothing.
 ONLY = {
   "hidden_act": "silu",
   "attention_bias": False,
@@ -80,43 +93,74 @@ ROPE_ONLY = {"rope_type": "default", "type": "default", "partial_rotary_factor":
 
 
 def read(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
-  """The model that a config.json describes. Errors: ConfigError naming the field that is missing or not supported."""
+  """The model that a config.json describes. Errors: ConfigError naming the field that is missing or
+  not supported."""
   fields = _present(json.loads(file.read_text()))
   model_type = fields.pop("model_type", None)
   if model_type not in FAMILIES:
-    raise config.ConfigError(f"model_type = {model_type!r}: expected one of {', '.join(map(repr, FAMILIES))}")
+    raise config.ConfigError(
+      f"model_type = {model_type!r}: expected one of {', '.join(map(repr, FAMILIES))}"
+    )
   _check_only(fields, ONLY, "")
   family = FAMILIES[model_type]
   values = {ours: _field(fields, theirs, kind) for ours, theirs, kind in FIELDS}
-  return family, config.Model(**values, **family.switches, rope_base=_rope_base(fields), dtype=dtype,
-                              attention="blockwise", unroll=1, remat="none")
+  return family, config.Model(
+    **values,
+    **family.switches,
+    rope_base=_rope_base(fields),
+    dtype=dtype,
+    attention="blockwise",
+    unroll=1,
+    remat="none",
+  )
 
 
 def to_json(c: config.Model, dtype: str, context: int | None) -> dict[str, Any]:
-  """What config.json holds. Errors: ConfigError when no family has the model's switches, or transformers not its widths."""
+  """What config.json holds. Errors: ConfigError when no family has the model's switches, or
+  transformers not its widths."""
   model_type = _model_type(c)
   if c.d_model % c.heads:
-    raise config.ConfigError(f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), even "
-                             "where model.d_head says otherwise")
-  # Left out, these would take transformers' defaults, and a padding token's embedding is never trained there.
+    raise config.ConfigError(
+      f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), "
+      "even "
+      "where model.d_head says otherwise"
+    )
+  # Left out, these would take transformers' defaults, and a padding token's embedding is never
+  # trained there.
   tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
   window = {} if context is None else {"max_position_embeddings": context}
   fixed = {name: ONLY[name] for name in ("hidden_act", "attention_bias", "attention_dropout")}
-  return {"architectures": [FAMILIES[model_type].architecture], "model_type": model_type,
-          **{theirs: getattr(c, ours) for ours, theirs, _ in FIELDS}, **fixed, **window, **tokens,
-          "rope_theta": c.rope_base, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-          "torch_dtype": dtype}
+  return {
+    "architectures": [FAMILIES[model_type].architecture],
+    "model_type": model_type,
+    **{theirs: getattr(c, ours) for ours, theirs, _ in FIELDS},
+    **fixed,
+    **window,
+    **tokens,
+    "rope_theta": c.rope_base,
+    "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+    "torch_dtype": dtype,
+  }
 
 
 def _model_type(c: config.Model) -> str:
-  clashes = {model_type: [f"model.{field} = {value!r} (here {getattr(c, field)!r})"
-                          for field, value in family.switches.items() if getattr(c, field) != value]
-             for model_type, family in FAMILIES.items()}
+  clashes = {
+    model_type: [
+      f"model.{field} = {value!r} (here {getattr(c, field)!r})"
+      for field, value in family.switches.items()
+      if getattr(c, field) != value
+    ]
+    for model_type, family in FAMILIES.items()
+  }
   for model_type, clash in clashes.items():
     if not clash:
       return model_type
-  needs = "; ".join(f"{model_type} needs {', '.join(clash)}" for model_type, clash in clashes.items())
-  raise config.ConfigError(f"no Hugging Face family has this architecture: {needs}. Keep it as a checkpoint of its run")
+  needs = "; ".join(
+    f"{model_type} needs {', '.join(clash)}" for model_type, clash in clashes.items()
+  )
+  raise config.ConfigError(
+    f"no Hugging Face family has this architecture: {needs}. Keep it as a checkpoint of its run"
+  )
 
 
 def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,26 +173,33 @@ def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
   value = fields[name] if name in fields else ABSENT[name](fields)
   value = float(value) if kind is float and type(value) is int else value
   if type(value) is not kind:
-    raise config.ConfigError(f"{name} = {value!r}: expected {kind.__name__}, got {type(value).__name__}")
+    raise config.ConfigError(
+      f"{name} = {value!r}: expected {kind.__name__}, got {type(value).__name__}"
+    )
   return value
 
 
 def _check_only(fields: Mapping[str, Any], only: Mapping[str, Any], prefix: str) -> None:
   for name, value in only.items():
     if name in fields and fields[name] != value:
-      raise config.ConfigError(f"{prefix}{name} = {fields[name]!r}: not supported, only {value!r} is; "
-                               "choose another checkpoint")
+      raise config.ConfigError(
+        f"{prefix}{name} = {fields[name]!r}: not supported, only {value!r} is; "
+        "choose another checkpoint"
+      )
 
 
 def _rope_base(fields: Mapping[str, Any]) -> float:
-  """From `rope_theta`, or from `rope_parameters`, whose older name, without the base, is `rope_scaling`."""
+  """From `rope_theta`, or from `rope_parameters`, whose older name, without the base, is
+  `rope_scaling`."""
   bases = {"rope_theta": _field(fields, "rope_theta", float)} if "rope_theta" in fields else {}
   for section in ("rope_parameters", "rope_scaling"):
     rope = _present(_field(fields, section, dict)) if section in fields else {}
     _check_only(rope, ROPE_ONLY, section + ".")
     for name in sorted(rope.keys() - ROPE_ONLY.keys() - {"rope_theta"}):
-      raise config.ConfigError(f"{section}.{name} = {rope[name]!r}: not supported, only unscaled rotary embedding is; "
-                               "choose another checkpoint")
+      raise config.ConfigError(
+        f"{section}.{name} = {rope[name]!r}: not supported, only unscaled rotary embedding is; "
+        "choose another checkpoint"
+      )
     if "rope_theta" in rope:
       bases[f"{section}.rope_theta"] = _field(rope, "rope_theta", float)
   if len(set(bases.values())) > 1:

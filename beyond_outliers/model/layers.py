@@ -1,7 +1,9 @@
 """The parts of a decoder block. None of them knows the mesh, the optimizer or the quantizer.
 
-Legend: B batch, L length, D model width, H query heads, K key-value heads, Dh head width, F hidden width, V vocabulary.
+Legend: B batch, L length, D model width, H query heads, K key-value heads, Dh head width, F hidden
+width, V vocabulary.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -15,28 +17,37 @@ from beyond_outliers import config
 from beyond_outliers.model import attention
 from beyond_outliers.ops import dot
 
-# What a linear layer calls instead of lax.dot_general: a module class, or a function that makes a module. None: plain.
+# What a linear layer calls instead of lax.dot_general: a module class, or a function that makes a
+# module. None: plain.
 DotGeneralCls = Callable[[], Any]
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
-  """Norms, rotary embedding and the residual stream are computed in float32, or in float64 when all else is."""
+  """Norms, rotary embedding and the residual stream are computed in float32, or in float64 when all
+  else is."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 def as_operand(weights, dtype):
-  """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their gradient keeps its float32 sums.
+  """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their
+  gradient keeps its float32 sums.
 
   What is no array (a quantized matrix in its place) goes in as it is: its dot_general knows it."""
-  return weights.astype(jnp.promote_types(weights.dtype, dtype)) if hasattr(weights, "astype") else weights
+  return (
+    weights.astype(jnp.promote_types(weights.dtype, dtype))
+    if hasattr(weights, "astype")
+    else weights
+  )
 
 
 class Linear(nn.Module):
-  """x @ kernel, without bias. Rows of all sequences form one matrix: [B, L, in] is [B·L, in], which CPUs prefer.
+  """x @ kernel, without bias. Rows of all sequences form one matrix: [B, L, in] is [B·L, in], which
+  CPUs prefer.
 
   Operands in `dtype`; the result is float32 where the operands are narrower (see dot.py)."""
+
   features: int
-  axes: tuple[str, str]                     # logical names of the kernel's two axes
+  axes: tuple[str, str]  # logical names of the kernel's two axes
   dtype: jnp.dtype
   init_std: float
   dot_general_cls: DotGeneralCls | None = None
@@ -53,6 +64,7 @@ class Linear(nn.Module):
 
 class RmsNorm(nn.Module):
   """x / sqrt(mean x² + eps) · gain, over the last axis, in at least float32."""
+
   eps: float
 
   @nn.compact
@@ -60,7 +72,9 @@ class RmsNorm(nn.Module):
     init = nn.with_logical_partitioning(nn.initializers.ones, ("vector",))
     gain: Any = self.param("gain", init, (x.shape[-1],), jnp.float32)
     x = x.astype(at_least_float32(x.dtype))
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * gain.astype(x.dtype)
+    return (
+      x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * gain.astype(x.dtype)
+    )
 
 
 class Add(nn.Module):
@@ -88,10 +102,11 @@ def l2_normalize(x, eps: float = 1e-12):
 def rotate(x_BxLxHxDh, positions, *, base: float, layout: str):
   """Rotary position embedding over the whole head width (arXiv 2104.09864, eq. 34).
 
-  positions: [L], or [B, L]. layout: "interleaved" rotates pairs (2i, 2i+1), "half" pairs (i, i + Dh/2)."""
+  positions: [L], or [B, L]. layout: "interleaved" rotates pairs (2i, 2i+1), "half" pairs (i, i +
+    Dh/2)."""
   Dh = x_BxLxHxDh.shape[-1]
   frequencies = base ** (-jnp.arange(0, Dh, 2, dtype=x_BxLxHxDh.dtype) / Dh)
-  angles = positions[..., None, None].astype(x_BxLxHxDh.dtype) * frequencies       # [..., L, 1, Dh/2]
+  angles = positions[..., None, None].astype(x_BxLxHxDh.dtype) * frequencies  # [..., L, 1, Dh/2]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   if layout == "interleaved":
     first, second = x_BxLxHxDh[..., 0::2], x_BxLxHxDh[..., 1::2]
@@ -102,7 +117,9 @@ def rotate(x_BxLxHxDh, positions, *, base: float, layout: str):
 
 
 class Attention(nn.Module):
-  """Grouped-query causal self-attention with rotary embedding and one of the query-key normalisations."""
+  """Grouped-query causal self-attention with rotary embedding and one of the query-key
+  normalisations."""
+
   config: config.Model
   dot_generals: Mapping[str, DotGeneralCls | None]
 
@@ -112,7 +129,9 @@ class Attention(nn.Module):
     B, L, D = x_BxLxD.shape
 
     def linear(name, features, axes):
-      return Linear(features, axes, dtype, c.init_std, self.dot_generals[f"attention/{name}"], name=name)
+      return Linear(
+        features, axes, dtype, c.init_std, self.dot_generals[f"attention/{name}"], name=name
+      )
 
     q = linear("q", c.heads * c.d_head, ("embed", "heads"))(x_BxLxD)
     k = linear("k", c.kv_heads * c.d_head, ("embed", "kv_heads"))(x_BxLxD)
@@ -134,13 +153,19 @@ class Attention(nn.Module):
     else:
       q_BxLxHxDh = q_BxLxHxDh * c.d_head**-0.5
 
-    y_BxLxHxDh = attention.attention(q_BxLxHxDh.astype(dtype), k_BxLxKxDh.astype(dtype), v_BxLxKxDh.astype(dtype),
-                                     segment_ids_BxL, implementation=c.attention)
+    y_BxLxHxDh = attention.attention(
+      q_BxLxHxDh.astype(dtype),
+      k_BxLxKxDh.astype(dtype),
+      v_BxLxKxDh.astype(dtype),
+      segment_ids_BxL,
+      implementation=c.attention,
+    )
     return linear("o", D, ("heads", "embed"))(y_BxLxHxDh.reshape(B, L, c.heads * c.d_head))
 
 
 class Mlp(nn.Module):
   """Two matrices and a squared ReLU, or three and a gated SiLU."""
+
   config: config.Model
   dot_generals: Mapping[str, DotGeneralCls | None]
 
@@ -149,7 +174,9 @@ class Mlp(nn.Module):
     c = self.config
 
     def linear(name, features, axes):
-      return Linear(features, axes, jnp.dtype(c.dtype), c.init_std, self.dot_generals[f"mlp/{name}"], name=name)
+      return Linear(
+        features, axes, jnp.dtype(c.dtype), c.init_std, self.dot_generals[f"mlp/{name}"], name=name
+      )
 
     up_BxLxF = linear("up", c.mlp_hidden, ("embed", "mlp"))(x_BxLxD)
     if c.mlp == "swiglu":
@@ -161,15 +188,23 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention, then MLP, each added to the residual stream; the norms stand before or behind each of them."""
+  """Attention, then MLP, each added to the residual stream; the norms stand before or behind each
+  of them."""
+
   config: config.Model
   dot_generals: Mapping[str, DotGeneralCls | None]
 
   @nn.compact
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
     c = self.config
-    attention_norm, mlp_norm = RmsNorm(c.norm_eps, name="attention_norm"), RmsNorm(c.norm_eps, name="mlp_norm")
-    attend, mlp = Attention(c, self.dot_generals, name="attention"), Mlp(c, self.dot_generals, name="mlp")
+    attention_norm, mlp_norm = (
+      RmsNorm(c.norm_eps, name="attention_norm"),
+      RmsNorm(c.norm_eps, name="mlp_norm"),
+    )
+    attend, mlp = (
+      Attention(c, self.dot_generals, name="attention"),
+      Mlp(c, self.dot_generals, name="mlp"),
+    )
     attention_add, mlp_add = Add(name="attention_add"), Add(name="mlp_add")
     if c.norm_placement == "post":
       x_BxLxD = attention_add(x_BxLxD, attention_norm(attend(x_BxLxD, segment_ids_BxL, positions)))

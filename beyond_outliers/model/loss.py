@@ -2,6 +2,7 @@
 
 Legend: B batch, L length, T = B·L tokens, V vocabulary.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,8 +19,8 @@ Batch = dict[str, jax.Array]
 def cross_entropy(logits_TxV, targets_T):
   """Negative log-likelihood in nats, [T], of integer targets, in float32 or wider.
 
-  Keeps the logits and one number a token for the backward pass, and makes the logits' gradient in one sweep: half
-  the memory of differentiating the log-softmax, at the same speed."""
+  Keeps the logits and one number a token for the backward pass, and makes the logits' gradient in
+  one sweep: half the memory of differentiating the log-softmax, at the same speed."""
   return _forward(logits_TxV, targets_T)[0]
 
 
@@ -34,7 +35,9 @@ def _forward(logits_TxV, targets_T):
 def _backward(residuals, g_T):
   logits_TxV, targets_T, log_denominator_T = residuals
   probabilities_TxV = jnp.exp(logits_TxV.astype(g_T.dtype) - log_denominator_T[:, None])
-  is_target_TxV = jax.lax.broadcasted_iota(targets_T.dtype, logits_TxV.shape, 1) == targets_T[:, None]
+  is_target_TxV = (
+    jax.lax.broadcasted_iota(targets_T.dtype, logits_TxV.shape, 1) == targets_T[:, None]
+  )
   return (g_T[:, None] * (probabilities_TxV - is_target_TxV)).astype(logits_TxV.dtype), None
 
 
@@ -42,25 +45,42 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def divergence(p_TxV, q_TxV):
-  """Kullback-Leibler divergence of softmax(q) from softmax(p), in nats, [T], float32 or wider. p, q: logits."""
+  """Kullback-Leibler divergence of softmax(q) from softmax(p), in nats, [T], float32 or wider. p,
+  q: logits."""
   wide = jnp.promote_types(p_TxV.dtype, jnp.float32)
-  log_p_TxV, log_q_TxV = (jax.nn.log_softmax(logits_TxV.astype(wide)) for logits_TxV in (p_TxV, q_TxV))
+  log_p_TxV, log_q_TxV = (
+    jax.nn.log_softmax(logits_TxV.astype(wide)) for logits_TxV in (p_TxV, q_TxV)
+  )
   return jnp.sum(jnp.exp(log_p_TxV) * (log_p_TxV - log_q_TxV), axis=-1)
 
 
-def token_losses(model: transformer.Transformer, params: Any, batch: Batch, mask_documents: bool,
-                 rng: jax.Array | None = None) -> jax.Array:
+def token_losses(
+  model: transformer.Transformer,
+  params: Any,
+  batch: Batch,
+  mask_documents: bool,
+  rng: jax.Array | None = None,
+) -> jax.Array:
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
-  Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
-  nll_T = cross_entropy(logits(model, params, batch, mask_documents, rng), batch["targets"].reshape(-1))
+  Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section
+  3)."""
+  nll_T = cross_entropy(
+    logits(model, params, batch, mask_documents, rng), batch["targets"].reshape(-1)
+  )
   return nll_T.reshape(batch["targets"].shape)
 
 
-def logits(model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None) -> jax.Array:
+def logits(
+  model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None
+) -> jax.Array:
   """[T, V]."""
-  logits_BxLxV: Any = model.apply({"params": params}, batch["tokens"], *masks(batch, mask_documents),
-                                  rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng))
+  logits_BxLxV: Any = model.apply(
+    {"params": params},
+    batch["tokens"],
+    *masks(batch, mask_documents),
+    rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng),
+  )
   return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
 
 

@@ -1,8 +1,10 @@
 """Decompositions and triangular solves of stacks of matrices: the only calls of LAPACK's kernels.
 
-On CPU each matrix has a call of its own. XLA's CPU backend (jaxlib 0.10.2) deals the matrices of one call to the same
-threads that wait for them: two calls at a time, of two buckets or on two devices of a process, wait for ever.
+On CPU each matrix has a call of its own. XLA's CPU backend (jaxlib 0.10.2) deals the matrices of
+one call to the same threads that wait for them: two calls at a time, of two buckets or on two
+devices of a process, wait for ever.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,7 +15,8 @@ import jax.numpy as jnp
 
 
 def eigh(a_BxDxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(eigenvalues [B, D], ascending; eigenvectors [B, D, D], in columns) of symmetric matrices, whose lower triangle is read."""
+  """(eigenvalues [B, D], ascending; eigenvectors [B, D, D], in columns) of symmetric matrices,
+  whose lower triangle is read."""
   return map_matrices(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), a_BxDxD)
 
 
@@ -33,5 +36,8 @@ def solve_triangular(r_BxDxD: jax.Array, b: jax.Array, **how: bool) -> jax.Array
 
 
 def map_matrices(kernel: Callable[..., Any], *stacks: jax.Array) -> Any:
-  """kernel(*stacks), for a kernel of matrices or of stacks of them; on CPU matrix by matrix, each staying in the cache."""
-  return jax.lax.platform_dependent(*stacks, cpu=lambda *stacks: jax.lax.map(lambda one: kernel(*one), stacks), default=kernel)
+  """kernel(*stacks), for a kernel of matrices or of stacks of them; on CPU matrix by matrix, each
+  staying in the cache."""
+  return jax.lax.platform_dependent(
+    *stacks, cpu=lambda *stacks: jax.lax.map(lambda one: kernel(*one), stacks), default=kernel
+  )

@@ -1,4 +1,6 @@
-"""Optimizers as optax transformations: one table, and `build`, which gives every parameter group its own."""
+"""Optimizers as optax transformations: one table, and `build`, which gives every parameter group
+its own."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,12 +22,30 @@ from beyond_outliers.optim.shampoo import scale_by_shampoo, shampoo
 from beyond_outliers.optim.soap import scale_by_soap, soap
 from beyond_outliers.params import Axes, path_of
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "Axes", "Optimizer", "adamw", "build", "muon", "path_of", "psgd", "scale_by_muon",
-           "scale_by_psgd", "scale_by_scion", "scale_by_shampoo", "scale_by_soap", "scion", "shampoo", "soap"]
+__all__ = [
+  "OPTIMIZERS",
+  "SCHEDULES",
+  "Axes",
+  "Optimizer",
+  "adamw",
+  "build",
+  "muon",
+  "path_of",
+  "psgd",
+  "scale_by_muon",
+  "scale_by_psgd",
+  "scale_by_scion",
+  "scale_by_shampoo",
+  "scale_by_soap",
+  "scion",
+  "shampoo",
+  "soap",
+]
 
-# (learning_rate, *, axes=None, mesh=None, **hyperparameters) -> optax.GradientTransformation, on any pytree.
-# axes: a tree, or params -> tree, of Axes. Without it the last two axes of a leaf are (fan-in, fan-out), the rest batch.
-# mesh: over whose devices blocks of state are dealt (blocks.py); None: all on one.
+# (learning_rate, *, axes=None, mesh=None, **hyperparameters) -> optax.GradientTransformation, on
+# any pytree. axes: a tree, or params -> tree, of Axes. Without it the last two axes of a leaf are
+# (fan-in, fan-out), the rest batch. mesh: over whose devices blocks of state are dealt (blocks.py);
+# None: all on one.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": adamw,
   "muon": muon,
@@ -39,14 +59,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   """What `build` returns: the transformation, and what the trainer logs and shards by."""
+
   tx: optax.GradientTransformation
-  labels: Any                                   # a tree like the parameters of group labels
-  schedules: Mapping[str, optax.Schedule]       # by group label
-  shapes: Any                                   # a tree like the parameters, abstract
-  axes: Any = None                              # likewise, of Axes
+  labels: Any  # a tree like the parameters of group labels
+  schedules: Mapping[str, optax.Schedule]  # by group label
+  shapes: Any  # a tree like the parameters, abstract
+  axes: Any = None  # likewise, of Axes
 
   def statistics(self, opt_state: Any, update: Any) -> dict[str, jax.Array]:
-    """All that metrics.py knows of a step: `update` is the change of the parameters that it made."""
+    """All that metrics.py knows of a step: `update` is the change of the parameters that it
+    made."""
     return {**self.state_statistics(opt_state), **metrics.of_update(update, self.labels, self.axes)}
 
   def state_statistics(self, opt_state: Any, update: Any = None) -> dict[str, jax.Array]:
@@ -55,14 +77,24 @@ class Optimizer:
     return metrics.of_state(opt_state)
 
   def state_shardings(self, param_shardings: Any) -> Any:
-    """A tree like the optimizer state. What belongs to blocks (under a field `blocks`) is split over the whole mesh along its
-    first axis; a leaf that mirrors a parameter is split like it; any other is replicated.
+    """A tree like the optimizer state. What belongs to blocks (under a field `blocks`) is split
+    over the whole mesh along its first axis; a leaf that mirrors a parameter is split like it; any
+    other is replicated.
 
     A leaf mirrors the parameter whose path its own path ends in, if the shapes agree."""
-    by_path = {path_of(path): (leaf.shape, sharding) for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(self.shapes), jax.tree.leaves(param_shardings), strict=True)}
+    by_path = {
+      path_of(path): (leaf.shape, sharding)
+      for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(self.shapes),
+        jax.tree.leaves(param_shardings),
+        strict=True,
+      )
+    }
     mesh = jax.tree.leaves(param_shardings)[0].mesh
-    everywhere, by_block = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    everywhere, by_block = (
+      NamedSharding(mesh, PartitionSpec()),
+      NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+    )
 
     def sharding_of(key_path, leaf):
       if blocks.belongs_to_blocks(key_path):
@@ -72,14 +104,24 @@ class Optimizer:
         if shape == leaf.shape:
           return sharding
       return everywhere
+
     return jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(self.tx.init, self.shapes))
 
 
-def build(optimizer: config.Optimizer, params: Any, num_steps: int, *, schedule: config.Schedule, axes: Any = None,
-          mesh: jax.sharding.Mesh | None = None) -> Optimizer:
-  """The optimizer of a run of `num_steps`: each group's own row of OPTIMIZERS under its own learning-rate schedule.
+def build(
+  optimizer: config.Optimizer,
+  params: Any,
+  num_steps: int,
+  *,
+  schedule: config.Schedule,
+  axes: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Optimizer:
+  """The optimizer of a run of `num_steps`: each group's own row of OPTIMIZERS under its own
+  learning-rate schedule.
 
-  params: arrays or their shapes. axes: a tree like params of `Axes`. mesh: over whose devices blocks of state are dealt.
+  params: arrays or their shapes. axes: a tree like params of `Axes`. mesh: over whose devices
+    blocks of state are dealt.
   Errors: ConfigError when a parameter has no group or a group no parameter."""
   labels = groups.labels(params, optimizer.groups)
   used = set(jax.tree.leaves(labels))
@@ -93,4 +135,10 @@ def build(optimizer: config.Optimizer, params: Any, num_steps: int, *, schedule:
     # What is None in the config is left to the optimizer.
     given = {key: value for key, value in hyperparameters.items() if value is not None}
     transforms[label] = OPTIMIZERS[name](schedules[label], axes=axes, mesh=mesh, **given)
-  return Optimizer(optax.partition(transforms, labels), labels, schedules, jax.eval_shape(lambda tree: tree, params), axes)
+  return Optimizer(
+    optax.partition(transforms, labels),
+    labels,
+    schedules,
+    jax.eval_shape(lambda tree: tree, params),
+    axes,
+  )

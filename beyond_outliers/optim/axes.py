@@ -1,4 +1,6 @@
-"""What the axes of a parameter mean to an optimizer: how a leaf becomes a batch of matrices or vectors, and back."""
+"""What the axes of a parameter mean to an optimizer: how a leaf becomes a batch of matrices or
+vectors, and back."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,18 +14,20 @@ import optax
 
 from beyond_outliers.params import Axes, path_of
 
-AxesTree = Any            # a tree like the parameters of `Axes`, or params -> such a tree, or None
+AxesTree = Any  # a tree like the parameters of `Axes`, or params -> such a tree, or None
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One parameter as `slices` equal matrices or vectors; what an optimizer does "per parameter" it does to each slice."""
+  """One parameter as `slices` equal matrices or vectors; what an optimizer does "per parameter" it
+  does to each slice."""
+
   path: str
   shape: tuple[int, ...]
-  order: tuple[int, ...]              # of the axes: batch, then those of the slice
+  order: tuple[int, ...]  # of the axes: batch, then those of the slice
   slices: int
-  size: tuple[int, ...]               # of a slice: (rows, columns), (length,), or () for scalars
-  fan_in_axis: int | None             # of the slice: 0 or 1 for matrices, None for others
+  size: tuple[int, ...]  # of a slice: (rows, columns), (length,), or () for scalars
+  fan_in_axis: int | None  # of the slice: 0 or 1 for matrices, None for others
 
   @property
   def is_matrix(self) -> bool:
@@ -38,7 +42,8 @@ class Leaf:
     return math.prod(self.size) // self.fan_in
 
   def split(self, x: jax.Array) -> jax.Array:
-    """[slices, *size], in the leaf's own order of axes where it can: kernels [in, out] are not transposed."""
+    """[slices, *size], in the leaf's own order of axes where it can: kernels [in, out] are not
+    transposed."""
     return jnp.transpose(x, self.order).reshape(self.slices, *self.size)
 
   def join(self, y: jax.Array) -> jax.Array:
@@ -48,40 +53,67 @@ class Leaf:
 
 
 def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
-  """A record for every leaf of `tree` (arrays or shapes), in its order; masked leaves (optax.MaskedNode) have none.
+  """A record for every leaf of `tree` (arrays or shapes), in its order; masked leaves
+  (optax.MaskedNode) have none.
 
-  Without axes: up to one axis is a vector's, else the last two are (fan-in, fan-out) and the rest batch.
+  Without axes: up to one axis is a vector's, else the last two are (fan-in, fan-out) and the rest
+  batch.
   Errors: ValueError for a leaf without axes, or whose axes are not each named once."""
   axes = axes(tree) if callable(axes) else axes
   is_axes = lambda x: isinstance(x, Axes)
-  given = None if axes is None else {path_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)}
-  return tuple(_leaf(path_of(path), tuple(x.shape), given) for path, x in jax.tree_util.tree_leaves_with_path(tree))
+  given = (
+    None
+    if axes is None
+    else {
+      path_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
+    }
+  )
+  return tuple(
+    _leaf(path_of(path), tuple(x.shape), given)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  )
 
 
-def by_kind(axes: AxesTree, *, matrix: optax.GradientTransformation,
-            other: optax.GradientTransformation) -> optax.GradientTransformation:
+def by_kind(
+  axes: AxesTree, *, matrix: optax.GradientTransformation, other: optax.GradientTransformation
+) -> optax.GradientTransformation:
   """One transformation for the leaves that are matrices, another for vectors and scalars."""
+
   def labels(params):
     kinds = ["matrix" if leaf.is_matrix else "other" for leaf in leaves(params, axes)]
     return jax.tree.unflatten(jax.tree.structure(params), kinds)
+
   return optax.partition({"matrix": matrix, "other": other}, labels)
 
 
 def matrix_mask(axes: AxesTree) -> Callable[[Any], Any]:
   """params -> a tree of whether each leaf is a matrix, as optax takes for `mask`."""
-  return lambda params: jax.tree.unflatten(jax.tree.structure(params), [leaf.is_matrix for leaf in leaves(params, axes)])
+  return lambda params: jax.tree.unflatten(
+    jax.tree.structure(params), [leaf.is_matrix for leaf in leaves(params, axes)]
+  )
 
 
 def _leaf(path: str, shape: tuple[int, ...], given: dict[str, Axes] | None) -> Leaf:
   ndim = len(shape)
   if given is None:
-    axes = Axes((), (), tuple(range(ndim))) if ndim < 2 else Axes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
+    axes = (
+      Axes((), (), tuple(range(ndim)))
+      if ndim < 2
+      else Axes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
+    )
   elif path in given:
-    axes = Axes(*(tuple(axis + ndim if axis < 0 else axis for axis in part) for part in given[path]))
+    axes = Axes(
+      *(tuple(axis + ndim if axis < 0 else axis for axis in part) for part in given[path])
+    )
   else:
     raise ValueError(f"axes: parameter {path!r} has none; they are given for {sorted(given)}")
-  if sorted(axes.batch + axes.fan_in + axes.fan_out) != list(range(ndim)) or (axes.fan_in and not axes.fan_out):
-    raise ValueError(f"axes of {path!r} = {axes}: expected each axis of shape {shape} once, and fan_in only beside fan_out")
+  if sorted(axes.batch + axes.fan_in + axes.fan_out) != list(range(ndim)) or (
+    axes.fan_in and not axes.fan_out
+  ):
+    raise ValueError(
+      f"axes of {path!r} = {axes}: expected each axis of shape {shape} once, and fan_in only "
+      "beside fan_out"
+    )
   # The slice keeps the order that its axes have in memory.
   groups = sorted(group for group in (axes.fan_in, axes.fan_out) if group)
   size = tuple(math.prod(shape[axis] for axis in group) for group in groups)

@@ -1,13 +1,17 @@
-"""Blocks of equal shape, stacked: the one layout in which Shampoo, SOAP, PSGD, Muon and Scion compute and keep state.
+"""Blocks of equal shape, stacked: the one layout in which Shampoo, SOAP, PSGD, Muon and Scion
+compute and keep state.
 
-Every parameter is a batch of matrices or vectors (axes.py). Each is cut into blocks, and all blocks of one shape, from
-all parameters, form a bucket: one array [B, m, n] (m <= n; tall ones are transposed) or [B, n]. The stack axis B is split
-over the whole mesh, so a device owns whole blocks: factors, roots and Newton-Schulz iterations need no communication, and
-nothing is kept or computed twice. There is one reshard on the way in (`stack`) and one on the way out (`unstack`).
+Every parameter is a batch of matrices or vectors (axes.py). Each is cut into blocks, and all blocks
+of one shape, from all parameters, form a bucket: one array [B, m, n] (m <= n; tall ones are
+transposed) or [B, n]. The stack axis B is split over the whole mesh, so a device owns whole blocks:
+factors, roots and Newton-Schulz iterations need no communication, and nothing is kept or computed
+twice. There is one reshard on the way in (`stack`) and one on the way out (`unstack`).
 
-B is padded with zero blocks to a multiple of the number of devices, behind the real ones, whose order does not depend on
-the mesh: state written on one mesh fits another once the padding is cut or grown.
+B is padded with zero blocks to a multiple of the number of devices, behind the real ones, whose
+order does not depend on the mesh: state written on one mesh fits another once the padding is cut or
+grown.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,26 +27,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
 
-# The field of every optimizer's state that holds what belongs to blocks: arrays with the stack axis first.
+# The field of every optimizer's state that holds what belongs to blocks: arrays with the stack axis
+# first.
 FIELD = "blocks"
 
-Split = tuple[tuple[str, ...], ...]      # the mesh axes along each axis of an array
-Stacks = dict[str, jax.Array]            # bucket name -> [B, m, n], [B, n], or [B] for one number a block
+Split = tuple[tuple[str, ...], ...]  # the mesh axes along each axis of an array
+Stacks = dict[str, jax.Array]  # bucket name -> [B, m, n], [B, n], or [B] for one number a block
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Blocks of one bucket that are neighbours in one leaf: a grid of equal blocks in each of its slices."""
+  """Blocks of one bucket that are neighbours in one leaf: a grid of equal blocks in each of its
+  slices."""
+
   leaf: int
-  start: tuple[int, ...]                 # where the grid begins in a slice
-  grid: tuple[int, ...]                  # blocks along each axis of a slice
-  block: tuple[int, ...]                 # shape of a block, as it lies in the slice
-  transposed: bool                       # in the bucket
-  count: int                             # blocks, over all slices
+  start: tuple[int, ...]  # where the grid begins in a slice
+  grid: tuple[int, ...]  # blocks along each axis of a slice
+  block: tuple[int, ...]  # shape of a block, as it lies in the slice
+  transposed: bool  # in the bucket
+  count: int  # blocks, over all slices
 
   def cut(self, y: jax.Array) -> jax.Array:
     """[slices, *size] -> [count, *shape in the bucket]."""
-    region = y[(slice(None), *(slice(s, s + g * b) for s, g, b in zip(self.start, self.grid, self.block, strict=True)))]
+    region = y[
+      (
+        slice(None),
+        *(slice(s, s + g * b) for s, g, b in zip(self.start, self.grid, self.block, strict=True)),
+      )
+    ]
     if math.prod(self.grid) > 1 and len(self.grid) == 2:
       (g, h), (m, n) = self.grid, self.block
       region = region.reshape(-1, g, m, h, n).swapaxes(2, 3)
@@ -61,22 +73,26 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Bucket:
   """All blocks of one shape."""
-  shape: tuple[int, ...]                 # (m, n) with m <= n, or (n,)
+
+  shape: tuple[int, ...]  # (m, n) with m <= n, or (n,)
   runs: tuple[Run, ...]
-  count: int                             # real blocks
-  padded: int                            # with those that make it a multiple of the devices
+  count: int  # real blocks
+  padded: int  # with those that make it a multiple of the devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where every block of a tree of parameters goes: static, a function of shapes, axes and the mesh."""
+  """Where every block of a tree of parameters goes: static, a function of shapes, axes and the
+  mesh."""
+
   leaves: tuple[Leaf, ...]
-  buckets: dict[str, Bucket]             # by name: "768x1024" or "768"
-  dtype: np.dtype                        # of stacks: float32, or the widest of the leaves'
+  buckets: dict[str, Bucket]  # by name: "768x1024" or "768"
+  dtype: np.dtype  # of stacks: float32, or the widest of the leaves'
   mesh: jax.sharding.Mesh | None
 
   def stack(self, tree: Any) -> Stacks:
-    """The blocks of a tree like the parameters, each on the device that owns it: [B, *shape] a bucket."""
+    """The blocks of a tree like the parameters, each on the device that owns it: [B, *shape] a
+    bucket."""
     slices = [leaf.split(x) for leaf, x in zip(self.leaves, jax.tree.leaves(tree), strict=True)]
     stacks = {}
     for name, bucket in self.buckets.items():
@@ -94,33 +110,47 @@ class Layout:
     for name, bucket in self.buckets.items():
       stack, at = self._split(stacks[name], *self._way(stacks[name].ndim, back=True)), 0
       for run in bucket.runs:
-        pieces[run.leaf][run.start] = run.paste(stack[at: at + run.count], self.leaves[run.leaf].slices)
+        pieces[run.leaf][run.start] = run.paste(
+          stack[at : at + run.count], self.leaves[run.leaf].slices
+        )
         at += run.count
     flat, structure = jax.tree.flatten(like)
-    joined = [leaf.join(_assemble(p)).astype(x.dtype) for leaf, p, x in zip(self.leaves, pieces, flat, strict=True)]
+    joined = [
+      leaf.join(_assemble(p)).astype(x.dtype)
+      for leaf, p, x in zip(self.leaves, pieces, flat, strict=True)
+    ]
     return jax.tree.unflatten(structure, joined)
 
   def zeros(self) -> Stacks:
-    return {name: jnp.zeros((bucket.padded, *bucket.shape), self.dtype) for name, bucket in self.buckets.items()}
+    return {
+      name: jnp.zeros((bucket.padded, *bucket.shape), self.dtype)
+      for name, bucket in self.buckets.items()
+    }
 
   def local(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(blocks, common)` on each device's share of the blocks, without communication.
 
-    blocks: a tree of arrays with the stack axis first, as what is returned; common: a tree of arrays that all see whole."""
+    blocks: a tree of arrays with the stack axis first, as what is returned; common: a tree of
+      arrays that all see whole."""
     if self.mesh is None or self.mesh.size == 1:
       return function
     split = PartitionSpec(self.mesh.axis_names)
-    return jax.shard_map(function, mesh=self.mesh, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False)
+    return jax.shard_map(
+      function, mesh=self.mesh, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False
+    )
 
   def constants(self, value: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
     """One number a block, from the leaf that it is cut from; 0 for padding. [B] a bucket."""
+
     def of(bucket: Bucket) -> np.ndarray:
       runs = [np.full(run.count, value(self.leaves[run.leaf])) for run in bucket.runs]
       return np.concatenate([*runs, np.zeros(bucket.padded - bucket.count)]).astype(self.dtype)
+
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
   def numbers(self) -> dict[str, np.ndarray]:
-    """Every block's number, counted on from bucket to bucket; padding takes numbers of the next. int32 [B] a bucket."""
+    """Every block's number, counted on from bucket to bucket; padding takes numbers of the next.
+    int32 [B] a bucket."""
     found, first = {}, 0
     for name, bucket in self.buckets.items():
       found[name] = np.arange(first, first + bucket.padded, dtype=np.int32)
@@ -128,33 +158,50 @@ class Layout:
     return found
 
   def sum_over_slices(self, values: Stacks) -> Stacks:
-    """Sums of numbers over all blocks of the same slice, in each of their places. [B] or [B, numbers] a bucket."""
-    if all(math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size for b in self.buckets.values() for run in b.runs):
-      return values                                        # every slice is one block
+    """Sums of numbers over all blocks of the same slice, in each of their places. [B] or [B,
+    numbers] a bucket."""
+    if all(
+      math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size
+      for b in self.buckets.values()
+      for run in b.runs
+    ):
+      return values  # every slice is one block
     first = np.cumsum([0, *(leaf.slices for leaf in self.leaves)])
     owners = {}
     for name, bucket in self.buckets.items():
       runs = [first[run.leaf] + np.arange(run.count) // math.prod(run.grid) for run in bucket.runs]
       owners[name] = np.concatenate([*runs, np.full(bucket.padded - bucket.count, first[-1])])
     every = jnp.concatenate([values[name] for name in self.buckets])
-    sums = jax.ops.segment_sum(every, np.concatenate(list(owners.values())), num_segments=int(first[-1]) + 1)
-    return {name: self._split(sums[owner], (self._names, *((),) * (sums.ndim - 1))) for name, owner in owners.items()}
+    sums = jax.ops.segment_sum(
+      every, np.concatenate(list(owners.values())), num_segments=int(first[-1]) + 1
+    )
+    return {
+      name: self._split(sums[owner], (self._names, *((),) * (sums.ndim - 1)))
+      for name, owner in owners.items()
+    }
 
   @property
   def _names(self) -> tuple[str, ...]:
     return () if self.mesh is None else self.mesh.axis_names
 
   def _way(self, ndim: int, *, back: bool = False) -> Sequence[Split]:
-    """Of a stack with `ndim` axes, from blocks that are themselves split to whole ones, each on its owner; or back.
+    """Of a stack with `ndim` axes, from blocks that are themselves split to whole ones, each on its
+    owner; or back.
 
-    Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for all at once, XLA gathers
-    whole parameters. Blocks begin as parameters mostly lie: split by the last mesh axes, and by them alone. On the way back
-    the first split them too, so that no padding is gathered along those."""
+    Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for
+    all at once, XLA gathers whole parameters. Blocks begin as parameters mostly lie: split by the
+    last mesh axes, and by them alone. On the way back the first split them too, so that no padding
+    is gathered along those."""
     names = self._names
-    spare, inner = names[:1 - ndim], names[1 - ndim:]
-    split = lambda moved: (names[:moved], *(() if name in names[:moved] else (name,) for name in inner))
+    spare, inner = names[: 1 - ndim], names[1 - ndim :]
+    split = lambda moved: (
+      names[:moved],
+      *(() if name in names[:moved] else (name,) for name in inner),
+    )
     way = [split(moved) for moved in range(len(names) + 1)]
-    return [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))] if back else way
+    return (
+      [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))] if back else way
+    )
 
   def _split(self, x: jax.Array, *ways: Split) -> jax.Array:
     """x, split in one way after another; where mesh axes don't divide an axis, that is whole."""
@@ -162,17 +209,30 @@ class Layout:
       return x
     for way in ways:
       parts = [math.prod(self.mesh.shape[name] for name in names) for names in way]
-      spec = PartitionSpec(*(None if length % n else names for names, n, length in zip(way, parts, x.shape, strict=True)))
+      spec = PartitionSpec(
+        *(
+          None if length % n else names
+          for names, n, length in zip(way, parts, x.shape, strict=True)
+        )
+      )
       x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
     return x
 
 
-def layout(tree: Any, axes: AxesTree = None, *, mesh: jax.sharding.Mesh | None = None, block_size: int | None = None,
-           merge_up_to: int = 0) -> Layout:
-  """The blocks of `tree` (arrays or shapes), at most block_size along each axis; the last along an axis may be smaller.
+def layout(
+  tree: Any,
+  axes: AxesTree = None,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  block_size: int | None = None,
+  merge_up_to: int = 0,
+) -> Layout:
+  """The blocks of `tree` (arrays or shapes), at most block_size along each axis; the last along an
+  axis may be smaller.
 
-  block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is taken as one vector, as
-  Meta's Shampoo does by default. Scalars are vectors of length 1. Errors: ValueError from `axes`."""
+  block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is
+  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. Errors:
+  ValueError from `axes`."""
   records = leaves(tree, axes)
   runs: dict[tuple[int, ...], list[Run]] = {}
   for index, leaf in enumerate(records):
@@ -180,7 +240,11 @@ def layout(tree: Any, axes: AxesTree = None, *, mesh: jax.sharding.Mesh | None =
     if math.prod(size) <= merge_up_to:
       size = (math.prod(size),)
     if size != leaf.size:
-      records = (*records[:index], dataclasses.replace(leaf, size=size, fan_in_axis=None), *records[index + 1:])
+      records = (
+        *records[:index],
+        dataclasses.replace(leaf, size=size, fan_in_axis=None),
+        *records[index + 1 :],
+      )
     for segments in itertools.product(*(_segments(length, block_size) for length in size)):
       start, grid, block = zip(*segments, strict=True)
       shape = tuple(sorted(block))
@@ -190,7 +254,9 @@ def layout(tree: Any, axes: AxesTree = None, *, mesh: jax.sharding.Mesh | None =
   buckets = {}
   for shape, of_shape in runs.items():
     count = sum(run.count for run in of_shape)
-    buckets["x".join(map(str, shape))] = Bucket(shape, tuple(of_shape), count, -(-count // devices) * devices)
+    buckets["x".join(map(str, shape))] = Bucket(
+      shape, tuple(of_shape), count, -(-count // devices) * devices
+    )
   dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
   return Layout(records, buckets, np.dtype(dtype), mesh)
 
@@ -206,14 +272,18 @@ def _segments(length: int, block_size: int | None) -> list[tuple[int, int, int]]
 def _assemble(pieces: dict[tuple[int, ...], jax.Array]) -> jax.Array:
   """[slices, *size] from the regions that cover it, by where each begins."""
   axes = len(next(iter(pieces)))
-  for axis in reversed(range(axes)):                       # join neighbours along the last axis first
+  for axis in reversed(range(axes)):  # join neighbours along the last axis first
     rows: dict[tuple[int, ...], list[jax.Array]] = {}
     for start in sorted(pieces):
       rows.setdefault(start[:axis], []).append(pieces[start])
-    pieces = {start: jnp.concatenate(row, axis=axis + 1) if len(row) > 1 else row[0] for start, row in rows.items()}
+    pieces = {
+      start: jnp.concatenate(row, axis=axis + 1) if len(row) > 1 else row[0]
+      for start, row in rows.items()
+    }
   return pieces[()]
 
 
 def belongs_to_blocks(key_path: tuple[Any, ...]) -> bool:
-  """Whether this leaf of an optimizer's state has the stack axis first. (A parameter of that name has another kind of key.)"""
+  """Whether this leaf of an optimizer's state has the stack axis first. (A parameter of that name
+  has another kind of key.)"""
   return jax.tree_util.GetAttrKey(FIELD) in key_path

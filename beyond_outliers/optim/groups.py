@@ -1,4 +1,6 @@
-"""Parameter groups: the first regular expression that matches a parameter's whole path names its group."""
+"""Parameter groups: the first regular expression that matches a parameter's whole path names its
+group."""
+
 from __future__ import annotations
 
 import re
@@ -14,18 +16,27 @@ from beyond_outliers.params import path_of
 def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
   """A tree like `params` of group labels.
 
-  Errors: ConfigError for a parameter without group, or a group without parameters that is not optional."""
+  Errors: ConfigError for a parameter without group, or a group without parameters that is not
+    optional."""
+
   def label(key_path, _):
     path = path_of(key_path)
     for name, group in groups.items():
       if re.fullmatch(group.paths, path):
         return name
     patterns = {name: group.paths for name, group in groups.items()}
-    raise config.ConfigError(f"optimizer.groups = {patterns}: no group matches parameter {path!r}; widen one of the paths")
+    raise config.ConfigError(
+      f"optimizer.groups = {patterns}: no group matches parameter {path!r}; widen one of the paths"
+    )
 
   tree = jax.tree_util.tree_map_with_path(label, params)
-  unused = {name for name, group in groups.items() if not group.optional} - set(jax.tree.leaves(tree))
+  unused = {name for name, group in groups.items() if not group.optional} - set(
+    jax.tree.leaves(tree)
+  )
   if unused:
     name = sorted(unused)[0]
-    raise config.ConfigError(f"optimizer.groups.{name}.paths = {groups[name].paths!r}: matches no parameter; mend or drop it")
+    raise config.ConfigError(
+      f"optimizer.groups.{name}.paths = {groups[name].paths!r}: matches no parameter; mend or drop "
+      "it"
+    )
   return tree

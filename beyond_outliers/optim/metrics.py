@@ -1,4 +1,6 @@
-"""What an optimizer does to a model, in numbers for the log: of its state, and of the change that it made."""
+"""What an optimizer does to a model, in numbers for the log: of its state, and of the change that
+it made."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -15,10 +17,11 @@ FIELDS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp
 
 
 def of_state(opt_state: Any) -> dict[str, jax.Array]:
-  """Of all roots, bases or factors of a preconditioner, for the optimizers that have any. Free: the state holds them.
+  """Of all roots, bases or factors of a preconditioner, for the optimizers that have any. Free: the
+  state holds them.
 
-  roots/kept: refused so far, since not finite or of too large a residual. roots/age: of the oldest in use, steps.
-  roots/residual, roots/condition: the largest, of the last ones computed."""
+  roots/kept: refused so far, since not finite or of too large a residual. roots/age: of the oldest
+  in use, steps. roots/residual, roots/condition: the largest, of the last ones computed."""
   found: dict[str, list[jax.Array]] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
     field = getattr(path[-1], "name", None)
@@ -28,16 +31,27 @@ def of_state(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def of_update(update: Any, labels: Any, axes: AxesTree = None) -> dict[str, jax.Array]:
-  """Of the change of the parameters, by group: update_rms/<group>, and update_spectral_norm/<group> of its largest matrix.
+  """Of the change of the parameters, by group: update_rms/<group>, and update_spectral_norm/<group>
+  of its largest matrix.
 
-  update, labels: trees like the parameters. The spectral norms are estimated, from below, by power iteration."""
+  update, labels: trees like the parameters. The spectral norms are estimated, from below, by power
+    iteration."""
   squares: dict[str, Any] = {}
   sizes: dict[str, int] = {}
   norms: dict[str, list[jax.Array]] = {}
-  for x, label, leaf in zip(jax.tree.leaves(update), jax.tree.leaves(labels), leaves(update, axes), strict=True):
+  for x, label, leaf in zip(
+    jax.tree.leaves(update), jax.tree.leaves(labels), leaves(update, axes), strict=True
+  ):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares[label], sizes[label] = squares.get(label, 0) + jnp.sum(x * x), sizes.get(label, 0) + x.size
+    squares[label], sizes[label] = (
+      squares.get(label, 0) + jnp.sum(x * x),
+      sizes.get(label, 0) + x.size,
+    )
     if leaf.is_matrix:
       norms.setdefault(label, []).append(jnp.max(spectral_norm(leaf.split(x))))
-  return {**{f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares},
-          **{f"update_spectral_norm/{label}": jnp.max(jnp.stack(values)) for label, values in norms.items()}}
+  return {
+    **{f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares},
+    **{
+      f"update_spectral_norm/{label}": jnp.max(jnp.stack(values)) for label, values in norms.items()
+    },
+  }

@@ -1,4 +1,6 @@
-"""Learning-rate schedules in fractions of the run: rows of one table, each (config, peak, steps) -> optax schedule."""
+"""Learning-rate schedules in fractions of the run: rows of one table, each (config, peak, steps) ->
+optax schedule."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,6 +24,7 @@ def trapezoidal(c: config.Schedule, peak: float, num_steps: int) -> optax.Schedu
   def schedule(step):
     left = jnp.clip((num_steps - step) / max(steps, 1), 0.0, 1.0)
     return peak * jnp.minimum(_warmup(c, step, num_steps), c.end + (1 - c.end) * left)
+
   return schedule
 
 
@@ -33,6 +36,7 @@ def cosine(c: config.Schedule, peak: float, num_steps: int) -> optax.Schedule:
     done = jnp.clip((step - start) / max(num_steps - start, 1), 0.0, 1.0)
     decay = c.end + (1 - c.end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
     return peak * jnp.where(step < start, _warmup(c, step, num_steps), decay)
+
   return schedule
 
 

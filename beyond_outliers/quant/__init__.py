@@ -1,4 +1,6 @@
-"""Quantization: specs as data, their mathematics, and what a model's linear layers multiply with."""
+"""Quantization: specs as data, their mathematics, and what a model's linear layers multiply
+with."""
+
 from beyond_outliers.quant import metrics
 from beyond_outliers.quant.dot import BACKENDS, dot_general_for
 from beyond_outliers.quant.ptq import METHODS, QuantizedModel, load, quantized
@@ -6,5 +8,21 @@ from beyond_outliers.quant.quantizers import Quantized, dequantize, fake_quantiz
 from beyond_outliers.quant.recipes import RECIPES, Contraction, Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
-__all__ = ["BACKENDS", "METHODS", "RECIPES", "Contraction", "LayerRecipe", "QuantSpec", "Quantized", "QuantizedModel", "Recipe",
-           "dequantize", "dot_general_for", "fake_quantize", "load", "metrics", "quantize", "quantized"]
+__all__ = [
+  "BACKENDS",
+  "METHODS",
+  "RECIPES",
+  "Contraction",
+  "LayerRecipe",
+  "QuantSpec",
+  "Quantized",
+  "QuantizedModel",
+  "Recipe",
+  "dequantize",
+  "dot_general_for",
+  "fake_quantize",
+  "load",
+  "metrics",
+  "quantize",
+  "quantized",
+]

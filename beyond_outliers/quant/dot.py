@@ -1,4 +1,5 @@
 """What a model's linear layers call instead of lax.dot_general."""
+
 from __future__ import annotations
 
 import functools
@@ -18,35 +19,55 @@ from beyond_outliers.quant.backends import jax as jax_backend
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"aqt": aqt_backend.dot_general, "jax": jax_backend.dot_general}
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+  "aqt": aqt_backend.dot_general,
+  "jax": jax_backend.dot_general,
+}
 
 
 class QuantizedDot(nn.Module):
-  """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters, but for learned scales.
+  """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters,
+  but for learned scales.
 
-  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation, numbers round to nearest.
-  Sums over the activations (metrics.Sums) are sown into the collection `statistics` where that is mutable."""
+  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation,
+  numbers round to nearest. Sums over the activations (metrics.Sums) are sown into the collection
+  `statistics` where that is mutable."""
+
   recipe: LayerRecipe
   backend: str
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
-    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a QuantizedMatrix. Returns [T, O], float32 or wider."""
+    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a QuantizedMatrix. Returns
+    [T, O], float32 or wider."""
     (lhs_axes, (w_axis,)), batch = dimension_numbers
     if isinstance(rhs, qmatrix.QuantizedMatrix):
       learned = self.recipe.activations is not None and self.recipe.activations.scale == "learned"
-      log_scale: Any = self.get_variable("params", "log_scale") if learned else None       # that of the activations comes first
-      return qmatrix.multiply(lhs, rhs, self.recipe, jnp.exp(log_scale[0]).reshape(1, 1) if learned else None)
+      log_scale: Any = (
+        self.get_variable("params", "log_scale") if learned else None
+      )  # that of the activations comes first
+      return qmatrix.multiply(
+        lhs, rhs, self.recipe, jnp.exp(log_scale[0]).reshape(1, 1) if learned else None
+      )
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
-      raise ValueError(f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two matrices, "
-                       "summed over the last axis of the first: reshape the inputs to [tokens, features]")
+      raise ValueError(
+        f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two "
+        "matrices, "
+        "summed over the last axis of the first: reshape the inputs to [tokens, features]"
+      )
     options: dict[str, Any] = {}
     if self._has("rounding", "stochastic"):
       options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
     scales = self._scales(lhs, rhs, w_axis) if self._has("scale", "learned") else None
-    if self.recipe.activations is not None and self.is_mutable_collection("statistics") and not self.is_initializing():
+    if (
+      self.recipe.activations is not None
+      and self.is_mutable_collection("statistics")
+      and not self.is_initializing()
+    ):
       scale = scales[0] if scales else None
-      self.sow("statistics", "activations", metrics.measure(lhs, self.recipe.activations, 1, scale)[0])
+      self.sow(
+        "statistics", "activations", metrics.measure(lhs, self.recipe.activations, 1, scale)[0]
+      )
     return _product(BACKENDS[self.backend], w_axis, self.recipe, lhs, rhs, scales, options)
 
   def _has(self, field, value):
@@ -54,31 +75,54 @@ class QuantizedDot(nn.Module):
     return any(spec is not None and getattr(spec, field) == value for spec in specs)
 
   def _scales(self, lhs, rhs, w_axis):
-    """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first forward pass says.
+    """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first
+    forward pass says.
 
-    Their logarithms are what is learned: an optimizer whose steps have one length whatever the gradient's, as all here have,
-    would throw scales of a hundredth below zero, but changes logarithms in proportion (as arXiv 1903.08066 argues)."""
-    operands = {"activations": (self.recipe.activations, lhs, 1), "weights": (self.recipe.weights, rhs, w_axis)}
-    learned = {name: (spec, x, axis) for name, (spec, x, axis) in operands.items() if spec and spec.scale == "learned"}
+    Their logarithms are what is learned: an optimizer whose steps have one length whatever the
+    gradient's, as all here have, would throw scales of a hundredth below zero, but changes
+    logarithms in proportion (as arXiv 1903.08066 argues)."""
+    operands = {
+      "activations": (self.recipe.activations, lhs, 1),
+      "weights": (self.recipe.weights, rhs, w_axis),
+    }
+    learned = {
+      name: (spec, x, axis)
+      for name, (spec, x, axis) in operands.items()
+      if spec and spec.scale == "learned"
+    }
 
     def begin(key):
       del key
-      scales = [quantizers.scale_of(rotations.rotate(x.astype(jnp.float32), spec.rotation, axis), spec, axis).reshape(())
-                for spec, x, axis in learned.values()]
-      return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))         # inputs that are all zero have none
+      scales = [
+        quantizers.scale_of(
+          rotations.rotate(x.astype(jnp.float32), spec.rotation, axis), spec, axis
+        ).reshape(())
+        for spec, x, axis in learned.values()
+      ]
+      return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))  # inputs that are all zero have none
+
     log_scale: Any = self.param("log_scale", nn.with_logical_partitioning(begin, ("vector",)))
     each = dict(zip(learned, jnp.exp(log_scale).reshape(-1, 1, 1), strict=True))
     return each.get("activations"), each.get("weights")
 
 
 def _multiply(backend, w_axis, layer, x_TxK, w, scales, options):
-  return backend(x_TxK, w, w_axis, layer, **options, **({} if scales is None else {"scales": scales}))
+  return backend(
+    x_TxK, w, w_axis, layer, **options, **({} if scales is None else {"scales": scales})
+  )
 
 
 def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
   """(y, its pullback: a tree of codes, their scales and masks)."""
+
   def with_pullback(x_TxK, w, scales, options):
-    return jax.vjp(lambda x, w, scales: _multiply(backend, w_axis, layer, x, w, scales, options), x_TxK, w, scales)
+    return jax.vjp(
+      lambda x, w, scales: _multiply(backend, w_axis, layer, x, w, scales, options),
+      x_TxK,
+      w,
+      scales,
+    )
+
   return outlined_call(with_pullback, x_TxK, w, scales, options)
 
 
@@ -89,22 +133,32 @@ def _backward(backend, w_axis, layer, pullback, g_TxO):
   return *x_bar, *others, None
 
 
-# The forward pass and either gradient apart: else XLA:CPU keeps rotated numbers in the place of codes and masks, and works on
-# both gradients at once, each with its own scaled copy of y's.
+# The forward pass and either gradient apart: else XLA:CPU keeps rotated numbers in the place of
+# codes and masks, and works on both gradients at once, each with its own scaled copy of y's.
 _product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1, 2))
 _product.defvjp(_forward, _backward)
 
 
-def dot_general_for(recipe: Recipe, backend: str = "aqt") -> Callable[[str], Callable[[], QuantizedDot] | None]:
-  """What the model takes: path of a linear layer -> what makes its dot_general, or None for the plain one.
+def dot_general_for(
+  recipe: Recipe, backend: str = "aqt"
+) -> Callable[[str], Callable[[], QuantizedDot] | None]:
+  """What the model takes: path of a linear layer -> what makes its dot_general, or None for the
+  plain one.
 
-  Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes through plain JAX, said in the log.
+  Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes
+  through plain JAX, said in the log.
   Errors: ConfigError for an unknown backend or a path that no rule matches."""
-  require(backend in BACKENDS, "quant.backend", backend, "expected one of " + ", ".join(map(repr, BACKENDS)))
+  require(
+    backend in BACKENDS,
+    "quant.backend",
+    backend,
+    "expected one of " + ", ".join(map(repr, BACKENDS)),
+  )
 
   def dot_general_of(path):
     layer = recipe.layer(path)
     return None if layer is None else _maker(layer, backend)
+
   return dot_general_of
 
 

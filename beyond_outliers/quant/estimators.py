@@ -1,4 +1,6 @@
-"""Gradient estimators: where a gradient passes through rounding, whose own derivative is zero almost everywhere."""
+"""Gradient estimators: where a gradient passes through rounding, whose own derivative is zero
+almost everywhere."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,12 +10,15 @@ import jax
 
 from beyond_outliers.quant import grids
 
-# The largest number divided by its scale may come out a little beyond the largest level that it stands for.
+# The largest number divided by its scale may come out a little beyond the largest level that it
+# stands for.
 ROUNDING = 2.0**-20
 
 
 class Estimator(NamedTuple):
-  """passes: (numbers in units of the scale, their grid) -> where the gradient passes; None: everywhere."""
+  """passes: (numbers in units of the scale, their grid) -> where the gradient passes; None:
+  everywhere."""
+
   passes: Callable[[jax.Array, grids.Grid], jax.Array] | None
   learns_scale: bool = False
 
@@ -27,15 +32,17 @@ def between_levels(v, grid):
 
 
 def within_half_a_step(v, grid):
-  """Where rounding moves a number by at most half a step, which is all but where it is clipped by more.
+  """Where rounding moves a number by at most half a step, which is all but where it is clipped by
+  more.
 
-  |x̂ - x| <= step/2 written as a bound on x: at a tie the difference would be a matter of float rounding."""
+  |x̂ - x| <= step/2 written as a bound on x: at a tie the difference would be a matter of float
+  rounding."""
   return (v >= grid.lowest - grid.gap / 2) & (v <= grid.edge)
 
 
 ESTIMATORS = {
-  "ste": Estimator(None),                                   # arXiv 1308.3432
+  "ste": Estimator(None),  # arXiv 1308.3432
   "clip": Estimator(within_levels),
-  "trust": Estimator(within_half_a_step),                   # QuEST, arXiv 2502.05003, section 3.2
-  "lsq": Estimator(between_levels, learns_scale=True),       # arXiv 1902.08153, equations 3 and 5
+  "trust": Estimator(within_half_a_step),  # QuEST, arXiv 2502.05003, section 3.2
+  "lsq": Estimator(between_levels, learns_scale=True),  # arXiv 1902.08153, equations 3 and 5
 }

@@ -1,8 +1,9 @@
 """Grids: the values that a quantized number can take, as codes times a scale.
 
-Codes are whole numbers wherever the levels lie evenly, so that products of codes are exact: a grid without a zero has odd
-codes, two apart, and half the step as its scale.
+Codes are whole numbers wherever the levels lie evenly, so that products of codes are exact: a grid
+without a zero has odd codes, two apart, and half the step as its scale.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,6 +21,7 @@ ToInteger = Callable[[jax.Array], jax.Array]
 @dataclasses.dataclass(frozen=True)
 class Uniform:
   """Codes lowest, lowest + gap, ..., largest. A gap of two: the odd ones, half of them negative."""
+
   lowest: int
   largest: int
   gap: int = 1
@@ -39,20 +41,24 @@ class Uniform:
     return jnp.int8 if self.largest <= 127 else jnp.int16
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
-    """The code nearest to `v`, a number in units of the scale. With a gap of two a tie goes to the one half an even step up:
-    round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
+    """The code nearest to `v`, a number in units of the scale. With a gap of two a tie goes to the
+    one half an even step up: round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
     shift = self.gap - 1
     # Clipped last: rounding may go up from the largest level.
-    return jnp.clip(self.gap * to_integer((v + shift) / self.gap) - shift, self.lowest, self.largest)
+    return jnp.clip(
+      self.gap * to_integer((v + shift) / self.gap) - shift, self.lowest, self.largest
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-  """A sign, an exponent and a mantissa; without infinities: what is larger than the largest becomes the largest."""
+  """A sign, an exponent and a mantissa; without infinities: what is larger than the largest becomes
+  the largest."""
+
   mantissa_bits: int
-  lowest_exponent: int           # of a number that is not subnormal
+  lowest_exponent: int  # of a number that is not subnormal
   largest: float
-  name: str                      # the type of the codes
+  name: str  # the type of the codes
 
   @property
   def lowest(self) -> float:
@@ -67,7 +73,8 @@ class Float:
     return jnp.dtype(self.name)
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
-    """The number of this format nearest to `v`. Not a cast, which some devices make by way of float16, rounding twice."""
+    """The number of this format nearest to `v`. Not a cast, which some devices make by way of
+    float16, rounding twice."""
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, self.lowest_exponent)
     quantum = jnp.ldexp(jnp.ones_like(v), exponent - self.mantissa_bits)
     return jnp.clip(to_integer(v / quantum) * quantum, self.lowest, self.largest)
@@ -80,12 +87,14 @@ WHOLE_BITS = range(1, 9)
 GRIDS: dict[str, dict[float, Grid]] = {
   # 2^b levels at odd halves of a step, none of them zero.
   "midrise": {b: Uniform(1 - 2**b, 2**b - 1, gap=2) for b in WHOLE_BITS},
-  # The two below have one level less, and a zero: -1, 0, 1 (log2 3 bits), and as many to both sides of it.
+  # The two below have one level less, and a zero: -1, 0, 1 (log2 3 bits), and as many to both sides
+  # of it.
   "ternary": {1.585: Uniform(-1, 1)},
-  "symmetric": {b: Uniform(1 - 2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
+  "symmetric": {b: Uniform(1 - 2 ** (b - 1), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
   # All that an integer of b bits can hold: one more below zero than above.
-  "twos_complement": {b: Uniform(-2**(b - 1), 2**(b - 1) - 1) for b in WHOLE_BITS if b > 1},
-  # Of numbers that have no sign, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are int16, multiplied as floats.
+  "twos_complement": {b: Uniform(-(2 ** (b - 1)), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
+  # Of numbers that have no sign, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are
+  # int16, multiplied as floats.
   "unsigned": {b: Uniform(0, 2**b - 1) for b in WHOLE_BITS},
   # arXiv 2209.05433, table 1; e2m1: OCP Microscaling Formats 1.0, section 5.3.3.
   "e4m3": {8: Float(3, -6, 448.0, "float8_e4m3fn")},

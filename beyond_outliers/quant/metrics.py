@@ -1,17 +1,21 @@
 """What a recipe does to the operands of a model's linear layers, in numbers for the log.
 
-Of each kind of layer (`attention/q`, ..., `mlp/down`, `head`), all depths pooled, and of both operands X, weights or activations:
+Of each kind of layer (`attention/q`, ..., `mlp/down`, `head`), all depths pooled, and of both
+operands X, weights or activations:
 
   quant/X/sqnr/<kind>           dB: 10 log10 of Σ x² / Σ (x̂ - x)²
   quant/X/masked/<kind>         share of numbers whose gradient the estimator drops; 0 for ste
   quant/X/clipped/<kind>        share of numbers beyond the largest or the lowest level
-  quant/weights/crossed/<kind>  share of weights whose code after this step is not what it was before
+  quant/weights/crossed/<kind>  share of weights whose code after this step is not what it was
+  before
   quant/weights/crossed         likewise, of all weights that are quantized
 
-A code changes when its weight crosses a boundary between two levels of the grid, or the boundary the weight: scales follow the
-weights, and move with them. All numbers are as the dot product quantizes them, behind the rotation, under the scales of the
-step, and rounded to nearest even where training rounds stochastically.
+A code changes when its weight crosses a boundary between two levels of the grid, or the boundary
+the weight: scales follow the weights, and move with them. All numbers are as the dot product
+quantizes them, behind the rotation, under the scales of the step, and rounded to nearest even where
+training rounds stochastically.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -29,6 +33,7 @@ from beyond_outliers.quant.spec import QuantSpec
 
 class Linears(Protocol):
   """All linear layers of one kind: see model.transformer.Linears."""
+
   @property
   def paths(self) -> tuple[str, ...]: ...
   @property
@@ -40,15 +45,19 @@ class Linears(Protocol):
 
 
 class Sums(NamedTuple):
-  """Over the numbers of an operand: scalars, or arrays of them by depth, NaN where a depth has none."""
-  signal: jax.Array                # Σ x²
-  error: jax.Array                 # Σ (x̂ - x)²
-  masked: jax.Array                # how many
+  """Over the numbers of an operand: scalars, or arrays of them by depth, NaN where a depth has
+  none."""
+
+  signal: jax.Array  # Σ x²
+  error: jax.Array  # Σ (x̂ - x)²
+  masked: jax.Array  # how many
   clipped: jax.Array
   count: jax.Array
 
 
-def measure(x: jax.Array, spec: QuantSpec, axis: int, scale: jax.Array | None = None) -> tuple[Sums, jax.Array]:
+def measure(
+  x: jax.Array, spec: QuantSpec, axis: int, scale: jax.Array | None = None
+) -> tuple[Sums, jax.Array]:
   """(sums over x, its codes). axis: that is summed over by the product. scale: of a learned one."""
   x = rotations.rotate(x.astype(jnp.promote_types(x.dtype, jnp.float32)), spec.rotation, axis)
   scale = quantizers.scale_of(x, spec, axis) if scale is None else scale.astype(x.dtype)
@@ -66,18 +75,28 @@ def of_activations(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
   metrics: dict[str, jax.Array] = {}
   for kind, collection in sown.items():
     (sums,) = collection["activations"]
-    metrics |= _metrics("activations", kind, Sums(*(jnp.where(jnp.isnan(sums.count), 0, x) for x in sums)))
+    metrics |= _metrics(
+      "activations", kind, Sums(*(jnp.where(jnp.isnan(sums.count), 0, x) for x in sums))
+    )
   return metrics
 
 
-def of_weights(recipe: Recipe, linears: Mapping[str, Linears], before: Mapping[str, Linears]) -> dict[str, jax.Array]:
-  """The metrics, of the layers after a step and before it, by kind. Sharded kernels stay where they are."""
+def of_weights(
+  recipe: Recipe, linears: Mapping[str, Linears], before: Mapping[str, Linears]
+) -> dict[str, jax.Array]:
+  """The metrics, of the layers after a step and before it, by kind. Sharded kernels stay where they
+  are."""
   metrics: dict[str, jax.Array] = {}
   crossed, count = [], []
   for kind, layers in linears.items():
     specs = [layer.weights if layer else None for layer in map(recipe.layer, layers.paths)]
-    found = [_of_step(spec, [depth for depth, other in enumerate(specs) if other == spec], layers, before[kind])
-             for spec in dict.fromkeys(specs) if spec is not None]
+    found = [
+      _of_step(
+        spec, [depth for depth, other in enumerate(specs) if other == spec], layers, before[kind]
+      )
+      for spec in dict.fromkeys(specs)
+      if spec is not None
+    ]
     if found:
       sums, crossings = jax.tree.map(lambda *depths: jnp.concatenate(depths), *found)
       metrics |= _metrics("weights", kind, sums)
@@ -89,8 +108,11 @@ def of_weights(recipe: Recipe, linears: Mapping[str, Linears], before: Mapping[s
   return metrics
 
 
-def _of_step(spec: QuantSpec, depths: list[int], after: Linears, before: Linears) -> tuple[Sums, jax.Array]:
+def _of_step(
+  spec: QuantSpec, depths: list[int], after: Linears, before: Linears
+) -> tuple[Sums, jax.Array]:
   """Sums over the kernels of these depths, and how many of their codes changed, by depth."""
+
   def of_depth(kernels_and_scales):
     (kernel, scale), (old_kernel, old_scale) = kernels_and_scales
     sums, codes = measure(kernel, spec, after.axis, scale)
@@ -99,7 +121,9 @@ def _of_step(spec: QuantSpec, depths: list[int], after: Linears, before: Linears
 
   def operands(layers):
     # Of learned scales the last is that of the weights.
-    scales = jnp.exp(layers.own["log_scale"][:, -1]).reshape(-1, 1, 1) if spec.scale == "learned" else None
+    scales = (
+      jnp.exp(layers.own["log_scale"][:, -1]).reshape(-1, 1, 1) if spec.scale == "learned" else None
+    )
     every = len(depths) == len(layers.paths)
     return jax.tree.map(lambda x: x if every else x[np.array(depths)], (layers.kernels, scales))
 
@@ -113,5 +137,9 @@ def _count(where: jax.Array) -> jax.Array:
 
 def _metrics(operand: str, kind: str, sums: Sums) -> dict[str, jax.Array]:
   signal, error, masked, clipped, count = map(jnp.sum, sums)
-  shares = {"sqnr": 10 * jnp.log10(signal / error), "masked": masked / count, "clipped": clipped / count}
+  shares = {
+    "sqnr": 10 * jnp.log10(signal / error),
+    "masked": masked / count,
+    "clipped": clipped / count,
+  }
   return {f"quant/{operand}/{name}/{kind}": value for name, value in shares.items()}

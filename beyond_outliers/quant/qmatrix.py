@@ -1,7 +1,9 @@
-"""Quantized matrices that stand in a model's parameters where an array stood, and the product with them.
+"""Quantized matrices that stand in a model's parameters where an array stood, and the product with
+them.
 
 Legend: T tokens, K contraction, O outputs.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -18,22 +20,29 @@ from beyond_outliers.quant.spec import LayerRecipe
 class QuantizedMatrix(NamedTuple):
   """The matrix [K, O] of a linear layer as codes · scale, in the basis that its recipe rotates to.
 
-  Stacked layers have the depth as the first axis of every field. `codes` comes first: flax compares its shape with the array's.
+  Stacked layers have the depth as the first axis of every field. `codes` comes first: flax compares
+  its shape with the array's.
   smooth: what the input was multiplied by, and the matrix divided by, before the rotation."""
-  codes: jax.Array                 # [K, O], in the type of the grid's codes
-  scale: jax.Array                 # [1 or groups, O], or [1, 1]
+
+  codes: jax.Array  # [K, O], in the type of the grid's codes
+  scale: jax.Array  # [1 or groups, O], or [1, 1]
   smooth: jax.Array | None = None  # [K]
 
 
 def prepare(w_KxO: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None) -> jax.Array:
   """The matrix in the basis that is quantized, float32 or wider."""
   w_KxO = w_KxO.astype(jnp.promote_types(w_KxO.dtype, jnp.float32))
-  return rotations.rotate(w_KxO if smooth_K is None else w_KxO / smooth_K[:, None], layer.rotation, 0)
+  return rotations.rotate(
+    w_KxO if smooth_K is None else w_KxO / smooth_K[:, None], layer.rotation, 0
+  )
 
 
-def multiply(x_TxK: jax.Array, weight: QuantizedMatrix, layer: LayerRecipe | None, scale: Any = None) -> jax.Array:
-  """[T, O], float32 or wider: to the bit what `jax_backend.dot_general` makes of the matrix before it was quantized, if it was
-  rounded to nearest and all of its stack are alike. layer None: the input as it is. scale: a learned one, of the activations."""
+def multiply(
+  x_TxK: jax.Array, weight: QuantizedMatrix, layer: LayerRecipe | None, scale: Any = None
+) -> jax.Array:
+  """[T, O], float32 or wider: to the bit what `jax_backend.dot_general` makes of the matrix before
+  it was quantized, if it was rounded to nearest and all of its stack are alike. layer None: the
+  input as it is. scale: a learned one, of the activations."""
   wide = jnp.promote_types(x_TxK.dtype, jnp.float32)
   x = x_TxK.astype(wide) if weight.smooth is None else x_TxK.astype(wide) * weight.smooth
   x = x if layer is None else rotations.rotate(x, layer.rotation, 1)
@@ -46,17 +55,22 @@ def multiply(x_TxK: jax.Array, weight: QuantizedMatrix, layer: LayerRecipe | Non
 
 
 def plain_product() -> Any:
-  """What makes the dot_general of a layer that is not quantized itself, but lies in a stack of layers some of which are."""
+  """What makes the dot_general of a layer that is not quantized itself, but lies in a stack of
+  layers some of which are."""
   return lambda lhs, rhs, dimension_numbers: multiply(lhs, rhs, None)
 
 
 def dequantize(weight: QuantizedMatrix, layer: LayerRecipe) -> jax.Array:
   """The matrix [K, O] that the layer multiplies with, in the basis of the input."""
-  w_KxO = rotations.unrotate(quantizers.dequantize(Quantized(weight.codes, weight.scale)), layer.rotation, 0)
+  w_KxO = rotations.unrotate(
+    quantizers.dequantize(Quantized(weight.codes, weight.scale)), layer.rotation, 0
+  )
   return w_KxO if weight.smooth is None else w_KxO * weight.smooth[:, None]
 
 
-def prepare_gram(gram_KxK: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None) -> jax.Array:
+def prepare_gram(
+  gram_KxK: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None
+) -> jax.Array:
   """The Gram matrix of a layer's inputs, in the basis of `prepare`."""
   gram_KxK = gram_KxK if smooth_K is None else gram_KxK * smooth_K * smooth_K[:, None]
   return rotations.rotate(rotations.rotate(gram_KxK, layer.rotation, 0), layer.rotation, 1)

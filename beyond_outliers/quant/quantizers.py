@@ -1,7 +1,10 @@
-"""The mathematics of quantization: numbers to codes and back, and the gradient that is passed through. Pure functions.
+"""The mathematics of quantization: numbers to codes and back, and the gradient that is passed
+through. Pure functions.
 
-Legend: x any array; `axis` is its contraction axis, along which numbers share a scale and are rotated.
+Legend: x any array; `axis` is its contraction axis, along which numbers share a scale and are
+rotated.
 """
+
 from __future__ import annotations
 
 import functools
@@ -18,15 +21,18 @@ from beyond_outliers.quant.spec import QuantSpec
 
 
 class Quantized(NamedTuple):
-  """Numbers as codes · scale. A scale of length one along an axis is shared by it, a shorter one by blocks of it."""
+  """Numbers as codes · scale. A scale of length one along an axis is shared by it, a shorter one by
+  blocks of it."""
+
   codes: jax.Array
   scale: jax.Array
 
 
 class Saved(NamedTuple):
   """What the backward pass needs of a forward one."""
-  passes: jax.Array | None         # where the gradient passes; None: everywhere
-  slope: jax.Array | None          # d x̂ / d scale, of a learned one
+
+  passes: jax.Array | None  # where the gradient passes; None: everywhere
+  slope: jax.Array | None  # d x̂ / d scale, of a learned one
 
 
 def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
@@ -41,17 +47,22 @@ def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
   if granularity.block is None:
     return rule(x, (axis,), spec.levels)
   block = block_of(spec, x.shape[axis])
-  blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1:])
+  blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
   return jnp.squeeze(rule(blocks, (axis + 1,), spec.levels), axis + 1)
 
 
 def block_of(spec: QuantSpec, width: int) -> int | None:
-  """How many numbers of an axis so wide share a scale. None: all. Errors: ConfigError when they don't divide it."""
+  """How many numbers of an axis so wide share a scale. None: all. Errors: ConfigError when they
+  don't divide it."""
   block = GRANULARITIES[spec.granularity].block
   if block is None:
     return None
-  require(width % (block or spec.group) == 0, "group" if block == 0 else "granularity", spec.group or spec.granularity,
-          f"blocks of {block or spec.group} do not divide a width of {width}")
+  require(
+    width % (block or spec.group) == 0,
+    "group" if block == 0 else "granularity",
+    spec.group or spec.granularity,
+    f"blocks of {block or spec.group} do not divide a width of {width}",
+  )
   return block or spec.group
 
 
@@ -69,11 +80,14 @@ def in_units(x: jax.Array, scale: jax.Array) -> jax.Array:
   return x.astype(scale.dtype) * spread(reciprocal(scale), x.shape)
 
 
-def forward(x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None) -> tuple[Quantized, Saved]:
+def forward(
+  x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None
+) -> tuple[Quantized, Saved]:
   """Numbers to codes, without their rotation."""
   codes, saved = encode(in_units(x, scale), spec, key)
   if spec.scale == "learned":
-    # Codes hide what is not finite. Scales that are found in the numbers show it; a learned one would not.
+    # Codes hide what is not finite. Scales that are found in the numbers show it; a learned one
+    # would not.
     scale = jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
   return Quantized(codes, scale), saved
 
@@ -96,17 +110,26 @@ def backward(saved: Saved, g: jax.Array) -> jax.Array:
 
 
 def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec, count: int) -> jax.Array | None:
-  """The gradient of a learned scale, times 1 / sqrt(count · largest level) (arXiv 1902.08153, section 2.2).
+  """The gradient of a learned scale, times 1 / sqrt(count · largest level) (arXiv 1902.08153,
+  section 2.2).
 
-  count: of the weights, or of the features of activations, whatever the tokens. None: of a scale that follows a rule."""
+  count: of the weights, or of the features of activations, whatever the tokens. None: of a scale
+    that follows a rule."""
   if saved.slope is None:
     return None
   return (jnp.sum(g * saved.slope) / (count * spec.levels.largest) ** 0.5).reshape((1,) * g.ndim)
 
 
-def quantize(x: jax.Array, spec: QuantSpec, axis: int = -1, *, key: jax.Array | None = None,
-             scale: jax.Array | None = None) -> Quantized:
-  """Codes and scales of `x`, rotated if the spec rotates. Not differentiable; see `fake_quantize`."""
+def quantize(
+  x: jax.Array,
+  spec: QuantSpec,
+  axis: int = -1,
+  *,
+  key: jax.Array | None = None,
+  scale: jax.Array | None = None,
+) -> Quantized:
+  """Codes and scales of `x`, rotated if the spec rotates. Not differentiable; see
+  `fake_quantize`."""
   x = rotations.rotate(x, spec.rotation, axis)
   return forward(x, scale_of(x, spec, axis) if scale is None else scale, spec, key)[0]
 
@@ -116,11 +139,18 @@ def dequantize(q: Quantized) -> jax.Array:
   return q.codes.astype(q.scale.dtype) * spread(q.scale, q.codes.shape)
 
 
-def fake_quantize(x: jax.Array, spec: QuantSpec, axis: int = -1, *, key: jax.Array | None = None,
-                  scale: jax.Array | None = None) -> jax.Array:
+def fake_quantize(
+  x: jax.Array,
+  spec: QuantSpec,
+  axis: int = -1,
+  *,
+  key: jax.Array | None = None,
+  scale: jax.Array | None = None,
+) -> jax.Array:
   """The values that `x` becomes, in its own basis and type; its gradient is the spec's estimator.
 
-  scale: instead of the spec's rule, what a code of one stands for; a learned one gets its gradient, as of weights."""
+  scale: instead of the spec's rule, what a code of one stands for; a learned one gets its gradient,
+    as of weights."""
   rotated = rotations.rotate(x, spec.rotation, axis)
   if scale is None:
     scale = jax.lax.stop_gradient(scale_of(rotated, spec, axis))
@@ -134,7 +164,10 @@ def _fake(spec, x, scale, key):
 
 def _fake_forward(spec, x, scale, key):
   q, saved = forward(x, scale, spec, key)
-  return dequantize(q), (saved, jnp.zeros((0,), x.dtype))      # residuals are arrays: the last carries a type
+  return dequantize(q), (
+    saved,
+    jnp.zeros((0,), x.dtype),
+  )  # residuals are arrays: the last carries a type
 
 
 def _fake_backward(spec, residuals, g) -> tuple[Any, ...]:

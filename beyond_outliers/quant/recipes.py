@@ -1,4 +1,6 @@
-"""Recipes: which linear layer of a model is quantized how, by rules over their paths; and the named ones."""
+"""Recipes: which linear layer of a model is quantized how, by rules over their paths; and the named
+ones."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,13 +19,15 @@ from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 class Contraction(NamedTuple):
   """The axis that a linear layer sums over."""
+
   width: int
-  shards: int = 1                 # devices that it is split over
-  gathered: int = 1               # devices that it is gathered from, of the weights
+  shards: int = 1  # devices that it is split over
+  gathered: int = 1  # devices that it is gathered from, of the weights
 
 
 def at_depth(path: str, depth: int) -> str:
-  """`layers/mlp/up`, as parameters are stacked, as `layers/3/mlp/up`, as rules see it; other paths as they are."""
+  """`layers/mlp/up`, as parameters are stacked, as `layers/3/mlp/up`, as rules see it; other paths
+  as they are."""
   return path.replace("layers/", f"layers/{depth}/", 1) if path.startswith("layers/") else path
 
 
@@ -34,9 +38,11 @@ def stacked(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Ordered rules: the first whose regular expression matches the whole path of a linear layer decides. None: not quantized.
+  """Ordered rules: the first whose regular expression matches the whole path of a linear layer
+  decides. None: not quantized.
 
   Paths are those that the model asks for: `layers/3/mlp/up`, `head`. Errors: ConfigError."""
+
   rules: tuple[tuple[str, LayerRecipe | None], ...]
 
   def __post_init__(self):
@@ -72,14 +78,18 @@ class Recipe:
     for i, (paths, _) in enumerate(self.rules):
       if re.fullmatch(paths, path):
         return i
-    raise ConfigError(f"quant.rules = {[paths for paths, _ in self.rules]}: none matches the linear layer {path!r}; "
-                      "end with a rule for '.*'")
+    raise ConfigError(
+      f"quant.rules = {[paths for paths, _ in self.rules]}: none matches the linear layer "
+      f"{path!r}; "
+      "end with a rule for '.*'"
+    )
 
   def check(self, contractions: Mapping[str, Contraction]) -> None:
     """Whether the rules fit a model, given all its linear layers by path.
 
     Blocks that reach over devices which weights are gathered from are said in the log.
-    Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not divide a width or a shard's."""
+    Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not
+      divide a width or a shard's."""
     used = set()
     costly: dict[str, None] = {}
     for path, contraction in contractions.items():
@@ -88,10 +98,17 @@ class Recipe:
       if layer is not None:
         costly |= _check_blocks(path, layer, contraction)
     for i, (paths, _) in enumerate(self.rules):
-      require(i in used, "quant.rules", paths, "no linear layer is left for this rule; the model has "
-              + ", ".join(sorted({re.sub(r"\d+", "*", path) for path in contractions})))
+      require(
+        i in used,
+        "quant.rules",
+        paths,
+        "no linear layer is left for this rule; the model has "
+        + ", ".join(sorted({re.sub(r"\d+", "*", path) for path in contractions})),
+      )
     if costly:
-      logging.warning("mesh.fsdp cuts %s: devices exchange float32 there beside codes", "; ".join(costly))
+      logging.warning(
+        "mesh.fsdp cuts %s: devices exchange float32 there beside codes", "; ".join(costly)
+      )
 
 
 def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> dict[str, None]:
@@ -107,10 +124,18 @@ def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> di
   if rotations.ROTATIONS[layer.rotation] is not None:
     blocks["the rotation"] = rotations.block_size(width)
   for what, block in blocks.items():
-    require(width // shards % block == 0, "mesh.model", shards, f"{path} sums over {width} numbers, {width // shards} on each "
-            f"device: no multiple of the blocks of {block} of {what}; take a smaller mesh.model")
-  return {f"{what} in blocks of {block}, with {width // gathered} on each device": None for what, block in blocks.items()
-          if "activations" not in what and width // gathered % block}
+    require(
+      width // shards % block == 0,
+      "mesh.model",
+      shards,
+      f"{path} sums over {width} numbers, {width // shards} on each "
+      f"device: no multiple of the blocks of {block} of {what}; take a smaller mesh.model",
+    )
+  return {
+    f"{what} in blocks of {block}, with {width // gathered} on each device": None
+    for what, block in blocks.items()
+    if "activations" not in what and width // gathered % block
+  }
 
 
 def _but_the_head(layer: LayerRecipe) -> Recipe:
@@ -120,22 +145,29 @@ def _but_the_head(layer: LayerRecipe) -> Recipe:
 
 def _round_to_nearest(weights: int, activations: int | None, group: int = 0) -> LayerRecipe:
   """Symmetric absmax: a scale an output channel (or group of weights), and one a token."""
-  return LayerRecipe(QuantSpec(weights, granularity="group", group=group) if group else QuantSpec(weights),
-                     QuantSpec(activations, granularity="token") if activations else None)
+  return LayerRecipe(
+    QuantSpec(weights, granularity="group", group=group) if group else QuantSpec(weights),
+    QuantSpec(activations, granularity="token") if activations else None,
+  )
 
 
 def _quest(weights: float, activations: float | None) -> LayerRecipe:
   """arXiv 2502.05003."""
+
   def spec(bits, granularity):
     grid = "ternary" if bits == 1.585 else "midrise"
     return QuantSpec(bits, grid, "gaussian", granularity, rotation="hadamard", estimator="trust")
+
   return LayerRecipe(spec(weights, "channel"), spec(activations, "token") if activations else None)
 
 
 def _lsq(activations: str) -> LayerRecipe:
-  """arXiv 1902.08153, whose section 2 has a grid for numbers with a sign and one for those without."""
+  """arXiv 1902.08153, whose section 2 has a grid for numbers with a sign and one for those
+  without."""
+
   def spec(grid):
     return QuantSpec(4, grid, "learned", "tensor", estimator="lsq")
+
   return LayerRecipe(spec("twos_complement"), spec(activations))
 
 
@@ -155,19 +187,36 @@ RECIPES: dict[str, Recipe] = {
   "quest_w1.58a1.58": _but_the_head(_quest(1.585, 1.585)),
   "quest_w4a16": _but_the_head(_quest(4, None)),
   "lsq_w4a4": _but_the_head(_lsq("twos_complement")),
-  "lsq_w4a4_unsigned": _but_the_head(_lsq("unsigned")),       # for a rule: of layers behind a squared ReLU, `.*/mlp/down`
-  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale a tensor, which shows a token the later ones.
-  "fp8": _but_the_head(LayerRecipe(QuantSpec(8, "e4m3"), QuantSpec(8, "e4m3", granularity="token"),
-                                   QuantSpec(8, "e5m2", granularity="token"))),
-  # Of these two the number formats alone, scaled in blocks along the contraction: gradients stay whole, and the backward pass
-  # multiplies them with what the forward pass dequantized. The training methods of their papers, with rotations, stochastic
-  # rounding, blocks of two axes and some layers left out, are not in them.
+  "lsq_w4a4_unsigned": _but_the_head(
+    _lsq("unsigned")
+  ),  # for a rule: of layers behind a squared ReLU, `.*/mlp/down`
+  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale a tensor, which
+  # shows a token the later ones.
+  "fp8": _but_the_head(
+    LayerRecipe(
+      QuantSpec(8, "e4m3"),
+      QuantSpec(8, "e4m3", granularity="token"),
+      QuantSpec(8, "e5m2", granularity="token"),
+    )
+  ),
+  # Of these two the number formats alone, scaled in blocks along the contraction: gradients stay
+  # whole, and the backward pass multiplies them with what the forward pass dequantized. The
+  # training methods of their papers, with rotations, stochastic rounding, blocks of two axes and
+  # some layers left out, are not in them.
   "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
   # As published for the weights. Activations have a float32 scale a token, for the same reason.
-  "nvfp4": _but_the_head(LayerRecipe(QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token"))),
-  # All operands of all three products in int8: gradients rounded stochastically, so that their sums stay unbiased.
-  "int8_gradients": _but_the_head(dataclasses.replace(
-    _round_to_nearest(8, 8), gradients=QuantSpec(8, granularity="token", rounding="stochastic"))),
+  "nvfp4": _but_the_head(
+    LayerRecipe(
+      QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token")
+    )
+  ),
+  # All operands of all three products in int8: gradients rounded stochastically, so that their sums
+  # stay unbiased.
+  "int8_gradients": _but_the_head(
+    dataclasses.replace(
+      _round_to_nearest(8, 8), gradients=QuantSpec(8, granularity="token", rounding="stochastic")
+    )
+  ),
 }
 
 
@@ -179,12 +228,21 @@ def named(name: str, field: str = "quant.recipe") -> Recipe:
 
 
 def name_of(c: config.Quant) -> str:
-  """A run's recipe in a word: the row that most layers follow, and the rules that are more than a plain head."""
-  own = [f"{rule.paths}: {rule.recipe}" for rule in c.rules.values() if (rule.paths, rule.recipe) != ("head", "none")]
+  """A run's recipe in a word: the row that most layers follow, and the rules that are more than a
+  plain head."""
+  own = [
+    f"{rule.paths}: {rule.recipe}"
+    for rule in c.rules.values()
+    if (rule.paths, rule.recipe) != ("head", "none")
+  ]
   return ", ".join([c.recipe, *own])
 
 
 def from_config(c: config.Quant) -> Recipe:
-  """The run's rules in order, each with what its recipe does to most layers, and `recipe` for all others."""
-  rules = [(rule.paths, named(rule.recipe, f"quant.rules.{label}.recipe").default) for label, rule in c.rules.items()]
+  """The run's rules in order, each with what its recipe does to most layers, and `recipe` for all
+  others."""
+  rules = [
+    (rule.paths, named(rule.recipe, f"quant.rules.{label}.recipe").default)
+    for label, rule in c.rules.items()
+  ]
   return Recipe((*rules, (".*", named(c.recipe).default)))

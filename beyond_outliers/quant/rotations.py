@@ -1,7 +1,9 @@
-"""Rotations of the contraction axis of both operands: they cancel in the product, and spread outliers over a block.
+"""Rotations of the contraction axis of both operands: they cancel in the product, and spread
+outliers over a block.
 
 Rotating in bfloat16 costs more than it spares; everything here is float32 or wider.
 """
+
 from __future__ import annotations
 
 import functools
@@ -12,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-BLOCK = 128                      # as QuEST's (arXiv 2502.05003)
-# name -> whether signs are drawn before the Hadamard matrix (as QuaRot, arXiv 2404.00456); None: no rotation
+BLOCK = 128  # as QuEST's (arXiv 2502.05003)
+# name -> whether signs are drawn before the Hadamard matrix (as QuaRot, arXiv 2404.00456); None: no
+# rotation
 ROTATIONS: dict[str, bool | None] = {"none": None, "hadamard": False, "randomized_hadamard": True}
 
 
@@ -22,7 +25,9 @@ def block_size(width: int) -> int:
   """BLOCK, or the largest power of two below it that divides `width`; said in the log."""
   size = min(BLOCK, width & -width)
   if size < BLOCK:
-    logging.warning("width %d is no multiple of %d: its Hadamard blocks are %d wide", width, BLOCK, size)
+    logging.warning(
+      "width %d is no multiple of %d: its Hadamard blocks are %d wide", width, BLOCK, size
+    )
   return size
 
 
@@ -37,7 +42,7 @@ def unrotate(x: jax.Array, rotation: str, axis: int) -> jax.Array:
   signed = ROTATIONS[rotation]
   if signed is None:
     return x
-  x = _blocks(x, axis)                          # a symmetric matrix is its own inverse if it is orthonormal
+  x = _blocks(x, axis)  # a symmetric matrix is its own inverse if it is orthonormal
   return x * _signs(x, axis) if signed else x
 
 
@@ -52,20 +57,28 @@ def _multiply(x, axis):
   product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if axis == x.ndim - 1:
     return product(x.reshape(*x.shape[:axis], -1, size), matrix).reshape(x.shape)
-  # A product a block: summing over an axis in the middle would transpose what it is given and what it returns.
-  blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1:]))
-  return product(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(x.shape)
+  # A product a block: summing over an axis in the middle would transpose what it is given and what
+  # it returns.
+  blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1 :]))
+  return product(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(
+    x.shape
+  )
 
 
-# The matrix is its own transpose. Automatic differentiation would keep one for the backward pass, and a copy of it a block.
-_multiply.defvjp(lambda x, axis: (_multiply(x, axis), None), lambda axis, nothing, g: (_multiply(g, axis),))
+# The matrix is its own transpose. Automatic differentiation would keep one for the backward pass,
+# and a copy of it a block.
+_multiply.defvjp(
+  lambda x, axis: (_multiply(x, axis), None), lambda axis, nothing, g: (_multiply(g, axis),)
+)
 
 
 def _signs(x, axis):
   """The same for every array of this width: both operands of a product must share them."""
   width = x.shape[axis]
-  signs = 2 * np.random.RandomState(0).randint(0, 2, width) - 1                # legacy: its numbers never change
-  return jnp.asarray(signs.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), x.dtype)
+  signs = 2 * np.random.RandomState(0).randint(0, 2, width) - 1  # legacy: its numbers never change
+  return jnp.asarray(
+    signs.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]), x.dtype
+  )
 
 
 @functools.cache

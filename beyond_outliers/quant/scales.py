@@ -1,8 +1,10 @@
-"""Scales: what a code of one stands for. A rule finds them, and a granularity says which numbers share one.
+"""Scales: what a code of one stands for. A rule finds them, and a granularity says which numbers
+share one.
 
-A rule takes numbers, the axes that share a scale, and the grid; it returns positive scales, with those axes kept at length one
-(zero where all numbers are zero). All in float32 or wider.
+A rule takes numbers, the axes that share a scale, and the grid; it returns positive scales, with
+those axes kept at length one (zero where all numbers are zero). All in float32 or wider.
 """
+
 from __future__ import annotations
 
 import functools
@@ -17,19 +19,27 @@ from beyond_outliers.quant import grids
 
 Rule = Callable[[jax.Array, tuple[int, ...], grids.Grid], jax.Array]
 
-# How many standard deviations the largest level of a grid of so many levels stands for, at the least squared error on a
-# normal distribution: the constants of QuEST (arXiv 2502.05003). The last three are a little below their optima.
+# How many standard deviations the largest level of a grid of so many levels stands for, at the
+# least squared error on a normal distribution: the constants of QuEST (arXiv 2502.05003). The last
+# three are a little below their optima.
 GAUSSIAN_BOUND = {
-  2: 0.7978845587140913, 3: 1.2240089519030855, 4: 1.4935346200015913, 8: 2.051068354131873, 16: 2.513930578568423,
-  32: 2.9160938834961225, 64: 3.276597282593217, 128: 3.6010497188221655, 256: 3.884938678807525,
+  2: 0.7978845587140913,
+  3: 1.2240089519030855,
+  4: 1.4935346200015913,
+  8: 2.051068354131873,
+  16: 2.513930578568423,
+  32: 2.9160938834961225,
+  64: 3.276597282593217,
+  128: 3.6010497188221655,
+  256: 3.884938678807525,
 }
 # Shares of the largest magnitude that the clip search tries, from all of it down to a fifth.
 CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
 
 
 def _largest(x, axes):
-  """The largest magnitude; not finite where some number is not. By their bits, whose order is that of magnitudes, with NaN
-  above all: XLA's maximum of floats passes over NaN on CPUs."""
+  """The largest magnitude; not finite where some number is not. By their bits, whose order is that
+  of magnitudes, with NaN above all: XLA's maximum of floats passes over NaN on CPUs."""
   bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
   return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True), x.dtype)
 
@@ -40,7 +50,8 @@ def absmax(x, axes, grid):
 
 
 def absmax_edge(x, axes, grid):
-  """The largest magnitude is the end of the last level's bucket: absmax/7.5 at four symmetric bits."""
+  """The largest magnitude is the end of the last level's bucket: absmax/7.5 at four symmetric
+  bits."""
   return _largest(x, axes) / grid.edge
 
 
@@ -62,7 +73,11 @@ def mse(x, axes, grid):
   def attempt(best, ratio):
     least, scale = best
     candidate = whole * ratio
-    error = jnp.sum((grid.round(x * reciprocal(candidate), jnp.round) * candidate - x) ** 2, axis=axes, keepdims=True)
+    error = jnp.sum(
+      (grid.round(x * reciprocal(candidate), jnp.round) * candidate - x) ** 2,
+      axis=axes,
+      keepdims=True,
+    )
     better = error < least
     return (jnp.where(better, error, least), jnp.where(better, candidate, scale)), None
 
@@ -71,12 +86,14 @@ def mse(x, axes, grid):
 
 
 def learned(x, axes, grid):
-  """Where a learned scale begins: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section 2.1)."""
+  """Where a learned scale begins: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section
+  2.1)."""
   return 2 * jnp.mean(jnp.abs(x), axis=axes, keepdims=True) / grid.largest**0.5
 
 
 def power_of_two(x, axes, grid):
-  """absmax and the largest level, both rounded down to powers of two (OCP Microscaling Formats 1.0, section 6.3)."""
+  """absmax and the largest level, both rounded down to powers of two (OCP Microscaling Formats 1.0,
+  section 6.3)."""
   largest = _largest(x, axes)
   exponent = jnp.frexp(largest)[1] - 1 - grid.largest_exponent
   # e8m0 reaches down to -127, where float32 has no normal number any more, and has a NaN.
@@ -85,7 +102,8 @@ def power_of_two(x, axes, grid):
 
 
 def two_level(x, axes, grid):
-  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest (arXiv 2509.25149, appendix C)."""
+  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest
+  (arXiv 2509.25149, appendix C)."""
   return _two_level(x, axes, None, grid)
 
 
@@ -120,17 +138,21 @@ SCALES: dict[str, Rule] = {
 
 class Granularity(NamedTuple):
   """Which numbers share a scale: all, those along the contraction axis, or a block of these."""
+
   all: bool = False
-  block: int | None = None         # of consecutive numbers along the contraction axis; 0: the spec's `group`
-  rule: Rule | None = None         # of the format, instead of the spec's
+  block: int | None = (
+    None  # of consecutive numbers along the contraction axis; 0: the spec's `group`
+  )
+  rule: Rule | None = None  # of the format, instead of the spec's
 
 
-# Under "tensor" and "nv" what a token becomes depends on all others of the batch, those behind it and those of other windows
-# included: for weights that is no matter, but no named recipe has them for activations or gradients.
+# Under "tensor" and "nv" what a token becomes depends on all others of the batch, those behind it
+# and those of other windows included: for weights that is no matter, but no named recipe has them
+# for activations or gradients.
 GRANULARITIES = {
   "tensor": Granularity(all=True),
-  "channel": Granularity(),        # weights: one scale an output channel
-  "token": Granularity(),          # activations, and gradients: one scale a token
+  "channel": Granularity(),  # weights: one scale an output channel
+  "token": Granularity(),  # activations, and gradients: one scale a token
   "group": Granularity(block=0),
   "mx": Granularity(block=32, rule=power_of_two),
   "nv": Granularity(block=16, rule=two_level),

@@ -1,4 +1,6 @@
-"""What is quantized and how, as data: one spec an operand, one recipe a linear layer. Nothing here computes."""
+"""What is quantized and how, as data: one spec an operand, one recipe a linear layer. Nothing here
+computes."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,10 +19,13 @@ BACKWARDS = ("quantized", "unquantized")
 class QuantSpec:
   """All that decides the numbers of one quantized operand.
 
-  bits: 1 to 8, or 1.585 (ternary). grid: row of GRIDS. scale: row of SCALES. granularity: row of GRANULARITIES; group: numbers
-  along the contraction axis that share a scale, with granularity "group". rotation: row of ROTATIONS, before quantizing.
-  estimator: row of ESTIMATORS. rounding: nearest (ties to even) or stochastic (which needs a key, and is nearest without one).
+  bits: 1 to 8, or 1.585 (ternary). grid: row of GRIDS. scale: row of SCALES. granularity: row of
+  GRANULARITIES; group: numbers along the contraction axis that share a scale, with granularity
+  "group". rotation: row of ROTATIONS, before quantizing.
+  estimator: row of ESTIMATORS. rounding: nearest (ties to even) or stochastic (which needs a key,
+    and is nearest without one).
   Errors: ConfigError for what does not go together."""
+
   bits: float
   grid: str = "symmetric"
   scale: str = "absmax"
@@ -31,31 +36,78 @@ class QuantSpec:
   rounding: str = "nearest"
 
   def __post_init__(self):
-    one_of(self, "", grid=GRIDS, scale=SCALES, granularity=GRANULARITIES, rotation=ROTATIONS, estimator=ESTIMATORS,
-           rounding=ROUNDINGS)
+    one_of(
+      self,
+      "",
+      grid=GRIDS,
+      scale=SCALES,
+      granularity=GRANULARITIES,
+      rotation=ROTATIONS,
+      estimator=ESTIMATORS,
+      rounding=ROUNDINGS,
+    )
     known = GRIDS[self.grid]
-    require(self.bits in known, "bits", self.bits, f"grid {self.grid!r} has {', '.join(map(str, known))} bits")
+    require(
+      self.bits in known,
+      "bits",
+      self.bits,
+      f"grid {self.grid!r} has {', '.join(map(str, known))} bits",
+    )
     block, even = GRANULARITIES[self.granularity], not isinstance(self.levels, Float)
     if block.block == 0:
-      require(self.group >= 1, "group", self.group, "granularity 'group' needs the width of a group")
+      require(
+        self.group >= 1, "group", self.group, "granularity 'group' needs the width of a group"
+      )
     else:
-      require(self.group == 0, "group", self.group, f"only granularity 'group' has one, not {self.granularity!r}")
+      require(
+        self.group == 0,
+        "group",
+        self.group,
+        f"only granularity 'group' has one, not {self.granularity!r}",
+      )
     if block.rule is not None:
-      require(not even, "grid", self.grid, f"granularity {self.granularity!r} is a format of floating-point numbers: e2m1, ...")
-      require(self.scale == "absmax", "scale", self.scale,
-              f"granularity {self.granularity!r} has a rule of its own: leave 'absmax'")
+      require(
+        not even,
+        "grid",
+        self.grid,
+        f"granularity {self.granularity!r} is a format of floating-point numbers: e2m1, ...",
+      )
+      require(
+        self.scale == "absmax",
+        "scale",
+        self.scale,
+        f"granularity {self.granularity!r} has a rule of its own: leave 'absmax'",
+      )
     if self.scale == "gaussian":
-      require(self.grid in ("midrise", "ternary"), "scale", self.scale,
-              f"its constants belong to the grids 'midrise' and 'ternary', not {self.grid!r}")
+      require(
+        self.grid in ("midrise", "ternary"),
+        "scale",
+        self.scale,
+        f"its constants belong to the grids 'midrise' and 'ternary', not {self.grid!r}",
+      )
     if self.scale == "absmax_edge" or self.estimator == "trust":
       name = "scale" if self.scale == "absmax_edge" else "estimator"
       require(even, name, getattr(self, name), f"needs a grid with even steps, not {self.grid!r}")
-    require(self.grid != "unsigned" or self.rotation == "none", "rotation", self.rotation,
-            "numbers have a sign behind it, which the grid 'unsigned' has not: take 'none', or another grid")
-    require((self.scale == "learned") == ESTIMATORS[self.estimator].learns_scale, "scale", self.scale,
-            f"'learned' and estimator 'lsq' come together, not with estimator {self.estimator!r}")
+    require(
+      self.grid != "unsigned" or self.rotation == "none",
+      "rotation",
+      self.rotation,
+      "numbers have a sign behind it, which the grid 'unsigned' has not: take 'none', or another "
+      "grid",
+    )
+    require(
+      (self.scale == "learned") == ESTIMATORS[self.estimator].learns_scale,
+      "scale",
+      self.scale,
+      f"'learned' and estimator 'lsq' come together, not with estimator {self.estimator!r}",
+    )
     if self.scale == "learned":
-      require(self.granularity == "tensor", "granularity", self.granularity, "a learned scale is the whole tensor's: 'tensor'")
+      require(
+        self.granularity == "tensor",
+        "granularity",
+        self.granularity,
+        "a learned scale is the whole tensor's: 'tensor'",
+      )
 
   @property
   def levels(self) -> Grid:
@@ -71,11 +123,13 @@ class LayerRecipe:
     dx = g wᵀ  sums over outputs: a scale a token ("token"), or one for all ("tensor")
     dw = xᵀ g  sums over tokens: a scale an output, or one for all
 
-  What scales w by output, and x by token, lies along the axis that is summed over, and so has been multiplied into g before it
-  is quantized. The other operand is what `backward` says: the "quantized" one, as in the forward pass, or the "unquantized".
-  dx and dw are not quantized themselves, nor is any product of attention. Both backends do the same.
-  A rotation is applied to both operands, also to one that is not quantized: otherwise it would not cancel.
+  What scales w by output, and x by token, lies along the axis that is summed over, and so has been
+  multiplied into g before it is quantized. The other operand is what `backward` says: the
+  "quantized" one, as in the forward pass, or the "unquantized". dx and dw are not quantized
+  themselves, nor is any product of attention. Both backends do the same. A rotation is applied to
+  both operands, also to one that is not quantized: otherwise it would not cancel.
   Errors: ConfigError."""
+
   weights: QuantSpec | None = None
   activations: QuantSpec | None = None
   gradients: QuantSpec | None = None
@@ -86,21 +140,45 @@ class LayerRecipe:
     w, x, g = self.weights, self.activations, self.gradients
     require(any((w, x, g)), "weights", w, "a layer that quantizes nothing has the recipe None")
     for name, spec in (("weights", w), ("gradients", g)):
-      require(spec is None or spec.grid != "unsigned", f"{name}.grid", "unsigned",
-              "they have a sign; only activations may have none")
+      require(
+        spec is None or spec.grid != "unsigned",
+        f"{name}.grid",
+        "unsigned",
+        "they have a sign; only activations may have none",
+      )
     if w is not None and x is not None:
-      require(w.rotation == x.rotation, "activations.rotation", x.rotation,
-              f"must equal that of the weights ({w.rotation!r}), or the two don't cancel in the product")
+      require(
+        w.rotation == x.rotation,
+        "activations.rotation",
+        x.rotation,
+        f"must equal that of the weights ({w.rotation!r}), or the two don't cancel in the product",
+      )
     if w is not None:
-      require(w.granularity not in ("token", "nv_token"), "weights.granularity", w.granularity,
-              "weights have channels: 'channel', or 'nv'")
+      require(
+        w.granularity not in ("token", "nv_token"),
+        "weights.granularity",
+        w.granularity,
+        "weights have channels: 'channel', or 'nv'",
+      )
     if x is not None:
-      require(x.granularity != "channel", "activations.granularity", x.granularity, "activations have tokens: 'token'")
+      require(
+        x.granularity != "channel",
+        "activations.granularity",
+        x.granularity,
+        "activations have tokens: 'token'",
+      )
     if g is not None:
-      require(g.granularity in ("tensor", "token"), "gradients.granularity", g.granularity, "expected 'tensor' or 'token'")
+      require(
+        g.granularity in ("tensor", "token"),
+        "gradients.granularity",
+        g.granularity,
+        "expected 'tensor' or 'token'",
+      )
       require(g.rotation == "none", "gradients.rotation", g.rotation, "gradients are not rotated")
       require(g.scale != "learned", "gradients.scale", g.scale, "nothing would learn it")
 
   @property
   def rotation(self) -> str:
-    return next((spec.rotation for spec in (self.weights, self.activations) if spec is not None), "none")
+    return next(
+      (spec.rotation for spec in (self.weights, self.activations) if spec is not None), "none"
+    )

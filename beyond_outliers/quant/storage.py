@@ -1,10 +1,12 @@
-"""Quantized models as arrays of bytes and a description in JSON, and both as files: codes with the bits that their grid needs.
+"""Quantized models as arrays of bytes and a description in JSON, and both as files: codes with the
+bits that their grid needs.
 
 A matrix [K, O], each layer of a stack by itself, becomes
 
   <path>/codes                  its codes in rows, as digits in base 2^bits (3 for 1.585 bits): as many as fit into a word of 64
-                                bits, the first the lowest, words little-endian. 4 bits: two a byte. 3 bits: 21 a word, 3.05 each;
-                                1.585 bits: 40 a word, 1.6 each. Floating-point codes are their bits
+                                bits, the first the lowest, words little-endian. 4 bits: two a byte.
+                                3 bits: 21 a word, 3.05 each; 1.585 bits: 40 a word, 1.6 each.
+                                Floating-point codes are their bits
   <path>/scale                  as it is, but for the scales that a format knows in one byte:
   <path>/scale_e8m0             granularity mx: powers of two
   <path>/scale_e4m3, /scale_unit    granularity nv: their product
@@ -13,6 +15,7 @@ A matrix [K, O], each layer of a stack by itself, becomes
 and every other parameter stays as it is. What is read back equals what was written, bit by bit.
 Legend: K contraction, O outputs.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -38,7 +41,7 @@ from beyond_outliers.quant.recipes import Recipe, at_depth, stacked
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantized.json"
-VERSION = 1                      # of what the docstring says
+VERSION = 1  # of what the docstring says
 WORD_BITS = 64
 E8M0, E4M3 = np.dtype(ml_dtypes.float8_e8m0fnu), np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -58,36 +61,65 @@ def pack(q: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   kind = type(q.model)
   return tensors, {
     "version": VERSION,
-    "model": {"class": f"{kind.__module__}.{kind.__qualname__}", "config": dataclasses.asdict(q.model.config)},
+    "model": {
+      "class": f"{kind.__module__}.{kind.__qualname__}",
+      "config": dataclasses.asdict(q.model.config),
+    },
     "method": q.method,
     "recipe": [[paths, layer and dataclasses.asdict(layer)] for paths, layer in q.recipe.rules],
     "matrices": shapes,
   }
 
 
-def unpack(tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> tuple[Any, Any, Recipe, str]:
+def unpack(
+  tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]
+) -> tuple[Any, Any, Recipe, str]:
   """(model as it trains, parameters, recipe, method) of what `pack` returned.
 
   Errors: ConfigError for another version, or tensors that are missing."""
-  require(description.get("version") == VERSION, "version", description.get("version"), f"this program reads version {VERSION}")
-  recipe = Recipe(tuple((paths, layer and _layer_recipe(layer)) for paths, layer in description["recipe"]))
+  require(
+    description.get("version") == VERSION,
+    "version",
+    description.get("version"),
+    f"this program reads version {VERSION}",
+  )
+  recipe = Recipe(
+    tuple((paths, layer and _layer_recipe(layer)) for paths, layer in description["recipe"])
+  )
   rest, stacks = dict(tensors), {}
   for path, shape in description["matrices"].items():
-    parts = {name.removeprefix(f"{path}/"): rest.pop(name) for name in tensors if name.startswith(f"{path}/")}
+    parts = {
+      name.removeprefix(f"{path}/"): rest.pop(name)
+      for name in tensors
+      if name.startswith(f"{path}/")
+    }
     require("codes" in parts, f"{path}/codes", None, "missing; fetch the whole model again")
     stacks.setdefault(stacked(path), []).append(
-      _unpack_matrix(parts, shape, _weights_spec(recipe, path)))
+      _unpack_matrix(parts, shape, _weights_spec(recipe, path))
+    )
   params = {path: jnp.asarray(array) for path, array in rest.items()}
-  params |= {path: _stack(each) if path.startswith("layers/") else QuantizedMatrix(*each[0]) for path, each in stacks.items()}
-  return _model(description["model"]), traverse_util.unflatten_dict(params, sep="/"), recipe, description["method"]
+  params |= {
+    path: _stack(each) if path.startswith("layers/") else QuantizedMatrix(*each[0])
+    for path, each in stacks.items()
+  }
+  return (
+    _model(description["model"]),
+    traverse_util.unflatten_dict(params, sep="/"),
+    recipe,
+    description["method"],
+  )
 
 
 def write(directory: Any, tensors: dict[str, np.ndarray], description: Mapping[str, Any]) -> None:
   """A safetensors file and a JSON. Errors: ConfigError when the directory holds such files."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  require(not any((directory / name).exists() for name in (TENSORS, DESCRIPTION)), "directory", str(directory),
-          "already holds a model; remove it or choose another")
+  require(
+    not any((directory / name).exists() for name in (TENSORS, DESCRIPTION)),
+    "directory",
+    str(directory),
+    "already holds a model; remove it or choose another",
+  )
   safetensors.numpy.save_file(tensors, directory / TENSORS)
   # Last: what a crash leaves behind does not pass for a model.
   (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
@@ -97,29 +129,45 @@ def read(directory: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """What `write` wrote. Errors: ConfigError when it is not there."""
   directory = pathlib.Path(directory)
   for name in (TENSORS, DESCRIPTION):
-    require((directory / name).exists(), "directory", str(directory),
-            f"holds no {name}; give what save() of a quantized model wrote to")
-  return safetensors.numpy.load_file(directory / TENSORS), json.loads((directory / DESCRIPTION).read_text())
+    require(
+      (directory / name).exists(),
+      "directory",
+      str(directory),
+      f"holds no {name}; give what save() of a quantized model wrote to",
+    )
+  return safetensors.numpy.load_file(directory / TENSORS), json.loads(
+    (directory / DESCRIPTION).read_text()
+  )
 
 
 def matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:
-  """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or of the one matrix."""
+  """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or
+  of the one matrix."""
   if not path.startswith("layers/"):
     return [(path, weight)]
-  return [(at_depth(path, depth), jax.tree.map(lambda field, depth=depth: field[depth], weight))
-          for depth in range(len(weight.codes))]
+  return [
+    (at_depth(path, depth), jax.tree.map(lambda field, depth=depth: field[depth], weight))
+    for depth in range(len(weight.codes))
+  ]
 
 
 def pack_digits(digits: np.ndarray, bits: float) -> np.ndarray:
   """Whole numbers from 0 to below 2^bits as bytes, in whole words."""
   places = _places(bits)
   padded = np.pad(digits.reshape(-1).astype(np.uint64), (0, -digits.size % len(places)))
-  return (padded.reshape(-1, len(places)) * places).sum(axis=1, dtype=np.uint64).astype("<u8").view(np.uint8)
+  return (
+    (padded.reshape(-1, len(places)) * places)
+    .sum(axis=1, dtype=np.uint64)
+    .astype("<u8")
+    .view(np.uint8)
+  )
 
 
 def unpack_digits(packed: np.ndarray, bits: float, shape: tuple[int, ...]) -> np.ndarray:
   """uint8 digits of this shape."""
-  digits = packed.view("<u8").astype(np.uint64)[:, None] // _places(bits) % np.uint64(round(2**bits))
+  digits = (
+    packed.view("<u8").astype(np.uint64)[:, None] // _places(bits) % np.uint64(round(2**bits))
+  )
   return digits.astype(np.uint8).reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
@@ -140,18 +188,28 @@ def _pack_matrix(weight: QuantizedMatrix, spec: QuantSpec | None) -> dict[str, n
     parts = {"codes": codes_KxO, "scale": scale}
   else:
     codes_KxO, grid = codes_KxO.astype(spec.levels.dtype), spec.levels
-    digits = ((codes_KxO.astype(np.int32) - grid.lowest) // grid.gap if isinstance(grid, Uniform) else codes_KxO.view(np.uint8))
+    digits = (
+      (codes_KxO.astype(np.int32) - grid.lowest) // grid.gap
+      if isinstance(grid, Uniform)
+      else codes_KxO.view(np.uint8)
+    )
     parts = {"codes": pack_digits(digits, spec.bits), **_pack_scale(scale, spec.granularity)}
   return parts if weight.smooth is None else {**parts, "smooth": np.asarray(weight.smooth)}
 
 
-def _unpack_matrix(parts: Mapping[str, np.ndarray], shape: list[int], spec: QuantSpec | None) -> tuple[Any, Any, Any]:
+def _unpack_matrix(
+  parts: Mapping[str, np.ndarray], shape: list[int], spec: QuantSpec | None
+) -> tuple[Any, Any, Any]:
   """The fields of a QuantizedMatrix, on the host."""
   scale, smooth = _unpack_scale(parts), parts.get("smooth")
   if spec is None:
     return parts["codes"], scale, smooth
   digits, grid = unpack_digits(parts["codes"], spec.bits, tuple(shape)), spec.levels
-  codes = digits.astype(np.int32) * grid.gap + grid.lowest if isinstance(grid, Uniform) else digits.view(grid.dtype)
+  codes = (
+    digits.astype(np.int32) * grid.gap + grid.lowest
+    if isinstance(grid, Uniform)
+    else digits.view(grid.dtype)
+  )
   return codes.astype(grid.dtype), scale, smooth
 
 
@@ -162,7 +220,8 @@ def _pack_scale(scale: np.ndarray, granularity: str) -> dict[str, np.ndarray]:
     if np.array_equal(exponents.astype(scale.dtype), scale):
       return {"scale_e8m0": exponents.view(np.uint8)}
   if granularity == "nv":
-    # The largest scale is e4m3's largest number times the unit, rounded: which leaves the unit's neighbours in question.
+    # The largest scale is e4m3's largest number times the unit, rounded: which leaves the unit's
+    # neighbours in question.
     guess = scale.max() / scale.dtype.type(ml_dtypes.finfo(E4M3).max) or scale.dtype.type(1)
     for unit in (guess, np.nextafter(guess, 0 * guess), np.nextafter(guess, 2 * guess)):
       factors = (scale / unit).astype(E4M3)
@@ -181,20 +240,33 @@ def _unpack_scale(parts: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _stack(each: list[tuple[Any, Any, Any]]) -> QuantizedMatrix:
-  """As it was before it was saved: where the layers' codes were of several types, they all were floats."""
+  """As it was before it was saved: where the layers' codes were of several types, they all were
+  floats."""
   codes, scales, smooths = zip(*each, strict=True)
   kinds = {of_one.dtype for of_one in codes}
   codes = np.stack([of_one if len(kinds) == 1 else of_one.astype(np.float32) for of_one in codes])
-  return QuantizedMatrix(jnp.asarray(codes), jnp.asarray(np.stack(scales)), None if smooths[0] is None else jnp.asarray(np.stack(smooths)))
+  return QuantizedMatrix(
+    jnp.asarray(codes),
+    jnp.asarray(np.stack(scales)),
+    None if smooths[0] is None else jnp.asarray(np.stack(smooths)),
+  )
 
 
 def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:
-  values: dict[str, Any] = {name: QuantSpec(**value) if isinstance(value, dict) else value for name, value in fields.items()}
+  values: dict[str, Any] = {
+    name: QuantSpec(**value) if isinstance(value, dict) else value for name, value in fields.items()
+  }
   return LayerRecipe(**values)
 
 
 def _model(described: Mapping[str, Any]) -> Any:
-  """By the name of its class: quantization works on whatever obeys the model contract, and knows no model."""
+  """By the name of its class: quantization works on whatever obeys the model contract, and knows no
+  model."""
   module, _, name = described["class"].rpartition(".")
-  require(module.startswith(f"{__name__.split('.')[0]}."), "model.class", described["class"], "not a model of this package")
+  require(
+    module.startswith(f"{__name__.split('.')[0]}."),
+    "model.class",
+    described["class"],
+    "not a model of this package",
+  )
   return getattr(importlib.import_module(module), name)(config.Model(**described["config"]))

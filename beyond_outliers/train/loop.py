@@ -1,4 +1,6 @@
-"""The training loop and its hooks. All that a run reads or writes while it trains happens in a hook, outside jit."""
+"""The training loop and its hooks. All that a run reads or writes while it trains happens in a
+hook, outside jit."""
+
 from __future__ import annotations
 
 import contextlib
@@ -26,8 +28,13 @@ class Stop(Exception):
     self.status, self.step, self.reason = status, step, reason
 
 
-def fit(step_fn: Callable[..., tuple[step_lib.TrainState, Metrics]], state: step_lib.TrainState, batches: Iterator[Any],
-        hooks: Sequence[Hook], num_steps: int) -> step_lib.TrainState:
+def fit(
+  step_fn: Callable[..., tuple[step_lib.TrainState, Metrics]],
+  state: step_lib.TrainState,
+  batches: Iterator[Any],
+  hooks: Sequence[Hook],
+  num_steps: int,
+) -> step_lib.TrainState:
   """Trains to `num_steps`. The state is donated to the next step, so hooks copy what they keep."""
   for step in range(int(state.step) + 1, num_steps + 1):
     state, metrics = step_fn(state, next(batches))
@@ -37,7 +44,8 @@ def fit(step_fn: Callable[..., tuple[step_lib.TrainState, Metrics]], state: step
 
 
 def due(step: int, every: int, num_steps: int) -> bool:
-  """Whether something that happens every `every` steps, and after the last, happens after this one."""
+  """Whether something that happens every `every` steps, and after the last, happens after this
+  one."""
   return step % every == 0 or step == num_steps
 
 
@@ -46,7 +54,7 @@ class Clock:
 
   def __init__(self, seconds: float = 0.0):
     self._before = seconds
-    self._start: float | None = time.perf_counter()                  # None while paused
+    self._start: float | None = time.perf_counter()  # None while paused
 
   def seconds(self) -> float:
     return self._before + (time.perf_counter() - self._start if self._start is not None else 0.0)
@@ -63,15 +71,30 @@ class Clock:
 
 
 class Log:
-  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits for the host.
+  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits
+  for the host.
 
-  Norms of the parameters and of their change are a program of their own, so that the steps between rows don't pay for them;
-  so is what `statistics(state, parameters before, their change, sample)` adds. sample: arrays that it gets with every row."""
+  Norms of the parameters and of their change are a program of their own, so that the steps between
+  rows don't pay for them; so is what `statistics(state, parameters before, their change, sample)`
+  adds. sample: arrays that it gets with every row."""
 
-  def __init__(self, every: int, sinks: Sequence[writers.Writer], clock: Clock, state: step_lib.TrainState, *,
-               tokens_per_step: int, flops_per_step: float, peak_flops: float, num_steps: int, max_skipped: int,
-               statistics: Callable[[step_lib.TrainState, Any, Any, Any], Metrics] = lambda state, before, update, sample: {},
-               sample: Any = None):
+  def __init__(
+    self,
+    every: int,
+    sinks: Sequence[writers.Writer],
+    clock: Clock,
+    state: step_lib.TrainState,
+    *,
+    tokens_per_step: int,
+    flops_per_step: float,
+    peak_flops: float,
+    num_steps: int,
+    max_skipped: int,
+    statistics: Callable[
+      [step_lib.TrainState, Any, Any, Any], Metrics
+    ] = lambda state, before, update, sample: {},
+    sample: Any = None,
+  ):
     self._every, self._sinks, self._clock = every, sinks, clock
     self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
     self._num_steps, self._max_skipped = num_steps, max_skipped
@@ -81,8 +104,12 @@ class Log:
 
     def measures(state, before, sample):
       update = optax.tree.sub(state.params, before)
-      return {"parameter_norm": optax.tree.norm(state.params), "update_norm": optax.tree.norm(update),
-              **statistics(state, before, update, sample)}
+      return {
+        "parameter_norm": optax.tree.norm(state.params),
+        "update_norm": optax.tree.norm(update),
+        **statistics(state, before, update, sample),
+      }
+
     self._measures, self._sample = jax.jit(measures), sample
     self._before = self._copy_before(int(state.step) + 1, state)
 
@@ -99,18 +126,23 @@ class Log:
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
-    in_a_row = int(metrics["skipped_in_a_row"])                      # waits for that step, while the next one runs
+    in_a_row = int(metrics["skipped_in_a_row"])  # waits for that step, while the next one runs
     if self._has_row(step) or in_a_row >= self._max_skipped:
       self._write(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
     if in_a_row >= self._max_skipped:
-      raise Stop("diverged", step, f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
-                                   "lower optimizer.learning_rate, or raise max_skipped_updates")
+      raise Stop(
+        "diverged",
+        step,
+        f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
+        "lower optimizer.learning_rate, or raise max_skipped_updates",
+      )
 
   def _has_row(self, step: int) -> bool:
     return due(step, self._every, self._num_steps)
 
   def _copy_before(self, step: int, state: step_lib.TrainState) -> Any:
-    """The parameters that `step` will change, if it gets a row: the step itself takes their buffers."""
+    """The parameters that `step` will change, if it gets a row: the step itself takes their
+    buffers."""
     return self._copy(state.params) if self._has_row(step) else None
 
   def _write(self, step: int, values: dict[str, float]) -> None:
@@ -119,18 +151,37 @@ class Log:
     self._last = (step, seconds)
     a_step = (seconds - seconds_then) / max(step - then, 1)
     flops = self._flops / a_step
-    row = {"step": step, **values, "tokens": step * self._tokens, "tokens_per_second": self._tokens / a_step,
-           "flops_per_second": flops, "peak_share": flops / self._peak, "seconds_per_step": a_step, "seconds": seconds,
-           "seconds_left": a_step * (self._num_steps - step), "memory_bytes": hardware.memory_bytes()}
+    row = {
+      "step": step,
+      **values,
+      "tokens": step * self._tokens,
+      "tokens_per_second": self._tokens / a_step,
+      "flops_per_second": flops,
+      "peak_share": flops / self._peak,
+      "seconds_per_step": a_step,
+      "seconds": seconds,
+      "seconds_left": a_step * (self._num_steps - step),
+      "memory_bytes": hardware.memory_bytes(),
+    }
     for sink in self._sinks:
       sink.write(row)
 
 
 class Evaluate:
-  """A row of `<name>/...` every `every` steps and after the last, from the parameters alone: validation by default."""
+  """A row of `<name>/...` every `every` steps and after the last, from the parameters alone:
+  validation by default."""
 
-  def __init__(self, every: int, evaluate: Callable[[Any], dict[str, Any]], sinks: Sequence[writers.Writer], clock: Clock, *,
-               num_steps: int, before: Callable[[], None], name: str = "eval"):
+  def __init__(
+    self,
+    every: int,
+    evaluate: Callable[[Any], dict[str, Any]],
+    sinks: Sequence[writers.Writer],
+    clock: Clock,
+    *,
+    num_steps: int,
+    before: Callable[[], None],
+    name: str = "eval",
+  ):
     self._every, self._evaluate, self._sinks, self._clock = every, evaluate, sinks, clock
     self._num_steps, self._before, self._name = num_steps, before, name
 
@@ -138,11 +189,14 @@ class Evaluate:
     if not due(step, self._every, self._num_steps):
       return
     with self._clock.paused(metrics):
-      self._before()                             # the log's held-back row belongs in front of this one
+      self._before()  # the log's held-back row belongs in front of this one
       start = time.perf_counter()
       result = self._evaluate(state.params)
-      row = {"step": step, **{f"{self._name}/{key}": value for key, value in result.items()},
-             f"{self._name}/seconds": time.perf_counter() - start}
+      row = {
+        "step": step,
+        **{f"{self._name}/{key}": value for key, value in result.items()},
+        f"{self._name}/seconds": time.perf_counter() - start,
+      }
       for sink in self._sinks:
         sink.write(row)
 
@@ -150,27 +204,48 @@ class Evaluate:
 class Save:
   """Checkpoints every `every` steps and after the last; and, asked to stop, one more at once."""
 
-  def __init__(self, options: config.Checkpoint, checkpoints: checkpoint.Checkpoints, data_state: Callable[[], dict[str, Any]],
-               clock: Clock, *, tokens_per_step: int, num_steps: int, before: Callable[[], None]):
+  def __init__(
+    self,
+    options: config.Checkpoint,
+    checkpoints: checkpoint.Checkpoints,
+    data_state: Callable[[], dict[str, Any]],
+    clock: Clock,
+    *,
+    tokens_per_step: int,
+    num_steps: int,
+    before: Callable[[], None],
+  ):
     self._every, self._checkpoints, self._data_state = options.every, checkpoints, data_state
-    self._clock, self._tokens, self._num_steps, self._before = clock, tokens_per_step, num_steps, before
+    self._clock, self._tokens, self._num_steps, self._before = (
+      clock,
+      tokens_per_step,
+      num_steps,
+      before,
+    )
     self._asked = False
-    # One process asks the signal itself; several must agree on a step, which Orbax does over jax.distributed.
+    # One process asks the signal itself; several must agree on a step, which Orbax does over
+    # jax.distributed.
     self._alone = jax.process_count() == 1
     if self._alone:
-      self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+      self._previous = {
+        number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+      }
 
   def _ask(self, signum: int, frame: Any) -> None:
     self._asked = True
-    signal.signal(signal.SIGINT, signal.default_int_handler)         # a second Ctrl-C ends the run at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
     if preempted or due(step, self._every, self._num_steps):
       with self._clock.paused(metrics):
-        self._before()                           # a run resumed from here must not miss the row of this step
-        self._checkpoints.save(step, state, self._data_state(),
-                               {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)})
+        self._before()  # a run resumed from here must not miss the row of this step
+        self._checkpoints.save(
+          step,
+          state,
+          self._data_state(),
+          {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
+        )
         if preempted:
           self._checkpoints.wait()
     if preempted and step != self._num_steps:
@@ -188,7 +263,7 @@ class Profile:
 
   def __init__(self, directory: Any, first: int, steps: int):
     self._directory, self._first, self._last = str(directory), first, first + steps - 1
-    self._running = False                        # a run that resumes within these steps takes no trace
+    self._running = False  # a run that resumes within these steps takes no trace
 
   def __call__(self, step: int, state: step_lib.TrainState, metrics: Metrics) -> None:
     if step == self._first - 1:

@@ -2,6 +2,7 @@
 
 Legend: B batch, L length, D model width, V vocabulary, T = B·L tokens.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -21,41 +22,58 @@ LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]
 
 class TrainState(NamedTuple):
   """All that a run carries from step to step; what a checkpoint's item `state` holds."""
-  step: jax.Array                  # int32: updates done, skipped ones included
+
+  step: jax.Array  # int32: updates done, skipped ones included
   params: Any
   opt_state: Any
-  skipped: jax.Array               # int32: updates skipped so far because loss or gradient was not finite
-  skipped_in_a_row: jax.Array      # int32
+  skipped: jax.Array  # int32: updates skipped so far because loss or gradient was not finite
+  skipped_in_a_row: jax.Array  # int32
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   # Three buffers: a donated state must not hold one twice.
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    params,
+    tx.init(params),
+    jnp.zeros((), jnp.int32),
+    jnp.zeros((), jnp.int32),
+  )
 
 
 def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn:
-  """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their number})."""
+  """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their
+  number})."""
+
   def loss_fn(params, batch, rng):
     weight = jnp.sum(batch["weights"])
     nll_BxL = loss.token_losses(model, params, batch, mask_documents, rng)
     return jnp.sum(nll_BxL * batch["weights"]) / jnp.maximum(weight, 1), {"weight": weight}
+
   return loss_fn
 
 
-def accumulate(loss_fn: LossFn, micro_batches: int) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
-  """value_and_grad over a batch cut into parts: the loss and gradient of the whole, with the memory of a part."""
+def accumulate(
+  loss_fn: LossFn, micro_batches: int
+) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
+  """value_and_grad over a batch cut into parts: the loss and gradient of the whole, with the memory
+  of a part."""
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_batches == 1:
     return grad_fn
 
   def value_and_grad(params, batch, rng):
-    # Every micro_batches-th row goes to one part, so that each device's rows are shared out evenly among the parts.
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), batch)
+    # Every micro_batches-th row goes to one part, so that each device's rows are shared out evenly
+    # among the parts.
+    parts = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), batch
+    )
 
     def add(sums, part_and_index):
       part, index = part_and_index
       (value, aux), grads = grad_fn(params, part, jax.random.fold_in(rng, index))
-      # Parts may hold unequal numbers of targets: sum what is per target, and divide once at the end.
+      # Parts may hold unequal numbers of targets: sum what is per target, and divide once at the
+      # end.
       part_sums = jax.tree.map(lambda x: x * aux["weight"], (value, grads))
       return jax.tree.map(jnp.add, sums, (*part_sums, aux["weight"])), None
 
@@ -63,51 +81,100 @@ def accumulate(loss_fn: LossFn, micro_batches: int) -> Callable[[Any, Batch, jax
     (value, grads, weight), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(micro_batches)))
     value, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1), (value, grads))
     return (value, {"weight": weight}), grads
+
   return value_and_grad
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, schedules: Mapping[str, optax.Schedule], *, seed: int,
-                    micro_batches: int = 1) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """One update. A loss or gradient that is not finite leaves parameters and optimizer state as they were, and is counted.
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  schedules: Mapping[str, optax.Schedule],
+  *,
+  seed: int,
+  micro_batches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """One update. A loss or gradient that is not finite leaves parameters and optimizer state as they
+  were, and is counted.
 
-  Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group> (of this update)."""
+  Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group>
+    (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
 
   def train_step(state: TrainState, batch: Batch):
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)        # a restart draws the same numbers
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
     (value, _), grads = value_and_grad(state.params, batch, rng)
     gradient_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state),
-                                     (state.params, state.opt_state))
-    updates_done = state.step - state.skipped                         # skipped ones don't move the schedules
-    rates = {f"lr/{label}": jnp.asarray(schedule(updates_done), jnp.float32) for label, schedule in schedules.items()}
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
+    updates_done = state.step - state.skipped  # skipped ones don't move the schedules
+    rates = {
+      f"lr/{label}": jnp.asarray(schedule(updates_done), jnp.float32)
+      for label, schedule in schedules.items()
+    }
     skipped = 1 - finite.astype(jnp.int32)
-    state = TrainState(state.step + 1, params, opt_state, state.skipped + skipped, (state.skipped_in_a_row + 1) * skipped)
-    return state, {"train/loss": value, "gradient_norm": gradient_norm, "skipped": state.skipped,
-                   "skipped_in_a_row": state.skipped_in_a_row, **rates}
+    state = TrainState(
+      state.step + 1,
+      params,
+      opt_state,
+      state.skipped + skipped,
+      (state.skipped_in_a_row + 1) * skipped,
+    )
+    return state, {
+      "train/loss": value,
+      "gradient_norm": gradient_norm,
+      "skipped": state.skipped,
+      "skipped_in_a_row": state.skipped_in_a_row,
+      **rates,
+    }
+
   return train_step
 
 
-def make_quant_statistics(model: transformer.Transformer, recipe: quant.Recipe,
-                          mask_documents: bool) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-  """quant_statistics(params, params before the last step, batch) -> what quant/metrics.py knows of the linear layers."""
+def make_quant_statistics(
+  model: transformer.Transformer, recipe: quant.Recipe, mask_documents: bool
+) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+  """quant_statistics(params, params before the last step, batch) -> what quant/metrics.py knows of
+  the linear layers."""
   c = model.config
 
   def quant_statistics(params, before, batch):
-    _, sown = model.apply({"params": params}, batch["tokens"], *loss.masks(batch, mask_documents), mutable=["statistics"])
-    return {**quant.metrics.of_weights(recipe, transformer.linears(c, params), transformer.linears(c, before)),
-            **quant.metrics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {})))}
+    _, sown = model.apply(
+      {"params": params},
+      batch["tokens"],
+      *loss.masks(batch, mask_documents),
+      mutable=["statistics"],
+    )
+    return {
+      **quant.metrics.of_weights(
+        recipe, transformer.linears(c, params), transformer.linears(c, before)
+      ),
+      **quant.metrics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {}))),
+    }
+
   return quant_statistics
 
 
-def make_begin_scales(model: transformer.Transformer, mask_documents: bool) -> Callable[[Any, Batch], Any]:
-  """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on the batch lets them begin."""
+def make_begin_scales(
+  model: transformer.Transformer, mask_documents: bool
+) -> Callable[[Any, Batch], Any]:
+  """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on
+  the batch lets them begin."""
+
   def begin_scales(params, batch):
-    _, whole = model.apply({"params": params}, batch["tokens"], *loss.masks(batch, mask_documents), mutable=["params"],
-                           rngs={"params": jax.random.key(0)})            # drawn from by nothing
+    _, whole = model.apply(
+      {"params": params},
+      batch["tokens"],
+      *loss.masks(batch, mask_documents),
+      mutable=["params"],
+      rngs={"params": jax.random.key(0)},
+    )  # drawn from by nothing
     return nn.unbox(whole["params"])
+
   return begin_scales

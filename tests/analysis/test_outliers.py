@@ -1,4 +1,6 @@
-"""Outlier metrics against scipy and numpy, in float64, on the very tensors that the model's own modules return."""
+"""Outlier metrics against scipy and numpy, in float64, on the very tensors that the model's own
+modules return."""
+
 import dataclasses
 
 import jax
@@ -14,18 +16,39 @@ from beyond_outliers.model import transformer
 from beyond_outliers.quant import RECIPES, QuantSpec, Recipe, dequantize, dot_general_for, quantize
 
 MODEL = config.Model(
-  vocab=64, blocks=2, heads=4, kv_heads=2, d_head=16, d_model=64, mlp_hidden=96, mlp="relu2", norm_placement="post",
-  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
-  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+  vocab=64,
+  blocks=2,
+  heads=4,
+  kv_heads=2,
+  d_head=16,
+  d_model=64,
+  mlp_hidden=96,
+  mlp="relu2",
+  norm_placement="post",
+  norm_eps=1e-6,
+  qk_norm="l2",
+  attention_scale="learned",
+  rope_layout="interleaved",
+  rope_base=1024.0,
+  tied=True,
+  init_std=0.2,
+  dtype="float32",
+  attention="plain",
+  unroll=1,
+  remat="none",
+)
 DRAW = np.random.default_rng(0)
 
 
 def batch(rows, padding=0):
   """`padding` tokens at the end of the last row are of no document."""
   segments = np.ones((rows, 13), np.int32)
-  segments[-1, 13 - padding:] = 0
-  return {"tokens": DRAW.integers(0, MODEL.vocab, (rows, 13)).astype(np.int32), "segment_ids": segments,
-          "positions": np.broadcast_to(np.arange(13, dtype=np.int32), (rows, 13))}
+  segments[-1, 13 - padding :] = 0
+  return {
+    "tokens": DRAW.integers(0, MODEL.vocab, (rows, 13)).astype(np.int32),
+    "segment_ids": segments,
+    "positions": np.broadcast_to(np.arange(13, dtype=np.int32), (rows, 13)),
+  }
 
 
 BATCHES = [batch(8), batch(8), batch(8, padding=5)]
@@ -34,9 +57,14 @@ BATCHES = [batch(8), batch(8), batch(8, padding=5)]
 def random_params(model):
   """Some channels are much larger than others, and have another mean."""
   draw = np.random.default_rng(1)
+
   def leaf(path, like):
     x = draw.normal(0.5 if like.ndim < 3 else 0, 0.1, like.shape)
-    return jnp.asarray(x * np.where(np.arange(like.shape[-1]) % 19 == 3, 20, 1) if path[-1].key == "gain" else x, like.dtype)
+    return jnp.asarray(
+      x * np.where(np.arange(like.shape[-1]) % 19 == 3, 20, 1) if path[-1].key == "gain" else x,
+      like.dtype,
+    )
+
   return jax.tree_util.tree_map_with_path(leaf, transformer.shapes(model))
 
 
@@ -47,11 +75,15 @@ def expected(x, spec=outliers.ACTIVATIONS):
   median = np.median(magnitude, axis=1)
   some = magnitude.max(axis=1) > 0
   rounded = np.asarray(dequantize(quantize(jnp.asarray(x32), spec)), np.float64)
-  return {"max_to_median": np.mean(magnitude.max(axis=1)[median > 0] / median[median > 0]),
-          "max_to_mean": np.mean(magnitude.max(axis=1)[some] / magnitude.mean(axis=1)[some]),
-          "kurtosis": stats.kurtosis(x, axis=None), "rms_kurtosis": stats.kurtosis(rms),
-          "outlier_channels": np.mean(rms > 6 * np.median(rms)),
-          "sqnr": 10 * np.log10(np.sum(x**2) / np.sum((x - rounded) ** 2)), "zero_medians": np.mean(median == 0)}
+  return {
+    "max_to_median": np.mean(magnitude.max(axis=1)[median > 0] / median[median > 0]),
+    "max_to_mean": np.mean(magnitude.max(axis=1)[some] / magnitude.mean(axis=1)[some]),
+    "kurtosis": stats.kurtosis(x, axis=None),
+    "rms_kurtosis": stats.kurtosis(rms),
+    "outlier_channels": np.mean(rms > 6 * np.median(rms)),
+    "sqnr": 10 * np.log10(np.sum(x**2) / np.sum((x - rounded) ** 2)),
+    "zero_medians": np.mean(median == 0),
+  }
 
 
 def heavy(tokens, features, mean=0.0):
@@ -80,13 +112,17 @@ def test_tokens_whose_median_is_zero_have_no_ratio_to_it():
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_streaming_is_the_whole(mean):
-  """Of parts of unequal lengths, with tokens that don't count among them; also where powers about zero would cancel."""
+  """Of parts of unequal lengths, with tokens that don't count among them; also where powers about
+  zero would cancel."""
   x = heavy(700, 48, mean)
   counts = np.ones(700, bool)
   counts[[5, 100, 101, 699]] = False
   x[~counts] = 1e6
   step = jax.jit(outliers.statistics, static_argnums=2)
-  parts = [{"some": step(x[a:b], counts[a:b], outliers.ACTIVATIONS)} for a, b in ((0, 5), (5, 6), (6, 400), (400, 700))]
+  parts = [
+    {"some": step(x[a:b], counts[a:b], outliers.ACTIVATIONS)}
+    for a, b in ((0, 5), (5, 6), (6, 400), (400, 700))
+  ]
   got = outliers.collect(parts).iloc[0]
   assert got.tokens == 696
   want = expected(x[counts])
@@ -95,10 +131,14 @@ def test_streaming_is_the_whole(mean):
 
 
 def seen(model, params, tokens):
-  """{path: [tokens, features]} of every site, from flax's own record of what modules return, and the layers' own equations."""
+  """{path: [tokens, features]} of every site, from flax's own record of what modules return, and
+  the layers' own equations."""
   c = model.config
-  _, state = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, capture_intermediates=True,
-                                                        mutable=["intermediates"]))(params, tokens)
+  _, state = jax.jit(
+    lambda params, tokens: model.apply(
+      {"params": params}, tokens, capture_intermediates=True, mutable=["intermediates"]
+    )
+  )(params, tokens)
   got = state["intermediates"]
   rows = lambda x: np.asarray(x).reshape(-1, x.shape[-1])
   stream = params["embedding"][tokens]
@@ -113,7 +153,9 @@ def seen(model, params, tokens):
     sites[f"layers/{depth}/mlp_add"] = rows(after)
     # The one input that no module returns: from what the layer made of it.
     kernel = params["layers"]["attention"]["o"]["kernel"][depth]
-    sites[f"layers/{depth}/attention/o"] = rows(np.linalg.lstsq(kernel.T.astype(np.float64), rows(of("attention", "o")).T)[0].T)
+    sites[f"layers/{depth}/attention/o"] = rows(
+      np.linalg.lstsq(kernel.T.astype(np.float64), rows(of("attention", "o")).T)[0].T
+    )
     stream = after
   return sites
 
@@ -136,23 +178,30 @@ def test_every_site_of_the_model_is_measured(measured):
   whole = {name: np.concatenate([b[name] for b in BATCHES]) for name in ("tokens", "segment_ids")}
   counts = whole["segment_ids"].reshape(-1) > 0
   sites = seen(model, params, whole["tokens"])
-  assert set(frame.index) == set(sites) and frame.index[0] == "embedding" and frame.index[-1] == "head"
+  assert (
+    set(frame.index) == set(sites) and frame.index[0] == "embedding" and frame.index[-1] == "head"
+  )
   for path, x in sites.items():
     want = expected(x[counts].astype(np.float32))
-    # The input of the output projection is solved for, not seen, and a rounding flips with its last bit.
+    # The input of the output projection is solved for, not seen, and a rounding flips with its last
+    # bit.
     loose = {"rel": 1e-3, "abs": 1e-3} if path.endswith("/o") else {"rel": 1e-5, "abs": 1e-5}
     if MODEL.mlp == "relu2" and path.endswith("down"):
-      want.pop("max_to_median"), want.pop("zero_medians")      # a hair above zero or below decides
+      want.pop("max_to_median"), want.pop("zero_medians")  # a hair above zero or below decides
     assert frame.loc[path, list(want)].to_dict() == pytest.approx(want, **loose), path
   assert set(frame.tokens) == {3 * 8 * 13 - 5}
-  assert frame.kind["layers/1/mlp/down"] == "activation" and frame.kind["layers/1/mlp/up"] == "linear"
+  assert (
+    frame.kind["layers/1/mlp/down"] == "activation" and frame.kind["layers/1/mlp/up"] == "linear"
+  )
   assert frame.depth["layers/1/mlp_add"] == 1 and np.isnan(frame.depth["head"])
 
 
 def assert_frames_near(a, b, tolerance=1e-4):
   numbers = [*outliers.METRICS[1:], "tokens"]
   assert list(a.index) == list(b.index)
-  np.testing.assert_allclose(a[numbers].to_numpy(float), b[numbers].to_numpy(float), rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(
+    a[numbers].to_numpy(float), b[numbers].to_numpy(float), rtol=tolerance, atol=tolerance
+  )
 
 
 def test_unrolled_and_rematerialised_is_one_with_scanned(measured):
@@ -169,11 +218,14 @@ def test_eight_devices_are_one_with_one(measured):
     split = jax.device_put(params, shardings)
     batches = [mesh_lib.put_batch(b, mesh, 8) for b in BATCHES]
     assert_frames_near(outliers.measure(model, split, batches).set_index("path"), frame)
-    assert_frames_near(outliers.weights(split).set_index("path"), outliers.weights(params).set_index("path"))
+    assert_frames_near(
+      outliers.weights(split).set_index("path"), outliers.weights(params).set_index("path")
+    )
 
 
 def test_a_model_under_recipes_has_the_same_sites(measured):
-  """Rules by depth make several scans. The first block, in full precision, sees what it saw; what follows does not."""
+  """Rules by depth make several scans. The first block, in full precision, sees what it saw; what
+  follows does not."""
   _, params, frame = measured
   rules = Recipe((("layers/0/.*", None), ("head", None), (".*", RECIPES["quest_w4a4"].default)))
   model = transformer.Transformer(MODEL, dot_general_for(rules, "jax"))
@@ -196,15 +248,21 @@ def test_weights_are_measured_along_what_they_sum_over(measured):
   _, params, _ = measured
   frame = outliers.weights(params).set_index("path")
   assert set(frame.kind) == {"weights"} and len(frame) == 1 + 2 * 6
-  for path, w_OxI in (("embedding", params["embedding"]), ("layers/1/mlp/up", params["layers"]["mlp"]["up"]["kernel"][1].T),
-                      ("layers/0/attention/o", params["layers"]["attention"]["o"]["kernel"][0].T)):
+  for path, w_OxI in (
+    ("embedding", params["embedding"]),
+    ("layers/1/mlp/up", params["layers"]["mlp"]["up"]["kernel"][1].T),
+    ("layers/0/attention/o", params["layers"]["attention"]["o"]["kernel"][0].T),
+  ):
     want = expected(np.asarray(w_OxI), outliers.WEIGHTS)
     assert frame.loc[path, list(want)].to_dict() == pytest.approx(want, rel=1e-5), path
 
 
 def test_the_signal_is_what_a_spec_leaves_of_it():
   x = heavy(100, 64)
-  for spec in (QuantSpec(8, granularity="token"), QuantSpec(4, "midrise", "gaussian", "token", rotation="hadamard")):
+  for spec in (
+    QuantSpec(8, granularity="token"),
+    QuantSpec(4, "midrise", "gaussian", "token", rotation="hadamard"),
+  ):
     step = jax.jit(outliers.statistics, static_argnums=2)
     got = outliers.collect([{"some": step(x, np.ones(100, bool), spec)}]).sqnr[0]
     assert got == pytest.approx(float(outliers.sqnr(x, spec)), rel=1e-5)
@@ -213,5 +271,11 @@ def test_the_signal_is_what_a_spec_leaves_of_it():
 def test_a_row_of_metrics_has_means_by_kind(measured):
   frame = measured[2]
   row = outliers.summary(frame)
-  assert row["kurtosis/residual"] == pytest.approx(frame["kurtosis"][frame.kind == "residual"].mean())
-  assert set(row) == {f"{metric}/{kind}" for metric in outliers.METRICS for kind in ("residual", "linear", "activation")}
+  assert row["kurtosis/residual"] == pytest.approx(
+    frame["kurtosis"][frame.kind == "residual"].mean()
+  )
+  assert set(row) == {
+    f"{metric}/{kind}"
+    for metric in outliers.METRICS
+    for kind in ("residual", "linear", "activation")
+  }

@@ -1,4 +1,6 @@
-"""What a recipe costs, from workdirs: paired by seed, at the rate of full precision, and nothing dropped in silence."""
+"""What a recipe costs, from workdirs: paired by seed, at the rate of full precision, and nothing
+dropped in silence."""
+
 import math
 
 import numpy as np
@@ -9,8 +11,8 @@ from beyond_outliers import runs
 from beyond_outliers.analysis import plots, qat_gap, tables
 from configs import adamw, muon, soap
 
-PLAIN = np.array([4.0, 4.4, 4.1])                   # by seed
-COST = np.array([0.30, 0.34, 0.26])                 # varies much less than the seeds do
+PLAIN = np.array([4.0, 4.4, 4.1])  # by seed
+COST = np.array([0.30, 0.34, 0.26])  # varies much less than the seeds do
 
 
 @pytest.fixture
@@ -25,12 +27,16 @@ def pairs(tmp_path):
 
 def test_the_standard_error_is_of_paired_differences(pairs):
   (muons, adamws), left_out = qat_gap.gaps(runs.find(pairs))
-  assert (muons.optimizer, adamws.optimizer, left_out) == ("muon", "adamw", []), "the smallest first"
+  assert (muons.optimizer, adamws.optimizer, left_out) == ("muon", "adamw", []), (
+    "the smallest first"
+  )
   assert adamws.loss == pytest.approx((COST.mean(), COST.std(ddof=1) / math.sqrt(3)))
   assert adamws.bits == pytest.approx((COST.mean() / 2, COST.std(ddof=1) / math.sqrt(3) / 2))
   assert adamws.percent.mean == pytest.approx(100 * (COST / PLAIN).mean())
   assert tables.gaps([adamws]).splitlines()[2] == (
-    "| adamw | quest_w4a4 | 0.1 | 4.1667 ± 0.1202 | 4.4667 ± 0.1378 | +0.3000 ± 0.0231 | +0.1500 ± 0.0115 | +7.19 ± 0.43 | 3 |")
+    "| adamw | quest_w4a4 | 0.1 | 4.1667 ± 0.1202 | 4.4667 ± 0.1378 | +0.3000 ± 0.0231 | +0.1500 ± "
+    "0.0115 | +7.19 ± 0.43 | 3 |"
+  )
 
 
 def test_only_pairs_count_and_the_rest_is_named(pairs):
@@ -41,13 +47,17 @@ def test_only_pairs_count_and_the_rest_is_named(pairs):
   muons, adamws = found
   assert muons.seeds == (0, 1, 2) and muons.loss.mean == pytest.approx(0.1)
   assert adamws.seeds == (0, 1) and adamws.loss.mean == pytest.approx(0.32)
-  assert left_out == [f"{pairs}/adamw/quest_w4a4-0.1-2: diverged at step 260 of 260", "soap: no run under a recipe",
-                      "adamw, quest_w4a4: seeds [2] are done on one side only, at learning rate 0.1",
-                      "muon, quest_w4a4: seeds [7] are done on one side only, at learning rate 0.01"]
+  assert left_out == [
+    f"{pairs}/adamw/quest_w4a4-0.1-2: diverged at step 260 of 260",
+    "soap: no run under a recipe",
+    "adamw, quest_w4a4: seeds [2] are done on one side only, at learning rate 0.1",
+    "muon, quest_w4a4: seeds [7] are done on one side only, at learning rate 0.01",
+  ]
 
 
 def test_both_sides_have_the_rate_of_full_precision(pairs):
-  """Also where another is better under the recipe; and where it was not tried, the best that was, which the table says."""
+  """Also where another is better under the recipe; and where it was not tried, the best that was,
+  which the table says."""
   for seed in range(3):
     workdir(pairs, adamw, 0.3, seed, {260: 4.9})
     workdir(pairs, adamw, 0.3, seed, {260: 4.3}, recipe="quest_w4a4")
@@ -64,8 +74,14 @@ def test_one_seed_has_no_standard_error_and_recipes_stay_apart(tmp_path):
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.1}, recipe="rtn_w8a8")
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.5}, recipe="quest_w4a4")
   found, _ = qat_gap.gaps(runs.find(tmp_path))
-  assert [(gap.recipe, round(gap.loss.mean, 6)) for gap in found] == [("quest_w4a4", 0.5), ("rtn_w8a8", 0.1)]
-  assert tables.gaps(found).splitlines()[2] == "| adamw | quest_w4a4 | 0.1 | 4.0000 | 4.5000 | +0.5000 | +0.2500 | +12.50 | 1 |"
+  assert [(gap.recipe, round(gap.loss.mean, 6)) for gap in found] == [
+    ("quest_w4a4", 0.5),
+    ("rtn_w8a8", 0.1),
+  ]
+  assert (
+    tables.gaps(found).splitlines()[2]
+    == "| adamw | quest_w4a4 | 0.1 | 4.0000 | 4.5000 | +0.5000 | +0.2500 | +12.50 | 1 |"
+  )
 
 
 def test_the_figure_is_written(pairs, tmp_path):

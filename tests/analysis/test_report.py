@@ -1,23 +1,56 @@
-"""The report as a person asks for it: what it cannot make is said in one line, and nothing is left out in silence."""
+"""The report as a person asks for it: what it cannot make is said in one line, and nothing is left
+out in silence."""
+
 import commands
 import pytest
 from workdirs import workdir
 
 from configs import adamw, muon
 
-# what is wrong -> (arguments, what the one line on stderr holds); {sweep}, {other}, {empty} are folders
+# what is wrong -> (arguments, what the one line on stderr holds); {sweep}, {other}, {empty} are
+# folders
 REFUSED = {
-  "no folder": (["--root={sweep},{sweep}/nobody"], ["--root = '", "nobody': there is no such folder"]),
+  "no folder": (
+    ["--root={sweep},{sweep}/nobody"],
+    ["--root = '", "nobody': there is no such folder"],
+  ),
   "no runs": (["--root={empty}"], ["--root = '", "empty': holds no run"]),
-  "runs that do not compare": (["--root={sweep},{other}"], ["model.blocks: 2 in", "3 in", "report on them apart"]),
-  "no run done": (["--root={sweep}", "--common_loss"], ["['muon']: no run of 2 steps is done; finish one"]),
-  "no cells": (["--root={sweep}", "--degradation=kl"], ["--degradation = 'kl'", "beyond_outliers.evaluate"]),
-  "cells of no report": (["--root={sweep}", "--settings=documents=3"], ["--settings = 'documents=3': belongs to --degradation"]),
-  "no value": (["--root={sweep}", "--degradation=kl", "--settings=documents"], ["--settings = 'documents': expected name=value"]),
-  "no folder of cells": (["--root={sweep}", "--degradation=kl", "--cells={empty}/no"], ["--cells = '", "no such folder"]),
-  "one recipe": (["--root={sweep}", "--gap_plot=gap.png"], ["--gap_plot = 'gap.png': the runs are all of recipe 'none'"]),
-  "another report's figure": (["--root={sweep}", "--common_loss", "--plot=x.png"], ["--plot = 'x.png': --common_loss asks for"]),
-  "no folder for a file": (["--root={sweep}", "--overrides={empty}/no/tuned.json"], ["--overrides = '", "no such folder"]),
+  "runs that do not compare": (
+    ["--root={sweep},{other}"],
+    ["model.blocks: 2 in", "3 in", "report on them apart"],
+  ),
+  "no run done": (
+    ["--root={sweep}", "--common_loss"],
+    ["['muon']: no run of 2 steps is done; finish one"],
+  ),
+  "no cells": (
+    ["--root={sweep}", "--degradation=kl"],
+    ["--degradation = 'kl'", "beyond_outliers.evaluate"],
+  ),
+  "cells of no report": (
+    ["--root={sweep}", "--settings=documents=3"],
+    ["--settings = 'documents=3': belongs to --degradation"],
+  ),
+  "no value": (
+    ["--root={sweep}", "--degradation=kl", "--settings=documents"],
+    ["--settings = 'documents': expected name=value"],
+  ),
+  "no folder of cells": (
+    ["--root={sweep}", "--degradation=kl", "--cells={empty}/no"],
+    ["--cells = '", "no such folder"],
+  ),
+  "one recipe": (
+    ["--root={sweep}", "--gap_plot=gap.png"],
+    ["--gap_plot = 'gap.png': the runs are all of recipe 'none'"],
+  ),
+  "another report's figure": (
+    ["--root={sweep}", "--common_loss", "--plot=x.png"],
+    ["--plot = 'x.png': --common_loss asks for"],
+  ),
+  "no folder for a file": (
+    ["--root={sweep}", "--overrides={empty}/no/tuned.json"],
+    ["--overrides = '", "no such folder"],
+  ),
 }
 
 
@@ -29,7 +62,9 @@ def told(tmp_path_factory):
   workdir(folders["sweep"], adamw, 0.1, 0, [6.0, 4.0])
   workdir(folders["sweep"], muon, 0.1, 0, [6.0, 4.0], status="diverged")
   workdir(folders["other"], adamw, 0.1, 1, [6.0, 4.0], argument=",model.blocks=3")
-  given = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
+  given = [
+    [argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()
+  ]
   answers, _ = commands.answers("analysis.__main__", [*given, [f"--root={folders['sweep']}"]])
   return dict(zip([*REFUSED, "nothing"], answers, strict=True))
 

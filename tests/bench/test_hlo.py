@@ -1,4 +1,6 @@
-"""Programs whose collectives and decompositions are known, compiled for eight devices; and what CPUs' programs don't show."""
+"""Programs whose collectives and decompositions are known, compiled for eight devices; and what
+CPUs' programs don't show."""
+
 import collections
 
 import jax
@@ -14,32 +16,54 @@ from beyond_outliers.mesh import make_mesh
 @pytest.fixture(scope="module")
 def program():
   """On eight devices: x is [3] on each, matrices are whole."""
+
   def local(x, matrices):
     def gather(x, _):
       return lax.all_gather(x, "data", tiled=True)[2:5] / 2, None
 
     def twice(x, _):
-      return lax.scan(gather, x, None, 5)[0] + lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]), None
+      return lax.scan(gather, x, None, 5)[0] + lax.ppermute(
+        x, "data", [(i, (i + 1) % 8) for i in range(8)]
+      ), None
 
     total = lax.psum(x, "data")
     x = lax.scan(twice, x, None, 2)[0]
-    x = lax.cond(total[0] > 0, lambda x: x + lax.psum_scatter(jnp.tile(x, 8), "data", tiled=True), lambda x: x, x)
+    x = lax.cond(
+      total[0] > 0,
+      lambda x: x + lax.psum_scatter(jnp.tile(x, 8), "data", tiled=True),
+      lambda x: x,
+      x,
+    )
     x = lax.while_loop(lambda x: x[0] < 1, lambda x: lax.pmax(2 * x, "data"), x)
     values = lax.map(jnp.linalg.eigvalsh, matrices).sum() + jnp.linalg.eigh(matrices[:4])[0].sum()
     return x + total + values, lax.map(lambda m: jnp.linalg.qr(m[:, :2])[0], matrices[:3])
+
   mesh = make_mesh(config.Mesh(8, 1, 1))
-  mapped = jax.shard_map(local, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=(jax.P("data"), jax.P()), check_vma=False)
-  return hlo.instructions(jax.jit(mapped).lower(jnp.ones(24), jnp.ones((6, 5, 5))).compile().as_text())
+  mapped = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(jax.P("data"), jax.P()),
+    out_specs=(jax.P("data"), jax.P()),
+    check_vma=False,
+  )
+  return hlo.instructions(
+    jax.jit(mapped).lower(jnp.ones(24), jnp.ones((6, 5, 5))).compile().as_text()
+  )
 
 
 def test_collectives_their_bytes_and_the_loops_around_them(program):
-  found = collections.Counter((hlo.collective(one), one.loops, one.times * one.bytes) for one in program if hlo.collective(one))
+  found = collections.Counter(
+    (hlo.collective(one), one.loops, one.times * one.bytes)
+    for one in program
+    if hlo.collective(one)
+  )
   assert found == {
     ("all-reduce", (), 12): 1,
-    ("all-gather", (2, 5), 960): 1,                        # ten times 24 numbers
+    ("all-gather", (2, 5), 960): 1,  # ten times 24 numbers
     ("collective-permute", (2,), 24): 1,
-    ("reduce-scatter", (), 12): 1,                         # in a branch
-    ("all-reduce", (None,), 12): 1}                        # nobody knows how often: once
+    ("reduce-scatter", (), 12): 1,  # in a branch
+    ("all-reduce", (None,), 12): 1,
+  }  # nobody knows how often: once
   assert hlo.received(program) == 12 + 960 + 24 + 12 + 12
 
 
@@ -48,7 +72,8 @@ def test_matrices_are_counted_one_by_one_and_in_batches(program):
 
 
 def test_what_only_other_backends_write():
-  """Asynchronous pairs, whose start holds the operand too; types of all widths; tuples with numbers in comments."""
+  """Asynchronous pairs, whose start holds the operand too; types of all widths; tuples with numbers
+  in comments."""
   text = """HloModule jit_f, is_scheduled=true
 
 %branch.1 (p: bf16[2,4]) -> bf16[2,4] {
@@ -68,6 +93,13 @@ ENTRY %main.2_spmd (p.0: f32[3]) -> f32[24] {
   ROOT %done = f32[24]{0} all-gather-done((f32[3]{0}, f32[24]{0}) %start)
 }
 """
-  found = [(hlo.collective(one), one.bytes) for one in hlo.instructions(text) if hlo.collective(one)]
-  assert found == [("all-to-all", 7 + 2 + 5 + 16), ("collective-permute", 16), ("collective-permute", 16), ("all-gather", 96)]
+  found = [
+    (hlo.collective(one), one.bytes) for one in hlo.instructions(text) if hlo.collective(one)
+  ]
+  assert found == [
+    ("all-to-all", 7 + 2 + 5 + 16),
+    ("collective-permute", 16),
+    ("collective-permute", 16),
+    ("all-gather", 96),
+  ]
   assert hlo.instructions(text)[1].shapes == [(7,), (3,), (5,), (2,), ()]

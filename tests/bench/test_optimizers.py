@@ -1,4 +1,6 @@
-"""The timing table of optimizers: what is measured, what is compared with what, and how it is shown."""
+"""The timing table of optimizers: what is measured, what is compared with what, and how it is
+shown."""
+
 import json
 import pathlib
 import subprocess
@@ -15,18 +17,22 @@ ROOT = pathlib.Path(__file__).parents[2]
 M, N, V = 32, 96, 160
 TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}
 PARAMETERS = M * M + N * M + V * M
-SQUARES = 2 * M * M + (N * N + M * M) + (V * V + M * M)           # of the lengths of all axes
+SQUARES = 2 * M * M + (N * N + M * M) + (V * V + M * M)  # of the lengths of all axes
 
 
-@pytest.mark.parametrize(("name", "expected"), {
-  "adamw": 8,
-  "torch_adamw": 8,
-  "torch_kron": 4 + 4 * SQUARES / PARAMETERS,
-  "torch_soap": 8 + 8 * SQUARES / PARAMETERS,
-  "torch_dash": 8 + 8 * SQUARES / PARAMETERS,
-}.items())
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  {
+    "adamw": 8,
+    "torch_adamw": 8,
+    "torch_kron": 4 + 4 * SQUARES / PARAMETERS,
+    "torch_soap": 8 + 8 * SQUARES / PARAMETERS,
+    "torch_dash": 8 + 8 * SQUARES / PARAMETERS,
+  }.items(),
+)
 def test_state_is_counted_to_the_byte(name, expected):
-  """Counts of steps are all that may come on top. Peers that do the same work keep the same state."""
+  """Counts of steps are all that may come on top. Peers that do the same work keep the same
+  state."""
   peer = ROWS[name].peer
   if peer:
     pytest.importorskip(peer.replace("-", "_"))
@@ -39,6 +45,7 @@ def test_state_is_counted_to_the_byte(name, expected):
 
 class Clock:
   """Steps that take what they are told."""
+
   state_bytes, compile_seconds = 8, 0.5
 
   def __init__(self, seconds, params, gradients):
@@ -54,9 +61,16 @@ class Clock:
 def test_steps_of_a_period_are_told_apart():
   """A slow warm-up and one disturbed step in three periods change nothing."""
   seconds = [100, 100, 100, *(1, 2, 9, 1), *(1, 2, 9, 77), *(1, 2, 9, 1)]
-  figures = optimizers.measure(Row("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9)
-  assert figures == {"ordinary_seconds": 1.5, "slowest_seconds": 9, "amortised_seconds": 13 / 4, "compile_seconds": 0.5,
-                     "state_bytes_per_parameter": 2}
+  figures = optimizers.measure(
+    Row("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9
+  )
+  assert figures == {
+    "ordinary_seconds": 1.5,
+    "slowest_seconds": 9,
+    "amortised_seconds": 13 / 4,
+    "compile_seconds": 0.5,
+    "state_bytes_per_parameter": 2,
+  }
 
 
 def test_time_for_nonsense_is_refused(monkeypatch):
@@ -66,15 +80,30 @@ def test_time_for_nonsense_is_refused(monkeypatch):
 
 
 def figures(ordinary, slowest, amortised, compile_seconds=None):
-  return {"ordinary_seconds": ordinary, "slowest_seconds": slowest, "amortised_seconds": amortised,
-          "compile_seconds": compile_seconds, "state_bytes_per_parameter": 8.0}
+  return {
+    "ordinary_seconds": ordinary,
+    "slowest_seconds": slowest,
+    "amortised_seconds": amortised,
+    "compile_seconds": compile_seconds,
+    "state_bytes_per_parameter": 8.0,
+  }
 
 
 RESULT = {
-  "tree": "full", "parameters": 27525120, "repeats": 8, "versions": {"jax": "1.2.3"}, "kernels": {"eigh 1024": 0.1},
-  "rows": {"shampoo": figures(1.0, 4.0, 2.0, 0.5), "torch_dash": figures(2.0, 5.0, 4.0), "torch_shampoo": figures(3.0, 4.0, 5.0),
-           "soap": figures(0.1, 0.2, 0.3, 0.5), "torch_soap": {"missing": "pip install pytorch-optimizer"},
-           "psgd": {"failed": "MemoryError"}, "torch_kron": figures(0.1, 0.2, 0.3)},
+  "tree": "full",
+  "parameters": 27525120,
+  "repeats": 8,
+  "versions": {"jax": "1.2.3"},
+  "kernels": {"eigh 1024": 0.1},
+  "rows": {
+    "shampoo": figures(1.0, 4.0, 2.0, 0.5),
+    "torch_dash": figures(2.0, 5.0, 4.0),
+    "torch_shampoo": figures(3.0, 4.0, 5.0),
+    "soap": figures(0.1, 0.2, 0.3, 0.5),
+    "torch_soap": {"missing": "pip install pytorch-optimizer"},
+    "psgd": {"failed": "MemoryError"},
+    "torch_kron": figures(0.1, 0.2, 0.3),
+  },
 }
 
 
@@ -90,7 +119,10 @@ def test_the_table_shows_multiples_and_what_is_missing():
   assert "shampoo 1,000.0 0.50 4,000.0 1.00 2,000.0 0.50 4.00 8.00 0.5" in lines
   assert "torch_shampoo 3,000.0 1.50 4,000.0 1.00 5,000.0 1.25 1.33 8.00" in lines
   assert "soap 100.0 200.0 300.0 2.00 8.00 0.5" in lines
-  assert "torch_soap missing: pip install pytorch-optimizer" in lines and "psgd failed: MemoryError" in lines
+  assert (
+    "torch_soap missing: pip install pytorch-optimizer" in lines
+    and "psgd failed: MemoryError" in lines
+  )
 
 
 def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
@@ -103,7 +135,9 @@ def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
 def test_rows_run_in_processes_of_their_own(monkeypatch):
   monkeypatch.setattr(optimizers, "versions", lambda: {})
   result = optimizers.run(["adamw", "torch_adamw"], "small", 1)
-  assert set(result["kernels"]) == set(optimizers.KERNELS) and all(x > 0 for x in result["kernels"].values())
+  assert set(result["kernels"]) == set(optimizers.KERNELS) and all(
+    x > 0 for x in result["kernels"].values()
+  )
   assert result["rows"]["torch_adamw"] == {"missing": "pip install torch"}
   assert result["rows"]["adamw"]["state_bytes_per_parameter"] == pytest.approx(8, abs=1e-4)
   assert optimizers.table(json.loads(json.dumps(result)))
@@ -117,14 +151,22 @@ def test_a_process_that_fails_is_told_of():
 REFUSED = {
   "a row": (["--optimizers", "--only=adamw,nobody"], ["--only = 'nobody'", "shampoo_staggered"]),
   "nothing to measure": ([], ["expected one of --config, --optimizers"]),
-  "two things to measure": (["--optimizers", "--config=configs/adamw.py:nano"], ["expected one of --config, --optimizers"]),
+  "two things to measure": (
+    ["--optimizers", "--config=configs/adamw.py:nano"],
+    ["expected one of --config, --optimizers"],
+  ),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_the_command_refuses(what):
   arguments, parts = REFUSED[what]
-  process = subprocess.run([sys.executable, "-m", "beyond_outliers.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+  process = subprocess.run(
+    [sys.executable, "-m", "beyond_outliers.bench", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert (process.returncode, process.stdout) == (2, "")
-  line, = process.stderr.splitlines()
+  (line,) = process.stderr.splitlines()
   assert line.startswith("error: ") and all(part in line for part in parts)

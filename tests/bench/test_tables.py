@@ -1,4 +1,5 @@
 """The short tables of bench: what is measured, and how it is shown; and which flags go together."""
+
 import commands
 import pytest
 
@@ -9,7 +10,10 @@ REFUSED = [
   (["--scoring=0.3m", "--only=rtn"], ["--only = ['rtn']: changes nothing of --scoring", "--ptq"]),
   (["--config=configs/adamw.py:0.3m", "--only=adamw"], ["--only = ['adamw']", "--config"]),
   (["--recipes", "--tree=full"], ["--tree = 'full'", "it is for --optimizers"]),
-  (["--ptq=0.3m", "--repeats=2"], ["--repeats = 2", "--ptq", "--config, --optimizers, --recipes, --scoring"]),
+  (
+    ["--ptq=0.3m", "--repeats=2"],
+    ["--repeats = 2", "--ptq", "--config, --optimizers, --recipes, --scoring"],
+  ),
   (["--on_paper=0.3m", "--repeats=2"], ["--repeats = 2", "--on_paper"]),
   (["--collectives=0.3m", "--only=adma"], ["--only = 'adma'", "adamw"]),
   (["--optimizers", "--recipes"], ["expected one of --config, --optimizers"]),
@@ -21,7 +25,9 @@ def told():
   return commands.answers("bench.__main__", [arguments for arguments, _ in REFUSED])[0]
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: " ".join(REFUSED[number][0]))
+@pytest.mark.parametrize(
+  "number", range(len(REFUSED)), ids=lambda number: " ".join(REFUSED[number][0])
+)
 def test_flags_that_would_change_nothing_are_refused(told, number):
   code, said = told[number]
   assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
@@ -30,7 +36,9 @@ def test_flags_that_would_change_nothing_are_refused(told, number):
 
 def test_every_method_that_is_asked_for_is_timed():
   result = ptq.run("0.3m", ["rtn", "gptq"])
-  assert list(result["rows"]) == ["rtn", "gptq"] and all(row["seconds"] > 0 for row in result["rows"].values())
+  assert list(result["rows"]) == ["rtn", "gptq"] and all(
+    row["seconds"] > 0 for row in result["rows"].values()
+  )
   lines = ptq.table(result).splitlines()
   assert [line.split()[0] for line in lines[2:]] == ["rtn", "gptq", "all"]
 

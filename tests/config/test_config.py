@@ -1,4 +1,6 @@
-"""Configs: every one builds at every size, survives JSON, and refuses nonsense by naming field, value and remedy."""
+"""Configs: every one builds at every size, survives JSON, and refuses nonsense by naming field,
+value and remedy."""
+
 import ast
 import importlib
 import json
@@ -14,11 +16,20 @@ from configs import adamw, base
 CONFIGS = pathlib.Path(base.__file__).parent
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "base"))
 
-# Parameters, embedding included: what study.md or the size's own name says, and how far off is still that size.
+# Parameters, embedding included: what study.md or the size's own name says, and how far off is
+# still that size.
 PARAMETERS = {
-  "nano": (3.93e6, 0.01), "0.3m": (0.3e6, 0.25), "0.6m": (0.6e6, 0.25), "1m": (1e6, 0.25), "2m": (2e6, 0.25),
-  "50m": (49.7e6, 0.002), "125m": (121.8e6, 0.001), "350m": (351.2e6, 0.001), "500m": (502.2e6, 0.001),
-  "760m": (769.3e6, 0.001), "1.5b": (1489e6, 0.001),
+  "nano": (3.93e6, 0.01),
+  "0.3m": (0.3e6, 0.25),
+  "0.6m": (0.6e6, 0.25),
+  "1m": (1e6, 0.25),
+  "2m": (2e6, 0.25),
+  "50m": (49.7e6, 0.002),
+  "125m": (121.8e6, 0.001),
+  "350m": (351.2e6, 0.001),
+  "500m": (502.2e6, 0.001),
+  "760m": (769.3e6, 0.001),
+  "1.5b": (1489e6, 0.001),
 }
 
 
@@ -27,8 +38,13 @@ def named(name: str, arg: str = "") -> config.Config:
 
 
 # Every size, and every config at the smallest and the largest.
-@pytest.mark.parametrize("name,size", [*((NAMES[0], size) for size in config.SIZES),
-                                       *((name, size) for name in NAMES[1:] for size in ("nano", "1.5b"))])
+@pytest.mark.parametrize(
+  "name,size",
+  [
+    *((NAMES[0], size) for size in config.SIZES),
+    *((name, size) for name in NAMES[1:] for size in ("nano", "1.5b")),
+  ],
+)
 def test_every_config_and_every_size_builds_with_the_parameters_it_says(name, size):
   c = named(name, size)
   program = program_lib.build(c)
@@ -37,7 +53,9 @@ def test_every_config_and_every_size_builds_with_the_parameters_it_says(name, si
   assert count == pytest.approx(expected, rel=tolerance)
   if "steps" not in config.SIZES[size]:
     tokens = c.steps * c.batch_size * c.context
-    assert 0 <= tokens - c.tokens_per_parameter * count < c.batch_size * c.context, "not 20 tokens a parameter, rounded up"
+    assert 0 <= tokens - c.tokens_per_parameter * count < c.batch_size * c.context, (
+      "not 20 tokens a parameter, rounded up"
+    )
     assert c.tokens_per_parameter == 20
 
 
@@ -49,7 +67,11 @@ def test_a_config_read_back_from_json_is_the_same(name, size):
   assert back == c
   assert c.optimizer.groups["vector"].optimizer.learning_rate == 0.125
   # The first match wins, so the order is meaning, which == does not see.
-  assert list(back.optimizer.groups) == list(c.optimizer.groups) == ["embedding", "scale", "vector", "hidden"]
+  assert (
+    list(back.optimizer.groups)
+    == list(c.optimizer.groups)
+    == ["embedding", "scale", "vector", "hidden"]
+  )
 
 
 def test_derived_values_follow_what_they_derive_from():
@@ -58,7 +80,12 @@ def test_derived_values_follow_what_they_derive_from():
   c.model.heads = 12
   c.data.vocab = 1024
   c.batch_size = 8
-  assert (c.model.kv_heads, c.model.d_model, c.model.mlp_hidden, c.model.vocab) == (4, 384, 1536, 1024)
+  assert (c.model.kv_heads, c.model.d_model, c.model.mlp_hidden, c.model.vocab) == (
+    4,
+    384,
+    1536,
+    1024,
+  )
   assert c.eval.batch_size == 8
   count = transformer.count(program_lib.build(config.resolve(c)).state.params)["total"]
   assert c.steps == -(-20 * count // (8 * 256)) != before
@@ -67,11 +94,19 @@ def test_derived_values_follow_what_they_derive_from():
 
 
 def test_overrides_win_and_keep_what_they_do_not_name():
-  c = named("adamw", "2m,steps=7,model.dtype=bfloat16,optimizer.groups.hidden.learning_rate=1e-4,data.path=/tmp/a b:*.txt")
+  c = named(
+    "adamw",
+    "2m,steps=7,model.dtype=bfloat16,optimizer.groups.hidden.learning_rate=1e-4,data.path=/tmp/a "
+    "b:*.txt",
+  )
   assert (c.size, c.steps, c.model.dtype, c.data.path) == ("2m", 7, "bfloat16", "/tmp/a b:*.txt")
   groups = c.optimizer.groups
   assert groups["hidden"].optimizer.learning_rate == 1e-4
-  assert groups["embedding"].optimizer.learning_rate == c.optimizer.learning_rate == adamw.DEFAULT_LEARNING_RATE
+  assert (
+    groups["embedding"].optimizer.learning_rate
+    == c.optimizer.learning_rate
+    == adamw.DEFAULT_LEARNING_RATE
+  )
   assert groups["hidden"].optimizer.b2 == c.optimizer.default.b2
   assert named("adamw").size == named("adamw", "steps=3").size == "nano"
 
@@ -83,12 +118,18 @@ BAD_ARGUMENTS = {
   "nano,modle.heads=3": ("modle", "did you mean 'model'"),
   "nano,model.hads=3": ("model.hads", "did you mean 'heads'"),
   "nano,steps.x=3": ("steps.x", "unknown key"),
-  "nano,optimizer.groups.hiden.learning_rate=1": ("optimizer.groups.hiden", "did you mean 'hidden'"),
-  "nano,optimizer.momentum=0.9": ("optimizer.momentum", "unknown key"),                      # another optimizer's
+  "nano,optimizer.groups.hiden.learning_rate=1": (
+    "optimizer.groups.hiden",
+    "did you mean 'hidden'",
+  ),
+  "nano,optimizer.momentum=0.9": ("optimizer.momentum", "unknown key"),  # another optimizer's
   "nano,optimizer.groups.hidden.momentum=0.9": ("optimizer.groups.hidden.momentum", "unknown key"),
   "nano,optimizer.groups.hidden.name=adam": ("'adam'", "adamw"),
   "nano,optimizer.name=adam": ("optimizer.name = 'adam'", "adamw"),
-  "nano,optimizer.groups.hidden.paths=(": ("optimizer.groups.hidden.paths = '('", "regular expression"),
+  "nano,optimizer.groups.hidden.paths=(": (
+    "optimizer.groups.hidden.paths = '('",
+    "regular expression",
+  ),
   "nano,quant.rules.first.recpie=none": ("quant.rules.first.recpie", "did you mean 'recipe'"),
   "nano,quant.rules.first=none": ("quant.rules.first", "unknown key"),
   "nano,quant.rules.first.recipe.x=none": ("quant.rules.first.recipe.x", "unknown key"),
@@ -118,7 +159,10 @@ BAD_ARGUMENTS = {
   "nano,schedule.warmup=1.5": ("schedule.warmup = 1.5", "fraction"),
   "nano,schedule.warmup=0.5,schedule.cooldown=0.6": ("schedule.cooldown = 0.6", "warm-up (0.5)"),
   "nano,optimizer.learning_rate=-1": ("optimizer.learning_rate = -1.0", "at least 0"),
-  "nano,optimizer.b1=1.0": ("optimizer.b1 = 1.0", "0 to"),             # the bias correction would divide by zero
+  "nano,optimizer.b1=1.0": (
+    "optimizer.b1 = 1.0",
+    "0 to",
+  ),  # the bias correction would divide by zero
   "nano,seed=-1": ("seed = -1", "at least 0"),
   "nano,data.seed=-1": ("data.seed = -1", "at least 0"),
   "nano,checkpoint.keep=0": ("checkpoint.keep = 0", "at least 1"),
@@ -144,17 +188,35 @@ BAD_TREES = {
   "a missing key": (lambda c: c | {"model": _without(c["model"], "heads")}, "model.heads: missing"),
   "a missing section": (lambda c: _without(c, "log"), "log: missing"),
   "an unknown section": (lambda c: c | {"evals": {}}, "evals: unknown key; did you mean 'eval'"),
-  "a section that is a number": (lambda c: c | {"model": 3}, "model = 3: expected the section Model"),
+  "a section that is a number": (
+    lambda c: c | {"model": 3},
+    "model = 3: expected the section Model",
+  ),
   "not a section at all": (lambda c: 5, "config = 5"),
-  "an optimizer without name": (lambda c: c | {"optimizer": _without(c["optimizer"], "name")},
-                                "optimizer.name = None: expected one of"),
-  "no groups": (lambda c: c | {"optimizer": c["optimizer"] | {"groups": {}}}, "optimizer.groups = {}: expected {label"),
-  "a group that is a number": (lambda c: c | {"optimizer": c["optimizer"] | {"groups": {"hidden": 3}}},
-                               "optimizer.groups.hidden = 3"),
-  "a group without paths": (lambda c: c | {"optimizer": c["optimizer"] | {"groups": {"hidden": {}}}},
-                            "optimizer.groups.hidden.paths = None: expected str"),
-  "two vocabularies": (lambda c: c | {"model": c["model"] | {"vocab": 100}}, "model.vocab = 100: must equal data.vocab (2048)"),
-  "another optimizer's key": (lambda c: c | {"optimizer": c["optimizer"] | {"ns_steps": 5}}, "optimizer.ns_steps: unknown key"),
+  "an optimizer without name": (
+    lambda c: c | {"optimizer": _without(c["optimizer"], "name")},
+    "optimizer.name = None: expected one of",
+  ),
+  "no groups": (
+    lambda c: c | {"optimizer": c["optimizer"] | {"groups": {}}},
+    "optimizer.groups = {}: expected {label",
+  ),
+  "a group that is a number": (
+    lambda c: c | {"optimizer": c["optimizer"] | {"groups": {"hidden": 3}}},
+    "optimizer.groups.hidden = 3",
+  ),
+  "a group without paths": (
+    lambda c: c | {"optimizer": c["optimizer"] | {"groups": {"hidden": {}}}},
+    "optimizer.groups.hidden.paths = None: expected str",
+  ),
+  "two vocabularies": (
+    lambda c: c | {"model": c["model"] | {"vocab": 100}},
+    "model.vocab = 100: must equal data.vocab (2048)",
+  ),
+  "another optimizer's key": (
+    lambda c: c | {"optimizer": c["optimizer"] | {"ns_steps": 5}},
+    "optimizer.ns_steps: unknown key",
+  ),
 }
 
 
@@ -171,23 +233,39 @@ def test_a_typo_in_a_config_file_is_an_error_not_a_new_knob():
     adamw.get_config("nano").model.head_count = 3
 
 
-@pytest.mark.parametrize("change", ["steps=300", "seed=1", "optimizer.groups.hidden.learning_rate=1e-4", "model.d_head=64",
-                                    "data.seed=1", "warm_start=other"])
+@pytest.mark.parametrize(
+  "change",
+  [
+    "steps=300",
+    "seed=1",
+    "optimizer.groups.hidden.learning_rate=1e-4",
+    "model.d_head=64",
+    "data.seed=1",
+    "warm_start=other",
+  ],
+)
 def test_another_run_is_refused_with_the_keys_that_differ(change):
   key, _, value = change.partition("=")
   with pytest.raises(config.ConfigError) as error:
     config.check_resumable(named("adamw"), named("adamw", "nano," + change))
-  assert f"\n  {key}: " in str(error.value) and f"{value} now" in str(error.value).replace("'", "").replace("0.0001", "1e-4")
+  assert f"\n  {key}: " in str(error.value) and f"{value} now" in str(error.value).replace(
+    "'", ""
+  ).replace("0.0001", "1e-4")
   assert "--workdir" in str(error.value)
 
 
 def test_what_does_not_enter_the_numbers_may_change():
-  changes = ("mesh.model=1,mesh.fsdp=8,log.every=3,log.wandb=x,checkpoint.keep=9,data.directory=/elsewhere,data.prefetch=1,"
-             "model.remat=full,model.unroll=2,model.attention=plain")
+  changes = (
+    "mesh.model=1,mesh.fsdp=8,log.every=3,log.wandb=x,checkpoint.keep=9,data.directory=/elsewhere,data.prefetch=1,"
+    "model.remat=full,model.unroll=2,model.attention=plain"
+  )
   config.check_resumable(named("adamw"), named("adamw", "nano," + changes))
   assert len(config.differences(named("adamw"), named("adamw", "nano," + changes))) == 9
   for prefix in config.MAY_CHANGE:
-    assert any(key == prefix or key.startswith(prefix + ".") for key in config.flatten(config.to_dict(named("adamw")))), prefix
+    assert any(
+      key == prefix or key.startswith(prefix + ".")
+      for key in config.flatten(config.to_dict(named("adamw")))
+    ), prefix
 
 
 def test_every_knob_has_a_comment_on_its_line():
@@ -197,7 +275,10 @@ def test_every_knob_has_a_comment_on_its_line():
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
       target = ast.unparse(node.targets[0])
-      section = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "config_dict.ConfigDict"
+      section = (
+        isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "config_dict.ConfigDict"
+      )
       if not section and "  # " not in lines[node.lineno - 1]:
         bare.append(target)
   assert not bare, f"without a comment: {bare}"

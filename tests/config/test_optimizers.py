@@ -1,4 +1,6 @@
-"""Every optimizer's section: as the factory has it, in every config file, and refused when wrong."""
+"""Every optimizer's section: as the factory has it, in every config file, and refused when
+wrong."""
+
 import dataclasses
 import inspect
 import itertools
@@ -13,7 +15,11 @@ from beyond_outliers.config import optimizers, sweeps
 from beyond_outliers.optim import shampoo as shampoo_factory
 from beyond_outliers.optim.linalg import inverse_root, newton_schulz
 
-CONFIGS = sorted(path for path in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py") if path.stem != "base")
+CONFIGS = sorted(
+  path
+  for path in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py")
+  if path.stem != "base"
+)
 
 
 def get_config(name, arg=""):
@@ -29,7 +35,9 @@ def test_a_section_has_only_arguments_of_the_factory(name):
   arguments = set(inspect.signature(optim.OPTIMIZERS[name]).parameters)
   fields = {field.name for field in dataclasses.fields(optimizers.OPTIMIZERS[name])} - {"name"}
   assert fields <= arguments
-  assert arguments - fields <= {"axes", "mesh", "precision", "ns_eps"}, "an argument that no config can set"
+  assert arguments - fields <= {"axes", "mesh", "precision", "ns_eps"}, (
+    "an argument that no config can set"
+  )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -55,7 +63,11 @@ def test_choices_are_those_of_the_tables():
   assert set(optimizers.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
   module = inspect.getmodule(inspect.unwrap(shampoo_factory))
   c = get_config("shampoo")
-  for field, table in (("root", inverse_root.ROOTS), ("grafting", module.GRAFTS), ("refresh", module.REFRESHES)):
+  for field, table in (
+    ("root", inverse_root.ROOTS),
+    ("grafting", module.GRAFTS),
+    ("refresh", module.REFRESHES),
+  ):
     for row in table:
       resolved = config.resolve(config.override(get_config("shampoo"), {f"optimizer.{field}": row}))
       assert getattr(resolved.optimizer.default, field) == row
@@ -63,21 +75,40 @@ def test_choices_are_those_of_the_tables():
     config.resolve(config.override(c, {"optimizer.root": "cholesky"}))
 
 
-@pytest.mark.parametrize("name, field, value, message", [
-  ("adamw", "b2", 1.0, "from 0 to below 1"), ("muon", "ns_steps", 0, "at least 1"), ("muon", "ns_dtype", "float16", "one of"),
-  ("scion", "norm", "l1", "expected one of"), ("psgd", "update_probability", 0.0, "above 0"), ("psgd", "noise", "some", "one of"),
-  ("shampoo", "b2", 1.5, "a fraction"), ("shampoo", "exponent", -1.0, "above 0"), ("shampoo", "start_step", 0, "at least 1"),
-  ("soap", "shampoo_beta", 1.0, "None for b2"), ("soap", "precondition_frequency", 0, "at least 1"),
-])
+@pytest.mark.parametrize(
+  "name, field, value, message",
+  [
+    ("adamw", "b2", 1.0, "from 0 to below 1"),
+    ("muon", "ns_steps", 0, "at least 1"),
+    ("muon", "ns_dtype", "float16", "one of"),
+    ("scion", "norm", "l1", "expected one of"),
+    ("psgd", "update_probability", 0.0, "above 0"),
+    ("psgd", "noise", "some", "one of"),
+    ("shampoo", "b2", 1.5, "a fraction"),
+    ("shampoo", "exponent", -1.0, "above 0"),
+    ("shampoo", "start_step", 0, "at least 1"),
+    ("soap", "shampoo_beta", 1.0, "None for b2"),
+    ("soap", "precondition_frequency", 0, "at least 1"),
+  ],
+)
 def test_what_cannot_be_is_refused_by_name(name, field, value, message):
   with pytest.raises(config.ConfigError, match=rf"optimizer\.{field} = .*{message}"):
     config.resolve(config.override(get_config(name), {f"optimizer.{field}": value}))
 
 
-@pytest.mark.parametrize("arguments, message", [
-  ("eigenvalue_correction=True", "grafting = 'adam': .*eigenvalue_correction works with 'none' only"),
-  ("preconditioner_dtype=bfloat16,optimizer.b2=0.995", r"b2 = 0\.995: averages in bfloat16 stand still above 0\.99"),
-])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (
+      "eigenvalue_correction=True",
+      "grafting = 'adam': .*eigenvalue_correction works with 'none' only",
+    ),
+    (
+      "preconditioner_dtype=bfloat16,optimizer.b2=0.995",
+      r"b2 = 0\.995: averages in bfloat16 stand still above 0\.99",
+    ),
+  ],
+)
 def test_what_does_not_go_together_is_refused(arguments, message):
   with pytest.raises(config.ConfigError, match=rf"optimizer\.{message}"):
     config.resolve(get_config("shampoo", f"nano,optimizer.{arguments}"))
@@ -93,11 +124,15 @@ def test_records_of_runs_without_the_younger_fields_still_resolve():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_learned_scales_are_trained_as_vectors_but_never_decay(path):
-  """Being logarithms, they would be pulled towards scales of one. So in runs recorded when they were among the vectors."""
+  """Being logarithms, they would be pulled towards scales of one. So in runs recorded when they
+  were among the vectors."""
   decay = dict.fromkeys(("optimizer.weight_decay", "optimizer.groups.vector.weight_decay"), 0.1)
-  groups = config.resolve(config.override(get_config(path.stem), {**decay, "optimizer.groups.vector.learning_rate": 0.5})
-                          ).optimizer.groups
-  assert groups["scale"].optimizer == dataclasses.replace(groups["vector"].optimizer, weight_decay=0.0)
+  groups = config.resolve(
+    config.override(get_config(path.stem), {**decay, "optimizer.groups.vector.learning_rate": 0.5})
+  ).optimizer.groups
+  assert groups["scale"].optimizer == dataclasses.replace(
+    groups["vector"].optimizer, weight_decay=0.0
+  )
   recorded = config.to_dict(config.resolve(get_config(path.stem)))
   del recorded["optimizer"]["groups"]["scale"]
   assert config.resolve(recorded) == config.resolve(get_config(path.stem))
@@ -106,6 +141,9 @@ def test_learned_scales_are_trained_as_vectors_but_never_decay(path):
 def test_what_is_none_may_be_given_and_taken_away():
   c = get_config("shampoo", "nano,optimizer.exponent=0.5")
   assert config.resolve(c).optimizer.groups["hidden"].optimizer.exponent == 0.5
-  assert config.resolve(config.override(c, {"optimizer.exponent": None})).optimizer.default.exponent is None
+  assert (
+    config.resolve(config.override(c, {"optimizer.exponent": None})).optimizer.default.exponent
+    is None
+  )
   with pytest.raises(config.ConfigError, match=r"optimizer\.exponent"):
     config.resolve(config.override(c, {"optimizer.exponent": "half"}))

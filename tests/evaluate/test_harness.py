@@ -1,4 +1,6 @@
-"""The harness around models whose every answer is known: of bytes, each with fixed chances to follow another."""
+"""The harness around models whose every answer is known: of bytes, each with fixed chances to
+follow another."""
+
 import dataclasses
 import json
 import os
@@ -26,21 +28,42 @@ BYTES = tokenizers.load("bytes")
 
 
 def bigram(log_p_VxV):
-  """A model that foretells the next token from the last alone: embeddings are unit vectors, and blocks add nothing."""
-  c = config.Model(**{"vocab": V, "blocks": 1, "heads": 1, "kv_heads": 1, "d_head": 2, "d_model": V, "mlp_hidden": 2,
-                      "norm_eps": 1e-12, "rope_base": 1e4, "tied": False, "init_std": 0.02, "dtype": "float32",
-                      "attention": "plain", "unroll": 1, "remat": "none", **hf_config.FAMILIES["llama"].switches})
+  """A model that foretells the next token from the last alone: embeddings are unit vectors, and
+  blocks add nothing."""
+  c = config.Model(
+    **{
+      "vocab": V,
+      "blocks": 1,
+      "heads": 1,
+      "kv_heads": 1,
+      "d_head": 2,
+      "d_model": V,
+      "mlp_hidden": 2,
+      "norm_eps": 1e-12,
+      "rope_base": 1e4,
+      "tied": False,
+      "init_std": 0.02,
+      "dtype": "float32",
+      "attention": "plain",
+      "unroll": 1,
+      "remat": "none",
+      **hf_config.FAMILIES["llama"].switches,
+    }
+  )
   model = transformer.Transformer(c)
   params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), transformer.shapes(model))
   params["embedding"] = np.eye(V, dtype=np.float32)
-  params["final_norm"] = jax.tree.map(np.ones_like, params["final_norm"])       # which makes the unit vectors sqrt(V) long
+  params["final_norm"] = jax.tree.map(
+    np.ones_like, params["final_norm"]
+  )  # which makes the unit vectors sqrt(V) long
   params["head"]["kernel"] = (log_p_VxV / np.sqrt(V)).astype(np.float32)
   return model, params
 
 
 @pytest.fixture(scope="module")
 def chances():
-  """Log-probabilities [V, V] of the next byte, in float64; in the alphabet the next letter comes first."""
+  """Log-probabilities [V, V] of the next byte, in float64; in the alphabet the next letter comes
+  first."""
   scores_VxV = np.random.default_rng(0).normal(0, 2, (V, V))
   scores_VxV[np.arange(V - 1), np.arange(1, V)] += 12
   return scores_VxV - np.log(np.exp(scores_VxV).sum(1, keepdims=True))
@@ -48,12 +71,17 @@ def chances():
 
 @pytest.fixture(scope="module")
 def harness_model(chances):
-  return harness.HarnessModel(loglikelihood.Scorer(*bigram(chances), context=CONTEXT), BYTES, prefix=BYTES.eot)
+  return harness.HarnessModel(
+    loglikelihood.Scorer(*bigram(chances), context=CONTEXT), BYTES, prefix=BYTES.eot
+  )
 
 
 def expected(chances, before, text):
   """The log-probability of `text` after the id or text `before`."""
-  ids = [*(BYTES.encode(before).tolist() if isinstance(before, str) else [before]), *BYTES.encode(text).tolist()]
+  ids = [
+    *(BYTES.encode(before).tolist() if isinstance(before, str) else [before]),
+    *BYTES.encode(text).tolist(),
+  ]
   start = len(ids) - len(text.encode())
   return chances[ids[start - 1 : -1], ids[start:]].sum()
 
@@ -64,9 +92,22 @@ def ask(method, *arguments):
 
 def test_log_likelihoods(harness_model, chances):
   long = "a long context that does not fit into the window of 32 bytes"
-  asked = [("on", "e"), ("ab", "cde"), ("ab", "cdd"), (long, " end"), ("spaces  ", "move"), ("", "empty")]
-  known = [expected(chances, "on", "e"), expected(chances, "ab", "cde"), expected(chances, "ab", "cdd"),
-           expected(chances, long, " end"), expected(chances, "spaces", "  move"), expected(chances, BYTES.eot, "empty")]
+  asked = [
+    ("on", "e"),
+    ("ab", "cde"),
+    ("ab", "cdd"),
+    (long, " end"),
+    ("spaces  ", "move"),
+    ("", "empty"),
+  ]
+  known = [
+    expected(chances, "on", "e"),
+    expected(chances, "ab", "cde"),
+    expected(chances, "ab", "cdd"),
+    expected(chances, long, " end"),
+    expected(chances, "spaces", "  move"),
+    expected(chances, BYTES.eot, "empty"),
+  ]
   got = ask(harness_model.loglikelihood, *asked)
   np.testing.assert_allclose([score for score, _ in got], known, rtol=1e-5)
   assert [first for _, first in got] == [False, True, False, False, False, False]
@@ -76,12 +117,17 @@ def test_log_likelihoods(harness_model, chances):
 def test_rolling_counts_every_token_once(harness_model, chances, length):
   text = "the quick brown fox jumps over the lazy dog; " * 3
   got = ask(harness_model.loglikelihood_rolling, (text[:length],), ("other",))
-  np.testing.assert_allclose(got, [expected(chances, BYTES.eot, text[:length]), expected(chances, BYTES.eot, "other")], rtol=1e-5)
+  np.testing.assert_allclose(
+    got,
+    [expected(chances, BYTES.eot, text[:length]), expected(chances, BYTES.eot, "other")],
+    rtol=1e-5,
+  )
 
 
 def test_greedy_generation_ends_at_a_stop_or_at_its_limit(harness_model):
   def generate(context, **settings):
     return ask(harness_model.generate_until, (context, settings))[0]
+
   assert generate("xyzabc", until=["jk", "h"]) == "defg"
   assert generate("abc", until="never", max_gen_toks=5) == "defgh"
   assert generate("a" * 100 + "bc", max_gen_toks=20) == "defghijklmnopqrstuvw"
@@ -93,7 +139,8 @@ def test_greedy_generation_ends_at_a_stop_or_at_its_limit(harness_model):
 
 @pytest.fixture(scope="module")
 def attentive():
-  """(model, params): a model that looks at all that it has read, so that a token before a text matters."""
+  """(model, params): a model that looks at all that it has read, so that a token before a text
+  matters."""
   sizes = dict(d_model=16, mlp_hidden=32, heads=2, kv_heads=2, d_head=8, init_std=0.5)
   model = transformer.Transformer(dataclasses.replace(bigram(np.zeros((V, V)))[0].config, **sizes))
   return model, jax.jit(lambda: transformer.init(model, 0))()
@@ -111,7 +158,10 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
   class Doubling(tokenizers.Bytes):
     def encode_batch(self, texts):
       return [np.concatenate([[self.bos], ids]) for ids in super().encode_batch(texts)]
-  make = lambda tokenizer, **options: harness.HarnessModel(loglikelihood.Scorer(model, params, context=CONTEXT), tokenizer, **options)
+
+  make = lambda tokenizer, **options: harness.HarnessModel(
+    loglikelihood.Scorer(model, params, context=CONTEXT), tokenizer, **options
+  )
   begun, plain = make(BYTES, prefix=BYTES.bos, bos=True), make(BYTES, prefix=BYTES.bos)
   context = BYTES.encode("ab").tolist()
   asked = [("ab", "cd"), ("ab ", "cd"), ("", "cd")]
@@ -119,8 +169,14 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
   without = [direct(context, text) for text in ("cd", " cd")]
   empty = direct([BYTES.bos], "cd")
   assert np.abs(np.subtract(with_it, without)).min() > 0.01
-  for asks, known in ((begun, with_it), (make(Doubling(), prefix=BYTES.bos, bos=True), with_it), (plain, without)):
-    np.testing.assert_allclose([score for score, _ in ask(asks.loglikelihood, *asked[:2])], known, rtol=1e-5)
+  for asks, known in (
+    (begun, with_it),
+    (make(Doubling(), prefix=BYTES.bos, bos=True), with_it),
+    (plain, without),
+  ):
+    np.testing.assert_allclose(
+      [score for score, _ in ask(asks.loglikelihood, *asked[:2])], known, rtol=1e-5
+    )
   for asks in (begun, plain):
     np.testing.assert_allclose(ask(asks.loglikelihood, asked[2])[0][0], empty, rtol=1e-5)
     np.testing.assert_allclose(ask(asks.loglikelihood_rolling, ("cd",)), [empty], rtol=1e-5)
@@ -130,6 +186,7 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
       padded = np.asarray(log_p(np.pad(ids, (0, CONTEXT - len(ids)))[None]))
       ids = [*ids, int(np.argmax(padded[len(ids) - 1]))]
     return ids[-count:]
+
   for asks, ids in ((begun, [BYTES.bos, *context]), (plain, context)):
     expected_ids = harness.until(greedy(ids, 6), {BYTES.bos, BYTES.eot})
     assert ask(asks.generate_until, ("ab", {"max_gen_toks": 6})) == [BYTES.decode(expected_ids)]
@@ -139,36 +196,54 @@ def test_what_is_generated_ends_where_the_next_document_begins(chances):
   """The token before documents follows "d" here, and after it the model goes on."""
   log_p_VxV = chances.copy()
   log_p_VxV[ord("d"), BYTES.bos] = log_p_VxV[BYTES.bos, ord("x")] = 50.0
-  harness_model = harness.HarnessModel(loglikelihood.Scorer(*bigram(log_p_VxV), context=CONTEXT), BYTES, prefix=BYTES.bos, bos=True)
+  harness_model = harness.HarnessModel(
+    loglikelihood.Scorer(*bigram(log_p_VxV), context=CONTEXT), BYTES, prefix=BYTES.bos, bos=True
+  )
   assert ask(harness_model.generate_until, ("ab", {"max_gen_toks": 8})) == ["cd"]
 
 
 @pytest.fixture(scope="module")
 def folder(chances, tmp_path_factory):
-  """`known`: 40 multiple choices, of which the model gets 28 right; `word`: one of three words is its first choice."""
+  """`known`: 40 multiple choices, of which the model gets 28 right; `word`: one of three words is
+  its first choice."""
   path, draw = tmp_path_factory.mktemp("tasks"), np.random.default_rng(5)
   examples = []
   for number in range(40):
     words = ["".join(chr(c) for c in draw.integers(97, 123, n)) for n in (3, 5, 8, 12)]
     best = int(np.argmax([expected(chances, "answer:", " " + word) for word in words]))
-    examples.append({"context": "answer:", "choices": words, "answer": best if number % 10 < 7 else (best + 1) % 4})
+    examples.append(
+      {
+        "context": "answer:",
+        "choices": words,
+        "answer": best if number % 10 < 7 else (best + 1) % 4,
+      }
+    )
   offline_tasks.write(path, "known", examples)
-  offline_tasks.write(path, "word", [{"context": "x", "word": word} for word in ("!", "abc", "!\"#")])
+  offline_tasks.write(
+    path, "word", [{"context": "x", "word": word} for word in ("!", "abc", '!"#')]
+  )
   return path
 
 
 def test_tasks_whose_accuracy_is_known(chances, folder):
-  results = harness.run(*bigram(chances), BYTES, harness.load(["known", "word"], [folder]), context=CONTEXT)
+  results = harness.run(
+    *bigram(chances), BYTES, harness.load(["known", "word"], [folder]), context=CONTEXT
+  )
   assert results["known"]["acc"] == pytest.approx(0.7)
   assert results["known"]["acc_stderr"] == pytest.approx(np.sqrt(0.7 * 0.3 / 39))
   examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
-  right = [np.argmax([expected(chances, "answer:", " " + word) / len(word) for word in example["choices"]]) == example["answer"]
-           for example in examples]
+  right = [
+    np.argmax([expected(chances, "answer:", " " + word) / len(word) for word in example["choices"]])
+    == example["answer"]
+    for example in examples
+  ]
   assert results["known"]["acc_norm"] == pytest.approx(np.mean(right))
-  words = [expected(chances, "x", " " + word) for word in ("!", "abc", "!\"#")]
+  words = [expected(chances, "x", " " + word) for word in ("!", "abc", '!"#')]
   assert results["word"]["perplexity"] == pytest.approx(np.exp(-np.mean(words)), rel=1e-4)
   assert results["word"].keys() == {"acc", "acc_stderr", "perplexity", "perplexity_stderr"}
-  limited = harness.run(*bigram(chances), BYTES, harness.load(["known"], [folder]), context=CONTEXT, limit=7)
+  limited = harness.run(
+    *bigram(chances), BYTES, harness.load(["known"], [folder]), context=CONTEXT, limit=7
+  )
   assert limited["known"]["acc"] == 1.0
 
 
@@ -178,7 +253,11 @@ def test_tasks_that_are_loaded_once_are_asked_again(chances, folder):
   both, known = harness.load(["both", "known"], [folder])
   ask = lambda asked: harness.run(*bigram(chances), BYTES, [asked], context=CONTEXT, limit=5)
   first = ask(both)
-  assert ask(both) == first and {"known", "word"} <= first.keys() and ask(known) == {"known": first["known"]}
+  assert (
+    ask(both) == first
+    and {"known", "word"} <= first.keys()
+    and ask(known) == {"known": first["known"]}
+  )
 
 
 def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path):
@@ -186,15 +265,24 @@ def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path
   examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
   offline_tasks.write(tmp_path / "copy", "known", examples)
   assert content(tmp_path / "copy") == content(folder) != content(folder, "word")
-  offline_tasks.write(tmp_path / "data", "known", [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}])
+  offline_tasks.write(
+    tmp_path / "data",
+    "known",
+    [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}],
+  )
   offline_tasks.write(tmp_path / "prompt", "known", examples)
   (tmp_path / "prompt" / "known.yaml").open("a").write('target_delimiter: ""\n')
   assert len({content(path) for path in (folder, tmp_path / "data", tmp_path / "prompt")}) == 3
 
 
-@pytest.mark.parametrize("field,value,told", [
-  ("dataset_kwargs", {"data_files": {"test": "gone.jsonl"}}, "FileNotFoundError.*gone"),
-  ("doc_to_text", "{{context.a.b}}", "UndefinedError.*'a'"), ("test_split", "none", "none")])
+@pytest.mark.parametrize(
+  "field,value,told",
+  [
+    ("dataset_kwargs", {"data_files": {"test": "gone.jsonl"}}, "FileNotFoundError.*gone"),
+    ("doc_to_text", "{{context.a.b}}", "UndefinedError.*'a'"),
+    ("test_split", "none", "none"),
+  ],
+)
 def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value, told, tmp_path):
   offline_tasks.write(tmp_path, "faulty", [{"context": "x", "word": "y"}])
   file = tmp_path / "faulty.yaml"
@@ -206,8 +294,10 @@ def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value,
 
 def test_a_token_stands_before_texts_without_context(chances, folder):
   model, params = bigram(chances)
+
   class Without(tokenizers.Bytes):
     bos = eot = None
+
   with pytest.raises(ConfigError, match="prefix = None"):
     harness.run(model, params, Without(), harness.load(["known"], [folder]), context=CONTEXT)
 
@@ -217,7 +307,7 @@ def test_folders_that_are_not_there_are_refused():
     harness.task_manager(["known"], ["nowhere"])
 
 
-@pytest.mark.slow                   # reads all of the harness's task files
+@pytest.mark.slow  # reads all of the harness's task files
 def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
   with pytest.raises(ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
     harness.load(["known", "hellaswagg"], [folder])
@@ -230,19 +320,42 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
   """On one device, what the library finds on eight."""
   draw = random.Random(0)
   for number in range(8):
-    words = draw.choices(["we", "the", "people", "of", "the", "united", "states", "do", "ordain"], k=400)
+    words = draw.choices(
+      ["we", "the", "people", "of", "the", "united", "states", "do", "ordain"], k=400
+    )
     text = " ".join(word + "." * (draw.random() < 0.1) for word in words)
     (tmp_path / f"{number}.txt").write_text(text)
-  c = tiny_config(**{"data.path": f"{tmp_path}/*.txt", "mesh.fsdp": 2, "mesh.model": 2, "steps": 2, "context": 256})
+  c = tiny_config(
+    **{
+      "data.path": f"{tmp_path}/*.txt",
+      "mesh.fsdp": 2,
+      "mesh.model": 2,
+      "steps": 2,
+      "context": 256,
+    }
+  )
   assert train.run(c, tmp_path / "run", say=lambda text: None) == "done"
-  command = [sys.executable, "-m", "beyond_outliers.evaluate", "--json", f"--workdir={tmp_path}/run",
-             "--tasks=continuation,last_word"]
-  found = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2],
-                         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"})
+  command = [
+    sys.executable,
+    "-m",
+    "beyond_outliers.evaluate",
+    "--json",
+    f"--workdir={tmp_path}/run",
+    "--tasks=continuation,last_word",
+  ]
+  found = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+  )
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
   tasks = harness.load(["continuation", "last_word"], [tmp_path / "run" / "eval" / "tasks"])
-  results = harness.run(run.model, run.params(mesh=eight), run.tokenizer, tasks, context=256, mesh=eight)
+  results = harness.run(
+    run.model, run.params(mesh=eight), run.tokenizer, tasks, context=256, mesh=eight
+  )
   there = json.loads(found.stdout)["cells"][0]["tasks"]
   assert there.keys() == results.keys()
   for task, metrics in results.items():

@@ -1,4 +1,6 @@
-"""Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is refused before any of it."""
+"""Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is
+refused before any of it."""
+
 import dataclasses
 import functools
 import itertools
@@ -23,7 +25,13 @@ from beyond_outliers.evaluate import offline_tasks, results, target
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAPE = {"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 1, "log.outliers_every": 2}
+SHAPE = {
+  "model.blocks": 1,
+  "steps": 2,
+  "checkpoint.every": 1,
+  "eval.every": 1,
+  "log.outliers_every": 2,
+}
 POLL = 0.125
 PLAN = (["rtn_w4a4"], ["rtn", "gptq"])
 
@@ -40,7 +48,11 @@ def workdir(tiny_config, tmp_path_factory):
 def quantized_workdir(tiny_config, tmp_path_factory):
   """A run under QuEST, with a head of 8 bits, on documents that a token begins."""
   path = tmp_path_factory.mktemp("evaluate") / "quantized"
-  rules = {"quant.recipe": "quest_w4a4", "quant.rules.head.recipe": "rtn_w8a8", "data.separator": "bos"}
+  rules = {
+    "quant.recipe": "quest_w4a4",
+    "quant.rules.head.recipe": "rtn_w8a8",
+    "data.separator": "bos",
+  }
   train.run(tiny_config(**SHAPE, **rules), path, say=lambda text: None)
   return path
 
@@ -52,7 +64,11 @@ def measured(workdir):
   evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, *PLAN), windows=12)
   params = source.params(2)
   assert evaluator.missing(2) == evaluator.cells and len(evaluator.cells) == 3
-  return runs.open(workdir), evaluator, {cell.method: evaluator.measure(2, params, cell) for cell in evaluator.missing(2)}
+  return (
+    runs.open(workdir),
+    evaluator,
+    {cell.method: evaluator.measure(2, params, cell) for cell in evaluator.missing(2)},
+  )
 
 
 def test_the_model_as_it_is_has_the_loss_that_training_recorded(measured):
@@ -65,19 +81,33 @@ def test_the_model_as_it_is_has_the_loss_that_training_recorded(measured):
 
 def test_the_model_as_it_is_has_the_outliers_that_training_records(measured):
   run, _, found = measured
-  recorded = run.metrics().loc[2].filter(like="outliers/").drop("outliers/seconds", errors="ignore").to_dict()
-  metrics = {name: value for name, value in found["none"]["metrics"].items() if name.startswith("outliers/")}
+  recorded = (
+    run.metrics()
+    .loc[2]
+    .filter(like="outliers/")
+    .drop("outliers/seconds", errors="ignore")
+    .to_dict()
+  )
+  metrics = {
+    name: value for name, value in found["none"]["metrics"].items() if name.startswith("outliers/")
+  }
   assert metrics.keys() == recorded.keys() and len(metrics) == 6 * 4
   assert metrics == pytest.approx(recorded, rel=1e-4)
-  assert not any("outliers" in name for name in found["rtn"]["metrics"]) and "outliers" not in evaluator_lib.table([found["none"]])
+  assert not any(
+    "outliers" in name for name in found["rtn"]["metrics"]
+  ) and "outliers" not in evaluator_lib.table([found["none"]])
 
 
 def test_a_cell_compares_with_full_precision(measured):
   _, _, found = measured
   for method in ("rtn", "gptq"):
     metrics = found[method]["metrics"]
-    np.testing.assert_allclose(metrics["reference_loss"], found["none"]["metrics"]["loss"], rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss"] - metrics["reference_loss"], metrics["loss_difference"], atol=1e-6)
+    np.testing.assert_allclose(
+      metrics["reference_loss"], found["none"]["metrics"]["loss"], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+      metrics["loss"] - metrics["reference_loss"], metrics["loss_difference"], atol=1e-6
+    )
     assert 0 < metrics["kl"] < 1 and 0 < metrics["agreement"] < 1
     for name in ("loss_difference", "kl", "agreement"):
       low, high = metrics[f"{name}_interval"]
@@ -92,13 +122,16 @@ def files(workdir, step, recipe, method):
 
 def test_a_cell_is_read_alone(measured):
   run, evaluator, found = measured
-  path, = files(run.path, 2, "rtn_w4a4", "gptq")
+  (path,) = files(run.path, 2, "rtn_w4a4", "gptq")
   written = json.loads(path.read_text())
   assert {**written, "tasks": {}, "seconds": {**written["seconds"], "tasks": 0}} == found["gptq"]
   assert config.resolve(written["source"]["config"]) == run.config
   assert written["settings"]["data"] == run.manifest["data"]["fingerprint"]
   assert written["packages"]["jax"] == jax.__version__ and written["seconds"]["evaluate"] > 0
-  assert found["gptq"]["settings"]["calibration_windows"] == 12 and found["rtn"]["settings"]["calibration_windows"] == 0
+  assert (
+    found["gptq"]["settings"]["calibration_windows"] == 12
+    and found["rtn"]["settings"]["calibration_windows"] == 0
+  )
   assert len(list((run.path / "eval").iterdir())) == 3
   assert len(evaluator_lib.table(evaluator.results()).splitlines()) == 4
 
@@ -111,13 +144,17 @@ def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_pat
   quick = evaluator_lib.Evaluator(target.of_run(tmp_path / "run", documents=2), none)
   assert quick.missing(2) == none
   found = quick.measure(2, quick.source.params(2), none[0])
-  assert found["metrics"]["documents"] == 2 and quick.missing(2) == [] and quick.results() == [found]
+  assert (
+    found["metrics"]["documents"] == 2 and quick.missing(2) == [] and quick.results() == [found]
+  )
   whole = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
   assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
   assert {path: path.read_text() for path in before} == before
   every = ptq_degradation.cells([runs.open(tmp_path / "run")])
   assert sorted(every.documents) == [0, 0, 0, 2]
-  assert list(ptq_degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [found["metrics"]["loss"]]
+  assert list(ptq_degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [
+    found["metrics"]["loss"]
+  ]
 
 
 def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
@@ -128,8 +165,10 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   manifest = json.loads((other / "manifest.json").read_text())
   (other / "manifest.json").write_text(json.dumps({**manifest, "id": "another"}))
   (one / "manifest.json").write_text(json.dumps({**manifest, "resumed": [manifest]}))
-  resumed, new = (evaluator_lib.Evaluator(target.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
-                  for folder in (one, other))
+  resumed, new = (
+    evaluator_lib.Evaluator(target.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
+    for folder in (one, other)
+  )
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
   for folder in (one, other):
     shutil.rmtree(folder / "eval")
@@ -140,14 +179,18 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
 @pytest.mark.parametrize("content", ["", '{"step": 2, "recipe"', "[]", '{"foo": 1}'])
 def test_what_is_no_cell_counts_as_missing_and_is_named_once(content, workdir, measured, tmp_path):
   shutil.copytree(workdir / "eval", tmp_path / "eval")
-  path, = files(tmp_path, 2, "rtn_w4a4", "rtn")
+  (path,) = files(tmp_path, 2, "rtn_w4a4", "rtn")
   for broken in (path, tmp_path / "eval" / "foo-bar.json"):
     broken.write_text(content)
   said = []
-  evaluator = evaluator_lib.Evaluator(target.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append)
+  evaluator = evaluator_lib.Evaluator(
+    target.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append
+  )
   assert evaluator.missing(2) == [measured[1].cells[1]]
   assert evaluator.results() == [measured[2]["none"], measured[2]["gptq"]]
-  assert sorted(line.partition(" ")[0] for line in said) == sorted([str(path), str(tmp_path / "eval" / "foo-bar.json")])
+  assert sorted(line.partition(" ")[0] for line in said) == sorted(
+    [str(path), str(tmp_path / "eval" / "foo-bar.json")]
+  )
 
 
 def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured, tmp_path):
@@ -157,21 +200,30 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
   shutil.rmtree(folder)
   folder.mkdir()
   for method, cell in measured[2].items():
-    settings = {name: value for name, value in cell["settings"].items() if name != "version"} | {"trained": run.manifest["time"]}
+    settings = {name: value for name, value in cell["settings"].items() if name != "version"} | {
+      "trained": run.manifest["time"]
+    }
     old = {**cell, "settings": settings, "tasks": {"piqa": {"acc": 0.5}}, "asked": ["piqa"]}
     (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
-  evaluator = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  evaluator = evaluator_lib.Evaluator(
+    target.of_run(tmp_path / "run"), measured[1].cells, windows=12
+  )
   assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
   found = ptq_degradation.cells([run])
   assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
   evaluator.measure(2, evaluator.source.params(2), measured[1].cells[1])
-  assert list(ptq_degradation.cells([run]).method) == ["rtn"] and len(ptq_degradation.cells([run], {"version": "1"})) == 3
+  assert (
+    list(ptq_degradation.cells([run]).method) == ["rtn"]
+    and len(ptq_degradation.cells([run], {"version": "1"})) == 3
+  )
 
 
 def test_only_what_the_settings_change_is_measured_again(measured, workdir, monkeypatch):
   _, evaluator, _ = measured
   assert evaluator.missing(2) == [] and evaluator.missing(1) == evaluator.cells
-  again = lambda windows=12, **options: evaluator_lib.Evaluator(target.of_run(workdir, **options), evaluator.cells, windows=windows)
+  again = lambda windows=12, **options: evaluator_lib.Evaluator(
+    target.of_run(workdir, **options), evaluator.cells, windows=windows
+  )
   assert again().missing(2) == []
   assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
   assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
@@ -181,18 +233,30 @@ def test_only_what_the_settings_change_is_measured_again(measured, workdir, monk
 
 
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
-def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader, workdir, corpus, tiny_config, tmp_path):
+def test_calibration_sees_the_same_training_windows_whatever_the_batches(
+  reader, workdir, corpus, tiny_config, tmp_path
+):
   """And however many readers a run has."""
   source = target.of_run(workdir)
   if reader == "tfds":
     texts = (path.read_text() for path in sorted(corpus.iterdir()))
-    records = {"data.source": "tfds", "data.path": tfds.write(texts, str(tmp_path)), "data.reader": "tfds",
-               "data.validation": "fraction:0.1", "data.field": "text"}
+    records = {
+      "data.source": "tfds",
+      "data.path": tfds.write(texts, str(tmp_path)),
+      "data.reader": "tfds",
+      "data.validation": "fraction:0.1",
+      "data.field": "text",
+    }
     section = tiny_config(**records).data
-    source = dataclasses.replace(source, dataset=data.prepare(section, log=lambda text: None), data=section)
+    source = dataclasses.replace(
+      source, dataset=data.prepare(section, log=lambda text: None), data=section
+    )
 
   def calibration(**options):
-    return evaluator_lib.Evaluator(dataclasses.replace(source, **options), [], tmp_path, windows=12).calibration
+    return evaluator_lib.Evaluator(
+      dataclasses.replace(source, **options), [], tmp_path, windows=12
+    ).calibration
+
   batches = calibration()
   assert [len(batch["tokens"]) for batch in batches] == [8, 4]
   whole = np.concatenate([batch["tokens"] for batch in batches])
@@ -206,9 +270,14 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(reader,
 
 def harness(run, content="these questions"):
   """A stand-in for zero_shot."""
-  load = lambda names, folders: [types.SimpleNamespace(name=name, content=content) for name in names]
-  return types.SimpleNamespace(harness_model=lambda *model, **options: functools.partial(run, *model, **options),
-                               ask=lambda model, tasks: model(tasks), load=load)
+  load = lambda names, folders: [
+    types.SimpleNamespace(name=name, content=content) for name in names
+  ]
+  return types.SimpleNamespace(
+    harness_model=lambda *model, **options: functools.partial(run, *model, **options),
+    ask=lambda model, tasks: model(tasks),
+    load=load,
+  )
 
 
 def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch):
@@ -217,9 +286,12 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   asked = []
 
   def run(model, params, tokenizer, tasks, *, context, mesh, prefix, bos):
-    placed = {leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)}
+    placed = {
+      leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(params)
+    }
     asked.append((placed, [task.name for task in tasks], context, prefix, bos))
     return {task.name: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
+
   monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run))
   source = target.of_run(workdir)
   make = lambda tasks: evaluator_lib.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
@@ -228,26 +300,46 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   params, cell = source.params(2), evaluator.cells[1]
   others.measure(2, params, cell)
   found_too = with_tasks.measure(2, params, cell)
-  assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {"piqa": {"acc": 0.25, "acc_stderr": 0.1}}
-  assert with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
-  assert asked == [({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")]
-  assert "piqa/acc" in evaluator_lib.table([found_too]) and "stderr" not in evaluator_lib.table([found_too])
+  assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {
+    "piqa": {"acc": 0.25, "acc_stderr": 0.1}
+  }
+  assert (
+    with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
+  )
+  assert asked == [
+    ({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")
+  ]
+  assert "piqa/acc" in evaluator_lib.table([found_too]) and "stderr" not in evaluator_lib.table(
+    [found_too]
+  )
   monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run, "others of that name"))
-  assert make(["piqa"]).missing(2) == evaluator.cells[:2] and make(["piqa"]).results()[1]["tasks"] == {}
-  both, = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
-  assert both["tasks"].keys() == {"piqa", "arc_easy"}, "jobs that ask different tasks lose nothing of each other's"
+  assert (
+    make(["piqa"]).missing(2) == evaluator.cells[:2] and make(["piqa"]).results()[1]["tasks"] == {}
+  )
+  (both,) = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
+  assert both["tasks"].keys() == {"piqa", "arc_easy"}, (
+    "jobs that ask different tasks lose nothing of each other's"
+  )
 
 
 def test_the_table_of_a_model_that_broke_has_empty_places(measured):
   """NaN and infinity are null in JSON, each by itself."""
   cell = measured[2]["rtn"]
-  broken = {**cell["metrics"], "loss_difference": None, "loss_difference_interval": [0.5, None], "kl": None}
+  broken = {
+    **cell["metrics"],
+    "loss_difference": None,
+    "loss_difference_interval": [0.5, None],
+    "kl": None,
+  }
   _, row = evaluator_lib.table([{**cell, "metrics": broken}]).splitlines()[:2]
   assert "…" not in row and f"{cell['metrics']['agreement']:.1%}" in row
 
 
-def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_path, monkeypatch, capsys):
+def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(
+  workdir, tmp_path, monkeypatch, capsys
+):
   """A method that runs out of memory, and one of two tasks."""
+
   def run(model, params, tokenizer, tasks, **options):
     if tasks[0].name == "broken":
       raise FileNotFoundError("no such\nfile")
@@ -255,6 +347,7 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_p
 
   def quantize(*arguments, **options):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
   monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run))
   source = target.of_run(workdir)
   plan = evaluator_lib.plan(source, *PLAN)
@@ -262,31 +355,48 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(workdir, tmp_p
   evaluator = evaluator_lib.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
   job = job_lib.Job(source, evaluator, job_lib.Progress())
   job.once([2])
-  cell, = evaluator_lib.results([2])
+  (cell,) = evaluator_lib.results([2])
   assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
   assert job.failed and evaluator.missing(2) == plan
-  assert [reason.partition(":")[0] for reason in job.skipped[2]] == ["none, none", "rtn_w4a4, rtn", "rtn_w4a4, gptq"]
+  assert [reason.partition(":")[0] for reason in job.skipped[2]] == [
+    "none, none",
+    "rtn_w4a4, rtn",
+    "rtn_w4a4, gptq",
+  ]
   said = capsys.readouterr().err.splitlines()
-  for line in ("step 2 · skipped: none, none: TaskError: broken: FileNotFoundError: no such file",
-               "step 2 · skipped: rtn_w4a4, rtn: JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"):
+  for line in (
+    "step 2 · skipped: none, none: TaskError: broken: FileNotFoundError: no such file",
+    "step 2 · skipped: rtn_w4a4, rtn: JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory",
+  ):
     assert line in said
 
 
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
   source = target.of_run(quantized_workdir)
   plan = evaluator_lib.plan(source, [], ["rtn"])
-  assert plan == [evaluator_lib.Cell("quest_w4a4, head: rtn_w8a8", "none")], "rules tell it from a run with another head"
+  assert plan == [evaluator_lib.Cell("quest_w4a4, head: rtn_w8a8", "none")], (
+    "rules tell it from a run with another head"
+  )
   evaluator = evaluator_lib.Evaluator(source, plan)
   cell = evaluator.measure(2, source.params(2), plan[0])
-  written, = files(quantized_workdir, 2, "quest_w4a4", "none")
+  (written,) = files(quantized_workdir, 2, "quest_w4a4", "none")
   assert json.loads(written.read_text())["recipe"] == plan[0].recipe and not evaluator.missing(2)
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
-  seen = {name: cell["metrics"][name] for name in recorded.index if name.startswith("outliers/") and name in cell["metrics"]}
-  assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), "as its quantized layers see it"
+  seen = {
+    name: cell["metrics"][name]
+    for name in recorded.index
+    if name.startswith("outliers/") and name in cell["metrics"]
+  }
+  assert len(seen) == 6 * 4 and seen == pytest.approx(recorded[list(seen)].to_dict(), rel=1e-3), (
+    "as its quantized layers see it"
+  )
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
   assert evaluator_lib.table([cell]).splitlines()[2:] == [evaluator_lib.OWN_REFERENCE]
-  with pytest.raises(config.ConfigError, match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes"):
+  with pytest.raises(
+    config.ConfigError,
+    match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes",
+  ):
     evaluator_lib.plan(source, ["rtn_w4a4"], ["gptq"])
 
 
@@ -307,11 +417,15 @@ def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
     evaluator_lib.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
   with pytest.raises(config.ConfigError, match=r"attention/q.* 48"):
     evaluator_lib.plan(source, ["rtn_w4a16_g128"], ["rtn"])
-  with pytest.raises(config.ConfigError, match=r"--recipes = 'nvfp4' with --methods = 'rtn_mse': scale = 'mse'"):
+  with pytest.raises(
+    config.ConfigError, match=r"--recipes = 'nvfp4' with --methods = 'rtn_mse': scale = 'mse'"
+  ):
     evaluator_lib.plan(source, ["nvfp4"], ["rtn", "rtn_mse"])
 
 
-def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workdir, tmp_path, monkeypatch):
+def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
+  workdir, tmp_path, monkeypatch
+):
   """Between two looks of the job: nothing, other damage, what it should be, the run's end."""
   shutil.copytree(workdir, tmp_path / "run")
   damaged = tmp_path / "run" / "checkpoints" / "2"
@@ -323,9 +437,14 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
     array = max((damaged / "state").rglob("*"), key=lambda path: path.stat().st_size)
     array.write_bytes(array.read_bytes()[:keep])
     os.utime(array, times=2 * (next(later),))
+
   save(keep=100)
-  events = iter([lambda: None, lambda: save(keep=200), lambda: save(keep=None), lambda: ended.append(True)])
-  clock = types.SimpleNamespace(sleep=lambda seconds: seconds == POLL and next(events)(), monotonic=float, perf_counter=float)
+  events = iter(
+    [lambda: None, lambda: save(keep=200), lambda: save(keep=None), lambda: ended.append(True)]
+  )
+  clock = types.SimpleNamespace(
+    sleep=lambda seconds: seconds == POLL and next(events)(), monotonic=float, perf_counter=float
+  )
   monkeypatch.setattr(job_lib, "time", clock)
 
   source = target.of_run(tmp_path / "run")
@@ -333,8 +452,10 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
   params = lambda step: read.append(step) or source.params(step)
   watched = dataclasses.replace(source, ended=lambda: bool(ended), params=params)
   cell = evaluator_lib.Cell("none", "none")
-  evaluator = types.SimpleNamespace(missing=lambda step: [cell] * (step not in measured),
-                                    measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}})
+  evaluator = types.SimpleNamespace(
+    missing=lambda step: [cell] * (step not in measured),
+    measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}},
+  )
   job = job_lib.Job(watched, evaluator, job_lib.Progress(), POLL)
   job.follow()
   assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
@@ -342,16 +463,26 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(workd
 
 
 def test_following_ends_once_the_steps_that_are_wanted_are_done():
-  """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and one comes later."""
+  """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and
+  one comes later."""
   there, measured = [1, 2], {5}
-  source = types.SimpleNamespace(steps=lambda: list(there), ended=lambda: False, written=lambda step: None,
-                                 params=lambda step: {}, news=lambda: ("running from step 0", len(there)))
+  source = types.SimpleNamespace(
+    steps=lambda: list(there),
+    ended=lambda: False,
+    written=lambda step: None,
+    params=lambda step: {},
+    news=lambda: ("running from step 0", len(there)),
+  )
 
   def measure(step, params, cell):
     measured.add(step)
     there.append(9)
     return {"metrics": {"loss": 1.0}}
-  evaluator = types.SimpleNamespace(missing=lambda step: [evaluator_lib.Cell("none", "none")] * (step not in measured), measure=measure)
+
+  evaluator = types.SimpleNamespace(
+    missing=lambda step: [evaluator_lib.Cell("none", "none")] * (step not in measured),
+    measure=measure,
+  )
   job_lib.Job(source, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
   assert measured == {1, 5, 9}
 
@@ -367,11 +498,17 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
     now[0] += after
     watch.look()
     return told.pop() if told else None
+
   status("running", 1)
   assert look() == "run: running from step 1" and look() is None
   os.utime(tmp_path / "run" / "metrics.jsonl", (5, 5))
   assert look() is None and look() is None and look() is None, "it wrote something"
-  assert look(1.0).startswith("run: running from step 1, and silent for 30 minutes; if it was killed, resume") and look() is None
+  assert (
+    look(1.0).startswith(
+      "run: running from step 1, and silent for 30 minutes; if it was killed, resume"
+    )
+    and look() is None
+  )
   status("preempted", 2, "asked to stop")
   assert look() == "run: preempted at step 2: asked to stop" and not source.ended()
   status("running", 2)
@@ -381,8 +518,16 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
 
 
 def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
-  c = config.Model(**{**config.to_dict(runs.open(workdir).config)["model"], "mlp": "swiglu", "qk_norm": "rms",
-                      "attention_scale": "rsqrt", "rope_layout": "half", "tied": False})
+  c = config.Model(
+    **{
+      **config.to_dict(runs.open(workdir).config)["model"],
+      "mlp": "swiglu",
+      "qk_norm": "rms",
+      "attention_scale": "rsqrt",
+      "rope_layout": "half",
+      "tied": False,
+    }
+  )
   model = transformer.Transformer(c)
   params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, transformer.init(model, 0)))()
   hf.save(model, params, tmp_path)
@@ -395,7 +540,9 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   assert other.trained != source.trained, "the same parameters, another model"
   (tmp_path / "config.json").write_text(described)
   evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, ["rtn_w8a8"], ["rtn"]))
-  as_it_is, rounded = (evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells)
+  as_it_is, rounded = (
+    evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells
+  )
   ids = source.dataset.stream("validation").document(0)
   losses = []
   apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
@@ -403,36 +550,69 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
     window = ids[start : start + 33].astype(np.int32)
     padded = np.pad(window[:-1], (0, 33 - len(window)))[None]
     logits = np.asarray(apply(padded), np.float64)[0, : len(window) - 1]
-    losses += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(window) - 1), window[1:]]).tolist()
+    losses += (
+      np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(window) - 1), window[1:]]
+    ).tolist()
   np.testing.assert_allclose(as_it_is["loss"], np.mean(losses), rtol=1e-5)
   assert as_it_is["tokens"] == len(losses) and rounded["kl"] < 1e-2
   assert len(files(tmp_path, 0, "rtn_w8a8", "rtn")) == 1
 
   library = pytest.importorskip("tokenizers")
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-  tokenizer = library.Tokenizer(library.models.BPE({token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}, []))
+  tokenizer = library.Tokenizer(
+    library.models.BPE({token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}, [])
+  )
   tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.post_processor = library.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 256)])
+  tokenizer.post_processor = library.processors.TemplateProcessing(
+    "<s> $A", "<s> $A $B", [("<s>", 256)]
+  )
   tokenizer.save(str(tmp_path / "tokenizer.json"))
-  own = data.prepare(tiny_config(**{"data.tokenizer": f"huggingface:{tmp_path}/tokenizer.json"}).data, log=lambda text: None)
+  own = data.prepare(
+    tiny_config(**{"data.tokenizer": f"huggingface:{tmp_path}/tokenizer.json"}).data,
+    log=lambda text: None,
+  )
   source = target.of_hugging_face(str(tmp_path), dataset=own.directory)
-  assert (source.prefix, source.bos) == (256, True), "the tokenizer decides, whatever parts the documents of the dataset"
+  assert (source.prefix, source.bos) == (256, True), (
+    "the tokenizer decides, whatever parts the documents of the dataset"
+  )
 
 
-# what is wrong -> (arguments, what the one line on stderr holds); {run}, {quantized}, {empty}, {other} are folders
+# what is wrong -> (arguments, what the one line on stderr holds); {run}, {quantized}, {empty},
+# {other} are folders
 REFUSED = {
   "nothing": ([], ["--workdir, --hf, --checkpoint"]),
-  "two sources": (["--workdir={run}", "--hf={run}"], ["expected one of --workdir, --hf, --checkpoint"]),
+  "two sources": (
+    ["--workdir={run}", "--hf={run}"],
+    ["expected one of --workdir, --hf, --checkpoint"],
+  ),
   "no run": (["--workdir={empty}"], ["holds no run"]),
   "no checkpoints": (["--workdir={bare}"], ["bare: no checkpoint", "--follow"]),
-  "a recipe": (["--workdir={run}", "--recipes=rtn_w4a5"], ["--recipes = 'rtn_w4a5'", "did you mean 'rtn_w4a"]),
-  "a method": (["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gtpq"], ["--methods = 'gtpq'", "did you mean 'gptq'"]),
-  "a method without a recipe": (["--workdir={run}", "--methods=gptq"], ["--methods = 'gptq'", "--recipes"]),
+  "a recipe": (
+    ["--workdir={run}", "--recipes=rtn_w4a5"],
+    ["--recipes = 'rtn_w4a5'", "did you mean 'rtn_w4a"],
+  ),
+  "a method": (
+    ["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gtpq"],
+    ["--methods = 'gtpq'", "did you mean 'gptq'"],
+  ),
+  "a method without a recipe": (
+    ["--workdir={run}", "--methods=gptq"],
+    ["--methods = 'gptq'", "--recipes"],
+  ),
   "a step": (["--workdir={run}", "--steps=2,3"], ["--steps = '3'", "[1, 2]"]),
   "no step": (["--workdir={run}", "--steps=last"], ["--steps = 'last'", "100,200"]),
-  "a folder that is no checkpoint": (["--checkpoint={run}"], ["--checkpoint = ", "RUN/checkpoints/N"]),
-  "full precision wanted": (["--workdir={quantized}", "--recipes=rtn_w4a4"], ["under 'quest_w4a4, head: rtn", "precision twin"]),
-  "another tokenizer": (["--workdir={run}", "--data={other}"], ["--data = ", "tokenizer", "the run was trained with"]),
+  "a folder that is no checkpoint": (
+    ["--checkpoint={run}"],
+    ["--checkpoint = ", "RUN/checkpoints/N"],
+  ),
+  "full precision wanted": (
+    ["--workdir={quantized}", "--recipes=rtn_w4a4"],
+    ["under 'quest_w4a4, head: rtn", "precision twin"],
+  ),
+  "another tokenizer": (
+    ["--workdir={run}", "--data={other}"],
+    ["--data = ", "tokenizer", "the run was trained with"],
+  ),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
 }
@@ -446,15 +626,35 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   for name in ("config.json", "manifest.json", "status.json"):
     shutil.copy(workdir / name, folder / "bare")
   pieces = tiny_config(**{"data.tokenizer": "sentencepiece", "data.vocab": 300}).data
-  folders = {"run": workdir, "quantized": quantized_workdir, "empty": folder / "empty", "bare": folder / "bare",
-             "other": data.prepare(pieces, log=lambda text: None).directory, "own": runs.open(workdir).dataset.directory}
-  given = [[argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()]
+  folders = {
+    "run": workdir,
+    "quantized": quantized_workdir,
+    "empty": folder / "empty",
+    "bare": folder / "bare",
+    "other": data.prepare(pieces, log=lambda text: None).directory,
+    "own": runs.open(workdir).dataset.directory,
+  }
+  given = [
+    [argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()
+  ]
   offline_tasks.write(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
   with open(folder / "tasks" / "endless.yaml", "a") as file:
-    file.write("output_type: generate_until\ngeneration_kwargs: {until: [], max_gen_toks: 1000}\n"
-               "metric_list: [{metric: exact_match}]\n")
-  fails = [f"--workdir={workdir}", f"--out={folder}", "--documents=1", f"--task_folders={folder}/tasks", "--tasks=endless"]
-  return dict(zip([*REFUSED, "a task"], commands.answers("evaluate.__main__", [*given, fails])[0], strict=True))
+    file.write(
+      "output_type: generate_until\ngeneration_kwargs: {until: [], max_gen_toks: 1000}\n"
+      "metric_list: [{metric: exact_match}]\n"
+    )
+  fails = [
+    f"--workdir={workdir}",
+    f"--out={folder}",
+    "--documents=1",
+    f"--task_folders={folder}/tasks",
+    "--tasks=endless",
+  ]
+  return dict(
+    zip(
+      [*REFUSED, "a task"], commands.answers("evaluate.__main__", [*given, fails])[0], strict=True
+    )
+  )
 
 
 @pytest.mark.parametrize("what", REFUSED)

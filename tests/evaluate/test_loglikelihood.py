@@ -1,4 +1,6 @@
-"""Scores of token sequences against the plain forward pass, whatever the batches, buckets and devices."""
+"""Scores of token sequences against the plain forward pass, whatever the batches, buckets and
+devices."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,28 +15,55 @@ CONTEXT = 24
 
 def olmo2(**changes):
   """An OLMo2 whose every number is drawn."""
-  c = config.Model(**{"vocab": 64, "blocks": 2, "heads": 4, "kv_heads": 2, "d_head": 4, "d_model": 16, "mlp_hidden": 32,
-                      "norm_eps": 1e-6, "rope_base": 500000.0, "tied": False, "init_std": 0.02, "dtype": "float32",
-                      "attention": "blockwise", "unroll": 1, "remat": "none", **hf_config.FAMILIES["olmo2"].switches, **changes})
+  c = config.Model(
+    **{
+      "vocab": 64,
+      "blocks": 2,
+      "heads": 4,
+      "kv_heads": 2,
+      "d_head": 4,
+      "d_model": 16,
+      "mlp_hidden": 32,
+      "norm_eps": 1e-6,
+      "rope_base": 500000.0,
+      "tied": False,
+      "init_std": 0.02,
+      "dtype": "float32",
+      "attention": "blockwise",
+      "unroll": 1,
+      "remat": "none",
+      **hf_config.FAMILIES["olmo2"].switches,
+      **changes,
+    }
+  )
   model, draw = transformer.Transformer(c), np.random.default_rng(0)
-  return model, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5, 0.5, leaf.shape), jnp.float32), transformer.shapes(model))
+  return model, jax.tree.map(
+    lambda leaf: jnp.asarray(draw.normal(0.5, 0.5, leaf.shape), jnp.float32),
+    transformer.shapes(model),
+  )
 
 
 @pytest.fixture(scope="module")
 def pairs():
   """Contexts and continuations of 1 to 40 and 1 to CONTEXT tokens: many lose their beginning."""
   draw = np.random.default_rng(1)
-  return [loglikelihood.Pair(draw.integers(0, 64, draw.integers(1, 41)).tolist(),
-                       draw.integers(0, 64, draw.choice([1, 1, 2, 5, 9, CONTEXT])).tolist()) for _ in range(60)]
+  return [
+    loglikelihood.Pair(
+      draw.integers(0, 64, draw.integers(1, 41)).tolist(),
+      draw.integers(0, 64, draw.choice([1, 1, 2, 5, 9, CONTEXT])).tolist(),
+    )
+    for _ in range(60)
+  ]
 
 
 @pytest.fixture(scope="module")
 def directly():
-  """(model, params, pair) -> the score by one pass over the pair alone, and a log-softmax in float64."""
+  """(model, params, pair) -> the score by one pass over the pair alone, and a log-softmax in
+  float64."""
   forward = jax.jit(transformer.Transformer.apply, static_argnums=0)
 
   def score(model, params, pair):
-    window = [*pair.context, *pair.continuation][-(CONTEXT + 1):]
+    window = [*pair.context, *pair.continuation][-(CONTEXT + 1) :]
     # Behind what is scored come other tokens, so that one compiled length serves all.
     tokens = np.full((1, CONTEXT), 7)
     tokens[0, : len(window) - 1] = window[:-1]
@@ -42,12 +71,17 @@ def directly():
     logits_LxV -= logits_LxV.max(1, keepdims=True)
     log_p_LxV = logits_LxV - np.log(np.exp(logits_LxV).sum(1, keepdims=True))
     places = np.arange(len(window) - 1 - len(pair.continuation), len(window) - 1)
-    return log_p_LxV[places, pair.continuation].sum(), (log_p_LxV[places].argmax(1) == pair.continuation).all()
+    return log_p_LxV[places, pair.continuation].sum(), (
+      log_p_LxV[places].argmax(1) == pair.continuation
+    ).all()
+
   return score
 
 
 def assert_close(got, expected):
-  np.testing.assert_allclose([score for score, _ in got], [score for score, _ in expected], rtol=2e-6, atol=2e-5)
+  np.testing.assert_allclose(
+    [score for score, _ in got], [score for score, _ in expected], rtol=2e-6, atol=2e-5
+  )
   assert [first for _, first in got] == [first for _, first in expected]
 
 
@@ -57,7 +91,13 @@ def test_scores_of_a_hugging_face_directory_are_those_of_the_plain_pass(pairs, d
   # Some continuations that the model would choose itself.
   scorer = loglikelihood.Scorer(model, params, context=CONTEXT)
   chosen = scorer.generate([context for context, _ in pairs[:5]], [4] * 5, lambda *_: False)
-  asked = [*pairs, *(loglikelihood.Pair(context[-20:], ids) for (context, _), ids in zip(pairs, chosen, strict=False))]
+  asked = [
+    *pairs,
+    *(
+      loglikelihood.Pair(context[-20:], ids)
+      for (context, _), ids in zip(pairs, chosen, strict=False)
+    ),
+  ]
   got = scorer.score(asked)
   assert_close(got, [directly(model, params, pair) for pair in asked])
   assert 5 <= sum(first for _, first in got) < len(asked)
@@ -67,13 +107,18 @@ def test_scores_do_not_depend_on_batches_order_or_devices(pairs):
   model, params = olmo2()
   expected = loglikelihood.Scorer(model, params, context=CONTEXT).score(pairs)
   # So small that a batch has two rows and the head sees few columns at once.
-  assert_close(loglikelihood.Scorer(model, params, context=CONTEXT, batch_tokens=48).score(pairs), expected)
+  assert_close(
+    loglikelihood.Scorer(model, params, context=CONTEXT, batch_tokens=48).score(pairs), expected
+  )
   order = np.random.default_rng(2).permutation(len(pairs))
   shuffled = loglikelihood.Scorer(model, params, context=CONTEXT).score([pairs[i] for i in order])
   assert_close(shuffled, [expected[i] for i in order])
   eight = mesh.make_mesh(config.Mesh(data=2, fsdp=2, model=2))
   placed = jax.device_put(params, mesh.shardings(transformer.boxed_shapes(model), eight))
-  assert_close(loglikelihood.Scorer(model, placed, context=CONTEXT, mesh=eight, batch_tokens=48).score(pairs), expected)
+  assert_close(
+    loglikelihood.Scorer(model, placed, context=CONTEXT, mesh=eight, batch_tokens=48).score(pairs),
+    expected,
+  )
 
 
 def test_few_programs_and_no_logits_that_nobody_asked_for():
@@ -83,8 +128,14 @@ def test_few_programs_and_no_logits_that_nobody_asked_for():
   assert {scorer._length(n) for n in range(1, 257)} == {12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
   # 16 rows of 32 tokens, 4 of them scored.
   jaxpr = jax.make_jaxpr(lambda *arrays: loglikelihood.score(model, params, *arrays, columns=4))(
-    *(draw.integers(0, 4, (16, n)) for n in (32, 4, 4)))
-  wide = {variable.aval.size for equation in jaxpr.eqns for variable in equation.outvars if variable.aval.shape[-1:] == (64,)}
+    *(draw.integers(0, 4, (16, n)) for n in (32, 4, 4))
+  )
+  wide = {
+    variable.aval.size
+    for equation in jaxpr.eqns
+    for variable in equation.outvars
+    if variable.aval.shape[-1:] == (64,)
+  }
   assert max(wide) == 16 * 4 * 64
 
 
@@ -97,7 +148,7 @@ def test_greedy_continuations_are_those_of_one_token_at_a_time(batch_tokens):
   forward = jax.jit(model.apply)
   expected = []
   for prompt, limit in zip(prompts, limits, strict=True):
-    ids = prompt[-(CONTEXT - limit):]
+    ids = prompt[-(CONTEXT - limit) :]
     start = len(ids)
     for _ in range(limit):
       padded = np.array([ids + [0] * (CONTEXT - len(ids))])
@@ -110,10 +161,14 @@ def test_greedy_continuations_are_those_of_one_token_at_a_time(batch_tokens):
   assert got == [expected[0][: loglikelihood.AT_ONCE], *expected[1:]]
 
 
-@pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * (CONTEXT + 1))])
+@pytest.mark.parametrize(
+  ("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * (CONTEXT + 1))]
+)
 def test_what_cannot_be_scored_is_refused(context, continuation):
   with pytest.raises(config.ConfigError, match=r"context = 24: .* to score"):
-    loglikelihood.Scorer(*olmo2(), context=CONTEXT).score([loglikelihood.Pair(context, continuation)])
+    loglikelihood.Scorer(*olmo2(), context=CONTEXT).score(
+      [loglikelihood.Pair(context, continuation)]
+    )
 
 
 @pytest.mark.parametrize("limit", [0, CONTEXT])

@@ -1,4 +1,6 @@
-"""Tasks made of text: the truth follows its context, what is wrong stands elsewhere, and two makings are one."""
+"""Tasks made of text: the truth follows its context, what is wrong stands elsewhere, and two
+makings are one."""
+
 import json
 import random
 import zipfile
@@ -13,13 +15,24 @@ from configs import adamw
 
 @pytest.fixture(scope="module")
 def documents(words):
-  """Eight of 60 sentences, each of which names its document and its place, and says so once only."""
+  """Eight of 60 sentences, each of which names its document and its place, and says so once
+  only."""
   draw = random.Random(0)
 
   def sentence(document, place):
-    return f"In {document}.{place} " + " ".join(draw.choices(words, k=draw.randint(4, 40))) + draw.choice([".", "!", ".”", "?"])
-  return ["\n\n".join(" ".join(sentence(document, place) for place in range(start, start + 5)) for start in range(0, 60, 5))
-          for document in range(8)]
+    return (
+      f"In {document}.{place} "
+      + " ".join(draw.choices(words, k=draw.randint(4, 40)))
+      + draw.choice([".", "!", ".”", "?"])
+    )
+
+  return [
+    "\n\n".join(
+      " ".join(sentence(document, place) for place in range(start, start + 5))
+      for start in range(0, 60, 5)
+    )
+    for document in range(8)
+  ]
 
 
 def test_the_true_continuation_is_the_only_one_from_the_document(documents):
@@ -30,10 +43,15 @@ def test_the_true_continuation_is_the_only_one_from_the_document(documents):
     true = example["choices"][example["answer"]]
     assert home.split(example["context"])[1].lstrip().startswith(true)
     assert len(set(example["choices"])) == offline_tasks.CHOICES
-    assert [choice in home for choice in example["choices"]] == [choice == true for choice in example["choices"]]
+    assert [choice in home for choice in example["choices"]] == [
+      choice == true for choice in example["choices"]
+    ]
     assert all(len(choice.split()) in offline_tasks.CHOICE_WORDS for choice in example["choices"])
   # No answer can be told by its place alone.
-  counts = [sum(example["answer"] == place for example in examples) for place in range(offline_tasks.CHOICES)]
+  counts = [
+    sum(example["answer"] == place for example in examples)
+    for place in range(offline_tasks.CHOICES)
+  ]
   assert max(counts) < 0.4 * len(examples)
 
 
@@ -44,7 +62,10 @@ def test_the_last_word_ends_its_passage(documents, words):
     home = next(text for text in documents if example["context"] in text)
     after = home.split(example["context"])[1]
     assert after.startswith(" " + example["word"]) and after[len(example["word"]) + 1] in ".!?"
-    assert len(example["context"].split()) >= offline_tasks.PASSAGE_WORDS - 1 and example["word"] in words
+    assert (
+      len(example["context"].split()) >= offline_tasks.PASSAGE_WORDS - 1
+      and example["word"] in words
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +75,10 @@ def dataset(documents, tmp_path_factory):
   for number, text in enumerate(["Some text to train on.", *documents]):
     (folder / f"{number}.txt").write_text(text)
   settings = f"nano,data.source=text,data.path={folder}/*.txt,data.tokenizer=bytes,data.vocab=258,data.validation=newest:8"
-  return data.prepare(config.resolve(adamw.get_config(f"{settings},data.directory={folder}")).data, log=lambda text: None)
+  return data.prepare(
+    config.resolve(adamw.get_config(f"{settings},data.directory={folder}")).data,
+    log=lambda text: None,
+  )
 
 
 def read(path):
@@ -65,8 +89,9 @@ def test_held_out_text_becomes_the_same_files_again(dataset, documents, tmp_path
   offline_tasks.from_held_out(dataset, tmp_path / "a")
   assert read(tmp_path / "a" / "continuation.jsonl") == list(offline_tasks.continuation(documents))
   assert read(tmp_path / "a" / "last_word.jsonl") == list(offline_tasks.last_word(documents))
-  assert {path.name for path in (tmp_path / "a").iterdir()} == {f"{name}.{kind}" for name in offline_tasks.HELD_OUT
-                                                               for kind in ("yaml", "jsonl")}
+  assert {path.name for path in (tmp_path / "a").iterdir()} == {
+    f"{name}.{kind}" for name in offline_tasks.HELD_OUT for kind in ("yaml", "jsonl")
+  }
   dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
   offline_tasks.from_held_out(dataset, tmp_path / "a")
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == dates
@@ -83,26 +108,44 @@ def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch)
 
 
 QUARTZ = "A small nation shut down several factories. Would the river have\n\n A: more waste\n B: less waste?"
-LOGIQA = ("\nPassage: All men are mortal.Question: Which follows?\nA. A.Socrates is a man.\nB. B.None.\nC. C.Men die.\n"
-          "D. D.Gods do.\nAnswer:")
+LOGIQA = (
+  "\nPassage: All men are mortal.Question: Which follows?\nA. A.Socrates is a man.\nB. B.None.\nC. "
+  "C.Men die.\n"
+  "D. D.Gods do.\nAnswer:"
+)
 
 
 def wheel(path, **contents):
   with zipfile.ZipFile(path, "w") as archive:
     for name, (text, answer) in contents.items():
-      line = {"input": [{"role": "system", "content": "Answer."}, {"role": "user", "content": text}], "ideal": answer}
+      line = {
+        "input": [{"role": "system", "content": "Answer."}, {"role": "user", "content": text}],
+        "ideal": answer,
+      }
       archive.writestr(offline_tasks.EVALS_FILES[name][0], json.dumps(line) + "\n")
   return path
 
 
 def test_questions_of_evals(tmp_path):
-  offline_tasks.from_evals(wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C")), tmp_path)
+  offline_tasks.from_evals(
+    wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C")), tmp_path
+  )
   assert read(tmp_path / "quartz_evals.jsonl") == [
-    {"context": "A small nation shut down several factories. Would the river have", "choices": ["more waste", "less waste"],
-     "answer": 1}]
+    {
+      "context": "A small nation shut down several factories. Would the river have",
+      "choices": ["more waste", "less waste"],
+      "answer": 1,
+    }
+  ]
   assert read(tmp_path / "logiqa_evals.jsonl") == [
-    {"context": "Passage: All men are mortal.\nQuestion: Which follows?\nChoices:\nA. Socrates is a man.\nB. None.\nC. Men die.\n"
-                "D. Gods do.\nAnswer:", "choices": ["Socrates is a man.", "None.", "Men die.", "Gods do."], "answer": 2}]
+    {
+      "context": "Passage: All men are mortal.\nQuestion: Which follows?\nChoices:\nA. Socrates is "
+      "a man.\nB. None.\nC. Men die.\n"
+      "D. Gods do.\nAnswer:",
+      "choices": ["Socrates is a man.", "None.", "Men die.", "Gods do."],
+      "answer": 2,
+    }
+  ]
 
 
 def test_another_wheel_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 """An evaluation job beside a real training process, through all that can happen to either."""
+
 import json
 import os
 import pathlib
@@ -18,8 +19,14 @@ pytestmark = pytest.mark.slow
 
 
 def start(module, *flags, **settings):
-  return subprocess.Popen([sys.executable, "-m", f"beyond_outliers.{module}", *flags], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **settings})
+  return subprocess.Popen(
+    [sys.executable, "-m", f"beyond_outliers.{module}", *flags],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env={**os.environ, **settings},
+  )
 
 
 def finish(process, expected=0):
@@ -40,12 +47,20 @@ def wait_until(condition, *processes):
 
 def steps_of(workdir):
   folder = workdir / "checkpoints"
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+  return (
+    sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    if folder.exists()
+    else []
+  )
 
 
 def cells_of(workdir):
   folder = workdir / "eval"
-  return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} if folder.exists() else {}
+  return (
+    {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    if folder.exists()
+    else {}
+  )
 
 
 def evaluated(workdir):
@@ -56,8 +71,17 @@ def evaluated(workdir):
 @pytest.fixture(scope="module")
 def training(tiny):
   """The flags of a training process."""
-  config = tiny(**{"steps": STEPS, "checkpoint.every": 40, "checkpoint.keep": 2, "eval.every": STEPS, "log.every": 50,
-                   "model.blocks": 1, "log.tensorboard": True})
+  config = tiny(
+    **{
+      "steps": STEPS,
+      "checkpoint.every": 40,
+      "checkpoint.keep": 2,
+      "eval.every": STEPS,
+      "log.every": 50,
+      "model.blocks": 1,
+      "log.tensorboard": True,
+    }
+  )
   return lambda workdir: ["main", f"--config=configs/adamw.py:{config}", f"--workdir={workdir}"]
 
 
@@ -70,10 +94,17 @@ def alone(training, tmp_path_factory):
 
 
 def test_follows_a_run_that_is_killed_and_resumed_and_is_killed_itself(training, alone, tmp_path):
-  """It begins before the run does, ends with it, has every cell of every checkpoint that it saw once, and the run is bitwise
-  the one that nobody followed."""
+  """It begins before the run does, ends with it, has every cell of every checkpoint that it saw
+  once, and the run is bitwise the one that nobody followed."""
   workdir = tmp_path / "run"
-  following = ["evaluate", f"--workdir={workdir}", "--follow", "--poll=0.1", "--recipes=rtn_w4a4", "--documents=1"]
+  following = [
+    "evaluate",
+    f"--workdir={workdir}",
+    "--follow",
+    "--poll=0.1",
+    "--recipes=rtn_w4a4",
+    "--documents=1",
+  ]
   job = start(*following)
   time.sleep(1.0)
   trainer = start(*training(workdir))
@@ -93,9 +124,11 @@ def test_follows_a_run_that_is_killed_and_resumed_and_is_killed_itself(training,
   assert {name: after[name] for name in before} == before, "finished cells were measured again"
   for step in steps_of(workdir):
     for name in ("none-none", "rtn_w4a4-rtn"):
-      path, = (workdir / "eval").glob(f"{step}-{name}-*.json")
+      (path,) = (workdir / "eval").glob(f"{step}-{name}-*.json")
       assert json.loads(path.read_text())["metrics"]["loss"] > 0
-  assert len([line for line in output.splitlines() if line.startswith(f"{STEPS} ")]) == 2, "the table has the last step"
+  assert len([line for line in output.splitlines() if line.startswith(f"{STEPS} ")]) == 2, (
+    "the table has the last step"
+  )
   assert not [path for path in (workdir / "eval").iterdir() if path.suffix != ".json"]
   assert steps_of(workdir) == steps_of(alone) and runs.open(workdir).status["status"] == "done"
   one, other = (runs.open(path).metrics()[["train/loss", "eval/loss"]] for path in (alone, workdir))
@@ -103,7 +136,8 @@ def test_follows_a_run_that_is_killed_and_resumed_and_is_killed_itself(training,
   assert list((workdir / "tensorboard" / "eval").iterdir())
 
 
-# Training deletes the oldest checkpoint while the job reads it: here always between its SHA-256 sums and its arrays.
+# Training deletes the oldest checkpoint while the job reads it: here always between its SHA-256
+# sums and its arrays.
 DELETES = """
 import pathlib, shutil
 from beyond_outliers import checkpoint, cli
@@ -127,13 +161,17 @@ def test_what_disappears_or_is_damaged_is_reported_and_skipped(alone, tmp_path):
     shutil.copytree(checkpoints / str(STEPS), checkpoints / str(step))
   largest = max((checkpoints / "20").rglob("*"), key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())
-  content[len(content) // 2] ^= 1                               # which Orbax alone does not notice
+  content[len(content) // 2] ^= 1  # which Orbax alone does not notice
   largest.write_bytes(content)
   shutil.rmtree(checkpoints / "30" / "state")
-  (checkpoints / "30" / "sha256.json").unlink()                 # as of a run that was killed before it could write that
+  (
+    checkpoints / "30" / "sha256.json"
+  ).unlink()  # as of a run that was killed before it could write that
 
   flags = [f"--workdir={workdir}", "--follow", "--poll=0.1", "--documents=1"]
-  process = subprocess.run([sys.executable, "-c", DELETES, *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
+  process = subprocess.run(
+    [sys.executable, "-c", DELETES, *flags], cwd=ROOT, capture_output=True, text=True, timeout=600
+  )
   assert process.returncode == 0, process.stderr
   for told in (process.stdout, process.stderr):
     assert "10 skipped: deleted" in told.replace("· ", "")
@@ -150,4 +188,6 @@ def test_what_disappears_or_is_damaged_is_reported_and_skipped(alone, tmp_path):
   finish(start("evaluate", f"--workdir={workdir}", "--documents=1"))
   assert evaluated(workdir) == [steps_of(alone)[-2]]
   output = finish(start("evaluate", f"--workdir={workdir}", "--steps=20"), 2)
-  assert output.splitlines()[-1].startswith("error: ") and "no checkpoint could be evaluated" in output
+  assert (
+    output.splitlines()[-1].startswith("error: ") and "no checkpoint could be evaluated" in output
+  )

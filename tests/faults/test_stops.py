@@ -1,4 +1,6 @@
-"""Real processes that are killed, asked to stop, or changed in number: what they resume to is the run that nothing stopped."""
+"""Real processes that are killed, asked to stop, or changed in number: what they resume to is the
+run that nothing stopped."""
+
 import json
 import os
 import pathlib
@@ -20,14 +22,22 @@ STEPS = 300
 
 @pytest.fixture(scope="module")
 def argument(tiny):
-  return lambda **more: tiny(**{"steps": STEPS, "checkpoint.every": 20, "eval.every": STEPS, "log.every": 50, **more})
+  return lambda **more: tiny(
+    **{"steps": STEPS, "checkpoint.every": 20, "eval.every": STEPS, "log.every": 50, **more}
+  )
 
 
 def start(argument, workdir, *flags, **environment):
   config = f"--config=configs/adamw.py:{argument}"
   command = [sys.executable, "-m", "beyond_outliers.main", config, f"--workdir={workdir}", *flags]
-  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, **environment})
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env={**os.environ, **environment},
+  )
 
 
 def finish(process, expected=0):
@@ -41,23 +51,33 @@ def wait_for_step(process, workdir, step):
   deadline = time.monotonic() + 120
   while time.monotonic() < deadline and process.poll() is None:
     checkpoints = workdir / "checkpoints"
-    found = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.exists() else []
+    found = (
+      [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
+      if checkpoints.exists()
+      else []
+    )
     if found and max(found) >= step:
       return
     time.sleep(0.002)
-  raise AssertionError(f"no checkpoint {step}: {process.communicate()[0][-3000:] if process.poll() is not None else 'timeout'}")
+  raise AssertionError(
+    f"no checkpoint {step}: "
+    f"{process.communicate()[0][-3000:] if process.poll() is not None else 'timeout'}"
+  )
 
 
 def assert_same(one, other):
   a, b = runs.open(one), runs.open(other)
   assert a.steps[-1] == b.steps[-1] == STEPS
-  assert all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params(), b.params())))
+  assert all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params(), b.params()))
+  )
   np.testing.assert_array_equal(a.metrics()["train/loss"], b.metrics()["train/loss"])
 
 
 @pytest.mark.parametrize("reader", ["shards", pytest.param("tfds", marks=pytest.mark.slow)])
 def test_killed_twice_and_asked_once(argument, tmp_path, reader):
-  """kill -9 twice in a row, then SIGTERM (saves, status preempted, exit code 42): the end is bitwise that of a run left alone."""
+  """kill -9 twice in a row, then SIGTERM (saves, status preempted, exit code 42): the end is
+  bitwise that of a run left alone."""
   arg = argument(**{"data.reader": reader})
   finish(start(arg, tmp_path / "alone"))
   for step in (20, 80):
@@ -71,7 +91,9 @@ def test_killed_twice_and_asked_once(argument, tmp_path, reader):
   process.send_signal(signal.SIGTERM)
   assert "resuming from step" in finish(process, 42)
   stopped = runs.open(tmp_path / "stopped")
-  assert stopped.status["status"] == "preempted" and stopped.status["step"] == stopped.steps[-1] < STEPS
+  assert (
+    stopped.status["status"] == "preempted" and stopped.status["step"] == stopped.steps[-1] < STEPS
+  )
   finish(start(arg, tmp_path / "stopped"))
   assert stopped.status["status"] == "done"
   assert_same(tmp_path / "alone", tmp_path / "stopped")
@@ -90,8 +112,11 @@ def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
 def test_two_processes_agree_to_stop_and_one_goes_on(argument, tmp_path, reader):
-  """SIGTERM to one of two: both save the same step and exit 42; a lone process resumes from it, with the same batches."""
-  arg = argument(**{"data.reader": reader, "optimizer.learning_rate": 1e-4})        # low: rounding must not grow into chaos
+  """SIGTERM to one of two: both save the same step and exit 42; a lone process resumes from it,
+  with the same batches."""
+  arg = argument(
+    **{"data.reader": reader, "optimizer.learning_rate": 1e-4}
+  )  # low: rounding must not grow into chaos
   finish(start(arg, tmp_path / "alone"))
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

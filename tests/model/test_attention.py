@@ -1,4 +1,6 @@
-"""Every implementation against a loop over heads and rows in float64 NumPy, on lengths around the block's."""
+"""Every implementation against a loop over heads and rows in float64 NumPy, on lengths around the
+block's."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,9 @@ def problem(L, seed=0):
 
 
 def forward_and_gradients(name, q, k, v, segments, g):
-  y, pullback = jax.vjp(lambda q, k, v: attention.attention(q, k, v, segments, implementation=name), q, k, v)
+  y, pullback = jax.vjp(
+    lambda q, k, v: attention.attention(q, k, v, segments, implementation=name), q, k, v
+  )
   return y, *pullback(g.astype(y.dtype))
 
 
@@ -99,8 +103,13 @@ def test_eight_devices_agree_with_one_inside_scan_and_remat(name):
   grad = jax.grad(loss, (0, 1, 2))
   one = jax.jit(grad)(q, k, v, segments, g)
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
-  heads, rows = NamedSharding(mesh, P(("data", "fsdp"), None, "model")), NamedSharding(mesh, P(("data", "fsdp")))
-  eight = jax.jit(grad, in_shardings=(heads, heads, heads, rows, heads), out_shardings=heads)(q, k, v, segments, g)
+  heads, rows = (
+    NamedSharding(mesh, P(("data", "fsdp"), None, "model")),
+    NamedSharding(mesh, P(("data", "fsdp"))),
+  )
+  eight = jax.jit(grad, in_shardings=(heads, heads, heads, rows, heads), out_shardings=heads)(
+    q, k, v, segments, g
+  )
   for a, b in zip(eight, one, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -108,16 +117,25 @@ def test_eight_devices_agree_with_one_inside_scan_and_remat(name):
 def test_blockwise_never_holds_all_scores(monkeypatch):
   q, k, v, g, _ = problem(64)
   q, k, v, g = (jnp.asarray(x, jnp.float32) for x in (q, k, v, g))
-  text = jax.jit(lambda *x: forward_and_gradients("blockwise", *x[:3], None, x[3])).lower(q, k, v, g).as_text()
-  assert "16x64xf32" in text                       # a block of 16 queries by 64 keys
+  text = (
+    jax.jit(lambda *x: forward_and_gradients("blockwise", *x[:3], None, x[3]))
+    .lower(q, k, v, g)
+    .as_text()
+  )
+  assert "16x64xf32" in text  # a block of 16 queries by 64 keys
   assert "64x64xf32" not in text
 
 
 def test_fused_refuses_float64_rather_than_lose_precision():
-  with jax.enable_x64(True), pytest.raises(ValueError, match=r"model.attention = 'fused' in float64: .*blockwise"):
+  with (
+    jax.enable_x64(True),
+    pytest.raises(ValueError, match=r"model.attention = 'fused' in float64: .*blockwise"),
+  ):
     attention.attention(*(jnp.zeros((1, 1, 1, 1), jnp.float64),) * 3, implementation="fused")
 
 
 def test_unknown_name_is_refused_with_the_choice():
-  with pytest.raises(ValueError, match=r"model.attention = 'flash': expected one of 'plain', 'blockwise', 'fused'"):
+  with pytest.raises(
+    ValueError, match=r"model.attention = 'flash': expected one of 'plain', 'blockwise', 'fused'"
+  ):
     attention.attention(*(jnp.zeros((1, 1, 1, 1)),) * 3, implementation="flash")

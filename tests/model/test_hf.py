@@ -1,4 +1,6 @@
-"""Hugging Face directories, read and written. What transformers computes from such numbers is in test_golden.py."""
+"""Hugging Face directories, read and written. What transformers computes from such numbers is in
+test_golden.py."""
+
 import dataclasses
 import json
 import shutil
@@ -19,9 +21,24 @@ TOKENS = np.arange(12).reshape(2, 6) * 5 % 32
 
 def model_config(family="olmo2", **changes):
   values = {
-    "vocab": 32, "blocks": 3, "heads": 4, "kv_heads": 2, "d_head": 6, "d_model": 16, "mlp_hidden": 24, "norm_eps": 1e-6,
-    "rope_base": 500000.0, "tied": False, "init_std": 0.02, "dtype": "float32", "attention": "blockwise", "unroll": 1,
-    "remat": "none", **hf_config.FAMILIES[family].switches, **changes}
+    "vocab": 32,
+    "blocks": 3,
+    "heads": 4,
+    "kv_heads": 2,
+    "d_head": 6,
+    "d_model": 16,
+    "mlp_hidden": 24,
+    "norm_eps": 1e-6,
+    "rope_base": 500000.0,
+    "tied": False,
+    "init_std": 0.02,
+    "dtype": "float32",
+    "attention": "blockwise",
+    "unroll": 1,
+    "remat": "none",
+    **hf_config.FAMILIES[family].switches,
+    **changes,
+  }
   return config.Model(**values)
 
 
@@ -30,13 +47,17 @@ def model_and_params(c, dtype=jnp.float32):
   model = transformer.Transformer(c)
   shapes = nn.unbox(transformer.boxed_shapes(model))
   draw = np.random.default_rng(0)
-  return model, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5, 0.2, leaf.shape), dtype), shapes)
+  return model, jax.tree.map(
+    lambda leaf: jnp.asarray(draw.normal(0.5, 0.2, leaf.shape), dtype), shapes
+  )
 
 
 def assert_same(actual, expected):
   """Bit by bit, types included."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+  ):
     assert (a.dtype, a.shape) == (b.dtype, b.shape), path
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
@@ -52,18 +73,22 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def copy(written, tmp_path):
-  """A copy to spoil: (directory, rewrite its config with changes, rewrite its tensors by a function)."""
+  """A copy to spoil: (directory, rewrite its config with changes, rewrite its tensors by a
+  function)."""
   directory = tmp_path / "copy"
   shutil.copytree(written[0], directory)
 
   def change_config(**changes):
     fields = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({key: value for key, value in {**fields, **changes}.items()
-                                                       if value is not ...}))
+    (directory / "config.json").write_text(
+      json.dumps({key: value for key, value in {**fields, **changes}.items() if value is not ...})
+    )
 
   def change_tensors(fn):
     tensors = safetensors.numpy.load_file(directory / "model.safetensors")
-    tensors = {name: tensor.copy() for name, tensor in tensors.items()}         # not the mapped file that is written over
+    tensors = {
+      name: tensor.copy() for name, tensor in tensors.items()
+    }  # not the mapped file that is written over
     safetensors.numpy.save_file(fn(tensors), directory / "model.safetensors")
 
   return directory, change_config, change_tensors
@@ -98,8 +123,12 @@ def test_execution_settings_are_no_part_of_a_model(tmp_path):
   model, params = model_and_params(model_config(attention="plain", unroll=0, remat="full"))
   hf.save(model, params, tmp_path / "a")
   loaded, again = hf.load(tmp_path / "a")
-  assert loaded.config == dataclasses.replace(model.config, attention="blockwise", unroll=1, remat="none")
-  np.testing.assert_allclose(loaded.apply({"params": again}, TOKENS), model.apply({"params": params}, TOKENS), atol=1e-5)
+  assert loaded.config == dataclasses.replace(
+    model.config, attention="blockwise", unroll=1, remat="none"
+  )
+  np.testing.assert_allclose(
+    loaded.apply({"params": again}, TOKENS), model.apply({"params": params}, TOKENS), atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
@@ -110,7 +139,10 @@ def test_any_stored_type_becomes_the_asked_one(stored, written, copy):
   for dtype in (jnp.float32, jnp.bfloat16):
     model, loaded = hf.load(directory, dtype=dtype)
     assert model.config.dtype == jnp.dtype(dtype).name
-    assert_same(loaded, jax.tree.map(lambda x, dtype=dtype: np.asarray(x).astype(stored).astype(dtype), params))
+    assert_same(
+      loaded,
+      jax.tree.map(lambda x, dtype=dtype: np.asarray(x).astype(stored).astype(dtype), params),
+    )
     assert model.apply({"params": loaded}, TOKENS).dtype == jnp.float32
 
 
@@ -119,7 +151,9 @@ def test_several_files_with_an_index(written, tmp_path):
   hf.save(model, params, tmp_path / "a", shard_bytes=8000)
   index = json.loads((tmp_path / "a" / hf.INDEX).read_text())
   files = sorted(set(index["weight_map"].values()))
-  assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+  assert files == [
+    f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+  ]
   assert len(files) > 2
   assert {path.name for path in (tmp_path / "a").iterdir()} == {*files, hf.INDEX, "config.json"}
   sizes = []
@@ -128,7 +162,9 @@ def test_several_files_with_an_index(written, tmp_path):
     assert set(tensors) == {name for name, where in index["weight_map"].items() if where == file}
     sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
   assert max(sizes) <= 8000
-  assert sum(sizes) == index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
+  assert (
+    sum(sizes) == index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
+  )
   assert_same(hf.load(tmp_path / "a")[1], params)
 
   (tmp_path / "a" / files[1]).unlink()
@@ -144,12 +180,17 @@ def test_files_hold_the_layout_of_the_family(written):
   assert tensors["lm_head.weight"].shape == (c.vocab, c.d_model)
   for depth in range(c.blocks):
     attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
-    for ours, theirs in ((attention["k"]["kernel"], "self_attn.k_proj"), (mlp["down"]["kernel"], "mlp.down_proj")):
+    for ours, theirs in (
+      (attention["k"]["kernel"], "self_attn.k_proj"),
+      (mlp["down"]["kernel"], "mlp.down_proj"),
+    ):
       np.testing.assert_array_equal(tensors[f"model.layers.{depth}.{theirs}.weight"], ours[depth].T)
-    np.testing.assert_array_equal(tensors[f"model.layers.{depth}.post_feedforward_layernorm.weight"],
-                                  params["layers"]["mlp_norm"]["gain"][depth])
+    np.testing.assert_array_equal(
+      tensors[f"model.layers.{depth}.post_feedforward_layernorm.weight"],
+      params["layers"]["mlp_norm"]["gain"][depth],
+    )
   with safetensors.safe_open(directory / "model.safetensors", framework="numpy") as file:
-    assert file.metadata() == {"format": "pt"}               # without it transformers refuses the file
+    assert file.metadata() == {"format": "pt"}  # without it transformers refuses the file
 
 
 def test_config_json_is_what_transformers_reads(tmp_path):
@@ -157,22 +198,51 @@ def test_config_json_is_what_transformers_reads(tmp_path):
   hf.save(model, params, tmp_path / "a", context=128)
   fields = json.loads((tmp_path / "a" / "config.json").read_text())
   assert fields == {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "head_dim": 6, "intermediate_size": 24,
-    "rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": True, "hidden_act": "silu",
-    "attention_bias": False, "attention_dropout": 0.0, "max_position_embeddings": 128, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": None, "rope_theta": 500000.0,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "torch_dtype": "bfloat16"}
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 16,
+    "head_dim": 6,
+    "intermediate_size": 24,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "rope_theta": 500000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "torch_dtype": "bfloat16",
+  }
 
 
-@pytest.mark.parametrize(("changes", "base"), [
-  ({"rope_theta": 1000, "rope_parameters": ...}, 1000.0),
-  ({"rope_theta": 1000, "rope_parameters": ..., "rope_scaling": None}, 1000.0),
-  ({"rope_theta": 1000, "rope_parameters": ..., "rope_scaling": {"type": "default"}}, 1000.0),
-  ({"rope_theta": ..., "rope_parameters": {"rope_theta": 2000.0, "rope_type": "default"}}, 2000.0),
-  ({"rope_theta": ..., "rope_parameters": {"rope_theta": 2000, "partial_rotary_factor": 1.0, "factor": None}}, 2000.0),
-  ({"rope_theta": ..., "rope_parameters": ...}, 10000.0),
-])
+@pytest.mark.parametrize(
+  ("changes", "base"),
+  [
+    ({"rope_theta": 1000, "rope_parameters": ...}, 1000.0),
+    ({"rope_theta": 1000, "rope_parameters": ..., "rope_scaling": None}, 1000.0),
+    ({"rope_theta": 1000, "rope_parameters": ..., "rope_scaling": {"type": "default"}}, 1000.0),
+    (
+      {"rope_theta": ..., "rope_parameters": {"rope_theta": 2000.0, "rope_type": "default"}},
+      2000.0,
+    ),
+    (
+      {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_theta": 2000, "partial_rotary_factor": 1.0, "factor": None},
+      },
+      2000.0,
+    ),
+    ({"rope_theta": ..., "rope_parameters": ...}, 10000.0),
+  ],
+)
 def test_rotary_base_old_and_new(changes, base, copy):
   directory, change_config, _ = copy
   change_config(**changes)
@@ -185,36 +255,56 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
   fields = json.loads((tmp_path / "a" / "config.json").read_text())
   for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "initializer_range"):
     del fields[name]
-  (tmp_path / "a" / "config.json").write_text(json.dumps({**fields, "head_dim": None, "use_cache": True}))
+  (tmp_path / "a" / "config.json").write_text(
+    json.dumps({**fields, "head_dim": None, "use_cache": True})
+  )
   loaded, again = hf.load(tmp_path / "a")
   assert loaded.config == model.config
   assert_same(again, params)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-  ({"model_type": "gemma"}, "model_type = 'gemma': expected one of 'olmo2', 'llama'"),
-  ({"model_type": ...}, "model_type = None"),
-  ({"attention_bias": True}, "attention_bias = True: not supported"),
-  ({"mlp_bias": True}, "mlp_bias = True: not supported"),
-  ({"sliding_window": 4096}, "sliding_window = 4096: not supported"),
-  ({"hidden_act": "gelu"}, "hidden_act = 'gelu': not supported, only 'silu' is"),
-  ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: not supported"),
-  ({"attention_dropout": 0.1}, "attention_dropout = 0.1: not supported"),
-  ({"pretraining_tp": 2}, "pretraining_tp = 2: not supported"),
-  ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: not supported"),
-  ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type = 'llama3': not supported"),
-  ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type = 'linear': not supported"),
-  ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type = 'yarn': not supported"),
-  ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor = 0.5"),
-  ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention = .*not supported"),
-  ({"rope_parameters": 10000.0}, "rope_parameters = 10000.0: expected dict"),
-  ({"rope_theta": 7.0}, "rope_theta = 7.0, rope_parameters.rope_theta = 500000.0: they disagree"),
-  ({"vocab_size": ...}, "vocab_size: missing"),
-  ({"rms_norm_eps": ...}, "rms_norm_eps: missing"),
-  ({"hidden_size": "16"}, "hidden_size = '16': expected int, got str"),
-  ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: expected bool"),
-  ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
-])
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model_type": "gemma"}, "model_type = 'gemma': expected one of 'olmo2', 'llama'"),
+    ({"model_type": ...}, "model_type = None"),
+    ({"attention_bias": True}, "attention_bias = True: not supported"),
+    ({"mlp_bias": True}, "mlp_bias = True: not supported"),
+    ({"sliding_window": 4096}, "sliding_window = 4096: not supported"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu': not supported, only 'silu' is"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: not supported"),
+    ({"attention_dropout": 0.1}, "attention_dropout = 0.1: not supported"),
+    ({"pretraining_tp": 2}, "pretraining_tp = 2: not supported"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: not supported"),
+    (
+      {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+      "rope_scaling.rope_type = 'llama3': not supported",
+    ),
+    (
+      {"rope_scaling": {"type": "linear", "factor": 2.0}},
+      "rope_scaling.type = 'linear': not supported",
+    ),
+    (
+      {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+      "rope_parameters.rope_type = 'yarn': not supported",
+    ),
+    (
+      {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+      "rope_parameters.partial_rotary_factor = 0.5",
+    ),
+    (
+      {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+      "rope_parameters.full_attention = .*not supported",
+    ),
+    ({"rope_parameters": 10000.0}, "rope_parameters = 10000.0: expected dict"),
+    ({"rope_theta": 7.0}, "rope_theta = 7.0, rope_parameters.rope_theta = 500000.0: they disagree"),
+    ({"vocab_size": ...}, "vocab_size: missing"),
+    ({"rms_norm_eps": ...}, "rms_norm_eps: missing"),
+    ({"hidden_size": "16"}, "hidden_size = '16': expected int, got str"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: expected bool"),
+    ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
+  ],
+)
 def test_config_that_the_model_cannot_do_is_refused_by_name(changes, message, copy):
   directory, change_config, _ = copy
   change_config(**changes)
@@ -226,15 +316,28 @@ def without(name):
   return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-  (without("model.layers.1.mlp.up_proj.weight"), r"tensors missing: model\.layers\.1\.mlp\.up_proj\.weight;"),
-  (without("lm_head.weight"), r"tensors missing: lm_head\.weight;"),
-  (lambda tensors: {**tensors, "model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)},
-   r"tensors not of this model: model\.layers\.0\.self_attn\.q_proj\.bias;"),
-  (lambda tensors: {**tensors, "model.norm.weight": np.zeros(15, np.float32)},
-   r"model\.norm\.weight has shape \(15,\), config\.json makes it \(16,\)"),
-  (lambda tensors: {**tensors, "model.norm.weight": np.zeros(16, np.int8)}, r"model\.norm\.weight is of type I8"),
-])
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      without("model.layers.1.mlp.up_proj.weight"),
+      r"tensors missing: model\.layers\.1\.mlp\.up_proj\.weight;",
+    ),
+    (without("lm_head.weight"), r"tensors missing: lm_head\.weight;"),
+    (
+      lambda tensors: {**tensors, "model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)},
+      r"tensors not of this model: model\.layers\.0\.self_attn\.q_proj\.bias;",
+    ),
+    (
+      lambda tensors: {**tensors, "model.norm.weight": np.zeros(15, np.float32)},
+      r"model\.norm\.weight has shape \(15,\), config\.json makes it \(16,\)",
+    ),
+    (
+      lambda tensors: {**tensors, "model.norm.weight": np.zeros(16, np.int8)},
+      r"model\.norm\.weight is of type I8",
+    ),
+  ],
+)
 def test_tensors_that_do_not_fit_are_refused_by_name(change, message, copy):
   directory, _, change_tensors = copy
   change_tensors(change)
@@ -258,7 +361,12 @@ def test_one_layer_more_in_the_files_is_refused(copy):
 
 def test_old_rotary_buffers_are_passed_over(written, copy):
   directory, _, change_tensors = copy
-  change_tensors(lambda tensors: {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)})
+  change_tensors(
+    lambda tensors: {
+      **tensors,
+      "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
+    }
+  )
   assert_same(hf.load(directory)[1], written[2])
 
 
@@ -279,21 +387,30 @@ def test_missing_and_broken_files_are_refused(copy):
 def test_an_architecture_without_a_family_is_not_written(tmp_path):
   c = model_config(mlp="relu2", qk_norm="l2", attention_scale="learned", rope_layout="interleaved")
   model, params = model_and_params(c)
-  with pytest.raises(ValueError, match=r"olmo2 needs model.mlp = 'swiglu' \(here 'relu2'\), model.attention_scale = 'rsqrt' "
-                                       r"\(here 'learned'\), .*model.qk_norm = 'rms' \(here 'l2'\); llama needs "):
+  with pytest.raises(
+    ValueError,
+    match=r"olmo2 needs model.mlp = 'swiglu' \(here 'relu2'\), model.attention_scale = 'rsqrt' "
+    r"\(here 'learned'\), .*model.qk_norm = 'rms' \(here 'l2'\); llama needs ",
+  ):
     hf.save(model, params, tmp_path / "a")
   model, params = model_and_params(model_config(d_model=18))
-  with pytest.raises(ValueError, match=r"model.d_model = 18: transformers wants a multiple of model.heads"):
+  with pytest.raises(
+    ValueError, match=r"model.d_model = 18: transformers wants a multiple of model.heads"
+  ):
     hf.save(model, params, tmp_path / "a")
   assert not (tmp_path / "a").exists()
 
 
 def test_parameters_of_another_model_are_not_written(written, tmp_path):
   _, model, params = written
-  with pytest.raises(ValueError, match=r"params: head/kernel is absent, model.config makes it \(16, 32\)"):
+  with pytest.raises(
+    ValueError, match=r"params: head/kernel is absent, model.config makes it \(16, 32\)"
+  ):
     hf.save(model, {key: value for key, value in params.items() if key != "head"}, tmp_path / "a")
   other = transformer.Transformer(dataclasses.replace(model.config, blocks=2))
-  with pytest.raises(ValueError, match=r"params: layers/attention/k/kernel is \(3, 16, 12\), .* \(2, 16, 12\)"):
+  with pytest.raises(
+    ValueError, match=r"params: layers/attention/k/kernel is \(3, 16, 12\), .* \(2, 16, 12\)"
+  ):
     hf.save(other, params, tmp_path / "a")
 
 
@@ -311,7 +428,9 @@ def test_placed_on_a_mesh(tied, tmp_path):
   loaded, placed = hf.load(tmp_path / "a", mesh=devices)
   assert_same(placed, params)
   expected = mesh.shardings(transformer.boxed_shapes(model), devices)
-  for (path, x), sharding in zip(jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(expected), strict=True):
+  for (path, x), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(placed), jax.tree.leaves(expected), strict=True
+  ):
     assert x.sharding == sharding, path
   kernel = placed["layers"]["attention"]["q"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (3, 8, 12)
@@ -324,4 +443,6 @@ def test_placed_on_a_mesh(tied, tmp_path):
 
 def test_widths_that_the_mesh_does_not_divide_are_refused(written):
   with pytest.raises(config.ConfigError, match="cannot be split"):
-    hf.load(written[0], mesh=mesh.make_mesh(config.Mesh(data=1, fsdp=1, model=-1), jax.devices()[:5]))
+    hf.load(
+      written[0], mesh=mesh.make_mesh(config.Mesh(data=1, fsdp=1, model=-1), jax.devices()[:5])
+    )

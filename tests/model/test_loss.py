@@ -1,4 +1,5 @@
 """Cross entropy against float64 NumPy."""
+
 import re
 
 import jax
@@ -15,7 +16,11 @@ T, V = 16, 64
 
 def problem():
   draw = np.random.default_rng(0)
-  return draw.standard_normal((T, V)) * 5, draw.integers(0, V, T).astype(np.int32), draw.standard_normal(T)
+  return (
+    draw.standard_normal((T, V)) * 5,
+    draw.integers(0, V, T).astype(np.int32),
+    draw.standard_normal(T),
+  )
 
 
 def naive(logits, targets, g):
@@ -30,8 +35,10 @@ def forward_and_gradient(logits, targets, g):
   return nll, *pullback(g.astype(nll.dtype))
 
 
-@pytest.mark.parametrize("dtype,wide,tolerance", [
-  ("float64", "float64", 1e-12), ("float32", "float32", 3e-6), ("bfloat16", "float32", 8e-3)])
+@pytest.mark.parametrize(
+  "dtype,wide,tolerance",
+  [("float64", "float64", 1e-12), ("float32", "float32", 3e-6), ("bfloat16", "float32", 8e-3)],
+)
 def test_equals_numpy(dtype, wide, tolerance):
   logits, targets, g = problem()
   with jax.enable_x64(dtype == "float64"):
@@ -39,12 +46,18 @@ def test_equals_numpy(dtype, wide, tolerance):
     nll, dlogits = jax.jit(forward_and_gradient)(logits, targets, g)
   expected_nll, expected_dlogits = naive(np.asarray(logits, np.float64), targets, g)
   assert nll.dtype == wide and dlogits.dtype == dtype
-  np.testing.assert_allclose(nll, expected_nll, rtol=min(tolerance, 3e-6), atol=min(tolerance, 3e-6))
-  np.testing.assert_allclose(np.asarray(dlogits, np.float64), expected_dlogits, rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(
+    nll, expected_nll, rtol=min(tolerance, 3e-6), atol=min(tolerance, 3e-6)
+  )
+  np.testing.assert_allclose(
+    np.asarray(dlogits, np.float64), expected_dlogits, rtol=tolerance, atol=tolerance
+  )
 
 
 def test_large_logits_stay_finite():
-  nll, dlogits = forward_and_gradient(jnp.array([[1e4, -1e4], [1e4, -1e4]]), jnp.array([0, 1]), jnp.ones(2))
+  nll, dlogits = forward_and_gradient(
+    jnp.array([[1e4, -1e4], [1e4, -1e4]]), jnp.array([0, 1]), jnp.ones(2)
+  )
   np.testing.assert_allclose(nll, [0, 2e4])
   np.testing.assert_allclose(dlogits, [[0, 0], [1, -1]])
 
@@ -53,8 +66,13 @@ def test_sharded_vocabulary_agrees_with_one_device_and_is_not_gathered():
   logits, targets, g = problem()
   logits, g = jnp.asarray(logits, jnp.float32), jnp.asarray(g, jnp.float32)
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
-  rows, table = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(("data", "fsdp"), "model"))
-  sharded = jax.jit(forward_and_gradient, in_shardings=(table, rows, rows), out_shardings=(rows, table))
+  rows, table = (
+    NamedSharding(mesh, P(("data", "fsdp"))),
+    NamedSharding(mesh, P(("data", "fsdp"), "model")),
+  )
+  sharded = jax.jit(
+    forward_and_gradient, in_shardings=(table, rows, rows), out_shardings=(rows, table)
+  )
   eight = sharded.lower(logits, targets, g).compile()
   spread = jax.device_put((logits, targets, g), (table, rows, rows))
   for a, b in zip(eight(*spread), forward_and_gradient(logits, targets, g), strict=True):
@@ -65,12 +83,16 @@ def test_sharded_vocabulary_agrees_with_one_device_and_is_not_gathered():
 
 def test_the_divergence_is_that_of_numpy_and_nothing_where_both_agree():
   p, *_ = problem()
-  p[0] += 500                                                   # far from zero, as logits may be
+  p[0] += 500  # far from zero, as logits may be
   q = p + np.random.default_rng(1).standard_normal(p.shape) * np.geomspace(1e-2, 3, T)[:, None]
   log = [x - x.max(-1, keepdims=True) for x in (p, q)]
   log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in log)
   expected = (np.exp(log_p) * (log_p - log_q)).sum(-1)
   assert expected.min() < 1e-3 and expected.max() > 0.5
   divergence = jax.jit(loss.divergence)
-  np.testing.assert_allclose(divergence(p.astype(np.float32), q.astype(np.float32)), expected, rtol=2e-3, atol=2e-6)
-  np.testing.assert_array_equal(divergence(jnp.bfloat16(p), jnp.bfloat16(p)), np.zeros(T, np.float32))
+  np.testing.assert_allclose(
+    divergence(p.astype(np.float32), q.astype(np.float32)), expected, rtol=2e-3, atol=2e-6
+  )
+  np.testing.assert_array_equal(
+    divergence(jnp.bfloat16(p), jnp.bfloat16(p)), np.zeros(T, np.float32)
+  )

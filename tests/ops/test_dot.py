@@ -1,4 +1,5 @@
 """The linear layers' product against float64, and that its backward products stay narrow."""
+
 import re
 
 import jax
@@ -13,7 +14,7 @@ from beyond_outliers.ops import dot
 from beyond_outliers.ops.outline import materialized_transpose
 
 KERNEL, EMBEDDING = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
-CASES = [(KERNEL, (24, 32)), (EMBEDDING, (32, 24))]                       # dimension numbers, shape of the right one
+CASES = [(KERNEL, (24, 32)), (EMBEDDING, (32, 24))]  # dimension numbers, shape of the right one
 
 
 def problem(rhs_shape, dtype=np.float64):
@@ -58,7 +59,9 @@ def test_float32_is_lax(numbers, shape):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("types", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+  "types", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
 @pytest.mark.parametrize("numbers,shape", CASES)
 def test_bfloat16_operands_float32_sums_and_each_cotangent_in_its_type(numbers, shape, types):
   x, w, g = problem(shape)
@@ -67,7 +70,9 @@ def test_bfloat16_operands_float32_sums_and_each_cotangent_in_its_type(numbers, 
   ours = jax.jit(forward_and_gradients, static_argnums=3)(x, w, g, numbers)
   for a, b, dtype in zip(ours, naive(*rounded, numbers), ("float32", *types), strict=True):
     assert a.dtype == dtype
-    np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=1e-5 if dtype == "float32" else 4e-3, atol=1e-5)
+    np.testing.assert_allclose(
+      np.asarray(a, np.float64), b, rtol=1e-5 if dtype == "float32" else 4e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("numbers,shape", CASES)
@@ -78,13 +83,20 @@ def test_every_product_of_a_step_is_narrow(numbers, shape):
   text = jax.jit(forward_and_gradients, static_argnums=3).lower(x, w, g, numbers).as_text()
   products = re.findall(r"stablehlo.dot_general.*: \((.*?)\) -> (.*)", text)
   assert jaxpr.count("dot_general[") == 3 == len(products)
-  assert all(operands.count("bf16") == 2 and result.endswith("f32>") for operands, result in products), products
+  assert all(
+    operands.count("bf16") == 2 and result.endswith("f32>") for operands, result in products
+  ), products
 
 
 def test_result_type_can_be_asked_for():
   x, w, g = problem((24, 32))
-  y, dx, _ = forward_and_gradients(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.asarray(g), KERNEL,
-                                   preferred_element_type=jnp.bfloat16)
+  y, dx, _ = forward_and_gradients(
+    jnp.asarray(x, jnp.bfloat16),
+    jnp.asarray(w, jnp.bfloat16),
+    jnp.asarray(g),
+    KERNEL,
+    preferred_element_type=jnp.bfloat16,
+  )
   assert y.dtype == dx.dtype == jnp.bfloat16
 
 
@@ -101,13 +113,25 @@ def test_eight_devices_agree_with_one(kernel_axes):
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
   rows, kernel = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P(*kernel_axes))
   one = jax.jit(forward_and_gradients, static_argnums=3)(x, w, g, KERNEL)
-  eight = jax.jit(forward_and_gradients, static_argnums=3, in_shardings=(rows, kernel, rows),
-                  out_shardings=(rows, rows, kernel))(x, w, g, KERNEL)
+  eight = jax.jit(
+    forward_and_gradients,
+    static_argnums=3,
+    in_shardings=(rows, kernel, rows),
+    out_shardings=(rows, rows, kernel),
+  )(x, w, g, KERNEL)
   for a, b in zip(eight, one, strict=True):
-    a, b, rtol = np.asarray(a, np.float32), np.asarray(b, np.float32), 1e-2 if a.dtype == jnp.bfloat16 else 1e-5
+    a, b, rtol = (
+      np.asarray(a, np.float32),
+      np.asarray(b, np.float32),
+      1e-2 if a.dtype == jnp.bfloat16 else 1e-5,
+    )
     np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5)
 
 
 def test_narrow_product_of_other_shapes_is_refused_with_the_remedy():
-  with pytest.raises(ValueError, match=r"dimension_numbers = .*reshape the inputs to \[tokens, features\]"):
-    dot.dot_general(jnp.zeros((2, 3, 4), jnp.bfloat16), jnp.zeros((4, 5), jnp.bfloat16), (((2,), (0,)), ((), ())))
+  with pytest.raises(
+    ValueError, match=r"dimension_numbers = .*reshape the inputs to \[tokens, features\]"
+  ):
+    dot.dot_general(
+      jnp.zeros((2, 3, 4), jnp.bfloat16), jnp.zeros((4, 5), jnp.bfloat16), (((2,), (0,)), ((), ()))
+    )

@@ -1,4 +1,5 @@
 """Stacks of decompositions: each matrix its own, and none waits for another for ever."""
+
 import subprocess
 import sys
 
@@ -29,7 +30,9 @@ def test_each_is_numpys():
 
 def test_on_cpu_no_call_of_a_kernel_takes_more_than_one_matrix():
   """What would wait for ever; seen in the program, since the hanging itself depends on timing."""
-  all_of_them = jax.jit(lambda a: (linalg.eigh(a), linalg.qr(a), linalg.solve_triangular(a, a, left_side=True)))
+  all_of_them = jax.jit(
+    lambda a: (linalg.eigh(a), linalg.qr(a), linalg.solve_triangular(a, a, left_side=True))
+  )
   program = all_of_them.lower(symmetric(3, 5)).as_text()
   calls = [line for line in program.splitlines() if "custom_call" in line and "lapack" in line]
   assert len(calls) >= 3 and not any("3x5x5" in line for line in calls)
@@ -47,5 +50,6 @@ for _ in range(100):
 
 @pytest.mark.slow
 def test_many_at_once_end():
-  """With plain batched calls this hangs on machines of few cores, mostly in the first hundred rounds."""
+  """With plain batched calls this hangs on machines of few cores, mostly in the first hundred
+  rounds."""
   subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=300)

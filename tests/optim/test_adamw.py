@@ -1,9 +1,10 @@
 """AdamW against torch.optim.AdamW, thirty steps in float64 on fixed gradients.
 
-tests/golden/adamw_torch_f64.npz: parameters after some steps, of version 2.13 with lr 0.01, betas (0.9, 0.95), eps 1e-8, weight
-decay 0.1; problem.npz: the start and the gradients of every step. Snapshots between the first and the last are stored in
-float32, which is exact to 6e-8.
+tests/golden/adamw_torch_f64.npz: parameters after some steps, of version 2.13 with lr 0.01, betas
+(0.9, 0.95), eps 1e-8, weight decay 0.1; problem.npz: the start and the gradients of every step.
+Snapshots between the first and the last are stored in float32, which is exact to 6e-8.
 """
+
 import pathlib
 
 import jax
@@ -33,9 +34,13 @@ def trajectory(dtype, learning_rate=0.01):
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
     return (params, state), params
+
   _, after = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
   assert all(x.dtype == dtype for x in after.values())
-  return {number: {key: np.asarray(after[key][number - 1], np.float64) for key in KEYS} for number in (1, 2, 5, 10, 11, 20, 30)}
+  return {
+    number: {key: np.asarray(after[key][number - 1], np.float64) for key in KEYS}
+    for number in (1, 2, 5, 10, 11, 20, 30)
+  }
 
 
 def test_the_trajectory_is_torchs():
@@ -46,7 +51,13 @@ def test_the_trajectory_is_torchs():
     for key, value in params.items():
       expected = golden[f"s{number:02d}_{key}"]
       tolerance = 1e-14 if expected.dtype == np.float64 else 6e-8
-      np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * abs(expected).max(), err_msg=f"step {number}, {key}")
+      np.testing.assert_allclose(
+        value,
+        expected,
+        rtol=0,
+        atol=tolerance * abs(expected).max(),
+        err_msg=f"step {number}, {key}",
+      )
 
 
 def test_float32_stays_as_close_as_torchs_does():
@@ -57,7 +68,10 @@ def test_float32_stays_as_close_as_torchs_does():
 
 def test_the_learning_rate_may_be_a_schedule():
   with jax.enable_x64(True):
-    steady, scheduled = trajectory(jnp.float64), trajectory(jnp.float64, lambda count: jnp.where(count < 10, 0.01, 0.0))
+    steady, scheduled = (
+      trajectory(jnp.float64),
+      trajectory(jnp.float64, lambda count: jnp.where(count < 10, 0.01, 0.0)),
+    )
   np.testing.assert_allclose(scheduled[10]["w1"], steady[10]["w1"], rtol=1e-12)
   np.testing.assert_allclose(scheduled[30]["w1"], steady[10]["w1"], rtol=1e-12)
 

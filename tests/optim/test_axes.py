@@ -1,4 +1,6 @@
-"""What the axes of a leaf mean: a batch of matrices or vectors, in whatever order the axes lie, and back to the bit."""
+"""What the axes of a leaf mean: a batch of matrices or vectors, in whatever order the axes lie, and
+back to the bit."""
+
 import functools
 
 import jax
@@ -37,9 +39,19 @@ def leaf(shape, axes=None):
 
 
 @pytest.mark.parametrize("shape, axes, slices, size, fan_in, fan_out", LEAVES.values(), ids=LEAVES)
-def test_a_leaf_is_split_into_its_slices_and_joined_again(shape, axes, slices, size, fan_in, fan_out):
-  record, x = leaf(shape, axes), jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
-  assert (record.slices, record.size, record.fan_in, record.fan_out) == (slices, size, fan_in, fan_out)
+def test_a_leaf_is_split_into_its_slices_and_joined_again(
+  shape, axes, slices, size, fan_in, fan_out
+):
+  record, x = (
+    leaf(shape, axes),
+    jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape),
+  )
+  assert (record.slices, record.size, record.fan_in, record.fan_out) == (
+    slices,
+    size,
+    fan_in,
+    fan_out,
+  )
   assert record.is_matrix == bool(axes.fan_in)
   y = record.split(x)
   assert y.shape == (slices, *size)
@@ -48,22 +60,38 @@ def test_a_leaf_is_split_into_its_slices_and_joined_again(shape, axes, slices, s
 
 
 def test_slices_keep_the_order_of_memory():
-  """Batch axes in the order given; the axis that comes first in the leaf comes first in a slice, whatever it is called."""
+  """Batch axes in the order given; the axis that comes first in the leaf comes first in a slice,
+  whatever it is called."""
   x = np.arange(2 * 3 * 5).reshape(2, 3, 5)
   np.testing.assert_array_equal(leaf(x.shape, Axes((1,), (2,), (0,))).split(x), x.swapaxes(0, 1))
   np.testing.assert_array_equal(leaf(x.shape, Axes((1,), (0,), (2,))).split(x), x.swapaxes(0, 1))
-  np.testing.assert_array_equal(leaf(x.shape, Axes((2, 0), (), (1,))).split(x), x.transpose(2, 0, 1).reshape(10, 3))
+  np.testing.assert_array_equal(
+    leaf(x.shape, Axes((2, 0), (), (1,))).split(x), x.transpose(2, 0, 1).reshape(10, 3)
+  )
   # Of several axes that are one side of a matrix, the first named varies slowest.
-  np.testing.assert_array_equal(leaf(x.shape, Axes((), (2,), (1, 0))).split(x)[0], x.transpose(1, 0, 2).reshape(6, 5))
+  np.testing.assert_array_equal(
+    leaf(x.shape, Axes((), (2,), (1, 0))).split(x)[0], x.transpose(1, 0, 2).reshape(6, 5)
+  )
 
 
 def test_what_is_a_fan_in_is_told_by_axes_alone():
   square, turned = leaf((4, 4), Axes((), (0,), (1,))), leaf((4, 4), Axes((), (1,), (0,)))
-  assert (square.fan_in_axis, turned.fan_in_axis, leaf((4, 4), Axes((), (), (0, 1))).fan_in_axis) == (0, 1, None)
+  assert (
+    square.fan_in_axis,
+    turned.fan_in_axis,
+    leaf((4, 4), Axes((), (), (0, 1))).fan_in_axis,
+  ) == (0, 1, None)
 
 
-@pytest.mark.parametrize("shape, same_as", [
-  ((), Axes()), ((5,), Axes((), (), (0,))), ((5, 7), Axes((), (0,), (1,))), ((2, 3, 5, 7), Axes((0, 1), (2,), (3,)))])
+@pytest.mark.parametrize(
+  "shape, same_as",
+  [
+    ((), Axes()),
+    ((5,), Axes((), (), (0,))),
+    ((5, 7), Axes((), (0,), (1,))),
+    ((2, 3, 5, 7), Axes((0, 1), (2,), (3,))),
+  ],
+)
 def test_without_axes_the_last_two_are_a_matrix(shape, same_as):
   if shape == ():
     assert leaf(shape).slices == 1 and not leaf(shape).is_matrix
@@ -73,7 +101,12 @@ def test_without_axes_the_last_two_are_a_matrix(shape, same_as):
 
 def test_paths_axes_as_a_function_and_masked_leaves():
   tree = {"a": {"b": jnp.ones((2, 3))}, "c": [jnp.ones(4), optax.MaskedNode()], "d": jnp.ones(())}
-  given = {"a": {"b": Axes((), (1,), (0,))}, "c": [Axes((), (), (0,)), Axes((), (0,), (1,))], "d": Axes(), "unused": Axes()}
+  given = {
+    "a": {"b": Axes((), (1,), (0,))},
+    "c": [Axes((), (), (0,)), Axes((), (0,), (1,))],
+    "d": Axes(),
+    "unused": Axes(),
+  }
   records = axes_lib.leaves(tree, given)
   assert [record.path for record in records] == ["a/b", "c/0", "d"]
   assert axes_lib.leaves(tree, lambda _: given) == records
@@ -81,31 +114,65 @@ def test_paths_axes_as_a_function_and_masked_leaves():
   assert axes_lib.leaves(shapes, given) == records, "shapes do as well as arrays"
 
 
-@pytest.mark.parametrize("shape, axes, message", [
-  ((2, 3), {"other": Axes()}, r"parameter 'w' has none; they are given for \['other'\]"),
-  ((2, 3), {"w": Axes((0,), (1,), ())}, "'w'.*expected each axis of shape .2, 3. once, and fan_in only beside fan_out"),
-  ((2, 3), {"w": Axes((), (0,), (0, 1))}, "expected each axis"),
-  ((2, 3), {"w": Axes((), (0,), (1, -1))}, "expected each axis"),
-  ((2, 3), {"w": Axes((), (), (1,))}, "expected each axis"),
-  ((2, 3), {"w": Axes((), (1,), (2,))}, "expected each axis"),
-  ((2, 3), {"w": Axes((), (-2,), (-3,))}, "expected each axis"),
-  ((), {"w": Axes((), (), (0,))}, "expected each axis"),
-], ids=["missing", "fan_in alone", "twice", "twice, once negative", "unnamed", "too large", "too negative", "of a scalar"])
+@pytest.mark.parametrize(
+  "shape, axes, message",
+  [
+    ((2, 3), {"other": Axes()}, r"parameter 'w' has none; they are given for \['other'\]"),
+    (
+      (2, 3),
+      {"w": Axes((0,), (1,), ())},
+      "'w'.*expected each axis of shape .2, 3. once, and fan_in only beside fan_out",
+    ),
+    ((2, 3), {"w": Axes((), (0,), (0, 1))}, "expected each axis"),
+    ((2, 3), {"w": Axes((), (0,), (1, -1))}, "expected each axis"),
+    ((2, 3), {"w": Axes((), (), (1,))}, "expected each axis"),
+    ((2, 3), {"w": Axes((), (1,), (2,))}, "expected each axis"),
+    ((2, 3), {"w": Axes((), (-2,), (-3,))}, "expected each axis"),
+    ((), {"w": Axes((), (), (0,))}, "expected each axis"),
+  ],
+  ids=[
+    "missing",
+    "fan_in alone",
+    "twice",
+    "twice, once negative",
+    "unnamed",
+    "too large",
+    "too negative",
+    "of a scalar",
+  ],
+)
 def test_axes_that_do_not_fit_are_refused(shape, axes, message):
   with pytest.raises(ValueError, match=message):
     axes_lib.leaves({"w": jnp.ones(shape)}, axes)
 
 
 def test_matrices_and_others_can_have_transformations_of_their_own():
-  params = {"gain": jnp.ones((2, 4)), "kernel": jnp.ones((2, 4, 4)), "scale": jnp.ones((2, 2)), "masked": optax.MaskedNode()}
-  axes = {"gain": Axes((0,), (), (1,)), "kernel": Axes((0,), (1,), (2,)), "scale": Axes((0, 1)), "masked": Axes((), (0,), (1,))}
+  params = {
+    "gain": jnp.ones((2, 4)),
+    "kernel": jnp.ones((2, 4, 4)),
+    "scale": jnp.ones((2, 2)),
+    "masked": optax.MaskedNode(),
+  }
+  axes = {
+    "gain": Axes((0,), (), (1,)),
+    "kernel": Axes((0,), (1,), (2,)),
+    "scale": Axes((0, 1)),
+    "masked": Axes((), (0,), (1,)),
+  }
   of_kind = functools.partial(axes_lib.by_kind, matrix=optax.scale(2.0), other=optax.scale(3.0))
   for given in (axes, lambda _: axes):
-    assert axes_lib.matrix_mask(given)(params) == {**params, "gain": False, "kernel": True, "scale": False}
+    assert axes_lib.matrix_mask(given)(params) == {
+      **params,
+      "gain": False,
+      "kernel": True,
+      "scale": False,
+    }
     tx = of_kind(given)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["masked"] == optax.MaskedNode()
     for name, factor in (("gain", 3), ("kernel", 2), ("scale", 3)):
       np.testing.assert_array_equal(updates[name], factor)
-  updates, _ = of_kind(None).update({"gain": jnp.ones((2, 4))}, of_kind(None).init({"gain": jnp.ones((2, 4))}))
+  updates, _ = of_kind(None).update(
+    {"gain": jnp.ones((2, 4))}, of_kind(None).init({"gain": jnp.ones((2, 4))})
+  )
   np.testing.assert_array_equal(updates["gain"], 2)

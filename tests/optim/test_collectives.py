@@ -1,4 +1,5 @@
-"""A step's communication on eight devices: gradients to their blocks' owners, updates back, and nothing between."""
+"""A step's communication on eight devices: gradients to their blocks' owners, updates back, and
+nothing between."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,32 @@ from beyond_outliers.bench import hlo
 from beyond_outliers.optim import blocks
 from beyond_outliers.params import Axes
 
-# As a model's: matrices split in either order, and a cut axis of which a device has whole blocks, or parts.
-SHAPES = {"embedding": (80, 16), "gain": (8, 16), "down": (8, 32, 16), "o": (8, 16, 16), "q": (8, 16, 16), "up": (8, 16, 32)}
-AXES = {"embedding": Axes((), (1,), (0,)), "gain": Axes((0,), (), (1,)),
-        **dict.fromkeys(("down", "o", "q", "up"), Axes((0,), (1,), (2,)))}
-SPLIT = {"embedding": ("model", "fsdp"), "down": (None, "model", "fsdp"), "o": (None, "model", "fsdp"),
-         "q": (None, "fsdp", "model"), "up": (None, "fsdp", "model")}
+# As a model's: matrices split in either order, and a cut axis of which a device has whole blocks,
+# or parts.
+SHAPES = {
+  "embedding": (80, 16),
+  "gain": (8, 16),
+  "down": (8, 32, 16),
+  "o": (8, 16, 16),
+  "q": (8, 16, 16),
+  "up": (8, 16, 32),
+}
+AXES = {
+  "embedding": Axes((), (1,), (0,)),
+  "gain": Axes((0,), (), (1,)),
+  **dict.fromkeys(("down", "o", "q", "up"), Axes((0,), (1,), (2,))),
+}
+SPLIT = {
+  "embedding": ("model", "fsdp"),
+  "down": (None, "model", "fsdp"),
+  "o": (None, "model", "fsdp"),
+  "q": (None, "fsdp", "model"),
+  "up": (None, "fsdp", "model"),
+}
 TREE = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
 
-# Arguments, and matrices of each decomposition for a matrix's block and a vector's. SOAP has the first step's and the others'.
+# Arguments, and matrices of each decomposition for a matrix's block and a vector's. SOAP has the
+# first step's and the others'.
 ROWS = {
   "muon": ({}, {}),
   "shampoo": ({"block_size": 16, "grafting": "adam"}, {"ssyevd": (2, 1)}),
@@ -46,7 +64,9 @@ def update_of(name, arguments):
   grid = mesh.make_mesh(config.Mesh(2, 2, 2))
   tx = optim.OPTIMIZERS[name](0.1, axes=AXES, mesh=grid, **arguments)
   params = parameters(grid)
-  split = lambda path, x: put(x, grid, *((grid.axis_names,) if blocks.belongs_to_blocks(path) else ()))
+  split = lambda path, x: put(
+    x, grid, *((grid.axis_names,) if blocks.belongs_to_blocks(path) else ())
+  )
   state = jax.tree_util.tree_map_with_path(split, jax.eval_shape(tx.init, params))
   return compiled(tx.update, params, state, params, like=(params, state))
 
@@ -57,19 +77,31 @@ def test_only_gradients_and_updates_travel(name):
   update = update_of(name, arguments)
   moved = [one for one in update if hlo.collective(one)]
   assert not [one.line for one in moved if one.loops], "an iteration that waits for other devices"
-  # To the owners and back. A device has a quarter of all gradients, and is to have a quarter of all updates.
+  # To the owners and back. A device has a quarter of all gradients, and is to have a quarter of all
+  # updates.
   assert 0 < hlo.received(moved) <= 16 * SHARE
-  padded = {bucket: -(-of.count // 8) for bucket, of in blocks.layout(TREE, AXES, block_size=16).buckets.items()}
-  expected = {f"{kernel} 16x16": matrices * padded["16x16"] + vectors * padded["16"]
-              for kernel, (matrices, vectors) in decompositions.items()}
+  padded = {
+    bucket: -(-of.count // 8)
+    for bucket, of in blocks.layout(TREE, AXES, block_size=16).buckets.items()
+  }
+  expected = {
+    f"{kernel} 16x16": matrices * padded["16x16"] + vectors * padded["16"]
+    for kernel, (matrices, vectors) in decompositions.items()
+  }
   assert hlo.decompositions(update) == expected, "each device its own blocks"
 
 
-@pytest.mark.parametrize("axes, to_owners, back", [((8, 1, 1), 0, 12), ((1, 8, 1), 2, 3), ((2, 2, 2), 8, 10)])
+@pytest.mark.parametrize(
+  "axes, to_owners, back", [((8, 1, 1), 0, 12), ((1, 8, 1), 2, 3), ((2, 2, 2), 8, 10)]
+)
 def test_what_is_moved_is_of_the_order_of_what_is_owned(axes, to_owners, back):
-  """In eighths of all parameters. Along "data" every device has all gradients alike, and is to have all updates."""
+  """In eighths of all parameters. Along "data" every device has all gradients alike, and is to have
+  all updates."""
   grid = mesh.make_mesh(config.Mesh(*axes))
   params, layout = parameters(grid), blocks.layout(TREE, AXES, mesh=grid, block_size=16)
   stacks = {name: put(x, grid, grid.axis_names) for name, x in jax.eval_shape(layout.zeros).items()}
-  in_, out = compiled(layout.stack, params, like=stacks), compiled(layout.unstack, stacks, params, like=params)
+  in_, out = (
+    compiled(layout.stack, params, like=stacks),
+    compiled(layout.unstack, stacks, params, like=params),
+  )
   assert (hlo.received(in_) <= to_owners * SHARE, hlo.received(out) <= back * SHARE) == (True, True)

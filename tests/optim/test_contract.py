@@ -1,9 +1,11 @@
-"""One contract for every row of optim.OPTIMIZERS. A new row needs a line in SETTINGS, and nothing else here.
+"""One contract for every row of optim.OPTIMIZERS. A new row needs a line in SETTINGS, and nothing
+else here.
 
-Two groups of parameters train for six steps on gradients that depend on them, through `optim.build` and a step jitted as the
-trainer's: on a mesh of eight devices, of four and of one, straight through or from a checkpoint. What optax wraps around a
-factory is tried on one device, on two leaves.
+Two groups of parameters train for six steps on gradients that depend on them, through `optim.build`
+and a step jitted as the trainer's: on a mesh of eight devices, of four and of one, straight through
+or from a checkpoint. What optax wraps around a factory is tried on one device, on two leaves.
 """
+
 import dataclasses
 import functools
 import importlib
@@ -23,26 +25,50 @@ from beyond_outliers.params import Axes, path_of
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.step import TrainState, init_state
 
-# Such that six steps on tiny matrices see all of a row: decay, several blocks a matrix, roots or bases renewed between steps; and
-# such that rounding is not amplified: square blocks, whose factors have full rank, and an eps far above the noise of vectors',
-# which have not.
+# Such that six steps on tiny matrices see all of a row: decay, several blocks a matrix, roots or
+# bases renewed between steps; and such that rounding is not amplified: square blocks, whose factors
+# have full rank, and an eps far above the noise of vectors', which have not.
 SETTINGS = {
   "adamw": dict(weight_decay=0.1),
   "muon": dict(weight_decay=0.1, ns_dtype="float32", adam_learning_rate=0.05),
   "psgd": dict(weight_decay=0.1),
   "scion": dict(momentum=0.9, ns_dtype="float32"),
-  "shampoo": dict(weight_decay=0.1, block_size=8, grafting="adam", precondition_frequency=2, refresh="staggered", eps=0.1,
-                  b2=0.95),
+  "shampoo": dict(
+    weight_decay=0.1,
+    block_size=8,
+    grafting="adam",
+    precondition_frequency=2,
+    refresh="staggered",
+    eps=0.1,
+    b2=0.95,
+  ),
   "soap": dict(weight_decay=0.1, block_size=8, precondition_frequency=2),
 }
 CUT = [name for name in optim.OPTIMIZERS if "block_size" in SETTINGS.get(name, ())]
 RATE, STEPS, SAVED_AT = 0.05, 6, 3
 
-SHAPES = {"embedding": (24, 8), "gain": (2, 8), "kernel": (2, 8, 16), "scale": (2, 2), "temperature": (), "up": (2, 16, 8)}
-AXES = {"embedding": Axes((), (1,), (0,)), "gain": Axes((0,), (), (1,)), "kernel": Axes((0,), (1,), (2,)), "scale": Axes((0, 1)),
-        "temperature": Axes(), "up": Axes((0,), (1,), (2,))}
+SHAPES = {
+  "embedding": (24, 8),
+  "gain": (2, 8),
+  "kernel": (2, 8, 16),
+  "scale": (2, 2),
+  "temperature": (),
+  "up": (2, 16, 8),
+}
+AXES = {
+  "embedding": Axes((), (1,), (0,)),
+  "gain": Axes((0,), (), (1,)),
+  "kernel": Axes((0,), (1,), (2,)),
+  "scale": Axes((0, 1)),
+  "temperature": Axes(),
+  "up": Axes((0,), (1,), (2,)),
+}
 GROUPS = {"hidden": "kernel|up|embedding", "vector": "gain|scale|temperature"}
-SPLIT = {"embedding": ("model", "fsdp"), "kernel": (None, "fsdp", "model"), "up": (None, "model", "fsdp")}
+SPLIT = {
+  "embedding": ("model", "fsdp"),
+  "kernel": (None, "fsdp", "model"),
+  "up": (None, "model", "fsdp"),
+}
 MESHES = {1: config.Mesh(1, 1, 1), 4: config.Mesh(1, 2, 2), 8: config.Mesh(2, 2, 2)}
 SMALL = ("gain", "kernel")
 
@@ -56,7 +82,10 @@ def normal(seed, names=tuple(SHAPES)):
 
 def settings_of(name):
   if name not in SETTINGS:
-    pytest.fail(f"optim.OPTIMIZERS has {name!r}, SETTINGS of this file has not: add the arguments to test it with")
+    pytest.fail(
+      f"optim.OPTIMIZERS has {name!r}, SETTINGS of this file has not: add the arguments to test it "
+      "with"
+    )
   return SETTINGS[name]
 
 
@@ -72,8 +101,12 @@ def shapes_of(state):
 
 def assert_close(actual, expected, tolerance):
   """Of each leaf, as a part of its largest number."""
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=path_of(path))
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(
+      x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=path_of(path)
+    )
 
 
 def assert_finite(tree):
@@ -89,11 +122,19 @@ class Run:
     section = dataclasses.replace(configured(name), **changes)
     groups = {label: config.Group(paths, section) for label, paths in GROUPS.items()}
     self.start = normal(0)
-    self.optimizer = optim.build(config.Optimizer(section, groups), self.start, STEPS, axes=AXES, mesh=self.mesh,
-                                 schedule=config.Schedule("constant", 0.0, 0.0, 0.0, 0.0))
+    self.optimizer = optim.build(
+      config.Optimizer(section, groups),
+      self.start,
+      STEPS,
+      axes=AXES,
+      mesh=self.mesh,
+      schedule=config.Schedule("constant", 0.0, 0.0, 0.0, 0.0),
+    )
     of_params = {name: jax.NamedSharding(self.mesh, jax.P(*SPLIT.get(name, ()))) for name in SHAPES}
     whole = mesh.replicated(self.mesh)
-    shardings = TrainState(whole, of_params, self.optimizer.state_shardings(of_params), whole, whole)
+    shardings = TrainState(
+      whole, of_params, self.optimizer.state_shardings(of_params), whole, whole
+    )
     self.state = mesh.placed(jax.eval_shape(self._init), shardings)
     self.step = jax.jit(self._step, out_shardings=shardings, donate_argnums=0)
 
@@ -103,13 +144,17 @@ class Run:
   def _step(self, state, target):
     gradient = jax.tree.map(jnp.subtract, state.params, target)
     updates, opt_state = self.optimizer.tx.update(gradient, state.opt_state, state.params)
-    return state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return state._replace(
+      step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+    )
 
   def begin(self):
     state, seen = self._init(), {}
     for path, x in jax.tree_util.tree_leaves_with_path(state):
       # An array that is donated twice is the end of the process.
-      assert seen.setdefault(id(x), path) == path, f"{path_of(path)} is the same array as {path_of(seen[id(x)])}"
+      assert seen.setdefault(id(x), path) == path, (
+        f"{path_of(path)} is the same array as {path_of(seen[id(x)])}"
+      )
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.state))
 
   def go_on(self, state, until=STEPS):
@@ -125,9 +170,13 @@ class Row:
   def __init__(self, name, folder):
     self.name, self.folder = name, folder
     self.run = functools.cache(functools.partial(Run, name))
-    self.straight = functools.cache(lambda devices: self.run(devices).go_on(self.run(devices).begin()))
+    self.straight = functools.cache(
+      lambda devices: self.run(devices).go_on(self.run(devices).begin())
+    )
     self.saved = functools.cache(self._saved)
-    self.resumed = functools.cache(lambda before, after: self.run(after).go_on(self.restored(before, self.run(after).state)))
+    self.resumed = functools.cache(
+      lambda before, after: self.run(after).go_on(self.restored(before, self.run(after).state))
+    )
 
   def _saved(self, devices):
     state = self.run(devices).go_on(self.run(devices).begin(), SAVED_AT)
@@ -164,6 +213,7 @@ def follow(tx, params):
     assert update._cache_size() == 1
     assert_finite(state)
     return updates
+
   return updates_of
 
 
@@ -173,31 +223,41 @@ def row(request, tmp_path_factory):
 
 
 def test_every_row_has_settings():
-  assert not SETTINGS.keys() ^ optim.OPTIMIZERS.keys(), "either not in optim.OPTIMIZERS, or not in SETTINGS of this file"
+  assert not SETTINGS.keys() ^ optim.OPTIMIZERS.keys(), (
+    "either not in optim.OPTIMIZERS, or not in SETTINGS of this file"
+  )
 
 
 def test_eight_devices_do_what_one_does(row):
   eight, one = row.straight(8), row.straight(1)
   assert_close(eight.params, one.params, 1e-5)
   for name, start in normal(0).items():
-    assert abs(np.asarray(eight.params[name]) - start).max() > RATE, f"{name} hardly moves: the test would see nothing"
+    assert abs(np.asarray(eight.params[name]) - start).max() > RATE, (
+      f"{name} hardly moves: the test would see nothing"
+    )
 
 
 def test_no_device_has_more_than_its_share(row):
   state, devices = row.straight(8), row.run(8).mesh.size
   for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state):
     if blocks.belongs_to_blocks(path):
-      assert x.addressable_shards[0].data.shape == (x.shape[0] // devices, *x.shape[1:]), path_of(path)
+      assert x.addressable_shards[0].data.shape == (x.shape[0] // devices, *x.shape[1:]), path_of(
+        path
+      )
     elif x.size > SHAPES["gain"][0] * SHAPES["gain"][1]:
       assert not x.sharding.is_fully_replicated, path_of(path)
 
 
 def test_one_program_for_every_step(row):
   row.straight(8), row.resumed(8, 8), row.resumed(1, 8)
-  assert row.run(8).step._cache_size() == 1, "steps of a run, and of runs that go on from checkpoints"
+  assert row.run(8).step._cache_size() == 1, (
+    "steps of a run, and of runs that go on from checkpoints"
+  )
 
 
-@pytest.mark.parametrize("gradient, param", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+  "gradient, param", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
 def test_state_and_updates_keep_their_types(row, gradient, param):
   tree = {name: jax.ShapeDtypeStruct(shape, param) for name, shape in SHAPES.items()}
   gradients = {name: jax.ShapeDtypeStruct(shape, gradient) for name, shape in SHAPES.items()}
@@ -213,9 +273,15 @@ def test_state_and_updates_keep_their_types(row, gradient, param):
     assert not blocks.belongs_to_blocks(path) or x.dtype != jnp.bfloat16, path_of(path)
 
 
-@pytest.mark.parametrize("row, changes", [
-  ("psgd", dict(max_size_triangular=0)), ("shampoo", dict(block_size=4, long_axes="skip")), ("soap", dict(max_dim=0))],
-  indirect=["row"])
+@pytest.mark.parametrize(
+  "row, changes",
+  [
+    ("psgd", dict(max_size_triangular=0)),
+    ("shampoo", dict(block_size=4, long_axes="skip")),
+    ("soap", dict(max_dim=0)),
+  ],
+  indirect=["row"],
+)
 def test_no_array_of_the_state_is_empty(row, changes):
   """Not even where nothing is preconditioned: Orbax refuses to save such a state."""
   for tx in (row.factory(), row.factory(**changes)):
@@ -225,7 +291,9 @@ def test_no_array_of_the_state_is_empty(row, changes):
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(row):
   straight, resumed = row.straight(8), row.resumed(8, 8)
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(resumed), jax.tree.leaves(straight), strict=True):
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(resumed), jax.tree.leaves(straight), strict=True
+  ):
     np.testing.assert_array_equal(x, y, err_msg=path_of(path))
 
 
@@ -234,7 +302,9 @@ def test_a_run_goes_on_on_another_mesh(row, before, after):
   """Blocks of padding come and go: nothing else may change."""
   want = row.run(after).state
   restored, written = row.restored(before, want), row.restored(before, row.run(before).state)
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(restored), jax.tree.leaves(written), strict=True):
+  for (path, x), y in zip(
+    jax.tree_util.tree_leaves_with_path(restored), jax.tree.leaves(written), strict=True
+  ):
     x, y = np.asarray(x), np.asarray(y)
     if blocks.belongs_to_blocks(path):
       count = min(len(x), len(y))
@@ -256,30 +326,42 @@ def test_a_checkpoint_of_another_shape_is_refused(row, which):
   for number, (path, x) in enumerate(zip(paths, leaves, strict=True)):
     axis = 1 if blocks.belongs_to_blocks(path) else 0
     if path_of(path).startswith(which) and x.ndim > axis:
-      changed = jax.ShapeDtypeStruct((*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1:]), x.dtype, sharding=x.sharding)
-      with pytest.raises(checkpoint.CheckpointError, match=re.escape(path_of(path)) + " is .*in the checkpoint and"):
-        row.restored(8, jax.tree.unflatten(structure, [*leaves[:number], changed, *leaves[number + 1:]]))
+      changed = jax.ShapeDtypeStruct(
+        (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :]), x.dtype, sharding=x.sharding
+      )
+      with pytest.raises(
+        checkpoint.CheckpointError, match=re.escape(path_of(path)) + " is .*in the checkpoint and"
+      ):
+        row.restored(
+          8, jax.tree.unflatten(structure, [*leaves[:number], changed, *leaves[number + 1 :]])
+        )
 
 
 @pytest.mark.parametrize("row", CUT, indirect=True)
 def test_a_checkpoint_of_another_block_size_is_refused(row):
-  with pytest.raises(checkpoint.CheckpointError, match=r"blocks/.*was the model or optimizer changed"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"blocks/.*was the model or optimizer changed"
+  ):
     row.restored(8, Run(row.name, 8, block_size=4).state)
 
 
 def test_hyperparameters_can_be_injected(row):
-  """Every number may be traced. A rate of twice the size makes an update of twice the size, but for the decay of what it adds."""
+  """Every number may be traced. A rate of twice the size makes an update of twice the size, but for
+  the decay of what it adds."""
   integers = [name for name, value in settings_of(row.name).items() if type(value) is int]
   params = normal(0, SMALL)
   tx = optax.inject_hyperparams(optim.OPTIMIZERS[row.name], static_args=integers)(
-    learning_rate=RATE, axes=AXES, **settings_of(row.name))
+    learning_rate=RATE, axes=AXES, **settings_of(row.name)
+  )
   state, update = tx.init(params), jax.jit(tx.update)
   gradients = [normal(seed, SMALL) for seed in (1, 2, 3)]
   for gradient, expected in zip(gradients, row.alone(gradients), strict=True):
     before = state
     updates, state = update(gradient, before, params)
     assert_close(updates, expected, 1e-5)
-  state = before._replace(hyperparams={**before.hyperparams, "learning_rate": jnp.float32(2 * RATE)})
+  state = before._replace(
+    hyperparams={**before.hyperparams, "learning_rate": jnp.float32(2 * RATE)}
+  )
   larger, _ = update(gradient, state, params)
   assert_close(larger["kernel"], 2 * updates["kernel"], RATE)
   assert update._cache_size() == 1
@@ -287,7 +369,11 @@ def test_hyperparameters_can_be_injected(row):
 
 def test_accumulated_gradients_make_the_step_of_their_mean(row):
   gradients = [normal(seed, SMALL) for seed in (1, 2, 3)]
-  halves = [jax.tree.map(lambda g, part=part: part * g, gradient) for gradient in gradients for part in (0.5, 1.5)]
+  halves = [
+    jax.tree.map(lambda g, part=part: part * g, gradient)
+    for gradient in gradients
+    for part in (0.5, 1.5)
+  ]
   accumulated = follow(optax.MultiSteps(row.factory(), 2), normal(0, SMALL))(halves)
   assert not any(x.any() for updates in accumulated[::2] for x in jax.tree.leaves(updates))
   for updates, expected in zip(accumulated[1::2], row.alone(gradients), strict=True):
@@ -308,7 +394,11 @@ def test_masked_leaves_are_left_alone(row):
 
 def test_zero_gradients_do_no_harm(row):
   """At first, as an unused layer has, between others, and in one leaf alone."""
-  zero, one, other = jax.tree.map(np.zeros_like, normal(0, SMALL)), normal(1, SMALL), normal(2, SMALL)
+  zero, one, other = (
+    jax.tree.map(np.zeros_like, normal(0, SMALL)),
+    normal(1, SMALL),
+    normal(2, SMALL),
+  )
   for updates in row.alone([zero, zero, one, zero, {**other, "kernel": zero["kernel"]}, other]):
     assert_finite(updates)
 
@@ -316,22 +406,32 @@ def test_zero_gradients_do_no_harm(row):
 def test_bfloat16_gradients_do_almost_the_same(row):
   gradients = [normal(seed, SMALL) for seed in (1, 2, 3)]
   rounded = [jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient) for gradient in gradients]
-  for updates, expected in zip(follow(row.factory(), normal(0, SMALL))(rounded), row.alone(gradients), strict=True):
+  for updates, expected in zip(
+    follow(row.factory(), normal(0, SMALL))(rounded), row.alone(gradients), strict=True
+  ):
     assert_finite(updates)
     for name in SMALL:
       distance = np.linalg.norm(updates[name].astype(np.float32) - expected[name])
       assert distance <= 0.2 * np.linalg.norm(expected[name]), name
 
 
-CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "base"]
+CONFIGS = [
+  module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "base"
+]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_of_the_model_has_one_group(name):
-  """Of every configuration: no other group's paths match it, so that their order does not matter."""
+  """Of every configuration: no other group's paths match it, so that their order does not
+  matter."""
   c = config.resolve(importlib.import_module(f"configs.{name}").get_config("nano"))
   program = program_lib.build(c, jax.devices()[:1])
-  labels = {path_of(path): label for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)}
+  labels = {
+    path_of(path): label
+    for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)
+  }
   assert len(labels) == len(jax.tree.leaves(program.state.params))
   for path, label in labels.items():
-    assert [other for other, group in c.optimizer.groups.items() if re.fullmatch(group.paths, path)] == [label]
+    assert [
+      other for other, group in c.optimizer.groups.items() if re.fullmatch(group.paths, path)
+    ] == [label]

@@ -1,9 +1,11 @@
 """Muon against KellerJordan's and torch's, thirty steps on fixed gradients, and against optax's.
 
-tests/golden/muon_kj_*.npz: SingleDeviceMuonWithAuxAdam (857d1ad) with lr 0.02, momentum 0.95, decay 0.1, Adam's lr 3e-3 on the
-bias and the embedding; muon_torch_*.npz: torch.optim.Muon 2.13 with the same numbers. ns-bf16: as published; f64: Newton-Schulz
-in float64. Matrices are [fan-out, fan-in] there. Snapshots between the first and the last are in float32, exact to 6e-8.
+tests/golden/muon_kj_*.npz: SingleDeviceMuonWithAuxAdam (857d1ad) with lr 0.02, momentum 0.95, decay
+0.1, Adam's lr 3e-3 on the bias and the embedding; muon_torch_*.npz: torch.optim.Muon 2.13 with the
+same numbers. ns-bf16: as published; f64: Newton-Schulz in float64. Matrices are [fan-out, fan-in]
+there. Snapshots between the first and the last are in float32, exact to 6e-8.
 """
+
 import pathlib
 
 import jax
@@ -21,7 +23,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MATRIX = Axes(fan_in=(1,), fan_out=(0,))
 AXES = {"w1": MATRIX, "w2": MATRIX, "b": Axes(fan_out=(0,)), "emb": Axes(fan_out=(0, 1))}
 STEPS = (1, 2, 5, 10, 11, 20, 30)
-# How far the official code's own runs are from its float64 one after 30 steps: bfloat16 iterations, and float32 throughout.
+# How far the official code's own runs are from its float64 one after 30 steps: bfloat16 iterations,
+# and float32 throughout.
 BFLOAT16_DEVIATION = {"w1": 2.22e-3, "w2": 1.89e-3}
 FLOAT32_DEVIATION = {"w1": 2.7e-7, "w2": 3.8e-7, "b": 1.18e-6, "emb": 1.34e-7}
 
@@ -38,16 +41,23 @@ def trajectory(keys, dtype, **hyper):
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
     return (params, state), params
+
   _, after = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
-  return {number: {key: np.asarray(after[key][number - 1], np.float64) for key in keys} for number in STEPS}
+  return {
+    number: {key: np.asarray(after[key][number - 1], np.float64) for key in keys}
+    for number in STEPS
+  }
 
 
-@pytest.mark.parametrize("name, keys, hyper", [
-  ("muon_kj_ns-f64_f64", ("w1", "w2", "b", "emb"), {}),
-  # torch divides by the norm, where the others divide by the norm + 1e-7.
-  ("muon_torch_original_f64", ("w1", "w2"), {"scale": "original", "ns_eps": 0.0}),
-  ("muon_torch_match_rms_adamw_f64", ("w1", "w2"), {"scale": "match_rms_adamw", "ns_eps": 0.0}),
-])
+@pytest.mark.parametrize(
+  "name, keys, hyper",
+  [
+    ("muon_kj_ns-f64_f64", ("w1", "w2", "b", "emb"), {}),
+    # torch divides by the norm, where the others divide by the norm + 1e-7.
+    ("muon_torch_original_f64", ("w1", "w2"), {"scale": "original", "ns_eps": 0.0}),
+    ("muon_torch_match_rms_adamw_f64", ("w1", "w2"), {"scale": "match_rms_adamw", "ns_eps": 0.0}),
+  ],
+)
 def test_the_trajectory_is_the_official_one(name, keys, hyper):
   golden = np.load(GOLDEN / f"{name}.npz")
   with jax.enable_x64(True):
@@ -56,18 +66,29 @@ def test_the_trajectory_is_the_official_one(name, keys, hyper):
     for key, value in params.items():
       expected = golden[f"s{number:02d}_{key}"]
       tolerance = 1e-13 if expected.dtype == np.float64 else 6e-8
-      np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance * abs(expected).max(), err_msg=f"step {number}, {key}")
+      np.testing.assert_allclose(
+        value,
+        expected,
+        rtol=0,
+        atol=tolerance * abs(expected).max(),
+        err_msg=f"step {number}, {key}",
+      )
 
 
 def test_float32_stays_as_close_as_the_official_one_does():
-  golden, ours = np.load(GOLDEN / "muon_kj_ns-f64_f64.npz"), trajectory(AXES, jnp.float32, ns_dtype=None)[30]
+  golden, ours = (
+    np.load(GOLDEN / "muon_kj_ns-f64_f64.npz"),
+    trajectory(AXES, jnp.float32, ns_dtype=None)[30],
+  )
   for key, deviation in FLOAT32_DEVIATION.items():
     np.testing.assert_allclose(ours[key], golden[f"s30_{key}"], rtol=0, atol=2 * deviation)
 
 
 def test_bfloat16_iterations_stay_as_close_as_the_official_ones_do():
-  exact, published = (np.load(GOLDEN / f"muon_kj_ns-{name}.npz") for name in ("f64_f64", "bf16_f32"))
-  ours = trajectory(AXES, jnp.float32)[30]                                  # bfloat16 is the default
+  exact, published = (
+    np.load(GOLDEN / f"muon_kj_ns-{name}.npz") for name in ("f64_f64", "bf16_f32")
+  )
+  ours = trajectory(AXES, jnp.float32)[30]  # bfloat16 is the default
   for key, deviation in BFLOAT16_DEVIATION.items():
     np.testing.assert_allclose(ours[key], exact[f"s30_{key}"], rtol=0, atol=deviation)
     np.testing.assert_allclose(ours[key], published[f"s30_{key}"], rtol=0, atol=2 * deviation)
@@ -75,7 +96,8 @@ def test_bfloat16_iterations_stay_as_close_as_the_official_ones_do():
 
 
 def steps(tx, params, count=3, seed=1):
-  """Updates of the last of some steps on random gradients, each leaf's own by its path, and the state."""
+  """Updates of the last of some steps on random gradients, each leaf's own by its path, and the
+  state."""
   state, update = tx.init(params), jax.jit(tx.update)
   for number in range(count):
     updates, state = update(noise(params, seed + number), state, params)
@@ -96,23 +118,48 @@ def test_with_nesterov_bias_correction_it_is_optaxs(nesterov, scale, consistent_
     hyper = dict(nesterov=nesterov, scale=scale, weight_decay=0.2, ns_dtype=None, ns_eps=1e-8)
     ours, _ = steps(muon(0.1, nesterov_bias_correction=True, **hyper), params)
     plain, _ = steps(muon(0.1, **hyper), params)
-    theirs, _ = steps(optax.contrib.muon(0.1, nesterov=nesterov, weight_decay=0.2, consistent_rms=consistent_rms), params)
+    theirs, _ = steps(
+      optax.contrib.muon(0.1, nesterov=nesterov, weight_decay=0.2, consistent_rms=consistent_rms),
+      params,
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), ours, theirs)
-    assert (abs(plain["wide"] - theirs["wide"]).max() > 1e-4) == nesterov   # without Nesterov only a length is corrected
+    assert (
+      abs(plain["wide"] - theirs["wide"]).max() > 1e-4
+    ) == nesterov  # without Nesterov only a length is corrected
 
 
 def blocks_of(state):
-  return [x for path, x in jax.tree_util.tree_leaves_with_path(state) if "blocks" in jax.tree_util.keystr(path)]
+  return [
+    x
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+    if "blocks" in jax.tree_util.keystr(path)
+  ]
 
 
-TREE = {"layers": {"kernel": (3, 4, 6), "gain": (3, 4)}, "qkv": (4, 2, 3), "row": (1, 5), "tall": (9, 4), "scale": ()}
-TREE_AXES = {"layers": {"kernel": Axes((0,), (1,), (2,)), "gain": Axes((0,), (), (1,))}, "qkv": Axes((), (0,), (1, 2)),
-             "row": Axes((), (0,), (1,)), "tall": Axes((), (0,), (1,)), "scale": Axes()}
+TREE = {
+  "layers": {"kernel": (3, 4, 6), "gain": (3, 4)},
+  "qkv": (4, 2, 3),
+  "row": (1, 5),
+  "tall": (9, 4),
+  "scale": (),
+}
+TREE_AXES = {
+  "layers": {"kernel": Axes((0,), (1,), (2,)), "gain": Axes((0,), (), (1,))},
+  "qkv": Axes((), (0,), (1, 2)),
+  "row": Axes((), (0,), (1,)),
+  "tall": Axes((), (0,), (1,)),
+  "scale": Axes(),
+}
 F32 = dict(ns_dtype="float32", weight_decay=0.1, adam_learning_rate=0.01)
 
 
 def tree(dtype=jnp.float32):
-  return noise(jax.tree.map(lambda shape: jnp.zeros(shape, dtype), TREE, is_leaf=lambda x: isinstance(x, tuple)), 0)
+  return noise(
+    jax.tree.map(
+      lambda shape: jnp.zeros(shape, dtype), TREE, is_leaf=lambda x: isinstance(x, tuple)
+    ),
+    0,
+  )
 
 
 def test_a_stacked_leaf_updates_as_its_slices_do():
@@ -121,21 +168,32 @@ def test_a_stacked_leaf_updates_as_its_slices_do():
   gradients = noise(params, 1)
   stacked, separate = (muon(0.1, **F32) for _ in range(2))
   updates, _ = stacked.update(gradients, stacked.init(params), params)
-  slices, _ = separate.update({f"{i}": gradients["kernel"][i] for i in range(3)}, separate.init(apart), apart)
+  slices, _ = separate.update(
+    {f"{i}": gradients["kernel"][i] for i in range(3)}, separate.init(apart), apart
+  )
   for i in range(3):
     np.testing.assert_allclose(updates["kernel"][i], slices[f"{i}"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
 def test_orientation_comes_from_the_axes(scale):
-  """A leaf that lies transposed, with transposed axes, updates transposed; the factor tells fan-in from fan-out."""
+  """A leaf that lies transposed, with transposed axes, updates transposed; the factor tells fan-in
+  from fan-out."""
   params = {"w": tree()["tall"]}
   gradients, flip = noise(params, 1), lambda t: {"w": t["w"].T}
-  update = lambda axes, g, p: (tx := muon(0.1, axes={"w": axes}, scale=scale, **F32)).update(g, tx.init(p), p)[0]
+  update = lambda axes, g, p: (tx := muon(0.1, axes={"w": axes}, scale=scale, **F32)).update(
+    g, tx.init(p), p
+  )[0]
   one, other = Axes((), (0,), (1,)), Axes((), (1,), (0,))
-  np.testing.assert_allclose(update(one, gradients, params)["w"].T, update(other, flip(gradients), flip(params))["w"], atol=1e-6)
+  np.testing.assert_allclose(
+    update(one, gradients, params)["w"].T,
+    update(other, flip(gradients), flip(params))["w"],
+    atol=1e-6,
+  )
   swapped = update(other, gradients, params)["w"]
-  assert np.allclose(swapped, update(one, gradients, params)["w"], atol=1e-6) == (scale == "match_rms_adamw")
+  assert np.allclose(swapped, update(one, gradients, params)["w"], atol=1e-6) == (
+    scale == "match_rms_adamw"
+  )
 
 
 def test_eight_devices_update_as_one_does():
@@ -143,9 +201,14 @@ def test_eight_devices_update_as_one_does():
   mesh, params = make_mesh(config.Mesh(2, 2, 2)), tree()
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   one, _ = steps(muon(0.1, axes=TREE_AXES, **F32), params)
-  eight, state = steps(muon(0.1, axes=TREE_AXES, mesh=mesh, **F32), jax.device_put(params, everywhere))
+  eight, state = steps(
+    muon(0.1, axes=TREE_AXES, mesh=mesh, **F32), jax.device_put(params, everywhere)
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), eight, one)
-  assert all(x.shape[0] == 8 and np.isfinite(x).all() for x in blocks_of(state)) and len(blocks_of(state)) == 3
+  assert (
+    all(x.shape[0] == 8 and np.isfinite(x).all() for x in blocks_of(state))
+    and len(blocks_of(state)) == 3
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -155,14 +218,22 @@ def test_zero_gradients_move_nothing_and_dtypes_stay(dtype):
   updates, after = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
   jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, np.zeros(p.shape)), updates, params)
   assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
   assert {x.dtype.name for x in blocks_of(state)} == {"float32"}
 
 
 def test_only_matrices_are_orthogonalised():
-  """The others take Adam's first step, its learning rate in the gradient's direction, at their own schedule."""
+  """The others take Adam's first step, its learning rate in the gradient's direction, at their own
+  schedule."""
   params = tree()
-  tx = muon(0.1, axes=TREE_AXES, ns_dtype="float32", adam_learning_rate=lambda count: jnp.where(count < 1, 0.03, 0.0))
+  tx = muon(
+    0.1,
+    axes=TREE_AXES,
+    ns_dtype="float32",
+    adam_learning_rate=lambda count: jnp.where(count < 1, 0.03, 0.0),
+  )
   gradients, state = noise(params, 1), tx.init(params)
   updates, state = tx.update(gradients, state, params)
   for path in (lambda t: t["layers"]["gain"], lambda t: t["scale"]):
@@ -182,7 +253,9 @@ def test_one_kind_alone_and_masked_leaves(kept):
   tx = muon(0.1, axes=TREE_AXES["layers"], **F32)
   updates, _ = tx.update(masked, tx.init(masked), masked)
   alone = muon(0.1, axes={kept: TREE_AXES["layers"][kept]}, **F32)
-  expected, _ = alone.update({kept: params[kept]}, alone.init({kept: params[kept]}), {kept: params[kept]})
+  expected, _ = alone.update(
+    {kept: params[kept]}, alone.init({kept: params[kept]}), {kept: params[kept]}
+  )
   np.testing.assert_array_equal(updates[kept], expected[kept])
   assert jax.tree.structure(updates) == jax.tree.structure(masked)
 
@@ -192,11 +265,14 @@ def test_without_momentum_nothing_is_kept():
   first, state = steps(scale_by_muon(momentum=0.0, ns_dtype=None), params, count=1, seed=3)
   again, _ = steps(scale_by_muon(momentum=0.0, ns_dtype=None), params, count=3, seed=1)
   assert [x.shape for x in jax.tree.leaves(state)] == [()]
-  np.testing.assert_array_equal(first["w"], again["w"])                     # only the last gradient counts
+  np.testing.assert_array_equal(first["w"], again["w"])  # only the last gradient counts
 
 
 def test_decay_reaches_every_leaf_and_is_decoupled():
-  params, tx = tree(), muon(0.1, axes=TREE_AXES, weight_decay=0.5, adam_learning_rate=0.01, scale="match_rms_adamw")
+  params, tx = (
+    tree(),
+    muon(0.1, axes=TREE_AXES, weight_decay=0.5, adam_learning_rate=0.01, scale="match_rms_adamw"),
+  )
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   np.testing.assert_allclose(updates["tall"], -0.1 * 0.5 * params["tall"], rtol=1e-6)
   np.testing.assert_allclose(updates["scale"], -0.01 * 0.5 * params["scale"], rtol=1e-6)
@@ -210,22 +286,38 @@ def test_newton_schulz_is_as_asked_for():
     plain = update()
     np.testing.assert_allclose(update(ns_gram=True), plain, atol=1e-10)
     assert not (update(ns_gram=True) == plain).all()
-    for other in (dict(ns_steps=4), dict(ns_coefficients="polar_express"), dict(ns_coefficients=((1.5, -0.5, 0.0),) * 5)):
+    for other in (
+      dict(ns_steps=4),
+      dict(ns_coefficients="polar_express"),
+      dict(ns_coefficients=((1.5, -0.5, 0.0),) * 5),
+    ):
       assert abs(update(**other) - plain).max() > 1e-3
 
 
 def test_floats_may_be_injected():
   params = tree()
-  tx = optax.inject_hyperparams(muon)(learning_rate=lambda count: 0.1 / (1 + count), axes=TREE_AXES, **F32)
+  tx = optax.inject_hyperparams(muon)(
+    learning_rate=lambda count: 0.1 / (1 + count), axes=TREE_AXES, **F32
+  )
   fixed = muon(lambda count: 0.1 / (1 + count), axes=TREE_AXES, **F32)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), steps(tx, params)[0], steps(fixed, params)[0])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+    steps(tx, params)[0],
+    steps(fixed, params)[0],
+  )
 
 
-@pytest.mark.parametrize("hyper, message", [
-  (dict(scale="orginal"), "scale = 'orginal': did you mean 'original'"), (dict(ns_dtype="float16"), "ns_dtype = 'float16'"),
-  (dict(ns_coefficients="quintc"), "ns_coefficients, ns_steps: .* did you mean 'quintic'"), (dict(ns_steps=0), "ns_steps: .*0"),
-  (dict(momentum=1.0), "momentum = 1.0"), (dict(momentum=-0.1), "momentum = -0.1"),
-])
+@pytest.mark.parametrize(
+  "hyper, message",
+  [
+    (dict(scale="orginal"), "scale = 'orginal': did you mean 'original'"),
+    (dict(ns_dtype="float16"), "ns_dtype = 'float16'"),
+    (dict(ns_coefficients="quintc"), "ns_coefficients, ns_steps: .* did you mean 'quintic'"),
+    (dict(ns_steps=0), "ns_steps: .*0"),
+    (dict(momentum=1.0), "momentum = 1.0"),
+    (dict(momentum=-0.1), "momentum = -0.1"),
+  ],
+)
 def test_what_cannot_be_is_refused_when_built(hyper, message):
   with pytest.raises(ValueError, match=message):
     muon(0.1, **hyper)

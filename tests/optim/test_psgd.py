@@ -1,9 +1,12 @@
-"""PSGD against kron_torch and pytorch_optimizer on fixed gradients and probes, against one in numpy, and by how well it whitens.
+"""PSGD against kron_torch and pytorch_optimizer on fixed gradients and probes, against one in
+numpy, and by how well it whitens.
 
-tests/golden/kron_torch_probed_f32.npz, kron_po380_probed_f32.npz: kron_torch (884427c) and Kron of pytorch_optimizer 3.8.0,
-thirty steps in float32, lr 0.01, decay 0.1, factors updated at every step, no balancing; Q<step>_<parameter>_<axis> are these.
-psgd_probes.npz: their V. psgd_fixture_torch.npz: matrices A (12, 12) and B (8, 8) of condition 1000 and 100, and a start X0.
+tests/golden/kron_torch_probed_f32.npz, kron_po380_probed_f32.npz: kron_torch (884427c) and Kron of
+pytorch_optimizer 3.8.0, thirty steps in float32, lr 0.01, decay 0.1, factors updated at every step,
+no balancing; Q<step>_<parameter>_<axis> are these. psgd_probes.npz: their V.
+psgd_fixture_torch.npz: matrices A (12, 12) and B (8, 8) of condition 1000 and 100, and a start X0.
 """
+
 import functools
 import pathlib
 import sys
@@ -41,7 +44,8 @@ def updated(gradient, state, numbers, arguments):
 
 
 def run(gradients, state=None, **arguments):
-  """Gradients of each step -> (direction, state) after each. All numbers are traced: many tests share a program."""
+  """Gradients of each step -> (direction, state) after each. All numbers are traced: many tests
+  share a program."""
   arguments = {**ALWAYS, "balance_probability": 0.0, **arguments}
   numbers = {name: value for name, value in arguments.items() if isinstance(value, float)}
   others = tuple((name, value) for name, value in arguments.items() if name not in numbers)
@@ -52,24 +56,30 @@ def run(gradients, state=None, **arguments):
   return after
 
 
-@pytest.mark.parametrize("name, hyper", [
-  ("kron_torch", dict()), ("kron_po380", dict(noise="none", clip_eps=1e-6)),
-])
+@pytest.mark.parametrize(
+  "name, hyper", [("kron_torch", dict()), ("kron_po380", dict(noise="none", clip_eps=1e-6))]
+)
 def test_the_trajectory_is_the_libraries(name, hyper):
-  golden, problem, stored = (np.load(GOLDEN / f"{file}.npz") for file in (f"{name}_probed_f32", "problem", "psgd_probes"))
+  golden, problem, stored = (
+    np.load(GOLDEN / f"{file}.npz") for file in (f"{name}_probed_f32", "problem", "psgd_probes")
+  )
   probes = {}
   for key in KEYS:
     v = stored[f"v_{key}"]
     v = v.swapaxes(1, 2) if v.ndim == 3 and v.shape[1] > v.shape[2] else v
     probes[v.shape[1:]] = v
-  tx = optax.chain(scale_by_psgd(probes=given(probes), balance_probability=0.0, **ALWAYS, **hyper),
-                   optax.add_decayed_weights(0.1, matrix_mask(None)), optax.scale_by_learning_rate(0.01))
+  tx = optax.chain(
+    scale_by_psgd(probes=given(probes), balance_probability=0.0, **ALWAYS, **hyper),
+    optax.add_decayed_weights(0.1, matrix_mask(None)),
+    optax.scale_by_learning_rate(0.01),
+  )
 
   def step(carry, gradient):
     params, state = carry
     updates, state = tx.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
     return (params, state), (params, {bucket: s.factors for bucket, s in state[0].blocks.items()})
+
   params = {key: jnp.asarray(problem[f"p0_{key}"]) for key in KEYS}
   gradients = {key: jnp.asarray(problem[f"g_{key}"]) for key in KEYS}
   _, (after, factors) = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), gradients))(params)
@@ -77,17 +87,35 @@ def test_the_trajectory_is_the_libraries(name, hyper):
   for number in (1, 2, 5, 10, 11, 20, 30):
     for key in KEYS:
       expected = golden[f"s{number:02d}_{key}"]
-      np.testing.assert_allclose(after[key][number - 1], expected, rtol=0, atol=1e-6, err_msg=f"step {number}, {key}")
+      np.testing.assert_allclose(
+        after[key][number - 1], expected, rtol=0, atol=1e-6, err_msg=f"step {number}, {key}"
+      )
   for number in (1, 30):
     for key in KEYS:
       shape = params[key].shape
-      for axis, of_bucket in zip(np.argsort(shape), factors["x".join(map(str, sorted(shape)))], strict=True):
+      for axis, of_bucket in zip(
+        np.argsort(shape), factors["x".join(map(str, sorted(shape)))], strict=True
+      ):
         expected = golden[f"Q{number:02d}_{key}_{axis}"]
-        np.testing.assert_allclose(of_bucket[number - 1, 0], expected, rtol=0, atol=1e-6 * abs(expected).max())
+        np.testing.assert_allclose(
+          of_bucket[number - 1, 0], expected, rtol=0, atol=1e-6 * abs(expected).max()
+        )
 
 
-def reference(gradients, probes, *, longest=99, rate=0.1, decay=0.9, start=1.0, noise=(True, True), clip=1.1, eps=1e-12):
-  """kron_torch of one matrix or vector in numpy, by the formulas -> direction at every step, factors."""
+def reference(
+  gradients,
+  probes,
+  *,
+  longest=99,
+  rate=0.1,
+  decay=0.9,
+  start=1.0,
+  noise=(True, True),
+  clip=1.1,
+  eps=1e-12,
+):
+  """kron_torch of one matrix or vector in numpy, by the formulas -> direction at every step,
+  factors."""
   shape = gradients[0].shape
   qs = [np.eye(d) if len(shape) == 2 and 1 < d <= longest else np.ones(d) for d in shape]
   qs = [start ** (1 / len(shape)) * q for q in qs]
@@ -96,7 +124,7 @@ def reference(gradients, probes, *, longest=99, rate=0.1, decay=0.9, start=1.0, 
   mean, directions = np.zeros(shape), []
   for t, (g, v) in enumerate(zip(gradients, probes, strict=True), 1):
     mean = decay * mean + (1 - decay) * g
-    h = as_matrix(mean / (1 - decay ** t))
+    h = as_matrix(mean / (1 - decay**t))
     v = as_matrix(v)
     noisy = h + np.sqrt(np.finfo(np.float32).eps) * np.abs(h).mean() * v
     left, right = full(qs[0]), full(qs[1]) if len(qs) == 2 else np.eye(1)
@@ -118,19 +146,30 @@ def reference(gradients, probes, *, longest=99, rate=0.1, decay=0.9, start=1.0, 
   return directions, qs
 
 
-@pytest.mark.parametrize("shapes, arguments, same", [
-  ([(4, 6)], dict(), dict()),
-  ([(4, 6)], dict(noise="preconditioner"), dict(noise=(True, False))),
-  ([(4, 6)], dict(noise="none", momentum=0), dict(noise=(False, False), decay=0.0)),
-  ([(4, 6)], dict(max_size_triangular=5, preconditioner_lr=0.2), dict(longest=5, rate=0.2)),
-  ([(4, 6)], dict(max_size_triangular=0, cache=False), dict(longest=0)),
-  ([(1, 6), (6,), (1,)], dict(preconditioner_init=9.0, clip_rms=0.3, clip_eps=0.1), dict(start=9.0, clip=0.3, eps=0.1)),
-])
+@pytest.mark.parametrize(
+  "shapes, arguments, same",
+  [
+    ([(4, 6)], dict(), dict()),
+    ([(4, 6)], dict(noise="preconditioner"), dict(noise=(True, False))),
+    ([(4, 6)], dict(noise="none", momentum=0), dict(noise=(False, False), decay=0.0)),
+    ([(4, 6)], dict(max_size_triangular=5, preconditioner_lr=0.2), dict(longest=5, rate=0.2)),
+    ([(4, 6)], dict(max_size_triangular=0, cache=False), dict(longest=0)),
+    (
+      [(1, 6), (6,), (1,)],
+      dict(preconditioner_init=9.0, clip_rms=0.3, clip_eps=0.1),
+      dict(start=9.0, clip=0.3, eps=0.1),
+    ),
+  ],
+)
 def test_every_step_is_the_formulas(shapes, arguments, same):
   gradients = {str(shape): normal(0, 5, *shape).astype(np.float64) / 8 for shape in shapes}
   probes = {shape: normal(1, 5, *shape).astype(np.float64) for shape in shapes}
   with jax.enable_x64(True):
-    after = run([{key: jnp.asarray(g[t]) for key, g in gradients.items()} for t in range(5)], probes=given(probes), **arguments)
+    after = run(
+      [{key: jnp.asarray(g[t]) for key, g in gradients.items()} for t in range(5)],
+      probes=given(probes),
+      **arguments,
+    )
   for shape in shapes:
     expected, factors = reference(gradients[str(shape)], probes[shape], **same)
     for (directions, _), direction in zip(after, expected, strict=True):
@@ -142,13 +181,23 @@ def test_every_step_is_the_formulas(shapes, arguments, same):
 
 
 def test_panels_make_whole_products():
-  assert [p.start for p in triangular.rows(600)] == [0, 256, 512] and len(triangular.rows(5000)) == 4
+  assert [p.start for p in triangular.rows(600)] == [0, 256, 512] and len(
+    triangular.rows(5000)
+  ) == 4
 
   @jax.jit
   def by_panels(q, x):
     gram = triangular.gram(x)
-    return (triangular.times(q, x), triangular.transposed_times(q, x), triangular.transposed_solve(q, x), triangular.square(q),
-            triangular.column_squares(gram), triangular.product(gram, q), triangular.transposed_solve(0 * q, x))
+    return (
+      triangular.times(q, x),
+      triangular.transposed_times(q, x),
+      triangular.transposed_solve(q, x),
+      triangular.square(q),
+      triangular.column_squares(gram),
+      triangular.product(gram, q),
+      triangular.transposed_solve(0 * q, x),
+    )
+
   with jax.enable_x64(True):
     q, x = np.triu(normal(0, 600, 600)) / 30 + np.eye(600), normal(1, 600, 3).astype(np.float64)
     s = x @ x.T
@@ -160,23 +209,32 @@ def test_panels_make_whole_products():
 def steps_with_update(start, steps, since_update, **arguments):
   """Counted from 0."""
   gradients = [{"w": jnp.asarray(normal(t, 3))} for t in range(steps)]
-  state = scale_by_psgd().init(gradients[0])._replace(count=jnp.int32(start), since_update=jnp.int32(since_update))
+  state = (
+    scale_by_psgd()
+    .init(gradients[0])
+    ._replace(count=jnp.int32(start), since_update=jnp.int32(since_update))
+  )
   states = [state, *(state for _, state in run(gradients, state, **arguments))]
   factors = [state.blocks["3"].factors[0] for state in states]
   return [start + t for t in range(steps) if (factors[t] != factors[t + 1]).any()]
 
 
-@pytest.mark.parametrize("start, since_update, steps", [
-  (0, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
-  (496, 0, [496, 497, 498, 499, 500, 502, 504]),          # exp((500 - n) / 1000) falls below 1
-  (1190, 0, [1191, 1193, 1196, 1199]),                    # and below 1/2 after 1193
-  (9000, 30, [9003]),                                     # the least is 0.03: 34 steps
-])
+@pytest.mark.parametrize(
+  "start, since_update, steps",
+  [
+    (0, 0, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    (496, 0, [496, 497, 498, 499, 500, 502, 504]),  # exp((500 - n) / 1000) falls below 1
+    (1190, 0, [1191, 1193, 1196, 1199]),  # and below 1/2 after 1193
+    (9000, 30, [9003]),  # the least is 0.03: 34 steps
+  ],
+)
 def test_the_schedule_counts_steps(start, since_update, steps):
   assert steps_with_update(start, 10, since_update, update_probability=None) == steps
 
 
-@pytest.mark.parametrize("probability, steps", [(1.0, [0, 1, 2, 3, 4, 5, 6]), (0.5, [1, 3, 5]), (0.4, [2, 5])])
+@pytest.mark.parametrize(
+  "probability, steps", [(1.0, [0, 1, 2, 3, 4, 5, 6]), (0.5, [1, 3, 5]), (0.4, [2, 5])]
+)
 def test_a_constant_probability_is_a_period(probability, steps):
   assert steps_with_update(0, 7, 0, update_probability=probability) == steps
 
@@ -187,25 +245,34 @@ def test_balancing_changes_nothing_but_the_range_of_factors():
   short, long = start.blocks["4x6"].factors
   start.blocks["4x6"] = start.blocks["4x6"]._replace(factors=(8 * short, long / 8))
   never, always, sometimes = (run(gradients, start, balance_probability=p) for p in (0.0, 1.0, 0.2))
-  for directions in zip(*([direction["w"] for direction, _ in of] for of in (never, always, sometimes)), strict=True):
+  for directions in zip(
+    *([direction["w"] for direction, _ in of] for of in (never, always, sometimes)), strict=True
+  ):
     np.testing.assert_allclose(directions[1], directions[0], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(directions[2], directions[0], rtol=1e-3, atol=1e-4)
 
   def ratios(of):
     factors = [state.blocks["4x6"].factors for _, state in of]
-    return np.array([[abs(short[i]).max() / abs(long[i]).max() for i in range(3)] for short, long in factors])
+    return np.array(
+      [[abs(short[i]).max() / abs(long[i]).max() for i in range(3)] for short, long in factors]
+    )
+
   assert ratios(never).min() > 16
   np.testing.assert_allclose(ratios(always), 1, rtol=1e-5)
   chance = (ratios(sometimes) < 2).all(1)
-  assert not chance[0] and chance[-1] and (ratios(sometimes)[~chance] > 16).all(), "all blocks by one draw"
+  assert not chance[0] and chance[-1] and (ratios(sometimes)[~chance] > 16).all(), (
+    "all blocks by one draw"
+  )
 
 
 def test_the_clip_is_of_every_slice():
   gradient = {"w": jnp.asarray(normal(0, 3, 4, 6)) * jnp.array([10.0, 1.0, 0.1])[:, None, None]}
   rms = lambda x: np.sqrt(np.mean(np.square(x), axis=(1, 2)))
   for limit in (1.1, 0.5, float("inf")):
-    (direction, _), = run([gradient], clip_rms=limit, update_probability=1e-6)
-    np.testing.assert_allclose(rms(direction["w"]), np.minimum(rms(gradient["w"]), limit), rtol=1e-5)
+    ((direction, _),) = run([gradient], clip_rms=limit, update_probability=1e-6)
+    np.testing.assert_allclose(
+      rms(direction["w"]), np.minimum(rms(gradient["w"]), limit), rtol=1e-5
+    )
 
 
 def test_slices_are_matrices_of_their_own():
@@ -224,13 +291,26 @@ def test_a_matrix_may_lie_either_way():
 
 
 def test_which_axes_have_triangles():
-  params = {"wide": jnp.zeros((4, 9)), "row": jnp.zeros((1, 4)), "vector": jnp.zeros(4), "scalar": jnp.zeros(())}
+  params = {
+    "wide": jnp.zeros((4, 9)),
+    "row": jnp.zeros((1, 4)),
+    "vector": jnp.zeros(4),
+    "scalar": jnp.zeros(()),
+  }
   shapes = lambda tree: {name: [x.shape for x in s] for name, s in tree.items()}
   state = scale_by_psgd(max_size_triangular=8).init(params)
   assert shapes({name: s.factors for name, s in state.blocks.items()}) == {
-    "4x9": [(1, 4, 4), (1, 9)], "1x4": [(1, 1), (1, 4, 4)], "4": [(1, 4)], "1": [(1, 1)]}
+    "4x9": [(1, 4, 4), (1, 9)],
+    "1x4": [(1, 1), (1, 4, 4)],
+    "4": [(1, 4)],
+    "1": [(1, 1)],
+  }
   assert shapes({name: jax.tree.leaves(s.applied) for name, s in state.blocks.items()}) == {
-    "4x9": [(1, 4, 4)], "1x4": [(1, 4, 4)], "4": [], "1": []}
+    "4x9": [(1, 4, 4)],
+    "1x4": [(1, 4, 4)],
+    "4": [],
+    "1": [],
+  }
   lean = scale_by_psgd(max_size_triangular=8, momentum=0.0, cache=False).init(params).blocks["4x9"]
   assert lean.momentum is None and lean.applied == ()
 
@@ -239,7 +319,7 @@ def test_blocks_are_worked_on_a_few_at_a_time(monkeypatch):
   gradients = [{"w": jnp.asarray(normal(t, 3, 4, 6))} for t in range(2)]
   together = run(gradients)[-1]
   monkeypatch.setattr(sys.modules["beyond_outliers.optim.psgd"], "CHUNK", 2 * 24)
-  map_matrices = run(gradients, probes=lambda *args: normal_probes(*args))[-1]                    # another program
+  map_matrices = run(gradients, probes=lambda *args: normal_probes(*args))[-1]  # another program
   for x, y in zip(jax.tree.leaves(map_matrices), jax.tree.leaves(together), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -254,11 +334,18 @@ def test_a_cache_changes_nothing():
 def test_an_update_that_is_not_finite_is_refused():
   """Of the blocks that it would spoil, and of no other."""
   good, nan = normal(0, 4, 6), np.full((4, 6), np.nan, np.float32)
-  gradients = [{"w": jnp.stack(w)} for w in ((good, 0 * good, good), (good, 0 * good, nan), (good, 0 * good, good))]
+  gradients = [
+    {"w": jnp.stack(w)}
+    for w in ((good, 0 * good, good), (good, 0 * good, nan), (good, 0 * good, good))
+  ]
   (_, first), (direction, second), (_, third) = run(gradients, preconditioner_init=4.2e9)
   kept = [state.blocks["4x6"].kept for state in (first, second, third)]
   np.testing.assert_array_equal(kept, [[0, 1, 0], [0, 2, 1], [0, 3, 2]])
-  assert np.isfinite(direction["w"][:2]).all() and not direction["w"][1].any() and direction["w"][0].any()
+  assert (
+    np.isfinite(direction["w"][:2]).all()
+    and not direction["w"][1].any()
+    and direction["w"][0].any()
+  )
   for x, y in zip(second.blocks["4x6"].factors, third.blocks["4x6"].factors, strict=True):
     np.testing.assert_array_equal(x[1:], y[1:])
     assert (x[0] != y[0]).any()
@@ -277,7 +364,9 @@ def test_eight_devices_do_what_one_does():
 
 def test_random_numbers_follow_from_seed_and_step():
   gradients = [{"w": jnp.asarray(normal(0, 3, 4, 6))}] * 2
-  first, same, other = (run(gradients, scale_by_psgd(seed=seed).init(gradients[0])) for seed in (0, 0, 1))
+  first, same, other = (
+    run(gradients, scale_by_psgd(seed=seed).init(gradients[0])) for seed in (0, 0, 1)
+  )
   jax.tree.map(np.testing.assert_array_equal, same, first)
   assert (other[0][0]["w"] != first[0][0]["w"]).any()
   seen = []
@@ -285,6 +374,7 @@ def test_random_numbers_follow_from_seed_and_step():
   def probe(key, count, shape):
     jax.debug.callback(lambda x: seen.append(tuple(x.tolist())), jax.random.key_data(key))
     return normal_probes(key, count, shape)
+
   run([{"u": jnp.ones(3), "v": jnp.ones(2), "w": jnp.ones(3)}] * 2, probes=probe)
   jax.effects_barrier()
   assert len(set(seen)) == len(seen) == 4, "one for every step and shape"
@@ -294,7 +384,9 @@ def test_products_are_of_full_precision_unless_told_otherwise():
   params = {"w": jnp.ones((4, 6))}
   text = lambda tx: jax.jit(tx.update).lower(params, tx.init(params)).as_text()
   products = lambda tx: [line for line in text(tx).splitlines() if "dot_general" in line]
-  assert products(scale_by_psgd()) and all("[HIGHEST, HIGHEST]" in line for line in products(scale_by_psgd()))
+  assert products(scale_by_psgd()) and all(
+    "[HIGHEST, HIGHEST]" in line for line in products(scale_by_psgd())
+  )
   assert not any("HIGHEST" in line for line in products(scale_by_psgd(precision="default")))
 
 
@@ -302,32 +394,37 @@ def test_weights_decay_where_they_are_matrices():
   gradient = {"w": jnp.asarray(normal(0, 3, 4, 6)), "b": jnp.zeros(6)}
   params, tx = jax.tree.map(jnp.ones_like, gradient), psgd(0.1, weight_decay=0.5)
   updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
-  (direction, _), = run([{"w": gradient["w"]}])
+  ((direction, _),) = run([{"w": gradient["w"]}])
   np.testing.assert_allclose(updates["w"], -0.1 * (direction["w"] + 0.5), rtol=1e-5, atol=1e-7)
   np.testing.assert_array_equal(updates["b"], 0)
 
 
-@pytest.mark.parametrize("hyper, message", [
-  (dict(noise="precondition"), "noise = 'precondition': did you mean 'preconditioner'"),
-  (dict(update_probability=0.0), "update_probability = 0.0: expected"),
-  (dict(update_probability=1.5), "update_probability = 1.5: expected"),
-  (dict(max_size_triangular=-1), "max_size_triangular = -1: expected"),
-  (dict(momentum=1.0), "momentum = 1.0: expected"),
-])
+@pytest.mark.parametrize(
+  "hyper, message",
+  [
+    (dict(noise="precondition"), "noise = 'precondition': did you mean 'preconditioner'"),
+    (dict(update_probability=0.0), "update_probability = 0.0: expected"),
+    (dict(update_probability=1.5), "update_probability = 1.5: expected"),
+    (dict(max_size_triangular=-1), "max_size_triangular = -1: expected"),
+    (dict(momentum=1.0), "momentum = 1.0: expected"),
+  ],
+)
 def test_bad_arguments_are_refused(hyper, message):
   with pytest.raises(ValueError, match=message):
     psgd(0.1, **hyper)
 
 
 def test_it_whitens_and_descends_as_the_libraries_do():
-  """Five seeds. Gradients A^½ N B^½, 2000 updates: the condition number of what is left, which was 316; the libraries' median is
-  1.94. Then ½ tr(Xᵀ A X B) under such noise, 400 steps: final losses of 1.7e-4 to 2.4e-4 there, of AdamW 1e-3."""
+  """Five seeds. Gradients A^½ N B^½, 2000 updates: the condition number of what is left, which was
+  316; the libraries' median is 1.94. Then ½ tr(Xᵀ A X B) under such noise, 400 steps: final losses
+  of 1.7e-4 to 2.4e-4 there, of AdamW 1e-3."""
   fixture = np.load(GOLDEN / "psgd_fixture_torch.npz")
   a, b = (jnp.asarray(fixture[name], jnp.float32) for name in "AB")
 
   def root(x):
     values, vectors = np.linalg.eigh(x)
     return jnp.asarray(vectors * np.sqrt(values) @ vectors.T, jnp.float32)
+
   a_root, b_root = root(fixture["A"]), root(fixture["B"])
   colored = lambda key: a_root @ jax.random.normal(key, (12, 8)) @ b_root
 
@@ -337,8 +434,11 @@ def test_it_whitens_and_descends_as_the_libraries_do():
   def whiten(seed):
     tx = scale_by_psgd(momentum=0.0, **ALWAYS)
     step = lambda state, key: (tx.update(colored(key), state)[1], None)
-    state, _ = jax.lax.scan(step, with_seed(tx, jnp.zeros((12, 8)), seed),
-                            jax.random.split(jax.random.key(100 + seed), 2000))
+    state, _ = jax.lax.scan(
+      step,
+      with_seed(tx, jnp.zeros((12, 8)), seed),
+      jax.random.split(jax.random.key(100 + seed), 2000),
+    )
     return [q[0] for q in state.blocks["8x12"].factors]
 
   def descend(seed):
@@ -348,12 +448,18 @@ def test_it_whitens_and_descends_as_the_libraries_do():
       (x, state), (key, rate) = carry, now
       direction, state = tx.update(a @ x @ b + 0.01 * colored(key), state)
       return (x - rate * direction, state), None
+
     x = jnp.asarray(fixture["X0"], jnp.float32)
-    (x, _), _ = jax.lax.scan(step, (x, with_seed(tx, x, seed)),
-                             (jax.random.split(jax.random.key(200 + seed), 400), 0.05 * (1 - jnp.arange(400) / 400)))
+    (x, _), _ = jax.lax.scan(
+      step,
+      (x, with_seed(tx, x, seed)),
+      (jax.random.split(jax.random.key(200 + seed), 400), 0.05 * (1 - jnp.arange(400) / 400)),
+    )
     return 0.5 * jnp.sum(x * (a @ x @ b))
 
-  (of_b, of_a), losses = jax.jit(jax.vmap(lambda seed: (whiten(seed), descend(seed))))(jnp.arange(5))
+  (of_b, of_a), losses = jax.jit(jax.vmap(lambda seed: (whiten(seed), descend(seed))))(
+    jnp.arange(5)
+  )
   cond = lambda q, x: np.linalg.cond(q @ x @ q.swapaxes(1, 2))
   assert 1.7 < np.median(cond(np.asarray(of_a), a_root) * cond(np.asarray(of_b), b_root)) < 2.3
   assert min(losses) > 1.4e-4 and max(losses) < 3e-4

@@ -1,4 +1,6 @@
-"""Learning-rate schedules at their edges: what the study writes, and runs too short for its fractions."""
+"""Learning-rate schedules at their edges: what the study writes, and runs too short for its
+fractions."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,9 @@ STUDY = dict(warmup=0.05, cooldown=0.2, start=0.001, end=0.0)
 
 def rates(name, num_steps, peak=2.0, **changes):
   """The learning rate of update 1, 2, ..., num_steps, and what would come after."""
-  schedule = schedules.SCHEDULES[name](config.Schedule(name, **{**STUDY, **changes}), peak, num_steps)
+  schedule = schedules.SCHEDULES[name](
+    config.Schedule(name, **{**STUDY, **changes}), peak, num_steps
+  )
   return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(num_steps + 1)), np.float64)
 
 
@@ -29,7 +33,9 @@ def test_trapezoidal_is_the_studys():
 def test_cosine_falls_from_the_end_of_the_warm_up():
   rate = rates("cosine", 1000, end=0.1)
   np.testing.assert_allclose(rate[[0, 25, 50]], [0.002, 2 * 0.5005, 2.0], rtol=1e-5)
-  np.testing.assert_allclose(rate[50:], 2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(951) / 950))), rtol=1e-5)
+  np.testing.assert_allclose(
+    rate[50:], 2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.arange(951) / 950))), rtol=1e-5
+  )
   np.testing.assert_allclose(rate[1000], 0.2, rtol=1e-6)
 
 
@@ -41,7 +47,10 @@ def test_constant_stays():
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 20])
-@pytest.mark.parametrize("changes", [{}, {"warmup": 0.0}, {"warmup": 1.0, "cooldown": 0.0}, {"warmup": 0.5, "cooldown": 0.5}])
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"warmup": 0.0}, {"warmup": 1.0, "cooldown": 0.0}, {"warmup": 0.5, "cooldown": 0.5}],
+)
 def test_short_runs_train_at_every_step(name, num_steps, changes):
   rate = rates(name, num_steps, **changes)[:num_steps]
   assert np.all(np.isfinite(rate)) and np.all(rate > 0) and np.all(rate <= 2.0 + 1e-6)

@@ -1,15 +1,27 @@
-"""QuEST and round-to-nearest in plain numpy, float64, from the formulas; float formats from ml_dtypes, bit pattern by pattern."""
+"""QuEST and round-to-nearest in plain numpy, float64, from the formulas; float formats from
+ml_dtypes, bit pattern by pattern."""
+
 import ml_dtypes
 import numpy as np
 
 # arXiv 2502.05003: the MSE-optimal clip of a standard normal distribution, in standard deviations.
-OPTIMAL = {1: 0.7978845587140913, 1.585: 1.2240089519030855, 2: 1.4935346200015913, 3: 2.051068354131873, 4: 2.513930578568423,
-           5: 2.9160938834961225, 6: 3.276597282593217, 7: 3.6010497188221655, 8: 3.884938678807525}
+OPTIMAL = {
+  1: 0.7978845587140913,
+  1.585: 1.2240089519030855,
+  2: 1.4935346200015913,
+  3: 2.051068354131873,
+  4: 2.513930578568423,
+  5: 2.9160938834961225,
+  6: 3.276597282593217,
+  7: 3.6010497188221655,
+  8: 3.884938678807525,
+}
 BITS = list(OPTIMAL)
 
 
 def hadamard_blocks(width, block):
-  """Block-diagonal [width, width], entry by entry: (-1)^(number of ones that i and j share) / sqrt(block)."""
+  """Block-diagonal [width, width], entry by entry: (-1)^(number of ones that i and j share) /
+  sqrt(block)."""
   h = np.zeros((width, width))
   for i in range(width):
     for j in range(i // block * block, (i // block + 1) * block):
@@ -45,7 +57,9 @@ def layer(x, w, g, quantize, block=None):
 def float_levels(name):
   """All finite numbers of a format, by reading every bit pattern."""
   bits = 4 if name == "float4_e2m1fn" else 8
-  every = np.arange(2**bits, dtype=np.uint8).view(np.dtype(getattr(ml_dtypes, name))).astype(np.float64)
+  every = (
+    np.arange(2**bits, dtype=np.uint8).view(np.dtype(getattr(ml_dtypes, name))).astype(np.float64)
+  )
   return np.unique(every[np.isfinite(every)])
 
 

@@ -1,4 +1,6 @@
-"""What the log is told of quantization: against its definitions, and the same however the model is run."""
+"""What the log is told of quantization: against its definitions, and the same however the model is
+run."""
+
 import dataclasses
 
 import jax
@@ -10,15 +12,42 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize, metrics, quantize
+from beyond_outliers.quant import (
+  RECIPES,
+  LayerRecipe,
+  QuantSpec,
+  Recipe,
+  dot_general_for,
+  fake_quantize,
+  metrics,
+  quantize,
+)
 from beyond_outliers.quant.rotations import rotate, unrotate
 from beyond_outliers.train import step
 
 # Heads are as wide as a rotation's block: see test_model.py.
 MODEL = config.Model(
-  vocab=64, blocks=2, heads=2, kv_heads=2, d_head=128, d_model=256, mlp_hidden=256, mlp="relu2", norm_placement="post",
-  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
-  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+  vocab=64,
+  blocks=2,
+  heads=2,
+  kv_heads=2,
+  d_head=128,
+  d_model=256,
+  mlp_hidden=256,
+  mlp="relu2",
+  norm_placement="post",
+  norm_eps=1e-6,
+  qk_norm="l2",
+  attention_scale="learned",
+  rope_layout="interleaved",
+  rope_base=1024.0,
+  tied=True,
+  init_std=0.2,
+  dtype="float32",
+  attention="plain",
+  unroll=1,
+  remat="none",
+)
 DRAW = np.random.default_rng(0)
 TOKENS = DRAW.integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
 BATCH = {"tokens": TOKENS}
@@ -31,6 +60,7 @@ def params_of(model, seed=1):
   def number(path, leaf):
     mean = 0 if leaf.ndim == 3 else -2 if path[-1].key == "log_scale" else 0.5
     return jnp.asarray(draw.normal(mean, 0.1, leaf.shape), leaf.dtype)
+
   return jax.tree_util.tree_map_with_path(number, transformer.shapes(model))
 
 
@@ -48,7 +78,8 @@ def sqnr(x, became):
 
 @pytest.mark.parametrize("operand,axis", [("weights", 0), ("activations", 1)])
 def test_four_bits_of_quest_on_normal_numbers(operand, axis):
-  """arXiv 2502.05003: half a step beyond the largest level lies 0.73 % of a normal distribution, and 0.0115 of it is error."""
+  """arXiv 2502.05003: half a step beyond the largest level lies 0.73 % of a normal distribution,
+  and 0.0115 of it is error."""
   x = np.random.default_rng(3).standard_normal((512, 512), np.float32)
   sums, _ = jax.jit(lambda x: metrics.measure(x, getattr(QUEST, operand), axis))(x)
   assert float(sums.masked / sums.count) == pytest.approx(0.0073, abs=3e-4)
@@ -58,8 +89,13 @@ def test_four_bits_of_quest_on_normal_numbers(operand, axis):
 
 
 SPECS = {
-  "quest": QUEST.weights, "rtn": RTN.weights, "lsq": RECIPES["lsq_w4a4"].weights, "fp8": RECIPES["fp8"].weights,
-  "mxfp4": RECIPES["mxfp4"].weights, "nvfp4": RECIPES["nvfp4"].weights, "quest 1 bit": RECIPES["quest_w1a1"].weights,
+  "quest": QUEST.weights,
+  "rtn": RTN.weights,
+  "lsq": RECIPES["lsq_w4a4"].weights,
+  "fp8": RECIPES["fp8"].weights,
+  "mxfp4": RECIPES["mxfp4"].weights,
+  "nvfp4": RECIPES["nvfp4"].weights,
+  "quest 1 bit": RECIPES["quest_w1a1"].weights,
   "lsq unsigned": RECIPES["lsq_w4a4_unsigned"].activations,
   "clip": QuantSpec(3, scale="percentile_99", estimator="clip", rotation="randomized_hadamard"),
 }
@@ -79,12 +115,17 @@ def test_sums_are_those_of_fake_quantization(name):
     # A gradient of ones in the basis that is quantized.
     passed = rotate(back(unrotate(jnp.ones_like(x), spec.rotation, 0))[0], spec.rotation, 0)
     return sums, codes, became, passed, quantize(x, spec, 0, scale=scale)
+
   sums, codes, became, passed, q = compute(x)
   np.testing.assert_allclose(10 * np.log10(sums.signal / sums.error), sqnr(x, became), atol=1e-3)
   assert float(sums.masked) == np.sum(np.abs(passed) < 0.5)
   np.testing.assert_array_equal(codes.astype(np.float32), q.codes.astype(np.float32))
-  v = np.float64(rotate(jnp.asarray(x), spec.rotation, 0)) / np.repeat(q.scale, 64 // q.scale.shape[0], 0)
-  assert float(sums.clipped) == np.sum((v > spec.levels.largest * (1 + 1e-6)) | (v < spec.levels.lowest * (1 + 1e-6)))
+  v = np.float64(rotate(jnp.asarray(x), spec.rotation, 0)) / np.repeat(
+    q.scale, 64 // q.scale.shape[0], 0
+  )
+  assert float(sums.clipped) == np.sum(
+    (v > spec.levels.largest * (1 + 1e-6)) | (v < spec.levels.lowest * (1 + 1e-6))
+  )
   assert float(sums.count) == x.size
 
 
@@ -95,7 +136,8 @@ def test_the_largest_number_under_absmax_is_not_clipped():
 
 
 def test_what_crosses_a_boundary():
-  """Scales follow the weights: all of them doubled are the same codes, all of them negated are none."""
+  """Scales follow the weights: all of them doubled are the same codes, all of them negated are
+  none."""
   c, recipe = dataclasses.replace(MODEL, blocks=1), RECIPES["quest_w4a4"]
   params = params_of(transformer.Transformer(c))
   linears = lambda tree: transformer.linears(c, tree)
@@ -106,30 +148,48 @@ def test_what_crosses_a_boundary():
 
 
 def test_every_depth_is_measured_under_its_own_rule():
-  """Weights of both, by the quantizer itself; activations of the first, whose input is the embedding."""
+  """Weights of both, by the quantizer itself; activations of the first, whose input is the
+  embedding."""
   head = LayerRecipe(QuantSpec(4), QuantSpec(4, granularity="token"))
-  recipe = Recipe((("layers/0/.*", QUEST), ("head", head), ("layers/1/attention/.*", None), (".*", RTN)))
+  recipe = Recipe(
+    (("layers/0/.*", QUEST), ("head", head), ("layers/1/attention/.*", None), (".*", RTN))
+  )
   model = transformer.Transformer(MODEL, dot_general_for(recipe))
   params, before = params_of(model), params_of(model, seed=2)
   found = measured(recipe, params, before, backend="aqt")
 
   def of_step(specs, kernels, old):
     """(sqnr, share of codes that changed) of kernels one below the other."""
-    became = np.stack([fake_quantize(kernel, spec, 0) for kernel, spec in zip(kernels, specs, strict=True)])
-    codes = [[np.float32(quantize(kernel, spec, 0).codes) for kernel, spec in zip(tree, specs, strict=True)]
-             for tree in (kernels, old)]
+    became = np.stack(
+      [fake_quantize(kernel, spec, 0) for kernel, spec in zip(kernels, specs, strict=True)]
+    )
+    codes = [
+      [
+        np.float32(quantize(kernel, spec, 0).codes)
+        for kernel, spec in zip(tree, specs, strict=True)
+      ]
+      for tree in (kernels, old)
+    ]
     return sqnr(kernels, became), np.mean(np.not_equal(*codes))
 
   def assert_found(kind, expected):
-    np.testing.assert_allclose([found[f"quant/weights/{value}/{kind}"] for value in ("sqnr", "crossed")], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+      [found[f"quant/weights/{value}/{kind}"] for value in ("sqnr", "crossed")], expected, rtol=1e-4
+    )
 
   up, old_up = (tree["layers"]["mlp"]["up"]["kernel"] for tree in (params, before))
   assert_found("mlp/up", of_step((QUEST.weights, RTN.weights), up, old_up))
   q, old_q = (tree["layers"]["attention"]["q"]["kernel"][:1] for tree in (params, before))
   assert_found("attention/q", of_step((QUEST.weights,), q, old_q))
-  assert_found("head", of_step((head.weights,), params["embedding"].T[None], before["embedding"].T[None]))
+  assert_found(
+    "head", of_step((head.weights,), params["embedding"].T[None], before["embedding"].T[None])
+  )
   x = np.asarray(params["embedding"])[TOKENS].reshape(-1, MODEL.d_model)
-  np.testing.assert_allclose(found["quant/activations/sqnr/attention/q"], sqnr(x, fake_quantize(x, QUEST.activations)), rtol=1e-4)
+  np.testing.assert_allclose(
+    found["quant/activations/sqnr/attention/q"],
+    sqnr(x, fake_quantize(x, QUEST.activations)),
+    rtol=1e-4,
+  )
   assert 10 < found["quant/activations/sqnr/head"] < 25
 
 
@@ -142,7 +202,9 @@ def test_only_operands_that_are_quantized_have_rows():
 def test_scales_that_only_some_depths_learn():
   """What fills the places of the others is in nobody's way."""
   recipe = Recipe((("layers/1/mlp/.*", RECIPES["lsq_w4a4"].default), (".*", None)))
-  params = jax.jit(lambda: transformer.init(transformer.Transformer(MODEL, dot_general_for(recipe)), 0))()
+  params = jax.jit(
+    lambda: transformer.init(transformer.Transformer(MODEL, dot_general_for(recipe)), 0)
+  )()
   assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params))
   found = measured(recipe, params)
   assert len(found) == 2 * 7 + 1 and all(map(np.isfinite, found.values()))
@@ -152,10 +214,15 @@ FAMILIES = ["quest_w4a4", "lsq_w4a4"]
 SLOW = ["rtn_w8a8", "fp8", "mxfp4", "nvfp4", "quest_w1.58a1.58", "int8_gradients"]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+  "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_scanned_unrolled_and_sharded_are_one(name):
   """In float64, as in test_model.py. And no device ever holds another's weights."""
-  recipe, wide = Recipe(((".*", RECIPES[name].default),)), dataclasses.replace(MODEL, dtype="float64")
+  recipe, wide = (
+    Recipe(((".*", RECIPES[name].default),)),
+    dataclasses.replace(MODEL, dtype="float64"),
+  )
   model = transformer.Transformer(wide, dot_general_for(recipe, "jax"))
   mesh = mesh_lib.make_mesh(config.Mesh(2, 2, 2))
   shardings = mesh_lib.shardings(transformer.boxed_shapes(model), mesh)
@@ -165,19 +232,28 @@ def test_scanned_unrolled_and_sharded_are_one(name):
     expected = measured(recipe, params, before, wide)
     unrolled = measured(recipe, params, before, dataclasses.replace(wide, unroll=0, remat="full"))
     with mesh_lib.use(mesh):
-      of_all = jax.jit(step.make_quant_statistics(model, recipe, False), in_shardings=(shardings, shardings, None))
+      of_all = jax.jit(
+        step.make_quant_statistics(model, recipe, False), in_shardings=(shardings, shardings, None)
+      )
       sharded = {key: float(value) for key, value in of_all(params, before, BATCH).items()}
   kinds = [*transformer.linear_paths(MODEL), "head"]
-  assert set(expected) == {f"quant/{operand}/{value}/{kind}" for operand in ("weights", "activations") for kind in kinds
-                           for value in ("sqnr", "masked", "clipped")} | {
-    f"quant/weights/crossed/{kind}" for kind in kinds} | {"quant/weights/crossed"}
+  assert set(expected) == {
+    f"quant/{operand}/{value}/{kind}"
+    for operand in ("weights", "activations")
+    for kind in kinds
+    for value in ("sqnr", "masked", "clipped")
+  } | {f"quant/weights/crossed/{kind}" for kind in kinds} | {"quant/weights/crossed"}
   assert all(map(np.isfinite, expected.values()))
-  assert unrolled == pytest.approx(expected, rel=1e-4, abs=1e-6) and sharded == pytest.approx(expected, rel=1e-4, abs=1e-6)
+  assert unrolled == pytest.approx(expected, rel=1e-4, abs=1e-6) and sharded == pytest.approx(
+    expected, rel=1e-4, abs=1e-6
+  )
 
   linears = lambda tree: transformer.linears(MODEL, tree)
   with mesh_lib.use(mesh):
-    of_weights = jax.jit(lambda params, before: metrics.of_weights(recipe, linears(params), linears(before)),
-                         in_shardings=(shardings, shardings))
+    of_weights = jax.jit(
+      lambda params, before: metrics.of_weights(recipe, linears(params), linears(before)),
+      in_shardings=(shardings, shardings),
+    )
     program = hlo.instructions(of_weights.lower(params, before).compile().as_text())
   # Scales, one an output channel of the widest layer, are the most that devices tell each other.
   assert max(one.bytes for one in program if hlo.collective(one)) <= 4 * MODEL.mlp_hidden

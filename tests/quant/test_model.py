@@ -1,4 +1,6 @@
-"""Recipes in the model: one parameter tree, the same numbers however it is run, rules over depths, and a run that trains."""
+"""Recipes in the model: one parameter tree, the same numbers however it is run, rules over depths,
+and a run that trains."""
+
 import dataclasses
 import json
 
@@ -11,20 +13,50 @@ import pytest
 from beyond_outliers import config, train
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import loss, transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, fake_quantize
+from beyond_outliers.quant import (
+  RECIPES,
+  LayerRecipe,
+  QuantSpec,
+  Recipe,
+  dot_general_for,
+  fake_quantize,
+)
 from beyond_outliers.train import program as program_lib
 from configs import adamw, shampoo_qat
 
-# Heads are as wide as a rotation's block. In a block of two heads that share a key-value head, those of the first token, which
-# attends to itself alone, are equal: half of the block rotates to zero, and on which side of it is a matter of float rounding.
+# Heads are as wide as a rotation's block. In a block of two heads that share a key-value head,
+# those of the first token, which attends to itself alone, are equal: half of the block rotates to
+# zero, and on which side of it is a matter of float rounding.
 MODEL = config.Model(
-  vocab=64, blocks=2, heads=4, kv_heads=2, d_head=128, d_model=128, mlp_hidden=256, mlp="relu2", norm_placement="post",
-  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
-  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+  vocab=64,
+  blocks=2,
+  heads=4,
+  kv_heads=2,
+  d_head=128,
+  d_model=128,
+  mlp_hidden=256,
+  mlp="relu2",
+  norm_placement="post",
+  norm_eps=1e-6,
+  qk_norm="l2",
+  attention_scale="learned",
+  rope_layout="interleaved",
+  rope_base=1024.0,
+  tied=True,
+  init_std=0.2,
+  dtype="float32",
+  attention="plain",
+  unroll=1,
+  remat="none",
+)
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
 # One of each family in the fast tests.
 FAMILIES = ("rtn_w8a8", "quest_w4a4", "lsq_w4a4", "fp8", "nvfp4")
-EVERY = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name != "none"]
+EVERY = [
+  name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow)
+  for name in RECIPES
+  if name != "none"
+]
 
 
 def quantized(recipe, c=MODEL, backend="aqt"):
@@ -38,6 +70,7 @@ def fresh(model):
   def number(path, leaf):
     mean = 0 if leaf.ndim == 3 else -2 if path[-1].key == "log_scale" else 0.5
     return jnp.asarray(draw.normal(mean, 0.1, leaf.shape), leaf.dtype)
+
   return jax.tree_util.tree_map_with_path(number, transformer.shapes(model))
 
 
@@ -47,26 +80,39 @@ def logits(model, params, tokens=TOKENS, **rngs):
 
 def loss_and_grads(model, params, key=None, tokens=TOKENS):
   def loss_fn(params):
-    scores = model.apply({"params": params}, tokens[:, :-1], rngs=None if key is None else {"rounding": key})
-    return loss.cross_entropy(scores.reshape(-1, scores.shape[-1]), tokens[:, 1:].reshape(-1)).mean()
+    scores = model.apply(
+      {"params": params}, tokens[:, :-1], rngs=None if key is None else {"rounding": key}
+    )
+    return loss.cross_entropy(
+      scores.reshape(-1, scores.shape[-1]), tokens[:, 1:].reshape(-1)
+    ).mean()
+
   return jax.jit(jax.value_and_grad(loss_fn))(params)
 
 
 def assert_trees_near(actual, expected, tolerance=1e-5):
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(
+      a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=jax.tree_util.keystr(path)
+    )
 
 
 def paths(tree):
-  return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
-          for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_parameters_are_those_of_full_precision(name):
   plain = paths(transformer.shapes(transformer.Transformer(MODEL)))
   ours = paths(transformer.shapes(quantized(name)))
-  scales = {path: leaf for path, leaf in ours.items() if path.endswith("/log_scale") and path not in plain}
+  scales = {
+    path: leaf for path, leaf in ours.items() if path.endswith("/log_scale") and path not in plain
+  }
   assert {path: leaf for path, leaf in ours.items() if path not in scales} == plain
   learned = len(transformer.linear_paths(MODEL)) if name.startswith("lsq") else 0
   assert [leaf.shape for leaf in scales.values()] == [(2, 2)] * learned
@@ -74,14 +120,19 @@ def test_the_parameters_are_those_of_full_precision(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_scanned_unrolled_rematerialised_and_sharded_are_one(name):
-  """In float64: a float32 sum in another order rounds a few codes of a model's million otherwise, and one is seen everywhere."""
-  model, unrolled, rematerialised = (quantized(name, dataclasses.replace(MODEL, dtype="float64", **change), "jax")
-                                     for change in ({}, {"unroll": 0}, {"remat": "full"}))
+  """In float64: a float32 sum in another order rounds a few codes of a model's million otherwise,
+  and one is seen everywhere."""
+  model, unrolled, rematerialised = (
+    quantized(name, dataclasses.replace(MODEL, dtype="float64", **change), "jax")
+    for change in ({}, {"unroll": 0}, {"remat": "full"})
+  )
   mesh = mesh_lib.make_mesh(config.Mesh(2, 2, 2))
   params, shardings = fresh(model), mesh_lib.shardings(transformer.boxed_shapes(model), mesh)
   with jax.enable_x64(True):
     expected = loss_and_grads(model, params)
-    assert np.isfinite(expected[0]) and all(np.any(leaf != 0) for leaf in jax.tree.leaves(expected[1]))
+    assert np.isfinite(expected[0]) and all(
+      np.any(leaf != 0) for leaf in jax.tree.leaves(expected[1])
+    )
     assert_trees_near(loss_and_grads(unrolled, params), expected)
     with mesh_lib.use(mesh):
       assert_trees_near(loss_and_grads(rematerialised, jax.device_put(params, shardings)), expected)
@@ -101,12 +152,20 @@ def test_the_past_does_not_see_the_future_nor_a_window_the_others(name):
 def test_rules_that_treat_depths_differently_run_over_the_same_parameters():
   """The first block's weights rounded to four bits: by a rule, and beforehand."""
   w4 = LayerRecipe(QuantSpec(4))
-  plain, ruled = transformer.Transformer(MODEL), quantized(Recipe((("layers/0/.*", w4), (".*", None))))
+  plain, ruled = (
+    transformer.Transformer(MODEL),
+    quantized(Recipe((("layers/0/.*", w4), (".*", None)))),
+  )
   params = fresh(plain)
   assert paths(transformer.shapes(ruled)) == paths(transformer.shapes(plain))
 
   def rounded(path, leaf):
-    return leaf.at[0].set(fake_quantize(leaf[0], w4.weights, axis=0)) if path[-1].key == "kernel" else leaf
+    return (
+      leaf.at[0].set(fake_quantize(leaf[0], w4.weights, axis=0))
+      if path[-1].key == "kernel"
+      else leaf
+    )
+
   expected = logits(plain, jax.tree_util.tree_map_with_path(rounded, params))
   np.testing.assert_allclose(logits(ruled, params), expected, atol=1e-5)
   assert np.abs(expected - logits(plain, params)).max() > 1e-2
@@ -118,7 +177,10 @@ def test_the_head_is_a_rule_like_any_other(tied, backend):
   """Weights and inputs rounded to four bits a row, also where the weights are the embedding."""
   c = dataclasses.replace(MODEL, tied=tied, blocks=1)
   w4a4 = LayerRecipe(QuantSpec(4), QuantSpec(4, granularity="token"))
-  plain, ruled = transformer.Transformer(c), quantized(Recipe((("head", w4a4), (".*", None))), c, backend)
+  plain, ruled = (
+    transformer.Transformer(c),
+    quantized(Recipe((("head", w4a4), (".*", None))), c, backend),
+  )
   params = fresh(plain)
   hidden = jax.jit(lambda params: plain.apply({"params": params}, TOKENS, method="hidden"))(params)
   weights = params["embedding"].T if tied else params["head"]["kernel"]
@@ -130,7 +192,10 @@ def test_the_head_is_a_rule_like_any_other(tied, backend):
 def test_both_backends_are_one_in_the_model():
   remat = dataclasses.replace(MODEL, remat="full")
   params = fresh(quantized("quest_w4a4"))
-  ours, aqts = (loss_and_grads(quantized("quest_w4a4", c, backend), params) for c, backend in ((MODEL, "jax"), (remat, "aqt")))
+  ours, aqts = (
+    loss_and_grads(quantized("quest_w4a4", c, backend), params)
+    for c, backend in ((MODEL, "jax"), (remat, "aqt"))
+  )
   assert_trees_near(ours, aqts)
 
 
@@ -138,20 +203,31 @@ def test_both_backends_are_one_in_the_model():
 def test_stochastic_gradients_are_drawn_by_the_key(backend):
   model = quantized("int8_gradients", backend=backend)
   params, keys = fresh(model), jax.random.split(jax.random.key(0))
-  grads = [loss_and_grads(model, params, key)[1]["layers"]["mlp"]["up"]["kernel"] for key in (keys[0], keys[0], keys[1])]
+  grads = [
+    loss_and_grads(model, params, key)[1]["layers"]["mlp"]["up"]["kernel"]
+    for key in (keys[0], keys[0], keys[1])
+  ]
   np.testing.assert_array_equal(grads[0], grads[1])
   assert (np.asarray(grads[0]) != grads[2]).any(axis=(1, 2)).all()
 
 
 def test_layers_draw_different_numbers():
   """Blocks that compute the same of the same: what differs was drawn."""
+
   class Twice(nn.Module):
     @nn.compact
     def __call__(self, x):
-      dot_general = dot_general_for(Recipe(((".*", LayerRecipe(QuantSpec(4, rounding="stochastic"))),)), "jax")("up")
+      dot_general = dot_general_for(
+        Recipe(((".*", LayerRecipe(QuantSpec(4, rounding="stochastic"))),)), "jax"
+      )("up")
       return x, dot_general()(x, x.T, (((1,), (0,)), ((), ())))
 
-  scan = nn.scan(Twice, variable_axes={"params": 0}, length=2, split_rngs=dict.fromkeys(("params", *transformer.STREAMS), True))
+  scan = nn.scan(
+    Twice,
+    variable_axes={"params": 0},
+    length=2,
+    split_rngs=dict.fromkeys(("params", *transformer.STREAMS), True),
+  )
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
   drawn = scan().apply({}, x, rngs={"rounding": jax.random.key(0)})[1]
   assert np.any(drawn[0] != drawn[1])
@@ -161,9 +237,13 @@ def test_layers_draw_different_numbers():
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
-  """(workdir in full precision, workdir of four bits that began with its parameters), ten steps each."""
+  """(workdir in full precision, workdir of four bits that began with its parameters), ten steps
+  each."""
   root = tmp_path_factory.mktemp("runs")
-  for name, more in (("plain", {}), ("quest", {"quant.recipe": "quest_w4a4", "warm_start": root / "plain"})):
+  for name, more in (
+    ("plain", {}),
+    ("quest", {"quant.recipe": "quest_w4a4", "warm_start": root / "plain"}),
+  ):
     c = config.resolve(adamw.get_config(tiny(**more)))
     assert train.run(c, root / name, say=lambda text: None, devices=jax.devices()[:1]) == "done"
   return root / "plain", root / "quest"
@@ -171,13 +251,17 @@ def trained(tiny, tmp_path_factory):
 
 def losses(workdir):
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [row["train/loss"] for row in rows if "train/loss" in row], [row["eval/loss"] for row in rows if "eval/loss" in row]
+  return [row["train/loss"] for row in rows if "train/loss" in row], [
+    row["eval/loss"] for row in rows if "eval/loss" in row
+  ]
 
 
 def test_a_run_goes_on_in_four_bits_from_full_precision(trained):
   (plain, plain_eval), (quest, quest_eval) = map(losses, trained)
   assert plain[-1] < plain[0] - 1
-  assert plain[0] - 1 > quest[0] and quest[-1] < quest[0]             # it begins where the other ended, and learns on
+  assert (
+    plain[0] - 1 > quest[0] and quest[-1] < quest[0]
+  )  # it begins where the other ended, and learns on
   assert quest_eval[-1] < plain_eval[-1]
 
 
@@ -186,34 +270,57 @@ def test_evaluation_is_of_the_quantized_model(trained, tiny):
   c = config.resolve(adamw.get_config(tiny(**{"quant.recipe": "quest_w4a4"})))
   program = program_lib.build(c, jax.devices()[:1])
   params = fresh(program.model)
-  batch = {name: jnp.ones((8, 32), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+  batch = {
+    name: jnp.ones((8, 32), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")
+  }
   batch["weights"] = jnp.ones((8, 32))
   with mesh_lib.use(program.mesh):
     nll = program.eval_step(params, batch)[0]
-  ours, plain = (loss.cross_entropy(logits(model, params, batch["tokens"]).reshape(-1, 264), batch["targets"].reshape(-1))
-                 for model in (program.model, transformer.Transformer(c.model)))
+  ours, plain = (
+    loss.cross_entropy(
+      logits(model, params, batch["tokens"]).reshape(-1, 264), batch["targets"].reshape(-1)
+    )
+    for model in (program.model, transformer.Transformer(c.model))
+  )
   np.testing.assert_allclose(nll.reshape(-1), ours, rtol=1e-5)
   assert np.abs(ours - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("overrides,message", [
-  ("quant.recipe=quest_w4a5", "quant.recipe = 'quest_w4a5': unknown recipe; did you mean 'quest_w4a4'"),
-  ("quant.rules.head.recipe=rtn", "quant.rules.head.recipe = 'rtn': unknown recipe"),
-  ("quant.rules.first.paths=.*", "quant.rules.first.recipe = '': unknown recipe"),
-  ("quant.rules.first.recipe=none", "quant.rules = '': no linear layer is left for this rule"),
-  ("quant.rules.head.paths=heads", "quant.rules = 'heads': no linear layer is left for this rule"),
-  ("quant.backend=torch", "quant.backend = 'torch': expected one of 'aqt', 'jax'"),
-  ("quant.recipe=mxfp4,model.d_head=10", "layers/0/attention/q: granularity = 'mx': blocks of 32 do not divide a width of 30"),
-  ("quant.receipe=none", "quant.receipe: unknown key; did you mean 'recipe'"),
-])
+@pytest.mark.parametrize(
+  "overrides,message",
+  [
+    (
+      "quant.recipe=quest_w4a5",
+      "quant.recipe = 'quest_w4a5': unknown recipe; did you mean 'quest_w4a4'",
+    ),
+    ("quant.rules.head.recipe=rtn", "quant.rules.head.recipe = 'rtn': unknown recipe"),
+    ("quant.rules.first.paths=.*", "quant.rules.first.recipe = '': unknown recipe"),
+    ("quant.rules.first.recipe=none", "quant.rules = '': no linear layer is left for this rule"),
+    (
+      "quant.rules.head.paths=heads",
+      "quant.rules = 'heads': no linear layer is left for this rule",
+    ),
+    ("quant.backend=torch", "quant.backend = 'torch': expected one of 'aqt', 'jax'"),
+    (
+      "quant.recipe=mxfp4,model.d_head=10",
+      "layers/0/attention/q: granularity = 'mx': blocks of 32 do not divide a width of 30",
+    ),
+    ("quant.receipe=none", "quant.receipe: unknown key; did you mean 'recipe'"),
+  ],
+)
 def test_what_a_run_refuses(overrides, message):
   with pytest.raises(config.ConfigError, match=message):
-    program_lib.build(config.resolve(shampoo_qat.get_config("nano," + overrides)), jax.devices()[:1])
+    program_lib.build(
+      config.resolve(shampoo_qat.get_config("nano," + overrides)), jax.devices()[:1]
+    )
 
 
 def test_a_mesh_that_would_cut_blocks_is_refused(tiny):
   c = config.resolve(adamw.get_config(tiny(**{"quant.recipe": "quest_w4a4", "mesh.model": 2})))
-  with pytest.raises(config.ConfigError, match=r"mesh.model = 2: layers/0/attention/o sums over 48 numbers, 24 on each"):
+  with pytest.raises(
+    config.ConfigError,
+    match=r"mesh.model = 2: layers/0/attention/o sums over 48 numbers, 24 on each",
+  ):
     program_lib.build(c)
 
 

@@ -1,4 +1,6 @@
-"""Quantization after training: its methods against numpy, what they leave as it was, and the contract that their result obeys."""
+"""Quantization after training: its methods against numpy, what they leave as it was, and the
+contract that their result obeys."""
+
 import dataclasses
 
 import jax
@@ -18,9 +20,27 @@ from beyond_outliers.quant.recipes import RECIPES, Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 MODEL = config.Model(
-  vocab=64, blocks=3, heads=2, kv_heads=1, d_head=32, d_model=64, mlp_hidden=128, mlp="relu2", norm_placement="post",
-  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
-  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+  vocab=64,
+  blocks=3,
+  heads=2,
+  kv_heads=1,
+  d_head=32,
+  d_model=64,
+  mlp_hidden=128,
+  mlp="relu2",
+  norm_placement="post",
+  norm_eps=1e-6,
+  qk_norm="l2",
+  attention_scale="learned",
+  rope_layout="interleaved",
+  rope_base=1024.0,
+  tied=True,
+  init_std=0.2,
+  dtype="float32",
+  attention="plain",
+  unroll=1,
+  remat="none",
+)
 DRAW = np.random.default_rng(0)
 TOKENS = DRAW.integers(0, MODEL.vocab, (3, 24)).astype(np.int32)
 BATCHES = [{"tokens": DRAW.integers(0, MODEL.vocab, (2, 24)).astype(np.int32)} for _ in range(3)]
@@ -30,8 +50,10 @@ W4A16, W4A4 = RECIPES["rtn_w4a16"], RECIPES["rtn_w4a4"]
 def plain(**change):
   model = transformer.Transformer(dataclasses.replace(MODEL, **change))
   draw = np.random.default_rng(1)
-  return model, jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
-                             transformer.shapes(model))
+  return model, jax.tree.map(
+    lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
+    transformer.shapes(model),
+  )
 
 
 def logits(model, params, tokens=TOKENS):
@@ -45,7 +67,8 @@ def correlated(tokens, width):
 
 
 def reference_gptq(w_KxO, gram_KxK, scale_KxO, order, damping):
-  """Algorithm 1 of arXiv 2210.17323 as it is written, a row at a time, in float64, on the grid -7 ... 7."""
+  """Algorithm 1 of arXiv 2210.17323 as it is written, a row at a time, in float64, on the grid -7
+  ... 7."""
   w, gram, scale = (np.asarray(x, np.float64)[order] for x in (w_KxO, gram_KxK, scale_KxO))
   gram = gram[:, order] + damping * np.mean(np.diag(gram_KxK)) * np.eye(len(w))
   inverse = np.linalg.inv(gram)
@@ -54,7 +77,7 @@ def reference_gptq(w_KxO, gram_KxK, scale_KxO, order, damping):
     codes[row] = np.clip(np.round(w[row] / scale[row]), -7, 7)
     error = (w[row] - codes[row] * scale[row]) / inverse[row, row]
     w -= np.outer(inverse[:, row], error)
-    inverse -= np.outer(inverse[:, row], inverse[row]) / inverse[row, row]        # one unknown less
+    inverse -= np.outer(inverse[:, row], inverse[row]) / inverse[row, row]  # one unknown less
     inverse[row, row] = 1.0
   result = np.empty_like(codes)
   result[order] = codes
@@ -62,9 +85,11 @@ def reference_gptq(w_KxO, gram_KxK, scale_KxO, order, damping):
 
 
 @pytest.mark.parametrize("name,damping", [("gptq", 0.01), ("gptq", 0.3), ("gptq_in_order", 0.01)])
-@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(4, granularity="group", group=16)], ids=["channel", "group"])
+@pytest.mark.parametrize(
+  "spec", [QuantSpec(4), QuantSpec(4, granularity="group", group=16)], ids=["channel", "group"]
+)
 def test_gptq_is_the_papers_algorithm(name, damping, spec):
-  K, outputs = 160, 24                                   # more rows than a block of 128, and no multiple of it
+  K, outputs = 160, 24  # more rows than a block of 128, and no multiple of it
   x, w = correlated(500, K), DRAW.normal(size=(K, outputs)).astype(np.float32)
   gram = x.T @ x / len(x)
   with jax.enable_x64(True):
@@ -82,7 +107,10 @@ def test_gptq_moves_the_output_less_than_rounding_to_nearest():
   scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
 
   def error(name):
-    return np.linalg.norm(x @ (np.asarray(gptq.ROUNDERS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w))
+    return np.linalg.norm(
+      x @ (np.asarray(gptq.ROUNDERS[name](jnp.asarray(w), scale, spec, gram).codes) * scale - w)
+    )
+
   assert error("gptq") < 0.9 * error("nearest") and error("gptq_in_order") < 0.9 * error("nearest")
 
 
@@ -94,74 +122,124 @@ def test_inputs_that_are_always_zero_leave_their_rows_rounded_alone():
   codes = np.asarray(gptq.gptq(jnp.asarray(w), scale, spec, gram).codes)
   alone = np.asarray(gptq.nearest(jnp.asarray(w), scale, spec, None).codes)
   np.testing.assert_array_equal(codes[5], alone[5])
-  np.testing.assert_array_equal(gptq.gptq(jnp.asarray(w), scale, spec, jnp.zeros_like(gram)).codes, alone)
+  np.testing.assert_array_equal(
+    gptq.gptq(jnp.asarray(w), scale, spec, jnp.zeros_like(gram)).codes, alone
+  )
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.75])
 def test_smoothquant_is_the_papers_equation(alpha):
   x, w = correlated(200, 32), DRAW.normal(size=(32, 8)).astype(np.float32)
-  s = np.abs(x).max(0) ** alpha / np.abs(w).max(1) ** (1 - alpha)           # X / s, W · s
+  s = np.abs(x).max(0) ** alpha / np.abs(w).max(1) ** (1 - alpha)  # X / s, W · s
   inputs = Inputs(np.abs(x).max(0), np.abs(x).mean(0), x.T @ x / len(x))
-  np.testing.assert_allclose(smoothing.smoothquant(jnp.asarray(w), inputs, W4A4.default, alpha), 1 / s, rtol=1e-5)
+  np.testing.assert_allclose(
+    smoothing.smoothquant(jnp.asarray(w), inputs, W4A4.default, alpha), 1 / s, rtol=1e-5
+  )
 
 
 def test_awq_takes_the_exponent_of_least_output_error():
   x, w = correlated(200, 32), DRAW.normal(size=(32, 8)).astype(np.float32)
-  inputs, layer = Inputs(np.abs(x).max(0), np.abs(x).mean(0), jnp.asarray(x.T @ x / len(x))), W4A16.default
+  inputs, layer = (
+    Inputs(np.abs(x).max(0), np.abs(x).mean(0), jnp.asarray(x.T @ x / len(x))),
+    W4A16.default,
+  )
   errors = {}
   for alpha in np.arange(20) / 20:
     s = np.abs(x).mean(0) ** alpha
     s = s / np.sqrt(s.max() * s.min())
     scale = np.abs(w * s[:, None]).max(0) / 7
-    errors[alpha] = np.mean(np.sum((x @ (np.round(w * s[:, None] / scale) * scale / s[:, None] - w)) ** 2, 1)), 1 / s
+    errors[alpha] = (
+      np.mean(np.sum((x @ (np.round(w * s[:, None] / scale) * scale / s[:, None] - w)) ** 2, 1)),
+      1 / s,
+    )
   best = min(errors, key=errors.get)
   assert best > 0 and errors[best][0] < errors[0][0]
   smooth = smoothing.awq(jnp.asarray(w), inputs, layer)
   np.testing.assert_allclose(smooth, errors[best][1], rtol=1e-4)
-  np.testing.assert_allclose(smoothing.output_error(jnp.asarray(w), smooth, inputs, layer), errors[best][0], rtol=1e-3)
+  np.testing.assert_allclose(
+    smoothing.output_error(jnp.asarray(w), smooth, inputs, layer), errors[best][0], rtol=1e-3
+  )
 
 
 @pytest.mark.parametrize("name", ["none", "hadamard", "smooth", "both"])
 def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
-  """Rotation and smoothing of both operands, with nothing rounded: codes are the numbers themselves."""
+  """Rotation and smoothing of both operands, with nothing rounded: codes are the numbers
+  themselves."""
   x, w = correlated(20, 64), DRAW.normal(size=(64, 8)).astype(np.float32)
   rotation = "hadamard" if name in ("hadamard", "both") else "none"
   layer = LayerRecipe(QuantSpec(8, rotation=rotation))
-  smooth = jnp.asarray(np.exp(DRAW.normal(size=64)), jnp.float32) if name in ("smooth", "both") else None
-  weight = qmatrix.QuantizedMatrix(qmatrix.prepare(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth)
+  smooth = (
+    jnp.asarray(np.exp(DRAW.normal(size=64)), jnp.float32) if name in ("smooth", "both") else None
+  )
+  weight = qmatrix.QuantizedMatrix(
+    qmatrix.prepare(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth
+  )
   expected = x.astype(np.float64) @ w
   tolerance = 1e-5 * np.abs(expected).max()
-  np.testing.assert_allclose(qmatrix.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance)
-  np.testing.assert_allclose(x @ np.asarray(qmatrix.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance)
+  np.testing.assert_allclose(
+    qmatrix.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance
+  )
+  np.testing.assert_allclose(
+    x @ np.asarray(qmatrix.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance
+  )
   # The Gram matrix follows the inputs into the basis of the matrix.
-  rotated = np.asarray(rotations.rotate(jnp.asarray(x if smooth is None else x * smooth), rotation, 1), np.float64)
+  rotated = np.asarray(
+    rotations.rotate(jnp.asarray(x if smooth is None else x * smooth), rotation, 1), np.float64
+  )
   gram = rotated.T @ rotated
-  np.testing.assert_allclose(qmatrix.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max())
+  np.testing.assert_allclose(
+    qmatrix.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max()
+  )
 
 
-@pytest.mark.parametrize("change", [{}, {"norm_placement": "pre"}, {"norm_placement": "pre", "tied": False, "mlp": "swiglu"},
-                                    {"heads": 3, "d_head": 24, "d_model": 72, "norm_placement": "pre"}], ids=str)
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    {"norm_placement": "pre"},
+    {"norm_placement": "pre", "tied": False, "mlp": "swiglu"},
+    {"heads": 3, "d_head": 24, "d_model": 72, "norm_placement": "pre"},
+  ],
+  ids=str,
+)
 def test_fused_rotations_leave_the_function_as_it_was(change):
   model, params = plain(**change)
   rotated_model, rotated, _ = rotation_fusion.fuse(model, params)
   exact = logits(model, params)
-  np.testing.assert_allclose(logits(rotated_model, rotated), exact, rtol=0, atol=1e-5 * float(jnp.abs(exact).max()))
-  assert not np.allclose(rotated["layers"]["attention"]["o"]["kernel"], params["layers"]["attention"]["o"]["kernel"], atol=0.1)
+  np.testing.assert_allclose(
+    logits(rotated_model, rotated), exact, rtol=0, atol=1e-5 * float(jnp.abs(exact).max())
+  )
+  assert not np.allclose(
+    rotated["layers"]["attention"]["o"]["kernel"],
+    params["layers"]["attention"]["o"]["kernel"],
+    atol=0.1,
+  )
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_fused_rotations_leave_out_those_at_run_time_that_they_replace(placement):
   model, params = plain(norm_placement=placement)
   recipe = ptq.quantize(model, params, W4A4, "quarot").recipe
-  online = {path.split("/", 2)[-1] for path in model.contractions() if (layer := recipe.layer(path)) and layer.rotation != "none"}
-  assert online == ({"mlp/down"} if placement == "pre" else {"mlp/down", "mlp/up", "attention/q", "attention/k", "attention/v"})
+  online = {
+    path.split("/", 2)[-1]
+    for path in model.contractions()
+    if (layer := recipe.layer(path)) and layer.rotation != "none"
+  }
+  assert online == (
+    {"mlp/down"}
+    if placement == "pre"
+    else {"mlp/down", "mlp/up", "attention/q", "attention/k", "attention/v"}
+  )
 
 
 def test_a_recipe_that_rotates_is_not_rotated_twice():
   """Two rotations of o's inputs by the same blocks would be none."""
   model, params = plain(heads=1, kv_heads=1, d_head=128, d_model=128, mlp_hidden=256)
   recipe = ptq.quantize(model, params, RECIPES["quest_w4a4"], "quarot").recipe
-  assert recipe.layer("layers/0/attention/o").rotation == "none" and recipe.layer("layers/0/mlp/up").rotation == "hadamard"
+  assert (
+    recipe.layer("layers/0/attention/o").rotation == "none"
+    and recipe.layer("layers/0/mlp/up").rotation == "hadamard"
+  )
 
 
 @pytest.mark.parametrize("recipe", ["rtn_w4a4", "rtn_w4a16_g128", "mxfp4", "quest_w4a4"])
@@ -172,16 +250,26 @@ def test_rounding_to_nearest_is_what_training_under_the_recipe_computes(recipe):
   np.testing.assert_array_equal(logits(q.model, q.params), logits(trained, params))
 
 
-@pytest.mark.parametrize("method", [
-  name if name in ("smoothquant", "awq", "quarot+gptq") else pytest.param(name, marks=pytest.mark.slow) for name in ptq.METHODS])
+@pytest.mark.parametrize(
+  "method",
+  [
+    name
+    if name in ("smoothquant", "awq", "quarot+gptq")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in ptq.METHODS
+  ],
+)
 def test_every_kind_of_method_approaches_the_model_as_bits_grow(method):
   model, params = plain()
   exact = logits(model, params)
 
   def error(bits):
-    recipe = Recipe((("head", None), (".*", LayerRecipe(QuantSpec(bits), QuantSpec(bits, granularity="token")))))
+    recipe = Recipe(
+      (("head", None), (".*", LayerRecipe(QuantSpec(bits), QuantSpec(bits, granularity="token"))))
+    )
     q = ptq.quantize(model, params, recipe, method, BATCHES)
     return float(jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact))
+
   assert error(8) < 0.2 * error(4) < 0.05
 
 
@@ -191,26 +279,39 @@ def test_later_blocks_of_gptq_see_quantized_inputs():
   q = ptq.quantize(model, params, W4A4, "gptq", BATCHES)
   rules = (("layers/[01]/.*|head", None), (".*", W4A4.default))
   again = ptq.quantize(model, params, Recipe(rules), "gptq", BATCHES)
-  ours, alone = q.params["layers"]["mlp"]["up"]["kernel"].codes[2], again.params["layers"]["mlp"]["up"]["kernel"].codes[2]
+  ours, alone = (
+    q.params["layers"]["mlp"]["up"]["kernel"].codes[2],
+    again.params["layers"]["mlp"]["up"]["kernel"].codes[2],
+  )
   assert np.mean(ours != alone) > 0.01
 
 
-@pytest.mark.parametrize("method,gram,runs", [("smoothquant", False, 0), ("awq", True, 0), ("gptq", True, 2)])
+@pytest.mark.parametrize(
+  "method,gram,runs", [("smoothquant", False, 0), ("awq", True, 0), ("gptq", True, 2)]
+)
 def test_every_block_runs_once_or_twice_a_batch(method, gram, runs, monkeypatch):
-  """Not once for every block behind it; and Gram matrices are only made where something reads them."""
+  """Not once for every block behind it; and Gram matrices are only made where something reads
+  them."""
   model, params = plain()
   calls = {"_run": [], "_see_block": []}
 
   def count(name, function):
-    monkeypatch.setattr(calibration, name, lambda module, *rest: calls[name].append(rest) or function(module, *rest))
+    monkeypatch.setattr(
+      calibration, name, lambda module, *rest: calls[name].append(rest) or function(module, *rest)
+    )
+
   count("_run", calibration._run)
   count("_see_block", calibration._see_block)
   ptq.quantize(model, params, W4A16, method, BATCHES)
-  assert len(calls["_see_block"]) == MODEL.blocks * len(BATCHES) and len(calls["_run"]) == runs * len(BATCHES)
+  assert len(calls["_see_block"]) == MODEL.blocks * len(BATCHES) and len(
+    calls["_run"]
+  ) == runs * len(BATCHES)
   assert {asked for asked, *_ in calls["_see_block"]} == {gram}
   stream = calibration.Stream(model, params, BATCHES)
   watched = model.clone(dot_general_for=calibration.watched).block(0)
-  seen = stream.see(calibration.Stage(watched, jax.tree.map(lambda x: x[0], params["layers"])), gram=gram, run=False)
+  seen = stream.see(
+    calibration.Stage(watched, jax.tree.map(lambda x: x[0], params["layers"])), gram=gram, run=False
+  )
   assert {inputs.gram_KxK is not None for inputs in seen.values()} == {gram}
 
 
@@ -218,22 +319,34 @@ def test_a_methods_numbers_are_part_of_its_name():
   ours = dataclasses.replace(ptq.METHODS["smoothquant+gptq"], alpha=0.75, damping=0.1)
   assert ptq.named("smoothquant(alpha=0.75)+gptq(damping=1e-1)") == ours
   model, params = plain()
-  q, nearest = (ptq.quantize(model, params, W4A16, name, BATCHES) for name in ("gptq(damping=1e12)", "rtn"))
+  q, nearest = (
+    ptq.quantize(model, params, W4A16, name, BATCHES) for name in ("gptq(damping=1e12)", "rtn")
+  )
   assert q.method == "gptq(damping=1e12)"
   for a, b in zip(jax.tree.leaves(q.params), jax.tree.leaves(nearest.params), strict=True):
-    np.testing.assert_array_equal(a, b)        # inputs that are drowned in noise tell nothing
-  smoothed = ptq.quantize(model, params, W4A16, "smoothquant(alpha=0)", BATCHES).params["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(a, b)  # inputs that are drowned in noise tell nothing
+  smoothed = ptq.quantize(model, params, W4A16, "smoothquant(alpha=0)", BATCHES).params["layers"][
+    "mlp"
+  ]["up"]["kernel"]
   largest = jnp.max(jnp.abs(params["layers"]["mlp"]["up"]["kernel"]), axis=2)
   np.testing.assert_allclose(smoothed.smooth, largest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name,message", [
-  ("gptw(damping=1)", "did you mean 'gptq'"), ("gptq(alpha=0.5)", r"gptq takes \(damping=NUMBER\) once, not 'alpha'"),
-  ("rtn(damping=1)", "rtn takes no numbers"), ("gptq(damping=1)(damping=2)", "once"), ("gptq(damping)", "as in smoothquant"),
-  ("gptq(damping=/)", "as in smoothquant"), ("gptq(damping=1-1)", "could not convert"),
-  ("gptq(damping=0)", "damping = 0.0: expected a number above 0"),
-  ("gptq_mse(damping=1e999)", "damping = inf: expected"), ("smoothquant(alpha=2)", "alpha = 2.0: expected a fraction, 0 to 1"),
-])
+@pytest.mark.parametrize(
+  "name,message",
+  [
+    ("gptw(damping=1)", "did you mean 'gptq'"),
+    ("gptq(alpha=0.5)", r"gptq takes \(damping=NUMBER\) once, not 'alpha'"),
+    ("rtn(damping=1)", "rtn takes no numbers"),
+    ("gptq(damping=1)(damping=2)", "once"),
+    ("gptq(damping)", "as in smoothquant"),
+    ("gptq(damping=/)", "as in smoothquant"),
+    ("gptq(damping=1-1)", "could not convert"),
+    ("gptq(damping=0)", "damping = 0.0: expected a number above 0"),
+    ("gptq_mse(damping=1e999)", "damping = inf: expected"),
+    ("smoothquant(alpha=2)", "alpha = 2.0: expected a fraction, 0 to 1"),
+  ],
+)
 def test_numbers_that_a_method_does_not_take_are_refused(name, message):
   with pytest.raises(ConfigError, match=f"--methods = .*{message}"):
     ptq.named(name, "--methods")
@@ -241,19 +354,32 @@ def test_numbers_that_a_method_does_not_take_are_refused(name, message):
 
 def test_what_is_not_sequential_sees_every_block_in_full_precision():
   model, params = plain()
-  smooth = ptq.quantize(model, params, W4A4, "smoothquant", BATCHES).params["layers"]["mlp"]["up"]["kernel"].smooth
-  watched, tokens = model.clone(dot_general_for=calibration.watched), np.concatenate([batch["tokens"] for batch in BATCHES])
-  seen = watched.apply({"params": params}, tokens, mutable="intermediates")[1]["intermediates"]["layers"]["mlp"]["up"]
+  smooth = (
+    ptq.quantize(model, params, W4A4, "smoothquant", BATCHES)
+    .params["layers"]["mlp"]["up"]["kernel"]
+    .smooth
+  )
+  watched, tokens = (
+    model.clone(dot_general_for=calibration.watched),
+    np.concatenate([batch["tokens"] for batch in BATCHES]),
+  )
+  seen = watched.apply({"params": params}, tokens, mutable="intermediates")[1]["intermediates"][
+    "layers"
+  ]["mlp"]["up"]
   ((x_NxTxK,),) = jax.tree.leaves(seen, is_leaf=lambda node: isinstance(node, tuple))
   for depth, w_KxO in enumerate(params["layers"]["mlp"]["up"]["kernel"]):
-    expected = smoothing.smoothquant(w_KxO, Inputs(jnp.abs(x_NxTxK[depth]).max(0), None, None), W4A4.default)
+    expected = smoothing.smoothquant(
+      w_KxO, Inputs(jnp.abs(x_NxTxK[depth]).max(0), None, None), W4A4.default
+    )
     np.testing.assert_allclose(smooth[depth], expected, rtol=1e-5)
 
 
 def test_calibration_is_the_mean_over_all_batches():
   model, params = plain()
   together = [{"tokens": np.concatenate([batch["tokens"] for batch in BATCHES])}]
-  one, many = (ptq.quantize(model, params, W4A16, "awq", batches).params for batches in (together, BATCHES))
+  one, many = (
+    ptq.quantize(model, params, W4A16, "awq", batches).params for batches in (together, BATCHES)
+  )
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4)
 
@@ -274,7 +400,13 @@ def test_a_depth_in_a_stack_that_quantizes_its_inputs_alone():
   """Rotated inputs meet a rotated matrix, also where that is not quantized."""
   model, params = plain()
   inputs = QuantSpec(8, granularity="token")
-  recipe = Recipe((("head", None), ("layers/0/.*", LayerRecipe(None, inputs)), (".*", LayerRecipe(QuantSpec(8), inputs))))
+  recipe = Recipe(
+    (
+      ("head", None),
+      ("layers/0/.*", LayerRecipe(None, inputs)),
+      (".*", LayerRecipe(QuantSpec(8), inputs)),
+    )
+  )
   q = ptq.quantize(model, params, recipe, "hadamard")
   exact = logits(model, params)
   assert float(jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact)) < 0.02
@@ -301,10 +433,15 @@ def test_a_quantized_head(tied):
 
 def test_documents_that_are_kept_apart_are_calibrated_apart():
   model, params = plain()
-  masks = {"segment_ids": np.repeat([[1, 2]], 12, 1).reshape(1, 24).repeat(2, 0).astype(np.int32),
-           "positions": np.tile(np.arange(12), 2)[None].repeat(2, 0).astype(np.int32)}
+  masks = {
+    "segment_ids": np.repeat([[1, 2]], 12, 1).reshape(1, 24).repeat(2, 0).astype(np.int32),
+    "positions": np.tile(np.arange(12), 2)[None].repeat(2, 0).astype(np.int32),
+  }
   apart = ptq.quantize(model, params, W4A16, "awq", [{**batch, **masks} for batch in BATCHES])
-  halves = [{"tokens": np.concatenate([batch["tokens"][:, :12], batch["tokens"][:, 12:]])} for batch in BATCHES]
+  halves = [
+    {"tokens": np.concatenate([batch["tokens"][:, :12], batch["tokens"][:, 12:]])}
+    for batch in BATCHES
+  ]
   alone = ptq.quantize(model, params, W4A16, "awq", halves)
   for a, b in zip(jax.tree.leaves(apart.params), jax.tree.leaves(alone.params), strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-4)
@@ -321,7 +458,7 @@ def test_a_sharded_model_gets_the_same_codes():
     scores = logits(q.model, q.params)
   pairs = zip(jax.tree.leaves(q.params), jax.tree.leaves(expected.params), strict=True)
   differ = [np.mean(np.asarray(a) != np.asarray(b)) for a, b in pairs if a.dtype == jnp.int8]
-  assert max(differ) < 0.01                              # sums in another order round a few numbers otherwise
+  assert max(differ) < 0.01  # sums in another order round a few numbers otherwise
   np.testing.assert_allclose(scores, logits(expected.model, expected.params), atol=0.05)
 
 
@@ -330,7 +467,10 @@ def test_sizes_count_every_bit():
   whole = sum(x.size for x in jax.tree.leaves(params)) * 4
   kernels = sum(x.size for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
   outputs = sum(x.shape[0] * x.shape[2] for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
-  assert ptq.quantize(model, params, W4A16).size_bytes == whole - 4 * kernels + kernels // 2 + 4 * outputs
+  assert (
+    ptq.quantize(model, params, W4A16).size_bytes
+    == whole - 4 * kernels + kernels // 2 + 4 * outputs
+  )
 
 
 def test_what_is_refused():
@@ -338,21 +478,31 @@ def test_what_is_refused():
   for call, message in {
     lambda: ptq.quantize(model, params, W4A4, "awq"): "awq looks at the inputs",
     lambda: ptq.quantize(model, params, W4A4, "awq", [{"tokens": TOKENS + 64}]): "tokens below 64",
-    lambda: ptq.quantize(model, ptq.quantize(model, params, W4A4).params, W4A4): "hold codes already",
+    lambda: ptq.quantize(
+      model, ptq.quantize(model, params, W4A4).params, W4A4
+    ): "hold codes already",
   }.items():
     with pytest.raises(ConfigError, match=message):
       call()
 
 
-@pytest.mark.parametrize("recipe,method,message", [
-  ("rtn_w4a4", "gptw", "did you mean 'gptq'"), ("lsq_w4a4", "gptq", "no learned scales"),
-  ("lsq_w4a4", "hadamard", "neither rotates nor smooths"), ("lsq_w4a4", "smoothquant", "neither rotates nor smooths"),
-  ("rtn_w4a16_g128", "quarot+gptq", "blocks of 128 do not divide a width of 64"), ("mxfp4", "rtn_mse", "has a rule of its own"),
-])
+@pytest.mark.parametrize(
+  "recipe,method,message",
+  [
+    ("rtn_w4a4", "gptw", "did you mean 'gptq'"),
+    ("lsq_w4a4", "gptq", "no learned scales"),
+    ("lsq_w4a4", "hadamard", "neither rotates nor smooths"),
+    ("lsq_w4a4", "smoothquant", "neither rotates nor smooths"),
+    ("rtn_w4a16_g128", "quarot+gptq", "blocks of 128 do not divide a width of 64"),
+    ("mxfp4", "rtn_mse", "has a rule of its own"),
+  ],
+)
 def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, method, message):
   model, params = plain()
-  for call in (lambda: ptq.check(model, transformer.shapes(model), RECIPES[recipe], method),
-               lambda: ptq.quantize(model, params, RECIPES[recipe], method, BATCHES)):
+  for call in (
+    lambda: ptq.check(model, transformer.shapes(model), RECIPES[recipe], method),
+    lambda: ptq.quantize(model, params, RECIPES[recipe], method, BATCHES),
+  ):
     with pytest.raises(ConfigError, match=message):
       call()
 

@@ -1,4 +1,6 @@
-"""Recipes: the named ones mean what is published, and rules that don't fit a model are refused before any work."""
+"""Recipes: the named ones mean what is published, and rules that don't fit a model are refused
+before any work."""
+
 import pytest
 
 from beyond_outliers import config
@@ -12,12 +14,29 @@ W4 = LayerRecipe(QuantSpec(4))
 
 def contractions(**overrides):
   c = config.resolve(config.override(adamw.get_config("nano").unlock(), overrides))
-  return {path: Contraction(width) for path, (width, _) in transformer.contractions(c.model).items()}
+  return {
+    path: Contraction(width) for path, (width, _) in transformer.contractions(c.model).items()
+  }
 
 
-@pytest.mark.parametrize("name", [
-  "none", "rtn_w8a8", "rtn_w4a4", "rtn_w4a16", *(f"quest_w{b}a{b}" for b in (1, 2, 3, 4, 8)), "quest_w1.58a1.58", "quest_w4a16",
-  "lsq_w4a4", "lsq_w4a4_unsigned", "fp8", "mxfp4", "nvfp4", "int8_gradients"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "none",
+    "rtn_w8a8",
+    "rtn_w4a4",
+    "rtn_w4a16",
+    *(f"quest_w{b}a{b}" for b in (1, 2, 3, 4, 8)),
+    "quest_w1.58a1.58",
+    "quest_w4a16",
+    "lsq_w4a4",
+    "lsq_w4a4_unsigned",
+    "fp8",
+    "mxfp4",
+    "nvfp4",
+    "int8_gradients",
+  ],
+)
 def test_named_recipes_leave_the_head_and_fit_the_model(name):
   recipe = RECIPES[name]
   recipe.check(contractions())
@@ -28,10 +47,27 @@ def test_named_recipes_leave_the_head_and_fit_the_model(name):
 def test_named_recipes_are_what_their_names_say():
   bits = lambda spec: None if spec is None else spec.bits
   assert {name: (bits(r.weights), bits(r.activations)) for name, r in RECIPES.items()} == {
-    "none": (None, None), "rtn_w8a8": (8, 8), "rtn_w4a4": (4, 4), "rtn_w4a16": (4, None), "rtn_w3a16": (3, None),
-    "rtn_w2a16": (2, None), "rtn_w4a16_g128": (4, None), "quest_w1a1": (1, 1), "quest_w2a2": (2, 2), "quest_w3a3": (3, 3),
-    "quest_w4a4": (4, 4), "quest_w8a8": (8, 8), "quest_w1.58a1.58": (1.585, 1.585), "quest_w4a16": (4, None), "lsq_w4a4": (4, 4),
-    "lsq_w4a4_unsigned": (4, 4), "fp8": (8, 8), "mxfp4": (4, 4), "nvfp4": (4, 4), "int8_gradients": (8, 8)}
+    "none": (None, None),
+    "rtn_w8a8": (8, 8),
+    "rtn_w4a4": (4, 4),
+    "rtn_w4a16": (4, None),
+    "rtn_w3a16": (3, None),
+    "rtn_w2a16": (2, None),
+    "rtn_w4a16_g128": (4, None),
+    "quest_w1a1": (1, 1),
+    "quest_w2a2": (2, 2),
+    "quest_w3a3": (3, 3),
+    "quest_w4a4": (4, 4),
+    "quest_w8a8": (8, 8),
+    "quest_w1.58a1.58": (1.585, 1.585),
+    "quest_w4a16": (4, None),
+    "lsq_w4a4": (4, 4),
+    "lsq_w4a4_unsigned": (4, 4),
+    "fp8": (8, 8),
+    "mxfp4": (4, 4),
+    "nvfp4": (4, 4),
+    "int8_gradients": (8, 8),
+  }
 
 
 def test_the_first_rule_that_matches_the_whole_path_decides():
@@ -44,8 +80,12 @@ def test_the_first_rule_that_matches_the_whole_path_decides():
 
 
 def test_rules_of_a_config_come_before_its_recipe():
-  resolved = config.resolve(adamw.get_config("nano,quant.recipe=quest_w4a4,quant.rules.head.recipe=rtn_w8a8,"
-                                             "quant.rules.first.paths=layers/0/.*,quant.rules.first.recipe=none"))
+  resolved = config.resolve(
+    adamw.get_config(
+      "nano,quant.recipe=quest_w4a4,quant.rules.head.recipe=rtn_w8a8,"
+      "quant.rules.first.paths=layers/0/.*,quant.rules.first.recipe=none"
+    )
+  )
   assert config.resolve(config.to_dict(resolved)) == resolved
   recipe = recipes.from_config(resolved.quant)
   recipe.check(contractions())
@@ -54,21 +94,45 @@ def test_rules_of_a_config_come_before_its_recipe():
   assert recipe.layer("layers/1/mlp/up") == RECIPES["quest_w4a4"].default
 
 
-@pytest.mark.parametrize("name,hint", [("quest_w4a5", "did you mean 'quest_w4a4'"), ("rtn_w9a9", "did you mean 'rtn_w8a8'"),
-                                       ("xyz", "expected one of none, rtn_w8a8")])
+@pytest.mark.parametrize(
+  "name,hint",
+  [
+    ("quest_w4a5", "did you mean 'quest_w4a4'"),
+    ("rtn_w9a9", "did you mean 'rtn_w8a8'"),
+    ("xyz", "expected one of none, rtn_w8a8"),
+  ],
+)
 def test_unknown_recipes_are_refused_with_the_nearest(name, hint):
   with pytest.raises(ConfigError, match=f"quant.recipe = '{name}': unknown recipe; {hint}"):
     recipes.named(name)
 
 
-@pytest.mark.parametrize("rules,sizes,message", [
-  ((("layers/7/.*", None), (".*", W4)), {}, "quant.rules = 'layers/7/.*': no linear layer is left.*attention/q"),
-  ((("layers/.*", None), ("layers/0/.*", W4), (".*", None)), {}, "quant.rules = 'layers/0/.*': no linear layer is left"),
-  ((("layers/.*", W4),), {}, "none matches the linear layer 'head'"),
-  (((".*", LayerRecipe(QuantSpec(4, granularity="group", group=100))),), {},
-   "quant: layers/0/attention/q: group = 100: blocks of 100 do not divide a width of 384"),
-  (RECIPES["mxfp4"].rules, {"model.heads": 3, "model.d_head": 10}, "blocks of 32 do not divide a width of 30"),
-])
+@pytest.mark.parametrize(
+  "rules,sizes,message",
+  [
+    (
+      (("layers/7/.*", None), (".*", W4)),
+      {},
+      "quant.rules = 'layers/7/.*': no linear layer is left.*attention/q",
+    ),
+    (
+      (("layers/.*", None), ("layers/0/.*", W4), (".*", None)),
+      {},
+      "quant.rules = 'layers/0/.*': no linear layer is left",
+    ),
+    ((("layers/.*", W4),), {}, "none matches the linear layer 'head'"),
+    (
+      ((".*", LayerRecipe(QuantSpec(4, granularity="group", group=100))),),
+      {},
+      "quant: layers/0/attention/q: group = 100: blocks of 100 do not divide a width of 384",
+    ),
+    (
+      RECIPES["mxfp4"].rules,
+      {"model.heads": 3, "model.d_head": 10},
+      "blocks of 32 do not divide a width of 30",
+    ),
+  ],
+)
 def test_rules_that_do_not_fit_the_model_are_refused(rules, sizes, message):
   with pytest.raises(ConfigError, match=message):
     Recipe(rules).check(contractions(**sizes))
@@ -76,7 +140,10 @@ def test_rules_that_do_not_fit_the_model_are_refused(rules, sizes, message):
 
 def test_blocks_that_a_shard_would_cut_are_refused():
   widths = {"layers/0/mlp/down": Contraction(256, 4), "head": Contraction(256)}
-  with pytest.raises(ConfigError, match=r"mesh.model = 4: layers/0/mlp/down .* 64 on each .* blocks of 128 of the rotation"):
+  with pytest.raises(
+    ConfigError,
+    match=r"mesh.model = 4: layers/0/mlp/down .* 64 on each .* blocks of 128 of the rotation",
+  ):
     RECIPES["quest_w4a4"].check(widths)
   RECIPES["rtn_w4a4"].check(widths)
   RECIPES["mxfp4"].check(widths)
@@ -87,8 +154,16 @@ def test_a_rule_that_is_no_regular_expression_is_refused():
     Recipe((("layers/(", None),))
 
 
-@pytest.mark.parametrize("width,gathered,told", [(768, 8, True), (1024, 8, False), (768, 2, False), (768, 1, False)])
+@pytest.mark.parametrize(
+  "width,gathered,told", [(768, 8, True), (1024, 8, False), (768, 2, False), (768, 1, False)]
+)
 def test_blocks_that_reach_over_devices_are_said(caplog, width, gathered, told):
   """QuEST's rotation at the study's width, on eight devices: 96 numbers on each."""
-  RECIPES["quest_w4a4"].check({"head": Contraction(width), "layers/0/mlp/up": Contraction(width, 1, gathered)})
-  assert ("the rotation in blocks of 128, with 96 on each device" in caplog.text) == told == bool(caplog.records)
+  RECIPES["quest_w4a4"].check(
+    {"head": Contraction(width), "layers/0/mlp/up": Contraction(width, 1, gathered)}
+  )
+  assert (
+    ("the rotation in blocks of 128, with 96 on each device" in caplog.text)
+    == told
+    == bool(caplog.records)
+  )

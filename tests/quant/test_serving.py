@@ -1,4 +1,5 @@
 """A quantized linear layer is one function: trained, evaluated, and served from its codes."""
+
 import functools
 
 import flax.linen as nn
@@ -14,12 +15,34 @@ from beyond_outliers.quant.backends import aqt as aqt_backend
 from beyond_outliers.quant.dot import BACKENDS, QuantizedDot
 
 FAMILIES = ("rtn_w4a16", "quest_w4a4", "lsq_w4a4", "fp8", "nvfp4")
-EVERY = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name != "none"]
+EVERY = [
+  name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow)
+  for name in RECIPES
+  if name != "none"
+]
 NUMBERS = (((1,), (0,)), ((), ()))
 MODEL = config.Model(
-  vocab=64, blocks=2, heads=4, kv_heads=2, d_head=32, d_model=128, mlp_hidden=256, mlp="relu2", norm_placement="post",
-  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=True,
-  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
+  vocab=64,
+  blocks=2,
+  heads=4,
+  kv_heads=2,
+  d_head=32,
+  d_model=128,
+  mlp_hidden=256,
+  mlp="relu2",
+  norm_placement="post",
+  norm_eps=1e-6,
+  qk_norm="l2",
+  attention_scale="learned",
+  rope_layout="interleaved",
+  rope_base=1024.0,
+  tied=True,
+  init_std=0.2,
+  dtype="float32",
+  attention="plain",
+  unroll=1,
+  remat="none",
+)
 
 
 def outputs(layer, dtype):
@@ -42,8 +65,13 @@ def outputs(layer, dtype):
     def codes(w, variables=variables):
       prepared, spec = qmatrix.prepare(w, layer), layer.weights
       learned = spec.scale == "learned"
-      scale = jnp.exp(variables["params"]["log_scale"][-1]).reshape(1, 1) if learned else quantizers.scale_of(prepared, spec, 0)
+      scale = (
+        jnp.exp(variables["params"]["log_scale"][-1]).reshape(1, 1)
+        if learned
+        else quantizers.scale_of(prepared, spec, 0)
+      )
       return qmatrix.QuantizedMatrix(*quantizers.forward(prepared, scale, spec)[0])
+
     served = jax.jit(codes)(w)
     every[f"{backend}, trained"] = jax.jit(trained)(x, w)[0]
     every[f"{backend}, evaluated"] = jax.jit(evaluated)(x, w)
@@ -58,24 +86,34 @@ def test_a_layer_is_the_same_however_it_runs(name, dtype):
   layer = RECIPES[name].default
   every, served = outputs(layer, dtype)
   expected = every.pop("jax, served")
-  integer = layer.activations is not None and served.codes.dtype == layer.activations.levels.dtype == jnp.int8
+  integer = (
+    layer.activations is not None
+    and served.codes.dtype == layer.activations.levels.dtype == jnp.int8
+  )
   largest = np.abs(expected).max()
   assert largest > 0.1 and len(every) in (2, 5)
   for how, y in every.items():
     assert y.dtype == jnp.float32
-    np.testing.assert_allclose(y, expected, rtol=0, atol=0 if integer else 1e-6 * largest, err_msg=how)
+    np.testing.assert_allclose(
+      y, expected, rtol=0, atol=0 if integer else 1e-6 * largest, err_msg=how
+    )
 
 
 @pytest.mark.parametrize("name", ["quest_w4a4", "lsq_w4a4"])
 def test_a_model_trained_in_four_bits_is_served_from_its_codes(name, tmp_path):
-  """All logits of the trained model, the learned scales among its parameters, and those of what was saved."""
+  """All logits of the trained model, the learned scales among its parameters, and those of what was
+  saved."""
   model = transformer.Transformer(MODEL, dot_general_for(RECIPES[name]))
   draw, tokens = np.random.default_rng(0), np.arange(36).reshape(3, 12)
-  params = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
-                        transformer.shapes(model))
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype),
+    transformer.shapes(model),
+  )
   quant.quantized(model, params, RECIPES[name]).save(tmp_path / "a")
   q = quant.load(tmp_path / "a")
-  trained, served = (jax.jit(lambda params, model=model: model.apply({"params": params}, tokens))(params)
-                     for model, params in ((model, params), (q.model, q.params)))
+  trained, served = (
+    jax.jit(lambda params, model=model: model.apply({"params": params}, tokens))(params)
+    for model, params in ((model, params), (q.model, q.params))
+  )
   np.testing.assert_allclose(served, trained, rtol=0, atol=1e-5 * np.abs(trained).max())
   np.testing.assert_array_equal(np.argmax(served, -1), np.argmax(trained, -1))

@@ -1,4 +1,6 @@
-"""Quantized models as files: whatever is written is read back bit by bit, and takes the bytes that its grid needs."""
+"""Quantized models as files: whatever is written is read back bit by bit, and takes the bytes that
+its grid needs."""
+
 import json
 
 import jax
@@ -8,50 +10,123 @@ import pytest
 
 from beyond_outliers import checkpoint, config, quant
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, dot_general_for, ptq, storage
+from beyond_outliers.quant import (
+  RECIPES,
+  LayerRecipe,
+  QuantSpec,
+  Recipe,
+  dot_general_for,
+  ptq,
+  storage,
+)
 
 MODEL = config.Model(
-  vocab=64, blocks=2, heads=4, kv_heads=2, d_head=32, d_model=128, mlp_hidden=160, mlp="relu2", norm_placement="post",
-  norm_eps=1e-6, qk_norm="l2", attention_scale="learned", rope_layout="interleaved", rope_base=1024.0, tied=False,
-  init_std=0.2, dtype="float32", attention="plain", unroll=1, remat="none")
-GROUPS = Recipe((("head", LayerRecipe(QuantSpec(8))), (".*", LayerRecipe(QuantSpec(4, granularity="group", group=32)))))
-# Layers of one stack that differ: in bits, in what shares a scale, in the type of their codes; and some that stay as they are.
-MIXED = Recipe((("layers/0/mlp/.*", LayerRecipe(QuantSpec(8))), ("layers/.*/attention/[qk]", RECIPES["fp8"].default),
-                ("layers/0/attention/v", LayerRecipe(QuantSpec(4, "e2m1", granularity="nv"))), ("layers/1/attention/v", None),
-                ("head", None), (".*", LayerRecipe(QuantSpec(3, granularity="group", group=32)))))
-EVERY = {**{name: recipe for name, recipe in RECIPES.items() if name not in ("none", "rtn_w4a16_g128", "nvfp4")},
-         "groups": GROUPS, "nvfp4": RECIPES["nvfp4"], "mixed": MIXED}
-FAMILIES = ("rtn_w4a4", "quest_w1.58a1.58", "lsq_w4a4", "mxfp4", "nvfp4", "mixed")          # in the fast tests
+  vocab=64,
+  blocks=2,
+  heads=4,
+  kv_heads=2,
+  d_head=32,
+  d_model=128,
+  mlp_hidden=160,
+  mlp="relu2",
+  norm_placement="post",
+  norm_eps=1e-6,
+  qk_norm="l2",
+  attention_scale="learned",
+  rope_layout="interleaved",
+  rope_base=1024.0,
+  tied=False,
+  init_std=0.2,
+  dtype="float32",
+  attention="plain",
+  unroll=1,
+  remat="none",
+)
+GROUPS = Recipe(
+  (
+    ("head", LayerRecipe(QuantSpec(8))),
+    (".*", LayerRecipe(QuantSpec(4, granularity="group", group=32))),
+  )
+)
+# Layers of one stack that differ: in bits, in what shares a scale, in the type of their codes; and
+# some that stay as they are.
+MIXED = Recipe(
+  (
+    ("layers/0/mlp/.*", LayerRecipe(QuantSpec(8))),
+    ("layers/.*/attention/[qk]", RECIPES["fp8"].default),
+    ("layers/0/attention/v", LayerRecipe(QuantSpec(4, "e2m1", granularity="nv"))),
+    ("layers/1/attention/v", None),
+    ("head", None),
+    (".*", LayerRecipe(QuantSpec(3, granularity="group", group=32))),
+  )
+)
+EVERY = {
+  **{
+    name: recipe
+    for name, recipe in RECIPES.items()
+    if name not in ("none", "rtn_w4a16_g128", "nvfp4")
+  },
+  "groups": GROUPS,
+  "nvfp4": RECIPES["nvfp4"],
+  "mixed": MIXED,
+}
+FAMILIES = (
+  "rtn_w4a4",
+  "quest_w1.58a1.58",
+  "lsq_w4a4",
+  "mxfp4",
+  "nvfp4",
+  "mixed",
+)  # in the fast tests
 # Digits in a word of 64 bits.
 DIGITS = {1: 64, 1.585: 40, 2: 32, 3: 21, 4: 16, 8: 8}
 
 
 def fresh(recipe, seed=0):
-  """(model, parameters whose sizes differ by orders of magnitude); some inputs of some layers, and one whole matrix, are zero."""
+  """(model, parameters whose sizes differ by orders of magnitude); some inputs of some layers, and
+  one whole matrix, are zero."""
   model, draw = transformer.Transformer(MODEL, dot_general_for(recipe)), np.random.default_rng(seed)
 
   def numbers(leaf):
     spread = 10 ** draw.uniform(-3, 1, (*leaf.shape[:-1], 1)) if leaf.ndim > 2 else 1
-    return jnp.asarray(spread * draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype)
+    return jnp.asarray(
+      spread * draw.normal(0.5 if leaf.ndim < 3 else 0, 0.1, leaf.shape), leaf.dtype
+    )
+
   params = jax.tree.map(numbers, transformer.shapes(model))
-  params["layers"]["mlp"]["up"]["kernel"] = params["layers"]["mlp"]["up"]["kernel"].at[0].set(0).at[1, :48].set(0)
+  params["layers"]["mlp"]["up"]["kernel"] = (
+    params["layers"]["mlp"]["up"]["kernel"].at[0].set(0).at[1, :48].set(0)
+  )
   return model, params
 
 
 def assert_same(actual, expected):
   """The same model and the same numbers, types included."""
-  assert (actual.recipe, actual.method, actual.model.config) == (expected.recipe, expected.method, expected.model.config)
+  assert (actual.recipe, actual.method, actual.model.config) == (
+    expected.recipe,
+    expected.method,
+    expected.model.config,
+  )
   assert jax.tree.structure(actual.params) == jax.tree.structure(expected.params)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual.params), jax.tree.leaves(expected.params), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(actual.params),
+    jax.tree.leaves(expected.params),
+    strict=True,
+  ):
     assert (a.dtype, a.shape) == (b.dtype, b.shape), path
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
 def logits(q):
-  return jax.jit(lambda params: q.model.apply({"params": params}, np.arange(12).reshape(2, 6)))(q.params)
+  return jax.jit(lambda params: q.model.apply({"params": params}, np.arange(12).reshape(2, 6)))(
+    q.params
+  )
 
 
-@pytest.mark.parametrize("name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in EVERY])
+@pytest.mark.parametrize(
+  "name",
+  [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in EVERY],
+)
 def test_a_model_comes_back_bit_by_bit(name, tmp_path):
   q = ptq.quantize(*fresh(EVERY[name]), EVERY[name])
   q.save(tmp_path / "a")
@@ -59,10 +134,18 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
   tensors, _ = storage.read(tmp_path / "a")
   file = tmp_path / "a" / storage.TENSORS
   header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-  assert file.stat().st_size == header + sum(array.nbytes for array in tensors.values()) == header + q.size_bytes
-  for path in (f"layers/{depth}/{linear}" for depth in range(2) for linear in transformer.linear_paths(MODEL)):
+  assert (
+    file.stat().st_size
+    == header + sum(array.nbytes for array in tensors.values())
+    == header + q.size_bytes
+  )
+  for path in (
+    f"layers/{depth}/{linear}" for depth in range(2) for linear in transformer.linear_paths(MODEL)
+  ):
     spec = q.recipe.layer(path) and q.recipe.layer(path).weights
-    width, outputs = q.params["layers"][path.split("/")[2]][path.split("/")[3]]["kernel"].codes.shape[1:]
+    width, outputs = q.params["layers"][path.split("/")[2]][path.split("/")[3]][
+      "kernel"
+    ].codes.shape[1:]
     if spec is not None:
       assert tensors[f"{path}/kernel/codes"].nbytes == 8 * -(-width * outputs // DIGITS[spec.bits])
     if spec is not None and spec.granularity in ("mx", "nv") and name != "mixed":
@@ -100,13 +183,14 @@ def test_smoothing_and_other_types_are_kept(tmp_path):
 
 @pytest.mark.parametrize("bits", DIGITS)
 def test_digits_are_those_of_a_number_in_their_base(bits):
-  """Against whole numbers of Python, a word at a time; four bits lie two a byte, the first below."""
+  """Against whole numbers of Python, a word at a time; four bits lie two a byte, the first
+  below."""
   base, a_word = round(2**bits), DIGITS[bits]
   digits = np.random.default_rng(0).integers(0, base, (7, 23))
   digits[0] = base - 1
   expected = b""
   for start in range(0, digits.size, a_word):
-    word = digits.reshape(-1)[start:start + a_word].tolist()
+    word = digits.reshape(-1)[start : start + a_word].tolist()
     expected += sum(digit * base**place for place, digit in enumerate(word)).to_bytes(8, "little")
   packed = storage.pack_digits(digits, bits)
   assert packed.dtype == np.uint8 and packed.tobytes() == expected
@@ -135,8 +219,10 @@ def test_what_is_refused(tmp_path):
   with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
     quant.load(tmp_path)
   tensors, description = storage.read(tmp_path / "a")
-  for change, message in (({"version": 2}, "version = 2: this program reads version 1"),
-                          ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'")):
+  for change, message in (
+    ({"version": 2}, "version = 2: this program reads version 1"),
+    ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'"),
+  ):
     with pytest.raises(config.ConfigError, match=message):
       storage.unpack(tensors, {**description, **change})
   del tensors["layers/1/mlp/up/kernel/codes"]

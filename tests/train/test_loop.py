@@ -1,4 +1,6 @@
-"""The loop and its hooks: which steps they act on, what rows they write, and how a run ends early."""
+"""The loop and its hooks: which steps they act on, what rows they write, and how a run ends
+early."""
+
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ OPTIONS = config.Checkpoint(every=4, keep=100, keep_every=0, verify=False)
 
 class Rows(list):
   """A writer that keeps what it is given."""
+
   write = list.append
 
   def close(self):
@@ -23,7 +26,9 @@ class Rows(list):
 
 
 class Device:
-  """A device that takes 2 s a step while the host goes on at once, and a clock that moves when the host waits for it."""
+  """A device that takes 2 s a step while the host goes on at once, and a clock that moves when the
+  host waits for it."""
+
   def __init__(self, monkeypatch):
     self.now = self.done = 100.0
     self.pace = 2.0
@@ -37,6 +42,7 @@ class Device:
 
 class Pending(float):
   """A metric that is there once its step is done; who asks before waits."""
+
   def __new__(cls, value, device, done):
     self = super().__new__(cls, value)
     self.device, self.done = device, done
@@ -66,44 +72,82 @@ def start(at: int = 0) -> step.TrainState:
 
 
 def metrics_of(number: int, skipped_in_a_row: int = 0, loss: float | None = None):
-  values = {"train/loss": number / 10 if loss is None else loss, "gradient_norm": 1.0, "lr/hidden": 0.5,
-            "skipped": float(skipped_in_a_row), "skipped_in_a_row": float(skipped_in_a_row)}
+  values = {
+    "train/loss": number / 10 if loss is None else loss,
+    "gradient_norm": 1.0,
+    "lr/hidden": 0.5,
+    "skipped": float(skipped_in_a_row),
+    "skipped_in_a_row": float(skipped_in_a_row),
+  }
   return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def train_step(state, batch):
   """Counts, and adds what it is given to the parameters."""
-  state = state._replace(step=state.step + 1, params=jax.tree.map(lambda x: x + batch, state.params))
+  state = state._replace(
+    step=state.step + 1, params=jax.tree.map(lambda x: x + batch, state.params)
+  )
   return state, metrics_of(int(state.step))
 
 
 def make_log(sinks, clock, every=2, num_steps=7, first=0, max_skipped=3):
-  return loop.Log(every, sinks, clock, start(first), tokens_per_step=100, flops_per_step=1000.0, peak_flops=4000.0,
-                  num_steps=num_steps, max_skipped=max_skipped)
+  return loop.Log(
+    every,
+    sinks,
+    clock,
+    start(first),
+    tokens_per_step=100,
+    flops_per_step=1000.0,
+    peak_flops=4000.0,
+    num_steps=num_steps,
+    max_skipped=max_skipped,
+  )
 
 
 def test_fit_calls_every_hook_after_every_step_that_is_left():
   calls = []
-  hooks = [lambda number, state, metrics, name=name: calls.append((name, number, int(state.step), float(state.params["w"][0])))
-           for name in "ab"]
+  hooks = [
+    lambda number, state, metrics, name=name: calls.append(
+      (name, number, int(state.step), float(state.params["w"][0]))
+    )
+    for name in "ab"
+  ]
   batches = iter(range(100))
   state = loop.fit(train_step, start(3), batches, hooks, 6)
-  assert calls == [(name, number, number, total) for number, total in ((4, 0.0), (5, 1.0), (6, 3.0)) for name in "ab"]
+  assert calls == [
+    (name, number, number, total)
+    for number, total in ((4, 0.0), (5, 1.0), (6, 3.0))
+    for name in "ab"
+  ]
   assert int(state.step) == 6 and next(batches) == 3, "a batch was read and not trained on"
   assert loop.fit(train_step, state, batches, hooks, 6) is state and len(calls) == 6
 
 
 def test_rows_have_the_names_that_users_hold_on_to(device):
   sink, other = Rows(), Rows()
-  loop.fit(device.train_step, start(), iter([1.0] * 9), [make_log([sink, other], loop.Clock(50.0))], 7)
+  loop.fit(
+    device.train_step, start(), iter([1.0] * 9), [make_log([sink, other], loop.Clock(50.0))], 7
+  )
   assert sink == other
   assert [row["step"] for row in sink] == [2, 4, 6, 7], "every second, and the last"
   assert sink[1] == {
-    "step": 4, "train/loss": pytest.approx(0.4), "gradient_norm": 1.0, "skipped": 0.0, "skipped_in_a_row": 0.0,
-    "lr/hidden": 0.5, "parameter_norm": pytest.approx(4 * 3**0.5), "update_norm": pytest.approx(3**0.5),
-    "tokens": 400, "tokens_per_second": 50.0,
-    "flops_per_second": 500.0, "peak_share": 0.125, "seconds_per_step": 2.0, "seconds": 58.0, "seconds_left": 6.0,
-    "memory_bytes": sink[1]["memory_bytes"]}
+    "step": 4,
+    "train/loss": pytest.approx(0.4),
+    "gradient_norm": 1.0,
+    "skipped": 0.0,
+    "skipped_in_a_row": 0.0,
+    "lr/hidden": 0.5,
+    "parameter_norm": pytest.approx(4 * 3**0.5),
+    "update_norm": pytest.approx(3**0.5),
+    "tokens": 400,
+    "tokens_per_second": 50.0,
+    "flops_per_second": 500.0,
+    "peak_share": 0.125,
+    "seconds_per_step": 2.0,
+    "seconds": 58.0,
+    "seconds_left": 6.0,
+    "memory_bytes": sink[1]["memory_bytes"],
+  }
   assert sink[1]["memory_bytes"] > 2**20
   assert sink[-1]["update_norm"] == pytest.approx(3**0.5), "the last row's too"
   json.dumps(sink)
@@ -112,7 +156,9 @@ def test_rows_have_the_names_that_users_hold_on_to(device):
 def test_speed_is_that_of_the_steps_since_the_last_row(device):
   sink = Rows()
   slow_down = lambda number, state, metrics: setattr(device, "pace", 8.0 if number >= 3 else 2.0)
-  loop.fit(device.train_step, start(), iter([1.0] * 9), [make_log([sink], loop.Clock()), slow_down], 7)
+  loop.fit(
+    device.train_step, start(), iter([1.0] * 9), [make_log([sink], loop.Clock()), slow_down], 7
+  )
   assert [row["seconds_per_step"] for row in sink] == [2.0, 5.0, 8.0, 8.0]
   assert [row["tokens_per_second"] for row in sink] == [50.0, 20.0, 12.5, 12.5]
   assert [row["seconds_left"] for row in sink] == [10.0, 15.0, 8.0, 0.0]
@@ -121,7 +167,10 @@ def test_speed_is_that_of_the_steps_since_the_last_row(device):
 def test_a_row_is_held_back_while_the_next_step_runs(device):
   sink, seen, waited = Rows(), [], []
   log = make_log([sink], loop.Clock(), every=1)
-  look = lambda number, state, metrics: (seen.append([row["step"] for row in sink]), waited.append(device.done - device.now))
+  look = lambda number, state, metrics: (
+    seen.append([row["step"] for row in sink]),
+    waited.append(device.done - device.now),
+  )
   loop.fit(device.train_step, start(), iter([1.0] * 9), [log, look], 7)
   assert seen == [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]]
   assert waited == [2.0] * 6 + [0.0], "the device stood idle, waiting for the host"
@@ -150,8 +199,12 @@ def test_a_run_diverges_after_so_many_skipped_updates_in_a_row():
   with pytest.raises(loop.Stop) as stop:
     loop.fit(skipping, start(), iter(range(99)), [log], 20)
   assert stop.value.status == "diverged"
-  assert "3 updates in a row" in stop.value.reason and "optimizer.learning_rate" in stop.value.reason
-  assert [row["step"] for row in sink] == [6], "the row that shows it is written, though it is not its turn"
+  assert (
+    "3 updates in a row" in stop.value.reason and "optimizer.learning_rate" in stop.value.reason
+  )
+  assert [row["step"] for row in sink] == [6], (
+    "the row that shows it is written, though it is not its turn"
+  )
 
 
 def test_the_clock_stands_still_while_paused_once_the_step_is_done(device):
@@ -177,9 +230,17 @@ def test_evaluation_comes_at_its_steps_after_the_row_that_was_held_back(device):
   evaluate = loop.Evaluate(2, validate, [sink], clock, num_steps=5, before=log.flush)
   loop.fit(device.train_step, start(), iter(range(1, 99)), [log, evaluate], 5)
   assert [(row["step"], "eval/loss" in row) for row in sink] == [
-    (2, False), (2, True), (4, False), (4, True), (5, False), (5, True)]
+    (2, False),
+    (2, True),
+    (4, False),
+    (4, True),
+    (5, False),
+    (5, True),
+  ]
   assert sink[1] == {"step": 2, "eval/loss": 3.0, "eval/bits_per_byte": None, "eval/seconds": 30.0}
-  assert [row["seconds_per_step"] for row in sink if "train/loss" in row] == [2.0, 2.0, 2.0], "evaluation was counted as training"
+  assert [row["seconds_per_step"] for row in sink if "train/loss" in row] == [2.0, 2.0, 2.0], (
+    "evaluation was counted as training"
+  )
   assert clock.seconds() == 10
 
 
@@ -191,8 +252,15 @@ def checkpoints(tmp_path):
 
 
 def make_save(checkpoints, num_steps, before=lambda: None, clock=None):
-  return loop.Save(OPTIONS, checkpoints, lambda: {"batches": 7}, clock or loop.Clock(3.0), tokens_per_step=100,
-                   num_steps=num_steps, before=before)
+  return loop.Save(
+    OPTIONS,
+    checkpoints,
+    lambda: {"batches": 7},
+    clock or loop.Clock(3.0),
+    tokens_per_step=100,
+    num_steps=num_steps,
+    before=before,
+  )
 
 
 def test_checkpoints_come_at_their_steps_and_after_the_last(checkpoints, device):
@@ -207,7 +275,9 @@ def test_checkpoints_come_at_their_steps_and_after_the_last(checkpoints, device)
   checkpoints.wait()
   assert checkpoints.steps() == [4, 8, 9]
   assert written == [4, 8, 9], "a run resumed from a checkpoint must not miss the row of its step"
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
   number, restored, data, clock = checkpoints.restore(shapes, step=8)
   assert (number, int(restored.step), restored.params["w"].tolist()) == (8, 8, [8.0] * 3)
   assert data == {"batches": 7} and clock == {"seconds": 19.0, "tokens": 800.0}
@@ -226,7 +296,9 @@ def test_asked_to_stop_a_run_saves_and_gives_the_signals_back(checkpoints, numbe
   try:
     with pytest.raises(loop.Stop) as stop:
       loop.fit(asked, start(), iter([1.0] * 9), [save], 9)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a second Ctrl-C must end the run at once"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, (
+      "a second Ctrl-C must end the run at once"
+    )
   finally:
     save.close()
   assert stop.value.status == "preempted"
@@ -261,15 +333,26 @@ def test_a_profile_is_taken_of_its_steps_by_a_run_that_is_there_in_time(tmp_path
 
 def test_schedules_that_are_logged_are_those_that_train():
   """lr/<group> is the rate of the update that led to the row's step, also after skipped updates."""
-  schedule = optim.SCHEDULES["trapezoidal"](config.Schedule("trapezoidal", 0.5, 0.0, 0.0, 0.0), 1.0, 10)
+  schedule = optim.SCHEDULES["trapezoidal"](
+    config.Schedule("trapezoidal", 0.5, 0.0, 0.0, 0.0), 1.0, 10
+  )
   sink = Rows()
   tx = optim.OPTIMIZERS["adamw"](schedule, b1=0.0, b2=0.0, weight_decay=0.0)
   # With both betas at 0 an update is minus the learning rate.
   loss_fn = lambda p, batch, rng: (jnp.sum(p["w"]) * batch, {"weight": jnp.ones(())})
   run = jax.jit(step.make_train_step(loss_fn, tx, {"hidden": schedule}, seed=0))
   state = step.init_state({"w": jnp.zeros(())}, tx)
-  log = loop.Log(1, [sink], loop.Clock(), state, tokens_per_step=1, flops_per_step=1.0, peak_flops=1.0, num_steps=4,
-                 max_skipped=9)
+  log = loop.Log(
+    1,
+    [sink],
+    loop.Clock(),
+    state,
+    tokens_per_step=1,
+    flops_per_step=1.0,
+    peak_flops=1.0,
+    num_steps=4,
+    max_skipped=9,
+  )
   moved = [0.0]
   for number, batch in enumerate([1.0, np.nan, 1.0, 1.0], 1):
     state, metrics = run(state, jnp.float32(batch))
@@ -277,5 +360,7 @@ def test_schedules_that_are_logged_are_those_that_train():
     log(number, state, metrics)
   steps = -np.diff(moved)
   logged = [row["lr/hidden"] for row in sink]
-  np.testing.assert_allclose([logged[i] for i in (0, 2, 3)], [steps[i] for i in (0, 2, 3)], atol=1e-6)
+  np.testing.assert_allclose(
+    [logged[i] for i in (0, 2, 3)], [steps[i] for i in (0, 2, 3)], atol=1e-6
+  )
   assert steps[1] == 0

@@ -1,4 +1,6 @@
-"""A whole run in this process: golden losses, resume, many devices, what a checkpoint holds, dry run, warm start."""
+"""A whole run in this process: golden losses, resume, many devices, what a checkpoint holds, dry
+run, warm start."""
+
 import json
 import shutil
 
@@ -14,9 +16,20 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
 
-# Of this file's run, written down when gradients and AdamW had been checked against their references.
-GOLDEN_LOSSES = [5.595093, 5.397686, 5.135474, 4.946083, 4.759133, 4.614847, 4.44278, 4.265647,
-                 4.079678, 3.904621]
+# Of this file's run, written down when gradients and AdamW had been checked against their
+# references.
+GOLDEN_LOSSES = [
+  5.595093,
+  5.397686,
+  5.135474,
+  4.946083,
+  4.759133,
+  4.614847,
+  4.44278,
+  4.265647,
+  4.079678,
+  3.904621,
+]
 
 
 def quiet(text):
@@ -29,11 +42,15 @@ def losses(workdir):
 
 
 def equal(a, b):
-  return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+  return all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
+  )
 
 
 def run(c, workdir, devices=1, **kwargs):
-  return train.run(c, workdir, say=kwargs.pop("say", quiet), devices=jax.devices()[:devices], **kwargs)
+  return train.run(
+    c, workdir, say=kwargs.pop("say", quiet), devices=jax.devices()[:devices], **kwargs
+  )
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +83,17 @@ def test_the_checkpoint_of_a_step_holds_the_parameters_of_that_step(finished, tm
   dataset = data.prepare(c.data, log=quiet)
   with mesh.use(program.mesh):
     state = program.init()
-    batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed)
+    batches = data.train_batches(
+      dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed
+    )
     for _ in range(4):
-      state, _ = program.train_step(state, mesh.put_batch(next(batches), program.mesh, c.batch_size))
+      state, _ = program.train_step(
+        state, mesh.put_batch(next(batches), program.mesh, c.batch_size)
+      )
     batches.close()
-    saved = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(program.state, 4)
+    saved = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(
+      program.state, 4
+    )
   assert equal(saved[1], state)
   assert not equal(saved[1].params, runs.open(workdir).params(8))
 
@@ -83,8 +106,10 @@ def test_outliers_are_logged_when_asked_for(tiny_config, tmp_path):
   opened = runs.open(tmp_path / "run")
   row = opened.metrics().loc[2]
   params = opened.params(2)
-  expected = {**outliers.summary(outliers.measure(opened.model, params, opened.batches("validation"))),
-              **outliers.summary(outliers.weights(params))}
+  expected = {
+    **outliers.summary(outliers.measure(opened.model, params, opened.batches("validation"))),
+    **outliers.summary(outliers.weights(params)),
+  }
   assert len(expected) == 6 * 4
   for name, value in expected.items():
     np.testing.assert_allclose(row[f"outliers/{name}"], value, rtol=1e-3, err_msg=name)
@@ -117,26 +142,44 @@ def test_eight_devices_agree_with_one(finished, tiny_config, axes):
     c = tiny_config(**{f"mesh.{name}": size for name, size in sizes.items()}, steps=20)
     program = program_lib.build(c, jax.devices()[:devices])
     traces = []
-    batches = data.train_batches(dataset, c.data, context=c.context, batch_size=c.batch_size, seed=1)
+    batches = data.train_batches(
+      dataset, c.data, context=c.context, batch_size=c.batch_size, seed=1
+    )
     with mesh.use(program.mesh):
-      _, state, _, _ = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(program.state, 4)
+      _, state, _, _ = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(
+        program.state, 4
+      )
       for _ in range(10):
-        state, metrics = program.train_step(state, mesh.put_batch(next(batches), program.mesh, c.batch_size))
+        state, metrics = program.train_step(
+          state, mesh.put_batch(next(batches), program.mesh, c.batch_size)
+        )
         traces.append(float(metrics["train/loss"]))
     batches.close()
     found[devices] = traces
     assert program.train_step._cache_size() == 1
     # The state came back split as asked, and stays so.
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), state, program.state)))
+    assert all(
+      jax.tree.leaves(
+        jax.tree.map(
+          lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), state, program.state
+        )
+      )
+    )
     if devices == 8:
-      assert any(len({str(shard.index) for shard in x.addressable_shards}) > 1 for x in jax.tree.leaves(state.opt_state))
+      assert any(
+        len({str(shard.index) for shard in x.addressable_shards}) > 1
+        for x in jax.tree.leaves(state.opt_state)
+      )
   np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
 
 
 def test_another_configuration_is_refused_with_its_keys(finished, tiny_config):
   _, workdir = finished
   other = tiny_config(**{"checkpoint.every": 4, "checkpoint.keep": 5, "seed": 7, "model.blocks": 3})
-  with pytest.raises(config.ConfigError, match=r"(?s)model\.blocks: 2 in the workdir, 3 now.*seed: 0 in the workdir, 7 now"):
+  with pytest.raises(
+    config.ConfigError,
+    match=r"(?s)model\.blocks: 2 in the workdir, 3 now.*seed: 0 in the workdir, 7 now",
+  ):
     run(other, workdir)
 
 
@@ -158,7 +201,8 @@ def test_other_data_are_refused(finished, cut):
 
 
 def test_diverged(tiny_config, tmp_path):
-  """A rate that blows the loss up skips updates, and the run ends with the status and the reason."""
+  """A rate that blows the loss up skips updates, and the run ends with the status and the
+  reason."""
   c = tiny_config(**{"optimizer.learning_rate": 1e30, "max_skipped_updates": 3, "steps": 50})
   assert run(c, tmp_path / "run") == "diverged"
   opened = runs.open(tmp_path / "run")
@@ -182,14 +226,19 @@ def test_dry_run_says_what_a_step_takes(tiny_config, tmp_path):
   text = "\n".join(said)
   program = program_lib.build(c)
   held = program_lib.shard_bytes(program.state.params)
-  assert f"{held / 2**20:,.1f} MiB" in text and "memory on each of 8 devices" in text and "FLOPs a step" in text
+  assert (
+    f"{held / 2**20:,.1f} MiB" in text
+    and "memory on each of 8 devices" in text
+    and "FLOPs a step" in text
+  )
   # Kernels are split four ways here, gains not at all.
   total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params))
   assert total / 4 < held < total / 3
 
 
 def test_learns(finished):
-  """On words drawn at random a byte model gets well under the uniform distribution's ln 264 = 5.58 nats in ten steps."""
+  """On words drawn at random a byte model gets well under the uniform distribution's ln 264 = 5.58
+  nats in ten steps."""
   opened = runs.open(finished[1])
   assert opened.metrics()["eval/loss"].dropna().iloc[-1] < 4.5
 
@@ -198,7 +247,10 @@ def test_logits_are_float32_and_tokens_stay_in_range(finished):
   opened = runs.open(finished[1])
   batch = next(opened.batches("train"))
   logits = opened.model.apply({"params": opened.params()}, jnp.asarray(batch["tokens"]))
-  assert logits.dtype == jnp.float32 and logits.shape == (*batch["tokens"].shape, opened.config.model.vocab)
+  assert logits.dtype == jnp.float32 and logits.shape == (
+    *batch["tokens"].shape,
+    opened.config.model.vocab,
+  )
 
 
 def test_a_start_that_fails_leaves_no_run_behind(tiny_config, tmp_path):
@@ -211,6 +263,7 @@ def test_a_start_that_fails_leaves_no_run_behind(tiny_config, tmp_path):
 def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatch):
   def fail(*args):
     raise MemoryError("no more")
+
   monkeypatch.setattr(train.loop, "fit", fail)
   with pytest.raises(MemoryError):
     run(tiny_config(), tmp_path / "run")
@@ -220,7 +273,9 @@ def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatc
 
 def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_path):
   c = tiny_config(**{"warm_start": str(finished[1]), "model.d_head": 16})
-  with pytest.raises(config.ConfigError, match=r"warm_start = .*: model.d_head is 8 in that run and 16 in"):
+  with pytest.raises(
+    config.ConfigError, match=r"warm_start = .*: model.d_head is 8 in that run and 16 in"
+  ):
     run(c, tmp_path / "warm")
 
 
@@ -228,20 +283,35 @@ def first_loss(workdir):
   """Of a run's model on its first batch, its last parameters given."""
   opened = runs.open(workdir)
   loss_fn = jax.jit(step_lib.make_loss_fn(opened.model, opened.config.data.mask_documents))
-  return float(loss_fn(opened.params(), jax.tree.map(jnp.asarray, dict(next(opened.batches("train")))), jax.random.key(0))[0])
+  return float(
+    loss_fn(
+      opened.params(),
+      jax.tree.map(jnp.asarray, dict(next(opened.batches("train")))),
+      jax.random.key(0),
+    )[0]
+  )
 
 
 @pytest.fixture(scope="module")
 def learned(finished, tiny_config, tmp_path_factory):
-  """A run of learned scales that began with the parameters of `finished`, and kept them: its rate is zero."""
+  """A run of learned scales that began with the parameters of `finished`, and kept them: its rate
+  is zero."""
   workdir = tmp_path_factory.mktemp("runs") / "learned"
-  c = tiny_config(**{"warm_start": str(finished[1]), "quant.recipe": "lsq_w4a4", "optimizer.learning_rate": 0.0, "steps": 1})
+  c = tiny_config(
+    **{
+      "warm_start": str(finished[1]),
+      "quant.recipe": "lsq_w4a4",
+      "optimizer.learning_rate": 0.0,
+      "steps": 1,
+    }
+  )
   assert run(c, workdir) == "done"
   return workdir
 
 
 def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
-  """2 mean|x| / sqrt(7) (arXiv 1902.08153, section 2.1) of real inputs: those of the first layer are the embedding's rows."""
+  """2 mean|x| / sqrt(7) (arXiv 1902.08153, section 2.1) of real inputs: those of the first layer
+  are the embedding's rows."""
   params, before = runs.open(learned).params(), runs.open(finished[1]).params()
   assert equal(params["embedding"], before["embedding"])
   q = params["layers"]["attention"]["q"]
@@ -254,8 +324,16 @@ def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
 
 @pytest.mark.parametrize("recipe", ["none", "quest_w4a4", "lsq_w4a4"])
 def test_a_warm_start_goes_from_one_recipe_to_another(learned, tiny_config, tmp_path, recipe):
-  """From learned scales, which stay behind unless they are learned on; the first loss is that of the new model."""
-  c = tiny_config(**{"warm_start": str(learned), "quant.recipe": recipe, "optimizer.learning_rate": 0.0, "steps": 1})
+  """From learned scales, which stay behind unless they are learned on; the first loss is that of
+  the new model."""
+  c = tiny_config(
+    **{
+      "warm_start": str(learned),
+      "quant.recipe": recipe,
+      "optimizer.learning_rate": 0.0,
+      "steps": 1,
+    }
+  )
   assert run(c, tmp_path / "warm") == "done"
   params, before = runs.open(tmp_path / "warm").params(), runs.open(learned).params()
   assert equal(params["embedding"], before["embedding"])
@@ -263,7 +341,11 @@ def test_a_warm_start_goes_from_one_recipe_to_another(learned, tiny_config, tmp_
   assert alike == (recipe == "lsq_w4a4") and (not alike or equal(params, before))
   np.testing.assert_allclose(losses(tmp_path / "warm")[1], first_loss(tmp_path / "warm"), rtol=1e-5)
   rows = set(runs.open(tmp_path / "warm").metrics())
-  assert ("quant/weights/crossed" in rows) == ("quant/activations/sqnr/mlp/up" in rows) == (recipe != "none")
+  assert (
+    ("quant/weights/crossed" in rows)
+    == ("quant/activations/sqnr/mlp/up" in rows)
+    == (recipe != "none")
+  )
 
 
 def test_a_warm_start_from_nowhere_is_refused(tiny_config, tmp_path):
@@ -278,7 +360,8 @@ def test_a_model_axis_that_would_cut_heads_is_refused(tiny_config):
 
 @pytest.mark.slow
 def test_nano_learns_english(tmp_path):
-  """The README's run, a little shorter: a nat under what knowing each token's frequency is worth."""
+  """The README's run, a little shorter: a nat under what knowing each token's frequency is
+  worth."""
   c = config.resolve(adamw.get_config(f"nano,steps=240,data.directory={tmp_path}"))
   assert run(c, tmp_path / "nano") == "done"
   opened = runs.open(tmp_path / "nano")

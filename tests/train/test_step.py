@@ -1,4 +1,6 @@
-"""The train step: what the loss is, that parts of a batch add up to the whole, and what a non-finite step leaves alone."""
+"""The train step: what the loss is, that parts of a batch add up to the whole, and what a
+non-finite step leaves alone."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +25,18 @@ def model():
 @pytest.fixture(scope="module")
 def params(model):
   # Larger than at initialisation: there all logits are nearly equal and a wrong loss looks right.
-  return jax.jit(lambda: jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, transformer.init(model, 0)))()
+  return jax.jit(
+    lambda: jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, transformer.init(model, 0))
+  )()
 
 
 @pytest.fixture(scope="module")
 def losses(model):
   """losses(mask_documents)(params, batch) -> [B, L]"""
-  return {mask: jax.jit(lambda p, b, mask=mask: loss.token_losses(model, p, b, mask)) for mask in (True, False)}
+  return {
+    mask: jax.jit(lambda p, b, mask=mask: loss.token_losses(model, p, b, mask))
+    for mask in (True, False)
+  }
 
 
 def make_batch(rows: int = 8, seed: int = 0, weighted: bool = True):
@@ -38,11 +45,23 @@ def make_batch(rows: int = 8, seed: int = 0, weighted: bool = True):
   tokens = rng.integers(0, 32, (rows, 13), dtype=np.int32)
   segment_ids = np.repeat(np.array([[1] * 7 + [2] * 5], np.int32), rows, 0)
   positions = np.repeat(np.array([[*range(7), *range(5)]], np.int32), rows, 0)
-  weights = (rng.random((rows, 12)) > 1 / 3).astype(np.float32) if weighted else np.ones((rows, 12), np.float32)
+  weights = (
+    (rng.random((rows, 12)) > 1 / 3).astype(np.float32)
+    if weighted
+    else np.ones((rows, 12), np.float32)
+  )
   if weighted:
     weights[1::4] = 0
-  return jax.tree.map(jnp.asarray, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segment_ids,
-                                    "positions": positions, "weights": weights})
+  return jax.tree.map(
+    jnp.asarray,
+    {
+      "tokens": tokens[:, :-1],
+      "targets": tokens[:, 1:],
+      "segment_ids": segment_ids,
+      "positions": positions,
+      "weights": weights,
+    },
+  )
 
 
 def assert_same_bits(one, other):
@@ -52,7 +71,10 @@ def assert_same_bits(one, other):
 
 def test_the_loss_is_the_weighted_mean_of_minus_log_p(model, params):
   batch = make_batch()
-  logits = np.asarray(jax.jit(lambda p, tokens: model.apply({"params": p}, tokens))(params, batch["tokens"]), np.float64)
+  logits = np.asarray(
+    jax.jit(lambda p, tokens: model.apply({"params": p}, tokens))(params, batch["tokens"]),
+    np.float64,
+  )
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   nll = -np.take_along_axis(log_p, np.asarray(batch["targets"])[..., None], -1)[..., 0]
   weights = np.asarray(batch["weights"])
@@ -72,30 +94,48 @@ def test_the_loss_is_the_weighted_mean_of_minus_log_p(model, params):
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(model, params):
-  """Loss, gradient norm and updated parameters, though the parts weigh unequally and one of four weighs nothing."""
+  """Loss, gradient norm and updated parameters, though the parts weigh unequally and one of four
+  weighs nothing."""
   tx, batch = optax.sgd(0.5), make_batch()
   parts = np.asarray(batch["weights"]).reshape(-1, 4, 12).sum((0, 2))
   assert parts[1] == 0 and len(set(parts.tolist())) == 4
   after = {}
   for micro_batches in (1, 4):
-    train_step = jax.jit(step.make_train_step(step.make_loss_fn(model, False), tx, {}, seed=0, micro_batches=micro_batches))
+    train_step = jax.jit(
+      step.make_train_step(
+        step.make_loss_fn(model, False), tx, {}, seed=0, micro_batches=micro_batches
+      )
+    )
     after[micro_batches] = train_step(step.init_state(params, tx), batch)
     state, metrics = after[micro_batches]
     for name in ("train/loss", "gradient_norm"):
       np.testing.assert_allclose(metrics[name], after[1][1][name], rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), state.params, after[1][0].params)
-  assert max(float(abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (state.params, params)), strict=True)) > 1e-3
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      state.params,
+      after[1][0].params,
+    )
+  assert (
+    max(
+      float(abs(x - y).max())
+      for x, y in zip(*map(jax.tree.leaves, (state.params, params)), strict=True)
+    )
+    > 1e-3
+  )
 
 
 def test_each_part_draws_its_own_numbers():
-  draws = lambda p, batch, rng: (p * jnp.sum(batch["weights"]) * jax.random.normal(rng), {"weight": jnp.sum(batch["weights"])})
+  draws = lambda p, batch, rng: (
+    p * jnp.sum(batch["weights"]) * jax.random.normal(rng),
+    {"weight": jnp.sum(batch["weights"])},
+  )
   (_, _), two = step.accumulate(draws, 2)(jnp.ones(()), {"weights": jnp.ones((2, 1))}, KEY)
   expected = np.mean([jax.random.normal(jax.random.fold_in(KEY, part)) for part in range(2)])
   np.testing.assert_allclose(two, expected, rtol=1e-6)
 
 
-# A stand-in for a model: the batch holds a factor of the loss, something added to it that no gradient sees, and whether the
-# gradient alone is not finite.
+# A stand-in for a model: the batch holds a factor of the loss, something added to it that no
+# gradient sees, and whether the gradient alone is not finite.
 def toy_loss(params, batch, rng):
   del rng
   # The root of something that is always 1, or always 0, where its slope is infinite.
@@ -118,9 +158,10 @@ def batch_of(kind):
   return {name: jnp.float32(value) for name, value in kind.items()}
 
 
-@pytest.mark.parametrize("bad, finite_loss", [
-  (NAN, False), (INF, False), (HUGE, False), (SICK_LOSS, False), (SICK_GRADIENT, True),
-])
+@pytest.mark.parametrize(
+  "bad, finite_loss",
+  [(NAN, False), (INF, False), (HUGE, False), (SICK_LOSS, False), (SICK_GRADIENT, True)],
+)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_loss):
   train_step, state = toy_start(optax.adamw(0.1))
   state, metrics = train_step(state, batch_of(GOOD))
@@ -131,7 +172,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_lo
   assert_same_bits((state.params, state.opt_state), (before.params, before.opt_state))
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
   state, _ = train_step(state, batch_of(GOOD))
-  assert np.all(np.asarray(state.params["w"]) != np.asarray(before.params["w"])), "a good step afterwards trains again"
+  assert np.all(np.asarray(state.params["w"]) != np.asarray(before.params["w"])), (
+    "a good step afterwards trains again"
+  )
 
 
 def test_skipped_updates_are_counted_and_a_good_one_ends_the_row():
@@ -170,7 +213,10 @@ def test_one_trace_serves_all_steps_and_state_keeps_its_types():
 
 
 def test_randomness_is_a_function_of_seed_and_step_alone():
-  noise = lambda params, batch, rng: (jnp.sum(params["w"]) + jax.random.normal(rng), {"weight": jnp.ones(())})
+  noise = lambda params, batch, rng: (
+    jnp.sum(params["w"]) + jax.random.normal(rng),
+    {"weight": jnp.ones(())},
+  )
   tx = optax.sgd(0.0)
   state = step.init_state({"w": jnp.zeros(3)}, tx)
   losses = {}
@@ -178,21 +224,29 @@ def test_randomness_is_a_function_of_seed_and_step_alone():
     train_step = jax.jit(step.make_train_step(noise, tx, {}, seed=seed))
     for number in (0, 1, 0):
       _, metrics = train_step(state._replace(step=jnp.int32(number)), {})
-      assert losses.setdefault((seed, number), float(metrics["train/loss"])) == float(metrics["train/loss"])
+      assert losses.setdefault((seed, number), float(metrics["train/loss"])) == float(
+        metrics["train/loss"]
+      )
   assert len(set(losses.values())) == 4
 
 
 def test_documents_are_masked_only_when_asked_for(losses, params):
   batch = make_batch(weighted=False)
   other_first_document = batch | {"tokens": batch["tokens"].at[:, :7].add(1) % 32}
-  one_document = batch | {"segment_ids": jnp.ones((8, 12), jnp.int32), "positions": jnp.tile(jnp.arange(12), (8, 1))}
+  one_document = batch | {
+    "segment_ids": jnp.ones((8, 12), jnp.int32),
+    "positions": jnp.tile(jnp.arange(12), (8, 1)),
+  }
   on, off = (losses[mask](params, batch) for mask in (True, False))
 
   # On: the second document neither sees the first, nor knows how far in it stands.
-  np.testing.assert_allclose(on[:, 7:], losses[True](params, other_first_document)[:, 7:], rtol=1e-5)
+  np.testing.assert_allclose(
+    on[:, 7:], losses[True](params, other_first_document)[:, 7:], rtol=1e-5
+  )
   alone = losses[False](params, jax.tree.map(lambda x: x[:, 7:], batch))
   np.testing.assert_allclose(on[:, 7:], alone, rtol=1e-4, atol=1e-5)
-  # Rotary embedding sees distances only, so a shift of the positions would not show; a stretch does.
+  # Rotary embedding sees distances only, so a shift of the positions would not show; a stretch
+  # does.
   assert abs(on - losses[True](params, batch | {"positions": 3 * batch["positions"]})).max() > 1e-2
   # Off: plain causal text, whatever the segments say.
   np.testing.assert_array_equal(off, losses[False](params, one_document))
@@ -209,22 +263,36 @@ def test_the_switch_reaches_training_and_evaluation(model, losses, params, mask_
   expected = losses[mask_documents](params, batch) * weights
   np.testing.assert_allclose(value, expected.sum() / weights.sum(), rtol=1e-5)
   got, _ = jax.jit(steps.make_eval_step(model, mask_documents))(params, batch)
-  np.testing.assert_allclose(got, losses[mask_documents](params, batch) * (weights > 0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    got, losses[mask_documents](params, batch) * (weights > 0), rtol=1e-4, atol=1e-5
+  )
 
 
 def test_the_pair_step_compares_two_models_token_by_token(model, params):
-  """Against NumPy on both models' logits; what weighs nothing counts for no document and is zero."""
-  batch, other = make_batch(), jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params)
+  """Against NumPy on both models' logits; what weighs nothing counts for no document and is
+  zero."""
+  batch, other = (
+    make_batch(),
+    jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params),
+  )
   numbers, document = jax.jit(steps.make_pair_step(model, model, True))(params, other, batch)
-  apply = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"]))
+  apply = jax.jit(
+    lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"])
+  )
   logits = [np.asarray(apply(p), np.float64) for p in (params, other)]
   log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
   pick = lambda log: -np.take_along_axis(log, np.asarray(batch["targets"])[..., None], -1)[..., 0]
-  expected = {"reference_nll": pick(log_p), "nll": pick(log_q), "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
-              "agreement": log_p.argmax(-1) == log_q.argmax(-1)}
+  expected = {
+    "reference_nll": pick(log_p),
+    "nll": pick(log_q),
+    "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
+    "agreement": log_p.argmax(-1) == log_q.argmax(-1),
+  }
   counts = np.asarray(batch["weights"]) > 0
   assert 0.1 < expected["agreement"].mean() < 0.9 and expected["kl"].mean() > 0.01
   assert numbers.keys() == expected.keys()
   for name, want in expected.items():
-    np.testing.assert_allclose(numbers[name], np.where(counts, want, 0), rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(
+      numbers[name], np.where(counts, want, 0), rtol=1e-4, atol=1e-5, err_msg=name
+    )
   np.testing.assert_array_equal(document, np.where(counts, batch["segment_ids"], 0))

@@ -1,7 +1,9 @@
-"""A matrix for every axis of a block: the products that Shampoo and SOAP are made of, over stacks of blocks.
+"""A matrix for every axis of a block: the products that Shampoo and SOAP are made of, over stacks
+of blocks.
 
 Legend: B blocks on this device, M and N axes of a block, D the axis that a matrix belongs to.
 """
+
 from __future__ import annotations
 
 import jax
@@ -10,10 +12,12 @@ import jax.numpy as jnp
 from beyond_outliers.ops.linalg import map_matrices
 
 HIGHEST = jax.lax.Precision.HIGHEST
-HALVED_ROWS = 256                            # from which on a symmetric product is faster in halves on CPU
+HALVED_ROWS = 256  # from which on a symmetric product is faster in halves on CPU
 
 
-def add_gram(factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: jax.Array, weight: jax.Array) -> jax.Array:
+def add_gram(
+  factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: jax.Array, weight: jax.Array
+) -> jax.Array:
   """decay · A + weight · X Xᵀ, over all axes of a block [B, M, N] or [B, N] but one: [B, D, D]."""
   if x.ndim == 2:
     return decay * factor_BxDxD + weight * x[:, :, None] * x[:, None, :]
@@ -28,7 +32,10 @@ def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = Fal
 
   def product(a, x):
     a = a.mT if transposed else a
-    return jnp.matmul(a, x, precision=HIGHEST) if axis == 0 else jnp.matmul(x, a.mT, precision=HIGHEST)
+    return (
+      jnp.matmul(a, x, precision=HIGHEST) if axis == 0 else jnp.matmul(x, a.mT, precision=HIGHEST)
+    )
+
   return map_matrices(product, a_BxDxD, x)
 
 
@@ -38,11 +45,12 @@ def per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _times_transpose(x: jax.Array) -> jax.Array:
-  """X Xᵀ in halves, one of the two off the diagonal being the other's transpose: 3/4 of the arithmetic."""
+  """X Xᵀ in halves, one of the two off the diagonal being the other's transpose: 3/4 of the
+  arithmetic."""
   d = x.shape[-2]
   product = lambda y, z: jnp.matmul(y, z.mT, precision=HIGHEST)
   if d < HALVED_ROWS:
     return product(x, x)
-  upper, lower = x[..., : d // 2, :], x[..., d // 2:, :]
+  upper, lower = x[..., : d // 2, :], x[..., d // 2 :, :]
   corner = product(lower, upper)
   return jnp.block([[product(upper, upper), corner.mT], [corner, product(lower, lower)]])

@@ -1,7 +1,9 @@
-"""Newton-Schulz: matrices made nearly orthogonal by products alone, each singular value sent near one by odd polynomials.
+"""Newton-Schulz: matrices made nearly orthogonal by products alone, each singular value sent near
+one by odd polynomials.
 
 Legend: B matrices in a stack, M rows, N columns; S steps.
 """
+
 from __future__ import annotations
 
 import functools
@@ -16,16 +18,17 @@ from jax import lax
 
 from beyond_outliers.optim import factory
 
-Triple = tuple[float, float, float]                   # (a, b, c) of x -> a x + b x³ + c x⁵
-Table = str | Sequence[Triple]                        # a row of COEFFICIENTS, or a polynomial a step
-Run = tuple[Triple, ...]                              # steps between one computation of X Xᵀ and the next
+Triple = tuple[float, float, float]  # (a, b, c) of x -> a x + b x³ + c x⁵
+Table = str | Sequence[Triple]  # a row of COEFFICIENTS, or a polynomial a step
+Run = tuple[Triple, ...]  # steps between one computation of X Xᵀ and the next
 
 DTYPES = ("bfloat16", "float32", "float64")
 
 # Of the norm: the most that the eps of its divisor may shrink a matrix by.
 EPS_CAP = 1e-5
 
-# Rounding errors of a Gram matrix grow by a² a step. It is computed afresh before they would reach this.
+# Rounding errors of a Gram matrix grow by a² a step. It is computed afresh before they would reach
+# this.
 GRAM_ERROR = 2e-3
 
 # Rows from which on a symmetric product in halves is faster on CPU.
@@ -34,7 +37,7 @@ HALVED_ROWS = 256
 
 def _shrunk(triple: Triple, factor: float) -> Triple:
   """The polynomial of x / factor."""
-  return triple[0] / factor, triple[1] / factor ** 3, triple[2] / factor ** 5
+  return triple[0] / factor, triple[1] / factor**3, triple[2] / factor**5
 
 
 _POLAR_EXPRESS: tuple[Triple, ...] = (
@@ -49,20 +52,27 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 
 # The polynomial of each step; the last is that of all further steps.
-#   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about [0.68, 1.13].
-#   polar_express: arXiv 2505.16932, algorithm 1. Its safety factor of 1.01 shrinks the argument of every polynomial but the last,
+#   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about [0.68,
+# 1.13].
+#   polar_express: arXiv 2505.16932, algorithm 1. Its safety factor of 1.01 shrinks the argument of
+# every polynomial but the last,
 #     and that of the first twice, where algorithm 1 multiplies the norm by it.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
   "quintic": ((3.4445, -4.7750, 2.0315),),
-  "polar_express": (_shrunk(_POLAR_EXPRESS[0], 1.01 ** 2), *(_shrunk(triple, 1.01) for triple in _POLAR_EXPRESS[1:-1]),
-                    _POLAR_EXPRESS[-1]),
+  "polar_express": (
+    _shrunk(_POLAR_EXPRESS[0], 1.01**2),
+    *(_shrunk(triple, 1.01) for triple in _POLAR_EXPRESS[1:-1]),
+    _POLAR_EXPRESS[-1],
+  ),
 }
 
 
 def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
-  """The polynomial of each of `steps` steps; a table's last is repeated, or those beyond `steps` are left out.
+  """The polynomial of each of `steps` steps; a table's last is repeated, or those beyond `steps`
+  are left out.
 
-  Errors: ValueError for fewer steps than one, an unknown name, or a table that isn't one of triples of finite numbers."""
+  Errors: ValueError for fewer steps than one, an unknown name, or a table that isn't one of triples
+    of finite numbers."""
   if steps < 1:
     raise ValueError(f"steps = {steps}: expected at least 1")
   if isinstance(table, str):
@@ -74,44 +84,64 @@ def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
     except (TypeError, ValueError):
       rows = ()
     if not rows or not np.isfinite(rows).all():
-      raise ValueError(f"table = {table!r}: expected a name or a sequence of triples of finite numbers, ((a, b, c), ...), "
-                       "for a x + b x^3 + c x^5")
+      raise ValueError(
+        f"table = {table!r}: expected a name or a sequence of triples of finite numbers, ((a, b, "
+        "c), ...), "
+        "for a x + b x^3 + c x^5"
+      )
   return (rows + rows[-1:] * steps)[:steps]
 
 
-def orthogonalize(x_BxMxN: jax.Array, *, steps: int = 5, table: Table = "quintic", dtype: str | None = None, gram: bool = False,
-                  eps: float = 1e-7) -> jax.Array:
-  """Each matrix with its singular vectors kept and its singular values sent near one: the step of Muon and of Scion.
+def orthogonalize(
+  x_BxMxN: jax.Array,
+  *,
+  steps: int = 5,
+  table: Table = "quintic",
+  dtype: str | None = None,
+  gram: bool = False,
+  eps: float = 1e-7,
+) -> jax.Array:
+  """Each matrix with its singular vectors kept and its singular values sent near one: the step of
+  Muon and of Scion.
 
-  [B, M, N], in the dtype of x. A step is X <- (a I + b A + c A²) X with A = X Xᵀ on the short side: that of KellerJordan/Muon,
-  with a X taken into the product.
+  [B, M, N], in the dtype of x. A step is X <- (a I + b A + c A²) X with A = X Xᵀ on the short side:
+  that of KellerJordan/Muon, with a X taken into the product.
   steps, table: the polynomials, as `coefficients` has them.
-  dtype: of the operands, "bfloat16" | "float32" | "float64" | None (that of x). Sums, norms and polynomials are in float32 at
-    least: the official bfloat16 code rounds each of them, and its errors are about 1.6 times ours.
-  eps: added to the Frobenius norm, as officially, but never more than 1e-5 of it: tiny matrices are orthogonalised like any
-    other. With 0 the divisor is the norm, as torch.optim.Muon's is above 1e-7. Zero matrices stay zero.
-  gram: iterate on A alone, A <- P A P for each of its polynomials P, and multiply X by their product: five steps in float32 take
-    26 instead of 35 products of M x M x M at N = 3 M, 46 of 85 at 8 M, but 18 of 15 at M. Rounding errors of A grow by a² a
-    step, so it is computed afresh from X before they reach 2e-3: in float32 after three steps, in float64 not within ten, in
-    bfloat16 after each, which leaves the plain iteration. What gram changes in five steps, as a spectral norm: the most for 16 to
-    256 rows and N / M = 1, 3 and 8, between which there is no difference; in brackets what float32 changes without it:
+  dtype: of the operands, "bfloat16" | "float32" | "float64" | None (that of x). Sums, norms and
+    polynomials are in float32 at least: the official bfloat16 code rounds each of them, and its
+    errors are about 1.6 times ours.
+  eps: added to the Frobenius norm, as officially, but never more than 1e-5 of it: tiny matrices are
+    orthogonalised like any other. With 0 the divisor is the norm, as torch.optim.Muon's is above
+    1e-7. Zero matrices stay zero.
+  gram: iterate on A alone, A <- P A P for each of its polynomials P, and multiply X by their
+    product: five steps in float32 take 26 instead of 35 products of M x M x M at N = 3 M, 46 of 85
+    at 8 M, but 18 of 15 at M. Rounding errors of A grow by a² a step, so it is computed afresh from
+    X before they reach 2e-3: in float32 after three steps, in float64 not within ten, in bfloat16
+    after each, which leaves the plain iteration. What gram changes in five steps, as a spectral
+    norm: the most for 16 to 256 rows and N / M = 1, 3 and 8, between which there is no difference;
+      in brackets what float32 changes without it:
       condition of X             1e2               1e4               1e6
       float32, quintic           1e-5 (1e-5)       2e-5 (2e-5)       2e-5 (2e-5)
       float32, polar_express     4e-5 (1e-5)       1e-4 (3e-5)       2e-4 (3e-5)
       float64, quintic           1e-12             3e-12             5e-12
       float64, polar_express     7e-12             1e-10             4e-11
 
-  On CPU matrices follow one another, each staying in the cache: call it on a device's own share of the stack (shard_map), or the
-  compiler gathers a stack that is split. Elsewhere every product is one of the whole stack.
-  Errors: ValueError for what is no stack of matrices, for an unknown dtype, and as in `coefficients`."""
+  On CPU matrices follow one another, each staying in the cache: call it on a device's own share of
+  the stack (shard_map), or the compiler gathers a stack that is split. Elsewhere every product is
+  one of the whole stack.
+  Errors: ValueError for what is no stack of matrices, for an unknown dtype, and as in
+    `coefficients`."""
   if x_BxMxN.ndim != 3:
-    raise ValueError(f"x of shape {x_BxMxN.shape}: expected a stack of matrices [B, M, N]; reshape, or add an axis")
+    raise ValueError(
+      f"x of shape {x_BxMxN.shape}: expected a stack of matrices [B, M, N]; reshape, or add an axis"
+    )
   if dtype is not None:
     factory.one_of("dtype", dtype, DTYPES)
   operands = jax.dtypes.canonicalize_dtype(dtype or x_BxMxN.dtype)
   runs = _runs(coefficients(table, steps), operands, gram)
   if x_BxMxN.shape[1] > x_BxMxN.shape[2]:
-    # Outside the loop over matrices: XLA folds transposes into products, and its CPU library lacks some of those in bfloat16.
+    # Outside the loop over matrices: XLA folds transposes into products, and its CPU library lacks
+    # some of those in bfloat16.
     return _orthogonalize(x_BxMxN.mT, eps, runs, operands).mT
   return _orthogonalize(x_BxMxN, eps, runs, operands)
 
@@ -121,7 +151,9 @@ def _runs(triples: tuple[Triple, ...], dtype: jnp.dtype, gram: bool) -> tuple[Ru
   runs: list[Run] = []
   for triple in triples:
     longer = (*runs[-1], triple) if runs else ()
-    if gram and longer and jnp.finfo(dtype).eps * math.prod(a * a for a, _, _ in longer) < GRAM_ERROR:
+    if (
+      gram and longer and jnp.finfo(dtype).eps * math.prod(a * a for a, _, _ in longer) < GRAM_ERROR
+    ):
       runs[-1] = longer
     else:
       runs.append((triple,))
@@ -129,16 +161,28 @@ def _runs(triples: tuple[Triple, ...], dtype: jnp.dtype, gram: bool) -> tuple[Ru
 
 
 @functools.partial(jax.jit, static_argnames=("runs", "dtype"))
-def _orthogonalize(x_BxMxN: jax.Array, eps: jax.Array, runs: tuple[Run, ...], dtype: jnp.dtype) -> jax.Array:
+def _orthogonalize(
+  x_BxMxN: jax.Array, eps: jax.Array, runs: tuple[Run, ...], dtype: jnp.dtype
+) -> jax.Array:
   return lax.platform_dependent(
-    x_BxMxN, eps,
-    cpu=lambda x_BxMxN, eps: lax.map(lambda x_MxN: _iterate(x_MxN, eps, runs, dtype, _symmetric_product), x_BxMxN),
-    default=lambda x_BxMxN, eps: _iterate(x_BxMxN, eps, runs, dtype, _product_with_transpose))
+    x_BxMxN,
+    eps,
+    cpu=lambda x_BxMxN, eps: lax.map(
+      lambda x_MxN: _iterate(x_MxN, eps, runs, dtype, _symmetric_product), x_BxMxN
+    ),
+    default=lambda x_BxMxN, eps: _iterate(x_BxMxN, eps, runs, dtype, _product_with_transpose),
+  )
 
 
-def _iterate(x: jax.Array, eps: jax.Array, runs: tuple[Run, ...], dtype: jnp.dtype,
-             symmetric: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array]) -> jax.Array:
-  """x: [M, N] or [B, M, N], M <= N. symmetric(y, z, dtype): y zᵀ where it is symmetric, as polynomials of one matrix commute."""
+def _iterate(
+  x: jax.Array,
+  eps: jax.Array,
+  runs: tuple[Run, ...],
+  dtype: jnp.dtype,
+  symmetric: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array],
+) -> jax.Array:
+  """x: [M, N] or [B, M, N], M <= N. symmetric(y, z, dtype): y zᵀ where it is symmetric, as
+  polynomials of one matrix commute."""
   wide = jnp.promote_types(dtype, jnp.float32)
 
   def polynomial(r, triple):
@@ -149,7 +193,7 @@ def _iterate(x: jax.Array, eps: jax.Array, runs: tuple[Run, ...], dtype: jnp.dty
     r = symmetric(y, y, dtype)
     q = p = polynomial(r, run_Sx3[0])
     for triple in run_Sx3[1:]:
-      r = symmetric(p, symmetric(p, r, dtype), dtype)          # p r p: p p r loses more to rounding
+      r = symmetric(p, symmetric(p, r, dtype), dtype)  # p r p: p p r loses more to rounding
       p = polynomial(r, triple)
       q = symmetric(p, q, dtype)
     return _product("...mk,...kn->...mn", q, y, dtype), None
@@ -161,7 +205,8 @@ def _iterate(x: jax.Array, eps: jax.Array, runs: tuple[Run, ...], dtype: jnp.dty
 
 
 def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
-  """Over its Frobenius norm, of matrices of any length: their squares may leave the range of floats."""
+  """Over its Frobenius norm, of matrices of any length: their squares may leave the range of
+  floats."""
   largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
   largest = jnp.where(largest > 0, largest, 1)
   x = x / largest
@@ -171,11 +216,14 @@ def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def _product(subscripts: str, y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Sums in float32 at least. XLA's CPU library multiplies bfloat16 fast if the first operand is summed over its last axis."""
+  """Sums in float32 at least. XLA's CPU library multiplies bfloat16 fast if the first operand is
+  summed over its last axis."""
   wide = jnp.promote_types(dtype, jnp.float32)
   # Left to themselves TPUs take bfloat16 passes for float32, and recent GPUs TF32.
   precision = lax.Precision.HIGHEST if wide == dtype else None
-  return jnp.einsum(subscripts, y.astype(dtype), z.astype(dtype), precision=precision, preferred_element_type=wide)
+  return jnp.einsum(
+    subscripts, y.astype(dtype), z.astype(dtype), precision=precision, preferred_element_type=wide
+  )
 
 
 def _product_with_transpose(y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -183,11 +231,16 @@ def _product_with_transpose(y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def _symmetric_product(y_MxN: jax.Array, z_MxN: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """y zᵀ by halves, one of the two off the diagonal being the other's transpose: at 768 rows 5/8 of the arithmetic."""
+  """y zᵀ by halves, one of the two off the diagonal being the other's transpose: at 768 rows 5/8 of
+  the arithmetic."""
   rows = y_MxN.shape[0]
   if rows < HALVED_ROWS:
     return _product_with_transpose(y_MxN, z_MxN, dtype)
   upper, lower = slice(rows // 2), slice(rows // 2, rows)
   corner = _product_with_transpose(y_MxN[lower], z_MxN[upper], dtype)
-  return jnp.block([[_symmetric_product(y_MxN[upper], z_MxN[upper], dtype), corner.T],
-                    [corner, _symmetric_product(y_MxN[lower], z_MxN[lower], dtype)]])
+  return jnp.block(
+    [
+      [_symmetric_product(y_MxN[upper], z_MxN[upper], dtype), corner.T],
+      [corner, _symmetric_product(y_MxN[lower], z_MxN[lower], dtype)],
+    ]
+  )

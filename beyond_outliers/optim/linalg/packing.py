@@ -1,4 +1,6 @@
-"""Symmetric matrices in half the memory: the upper triangles of both diagonal halves share one rectangle."""
+"""Symmetric matrices in half the memory: the upper triangles of both diagonal halves share one
+rectangle."""
+
 from __future__ import annotations
 
 import jax
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 def pack(a_BxDxD: jax.Array) -> jax.Array:
   """[B, D, D] symmetric -> [B, 2h + 1, h], h = ceil(D / 2): D(D + 1)/2 numbers for even D.
 
-  Rows 0…h hold the upper triangle of the first diagonal block and, below its diagonal, the lower triangle of the second
-  one, moved down by a row; the rest is the block between them. (LAPACK's rectangular full packed format, transposed.)"""
+  Rows 0…h hold the upper triangle of the first diagonal block and, below its diagonal, the lower
+  triangle of the second one, moved down by a row; the rest is the block between them. (LAPACK's
+  rectangular full packed format, transposed.)"""
   h = -(-a_BxDxD.shape[-1] // 2)
   grow = 2 * h - a_BxDxD.shape[-1]
   a = jnp.pad(a_BxDxD, ((0, 0), (0, grow), (0, grow)))
@@ -21,7 +24,7 @@ def pack(a_BxDxD: jax.Array) -> jax.Array:
 def unpack(packed: jax.Array, d: int) -> jax.Array:
   """The inverse of `pack`."""
   h = -(-d // 2)
-  triangles, between = packed[:, : h + 1], packed[:, h + 1:]
+  triangles, between = packed[:, : h + 1], packed[:, h + 1 :]
   first = jnp.where(_upper(h)[:-1], triangles[:, :-1], 0)
   second = jnp.where(_upper(h)[1:], 0, triangles[:, 1:])
   first, second = _mirror(first), _mirror(second)

@@ -1,4 +1,5 @@
 """The largest singular value of each matrix of a stack, estimated."""
+
 from __future__ import annotations
 
 import jax
@@ -6,7 +7,8 @@ import jax.numpy as jnp
 
 
 def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
-  """[B]: a lower bound, by power iteration from a long row; a few per cent low when singular values crowd at the top.
+  """[B]: a lower bound, by power iteration from a long row; a few per cent low when singular values
+  crowd at the top.
 
   2·steps + 1 products with a vector; 0 for a zero matrix."""
   # Any fixed start could be orthogonal to what is sought; a long row hardly is.
@@ -19,8 +21,9 @@ def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
 
 
 def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(each vector at length one, length [B]); by way of its largest entry: squares of small or large numbers leave float32."""
-  or_one = lambda x: jnp.where(x > 0, x, 1)               # zero stays zero
+  """(each vector at length one, length [B]); by way of its largest entry: squares of small or large
+  numbers leave float32."""
+  or_one = lambda x: jnp.where(x > 0, x, 1)  # zero stays zero
   largest_B = jnp.max(jnp.abs(v_BxN), 1)
   scaled = v_BxN / or_one(largest_B)[:, None]
   length_B = jnp.linalg.norm(scaled, axis=1)

@@ -1,10 +1,14 @@
-"""Triangular and symmetric matrices by panels: products without the parts that are zero, or known from the other side.
+"""Triangular and symmetric matrices by panels: products without the parts that are zero, or known
+from the other side.
 
-A panel is some rows of the upper triangle of a D x D matrix, from the first of these rows' column on. Four panels leave five
-eighths of the operations of Q X, and less than half of those of products of two triangles.
+A panel is some rows of the upper triangle of a D x D matrix, from the first of these rows' column
+on. Four panels leave five eighths of the operations of Q X, and less than half of those of products
+of two triangles.
 
-Legend: D axis of a triangle, R the other axis of what is multiplied. A diagonal matrix is given as a vector.
+Legend: D axis of a triangle, R the other axis of what is multiplied. A diagonal matrix is given as
+a vector.
 """
+
 from __future__ import annotations
 
 import jax
@@ -21,14 +25,14 @@ def times(q: jax.Array, x: jax.Array) -> jax.Array:
   """Q X, for Q upper triangular [D, D] or diagonal [D] and X [D, R] or [D]."""
   if q.ndim == 1:
     return _column(q, x) * x
-  return jnp.concatenate([q[p, p.start:] @ x[p.start:] for p in rows(len(q))])
+  return jnp.concatenate([q[p, p.start :] @ x[p.start :] for p in rows(len(q))])
 
 
 def transposed_times(q: jax.Array, x: jax.Array) -> jax.Array:
   """Qᵀ X."""
   if q.ndim == 1:
     return _column(q, x) * x
-  return jnp.concatenate([q[:p.stop, p].T @ x[:p.stop] for p in rows(len(q))])
+  return jnp.concatenate([q[: p.stop, p].T @ x[: p.stop] for p in rows(len(q))])
 
 
 def transposed_solve(q: jax.Array, x: jax.Array) -> jax.Array:
@@ -39,21 +43,27 @@ def transposed_solve(q: jax.Array, x: jax.Array) -> jax.Array:
   for p in of:
     corner = jnp.where(jnp.eye(p.stop - p.start, dtype=bool) & (q[p, p] == 0), 1, q[p, p])
     rest = x[p] - sum(q[before, p].T @ y_before for before, y_before in zip(of, y, strict=False))
-    y.append(jax.lax.linalg.triangular_solve(corner, rest, left_side=True, lower=False, transpose_a=True))
+    y.append(
+      jax.lax.linalg.triangular_solve(corner, rest, left_side=True, lower=False, transpose_a=True)
+    )
   return jnp.concatenate(y)
 
 
 def square(q: jax.Array) -> jax.Array:
   """QᵀQ, for Q [D, D]."""
   of = rows(len(q))
-  panels = [q[:p.stop, p].T @ q[:p.stop, p.start:] for p in of]
-  below = lambda i: [panels[j][:, of[i].start - of[j].start: of[i].stop - of[j].start].T for j in range(i)]
-  return jnp.concatenate([jnp.concatenate([*below(i), panel], axis=1) for i, panel in enumerate(panels)])
+  panels = [q[: p.stop, p].T @ q[: p.stop, p.start :] for p in of]
+  below = lambda i: [
+    panels[j][:, of[i].start - of[j].start : of[i].stop - of[j].start].T for j in range(i)
+  ]
+  return jnp.concatenate(
+    [jnp.concatenate([*below(i), panel], axis=1) for i, panel in enumerate(panels)]
+  )
 
 
 def gram(x: jax.Array) -> list[jax.Array]:
   """The panels of X Xᵀ, for X [D, R]."""
-  return [x[p] @ x[p.start:].T for p in rows(len(x))]
+  return [x[p] @ x[p.start :].T for p in rows(len(x))]
 
 
 def column_squares(panels: list[jax.Array]) -> jax.Array:
@@ -61,15 +71,19 @@ def column_squares(panels: list[jax.Array]) -> jax.Array:
   d = panels[0].shape[1]
   squares = jnp.zeros(d, panels[0].dtype)
   for p, panel in zip(rows(d), panels, strict=True):
-    squares = squares.at[p.start:].add(jnp.sum(panel * panel, axis=0))
-    squares = squares.at[p].add(jnp.sum(panel[:, p.stop - p.start:] ** 2, axis=1))
+    squares = squares.at[p.start :].add(jnp.sum(panel * panel, axis=0))
+    squares = squares.at[p].add(jnp.sum(panel[:, p.stop - p.start :] ** 2, axis=1))
   return squares
 
 
 def product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
   """triu(T) Q, for T given by its panels and Q [D, D]."""
-  return jnp.concatenate([jnp.pad(jnp.triu(panel) @ q[p.start:, p.start:], ((0, 0), (p.start, 0)))
-                          for p, panel in zip(rows(len(q)), panels, strict=True)])
+  return jnp.concatenate(
+    [
+      jnp.pad(jnp.triu(panel) @ q[p.start :, p.start :], ((0, 0), (p.start, 0)))
+      for p, panel in zip(rows(len(q)), panels, strict=True)
+    ]
+  )
 
 
 def _column(q: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The product of a linear layer with quantized operands by AQT: the only module that imports it.
 
-AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the backward pass. With what:
+AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the
+backward pass. With what:
 
   scales                                              `Scaling` below, of our rules
   symmetric, absmax or absmax_edge, ste, nearest      its own IntSymmetric
@@ -9,9 +10,11 @@ AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multipl
   granularities group, mx, nv, nv_token               cannot: scales must be constant along the axis that is summed over
   learned scales                                      cannot: its backward pass has no gradient for them
 
-Upstream names Qwix as AQT's successor; a module like this one for it would be another row of dot.BACKENDS.
+Upstream names Qwix as AQT's successor; a module like this one for it would be another row of
+dot.BACKENDS.
 Legend: T tokens, K contraction, O outputs; w is [K, O], or [O, K] with w_axis 1.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,13 +44,19 @@ Calibration: Any = calibration.Calibration
 def expresses(layer: LayerRecipe) -> bool:
   """Whether AQT can do it; see the table above."""
   specs = (layer.weights, layer.activations, layer.gradients)
-  return all(spec is None or (GRANULARITIES[spec.granularity].block is None and spec.scale != "learned") for spec in specs)
+  return all(
+    spec is None or (GRANULARITIES[spec.granularity].block is None and spec.scale != "learned")
+    for spec in specs
+  )
 
 
-def dot_general(x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe, *, key: jax.Array | None = None) -> jax.Array:
+def dot_general(
+  x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe, *, key: jax.Array | None = None
+) -> jax.Array:
   """[T, O], float32; as jax_backend.dot_general, for what `expresses`."""
   dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
-  # Scales take the type of what they scale, so the operands come in float32 and are narrowed as codes.
+  # Scales take the type of what they scale, so the operands come in float32 and are narrowed as
+  # codes.
   x_TxK = rotations.rotate(x_TxK.astype(jnp.float32), layer.rotation, 1)
   w = rotations.rotate(w.astype(jnp.float32), layer.rotation, w_axis)
   configured = aqt_config.set_context(_config(layer, dtype, w_axis), key, train_step=None)
@@ -63,12 +72,15 @@ def _config(layer: LayerRecipe, dtype: Any, w_axis: int) -> aqt_dot_general.DotG
   _set(c.dlhs, layer.gradients, None)
   _set(c.drhs, layer.gradients, None)
   quantized = layer.backward == "quantized"
-  aqt_config.set_use_fwd_quant(c, quantized and layer.weights is not None, quantized and layer.activations is not None)
+  aqt_config.set_use_fwd_quant(
+    c, quantized and layer.weights is not None, quantized and layer.activations is not None
+  )
   # A backward product gets the codes of the forward pass as floats.
   gradients = _is_int8(layer.gradients) and quantized
   c.fwd.dot_general = _Product(dtype, _is_int8(layer.activations) and _is_int8(layer.weights))
   c.dlhs.dot_general = _Product(dtype, gradients and _is_int8(layer.weights))
-  # For weights [K, O] AQT transposes gᵀ x. XLA would move a transpose right behind a product into it, but none behind scales.
+  # For weights [K, O] AQT transposes gᵀ x. XLA would move a transpose right behind a product into
+  # it, but none behind scales.
   swapped = w_axis == 0 and layer.gradients is None
   c.drhs.dot_general = _Product(dtype, gradients and _is_int8(layer.activations), swapped)
   return c
@@ -83,6 +95,7 @@ class _Product:
   """In the place of lax.dot_general: of int8 operands, or of operands in `dtype`; float32.
 
   swapped: as the transpose of the other product, for whom transposes the result."""
+
   dtype: Any
   integer: bool
   swapped: bool = False
@@ -91,7 +104,11 @@ class _Product:
     del precision, preferred_element_type
     ((lhs_axis,), (rhs_axis,)), _ = dimension_numbers
     dtype = jnp.int8 if self.integer else self.dtype
-    y = product(rhs, lhs, rhs_axis, lhs_axis, dtype).T if self.swapped else product(lhs, rhs, lhs_axis, rhs_axis, dtype)
+    y = (
+      product(rhs, lhs, rhs_axis, lhs_axis, dtype).T
+      if self.swapped
+      else product(lhs, rhs, lhs_axis, rhs_axis, dtype)
+    )
     return y.astype(jnp.float32)
 
 
@@ -111,20 +128,35 @@ def _calibrate(quantizer: Any, spec: QuantSpec) -> None:
 def _numerics(spec: QuantSpec | None) -> Any:
   if spec is None:
     return no_numerics.NoNumerics()
-  plain = spec.scale in ("absmax", "absmax_edge") and spec.estimator == "ste" and spec.rounding == "nearest"
+  plain = (
+    spec.scale in ("absmax", "absmax_edge")
+    and spec.estimator == "ste"
+    and spec.rounding == "nearest"
+  )
   if spec.grid == "symmetric" and plain:
     return IntSymmetric(
-      bits=int(spec.bits), preserve_zero=True, preserve_max_val=spec.scale == "absmax", clip=True, round=True,
-      clip_gradient=False, noise_fn=None, dtype=jnp.int8)
+      bits=int(spec.bits),
+      preserve_zero=True,
+      preserve_max_val=spec.scale == "absmax",
+      clip=True,
+      round=True,
+      clip_gradient=False,
+      noise_fn=None,
+      dtype=jnp.int8,
+    )
   if isinstance(spec.levels, Float) and spec.bits == 8 and plain:
     mantissa = spec.levels.mantissa_bits
-    return Fp8Numerics(dtype=spec.levels.dtype.type, exponent_bits=7 - mantissa, mantissa_bits=mantissa)
+    return Fp8Numerics(
+      dtype=spec.levels.dtype.type, exponent_bits=7 - mantissa, mantissa_bits=mantissa
+    )
   return Rounding(spec=spec)
 
 
 @utils.flax_slots_kw_only_dataclass
 class Rounding(Numerics):
-  """Our grids and estimators: the mask of the forward pass is what the backward pass multiplies by."""
+  """Our grids and estimators: the mask of the forward pass is what the backward pass multiplies
+  by."""
+
   spec: QuantSpec
 
   def get_dtype(self):
@@ -143,6 +175,7 @@ class Rounding(Numerics):
 @utils.flax_slots_kw_only_dataclass
 class Scaling(Calibration):
   """Our scale rules."""
+
   spec: QuantSpec
 
   def get_scale_and_bias_and_sparsity(self, x, shared_axes, numerics_, context=None):

@@ -1,11 +1,13 @@
-"""The product of a linear layer with quantized operands, forward and backward, in plain JAX: any recipe.
+"""The product of a linear layer with quantized operands, forward and backward, in plain JAX: any
+recipe.
 
-Codes multiply codes, and scales come behind the product wherever they are constant along the axis that is summed over: so
-products of integer codes are exact in int32, and bfloat16 operands lose nothing. Scales of blocks along that axis cannot wait:
-there the operands are dequantized first.
+Codes multiply codes, and scales come behind the product wherever they are constant along the axis
+that is summed over: so products of integer codes are exact in int32, and bfloat16 operands lose
+nothing. Scales of blocks along that axis cannot wait: there the operands are dequantized first.
 
 Legend: T tokens, K contraction, O outputs; w is [K, O], or [O, K] with w_axis 1.
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,12 +22,20 @@ from beyond_outliers.quant.quantizers import Quantized, Saved
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 
-def dot_general(x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe, *, key: jax.Array | None = None,
-                scales: tuple[Any, Any] = (None, None)) -> jax.Array:
+def dot_general(
+  x_TxK: jax.Array,
+  w: jax.Array,
+  w_axis: int,
+  layer: LayerRecipe,
+  *,
+  key: jax.Array | None = None,
+  scales: tuple[Any, Any] = (None, None),
+) -> jax.Array:
   """[T, O], float32 or wider, with the gradients that the recipe's estimators say.
 
-  Float products run in the narrower type of the two operands, rotations and scales in float32 or wider. w_axis: which axis of w
-  is summed over. key: of stochastic rounding. scales: learned ones, [1, 1], of (activations, weights)."""
+  Float products run in the narrower type of the two operands, rotations and scales in float32 or
+  wider. w_axis: which axis of w is summed over. key: of stochastic rounding. scales: learned ones,
+  [1, 1], of (activations, weights)."""
   dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
   wide = jnp.promote_types(jnp.promote_types(x_TxK.dtype, w.dtype), jnp.float32)
   x_TxK = rotations.rotate(x_TxK.astype(wide), layer.rotation, 1)
@@ -51,16 +61,26 @@ def _forward(layer, w_axis, dtype, x_TxK, w, x_scale, w_scale, key):
 
 def _backward(layer, w_axis, dtype, residuals, g_TxO):
   xq, wq, x_saved, w_saved, (x_key, w_key) = residuals
-  # What scales the axis that is now summed over goes to the gradient, before that is quantized along it.
+  # What scales the axis that is now summed over goes to the gradient, before that is quantized
+  # along it.
   codes, scale = _factored(wq, w_axis)
   gq, _ = _quantize(g_TxO * scale, layer.gradients, 1, None, x_key)
   dx_TxK = multiply(gq, _plain(codes), 1, 1 - w_axis, dtype)
   codes, scale = _factored(xq, 1)
   gq, _ = _quantize(g_TxO * scale[:, None], layer.gradients, 0, None, w_key)
-  dw = multiply(_plain(codes), gq, 0, 0, dtype) if w_axis == 0 else multiply(gq, _plain(codes), 0, 0, dtype)
-  return (quantizers.backward(x_saved, dx_TxK), quantizers.backward(w_saved, dw),
-          layer.activations and quantizers.scale_gradient(x_saved, dx_TxK, layer.activations, dx_TxK.shape[1]),
-          layer.weights and quantizers.scale_gradient(w_saved, dw, layer.weights, dw.size), None)
+  dw = (
+    multiply(_plain(codes), gq, 0, 0, dtype)
+    if w_axis == 0
+    else multiply(gq, _plain(codes), 0, 0, dtype)
+  )
+  return (
+    quantizers.backward(x_saved, dx_TxK),
+    quantizers.backward(w_saved, dw),
+    layer.activations
+    and quantizers.scale_gradient(x_saved, dx_TxK, layer.activations, dx_TxK.shape[1]),
+    layer.weights and quantizers.scale_gradient(w_saved, dw, layer.weights, dw.size),
+    None,
+  )
 
 
 _product.defvjp(_forward, _backward)
@@ -69,11 +89,15 @@ _product.defvjp(_forward, _backward)
 def _quantize(x, spec: QuantSpec | None, axis: int, scale, key) -> tuple[Quantized, Saved]:
   if spec is None:
     return _plain(x), Saved(None, None)
-  return quantizers.forward(x, quantizers.scale_of(x, spec, axis) if scale is None else scale, spec, key)
+  return quantizers.forward(
+    x, quantizers.scale_of(x, spec, axis) if scale is None else scale, spec, key
+  )
 
 
 def _plain(x) -> Quantized:
-  return Quantized(x, jnp.ones((1,) * x.ndim, jnp.float64 if x.dtype == jnp.float64 else jnp.float32))
+  return Quantized(
+    x, jnp.ones((1,) * x.ndim, jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+  )
 
 
 def _factored(q: Quantized, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +108,8 @@ def _factored(q: Quantized, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def multiply(a: Quantized, b: Quantized, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
-  """The matrix product of two, summed over these axes: of int8 codes in int32, of others in `dtype`."""
+  """The matrix product of two, summed over these axes: of int8 codes in int32, of others in
+  `dtype`."""
   (a_codes, a_scale), (b_codes, b_scale) = _factored(a, a_axis), _factored(b, b_axis)
   integer = a_codes.dtype == b_codes.dtype == jnp.int8
   y = product(a_codes, b_codes, a_axis, b_axis, jnp.int8 if integer else dtype)

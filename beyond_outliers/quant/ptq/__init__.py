@@ -1,5 +1,23 @@
 """Quantization after training: `quantize` and the table of its METHODS."""
-from beyond_outliers.quant.ptq.methods import METHODS, Method, named
-from beyond_outliers.quant.ptq.model import QuantizedModel, check, load, quantize, quantized, restored
 
-__all__ = ["METHODS", "Method", "QuantizedModel", "check", "load", "named", "quantize", "quantized", "restored"]
+from beyond_outliers.quant.ptq.methods import METHODS, Method, named
+from beyond_outliers.quant.ptq.model import (
+  QuantizedModel,
+  check,
+  load,
+  quantize,
+  quantized,
+  restored,
+)
+
+__all__ = [
+  "METHODS",
+  "Method",
+  "QuantizedModel",
+  "check",
+  "load",
+  "named",
+  "quantize",
+  "quantized",
+  "restored",
+]

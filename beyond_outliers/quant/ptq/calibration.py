@@ -1,10 +1,11 @@
 """Statistics of what the linear layers of a model see, over any number of batches.
 
-What goes from block to block is kept on the host, so that every block runs once or twice a batch, however deep the model is; of
-statistics, those of one block are in memory.
+What goes from block to block is kept on the host, so that every block runs once or twice a batch,
+however deep the model is; of statistics, those of one block are in memory.
 
 Legend: B batch, L length, D model width, T = B·L tokens, K contraction, O outputs.
 """
+
 from __future__ import annotations
 
 import functools
@@ -24,13 +25,16 @@ Batch = Mapping[str, Any]
 
 class Inputs(NamedTuple):
   """Of a layer's inputs, over all calibration tokens; float32 or wider."""
-  largest_K: jax.Array             # max |x|
-  mean_K: jax.Array                # mean |x|
-  gram_KxK: Any                    # mean of x xᵀ, or None if nobody asked for it
+
+  largest_K: jax.Array  # max |x|
+  mean_K: jax.Array  # mean |x|
+  gram_KxK: Any  # mean of x xᵀ, or None if nobody asked for it
 
 
 class Stage(NamedTuple):
-  """A block, or whatever stands for one, with its parameters: (x_BxLxD, segment_ids, positions) -> (x_BxLxD, None)."""
+  """A block, or whatever stands for one, with its parameters: (x_BxLxD, segment_ids, positions) ->
+  (x_BxLxD, None)."""
+
   module: Any
   params: Any
 
@@ -65,7 +69,8 @@ class Stream:
       self._batches.append((jax.device_get(_embed(model, params, tokens_BxL)), masks))
 
   def see(self, block: Stage, *, gram: bool, run: bool) -> dict[str, Inputs]:
-    """{path within the block: its inputs}, of a block whose module is made with `watched`. run: the stream goes on behind it."""
+    """{path within the block: its inputs}, of a block whose module is made with `watched`. run: the
+    stream goes on behind it."""
     return self._mean(functools.partial(_see_block, block.module, gram, run, block.params))
 
   def see_head(self, *, gram: bool) -> Inputs:
@@ -94,6 +99,7 @@ class Stream:
 
 # Modules are static: equal ones, as the blocks of most models are, share a compiled program.
 
+
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(model, params, tokens_BxL):
   return model.apply({"params": params}, tokens_BxL, method="embed")
@@ -108,13 +114,19 @@ def _run(module, params, x_BxLxD, *masks):
 def _see_block(module, gram, run, params, x_BxLxD, *masks):
   (y_BxLxD, _), seen = module.apply({"params": params}, x_BxLxD, *masks, mutable="intermediates")
   sown = dict[Any, Any](traverse_util.flatten_dict(seen["intermediates"]))
-  return {"/".join(path[:-2]): _inputs(x_TxK, gram) for path, (x_TxK,) in sown.items()}, y_BxLxD if run else x_BxLxD
+  return {
+    "/".join(path[:-2]): _inputs(x_TxK, gram) for path, (x_TxK,) in sown.items()
+  }, y_BxLxD if run else x_BxLxD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _see_head(model, gram, params, x_BxLxD, *masks):
-  normed_BxLxD = model.apply({"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x))
-  return _inputs(normed_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(model.config.dtype), gram), x_BxLxD
+  normed_BxLxD = model.apply(
+    {"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x)
+  )
+  return _inputs(
+    normed_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(model.config.dtype), gram
+  ), x_BxLxD
 
 
 def _inputs(x_TxK, gram) -> Inputs:

@@ -1,4 +1,6 @@
-"""Methods of quantization after training: a row each, of what rotates, what smooths and what rounds."""
+"""Methods of quantization after training: a row each, of what rotates, what smooths and what
+rounds."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,11 +17,14 @@ from beyond_outliers.quant.spec import LayerRecipe
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """rounding: row of ROUNDERS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES and ROTATIONS in the place
-  of the recipe's "absmax" and "none", or "". fused: rotations that matrices can take in are (rotation_fusion.py). sequential: a block sees
-  what the blocks before it make once they are quantized, else what they made in full precision; within a block, layers see each
-  other in full precision (the official code without `--true-sequential`). alpha: of smoothquant, 0 to 1: how much of the inputs'
-  range goes to the matrix. damping: of gptq, in mean squares of an input. Errors: ConfigError."""
+  """rounding: row of ROUNDERS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES
+  and ROTATIONS in the place of the recipe's "absmax" and "none", or "". fused: rotations that
+  matrices can take in are (rotation_fusion.py). sequential: a block sees what the blocks before it
+  make once they are quantized, else what they made in full precision; within a block, layers see
+  each other in full precision (the official code without `--true-sequential`). alpha: of
+  smoothquant, 0 to 1: how much of the inputs' range goes to the matrix. damping: of gptq, in mean
+  squares of an input. Errors: ConfigError."""
+
   rounding: str = "nearest"
   smoothing: str = ""
   scale: str = ""
@@ -31,12 +36,19 @@ class Method:
 
   def __post_init__(self):
     fraction(self, "", "alpha")
-    require(0 < self.damping < math.inf, "damping", self.damping, "expected a number above 0, such as 0.01")
+    require(
+      0 < self.damping < math.inf,
+      "damping",
+      self.damping,
+      "expected a number above 0, such as 0.01",
+    )
 
   @property
   def options(self) -> tuple[str, ...]:
     """The numbers that it looks at."""
-    return ("alpha",) * (self.smoothing == "smoothquant") + ("damping",) * (self.rounding != "nearest")
+    return ("alpha",) * (self.smoothing == "smoothquant") + ("damping",) * (
+      self.rounding != "nearest"
+    )
 
   @property
   def calibrated(self) -> bool:
@@ -47,7 +59,8 @@ class Method:
     return self.rounding != "nearest" or self.smoothing == "awq"
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
-    """What this method makes of a layer's recipe. Gradients have no part in it any more. rotated: the inputs come in so."""
+    """What this method makes of a layer's recipe. Gradients have no part in it any more. rotated:
+    the inputs come in so."""
     if layer is None or not (layer.weights or layer.activations):
       return None
     w, x = layer.weights, layer.activations
@@ -56,47 +69,66 @@ class Method:
     rotation = "none" if rotated else self.rotation if layer.rotation == "none" else ""
     if rotation:
       w, x = (spec and dataclasses.replace(spec, rotation=rotation) for spec in (w, x))
-    require(not (self.rotation or self.smoothing) or "learned" not in [spec.scale for spec in (w, x) if spec], "method",
-            self.rotation or self.smoothing, "learned scales hold in the basis that they were learned in: take a method that "
-            "neither rotates nor smooths")
+    require(
+      not (self.rotation or self.smoothing)
+      or "learned" not in [spec.scale for spec in (w, x) if spec],
+      "method",
+      self.rotation or self.smoothing,
+      "learned scales hold in the basis that they were learned in: take a method that "
+      "neither rotates nor smooths",
+    )
     return LayerRecipe(w, x)
 
 
 METHODS: dict[str, Method] = {
   "rtn": Method(),
-  "rtn_mse": Method(scale="mse"),                                       # the clip of least squared error of the matrix itself
-  "gptq": Method("gptq", sequential=True),                              # arXiv 2210.17323
+  "rtn_mse": Method(scale="mse"),  # the clip of least squared error of the matrix itself
+  "gptq": Method("gptq", sequential=True),  # arXiv 2210.17323
   "gptq_in_order": Method("gptq_in_order", sequential=True),
   "gptq_mse": Method("gptq", scale="mse", sequential=True),
-  "smoothquant": Method(smoothing="smoothquant"),                       # arXiv 2211.10438
+  "smoothquant": Method(smoothing="smoothquant"),  # arXiv 2211.10438
   "smoothquant+gptq": Method("gptq", smoothing="smoothquant", sequential=True),
-  "awq": Method(smoothing="awq"),                                       # arXiv 2306.00978
+  "awq": Method(smoothing="awq"),  # arXiv 2306.00978
   "awq+gptq": Method("gptq", smoothing="awq", sequential=True),
-  "hadamard": Method(rotation="hadamard"),                              # of every layer's inputs, as they come in
+  "hadamard": Method(rotation="hadamard"),  # of every layer's inputs, as they come in
   "hadamard_mse": Method(scale="mse", rotation="hadamard"),
   "hadamard+gptq": Method("gptq", rotation="hadamard", sequential=True),
-  "quarot": Method(rotation="hadamard", fused=True),                    # arXiv 2404.00456
+  "quarot": Method(rotation="hadamard", fused=True),  # arXiv 2404.00456
   "quarot+gptq": Method("gptq", rotation="hadamard", fused=True, sequential=True),
   "hadamard+gptq_mse": Method("gptq", scale="mse", rotation="hadamard", sequential=True),
 }
 
-OPTION = re.compile(r"\((\w+)=([-+.0-9e]+)\)")     # behind a part of a method's name; its characters may stand in names of files
+OPTION = re.compile(
+  r"\((\w+)=([-+.0-9e]+)\)"
+)  # behind a part of a method's name; its characters may stand in names of files
 
 
 def named(name: str, field: str = "method") -> Method:
-  """A row of METHODS, with other numbers where its name sets some: `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
+  """A row of METHODS, with other numbers where its name sets some:
+  `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
 
   Errors: ConfigError with the nearest name, the options of the row, or their range."""
   row, options = OPTION.sub("", name), OPTION.findall(name)
-  require("(" not in row, field, name, "numbers are written as in smoothquant(alpha=0.75)+gptq(damping=0.1)")
+  require(
+    "(" not in row,
+    field,
+    name,
+    "numbers are written as in smoothquant(alpha=0.75)+gptq(damping=0.1)",
+  )
   if row not in METHODS:
     raise ConfigError(f"{field} = {name!r}: unknown method; {nearest(row, METHODS, cutoff=0.4)}")
   known = METHODS[row].options
   for option, _ in options:
-    require(option in known and len(options) == len(dict(options)), field, name, f"{row} takes "
-            + (" and ".join(f"({one}=NUMBER) once" for one in known) or "no numbers") + f", not {option!r} here")
+    require(
+      option in known and len(options) == len(dict(options)),
+      field,
+      name,
+      f"{row} takes "
+      + (" and ".join(f"({one}=NUMBER) once" for one in known) or "no numbers")
+      + f", not {option!r} here",
+    )
   try:
     numbers: dict[str, Any] = {option: float(number) for option, number in options}
     return dataclasses.replace(METHODS[row], **numbers)
-  except ValueError as error:          # no number, or one out of its range
+  except ValueError as error:  # no number, or one out of its range
     raise ConfigError(f"{field} = {name!r}: {error}") from None

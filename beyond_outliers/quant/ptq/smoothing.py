@@ -1,7 +1,9 @@
-"""Factors of a layer's inputs, undone in its matrix: the function stays, what is hard to quantize moves from one to the other.
+"""Factors of a layer's inputs, undone in its matrix: the function stays, what is hard to quantize
+moves from one to the other.
 
 Legend: K contraction, O outputs; a factor [K] multiplies the input, and its reciprocal the matrix.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,23 +17,26 @@ from beyond_outliers.quant import qmatrix, quantizers, rotations
 from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.spec import LayerRecipe
 
-ALPHA = 0.5                      # SmoothQuant's: the official default
-AWQ_STEPS = 20                   # exponents tried, from 0 on
+ALPHA = 0.5  # SmoothQuant's: the official default
+AWQ_STEPS = 20  # exponents tried, from 0 on
 
 
-def smoothquant(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
+def smoothquant(
+  w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA
+) -> jax.Array:
   """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4).
 
-  Every layer has its own: the paper, which puts them into the norm in front, has one for all layers behind a norm."""
+  Every layer has its own: the paper, which puts them into the norm in front, has one for all layers
+  behind a norm."""
   del layer
   x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(jnp.max(jnp.abs(w_KxO), axis=1), 1e-5)
   return w_K ** (1 - alpha) / x_K**alpha
 
 
 def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
-  """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its weights are rounded to nearest
-  (arXiv 2306.00978, equations 4 and 5); the output's change is read from the Gram matrix of the inputs. The paper's search for a
-  clip is not part of it."""
+  """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its
+  weights are rounded to nearest (arXiv 2306.00978, equations 4 and 5); the output's change is read
+  from the Gram matrix of the inputs. The paper's search for a clip is not part of it."""
   del alpha
   w_KxO, x_K = w_KxO.astype(inputs.mean_K.dtype), jnp.maximum(inputs.mean_K, 1e-4)
 
@@ -42,19 +47,31 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
   def attempt(best, alpha):
     smooth_K = factors(alpha)
     error = output_error(w_KxO, smooth_K, inputs, layer)
-    return jax.tree.map(lambda new, old: jnp.where(error < best[0], new, old), (error, smooth_K), best), None
+    return jax.tree.map(
+      lambda new, old: jnp.where(error < best[0], new, old), (error, smooth_K), best
+    ), None
 
   start = jnp.full((), jnp.inf, x_K.dtype), jnp.ones_like(x_K)
   return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0][1]
 
 
-def output_error(w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe) -> jax.Array:
-  """Mean squared norm of what rounding the weights to nearest changes in the layer's output, its inputs being as they are."""
+def output_error(
+  w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe
+) -> jax.Array:
+  """Mean squared norm of what rounding the weights to nearest changes in the layer's output, its
+  inputs being as they are."""
   w = qmatrix.prepare(w_KxO, layer, smooth_K)
   spec: Any = layer.weights
   codes = quantizers.forward(w, quantizers.scale_of(w, spec, 0), spec)[0]
-  error_KxO = rotations.unrotate(quantizers.dequantize(codes) - w, layer.rotation, 0) * smooth_K[:, None]
-  return jnp.sum(error_KxO * jnp.matmul(inputs.gram_KxK, error_KxO, precision=lax.Precision.HIGHEST))
+  error_KxO = (
+    rotations.unrotate(quantizers.dequantize(codes) - w, layer.rotation, 0) * smooth_K[:, None]
+  )
+  return jnp.sum(
+    error_KxO * jnp.matmul(inputs.gram_KxK, error_KxO, precision=lax.Precision.HIGHEST)
+  )
 
 
-SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]] = {"smoothquant": smoothquant, "awq": awq}
+SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]] = {
+  "smoothquant": smoothquant,
+  "awq": awq,
+}

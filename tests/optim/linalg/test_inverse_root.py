@@ -1,4 +1,6 @@
-"""Inverse roots against eigendecompositions in float64, and what each method makes of matrices that are hard in float32."""
+"""Inverse roots against eigendecompositions in float64, and what each method makes of matrices that
+are hard in float32."""
+
 import functools
 
 import jax
@@ -10,7 +12,7 @@ from beyond_outliers.ops import linalg
 from beyond_outliers.optim.linalg import inverse_root
 from beyond_outliers.optim.linalg.inverse_root import ROOTS
 
-D, STACK = 8, 6        # of nearly all tests, so that they share compiled programs
+D, STACK = 8, 6  # of nearly all tests, so that they share compiled programs
 ORDERS = {"eigh": (1, 1.5, 4), "newton": (1, 2, 3, 4), "denman_beavers": (2, 4, 8), "qr": (1.5, 4)}
 # The iterations stop where no entry is off by more than 1e-6.
 PRECISION = {"eigh": 1e-12, "newton": 2e-6, "denman_beavers": 2e-6, "qr": 1e-12}
@@ -50,13 +52,15 @@ def compute(name, a, p, eps, basis, relative):
 
 
 def root(name, matrices, p, eps=0.0, basis=None, relative=False, dtype=np.float32):
-  """The method on a list of matrices, in a stack filled up with identities, with no basis unless one is given. eps is traced."""
+  """The method on a list of matrices, in a stack filled up with identities, with no basis unless
+  one is given. eps is traced."""
+
   def stack(x):
     return jnp.asarray(np.stack([*x, *[np.eye(len(x[0]))] * (STACK - len(x))]), dtype)
 
   basis = [np.zeros_like(x) for x in matrices] if basis is None else basis
   found = compute(name, stack(matrices), p, eps, stack(basis) if ROOTS[name].warm else (), relative)
-  return jax.tree.map(lambda x: np.asarray(x[:len(matrices)]), found)
+  return jax.tree.map(lambda x: np.asarray(x[: len(matrices)]), found)
 
 
 @pytest.mark.parametrize("name", ROOTS)
@@ -83,7 +87,14 @@ def test_float32_stays_float32(name, x64):
 @pytest.mark.parametrize("name", ROOTS)
 def test_matrices_of_a_stack_do_not_touch_each_other(name):
   """Each has its own number of steps and of attempts, and may fail alone."""
-  matrices = [graded(100), low_rank(2), np.full((D, D), np.nan), np.zeros((D, D)), -np.eye(D), graded(1e5)]
+  matrices = [
+    graded(100),
+    low_rank(2),
+    np.full((D, D), np.nan),
+    np.zeros((D, D)),
+    -np.eye(D),
+    graded(1e5),
+  ]
   together = root(name, matrices, 4, 1e-9)
   for i, a in enumerate(matrices):
     others = [np.eye(D)] * STACK
@@ -91,14 +102,17 @@ def test_matrices_of_a_stack_do_not_touch_each_other(name):
     alone = root(name, others, 4, 1e-9)
     np.testing.assert_array_equal(together.residual[i], alone.residual[i])
     np.testing.assert_array_equal(together.root[i], alone.root[i])
-  np.testing.assert_array_equal(np.isfinite(together.residual[[0, 1, 2, 3, 5]]), [True, True, False, True, True])
+  np.testing.assert_array_equal(
+    np.isfinite(together.residual[[0, 1, 2, 3, 5]]), [True, True, False, True, True]
+  )
   assert np.all(together.residual[[0, 1, 3, 5]] < 1e-2)
 
 
 @pytest.mark.parametrize("eps", [1e-10, 1e-6])
 @pytest.mark.parametrize("name", ["eigh", "qr"])
 def test_eigenvectors_make_finite_roots_of_deficient_matrices(name, eps):
-  """Also where float32 does not see eps beside the largest eigenvalue; the backward error is small all the same."""
+  """Also where float32 does not see eps beside the largest eigenvalue; the backward error is small
+  all the same."""
   matrices = [np.zeros((D, D)), low_rank(1), low_rank(4), 1e4 * low_rank(4), graded(1e12)]
   for relative in (False, True):
     found = root(name, matrices, 4, eps, relative=relative)
@@ -106,7 +120,7 @@ def test_eigenvectors_make_finite_roots_of_deficient_matrices(name, eps):
     for a, r in zip(matrices, found.root.astype(float), strict=True):
       values, ridge = np.linalg.eigvalsh(r), eps * max(largest(a), 1e-25) if relative else eps
       np.testing.assert_allclose(values[0], (largest(a) + ridge) ** -0.25, rtol=1e-2)
-      assert values[-1] < 1.01 * ridge ** -0.25
+      assert values[-1] < 1.01 * ridge**-0.25
 
 
 @pytest.mark.parametrize("p", [2, 4])
@@ -116,7 +130,9 @@ def test_iterations_raise_eps_until_float32_sees_it_or_say_that_they_failed(name
   found = root(name, matrices, p, 1e-9)
   assert np.all(np.isfinite(found.root))
   assert np.all(found.residual[:3] < 0.01)
-  assert 0.05 < found.residual[3] < 10           # all six are nothing beside an eigenvalue of 1e5; it stops before it diverges
+  assert (
+    0.05 < found.residual[3] < 10
+  )  # all six are nothing beside an eigenvalue of 1e5; it stops before it diverges
   for a, r in zip(matrices[:3], found.root[:3].astype(float), strict=True):
     values = np.linalg.eigvalsh(r)
     np.testing.assert_array_equal(r, r.T)
@@ -126,9 +142,12 @@ def test_iterations_raise_eps_until_float32_sees_it_or_say_that_they_failed(name
 
 @pytest.mark.parametrize("name", ["newton", "denman_beavers"])
 def test_what_iterations_call_a_root_is_positive_definite(name):
-  """Seeds among which rounding leads both to I along with an indefinite root, where the product is not kept symmetric."""
+  """Seeds among which rounding leads both to I along with an indefinite root, where the product is
+  not kept symmetric."""
   draws = (np.random.default_rng(seed).standard_normal((32, 3)) for seed in range(64))
-  found = compute(name, jnp.asarray(np.stack([g @ g.T for g in draws]), np.float32), 2, 1e-9, (), False)
+  found = compute(
+    name, jnp.asarray(np.stack([g @ g.T for g in draws]), np.float32), 2, 1e-9, (), False
+  )
   assert np.all(found.residual < 0.01)
   assert np.linalg.eigvalsh(np.asarray(found.root, float)).min() > 0
 
@@ -137,14 +156,18 @@ def test_an_iteration_stops_where_float32_can_do_no_better(monkeypatch):
   products, matmul = [], inverse_root._matmul
   monkeypatch.setattr(inverse_root, "_matmul", lambda x, y: products.append(1) or matmul(x, y))
   with jax.disable_jit():
-    found = ROOTS["denman_beavers"].compute(jnp.asarray(graded(1e6, d=64)[None], np.float32), 2, 0.0, relative=False, basis=())
+    found = ROOTS["denman_beavers"].compute(
+      jnp.asarray(graded(1e6, d=64)[None], np.float32), 2, 0.0, relative=False, basis=()
+    )
   assert 1e-6 < found.residual[0] < 1e-3
   assert len(products) < 3 * 30
 
 
 def test_the_residual_of_roots_of_roots_is_the_worst():
   with jax.enable_x64(True):
-    first, *others = (root("denman_beavers", [graded(30)], p, 1e-3, dtype=np.float64).residual[0] for p in (2, 4, 8))
+    first, *others = (
+      root("denman_beavers", [graded(30)], p, 1e-3, dtype=np.float64).residual[0] for p in (2, 4, 8)
+    )
   assert first > 1e-8
   assert all(other >= first for other in others)
 
@@ -160,7 +183,9 @@ def test_a_relative_eps_is_a_multiple_of_the_largest_eigenvalue(name):
 def test_a_relative_root_scales_with_the_matrix(name):
   """Factors of tiny gradients are tiny: in float32 the squares of their entries are zero."""
   scales = np.array([1.0, 1e-24, 1e24])
-  found = root(name, [*(scale * graded(100) for scale in scales), np.zeros((D, D))], 4, 1e-4, relative=True)
+  found = root(
+    name, [*(scale * graded(100) for scale in scales), np.zeros((D, D))], 4, 1e-4, relative=True
+  )
   assert np.all(found.residual < 1e-5)
   assert np.all(np.isfinite(found.root))
   for scale, r in zip(scales, found.root[:3], strict=True):
@@ -170,7 +195,9 @@ def test_a_relative_root_scales_with_the_matrix(name):
 @pytest.mark.parametrize("name", ["eigh", "qr"])
 def test_eigenvalues_below_zero_shift_all_or_become_zero(name):
   values = np.array([-0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.0])
-  shifted, clamped = (root(name, [spectrum(values)], 4, 1e-3, relative=relative).root[0] for relative in (False, True))
+  shifted, clamped = (
+    root(name, [spectrum(values)], 4, 1e-3, relative=relative).root[0] for relative in (False, True)
+  )
   close(np.linalg.eigvalsh(shifted)[::-1], (values + 0.02 + 1e-3) ** -0.25, 1e-4)
   close(np.linalg.eigvalsh(clamped)[::-1], (np.maximum(values, 0) + 1e-3) ** -0.25, 1e-4)
 
@@ -185,7 +212,11 @@ def test_no_root_is_no_success(name):
 def test_the_residual_of_eigh_sees_a_wrong_decomposition(monkeypatch):
   a = jnp.asarray(graded(1e3)[None], np.float32)
   values, vectors = linalg.eigh(a)
-  wrong = {"values": (values * 1.1, vectors), "order": (values, vectors[:, :, ::-1]), "length": (values / 1.21, vectors * 1.1)}
+  wrong = {
+    "values": (values * 1.1, vectors),
+    "order": (values, vectors[:, :, ::-1]),
+    "length": (values / 1.21, vectors * 1.1),
+  }
   for what, pair in wrong.items():
     monkeypatch.setattr(linalg, "eigh", lambda _, pair=pair: pair)
     assert ROOTS["eigh"].compute(a, 4, 1e-6, relative=False, basis=()).residual[0] > 0.05, what
@@ -235,7 +266,9 @@ def test_orthogonal_iteration_stays_orthonormal_on_deficient_matrices():
   iterate = jax.jit(inverse_root.orthogonal_iteration)
   for _ in range(5):
     basis, _, _ = iterate(a, basis)
-  np.testing.assert_allclose(np.swapaxes(basis, 1, 2) @ basis, np.broadcast_to(np.eye(D), a.shape), atol=1e-5)
+  np.testing.assert_allclose(
+    np.swapaxes(basis, 1, 2) @ basis, np.broadcast_to(np.eye(D), a.shape), atol=1e-5
+  )
 
 
 def off_diagonal(basis, a):
@@ -255,7 +288,7 @@ def test_a_carried_basis_follows_a_slowly_changing_matrix():
       a = turn @ a @ turn.T
       found = step([a], basis=basis)
       basis = found.basis
-      assert 1e-6 < found.residual[0] < 0.03                   # a decomposition leaves less than 1e-12
+      assert 1e-6 < found.residual[0] < 0.03  # a decomposition leaves less than 1e-12
       np.testing.assert_allclose(found.residual[0], off_diagonal(basis[0], a), rtol=1e-6)
       close(found.root[0], exact_root(a, 4), 0.01)
     assert off_diagonal(first[0], a) > 0.5
@@ -269,13 +302,19 @@ def test_a_carried_basis_follows_a_slowly_changing_matrix():
 
 
 def test_a_stale_basis_is_given_up_and_a_good_one_is_kept():
-  """The identity, zeros and another matrix's basis are stale; a matrix that isn't finite doesn't spoil the basis it came with."""
+  """The identity, zeros and another matrix's basis are stale; a matrix that isn't finite doesn't
+  spoil the basis it came with."""
   a, other, broken = graded(100), graded(100, seed=3), np.full((D, D), np.nan)
   with jax.enable_x64(True):
     good, foreign = root("qr", [a, other], 4, dtype=np.float64).basis
     nearly = np.linalg.qr(good + 0.01 * low_rank(D))[0]
-    found = root("qr", [a, a, a, a, a, broken], 4, dtype=np.float64,
-                 basis=[np.eye(D), np.zeros((D, D)), foreign, np.full((D, D), np.nan), nearly, good])
+    found = root(
+      "qr",
+      [a, a, a, a, a, broken],
+      4,
+      dtype=np.float64,
+      basis=[np.eye(D), np.zeros((D, D)), foreign, np.full((D, D), np.nan), nearly, good],
+    )
   assert np.all(found.residual[:4] < 1e-12)
   close(found.root[:4], np.stack([exact_root(a, 4)] * 4), 1e-12)
   assert 1e-6 < found.residual[4] < 0.1
@@ -289,14 +328,17 @@ def test_only_the_warm_carry_a_basis():
     assert basis.shape == (1, D, D) if row.warm else basis == ()
 
 
-@pytest.mark.parametrize(("name", "p", "words"), [
-  ("newton", 2.5, ["root = 'newton'", "p = 2.5", "p = 1, 2, 3", "eigh or qr"]),
-  ("newton", 0, ["p = 0", "another exponent"]),
-  ("denman_beavers", 3, ["root = 'denman_beavers'", "p = 3", "2, 4, 8", "eigh or newton or qr"]),
-  ("eigh", -2, ["root = 'eigh'", "p = -2", "p > 0", "another exponent"]),
-  ("qr", float("inf"), ["root = 'qr'", "p = inf"]),
-  ("svd", 2, ["root = 'svd'", "eigh, newton, denman_beavers, qr"]),
-])
+@pytest.mark.parametrize(
+  ("name", "p", "words"),
+  [
+    ("newton", 2.5, ["root = 'newton'", "p = 2.5", "p = 1, 2, 3", "eigh or qr"]),
+    ("newton", 0, ["p = 0", "another exponent"]),
+    ("denman_beavers", 3, ["root = 'denman_beavers'", "p = 3", "2, 4, 8", "eigh or newton or qr"]),
+    ("eigh", -2, ["root = 'eigh'", "p = -2", "p > 0", "another exponent"]),
+    ("qr", float("inf"), ["root = 'qr'", "p = inf"]),
+    ("svd", 2, ["root = 'svd'", "eigh, newton, denman_beavers, qr"]),
+  ],
+)
 def test_what_cannot_be_computed_is_refused(name, p, words):
   with pytest.raises(ValueError) as error:
     inverse_root.check(name, p)

@@ -1,4 +1,5 @@
 """The estimated spectral norm, against numpy's singular values."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
