@@ -355,7 +355,7 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(
   evaluator = evaluator_lib.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
   job = job_lib.Job(source, evaluator, job_lib.Progress())
   job.once([2])
-  (cell,) = evaluator_lib.results([2])
+  (cell,) = evaluator.results([2])
   assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
   assert job.failed and evaluator.missing(2) == plan
   assert [reason.partition(":")[0] for reason in job.skipped[2]] == [
