@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance  # noqa: E402  (nothing of it where it
 
 from beyond_outliers import config, mesh, runs, train  # noqa: E402
 from beyond_outliers.data import tokenizers  # noqa: E402
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError  # noqa: E402
 from beyond_outliers.evaluate import harness, loglikelihood, offline_tasks  # noqa: E402
 from beyond_outliers.model import hf_config, transformer  # noqa: E402
 
