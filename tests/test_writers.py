@@ -99,7 +99,7 @@ def test_a_manifest_says_where_and_with_what(tmp_path):
 
 HOLDER = """
 import sys
-from beyond_outliers import writers
+from beyond_outliers import workdir as workdir_lib
 workdir = workdir_lib.Workdir(sys.argv[1])
 with workdir.lock():
   print("locked", flush=True)

@@ -40,7 +40,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import optimizers, ptq, recipes, scoring, update_cost
 from beyond_outliers.config import checks
 from beyond_outliers.model import transformer
-from beyond_outliers.train import loop
+from beyond_outliers.train import hooks, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 
@@ -102,7 +102,7 @@ def measure(c: config.Config, repeats: int) -> dict[str, Any]:
       dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed
     )
     batch = mesh_lib.put_batch(next(batches), program.mesh, c.batch_size)
-    loss_fn = step_lib.make_loss_fn(program.model, c.data.mask_documents)
+    loss_fn = step_lib.make_loss_fn(program.forward)
     key = jax.random.key(0)
     forward = jax.jit(lambda params, batch: loss_fn(params, batch, key)[0])
     both = jax.jit(
@@ -173,7 +173,7 @@ def loop_overhead(
     return state, metrics
 
   end = int(state.step) + steps
-  log = loop.Log(
+  log = hooks.Log(
     c.log.every,
     [],
     loop.Clock(),

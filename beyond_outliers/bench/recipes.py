@@ -207,7 +207,7 @@ def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[dict
       )
     )
     program = program_lib.build(c, jax.devices()[:1])
-    loss_fn = step_lib.make_loss_fn(program.model, c.data.mask_documents)
+    loss_fn = step_lib.make_loss_fn(program.forward)
     with mesh_lib.use(program.mesh):
       compiled = _compiled(
         step_lib.accumulate(loss_fn, c.micro_batches),

@@ -21,8 +21,9 @@ import numpy as np
 from beyond_outliers.data import shards
 from beyond_outliers.data.documents import Document, is_held_out
 from beyond_outliers.data.encoding import checked_ids, separated
-from beyond_outliers.data.windows import Batch, make_batch, num_windows, read_windows, rows_of
+from beyond_outliers.data.windows import make_batch, num_windows, read_windows, rows_of
 from beyond_outliers.errors import DataError
+from beyond_outliers.types import Batch
 
 CHUNK = 64  # documents that a reader of TFDS records takes at once
 

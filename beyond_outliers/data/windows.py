@@ -15,8 +15,7 @@ import numpy as np
 
 from beyond_outliers.data import shards
 from beyond_outliers.errors import DataError
-
-Batch = dict[str, np.ndarray]
+from beyond_outliers.types import Batch
 
 
 def num_windows(tokens: int, context: int) -> int:

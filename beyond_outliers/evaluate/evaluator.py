@@ -23,6 +23,7 @@ from beyond_outliers.evaluate import activations, metrics, offline_tasks, result
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.target import Source
 from beyond_outliers.model import transformer
+from beyond_outliers.model.forward import make_forward
 
 VERSION = (
   2  # of the measurements: raised by whatever changes their numbers; then all is measured anew
@@ -294,10 +295,11 @@ class Evaluator:
     source, everywhere = self.source, mesh_lib.replicated(self._mesh)
     if cell not in self._steps:
       # The quantized model is the same of every checkpoint: only its parameters differ.
+      forward = make_forward(source.model, source.data.mask_documents)
       step = (
-        steps.make_pair_step(source.model, q.model, source.data.mask_documents)
+        steps.make_pair_step(forward, make_forward(q.model, source.data.mask_documents))
         if q
-        else steps.make_eval_step(source.model, source.data.mask_documents)
+        else steps.make_eval_step(forward)
       )
       self._steps[cell] = jax.jit(step, out_shardings=everywhere)
     number = itertools.count(1)
@@ -321,9 +323,8 @@ class Evaluator:
     is to be seen beside."""
     self._say("outliers")
     if self._measure_outliers is None:
-      self._measure_outliers = activations.on_documents(
-        model, self._batches, self._mesh, self.source.data.mask_documents
-      )
+      forward = make_forward(model, self.source.data.mask_documents)
+      self._measure_outliers = activations.on_documents(forward, self._batches, self._mesh)
     with mesh_lib.use(self._mesh):
       found = self._measure_outliers(
         *jax.device_put((params, plain), mesh_lib.replicated(self._mesh))

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from scipy import special
 
-Batch = Mapping[str, Any]
+from beyond_outliers.types import Batch
+
 # batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does
 # not count), [B, L] numpy
 TokenLosses = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
@@ -105,6 +105,8 @@ def intervals(
   document hard cancels in differences. Percentiles of the resamples would be too narrow for few
   documents (Hesterberg, arXiv 1411.5279): their variance is 1 - 1/N of what it should be, and known
   by N - 1 degrees of freedom. NaN for one document, which says nothing of others."""
+  from scipy import special  # takes a third of a second, and training asks for no intervals
+
   N = counts_N.size
   if N < 2:
     return np.full((len(sums_MxN), 2), math.nan)
