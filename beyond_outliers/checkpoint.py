@@ -150,8 +150,8 @@ class Checkpoints:
     return found, restored["params"]
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether the processes of a distributed run have agreed to stop after this step; every process
-    asks every step."""
+    """True once the processes of a distributed run have agreed to stop after this step; every
+    process asks every step."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
@@ -196,10 +196,9 @@ class Checkpoints:
         except Exception as error:  # Orbax raises all kinds for files that it cannot read
           damage = (str(error) or type(error).__name__).splitlines()[0]
       # A process must not fall back while others go on: what one cannot read, none has read.
-      if mesh.on_any_process(bool(damage)):
-        damage = damage or "another process cannot read it"
-      else:
+      if not mesh.on_any_process(bool(damage)):
         return candidate, result
+      damage = damage or "another process cannot read it"
       if step is not None:
         raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
       self._set_aside(candidate, damage)

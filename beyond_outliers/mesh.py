@@ -151,7 +151,7 @@ def from_first(text: str) -> str:
 
 
 def on_any_process(condition: bool) -> bool:
-  """Whether the condition holds on one process at least; all of them call this."""
+  """True on every process if the condition holds on one of them; all call this."""
   if jax.process_count() == 1:
     return condition
   return bool(multihost_utils.process_allgather(np.array(condition)).any())

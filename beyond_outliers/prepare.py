@@ -3,7 +3,7 @@
   python -m beyond_outliers.prepare --config=configs/adamw.py:nano
   python -m beyond_outliers.prepare \
       --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
-  python -m beyond_outliers.prepare --config=configs/adamw.py:nano --verify    # read all of it again
+  python -m beyond_outliers.prepare --config=configs/adamw.py:nano --verify    # read all again
 """
 
 from __future__ import annotations

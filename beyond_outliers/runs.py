@@ -56,7 +56,7 @@ class Run:
 
   @property
   def identity(self) -> str:
-    """Digest of this training, unlike any other's, in whatever folder: a resumed run keeps it."""
+    """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
     return digest({name: value for name, value in self.manifest.items() if name != "resumed"})
 
   @property

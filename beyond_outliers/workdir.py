@@ -120,7 +120,7 @@ def manifest(extra: Mapping[str, Any]) -> Json:
 
 
 def digest(value: Any) -> str:
-  """SHA-256 of a value of JSON's types, whatever the order of its keys."""
+  """SHA-256 of a value of JSON's types, of its keys in any order."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -42,8 +42,8 @@ def max_to_mean(x_TxF: jax.Array) -> jax.Array:
 
 
 def kurtosis(x: jax.Array) -> jax.Array:
-  """Fisher's: the fourth central moment over the squared second, less 3, of all entries; the
-  population's, as scipy's default."""
+  """Excess kurtosis of all entries: the fourth central moment over the squared second, less 3
+  (Fisher's, of the population, as scipy's default)."""
   centred = x - jnp.mean(x)
   return jnp.mean(centred**4) / jnp.mean(centred**2) ** 2 - 3
 
@@ -54,13 +54,13 @@ def rms_kurtosis(x_TxF: jax.Array) -> jax.Array:
 
 
 def outlier_channels(x_TxF: jax.Array) -> jax.Array:
-  """The share of channels whose RMS is more than OUTLIER times the median channel's."""
+  """Share of channels whose RMS is more than OUTLIER times the median channel's."""
   rms_F = _rms(x_TxF)
   return jnp.mean(rms_F > OUTLIER * jnp.median(rms_F))
 
 
 def sqnr(x_TxF: jax.Array, spec: QuantSpec) -> jax.Array:
-  """Σ x² over Σ (x − x̂)², in decibels, x̂ being what quantizing along the features makes of x."""
+  """Signal to quantization noise in decibels: Σ x² over Σ (x − x̂)², x̂ quantized along features."""
   return 10 * jnp.log10(jnp.sum(x_TxF**2) / jnp.sum((x_TxF - fake_quantize(x_TxF, spec)) ** 2))
 
 
@@ -77,11 +77,10 @@ def _mean(magnitude_TxF):
 
 
 def _median(magnitude_TxF):
-  """numpy's, over features, of numbers that are not negative: as integers, their bits have the same
-  order.
+  """Median over features, as numpy's, of numbers that are not negative.
 
-  Found bit by bit, by counting: XLA's sort takes a CPU ten times as long as all else here, the
-  model included."""
+  As integers their bits have the same order: found bit by bit, by counting. XLA's sort takes a CPU
+  ten times as long as all else here, the model included."""
   bits_TxF = jax.lax.bitcast_convert_type(
     magnitude_TxF, jnp.dtype(f"int{8 * magnitude_TxF.dtype.itemsize}")
   )

@@ -1,4 +1,4 @@
-"""Training: `run` takes one configuration to a workdir. README.md tells what it does and leaves."""
+"""Training: `run` takes one configuration to a workdir, as README.md here describes."""
 
 from beyond_outliers.train.run import run
 

@@ -41,7 +41,7 @@ def fit(
 
 
 def due(step: int, every: int, num_steps: int) -> bool:
-  """Whether it is the turn of an event that comes every `every` steps and after the last."""
+  """True of the steps that are multiples of `every`, and of the last."""
   return step % every == 0 or step == num_steps
 
 

@@ -92,13 +92,13 @@ def _train(
   for sink in sinks:
     stack.callback(sink.close)
 
+  outputs = Outputs(workdir, checkpoints, sinks)
+
   # From here on there is a run: what could be refused has been.
   workdir.write("config.json", config.to_dict(c))
   workdir.write("manifest.json", manifest)
   workdir.set_status("running", first)
-  run_hooks = _make_hooks(
-    program, inputs, start, eval_step, peak, checkpoints, sinks, workdir, stack
-  )
+  run_hooks = _make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
   placed = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
   status, step, reason = "done", c.steps, ""
   try:
@@ -122,6 +122,14 @@ class Inputs(NamedTuple):
   dataset: data.Dataset
   batches: data.Batches
   validation: data.ValidationBatches
+
+
+class Outputs(NamedTuple):
+  """The workdir, its checkpoints, and the writers of metrics: none on processes but the first."""
+
+  workdir: workdir_lib.Workdir
+  checkpoints: Checkpoints
+  sinks: Sequence[writers.Writer]
 
 
 def _open_inputs(program: Program, say: Say) -> Inputs:
@@ -180,17 +188,15 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
 
 def _make_hooks(
   program: Program,
-  inputs: Inputs,
-  start: initialize.Start,
   eval_step: Any,
   peak_flops: float,
-  checkpoints: Checkpoints,
-  sinks: Sequence[writers.Writer],
-  workdir: workdir_lib.Workdir,
+  inputs: Inputs,
+  outputs: Outputs,
+  start: initialize.Start,
   stack: contextlib.ExitStack,
 ) -> list[loop.Hook]:
   """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
-  c = program.config
+  c, sinks = program.config, outputs.sinks
   tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
   log = hooks.Log(
     c.log.every,
@@ -215,7 +221,7 @@ def _make_hooks(
     )
   save = hooks.Save(
     c.checkpoint,
-    checkpoints,
+    outputs.checkpoints,
     inputs.batches.state,
     clock,
     tokens_per_step=tokens_per_step,
@@ -223,7 +229,8 @@ def _make_hooks(
   )
   made.append(stack.enter_context(contextlib.closing(save)))
   if c.log.profile_step:
-    profile = hooks.Profile(workdir.path / "profile", c.log.profile_step, c.log.profile_steps)
+    directory = outputs.workdir.path / "profile"
+    profile = hooks.Profile(directory, c.log.profile_step, c.log.profile_steps)
     made.append(stack.enter_context(contextlib.closing(profile)))
   return made
 
