@@ -90,7 +90,7 @@ class Checkpoints:
     """Begins to write; returns once the arrays are copied. A step is saved once."""
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      data=ocp.args.JsonSave(mesh.merged(data)),
+      data=ocp.args.JsonSave(mesh.merged_over_processes(data)),
       clock=ocp.args.JsonSave(clock),
     )
     if not self._manager.save(step, args=args, force=True):

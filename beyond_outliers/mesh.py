@@ -157,7 +157,7 @@ def on_any_process(condition: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(condition)).any())
 
 
-def merged(mine: Json) -> Json:
+def merged_over_processes(mine: Json) -> Json:
   """One dictionary of every process's, whole on each of them; dictionaries in it are merged too."""
   if jax.process_count() == 1:
     return mine

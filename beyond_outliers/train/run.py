@@ -91,8 +91,7 @@ def _train(
   sinks = _open_sinks(c, workdir, first)
   for sink in sinks:
     stack.callback(sink.close)
-
-  outputs = Outputs(workdir, checkpoints, sinks)
+  outputs = RunOutputs(workdir, checkpoints, sinks)
 
   # From here on there is a run: what could be refused has been.
   workdir.write("config.json", config.to_dict(c))
@@ -116,7 +115,7 @@ def _train(
   return status
 
 
-class Inputs(NamedTuple):
+class RunInputs(NamedTuple):
   """The prepared dataset, and the rows of its batches that belong to this process."""
 
   dataset: data.Dataset
@@ -124,7 +123,7 @@ class Inputs(NamedTuple):
   validation: data.ValidationBatches
 
 
-class Outputs(NamedTuple):
+class RunOutputs(NamedTuple):
   """The workdir, its checkpoints, and the writers of metrics: none on processes but the first."""
 
   workdir: workdir_lib.Workdir
@@ -132,13 +131,13 @@ class Outputs(NamedTuple):
   sinks: Sequence[writers.Writer]
 
 
-def _open_inputs(program: Program, say: Say) -> Inputs:
+def _open_inputs(program: Program, say: Say) -> RunInputs:
   c = program.config
   # Several processes: one does the work, the others wait for its lock.
   dataset = data.prepare(c.data, log=say)
   index, count = mesh_lib.share_of_rows(program.mesh, c.batch_size)
   mine = dict(context=c.context, process_index=index, process_count=count)
-  return Inputs(
+  return RunInputs(
     dataset,
     data.train_batches(dataset, c.data, batch_size=c.batch_size, seed=c.seed, **mine),
     data.validation_batches(
@@ -190,8 +189,8 @@ def _make_hooks(
   program: Program,
   eval_step: Any,
   peak_flops: float,
-  inputs: Inputs,
-  outputs: Outputs,
+  inputs: RunInputs,
+  outputs: RunOutputs,
   start: initialize.Start,
   stack: contextlib.ExitStack,
 ) -> list[loop.Hook]:
@@ -235,7 +234,7 @@ def _make_hooks(
   return made
 
 
-def _evaluation(program: Program, eval_step: Any, inputs: Inputs) -> Callable[[Params], Json]:
+def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable[[Params], Json]:
   """params -> metrics on the fixed set of validation documents."""
   c, validation = program.config, inputs.validation
   num_bytes = inputs.dataset.bytes("validation", c.eval.documents)
