@@ -205,11 +205,12 @@ def collect(run: Run, workdir: pathlib.Path, dump: pathlib.Path) -> dict:
            for path in sorted(dump.glob("*.cpu_after_optimizations.txt"))]
   hlo = [(name, text) for name, text in texts if text.count("\n") >= LARGE]
   if run.module == "evaluate":
-    files = {path.name: read(path) for path in sorted((workdir / "eval").iterdir())}
-    for cell in files.values():
+    cells = {}
+    for path in sorted((workdir / "eval").iterdir()):
+      cell = read(path) | dict.fromkeys(OF_A_START, "") | {"name of the file": path.name}
       del cell["seconds"], cell["source"]["workdir"]
-      cell |= dict.fromkeys(OF_A_START, "")
-    return {"hlo": hlo, "eval": flat(files)}
+      cells[path.stem.rpartition("-")[0]] = cell       # by the name without the hash
+    return {"hlo": hlo, "eval": flat(cells)}
   status, manifest = read(workdir / "status.json"), read(workdir / "manifest.json")
   assert status["status"] == "done", status
   manifest |= dict.fromkeys(OF_A_START, "")
