@@ -47,9 +47,12 @@ def differences(part: str, a, b) -> list[str]:
 
 def different_programs(a: list, b: list) -> list[str]:
   """Programs of one commit alone. Those of one name, or else of one place, are compared."""
-  texts_a, texts_b = (collections.Counter(text for _, text in each) for each in (a, b))
-  left = [(name, text) for name, text in a if text in texts_a - texts_b]
-  right = [(name, text) for name, text in b if text in texts_b - texts_a]
+  def surplus(own: list, others: list) -> list:
+    count = collections.Counter(text for _, text in own)
+    count -= collections.Counter(text for _, text in others)
+    return [(name, text) for name, text in own if count[text] > 0 and not count.subtract([text])]
+
+  left, right = surplus(a, b), surplus(b, a)
   found = []
   while left and right:
     name, text = left.pop(0)

@@ -60,7 +60,7 @@ OF_RUN = {
   "scion_qat-1": {"quant.rules.first.paths": "layers/0/.*", "quant.rules.first.recipe": "lsq_w4a4"},
   "shampoo-1": {"optimizer.block_size": 32, "log.update_statistics": True},
   "shampoo_qat-8": {"optimizer.refresh": "staggered"},
-  "soap-8": {"optimizer.refresh": "staggered", "log.update_statistics": True}}
+  "soap-8": {"optimizer.refresh": "staggered"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +153,11 @@ def execute(runs: list[Run], tree: pathlib.Path, scratch: pathlib.Path, kept: pa
         child(ready[0], core, tree, scratch, kept)
       running[pid] = ready[0], core, time.perf_counter()
       continue
-    pid, status = os.wait()
+    pid, status, used = os.wait4(-1, 0)
     run, core, began = running.pop(pid)
     cores.append(core)
-    print(f"  {run.name:<14} {time.perf_counter() - began:5.1f} s", file=sys.stderr, flush=True)
+    spent = f"{time.perf_counter() - began:6.1f} s, {used.ru_utime + used.ru_stime:6.1f} of a core"
+    print(f"  {run.name:<14} {spent}", file=sys.stderr, flush=True)
     if status:
       for other in running:
         os.kill(other, signal.SIGKILL)
