@@ -140,6 +140,7 @@ def execute(runs: list[Run], tree: pathlib.Path, scratch: pathlib.Path, kept: pa
   """All runs, a core each, since sums round differently on other numbers of cores."""
   for key in [key for key in os.environ if key.startswith(("JAX_", "XLA_"))]:
     del os.environ[key]
+  os.environ["OPENBLAS_NUM_THREADS"] = "1"           # of LAPACK: several on one core spin
   for library in LIBRARIES:
     importlib.import_module(library)
   cores = sorted(os.sched_getaffinity(0))[:jobs]
