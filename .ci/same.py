@@ -13,6 +13,7 @@ The code is driven by its commands alone, so that any of its modules may move. B
 tree by default. What a commit gave is kept in .guard/.
 Exit code: 0 equal, 1 different, 2 a command failed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,7 @@ import sys
 import tiny_runs
 
 PARTS = ("workdir", "metrics", "arrays", "eval", "hlo")
-SHOWN = 6                            # differences told of a run's part
+SHOWN = 6  # differences told of a run's part
 
 
 def differences(part: str, a, b) -> list[str]:
@@ -47,6 +48,7 @@ def differences(part: str, a, b) -> list[str]:
 
 def different_programs(a: list, b: list) -> list[str]:
   """Programs of one commit alone. Those of one name, or else of one place, are compared."""
+
   def surplus(own: list, others: list) -> list:
     count = collections.Counter(text for _, text in own)
     count -= collections.Counter(text for _, text in others)

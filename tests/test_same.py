@@ -1,4 +1,5 @@
 """Comparison of commits (.ci/same.py): names are no difference, numbers are."""
+
 import importlib
 import pathlib
 
@@ -17,16 +18,19 @@ def same(monkeypatch):
 @pytest.fixture
 def program(same):
   """program(name, factor) -> the text of a program with a loop, normalized."""
+
   def of(name, factor):
     def body(x):
       return jnp.sin(x @ x) * factor
 
     def whole(x):
-      table = np.arange(4096.).reshape(64, 64) * factor
+      table = np.arange(4096.0).reshape(64, 64) * factor
       return jax.lax.fori_loop(0, 3, lambda i, y: jax.jit(body)(y), x) + table
+
     body.__name__, whole.__name__ = name, f"{name}_whole"
     text = jax.jit(whole).lower(jnp.ones((64, 64))).compile().as_text()
     return same.tiny_runs.normalized(text)
+
   return of
 
 
@@ -48,11 +52,16 @@ def test_arrays_differ_by_path_type_and_bits(same):
   a = {"x": np.float32([1, 2]), "y": np.float32([0.0])}
   assert same.differences("arrays", a, dict(a)) == []
   assert same.differences("arrays", a, {**a, "x": np.float32([1, 2.5])}) == [
-    "x: largest |difference| 0.5"]
+    "x: largest |difference| 0.5"
+  ]
   assert same.differences("arrays", a, {**a, "y": np.float32([-0.0])}) == [
-    "y: largest |difference| 0"]
+    "y: largest |difference| 0"
+  ]
   assert same.differences("arrays", a, {"x": a["x"].astype(np.float64), "z": a["y"]}) == [
-    "y: only in A", "z: only in B", "x: float32[2] | float64[2]"]
+    "y: only in A",
+    "z: only in B",
+    "x: float32[2] | float64[2]",
+  ]
 
 
 def test_numbers_differ_by_name(same):
