@@ -106,9 +106,10 @@ def open_target(progress: Progress) -> Target:
       "is of one step: leave --follow and --steps out, or give --workdir",
     )
     return OneCheckpoint(CHECKPOINT.value, **options)
+  workdir = str(WORKDIR.value)
   if FOLLOW.value:
-    wait_for_run(epath.Path(WORKDIR.value), progress, POLL.value)
-  return RunCheckpoints(WORKDIR.value, **options)
+    wait_for_run(epath.Path(workdir), progress, POLL.value)
+  return RunCheckpoints(workdir, **options)
 
 
 def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:

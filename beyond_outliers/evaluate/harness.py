@@ -94,9 +94,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     results = self._scorer.score(
       [loglikelihood.Pair(context, continuation) for _, context, continuation in requests]
     )
-    for (texts, _, _), result in zip(requests, results, strict=True):
-      self.cache_hook.add_partial("loglikelihood", texts, result)
-    return results
+    return self._cached("loglikelihood", [texts for texts, _, _ in requests], results)
 
   def loglikelihood_rolling(self, requests, disable_tqdm=True):
     # The prefix is put before each window.
@@ -112,31 +110,10 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     ]
     scores = iter(self._scorer.score([window for each in windows for window in each]))
     results = [sum(next(scores)[0] for _ in each) for each in windows]
-    for request, result in zip(requests, results, strict=True):
-      self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
-    return results
+    return self._cached("loglikelihood_rolling", [request.args for request in requests], results)
 
   def generate_until(self, requests, disable_tqdm=True):
-    settings = [
-      lm_eval.models.utils.normalize_gen_kwargs(
-        request.args[1], min(GENERATED, self._scorer.context // 2)
-      )
-      for request in requests
-    ]
-    for setting in settings:
-      checks.require(
-        not setting["do_sample"],
-        "generation_kwargs.do_sample",
-        True,
-        "only greedy generation; set it to false",
-      )
-      tokens, most = setting["max_gen_toks"], self._scorer.context - 1
-      checks.require(
-        0 < tokens <= most,
-        "generation_kwargs.max_gen_toks",
-        tokens,
-        f"expected 1 to {most}, one below the window",
-      )
+    settings = [self._generation_settings(request.args[1]) for request in requests]
 
     def text(number, ids):
       return cut(self._tokenizer.decode(until(ids, self._ends)), settings[number]["until"])
@@ -151,20 +128,33 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
       ended,
     )
     results = [text(number, ids) for number, ids in enumerate(generated)]
-    for request, result in zip(requests, results, strict=True):
-      self.cache_hook.add_partial("generate_until", request.args, result)
+    return self._cached("generate_until", [request.args for request in requests], results)
+
+  def _generation_settings(self, settings):
+    window = self._scorer.context
+    whole = lm_eval.models.utils.normalize_gen_kwargs(settings, min(GENERATED, window // 2))
+    field, limit = "generation_kwargs.max_gen_toks", whole["max_gen_toks"]
+    remedy = f"expected 1 to {window - 1}, one below the window"
+    checks.require(0 < limit < window, field, limit, remedy)
+    field, remedy = "generation_kwargs.do_sample", "only greedy generation; set it to false"
+    checks.require(not whole["do_sample"], field, True, remedy)
+    return whole
+
+  def _cached(self, method, keys, results):
+    for key, result in zip(keys, results, strict=True):
+      self.cache_hook.add_partial(method, key, result)
     return results
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:
+  """The ids before the first that ends a text."""
   return list(itertools.takewhile(lambda i: i not in ends, ids))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
   """The text before the first of the stop strings."""
-  return text[
-    : min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))
-  ]
+  ends = [text.find(stop) for stop in stops if stop and stop in text]
+  return text[: min(ends, default=len(text))]
 
 
 def task_manager(
@@ -178,10 +168,10 @@ def task_manager(
   Errors: ConfigError for a name that nobody knows."""
   missing = [folder for folder in folders if not os.path.isdir(folder)]
   checks.require(not missing, "task folders", missing, "there is no such folder")
-  folders = [str(folder) for folder in folders]
-  manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+  paths: Any = [str(folder) for folder in folders]
+  manager = lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
   if not set(tasks) <= set(manager.all_tasks):
-    manager = lm_eval.tasks.TaskManager(include_path=folders)
+    manager = lm_eval.tasks.TaskManager(include_path=paths)
   for task in tasks:
     # cutoff 0: the nearest of thousands, rather than all of them.
     checks.require(

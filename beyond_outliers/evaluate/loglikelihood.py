@@ -70,8 +70,8 @@ class Scorer:
     self._extend = jax.jit(functools.partial(extend, model), out_shardings=everywhere)
 
   def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-    """Of each pair: the continuation's log-probability in nats, and whether all its tokens are the
-    model's first choices.
+    """Scores of pairs: the continuation's log-probability in nats, and whether all its tokens are
+    the model's first choices.
 
     A pair of more than context + 1 tokens loses its beginning. Errors: ConfigError for a
     continuation that is empty, or alone longer than the context."""
@@ -87,13 +87,11 @@ class Scorer:
       nll_RxS, first_RxS = map(np.asarray, outputs)
       for row, member in enumerate(batch.members):
         n = len(pairs[member].continuation)
-        results[member] = (
-          -float(nll_RxS[row, :n].sum(dtype=np.float64)),
-          bool(first_RxS[row, :n].all()),
-        )
+        log_p = -float(nll_RxS[row, :n].sum(dtype=np.float64))
+        results[member] = log_p, bool(first_RxS[row, :n].all())
 
     started = None  # a batch is fetched once the next one runs
-    for batch in self._batches(pairs):
+    for batch in self._packed(pairs):
       columns = max(1, self._batch_tokens // 4 * self._ways // len(batch.tokens_RxL))
       running = batch, self._run(functools.partial(self._score, columns=columns), *batch[1:])
       if started:
@@ -103,8 +101,8 @@ class Scorer:
       collect(*started)
     return results
 
-  def _batches(self, pairs: Sequence[Pair]) -> Iterator[PackedPairs]:
-    """From the longest bucket to the shortest; what doesn't fill a batch goes on with the next
+  def _packed(self, pairs: Sequence[Pair]) -> Iterator[PackedPairs]:
+    """Batches from the longest bucket to the shortest; pairs that don't fill one go into the next
     bucket's."""
     shapes = [
       (
@@ -118,20 +116,17 @@ class Scorer:
       length = shapes[order[0]][0]
       members = order[: self._rows(length)]
       del order[: len(members)]
-      batch = PackedPairs(
-        members,
-        *(
-          np.zeros((self._rows(length), n), np.int32)
-          for n in (length, *2 * [max(shapes[member][1] for member in members)])
-        ),
+      rows, scored = self._rows(length), max(shapes[member][1] for member in members)
+      tokens_RxL, positions_RxS, targets_RxS = (
+        np.zeros((rows, n), np.int32) for n in (length, scored, scored)
       )
       for row, member in enumerate(members):
         context, continuation = pairs[member]
         window, n = [*context, *continuation][-(self.context + 1) :], len(continuation)
-        batch.tokens_RxL[row, : len(window) - 1] = window[:-1]
-        batch.positions_RxS[row, :n] = np.arange(len(window) - 1 - n, len(window) - 1)
-        batch.targets_RxS[row, :n] = continuation
-      yield batch
+        tokens_RxL[row, : len(window) - 1] = window[:-1]
+        positions_RxS[row, :n] = np.arange(len(window) - 1 - n, len(window) - 1)
+        targets_RxS[row, :n] = continuation
+      yield PackedPairs(members, tokens_RxL, positions_RxS, targets_RxS)
 
   def generate(
     self,

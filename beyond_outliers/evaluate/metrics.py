@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-# batch, of whatever kind -> (negative log-likelihood of every target in nats, number of its document
+# batch, of any kind -> (negative log-likelihood of every target in nats, number of its document
 # from 1; 0: does not count), [B, L] numpy
 TokenLosses = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 # The same for several numbers of every target, by name.
