@@ -1,4 +1,4 @@
-"""Evaluator of a target: measures what is missing of a plan's cells, into files that are read
+"""Evaluator of a target: measures the cells of a plan that are missing, into files that are read
 alone."""
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Evaluator:
   """Measures cells into a folder, the target's own by default. What was measured under the same
   settings stays as it is.
 
-  calibration_windows: of training data that methods look at. say: takes progress. warn: takes what
-    should be seen.
+  calibration_windows: of training data that methods look at. say: takes progress. warn: takes
+    broken files.
   Errors: ConfigError for a batch that the devices cannot split, and as
     `task_suite.find_tasks`."""
 
@@ -77,8 +77,8 @@ class Evaluator:
     return [cell for cell in cells if cell is not None]
 
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
-    """Measures what is missing of one cell and writes it. Errors: TaskError once all else is
-    written; what a method raises."""
+    """Measures one cell, or its tasks that are missing, and writes them. Errors: TaskError once all
+    else is written; any that a method raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)
@@ -106,7 +106,7 @@ class Evaluator:
   def _ask_tasks(
     self, step: int, cell: Cell, params: Params, q: quant.QuantizedModel | None
   ) -> dict[str, Exception]:
-    """What the tasks that failed raised, by name."""
+    """Errors of the tasks that failed, by name."""
     model, model_params = (q.model, q.params) if q else (self.target.model, params)
     ask, failed = self._suite.asked_of(model, model_params), {}
     for task in self._tasks_missing(step, cell):
@@ -122,7 +122,7 @@ class Evaluator:
       row = {f"{cell.row}/{cell.method}/{name}": value for name, value in numbers}
       self._sink.write({"step": step, **row})
 
-  # ---- what is on disk
+  # ---- results on disk
 
   def _settings(self, cell: Cell) -> Json:
     return plan.cell_settings(self.target, cell, self._windows)

@@ -213,7 +213,7 @@ def _content(task: Any) -> list[Any]:
 
 
 def _digest(value: Any) -> str:
-  # Functions that have no source are told with their place in memory.
+  # Functions that have no source are written with their place in memory.
   text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True, default=str))
   return hashlib.sha256(text.encode()).hexdigest()
 

@@ -21,7 +21,7 @@ from beyond_outliers.evaluate.table import shown
 from beyond_outliers.evaluate.target import Target
 from beyond_outliers.types import Params
 
-SILENCE = 1800.0  # seconds without a word from the run, after which that is told
+SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
 RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in which a run writes them
 
 
@@ -107,7 +107,7 @@ class Job:
     """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are.
     One that was skipped and then saved anew is tried again."""
     target = self._target
-    seen: dict[int, Any] = {}  # step -> what had been written of it
+    seen: dict[int, Any] = {}  # step -> its files when it was read
     left = {step for step in wanted or () if self._evaluator.missing(step)}
     watch = Watch(target, self._progress)
     while wanted is None or left:

@@ -107,7 +107,7 @@ class Scorer:
     shapes = [
       (
         self._length(min(len(context) + len(continuation) - 1, self.context)),
-        power_of_two(len(continuation)),
+        next_power_of_two(len(continuation)),
       )
       for context, continuation in pairs
     ]
@@ -188,12 +188,12 @@ class Scorer:
 
   def _length(self, tokens: int) -> int:
     """The bucket: a power of two, or three quarters of one, and at most the context."""
-    above = max(power_of_two(tokens), SHORTEST)
+    above = max(next_power_of_two(tokens), SHORTEST)
     return min(above * 3 // 4 if tokens <= above * 3 // 4 else above, self.context)
 
 
-def power_of_two(n: int) -> int:
-  """The smallest one from n."""
+def next_power_of_two(n: int) -> int:
+  """The smallest power of two that is at least n."""
   return 1 << (n - 1).bit_length()
 
 
@@ -214,7 +214,7 @@ def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
     return nll.reshape(targets_RxC.shape), jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
 
   # The power of two from below, which divides S: that is one too.
-  C = min(S, power_of_two(columns + 1) // 2)
+  C = min(S, next_power_of_two(columns + 1) // 2)
   if C == S:
     return predict(x_RxSxD, targets_RxS)
   chunks = (

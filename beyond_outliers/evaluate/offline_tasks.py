@@ -27,7 +27,7 @@ from beyond_outliers.errors import ConfigError, Refusal
 from beyond_outliers.types import Json, PathLike
 
 PASSAGE_WORDS = 48  # of a passage at least, in whole sentences
-CHOICE_WORDS = range(8, 33)  # of a sentence that is told from others
+CHOICE_WORDS = range(8, 33)  # of a sentence that is chosen among others
 CHOICES = 4
 DOCUMENTS = 1000  # of the validation split that are read at most
 EXAMPLES = 1000  # of a task from held-out text at most, evenly from all passages
@@ -65,8 +65,8 @@ def from_held_out(dataset: data.Dataset, folder: PathLike) -> None:
 
 
 def last_word(documents: Sequence[str]) -> Iterator[Example]:
-  """Which word ends the passage? As LAMBADA asks (arXiv 1606.06031), but of passages that nobody
-  picked."""
+  """Passages without the word that ends them, as in LAMBADA (arXiv 1606.06031), but of passages
+  that nobody picked."""
   for text in documents:
     for sentences in passages(text):
       passage = text[sentences[0].start() : sentences[-1].end()]
@@ -75,7 +75,7 @@ def last_word(documents: Sequence[str]) -> Iterator[Example]:
 
 
 def continuation(documents: Sequence[str]) -> Iterator[Example]:
-  """Which sentence comes next: the true one, or one that comes next in another document?"""
+  """Passages with sentences of which one comes next, and the others in other documents."""
   asked = [
     (number, text[before[0].start() : before[-1].end()], after[0].group())
     for number, text in enumerate(documents)
@@ -134,8 +134,8 @@ def from_evals(wheel: PathLike, folder: PathLike) -> None:
 
 
 def quartz(text: str, answer: int) -> Example:
-  """QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one of two
-  ways."""
+  """A question of QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one
+  of two ways."""
   context, *choices = groups_of(r"(.*?)\s+A: (.*?)\s+B: (.*)", text)
   return {
     "context": context,
@@ -145,7 +145,8 @@ def quartz(text: str, answer: int) -> Example:
 
 
 def logiqa(text: str, answer: int) -> Example:
-  """LogiQA (arXiv 2007.08124): what follows from a passage. Worded as the harness words it."""
+  """A question of LogiQA (arXiv 2007.08124) on what follows from a passage, in the harness's
+  words."""
   listed = "".join(rf"\n{letter}\. {letter}\.(.*?)" for letter in "ABCD")
   passage, question, *choices = groups_of(rf"(Passage: .*?)(Question: .*?){listed}\nAnswer:", text)
   again = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
@@ -176,8 +177,8 @@ EVALS_FILES = {
 
 
 def write_task(folder: PathLike, name: str, examples: Iterable[Example]) -> None:
-  """name.yaml and name.jsonl: a multiple choice of examples' `choices`, or which `word` follows,
-  after their `context`."""
+  """Writes name.yaml and name.jsonl: a multiple choice of examples' `choices`, or the `word` that
+  follows, after their `context`."""
   folder = pathlib.Path(folder).absolute()
   examples = list(examples)
   kind, aggregations = CHOICE_TASK if "choices" in examples[0] else WORD_TASK
@@ -222,7 +223,7 @@ WORD_TASK = (
 
 
 def write_if_changed(path: pathlib.Path, text: str) -> None:
-  """Leaves a file alone that is as it should be: the harness's copies are known by their source's
+  """Writes a file whole, unless it is so already: the harness knows its copies by their source's
   date."""
   if not path.exists() or path.read_text() != text:
     whole = path.with_name(f"{path.name}.{os.getpid()}")

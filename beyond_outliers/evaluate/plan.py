@@ -107,7 +107,7 @@ def task_settings(target: Target, cell: Cell, calibration_windows: int, task: Lo
 
 
 def _model_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
-  """What the quantized model depends on, apart from the step, the recipe and the method."""
+  """Settings that the quantized model depends on, apart from step, recipe and method."""
   text = target.text
   return {
     "version": VERSION,
