@@ -7,7 +7,8 @@ What was found for the optimizer in another sweep is taken over, instead of bein
 --overrides=FILE:
 
   python -m beyond_outliers.analysis --root=runs/tuning --overrides=tuned.json
-  python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo --overrides=tuned.json
+  python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo \
+    --overrides=tuned.json
 
 Every run is a process of its own in <root>/<what it overrides>; a run that diverges doesn't stop
 the others.

@@ -160,7 +160,7 @@ def of_hugging_face(
       f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the "
       f"documents with data.tokenizer=huggingface:{own}",
     )
-    bos = tokenizers.begins_texts(directory)
+    bos = tokenizers.added_bos(directory)
   try:
     model, params = hf.load(directory)
   except ValueError as error:

@@ -15,7 +15,15 @@ import pytest
 from corpus import make_texts, prepare_in_child, quiet
 
 from beyond_outliers import data, prepare
-from beyond_outliers.data import encoding, preparation, tfds, tokenizers
+from beyond_outliers.data import (
+  encoding,
+  preparation,
+  shuffle,
+  splits,
+  tfds,
+  tokenizer_training,
+  tokenizers,
+)
 from beyond_outliers.errors import DataError
 
 ROOT = pathlib.Path(data.__file__).parents[2]
@@ -84,7 +92,7 @@ def test_same_settings_same_bytes_and_another_seed_another_order(make_config, tm
 
 
 def test_the_shuffle_of_many_buckets_keeps_every_document(make_config, texts, monkeypatch):
-  monkeypatch.setattr(preparation, "BUCKET_BYTES", 1000)
+  monkeypatch.setattr(shuffle, "BUCKET_BYTES", 1000)
   dataset = data.prepare(make_config(), log=quiet)
   assert sorted(decoded(dataset, "train")) == sorted(texts[:-5])
   assert not os.path.exists(dataset.path("shuffle"))
@@ -195,13 +203,13 @@ def test_the_tokenizer_sees_training_documents_only(
   tmp_path, make_config, texts, monkeypatch, reader, validation
 ):
   seen = []
-  train = tokenizers.train_sentencepiece
+  train = tokenizer_training.train_sentencepiece
   monkeypatch.setattr(
-    tokenizers,
+    tokenizer_training,
     "train_sentencepiece",
     lambda texts, vocab: seen.extend(texts) or train(texts, vocab),
   )
-  path = tfds.write(iter(texts), str(tmp_path))
+  path = tfds.write_documents(iter(texts), str(tmp_path))
   dataset = data.prepare(
     make_config(
       source="tfds",
@@ -312,10 +320,10 @@ def test_another_format_is_refused(make_config):
 
 def test_a_mismatched_tokenizer_is_refused(tmp_path, make_config, texts):
   file = tmp_path / "x.model"
-  file.write_bytes(tokenizers.train_sentencepiece(texts, 320))
+  file.write_bytes(tokenizer_training.train_sentencepiece(texts, 320))
   cfg = make_config(tokenizer=f"sentencepiece:{file}", vocab=400)
   dataset = data.prepare(cfg, log=quiet)
-  other = tokenizers.train_sentencepiece(texts[::2], 320)
+  other = tokenizer_training.train_sentencepiece(texts[::2], 320)
   file.write_bytes(other)
   with pytest.raises(
     DataError, match=rf"data.tokenizer = 'sentencepiece:{file}': now has fingerprint"
@@ -406,7 +414,7 @@ def test_records_hold_what_shards_hold(make_config):
   "rule, count", [("newest:5", 5), ("fraction:0.2", None), ("path:{path}@train[:7]", 7)]
 )
 def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts, rule, count):
-  path = tfds.write(iter(texts), str(tmp_path / "tfds"))
+  path = tfds.write_documents(iter(texts), str(tmp_path / "tfds"))
   cfg = make_config(
     source="tfds",
     path=path,
@@ -420,10 +428,10 @@ def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts
     "record" in name for name in dataset.meta["files"]
   )
   held = decoded(dataset, "validation")
-  stored = [document.content for document in tfds.documents(path, "text")]
+  stored = [document.content for document in tfds.read_split(path, "text")]
   expected = {
     "n": stored[-5:],
-    "f": [text for text in stored if preparation.documents.is_held_out(text, 0.2)],
+    "f": [text for text in stored if splits.is_held_out(text, 0.2)],
     "p": stored[:7],
   }
   assert held == expected[rule[0]] and (count is None or len(held) == count)
@@ -449,7 +457,8 @@ def test_the_command_prepares_verifies_and_says_so(make_config, capsys):
 
 def test_shards_need_neither_tfds_nor_pyarrow():
   """What reads token shards imports little: opening a dataset is a matter of milliseconds."""
-  code = "import sys, beyond_outliers.data; print(sys.modules.keys() & {'tensorflow_datasets', 'pyarrow', 'torch', 'tensorflow'})"
+  heavy = {"tensorflow_datasets", "pyarrow", "torch", "tensorflow"}
+  code = f"import sys, beyond_outliers.data; print(sys.modules.keys() & {heavy})"
   result = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
   )
