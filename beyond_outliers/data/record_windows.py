@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -129,7 +129,7 @@ def _document_chunks(
   """One reader's documents without end, reshuffled by epoch: lists of CHUNK_DOCUMENTS token id
   arrays, separators included."""
   count, held_out = dataset.meta["records"]["count"], dataset.meta["records"]["held_out"]
-  order = grain.MapDataset.range(count).seed(seed).shuffle()[reader :: cfg.readers].repeat()
+  order: Any = grain.MapDataset.range(count).seed(seed).shuffle()[reader :: cfg.readers].repeat()
   chunks = grain.MapDataset.range(sys.maxsize // CHUNK_DOCUMENTS).map(
     _Encode(records, order, dataset, cfg.vocab, held_out)
   )
@@ -143,7 +143,7 @@ class _Encode:
   def __init__(
     self,
     records: tfds.Records,
-    order: grain.MapDataset,
+    order: Sequence[int],
     dataset: shards.Dataset,
     vocab: int,
     held_out: float,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import make_texts, prepare_in_child, quiet
 
-from beyond_outliers import data, prepare
+from beyond_outliers import config, data, prepare
 from beyond_outliers.data import (
   encoding,
   preparation,
@@ -25,6 +25,7 @@ from beyond_outliers.data import (
   tokenizers,
 )
 from beyond_outliers.errors import DataError
+from configs import adamw
 
 ROOT = pathlib.Path(data.__file__).parents[2]
 
@@ -89,6 +90,14 @@ def test_same_settings_same_bytes_and_another_seed_another_order(make_config, tm
   assert decoded(other, "train") != decoded(one, "train") and sorted(
     decoded(other, "train")
   ) == sorted(decoded(one, "train"))
+
+
+def test_names_and_contents_are_those_of_version_0_1(make_config):
+  """A dataset that was prepared once is found again, and one prepared anew has the same bytes."""
+  assert data.dataset_directory(config.resolve(adamw.get_config()).data) == (
+    "datasets/sotu-sentencepiece2048-883d9292e4"
+  )
+  assert data.prepare(make_config(), log=quiet).fingerprint.startswith("a42aeb9c3ec1")
 
 
 def test_the_shuffle_of_many_buckets_keeps_every_document(make_config, texts, monkeypatch):
@@ -476,13 +485,13 @@ def test_the_command(tmp_path):
       cwd=ROOT,
     )
 
-  config = f"--config=configs/adamw.py:nano,data.tokenizer=bytes,data.directory={tmp_path}"
-  result = run(config, "--verify")
+  argument = f"--config=configs/adamw.py:nano,data.tokenizer=bytes,data.directory={tmp_path}"
+  result = run(argument, "--verify")
   assert result.returncode == 0, result.stderr
   assert (
     "files are as they were written" in result.stdout and "train: 239 documents" in result.stdout
   )
   for path in tmp_path.glob("*/train-00000.bin"):
     path.write_bytes(b"x" * path.stat().st_size)
-  result = run(config, "--verify")
+  result = run(argument, "--verify")
   assert result.returncode and "contents are not those that were prepared" in result.stderr
