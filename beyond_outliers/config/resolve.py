@@ -1,5 +1,4 @@
-"""Resolution of a config: a ConfigDict, or the content of config.json, as a checked `Config`, and
-back."""
+"""Resolution of a config: nested dictionaries to a checked `Config`, and back."""
 
 from __future__ import annotations
 
@@ -120,7 +119,7 @@ def _build_optimizer(values: Any) -> Optimizer:
     "expected {label: {paths: regex, ...}}",
   )
   own = {key: value for key, value in values.items() if key != "groups"}
-  default = _build(_optimizer_class(own.get("name"), "optimizer.name"), own, "optimizer.")
+  default = _build_section(own, "optimizer.")
   if "vector" in groups and "scale" not in groups:
     # Recorded while learned scales were among the vectors.
     groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
@@ -132,24 +131,26 @@ def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
   """A group: its keys on top of the optimizer's, or all keys of another optimizer that it names."""
   require(isinstance(values, Mapping), path, values, "expected {paths: regex, ...}")
   name = values.get("name", inherited["name"])
-  keys = {**(inherited if name == inherited["name"] else {}), **values}
+  keys = {**(inherited if name == inherited["name"] else {}), **values, "name": name}
   paths = _typed(str, keys.pop("paths", None), f"{path}.paths")
   optional = _typed(bool, keys.pop("optional", False), f"{path}.optional")
   try:
     re.compile(paths)
   except re.error as error:
     raise ConfigError(f"{path}.paths = {paths!r}: not a regular expression ({error})") from None
-  return Group(paths, _build(_optimizer_class(name, f"{path}.name"), keys, f"{path}."), optional)
+  return Group(paths, _build_section(keys, f"{path}."), optional)
 
 
-def _optimizer_class(name: Any, field: str) -> type:
+def _build_section(values: Mapping[str, Any], prefix: str) -> Any:
+  """The section of the optimizer that the values name."""
+  name = values.get("name")
   require(
     isinstance(name, str) and name in OPTIMIZERS,
-    field,
+    prefix + "name",
     name,
     "expected one of " + ", ".join(OPTIMIZERS),
   )
-  return OPTIMIZERS[name]
+  return _build(OPTIMIZERS[name], values, prefix)
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:

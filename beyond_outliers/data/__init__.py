@@ -1,5 +1,4 @@
-"""Data: text to batches. `prepare` or `open` a dataset, then take its `train_batches` and
-`validation_batches`."""
+"""Text to batches: `prepare` or `open` a dataset, then `train_batches` and `validation_batches`."""
 
 from beyond_outliers.data.pipeline import Batches, train_batches
 from beyond_outliers.data.preparation import dataset_directory, prepare
