@@ -265,7 +265,7 @@ def _dataset_for(directory: str, dataset: str) -> tuple[data.Dataset, int | None
     f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the documents with "
     f"data.tokenizer=huggingface:{own}",
   )
-  return opened, tokenizers.begins_texts(directory)
+  return opened, tokenizers.added_bos(directory)
 
 
 def _section_of(dataset: data.Dataset, vocab: int) -> config.Data:

@@ -249,7 +249,7 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(
     texts = (path.read_text() for path in sorted(corpus.iterdir()))
     records = {
       "data.source": "tfds",
-      "data.path": tfds.write(texts, str(tmp_path)),
+      "data.path": tfds.write_documents(texts, str(tmp_path)),
       "data.reader": "tfds",
       "data.validation": "fraction:0.1",
       "data.field": "text",
