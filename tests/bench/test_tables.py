@@ -35,15 +35,15 @@ def test_flags_that_would_change_nothing_are_refused(told, number):
 
 
 def test_every_method_that_is_asked_for_is_timed():
-  result = ptq.run("0.3m", ["rtn", "gptq"])
+  result = ptq.measure_ptq("0.3m", ["rtn", "gptq"])
   assert list(result["rows"]) == ["rtn", "gptq"] and all(
     row["seconds"] > 0 for row in result["rows"].values()
   )
-  lines = ptq.table(result).splitlines()
+  lines = ptq.ptq_table(result).splitlines()
   assert [line.split()[0] for line in lines[2:]] == ["rtn", "gptq", "all"]
 
 
 def test_scoring_counts_the_tokens_that_are_read():
-  result = scoring.run("0.3m", repeats=1)
+  result = scoring.measure_scoring("0.3m", repeats=1)
   assert result["pairs"] == 64 * 4 and 64 * 4 * 32 < result["tokens"] < 64 * 4 * 256
-  assert result["ratio"] > 0 and f"{result['pairs']} choices" in scoring.table(result)
+  assert result["ratio"] > 0 and f"{result['pairs']} choices" in scoring.scoring_table(result)
