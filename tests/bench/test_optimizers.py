@@ -2,9 +2,6 @@
 shown."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ from beyond_outliers.bench import optimizers
 from beyond_outliers.bench.peers import EMBEDDING
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
 
-ROOT = pathlib.Path(__file__).parents[2]
 M, N, V = 32, 96, 160
 TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}
 PARAMETERS = M * M + N * M + V * M
@@ -150,28 +146,3 @@ def test_rows_run_in_processes_of_their_own(monkeypatch):
 
 def test_a_process_that_fails_is_told_of():
   assert optimizers.in_process("nobody", "small", 1) == {"failed": "KeyError: 'nobody'"}
-
-
-# what is wrong -> (arguments, what the refusal says)
-REFUSED = {
-  "a row": (["--optimizers", "--only=adamw,nobody"], ["--only = 'nobody'", "shampoo_staggered"]),
-  "nothing to measure": ([], ["expected one of --config, --optimizers"]),
-  "two things to measure": (
-    ["--optimizers", "--config=configs/adamw.py:nano"],
-    ["expected one of --config, --optimizers"],
-  ),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_the_command_refuses(what):
-  arguments, parts = REFUSED[what]
-  process = subprocess.run(
-    [sys.executable, "-m", "beyond_outliers.bench", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert (process.returncode, process.stdout) == (2, "")
-  (line,) = process.stderr.splitlines()
-  assert line.startswith("error: ") and all(part in line for part in parts)
