@@ -153,11 +153,11 @@ def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_pat
   whole = Evaluator(RunCheckpoints(tmp_path / "run"), measured[1].cells, calibration_windows=12)
   assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
   assert {path: path.read_text() for path in before} == before
-  every = ptq_degradation.cells([runs.open(tmp_path / "run")])
+  every = ptq_degradation.degradation_cells([runs.open(tmp_path / "run")])
   assert sorted(every.documents) == [0, 0, 0, 2]
-  assert list(ptq_degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [
-    found["metrics"]["loss"]
-  ]
+  assert list(
+    ptq_degradation.degradation_cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss
+  ) == [found["metrics"]["loss"]]
 
 
 def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
@@ -175,7 +175,9 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
   for folder in (one, other):
     shutil.rmtree(folder / "eval")
-  reported = ptq_degradation.cells([runs.open(one), runs.open(other)], folders=[workdir / "eval"])
+  reported = ptq_degradation.degradation_cells(
+    [runs.open(one), runs.open(other)], folders=[workdir / "eval"]
+  )
   assert set(reported.run) == {str(one)} and len(reported) == 3
 
 
@@ -214,12 +216,12 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
     (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
   evaluator = Evaluator(RunCheckpoints(tmp_path / "run"), measured[1].cells, calibration_windows=12)
   assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
-  found = ptq_degradation.cells([run])
+  found = ptq_degradation.degradation_cells([run])
   assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
   evaluator.measure(2, evaluator.target.params(2), measured[1].cells[1])
   assert (
-    list(ptq_degradation.cells([run]).method) == ["rtn"]
-    and len(ptq_degradation.cells([run], {"version": "1"})) == 3
+    list(ptq_degradation.degradation_cells([run]).method) == ["rtn"]
+    and len(ptq_degradation.degradation_cells([run], {"version": "1"})) == 3
   )
 
 
