@@ -17,7 +17,9 @@ class Table(NamedTuple):
 def guides() -> list[pathlib.Path]:
   """The project's Markdown files, from the root down; not those of hidden tools and test data."""
   hidden = (".venv", ".pytest_cache", ".guard", "golden")
-  return sorted(path for path in ROOT.rglob("*.md") if not any(part in hidden for part in path.parts))
+  return sorted(
+    path for path in ROOT.rglob("*.md") if not any(part in hidden for part in path.parts)
+  )
 
 
 def read(guide: str) -> str:
@@ -30,7 +32,11 @@ def read(guide: str) -> str:
 def sections(text: str) -> list[str]:
   """The parts that headings of any level begin; what looks like a heading in code is none."""
   bare = FENCE.sub(lambda fence: re.sub("^#", " ", fence[0], flags=re.MULTILINE), text)
-  starts = [0, *(heading.start() for heading in re.finditer(r"^#+ ", bare, re.MULTILINE)), len(text)]
+  starts = [
+    0,
+    *(heading.start() for heading in re.finditer(r"^#+ ", bare, re.MULTILINE)),
+    len(text),
+  ]
   return [text[start:end] for start, end in zip(starts, starts[1:], strict=False)]
 
 
