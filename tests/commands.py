@@ -46,7 +46,7 @@ def answers(name, commands, after=""):
 
 
 FLAGS_SCRIPT = """
-import importlib, json, os, sys
+import contextlib, importlib, io, json, os, re, runpy, sys
 import flax, jax, optax
 import beyond_outliers.data, beyond_outliers.quant, beyond_outliers.train
 
@@ -57,7 +57,14 @@ for name in sys.argv[1:]:
   if not child:
     from absl import flags
     importlib.import_module(name)
-    os.write(writer, json.dumps(sorted(flags.FLAGS)).encode())
+    names = set(flags.FLAGS)
+    if not flags.FLAGS.flags_by_module_dict().get(name):
+      # It defines its flags when it runs.
+      sys.argv, help = [name, "--help"], io.StringIO()
+      with contextlib.redirect_stdout(help), contextlib.suppress(SystemExit):
+        runpy.run_module(name, run_name="__main__")
+      names = set(re.findall(r"--(?:\\[no\\])?(\\w+)", help.getvalue()))
+    os.write(writer, json.dumps(sorted(names)).encode())
     os._exit(0)
   os.close(writer)
   with os.fdopen(reader) as pipe:

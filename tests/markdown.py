@@ -1,5 +1,6 @@
 """Markdown as the tests of the documentation read it: sections, tables, code and links."""
 
+import itertools
 import pathlib
 import re
 from typing import NamedTuple
@@ -37,7 +38,7 @@ def sections(text: str) -> list[str]:
     *(heading.start() for heading in re.finditer(r"^#+ ", bare, re.MULTILINE)),
     len(text),
   ]
-  return [text[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+  return [text[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def tables(text: str) -> list[Table]:

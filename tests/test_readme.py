@@ -24,7 +24,7 @@ OURS = ("beyond_outliers", "launch")
 
 
 def sources():
-  """(where, text) of all that shows commands: guides, and docstrings of modules and config files."""
+  """(where, text) of all that shows commands: guides, and docstrings of modules and configs."""
   for path in markdown.guides():
     if path.name != "CHANGELOG.md":
       yield path.relative_to(ROOT).as_posix(), path.read_text()
@@ -72,7 +72,11 @@ def known_flags():
 
 def test_the_readme_shows_every_command():
   assert {module for module, _ in SHOWN["README.md"]} == {
-    *(f"beyond_outliers.{name}" for name in "main prepare evaluate analysis bench".split()),
+    "beyond_outliers.main",
+    "beyond_outliers.prepare",
+    "beyond_outliers.evaluate",
+    "beyond_outliers.analysis",
+    "beyond_outliers.bench",
     "launch.local",
   }
 
