@@ -1,5 +1,5 @@
-"""The guides are complete and short: rows of tables have their line, results their command, links
-their file."""
+"""Completeness of the guides: rows of tables have their line, results their command, links their
+file; and the README is short."""
 
 import re
 

@@ -1,5 +1,5 @@
-"""What users and their notebooks hold on to: names to import, arguments, flags, config keys, names
-in a workdir. They may be added to; one that is gone or renamed fails here."""
+"""Public names, which users and their notebooks hold on to: imports, arguments, flags, config keys,
+files of a workdir. They may be added to; one that is gone or renamed fails here."""
 
 import dataclasses
 import importlib

@@ -1,5 +1,5 @@
-"""What the guides claim of commands, configuration and Python is true: commands and settings exist,
-snippets run or at least name what is there, sizes and fields are the configuration's."""
+"""Truth of the guides: commands and settings exist, snippets run or at least name what is there,
+sizes and fields are the configuration's."""
 
 import ast
 import importlib
