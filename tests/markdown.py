@@ -71,10 +71,10 @@ def snippets(text: str, language: str = "python") -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-  """Lines `python -m ...` of all code, without what stands before them and behind a #."""
-  joined = "\n".join(code(text)).replace("\\\n", " ")
+  """Lines `python -m ...` of all code, up to a # or two spaces."""
+  joined = re.sub(r" *\\\n *", " ", "\n".join(code(text)))
   lines = re.findall(r"(?:^|\s)(python -m .*)$", joined, re.MULTILINE)
-  return [re.split(r"\s+#", line)[0].strip() for line in lines]
+  return [re.split(r"\s+#|\s{2,}", line)[0].strip() for line in lines]
 
 
 def links(text: str) -> list[str]:
