@@ -74,7 +74,7 @@ def stack_path(path: str) -> str:
 
 
 def kind_of(path: str) -> str:
-  """The path within a block of a layer's path: `mlp/up` of `layers/3/mlp/up`; others as they are."""
+  """The path within a block: `mlp/up` of `layers/3/mlp/up`; others as they are."""
   layer = _LAYER.fullmatch(path)
   return layer[2] if layer else path
 

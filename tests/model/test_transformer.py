@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.model import attention, loss, transformer
+from beyond_outliers.model import attention, linears, loss, stack, transformer
 from beyond_outliers.params import Axes
 from configs import adamw
 
@@ -227,7 +227,7 @@ def test_what_a_module_sows_comes_back_stacked(remat, unroll):
   params = random_params(model)
   sown = run(model, params, TOKENS, mutable=["statistics"])[1]["statistics"]
   leaves = paths(sown["layers"])
-  assert len(leaves) == len(transformer.linear_paths(STUDY))
+  assert len(leaves) == len(linears.linear_paths(STUDY))
   assert {leaf.shape for leaf in leaves.values()} == {(3, 2)}
 
 
@@ -262,7 +262,7 @@ def test_depths_that_sow_nothing_hold_nan():
 
 @pytest.mark.parametrize(
   ("remat", "unroll"),
-  [("none", 2), ("none", 0), *((name, 1) for name in transformer.POLICIES), ("full", 0)],
+  [("none", 2), ("none", 0), *((name, 1) for name in stack.POLICIES), ("full", 0)],
 )
 def test_remat_and_unroll_change_nothing(remat, unroll):
   plain = transformer.Transformer(STUDY)

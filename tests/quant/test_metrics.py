@@ -11,7 +11,7 @@ import pytest
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.quant import (
   RECIPES,
   LayerRecipe,
@@ -140,9 +140,14 @@ def test_what_crosses_a_boundary():
   none."""
   c, recipe = dataclasses.replace(MODEL, blocks=1), RECIPES["quest_w4a4"]
   params = params_of(transformer.Transformer(c))
-  linears = lambda tree: transformer.linears(c, tree)
-  of_weights = jax.jit(lambda before: metrics.of_weights(recipe, linears(params), linears(before)))
-  crossed = lambda change: float(of_weights(jax.tree.map(change, params))["quant/weights/crossed"])
+
+  @jax.jit
+  def of_weights(before):
+    return metrics.of_weights(recipe, linears.linears(c, params), linears.linears(c, before))
+
+  def crossed(change):
+    return float(of_weights(jax.tree.map(change, params))["quant/weights/crossed"])
+
   assert crossed(lambda x: x) == crossed(lambda x: 2 * x) == 0
   assert crossed(jnp.negative) == pytest.approx(1, abs=1e-6)
 
@@ -195,7 +200,7 @@ def test_every_depth_is_measured_under_its_own_rule():
 
 def test_only_operands_that_are_quantized_have_rows():
   names = measured(RECIPES["rtn_w4a16"], c=dataclasses.replace(MODEL, blocks=1))
-  assert len(names) == 4 * len(transformer.linear_paths(MODEL)) + 1
+  assert len(names) == 4 * len(linears.linear_paths(MODEL)) + 1
   assert all(name.startswith("quant/weights/") for name in names)
 
 
@@ -236,7 +241,7 @@ def test_scanned_unrolled_and_sharded_are_one(name):
         step.make_quant_statistics(model, recipe, False), in_shardings=(shardings, shardings, None)
       )
       sharded = {key: float(value) for key, value in of_all(params, before, BATCH).items()}
-  kinds = [*transformer.linear_paths(MODEL), "head"]
+  kinds = [*linears.linear_paths(MODEL), "head"]
   assert set(expected) == {
     f"quant/{operand}/{value}/{kind}"
     for operand in ("weights", "activations")
@@ -248,10 +253,9 @@ def test_scanned_unrolled_and_sharded_are_one(name):
     expected, rel=1e-4, abs=1e-6
   )
 
-  linears = lambda tree: transformer.linears(MODEL, tree)
   with mesh_lib.use(mesh):
     of_weights = jax.jit(
-      lambda params, before: metrics.of_weights(recipe, linears(params), linears(before)),
+      lambda *trees: metrics.of_weights(recipe, *(linears.linears(MODEL, t) for t in trees)),
       in_shardings=(shardings, shardings),
     )
     program = hlo.instructions(of_weights.lower(params, before).compile().as_text())

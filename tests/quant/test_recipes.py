@@ -5,7 +5,7 @@ import pytest
 
 from beyond_outliers import config
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears
 from beyond_outliers.quant import RECIPES, Contraction, LayerRecipe, QuantSpec, Recipe, recipes
 from configs import adamw
 
@@ -14,9 +14,7 @@ W4 = LayerRecipe(QuantSpec(4))
 
 def contractions(**overrides):
   c = config.resolve(config.override(adamw.get_config("nano").unlock(), overrides))
-  return {
-    path: Contraction(width) for path, (width, _) in transformer.contractions(c.model).items()
-  }
+  return {path: Contraction(width) for path, (width, _) in linears.contractions(c.model).items()}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, quant
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.quant import (
   RECIPES,
   LayerRecipe,
@@ -140,7 +140,7 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
     == header + q.size_bytes
   )
   for path in (
-    f"layers/{depth}/{linear}" for depth in range(2) for linear in transformer.linear_paths(MODEL)
+    f"layers/{depth}/{linear}" for depth in range(2) for linear in linears.linear_paths(MODEL)
   ):
     spec = q.recipe.layer(path) and q.recipe.layer(path).weights
     width, outputs = q.params["layers"][path.split("/")[2]][path.split("/")[3]][
