@@ -273,7 +273,7 @@ class Checkpoints:
 def save_quantized(q: quant.QuantizedModel, directory: Any) -> None:
   """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/storage.py
   says."""
-  tensors, description = quant.storage.pack(q)
+  tensors, description = quant.storage.pack_model(q)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
       epath.Path(directory).absolute(),

@@ -85,6 +85,12 @@ def depth_of(path: str) -> int | None:
   return int(layer[1]) if layer else None
 
 
+def at_any_depth(path: str) -> str:
+  """`layers/*/mlp/up` of `layers/3/mlp/up`; others as they are."""
+  layer = _LAYER.fullmatch(path)
+  return f"{LAYERS}/*/{layer[2]}" if layer else path
+
+
 def leaves_by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
   """{path: leaf} of nested dictionaries, in their order. Leaf: all that is no dictionary, so that a
   tuple of arrays is one."""

@@ -104,7 +104,9 @@ def exported(recipe, directory, c=MODEL):
       matrix = qmatrix.QuantizedMatrix(
         *(field if entry.depth is None or field is None else field[entry.depth] for field in node)
       )
-      matrices[entry.name.removesuffix(".weight")] = np.asarray(qmatrix.dequantize(matrix, layer)).T
+      matrices[entry.name.removesuffix(".weight")] = np.asarray(
+        qmatrix.reconstruct(matrix, layer)
+      ).T
   return fields, tensors, matrices
 
 

@@ -25,6 +25,7 @@ def test_the_three_names_of_a_linear_layer():
   assert params.stack_path(LAYER) == STACK
   assert params.kind_of(LAYER) == KIND
   assert params.depth_of(LAYER) == 13
+  assert params.at_any_depth(LAYER) == "layers/*/mlp/up"
   assert params.parent(params.kernel_path(STACK)) == STACK
   assert params.is_kernel(params.kernel_path(LAYER)) and not params.is_kernel(LAYER)
   assert params.is_stacked(STACK)
@@ -33,6 +34,7 @@ def test_the_three_names_of_a_linear_layer():
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_what_lies_outside_the_layers_has_one_name(path):
   assert params.at_depth(path, 3) == params.stack_path(path) == params.kind_of(path) == path
+  assert params.at_any_depth(path) == path
   assert params.depth_of(path) is None
   assert not params.is_stacked(path)
 

@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 
   @property
   def calibrated(self) -> bool:
-    return self.method != "none" and quant.ptq.named(self.method).calibrated
+    return self.method != "none" and quant.ptq.method_named(self.method).calibrated
 
   @property
   def row(self) -> str:
@@ -60,9 +60,9 @@ def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
       name,
       "the model as it was trained is evaluated anyway; leave it out",
     )
-    quant.recipes.named(name, "--recipes")
+    quant.recipes.recipe_named(name, "--recipes")
   for name in methods:
-    quant.ptq.named(name, "--methods")
+    quant.ptq.method_named(name, "--methods")
 
 
 def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
@@ -86,7 +86,7 @@ def plan(source: Source, recipes: Sequence[str], methods: Sequence[str]) -> list
   ]
   for recipe, method in pairs:
     try:
-      quant.ptq.check(source.model, shapes, quant.RECIPES[recipe], method)
+      quant.ptq.check_quantizable(source.model, shapes, quant.RECIPES[recipe], method)
     except ConfigError as error:
       raise ConfigError(f"--recipes = {recipe!r} with --methods = {method!r}: {error}") from None
   return [Cell(source.recipe, "none"), *pairs]

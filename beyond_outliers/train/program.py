@@ -65,7 +65,7 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   recipe = quant.recipes.from_config(c.quant)
   recipe.check(
     {
-      path: quant.Contraction(
+      path: quant.LinearShape(
         width, *((mesh.shape["model"], 1) if split else (1, mesh.shape["fsdp"]))
       )
       for path, (width, split) in linears.contractions(c.model).items()

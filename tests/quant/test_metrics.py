@@ -81,7 +81,7 @@ def test_four_bits_of_quest_on_normal_numbers(operand, axis):
   """arXiv 2502.05003: half a step beyond the largest level lies 0.73 % of a normal distribution,
   and 0.0115 of it is error."""
   x = np.random.default_rng(3).standard_normal((512, 512), np.float32)
-  sums, _ = jax.jit(lambda x: metrics.measure(x, getattr(QUEST, operand), axis))(x)
+  sums, _ = jax.jit(lambda x: metrics.operand_sums(x, getattr(QUEST, operand), axis))(x)
   assert float(sums.masked / sums.count) == pytest.approx(0.0073, abs=3e-4)
   assert float(sums.error / sums.signal) == pytest.approx(0.0115, abs=2e-4)
   # 2.5139 standard deviations: the largest level.
@@ -110,7 +110,7 @@ def test_sums_are_those_of_fake_quantization(name):
 
   @jax.jit
   def compute(x):
-    sums, codes = metrics.measure(x, spec, 0, scale)
+    sums, codes = metrics.operand_sums(x, spec, 0, scale)
     became, back = jax.vjp(lambda x: fake_quantize(x, spec, 0, scale=scale), x)
     # A gradient of ones in the basis that is quantized.
     passed = rotate(back(unrotate(jnp.ones_like(x), spec.rotation, 0))[0], spec.rotation, 0)
@@ -132,7 +132,7 @@ def test_sums_are_those_of_fake_quantization(name):
 def test_the_largest_number_under_absmax_is_not_clipped():
   """Though it divided by its scale may come out beyond the largest level."""
   x = np.random.default_rng(5).standard_normal((2048, 3)).astype(np.float32)
-  assert float(jax.jit(lambda x: metrics.measure(x, QuantSpec(4), 1)[0].clipped)(x)) == 0
+  assert float(jax.jit(lambda x: metrics.operand_sums(x, QuantSpec(4), 1)[0].clipped)(x)) == 0
 
 
 def test_what_crosses_a_boundary():

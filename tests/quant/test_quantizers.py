@@ -15,7 +15,7 @@ from beyond_outliers.quant import LayerRecipe, QuantSpec, dequantize, quantizers
 from beyond_outliers.quant.grids import GRIDS
 from beyond_outliers.quant.scales import GAUSSIAN_BOUND, SCALES
 
-quantize = jax.jit(quantizers.quantize, static_argnames=("spec", "axis"))
+quantize = jax.jit(quantizers.quantize_array, static_argnames=("spec", "axis"))
 fake_quantize = jax.jit(quantizers.fake_quantize, static_argnames=("spec", "axis"))
 
 RTN = QuantSpec(4)

@@ -6,7 +6,7 @@ import pytest
 from beyond_outliers import config
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import linears
-from beyond_outliers.quant import RECIPES, Contraction, LayerRecipe, QuantSpec, Recipe, recipes
+from beyond_outliers.quant import RECIPES, LayerRecipe, LinearShape, QuantSpec, Recipe, recipes
 from configs import adamw
 
 W4 = LayerRecipe(QuantSpec(4))
@@ -14,7 +14,7 @@ W4 = LayerRecipe(QuantSpec(4))
 
 def contractions(**overrides):
   c = config.resolve(config.override(adamw.get_config("nano").unlock(), overrides))
-  return {path: Contraction(width) for path, (width, _) in linears.contractions(c.model).items()}
+  return {path: LinearShape(width) for path, (width, _) in linears.contractions(c.model).items()}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_rules_of_a_config_come_before_its_recipe():
 )
 def test_unknown_recipes_are_refused_with_the_nearest(name, hint):
   with pytest.raises(ConfigError, match=f"quant.recipe = '{name}': unknown recipe; {hint}"):
-    recipes.named(name)
+    recipes.recipe_named(name)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_rules_that_do_not_fit_the_model_are_refused(rules, sizes, message):
 
 
 def test_blocks_that_a_shard_would_cut_are_refused():
-  widths = {"layers/0/mlp/down": Contraction(256, 4), "head": Contraction(256)}
+  widths = {"layers/0/mlp/down": LinearShape(256, 4), "head": LinearShape(256)}
   with pytest.raises(
     ConfigError,
     match=r"mesh.model = 4: layers/0/mlp/down .* 64 on each .* blocks of 128 of the rotation",
@@ -158,7 +158,7 @@ def test_a_rule_that_is_no_regular_expression_is_refused():
 def test_blocks_that_reach_over_devices_are_said(caplog, width, gathered, told):
   """QuEST's rotation at the study's width, on eight devices: 96 numbers on each."""
   RECIPES["quest_w4a4"].check(
-    {"head": Contraction(width), "layers/0/mlp/up": Contraction(width, 1, gathered)}
+    {"head": LinearShape(width), "layers/0/mlp/up": LinearShape(width, 1, gathered)}
   )
   assert (
     ("the rotation in blocks of 128, with 96 on each device" in caplog.text)

@@ -131,7 +131,7 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
   q = ptq.quantize(*fresh(EVERY[name]), EVERY[name])
   q.save(tmp_path / "a")
   assert_same(quant.load(tmp_path / "a"), q)
-  tensors, _ = storage.read(tmp_path / "a")
+  tensors, _ = storage.read_model(tmp_path / "a")
   file = tmp_path / "a" / storage.TENSORS
   header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
   assert (
@@ -204,7 +204,7 @@ def test_odd_codes_of_four_bits_lie_in_four_bits(tmp_path):
   """2k + 1 as k + 8: what QuEST trains is stored whole."""
   q = ptq.quantize(*fresh(RECIPES["quest_w4a4"]), RECIPES["quest_w4a4"])
   q.save(tmp_path / "a")
-  stored = storage.read(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
+  stored = storage.read_model(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
   codes = np.asarray(q.params["layers"]["mlp"]["down"]["kernel"].codes[1], np.int32)
   assert set(np.unique(codes)) == set(range(-15, 16, 2)) and stored.nbytes == codes.size // 2
   nibbles = np.stack([stored & 15, stored >> 4], -1).reshape(codes.shape).astype(np.int32)
@@ -218,15 +218,15 @@ def test_what_is_refused(tmp_path):
     q.save(tmp_path / "a")
   with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
     quant.load(tmp_path)
-  tensors, description = storage.read(tmp_path / "a")
+  tensors, description = storage.read_model(tmp_path / "a")
   for change, message in (
     ({"version": 2}, "version = 2: this program reads version 1"),
     ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'"),
   ):
     with pytest.raises(config.ConfigError, match=message):
-      storage.unpack(tensors, {**description, **change})
+      storage.unpack_model(tensors, {**description, **change})
   del tensors["layers/1/mlp/up/kernel/codes"]
   with pytest.raises(config.ConfigError, match="layers/1/mlp/up/kernel/codes = None: missing"):
-    storage.unpack(tensors, description)
+    storage.unpack_model(tensors, description)
   text = (tmp_path / "a" / storage.DESCRIPTION).read_text()
   assert json.loads(text) == json.loads(json.dumps(description))

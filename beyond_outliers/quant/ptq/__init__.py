@@ -1,6 +1,6 @@
 """Quantization after training: `quantize` and the table of its METHODS."""
 
-from beyond_outliers.quant.ptq.methods import METHODS, Method, named
+from beyond_outliers.quant.ptq.methods import METHODS, Method, method_named
 from beyond_outliers.quant.ptq.model import (
   QuantizedModel,
   check,
@@ -16,7 +16,7 @@ __all__ = [
   "QuantizedModel",
   "check",
   "load",
-  "named",
+  "method_named",
   "quantize",
   "quantized",
   "restored",

@@ -46,7 +46,7 @@ class _Watched(nn.Module):
   def __call__(self, lhs, rhs, dimension_numbers):
     del dimension_numbers
     self.sow("intermediates", "x", lhs)
-    return qmatrix.multiply(lhs, qmatrix.QuantizedMatrix(rhs, jnp.ones((1, 1), jnp.float32)), None)
+    return qmatrix.matmul(lhs, qmatrix.QuantizedMatrix(rhs, jnp.ones((1, 1), jnp.float32)), None)
 
 
 def watched(path: str) -> Any:

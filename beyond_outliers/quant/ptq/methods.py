@@ -103,7 +103,7 @@ OPTION = re.compile(
 )  # behind a part of a method's name; its characters may stand in names of files
 
 
-def named(name: str, field: str = "method") -> Method:
+def method_named(name: str, field: str = "method") -> Method:
   """A row of METHODS, with other numbers where its name sets some:
   `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
 

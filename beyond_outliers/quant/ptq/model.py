@@ -26,10 +26,10 @@ from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.ptq import calibration, rotation_fusion
 from beyond_outliers.quant.ptq.calibration import Inputs, Stage
 from beyond_outliers.quant.ptq.gptq import ROUNDERS
-from beyond_outliers.quant.ptq.methods import Method, named
+from beyond_outliers.quant.ptq.methods import Method, method_named
 from beyond_outliers.quant.ptq.smoothing import SMOOTHINGS
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
-from beyond_outliers.quant.recipes import Contraction, Recipe, stacked
+from beyond_outliers.quant.recipes import LinearShape, Recipe, stacked
 from beyond_outliers.quant.spec import LayerRecipe
 
 
@@ -47,24 +47,24 @@ class QuantizedModel:
   def size_bytes(self) -> int:
     """Of the parameters, as `save` stores them: codes with the bits of their grid, all else in the
     type that it has."""
-    return sum(tensor.nbytes for tensor in storage.pack(self)[0].values())
+    return sum(tensor.nbytes for tensor in storage.pack_model(self)[0].values())
 
   def save(self, directory: Any) -> None:
     """Writes what `load` reads: a safetensors file and a description in JSON (storage.py).
 
     Errors: ConfigError when the directory holds a model."""
-    storage.write(directory, *storage.pack(self))
+    storage.write_model(directory, *storage.pack_model(self))
 
 
 def load(directory: Any) -> QuantizedModel:
   """What `QuantizedModel.save` wrote, on the default device: the same numbers, bit by bit. Errors:
   ConfigError."""
-  return restored(*storage.read(directory))
+  return restored(*storage.read_model(directory))
 
 
 def restored(tensors: Any, description: Any) -> QuantizedModel:
   """The model that `formats.pack` took apart."""
-  model, params, recipe, method = storage.unpack(tensors, description)
+  model, params, recipe, method = storage.unpack_model(tensors, description)
   return QuantizedModel(_serving(model, params, recipe), params, recipe, method)
 
 
@@ -86,7 +86,7 @@ def quantize(
   Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches
   or such of another tokenizer, inputs that are not finite, a recipe that does not fit the model, or
   learned scales that the parameters do not hold."""
-  how = named(method)
+  how = method_named(method)
   batches, vocab = list(calibration_batches) if how.calibrated else [], model.config.vocab
   require(
     not how.calibrated or bool(batches),
@@ -162,7 +162,7 @@ def check(
 ) -> None:
   """Whether `quantize` takes them, before there are numbers. params: shapes will do. Errors:
   ConfigError, as there."""
-  how = named(method, field)
+  how = method_named(method, field)
   jax.eval_shape(lambda params: _prepared(model, params, recipe, how)[1], params)
 
 
@@ -197,7 +197,7 @@ def _prepared(model: Any, params: Any, recipe: Recipe, how: Method) -> tuple[Any
     )
   else:
     recipe = Recipe(tuple((paths, how.layer(layer)) for paths, layer in recipe.rules))
-  recipe.check({path: Contraction(width) for path, (width, _) in contractions.items()})
+  recipe.check({path: LinearShape(width) for path, (width, _) in contractions.items()})
   for path in contractions:
     layer = recipe.layer(path)
     learns = layer is not None and "learned" in [
@@ -275,11 +275,11 @@ def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) ->
   smooth_K = (
     SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer, how.alpha) if how.smoothing else None
   )
-  w_KxO, spec = qmatrix.prepare(kernel_KxO, layer, smooth_K), layer.weights
+  w_KxO, spec = qmatrix.in_quantized_basis(kernel_KxO, layer, smooth_K), layer.weights
   assert spec is not None  # the caller saw to it
   gram_KxK: Any = None
   if how.needs_gram:
-    gram_KxK = qmatrix.prepare_gram(inputs.gram_KxK, layer, smooth_K)
+    gram_KxK = qmatrix.gram_in_quantized_basis(inputs.gram_KxK, layer, smooth_K)
     w_KxO = w_KxO.astype(gram_KxK.dtype)
   scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
   return QuantizedMatrix(
@@ -299,7 +299,7 @@ def _stack(
     kernel_KxO, layer = kernel_NxKxO[depth], layers[depth]
     # Where the inputs are rotated, the matrix has to be.
     return QuantizedMatrix(
-      kernel_KxO if layer is None else qmatrix.prepare(kernel_KxO, layer),
+      kernel_KxO if layer is None else qmatrix.in_quantized_basis(kernel_KxO, layer),
       jnp.ones((1, 1), jnp.float32),
     )
 

@@ -60,7 +60,7 @@ def output_error(
 ) -> jax.Array:
   """Mean squared norm of what rounding the weights to nearest changes in the layer's output, its
   inputs being as they are."""
-  w = qmatrix.prepare(w_KxO, layer, smooth_K)
+  w = qmatrix.in_quantized_basis(w_KxO, layer, smooth_K)
   spec: Any = layer.weights
   codes = quantizers.forward(w, quantizers.scale_of(w, spec, 0), spec)[0]
   error_KxO = (
