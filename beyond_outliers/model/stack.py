@@ -12,13 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from beyond_outliers import config
 from beyond_outliers.model import layers
 from beyond_outliers.model.layers import DotGeneralFor, DotGenerals
 from beyond_outliers.model.linears import linear_paths
-from beyond_outliers.params import LAYERS, layer_path
+from beyond_outliers.params import LAYERS, layer_path, leaves_by_path, tree_of
 
 POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -141,7 +140,7 @@ def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
   know nothing."""
   joined = {}
   for collection, groups in variables.items():
-    flat = [traverse_util.flatten_dict(groups.get(f"run_{i}", {})) for i in range(len(lengths))]
+    flat = [leaves_by_path(groups.get(f"run_{i}", {})) for i in range(len(lengths))]
     every = {path: leaf for tree in flat for path, leaf in tree.items()}
     fill = 0.0 if collection == "params" else jnp.nan
     stacks = []
@@ -152,9 +151,7 @@ def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
         if path not in tree
       }
       stacks.append({path: absent[path] if path in absent else tree[path] for path in every})
-    joined[collection] = traverse_util.unflatten_dict(
-      jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-    )
+    joined[collection] = tree_of(jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks))
   return joined
 
 

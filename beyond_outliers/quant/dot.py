@@ -123,9 +123,8 @@ def _backward(backend, w_axis, layer, pullback, g_TxO):
   return *x_bar, *others, None
 
 
-# The forward pass and either gradient as calls of their own: else XLA:CPU keeps rotated numbers in
-# the place of codes and masks, and works on both gradients at once, each with its own scaled copy of
-# y's.
+# The forward pass and either gradient are calls of their own: else XLA:CPU keeps rotated numbers in
+# the place of codes and masks, and works on both gradients at once, each with a scaled copy of y's.
 _product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1, 2))
 _product.defvjp(_forward, _backward)
 

@@ -1,20 +1,14 @@
 """Quantization after training: `quantize` and the table of its METHODS."""
 
+from beyond_outliers.quant.ptq.conversion import check_quantizable, quantize, quantized
 from beyond_outliers.quant.ptq.methods import METHODS, Method, method_named
-from beyond_outliers.quant.ptq.model import (
-  QuantizedModel,
-  check,
-  load,
-  quantize,
-  quantized,
-  restored,
-)
+from beyond_outliers.quant.ptq.model import QuantizedModel, load, restored
 
 __all__ = [
   "METHODS",
   "Method",
   "QuantizedModel",
-  "check",
+  "check_quantizable",
   "load",
   "method_named",
   "quantize",
