@@ -180,8 +180,8 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
       handle = stack.enter_context(safetensors.safe_open(directory / file, framework="numpy"))
     except safetensors.SafetensorError as error:
       raise ValueError(
-        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); fetch it "
-        "again"
+        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); "
+        "fetch it again"
       ) from error
     names = handle.keys()
     tensors.update((name, handle.get_slice(name)) for name in names if not name.endswith(IGNORED))
@@ -205,8 +205,8 @@ def _check_tensors(
       listed = ", ".join(sorted(names)[:4])
       listed += f" and {len(names) - 4} more" if len(names) > 4 else ""
       raise ValueError(
-        f"directory = '{directory}': tensors {problem}: {listed}; check config.json against the "
-        "files"
+        f"directory = '{directory}': tensors {problem}: {listed}; "
+        "check config.json against the files"
       )
   for name, shape in shapes.items():
     found, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()

@@ -1,8 +1,7 @@
 """The decoder: the study's architecture (arXiv 2509.23500), and by other switches of the same code
 OLMo2 and Llama.
 
-Layers are stacked: every parameter under `layers` has the depth as its first axis, whatever runs
-over it.
+Layers are stacked: every parameter under `layers` has the depth as its first axis (params.py).
 Legend: B batch, L length, D model width, V vocabulary.
 """
 

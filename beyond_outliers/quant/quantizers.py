@@ -51,8 +51,9 @@ def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
 
 
 def block_of(spec: QuantSpec, width: int) -> int | None:
-  """How many numbers of an axis so wide share a scale. None: all. Errors: ConfigError when they
-  don't divide it."""
+  """The count of numbers that share a scale along an axis so wide; None: all of them.
+
+  Errors: ConfigError when it does not divide the width."""
   block = GRANULARITIES[spec.granularity].block
   if block is None:
     return None

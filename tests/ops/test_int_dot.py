@@ -7,9 +7,8 @@ import pytest
 
 from beyond_outliers.ops.int_dot import dot_codes
 
-EXACT = (
-  2**24 // 127**2
-)  # so many products of int8 codes, and no more, float32 sums exactly in any case
+# So many products of int8 codes, and no more, float32 sums exactly in any case.
+EXACT = 2**24 // 127**2
 
 
 @pytest.mark.parametrize("width", [EXACT, EXACT + 1000])

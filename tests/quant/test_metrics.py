@@ -20,7 +20,7 @@ from beyond_outliers.quant import (
   dot_general_for,
   fake_quantize,
   metrics,
-  quantize,
+  quantize_array,
 )
 from beyond_outliers.quant.rotations import rotate, unrotate
 from beyond_outliers.train import step
@@ -114,7 +114,7 @@ def test_sums_are_those_of_fake_quantization(name):
     became, back = jax.vjp(lambda x: fake_quantize(x, spec, 0, scale=scale), x)
     # A gradient of ones in the basis that is quantized.
     passed = rotate(back(unrotate(jnp.ones_like(x), spec.rotation, 0))[0], spec.rotation, 0)
-    return sums, codes, became, passed, quantize(x, spec, 0, scale=scale)
+    return sums, codes, became, passed, quantize_array(x, spec, 0, scale=scale)
 
   sums, codes, became, passed, q = compute(x)
   np.testing.assert_allclose(10 * np.log10(sums.signal / sums.error), sqnr(x, became), atol=1e-3)
@@ -170,7 +170,7 @@ def test_every_depth_is_measured_under_its_own_rule():
     )
     codes = [
       [
-        np.float32(quantize(kernel, spec, 0).codes)
+        np.float32(quantize_array(kernel, spec, 0).codes)
         for kernel, spec in zip(tree, specs, strict=True)
       ]
       for tree in (kernels, old)

@@ -259,9 +259,8 @@ def losses(workdir):
 def test_a_run_goes_on_in_four_bits_from_full_precision(trained):
   (plain, plain_eval), (quest, quest_eval) = map(losses, trained)
   assert plain[-1] < plain[0] - 1
-  assert (
-    plain[0] - 1 > quest[0] and quest[-1] < quest[0]
-  )  # it begins where the other ended, and learns on
+  # It begins where the other ended, and learns on.
+  assert plain[0] - 1 > quest[0] and quest[-1] < quest[0]
   assert quest_eval[-1] < plain_eval[-1]
 
 

@@ -70,14 +70,8 @@ EVERY = {
   "nvfp4": RECIPES["nvfp4"],
   "mixed": MIXED,
 }
-FAMILIES = (
-  "rtn_w4a4",
-  "quest_w1.58a1.58",
-  "lsq_w4a4",
-  "mxfp4",
-  "nvfp4",
-  "mixed",
-)  # in the fast tests
+# In the fast tests.
+FAMILIES = ("rtn_w4a4", "quest_w1.58a1.58", "lsq_w4a4", "mxfp4", "nvfp4", "mixed")
 # Digits in a word of 64 bits.
 DIGITS = {1: 64, 1.585: 40, 2: 32, 3: 21, 4: 16, 8: 8}
 

@@ -1,7 +1,7 @@
 """The product of a linear layer with quantized operands by AQT. No other module imports AQT.
 
 AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the
-backward pass. With what:
+backward pass. Of a spec it takes
 
   scales                                   `Scaling` below, of our rules
   symmetric, absmax or absmax_edge,        its own IntSymmetric

@@ -44,10 +44,11 @@ def gptq(
   """Row after row to the nearest level, each row's error made up for by the rows that are still to
   come (arXiv 2210.17323, algorithm 1).
 
-  gram: XᵀX of the inputs, in any multiple. damping: the share of its mean diagonal that is added to
-  the diagonal. by_importance: rows with the largest inputs first (the official `act_order`), else
-  as they lie. The scales stay as they are (the official `static_groups`), so they don't depend on
-  the order. An input that is always zero leaves its row to be rounded alone."""
+  gram: XᵀX of the inputs, in any multiple.
+  damping: the share of its mean diagonal that is added to the diagonal.
+  by_importance: rows with the largest inputs first (the official `act_order`), else as they lie.
+  The scales stay as they are (the official `static_groups`), so they don't depend on the order. An
+  input that is always zero leaves its row to be rounded alone."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
   scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
   u_KxK = _propagation(gram_KxK[order][:, order], damping)
