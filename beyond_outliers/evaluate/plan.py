@@ -32,7 +32,7 @@ class Cell(NamedTuple):
   @property
   def calibrated(self) -> bool:
     """Whether the method looks at training data."""
-    return self.method != "none" and quant.ptq.named(self.method).calibrated
+    return self.method != "none" and quant.ptq.method_named(self.method).calibrated
 
   @property
   def row(self) -> str:
@@ -49,9 +49,9 @@ def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
       name,
       "the model as it was trained is evaluated anyway; leave it out",
     )
-    quant.recipes.named(name, "--recipes")
+    quant.recipes.recipe_named(name, "--recipes")
   for name in methods:
-    quant.ptq.named(name, "--methods")
+    quant.ptq.method_named(name, "--methods")
 
 
 def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
@@ -73,7 +73,7 @@ def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -
   cells = [Cell(recipe, method) for recipe, method in pairs]
   for recipe, method in cells:
     try:
-      quant.ptq.check(target.model, shapes, quant.RECIPES[recipe], method)
+      quant.ptq.check_quantizable(target.model, shapes, quant.RECIPES[recipe], method)
     except ConfigError as error:
       raise ConfigError(f"--recipes = {recipe!r} with --methods = {method!r}: {error}") from None
   return [Cell(target.recipe, "none"), *cells]
