@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate.outlier_metrics import (
@@ -25,9 +24,10 @@ from beyond_outliers.evaluate.outlier_metrics import (
   metrics_of,
   statistics,
 )
-from beyond_outliers.model import layers, transformer
+from beyond_outliers.model import layers, stack, transformer
 from beyond_outliers.model.forward import Forward
-from beyond_outliers.quant import QuantSpec, recipes
+from beyond_outliers.params import at_depth, is_kernel, is_stacked, leaves_by_path, parent, slice_at
+from beyond_outliers.quant import QuantSpec
 from beyond_outliers.types import Batch, Params
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def measurement(
       module, method = context.module, context.method_name
       if method == "__call__" and isinstance(module, layers.Linear):
         sow(module, args[0])
-      elif method == "__call__" and isinstance(module, transformer.Stack):
+      elif method == "__call__" and isinstance(module, stack.Stack):
         sow(module.parent, args[0], "embedding")
       elif (
         method == "logits" and isinstance(module, transformer.Transformer) and module.config.tied
@@ -67,7 +67,7 @@ def measurement(
 
     with nn.intercept_methods(watch):
       _, sown = forward(params, batch, mutable=["statistics"])
-    flat = traverse_util.flatten_dict(sown["statistics"], sep="/")
+    flat = leaves_by_path(sown["statistics"])
     return {
       path.removesuffix("/outliers"): found
       for path, found in flat.items()
@@ -84,14 +84,13 @@ def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, S
   def of_matrix(w_OxI: jax.Array) -> Statistics:
     return statistics(w_OxI, jnp.ones(w_OxI.shape[0], bool), spec)
 
-  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   found = {}
-  for path, leaf in flat.items():
+  for path, leaf in leaves_by_path(params).items():
     if path == "embedding":
       found[path] = of_matrix(leaf)  # [V, D], which as the head's matrix is [out, in]
-    elif path.endswith("/kernel"):
-      found[path.removesuffix("/kernel")] = (
-        jax.vmap(lambda w_IxO: of_matrix(w_IxO.T))(leaf) if leaf.ndim == 3 else of_matrix(leaf.T)
+    elif is_kernel(path):
+      found[parent(path)] = (
+        jax.vmap(lambda w_IxO: of_matrix(w_IxO.T))(leaf) if is_stacked(path) else of_matrix(leaf.T)
       )
   return found
 
@@ -109,12 +108,12 @@ def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
   rows = []
   for path, found in total.items():
     kind = _kind(path)
-    if not path.startswith("layers/"):
+    if not is_stacked(path):
       rows.append({"path": path, "depth": np.nan, "kind": kind, **metrics_of(found)})
       continue
     for depth in range(found.power.shape[0]):
-      of_depth = metrics_of(jax.tree.map(lambda x, i=depth: x[i], found))
-      rows.append({"path": recipes.at_depth(path, depth), "depth": depth, "kind": kind, **of_depth})
+      of_depth = metrics_of(slice_at(found, depth))
+      rows.append({"path": at_depth(path, depth), "depth": depth, "kind": kind, **of_depth})
   return pd.DataFrame(sorted(rows, key=_order))
 
 

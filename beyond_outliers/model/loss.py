@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.model import transformer
+from beyond_outliers.model import stack
 from beyond_outliers.model.forward import Forward
 from beyond_outliers.types import Batch, Params
 
@@ -58,7 +58,7 @@ def token_losses(
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
   rng: of what the model draws in training, such as stochastic rounding."""
-  rngs = None if rng is None else dict.fromkeys(transformer.STREAMS, rng)
+  rngs = None if rng is None else dict.fromkeys(stack.STREAMS, rng)
   logits_TxV = flat_logits(forward(params, batch, rngs=rngs))
   return cross_entropy(logits_TxV, batch["targets"].reshape(-1)).reshape(batch["targets"].shape)
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from beyond_outliers import cli, config, quant
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.params import path_of
 from beyond_outliers.train.program import Program
 
@@ -46,7 +46,7 @@ def describe(program: Program) -> str:
 def _describe_recipe(c: config.Config) -> str:
   recipe = quant.recipes.from_config(c.quant)
   names = [*(rule.recipe for rule in c.quant.rules.values()), c.quant.recipe]
-  layers = collections.Counter(map(recipe.rule, transformer.contractions(c.model)))
+  layers = collections.Counter(map(recipe.rule, linears.contractions(c.model)))
   rules = (
     f"{layers[i]} as {paths!r}: {name}"
     for i, ((paths, _), name) in enumerate(zip(recipe.rules, names, strict=True))

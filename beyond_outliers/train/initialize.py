@@ -52,7 +52,7 @@ def start(
     step, params = warm_start_params(c, program.mesh)
     say(f"parameters from step {step} of {c.warm_start}")
   else:
-    params = transformer.without_own(c.model, state.params)
+    params = transformer.without_dot_general_params(c.model, state.params)
   if jax.tree.structure(params) != jax.tree.structure(state.params):
     params = _with_scales(program, params, batches)
   return Start(state._replace(params=params), None, 0.0)
@@ -72,7 +72,7 @@ def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, P
   except (CheckpointError, WorkdirError) as error:
     raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)
-  return step, found if alike else transformer.without_own(c.model, found)
+  return step, found if alike else transformer.without_dot_general_params(c.model, found)
 
 
 def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> None:

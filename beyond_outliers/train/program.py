@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from beyond_outliers import config, optim, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import steps
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.model.forward import Forward, make_forward
 from beyond_outliers.train import step as step_lib
 from beyond_outliers.train.step import TrainState
@@ -110,10 +110,10 @@ def _check_splits(c: config.Config, mesh: jax.sharding.Mesh, recipe: quant.Recip
     )
   recipe.check(
     {
-      path: quant.Contraction(
+      path: quant.LinearShape(
         width, *((mesh.shape["model"], 1) if split else (1, mesh.shape["fsdp"]))
       )
-      for path, (width, split) in transformer.contractions(c.model).items()
+      for path, (width, split) in linears.contractions(c.model).items()
     }
   )
 
@@ -153,10 +153,8 @@ def make_quant_statistics(
   def quant_statistics(params: Params, before: Params, batch: Batch):
     _, sown = forward(params, batch, mutable=["statistics"])
     return {
-      **quant.metrics.of_weights(
-        recipe, transformer.linears(c, params), transformer.linears(c, before)
-      ),
-      **quant.metrics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {}))),
+      **quant.metrics.of_weights(recipe, linears.linears(c, params), linears.linears(c, before)),
+      **quant.metrics.of_activations(linears.of_dot_generals(c, sown.get("statistics", {}))),
     }
 
   return quant_statistics
