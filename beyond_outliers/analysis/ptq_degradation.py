@@ -41,7 +41,7 @@ def degradation_cells(
 
   settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
   these runs are beside their own eval/."""
-  shared = [cell for folder in folders for cell in results.Folder(folder).cells()]
+  shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
   rows = [row for run in runs for row in _of_run(run, settings or {}, shared)]
   return pd.DataFrame(
     rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"]
@@ -140,7 +140,7 @@ def _of_run(
   itself = (run.identity, run.manifest["time"])
   found = [
     cell
-    for cell in [*results.Folder(run.path / "eval").cells(), *shared]
+    for cell in [*results.ResultStore(run.path / "eval").cells(), *shared]
     if cell["settings"].get("trained") in itself
     and all(str(cell["settings"].get(name)) == value for name, value in settings.items())
   ]
