@@ -43,7 +43,7 @@ HEAD = (
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def tree_of(
+def transformer_tree(
   width: int, squares: int, others: int, vocabulary: int = 0
 ) -> dict[str, tuple[int, ...]]:
   """Matrices of a transformer as leaves of their own: square ones, others three times as wide or as
@@ -57,8 +57,8 @@ def tree_of(
 
 
 TREES: dict[str, Shapes] = {
-  "full": tree_of(768, squares=12, others=4, vocabulary=8192),
-  "small": tree_of(768, squares=2, others=1),
+  "full": transformer_tree(768, squares=12, others=4, vocabulary=8192),
+  "small": transformer_tree(768, squares=2, others=1),
 }
 
 # What libraries' kernels take, which no optimizer that calls them can beat.
