@@ -177,11 +177,9 @@ class Scorer:
     rows = len(arrays[0])
     index, count = mesh_lib.share_of_rows(self._mesh, rows)
     share = slice(index * rows // count, (index + 1) * rows // count)
-    placed = mesh_lib.put_batch(
-      {str(i): array[share] for i, array in enumerate(arrays)}, self._mesh, rows
-    )
+    placed = mesh_lib.put_batch([array[share] for array in arrays], self._mesh, rows)
     with mesh_lib.use(self._mesh):
-      return program(self._params, *placed.values())
+      return program(self._params, *placed)
 
   def _rows(self, length: int) -> int:
     return max(1, self._batch_tokens // length) * self._ways
