@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
+from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.sections import Config, Group, Optimizer
 from beyond_outliers.errors import ConfigError
@@ -128,7 +129,7 @@ def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
     groups,
     "expected {label: {paths: regex, ...}}",
   )
-  default = _build(_optimizer_class(values.get("name"), "optimizer.name"), values, "optimizer.")
+  default = _build_section(values, "optimizer.")
   if (
     "vector" in groups and "scale" not in groups
   ):  # recorded while learned scales were among the vectors
@@ -146,22 +147,21 @@ def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
       raise ConfigError(f"{prefix}paths = {paths!r}: not a regular expression ({error})") from None
     name = group.get("name", default.name)
     inherited = values if name == default.name else {}
-    built[label] = Group(
-      paths,
-      _build(_optimizer_class(name, prefix + "name"), {**inherited, **group}, prefix),
-      optional,
-    )
+    section = _build_section({**inherited, **group, "name": name}, prefix)
+    built[label] = Group(paths, section, optional)
   return Optimizer(default, built)
 
 
-def _optimizer_class(name: Any, field: str) -> type:
+def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
+  """Of the optimizer that `values` name, checked."""
+  name: Any = values.get("name")
   require(
     isinstance(name, str) and name in OPTIMIZERS,
-    field,
+    prefix + "name",
     name,
     "expected one of " + ", ".join(OPTIMIZERS),
   )
-  return OPTIMIZERS[name]
+  return _build(OPTIMIZERS[name], values, prefix).check(prefix)
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
