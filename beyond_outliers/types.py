@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import jax
 import numpy as np
@@ -24,3 +24,17 @@ class Batch(TypedDict):
   segment_ids: Array  # of documents, from 1; 0: padding
   positions: Array  # within the document
   weights: Array  # float32: 1 where a target counts, else 0
+
+
+class LanguageModel(Protocol):
+  """The contract of a model: apply({"params": params}, tokens_BxL, segment_ids=None,
+  positions=None) -> logits_BxLxV, layers under `layers` stacked by depth."""
+
+  @property
+  def config(self) -> Any: ...
+  @property
+  def apply(self) -> Any: ...
+  @property
+  def clone(self) -> Any: ...
+  def contractions(self) -> dict[str, tuple[int, bool]]: ...
+  def block(self, depth: int) -> Any: ...

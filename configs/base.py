@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.model.attention = "blockwise"            # plain | blockwise (skips what the causal mask hides) | fused (cuDNN on GPU)
   c.model.unroll = 0 if shape["blocks"] <= 4 else 1           # blocks unrolled a scan iteration; 0: all, which CPUs prefer
   # none | full | dots | dots_with_no_batch_dims: what the backward pass recomputes; saves memory where unroll is not 0
-  c.model.remat = "none"                     # row of model.transformer.POLICIES
+  c.model.remat = "none"                     # row of model.stack.POLICIES
 
   c.quant = config_dict.ConfigDict()         # of the linear layers' products, in training and in evaluation
   c.quant.recipe = "none"                    # row of quant.recipes.RECIPES, for all layers that the rules leave

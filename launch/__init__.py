@@ -1,1 +1,1 @@
-"""Launchers: how the runs of a config file's sweep are started somewhere."""
+"""Launchers of a config file's sweep."""

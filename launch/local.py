@@ -1,13 +1,13 @@
-"""The sweep of a config file on this machine, one run after another; the same command goes on where
-it stopped.
+"""Local launcher: a config file's sweep on this machine, one run after another. The same command
+goes on where it stopped.
 
   python -m launch.local --config=configs/shampoo.py --root=runs/tuning/shampoo --where=seed=0
 
-What was found for the optimizer in another sweep is taken over, instead of being swept again, with
---overrides=FILE:
+Values found for the optimizer in another sweep replace this one's, with --overrides=FILE:
 
   python -m beyond_outliers.analysis --root=runs/tuning --overrides=tuned.json
-  python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo --overrides=tuned.json
+  python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo \
+    --overrides=tuned.json
 
 Every run is a process of its own in <root>/<what it overrides>; a run that diverges doesn't stop
 the others.
@@ -34,13 +34,13 @@ WHERE = flags.DEFINE_list(
   "where", [], "key=value,...: only the runs of the sweep that have these values."
 )
 OVERRIDES = flags.DEFINE_string(
-  "overrides", "", "What an analysis wrote: values that replace the sweep's, by optimizer."
+  "overrides", "", "File of an analysis: values that replace the sweep's, by optimizer."
 )
 LIST = flags.DEFINE_bool(
   "list", False, "Print the workdirs and what they override, and start nothing."
 )
 
-ENDED = ("done", "diverged")  # what is left alone when the command is given again
+ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
 
 
 def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
@@ -65,12 +65,10 @@ def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, swee
 
 
 def found(file: str, path: str, argument: str) -> sweeps.Overrides:
-  """What `file` says of the config's optimizer. Errors: ValueError when it is of another size, or
-  lacks the optimizer."""
-  saved, c = (
-    json.loads(pathlib.Path(file).read_text()),
-    runpy.run_path(path)["get_config"](argument),
-  )
+  """Overrides that `file` has for the config's optimizer. Errors: ValueError when it is of another
+  size, or lacks the optimizer."""
+  saved = json.loads(pathlib.Path(file).read_text())
+  c = runpy.run_path(path)["get_config"](argument)
   if saved["size"] != c.size:
     raise ValueError(
       f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
@@ -84,13 +82,13 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
 
 
 def status_of(workdir: pathlib.Path) -> str:
-  """What status.json says, or "not started"."""
+  """Status of a run by its status.json, or "not started"."""
   path = workdir / "status.json"
   return json.loads(path.read_text())["status"] if path.exists() else "not started"
 
 
 def launch(argv: list[str]) -> None:
-  """Runs what is not done. Exits with 1 if a run ended as neither done nor diverged."""
+  """Runs the sweep but for runs that ended. Exits with 1 if one is neither done nor diverged."""
   del argv
   path, _, argument = CONFIG.value.partition(":")
   failed = []

@@ -43,3 +43,46 @@ def answers(name, commands, after=""):
   )
   assert process.returncode == 0, process.stderr
   return json.loads(process.stdout)
+
+
+FLAGS_SCRIPT = """
+import contextlib, importlib, io, json, os, re, runpy, sys
+import flax, jax, optax
+import beyond_outliers.data, beyond_outliers.quant, beyond_outliers.train
+
+found = {}
+for name in sys.argv[1:]:
+  reader, writer = os.pipe()
+  child = os.fork()
+  if not child:
+    from absl import flags
+    importlib.import_module(name)
+    names = set(flags.FLAGS)
+    if not flags.FLAGS.flags_by_module_dict().get(name):
+      # It defines its flags when it runs.
+      sys.argv, help = [name, "--help"], io.StringIO()
+      with contextlib.redirect_stdout(help), contextlib.suppress(SystemExit):
+        runpy.run_module(name, run_name="__main__")
+      names = set(re.findall(r"--(?:\\[no\\])?(\\w+)", help.getvalue()))
+    os.write(writer, json.dumps(sorted(names)).encode())
+    os._exit(0)
+  os.close(writer)
+  with os.fdopen(reader) as pipe:
+    text = pipe.read()
+  os.waitpid(child, 0)
+  found[name] = json.loads(text)
+print(json.dumps(found))
+"""
+
+
+def flags_of(modules):
+  """{module of a command: names of its flags}; each is imported in a process of its own."""
+  process = subprocess.run(
+    [sys.executable, "-c", FLAGS_SCRIPT, *modules],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=400,
+  )
+  assert process.returncode == 0, process.stderr
+  return {name: set(flags) for name, flags in json.loads(process.stdout).items()}

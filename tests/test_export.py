@@ -93,7 +93,7 @@ def exported(recipe, directory, c=MODEL):
     name: np.frombuffer(of["data"], kinds[of["dtype"]]).reshape(of["shape"]) for name, of in found
   }
   matrices = {}
-  for entry in hf.entries(hf_config.FAMILIES[fields["model_type"]], model):
+  for entry in hf.entries(hf_config.FAMILIES[fields["model_type"]], model.config):
     layer = entry.path.endswith("kernel") and recipe.layer(
       f"layers/{entry.depth}/{entry.path[7:-7]}" if entry.depth is not None else "head"
     )
@@ -104,7 +104,9 @@ def exported(recipe, directory, c=MODEL):
       matrix = qmatrix.QuantizedMatrix(
         *(field if entry.depth is None or field is None else field[entry.depth] for field in node)
       )
-      matrices[entry.name.removesuffix(".weight")] = np.asarray(qmatrix.dequantize(matrix, layer)).T
+      matrices[entry.name.removesuffix(".weight")] = np.asarray(
+        qmatrix.reconstruct(matrix, layer)
+      ).T
   return fields, tensors, matrices
 
 
@@ -272,4 +274,4 @@ def test_smoothed_inputs_are_refused():
   with pytest.raises(
     config.ConfigError, match=r"layers/attention/k/kernel = 'smoothed'.*a method without smoothing"
   ):
-    export.check(q)
+    export.check_exportable(q)

@@ -35,7 +35,7 @@ FORBIDDEN = {
 # flags.
 DOORS = {
   "orbax": ("checkpoint",),
-  "grain": ("data/pipeline",),
+  "grain": ("data/pipeline", "data/record_windows"),
   "tensorflow_datasets": ("data/tfds",),
   "aqt": ("quant/backends/aqt",),
   "safetensors": (

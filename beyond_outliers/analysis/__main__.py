@@ -1,4 +1,6 @@
-"""Reports on sweeps: python -m beyond_outliers.analysis --root=runs/tuning,runs/qat [--plot=curves.png --gap_plot=gap.png].
+"""Reports on sweeps.
+
+  python -m beyond_outliers.analysis --root=runs/tuning,runs/qat [--plot=curves.png]
 
 Prints each recipe's best learning rates, and where there is more than one recipe what each costs
 each optimizer. --common_loss prints instead how the optimizers come to one loss, --degradation what
@@ -12,7 +14,7 @@ from absl import app, flags
 from etils import epath
 
 from beyond_outliers import cli, runs
-from beyond_outliers.analysis import plots, ptq_degradation, qat_gap, tables, tuning
+from beyond_outliers.analysis import report
 from beyond_outliers.config.checks import require
 
 ROOT = flags.DEFINE_list(
@@ -44,35 +46,23 @@ OVERRIDES = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  check_flags()
-  for root in ROOT.value:
-    require(
-      epath.Path(root).exists(),
-      "--root",
-      root,
-      "there is no such folder; give those that hold the runs' workdirs",
-    )
-  # Roots may overlap.
-  found = list({run.path.resolve(): run for root in ROOT.value for run in runs.find(root)}.values())
-  require(
-    bool(found),
-    "--root",
-    ",".join(ROOT.value),
-    "holds no run; give the folders that hold the runs' workdirs",
-  )
+  _check_flags()
+  found = _find_runs(ROOT.value)
   if DEGRADATION.value:
     settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
-    print(
-      ptq_degradation.table(ptq_degradation.cells(found, settings, CELLS.value), DEGRADATION.value)
-    )
+    report.print_degradation(found, DEGRADATION.value, settings, CELLS.value)
     return
-  chosen = report_common_loss(found) if COMMON_LOSS.value else report_tuning(found)
+  chosen = (
+    report.print_common_loss(found)
+    if COMMON_LOSS.value
+    else report.print_tuning(found, PLOT.value, GAP_PLOT.value)
+  )
   if OVERRIDES.value:
-    tuning.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
+    report.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
 
 
-def check_flags() -> None:
-  """Errors: ConfigError for what the report that is asked for would not draw or write, or could
+def _check_flags() -> None:
+  """Errors: ConfigError for a flag that the report which is asked for would not heed, or could
   not."""
   for flag, others in (
     (PLOT, (COMMON_LOSS, DEGRADATION)),
@@ -116,42 +106,25 @@ def check_flags() -> None:
     )
 
 
-def report_tuning(found: list[runs.Run]) -> list[tuning.Tuning]:
-  """Returns what was tuned in full precision."""
-  tunings = tuning.tuning(found)
-  recipes = list(dict.fromkeys(t.recipe for t in tunings))
+def _find_runs(roots: list[str]) -> list[runs.Run]:
+  """The runs below all roots, which may overlap, each once.
+
+  Errors: ConfigError where a root does not exist, or none holds a run."""
+  for root in roots:
+    require(
+      epath.Path(root).exists(),
+      "--root",
+      root,
+      "there is no such folder; give those that hold the runs' workdirs",
+    )
+  found = list({run.path.resolve(): run for root in roots for run in runs.find(root)}.values())
   require(
-    not GAP_PLOT.value or len(recipes) > 1,
-    "--gap_plot",
-    GAP_PLOT.value,
-    f"the runs are all of recipe {recipes[0]!r}; add to --root the same under another",
+    bool(found),
+    "--root",
+    ",".join(roots),
+    "holds no run; give the folders that hold the runs' workdirs",
   )
-  for recipe in recipes:
-    own = [t for t in tunings if t.recipe == recipe]
-    print(f"learning rates, recipe {recipe}\n\n{tables.tuning(own)}\n")
-    for t in own:
-      if t.at_the_edge and len(t.losses) > 1:
-        print(
-          f"{t.optimizer}: {t.learning_rate:g} lies on the edge of its grid {sorted(t.losses)}; "
-          "widen it"
-        )
-  if len(recipes) > 1:
-    differences, left_out = qat_gap.gaps(found)
-    print(f"full precision against recipe\n\n{tables.gaps(differences)}\n")
-    if any(len(t.losses) > 1 for t in tunings if t.recipe != tuning.FULL_PRECISION):
-      print(f"learning rates tuned under a recipe\n\n{tables.retuning(tunings)}\n")
-    print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
-    if GAP_PLOT.value:
-      plots.gaps(differences, GAP_PLOT.value)
-  if PLOT.value:
-    plots.loss_curves(tunings, PLOT.value)
-  return [t for t in tunings if t.recipe == tuning.FULL_PRECISION]
-
-
-def report_common_loss(found: list[runs.Run]) -> list[tuning.Landing]:
-  loss, landings = tuning.common_loss(found)
-  print(f"common loss: {loss:.4f} nats\n\n{tables.common_loss(landings, loss)}")
-  return landings
+  return found
 
 
 if __name__ == "__main__":

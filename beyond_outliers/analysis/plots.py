@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from matplotlib import figure as figure_lib
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from beyond_outliers.analysis.qat_gap import Gap, estimate
+from beyond_outliers.analysis.qat_gap import Gap
+from beyond_outliers.analysis.statistics import Estimate, estimate
 from beyond_outliers.analysis.tuning import Tuning
 from beyond_outliers.config.checks import require
+from beyond_outliers.types import PathLike
 
-# One colour an optimizer in every figure (Okabe and Ito's palette, told apart by the colour-blind
-# too).
+# One colour an optimizer in every figure: Okabe and Ito's palette, which the colour-blind tell
+# apart too.
 COLORS = {
   "adamw": "#000000",
   "muon": "#0072B2",
@@ -25,9 +28,9 @@ LINES = ("-", "--", ":", "-.")  # of the first recipe, the second, ...
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def loss_curves(tunings: Sequence[Tuning], path: Any) -> None:
-  """Training loss of each optimizer's best run over the steps, and how the validation loss depends
-  on the learning rate.
+def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike) -> None:
+  """Training loss of each optimizer's best run over the steps, and validation loss over the
+  learning rate.
 
   Errors: ConfigError where no run came to its end."""
   finite = [loss for t in tunings for loss in t.losses.values() if loss < float("inf")]
@@ -41,36 +44,9 @@ def loss_curves(tunings: Sequence[Tuning], path: Any) -> None:
   recipes = list(dict.fromkeys(t.recipe for t in tunings))
   for t in tunings:
     line = LINES[recipes.index(t.recipe) % len(LINES)]
-    metrics = t.best[0].metrics()
-    loss = metrics["train/loss"].dropna()
-    color = COLORS.get(t.optimizer)
-    curves.plot(
-      loss.index,
-      loss,
-      linewidth=1.5,
-      linestyle=line,
-      color=color,
-      label=f"{t.optimizer}, {t.learning_rate:g}" + (f", {t.recipe}" if len(recipes) > 1 else ""),
-    )
-    evaluated = metrics["eval/loss"].dropna()
-    curves.plot(evaluated.index, evaluated, "o", markersize=4, color=color)
-    rates.plot(
-      list(t.losses),
-      list(t.losses.values()),
-      "o",
-      linestyle=line,
-      markersize=4,
-      linewidth=1.5,
-      color=color,
-    )
-    rates.plot(
-      [t.learning_rate],
-      [t.losses[t.learning_rate]],
-      "o",
-      markersize=9,
-      fillstyle="none",
-      color=color,
-    )
+    label = f"{t.optimizer}, {t.learning_rate:g}" + (f", {t.recipe}" if len(recipes) > 1 else "")
+    _draw_curve(curves, t, line, label)
+    _draw_rates(rates, t, line)
   curves.set(
     xlabel="step",
     ylabel="loss (nats)",
@@ -90,35 +66,36 @@ def loss_curves(tunings: Sequence[Tuning], path: Any) -> None:
   _finish(figure, path)
 
 
-def gaps(found: Sequence[Gap], path: Any) -> None:
+def _draw_curve(axes: Axes, t: Tuning, line: str, label: str) -> None:
+  metrics, color = t.best[0].metrics(), COLORS.get(t.optimizer)
+  loss, evaluated = metrics["train/loss"].dropna(), metrics["eval/loss"].dropna()
+  axes.plot(loss.index, loss, linewidth=1.5, linestyle=line, color=color, label=label)
+  axes.plot(evaluated.index, evaluated, "o", markersize=4, color=color)
+
+
+def _draw_rates(axes: Axes, t: Tuning, line: str) -> None:
+  color, rates, losses = COLORS.get(t.optimizer), list(t.losses), list(t.losses.values())
+  axes.plot(rates, losses, "o", linestyle=line, markersize=4, linewidth=1.5, color=color)
+  axes.plot([t.learning_rate], [t.loss], "o", markersize=9, fillstyle="none", color=color)
+
+
+def plot_qat_gaps(gaps: Sequence[Gap], path: PathLike) -> None:
   """Each optimizer's loss in full precision and under every recipe, and the difference, with
   standard errors over seeds."""
-  recipes = list(dict.fromkeys(gap.recipe for gap in found))
-  names = list(dict.fromkeys(gap.optimizer for gap in found))  # smallest gap first, so on top
+  recipes = list(dict.fromkeys(gap.recipe for gap in gaps))
+  names = list(dict.fromkeys(gap.optimizer for gap in gaps))  # smallest gap first, so on top
   figure, (losses, differences) = plt.subplots(
     1, 2, figsize=(11, 1.6 + 0.45 * len(names)), sharey=True, layout="constrained"
   )
-  for gap in found:
+  for gap in gaps:
     color, marker = COLORS.get(gap.optimizer), MARKERS[recipes.index(gap.recipe) % len(MARKERS)]
-    # Recipes of one optimizer beside each other, all within its line.
+    # Recipes of one optimizer next to each other, all within its line.
     row = names.index(gap.optimizer) + 0.24 * (recipes.index(gap.recipe) - (len(recipes) - 1) / 2)
     full, under = (estimate(side) for side in gap.losses)
     losses.plot([full.mean, under.mean], [row, row], color=color, alpha=0.35, linewidth=1)
-    for axes, value, face in (
-      (losses, full, "white"),
-      (losses, under, color),
-      (differences, gap.loss, color),
-    ):
-      axes.errorbar(
-        value.mean,
-        row,
-        xerr=value.stderr,
-        color=color,
-        marker=marker,
-        markerfacecolor=face,
-        markersize=6,
-        capsize=3,
-      )
+    _draw_estimate(losses, full, row, color, marker, "white")
+    _draw_estimate(losses, under, row, color, marker, color)
+    _draw_estimate(differences, gap.loss, row, color, marker, color)
   for recipe, marker in zip(["full precision", *recipes], ["o", *MARKERS], strict=False):
     face = "white" if recipe == "full precision" else "black"
     losses.plot([], [], marker, color="black", markerfacecolor=face, markersize=6, label=recipe)
@@ -134,7 +111,14 @@ def gaps(found: Sequence[Gap], path: Any) -> None:
   _finish(figure, path)
 
 
-def _finish(figure: Any, path: Any) -> None:
+def _draw_estimate(
+  axes: Axes, value: Estimate, row: float, color: str | None, marker: str, face: str | None
+) -> None:
+  style = {"color": color, "marker": marker, "markerfacecolor": face, "markersize": 6, "capsize": 3}
+  axes.errorbar(value.mean, row, xerr=value.stderr, **style)
+
+
+def _finish(figure: figure_lib.Figure, path: PathLike) -> None:
   for axes in figure.axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

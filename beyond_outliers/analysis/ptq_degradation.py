@@ -1,21 +1,22 @@
-"""What quantization after training costs by optimizer and method, from the cells that evaluation
-jobs leave in workdirs."""
+"""The degradation by quantization after training, of every optimizer under every method, from the
+cells that evaluation jobs leave in workdirs."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
-from beyond_outliers.analysis.qat_gap import Estimate
+from beyond_outliers.analysis.statistics import Estimate
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import results
+from beyond_outliers.types import Json, PathLike
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
@@ -30,24 +31,24 @@ MEASURED_ON = [
 ]
 
 
-def cells(
+def degradation_cells(
   runs: Sequence[runs_lib.Run],
   settings: Mapping[str, str] | None = None,
-  folders: Sequence[Any] = (),
+  folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
   """A row a cell of the last step that each run was evaluated at, by the newest version that did:
   where it comes from, recipe, method and its metrics.
 
   settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
   these runs are beside their own eval/."""
-  shared = [cell for folder in folders for cell in results.Folder(folder).cells()]
+  shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
   rows = [row for run in runs for row in _of_run(run, settings or {}, shared)]
   return pd.DataFrame(
     rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"]
   )
 
 
-def table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
+def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
   """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard
   error, the best of each recipe and optimizer in bold. Rows from the best mean over all optimizers
   on. loss_difference: nats, to full precision on the same tokens.
@@ -57,6 +58,37 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4)
   rates or lengths, or two of one seed; or cells differ in the model's size or in what they were
   measured on: their means would say nothing."""
   measured = found[found.method != "none"].dropna(axis="columns", how="all")
+  _check_metric(metric, measured)
+  measured = measured[measured[metric].notna()]
+  _check_comparable(measured)
+  means = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem"])
+  estimates = {cell: Estimate(*values) for cell, *values in means.itertuples(name=None)}
+  sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
+  best = (sign * means["mean"]).groupby(["recipe", "optimizer"]).min() * sign
+  order = means["mean"].groupby(["recipe", "method"]).mean()
+
+  def cell_text(row: tuple[str, str], optimizer: str) -> str:
+    recipe, method = row
+    value = estimates.get((recipe, method, optimizer))
+    if value is None:
+      return ""
+    text = tables.plus_minus(value, digits, "+" if "difference" in metric else "")
+    return f"**{text}**" if value.mean == best[recipe, optimizer] else text
+
+  return tables.markdown_table(
+    {
+      "recipe": lambda row: row[0],
+      "method": lambda row: row[1],
+      **{
+        optimizer: functools.partial(cell_text, optimizer=optimizer)
+        for optimizer in sorted(set(measured.optimizer))
+      },
+    },
+    sorted(order.index, key=lambda row: (row[0], sign * order[row])),
+  )
+
+
+def _check_metric(metric: str, measured: pd.DataFrame) -> None:
   known = [
     str(name)
     for name in measured.select_dtypes("number")
@@ -70,26 +102,6 @@ def table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4)
     "beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4",
   )
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
-  measured = measured[measured[metric].notna()]
-  _check_comparable(measured)
-  by_cell = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem"])
-  estimates = {cell: Estimate(*values) for cell, *values in by_cell.itertuples(name=None)}
-  sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
-  best = (sign * by_cell["mean"]).groupby(["recipe", "optimizer"]).min() * sign
-  order = by_cell["mean"].groupby(["recipe", "method"]).mean()
-  optimizers = sorted(set(measured.optimizer))
-  rows: list[Sequence[str]] = [("recipe", "method", *optimizers)]
-
-  def shown(recipe, method, optimizer):
-    estimate = estimates.get((recipe, method, optimizer))
-    if estimate is None:
-      return ""
-    text = tables.plus_minus(estimate, digits, "+" if "difference" in metric else "")
-    return f"**{text}**" if estimate.mean == best[recipe, optimizer] else text
-
-  for recipe, method in sorted(order.index, key=lambda row: (row[0], sign * order[row])):
-    rows.append((recipe, method, *(shown(recipe, method, optimizer) for optimizer in optimizers)))
-  return tables.markdown(rows)
 
 
 def _check_comparable(measured: pd.DataFrame) -> None:
@@ -117,28 +129,30 @@ def _check_comparable(measured: pd.DataFrame) -> None:
     if len(rows) > 1:
       raise ConfigError(
         f"{optimizer}: {' and '.join(map(str, rows.run))} have seed {seed} and a cell of {recipe} "
-        f"and {method}; "
-        "give one of them, or choose by --settings"
+        f"and {method}; give one of them, or choose by --settings"
       )
 
 
 def _of_run(
   run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]
-) -> list[dict[str, Any]]:
+) -> list[Json]:
   # Earlier versions told trainings apart by their time.
   itself = (run.identity, run.manifest["time"])
   found = [
     cell
-    for cell in [*results.Folder(run.path / "eval").cells(), *shared]
+    for cell in [*results.ResultStore(run.path / "eval").cells(), *shared]
     if cell["settings"].get("trained") in itself
     and all(str(cell["settings"].get(name)) == value for name, value in settings.items())
   ]
-  age = lambda cell: (cell["settings"]["version"], cell["step"])
-  newest = max(map(age, found), default=None)
-  return [_row(str(run.path), cell) for cell in found if age(cell) == newest]
+  newest = max(map(_age, found), default=None)
+  return [_row(str(run.path), cell) for cell in found if _age(cell) == newest]
 
 
-def _row(run: str, cell: dict[str, Any]) -> dict[str, Any]:
+def _age(cell: Json) -> tuple[int, int]:
+  return cell["settings"]["version"], cell["step"]
+
+
+def _row(run: str, cell: Json) -> Json:
   c = cell["source"]["config"]
   optimizer = c["optimizer"]
   values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]

@@ -1,29 +1,24 @@
-"""What training under a recipe costs: the validation loss it ends at beyond that of the same run in
-full precision."""
+"""The gap of quantization-aware training: the validation loss that a run ends at under a recipe,
+beyond that of the same run in full precision."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis import tuning
-
-
-class Estimate(NamedTuple):
-  mean: float
-  stderr: float  # of the mean; NaN for one value
-
-
-def estimate(values: np.ndarray) -> Estimate:
-  n = len(values)
-  return Estimate(
-    float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-  )
+from beyond_outliers.analysis.statistics import Estimate, estimate
+from beyond_outliers.analysis.tuning import (
+  FULL_PRECISION,
+  Tuning,
+  final_metric,
+  run_frame,
+  tunings_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +30,9 @@ class Gap:
   recipe: str
   rates: tuple[float, float]  # learning rates in full precision and under the recipe
   seeds: tuple[int, ...]  # that both have
-  losses: (
-    np.ndarray
-  )  # [2, seeds]: validation losses in nats, in full precision and under the recipe
-  bits_per_byte: np.ndarray  # [2, seeds]; infinite where a dataset does not know its bytes
+  # [2, seeds]: in full precision, and under the recipe.
+  losses: np.ndarray  # validation losses in nats
+  bits_per_byte: np.ndarray  # infinite where a dataset does not know its bytes
 
   @property
   def loss(self) -> Estimate:
@@ -47,6 +41,7 @@ class Gap:
 
   @property
   def bits(self) -> Estimate:
+    """Of the differences, in bits per byte."""
     return estimate(self.bits_per_byte[1] - self.bits_per_byte[0])
 
   @property
@@ -55,53 +50,66 @@ class Gap:
     return estimate(100 * (self.losses[1] - self.losses[0]) / self.losses[0])
 
 
-def gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
+def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
   """(a `Gap` for every optimizer and recipe, those of a recipe together, smallest first; what had
   to be left out, in words).
 
   As in the study (arXiv 2509.23500, section 3) both sides have the learning rate that is best in
-  full precision; where a recipe was not trained at that rate, the best it was trained at. Errors:
-  ConfigError as protocol.tuning."""
-  frame = tuning.table(runs)
+  full precision; where a recipe was not trained at that rate, the best it was trained at.
+  Errors: ConfigError as `tuning.tunings`."""
+  frame = run_frame(runs)
   left_out = [
     f"{run.path}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
     for run in frame.run
     if run.status["status"] != "done"
   ]
   # A rate is chosen by the seeds common to all rates; the gap has all seeds there are at that rate.
-  tunings = {(t.recipe, t.optimizer): t for t in tuning.tuning(runs)}
-  done = frame[np.isfinite(frame.loss)].set_index("seed").sort_index()
-  found = []
+  tunings = {(t.recipe, t.optimizer): t for t in tunings_of(frame)}
+  gaps = []
   for recipe, name in sorted(set(zip(frame.recipe, frame.optimizer, strict=True))):
-    full, under = tunings.get((tuning.FULL_PRECISION, name)), tunings[recipe, name]
-    if recipe == tuning.FULL_PRECISION:
+    full, under = tunings.get((FULL_PRECISION, name)), tunings[recipe, name]
+    if recipe == FULL_PRECISION:
       if not any((other, name) in tunings for other in set(frame.recipe) - {recipe}):
         left_out.append(f"{name}: no run under a recipe")
-      continue
-    if full is None or (len(full.losses) > 1 and not math.isfinite(full.loss)):
-      left_out.append(
-        f"{name}: no {'run' if full is None else 'learning rate with all seeds done'} in full "
-        "precision"
-      )
-      continue
-    of = lambda recipe, rate, name=name: done[
-      (done.optimizer == name) & (done.recipe == recipe) & (done.rate == rate)
-    ]
-    plain = of(tuning.FULL_PRECISION, full.learning_rate)
-    rate = full.learning_rate if full.learning_rate in under.losses else under.learning_rate
-    quantized = of(recipe, rate)
-    seeds = tuple(int(seed) for seed in plain.index.intersection(quantized.index))
-    alone = sorted(set(plain.index) ^ set(quantized.index))
-    if alone:
-      left_out.append(
-        f"{name}, {recipe}: seeds {alone} are done on one side only, at learning rate "
-        f"{full.learning_rate:g}" + ("" if rate == full.learning_rate else f" and {rate:g}")
-      )
-    if seeds:
-      sides = [side.run[list(seeds)] for side in (plain, quantized)]
-      losses, bits = (
-        np.array([[tuning.final(run, metric) for run in side] for side in sides])
-        for metric in ("eval/loss", "eval/bits_per_byte")
-      )
-      found.append(Gap(name, recipe, (full.learning_rate, rate), seeds, losses, bits))
-  return sorted(found, key=lambda gap: (gap.recipe, gap.loss.mean)), left_out
+    elif full is None:
+      left_out.append(f"{name}: no run in full precision")
+    elif len(full.losses) > 1 and not math.isfinite(full.loss):
+      left_out.append(f"{name}: no learning rate with all seeds done in full precision")
+    else:
+      gap, alone = _pair(frame, full, under)
+      left_out += alone
+      gaps += [gap] if gap else []
+  return sorted(gaps, key=lambda gap: (gap.recipe, gap.loss.mean)), left_out
+
+
+def _pair(frame: pd.DataFrame, full: Tuning, under: Tuning) -> tuple[Gap | None, list[str]]:
+  """(the gap, None where no seed is done on both sides; seeds that are done on one side only)."""
+  rate = full.learning_rate if full.learning_rate in under.losses else under.learning_rate
+  sides = [_done(frame, full, full.learning_rate), _done(frame, under, rate)]
+  seeds = tuple(int(seed) for seed in sides[0].index.intersection(sides[1].index))
+  alone = sorted(set(sides[0].index) ^ set(sides[1].index))
+  left_out = []
+  if alone:
+    left_out.append(
+      f"{full.optimizer}, {under.recipe}: seeds {alone} are done on one side only, at learning "
+      f"rate {full.learning_rate:g}" + ("" if rate == full.learning_rate else f" and {rate:g}")
+    )
+  if not seeds:
+    return None, left_out
+  losses, bits = (
+    np.array([[final_metric(run, metric) for run in side[list(seeds)]] for side in sides])
+    for metric in ("eval/loss", "eval/bits_per_byte")
+  )
+  rates = full.learning_rate, rate
+  return Gap(full.optimizer, under.recipe, rates, seeds, losses, bits), left_out
+
+
+def _done(frame: pd.DataFrame, t: Tuning, rate: float) -> pd.Series:
+  """The runs of a sweep that are done at a rate, by seed."""
+  done = frame[
+    np.isfinite(frame.loss)
+    & (frame.optimizer == t.optimizer)
+    & (frame.recipe == t.recipe)
+    & (frame.rate == rate)
+  ]
+  return done.set_index("seed").sort_index().run

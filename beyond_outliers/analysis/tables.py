@@ -1,159 +1,144 @@
-"""Tables in Markdown, every number of them read from workdirs."""
+"""Tables in Markdown, every number of them read from workdirs. A column is its head and the text of
+an item."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis.qat_gap import Estimate, Gap, estimate
-from beyond_outliers.analysis.tuning import FULL_PRECISION, Landing, Tuning
+from beyond_outliers.analysis.common_loss import Landing, Point
+from beyond_outliers.analysis.qat_gap import Gap
+from beyond_outliers.analysis.statistics import Estimate, estimate
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning
+
+Item = TypeVar("Item")
 
 
-def tuning(tunings: Sequence[Tuning]) -> str:
-  """What each optimizer's sweep came to: the best rate, its neighbours, and whether anything went
-  wrong at it."""
-  rows: list[Sequence[str]] = [
-    (
-      "optimizer",
-      "learning rate",
-      "validation loss",
-      "next lower rate",
-      "next higher rate",
-      "skipped updates",
-      "roots kept",
-      "training seconds",
-    )
-  ]
-  for t in tunings:
-    rates = sorted(t.losses)
-    at = rates.index(t.learning_rate)
-    beside = [
-      f"{t.losses[rates[i]]:.4f} at {rates[i]:g}" if 0 <= i < len(rates) else "edge of the grid"
-      for i in (at - 1, at + 1)
-    ]
-    counts = [
-      f"{max(_last(run, metric) for run in t.best):.0f}"
-      for metric in ("skipped", "roots/kept", "seconds")
-    ]
-    rows.append((t.optimizer, f"{t.learning_rate:g}", f"{t.loss:.4f}", *beside, *counts))
-  return markdown(rows)
-
-
-def _last(run: runs_lib.Run, count: str) -> float:
-  """Of something that a run counts; infinite if it is not done, zero where it has nothing to
-  count."""
-  counted = run.metrics().get(count)
-  return (
-    math.inf
-    if run.status["status"] != "done"
-    else 0.0
-    if counted is None
-    else counted.dropna().iloc[-1]
+def tuning_table(tunings: Iterable[Tuning]) -> str:
+  """Each optimizer's sweep: the best rate, its neighbours, and what went wrong at it."""
+  return markdown_table(
+    {
+      "optimizer": lambda t: t.optimizer,
+      "learning rate": lambda t: f"{t.learning_rate:g}",
+      "validation loss": lambda t: f"{t.loss:.4f}",
+      "next lower rate": lambda t: _neighbour(t, -1),
+      "next higher rate": lambda t: _neighbour(t, +1),
+      "skipped updates": lambda t: _largest_count(t.best, "skipped"),
+      "roots kept": lambda t: _largest_count(t.best, "roots/kept"),
+      "training seconds": lambda t: _largest_count(t.best, "seconds"),
+    },
+    tunings,
   )
 
 
-def retuning(tunings: Sequence[Tuning]) -> str:
-  """Each optimizer's best rate in full precision and under the recipes it was tuned under, and what
-  that gained."""
-  rows: list[Sequence[str]] = [
-    (
-      "optimizer",
-      "recipe",
-      "best rate in full precision",
-      "best rate under the recipe",
-      "validation loss at the former",
-      "at the latter",
-    )
-  ]
+def _neighbour(t: Tuning, offset: int) -> str:
+  rates = sorted(t.losses)
+  at = rates.index(t.learning_rate) + offset
+  inside = 0 <= at < len(rates)
+  return f"{t.losses[rates[at]]:.4f} at {rates[at]:g}" if inside else "edge of the grid"
+
+
+def _largest_count(runs: Iterable[runs_lib.Run], metric: str) -> str:
+  return f"{max(_last_count(run, metric) for run in runs):.0f}"
+
+
+def _last_count(run: runs_lib.Run, metric: str) -> float:
+  """Of something that a run counts; infinite if it is not done, zero where it has nothing to
+  count."""
+  if run.status["status"] != "done":
+    return math.inf
+  counted = run.metrics().get(metric)
+  return 0.0 if counted is None else counted.dropna().iloc[-1]
+
+
+def retuning_table(tunings: Sequence[Tuning]) -> str:
+  """Each optimizer's best rate in full precision and under the recipes it was tuned under, and the
+  losses at both under the recipe."""
   full = {t.optimizer: t.learning_rate for t in tunings if t.recipe == FULL_PRECISION}
-  for t in tunings:
-    if t.recipe != FULL_PRECISION and t.optimizer in full and len(t.losses) > 1:
-      rate = full[t.optimizer]
-      before = f"{t.losses[rate]:.4f}" if rate in t.losses else "not run"
-      edge = " (edge of the grid)" if t.at_the_edge else ""
-      rows.append(
-        (t.optimizer, t.recipe, f"{rate:g}", f"{t.learning_rate:g}{edge}", before, f"{t.loss:.4f}")
-      )
-  return markdown(rows)
+
+  def loss_at_the_full_rate(t: Tuning) -> str:
+    rate = full[t.optimizer]
+    return f"{t.losses[rate]:.4f}" if rate in t.losses else "not run"
+
+  return markdown_table(
+    {
+      "optimizer": lambda t: t.optimizer,
+      "recipe": lambda t: t.recipe,
+      "best rate in full precision": lambda t: f"{full[t.optimizer]:g}",
+      "best rate under the recipe": lambda t: (
+        f"{t.learning_rate:g}" + (" (edge of the grid)" if t.at_the_edge else "")
+      ),
+      "validation loss at the former": loss_at_the_full_rate,
+      "at the latter": lambda t: f"{t.loss:.4f}",
+    },
+    [
+      t for t in tunings if t.recipe != FULL_PRECISION and t.optimizer in full and len(t.losses) > 1
+    ],
+  )
 
 
-def gaps(found: Sequence[Gap]) -> str:
-  """What each recipe costs each optimizer, means over seeds ± standard errors; the gap's is of
-  paired differences."""
-  rows: list[Sequence[str]] = [
-    (
-      "optimizer",
-      "recipe",
-      "learning rate",
-      "full precision",
-      "under the recipe",
-      "gap, nats",
-      "gap, bits per byte",
-      "gap, %",
-      "seeds",
-    )
-  ]
-  for gap in found:
+def qat_gap_table(gaps: Iterable[Gap]) -> str:
+  """Each optimizer's loss in full precision and under a recipe, and the gap: means over seeds ±
+  standard errors, the gap's of paired differences."""
+
+  def rates(gap: Gap) -> str:
     full, under = gap.rates
-    rate = f"{full:g}" if full == under else f"{full:g}, then {under:g}"
-    losses = [plus_minus(estimate(side), 4) for side in gap.losses]
-    bits = plus_minus(gap.bits, 4, "+") if np.isfinite(gap.bits_per_byte).all() else "unknown"
-    rows.append(
-      (
-        gap.optimizer,
-        gap.recipe,
-        rate,
-        *losses,
-        plus_minus(gap.loss, 4, "+"),
-        bits,
-        plus_minus(gap.percent, 2, "+"),
-        str(len(gap.seeds)),
-      )
-    )
-  return markdown(rows)
+    return f"{full:g}" if full == under else f"{full:g}, then {under:g}"
+
+  def bits(gap: Gap) -> str:
+    known = np.isfinite(gap.bits_per_byte).all()
+    return plus_minus(gap.bits, 4, "+") if known else "unknown"
+
+  return markdown_table(
+    {
+      "optimizer": lambda gap: gap.optimizer,
+      "recipe": lambda gap: gap.recipe,
+      "learning rate": rates,
+      "full precision": lambda gap: plus_minus(estimate(gap.losses[0]), 4),
+      "under the recipe": lambda gap: plus_minus(estimate(gap.losses[1]), 4),
+      "gap, nats": lambda gap: plus_minus(gap.loss, 4, "+"),
+      "gap, bits per byte": bits,
+      "gap, %": lambda gap: plus_minus(gap.percent, 2, "+"),
+      "seeds": lambda gap: str(len(gap.seeds)),
+    },
+    gaps,
+  )
 
 
-def common_loss(landings: Sequence[Landing], loss: float) -> str:
-  """How far each optimizer's nearest run, evaluation and checkpoint are from the common loss, and
-  what to run next."""
-  rows: list[Sequence[str]] = [
-    (
-      "optimizer",
-      "learning rate",
-      "full length",
-      "steps to the common loss",
-      "nearest end of a run",
-      "off by",
-      "nearest evaluation",
-      "nearest checkpoint",
-    )
-  ]
-  at = lambda point: f"{point.loss:.4f} at {point.step}" if point else "none"
-  rows += [
-    (
-      x.optimizer,
-      f"{x.learning_rate:g}",
-      at(x.best),
-      str(x.steps),
-      at(x.ending),
-      f"{x.ending.loss - loss:+.4f}",
-      at(x.evaluation),
-      at(x.checkpoint),
-    )
-    for x in landings
-  ]
-  return markdown(rows)
+def common_loss_table(landings: Iterable[Landing], loss: float) -> str:
+  """Each optimizer's nearest run, evaluation and checkpoint to the common loss, and the number of
+  steps to run next."""
+
+  def at(point: Point | None) -> str:
+    return f"{point.loss:.4f} at {point.step}" if point else "none"
+
+  return markdown_table(
+    {
+      "optimizer": lambda x: x.optimizer,
+      "learning rate": lambda x: f"{x.learning_rate:g}",
+      "full length": lambda x: at(x.best),
+      "steps to the common loss": lambda x: str(x.steps),
+      "nearest end of a run": lambda x: at(x.ending),
+      "off by": lambda x: f"{x.ending.loss - loss:+.4f}",
+      "nearest evaluation": lambda x: at(x.evaluation),
+      "nearest checkpoint": lambda x: at(x.checkpoint),
+    },
+    landings,
+  )
 
 
 def plus_minus(value: Estimate, digits: int, sign: str = "") -> str:
+  """mean ± standard error; the mean alone where one value has no error."""
   mean = f"{value.mean:{sign}.{digits}f}"
   return mean if math.isnan(value.stderr) else f"{mean} ± {value.stderr:.{digits}f}"
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """The first row is the head."""
-  lines = ["| " + " | ".join(row) + " |" for row in rows]
-  return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]])
+def markdown_table(columns: Mapping[str, Callable[[Item], str]], items: Iterable[Item]) -> str:
+  """A row an item under the columns' heads."""
+  rows = [list(columns), ["---"] * len(columns)]
+  rows += [[text(item) for text in columns.values()] for item in items]
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)

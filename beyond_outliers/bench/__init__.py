@@ -1,2 +1,2 @@
-"""Benches: what a step, an optimizer, a recipe, a method and a question cost on this machine, or on
-paper."""
+"""Benches: the cost of a step, an optimizer, a recipe, a method and a question, timed on this
+machine or counted in programs."""

@@ -1,4 +1,4 @@
-"""What a compiled program makes each device do: collectives, and decompositions on CPU. XLA's cost
+"""Collectives of a compiled program, and its decompositions on CPU, device by device. XLA's cost
 analysis counts neither.
 
 Read from the text of the per-device HLO. An instruction counts as often as the loops around it run,
@@ -50,9 +50,8 @@ class Instruction:
   opcode: str
   result: str  # its type as written: f32[8,768]{1,0}, or a tuple of such
   line: str
-  loops: tuple[
-    int | None, ...
-  ] = ()  # how often those around it run, outermost first; None: not known
+  # How often those around it run, outermost first; None: not known.
+  loops: tuple[int | None, ...] = ()
 
   @property
   def times(self) -> int:
@@ -112,8 +111,8 @@ def _inside(
 
 
 def collective(one: Instruction) -> str | None:
-  """Which of COLLECTIVES it is: an asynchronous one counts when it is done, when its result is what
-  was received."""
+  """Its kind, of COLLECTIVES. An asynchronous one counts when it is done: then its result is
+  what was received."""
   kind = one.opcode.removesuffix("-done")
   return kind if kind in COLLECTIVES else None
 

@@ -1,5 +1,5 @@
-"""FLOPs of one run of a traced program, of any size: what is multiplied, decomposed, and computed
-number by number.
+"""FLOPs of one run of a traced program, of any size: of products, of decompositions, and of what is
+computed number by number.
 
 XLA's cost analysis counts every loop once, every branch, and no decomposition. Here the program is
 walked with the few numbers that are known, such as a step's: branches that they decide are
@@ -32,25 +32,9 @@ _OVER_CUBE = {
 }
 _ONE_A_NUMBER = frozenset(
   (
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "max",
-    "min",
-    "neg",
-    "sqrt",
-    "rsqrt",
-    "exp",
-    "log",
-    "pow",
-    "integer_pow",
-    "square",
-    "abs",
-    "sign",
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
+    *("add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign"),
+    *("sqrt", "rsqrt", "exp", "log", "pow", "integer_pow", "square"),
+    *("reduce_sum", "reduce_max", "reduce_min"),
   )
 )
 
@@ -73,7 +57,7 @@ UNKNOWN = Unknown()
 _LARGEST_KNOWN = 1024  # numbers; of larger arrays none is known
 
 
-def of_run(
+def count_flops(
   program: core.ClosedJaxpr, inputs: Sequence[Any], devices: int = 1
 ) -> tuple[Flops, list[Any]]:
   """(FLOPs on one device, the outputs). Inputs and outputs are flat, with UNKNOWN for what is not
@@ -93,9 +77,11 @@ def _walk(
     (program.jaxpr, program.consts) if isinstance(program, core.ClosedJaxpr) else (program, ())
   )
   known: dict[Any, Any] = {}
-  read = lambda atom: atom.val if isinstance(atom, core.Literal) else known.get(atom, UNKNOWN)
 
-  def write(variables, values):
+  def read(atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else known.get(atom, UNKNOWN)
+
+  def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
     known.update(
       (variable, value)
       for variable, value in zip(variables, values, strict=True)

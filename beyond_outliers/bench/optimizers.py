@@ -1,8 +1,9 @@
-"""What an optimizer's step costs alone, beside the peers that PyPI has, on one core of a CPU.
+"""Times of an optimizer's step alone, beside the peers that PyPI has, on one core of a CPU.
 
-  python -m beyond_outliers.bench --optimizers [--tree=small] [--only=shampoo,torch_dash] [--repeats=40] [--json]
+  python -m beyond_outliers.bench --optimizers [--tree=small] [--only=shampoo,torch_dash]
+                                  [--repeats=40] [--json]
 
-Every row of bench_rows.ROWS runs in a process of its own, one after the other: neither memory nor
+Every row of TIMED_OPTIMIZERS runs in a process of its own, one after the other: neither memory nor
 caches are shared. Peers that are not installed are named; `pip install 'beyond_outliers[peers]'`
 installs them all. Compare figures of one run.
 """
@@ -23,14 +24,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers import hardware
-from beyond_outliers.bench.peers import EMBEDDING, ROWS, Row
+from beyond_outliers.bench.peers import EMBEDDING
+from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
 from beyond_outliers.ops import linalg
+from beyond_outliers.types import Json
 
-WARM_UP = (
-  3  # steps that are not timed: memory is touched for the first time, the first bases are found
-)
+# Steps that are not timed: memory is touched for the first time, the first bases are found.
+WARM_UP = 3
 GRADIENTS = 4  # different ones, in turn, so that statistics have full rank
 FIGURES = ("ordinary_seconds", "slowest_seconds", "amortised_seconds")
+HEAD = (
+  *("ordinary", "× best"),
+  *("slowest", "× best"),
+  *("amortised", "× best"),
+  *("slow/ord", "state B/p", "compile s"),
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -75,7 +83,7 @@ def _kernel(
   return lambda: compiled(stack)
 
 
-def measure(row: Row, shapes: Shapes, repeats: int) -> dict[str, Any]:
+def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json:
   """One row's figures, in this process: seconds, bytes.
 
   At least `repeats` steps, in whole periods, are timed. A period's steps are told apart, each with
@@ -84,9 +92,10 @@ def measure(row: Row, shapes: Shapes, repeats: int) -> dict[str, Any]:
   Errors: FloatingPointError for parameters that aren't finite in the end: their time is worth
     nothing."""
   draw = np.random.default_rng(0)
-  tree = lambda scale: {
-    name: scale * draw.standard_normal(shape, np.float32) for name, shape in shapes.items()
-  }
+
+  def tree(scale: float) -> dict[str, np.ndarray]:
+    return {name: scale * draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
   steps = row.steps(row.make, tree(0.02), [tree(0.01) for _ in range(GRADIENTS)])
   for number in range(WARM_UP):
     steps.step(number)
@@ -111,10 +120,10 @@ def measure_kernels(repeats: int) -> dict[str, float]:
   return {name: hardware.median_seconds(make(), repeats) for name, make in KERNELS.items()}
 
 
-def run(names: Iterable[str], tree: str, repeats: int) -> dict[str, Any]:
-  """All figures: {"rows": {name: those of `measure`, or {"missing": what installs it}, or
+def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
+  """All figures: {"rows": {name: those of `measure_optimizer`, or {"missing": what installs it}, or
   {"failed": why}}, ...}."""
-  result: dict[str, Any] = {
+  result: Json = {
     "tree": tree,
     "parameters": sum(map(math.prod, TREES[tree].values())),
     "repeats": repeats,
@@ -125,7 +134,7 @@ def run(names: Iterable[str], tree: str, repeats: int) -> dict[str, Any]:
   if "failed" in result["kernels"]:
     raise RuntimeError("a process could not time the kernels: " + result["kernels"]["failed"])
   for name in names:
-    peer = ROWS[name].peer
+    peer = TIMED_OPTIMIZERS[name].peer
     missing = peer and peer not in result["versions"]
     figures = {"missing": f"pip install {peer}"} if missing else in_process(name, tree, repeats)
     print(f"{name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
@@ -136,7 +145,7 @@ def run(names: Iterable[str], tree: str, repeats: int) -> dict[str, Any]:
 def versions() -> dict[str, str]:
   """Of JAX and of the peers that are installed."""
   found = {}
-  for name in sorted({"jax"} | {row.peer for row in ROWS.values() if row.peer}):
+  for name in sorted({"jax"} | {row.peer for row in TIMED_OPTIMIZERS.values() if row.peer}):
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -144,8 +153,9 @@ def versions() -> dict[str, str]:
   return found
 
 
-def in_process(*arguments: Any) -> dict[str, Any]:
-  """What `main` prints in a process of its own, or {"failed": the last line of its errors}."""
+def in_process(*arguments: Any) -> Json:
+  """Figures that `print_figures` prints in a process of its own, or {"failed": the last line of its
+  errors}."""
   one_thread = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "OMP_NUM_THREADS": "1",
@@ -153,7 +163,7 @@ def in_process(*arguments: Any) -> dict[str, Any]:
     "JAX_ENABLE_COMPILATION_CACHE": "false",
   }
   process = subprocess.run(
-    [sys.executable, "-m", "beyond_outliers.bench_optimizers", *map(str, arguments)],
+    [sys.executable, "-m", "beyond_outliers.bench.optimizers", *map(str, arguments)],
     env={**os.environ, **one_thread},
     capture_output=True,
     text=True,
@@ -165,7 +175,7 @@ def in_process(*arguments: Any) -> dict[str, Any]:
   return json.loads(process.stdout.splitlines()[-1])
 
 
-def main(name: str, tree: str, repeats: str) -> None:
+def print_figures(name: str, tree: str, repeats: str) -> None:
   """Prints a row's figures, or those of "kernels", as a line of JSON."""
   if hasattr(os, "sched_setaffinity"):  # before JAX and torch start their threads, which inherit it
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -173,7 +183,7 @@ def main(name: str, tree: str, repeats: str) -> None:
     json.dumps(
       measure_kernels(int(repeats))
       if name == "kernels"
-      else measure(ROWS[name], TREES[tree], int(repeats))
+      else measure_optimizer(TIMED_OPTIMIZERS[name], TREES[tree], int(repeats))
     )
   )
 
@@ -183,60 +193,51 @@ def best_of_peers(rows: Mapping[str, Mapping[str, Any]], family: str) -> dict[st
   peers = [
     row
     for name, row in rows.items()
-    if ROWS[name].family == family and ROWS[name].peer and FIGURES[0] in row
+    if TIMED_OPTIMIZERS[name].family == family and TIMED_OPTIMIZERS[name].peer and FIGURES[0] in row
   ]
   return {figure: min(row[figure] for row in peers) for figure in FIGURES} if peers else {}
 
 
-def table(result: Mapping[str, Any]) -> str:
-  """The figures for a person: milliseconds of a step, and each as a multiple of the best peer's."""
-  line = lambda name, *cells: (
-    f"{name:<22}{cells[0]:>11}" + "".join(f"{cell:>11}" for cell in cells[1:])
-  )
+def optimizers_table(result: Mapping[str, Any]) -> str:
+  """Milliseconds of a step by family, and each as a multiple of the best peer's."""
+  kernels = [f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()]
   lines = [
     f"tree {result['tree']}: {result['parameters']:,} parameters · one core · milliseconds a step",
     "with " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-    "kernels: "
-    + " · ".join(f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()),
+    "kernels: " + " · ".join(kernels),
     "",
-    line(
-      "",
-      "ordinary",
-      "× best",
-      "slowest",
-      "× best",
-      "amortised",
-      "× best",
-      "slow/ord",
-      "state B/p",
-      "compile s",
-    ),
+    _line("", HEAD),
   ]
   family = ""
   for name, row in result["rows"].items():
-    if ROWS[name].family != family:
-      family = ROWS[name].family
+    if TIMED_OPTIMIZERS[name].family != family:
+      family = TIMED_OPTIMIZERS[name].family
       lines.append(family)
-    if FIGURES[0] not in row:
+    if FIGURES[0] in row:
+      lines.append(_line(f"  {name}", _cells(row, best_of_peers(result["rows"], family))))
+    else:
       lines += [f"  {name:<22}{what}: {text}" for what, text in row.items()]
-      continue
-    best, compiled = best_of_peers(result["rows"], family), row["compile_seconds"]
-    times = [
-      cell
-      for figure in FIGURES
-      for cell in (f"{1e3 * row[figure]:,.1f}", f"{row[figure] / best[figure]:.2f}" if best else "")
-    ]
-    lines.append(
-      line(
-        f"  {name}",
-        *times,
-        f"{row['slowest_seconds'] / row['ordinary_seconds']:.2f}",
-        f"{row['state_bytes_per_parameter']:.2f}",
-        "" if compiled is None else f"{compiled:.1f}",
-      )
-    )
   return "\n".join(lines)
 
 
+def _line(name: str, cells: Iterable[str]) -> str:
+  return f"{name:<22}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _cells(row: Mapping[str, Any], best: Mapping[str, float]) -> list[str]:
+  """Under HEAD; nothing in the columns of the best peer where there is none."""
+  cells = []
+  for figure in FIGURES:
+    multiple = f"{row[figure] / best[figure]:.2f}" if best else ""
+    cells += [f"{1e3 * row[figure]:,.1f}", multiple]
+  compiled = row["compile_seconds"]
+  return [
+    *cells,
+    f"{row['slowest_seconds'] / row['ordinary_seconds']:.2f}",
+    f"{row['state_bytes_per_parameter']:.2f}",
+    "" if compiled is None else f"{compiled:.1f}",
+  ]
+
+
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  print_figures(*sys.argv[1:])

@@ -1,12 +1,11 @@
-"""What quantizing a model costs after its training: one method after another, on random weights and
-tokens.
+"""Seconds and memory of quantizing a model after its training: one method after another, on random
+weights and tokens.
 
-python -m beyond_outliers.bench --ptq=50m [--only=rtn,gptq] [--json]
+  python -m beyond_outliers.bench --ptq=50m [--only=rtn,gptq] [--json]
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,18 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from beyond_outliers import config, hardware, quant
+from beyond_outliers import hardware, quant
+from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
+from beyond_outliers.types import Json
 
 RECIPE = "rtn_w4a4"
 WINDOWS = 16  # of calibration, a batch each
 
 
-def run(size: str, methods: Sequence[str]) -> dict[str, Any]:
+def measure_ptq(size: str, methods: Sequence[str]) -> Json:
   """Seconds of every method, compiling all that it runs, and the process's peak memory so far."""
-  c = config.resolve(
-    importlib.import_module("configs.adamw").get_config(f"{size},model.dtype=float32")
-  )
+  c = study_config("adamw", f"{size},model.dtype=float32")
   model = transformer.Transformer(c.model)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
   draw = np.random.default_rng(c.seed)
@@ -34,7 +33,7 @@ def run(size: str, methods: Sequence[str]) -> dict[str, Any]:
     {"tokens": draw.integers(0, c.model.vocab, (1, c.context)).astype(np.int32)}
     for _ in range(WINDOWS)
   ]
-  result: dict[str, Any] = {
+  result: Json = {
     "size": c.size,
     "dtype": c.model.dtype,
     "recipe": RECIPE,
@@ -53,19 +52,22 @@ def run(size: str, methods: Sequence[str]) -> dict[str, Any]:
   return result
 
 
-def table(result: Mapping[str, Any]) -> str:
-  """The figures for a person."""
-  mebi = lambda size: f"{size / 2**20:,.0f} MiB"
-  lines = [
-    f"{result['size']}, {result['dtype']}, {mebi(result['parameter_bytes'])} of parameters · "
-    f"{result['recipe']} · "
-    f"{result['calibration_tokens']:,} tokens of calibration",
-    f"{'':<20}{'seconds':>9}{'peak memory':>14}",
-  ]
-  lines += [
-    f"{name:<20}{row['seconds']:>9.1f}{mebi(row['peak_memory_bytes']):>14}"
-    for name, row in result["rows"].items()
-  ]
+def ptq_table(result: Mapping[str, Any]) -> str:
+  """A line a method, and their sum."""
+  rows = result["rows"]
   return "\n".join(
-    [*lines, f"{'all':<20}{sum(row['seconds'] for row in result['rows'].values()):>9.1f}"]
+    [
+      f"{result['size']}, {result['dtype']}, {_mebibytes(result['parameter_bytes'])} of parameters"
+      f" · {result['recipe']} · {result['calibration_tokens']:,} tokens of calibration",
+      f"{'':<20}{'seconds':>9}{'peak memory':>14}",
+      *(
+        f"{name:<20}{row['seconds']:>9.1f}{_mebibytes(row['peak_memory_bytes']):>14}"
+        for name, row in rows.items()
+      ),
+      f"{'all':<20}{sum(row['seconds'] for row in rows.values()):>9.1f}",
+    ]
   )
+
+
+def _mebibytes(count: int) -> str:
+  return f"{count / 2**20:,.0f} MiB"

@@ -1,5 +1,5 @@
-"""How fast zero-shot questions are answered: tokens a second of scoring, beside those of the plain
-forward pass.
+"""Speed of zero-shot scoring: tokens a second of questions that are answered, beside those of the
+plain forward pass.
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 
@@ -9,7 +9,6 @@ choices each. Padding is left out.
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -17,19 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from beyond_outliers import config, hardware
+from beyond_outliers import hardware
+from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.model import transformer
+from beyond_outliers.types import Json
 
 QUESTIONS, CHOICES = 64, 4
 BATCH_TOKENS = 8192
 
 
-def run(size: str, repeats: int) -> dict[str, Any]:
+def measure_scoring(size: str, repeats: int) -> Json:
   """Tokens a second, and the median ratio of calls that alternate."""
-  c = config.resolve(
-    importlib.import_module("configs.adamw").get_config(f"{size},model.dtype=float32")
-  )
+  c = study_config("adamw", f"{size},model.dtype=float32")
   model, draw = transformer.Transformer(c.model), np.random.default_rng(c.seed)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
   pairs = questions(draw, c.model.vocab, c.context)
@@ -71,12 +70,12 @@ def questions(draw: np.random.Generator, vocab: int, context: int) -> list[logli
   return pairs
 
 
-def table(result: Mapping[str, Any]) -> str:
-  """The figures for a person."""
+def scoring_table(result: Mapping[str, Any]) -> str:
+  """One line: both speeds, and their ratio."""
   r = result
-  rates = (f"{r[f'{which}_tokens_per_second']:,.0f}" for which in ("scoring", "forward"))
   return (
-    f"{r['size']} on {r['device']}: {r['pairs']} choices, {r['tokens']:,} tokens · "
-    + "scoring {} tokens/s, plain forward pass {}".format(*rates)
-    + f" · {r['ratio']:.2f} of it"
+    f"{r['size']} on {r['device']}: {r['pairs']} choices, {r['tokens']:,} tokens"
+    f" · scoring {r['scoring_tokens_per_second']:,.0f} tokens/s,"
+    f" plain forward pass {r['forward_tokens_per_second']:,.0f}"
+    f" · {r['ratio']:.2f} of it"
   )

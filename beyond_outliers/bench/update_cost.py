@@ -1,5 +1,5 @@
-"""What an optimizer costs without being run: counted in its program, and read from that program as
-compiled for a mesh.
+"""Costs of an optimizer's update without running it: FLOPs counted in its program, and traffic read
+from that program as compiled for a mesh.
 
   python -m beyond_outliers.bench --on_paper=760m [--only=adamw,shampoo] [--json]
   python -m beyond_outliers.bench --collectives=50m [--only=shampoo] [--json]
@@ -10,7 +10,6 @@ nothing but shapes: devices are simulated. The training step around an update is
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,8 +21,10 @@ import numpy as np
 from beyond_outliers import cli, config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo, jaxpr_flops
+from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
+from beyond_outliers.types import Json
 
 Mesh = tuple[int, int, int]  # devices along data, fsdp and model
 
@@ -52,7 +53,7 @@ def programs(
     axes = ",".join(
       f"mesh.{axis}={count}" for axis, count in zip(("data", "fsdp", "model"), mesh, strict=True)
     )
-    c = config.resolve(importlib.import_module(f"configs.{name}").get_config(f"{size},{axes}"))
+    c = study_config(name, f"{size},{axes}")
     try:
       yield mesh, program_lib.build(c, jax.devices()[: math.prod(mesh)])
     except config.ConfigError:
@@ -60,7 +61,7 @@ def programs(
 
 
 def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
-  """What each device runs for the optimizer's update alone."""
+  """The instructions that each device runs for the optimizer's update alone."""
   params, state = program.state.params, program.state.opt_state
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
   update = jax.jit(program.optimizer.tx.update, donate_argnums=1, out_shardings=placed)
@@ -70,7 +71,7 @@ def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
     )
 
 
-def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
+def collectives(names: Iterable[str], size: str) -> list[Json]:
   """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of
   those that there are.
 
@@ -81,9 +82,6 @@ def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
     every: dict[str, int] = {}
     for mesh, program in programs(name, size, MESHES):
       update = compiled_update(program)
-      of_kind = {
-        kind: [one for one in update if hlo.collective(one) == kind] for kind in hlo.COLLECTIVES
-      }
       mine, params = hlo.decompositions(update), jax.tree.leaves(program.state.params)
       every = every or mine  # the first mesh is one device
       rows.append(
@@ -92,12 +90,8 @@ def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
           "mesh": mesh,
           "bytes": hlo.received(update),
           "parameter_bytes": sum(x.size * x.dtype.itemsize for x in params),
-          "in_loops": sum(bool(one.loops) for of in of_kind.values() for one in of),
-          "kinds": {
-            kind: {"number": len(of), "bytes": hlo.received(of)}
-            for kind, of in of_kind.items()
-            if of
-          },
+          "in_loops": sum(bool(one.loops) for one in update if hlo.collective(one)),
+          "kinds": _by_kind(update),
           "matrices": {
             kernel: {"device": mine.get(kernel, 0), "every": count}
             for kernel, count in every.items()
@@ -107,7 +101,20 @@ def collectives(names: Iterable[str], size: str) -> list[dict[str, Any]]:
   return rows
 
 
-def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
+def _by_kind(update: Iterable[hlo.Instruction]) -> Json:
+  """{kind of collective: {"number": ..., "bytes": ...}}, in the order of hlo.COLLECTIVES."""
+  found: dict[str, list[hlo.Instruction]] = {kind: [] for kind in hlo.COLLECTIVES}
+  for one in update:
+    if kind := hlo.collective(one):
+      found[kind].append(one)
+  return {
+    kind: {"number": len(those), "bytes": hlo.received(those)}
+    for kind, those in found.items()
+    if those
+  }
+
+
+def on_paper(names: Iterable[str], size: str) -> list[Json]:
   """A row an optimizer and number of devices; FLOPs, bytes of state and bytes moved are those of
   one device and one step."""
   meshes = [(1, devices, 1) for devices in DEVICES]
@@ -118,12 +125,8 @@ def on_paper(names: Iterable[str], size: str) -> list[dict[str, Any]]:
   for name in names:
     for mesh, program in programs(name, size, meshes):
       c = program.config
-      model = (
-        c.batch_size
-        * c.context
-        * transformer.flops_per_token(c.model, c.context)
-        / program.mesh.size
-      )
+      tokens = c.batch_size * c.context
+      model = tokens * transformer.flops_per_token(c.model, c.context) / program.mesh.size
       mean, costliest = flops_of_update(program)
       rows.append(
         {
@@ -156,7 +159,9 @@ def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, ja
   ]
   each = []
   for _ in range(program.config.optimizer.period):
-    of_step, outputs = jaxpr_flops.of_run(update, [*unknown, *counts, *unknown], program.mesh.size)
+    of_step, outputs = jaxpr_flops.count_flops(
+      update, [*unknown, *counts, *unknown], program.mesh.size
+    )
     counts = outputs[len(unknown) :]
     each.append(of_step)
   mean = jaxpr_flops.Flops(
@@ -165,68 +170,53 @@ def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, ja
   return mean, max(each, key=jaxpr_flops.Flops.total)
 
 
+COLLECTIVES_HEAD = (
+  *("optimizer", "data·fsdp·model"),
+  *("MiB moved", "of parameters", "in loops"),
+  *("collectives, MiB", "matrices on a device, of all"),
+)
+
+
 def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells: list[tuple[str, ...]] = [
-    (
-      "optimizer",
-      "data·fsdp·model",
-      "MiB moved",
-      "of parameters",
-      "in loops",
-      "collectives, MiB",
-      "matrices on a device, of all",
-    )
+  """A line an optimizer and mesh."""
+  return "\n".join(cli.aligned([COLLECTIVES_HEAD, *map(_collectives_cells, rows)]))
+
+
+def _collectives_cells(row: Mapping[str, Any]) -> list[str]:
+  kinds = [f"{of['number']} {kind} {_mebi(of['bytes'], 1)}" for kind, of in row["kinds"].items()]
+  matrices = [
+    f"{kernel}: {count['device']} of {count['every']}" for kernel, count in row["matrices"].items()
   ]
-  for row in rows:
-    kinds = ", ".join(
-      f"{of['number']} {kind} {of['bytes'] / 2**20:,.1f}" for kind, of in row["kinds"].items()
-    )
-    matrices = ", ".join(
-      f"{kernel}: {count['device']} of {count['every']}"
-      for kernel, count in row["matrices"].items()
-    )
-    cells.append(
-      (
-        row["optimizer"],
-        "·".join(map(str, row["mesh"])),
-        f"{row['bytes'] / 2**20:,.1f}",
-        f"{row['bytes'] / row['parameter_bytes']:.2f}",
-        str(row["in_loops"]),
-        kinds,
-        matrices,
-      )
-    )
-  return "\n".join(cli.aligned(cells))
+  return [
+    *(row["optimizer"], "·".join(map(str, row["mesh"]))),
+    *(_mebi(row["bytes"], 1), f"{row['bytes'] / row['parameter_bytes']:.2f}"),
+    str(row["in_loops"]),
+    *(", ".join(kinds), ", ".join(matrices)),
+  ]
+
+
+ON_PAPER_HEAD = (
+  *("optimizer", "devices"),
+  *("TFLOP a step", *jaxpr_flops.KINDS, "costliest step"),
+  *("of the model's", "with it, over AdamW"),
+  *("MiB of state", "MiB moved"),
+)
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  cells: list[tuple[str, ...]] = [
-    (
-      "optimizer",
-      "devices",
-      "TFLOP a step",
-      *jaxpr_flops.KINDS,
-      "costliest step",
-      "of the model's",
-      "with it, over AdamW",
-      "MiB of state",
-      "MiB moved",
-    )
+  """A line an optimizer and number of devices."""
+  return "\n".join(cli.aligned([ON_PAPER_HEAD, *map(_on_paper_cells, rows)]))
+
+
+def _on_paper_cells(row: Mapping[str, Any]) -> list[str]:
+  counted = ("flops", *(f"flops/{kind}" for kind in jaxpr_flops.KINDS), "flops/costliest")
+  return [
+    *(row["optimizer"], str(row["devices"])),
+    *(f"{row[key] / 1e12:,.3f}" for key in counted),
+    *(f"{row['flops'] / row['flops/model']:.2%}", f"{row['over_adamw']:.3f}"),
+    *(_mebi(row["state_bytes"], 0), _mebi(row["moved_bytes"], 0)),
   ]
-  for row in rows:
-    tera = [
-      f"{row[key] / 1e12:,.3f}"
-      for key in ("flops", *(f"flops/{kind}" for kind in jaxpr_flops.KINDS), "flops/costliest")
-    ]
-    cells.append(
-      (
-        row["optimizer"],
-        str(row["devices"]),
-        *tera,
-        f"{row['flops'] / row['flops/model']:.2%}",
-        f"{row['over_adamw']:.3f}",
-        f"{row['state_bytes'] / 2**20:,.0f}",
-        f"{row['moved_bytes'] / 2**20:,.0f}",
-      )
-    )
-  return "\n".join(cli.aligned(cells))
+
+
+def _mebi(count: float, digits: int) -> str:
+  return f"{count / 2**20:,.{digits}f}"

@@ -1,19 +1,20 @@
-"""A run's configuration: what a config file says becomes frozen dataclasses here, checked once,
-before any long work."""
+"""Configuration: a config file's values as frozen dataclasses, checked once, before any long work.
+
+Pure Python: importing it imports neither JAX nor NumPy.
+"""
 
 from beyond_outliers.config.optimizers import OPTIMIZERS
-from beyond_outliers.config.overrides import override, parse_argument
+from beyond_outliers.config.overrides import flatten, override, parse_argument
 from beyond_outliers.config.resolve import (
   MAY_CHANGE,
   check_resumable,
   differences,
-  flatten,
   resolve,
   to_dict,
 )
+from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import (
   Checkpoint,
-  Config,
   Data,
   Eval,
   Group,

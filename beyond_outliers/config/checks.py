@@ -1,4 +1,4 @@
-"""What a configuration value must obey: every error names the field, the value and the remedy."""
+"""Checks of configuration values: every error names the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from beyond_outliers.errors import ConfigError
 
-# Of a run's own numbers, outside the sections.
+# Least values of a run's own numbers, outside the sections.
 MINIMUM = dict(
   seed=0,
   steps=1,
@@ -28,11 +28,13 @@ def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
 
 
 def require(ok: bool, field: str, value: Any, remedy: str) -> None:
+  """Errors: ConfigError unless `ok`."""
   if not ok:
     raise ConfigError(f"{field} = {value!r}: {remedy}")
 
 
 def one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
+  """Fields of a section against their choices. Errors: ConfigError, as in all that follow."""
   for name, choices in allowed.items():
     value = getattr(section, name)
     require(
@@ -41,6 +43,7 @@ def one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
 
 
 def at_least(section: Any, prefix: str, **bounds: float) -> None:
+  """Numbers, finite and of at least their bounds."""
   for name, bound in bounds.items():
     value = getattr(section, name)
     require(
@@ -52,18 +55,21 @@ def at_least(section: Any, prefix: str, **bounds: float) -> None:
 
 
 def below_one(section: Any, prefix: str, *names: str) -> None:
+  """Numbers of the half-open interval from 0 to 1."""
   for name in names:
     value = getattr(section, name)
     require(0 <= value < 1, prefix + name, value, "expected a number from 0 to below 1")
 
 
 def fraction(section: Any, prefix: str, *names: str) -> None:
+  """Numbers from 0 to 1, both included."""
   for name in names:
     value = getattr(section, name)
     require(0 <= value <= 1, prefix + name, value, "expected a fraction, 0 to 1")
 
 
 def check_minimum(field: str, value: Any) -> None:
+  """A run's own number against MINIMUM."""
   bound = MINIMUM.get(field)
   require(
     bound is None or not isinstance(value, int) or value >= bound,
@@ -73,5 +79,6 @@ def check_minimum(field: str, value: Any) -> None:
   )
 
 
-def unknown_key(path: str, name: str, known: Any) -> str:
+def unknown_key(path: str, name: str, known: Collection[str]) -> str:
+  """The message of a key that a section doesn't have."""
   return f"{path}: unknown key; {nearest(name, sorted(known))}"

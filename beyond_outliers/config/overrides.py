@@ -1,4 +1,5 @@
-"""Overrides of a config: `size,key=value,...` behind the colon of --config, and dotted keys."""
+"""Overrides of a config by dotted key, and the argument behind the colon of --config that holds
+them."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from beyond_outliers.errors import ConfigError
 
 
 def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
-  """`size,key=value,...`, what follows the colon of --config, as (size, {dotted key: value}). The
-  default size is nano."""
+  """(size, {dotted key: value}) of `size,key=value,...`, the argument behind the colon of --config.
+  The default size is nano."""
   parts = [part for part in (arg or "").split(",") if part]
   size = parts.pop(0) if parts and "=" not in parts[0] else "nano"
   require(size in SIZES, "size", size, "expected one of " + ", ".join(SIZES))
@@ -41,10 +42,9 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     for depth, name in enumerate(rest):
       known = node.keys() if hasattr(node, "keys") else ()
       if rest[:depth] == ["quant", "rules"] and name not in known and depth + 1 < len(rest):
+        rule = {field.name: "" for field in dataclasses.fields(QuantRule)}
         with node.unlocked():
-          node[name] = type(node)(
-            {field.name: "" for field in dataclasses.fields(QuantRule)}
-          ).lock()
+          node[name] = type(node)(rule).lock()
       elif name not in known:
         raise ConfigError(unknown_key(".".join(rest[: depth + 1]), name, known))
       if depth + 1 < len(rest):
@@ -58,3 +58,14 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
       kind = type(node[rest[-1]]).__name__
       raise ConfigError(f"{key} = {value!r}: expected {kind}, got {type(value).__name__}") from None
   return config
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{dotted key: value} of a nested dictionary."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat

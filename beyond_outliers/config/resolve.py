@@ -1,4 +1,4 @@
-"""A ConfigDict, or what `to_dict` wrote to config.json, as a checked `Config`, and back."""
+"""Resolution of a config: nested dictionaries to a checked `Config`, and back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
 from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
-from beyond_outliers.config.sections import Config, Group, Optimizer
+from beyond_outliers.config.overrides import flatten
+from beyond_outliers.config.run import Config
+from beyond_outliers.config.sections import Group, Optimizer
 from beyond_outliers.errors import ConfigError
 
-# What a resumed run may change: none of it enters the numbers beyond the order of floating-point
-# sums.
+# Keys that a resumed run may change: none of them enters the numbers, beyond the order of
+# floating-point sums.
 MAY_CHANGE = (
   "mesh",
   "log",
@@ -34,7 +36,7 @@ def resolve(config: Any) -> Config:
   """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key,
   type, value)."""
   require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
-  # First of all, because values of the sections are derived from these.
+  # First, because values of the sections are derived from these.
   for field in MINIMUM:
     check_minimum(field, config.get(field))
   return _build(Config, _plain(config), "")
@@ -86,16 +88,6 @@ def _plain(node: Any) -> Any:
   return {key: _plain(node[key]) for key in node.keys()} if hasattr(node, "keys") else node
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{dotted key: value} of a nested dictionary."""
-  flat = {}
-  for key, value in tree.items():
-    flat.update(
-      flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    )
-  return flat
-
-
 def _build(cls: type, values: Any, path: str) -> Any:
   if cls is Optimizer:
     return _build_optimizer(values)
@@ -117,43 +109,41 @@ def _build(cls: type, values: Any, path: str) -> Any:
   return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})
 
 
-def _build_optimizer(values: Mapping[str, Any]) -> Optimizer:
-  """The optimizer's own keys, then each group's: the group's overrides on top, or another
-  optimizer's keys in full."""
+def _build_optimizer(values: Any) -> Optimizer:
+  """The optimizer's own keys, then each group's."""
   require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
-  values = dict(values)
-  groups = values.pop("groups", None)
+  groups = values.get("groups")
   require(
     isinstance(groups, Mapping) and bool(groups),
     "optimizer.groups",
     groups,
     "expected {label: {paths: regex, ...}}",
   )
-  default = _build_section(values, "optimizer.")
-  if (
-    "vector" in groups and "scale" not in groups
-  ):  # recorded while learned scales were among the vectors
+  own = {key: value for key, value in values.items() if key != "groups"}
+  default = _build_section(own, "optimizer.")
+  if "vector" in groups and "scale" not in groups:
+    # Recorded while learned scales were among the vectors.
     groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
-  built = {}
-  for label, group in groups.items():
-    prefix = f"optimizer.groups.{label}."
-    require(isinstance(group, Mapping), prefix.rstrip("."), group, "expected {paths: regex, ...}")
-    group = dict(group)
-    paths = _typed(str, group.pop("paths", None), prefix + "paths")
-    optional = _typed(bool, group.pop("optional", False), prefix + "optional")
-    try:
-      re.compile(paths)
-    except re.error as error:
-      raise ConfigError(f"{prefix}paths = {paths!r}: not a regular expression ({error})") from None
-    name = group.get("name", default.name)
-    inherited = values if name == default.name else {}
-    section = _build_section({**inherited, **group, "name": name}, prefix)
-    built[label] = Group(paths, section, optional)
-  return Optimizer(default, built)
+  path = "optimizer.groups."
+  return Optimizer(default, {k: _build_group(v, own, path + k) for k, v in groups.items()})
+
+
+def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
+  """A group: its keys on top of the optimizer's, or all keys of another optimizer that it names."""
+  require(isinstance(values, Mapping), path, values, "expected {paths: regex, ...}")
+  name = values.get("name", inherited["name"])
+  keys = {**(inherited if name == inherited["name"] else {}), **values, "name": name}
+  paths = _typed(str, keys.pop("paths", None), f"{path}.paths")
+  optional = _typed(bool, keys.pop("optional", False), f"{path}.optional")
+  try:
+    re.compile(paths)
+  except re.error as error:
+    raise ConfigError(f"{path}.paths = {paths!r}: not a regular expression ({error})") from None
+  return Group(paths, _build_section(keys, f"{path}."), optional)
 
 
 def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
-  """Of the optimizer that `values` name, checked."""
+  """The section of the optimizer that the values name, checked."""
   name: Any = values.get("name")
   require(
     isinstance(name, str) and name in OPTIMIZERS,
@@ -173,9 +163,9 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
       label: _typed(typing.get_args(kind)[1], part, f"{path}.{label}")
       for label, part in value.items()
     }
-  optional = [k for k in typing.get_args(kind) if k is not type(None)]
-  if optional:  # X | None
-    return None if value is None else _typed(optional[0], value, path)
+  alternatives = [k for k in typing.get_args(kind) if k is not type(None)]
+  if alternatives:  # X | None
+    return None if value is None else _typed(alternatives[0], value, path)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

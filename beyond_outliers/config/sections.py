@@ -1,5 +1,4 @@
-"""Sections of a run's configuration: frozen dataclasses, checked as they are made, without defaults
-of their own.
+"""Sections of a run's configuration: frozen dataclasses, checked as they are made.
 
 Config files (configs/) hold every value with its comment; here are types, and the rules that values
 obey. A default is what a key younger than recorded runs meant before there was one.
@@ -16,6 +15,8 @@ from beyond_outliers.config.checks import at_least, fraction, one_of, require
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
+  """Devices along each axis of the mesh."""
+
   data: int
   fsdp: int
   model: int
@@ -36,6 +37,8 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
+  """Architecture of the decoder, and how its steps are compiled."""
+
   vocab: int
   blocks: int
   heads: int
@@ -58,21 +61,8 @@ class Model:
   remat: str
 
   def __post_init__(self):
-    at_least(
-      self,
-      "model.",
-      vocab=2,
-      blocks=1,
-      heads=1,
-      kv_heads=1,
-      d_head=2,
-      d_model=1,
-      mlp_hidden=1,
-      norm_eps=0,
-      rope_base=1,
-      init_std=0,
-      unroll=0,
-    )
+    at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1)
+    at_least(self, "model.", mlp_hidden=1, norm_eps=0, rope_base=1, init_std=0, unroll=0)
     one_of(
       self,
       "model.",
@@ -98,6 +88,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
+  """Documents, their tokenizer and split, and how batches are read from them."""
+
   source: str
   path: str
   field: str
@@ -147,8 +139,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
-  """Linear layers whose path matches `paths` (a regular expression, whole path) and the recipe that
-  they follow."""
+  """Recipe of the linear layers whose whole path matches `paths`, a regular expression."""
 
   paths: str
   recipe: str  # row of quant.RECIPES
@@ -156,8 +147,7 @@ class QuantRule:
 
 @dataclasses.dataclass(frozen=True)
 class Quant:
-  """What the run's linear layers multiply with. The recipes' names are checked where they are
-  looked up."""
+  """Recipes of the run's linear layers; their names are checked where they are looked up."""
 
   recipe: str
   backend: str
@@ -169,6 +159,8 @@ class Quant:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
+  """Course of every learning rate, in fractions of the run."""
+
   name: str
   warmup: float
   cooldown: float
@@ -188,8 +180,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Parameters whose path matches `paths` (a regular expression, whole path) and the optimizer that
-  trains them."""
+  """Optimizer of the parameters whose whole path matches `paths`, a regular expression."""
 
   paths: str
   optimizer: Any  # one of OPTIMIZERS
@@ -198,8 +189,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """The run's optimizer, and what each parameter group makes of it, in order: the first group that
-  matches wins."""
+  """The run's optimizer, and each parameter group's; the first group that matches wins."""
 
   default: Any  # one of OPTIMIZERS
   groups: dict[str, Group]
@@ -220,6 +210,8 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
+  """Intervals of checkpoints, and how many are kept."""
+
   every: int
   keep: int
   keep_every: int
@@ -231,6 +223,8 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
+  """Evaluation during training."""
+
   every: int
   documents: int
   batch_size: int
@@ -241,6 +235,8 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
+  """Metrics of a run, and where they go."""
+
   every: int
   update_statistics: bool
   tensorboard: bool
@@ -258,59 +254,3 @@ class Log:
       1,
       "expected 2 or more (the first step compiles), or 0: never",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  size: str
-  seed: int
-  steps: int
-  batch_size: int
-  micro_batches: int
-  context: int
-  tokens_per_parameter: int
-  max_skipped_updates: int
-  warm_start: str
-  mesh: Mesh
-  model: Model
-  data: Data
-  optimizer: Optimizer
-  schedule: Schedule
-  checkpoint: Checkpoint
-  eval: Eval
-  log: Log
-  quant: Quant = Quant("none", "aqt", {"head": QuantRule("head", "none")})
-
-  def __post_init__(self):
-    names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
-    require(
-      self.model.dtype != "float64" or self.quant.backend == "jax" or names == {"none"},
-      "quant.backend",
-      self.quant.backend,
-      "AQT multiplies in float32; with model.dtype = 'float64' take 'jax'",
-    )
-    require(
-      self.batch_size % self.micro_batches == 0,
-      "micro_batches",
-      self.micro_batches,
-      f"must divide batch_size ({self.batch_size})",
-    )
-    require(
-      self.data.vocab == self.model.vocab,
-      "model.vocab",
-      self.model.vocab,
-      f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived",
-    )
-    require(
-      not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps,
-      "log.profile_step",
-      self.log.profile_step,
-      f"with log.profile_steps = {self.log.profile_steps} the trace must end by step {self.steps}",
-    )
-    if self.data.reader == "tfds":
-      require(
-        self.batch_size % self.data.readers == 0,
-        "data.readers",
-        self.data.readers,
-        f"must divide batch_size ({self.batch_size})",
-      )

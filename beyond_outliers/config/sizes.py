@@ -1,4 +1,4 @@
-"""Model sizes by name: what follows the colon of --config. The study's run from 50m to 1.5b."""
+"""Sizes of models by the name behind the colon of --config. The study's run from 50m to 1.5b."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps in config files: lists of overrides, and the names of the runs they make.
+"""Sweeps of config files: lists of overrides, and the names of the runs they make.
 
 def get_hyper(h):
   return h.product([h.sweep("optimizer.learning_rate", [1e-3, 3e-3]), h.sweep("seed", range(3))])

@@ -1,23 +1,30 @@
-"""Documents to token ids: batches of text through the tokenizer, ids checked against the
-vocabulary, separators put."""
+"""Encoding: documents to token ids, batches of text at a time, and the separators between them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from beyond_outliers.data import tokenizers
-from beyond_outliers.data.documents import Document
-from beyond_outliers.errors import DataError
+from beyond_outliers.data.document import Document, checked_ids
 
 ENCODE_AT_ONCE = 4 << 20  # characters, or ids, handed to the tokenizer's threads
 REPORT_SECONDS = 10.0
 
 
+class Separator(TypedDict):
+  """The token between documents."""
+
+  name: str  # eot: after each document | bos: before it
+  id: int
+
+
 class Tokenized(NamedTuple):
+  """A document's token ids, and its split."""
+
   split: str
   ids: np.ndarray  # without the separator
   num_bytes: int  # of the text
@@ -28,7 +35,7 @@ def tokenized(
   tokenizer: tokenizers.Tokenizer,
   log: Callable[[str], None],
 ) -> Iterator[Tokenized]:
-  """Encodes documents a few megabytes at a time, in order, and says how far it has come."""
+  """Documents' token ids, in order, encoded a few megabytes at a time; progress goes to `log`."""
   began = reported = time.monotonic()
   count = num_bytes = 0
   for batch in _batches(stream):
@@ -53,21 +60,6 @@ def tokenized(
       )
 
 
-def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
-  """A document's token ids, all of them in the vocabulary. Errors: DataError naming the document
-  and the id."""
-  ids = document.content
-  assert not isinstance(ids, str)  # a text is encoded, not checked
-  low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-  if low < 0 or high >= vocab_size:
-    raise DataError(
-      f"{document.where}: token id {low if low < 0 else high} is outside the vocabulary of "
-      f"{vocab_size}; is "
-      "data.tokenizer the one that the ids come from?"
-    )
-  return ids
-
-
 def _batches(stream: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
   batch, size = [], 0
   for item in stream:
@@ -79,9 +71,8 @@ def _batches(stream: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str,
   yield batch
 
 
-def separated(ids: np.ndarray, separator: dict[str, Any]) -> np.ndarray:
-  """A document's ids with the separator {"name", "id"} after ("eot") or before ("bos") them; one
-  that is there is not doubled."""
+def separated(ids: np.ndarray, separator: Separator) -> np.ndarray:
+  """A document's ids with the separator; one that is there is not doubled."""
   mark = np.array([separator["id"]], np.int32)
   if separator["name"] == "eot":
     return ids if np.array_equal(ids[-1:], mark) else np.concatenate([ids, mark])

@@ -1,4 +1,4 @@
-"""Preparation: documents -> tokens -> a dataset folder, once; whoever comes later opens it.
+"""Preparation: documents -> tokens -> a dataset folder, made once and opened ever after.
 
 The folder's name carries a fingerprint of every setting that shapes its contents. It is filled
 under another name and renamed when complete, behind a lock, so that a killed preparation leaves
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import glob
 import hashlib
 import itertools
@@ -17,17 +16,23 @@ import json
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beyond_outliers.data import documents, shards, tokenizers
-from beyond_outliers.data.documents import Document
-from beyond_outliers.data.encoding import Tokenized, separated, tokenized
+from beyond_outliers import config
+from beyond_outliers.data import shards, shuffle, splits, tokenizer_training, tokenizers
+from beyond_outliers.data.encoding import Separator, Tokenized, separated, tokenized
 from beyond_outliers.errors import DataError
+from beyond_outliers.types import Json
 
+if TYPE_CHECKING:
+  from beyond_outliers.data.in_place import InPlace  # imports TFDS, which token shards don't need
+
+Log = Callable[[str], None]
+
+# Settings that shape a dataset's contents, and so are hashed into its name.
 SHAPING = (
   "source",
   "path",
@@ -39,12 +44,9 @@ SHAPING = (
   "seed",
   "shard_tokens",
 )
-TOKENIZER_SAMPLE = 64 << 20  # bytes of the corpus, about, that a SentencePiece model is trained on
-BUCKET_BYTES = 256 << 20  # of the corpus, about, that one bucket of the shuffle holds in memory
-MAX_BUCKETS = 256  # each holds two files open
 
 
-def prepare(cfg: Any, *, log: Callable[[str], None] = print) -> shards.Dataset:
+def prepare(cfg: config.Data, *, log: Log = print) -> shards.Dataset:
   """Opens the dataset that the data section describes, preparing it first if it isn't there.
   Errors: DataError."""
   directory = dataset_directory(cfg)
@@ -58,13 +60,13 @@ def prepare(cfg: Any, *, log: Callable[[str], None] = print) -> shards.Dataset:
   return dataset
 
 
-def dataset_directory(cfg: Any) -> str:
+def dataset_directory(cfg: config.Data) -> str:
+  """The folder that `prepare` makes, or opens."""
   settings = {name: getattr(cfg, name) for name in SHAPING}
   kind = cfg.tokenizer.partition(":")[0]
   if cfg.tokenizer == "sentencepiece":
-    settings["vocab"] = (
-      cfg.vocab
-    )  # the model trained here has exactly this size; other tokenizers bring their own
+    # The model trained here has exactly this size; other tokenizers bring their own.
+    settings["vocab"] = cfg.vocab
     kind += str(cfg.vocab)
   fingerprint = hashlib.sha256(
     json.dumps([shards.FORMAT, settings], sort_keys=True).encode()
@@ -73,7 +75,7 @@ def dataset_directory(cfg: Any) -> str:
 
 
 @contextlib.contextmanager
-def _lock(directory: str, log: Callable[[str], None]) -> Iterator[None]:
+def _lock(directory: str, log: Log) -> Iterator[None]:
   """Held by one process at a time; the kernel lets go of it when the process ends, however it
   ends."""
   with open(directory + ".lock", "w") as file:
@@ -85,7 +87,7 @@ def _lock(directory: str, log: Callable[[str], None]) -> Iterator[None]:
     yield
 
 
-def _make(cfg: Any, directory: str, log: Callable[[str], None]) -> None:
+def _make(cfg: config.Data, directory: str, log: Log) -> None:
   here = f"{directory}.partial-{socket.gethostname()}-"
   for leftover in glob.glob(glob.escape(here) + "*"):  # of preparations that were killed
     shutil.rmtree(leftover)
@@ -93,15 +95,14 @@ def _make(cfg: Any, directory: str, log: Callable[[str], None]) -> None:
   os.makedirs(partial)
   try:
     shards.write_meta(partial, _fill(cfg, partial, log))
-    if not os.path.isdir(
-      directory
-    ):  # else a host that our lock does not reach was first: its work is as good
+    # Else a host that our lock does not reach was first: its work is as good.
+    if not os.path.isdir(directory):
       os.rename(partial, directory)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check(dataset: shards.Dataset, cfg: Any, log: Callable[[str], None]) -> None:
+def _check(dataset: shards.Dataset, cfg: config.Data, log: Log) -> None:
   """Refuses a dataset that the configuration or the source files have moved away from."""
   tokenizer = dataset.tokenizer
   _check_vocab(tokenizer, cfg)
@@ -111,36 +112,33 @@ def _check(dataset: shards.Dataset, cfg: Any, log: Callable[[str], None]) -> Non
   ):
     raise DataError(
       f"data.tokenizer = {cfg.tokenizer!r}: now has fingerprint {configured[:12]}, "
-      f"{dataset.directory} was made "
-      f"with {tokenizer.fingerprint[:12]}; restore the tokenizer's file, or delete the folder to "
+      f"{dataset.directory} was made with "
+      f"{tokenizer.fingerprint[:12]}; restore the tokenizer's file, or delete the folder to "
       "prepare again"
     )
   try:
-    found = _describe(documents.inputs(cfg))
+    found = _describe(splits.input_files(cfg))
   except DataError as error:  # prepared data outlive their source
     log(f"prepare: using {dataset.directory}; its source is not here to compare with ({error})")
     return
-  if found != dataset.meta["inputs"]:
+  made_from = dataset.meta["inputs"]
+  if found != made_from:
     raise DataError(
       f"data.path = {cfg.path!r}: the files differ from those that {dataset.directory} was made "
-      "from "
-      f"({found['files']} files of {found['bytes']} bytes now, {dataset.meta['inputs']['files']} "
-      "of "
-      f"{dataset.meta['inputs']['bytes']} then); restore them, or delete the folder to prepare "
-      "again"
+      f"from ({found['files']} files of {found['bytes']} bytes now, {made_from['files']} of "
+      f"{made_from['bytes']} then); restore them, or delete the folder to prepare again"
     )
 
 
-def _check_vocab(tokenizer: tokenizers.Tokenizer, cfg: Any) -> None:
+def _check_vocab(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> None:
   if tokenizer.vocab_size > cfg.vocab:
     raise DataError(
       f"data.vocab = {cfg.vocab}: the tokenizer {cfg.tokenizer!r} has {tokenizer.vocab_size} "
-      "tokens; "
-      "raise data.vocab to at least that"
+      "tokens; raise data.vocab to at least that"
     )
 
 
-def _describe(files: dict[str, int]) -> dict[str, Any]:
+def _describe(files: dict[str, int]) -> Json:
   listing = json.dumps([[os.path.basename(name), size] for name, size in files.items()])
   return {
     "files": len(files),
@@ -149,45 +147,32 @@ def _describe(files: dict[str, int]) -> dict[str, Any]:
   }
 
 
-def _fill(cfg: Any, directory: str, log: Callable[[str], None]) -> dict[str, Any]:
+def _fill(cfg: config.Data, directory: str, log: Log) -> Json:
   """Writes everything but meta.json, and returns that."""
-  inputs = documents.inputs(cfg)
+  inputs = splits.input_files(cfg)
   log(
     f"prepare: {cfg.source} ({len(inputs)} files, {sum(inputs.values()) / 1e6:.1f} MB) -> "
     f"{dataset_directory(cfg)}"
   )
-  tokenizer = _tokenizer(cfg, directory, log)
+  in_place = _in_place(cfg)
+  tokenizer = _tokenizer(cfg, in_place, directory, log)
   _check_vocab(tokenizer, cfg)
-  separator = {"name": cfg.separator, "id": getattr(tokenizer, cfg.separator)}
-  if separator["id"] is None:
-    raise DataError(
-      f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; "
-      "expected the other of 'eot', 'bos', or another tokenizer"
-    )
+  separator = _separator(tokenizer, cfg)
   dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-  def writer(split: str) -> shards.ShardWriter:
-    return shards.ShardWriter(directory, split, dtype, cfg.shard_tokens)
-
-  validation = writer("validation")
-  stream = _InPlace(cfg).validation() if _in_place(cfg) else documents.split(cfg)
-  training = _divert(tokenized(stream, tokenizer, log), validation, separator)
-  first = list(itertools.islice(training, 1))
-  records = None
-  if _in_place(cfg):
-    train, records = _InPlace(cfg).training()
-  elif not first:
-    raise _empty(cfg, "train")
-  elif cfg.reader == "tfds":
-    train, records = _write_records(itertools.chain(first, training), directory, separator, dtype)
+  validation = shards.ShardWriter(directory, "validation", dtype, cfg.shard_tokens)
+  labeled = in_place.validation() if in_place else splits.split_documents(cfg)
+  training = _divert(tokenized(labeled, tokenizer, log), validation, separator)
+  first = next(training, None)  # which writes the validation documents before it
+  if in_place:
+    train, records = in_place.training()
+  elif first is None:
+    raise splits.empty_split(cfg, "train")
   else:
-    buckets = min(MAX_BUCKETS, 1 + sum(inputs.values()) // BUCKET_BYTES)
-    train = _write_shuffled(
-      itertools.chain(first, training), directory, writer("train"), separator, cfg.seed, buckets
-    )
-  splits = {"train": train, "validation": validation.close()}
+    write = _write_records if cfg.reader == "tfds" else _write_shards
+    train, records = write(itertools.chain([first], training), cfg, directory, separator, dtype)
+  counts = {"train": train, "validation": validation.close()}
   if not validation.documents:
-    raise _empty(cfg, "validation")
+    raise splits.empty_split(cfg, "validation")
   return {
     "settings": {name: getattr(cfg, name) for name in (*SHAPING, "vocab")},
     "inputs": _describe(inputs),
@@ -199,61 +184,45 @@ def _fill(cfg: Any, directory: str, log: Callable[[str], None]) -> dict[str, Any
     },
     "separator": separator,
     "dtype": dtype.str,
-    "splits": splits,
+    "splits": counts,
     "records": records,
   }
 
 
-def _in_place(cfg: Any) -> bool:
-  """Whether training documents stay in the TFDS dataset they come from."""
-  return cfg.reader == "tfds" and cfg.source == "tfds"
+def _in_place(cfg: config.Data) -> InPlace | None:
+  """The dataset that training documents stay in, if they do."""
+  if not cfg.reader == cfg.source == "tfds":
+    return None
+  from beyond_outliers.data.in_place import InPlace
+
+  return InPlace(cfg)
 
 
-def _empty(cfg: Any, split: str) -> DataError:
-  return DataError(
-    f"data.validation = {cfg.validation!r}: leaves no document to the {split} split; hold out "
-    + ("fewer" if split == "train" else "more")
-  )
-
-
-# ---- tokens
-# -------------------------------------------------------------------------------------------------------------
-
-
-def _tokenizer(cfg: Any, directory: str, log: Callable[[str], None]) -> tokenizers.Tokenizer:
-  """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
-  if cfg.tokenizer == "sentencepiece":
-    began = time.monotonic()
-    sample = (
-      _InPlace(cfg).sample if _in_place(cfg) else functools.partial(documents.training_sample, cfg)
-    )
-    texts = [_text(document, cfg) for document in sample(TOKENIZER_SAMPLE)]
-    if not texts:
-      raise _empty(cfg, "train")
-    file = os.path.join(directory, "tokenizer.model")
-    with open(file, "wb") as stream:
-      stream.write(tokenizers.train_sentencepiece(texts, cfg.vocab))
-    log(
-      f"prepare: trained a SentencePiece model of {cfg.vocab} pieces in "
-      f"{time.monotonic() - began:.1f} s"
-    )
-    return tokenizers.load("sentencepiece:" + file)
-  tokenizer = tokenizers.load(cfg.tokenizer)
-  tokenizer.save(directory)
-  return tokenizer
-
-
-def _text(document: Document, cfg: Any) -> str:
-  if not isinstance(document.content, str):
+def _separator(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> Separator:
+  token = {"eot": tokenizer.eot, "bos": tokenizer.bos}[cfg.separator]
+  if token is None:
     raise DataError(
-      f"{document.where}: holds token ids, which train no SentencePiece model (data.tokenizer = "
-      f"{cfg.tokenizer!r}); name the tokenizer they come from, such as 'gpt2'"
+      f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; "
+      "expected the other of 'eot', 'bos', or another tokenizer"
     )
-  return document.content
+  return {"name": cfg.separator, "id": token}
+
+
+def _tokenizer(
+  cfg: config.Data, in_place: InPlace | None, directory: str, log: Log
+) -> tokenizers.Tokenizer:
+  """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
+  if cfg.tokenizer != "sentencepiece":
+    tokenizer = tokenizers.load(cfg.tokenizer)
+    tokenizer.save(directory)
+    return tokenizer
+  size = tokenizer_training.SAMPLE_BYTES
+  sample = in_place.training_sample(size) if in_place else splits.training_sample(cfg, size)
+  return tokenizer_training.trained_tokenizer(sample, cfg, directory, log)
 
 
 def _divert(
-  stream: Iterable[Tokenized], validation: shards.ShardWriter, separator: dict[str, Any]
+  stream: Iterable[Tokenized], validation: shards.ShardWriter, separator: Separator
 ) -> Iterator[Tokenized]:
   """Training documents pass; validation documents are written on the way."""
   for item in stream:
@@ -263,50 +232,35 @@ def _divert(
       validation.append(separated(item.ids, separator), item.num_bytes)
 
 
-# ---- training documents
-# -------------------------------------------------------------------------------------------------
-
-
-def _write_shuffled(
+def _write_shards(
   stream: Iterable[Tokenized],
+  cfg: config.Data,
   directory: str,
-  writer: shards.ShardWriter,
-  separator: dict[str, Any],
-  seed: int,
-  buckets: int,
-) -> dict[str, Any]:
-  """A uniform shuffle in bounded memory: documents go to random buckets on disk, and each bucket is
-  permuted in memory."""
+  separator: Separator,
+  dtype: np.dtype,
+) -> tuple[Json, None]:
+  """The training documents as token shards, shuffled."""
+  writer = shards.ShardWriter(directory, "train", dtype, cfg.shard_tokens)
+  documents = ((separated(item.ids, separator), item.num_bytes) for item in stream)
+  buckets = shuffle.num_buckets(sum(splits.input_files(cfg).values()))
   folder = os.path.join(directory, "shuffle")
-  os.makedirs(folder)
-  paths = [
-    [os.path.join(folder, f"{bucket}.{part}") for part in ("ids", "sizes")]
-    for bucket in range(buckets)
-  ]
-  with contextlib.ExitStack() as stack:
-    files = [[stack.enter_context(open(path, "wb")) for path in pair] for pair in paths]
-    scatter = np.random.default_rng([seed, 0])
-    for item in stream:
-      ids, sizes = files[scatter.integers(buckets)]
-      tokens = separated(item.ids, separator).astype(np.uint32)
-      ids.write(tokens.tobytes())
-      sizes.write(np.array([len(tokens), item.num_bytes], np.int64).tobytes())
-  for bucket, (ids_path, sizes_path) in enumerate(paths):
-    ids, sizes = np.fromfile(ids_path, np.uint32), np.fromfile(sizes_path, np.int64).reshape(-1, 2)
-    ends = np.cumsum(sizes[:, 0])
-    for i in np.random.default_rng([seed, 1, bucket]).permutation(len(sizes)):
-      writer.append(ids[ends[i] - sizes[i, 0] : ends[i]], int(sizes[i, 1]))
-  shutil.rmtree(folder)
-  return writer.close()
+  for ids, num_bytes in shuffle.shuffled(documents, folder, cfg.seed, buckets):
+    writer.append(ids, num_bytes)
+  return writer.close(), None
 
 
 def _write_records(
-  stream: Iterable[Tokenized], directory: str, separator: dict[str, Any], dtype: np.dtype
-) -> tuple[dict[str, Any], dict[str, Any]]:
+  stream: Iterable[Tokenized],
+  cfg: config.Data,
+  directory: str,
+  separator: Separator,
+  dtype: np.dtype,
+) -> tuple[Json, Json]:
   """The training documents' ids as TFDS ArrayRecord; separators are added in reading, as they are
   to a user's own records."""
-  from beyond_outliers.data import tfds  # imports TFDS, which token shards don't need
+  from beyond_outliers.data import tfds
 
+  del cfg
   counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
   def counted() -> Iterator[np.ndarray]:
@@ -316,7 +270,9 @@ def _write_records(
       counts["bytes"] += item.num_bytes
       yield item.ids
 
-  path = tfds.write(counted(), os.path.join(directory, "records"), dtype.newbyteorder("=").type)
+  path = tfds.write_documents(
+    counted(), os.path.join(directory, "records"), dtype.newbyteorder("=").type
+  )
   records = {
     "path": "{directory}/" + os.path.relpath(path, directory),
     "field": "tokens",
@@ -324,53 +280,3 @@ def _write_records(
     "held_out": 0.0,
   }
   return {**counts, "shards": None}, records
-
-
-class _InPlace:
-  """A TFDS dataset that is trained on where it lies: only its validation documents are copied."""
-
-  def __init__(self, cfg: Any):
-    from beyond_outliers.data import tfds
-
-    self._cfg = cfg
-    self._rule, _, self._argument = cfg.validation.partition(":")
-    self._held_out = float(self._argument) if self._rule == "fraction" else 0.0
-    self._records = tfds.Records(cfg.path, cfg.field)
-    newest = int(self._argument) if self._rule == "newest" else 0
-    self._count = max(
-      0, len(self._records) - newest
-    )  # records to train on; under "fraction" some of them are passed over
-
-  def validation(self) -> Iterator[tuple[str, Document]]:
-    """Only under the rule "fraction" does this read every document."""
-    if self._rule == "newest":
-      return (
-        ("validation", document)
-        for document in self._records.read(range(self._count, len(self._records)))
-      )
-    if self._rule == "path":  # whose validation documents come first
-      return itertools.takewhile(lambda item: item[0] == "validation", documents.split(self._cfg))
-    return (item for item in documents.split(self._cfg) if item[0] == "validation")
-
-  def sample(self, max_bytes: int) -> Iterator[Document]:
-    """As `documents.training_sample`, without reading what lies between."""
-    step = documents.sample_step(self._cfg, max_bytes)
-    for document in self._records.read(range(0, self._count, step)):
-      if not documents.is_held_out(document.content, self._held_out):
-        yield document
-
-  def training(self) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not self._count:
-      raise _empty(self._cfg, "train")
-    records = {
-      "path": os.path.abspath(self._cfg.path),
-      "field": self._cfg.field,
-      "count": self._count,
-      "held_out": self._held_out,
-    }
-    return {
-      "documents": None if self._held_out else self._count,
-      "tokens": None,
-      "bytes": None,
-      "shards": None,
-    }, records

@@ -1,10 +1,10 @@
-"""A prepared dataset on disk: flat token shards, where each document starts, and a meta.json that
-says what they are.
+"""Shards: a prepared dataset on disk, as flat files of tokens and a meta.json that describes them.
 
-  meta.json            settings, split rule, tokenizer fingerprint, counts, and size and SHA-256 of every file below
+  meta.json            settings, split rule, tokenizer fingerprint, counts, and size and SHA-256 of
+                       every file below
   tokenizer.*          a copy of the files the tokenizer is made of
   train-00000.bin ...  token ids, uint16 or uint32 little-endian: one stream over all shards,
-  separators included
+                       separators included
   train.starts         int64, where each document starts in the stream, then the stream's length
   train.bytes          int64, bytes of text before each document, then the total
   validation...        the same, in the source's order
@@ -27,6 +27,7 @@ import numpy as np
 
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import DataError
+from beyond_outliers.types import Json
 
 FORMAT = 1  # of what is written here; a change makes old folders unreadable by name
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
@@ -36,12 +37,8 @@ class ShardWriter:
   """Appends documents to one split of a dataset."""
 
   def __init__(self, directory: str, split: str, dtype: np.dtype, shard_tokens: int):
-    self._directory, self._split, self._dtype, self._shard_tokens = (
-      directory,
-      split,
-      np.dtype(dtype),
-      shard_tokens,
-    )
+    self._directory, self._split = directory, split
+    self._dtype, self._shard_tokens = np.dtype(dtype), shard_tokens
     self._shard: io.BufferedWriter | None = None
     self._room = 0
     self._starts, self._bytes = (open(self._path(f".{name}"), "wb") for name in ("starts", "bytes"))
@@ -75,8 +72,8 @@ class ShardWriter:
     self._shard, self._room = open(self._path(suffix), "wb"), self._shard_tokens
     return self._shard
 
-  def close(self) -> dict[str, Any]:
-    """What meta.json says of this split."""
+  def close(self) -> Json:
+    """Counts and shards of this split, for meta.json."""
     self._mark()
     for file in (self._shard, self._starts, self._bytes):
       if file:
@@ -100,12 +97,13 @@ class TokenStream:
     self.dtype = np.dtype(dtype)
     sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self._paths]
     self._offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    self._map = functools.lru_cache(OPEN_SHARDS)(
-      lambda shard: _memory_map(self._paths[shard], self.dtype)
-    )
+    self._map = functools.lru_cache(OPEN_SHARDS)(self._map_shard)
 
   def __reduce__(self):
     return TokenStream, self._arguments
+
+  def _map_shard(self, shard: int) -> np.ndarray:
+    return _memory_map(self._paths[shard], self.dtype)
 
   def __len__(self) -> int:
     return int(self._offsets[-1])
@@ -140,11 +138,11 @@ class TokenStream:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """An opened dataset. `meta` is meta.json; `fingerprint` names the contents, wherever the folder
-  lies."""
+  """A prepared dataset, opened. `meta` is meta.json; `fingerprint` names the contents, wherever the
+  folder lies."""
 
   directory: str
-  meta: dict[str, Any]
+  meta: Json
   tokenizer: tokenizers.Tokenizer
 
   @property
@@ -169,8 +167,8 @@ class Dataset:
     )
 
   def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
-    """Nats a token that a model would pay which knows how frequent each token is and nothing else;
-    of the first `at_most`."""
+    """Entropy of the tokens' frequencies, in nats a token: the loss of a model that knows these and
+    nothing else; of the first `at_most` tokens."""
     stream = self.stream(split)
     counts = np.bincount(stream.read(0, min(len(stream), at_most)))
     frequencies = counts[counts > 0] / counts.sum()
@@ -188,7 +186,7 @@ class Dataset:
     return os.path.join(self.directory, name)
 
 
-def write_meta(directory: str, meta: dict[str, Any]) -> None:
+def write_meta(directory: str, meta: Json) -> None:
   """Completes a folder: meta.json with the size and SHA-256 of every other file. Written last."""
   names = sorted(
     os.path.relpath(os.path.join(folder, name), directory)
@@ -242,14 +240,13 @@ def open_dataset(directory: str) -> Dataset:
 
 
 def verify(dataset: Dataset) -> None:
-  """Reads every file and compares its SHA-256 with meta.json's. Errors: DataError naming the first
-  that differs."""
+  """Compares the SHA-256 of every file with meta.json's. Errors: DataError naming the first that
+  differs."""
   for name, expected in dataset.meta["files"].items():
     if _sha256(dataset.path(name)) != expected["sha256"]:
       raise DataError(
         f"{dataset.path(name)}: contents are not those that were prepared (SHA-256 differs from "
-        "meta.json's); "
-        "delete the folder and prepare again"
+        "meta.json's); delete the folder and prepare again"
       )
 
 

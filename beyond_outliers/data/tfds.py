@@ -1,7 +1,7 @@
-"""Documents in TFDS datasets: the builder that writes them as ArrayRecord, and the reading of any
-prepared one.
+"""TFDS datasets of documents: the builder that writes them as ArrayRecord, and readers of any
+prepared one, without TensorFlow.
 
-No TensorFlow anywhere. A path is a prepared dataset's directory (the one with dataset_info.json),
+A path is a prepared dataset's directory (the one with dataset_info.json),
 and optionally a split of it after an @: "/data/c4/en/3.0.1@train[:90%]". Without it the split is
 train.
 """
@@ -18,21 +18,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import sequential_writer
 
-from beyond_outliers.data.documents import Document, as_content
+from beyond_outliers.data.document import Document, as_content
 from beyond_outliers.errors import DataError
 
 READ_AT_ONCE = 256  # records a call when reading in order
 SHARD_RECORDS = 100_000  # records a file at most
 
 
-class Documents(tfds.core.GeneratorBasedBuilder):
+class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
   """A TFDS dataset with one split, train, in the order given, and one feature: "text", or "tokens"
   in `ids_dtype`."""
 
+  name = "documents"
   VERSION = tfds.core.Version("1.0.0")
-  url_infos = (
-    None  # nothing is downloaded; TFDS would search for checksums by a package it doesn't declare
-  )
+  # Nothing is downloaded; TFDS would search for checksums by a package it doesn't declare.
+  url_infos = None
 
   def __init__(
     self, documents: Iterable[str | np.ndarray], *, data_dir: str, ids_dtype: Any = None
@@ -76,11 +76,13 @@ class Documents(tfds.core.GeneratorBasedBuilder):
     self.info.set_splits(info.splits)
 
 
-def write(documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None) -> str:
+def write_documents(
+  documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None
+) -> str:
   """Writes texts, or token ids, as a TFDS dataset below `directory`; returns the prepared dataset's
   own directory."""
   tfds.disable_progress_bar()  # preparation has progress lines of its own
-  builder = Documents(documents, data_dir=directory, ids_dtype=ids_dtype)
+  builder = DocumentBuilder(documents, data_dir=directory, ids_dtype=ids_dtype)
   builder.download_and_prepare()
   return str(builder.data_path)
 
@@ -122,7 +124,7 @@ class Records:
     return _document(example, self._field, f"{self.path}: record {index}")
 
 
-def files(path: str) -> list[str]:
+def split_files(path: str) -> list[str]:
   """The record files of a split. Errors: DataError if one that the dataset's description names is
   missing."""
   builder, split = _open(path)
@@ -135,10 +137,10 @@ def files(path: str) -> list[str]:
   return names
 
 
-def documents(path: str, field: str) -> Iterator[Document]:
+def read_split(path: str, field: str) -> Iterator[Document]:
   """Every document of a split in order, from ArrayRecord or TFRecord files."""
   builder, split = _open(path, field)
-  files(path)
+  split_files(path)
   file_format = builder.info.file_format
   if file_format == tfds.core.FileFormat.ARRAY_RECORD:
     records = Records(path, field)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -86,6 +85,8 @@ class Bytes(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
+  """A SentencePiece model's file, run by the library of that name."""
+
   stored = "sentencepiece:{directory}/tokenizer.model"
 
   def __init__(self, file: str):
@@ -147,7 +148,7 @@ class HuggingFace(Tokenizer):
     return next((i for i in map(self.id_of, names) if i is not None), None)
 
   @property
-  def puts_first(self) -> int | None:
+  def prepended_id(self) -> int | None:
     """The id that the file's post-processor puts before a text, which `encode` leaves to the
     trainer; None if it puts none."""
     encoding = self._model.encode("a", add_special_tokens=True)
@@ -241,7 +242,7 @@ def load(name: str) -> Tokenizer:
   return TOKENIZERS[kind](argument)
 
 
-def begins_texts(directory: str) -> int | None:
+def added_bos(directory: str) -> int | None:
   """The id that the tokenizer of a Hugging Face directory puts before every text; None if it puts
   none.
 
@@ -253,7 +254,7 @@ def begins_texts(directory: str) -> int | None:
   settings = json.loads(_read_file(settings_file)) if os.path.exists(settings_file) else {}
   adds, token = settings.get("add_bos_token"), settings.get("bos_token")
   if adds is None:
-    return tokenizer.puts_first
+    return tokenizer.prepended_id
   if not adds:
     return None
   name = token["content"] if isinstance(token, dict) else token
@@ -263,58 +264,6 @@ def begins_texts(directory: str) -> int | None:
       f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"
     )
   return found
-
-
-def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:
-  """A SentencePiece BPE model of exactly `vocab` pieces that loses nothing, as the bytes of its
-  file.
-
-  BPE because it trains in a second where unigram takes 20, at the same bytes a token on held-out
-  text. Nothing is normalized, no space is added or dropped, unknown characters fall back to bytes,
-  and newlines, at which the trainer cuts its sentences, are pieces of their own. One thread, so
-  that the same texts give the same file. Errors: DataError if the texts don't support the
-  vocabulary.
-  """
-  import sentencepiece
-
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sentences(texts),
-      model_writer=model,
-      model_type="bpe",
-      vocab_size=vocab,
-      normalization_rule_name="identity",
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      byte_fallback=True,
-      user_defined_symbols=["\n", "\n\n"],
-      split_digits=True,
-      pad_id=0,
-      bos_id=1,
-      eos_id=2,
-      unk_id=3,
-      max_sentence_length=8 * SENTENCE,
-      num_threads=1,
-      minloglevel=2,
-    )
-  except RuntimeError as error:
-    raise DataError(
-      f"data.vocab = {vocab}: no SentencePiece model of that size from these documents ({error})"
-    ) from None
-  return model.getvalue()
-
-
-SENTENCE = (
-  4096  # characters; the trainer skips sentences over its limit (in bytes), so longer ones are cut
-)
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-  for text in texts:
-    for line in text.split("\n"):
-      for start in range(0, len(line), SENTENCE):
-        yield line[start : start + SENTENCE]
 
 
 def _id_or_none(token: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Windows of the token stream, and the batch dict made of them; validation batches whole.
+"""Windows of the token stream, batches made of windows, and the validation batches.
 
 A window is L + 1 tokens, input and target shifted by one; the next begins with its last token, so
 that every token but the stream's first is a target.
@@ -9,14 +9,13 @@ Shape letters: b rows of this process, L context, W = L + 1 tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from beyond_outliers import config
 from beyond_outliers.data import shards
 from beyond_outliers.errors import DataError
-
-Batch = dict[str, np.ndarray]
+from beyond_outliers.types import Batch
 
 
 def num_windows(tokens: int, context: int) -> int:
@@ -31,63 +30,59 @@ def read_windows(
   stream."""
   tokens_bxW = np.zeros((len(begins), context + 1), stream.dtype)
   steps_bxW = np.zeros(tokens_bxW.shape, np.int64)
-  first = np.searchsorted(
-    stream.starts, begins, side="right"
-  )  # the number of the document that a window begins in
+  # 1-based numbers of the first and the last document in each window.
+  first = np.searchsorted(stream.starts, begins, side="right")
   last = np.searchsorted(stream.starts[:-1], begins + context + 1, side="left")
   for row, begin in enumerate(begins):
     tokens = stream.read(int(begin), int(begin) + context + 1)
     tokens_bxW[row, : len(tokens)] = tokens
     steps_bxW[row, 0] = first[row]
-    steps_bxW[row, stream.starts[first[row] : last[row]] - begin] = (
-      1  # every document has a token: no two start together
-    )
+    # Every document has a token: no two start together.
+    steps_bxW[row, stream.starts[first[row] : last[row]] - begin] = 1
   documents_bxW = np.cumsum(steps_bxW, axis=1)
   documents_bxW[begins[:, None] + np.arange(context + 1) >= len(stream)] = 0
   return tokens_bxW, documents_bxW
 
 
-def make_batch(tokens_bxW: np.ndarray, segments_bxW: np.ndarray, cfg: Any, where: str) -> Batch:
-  """The batch dict, arrays [b, L]. With `cfg.mask_documents`, positions restart with each document,
-  and the first token of one is no target of the document before. Errors: DataError if a token is
-  outside `cfg.vocab`."""
-  if (
-    top := int(tokens_bxW.max())
-  ) >= cfg.vocab:  # an embedding would make NaN of it, or say nothing
+def make_batch(
+  tokens_bxW: np.ndarray, segments_bxW: np.ndarray, cfg: config.Data, where: str
+) -> Batch:
+  """The batch of windows, arrays [b, L]. Targets in segment 0 lie in no document: weight 0.
+
+  With `cfg.mask_documents`, positions restart with each document, and the first token of one is no
+  target of the document before. Errors: DataError if a token is outside `cfg.vocab`."""
+  top = int(tokens_bxW.max())
+  if top >= cfg.vocab:  # an embedding would make NaN of it, or say nothing
     raise DataError(
       f"data.vocab = {cfg.vocab}: token id {top} in {where} is outside it; the dataset is of "
-      "another vocabulary, "
-      "or damaged: python -m beyond_outliers.prepare --verify tells"
+      "another vocabulary, or damaged: python -m beyond_outliers.prepare --verify tells"
     )
   segments_bxL = segments_bxW[:, :-1].astype(np.int32)
+  counted_bxL = segments_bxW[:, 1:] > 0
   places_bxL = np.broadcast_to(np.arange(segments_bxL.shape[1], dtype=np.int32), segments_bxL.shape)
+  positions_bxL = places_bxL.copy()
   if cfg.mask_documents:
     restarts_bxL = np.diff(segments_bxL, axis=1, prepend=segments_bxL[:, :1]) != 0
-    positions_bxL = places_bxL - np.maximum.accumulate(
-      np.where(restarts_bxL, places_bxL, 0), axis=1
-    )
-    weights_bxL = (segments_bxL == segments_bxW[:, 1:]).astype(np.float32)
-  else:
-    positions_bxL = places_bxL.copy()
-    weights_bxL = np.ones(segments_bxL.shape, np.float32)
+    positions_bxL -= np.maximum.accumulate(np.where(restarts_bxL, places_bxL, 0), axis=1)
+    counted_bxL &= segments_bxL == segments_bxW[:, 1:]
   return {
     "tokens": tokens_bxW[:, :-1].astype(np.int32),
     "targets": tokens_bxW[:, 1:].astype(np.int32),
     "segment_ids": segments_bxL,
     "positions": positions_bxL,
-    "weights": weights_bxL,
+    "weights": counted_bxL.astype(np.float32),
   }
 
 
 class ValidationBatches(Sequence):
-  """The validation documents in their own order, every target once; rows beyond the end have weight
-  0. Read when asked for."""
+  """Batches of the validation documents in their own order, every target once; targets beyond the
+  end have weight 0. Read when asked for."""
 
   def __init__(
     self,
     stream: shards.TokenStream,
     tokens: int,
-    cfg: Any,
+    cfg: config.Data,
     context: int,
     batch_size: int,
     rows: range,
@@ -105,14 +100,12 @@ class ValidationBatches(Sequence):
     tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
     beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
     tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0
-    batch = make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
-    batch["weights"][beyond_bxW[:, 1:]] = 0
-    return batch
+    return make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
 
 
 def validation_batches(
   dataset: shards.Dataset,
-  cfg: Any,
+  cfg: config.Data,
   *,
   context: int,
   batch_size: int,
@@ -137,12 +130,12 @@ def validation_batches(
     raise DataError(
       f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
     )
-  return ValidationBatches(
-    stream, tokens, cfg, context, batch_size, rows_of(process_index, process_count, batch_size)
-  )
+  rows = process_rows(process_index, process_count, batch_size)
+  return ValidationBatches(stream, tokens, cfg, context, batch_size, rows)
 
 
-def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
+def process_rows(process_index: int, process_count: int, batch_size: int) -> range:
+  """Rows of a global batch that one process holds. Errors: DataError."""
   if batch_size % process_count:
     raise DataError(
       f"batch_size = {batch_size}: must be a multiple of the number of processes ({process_count})"

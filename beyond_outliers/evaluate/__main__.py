@@ -1,12 +1,13 @@
-"""Evaluates checkpoints: as they were trained, and quantized after training by every method under
-every recipe.
+"""Evaluation job: checkpoints as they were trained, and quantized after training by every method
+under every recipe.
 
-  python -m beyond_outliers.evaluate --workdir=runs/adamw-nano --recipes=rtn_w4a4,rtn_w4a16 --methods=rtn,gptq
-  python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow          # beside the training job
+  python -m beyond_outliers.evaluate --workdir=runs/adamw-nano \
+      --recipes=rtn_w4a4,rtn_w4a16 --methods=rtn,gptq
+  python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
 Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only
-reads the run. What cannot be measured is told and left out, and makes the exit code 1.
+reads the run. A cell that cannot be measured is reported and left out, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import app, flags
 from etils import epath
 
-from beyond_outliers import checkpoint, cli
+from beyond_outliers import cli
 from beyond_outliers.config.checks import require
-from beyond_outliers.evaluate import evaluator as evaluator_lib
-from beyond_outliers.evaluate import offline_tasks, target
+from beyond_outliers.errors import CheckpointError
+from beyond_outliers.evaluate import offline_tasks
+from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.job import Job, Progress, wait_for_run
+from beyond_outliers.evaluate.plan import check_names, plan_cells
+from beyond_outliers.evaluate.table import results_table
+from beyond_outliers.evaluate.target import (
+  HuggingFaceModel,
+  OneCheckpoint,
+  RunCheckpoints,
+  Target,
+  TextOptions,
+)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 HF = flags.DEFINE_string(
@@ -72,6 +82,36 @@ OUT = flags.DEFINE_string(
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
 
 
+def open_target(progress: Progress) -> Target:
+  """The target that the flags name. Errors: ConfigError, WorkdirError, DataError."""
+  options: TextOptions = {
+    "dataset": DATA.value or "",
+    "context": CONTEXT.value or 0,
+    "batch_size": BATCH_SIZE.value or 0,
+    "documents": DOCUMENTS.value,
+  }
+  if HF.value:
+    require(
+      not FOLLOW.value and not STEPS.value,
+      "--hf",
+      HF.value,
+      "holds one model; leave --follow and --steps out",
+    )
+    return HuggingFaceModel(HF.value, **options)
+  if CHECKPOINT.value:
+    require(
+      not FOLLOW.value and not STEPS.value,
+      "--checkpoint",
+      CHECKPOINT.value,
+      "is of one step: leave --follow and --steps out, or give --workdir",
+    )
+    return OneCheckpoint(CHECKPOINT.value, **options)
+  workdir = str(WORKDIR.value)
+  if FOLLOW.value:
+    wait_for_run(epath.Path(workdir), progress, POLL.value)
+  return RunCheckpoints(workdir, **options)
+
+
 def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
   """Errors: ConfigError."""
   if list(asked) == ["all"]:
@@ -92,40 +132,23 @@ def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
   return [int(step) for step in asked]
 
 
-def opened(progress: Progress) -> target.Source:
-  """What the flags name. Errors: ConfigError, WorkdirError, DataError, CheckpointError."""
-  options: Any = dict(
-    dataset=DATA.value or "",
-    context=CONTEXT.value or 0,
-    batch_size=BATCH_SIZE.value or 0,
-    documents=DOCUMENTS.value,
-  )
-  if HF.value:
-    require(
-      not FOLLOW.value and not STEPS.value,
-      "--hf",
-      HF.value,
-      "holds one model; leave --follow and --steps out",
-    )
-    return target.of_hugging_face(HF.value, **options)
-  if CHECKPOINT.value:
-    require(
-      not FOLLOW.value and not STEPS.value,
-      "--checkpoint",
-      CHECKPOINT.value,
-      "is of one step: leave --follow and --steps out, or give --workdir",
-    )
-    return target.of_checkpoint(CHECKPOINT.value, **options)
+def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
+  """Runs the job as the flags say. The steps whose results count; None: all."""
   if FOLLOW.value:
-    wait_for_run(epath.Path(str(WORKDIR.value)), progress, POLL.value)
-  return target.of_run(WORKDIR.value, **options)
+    wanted = None if STEPS.value in ([], ["all"]) else steps  # None: all that will ever be
+    job.follow(wanted)
+    return wanted
+  if STEPS.value:
+    job.once(steps)
+    return steps
+  return job.newest()
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   # Names first: a run that --follow waits for may begin tomorrow.
-  evaluator_lib.check_names(RECIPES.value, METHODS.value)
+  check_names(RECIPES.value, METHODS.value)
   require(
     bool(RECIPES.value) or not flags.FLAGS["methods"].present,
     "--methods",
@@ -133,39 +156,33 @@ def main(argv: list[str]) -> None:
     "under which recipe? give --recipes too, such as rtn_w4a4",
   )
   progress = Progress()
-  source = opened(progress)
-  if not FOLLOW.value and not source.steps():
-    raise checkpoint.CheckpointError(
-      f"{source.name}: no checkpoint; train first, or wait for one with --follow"
+  target = open_target(progress)
+  if not FOLLOW.value and not target.steps():
+    raise CheckpointError(
+      f"{target.name}: no checkpoint; train first, or wait for one with --follow"
     )
-  steps = chosen_steps(STEPS.value, source.steps())
-  evaluator = evaluator_lib.Evaluator(
-    source,
-    evaluator_lib.plan(source, RECIPES.value, METHODS.value),
+  steps = chosen_steps(STEPS.value, target.steps())
+  evaluator = Evaluator(
+    target,
+    plan_cells(target, RECIPES.value, METHODS.value),
     OUT.value,
     tasks=TASKS.value,
     task_folders=TASK_FOLDERS.value,
-    windows=CALIBRATION.value,
+    calibration_windows=CALIBRATION.value,
     say=progress,
   )
-  job = Job(source, evaluator, progress, POLL.value)
-  if FOLLOW.value:
-    steps = None if STEPS.value in ([], ["all"]) else steps  # None: all that will ever be
-    job.follow(steps)
-  elif STEPS.value:
-    job.once(steps)
-  else:
-    steps = job.newest()
+  job = Job(target, evaluator, progress, POLL.value)
+  evaluated = evaluate_steps(job, steps)
   evaluator.close()
-  results = evaluator.results(steps)
+  results = evaluator.results(evaluated)
   if not results:
-    raise checkpoint.CheckpointError(
-      f"{source.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
+    raise CheckpointError(
+      f"{target.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
     )
   if JSON.value:
     print(json.dumps({"cells": results, "skipped": job.skipped}))
   else:
-    print(evaluator_lib.table(results))
+    print(results_table(results))
     for step, reasons in job.skipped.items():
       print("\n".join(f"step {step} skipped: {reason}" for reason in reasons))
   if job.failed:

@@ -18,11 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.model import layers, loss, transformer
-from beyond_outliers.quant import QuantSpec, fake_quantize, recipes
+from beyond_outliers.model import layers, loss, stack, transformer
+from beyond_outliers.params import at_depth, is_kernel, is_stacked, leaves_by_path, parent, slice_at
+from beyond_outliers.quant import QuantSpec, fake_quantize
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -196,7 +196,7 @@ def measurement(
       module, method = context.module, context.method_name
       if method == "__call__" and isinstance(module, layers.Linear):
         sow(module, args[0])
-      elif method == "__call__" and isinstance(module, transformer.Stack):
+      elif method == "__call__" and isinstance(module, stack.Stack):
         sow(module.parent, args[0], "embedding")
       elif (
         method == "logits" and isinstance(module, transformer.Transformer) and module.config.tied
@@ -214,7 +214,7 @@ def measurement(
         *loss.masks(batch, mask_documents),
         mutable=["statistics"],
       )
-    flat = traverse_util.flatten_dict(sown["statistics"], sep="/")
+    flat = leaves_by_path(sown["statistics"])
     return {
       path.removesuffix("/outliers"): found
       for path, found in flat.items()
@@ -227,15 +227,14 @@ def measurement(
 def weight_measurement(params: Any, spec: QuantSpec = WEIGHTS) -> dict[str, Statistics]:
   """{path: statistics} of every matrix, for jit; output channels stand where activations have
   tokens, inputs where they have features."""
-  flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
   of = lambda w_OxI: statistics(w_OxI, jnp.ones(w_OxI.shape[0], bool), spec)
   found = {}
-  for path, leaf in flat.items():
+  for path, leaf in leaves_by_path(params).items():
     if path == "embedding":
       found[path] = of(leaf)  # [V, D], which as the head's matrix is [out, in]
-    elif path.endswith("/kernel"):
-      found[path.removesuffix("/kernel")] = (
-        jax.vmap(lambda w_IxO: of(w_IxO.T))(leaf) if leaf.ndim == 3 else of(leaf.T)
+    elif is_kernel(path):
+      found[parent(path)] = (
+        jax.vmap(lambda w_IxO: of(w_IxO.T))(leaf) if is_stacked(path) else of(leaf.T)
       )
   return found
 
@@ -251,12 +250,12 @@ def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
     total = new if total is None else {path: _merged(total[path], new[path]) for path in new}
   rows = []
   for path, found in total.items():
-    if not path.startswith("layers/"):
+    if not is_stacked(path):
       rows.append({"path": path, "depth": np.nan, **_row(path, found)})
     else:
       for depth in range(found.power.shape[0]):
-        of_depth = _row(path, jax.tree.map(lambda x, i=depth: x[i], found))
-        rows.append({"path": recipes.at_depth(path, depth), "depth": depth, **of_depth})
+        of_depth = _row(path, slice_at(found, depth))
+        rows.append({"path": at_depth(path, depth), "depth": depth, **of_depth})
   order = lambda row: (row["path"] == "head", row["path"] != "embedding", row["depth"])
   return pd.DataFrame(sorted(rows, key=order))
 

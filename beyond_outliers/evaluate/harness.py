@@ -1,5 +1,7 @@
-"""A model as an lm-evaluation-harness `LM`, and what it scores on the harness's tasks. Needs the
-extra `eval`, and no torch."""
+"""Adapter of models to the lm-evaluation-harness: a model as its `LM`, its tasks, and their scores.
+
+Needs the extra `eval`, and no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.model import transformer
+from beyond_outliers.types import Params, PathLike
 
 try:
   import lm_eval
@@ -33,37 +36,32 @@ except ImportError as error:
     "--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'"
   ) from error
 
-Results = dict[str, dict[str, float]]
-
-
-class Asked(NamedTuple):
-  """What a name stands for, with its data: a task, or those of a group or tag."""
-
-  name: str
-  objects: list[Any]  # of the harness
-  content: str  # hash of what is asked and how it is judged
-
+Scores = dict[str, dict[str, float]]
 
 # Resamples behind the standard errors that have no formula, such as perplexity's.
 BOOTSTRAPS = 1000
-WHERE = (
-  "dataset_path",
-  "dataset_name",
-  "dataset_kwargs",
-  "metadata",
-)  # of a task's configuration: where it and its data lie
+# Of a task's configuration: where it and its data lie.
+WHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
 GENERATED = 256  # tokens at most where a task doesn't say, or half the window where that is less
 
 
-class HarnessModel(lm_eval.api.model.TemplateLM):
-  """What the harness asks in strings, of a `scoring.Scorer`.
+class LoadedTask(NamedTuple):
+  """A task by its name, or all those of a group or tag, with their data."""
 
-  prefix: the id that stands before a text without a context: what parts documents in training. bos:
+  name: str
+  objects: list[Any]  # of the harness
+  content: str  # hash of the questions and how answers are judged
+
+
+class HarnessModel(lm_eval.api.model.TemplateLM):
+  """The harness's questions in strings, answered by a `loglikelihood.Scorer`.
+
+  prefix: the id that stands before a text without a context, as between documents in training. bos:
   whether it stands before every text, as before every document in training; it is not doubled. As
   with the harness's Hugging Face model, contexts too long for the window lose their beginning, and
   a context's trailing spaces are encoded with the continuation. Generation is greedy, and ends with
-  the text or where another would begin: ConfigError for a task that samples, or that wants more
-  tokens than the window has."""
+  the text or where another would begin.
+  Errors: ConfigError for a task that samples, or that wants more tokens than the window has."""
 
   def __init__(
     self,
@@ -96,14 +94,11 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     results = self._scorer.score(
       [loglikelihood.Pair(context, continuation) for _, context, continuation in requests]
     )
-    for (texts, _, _), result in zip(requests, results, strict=True):
-      self.cache_hook.add_partial("loglikelihood", texts, result)
-    return results
+    return self._cached("loglikelihood", [texts for texts, _, _ in requests], results)
 
   def loglikelihood_rolling(self, requests, disable_tqdm=True):
-    texts = [
-      self.tok_encode(request.args[0], add_special_tokens=False) for request in requests
-    ]  # prefix is put for each
+    # The prefix is put before each window.
+    texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
     windows = [
       [
         loglikelihood.Pair(*lm_eval.utils.make_disjoint_window(window))
@@ -115,31 +110,10 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     ]
     scores = iter(self._scorer.score([window for each in windows for window in each]))
     results = [sum(next(scores)[0] for _ in each) for each in windows]
-    for request, result in zip(requests, results, strict=True):
-      self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
-    return results
+    return self._cached("loglikelihood_rolling", [request.args for request in requests], results)
 
   def generate_until(self, requests, disable_tqdm=True):
-    settings = [
-      lm_eval.models.utils.normalize_gen_kwargs(
-        request.args[1], min(GENERATED, self._scorer.context // 2)
-      )
-      for request in requests
-    ]
-    for setting in settings:
-      checks.require(
-        not setting["do_sample"],
-        "generation_kwargs.do_sample",
-        True,
-        "only greedy generation; set it to false",
-      )
-      tokens, most = setting["max_gen_toks"], self._scorer.context - 1
-      checks.require(
-        0 < tokens <= most,
-        "generation_kwargs.max_gen_toks",
-        tokens,
-        f"expected 1 to {most}, one below the window",
-      )
+    settings = [self._generation_settings(request.args[1]) for request in requests]
 
     def text(number, ids):
       return cut(self._tokenizer.decode(until(ids, self._ends)), settings[number]["until"])
@@ -154,23 +128,38 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
       ended,
     )
     results = [text(number, ids) for number, ids in enumerate(generated)]
-    for request, result in zip(requests, results, strict=True):
-      self.cache_hook.add_partial("generate_until", request.args, result)
+    return self._cached("generate_until", [request.args for request in requests], results)
+
+  def _generation_settings(self, settings):
+    window = self._scorer.context
+    whole = lm_eval.models.utils.normalize_gen_kwargs(settings, min(GENERATED, window // 2))
+    field, limit = "generation_kwargs.max_gen_toks", whole["max_gen_toks"]
+    remedy = f"expected 1 to {window - 1}, one below the window"
+    checks.require(0 < limit < window, field, limit, remedy)
+    field, remedy = "generation_kwargs.do_sample", "only greedy generation; set it to false"
+    checks.require(not whole["do_sample"], field, True, remedy)
+    return whole
+
+  def _cached(self, method, keys, results):
+    for key, result in zip(keys, results, strict=True):
+      self.cache_hook.add_partial(method, key, result)
     return results
 
 
 def until(ids: list[int], ends: set[int]) -> list[int]:
+  """The ids before the first that ends a text."""
   return list(itertools.takewhile(lambda i: i not in ends, ids))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
   """The text before the first of the stop strings."""
-  return text[
-    : min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))
-  ]
+  ends = [text.find(stop) for stop in stops if stop and stop in text]
+  return text[: min(ends, default=len(text))]
 
 
-def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.tasks.TaskManager:
+def task_manager(
+  tasks: Sequence[str], folders: Sequence[PathLike] = ()
+) -> lm_eval.tasks.TaskManager:
   """The harness's tasks, groups and tags, and those of the YAML files in `folders`, which replace
   its own of the same name.
 
@@ -179,10 +168,10 @@ def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.t
   Errors: ConfigError for a name that nobody knows."""
   missing = [folder for folder in folders if not os.path.isdir(folder)]
   checks.require(not missing, "task folders", missing, "there is no such folder")
-  folders = [str(folder) for folder in folders]
-  manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+  paths: Any = [str(folder) for folder in folders]
+  manager = lm_eval.tasks.TaskManager(include_path=paths, include_defaults=False)
   if not set(tasks) <= set(manager.all_tasks):
-    manager = lm_eval.tasks.TaskManager(include_path=folders)
+    manager = lm_eval.tasks.TaskManager(include_path=paths)
   for task in tasks:
     # cutoff 0: the nearest of thousands, rather than all of them.
     checks.require(
@@ -191,14 +180,14 @@ def task_manager(tasks: Sequence[str], folders: Sequence[Any] = ()) -> lm_eval.t
   return manager
 
 
-def load(names: Sequence[str], folders: Sequence[Any] = ()) -> list[Asked]:
+def load_tasks(names: Sequence[str], folders: Sequence[PathLike] = ()) -> list[LoadedTask]:
   """folders: see `task_manager`. Errors: ConfigError for tasks that are unknown, faulty or without
   their data."""
   manager = task_manager(names, folders)
   return [_load(manager, name) for name in names]
 
 
-def _load(manager: lm_eval.tasks.TaskManager, name: str) -> Asked:
+def _load(manager: lm_eval.tasks.TaskManager, name: str) -> LoadedTask:
   try:
     with contextlib.redirect_stdout(sys.stderr):  # results alone go to stdout
       found: Any = manager.load([name])
@@ -206,11 +195,10 @@ def _load(manager: lm_eval.tasks.TaskManager, name: str) -> Asked:
   except Exception as error:  # the harness and its library of data raise whatever there is
     raise ConfigError(
       f"tasks = {name}: {type(error).__name__}: {' '.join(str(error).split())}; mend its YAML file "
-      "or its "
-      "data; without the hub, name tasks on local data"
+      "or its data; without the hub, name tasks on local data"
     ) from error
   group = found.get("groups", {}).get(name)
-  return Asked(
+  return LoadedTask(
     name,
     list(found["tasks"].values()) if group is None else [group],
     _digest([importlib.metadata.version("lm_eval"), group and group.to_dict(), content]),
@@ -225,38 +213,38 @@ def _content(task: Any) -> list[Any]:
 
 
 def _digest(value: Any) -> str:
-  # Functions that have no source are told with their place in memory.
+  # Functions that have no source are written with their place in memory.
   text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True, default=str))
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def run(
+def score_tasks(
   model: transformer.Transformer,
-  params: Any,
+  params: Params,
   tokenizer: tokenizers.Tokenizer,
-  asked: Sequence[Asked],
+  tasks: Sequence[LoadedTask],
   *,
   context: int,
   mesh: jax.sharding.Mesh | None = None,
   limit: int | None = None,
   prefix: int | None = None,
   bos: bool = False,
-) -> Results:
+) -> Scores:
   """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a
   task itself says otherwise.
 
-  Of a group or tag each task has a row. asked, limit: as `ask` takes them; the others as
+  Of a group or tag each task has a row. tasks, limit: as `ask` takes them; the others as
   `harness_model`."""
   return ask(
     harness_model(model, params, tokenizer, context=context, mesh=mesh, prefix=prefix, bos=bos),
-    asked,
+    tasks,
     limit,
   )
 
 
 def harness_model(
   model: transformer.Transformer,
-  params: Any,
+  params: Params,
   tokenizer: tokenizers.Tokenizer,
   *,
   context: int,
@@ -264,10 +252,10 @@ def harness_model(
   prefix: int | None = None,
   bos: bool = False,
 ) -> HarnessModel:
-  """What any number of tasks is asked of: its programs are compiled once for all.
+  """A model that any number of tasks is asked of: its programs are compiled once for all.
 
-  context, mesh: as `scoring.Scorer` takes them. prefix, bos: as `HarnessModel` does; prefix by
-  default the tokenizer's token that ends a text (with bos: begins it), or else the other."""
+  context, mesh: as `loglikelihood.Scorer` takes them. prefix, bos: as `HarnessModel` does; prefix
+  by default the tokenizer's token that ends a text (with bos: begins it), or else the other."""
   marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
@@ -279,15 +267,15 @@ def harness_model(
   )
 
 
-def ask(asked_model: HarnessModel, asked: Sequence[Asked], limit: int | None = None) -> Results:
-  """As `run`. asked: as `load` makes them, any number of times. limit: only the first so many
-  examples of each task."""
+def ask(model: HarnessModel, tasks: Sequence[LoadedTask], limit: int | None = None) -> Scores:
+  """As `score_tasks`. tasks: as `load_tasks` makes them, any number of times. limit: only the first
+  so many examples of each task."""
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
   with contextlib.redirect_stdout(sys.stderr):
     found: Any = lm_eval.simple_evaluate(
-      asked_model,
-      tasks=[task for each in asked for task in each.objects],
+      model,
+      tasks=[each for task in tasks for each in task.objects],
       limit=limit,
       log_samples=False,
       task_manager=lm_eval.tasks.TaskManager(include_defaults=False),

@@ -13,26 +13,25 @@ from typing import Any
 
 from etils import epath
 
-from beyond_outliers import checkpoint
-from beyond_outliers.errors import ConfigError
-from beyond_outliers.evaluate import evaluator as evaluator_lib
-from beyond_outliers.evaluate import target
+from beyond_outliers.errors import CheckpointError, ConfigError
+from beyond_outliers.evaluate.evaluator import Evaluator
+from beyond_outliers.evaluate.plan import Cell
+from beyond_outliers.evaluate.results import Result
+from beyond_outliers.evaluate.table import shown
+from beyond_outliers.evaluate.target import Target
+from beyond_outliers.types import Params
 
-SILENCE = 1800.0  # seconds without a word from the run, after which that is told
+SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
 RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in which a run writes them
 
 
 class Progress:
-  """For a person, on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then one
-  within a long one."""
+  """Progress of a job on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then
+  one within a long one."""
 
   def __init__(self, every: float = 30.0):
-    self._redraw, self._every, self._last, self._what = (
-      sys.stderr.isatty(),
-      every,
-      time.monotonic(),
-      "",
-    )
+    self._redraw, self._every = sys.stderr.isatty(), every
+    self._what, self._last = "", time.monotonic()
     self._spent, self._measured = 0.0, 0
 
   def begin(self, what: str) -> None:
@@ -62,15 +61,16 @@ def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Tells a person what becomes of a run that is followed. One that was killed looks like one that
+  """Tells a person of changes in a run that is followed. One that was killed looks like one that
   takes long for a step."""
 
-  def __init__(self, source: target.Source, progress: Progress):
-    self._source, self._progress = source, progress
-    self._status, self._wrote, self._since = "", None, time.monotonic()
+  def __init__(self, target: Target, progress: Progress):
+    self._target, self._progress = target, progress
+    self._status, self._since = "", time.monotonic()
+    self._wrote: float | None = None
 
   def look(self) -> None:
-    status, wrote = self._source.news()
+    status, wrote = self._target.status(), self._target.last_write()
     if status != self._status:
       self._progress.line(f"run: {status}")
     if (status, wrote) != (self._status, self._wrote):
@@ -84,17 +84,11 @@ class Watch:
 
 
 class Job:
-  """Checkpoint after checkpoint through an `Evaluator`; those that cannot be read are reported and
-  left alone."""
+  """Checkpoint after checkpoint of a target through an `Evaluator`; those that cannot be read are
+  reported and left alone."""
 
-  def __init__(
-    self,
-    source: target.Source,
-    evaluator: evaluator_lib.Evaluator,
-    progress: Progress,
-    poll: float = 10.0,
-  ):
-    self._source, self._evaluator, self._progress, self._poll = source, evaluator, progress, poll
+  def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
+    self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
     self.failed = False  # whether a cell could not be measured of a checkpoint that could be read
 
@@ -104,7 +98,7 @@ class Job:
 
   def newest(self) -> list[int]:
     """The steps that were evaluated: the newest one, or the one before it where that is damaged."""
-    for step in self._source.steps()[::-1]:
+    for step in self._target.steps()[::-1]:
       if self._evaluate(step):
         return [step]
     return []
@@ -112,22 +106,23 @@ class Job:
   def follow(self, wanted: Collection[int] | None = None) -> None:
     """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are.
     One that was skipped and then saved anew is tried again."""
-    seen: dict[int, Any] = {}  # step -> what had been written of it
+    target = self._target
+    seen: dict[int, Any] = {}  # step -> its files when it was read
     left = {step for step in wanted or () if self._evaluator.missing(step)}
-    watch = Watch(self._source, self._progress)
+    watch = Watch(target, self._progress)
     while wanted is None or left:
       watch.look()
-      ended = self._source.ended()  # asked first: what was written until then is in the list
-      steps = [step for step in self._source.steps() if wanted is None or step in wanted]
+      ended = target.ended()  # asked first: what was written until then is in the list
+      steps = [step for step in target.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
       waiting = [
         step
         for step in steps
-        if step not in seen or (step in self.skipped and self._source.written(step) != seen[step])
+        if step not in seen or (step in self.skipped and target.written(step) != seen[step])
       ]
       if waiting:
         # One a turn: others may go meanwhile.
-        seen[waiting[0]] = self._source.written(waiting[0])
+        seen[waiting[0]] = target.written(waiting[0])
         if self._evaluate(waiting[0], later=waiting[1:]):
           left.discard(waiting[0])
       elif ended:
@@ -143,33 +138,41 @@ class Job:
       return True
     self._progress.begin(f"step {step}")
     try:
-      params = self._source.params(step)
-    except (checkpoint.CheckpointError, OSError) as error:
+      params = self._target.params(step)
+    except (CheckpointError, OSError) as error:
       time.sleep(1.0)  # a deletion under way looks like damage
-      gone = step not in self._source.steps()
+      gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False
     to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
     for i, cell in enumerate(missing, 1):
-      self._progress.begin(f"step {step} · {cell.recipe} · {cell.method}")
-      start = time.perf_counter()
-      try:
-        metrics = self._evaluator.measure(step, params, cell)["metrics"]
-      except Exception as error:  # no memory, a checkpoint that a method cannot take, a task: the others may be well
-        if not isinstance(error, ConfigError):
-          traceback.print_exc()
-        self.failed = True
-        self._skip(
-          step,
-          f"{cell.recipe}, {cell.method}: {type(error).__name__}: {' '.join(str(error).split())}",
-        )
-        continue
-      text = f"loss {evaluator_lib.shown(metrics['loss'])}"
-      if "kl" in metrics:
-        text += f" ({evaluator_lib.shown(metrics['loss_difference'], '+.4f')}) · KL {evaluator_lib.shown(metrics['kl'])}"
-      self._progress.done(text, time.perf_counter() - start, to_go - i)
+      self._measure(step, params, cell, to_go - i)
     return True
+
+  def _measure(self, step: int, params: Params, cell: Cell, to_go: int) -> None:
+    self._progress.begin(f"step {step} · {cell.recipe} · {cell.method}")
+    start = time.perf_counter()
+    try:
+      result = self._evaluator.measure(step, params, cell)
+    # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
+    except Exception as error:
+      if not isinstance(error, ConfigError):
+        traceback.print_exc()
+      self.failed = True
+      reason = " ".join(str(error).split())
+      self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {reason}")
+    else:
+      self._progress.done(_in_short(result), time.perf_counter() - start, to_go)
 
   def _skip(self, step: int, reason: str) -> None:
     self.skipped.setdefault(step, []).append(reason)
     self._progress.line(f"step {step} · skipped: {reason}")
+
+
+def _in_short(result: Result) -> str:
+  metrics = result["metrics"]
+  text = f"loss {shown(metrics['loss'])}"
+  if "kl" in metrics:
+    difference = shown(metrics["loss_difference"], "+.4f")
+    text += f" ({difference}) · KL {shown(metrics['kl'])}"
+  return text

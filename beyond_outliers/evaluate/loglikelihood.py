@@ -1,5 +1,5 @@
-"""Log-likelihoods and greedy continuations of token sequences, in few compiled shapes: what
-zero-shot tasks ask of a model.
+"""Log-likelihoods and greedy continuations of token sequences, in few compiled shapes, as the
+harness's tasks ask for them.
 
 Legend: R rows of a batch, L length of its bucket, S scored positions of a row, C of these that the
 head sees at once, D model width, V vocabulary.
@@ -17,23 +17,27 @@ import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import loss, transformer
+from beyond_outliers.types import Params
 
 SHORTEST = 16  # the smallest bucket of lengths
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
 
 
 class Pair(NamedTuple):
-  """A continuation, and what is read before it: at least one token each."""
+  """A continuation, and the context that is read before it: at least one token each."""
 
   context: Sequence[int]
   continuation: Sequence[int]
 
 
-class Batch(NamedTuple):
+class PackedPairs(NamedTuple):
+  """Pairs of about one length, a row each."""
+
   members: list[int]  # which pair each row holds
   tokens_RxL: np.ndarray
-  places_RxS: np.ndarray  # from which position of its row a target is foretold
+  positions_RxS: np.ndarray  # from which position of its row a target is predicted
   targets_RxS: np.ndarray
 
 
@@ -49,7 +53,7 @@ class Scorer:
   def __init__(
     self,
     model: transformer.Transformer,
-    params: Any,
+    params: Params,
     *,
     context: int,
     mesh: jax.sharding.Mesh | None = None,
@@ -66,17 +70,16 @@ class Scorer:
     self._extend = jax.jit(functools.partial(extend, model), out_shardings=everywhere)
 
   def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-    """Of each pair: the continuation's log-probability in nats, and whether all its tokens are the
-    model's first choices.
+    """Scores of pairs: the continuation's log-probability in nats, and whether all its tokens are
+    the model's first choices.
 
     A pair of more than context + 1 tokens loses its beginning. Errors: ConfigError for a
     continuation that is empty, or alone longer than the context."""
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
-        raise config.ConfigError(
+        raise ConfigError(
           f"context = {self.context}: a window of that holds no {len(continuation)} tokens to "
-          "score after "
-          f"{len(context)}; expected at least one of each, and no more than fit"
+          f"score after {len(context)}; expected at least one of each, and no more than fit"
         )
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
 
@@ -84,13 +87,11 @@ class Scorer:
       nll_RxS, first_RxS = map(np.asarray, outputs)
       for row, member in enumerate(batch.members):
         n = len(pairs[member].continuation)
-        results[member] = (
-          -float(nll_RxS[row, :n].sum(dtype=np.float64)),
-          bool(first_RxS[row, :n].all()),
-        )
+        log_p = -float(nll_RxS[row, :n].sum(dtype=np.float64))
+        results[member] = log_p, bool(first_RxS[row, :n].all())
 
     started = None  # a batch is fetched once the next one runs
-    for batch in self._batches(pairs):
+    for batch in self._packed(pairs):
       columns = max(1, self._batch_tokens // 4 * self._ways // len(batch.tokens_RxL))
       running = batch, self._run(functools.partial(self._score, columns=columns), *batch[1:])
       if started:
@@ -100,13 +101,13 @@ class Scorer:
       collect(*started)
     return results
 
-  def _batches(self, pairs: Sequence[Pair]) -> Iterator[Batch]:
-    """From the longest bucket to the shortest; what doesn't fill a batch goes on with the next
+  def _packed(self, pairs: Sequence[Pair]) -> Iterator[PackedPairs]:
+    """Batches from the longest bucket to the shortest; pairs that don't fill one go into the next
     bucket's."""
     shapes = [
       (
         self._length(min(len(context) + len(continuation) - 1, self.context)),
-        power_of_two(len(continuation)),
+        next_power_of_two(len(continuation)),
       )
       for context, continuation in pairs
     ]
@@ -115,20 +116,17 @@ class Scorer:
       length = shapes[order[0]][0]
       members = order[: self._rows(length)]
       del order[: len(members)]
-      batch = Batch(
-        members,
-        *(
-          np.zeros((self._rows(length), n), np.int32)
-          for n in (length, *2 * [max(shapes[member][1] for member in members)])
-        ),
+      rows, scored = self._rows(length), max(shapes[member][1] for member in members)
+      tokens_RxL, positions_RxS, targets_RxS = (
+        np.zeros((rows, n), np.int32) for n in (length, scored, scored)
       )
       for row, member in enumerate(members):
         context, continuation = pairs[member]
         window, n = [*context, *continuation][-(self.context + 1) :], len(continuation)
-        batch.tokens_RxL[row, : len(window) - 1] = window[:-1]
-        batch.places_RxS[row, :n] = np.arange(len(window) - 1 - n, len(window) - 1)
-        batch.targets_RxS[row, :n] = continuation
-      yield batch
+        tokens_RxL[row, : len(window) - 1] = window[:-1]
+        positions_RxS[row, :n] = np.arange(len(window) - 1 - n, len(window) - 1)
+        targets_RxS[row, :n] = continuation
+      yield PackedPairs(members, tokens_RxL, positions_RxS, targets_RxS)
 
   def generate(
     self,
@@ -145,10 +143,9 @@ class Scorer:
     Errors: ConfigError for an empty prompt, or a limit that leaves no room to one token of it."""
     for prompt, limit in zip(prompts, limits, strict=True):
       if not prompt or not 0 < limit < self.context:
-        raise config.ConfigError(
+        raise ConfigError(
           f"context = {self.context}: a window of that holds no {limit} new tokens after "
-          f"{len(prompt)}; "
-          "expected at least one of each"
+          f"{len(prompt)}; expected at least one of each"
         )
     kept = [
       list(prompt)[-(self.context - limit) :] for prompt, limit in zip(prompts, limits, strict=True)
@@ -191,38 +188,39 @@ class Scorer:
 
   def _length(self, tokens: int) -> int:
     """The bucket: a power of two, or three quarters of one, and at most the context."""
-    above = max(power_of_two(tokens), SHORTEST)
+    above = max(next_power_of_two(tokens), SHORTEST)
     return min(above * 3 // 4 if tokens <= above * 3 // 4 else above, self.context)
 
 
-def power_of_two(n: int) -> int:
-  """The smallest one from n."""
+def next_power_of_two(n: int) -> int:
+  """The smallest power of two that is at least n."""
   return 1 << (n - 1).bit_length()
 
 
-def score(model, params, tokens_RxL, places_RxS, targets_RxS, *, columns):
+def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
   """(negative log-likelihood of every target in nats, float32 at least; whether it is the model's
   first choice), [R, S] each.
 
   Only the scored positions go through the head, `columns` of each row at once."""
   R, S = targets_RxS.shape
   x_RxLxD = model.apply({"params": params}, tokens_RxL, method="hidden")
-  x_RxSxD = jnp.take_along_axis(x_RxLxD, places_RxS[..., None], axis=1)
+  x_RxSxD = jnp.take_along_axis(x_RxLxD, positions_RxS[..., None], axis=1)
 
-  def foretell(x_RxCxD, targets_RxC):
+  def predict(x_RxCxD, targets_RxC):
     logits_RxCxV = model.apply({"params": params}, x_RxCxD, method="logits")
     nll = loss.cross_entropy(
       logits_RxCxV.reshape(-1, logits_RxCxV.shape[-1]), targets_RxC.reshape(-1)
     )
     return nll.reshape(targets_RxC.shape), jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
 
-  C = min(S, power_of_two(columns + 1) // 2)  # the power of two from below: divides S, which is one
+  # The power of two from below, which divides S: that is one too.
+  C = min(S, next_power_of_two(columns + 1) // 2)
   if C == S:
-    return foretell(x_RxSxD, targets_RxS)
+    return predict(x_RxSxD, targets_RxS)
   chunks = (
     jnp.moveaxis(x.reshape(R, S // C, C, *x.shape[2:]), 1, 0) for x in (x_RxSxD, targets_RxS)
   )
-  nll, first = jax.lax.map(lambda chunk: foretell(*chunk), tuple(chunks))
+  nll, first = jax.lax.map(lambda chunk: predict(*chunk), tuple(chunks))
   return (jnp.moveaxis(nll, 0, 1).reshape(R, S), jnp.moveaxis(first, 0, 1).reshape(R, S))
 
 
@@ -230,13 +228,13 @@ def extend(model, params, tokens_RxL, lengths_R):
   """The AT_ONCE tokens that the model puts greedily after the first lengths_R of each row, [R,
   AT_ONCE].
 
-  Those that would come after position L mean nothing."""
+  Those that would come after position L are arbitrary."""
   rows = jnp.arange(len(tokens_RxL))
 
   def append(tokens_RxL, step):
-    places_R = jnp.minimum(lengths_R + step, tokens_RxL.shape[1]) - 1
+    positions_R = jnp.minimum(lengths_R + step, tokens_RxL.shape[1]) - 1
     x_RxLxD = model.apply({"params": params}, tokens_RxL, method="hidden")
-    x_RxD = jnp.take_along_axis(x_RxLxD, places_R[:, None, None], axis=1)[:, 0]
+    x_RxD = jnp.take_along_axis(x_RxLxD, positions_R[:, None, None], axis=1)[:, 0]
     new_R = jnp.argmax(model.apply({"params": params}, x_RxD, method="logits"), axis=-1).astype(
       tokens_RxL.dtype
     )

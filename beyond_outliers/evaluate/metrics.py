@@ -1,4 +1,5 @@
-"""Metrics of a model on batches of documents: pure, the same for training and for evaluation jobs.
+"""Metrics of a model on batches of documents: pure numpy, the same for training and for evaluation
+jobs.
 
 Legend: B batch, L length, N documents, M quantities, R resamples.
 """
@@ -12,22 +13,20 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-Batch = Mapping[str, Any]
-# batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does
-# not count), [B, L] numpy
-TokenLosses = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
+# batch, of any kind -> (negative log-likelihood of every target in nats, number of its document
+# from 1; 0: does not count), [B, L] numpy
+TokenLosses = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 # The same for several numbers of every target, by name.
-TokenNumbers = Callable[[Batch], tuple[Mapping[str, np.ndarray], np.ndarray]]
+TokenNumbers = Callable[[Any], tuple[Mapping[str, np.ndarray], np.ndarray]]
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
 AT_ONCE = 1 << 22  # draws of a document that `intervals` holds in memory
 
 
 def evaluate(
-  token_losses: TokenLosses, batches: Iterable[Batch], num_bytes: int | None
+  token_losses: TokenLosses, batches: Iterable[Any], num_bytes: int | None
 ) -> dict[str, Any]:
-  """Loss over all targets of a fixed set of documents, and how far it would move with other
-  documents.
+  """Loss over all targets of a fixed set of documents, and its standard error over documents.
 
   num_bytes: UTF-8 bytes of those documents' text; None when unknown.
   Returns loss (nats a target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte (the
@@ -39,16 +38,16 @@ def evaluate(
     return {"nll": nll_BxL}, document_BxL
 
   sums, counts_N = by_document(token_numbers, batches)
-  return _of_loss(sums["nll"], counts_N, num_bytes)
+  return _loss_metrics(sums["nll"], counts_N, num_bytes)
 
 
 def compare(
-  token_numbers: TokenNumbers, batches: Iterable[Batch], num_bytes: int | None, *, seed: int = 0
+  token_numbers: TokenNumbers, batches: Iterable[Any], num_bytes: int | None, *, seed: int = 0
 ) -> dict[str, Any]:
-  """What a change of a model costs on a fixed set of documents, given `nll` of the model, and
-  `reference_nll`, `kl` and `agreement` of every target against what it was before.
+  """Metrics of a changed model against a reference on a fixed set of documents, given `nll`,
+  `reference_nll`, `kl` and `agreement` of every target.
 
-  Returns what `evaluate` does, and means over all targets of reference_loss, loss_difference
+  Returns those of `evaluate`, and means over all targets of reference_loss, loss_difference
   (nats), kl, agreement, with <name>_interval of the last three: [low, high], see `intervals`; seed
   is of its draws."""
   sums, counts_N = by_document(token_numbers, batches)
@@ -60,7 +59,7 @@ def compare(
   bounds_Mx2 = intervals(np.stack(list(judged.values())), counts_N, seed=seed)
   means = {"reference_loss": sums["reference_nll"], **judged}
   return {
-    **_of_loss(sums["nll"], counts_N, num_bytes),
+    **_loss_metrics(sums["nll"], counts_N, num_bytes),
     **{name: float(sums_N.sum() / counts_N.sum()) for name, sums_N in means.items()},
     **{
       f"{name}_interval": bounds_2.tolist()
@@ -70,7 +69,7 @@ def compare(
 
 
 def by_document(
-  token_numbers: TokenNumbers, batches: Iterable[Batch]
+  token_numbers: TokenNumbers, batches: Iterable[Any]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """({name: sum over the targets of each document, [N]}, how many these are, [N]), float64, of
   documents that have some."""
@@ -98,8 +97,8 @@ def intervals(
   resamples: int = RESAMPLES,
   confidence: float = CONFIDENCE,
 ) -> np.ndarray:
-  """[M, 2]: where Σ sums / Σ counts of all documents lies: that of these ± Student's t times the
-  bootstrap's standard error.
+  """Confidence intervals of Σ sums / Σ counts over all documents, [M, 2]: that of these ± Student's
+  t times the bootstrap's standard error.
 
   A paired bootstrap: a draw of documents is one for all that is measured on them, so what makes a
   document hard cancels in differences. Percentiles of the resamples would be too narrow for few
@@ -115,14 +114,14 @@ def intervals(
     )
     ratios.append(times_RxN @ sums_MxN.T / (times_RxN @ counts_N)[:, None])
   stderr_M = math.sqrt(N / (N - 1)) * np.concatenate(ratios).std(axis=0)
-  center_M, width_M = (
-    sums_MxN.sum(axis=1) / counts_N.sum(),
-    special.stdtrit(N - 1, (1 + confidence) / 2) * stderr_M,
-  )
+  center_M = sums_MxN.sum(axis=1) / counts_N.sum()
+  width_M = special.stdtrit(N - 1, (1 + confidence) / 2) * stderr_M
   return np.stack([center_M - width_M, center_M + width_M], axis=1)
 
 
-def _of_loss(sums_N: np.ndarray, counts_N: np.ndarray, num_bytes: int | None) -> dict[str, Any]:
+def _loss_metrics(
+  sums_N: np.ndarray, counts_N: np.ndarray, num_bytes: int | None
+) -> dict[str, Any]:
   loss, stderr = ratio_and_stderr(sums_N, counts_N)
   return {
     "loss": loss,

@@ -2,13 +2,16 @@
 YAML files and JSON lines.
 
   pip download --no-deps evals==3.0.1.post1
-  python -m beyond_outliers.zero_shot_tasks --evals=evals-3.0.1.post1-py3-none-any.whl --to=tasks     # quartz_evals, logiqa_evals
+  python -m beyond_outliers.evaluate.offline_tasks \
+      --evals=evals-3.0.1.post1-py3-none-any.whl --to=tasks
 
-What is written follows from the texts alone, so that models are asked the same on every machine.
+writes `quartz_evals` and `logiqa_evals`. The files follow from the texts alone, so that models are
+asked the same on every machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -17,16 +20,14 @@ import random
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
-
-from absl import app, flags
 
 from beyond_outliers import data
 from beyond_outliers.config import checks
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError, Refusal
+from beyond_outliers.types import Json, PathLike
 
 PASSAGE_WORDS = 48  # of a passage at least, in whole sentences
-CHOICE_WORDS = range(8, 33)  # of a sentence that is told from others
+CHOICE_WORDS = range(8, 33)  # of a sentence that is chosen among others
 CHOICES = 4
 DOCUMENTS = 1000  # of the validation split that are read at most
 EXAMPLES = 1000  # of a task from held-out text at most, evenly from all passages
@@ -34,14 +35,13 @@ EXAMPLES = 1000  # of a task from held-out text at most, evenly from all passage
 SENTENCE = re.compile(r"\S.*?[.!?][\"'”’)]*(?=\s|$)", re.DOTALL)
 LAST_WORD = re.compile(r" ([^\W\d_]+)[^\w\s]+$")
 
-Example = dict[str, Any]
+Example = Json
 
 
 # ---- from held-out text
-# -------------------------------------------------------------------------------------------------
 
 
-def from_held_out(dataset: data.Dataset, folder: Any) -> None:
+def from_held_out(dataset: data.Dataset, folder: PathLike) -> None:
   """Writes the tasks of HELD_OUT, made of a prepared dataset's validation documents.
 
   Passages of one document resemble each other: the harness, which takes them for independent,
@@ -61,12 +61,12 @@ def from_held_out(dataset: data.Dataset, folder: Any) -> None:
       len(documents),
       "they hold no example; hold out more, or longer ones",
     )
-    write(folder, name, examples[:: -(-len(examples) // EXAMPLES)])
+    write_task(folder, name, examples[:: -(-len(examples) // EXAMPLES)])
 
 
 def last_word(documents: Sequence[str]) -> Iterator[Example]:
-  """Which word ends the passage? As LAMBADA asks (arXiv 1606.06031), but of passages that nobody
-  picked."""
+  """Passages without the word that ends them, as in LAMBADA (arXiv 1606.06031), but of passages
+  that nobody picked."""
   for text in documents:
     for sentences in passages(text):
       passage = text[sentences[0].start() : sentences[-1].end()]
@@ -75,7 +75,7 @@ def last_word(documents: Sequence[str]) -> Iterator[Example]:
 
 
 def continuation(documents: Sequence[str]) -> Iterator[Example]:
-  """Which sentence comes next: the true one, or one that comes next in another document?"""
+  """Passages with sentences of which one comes next, and the others in other documents."""
   asked = [
     (number, text[before[0].start() : before[-1].end()], after[0].group())
     for number, text in enumerate(documents)
@@ -114,10 +114,9 @@ HELD_OUT = {"continuation": continuation, "last_word": last_word}
 
 
 # ---- from the package `evals`
-# -------------------------------------------------------------------------------------------
 
 
-def from_evals(wheel: Any, folder: Any) -> None:
+def from_evals(wheel: PathLike, folder: PathLike) -> None:
   """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, none of which is imported.
   Errors: ConfigError."""
   checks.require(
@@ -127,7 +126,7 @@ def from_evals(wheel: Any, folder: Any) -> None:
     for name, (path, make) in EVALS_FILES.items():
       checks.require(path in archive.namelist(), "--evals", wheel, f"the wheel holds no {path}")
       lines = [json.loads(line) for line in archive.read(path).decode().splitlines()]
-      write(
+      write_task(
         folder,
         name,
         [make(line["input"][-1]["content"], "ABCD".index(line["ideal"])) for line in lines],
@@ -135,9 +134,9 @@ def from_evals(wheel: Any, folder: Any) -> None:
 
 
 def quartz(text: str, answer: int) -> Example:
-  """QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one of two
-  ways."""
-  context, *choices = parts(r"(.*?)\s+A: (.*?)\s+B: (.*)", text)
+  """A question of QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one
+  of two ways."""
+  context, *choices = groups_of(r"(.*?)\s+A: (.*?)\s+B: (.*)", text)
   return {
     "context": context,
     "choices": [choice.rstrip("?. ") for choice in choices],
@@ -146,9 +145,10 @@ def quartz(text: str, answer: int) -> Example:
 
 
 def logiqa(text: str, answer: int) -> Example:
-  """LogiQA (arXiv 2007.08124): what follows from a passage. Worded as the harness words it."""
+  """A question of LogiQA (arXiv 2007.08124) on what follows from a passage, in the harness's
+  words."""
   listed = "".join(rf"\n{letter}\. {letter}\.(.*?)" for letter in "ABCD")
-  passage, question, *choices = parts(rf"(Passage: .*?)(Question: .*?){listed}\nAnswer:", text)
+  passage, question, *choices = groups_of(rf"(Passage: .*?)(Question: .*?){listed}\nAnswer:", text)
   again = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
   return {
     "context": f"{passage}\n{question}\nChoices:\n{again}Answer:",
@@ -157,7 +157,7 @@ def logiqa(text: str, answer: int) -> Example:
   }
 
 
-def parts(form: str, text: str) -> list[str]:
+def groups_of(form: str, text: str) -> list[str]:
   """The groups of a regular expression that the whole text obeys. Errors: ConfigError."""
   found = re.fullmatch(form, text.strip(), re.DOTALL)
   if found is None:
@@ -174,12 +174,11 @@ EVALS_FILES = {
 
 
 # ---- on disk
-# ------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Any, name: str, examples: Iterable[Example]) -> None:
-  """name.yaml and name.jsonl: a multiple choice of examples' `choices`, or which `word` follows,
-  after their `context`."""
+def write_task(folder: PathLike, name: str, examples: Iterable[Example]) -> None:
+  """Writes name.yaml and name.jsonl: a multiple choice of examples' `choices`, or the `word` that
+  follows, after their `context`."""
   folder = pathlib.Path(folder).absolute()
   examples = list(examples)
   kind, aggregations = CHOICE_TASK if "choices" in examples[0] else WORD_TASK
@@ -202,11 +201,11 @@ def write(folder: Any, name: str, examples: Iterable[Example]) -> None:
     "metric_list": metrics,
   }
   folder.mkdir(parents=True, exist_ok=True)
-  replace(
+  write_if_changed(
     folder / f"{name}.jsonl",
     "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples),
   )
-  replace(
+  write_if_changed(
     folder / f"{name}.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items())
   )
 
@@ -223,8 +222,8 @@ WORD_TASK = (
 )
 
 
-def replace(path: pathlib.Path, text: str) -> None:
-  """Leaves a file alone that is as it should be: the harness's copies are known by their source's
+def write_if_changed(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole, unless it is so already: the harness knows its copies by their source's
   date."""
   if not path.exists() or path.read_text() != text:
     whole = path.with_name(f"{path.name}.{os.getpid()}")
@@ -232,10 +231,19 @@ def replace(path: pathlib.Path, text: str) -> None:
     whole.replace(path)
 
 
-if __name__ == "__main__":
-  EVALS = flags.DEFINE_string(
-    "evals", None, "Wheel of PyPI's package `evals`, or of a later version of it."
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    prog="python -m beyond_outliers.evaluate.offline_tasks",
+    description="Writes the tasks " + " and ".join(EVALS_FILES) + ".",
   )
-  TO = flags.DEFINE_string("to", None, "Folder for the tasks.")
-  flags.mark_flags_as_required(["evals", "to"])
-  app.run(lambda argv: from_evals(EVALS.value, TO.value))
+  parser.add_argument("--evals", required=True, help="Wheel of PyPI's package `evals`.")
+  parser.add_argument("--to", required=True, help="Folder for the tasks.")
+  arguments = parser.parse_args()
+  try:
+    from_evals(arguments.evals, arguments.to)
+  except Refusal as refusal:
+    parser.exit(2, f"error: {refusal}\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,9 +1,9 @@
-"""What evaluation jobs leave: a JSON file a measurement, whose name holds a hash of all that its
+"""Results of evaluation jobs: a JSON file a measurement, whose name holds a hash of all that its
 numbers depend on.
 
 So nothing is replaced by what was measured otherwise, and any number of runs and jobs may share a
-folder. What a task of the lm-evaluation-harness found is a file of its own, beside the cell of the
-model that it was asked of.
+folder. The scores of a task of the lm-evaluation-harness are a file of their own, next to the cell
+of the model that it was asked of.
 """
 
 from __future__ import annotations
@@ -18,54 +18,48 @@ from typing import Any
 from etils import epath
 
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.types import Json, PathLike
 from beyond_outliers.workdir import digest
 
-Result = dict[
-  str, Any
-]  # {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
+# {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
+Result = dict[str, Any]
 IDENTITY = ("step", "recipe", "method", "settings")
-OF_TASKS = "task"  # the setting that only tasks have
+TASK = "task"  # the setting that only tasks have
 
 
-def file_name(step: int, recipe: str, method: str, settings: dict[str, Any]) -> str:
-  words = [str(step), recipe, method, *([settings[OF_TASKS]] if OF_TASKS in settings else [])]
-  return (
-    "-".join(re.sub(r"[^\w.+=()]", "_", word) for word in words) + f"-{digest(settings)[:8]}.json"
-  )
+def file_name(step: int, recipe: str, method: str, settings: Json) -> str:
+  words = [str(step), recipe, method, *([settings[TASK]] if TASK in settings else [])]
+  name = "-".join(re.sub(r"[^\w.+=()]", "_", word) for word in words)
+  return f"{name}-{digest(settings)[:8]}.json"
 
 
 def warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-class Folder:
-  """Results of any models. say: takes what is wrong with a file, once; it then counts as
-  missing."""
+class ResultStore:
+  """Results of any models, in one folder. say: takes what is wrong with a file, once; it then
+  counts as missing."""
 
-  def __init__(self, path: Any, say: Callable[[str], None] = warn):
+  def __init__(self, path: PathLike, say: Callable[[str], None] = warn):
     self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
 
   @property
   def path(self) -> epath.Path:
     return self._workdir.path
 
-  def read(self, step: int, recipe: str, method: str, settings: dict[str, Any]) -> Result | None:
+  def read(self, step: int, recipe: str, method: str, settings: Json) -> Result | None:
     path = self.path / file_name(step, recipe, method, settings)
     found = self._load(path) if path.exists() else None
     return found if found is not None and found["settings"] == settings else None
 
-  def write(
-    self, step: int, recipe: str, method: str, settings: dict[str, Any], found: dict[str, Any]
-  ) -> None:
+  def write(self, step: int, recipe: str, method: str, settings: Json, found: Result) -> None:
     self._workdir.write(file_name(step, recipe, method, settings), found)
 
   def cells(self) -> list[Result]:
     """Every cell with its tasks; see `joined`."""
-    found = [
-      result
-      for path in sorted(self.path.glob("*.json"))
-      if (result := self._load(path)) is not None
-    ]
+    loaded = (self._load(path) for path in sorted(self.path.glob("*.json")))
+    found = [result for result in loaded if result is not None]
     tasks = sorted(
       (result for result in found if "scores" in result), key=lambda task: task["time"]
     )
@@ -87,7 +81,7 @@ class Folder:
 
 
 def joined(cell: Result, tasks: list[Result]) -> Result:
-  """The cell with `tasks`: {name: what the model scored}; of a group or tag, its members are among
+  """The cell with `tasks`: {name: the model's scores}; of a group or tag, its members are among
   them. The last one counts."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
   spent = sum(task["seconds"] for task in tasks)

@@ -1,13 +1,12 @@
-"""What an evaluation job judges: the checkpoints of a run or a Hugging Face directory, and the text
-that belongs to them."""
+"""Targets of an evaluation job: a run's checkpoints, one of them, or a Hugging Face directory; each
+with the text that it is evaluated on."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -18,52 +17,204 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import hf, transformer
+from beyond_outliers.types import Json, Params, PathLike
 
 ENDED = ("done", "diverged", "failed")  # what was preempted is started again, by schedulers too
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """A trained model at some steps, and the text that it is judged by."""
+class Text:
+  """Validation documents, how they are cut into batches of windows, and how a text begins."""
+
+  dataset: data.Dataset
+  section: config.Data
+  context: int
+  batch_size: int
+  documents: int  # of the validation split; 0: all
+  prefix: int  # token that stands before a text without context, as between training documents
+  bos: bool  # whether it stands before every text, as before every training document
+
+
+class TextOptions(TypedDict, total=False):
+  """Options that replace what a target's own text would be."""
+
+  dataset: str  # folder of a prepared one; "": the target's own
+  context: int  # tokens a window; 0: the target's own
+  batch_size: int  # windows at once; 0: the target's own
+  documents: int | None  # of the validation split, 0: all; None: the target's own
+
+
+class Target(Protocol):
+  """A trained model at some steps, and the text that it is evaluated on."""
 
   name: str
   model: transformer.Transformer  # in full precision
   recipe: str  # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None  # the same with the run's rules; None if nothing was quantized
-  steps: Callable[[], list[int]]  # that have a checkpoint now
-  written: Callable[[int], Any]  # differs once a step's checkpoint was saved anew
-  params: Callable[[int], Any]  # errors: CheckpointError, OSError
-  ended: Callable[[], bool]  # whether no more steps will come
-  news: Callable[
-    [], tuple[str, Any]
-  ]  # what became of the training, and what differs once it wrote something
-  dataset: data.Dataset
-  data: config.Data
-  prefix: int  # token that stands before a text without context, as between training documents
-  bos: bool  # whether it stands before every text, as before every training document
-  context: int
-  batch_size: int
-  documents: int  # of the validation split; 0: all
-  described: dict[str, Any]  # where it comes from, for whoever reads a result
-  trained: str  # tells this training's result from every other, wherever it lies
-  folder: epath.Path  # of the results
-  tensorboard: epath.Path | None  # where TensorBoard is to find them, if at all
+  text: Text
+  identity: str  # tells this training's results from every other's, wherever it lies
+  origin: Json  # where it comes from, for whoever reads a result
+  results_folder: epath.Path
+  tensorboard: epath.Path | None  # where TensorBoard is to find the results, if at all
+
+  def steps(self) -> list[int]:
+    """Steps that have a checkpoint now, oldest first."""
+    ...
+
+  def written(self, step: int) -> Any:
+    """Differs once the checkpoint of a step was saved anew."""
+    ...
+
+  def params(self, step: int) -> Params:
+    """Errors: CheckpointError, OSError."""
+    ...
+
+  def ended(self) -> bool:
+    """Whether no more steps will come."""
+    ...
+
+  def status(self) -> str:
+    """State of the training, in words."""
+    ...
+
+  def last_write(self) -> float | None:
+    """Differs once the training wrote something."""
+    ...
 
 
-def of_run(
-  workdir: Any,
+class RunCheckpoints:
+  """A run's checkpoints, as they land.
+
+  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer, or that are not the
+    run's any more."""
+
+  def __init__(self, workdir: PathLike, **options: Unpack[TextOptions]):
+    run = runs.open(workdir)
+    recipe = quant.recipes.from_config(run.config.quant)
+    self._run = run
+    self.name = str(run.path)
+    self.model = run.model.clone(dot_general_for=None)
+    self.recipe = quant.recipes.name_of(run.config.quant)
+    self.trained_under = recipe if recipe.quantizes else None
+    self.text = _text_of_run(run, **options)
+    self.identity = run.identity
+    self.origin: Json = {"workdir": str(run.path), "config": config.to_dict(run.config)}
+    self.results_folder = run.path / "eval"
+    # Apart from the run's own events, which TensorBoard would take for the same run.
+    self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
+
+  def steps(self) -> list[int]:
+    return self._run.steps
+
+  def written(self, step: int) -> set[tuple[str, int, int]]:
+    return self._run.written(step)
+
+  def params(self, step: int) -> Params:
+    return self._run.params(step)
+
+  def ended(self) -> bool:
+    return self._run.status["status"] in ENDED
+
+  def status(self) -> str:
+    status = self._run.status
+    since = "from" if status["status"] == "running" else "at"
+    text = f"{status['status']} {since} step {status['step']}"
+    return f"{text}: {status['reason']}" if status["reason"] else text
+
+  def last_write(self) -> float | None:
+    metrics = self._run.path / "metrics.jsonl"
+    return metrics.stat().mtime if metrics.exists() else None
+
+
+class OneCheckpoint(RunCheckpoints):
+  """One checkpoint of a run, RUN/checkpoints/N. Options and errors: as RunCheckpoints."""
+
+  def __init__(self, directory: PathLike, **options: Unpack[TextOptions]):
+    path = epath.Path(directory).absolute()
+    require(
+      path.name.isdigit() and path.parent.name == "checkpoints",
+      "--checkpoint",
+      str(directory),
+      "expected RUN/checkpoints/N in the folder of its run, whose config.json says what model it "
+      "is",
+    )
+    super().__init__(path.parent.parent, **options)
+    self._step = int(path.name)
+
+  def steps(self) -> list[int]:
+    return [step for step in super().steps() if step == self._step]
+
+
+class HuggingFaceModel:
+  """An OLMo2 or Llama model, at step 0. By default windows of 1024, 8 at once, of all validation
+  documents.
+
+  Errors: DataError, ConfigError for what hf.load refuses, and for a dataset of another tokenizer
+  than the directory's; where that holds none, the dataset's is taken for it, and puts nothing
+  before a text."""
+
+  def __init__(self, directory: str, **options: Unpack[TextOptions]):
+    dataset, bos = _dataset_for(directory, options.get("dataset", ""))
+    try:
+      model, params = hf.load(directory)
+    except ValueError as error:
+      raise ConfigError(f"--hf = {directory!r}: {error}") from None
+    require(
+      dataset.tokenizer.vocab_size <= model.config.vocab,
+      "--data",
+      options.get("dataset"),
+      f"its tokenizer has {dataset.tokenizer.vocab_size} tokens, and the model "
+      f"{model.config.vocab}; prepare the documents with the model's",
+    )
+    self._params = params
+    self.name = directory
+    self.model = model
+    self.recipe = "none"
+    self.trained_under = None
+    self.text = Text(
+      dataset,
+      _section_of(dataset, model.config.vocab),
+      options.get("context") or 1024,
+      options.get("batch_size") or 8,
+      options.get("documents") or 0,
+      prefix=dataset.meta["separator"]["id"] if bos is None else bos,
+      bos=bos is not None,
+    )
+    self.identity = _fingerprint(model, params)
+    self.origin: Json = {
+      "hf": os.path.abspath(directory),
+      "model": dataclasses.asdict(model.config),
+    }
+    self.results_folder = epath.Path(directory).absolute() / "eval"
+    self.tensorboard = None
+
+  def steps(self) -> list[int]:
+    return [0]
+
+  def written(self, step: int) -> None:
+    return None
+
+  def params(self, step: int) -> Params:
+    return self._params
+
+  def ended(self) -> bool:
+    return True
+
+  def status(self) -> str:
+    return "done"
+
+  def last_write(self) -> None:
+    return None
+
+
+def _text_of_run(
+  run: runs.Run,
   *,
   dataset: str = "",
   context: int = 0,
   batch_size: int = 0,
   documents: int | None = None,
-) -> Source:
-  """A run's checkpoints. What is not given is the run's own; `dataset`: folder of another prepared
-  one.
-
-  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer, or that are not the
-    run's any more."""
-  run = runs.open(workdir)
+) -> Text:
   c, trained_on = run.config, run.manifest["data"]
   opened = data.open(dataset or trained_on["directory"])
   require(
@@ -71,75 +222,31 @@ def of_run(
     "--data",
     opened.directory,
     f"its tokenizer is {opened.tokenizer.fingerprint[:12]}, and the run was trained with "
-    f"{trained_on['tokenizer'][:12]}; "
-    "prepare the documents with the run's tokenizer",
+    f"{trained_on['tokenizer'][:12]}; prepare the documents with the run's tokenizer",
   )
   require(
     bool(dataset) or opened.fingerprint == trained_on["fingerprint"],
     "--data",
     opened.directory,
     f"holds data {opened.fingerprint[:12]}, and the run was trained on "
-    f"{trained_on['fingerprint'][:12]}; restore them, or "
-    "name these, if they are meant",
+    f"{trained_on['fingerprint'][:12]}; restore them, or name these, if they are meant",
   )
-  recipe = quant.recipes.from_config(c.quant)
-  return Source(
-    str(run.path),
-    run.model.clone(dot_general_for=None),
-    quant.recipes.name_of(c.quant),
-    recipe if recipe.quantizes else None,
-    lambda: run.steps,
-    run.written,
-    run.params,
-    lambda: run.status["status"] in ENDED,
-    lambda: _news(run),
+  return Text(
     opened,
-    dataclasses.replace(c.data, reader=_reader(opened)),
-    # Of what the run was trained on, whatever it is judged on: --data may name documents that were
-    # parted otherwise.
-    getattr(opened.tokenizer, c.data.separator),
-    c.data.separator == "bos",
+    dataclasses.replace(c.data, reader=_reader_of(opened)),
     context or c.context,
     batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
-    {"workdir": str(run.path), "config": config.to_dict(c)},
-    run.identity,
-    run.path / "eval",
-    # Beside the run's own events, which TensorBoard would take for the same run.
-    run.path / "tensorboard" / "eval" if c.log.tensorboard else None,
+    # Of what the run was trained on, whatever it is evaluated on: --data may name documents that
+    # were parted otherwise.
+    prefix=getattr(opened.tokenizer, c.data.separator),
+    bos=c.data.separator == "bos",
   )
 
 
-def of_checkpoint(directory: Any, **options: Any) -> Source:
-  """One checkpoint of a run, RUN/checkpoints/N. Options and errors: as `of_run`."""
-  path = epath.Path(directory).absolute()
-  require(
-    path.name.isdigit() and path.parent.name == "checkpoints",
-    "--checkpoint",
-    str(directory),
-    "expected RUN/checkpoints/N in the folder of its run, whose config.json says what model it is",
-  )
-  source = of_run(path.parent.parent, **options)
-  return dataclasses.replace(
-    source, steps=lambda: [step for step in source.steps() if step == int(path.name)]
-  )
-
-
-def of_hugging_face(
-  directory: str,
-  *,
-  dataset: str,
-  context: int = 0,
-  batch_size: int = 0,
-  documents: int | None = None,
-) -> Source:
-  """An OLMo2 or Llama model, at step 0. By default windows of 1024, 8 at once, of all validation
-  documents.
-
-  Errors: DataError, ConfigError for what hf.load refuses, and for a dataset of another tokenizer
-  than the directory's; where that holds none, the dataset's is taken for it, and puts nothing
-  before a text."""
-  own, bos = os.path.join(directory, "tokenizer.json"), None
+def _dataset_for(directory: str, dataset: str) -> tuple[data.Dataset, int | None]:
+  """(dataset, token that the directory's tokenizer puts before a text, if any)."""
+  own = os.path.join(directory, "tokenizer.json")
   require(
     bool(dataset),
     "--data",
@@ -148,85 +255,40 @@ def of_hugging_face(
     f"data.tokenizer=huggingface:{own}",
   )
   opened = data.open(dataset)
-  if os.path.exists(own):
-    expected, found = (
-      tokenizers.load(f"huggingface:{own}").fingerprint,
-      opened.tokenizer.fingerprint,
-    )
-    require(
-      found == expected,
-      "--data",
-      dataset,
-      f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the "
-      f"documents with data.tokenizer=huggingface:{own}",
-    )
-    bos = tokenizers.begins_texts(directory)
-  try:
-    model, params = hf.load(directory)
-  except ValueError as error:
-    raise ConfigError(f"--hf = {directory!r}: {error}") from None
+  if not os.path.exists(own):
+    return opened, None
+  expected, found = tokenizers.load(f"huggingface:{own}").fingerprint, opened.tokenizer.fingerprint
   require(
-    opened.tokenizer.vocab_size <= model.config.vocab,
+    found == expected,
     "--data",
     dataset,
-    f"its tokenizer has "
-    f"{opened.tokenizer.vocab_size} tokens, and the model {model.config.vocab}; prepare the "
-    "documents with the model's",
+    f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the documents with "
+    f"data.tokenizer=huggingface:{own}",
   )
-  section = config.Data(
-    **dict[str, Any](
-      {
-        **opened.meta["settings"],
-        "reader": _reader(opened),
-        "directory": os.path.dirname(opened.directory),
-        "vocab": model.config.vocab,
-        "mask_documents": False,
-        "readers": 8,
-        "prefetch": 4,
-      }
-    )
-  )
-  return Source(
-    directory,
-    model,
-    "none",
-    None,
-    lambda: [0],
-    lambda step: None,
-    lambda step: params,
-    lambda: True,
-    lambda: ("done", None),
-    opened,
-    section,
-    opened.meta["separator"]["id"] if bos is None else bos,
-    bos is not None,
-    context or 1024,
-    batch_size or 8,
-    documents or 0,
-    {"hf": os.path.abspath(directory), "model": dataclasses.asdict(model.config)},
-    _fingerprint(model, params),
-    epath.Path(directory).absolute() / "eval",
-    None,
-  )
+  return opened, tokenizers.added_bos(directory)
 
 
-def _news(run: runs.Run) -> tuple[str, Any]:
-  status, metrics = run.status, run.path / "metrics.jsonl"
-  told = (
-    f"{status['status']} {'from' if status['status'] == 'running' else 'at'} step {status['step']}"
-  )
-  return f"{told}: {status['reason']}" if status[
-    "reason"
-  ] else told, metrics.stat().mtime if metrics.exists() else None
+def _section_of(dataset: data.Dataset, vocab: int) -> config.Data:
+  """The data section of a model that no run describes."""
+  settings: Json = {
+    **dataset.meta["settings"],
+    "reader": _reader_of(dataset),
+    "directory": os.path.dirname(dataset.directory),
+    "vocab": vocab,
+    "mask_documents": False,
+    "readers": 8,
+    "prefetch": 4,
+  }
+  return config.Data(**settings)
 
 
-def _fingerprint(model: transformer.Transformer, params: Any) -> str:
+def _reader_of(dataset: data.Dataset) -> str:
+  return "shards" if dataset.meta["records"] is None else "tfds"
+
+
+def _fingerprint(model: transformer.Transformer, params: Params) -> str:
   """Tells a model from another, of the same parameters too."""
   sums = hashlib.sha256(repr(model.config).encode())
   for leaf in jax.tree.leaves(params):
     sums.update(np.asarray(leaf).tobytes())
   return sums.hexdigest()
-
-
-def _reader(dataset: data.Dataset) -> str:
-  return "shards" if dataset.meta["records"] is None else "tfds"

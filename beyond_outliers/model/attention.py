@@ -16,11 +16,11 @@ MAX_BLOCKS, MIN_BLOCK = 8, 128
 
 
 def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, implementation):
-  """Mixes the values of the past and of the token itself, of its own segment if segments are given.
+  """Softmax attention to the past and the token itself, if segments are given within its own.
 
-  q carries the logits' scale. Scores and softmax are float32 or wider, products take their operands
-  as they come, the result has q's type. Raises ValueError for an implementation that is not in
-  IMPLEMENTATIONS."""
+  implementation: row of IMPLEMENTATIONS. q carries the logits' scale. Scores and softmax are
+  float32 or wider, products take their operands as they come, the result has q's type.
+  Errors: ValueError for an implementation that is not in the table."""
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"model.attention = {implementation!r}: expected one of "
@@ -69,21 +69,13 @@ def _blockwise_forward(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
     )
     log_denominators.append((top_BxKxGxSx1 + jnp.log(sum_BxKxGxSx1))[..., 0])
   y_BxLxHxDh = _heads_last(jnp.concatenate(outputs, axis=3)).astype(q_BxLxHxDh.dtype)
-  log_denominator_BxKxGxL = jnp.concatenate(log_denominators, axis=3)
-  return y_BxLxHxDh, (
-    q_BxLxHxDh,
-    k_BxLxKxDh,
-    v_BxLxKxDh,
-    segment_ids_BxL,
-    y_BxLxHxDh,
-    log_denominator_BxKxGxL,
-  )
+  operands = q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL
+  return y_BxLxHxDh, (operands, y_BxLxHxDh, jnp.concatenate(log_denominators, axis=3))
 
 
 def _blockwise_backward(residuals, g_BxLxHxDh):
-  q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL, y_BxLxHxDh, log_denominator_BxKxGxL = (
-    residuals
-  )
+  operands, y_BxLxHxDh, log_denominator_BxKxGxL = residuals
+  q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL = operands
   dtype, wide, (_, L, K, _) = q_BxLxHxDh.dtype, log_denominator_BxKxGxL.dtype, k_BxLxKxDh.shape
   q_BxKxGxLxDh, g_BxKxGxLxDh = _heads_first(q_BxLxHxDh, K), _heads_first(g_BxLxHxDh, K)
   k_BxKxLxDh, v_BxKxLxDh = k_BxLxKxDh.swapaxes(1, 2), v_BxLxKxDh.swapaxes(1, 2)
@@ -96,24 +88,17 @@ def _blockwise_backward(residuals, g_BxLxHxDh):
     p_BxKxGxSxE = jnp.exp(scores_BxKxGxSxE - log_denominator_BxKxGxL[..., start:end, None])
     p_BxKxGxSxE = jnp.where(_mask(start, end, segment_ids_BxL), p_BxKxGxSxE, 0)
     dp_BxKxGxSxE = _product("bkgsd,bked->bkgse", g_BxKxGxSxDh, v_BxKxExDh)
-    dscores_BxKxGxSxE = (p_BxKxGxSxE * (dp_BxKxGxSxE - mean_BxKxGxL[..., start:end, None])).astype(
-      dtype
-    )
+    dscores_BxKxGxSxE = p_BxKxGxSxE * (dp_BxKxGxSxE - mean_BxKxGxL[..., start:end, None])
+    dscores_BxKxGxSxE = dscores_BxKxGxSxE.astype(dtype)
     dq.append(_product("bkgse,bked->bkgsd", dscores_BxKxGxSxE, k_BxKxExDh))
     dk_BxKxExDh = _product("bkgse,bkgsd->bked", dscores_BxKxGxSxE, q_BxKxGxSxDh)
     dv_BxKxExDh = _product("bkgse,bkgsd->bked", p_BxKxGxSxE.astype(dtype), g_BxKxGxSxDh)
     later = ((0, 0), (0, 0), (0, L - end), (0, 0))
-    dk_BxKxLxDh, dv_BxKxLxDh = (
-      dk_BxKxLxDh + jnp.pad(dk_BxKxExDh, later),
-      dv_BxKxLxDh + jnp.pad(dv_BxKxExDh, later),
-    )
+    dk_BxKxLxDh = dk_BxKxLxDh + jnp.pad(dk_BxKxExDh, later)
+    dv_BxKxLxDh = dv_BxKxLxDh + jnp.pad(dv_BxKxExDh, later)
   dq_BxLxHxDh = _heads_last(jnp.concatenate(dq, axis=3)).astype(dtype)
-  return (
-    dq_BxLxHxDh,
-    dk_BxKxLxDh.swapaxes(1, 2).astype(dtype),
-    dv_BxKxLxDh.swapaxes(1, 2).astype(dtype),
-    None,
-  )
+  dk_BxLxKxDh, dv_BxLxKxDh = dk_BxKxLxDh.swapaxes(1, 2), dv_BxKxLxDh.swapaxes(1, 2)
+  return dq_BxLxHxDh, dk_BxLxKxDh.astype(dtype), dv_BxLxKxDh.astype(dtype), None
 
 
 blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -122,16 +107,14 @@ blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
   """jax.nn's: cuDNN's kernel for 16-bit types on a GPU, else the whole matrix of scores.
 
-  Raises ValueError for float64, whose softmax jax.nn computes in float32."""
+  Errors: ValueError for float64, whose softmax jax.nn computes in float32."""
   if q_BxLxHxDh.dtype == jnp.float64:
     raise ValueError(
       "model.attention = 'fused' in float64: its softmax is float32; take 'blockwise' or 'plain'"
     )
-  mask = (
-    None
-    if segment_ids_BxL is None
-    else (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
-  )
+  mask = None
+  if segment_ids_BxL is not None:
+    mask = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
   kernel = "cudnn" if jax.default_backend() == "gpu" and q_BxLxHxDh.dtype.itemsize == 2 else "xla"
   return jax.nn.dot_product_attention(
     q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask=mask, scale=1.0, is_causal=True, implementation=kernel
@@ -142,12 +125,10 @@ IMPLEMENTATIONS = {"plain": plain, "blockwise": blockwise, "fused": fused}
 
 
 def _product(axes, a, b):
-  precision = (
-    jax.lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
-  )  # float32 is float32 on TPU and GPU too
-  return jnp.einsum(
-    axes, a, b, precision=precision, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)
-  )
+  # float32 is float32 on TPU and GPU too.
+  precision = jax.lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+  wide = jnp.promote_types(a.dtype, jnp.float32)
+  return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
 
 
 def _blocks(L):
@@ -161,9 +142,8 @@ def _mask(start, end, segment_ids_BxL):
   causal_SxE = np.arange(start, end)[:, None] >= np.arange(end)
   if segment_ids_BxL is None:
     return causal_SxE[None, None, None]
-  return (causal_SxE & (segment_ids_BxL[:, start:end, None] == segment_ids_BxL[:, None, :end]))[
-    :, None, None
-  ]
+  same_BxSxE = segment_ids_BxL[:, start:end, None] == segment_ids_BxL[:, None, :end]
+  return (causal_SxE & same_BxSxE)[:, None, None]
 
 
 def _heads_first(x_BxLxHxDh, K):

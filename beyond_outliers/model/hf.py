@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from beyond_outliers import config
 from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, transformer
-from beyond_outliers.params import path_of
+from beyond_outliers.params import is_kernel, is_stacked, path_of
+from beyond_outliers.types import Json, Params, PathLike
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -39,17 +41,17 @@ class Entry(NamedTuple):
 
 
 def load(
-  directory: Any, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
-) -> tuple[transformer.Transformer, Any]:
+  directory: PathLike, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
+) -> tuple[transformer.Transformer, Params]:
   """A Hugging Face directory as (model, parameters), under the model contract.
 
-  dtype: of the parameters, whatever the files hold, and `model.config.dtype`: float32, bfloat16 or,
-  under jax_enable_x64, float64. To compute in bfloat16 on float32 parameters, load float32 and
-  replace the config's dtype.
-  mesh: where parameters are placed, as `mesh.shardings` says; a process reads only what its devices
-  hold. Without it, on the default device. One stacked parameter at a time is in host memory beside
-  what is placed. What no such directory says gets the plainest value: blockwise attention, no
-  unrolling, no remat.
+  dtype: of the parameters, in the place of that of the files, and `model.config.dtype`: float32,
+    bfloat16 or, under jax_enable_x64, float64. To compute in bfloat16 on float32 parameters, load
+    float32 and replace the config's dtype.
+  mesh: devices for the parameters, split as `mesh.shardings` says; a process reads only what its
+    devices hold. Without it, the default device.
+  One stacked parameter at a time is in host memory. Settings that no such directory has get the
+  plainest value: blockwise attention, no unrolling, no remat.
   Errors: ConfigError for what config.json asks of the model and it can't do, ValueError for tensors
     that don't fit."""
   directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
@@ -58,28 +60,28 @@ def load(
       f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32"
     )
   _require_file(directory, "config.json")
-  family, c = hf_config.read(directory / "config.json", dtype.name)
+  family, c = hf_config.read_config(directory / "config.json", dtype.name)
   model = transformer.Transformer(c)
   boxed = transformer.boxed_shapes(model)
   leaves, treedef = jax.tree.flatten(nn.unbox(boxed))
   places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(boxed, mesh))
   with contextlib.ExitStack() as stack:
     tensors = _open(directory, stack)
-    expected = entries(family, model)
+    expected = entries(family, c)
     _check_tensors(directory, tensors, expected)
     sources = collections.defaultdict(list)
     for entry in expected:
       sources[entry.path].append(tensors[entry.name])
     return model, treedef.unflatten(
       _place(_reader(path, sources[path], shape, dtype), shape, place)
-      for (path, shape), place in zip(_shapes(model).items(), places, strict=True)
+      for (path, shape), place in zip(_shapes(c).items(), places, strict=True)
     )
 
 
 def save(
   model: transformer.Transformer,
-  params: Any,
-  directory: Any,
+  params: Params,
+  directory: PathLike,
   *,
   context: int | None = None,
   shard_bytes: int = 5 * 10**9,
@@ -88,27 +90,20 @@ def save(
   a time in memory.
 
   context: the longest window the model was trained on; left out, transformers takes 2048 tokens.
-  shard_bytes: what a file holds at most, a larger single tensor excepted; more than one file: with
-    an index.
+  shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
+    index.
   Errors: ConfigError for an architecture that neither family has, ValueError for parameters of
   another model and for a directory that already holds one."""
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   described = hf_config.to_json(model.config, jnp.result_type(*leaves.values()).name, context)
-  _check_params(model, leaves)
-  family = hf_config.FAMILIES[described["model_type"]]
-  write(
-    directory,
-    described,
-    ((entry.name, tensor(leaves[entry.path], entry)) for entry in entries(family, model)),
-    shard_bytes,
-  )
+  _check_params(model.config, leaves)
+  every = entries(hf_config.FAMILIES[described["model_type"]], model.config)
+  tensors = ((entry.name, tensor(leaves[entry.path], entry)) for entry in every)
+  write_directory(directory, described, tensors, shard_bytes)
 
 
-def write(
-  directory: Any,
-  described: Mapping[str, Any],
-  tensors: Iterable[tuple[str, np.ndarray]],
-  shard_bytes: int,
+def write_directory(
+  directory: PathLike, described: Json, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> None:
   """The files of `save`, with tensors that are made as they are asked for. Errors: as `save`, for
   the directory."""
@@ -126,9 +121,7 @@ def write(
 
   parts, total = [], 0
   for shard in _shards(tensors, shard_bytes):
-    part = (
-      directory / f"part-{len(parts)}.safetensors"
-    )  # how many there will be is part of a file's name
+    part = directory / f"part-{len(parts)}.safetensors"  # the final name holds their number
     safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
     parts.append((part, list(shard)))
     total += sum(array.nbytes for array in shard.values())
@@ -139,9 +132,8 @@ def write(
     weight_map.update(dict.fromkeys(names, file))
   if len(parts) > 1:
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-  _write_json(
-    directory / "config.json", described
-  )  # last: what a crash leaves behind does not pass for a model
+  # Last: the remains of a crash do not pass for a model.
+  _write_json(directory / "config.json", described)
 
 
 def _shards(
@@ -157,30 +149,23 @@ def _shards(
   yield shard
 
 
-def entries(family: hf_config.Family, model: transformer.Transformer) -> list[Entry]:
+def entries(family: hf_config.Family, c: config.Model) -> list[Entry]:
   """All tensors of the model's files, depths in order."""
   every = []
-  for path, shape in _shapes(model).items():
+  for path, shape in _shapes(c).items():
     template = family.names[path]
-    depths = range(shape[0]) if _stacked(path) else [None]
-    shape = shape[1:] if _stacked(path) else shape
-    shape = shape[::-1] if _transposed(path) else shape
+    depths = range(shape[0]) if is_stacked(path) else [None]
+    shape = shape[1:] if is_stacked(path) else shape
+    shape = shape[::-1] if is_kernel(path) else shape
     every += [Entry(template.format(depth), shape, path, depth) for depth in depths]
   return every
 
 
-def _shapes(model: transformer.Transformer) -> dict[str, tuple[int, ...]]:
+def _shapes(c: config.Model) -> dict[str, tuple[int, ...]]:
   """{path: shape} of our parameters, in the order of the tree's leaves."""
-  leaves = jax.tree_util.tree_leaves_with_path(transformer.shapes(model))
+  shapes = transformer.shapes(transformer.Transformer(c))
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
   return {path_of(keys): leaf.shape for keys, leaf in leaves}
-
-
-def _stacked(path: str) -> bool:
-  return path.startswith("layers/")
-
-
-def _transposed(path: str) -> bool:
-  return path.endswith("/kernel")  # the embedding is (vocabulary, width) there and here
 
 
 def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -195,8 +180,8 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
       handle = stack.enter_context(safetensors.safe_open(directory / file, framework="numpy"))
     except safetensors.SafetensorError as error:
       raise ValueError(
-        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); fetch it "
-        "again"
+        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); "
+        "fetch it again"
       ) from error
     names = handle.keys()
     tensors.update((name, handle.get_slice(name)) for name in names if not name.endswith(IGNORED))
@@ -217,12 +202,11 @@ def _check_tensors(
   missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
   for problem, names in (("missing", missing), ("not of this model", unexpected)):
     if names:
-      listed = ", ".join(sorted(names)[:4]) + (
-        f" and {len(names) - 4} more" if len(names) > 4 else ""
-      )
+      listed = ", ".join(sorted(names)[:4])
+      listed += f" and {len(names) - 4} more" if len(names) > 4 else ""
       raise ValueError(
-        f"directory = '{directory}': tensors {problem}: {listed}; check config.json against the "
-        "files"
+        f"directory = '{directory}': tensors {problem}: {listed}; "
+        "check config.json against the files"
       )
   for name, shape in shapes.items():
     found, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
@@ -234,17 +218,14 @@ def _check_tensors(
     if dtype not in DTYPES:
       raise ValueError(
         f"directory = '{directory}': {name} is of type {dtype}, expected one of "
-        f"{', '.join(DTYPES)}; "
-        "choose a checkpoint that is not quantized"
+        f"{', '.join(DTYPES)}; choose a checkpoint that is not quantized"
       )
 
 
-def _check_params(model: transformer.Transformer, leaves: Mapping[str, Any]) -> None:
-  expected, found = _shapes(model), {path: leaf.shape for path, leaf in leaves.items()}
+def _check_params(c: config.Model, leaves: Mapping[str, Any]) -> None:
+  expected, found = _shapes(c), {path: leaf.shape for path, leaf in leaves.items()}
   for path in sorted(expected.keys() | found.keys()):
-    here, there = (
-      str(shapes[path]) if path in shapes else "absent" for shapes in (found, expected)
-    )
+    here, there = (str(shapes.get(path, "absent")) for shapes in (found, expected))
     if here != there:
       raise ValueError(
         f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed"
@@ -252,14 +233,14 @@ def _check_params(model: transformer.Transformer, leaves: Mapping[str, Any]) -> 
 
 
 def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype) -> Reader:
-  """index -> that part of our parameter, read from nothing but the parts of their tensors that it
-  lies in."""
+  """index -> that part of our parameter, read from those parts of their tensors alone that it lies
+  in."""
 
   def one(source, index):
-    return source[index[::-1]].T if _transposed(path) else source[index]
+    return source[index[::-1]].T if is_kernel(path) else source[index]
 
   def read(index):
-    if not _stacked(path):
+    if not is_stacked(path):
       return one(sources[0], index).astype(dtype)
     depths, *within = index
     sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
@@ -281,10 +262,11 @@ def _place(
 
 
 def tensor(leaf: Any, entry: Entry) -> np.ndarray:
-  """What the file holds under the entry's name."""
+  """The array that a file holds under the entry's name. The embedding is (vocabulary, width) there
+  and here."""
   array = np.asarray(leaf if entry.depth is None else leaf[entry.depth])
-  return np.ascontiguousarray(array.T if _transposed(entry.path) else array)
+  return np.ascontiguousarray(array.T if is_kernel(entry.path) else array)
 
 
-def _write_json(file: pathlib.Path, value: Any) -> None:
+def _write_json(file: pathlib.Path, value: Json) -> None:
   file.write_text(json.dumps(value, indent=2) + "\n")

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from beyond_outliers import config
+from beyond_outliers.types import Json
 
 
 class Family(NamedTuple):
-  """One `model_type`: the switches of `config.Model` that make it, and its name of each of our
-  parameters."""
+  """A `model_type`: the switches of `config.Model` that make it, and its names of parameters."""
 
   architecture: str
   switches: Mapping[str, Any]
@@ -69,7 +69,7 @@ FIELDS = (
   ("init_std", "initializer_range", float),
   ("tied", "tie_word_embeddings", bool),
 )
-# What a config.json that lacks the field, or holds null, means by it.
+# The meaning of a config.json that lacks the field, or holds null.
 ABSENT = {
   "num_key_value_heads": lambda fields: fields["num_attention_heads"],
   "head_dim": lambda fields: fields["hidden_size"] // fields["num_attention_heads"],
@@ -77,8 +77,8 @@ ABSENT = {
   "tie_word_embeddings": lambda fields: False,
 }
 ROPE_BASE_ABSENT = 10000.0  # of a config older than the field
-# Fields that change the arithmetic, and the one value under which it is ours. What stands in no
-# table changes nothing.
+# Fields that change the arithmetic, and the one value under which it is ours. Fields of no table
+# change nothing.
 ONLY = {
   "hidden_act": "silu",
   "attention_bias": False,
@@ -92,7 +92,7 @@ ONLY = {
 ROPE_ONLY = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
-def read(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
+def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
   """The model that a config.json describes. Errors: ConfigError naming the field that is missing or
   not supported."""
   fields = _present(json.loads(file.read_text()))
@@ -115,15 +115,14 @@ def read(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
   )
 
 
-def to_json(c: config.Model, dtype: str, context: int | None) -> dict[str, Any]:
-  """What config.json holds. Errors: ConfigError when no family has the model's switches, or
+def to_json(c: config.Model, dtype: str, context: int | None) -> Json:
+  """The fields of config.json. Errors: ConfigError when no family has the model's switches, or
   transformers not its widths."""
   model_type = _model_type(c)
   if c.d_model % c.heads:
     raise config.ConfigError(
       f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), "
-      "even "
-      "where model.d_head says otherwise"
+      "even where model.d_head says otherwise"
     )
   # Left out, these would take transformers' defaults, and a padding token's embedding is never
   # trained there.

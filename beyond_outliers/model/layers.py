@@ -17,14 +17,16 @@ from beyond_outliers import config
 from beyond_outliers.model import attention
 from beyond_outliers.ops import dot
 
-# What a linear layer calls instead of lax.dot_general: a module class, or a function that makes a
-# module. None: plain.
+# Makes what a linear layer calls instead of lax.dot_general: a module class, or a function that
+# makes a module. None: plain.
 DotGeneralCls = Callable[[], Any]
+DotGenerals = Mapping[str, DotGeneralCls | None]  # of a block, by kind of linear layer
+DotGeneralFor = Callable[[str], DotGeneralCls | None]  # by path, as `layers/3/mlp/up`
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
-  """Norms, rotary embedding and the residual stream are computed in float32, or in float64 when all
-  else is."""
+  """The type of norms, rotary embedding and residual stream: float32, or float64 when all else
+  is."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -32,18 +34,16 @@ def as_operand(weights, dtype):
   """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their
   gradient keeps its float32 sums.
 
-  What is no array (a quantized matrix in its place) goes in as it is: its dot_general knows it."""
-  return (
-    weights.astype(jnp.promote_types(weights.dtype, dtype))
-    if hasattr(weights, "astype")
-    else weights
-  )
+  A quantized matrix in an array's place goes in as it is: its dot_general knows it."""
+  if not hasattr(weights, "astype"):
+    return weights
+  return weights.astype(jnp.promote_types(weights.dtype, dtype))
 
 
 class Linear(nn.Module):
-  """x @ kernel, without bias. Rows of all sequences form one matrix: [B, L, in] is [B·L, in], which
-  CPUs prefer.
+  """x @ kernel, without bias.
 
+  Rows of all sequences form one matrix: [B, L, in] is [B·L, in], which CPUs prefer.
   Operands in `dtype`; the result is float32 where the operands are narrower (see dot.py)."""
 
   features: int
@@ -72,9 +72,8 @@ class RmsNorm(nn.Module):
     init = nn.with_logical_partitioning(nn.initializers.ones, ("vector",))
     gain: Any = self.param("gain", init, (x.shape[-1],), jnp.float32)
     x = x.astype(at_least_float32(x.dtype))
-    return (
-      x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * gain.astype(x.dtype)
-    )
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    return x * inverse_rms * gain.astype(x.dtype)
 
 
 class Add(nn.Module):
@@ -99,11 +98,11 @@ def l2_normalize(x, eps: float = 1e-12):
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps * eps))
 
 
-def rotate(x_BxLxHxDh, positions, *, base: float, layout: str):
+def apply_rotary(x_BxLxHxDh, positions, *, base: float, layout: str):
   """Rotary position embedding over the whole head width (arXiv 2104.09864, eq. 34).
 
-  positions: [L], or [B, L]. layout: "interleaved" rotates pairs (2i, 2i+1), "half" pairs (i, i +
-    Dh/2)."""
+  positions: [L], or [B, L].
+  layout: "interleaved" rotates pairs (2i, 2i+1), "half" pairs (i, i + Dh/2)."""
   Dh = x_BxLxHxDh.shape[-1]
   frequencies = base ** (-jnp.arange(0, Dh, 2, dtype=x_BxLxHxDh.dtype) / Dh)
   angles = positions[..., None, None].astype(x_BxLxHxDh.dtype) * frequencies  # [..., L, 1, Dh/2]
@@ -121,7 +120,7 @@ class Attention(nn.Module):
   normalisations."""
 
   config: config.Model
-  dot_generals: Mapping[str, DotGeneralCls | None]
+  dot_generals: DotGenerals
 
   @nn.compact
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
@@ -142,8 +141,8 @@ class Attention(nn.Module):
     q_BxLxHxDh = q.astype(at_least_float32(dtype)).reshape(B, L, c.heads, c.d_head)
     k_BxLxKxDh = k.astype(at_least_float32(dtype)).reshape(B, L, c.kv_heads, c.d_head)
     v_BxLxKxDh = v.reshape(B, L, c.kv_heads, c.d_head)
-    q_BxLxHxDh = rotate(q_BxLxHxDh, positions, base=c.rope_base, layout=c.rope_layout)
-    k_BxLxKxDh = rotate(k_BxLxKxDh, positions, base=c.rope_base, layout=c.rope_layout)
+    q_BxLxHxDh = apply_rotary(q_BxLxHxDh, positions, base=c.rope_base, layout=c.rope_layout)
+    k_BxLxKxDh = apply_rotary(k_BxLxKxDh, positions, base=c.rope_base, layout=c.rope_layout)
     if c.qk_norm == "l2":
       q_BxLxHxDh, k_BxLxKxDh = l2_normalize(q_BxLxHxDh), l2_normalize(k_BxLxKxDh)
     if c.attention_scale == "learned":
@@ -167,7 +166,7 @@ class Mlp(nn.Module):
   """Two matrices and a squared ReLU, or three and a gated SiLU."""
 
   config: config.Model
-  dot_generals: Mapping[str, DotGeneralCls | None]
+  dot_generals: DotGenerals
 
   @nn.compact
   def __call__(self, x_BxLxD):
@@ -192,19 +191,15 @@ class Block(nn.Module):
   of them."""
 
   config: config.Model
-  dot_generals: Mapping[str, DotGeneralCls | None]
+  dot_generals: DotGenerals
 
   @nn.compact
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
     c = self.config
-    attention_norm, mlp_norm = (
-      RmsNorm(c.norm_eps, name="attention_norm"),
-      RmsNorm(c.norm_eps, name="mlp_norm"),
-    )
-    attend, mlp = (
-      Attention(c, self.dot_generals, name="attention"),
-      Mlp(c, self.dot_generals, name="mlp"),
-    )
+    attention_norm = RmsNorm(c.norm_eps, name="attention_norm")
+    mlp_norm = RmsNorm(c.norm_eps, name="mlp_norm")
+    attend = Attention(c, self.dot_generals, name="attention")
+    mlp = Mlp(c, self.dot_generals, name="mlp")
     attention_add, mlp_add = Add(name="attention_add"), Add(name="mlp_add")
     if c.norm_placement == "post":
       x_BxLxD = attention_add(x_BxLxD, attention_norm(attend(x_BxLxD, segment_ids_BxL, positions)))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.model import transformer
+from beyond_outliers.model import stack, transformer
 
 Batch = dict[str, jax.Array]
 
@@ -79,7 +79,7 @@ def logits(
     {"params": params},
     batch["tokens"],
     *masks(batch, mask_documents),
-    rngs=None if rng is None else dict.fromkeys(transformer.STREAMS, rng),
+    rngs=None if rng is None else dict.fromkeys(stack.STREAMS, rng),
   )
   return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
 

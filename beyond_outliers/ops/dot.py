@@ -21,11 +21,12 @@ from beyond_outliers.ops.outline import materialized_transpose
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
   """lax.dot_general for linear layers, whose backward products run in the type of the operands too.
 
-  lhs: [T, I]; rhs: [I, O], or [O, I] with dimension_numbers (((1,), (1,)), ((), ())). Beside a
-  bfloat16 operand the other is cast to it, and each gets its cotangent in its own type: pass a
+  lhs: [T, I]; rhs: [I, O], or [O, I] with dimension_numbers (((1,), (1,)), ((), ())). Where one
+  operand is bfloat16 the other is cast to it, and each gets its cotangent in its own type: pass a
   float32 kernel uncast, and its gradient keeps its float32 sums. The result is at least float32
   unless preferred_element_type says otherwise: on CPU a bfloat16 result halves the speed, elsewhere
-  XLA fuses the cast that follows. Raises ValueError for a narrow product of other shapes."""
+  XLA fuses the cast that follows.
+  Errors: ValueError for a narrow product of other shapes."""
   narrow = min(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
   if narrow.itemsize >= 4:
     wide = jnp.promote_types(lhs.dtype, rhs.dtype)
@@ -40,8 +41,7 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
   if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_sum) != (1,) or any(map(len, batch)):
     raise ValueError(
       f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two "
-      "matrices, "
-      "summed over the last axis of the first: reshape the inputs to [tokens, features]"
+      "matrices, summed over the last axis of the first: reshape the inputs to [tokens, features]"
     )
   return _narrow_dot(lhs, rhs, tuple(rhs_sum), precision, narrow, out)
 
@@ -53,31 +53,24 @@ def _narrow_dot(lhs_TxI, rhs, rhs_sum, precision, narrow, out):
 
 
 def _forward(lhs_TxI, rhs, rhs_sum, precision, narrow, out):
-  types = (
-    jnp.zeros((0,), lhs_TxI.dtype),
-    jnp.zeros((0,), rhs.dtype),
-  )  # residuals are arrays: these carry the types
+  # Residuals are arrays: these carry the types.
+  types = jnp.zeros((0,), lhs_TxI.dtype), jnp.zeros((0,), rhs.dtype)
   lhs_TxI, rhs = lhs_TxI.astype(narrow), rhs.astype(narrow)
   # Not _narrow_dot again: a rematerialisation policy knows a product when it sees one, but not
   # inside a rule of ours.
-  return lax.dot_general(lhs_TxI, rhs, (((1,), rhs_sum), ((), ())), precision, out), (
-    lhs_TxI,
-    rhs,
-    *types,
-  )
+  y_TxO = lax.dot_general(lhs_TxI, rhs, (((1,), rhs_sum), ((), ())), precision, out)
+  return y_TxO, (lhs_TxI, rhs, *types)
 
 
 def _backward(rhs_sum, precision, narrow, out, residuals, g_TxO):
   del out
   lhs_TxI, rhs, lhs_type, rhs_type = residuals
   g_TxO = g_TxO.astype(narrow)
-  lhs_bar = lax.dot_general(
-    g_TxO, rhs, (((1,), (1 - rhs_sum[0],)), ((), ())), precision, jnp.float32
-  )
+  numbers = (((1,), (1 - rhs_sum[0],)), ((), ()))
+  lhs_bar = lax.dot_general(g_TxO, rhs, numbers, precision, jnp.float32)
   first, second = (lhs_TxI, g_TxO) if rhs_sum == (0,) else (g_TxO, lhs_TxI)
-  rhs_bar = lax.dot_general(
-    materialized_transpose(first), second, (((1,), (0,)), ((), ())), precision, jnp.float32
-  )
+  first, numbers = materialized_transpose(first), (((1,), (0,)), ((), ()))
+  rhs_bar = lax.dot_general(first, second, numbers, precision, jnp.float32)
   return lhs_bar.astype(lhs_type.dtype), rhs_bar.astype(rhs_type.dtype)
 
 

@@ -1,5 +1,4 @@
-"""The matrix product that both backends make of codes: exact where they are integers, in the
-operands' type elsewhere."""
+"""The matrix product of codes: exact where they are integers, in the operands' type elsewhere."""
 
 from __future__ import annotations
 
@@ -12,26 +11,22 @@ from jax import lax
 
 from beyond_outliers.ops.outline import materialized_transpose
 
-# So many products of two int8 codes add up to a number that int32 holds, whatever the codes.
+# So many products of two int8 codes add up to a number that int32 holds.
 LONGEST = 2**31 // 128**2 - 1
 
 
-def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
-  """Of two matrices, summed over these axes, with operands in `dtype`: int8 in int32, others in
-  float32 or wider.
+def dot_codes(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
+  """The product of two matrices, summed over these axes, with operands in `dtype`: int8 in int32,
+  others in float32 or wider.
 
   Sums of int8 products that may be too long for int32 are exact in parts, and these add up in
   float32."""
   a, b, dtype = a.astype(dtype), b.astype(dtype), jnp.dtype(dtype)
   length = a.shape[a_axis]
   if dtype == jnp.int8 and length > LONGEST:
-    return _in_parts(
-      a,
-      b,
-      a_axis,
-      b_axis,
-      next(n for n in range(math.ceil(length / LONGEST), length + 1) if length % n == 0),
-    )
+    fewest = math.ceil(length / LONGEST)
+    parts = next(n for n in range(fewest, length + 1) if length % n == 0)
+    return _in_parts(a, b, a_axis, b_axis, parts)
   if a_axis == 0 and dtype.itemsize < 4:
     a, a_axis = materialized_transpose(a), 1
   # Whoever asks for float32 gets it: left to themselves TPUs take bfloat16 passes, and recent GPUs
@@ -42,8 +37,7 @@ def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) ->
 
 
 def _in_parts(a, b, a_axis, b_axis, parts):
-  """Each of the parts is consecutive, so that a sum over a sharded axis falls into parts where its
-  shards lie."""
+  """Consecutive parts, so that a sum over a sharded axis falls into parts where its shards lie."""
   a, b = (
     x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
     for x, axis in ((a, a_axis), (b, b_axis))

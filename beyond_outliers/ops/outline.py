@@ -21,9 +21,8 @@ def outlined_call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> 
   either: it removes them first. Results of a call exist."""
   first, *others = jax.jit(function)(*arguments)
   if jax.default_backend() == "cpu":
-    first = set_xla_metadata(
-      first, inlineable="false"
-    )  # goes to what makes the value, which is the call
+    # Goes to what makes the value, which is the call.
+    first = set_xla_metadata(first, inlineable="false")
   return first, *others
 
 

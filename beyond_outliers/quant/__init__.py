@@ -1,19 +1,18 @@
-"""Quantization: specs as data, their mathematics, and what a model's linear layers multiply
-with."""
+"""Quantization: specs as data, their mathematics, and the products of a model's linear layers."""
 
 from beyond_outliers.quant import metrics
 from beyond_outliers.quant.dot import BACKENDS, dot_general_for
 from beyond_outliers.quant.ptq import METHODS, QuantizedModel, load, quantized
-from beyond_outliers.quant.quantizers import Quantized, dequantize, fake_quantize, quantize
-from beyond_outliers.quant.recipes import RECIPES, Contraction, Recipe
+from beyond_outliers.quant.quantizers import Quantized, dequantize, fake_quantize, quantize_array
+from beyond_outliers.quant.recipes import RECIPES, LinearShape, Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 __all__ = [
   "BACKENDS",
   "METHODS",
   "RECIPES",
-  "Contraction",
   "LayerRecipe",
+  "LinearShape",
   "QuantSpec",
   "Quantized",
   "QuantizedModel",
@@ -23,6 +22,6 @@ __all__ = [
   "fake_quantize",
   "load",
   "metrics",
-  "quantize",
+  "quantize_array",
   "quantized",
 ]

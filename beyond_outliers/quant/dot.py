@@ -1,4 +1,4 @@
-"""What a model's linear layers call instead of lax.dot_general."""
+"""The quantized product of a model's linear layers, which they call instead of lax.dot_general."""
 
 from __future__ import annotations
 
@@ -43,31 +43,25 @@ class QuantizedDot(nn.Module):
     (lhs_axes, (w_axis,)), batch = dimension_numbers
     if isinstance(rhs, qmatrix.QuantizedMatrix):
       learned = self.recipe.activations is not None and self.recipe.activations.scale == "learned"
-      log_scale: Any = (
-        self.get_variable("params", "log_scale") if learned else None
-      )  # that of the activations comes first
-      return qmatrix.multiply(
-        lhs, rhs, self.recipe, jnp.exp(log_scale[0]).reshape(1, 1) if learned else None
-      )
+      scale = None
+      if learned:
+        log_scale: Any = self.get_variable("params", "log_scale")
+        scale = jnp.exp(log_scale[0]).reshape(1, 1)  # that of the activations comes first
+      return qmatrix.matmul(lhs, rhs, self.recipe, scale)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
       raise ValueError(
         f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two "
-        "matrices, "
-        "summed over the last axis of the first: reshape the inputs to [tokens, features]"
+        "matrices, summed over the last axis of the first: reshape the inputs to [tokens, features]"
       )
     options: dict[str, Any] = {}
     if self._has("rounding", "stochastic"):
       options["key"] = self.make_rng("rounding") if self.has_rng("rounding") else None
     scales = self._scales(lhs, rhs, w_axis) if self._has("scale", "learned") else None
-    if (
-      self.recipe.activations is not None
-      and self.is_mutable_collection("statistics")
-      and not self.is_initializing()
-    ):
+    watched = self.is_mutable_collection("statistics") and not self.is_initializing()
+    if watched and self.recipe.activations is not None:
       scale = scales[0] if scales else None
-      self.sow(
-        "statistics", "activations", metrics.measure(lhs, self.recipe.activations, 1, scale)[0]
-      )
+      sums, _ = metrics.operand_sums(lhs, self.recipe.activations, 1, scale)
+      self.sow("statistics", "activations", sums)
     return _product(BACKENDS[self.backend], w_axis, self.recipe, lhs, rhs, scales, options)
 
   def _has(self, field, value):
@@ -75,12 +69,12 @@ class QuantizedDot(nn.Module):
     return any(spec is not None and getattr(spec, field) == value for spec in specs)
 
   def _scales(self, lhs, rhs, w_axis):
-    """The learned scales of (activations, weights), [1, 1] each, or None. They begin as this first
-    forward pass says.
+    """The learned scales of (activations, weights), [1, 1] each, or None. The first forward pass
+    says where they begin.
 
-    Their logarithms are what is learned: an optimizer whose steps have one length whatever the
-    gradient's, as all here have, would throw scales of a hundredth below zero, but changes
-    logarithms in proportion (as arXiv 1903.08066 argues)."""
+    Their logarithms are learned: an optimizer whose steps have one length, however long the
+    gradient, as all here have, would throw scales of a hundredth below zero, but changes logarithms
+    in proportion (as arXiv 1903.08066 argues)."""
     operands = {
       "activations": (self.recipe.activations, lhs, 1),
       "weights": (self.recipe.weights, rhs, w_axis),
@@ -93,12 +87,10 @@ class QuantizedDot(nn.Module):
 
     def begin(key):
       del key
-      scales = [
-        quantizers.scale_of(
-          rotations.rotate(x.astype(jnp.float32), spec.rotation, axis), spec, axis
-        ).reshape(())
-        for spec, x, axis in learned.values()
-      ]
+      scales = []
+      for spec, x, axis in learned.values():
+        x = rotations.rotate(x.astype(jnp.float32), spec.rotation, axis)
+        scales.append(quantizers.scale_of(x, spec, axis).reshape(()))
       return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))  # inputs that are all zero have none
 
     log_scale: Any = self.param("log_scale", nn.with_logical_partitioning(begin, ("vector",)))
@@ -107,21 +99,19 @@ class QuantizedDot(nn.Module):
 
 
 def _multiply(backend, w_axis, layer, x_TxK, w, scales, options):
-  return backend(
-    x_TxK, w, w_axis, layer, **options, **({} if scales is None else {"scales": scales})
-  )
+  if scales is not None:
+    options = {**options, "scales": scales}
+  return backend(x_TxK, w, w_axis, layer, **options)
 
 
 def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
   """(y, its pullback: a tree of codes, their scales and masks)."""
 
   def with_pullback(x_TxK, w, scales, options):
-    return jax.vjp(
-      lambda x, w, scales: _multiply(backend, w_axis, layer, x, w, scales, options),
-      x_TxK,
-      w,
-      scales,
-    )
+    def product(x_TxK, w, scales):
+      return _multiply(backend, w_axis, layer, x_TxK, w, scales, options)
+
+    return jax.vjp(product, x_TxK, w, scales)
 
   return outlined_call(with_pullback, x_TxK, w, scales, options)
 
@@ -133,8 +123,8 @@ def _backward(backend, w_axis, layer, pullback, g_TxO):
   return *x_bar, *others, None
 
 
-# The forward pass and either gradient apart: else XLA:CPU keeps rotated numbers in the place of
-# codes and masks, and works on both gradients at once, each with its own scaled copy of y's.
+# The forward pass and either gradient are calls of their own: else XLA:CPU keeps rotated numbers in
+# the place of codes and masks, and works on both gradients at once, each with a scaled copy of y's.
 _product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1, 2))
 _product.defvjp(_forward, _backward)
 
@@ -142,8 +132,8 @@ _product.defvjp(_forward, _backward)
 def dot_general_for(
   recipe: Recipe, backend: str = "aqt"
 ) -> Callable[[str], Callable[[], QuantizedDot] | None]:
-  """What the model takes: path of a linear layer -> what makes its dot_general, or None for the
-  plain one.
+  """The model's `dot_general_for`: path of a linear layer -> maker of its dot_general, or None for
+  the plain one.
 
   Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes
   through plain JAX, said in the log.

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Rounds to whole numbers: how is the quantizer's business, where is the grid's.
+# Rounds to whole numbers, by a rule (nearest, stochastic) that is the quantizer's.
 ToInteger = Callable[[jax.Array], jax.Array]
 
 
@@ -52,8 +52,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-  """A sign, an exponent and a mantissa; without infinities: what is larger than the largest becomes
-  the largest."""
+  """A sign, an exponent and a mantissa, without infinities: numbers above the largest become it."""
 
   mantissa_bits: int
   lowest_exponent: int  # of a number that is not subnormal

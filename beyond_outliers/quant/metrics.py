@@ -1,4 +1,4 @@
-"""What a recipe does to the operands of a model's linear layers, in numbers for the log.
+"""Metrics of the quantized operands of a model's linear layers, for the log of training.
 
 Of each kind of layer (`attention/q`, ..., `mlp/down`, `head`), all depths pooled, and of both
 operands X, weights or activations:
@@ -6,8 +6,7 @@ operands X, weights or activations:
   quant/X/sqnr/<kind>           dB: 10 log10 of Σ x² / Σ (x̂ - x)²
   quant/X/masked/<kind>         share of numbers whose gradient the estimator drops; 0 for ste
   quant/X/clipped/<kind>        share of numbers beyond the largest or the lowest level
-  quant/weights/crossed/<kind>  share of weights whose code after this step is not what it was
-  before
+  quant/weights/crossed/<kind>  share of weights whose code after this step is another than before
   quant/weights/crossed         likewise, of all weights that are quantized
 
 A code changes when its weight crosses a boundary between two levels of the grid, or the boundary
@@ -31,8 +30,8 @@ from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import QuantSpec
 
 
-class Linears(Protocol):
-  """All linear layers of one kind: see model.transformer.Linears."""
+class LinearsOfKind(Protocol):
+  """All linear layers of one kind: see model.linears.Linears."""
 
   @property
   def paths(self) -> tuple[str, ...]: ...
@@ -55,10 +54,10 @@ class Sums(NamedTuple):
   count: jax.Array
 
 
-def measure(
+def operand_sums(
   x: jax.Array, spec: QuantSpec, axis: int, scale: jax.Array | None = None
 ) -> tuple[Sums, jax.Array]:
-  """(sums over x, its codes). axis: that is summed over by the product. scale: of a learned one."""
+  """(sums over x, its codes). axis: the contraction axis of the product. scale: a learned one."""
   x = rotations.rotate(x.astype(jnp.promote_types(x.dtype, jnp.float32)), spec.rotation, axis)
   scale = quantizers.scale_of(x, spec, axis) if scale is None else scale.astype(x.dtype)
   v, grid = quantizers.in_units(x, scale), spec.levels
@@ -75,28 +74,24 @@ def of_activations(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
   metrics: dict[str, jax.Array] = {}
   for kind, collection in sown.items():
     (sums,) = collection["activations"]
-    metrics |= _metrics(
-      "activations", kind, Sums(*(jnp.where(jnp.isnan(sums.count), 0, x) for x in sums))
-    )
+    present = Sums(*(jnp.where(jnp.isnan(sums.count), 0, x) for x in sums))
+    metrics |= _metrics("activations", kind, present)
   return metrics
 
 
 def of_weights(
-  recipe: Recipe, linears: Mapping[str, Linears], before: Mapping[str, Linears]
+  recipe: Recipe, linears: Mapping[str, LinearsOfKind], before: Mapping[str, LinearsOfKind]
 ) -> dict[str, jax.Array]:
   """The metrics, of the layers after a step and before it, by kind. Sharded kernels stay where they
   are."""
   metrics: dict[str, jax.Array] = {}
   crossed, count = [], []
   for kind, layers in linears.items():
-    specs = [layer.weights if layer else None for layer in map(recipe.layer, layers.paths)]
-    found = [
-      _of_step(
-        spec, [depth for depth, other in enumerate(specs) if other == spec], layers, before[kind]
-      )
-      for spec in dict.fromkeys(specs)
-      if spec is not None
-    ]
+    depths: dict[QuantSpec, list[int]] = {}
+    for depth, layer in enumerate(map(recipe.layer, layers.paths)):
+      if layer is not None and layer.weights is not None:
+        depths.setdefault(layer.weights, []).append(depth)
+    found = [_of_step(spec, of_spec, layers, before[kind]) for spec, of_spec in depths.items()]
     if found:
       sums, crossings = jax.tree.map(lambda *depths: jnp.concatenate(depths), *found)
       metrics |= _metrics("weights", kind, sums)
@@ -109,14 +104,14 @@ def of_weights(
 
 
 def _of_step(
-  spec: QuantSpec, depths: list[int], after: Linears, before: Linears
+  spec: QuantSpec, depths: list[int], after: LinearsOfKind, before: LinearsOfKind
 ) -> tuple[Sums, jax.Array]:
   """Sums over the kernels of these depths, and how many of their codes changed, by depth."""
 
   def of_depth(kernels_and_scales):
     (kernel, scale), (old_kernel, old_scale) = kernels_and_scales
-    sums, codes = measure(kernel, spec, after.axis, scale)
-    _, old = measure(old_kernel, spec, after.axis, old_scale)
+    sums, codes = operand_sums(kernel, spec, after.axis, scale)
+    _, old = operand_sums(old_kernel, spec, after.axis, old_scale)
     return sums, _count(codes.astype(jnp.float32) != old.astype(jnp.float32)).astype(jnp.float32)
 
   def operands(layers):

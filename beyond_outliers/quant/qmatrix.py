@@ -29,20 +29,31 @@ class QuantizedMatrix(NamedTuple):
   smooth: jax.Array | None = None  # [K]
 
 
-def prepare(w_KxO: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None) -> jax.Array:
-  """The matrix in the basis that is quantized, float32 or wider."""
+def in_quantized_basis(
+  w_KxO: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None
+) -> jax.Array:
+  """The matrix of a layer, smoothed and rotated: float32 or wider."""
   w_KxO = w_KxO.astype(jnp.promote_types(w_KxO.dtype, jnp.float32))
-  return rotations.rotate(
-    w_KxO if smooth_K is None else w_KxO / smooth_K[:, None], layer.rotation, 0
-  )
+  w_KxO = w_KxO if smooth_K is None else w_KxO / smooth_K[:, None]
+  return rotations.rotate(w_KxO, layer.rotation, 0)
 
 
-def multiply(
+def gram_in_quantized_basis(
+  gram_KxK: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None
+) -> jax.Array:
+  """The Gram matrix of a layer's inputs, in the basis of `in_quantized_basis`."""
+  gram_KxK = gram_KxK if smooth_K is None else gram_KxK * smooth_K * smooth_K[:, None]
+  return rotations.rotate(rotations.rotate(gram_KxK, layer.rotation, 0), layer.rotation, 1)
+
+
+def matmul(
   x_TxK: jax.Array, weight: QuantizedMatrix, layer: LayerRecipe | None, scale: Any = None
 ) -> jax.Array:
-  """[T, O], float32 or wider: to the bit what `jax_backend.dot_general` makes of the matrix before
-  it was quantized, if it was rounded to nearest and all of its stack are alike. layer None: the
-  input as it is. scale: a learned one, of the activations."""
+  """The product of a layer's input and its quantized matrix: [T, O], float32 or wider.
+
+  Equal to the bit to `jax_backend.dot_general` of the matrix before it was quantized, if that was
+  rounded to nearest and all of its stack are alike.
+  layer None: the input as it is. scale: a learned one, of the activations."""
   wide = jnp.promote_types(x_TxK.dtype, jnp.float32)
   x = x_TxK.astype(wide) if weight.smooth is None else x_TxK.astype(wide) * weight.smooth
   x = x if layer is None else rotations.rotate(x, layer.rotation, 1)
@@ -55,22 +66,13 @@ def multiply(
 
 
 def plain_product() -> Any:
-  """What makes the dot_general of a layer that is not quantized itself, but lies in a stack of
-  layers some of which are."""
-  return lambda lhs, rhs, dimension_numbers: multiply(lhs, rhs, None)
+  """The dot_general of a layer that is not quantized itself, but lies in a stack of layers some of
+  which are."""
+  return lambda lhs, rhs, dimension_numbers: matmul(lhs, rhs, None)
 
 
-def dequantize(weight: QuantizedMatrix, layer: LayerRecipe) -> jax.Array:
+def reconstruct(weight: QuantizedMatrix, layer: LayerRecipe) -> jax.Array:
   """The matrix [K, O] that the layer multiplies with, in the basis of the input."""
-  w_KxO = rotations.unrotate(
-    quantizers.dequantize(Quantized(weight.codes, weight.scale)), layer.rotation, 0
-  )
+  w_KxO = quantizers.dequantize(Quantized(weight.codes, weight.scale))
+  w_KxO = rotations.unrotate(w_KxO, layer.rotation, 0)
   return w_KxO if weight.smooth is None else w_KxO * weight.smooth[:, None]
-
-
-def prepare_gram(
-  gram_KxK: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None
-) -> jax.Array:
-  """The Gram matrix of a layer's inputs, in the basis of `prepare`."""
-  gram_KxK = gram_KxK if smooth_K is None else gram_KxK * smooth_K * smooth_K[:, None]
-  return rotations.rotate(rotations.rotate(gram_KxK, layer.rotation, 0), layer.rotation, 1)

@@ -1,8 +1,7 @@
-"""The mathematics of quantization: numbers to codes and back, and the gradient that is passed
-through. Pure functions.
+"""The mathematics of quantization, as pure functions: numbers to codes and back, and the gradient
+that passes through.
 
-Legend: x any array; `axis` is its contraction axis, along which numbers share a scale and are
-rotated.
+Legend: x any array; `axis` its contraction axis, along which numbers share a scale and are rotated.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Quantized(NamedTuple):
 
 
 class Saved(NamedTuple):
-  """What the backward pass needs of a forward one."""
+  """Residuals of a forward pass for its backward pass."""
 
   passes: jax.Array | None  # where the gradient passes; None: everywhere
   slope: jax.Array | None  # d x̂ / d scale, of a learned one
@@ -52,8 +51,9 @@ def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
 
 
 def block_of(spec: QuantSpec, width: int) -> int | None:
-  """How many numbers of an axis so wide share a scale. None: all. Errors: ConfigError when they
-  don't divide it."""
+  """The count of numbers that share a scale along an axis so wide; None: all of them.
+
+  Errors: ConfigError when it does not divide the width."""
   block = GRANULARITIES[spec.granularity].block
   if block is None:
     return None
@@ -95,7 +95,7 @@ def forward(
 def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Array, Saved]:
   """Codes of numbers that are in units of their scale."""
   if spec.rounding == "stochastic" and key is not None:
-    to_integer = lambda t: jnp.floor(t + jax.random.uniform(key, t.shape, t.dtype))
+    to_integer = functools.partial(_round_stochastically, key)
   else:
     to_integer = jnp.round
   codes, estimator = spec.levels.round(v, to_integer), ESTIMATORS[spec.estimator]
@@ -104,8 +104,12 @@ def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Ar
   return codes.astype(spec.levels.dtype), Saved(passes, slope)
 
 
+def _round_stochastically(key: jax.Array, v: jax.Array) -> jax.Array:
+  return jnp.floor(v + jax.random.uniform(key, v.shape, v.dtype))
+
+
 def backward(saved: Saved, g: jax.Array) -> jax.Array:
-  """The gradient of the numbers from that of what they became."""
+  """The gradient of the numbers from that of their quantized values."""
   return g if saved.passes is None else jnp.where(saved.passes, g, 0)
 
 
@@ -113,14 +117,14 @@ def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec, count: int) -> j
   """The gradient of a learned scale, times 1 / sqrt(count · largest level) (arXiv 1902.08153,
   section 2.2).
 
-  count: of the weights, or of the features of activations, whatever the tokens. None: of a scale
-    that follows a rule."""
+  count: of the weights, or of the features of activations, however many tokens there are. None: of
+    a scale that follows a rule."""
   if saved.slope is None:
     return None
   return (jnp.sum(g * saved.slope) / (count * spec.levels.largest) ** 0.5).reshape((1,) * g.ndim)
 
 
-def quantize(
+def quantize_array(
   x: jax.Array,
   spec: QuantSpec,
   axis: int = -1,
@@ -149,8 +153,8 @@ def fake_quantize(
 ) -> jax.Array:
   """The values that `x` becomes, in its own basis and type; its gradient is the spec's estimator.
 
-  scale: instead of the spec's rule, what a code of one stands for; a learned one gets its gradient,
-    as of weights."""
+  scale: in the place of what the spec's rule finds; a learned one gets its gradient, as of
+    weights."""
   rotated = rotations.rotate(x, spec.rotation, axis)
   if scale is None:
     scale = jax.lax.stop_gradient(scale_of(rotated, spec, axis))
@@ -164,10 +168,8 @@ def _fake(spec, x, scale, key):
 
 def _fake_forward(spec, x, scale, key):
   q, saved = forward(x, scale, spec, key)
-  return dequantize(q), (
-    saved,
-    jnp.zeros((0,), x.dtype),
-  )  # residuals are arrays: the last carries a type
+  # Residuals are arrays: the last carries a type.
+  return dequantize(q), (saved, jnp.zeros((0,), x.dtype))
 
 
 def _fake_backward(spec, residuals, g) -> tuple[Any, ...]:

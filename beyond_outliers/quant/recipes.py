@@ -1,5 +1,5 @@
-"""Recipes: which linear layer of a model is quantized how, by rules over their paths; and the named
-ones."""
+"""Recipes: rules over the paths of a model's linear layers that give each its recipe; and the named
+recipes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,17 @@ from absl import logging
 from beyond_outliers import config
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.params import at_any_depth
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 
-class Contraction(NamedTuple):
-  """The axis that a linear layer sums over."""
+class LinearShape(NamedTuple):
+  """The contraction axis of a linear layer."""
 
   width: int
   shards: int = 1  # devices that it is split over
   gathered: int = 1  # devices that it is gathered from, of the weights
-
-
-def at_depth(path: str, depth: int) -> str:
-  """`layers/mlp/up`, as parameters are stacked, as `layers/3/mlp/up`, as rules see it; other paths
-  as they are."""
-  return path.replace("layers/", f"layers/{depth}/", 1) if path.startswith("layers/") else path
-
-
-def stacked(path: str) -> str:
-  """The inverse of `at_depth`."""
-  return re.sub(r"^layers/\d+/", "layers/", path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +31,8 @@ class Recipe:
   """Ordered rules: the first whose regular expression matches the whole path of a linear layer
   decides. None: not quantized.
 
-  Paths are those that the model asks for: `layers/3/mlp/up`, `head`. Errors: ConfigError."""
+  Paths are those of layers (params.py): `layers/3/mlp/up`, `head`.
+  Errors: ConfigError."""
 
   rules: tuple[tuple[str, LayerRecipe | None], ...]
 
@@ -54,7 +45,7 @@ class Recipe:
 
   @property
   def default(self) -> LayerRecipe | None:
-    """What the last rule says, which is for all layers that the others leave."""
+    """The recipe of the last rule, which is for all layers that the others leave."""
     return self.rules[-1][1]
 
   @property
@@ -74,17 +65,16 @@ class Recipe:
     return self.rules[self.rule(path)][1]
 
   def rule(self, path: str) -> int:
-    """Which of the rules the layer at `path` follows. Errors: as `layer`."""
+    """The number of the rule that the layer at `path` follows. Errors: as `layer`."""
     for i, (paths, _) in enumerate(self.rules):
       if re.fullmatch(paths, path):
         return i
     raise ConfigError(
       f"quant.rules = {[paths for paths, _ in self.rules]}: none matches the linear layer "
-      f"{path!r}; "
-      "end with a rule for '.*'"
+      f"{path!r}; end with a rule for '.*'"
     )
 
-  def check(self, contractions: Mapping[str, Contraction]) -> None:
+  def check(self, shapes: Mapping[str, LinearShape]) -> None:
     """Whether the rules fit a model, given all its linear layers by path.
 
     Blocks that reach over devices which weights are gathered from are said in the log.
@@ -92,18 +82,18 @@ class Recipe:
       divide a width or a shard's."""
     used = set()
     costly: dict[str, None] = {}
-    for path, contraction in contractions.items():
+    for path, shape in shapes.items():
       used.add(self.rule(path))
       layer = self.layer(path)
       if layer is not None:
-        costly |= _check_blocks(path, layer, contraction)
+        costly |= _check_blocks(path, layer, shape)
     for i, (paths, _) in enumerate(self.rules):
       require(
         i in used,
         "quant.rules",
         paths,
         "no linear layer is left for this rule; the model has "
-        + ", ".join(sorted({re.sub(r"\d+", "*", path) for path in contractions})),
+        + ", ".join(sorted({at_any_depth(path) for path in shapes})),
       )
     if costly:
       logging.warning(
@@ -111,9 +101,9 @@ class Recipe:
       )
 
 
-def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> dict[str, None]:
-  """What reaches over devices that weights are gathered from: in words, once each."""
-  width, shards, gathered = contraction
+def _check_blocks(path: str, layer: LayerRecipe, shape: LinearShape) -> dict[str, None]:
+  """The blocks that reach over devices which weights are gathered from: in words, once each."""
+  width, shards, gathered = shape
   blocks = {}
   for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
     if spec is not None:
@@ -123,28 +113,29 @@ def _check_blocks(path: str, layer: LayerRecipe, contraction: Contraction) -> di
         raise ConfigError(f"quant: {path}: {error}") from None
   if rotations.ROTATIONS[layer.rotation] is not None:
     blocks["the rotation"] = rotations.block_size(width)
-  for what, block in blocks.items():
+  for name, block in blocks.items():
     require(
       width // shards % block == 0,
       "mesh.model",
       shards,
-      f"{path} sums over {width} numbers, {width // shards} on each "
-      f"device: no multiple of the blocks of {block} of {what}; take a smaller mesh.model",
+      f"{path} sums over {width} numbers, {width // shards} on each device: no multiple of the "
+      f"blocks of {block} of {name}; take a smaller mesh.model",
     )
   return {
-    f"{what} in blocks of {block}, with {width // gathered} on each device": None
-    for what, block in blocks.items()
-    if "activations" not in what and width // gathered % block
+    f"{name} in blocks of {block}, with {width // gathered} on each device": None
+    for name, block in blocks.items()
+    if "activations" not in name and width // gathered % block
   }
 
 
 def _but_the_head(layer: LayerRecipe) -> Recipe:
-  """As QuEST: the head stays in full precision."""
+  """A recipe for all layers but the head, which stays in full precision, as in QuEST."""
   return Recipe((("head", None), (".*", layer)))
 
 
 def _round_to_nearest(weights: int, activations: int | None, group: int = 0) -> LayerRecipe:
-  """Symmetric absmax: a scale an output channel (or group of weights), and one a token."""
+  """Round to nearest, symmetric absmax: a scale an output channel (or group of weights), and one a
+  token."""
   return LayerRecipe(
     QuantSpec(weights, granularity="group", group=group) if group else QuantSpec(weights),
     QuantSpec(activations, granularity="token") if activations else None,
@@ -152,7 +143,7 @@ def _round_to_nearest(weights: int, activations: int | None, group: int = 0) -> 
 
 
 def _quest(weights: float, activations: float | None) -> LayerRecipe:
-  """arXiv 2502.05003."""
+  """QuEST, arXiv 2502.05003."""
 
   def spec(bits, granularity):
     grid = "ternary" if bits == 1.585 else "midrise"
@@ -162,7 +153,7 @@ def _quest(weights: float, activations: float | None) -> LayerRecipe:
 
 
 def _lsq(activations: str) -> LayerRecipe:
-  """arXiv 1902.08153, whose section 2 has a grid for numbers with a sign and one for those
+  """LSQ, arXiv 1902.08153, whose section 2 has a grid for numbers with a sign and one for those
   without."""
 
   def spec(grid):
@@ -187,9 +178,8 @@ RECIPES: dict[str, Recipe] = {
   "quest_w1.58a1.58": _but_the_head(_quest(1.585, 1.585)),
   "quest_w4a16": _but_the_head(_quest(4, None)),
   "lsq_w4a4": _but_the_head(_lsq("twos_complement")),
-  "lsq_w4a4_unsigned": _but_the_head(
-    _lsq("unsigned")
-  ),  # for a rule: of layers behind a squared ReLU, `.*/mlp/down`
+  # For a rule, of layers behind a squared ReLU: `.*/mlp/down`.
+  "lsq_w4a4_unsigned": _but_the_head(_lsq("unsigned")),
   # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale a tensor, which
   # shows a token the later ones.
   "fp8": _but_the_head(
@@ -220,7 +210,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def named(name: str, field: str = "quant.recipe") -> Recipe:
+def recipe_named(name: str, field: str = "quant.recipe") -> Recipe:
   """A row of RECIPES. Errors: ConfigError with the nearest name."""
   if name not in RECIPES:
     raise ConfigError(f"{field} = {name!r}: unknown recipe; {nearest(name, RECIPES, cutoff=0.4)}")
@@ -228,8 +218,8 @@ def named(name: str, field: str = "quant.recipe") -> Recipe:
 
 
 def name_of(c: config.Quant) -> str:
-  """A run's recipe in a word: the row that most layers follow, and the rules that are more than a
-  plain head."""
+  """A run's recipe in a word: the row that most layers follow, and the rules but that of a plain
+  head."""
   own = [
     f"{rule.paths}: {rule.recipe}"
     for rule in c.rules.values()
@@ -239,10 +229,9 @@ def name_of(c: config.Quant) -> str:
 
 
 def from_config(c: config.Quant) -> Recipe:
-  """The run's rules in order, each with what its recipe does to most layers, and `recipe` for all
-  others."""
+  """The run's rules in order, each with its recipe for most layers, and `recipe` for all others."""
   rules = [
-    (rule.paths, named(rule.recipe, f"quant.rules.{label}.recipe").default)
+    (rule.paths, recipe_named(rule.recipe, f"quant.rules.{label}.recipe").default)
     for label, rule in c.rules.items()
   ]
-  return Recipe((*rules, (".*", named(c.recipe).default)))
+  return Recipe((*rules, (".*", recipe_named(c.recipe).default)))

@@ -15,8 +15,8 @@ import numpy as np
 from absl import logging
 
 BLOCK = 128  # as QuEST's (arXiv 2502.05003)
-# name -> whether signs are drawn before the Hadamard matrix (as QuaRot, arXiv 2404.00456); None: no
-# rotation
+# name -> whether signs are drawn before the Hadamard matrix (QuaRot, arXiv 2404.00456); None: no
+# rotation.
 ROTATIONS: dict[str, bool | None] = {"none": None, "hadamard": False, "randomized_hadamard": True}
 
 
@@ -54,15 +54,12 @@ def _blocks(x, axis):
 def _multiply(x, axis):
   size = block_size(x.shape[axis])
   matrix = jnp.asarray(hadamard(size), x.dtype)
-  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if axis == x.ndim - 1:
-    return product(x.reshape(*x.shape[:axis], -1, size), matrix).reshape(x.shape)
-  # A product a block: summing over an axis in the middle would transpose what it is given and what
-  # it returns.
+    return matmul(x.reshape(*x.shape[:axis], -1, size), matrix).reshape(x.shape)
+  # A product a block: a sum over an axis in the middle would transpose the operand and the result.
   blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1 :]))
-  return product(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(
-    x.shape
-  )
+  return matmul(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(x.shape)
 
 
 # The matrix is its own transpose. Automatic differentiation would keep one for the backward pass,

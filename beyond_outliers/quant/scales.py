@@ -1,5 +1,5 @@
-"""Scales: what a code of one stands for. A rule finds them, and a granularity says which numbers
-share one.
+"""Scales, the numbers that a code of one stands for: rules that find them, and granularities, the
+sets of numbers that share one.
 
 A rule takes numbers, the axes that share a scale, and the grid; it returns positive scales, with
 those axes kept at length one (zero where all numbers are zero). All in float32 or wider.
@@ -86,12 +86,12 @@ def mse(x, axes, grid):
 
 
 def learned(x, axes, grid):
-  """Where a learned scale begins: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section
+  """The start of a learned scale: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section
   2.1)."""
   return 2 * jnp.mean(jnp.abs(x), axis=axes, keepdims=True) / grid.largest**0.5
 
 
-def power_of_two(x, axes, grid):
+def shared_exponent(x, axes, grid):
   """absmax and the largest level, both rounded down to powers of two (OCP Microscaling Formats 1.0,
   section 6.3)."""
   largest = _largest(x, axes)
@@ -137,13 +137,14 @@ SCALES: dict[str, Rule] = {
 
 
 class Granularity(NamedTuple):
-  """Which numbers share a scale: all, those along the contraction axis, or a block of these."""
+  """The numbers that share a scale: all, those along the contraction axis, or a block of these.
+
+  block: so many consecutive numbers along the contraction axis; 0: the spec's `group`.
+  rule: of the format, instead of the spec's."""
 
   all: bool = False
-  block: int | None = (
-    None  # of consecutive numbers along the contraction axis; 0: the spec's `group`
-  )
-  rule: Rule | None = None  # of the format, instead of the spec's
+  block: int | None = None
+  rule: Rule | None = None
 
 
 # Under "tensor" and "nv" what a token becomes depends on all others of the batch, those behind it
@@ -154,7 +155,7 @@ GRANULARITIES = {
   "channel": Granularity(),  # weights: one scale an output channel
   "token": Granularity(),  # activations, and gradients: one scale a token
   "group": Granularity(block=0),
-  "mx": Granularity(block=32, rule=power_of_two),
+  "mx": Granularity(block=32, rule=shared_exponent),
   "nv": Granularity(block=16, rule=two_level),
   "nv_token": Granularity(block=16, rule=two_level_a_row),
 }

@@ -1,5 +1,4 @@
-"""What is quantized and how, as data: one spec an operand, one recipe a linear layer. Nothing here
-computes."""
+"""Quantization as data: a spec an operand, a recipe a linear layer. Nothing here computes."""
 
 from __future__ import annotations
 
@@ -19,11 +18,14 @@ BACKWARDS = ("quantized", "unquantized")
 class QuantSpec:
   """All that decides the numbers of one quantized operand.
 
-  bits: 1 to 8, or 1.585 (ternary). grid: row of GRIDS. scale: row of SCALES. granularity: row of
-  GRANULARITIES; group: numbers along the contraction axis that share a scale, with granularity
-  "group". rotation: row of ROTATIONS, before quantizing.
-  estimator: row of ESTIMATORS. rounding: nearest (ties to even) or stochastic (which needs a key,
-    and is nearest without one).
+  bits: 1 to 8, or 1.585 (ternary).
+  grid: row of GRIDS.
+  scale: row of SCALES.
+  granularity: row of GRANULARITIES.
+  group: numbers along the contraction axis that share a scale, with granularity "group".
+  rotation: row of ROTATIONS, before quantizing.
+  estimator: row of ESTIMATORS.
+  rounding: nearest (ties to even) or stochastic (which needs a key, and is nearest without one).
   Errors: ConfigError for what does not go together."""
 
   bits: float
@@ -46,15 +48,20 @@ class QuantSpec:
       estimator=ESTIMATORS,
       rounding=ROUNDINGS,
     )
-    known = GRIDS[self.grid]
+    bits = GRIDS[self.grid]
     require(
-      self.bits in known,
+      self.bits in bits,
       "bits",
       self.bits,
-      f"grid {self.grid!r} has {', '.join(map(str, known))} bits",
+      f"grid {self.grid!r} has {', '.join(map(str, bits))} bits",
     )
-    block, even = GRANULARITIES[self.granularity], not isinstance(self.levels, Float)
-    if block.block == 0:
+    self._check_granularity()
+    self._check_grid()
+    self._check_learned()
+
+  def _check_granularity(self) -> None:
+    granularity = GRANULARITIES[self.granularity]
+    if granularity.block == 0:
       require(
         self.group >= 1, "group", self.group, "granularity 'group' needs the width of a group"
       )
@@ -65,9 +72,9 @@ class QuantSpec:
         self.group,
         f"only granularity 'group' has one, not {self.granularity!r}",
       )
-    if block.rule is not None:
+    if granularity.rule is not None:
       require(
-        not even,
+        isinstance(self.levels, Float),
         "grid",
         self.grid,
         f"granularity {self.granularity!r} is a format of floating-point numbers: e2m1, ...",
@@ -78,6 +85,8 @@ class QuantSpec:
         self.scale,
         f"granularity {self.granularity!r} has a rule of its own: leave 'absmax'",
       )
+
+  def _check_grid(self) -> None:
     if self.scale == "gaussian":
       require(
         self.grid in ("midrise", "ternary"),
@@ -87,7 +96,12 @@ class QuantSpec:
       )
     if self.scale == "absmax_edge" or self.estimator == "trust":
       name = "scale" if self.scale == "absmax_edge" else "estimator"
-      require(even, name, getattr(self, name), f"needs a grid with even steps, not {self.grid!r}")
+      require(
+        not isinstance(self.levels, Float),
+        name,
+        getattr(self, name),
+        f"needs a grid with even steps, not {self.grid!r}",
+      )
     require(
       self.grid != "unsigned" or self.rotation == "none",
       "rotation",
@@ -95,6 +109,8 @@ class QuantSpec:
       "numbers have a sign behind it, which the grid 'unsigned' has not: take 'none', or another "
       "grid",
     )
+
+  def _check_learned(self) -> None:
     require(
       (self.scale == "learned") == ESTIMATORS[self.estimator].learns_scale,
       "scale",
@@ -116,15 +132,15 @@ class QuantSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecipe:
-  """How a linear layer y = x w multiplies. None leaves an operand as it is.
+  """The product of a linear layer y = x w. None leaves an operand as it is.
 
   gradients: g, the gradient of y, in both products of the backward pass, twice and independently:
 
     dx = g wᵀ  sums over outputs: a scale a token ("token"), or one for all ("tensor")
     dw = xᵀ g  sums over tokens: a scale an output, or one for all
 
-  What scales w by output, and x by token, lies along the axis that is summed over, and so has been
-  multiplied into g before it is quantized. The other operand is what `backward` says: the
+  The scales of w by output, and those of x by token, lie along the axis that is summed over, and so
+  have been multiplied into g before it is quantized. The other operand is what `backward` says: the
   "quantized" one, as in the forward pass, or the "unquantized". dx and dw are not quantized
   themselves, nor is any product of attention. Both backends do the same. A rotation is applied to
   both operands, also to one that is not quantized: otherwise it would not cancel.
@@ -168,17 +184,21 @@ class LayerRecipe:
         "activations have tokens: 'token'",
       )
     if g is not None:
-      require(
-        g.granularity in ("tensor", "token"),
-        "gradients.granularity",
-        g.granularity,
-        "expected 'tensor' or 'token'",
-      )
-      require(g.rotation == "none", "gradients.rotation", g.rotation, "gradients are not rotated")
-      require(g.scale != "learned", "gradients.scale", g.scale, "nothing would learn it")
+      _check_gradients(g)
 
   @property
   def rotation(self) -> str:
     return next(
       (spec.rotation for spec in (self.weights, self.activations) if spec is not None), "none"
     )
+
+
+def _check_gradients(g: QuantSpec) -> None:
+  require(
+    g.granularity in ("tensor", "token"),
+    "gradients.granularity",
+    g.granularity,
+    "expected 'tensor' or 'token'",
+  )
+  require(g.rotation == "none", "gradients.rotation", g.rotation, "gradients are not rotated")
+  require(g.scale != "learned", "gradients.scale", g.scale, "nothing would learn it")

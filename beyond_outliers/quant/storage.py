@@ -3,16 +3,18 @@ bits that their grid needs.
 
 A matrix [K, O], each layer of a stack by itself, becomes
 
-  <path>/codes                  its codes in rows, as digits in base 2^bits (3 for 1.585 bits): as many as fit into a word of 64
-                                bits, the first the lowest, words little-endian. 4 bits: two a byte.
-                                3 bits: 21 a word, 3.05 each; 1.585 bits: 40 a word, 1.6 each.
-                                Floating-point codes are their bits
-  <path>/scale                  as it is, but for the scales that a format knows in one byte:
-  <path>/scale_e8m0             granularity mx: powers of two
-  <path>/scale_e4m3, /scale_unit    granularity nv: their product
-  <path>/smooth                 if it has one
+  <path>/codes         its codes in rows, as digits in base 2^bits (3 for 1.585 bits): as many as
+                       fit into a word of 64 bits, the first the lowest, words little-endian.
+                       4 bits: two a byte. 3 bits: 21 a word, 3.05 each; 1.585 bits: 40 a word, 1.6
+                       each. Floating-point codes are their bits
+  <path>/scale         as it is, but for the scales that a format knows in one byte:
+  <path>/scale_e8m0      granularity mx: powers of two
+  <path>/scale_e4m3,     granularity nv: their product
+    <path>/scale_unit
+  <path>/smooth        if it has one
 
-and every other parameter stays as it is. What is read back equals what was written, bit by bit.
+and every other parameter stays as it is. A model that is read equals the one that was written, bit
+by bit.
 Legend: K contraction, O outputs.
 """
 
@@ -26,19 +28,27 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from flax import traverse_util
 
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
+from beyond_outliers.params import (
+  at_depth,
+  is_stacked,
+  leaves_by_path,
+  parent,
+  slice_at,
+  stack_path,
+  tree_of,
+)
 from beyond_outliers.quant.grids import Uniform
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
-from beyond_outliers.quant.recipes import Recipe, at_depth, stacked
+from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
+from beyond_outliers.types import Json, Params, PathLike
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantized.json"
 VERSION = 1  # of what the docstring says
@@ -46,18 +56,18 @@ WORD_BITS = 64
 E8M0, E4M3 = np.dtype(ml_dtypes.float8_e8m0fnu), np.dtype(ml_dtypes.float8_e4m3fn)
 
 
-def pack(q: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def pack_model(q: Any) -> tuple[dict[str, np.ndarray], Json]:
   """({path: array}, description for JSON) of a QuantizedModel."""
   tensors: dict[str, np.ndarray] = {}
   shapes: dict[str, list[int]] = {}
-  for path, leaf in traverse_util.flatten_dict(q.params, sep="/").items():
+  for path, leaf in leaves_by_path(q.params).items():
     if not isinstance(leaf, QuantizedMatrix):
       tensors[path] = np.asarray(leaf)
       continue
-    for path_of_one, weight in matrices(path, leaf):
-      shapes[path_of_one] = list(weight.codes.shape)
-      parts = _pack_matrix(weight, _weights_spec(q.recipe, path_of_one))
-      tensors.update({f"{path_of_one}/{name}": part for name, part in parts.items()})
+    for one, weight in _matrices(path, leaf):
+      shapes[one] = list(weight.codes.shape)
+      parts = _pack_matrix(weight, _weights_spec(q.recipe, one))
+      tensors.update({f"{one}/{name}": part for name, part in parts.items()})
   kind = type(q.model)
   return tensors, {
     "version": VERSION,
@@ -71,10 +81,10 @@ def pack(q: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   }
 
 
-def unpack(
-  tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]
-) -> tuple[Any, Any, Recipe, str]:
-  """(model as it trains, parameters, recipe, method) of what `pack` returned.
+def unpack_model(
+  tensors: Mapping[str, np.ndarray], description: Json
+) -> tuple[Any, Params, Recipe, str]:
+  """(model as it trains, parameters, recipe, method): the inverse of `pack_model`.
 
   Errors: ConfigError for another version, or tensors that are missing."""
   require(
@@ -94,23 +104,17 @@ def unpack(
       if name.startswith(f"{path}/")
     }
     require("codes" in parts, f"{path}/codes", None, "missing; fetch the whole model again")
-    stacks.setdefault(stacked(path), []).append(
-      _unpack_matrix(parts, shape, _weights_spec(recipe, path))
-    )
+    matrix = _unpack_matrix(parts, shape, _weights_spec(recipe, path))
+    stacks.setdefault(stack_path(path), []).append(matrix)
   params = {path: jnp.asarray(array) for path, array in rest.items()}
   params |= {
-    path: _stack(each) if path.startswith("layers/") else QuantizedMatrix(*each[0])
+    path: _stack(each) if is_stacked(path) else QuantizedMatrix(*each[0])
     for path, each in stacks.items()
   }
-  return (
-    _model(description["model"]),
-    traverse_util.unflatten_dict(params, sep="/"),
-    recipe,
-    description["method"],
-  )
+  return _model(description["model"]), tree_of(params), recipe, description["method"]
 
 
-def write(directory: Any, tensors: dict[str, np.ndarray], description: Mapping[str, Any]) -> None:
+def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description: Json) -> None:
   """A safetensors file and a JSON. Errors: ConfigError when the directory holds such files."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -121,12 +125,12 @@ def write(directory: Any, tensors: dict[str, np.ndarray], description: Mapping[s
     "already holds a model; remove it or choose another",
   )
   safetensors.numpy.save_file(tensors, directory / TENSORS)
-  # Last: what a crash leaves behind does not pass for a model.
+  # Last: the remains of a crash do not pass for a model.
   (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
-def read(directory: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """What `write` wrote. Errors: ConfigError when it is not there."""
+def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
+  """The arguments of `write_model`. Errors: ConfigError when the files are not there."""
   directory = pathlib.Path(directory)
   for name in (TENSORS, DESCRIPTION):
     require(
@@ -135,49 +139,41 @@ def read(directory: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
       str(directory),
       f"holds no {name}; give what save() of a quantized model wrote to",
     )
-  return safetensors.numpy.load_file(directory / TENSORS), json.loads(
-    (directory / DESCRIPTION).read_text()
-  )
+  description = json.loads((directory / DESCRIPTION).read_text())
+  return safetensors.numpy.load_file(directory / TENSORS), description
 
 
-def matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:
+def _matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:
   """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or
   of the one matrix."""
-  if not path.startswith("layers/"):
+  if not is_stacked(path):
     return [(path, weight)]
-  return [
-    (at_depth(path, depth), jax.tree.map(lambda field, depth=depth: field[depth], weight))
-    for depth in range(len(weight.codes))
-  ]
+  depths = range(len(weight.codes))
+  return [(at_depth(path, depth), slice_at(weight, depth)) for depth in depths]
 
 
 def pack_digits(digits: np.ndarray, bits: float) -> np.ndarray:
   """Whole numbers from 0 to below 2^bits as bytes, in whole words."""
   places = _places(bits)
   padded = np.pad(digits.reshape(-1).astype(np.uint64), (0, -digits.size % len(places)))
-  return (
-    (padded.reshape(-1, len(places)) * places)
-    .sum(axis=1, dtype=np.uint64)
-    .astype("<u8")
-    .view(np.uint8)
-  )
+  words = (padded.reshape(-1, len(places)) * places).sum(axis=1, dtype=np.uint64)
+  return words.astype("<u8").view(np.uint8)
 
 
 def unpack_digits(packed: np.ndarray, bits: float, shape: tuple[int, ...]) -> np.ndarray:
   """uint8 digits of this shape."""
-  digits = (
-    packed.view("<u8").astype(np.uint64)[:, None] // _places(bits) % np.uint64(round(2**bits))
-  )
+  words = packed.view("<u8").astype(np.uint64)[:, None]
+  digits = words // _places(bits) % np.uint64(round(2**bits))
   return digits.astype(np.uint8).reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def _places(bits: float) -> np.ndarray:
-  """What a digit counts at every place of a word."""
+  """The value of a digit at every place of a word."""
   return np.uint64(round(2**bits)) ** np.arange(WORD_BITS // bits, dtype=np.uint64)
 
 
 def _weights_spec(recipe: Recipe, path: str) -> QuantSpec | None:
-  layer = recipe.layer(path.removesuffix("/kernel"))
+  layer = recipe.layer(parent(path))
   return layer.weights if layer else None
 
 
@@ -188,11 +184,10 @@ def _pack_matrix(weight: QuantizedMatrix, spec: QuantSpec | None) -> dict[str, n
     parts = {"codes": codes_KxO, "scale": scale}
   else:
     codes_KxO, grid = codes_KxO.astype(spec.levels.dtype), spec.levels
-    digits = (
-      (codes_KxO.astype(np.int32) - grid.lowest) // grid.gap
-      if isinstance(grid, Uniform)
-      else codes_KxO.view(np.uint8)
-    )
+    if isinstance(grid, Uniform):
+      digits = (codes_KxO.astype(np.int32) - grid.lowest) // grid.gap
+    else:
+      digits = codes_KxO.view(np.uint8)
     parts = {"codes": pack_digits(digits, spec.bits), **_pack_scale(scale, spec.granularity)}
   return parts if weight.smooth is None else {**parts, "smooth": np.asarray(weight.smooth)}
 
@@ -205,11 +200,10 @@ def _unpack_matrix(
   if spec is None:
     return parts["codes"], scale, smooth
   digits, grid = unpack_digits(parts["codes"], spec.bits, tuple(shape)), spec.levels
-  codes = (
-    digits.astype(np.int32) * grid.gap + grid.lowest
-    if isinstance(grid, Uniform)
-    else digits.view(grid.dtype)
-  )
+  if isinstance(grid, Uniform):
+    codes = digits.astype(np.int32) * grid.gap + grid.lowest
+  else:
+    codes = digits.view(grid.dtype)
   return codes.astype(grid.dtype), scale, smooth
 
 
@@ -240,13 +234,12 @@ def _unpack_scale(parts: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _stack(each: list[tuple[Any, Any, Any]]) -> QuantizedMatrix:
-  """As it was before it was saved: where the layers' codes were of several types, they all were
-  floats."""
+  """The stack that was saved: where layers' codes are of several types, they all were floats."""
   codes, scales, smooths = zip(*each, strict=True)
-  kinds = {of_one.dtype for of_one in codes}
-  codes = np.stack([of_one if len(kinds) == 1 else of_one.astype(np.float32) for of_one in codes])
+  if len({of_one.dtype for of_one in codes}) > 1:
+    codes = [of_one.astype(np.float32) for of_one in codes]
   return QuantizedMatrix(
-    jnp.asarray(codes),
+    jnp.asarray(np.stack(codes)),
     jnp.asarray(np.stack(scales)),
     None if smooths[0] is None else jnp.asarray(np.stack(smooths)),
   )
@@ -260,8 +253,8 @@ def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:
 
 
 def _model(described: Mapping[str, Any]) -> Any:
-  """By the name of its class: quantization works on whatever obeys the model contract, and knows no
-  model."""
+  """The model, by the name of its class: quantization takes any that obeys the model contract, and
+  knows none."""
   module, _, name = described["class"].rpartition(".")
   require(
     module.startswith(f"{__name__.split('.')[0]}."),

@@ -30,7 +30,7 @@ def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
   except (checkpoint.CheckpointError, workdir_lib.WorkdirError) as error:
     raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)
-  return step, found if alike else transformer.without_own(c.model, found)
+  return step, found if alike else transformer.without_dot_general_params(c.model, found)
 
 
 def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> None:

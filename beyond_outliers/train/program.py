@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from beyond_outliers import cli, config, optim, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import steps
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.train import step as step_lib
 
 
@@ -65,10 +65,10 @@ def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Prog
   recipe = quant.recipes.from_config(c.quant)
   recipe.check(
     {
-      path: quant.Contraction(
+      path: quant.LinearShape(
         width, *((mesh.shape["model"], 1) if split else (1, mesh.shape["fsdp"]))
       )
-      for path, (width, split) in transformer.contractions(c.model).items()
+      for path, (width, split) in linears.contractions(c.model).items()
     }
   )
   model = transformer.Transformer(c.model, quant.dot_general_for(recipe, c.quant.backend))
@@ -166,7 +166,7 @@ def _describe_recipe(c: config.Config) -> str:
     quant.recipes.from_config(c.quant),
     [*(rule.recipe for rule in c.quant.rules.values()), c.quant.recipe],
   )
-  layers = collections.Counter(map(recipe.rule, transformer.contractions(c.model)))
+  layers = collections.Counter(map(recipe.rule, linears.contractions(c.model)))
   rules = (
     f"{layers[i]} as {paths!r}: {name}"
     for i, ((paths, _), name) in enumerate(zip(recipe.rules, names, strict=True))

@@ -183,7 +183,7 @@ def _begin(
     step, params = initialize.params(c, program.mesh)
     say(f"parameters from step {step} of {c.warm_start}")
   else:
-    params = transformer.without_own(c.model, state.params)
+    params = transformer.without_dot_general_params(c.model, state.params)
   if jax.tree.structure(params) != jax.tree.structure(state.params):
     params = _with_scales(program, params, batches)
   return state._replace(params=params), None, None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers import quant
-from beyond_outliers.model import loss, transformer
+from beyond_outliers.model import linears, loss, transformer
 from beyond_outliers.model.loss import Batch
 
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -152,10 +152,8 @@ def make_quant_statistics(
       mutable=["statistics"],
     )
     return {
-      **quant.metrics.of_weights(
-        recipe, transformer.linears(c, params), transformer.linears(c, before)
-      ),
-      **quant.metrics.of_activations(transformer.of_dot_generals(c, sown.get("statistics", {}))),
+      **quant.metrics.of_weights(recipe, linears.linears(c, params), linears.linears(c, before)),
+      **quant.metrics.of_activations(linears.of_dot_generals(c, sown.get("statistics", {}))),
     }
 
   return quant_statistics

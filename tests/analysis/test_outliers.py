@@ -13,7 +13,14 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.analysis import outliers
 from beyond_outliers.model import transformer
-from beyond_outliers.quant import RECIPES, QuantSpec, Recipe, dequantize, dot_general_for, quantize
+from beyond_outliers.quant import (
+  RECIPES,
+  QuantSpec,
+  Recipe,
+  dequantize,
+  dot_general_for,
+  quantize_array,
+)
 
 MODEL = config.Model(
   vocab=64,
@@ -74,7 +81,7 @@ def expected(x, spec=outliers.ACTIVATIONS):
   magnitude, rms = np.abs(x), np.sqrt(np.mean(x**2, axis=0))
   median = np.median(magnitude, axis=1)
   some = magnitude.max(axis=1) > 0
-  rounded = np.asarray(dequantize(quantize(jnp.asarray(x32), spec)), np.float64)
+  rounded = np.asarray(dequantize(quantize_array(jnp.asarray(x32), spec)), np.float64)
   return {
     "max_to_median": np.mean(magnitude.max(axis=1)[median > 0] / median[median > 0]),
     "max_to_mean": np.mean(magnitude.max(axis=1)[some] / magnitude.mean(axis=1)[some]),

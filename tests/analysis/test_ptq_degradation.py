@@ -58,9 +58,9 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
     tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 9.0}, step=1
   )  # an older checkpoint counts for nothing
   workdir(tmp_path, muon, 0, {("rtn_w4a4", "rtn"): 0.05, ("rtn_w8a8", "rtn"): 0.01})
-  found = ptq_degradation.cells(runs.find(tmp_path))
+  found = ptq_degradation.degradation_cells(runs.find(tmp_path))
   assert len(found) == 3 * 3 + 3
-  lines = ptq_degradation.table(found).splitlines()
+  lines = ptq_degradation.degradation_table(found).splitlines()
   assert lines[0] == "| recipe | method | adamw | muon |"
   gptq, rtn = 0.3, 0.4
   errors = [
@@ -72,7 +72,7 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
     f"| rtn_w4a4 | gptq | **+0.3000 ± {errors[0]:.4f}** |  |",
     "| rtn_w8a8 | rtn |  | **+0.0100** |",
   ]
-  higher = ptq_degradation.table(found, "agreement", digits=1).splitlines()
+  higher = ptq_degradation.degradation_table(found, "agreement", digits=1).splitlines()
   assert higher[2].startswith("| rtn_w4a4 | gptq | **0.6 ± 0.0**") and higher[3].startswith(
     "| rtn_w4a4 | rtn | 0.5 ± 0.0"
   )
@@ -81,8 +81,8 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
 def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3, ("rtn_w4a4", "gptq"): 0.2})
   workdir(tmp_path, adamw, 1, {("rtn_w4a4", "rtn"): None, ("rtn_w4a4", "gptq"): 0.2})
-  assert "| rtn_w4a4 | rtn | +inf" in ptq_degradation.table(
-    ptq_degradation.cells(runs.find(tmp_path))
+  assert "| rtn_w4a4 | rtn | +inf" in ptq_degradation.degradation_table(
+    ptq_degradation.degradation_cells(runs.find(tmp_path))
   )
 
 
@@ -103,7 +103,7 @@ def test_cells_of_other_models_or_measured_on_others_are_refused(
   workdir(tmp_path, adamw, 0, cells)
   workdir(tmp_path, module, seed, cells, **other)
   with pytest.raises(config.ConfigError, match=rf"(all|gptq): the cells have {named} = \["):
-    ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
+    ptq_degradation.degradation_table(ptq_degradation.degradation_cells(runs.find(tmp_path)))
 
 
 def test_a_seed_counts_once(tmp_path):
@@ -113,7 +113,7 @@ def test_a_seed_counts_once(tmp_path):
     config.ConfigError,
     match=r"adamw: .*one/.* and .*two/.* have seed 0 and a cell of rtn_w4a4 and rtn",
   ):
-    ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
+    ptq_degradation.degradation_table(ptq_degradation.degradation_cells(runs.find(tmp_path)))
 
 
 def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
@@ -123,12 +123,12 @@ def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
     config.ConfigError,
     match=r"adamw: the cells have learning_rate = \[.*0\.1.*0\.3.*\]; give the runs",
   ):
-    ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)))
+    ptq_degradation.degradation_table(ptq_degradation.degradation_cells(runs.find(tmp_path)))
   with pytest.raises(
     config.ConfigError,
     match=r"--degradation = 'loss_difference': these runs have no cell of a recipe",
   ):
-    ptq_degradation.table(ptq_degradation.cells([]))
+    ptq_degradation.degradation_table(ptq_degradation.degradation_cells([]))
   for metric, remedy in (
     ("agremeent", "did you mean 'agreement'"),
     ("seed", "expected one of .*loss_difference"),
@@ -136,4 +136,6 @@ def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
     with pytest.raises(
       config.ConfigError, match=rf"--degradation = '{metric}': no cell has it; {remedy}"
     ):
-      ptq_degradation.table(ptq_degradation.cells(runs.find(tmp_path)), metric)
+      ptq_degradation.degradation_table(
+        ptq_degradation.degradation_cells(runs.find(tmp_path)), metric
+      )

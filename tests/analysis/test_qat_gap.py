@@ -26,14 +26,14 @@ def pairs(tmp_path):
 
 
 def test_the_standard_error_is_of_paired_differences(pairs):
-  (muons, adamws), left_out = qat_gap.gaps(runs.find(pairs))
+  (muons, adamws), left_out = qat_gap.qat_gaps(runs.find(pairs))
   assert (muons.optimizer, adamws.optimizer, left_out) == ("muon", "adamw", []), (
     "the smallest first"
   )
   assert adamws.loss == pytest.approx((COST.mean(), COST.std(ddof=1) / math.sqrt(3)))
   assert adamws.bits == pytest.approx((COST.mean() / 2, COST.std(ddof=1) / math.sqrt(3) / 2))
   assert adamws.percent.mean == pytest.approx(100 * (COST / PLAIN).mean())
-  assert tables.gaps([adamws]).splitlines()[2] == (
+  assert tables.qat_gap_table([adamws]).splitlines()[2] == (
     "| adamw | quest_w4a4 | 0.1 | 4.1667 ± 0.1202 | 4.4667 ± 0.1378 | +0.3000 ± 0.0231 | +0.1500 ± "
     "0.0115 | +7.19 ± 0.43 | 3 |"
   )
@@ -43,7 +43,7 @@ def test_only_pairs_count_and_the_rest_is_named(pairs):
   workdir(pairs, adamw, 0.1, 2, {260: 9.0}, recipe="quest_w4a4", status="diverged")
   workdir(pairs, muon, 0.01, 7, {260: 9.0}, recipe="quest_w4a4")
   workdir(pairs, soap, 0.01, 0, {260: 3.0})
-  found, left_out = qat_gap.gaps(runs.find(pairs))
+  found, left_out = qat_gap.qat_gaps(runs.find(pairs))
   muons, adamws = found
   assert muons.seeds == (0, 1, 2) and muons.loss.mean == pytest.approx(0.1)
   assert adamws.seeds == (0, 1) and adamws.loss.mean == pytest.approx(0.32)
@@ -63,27 +63,27 @@ def test_both_sides_have_the_rate_of_full_precision(pairs):
     workdir(pairs, adamw, 0.3, seed, {260: 4.3}, recipe="quest_w4a4")
     workdir(pairs, soap, 0.01, seed, {260: 3.0})
     workdir(pairs, soap, 0.03, seed, {260: 3.5}, recipe="quest_w4a4")
-  found = {gap.optimizer: gap for gap in qat_gap.gaps(runs.find(pairs))[0]}
+  found = {gap.optimizer: gap for gap in qat_gap.qat_gaps(runs.find(pairs))[0]}
   assert found["adamw"].rates == (0.1, 0.1) and found["adamw"].loss.mean == pytest.approx(0.3)
   assert found["soap"].rates == (0.01, 0.03)
-  assert "| soap | quest_w4a4 | 0.01, then 0.03 |" in tables.gaps(list(found.values()))
+  assert "| soap | quest_w4a4 | 0.01, then 0.03 |" in tables.qat_gap_table(list(found.values()))
 
 
 def test_one_seed_has_no_standard_error_and_recipes_stay_apart(tmp_path):
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.0})
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.1}, recipe="rtn_w8a8")
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.5}, recipe="quest_w4a4")
-  found, _ = qat_gap.gaps(runs.find(tmp_path))
+  found, _ = qat_gap.qat_gaps(runs.find(tmp_path))
   assert [(gap.recipe, round(gap.loss.mean, 6)) for gap in found] == [
     ("quest_w4a4", 0.5),
     ("rtn_w8a8", 0.1),
   ]
   assert (
-    tables.gaps(found).splitlines()[2]
+    tables.qat_gap_table(found).splitlines()[2]
     == "| adamw | quest_w4a4 | 0.1 | 4.0000 | 4.5000 | +0.5000 | +0.2500 | +12.50 | 1 |"
   )
 
 
 def test_the_figure_is_written(pairs, tmp_path):
-  plots.gaps(qat_gap.gaps(runs.find(pairs))[0], tmp_path / "gap.png")
+  plots.plot_qat_gaps(qat_gap.qat_gaps(runs.find(pairs))[0], tmp_path / "gap.png")
   assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")

@@ -1,10 +1,14 @@
 """The report as a person asks for it: what it cannot make is said in one line, and nothing is left
 out in silence."""
 
+import json
+
 import commands
 import pytest
 from workdirs import workdir
 
+from beyond_outliers import config, runs
+from beyond_outliers.analysis import report, tuning
 from configs import adamw, muon
 
 # what is wrong -> (arguments, what the one line on stderr holds); {sweep}, {other}, {empty} are
@@ -81,3 +85,19 @@ def test_a_refusal_is_one_line_of_the_command(told, what):
 def test_a_report(told):
   code, said = told["nothing"]
   assert code == 0 and "learning rates, recipe none" in said and "| adamw | 0.1 | 4.5000 |" in said
+
+
+def test_what_was_found_is_written_for_the_launcher(tmp_path):
+  for module, rate in ((muon, 0.1), (adamw, 0.03)):
+    workdir(tmp_path, module, rate, 0, [6.0, 3.0 + rate])
+  found = tuning.tunings(runs.find(tmp_path))
+  report.write_overrides(tmp_path / "tuned.json", "nano", found)
+  assert json.loads((tmp_path / "tuned.json").read_text()) == {
+    "size": "nano",
+    "overrides": {
+      "muon": {"optimizer.learning_rate": 0.1},
+      "adamw": {"optimizer.learning_rate": 0.03},
+    },
+  }
+  with pytest.raises(config.ConfigError, match="one entry an optimizer"):
+    report.write_overrides(tmp_path / "tuned.json", "nano", [*found, found[0]])

@@ -1,6 +1,5 @@
 """Which learning rate a sweep's workdirs speak for, and the table and figure made of them."""
 
-import json
 import math
 
 import pytest
@@ -8,7 +7,7 @@ from workdirs import workdir
 
 from beyond_outliers import config, runs
 from beyond_outliers.analysis import plots, tables, tuning
-from configs import adamw, muon, soap
+from configs import adamw, muon
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def sweep(tmp_path):
 
 
 def test_the_best_rate_is_of_the_mean_over_seeds(sweep):
-  muons, adamws = tuning.tuning(sweep)  # best first
+  muons, adamws = tuning.tunings(sweep)  # best first
   assert (adamws.optimizer, adamws.learning_rate, adamws.at_the_edge) == ("adamw", 0.03, False)
   assert adamws.losses == pytest.approx({0.01: 5.55, 0.03: 4.55, 0.1: 5.05})
   assert [run.config.seed for run in adamws.best] == [0, 1]
@@ -34,24 +33,24 @@ def test_the_best_rate_is_of_the_mean_over_seeds(sweep):
 
 def test_rates_are_compared_on_common_seeds_alone(sweep, tmp_path):
   workdir(tmp_path / "more", adamw, 0.3, 1, [6.0, 4.05])
-  adamws = tuning.tuning([*sweep, *runs.find(tmp_path / "more")])[-1]
+  adamws = tuning.tunings([*sweep, *runs.find(tmp_path / "more")])[-1]
   assert (
     adamws.losses == pytest.approx({0.01: 5.6, 0.03: 4.6, 0.1: 5.1, 0.3: 4.55})
     and adamws.learning_rate == 0.3
   )
   workdir(tmp_path / "other", adamw, 1.0, 7, [6.0, 4.0])
   with pytest.raises(config.ConfigError, match=r"adamw: the rates .* have no seed in common"):
-    tuning.tuning([*sweep, *runs.find(tmp_path / "other")])
+    tuning.tunings([*sweep, *runs.find(tmp_path / "other")])
 
 
 def test_the_table_has_the_neighbours_and_what_went_wrong(sweep):
-  lines = tables.tuning(tuning.tuning(sweep)).splitlines()
+  lines = tables.tuning_table(tuning.tunings(sweep)).splitlines()
   assert lines[2] == "| muon | 0.1 | 4.4000 | edge of the grid | inf at 0.3 | 0 | 0 | 4 |"
   assert lines[3] == "| adamw | 0.03 | 4.5500 | 5.5500 at 0.01 | 5.0500 at 0.1 | 0 | 0 | 4 |"
 
 
 def test_the_figure_is_written(sweep, tmp_path):
-  plots.loss_curves(tuning.tuning(sweep), tmp_path / "curves.png")
+  plots.plot_loss_curves(tuning.tunings(sweep), tmp_path / "curves.png")
   assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -60,13 +59,13 @@ def test_recipes_are_sweeps_of_their_own(sweep, tmp_path):
   for rate, end in ((0.03, 4.9), (0.1, 4.8)):
     for seed in (0, 1):
       workdir(tmp_path / "qat", adamw, rate, seed, [6.0, end], recipe="quest_w4a4")
-  found = tuning.tuning([*sweep, *runs.find(tmp_path / "qat")])
+  found = tuning.tunings([*sweep, *runs.find(tmp_path / "qat")])
   assert [(t.recipe, t.optimizer, t.learning_rate) for t in found] == [
     ("none", "muon", 0.1),
     ("none", "adamw", 0.03),
     ("quest_w4a4", "adamw", 0.1),
   ]
-  assert tables.retuning(found).splitlines()[2:] == [
+  assert tables.retuning_table(found).splitlines()[2:] == [
     "| adamw | quest_w4a4 | 0.03 | 0.1 (edge of the grid) | 5.4000 | 5.3000 |"
   ]
 
@@ -76,7 +75,7 @@ def test_a_figure_of_nothing_is_refused(tmp_path):
   with pytest.raises(
     config.ConfigError, match=r"--plot = '.*curves.png': no learning rate has all its runs done"
   ):
-    plots.loss_curves(tuning.tuning(runs.find(tmp_path)), tmp_path / "curves.png")
+    plots.plot_loss_curves(tuning.tunings(runs.find(tmp_path)), tmp_path / "curves.png")
 
 
 def test_a_run_whose_last_loss_is_not_finite_has_none(tmp_path):
@@ -88,7 +87,7 @@ def test_a_run_whose_last_loss_is_not_finite_has_none(tmp_path):
   ):
     workdir(tmp_path, adamw, rate, 0, losses)
   workdir(tmp_path, adamw, 1.0, 0, {1: 4.0}, argument=",steps=2")
-  (found,) = tuning.tuning(runs.find(tmp_path))
+  (found,) = tuning.tunings(runs.find(tmp_path))
   assert (
     found.losses == {0.03: 4.5, 0.1: math.inf, 0.3: math.inf, 1.0: math.inf}
     and found.learning_rate == 0.03
@@ -100,7 +99,7 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
   own = config.resolve(muon.get_config()).optimizer.groups["embedding"].optimizer.learning_rate
   for rate in (own, 10 * own):
     workdir(tmp_path, muon, rate, 0, [6.0, 4.0])
-  assert set(tuning.tuning(runs.find(tmp_path))[0].losses) == {own, 10 * own}
+  assert set(tuning.tunings(runs.find(tmp_path))[0].losses) == {own, 10 * own}
   workdir(
     tmp_path,
     muon,
@@ -112,7 +111,7 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
   with pytest.raises(
     config.ConfigError, match=r"optimizer.groups.embedding.learning_rate: .*: these do not compare"
   ):
-    tuning.tuning(runs.find(tmp_path))
+    tuning.tunings(runs.find(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -128,75 +127,4 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
 def test_runs_that_do_not_compare_are_refused(sweep, tmp_path, options, message):
   workdir(tmp_path / "other", adamw, 0.1, 0, [6.0, 4.0], **options)
   with pytest.raises(config.ConfigError, match=message):
-    tuning.tuning([*sweep, *runs.find(tmp_path / "other")])
-
-
-def test_what_was_found_is_written_for_the_launcher(sweep, tmp_path):
-  found = tuning.tuning(sweep)
-  tuning.write_overrides(tmp_path / "tuned.json", "nano", found)
-  assert json.loads((tmp_path / "tuned.json").read_text()) == {
-    "size": "nano",
-    "overrides": {
-      "muon": {"optimizer.learning_rate": 0.1},
-      "adamw": {"optimizer.learning_rate": 0.03},
-    },
-  }
-  with pytest.raises(config.ConfigError, match="one entry an optimizer"):
-    tuning.write_overrides(tmp_path / "tuned.json", "nano", [*found, found[0]])
-
-
-def curve(end, gain=0.25):
-  """Evaluations of a run of 256 steps whose loss falls by a nat as the steps double, and by `gain`
-  in its cool-down."""
-  return {64: end + gain + 2, 128: end + gain + 1, 256: end}
-
-
-def test_the_common_loss_and_how_many_steps_lead_to_it(tmp_path):
-  full = dict(argument=",steps=256")
-  workdir(tmp_path, adamw, 0.1, 0, curve(4.0), **full)
-  for seed, off in ((0, 0.1), (1, -0.1)):
-    workdir(tmp_path, muon, 0.01, seed, curve(3.0 + off), **full)
-  workdir(tmp_path, soap, 0.01, 0, curve(3.5), **full)
-  workdir(tmp_path, soap, 0.01, 1, curve(3.5), **full, recipe="quest_w4a4")  # of no concern here
-  loss, landings = tuning.common_loss(runs.find(tmp_path))
-  assert loss == 4.0
-  assert [(x.optimizer, x.steps) for x in landings] == [
-    ("muon", 128),
-    ("soap", 181),
-    ("adamw", 256),
-  ], "a half, 1/sqrt(2), all"
-  muons = landings[0]
-  assert (
-    muons.ending == pytest.approx((256, 3.0))
-    and muons.evaluation == pytest.approx((128, 4.25))
-    and muons.checkpoint is None
-  )
-  assert muons.overrides == {"optimizer.learning_rate": 0.01, "steps": 128}
-  assert tables.common_loss(landings, loss).splitlines()[2] == (
-    "| muon | 0.01 | 3.0000 at 256 | 128 | 3.0000 at 256 | -1.0000 | 4.2500 at 128 | none |"
-  )
-
-  # It ended lower than expected: the second estimate lies between the two ends that are known.
-  for seed in (0, 1):
-    workdir(tmp_path / "again", muon, 0.01, seed, {128: 3.6}, argument=",steps=128")
-  muons = tuning.common_loss(runs.find(tmp_path))[1][0]
-  assert muons.ending == pytest.approx((128, 3.6))
-  assert muons.steps == 81, "128 · 2 ** (-0.4 / 0.6)"
-
-
-def test_a_checkpoint_between_evaluations_has_a_loss_between_theirs(tmp_path):
-  for module, end in ((adamw, 4.0), (muon, 3.0)):
-    workdir(tmp_path, module, 0.1, 0, curve(end), argument=",steps=256", checkpoints=(96, 256))
-  muons, adamws = tuning.common_loss(runs.find(tmp_path))[1]
-  assert muons.checkpoint == pytest.approx((96, 4.75)) and adamws.checkpoint == pytest.approx(
-    (256, 4.0)
-  )
-
-
-def test_a_run_that_tells_too_little_for_the_common_loss_is_refused(tmp_path):
-  workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256")
-  workdir(tmp_path, muon, 0.1, 0, {128: 4.0, 256: 3.5}, argument=",steps=256")
-  with pytest.raises(
-    config.ConfigError, match=r"muon: 1 evaluations between .* train with a smaller eval.every"
-  ):
-    tuning.common_loss(runs.find(tmp_path))
+    tuning.tunings([*sweep, *runs.find(tmp_path / "other")])

@@ -92,7 +92,7 @@ ENTRY %main.2_spmd (p.0: f32[3]) -> f32[24] {
   %r = f32[]{:T(128)} reduce(%p.0, %zero), dimensions={0}, to_apply=%max
   ROOT %done = f32[24]{0} all-gather-done((f32[3]{0}, f32[24]{0}) %start)
 }
-"""
+"""  # noqa: E501
   found = [
     (hlo.collective(one), one.bytes) for one in hlo.instructions(text) if hlo.collective(one)
   ]

@@ -15,7 +15,9 @@ def counted(function, *shapes, known=(), devices=1):
   """(FLOPs by kind, outputs); the last inputs are `known`, the others are not."""
   inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   program = jax.make_jaxpr(function)(*inputs, *known)
-  return jaxpr_flops.of_run(program, [jaxpr_flops.UNKNOWN] * len(inputs) + list(known), devices)
+  return jaxpr_flops.count_flops(
+    program, [jaxpr_flops.UNKNOWN] * len(inputs) + list(known), devices
+  )
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,15 @@
 shown."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from beyond_outliers import optim
 from beyond_outliers.bench import optimizers
-from beyond_outliers.bench.peers import EMBEDDING, ROWS, Row
+from beyond_outliers.bench.peers import EMBEDDING
+from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
 
-ROOT = pathlib.Path(__file__).parents[2]
 M, N, V = 32, 96, 160
 TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}
 PARAMETERS = M * M + N * M + V * M
@@ -33,10 +30,10 @@ SQUARES = 2 * M * M + (N * N + M * M) + (V * V + M * M)  # of the lengths of all
 def test_state_is_counted_to_the_byte(name, expected):
   """Counts of steps are all that may come on top. Peers that do the same work keep the same
   state."""
-  peer = ROWS[name].peer
+  peer = TIMED_OPTIMIZERS[name].peer
   if peer:
     pytest.importorskip(peer.replace("-", "_"))
-  figures = optimizers.measure(ROWS[name], TINY, repeats=1)
+  figures = optimizers.measure_optimizer(TIMED_OPTIMIZERS[name], TINY, repeats=1)
   excess = figures["state_bytes_per_parameter"] * PARAMETERS - expected * PARAMETERS
   assert 0 <= excess < 50
   assert 0 < figures["ordinary_seconds"] <= figures["slowest_seconds"]
@@ -61,8 +58,8 @@ class Clock:
 def test_steps_of_a_period_are_told_apart():
   """A slow warm-up and one disturbed step in three periods change nothing."""
   seconds = [100, 100, 100, *(1, 2, 9, 1), *(1, 2, 9, 77), *(1, 2, 9, 1)]
-  figures = optimizers.measure(
-    Row("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9
+  figures = optimizers.measure_optimizer(
+    TimedOptimizer("family", seconds, period=4, steps=Clock), {"x": (2, 2)}, repeats=9
   )
   assert figures == {
     "ordinary_seconds": 1.5,
@@ -76,7 +73,9 @@ def test_steps_of_a_period_are_told_apart():
 def test_time_for_nonsense_is_refused(monkeypatch):
   monkeypatch.setattr(Clock, "finite", lambda self: False)
   with pytest.raises(FloatingPointError, match="not finite"):
-    optimizers.measure(Row("family", [1] * 4, steps=Clock), {"x": (2, 2)}, repeats=1)
+    optimizers.measure_optimizer(
+      TimedOptimizer("family", [1] * 4, steps=Clock), {"x": (2, 2)}, repeats=1
+    )
 
 
 def figures(ordinary, slowest, amortised, compile_seconds=None):
@@ -114,7 +113,7 @@ def test_the_best_of_peers_is_the_least_of_each_figure():
 
 
 def test_the_table_shows_multiples_and_what_is_missing():
-  lines = [" ".join(line.split()) for line in optimizers.table(RESULT).splitlines()]
+  lines = [" ".join(line.split()) for line in optimizers.optimizers_table(RESULT).splitlines()]
   assert "kernels: eigh 1024 100.0 ms" in lines and "with jax 1.2.3" in lines
   assert "shampoo 1,000.0 0.50 4,000.0 1.00 2,000.0 0.50 4.00 8.00 0.5" in lines
   assert "torch_shampoo 3,000.0 1.50 4,000.0 1.00 5,000.0 1.25 1.33 8.00" in lines
@@ -126,47 +125,24 @@ def test_the_table_shows_multiples_and_what_is_missing():
 
 
 def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
-  assert {row.family.split()[0] for row in ROWS.values()} == set(optim.OPTIMIZERS)
-  assert {row.family for row in ROWS.values() if row.peer} == {row.family for row in ROWS.values()}
+  assert {row.family.split()[0] for row in TIMED_OPTIMIZERS.values()} == set(optim.OPTIMIZERS)
+  assert {row.family for row in TIMED_OPTIMIZERS.values() if row.peer} == {
+    row.family for row in TIMED_OPTIMIZERS.values()
+  }
   sizes = sorted(optimizers.TREES["full"].values())
   assert sizes == sorted([(768, 768)] * 12 + [(768, 2304)] * 4 + [(2304, 768)] * 4 + [(8192, 768)])
 
 
 def test_rows_run_in_processes_of_their_own(monkeypatch):
   monkeypatch.setattr(optimizers, "versions", lambda: {})
-  result = optimizers.run(["adamw", "torch_adamw"], "small", 1)
+  result = optimizers.measure_optimizers(["adamw", "torch_adamw"], "small", 1)
   assert set(result["kernels"]) == set(optimizers.KERNELS) and all(
     x > 0 for x in result["kernels"].values()
   )
   assert result["rows"]["torch_adamw"] == {"missing": "pip install torch"}
   assert result["rows"]["adamw"]["state_bytes_per_parameter"] == pytest.approx(8, abs=1e-4)
-  assert optimizers.table(json.loads(json.dumps(result)))
+  assert optimizers.optimizers_table(json.loads(json.dumps(result)))
 
 
 def test_a_process_that_fails_is_told_of():
   assert optimizers.in_process("nobody", "small", 1) == {"failed": "KeyError: 'nobody'"}
-
-
-# what is wrong -> (arguments, what the refusal says)
-REFUSED = {
-  "a row": (["--optimizers", "--only=adamw,nobody"], ["--only = 'nobody'", "shampoo_staggered"]),
-  "nothing to measure": ([], ["expected one of --config, --optimizers"]),
-  "two things to measure": (
-    ["--optimizers", "--config=configs/adamw.py:nano"],
-    ["expected one of --config, --optimizers"],
-  ),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_the_command_refuses(what):
-  arguments, parts = REFUSED[what]
-  process = subprocess.run(
-    [sys.executable, "-m", "beyond_outliers.bench", *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert (process.returncode, process.stdout) == (2, "")
-  (line,) = process.stderr.splitlines()
-  assert line.startswith("error: ") and all(part in line for part in parts)

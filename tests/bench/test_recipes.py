@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from beyond_outliers import hardware, quant
-from beyond_outliers.bench import recipes
+from beyond_outliers.bench import linear_layer, recipes
 
 INTEGER, FLOAT, NARROW = "i8·i8→i32", "f32·f32→f32", "bf16·bf16→f32"
 
@@ -21,8 +21,8 @@ INTEGER, FLOAT, NARROW = "i8·i8→i32", "f32·f32→f32", "bf16·bf16→f32"
   ],
 )
 def test_types_of_products_for_other_devices(name, dtype, expected, backend):
-  layer = recipes.quantized(recipes.ROWS[name], backend)
-  types = recipes.product_types(layer, dtype)
+  layer = linear_layer.quantized_layer(recipes.LAYER_RECIPES[name], backend)
+  types = linear_layer.product_types(layer, dtype)
   assert types == dict(zip(("forward", "dx", "dw"), expected, strict=True))
 
 
@@ -31,10 +31,13 @@ def test_four_bits_take_at_most_half_as_much_memory_again(backend):
   """Forward and backward, on CPU, as it is scheduled outside of tests."""
   scheduled = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT"}
   ours, base = (
-    jax.jit(recipes.with_gradients(layer).apply, compiler_options=scheduled)
-    .lower(layer.params, *recipes.operands("float32"))
+    jax.jit(linear_layer.with_gradients(layer).apply, compiler_options=scheduled)
+    .lower(layer.params, *linear_layer.operands("float32"))
     .compile()
-    for layer in (recipes.quantized(recipes.ROWS["quest_w4a4"], backend), recipes.plain())
+    for layer in (
+      linear_layer.quantized_layer(recipes.LAYER_RECIPES["quest_w4a4"], backend),
+      linear_layer.plain_layer(),
+    )
   )
   figures = recipes.memory(ours, base)
   assert figures["peak_bytes"] <= 1.5 * figures["plain_peak_bytes"]
@@ -42,9 +45,9 @@ def test_four_bits_take_at_most_half_as_much_memory_again(backend):
 
 def test_learned_scales_are_learned():
   """Their gradient is part of what is timed."""
-  layer = recipes.quantized(recipes.ROWS["lsq_w4a4"], "jax")
+  layer = linear_layer.quantized_layer(recipes.LAYER_RECIPES["lsq_w4a4"], "jax")
   shapes = jax.eval_shape(
-    recipes.with_gradients(layer).apply, layer.params, *recipes.operands("float32")
+    linear_layer.with_gradients(layer).apply, layer.params, *linear_layer.operands("float32")
   )
   assert [leaf.shape for leaf in jax.tree.leaves(shapes[1])] == [(2,)]
 
@@ -85,7 +88,9 @@ def test_the_table_shows_times_ratios_memory_and_products():
     "products": {"forward": INTEGER, "dx": FLOAT, "dw": FLOAT},
   }
   model = {"model": "nano", "recipe": "quest_w4a4", "dtype": "float32", "tokens": 2048} | BOTH
-  text = recipes.table({"device": "cpu", "repeats": 1, "layers": [layer], "models": [model]})
+  text = recipes.recipes_table(
+    {"device": "cpu", "repeats": 1, "layers": [layer], "models": [model]}
+  )
   lines = [" ".join(line.split()) for line in text.splitlines()]
   assert (
     f"rtn_w8a8 aqt float32 100.0 200.0 0.50 250.0 200.0 1.24 30.0 20.0 1.50 {INTEGER} {FLOAT} "
@@ -96,4 +101,9 @@ def test_the_table_shows_times_ratios_memory_and_products():
 
 def test_recipes_are_rows_of_the_table():
   models = [name for model in recipes.MODELS.values() for name in model.recipes]
-  assert set(models) <= set(recipes.DEFAULT) <= set(recipes.ROWS) == set(quant.RECIPES) - {"none"}
+  assert (
+    set(models)
+    <= set(recipes.DEFAULT)
+    <= set(recipes.LAYER_RECIPES)
+    == set(quant.RECIPES) - {"none"}
+  )

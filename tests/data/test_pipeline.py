@@ -30,7 +30,7 @@ def make_dataset(make_config, tmp_path, texts):
     if kind == "in place":
       fields = {
         "source": "tfds",
-        "path": tfds.write(iter(texts), str(tmp_path / "tfds")),
+        "path": tfds.write_documents(iter(texts), str(tmp_path / "tfds")),
         "validation": "fraction:0.1",
         **fields,
       }

@@ -14,9 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import make_texts, prepare_in_child, quiet
 
-from beyond_outliers import data, prepare
-from beyond_outliers.data import encoding, preparation, tfds, tokenizers
+from beyond_outliers import config, data, prepare
+from beyond_outliers.data import (
+  encoding,
+  preparation,
+  shuffle,
+  splits,
+  tfds,
+  tokenizer_training,
+  tokenizers,
+)
 from beyond_outliers.errors import DataError
+from configs import adamw
 
 ROOT = pathlib.Path(data.__file__).parents[2]
 
@@ -83,8 +92,16 @@ def test_same_settings_same_bytes_and_another_seed_another_order(make_config, tm
   ) == sorted(decoded(one, "train"))
 
 
+def test_names_and_contents_are_those_of_version_0_1(make_config):
+  """A dataset that was prepared once is found again, and one prepared anew has the same bytes."""
+  assert data.dataset_directory(config.resolve(adamw.get_config()).data) == (
+    "datasets/sotu-sentencepiece2048-883d9292e4"
+  )
+  assert data.prepare(make_config(), log=quiet).fingerprint.startswith("a42aeb9c3ec1")
+
+
 def test_the_shuffle_of_many_buckets_keeps_every_document(make_config, texts, monkeypatch):
-  monkeypatch.setattr(preparation, "BUCKET_BYTES", 1000)
+  monkeypatch.setattr(shuffle, "BUCKET_BYTES", 1000)
   dataset = data.prepare(make_config(), log=quiet)
   assert sorted(decoded(dataset, "train")) == sorted(texts[:-5])
   assert not os.path.exists(dataset.path("shuffle"))
@@ -195,13 +212,13 @@ def test_the_tokenizer_sees_training_documents_only(
   tmp_path, make_config, texts, monkeypatch, reader, validation
 ):
   seen = []
-  train = tokenizers.train_sentencepiece
+  train = tokenizer_training.train_sentencepiece
   monkeypatch.setattr(
-    tokenizers,
+    tokenizer_training,
     "train_sentencepiece",
     lambda texts, vocab: seen.extend(texts) or train(texts, vocab),
   )
-  path = tfds.write(iter(texts), str(tmp_path))
+  path = tfds.write_documents(iter(texts), str(tmp_path))
   dataset = data.prepare(
     make_config(
       source="tfds",
@@ -312,10 +329,10 @@ def test_another_format_is_refused(make_config):
 
 def test_a_mismatched_tokenizer_is_refused(tmp_path, make_config, texts):
   file = tmp_path / "x.model"
-  file.write_bytes(tokenizers.train_sentencepiece(texts, 320))
+  file.write_bytes(tokenizer_training.train_sentencepiece(texts, 320))
   cfg = make_config(tokenizer=f"sentencepiece:{file}", vocab=400)
   dataset = data.prepare(cfg, log=quiet)
-  other = tokenizers.train_sentencepiece(texts[::2], 320)
+  other = tokenizer_training.train_sentencepiece(texts[::2], 320)
   file.write_bytes(other)
   with pytest.raises(
     DataError, match=rf"data.tokenizer = 'sentencepiece:{file}': now has fingerprint"
@@ -406,7 +423,7 @@ def test_records_hold_what_shards_hold(make_config):
   "rule, count", [("newest:5", 5), ("fraction:0.2", None), ("path:{path}@train[:7]", 7)]
 )
 def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts, rule, count):
-  path = tfds.write(iter(texts), str(tmp_path / "tfds"))
+  path = tfds.write_documents(iter(texts), str(tmp_path / "tfds"))
   cfg = make_config(
     source="tfds",
     path=path,
@@ -420,10 +437,10 @@ def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts
     "record" in name for name in dataset.meta["files"]
   )
   held = decoded(dataset, "validation")
-  stored = [document.content for document in tfds.documents(path, "text")]
+  stored = [document.content for document in tfds.read_split(path, "text")]
   expected = {
     "n": stored[-5:],
-    "f": [text for text in stored if preparation.documents.is_held_out(text, 0.2)],
+    "f": [text for text in stored if splits.is_held_out(text, 0.2)],
     "p": stored[:7],
   }
   assert held == expected[rule[0]] and (count is None or len(held) == count)
@@ -449,7 +466,8 @@ def test_the_command_prepares_verifies_and_says_so(make_config, capsys):
 
 def test_shards_need_neither_tfds_nor_pyarrow():
   """What reads token shards imports little: opening a dataset is a matter of milliseconds."""
-  code = "import sys, beyond_outliers.data; print(sys.modules.keys() & {'tensorflow_datasets', 'pyarrow', 'torch', 'tensorflow'})"
+  heavy = {"tensorflow_datasets", "pyarrow", "torch", "tensorflow"}
+  code = f"import sys, beyond_outliers.data; print(sys.modules.keys() & {heavy})"
   result = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
   )
@@ -467,13 +485,13 @@ def test_the_command(tmp_path):
       cwd=ROOT,
     )
 
-  config = f"--config=configs/adamw.py:nano,data.tokenizer=bytes,data.directory={tmp_path}"
-  result = run(config, "--verify")
+  argument = f"--config=configs/adamw.py:nano,data.tokenizer=bytes,data.directory={tmp_path}"
+  result = run(argument, "--verify")
   assert result.returncode == 0, result.stderr
   assert (
     "files are as they were written" in result.stdout and "train: 239 documents" in result.stdout
   )
   for path in tmp_path.glob("*/train-00000.bin"):
     path.write_bytes(b"x" * path.stat().st_size)
-  result = run(config, "--verify")
+  result = run(argument, "--verify")
   assert result.returncode and "contents are not those that were prepared" in result.stderr

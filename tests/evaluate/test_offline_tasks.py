@@ -74,11 +74,11 @@ def dataset(documents, tmp_path_factory):
   folder = tmp_path_factory.mktemp("text")
   for number, text in enumerate(["Some text to train on.", *documents]):
     (folder / f"{number}.txt").write_text(text)
-  settings = f"nano,data.source=text,data.path={folder}/*.txt,data.tokenizer=bytes,data.vocab=258,data.validation=newest:8"
-  return data.prepare(
-    config.resolve(adamw.get_config(f"{settings},data.directory={folder}")).data,
-    log=lambda text: None,
+  settings = (
+    f"nano,data.source=text,data.path={folder}/*.txt,data.tokenizer=bytes,data.vocab=258,"
+    f"data.validation=newest:8,data.directory={folder}"
   )
+  return data.prepare(config.resolve(adamw.get_config(settings)).data, log=lambda text: None)
 
 
 def read(path):
@@ -107,11 +107,13 @@ def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch)
     offline_tasks.from_held_out(dataset, tmp_path)
 
 
-QUARTZ = "A small nation shut down several factories. Would the river have\n\n A: more waste\n B: less waste?"
+QUARTZ = (
+  "A small nation shut down several factories. Would the river have\n\n"
+  " A: more waste\n B: less waste?"
+)
 LOGIQA = (
-  "\nPassage: All men are mortal.Question: Which follows?\nA. A.Socrates is a man.\nB. B.None.\nC. "
-  "C.Men die.\n"
-  "D. D.Gods do.\nAnswer:"
+  "\nPassage: All men are mortal.Question: Which follows?\n"
+  "A. A.Socrates is a man.\nB. B.None.\nC. C.Men die.\nD. D.Gods do.\nAnswer:"
 )
 
 
@@ -139,9 +141,8 @@ def test_questions_of_evals(tmp_path):
   ]
   assert read(tmp_path / "logiqa_evals.jsonl") == [
     {
-      "context": "Passage: All men are mortal.\nQuestion: Which follows?\nChoices:\nA. Socrates is "
-      "a man.\nB. None.\nC. Men die.\n"
-      "D. Gods do.\nAnswer:",
+      "context": "Passage: All men are mortal.\nQuestion: Which follows?\nChoices:\n"
+      "A. Socrates is a man.\nB. None.\nC. Men die.\nD. Gods do.\nAnswer:",
       "choices": ["Socrates is a man.", "None.", "Men die.", "Gods do."],
       "answer": 2,
     }

@@ -46,9 +46,10 @@ def test_what_an_analysis_found_replaces_the_sweep_s_values(tmp_path):
       {"size": "nano", "overrides": {"soap": {"optimizer.learning_rate": 0.01, "steps": 7}}}
     )
   )
-  start = lambda config: launch(
-    f"--config={config}", f"--root={tmp_path}", f"--overrides={file}", "--list"
-  )
+
+  def start(config):
+    return launch(f"--config={config}", f"--root={tmp_path}", f"--overrides={file}", "--list")
+
   lines = start("configs/soap_qat.py").stdout.splitlines()
   assert lines == [
     f"[{i + 1}/3] {tmp_path}/learning_rate=0.01,seed={i},steps=7: not started" for i in range(3)

@@ -2,6 +2,7 @@
 test_golden.py."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import config
-from beyond_outliers.model import attention, loss, transformer
+from beyond_outliers.model import attention, linears, loss, stack, transformer
 from beyond_outliers.params import Axes
 from configs import adamw
 
@@ -130,7 +131,10 @@ def test_positions_count_by_their_distance():
   model = transformer.Transformer(OLMO2)
   params = random_params(model)
   steps = np.arange(TOKENS.shape[1])
-  given = lambda positions: run(model, params, TOKENS, None, positions)
+
+  def given(positions):
+    return run(model, params, TOKENS, None, positions)
+
   default = run(model, params, TOKENS)
   np.testing.assert_allclose(given(steps), default, atol=1e-4)
   np.testing.assert_allclose(given(np.stack([steps, steps + 5])), default, atol=1e-4)
@@ -171,9 +175,9 @@ def test_depths_that_differ_compute_on_the_same_tree():
   assert_trees_near(loss_and_grads(differing, params), loss_and_grads(uniform, params), 1e-5)
 
   def intermediates(model):
-    capture = lambda module, method: (
-      module.name in ("mlp_add", "attention_add", "final_norm") and method == "__call__"
-    )
+    def capture(module, method):
+      return module.name in ("mlp_add", "attention_add", "final_norm") and method == "__call__"
+
     return run(model, params, TOKENS, mutable=["intermediates"], capture_intermediates=capture)[1]
 
   seen = intermediates(differing)
@@ -184,7 +188,7 @@ def test_depths_that_differ_compute_on_the_same_tree():
 def test_depths_get_the_dot_general_of_their_own_path():
   plain = transformer.Transformer(LLAMA)  # a norm behind the layer would undo a factor
   params = random_params(plain)
-  doubled = lambda: Dot(2.0)
+  doubled = functools.partial(Dot, 2.0)
   actual = run(
     transformer.Transformer(LLAMA, lambda path: doubled if path == "layers/1/mlp/down" else None),
     params,
@@ -227,7 +231,7 @@ def test_what_a_module_sows_comes_back_stacked(remat, unroll):
   params = random_params(model)
   sown = run(model, params, TOKENS, mutable=["statistics"])[1]["statistics"]
   leaves = paths(sown["layers"])
-  assert len(leaves) == len(transformer.linear_paths(STUDY))
+  assert len(leaves) == len(linears.linear_paths(STUDY))
   assert {leaf.shape for leaf in leaves.values()} == {(3, 2)}
 
 
@@ -262,7 +266,7 @@ def test_depths_that_sow_nothing_hold_nan():
 
 @pytest.mark.parametrize(
   ("remat", "unroll"),
-  [("none", 2), ("none", 0), *((name, 1) for name in transformer.POLICIES), ("full", 0)],
+  [("none", 2), ("none", 0), *((name, 1) for name in stack.POLICIES), ("full", 0)],
 )
 def test_remat_and_unroll_change_nothing(remat, unroll):
   plain = transformer.Transformer(STUDY)
@@ -383,9 +387,8 @@ def test_initial_parameters():
 def test_parameter_counts_of_the_study(size, total, embedding):
   model = transformer.Transformer(config.resolve(adamw.get_config(size)).model)
   counts = transformer.count(nn.unbox(transformer.boxed_shapes(model)))
-  digits = (
-    1 if size == "50m" else 1e6 if size == "1.5b" else 1e5
-  )  # to which the study's total is known
+  # The precision to which the study's total is known.
+  digits = 1 if size == "50m" else 1e6 if size == "1.5b" else 1e5
   assert round(counts["total"] / digits) * digits == pytest.approx(total, abs=digits / 2)
   assert counts["embedding"] == embedding
   assert counts["other"] == counts["total"] - embedding

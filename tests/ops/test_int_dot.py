@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers.ops.int_dot import product
+from beyond_outliers.ops.int_dot import dot_codes
 
-EXACT = (
-  2**24 // 127**2
-)  # so many products of int8 codes, and no more, float32 sums exactly in any case
+# So many products of int8 codes, and no more, float32 sums exactly in any case.
+EXACT = 2**24 // 127**2
 
 
 @pytest.mark.parametrize("width", [EXACT, EXACT + 1000])
@@ -19,7 +18,7 @@ def test_int8_and_float32_agree_to_the_bit_while_sums_stay_below_two_to_the_24(w
   x[:2], x[0, -1] = 127, 126  # the largest sum, and one that is odd beside it
   exact = x.astype(np.int64) @ x.T.astype(np.int64)
   integer, floating = (
-    jax.jit(lambda x, dtype=dtype: product(x, x, 1, 1, dtype))(x)
+    jax.jit(lambda x, dtype=dtype: dot_codes(x, x, 1, 1, dtype))(x)
     for dtype in (jnp.int8, jnp.float32)
   )
   assert integer.dtype == jnp.int32
@@ -40,7 +39,7 @@ def test_either_axis_of_either_operand(axes, dtype):
     draw.integers(-15, 16, (40, 8)).astype(np.float32),
   )
   laid = a.T if axes[0] == 0 else a, b if axes[1] == 0 else b.T
-  y = jax.jit(lambda a, b: product(a, b, *axes, dtype))(*laid)
+  y = jax.jit(lambda a, b: dot_codes(a, b, *axes, dtype))(*laid)
   np.testing.assert_array_equal(y, a @ b)
 
 
@@ -50,7 +49,7 @@ def test_sums_too_long_for_int32_do_not_wrap(axes):
   beyond 2^31."""
   long = jnp.full((140_000, 2), 127, jnp.int8).at[::3, 1].set(-126)
   laid = [long if axis == 0 else long.T for axis in axes]
-  y = jax.jit(lambda a, b: product(a, b, *axes, jnp.int8))(*laid)
+  y = jax.jit(lambda a, b: dot_codes(a, b, *axes, jnp.int8))(*laid)
   exact = np.asarray(long, np.int64).T @ np.asarray(long, np.int64)
   assert exact.max() > 2**31
   np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-23)

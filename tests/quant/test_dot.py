@@ -39,14 +39,10 @@ def forward_and_gradients(x, w, g, layer, backend, w_axis=KERNEL, key=None):
 
 
 def quest(bits):
-  spec = lambda granularity: QuantSpec(
-    bits,
-    "ternary" if bits == 1.585 else "midrise",
-    "gaussian",
-    granularity,
-    rotation="hadamard",
-    estimator="trust",
-  )
+  def spec(granularity):
+    grid = "ternary" if bits == 1.585 else "midrise"
+    return QuantSpec(bits, grid, "gaussian", granularity, rotation="hadamard", estimator="trust")
+
   return LayerRecipe(spec("channel"), spec("token"))
 
 
@@ -284,12 +280,19 @@ def test_bfloat16_products_have_bfloat16_operands_and_lose_only_what_they_must(b
 @pytest.mark.parametrize("bits", [1, 2, 4, 7])
 def test_integer_products_are_exact(bits):
   """y over the scales is the whole number that the codes make, in int64."""
-  spec = lambda name: QuantSpec(bits, "midrise", granularity=name)
+
+  def spec(granularity):
+    return QuantSpec(bits, "midrise", granularity=granularity)
+
+  def unit(a):
+    return np.float32(np.abs(a).max() / np.float32(2**bits - 1))
+
+  def codes(a):
+    return np.rint(np.asarray(fake_quantize(a, layer.weights)) / unit(a)).astype(np.int64)
+
   x, w, g = problem()
   layer = LayerRecipe(spec("tensor"), spec("tensor"))
   y, _, _ = forward_and_gradients(x, w, g, layer, "jax")
-  codes = lambda a: np.rint(np.asarray(fake_quantize(a, layer.weights)) / unit(a)).astype(np.int64)
-  unit = lambda a: np.float32(np.abs(a).max() / np.float32(2**bits - 1))
   np.testing.assert_array_equal(
     np.rint(np.asarray(y, np.float64) / (float(unit(x)) * unit(w))), codes(x) @ codes(w)
   )

@@ -11,7 +11,7 @@ import pytest
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.quant import (
   RECIPES,
   LayerRecipe,
@@ -20,7 +20,7 @@ from beyond_outliers.quant import (
   dot_general_for,
   fake_quantize,
   metrics,
-  quantize,
+  quantize_array,
 )
 from beyond_outliers.quant.rotations import rotate, unrotate
 from beyond_outliers.train import step
@@ -81,7 +81,7 @@ def test_four_bits_of_quest_on_normal_numbers(operand, axis):
   """arXiv 2502.05003: half a step beyond the largest level lies 0.73 % of a normal distribution,
   and 0.0115 of it is error."""
   x = np.random.default_rng(3).standard_normal((512, 512), np.float32)
-  sums, _ = jax.jit(lambda x: metrics.measure(x, getattr(QUEST, operand), axis))(x)
+  sums, _ = jax.jit(lambda x: metrics.operand_sums(x, getattr(QUEST, operand), axis))(x)
   assert float(sums.masked / sums.count) == pytest.approx(0.0073, abs=3e-4)
   assert float(sums.error / sums.signal) == pytest.approx(0.0115, abs=2e-4)
   # 2.5139 standard deviations: the largest level.
@@ -110,11 +110,11 @@ def test_sums_are_those_of_fake_quantization(name):
 
   @jax.jit
   def compute(x):
-    sums, codes = metrics.measure(x, spec, 0, scale)
+    sums, codes = metrics.operand_sums(x, spec, 0, scale)
     became, back = jax.vjp(lambda x: fake_quantize(x, spec, 0, scale=scale), x)
     # A gradient of ones in the basis that is quantized.
     passed = rotate(back(unrotate(jnp.ones_like(x), spec.rotation, 0))[0], spec.rotation, 0)
-    return sums, codes, became, passed, quantize(x, spec, 0, scale=scale)
+    return sums, codes, became, passed, quantize_array(x, spec, 0, scale=scale)
 
   sums, codes, became, passed, q = compute(x)
   np.testing.assert_allclose(10 * np.log10(sums.signal / sums.error), sqnr(x, became), atol=1e-3)
@@ -132,7 +132,7 @@ def test_sums_are_those_of_fake_quantization(name):
 def test_the_largest_number_under_absmax_is_not_clipped():
   """Though it divided by its scale may come out beyond the largest level."""
   x = np.random.default_rng(5).standard_normal((2048, 3)).astype(np.float32)
-  assert float(jax.jit(lambda x: metrics.measure(x, QuantSpec(4), 1)[0].clipped)(x)) == 0
+  assert float(jax.jit(lambda x: metrics.operand_sums(x, QuantSpec(4), 1)[0].clipped)(x)) == 0
 
 
 def test_what_crosses_a_boundary():
@@ -140,9 +140,14 @@ def test_what_crosses_a_boundary():
   none."""
   c, recipe = dataclasses.replace(MODEL, blocks=1), RECIPES["quest_w4a4"]
   params = params_of(transformer.Transformer(c))
-  linears = lambda tree: transformer.linears(c, tree)
-  of_weights = jax.jit(lambda before: metrics.of_weights(recipe, linears(params), linears(before)))
-  crossed = lambda change: float(of_weights(jax.tree.map(change, params))["quant/weights/crossed"])
+
+  @jax.jit
+  def of_weights(before):
+    return metrics.of_weights(recipe, linears.linears(c, params), linears.linears(c, before))
+
+  def crossed(change):
+    return float(of_weights(jax.tree.map(change, params))["quant/weights/crossed"])
+
   assert crossed(lambda x: x) == crossed(lambda x: 2 * x) == 0
   assert crossed(jnp.negative) == pytest.approx(1, abs=1e-6)
 
@@ -165,7 +170,7 @@ def test_every_depth_is_measured_under_its_own_rule():
     )
     codes = [
       [
-        np.float32(quantize(kernel, spec, 0).codes)
+        np.float32(quantize_array(kernel, spec, 0).codes)
         for kernel, spec in zip(tree, specs, strict=True)
       ]
       for tree in (kernels, old)
@@ -195,7 +200,7 @@ def test_every_depth_is_measured_under_its_own_rule():
 
 def test_only_operands_that_are_quantized_have_rows():
   names = measured(RECIPES["rtn_w4a16"], c=dataclasses.replace(MODEL, blocks=1))
-  assert len(names) == 4 * len(transformer.linear_paths(MODEL)) + 1
+  assert len(names) == 4 * len(linears.linear_paths(MODEL)) + 1
   assert all(name.startswith("quant/weights/") for name in names)
 
 
@@ -236,7 +241,7 @@ def test_scanned_unrolled_and_sharded_are_one(name):
         step.make_quant_statistics(model, recipe, False), in_shardings=(shardings, shardings, None)
       )
       sharded = {key: float(value) for key, value in of_all(params, before, BATCH).items()}
-  kinds = [*transformer.linear_paths(MODEL), "head"]
+  kinds = [*linears.linear_paths(MODEL), "head"]
   assert set(expected) == {
     f"quant/{operand}/{value}/{kind}"
     for operand in ("weights", "activations")
@@ -248,10 +253,9 @@ def test_scanned_unrolled_and_sharded_are_one(name):
     expected, rel=1e-4, abs=1e-6
   )
 
-  linears = lambda tree: transformer.linears(MODEL, tree)
   with mesh_lib.use(mesh):
     of_weights = jax.jit(
-      lambda params, before: metrics.of_weights(recipe, linears(params), linears(before)),
+      lambda *trees: metrics.of_weights(recipe, *(linears.linears(MODEL, t) for t in trees)),
       in_shardings=(shardings, shardings),
     )
     program = hlo.instructions(of_weights.lower(params, before).compile().as_text())

@@ -12,7 +12,7 @@ import pytest
 
 from beyond_outliers import config, train
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.model import loss, transformer
+from beyond_outliers.model import linears, loss, stack, transformer
 from beyond_outliers.quant import (
   RECIPES,
   LayerRecipe,
@@ -114,7 +114,7 @@ def test_the_parameters_are_those_of_full_precision(name):
     path: leaf for path, leaf in ours.items() if path.endswith("/log_scale") and path not in plain
   }
   assert {path: leaf for path, leaf in ours.items() if path not in scales} == plain
-  learned = len(transformer.linear_paths(MODEL)) if name.startswith("lsq") else 0
+  learned = len(linears.linear_paths(MODEL)) if name.startswith("lsq") else 0
   assert [leaf.shape for leaf in scales.values()] == [(2, 2)] * learned
 
 
@@ -226,7 +226,7 @@ def test_layers_draw_different_numbers():
     Twice,
     variable_axes={"params": 0},
     length=2,
-    split_rngs=dict.fromkeys(("params", *transformer.STREAMS), True),
+    split_rngs=dict.fromkeys(("params", *stack.STREAMS), True),
   )
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
   drawn = scan().apply({}, x, rngs={"rounding": jax.random.key(0)})[1]
@@ -259,9 +259,8 @@ def losses(workdir):
 def test_a_run_goes_on_in_four_bits_from_full_precision(trained):
   (plain, plain_eval), (quest, quest_eval) = map(losses, trained)
   assert plain[-1] < plain[0] - 1
-  assert (
-    plain[0] - 1 > quest[0] and quest[-1] < quest[0]
-  )  # it begins where the other ended, and learns on
+  # It begins where the other ended, and learns on.
+  assert plain[0] - 1 > quest[0] and quest[-1] < quest[0]
   assert quest_eval[-1] < plain_eval[-1]
 
 

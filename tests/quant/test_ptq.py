@@ -172,15 +172,15 @@ def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
     jnp.asarray(np.exp(DRAW.normal(size=64)), jnp.float32) if name in ("smooth", "both") else None
   )
   weight = qmatrix.QuantizedMatrix(
-    qmatrix.prepare(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth
+    qmatrix.in_quantized_basis(jnp.asarray(w), layer, smooth), jnp.ones((1, 1)), smooth
   )
   expected = x.astype(np.float64) @ w
   tolerance = 1e-5 * np.abs(expected).max()
   np.testing.assert_allclose(
-    qmatrix.multiply(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance
+    qmatrix.matmul(jnp.asarray(x), weight, layer), expected, rtol=0, atol=tolerance
   )
   np.testing.assert_allclose(
-    x @ np.asarray(qmatrix.dequantize(weight, layer), np.float64), expected, rtol=0, atol=tolerance
+    x @ np.asarray(qmatrix.reconstruct(weight, layer), np.float64), expected, rtol=0, atol=tolerance
   )
   # The Gram matrix follows the inputs into the basis of the matrix.
   rotated = np.asarray(
@@ -188,7 +188,10 @@ def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
   )
   gram = rotated.T @ rotated
   np.testing.assert_allclose(
-    qmatrix.prepare_gram(jnp.asarray(x.T @ x), layer, smooth), gram, rtol=0, atol=1e-5 * gram.max()
+    qmatrix.gram_in_quantized_basis(jnp.asarray(x.T @ x), layer, smooth),
+    gram,
+    rtol=0,
+    atol=1e-5 * gram.max(),
   )
 
 
@@ -317,7 +320,7 @@ def test_every_block_runs_once_or_twice_a_batch(method, gram, runs, monkeypatch)
 
 def test_a_methods_numbers_are_part_of_its_name():
   ours = dataclasses.replace(ptq.METHODS["smoothquant+gptq"], alpha=0.75, damping=0.1)
-  assert ptq.named("smoothquant(alpha=0.75)+gptq(damping=1e-1)") == ours
+  assert ptq.method_named("smoothquant(alpha=0.75)+gptq(damping=1e-1)") == ours
   model, params = plain()
   q, nearest = (
     ptq.quantize(model, params, W4A16, name, BATCHES) for name in ("gptq(damping=1e12)", "rtn")
@@ -349,7 +352,7 @@ def test_a_methods_numbers_are_part_of_its_name():
 )
 def test_numbers_that_a_method_does_not_take_are_refused(name, message):
   with pytest.raises(ConfigError, match=f"--methods = .*{message}"):
-    ptq.named(name, "--methods")
+    ptq.method_named(name, "--methods")
 
 
 def test_what_is_not_sequential_sees_every_block_in_full_precision():
@@ -500,7 +503,7 @@ def test_what_is_refused():
 def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, method, message):
   model, params = plain()
   for call in (
-    lambda: ptq.check(model, transformer.shapes(model), RECIPES[recipe], method),
+    lambda: ptq.check_quantizable(model, transformer.shapes(model), RECIPES[recipe], method),
     lambda: ptq.quantize(model, params, RECIPES[recipe], method, BATCHES),
   ):
     with pytest.raises(ConfigError, match=message):
@@ -510,4 +513,4 @@ def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, m
 def test_what_goes_together_is_not_refused():
   model = transformer.Transformer(MODEL)
   for method in ptq.METHODS:
-    ptq.check(model, transformer.shapes(model), W4A4, method)
+    ptq.check_quantizable(model, transformer.shapes(model), W4A4, method)

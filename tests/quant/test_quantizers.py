@@ -15,7 +15,7 @@ from beyond_outliers.quant import LayerRecipe, QuantSpec, dequantize, quantizers
 from beyond_outliers.quant.grids import GRIDS
 from beyond_outliers.quant.scales import GAUSSIAN_BOUND, SCALES
 
-quantize = jax.jit(quantizers.quantize, static_argnames=("spec", "axis"))
+quantize = jax.jit(quantizers.quantize_array, static_argnames=("spec", "axis"))
 fake_quantize = jax.jit(quantizers.fake_quantize, static_argnames=("spec", "axis"))
 
 RTN = QuantSpec(4)
@@ -304,7 +304,10 @@ def test_a_rotation_is_float32_under_bfloat16():
 def test_outliers_cost_less_behind_a_rotation():
   x = normal(32, 256)
   x[:, 3] *= 50
-  error = lambda spec: np.mean((fake_quantize(x, spec) - x)[:, 4:] ** 2)
+
+  def error(spec):
+    return np.mean((fake_quantize(x, spec) - x)[:, 4:] ** 2)
+
   assert error(QuantSpec(4, rotation="hadamard")) < 0.3 * error(RTN)
 
 

@@ -63,7 +63,7 @@ def outputs(layer, dtype):
       return y, pullback(jnp.ones_like(y))
 
     def codes(w, variables=variables):
-      prepared, spec = qmatrix.prepare(w, layer), layer.weights
+      prepared, spec = qmatrix.in_quantized_basis(w, layer), layer.weights
       learned = spec.scale == "learned"
       scale = (
         jnp.exp(variables["params"]["log_scale"][-1]).reshape(1, 1)

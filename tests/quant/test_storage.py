@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, quant
-from beyond_outliers.model import transformer
+from beyond_outliers.model import linears, transformer
 from beyond_outliers.quant import (
   RECIPES,
   LayerRecipe,
@@ -70,14 +70,8 @@ EVERY = {
   "nvfp4": RECIPES["nvfp4"],
   "mixed": MIXED,
 }
-FAMILIES = (
-  "rtn_w4a4",
-  "quest_w1.58a1.58",
-  "lsq_w4a4",
-  "mxfp4",
-  "nvfp4",
-  "mixed",
-)  # in the fast tests
+# In the fast tests.
+FAMILIES = ("rtn_w4a4", "quest_w1.58a1.58", "lsq_w4a4", "mxfp4", "nvfp4", "mixed")
 # Digits in a word of 64 bits.
 DIGITS = {1: 64, 1.585: 40, 2: 32, 3: 21, 4: 16, 8: 8}
 
@@ -131,7 +125,7 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
   q = ptq.quantize(*fresh(EVERY[name]), EVERY[name])
   q.save(tmp_path / "a")
   assert_same(quant.load(tmp_path / "a"), q)
-  tensors, _ = storage.read(tmp_path / "a")
+  tensors, _ = storage.read_model(tmp_path / "a")
   file = tmp_path / "a" / storage.TENSORS
   header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
   assert (
@@ -140,7 +134,7 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
     == header + q.size_bytes
   )
   for path in (
-    f"layers/{depth}/{linear}" for depth in range(2) for linear in transformer.linear_paths(MODEL)
+    f"layers/{depth}/{linear}" for depth in range(2) for linear in linears.linear_paths(MODEL)
   ):
     spec = q.recipe.layer(path) and q.recipe.layer(path).weights
     width, outputs = q.params["layers"][path.split("/")[2]][path.split("/")[3]][
@@ -204,7 +198,7 @@ def test_odd_codes_of_four_bits_lie_in_four_bits(tmp_path):
   """2k + 1 as k + 8: what QuEST trains is stored whole."""
   q = ptq.quantize(*fresh(RECIPES["quest_w4a4"]), RECIPES["quest_w4a4"])
   q.save(tmp_path / "a")
-  stored = storage.read(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
+  stored = storage.read_model(tmp_path / "a")[0]["layers/1/mlp/down/kernel/codes"]
   codes = np.asarray(q.params["layers"]["mlp"]["down"]["kernel"].codes[1], np.int32)
   assert set(np.unique(codes)) == set(range(-15, 16, 2)) and stored.nbytes == codes.size // 2
   nibbles = np.stack([stored & 15, stored >> 4], -1).reshape(codes.shape).astype(np.int32)
@@ -218,15 +212,15 @@ def test_what_is_refused(tmp_path):
     q.save(tmp_path / "a")
   with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
     quant.load(tmp_path)
-  tensors, description = storage.read(tmp_path / "a")
+  tensors, description = storage.read_model(tmp_path / "a")
   for change, message in (
     ({"version": 2}, "version = 2: this program reads version 1"),
     ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'"),
   ):
     with pytest.raises(config.ConfigError, match=message):
-      storage.unpack(tensors, {**description, **change})
+      storage.unpack_model(tensors, {**description, **change})
   del tensors["layers/1/mlp/up/kernel/codes"]
   with pytest.raises(config.ConfigError, match="layers/1/mlp/up/kernel/codes = None: missing"):
-    storage.unpack(tensors, description)
+    storage.unpack_model(tensors, description)
   text = (tmp_path / "a" / storage.DESCRIPTION).read_text()
   assert json.loads(text) == json.loads(json.dumps(description))

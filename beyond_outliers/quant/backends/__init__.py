@@ -1,1 +1,1 @@
-"""What multiplies quantized operands: AQT's dot_general, or plain JAX."""
+"""Backends, which multiply quantized operands: AQT's dot_general, or plain JAX."""

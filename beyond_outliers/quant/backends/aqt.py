@@ -1,14 +1,16 @@
-"""The product of a linear layer with quantized operands by AQT: the only module that imports it.
+"""The product of a linear layer with quantized operands by AQT. No other module imports AQT.
 
 AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the
-backward pass. With what:
+backward pass. Of a spec it takes
 
-  scales                                              `Scaling` below, of our rules
-  symmetric, absmax or absmax_edge, ste, nearest      its own IntSymmetric
-  e4m3 or e5m2, absmax, ste, nearest                  its own Fp8Numerics
-  any other grid, scale rule, estimator or rounding   `Rounding` below, of our quantizers
-  granularities group, mx, nv, nv_token               cannot: scales must be constant along the axis that is summed over
-  learned scales                                      cannot: its backward pass has no gradient for them
+  scales                                   `Scaling` below, of our rules
+  symmetric, absmax or absmax_edge,        its own IntSymmetric
+    ste, nearest
+  e4m3 or e5m2, absmax, ste, nearest       its own Fp8Numerics
+  any other grid, scale rule,              `Rounding` below, of our quantizers
+    estimator or rounding
+  granularities group, mx, nv, nv_token    cannot: scales are constant along the contraction
+  learned scales                           cannot: its backward pass has no gradient for them
 
 Upstream names Qwix as AQT's successor; a module like this one for it would be another row of
 dot.BACKENDS.
@@ -28,7 +30,7 @@ from aqt.jax.v2 import aqt_dot_general, calibration, utils
 from aqt.jax.v2 import config as aqt_config
 from aqt.jax.v2.numerics import fp8_numerics, int_numerics, no_numerics, numerics
 
-from beyond_outliers.ops.int_dot import product
+from beyond_outliers.ops.int_dot import dot_codes
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.grids import Float
 from beyond_outliers.quant.scales import GRANULARITIES, SCALES
@@ -42,7 +44,7 @@ Calibration: Any = calibration.Calibration
 
 
 def expresses(layer: LayerRecipe) -> bool:
-  """Whether AQT can do it; see the table above."""
+  """Whether AQT can multiply under this recipe: see the table above."""
   specs = (layer.weights, layer.activations, layer.gradients)
   return all(
     spec is None or (GRANULARITIES[spec.granularity].block is None and spec.scale != "learned")
@@ -55,8 +57,7 @@ def dot_general(
 ) -> jax.Array:
   """[T, O], float32; as jax_backend.dot_general, for what `expresses`."""
   dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
-  # Scales take the type of what they scale, so the operands come in float32 and are narrowed as
-  # codes.
+  # Scales take the type of their operand, so operands come in float32 and are narrowed as codes.
   x_TxK = rotations.rotate(x_TxK.astype(jnp.float32), layer.rotation, 1)
   w = rotations.rotate(w.astype(jnp.float32), layer.rotation, w_axis)
   configured = aqt_config.set_context(_config(layer, dtype, w_axis), key, train_step=None)
@@ -92,9 +93,9 @@ def _is_int8(spec: QuantSpec | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-  """In the place of lax.dot_general: of int8 operands, or of operands in `dtype`; float32.
+  """AQT's lax.dot_general: of int8 operands, or of operands in `dtype`; the result is float32.
 
-  swapped: as the transpose of the other product, for whom transposes the result."""
+  swapped: as the transpose of the other product, where AQT transposes the result."""
 
   dtype: Any
   integer: bool
@@ -104,11 +105,10 @@ class _Product:
     del precision, preferred_element_type
     ((lhs_axis,), (rhs_axis,)), _ = dimension_numbers
     dtype = jnp.int8 if self.integer else self.dtype
-    y = (
-      product(rhs, lhs, rhs_axis, lhs_axis, dtype).T
-      if self.swapped
-      else product(lhs, rhs, lhs_axis, rhs_axis, dtype)
-    )
+    if self.swapped:
+      y = dot_codes(rhs, lhs, rhs_axis, lhs_axis, dtype).T
+    else:
+      y = dot_codes(lhs, rhs, lhs_axis, rhs_axis, dtype)
     return y.astype(jnp.float32)
 
 
@@ -128,11 +128,8 @@ def _calibrate(quantizer: Any, spec: QuantSpec) -> None:
 def _numerics(spec: QuantSpec | None) -> Any:
   if spec is None:
     return no_numerics.NoNumerics()
-  plain = (
-    spec.scale in ("absmax", "absmax_edge")
-    and spec.estimator == "ste"
-    and spec.rounding == "nearest"
-  )
+  by_absmax = spec.scale in ("absmax", "absmax_edge")
+  plain = by_absmax and spec.estimator == "ste" and spec.rounding == "nearest"
   if spec.grid == "symmetric" and plain:
     return IntSymmetric(
       bits=int(spec.bits),
@@ -154,8 +151,7 @@ def _numerics(spec: QuantSpec | None) -> Any:
 
 @utils.flax_slots_kw_only_dataclass
 class Rounding(Numerics):
-  """Our grids and estimators: the mask of the forward pass is what the backward pass multiplies
-  by."""
+  """Our grids and estimators: the backward pass multiplies by the mask of the forward pass."""
 
   spec: QuantSpec
 

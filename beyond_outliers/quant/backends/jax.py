@@ -1,4 +1,4 @@
-"""The product of a linear layer with quantized operands, forward and backward, in plain JAX: any
+"""The product of a linear layer with quantized operands in plain JAX, forward and backward, of any
 recipe.
 
 Codes multiply codes, and scales come behind the product wherever they are constant along the axis
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.ops.int_dot import product
+from beyond_outliers.ops.int_dot import dot_codes
 from beyond_outliers.quant import quantizers, rotations
 from beyond_outliers.quant.quantizers import Quantized, Saved
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
@@ -68,17 +68,13 @@ def _backward(layer, w_axis, dtype, residuals, g_TxO):
   dx_TxK = multiply(gq, _plain(codes), 1, 1 - w_axis, dtype)
   codes, scale = _factored(xq, 1)
   gq, _ = _quantize(g_TxO * scale[:, None], layer.gradients, 0, None, w_key)
-  dw = (
-    multiply(_plain(codes), gq, 0, 0, dtype)
-    if w_axis == 0
-    else multiply(gq, _plain(codes), 0, 0, dtype)
-  )
+  factors = (_plain(codes), gq) if w_axis == 0 else (gq, _plain(codes))
+  dw = multiply(*factors, 0, 0, dtype)
   return (
     quantizers.backward(x_saved, dx_TxK),
     quantizers.backward(w_saved, dw),
-    layer.activations
-    and quantizers.scale_gradient(x_saved, dx_TxK, layer.activations, dx_TxK.shape[1]),
-    layer.weights and quantizers.scale_gradient(w_saved, dw, layer.weights, dw.size),
+    _scale_gradient(x_saved, dx_TxK, layer.activations, dx_TxK.shape[1]),
+    _scale_gradient(w_saved, dw, layer.weights, dw.size),
     None,
   )
 
@@ -89,15 +85,17 @@ _product.defvjp(_forward, _backward)
 def _quantize(x, spec: QuantSpec | None, axis: int, scale, key) -> tuple[Quantized, Saved]:
   if spec is None:
     return _plain(x), Saved(None, None)
-  return quantizers.forward(
-    x, quantizers.scale_of(x, spec, axis) if scale is None else scale, spec, key
-  )
+  scale = quantizers.scale_of(x, spec, axis) if scale is None else scale
+  return quantizers.forward(x, scale, spec, key)
+
+
+def _scale_gradient(saved: Saved, g, spec: QuantSpec | None, count: int) -> jax.Array | None:
+  return None if spec is None else quantizers.scale_gradient(saved, g, spec, count)
 
 
 def _plain(x) -> Quantized:
-  return Quantized(
-    x, jnp.ones((1,) * x.ndim, jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-  )
+  wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+  return Quantized(x, jnp.ones((1,) * x.ndim, wide))
 
 
 def _factored(q: Quantized, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -112,5 +110,5 @@ def multiply(a: Quantized, b: Quantized, a_axis: int, b_axis: int, dtype: Any) -
   `dtype`."""
   (a_codes, a_scale), (b_codes, b_scale) = _factored(a, a_axis), _factored(b, b_axis)
   integer = a_codes.dtype == b_codes.dtype == jnp.int8
-  y = product(a_codes, b_codes, a_axis, b_axis, jnp.int8 if integer else dtype)
+  y = dot_codes(a_codes, b_codes, a_axis, b_axis, jnp.int8 if integer else dtype)
   return y.astype(jnp.promote_types(a_scale.dtype, b_scale.dtype)) * a_scale[:, None] * b_scale

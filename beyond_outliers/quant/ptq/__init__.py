@@ -1,22 +1,16 @@
 """Quantization after training: `quantize` and the table of its METHODS."""
 
-from beyond_outliers.quant.ptq.methods import METHODS, Method, named
-from beyond_outliers.quant.ptq.model import (
-  QuantizedModel,
-  check,
-  load,
-  quantize,
-  quantized,
-  restored,
-)
+from beyond_outliers.quant.ptq.conversion import check_quantizable, quantize, quantized
+from beyond_outliers.quant.ptq.methods import METHODS, Method, method_named
+from beyond_outliers.quant.ptq.model import QuantizedModel, load, restored
 
 __all__ = [
   "METHODS",
   "Method",
   "QuantizedModel",
-  "check",
+  "check_quantizable",
   "load",
-  "named",
+  "method_named",
   "quantize",
   "quantized",
   "restored",

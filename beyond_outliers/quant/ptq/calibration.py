@@ -1,7 +1,7 @@
-"""Statistics of what the linear layers of a model see, over any number of batches.
+"""Statistics of the inputs of a model's linear layers, over any number of batches.
 
-What goes from block to block is kept on the host, so that every block runs once or twice a batch,
-however deep the model is; of statistics, those of one block are in memory.
+The residual stream from block to block is kept on the host, so that every block runs once or twice
+a batch, however deep the model is; of statistics, those of one block are in memory.
 
 Legend: B batch, L length, D model width, T = B·L tokens, K contraction, O outputs.
 """
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax import lax
 
+from beyond_outliers.params import leaves_by_path, parent
 from beyond_outliers.quant import qmatrix
+from beyond_outliers.types import LanguageModel, Params
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Any]  # of "tokens", and "segment_ids" and "positions" if there are some
 
 
 class Inputs(NamedTuple):
@@ -32,21 +33,20 @@ class Inputs(NamedTuple):
 
 
 class Stage(NamedTuple):
-  """A block, or whatever stands for one, with its parameters: (x_BxLxD, segment_ids, positions) ->
-  (x_BxLxD, None)."""
+  """A block with its parameters: (x_BxLxD, segment_ids, positions) -> (x_BxLxD, None)."""
 
   module: Any
-  params: Any
+  params: Params
 
 
 class _Watched(nn.Module):
-  """The plain product of a linear layer, which tells its input."""
+  """The plain product of a linear layer, which sows its input."""
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
     del dimension_numbers
     self.sow("intermediates", "x", lhs)
-    return qmatrix.multiply(lhs, qmatrix.QuantizedMatrix(rhs, jnp.ones((1, 1), jnp.float32)), None)
+    return qmatrix.matmul(lhs, qmatrix.QuantizedMatrix(rhs, jnp.ones((1, 1), jnp.float32)), None)
 
 
 def watched(path: str) -> Any:
@@ -58,9 +58,9 @@ def watched(path: str) -> Any:
 class Stream:
   """The residual stream of all batches at one place of the model, at first in front of its blocks.
 
-  model, params: of what stands before and behind the blocks."""
+  model, params: for the embedding and the final norm."""
 
-  def __init__(self, model: Any, params: Any, batches: Iterable[Batch]):
+  def __init__(self, model: LanguageModel, params: Params, batches: Iterable[Batch]):
     self._model, self._params, self._batches = model, params, []
     self._ahead: Stage | None = None
     for batch in batches:
@@ -82,19 +82,19 @@ class Stream:
     self._ahead = block
 
   def _mean(self, see: Callable[..., Any]) -> Any:
-    """`see` of every batch as one: largest of the largest, means of the sums."""
-    is_inputs, total, tokens = lambda node: isinstance(node, Inputs), None, 0
+    """`see` of every batch in one: largest of the largest, means of the sums."""
+    total: Any = None
+    tokens = 0
     for number, (x_BxLxD, masks) in enumerate(self._batches):
       if self._ahead is not None:
         x_BxLxD = _run(*self._ahead, x_BxLxD, *masks)
       seen, x_BxLxD = see(x_BxLxD, *masks)
       tokens += x_BxLxD.shape[0] * x_BxLxD.shape[1]
-      total = seen if total is None else jax.tree.map(_join, total, seen, is_leaf=is_inputs)
+      total = seen if total is None else jax.tree.map(_sum, total, seen, is_leaf=_is_inputs)
       # Which also waits: the batches are sent off at once, and all would be in the device's memory.
       self._batches[number] = jax.device_get(x_BxLxD), masks
     self._ahead = None
-    mean = lambda sums: jax.tree.map(lambda x: x / tokens, sums)._replace(largest_K=sums.largest_K)
-    return jax.tree.map(mean, total, is_leaf=is_inputs)
+    return jax.tree.map(functools.partial(_mean, tokens), total, is_leaf=_is_inputs)
 
 
 # Modules are static: equal ones, as the blocks of most models are, share a compiled program.
@@ -113,10 +113,9 @@ def _run(module, params, x_BxLxD, *masks):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _see_block(module, gram, run, params, x_BxLxD, *masks):
   (y_BxLxD, _), seen = module.apply({"params": params}, x_BxLxD, *masks, mutable="intermediates")
-  sown = dict[Any, Any](traverse_util.flatten_dict(seen["intermediates"]))
-  return {
-    "/".join(path[:-2]): _inputs(x_TxK, gram) for path, (x_TxK,) in sown.items()
-  }, y_BxLxD if run else x_BxLxD
+  sown = leaves_by_path(seen["intermediates"])  # <kind of layer>/<module of the product>/x
+  inputs = {parent(parent(path)): _inputs(x_TxK, gram) for path, (x_TxK,) in sown.items()}
+  return inputs, y_BxLxD if run else x_BxLxD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -124,9 +123,8 @@ def _see_head(model, gram, params, x_BxLxD, *masks):
   normed_BxLxD = model.apply(
     {"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x)
   )
-  return _inputs(
-    normed_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(model.config.dtype), gram
-  ), x_BxLxD
+  x_TxD = normed_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(model.config.dtype)
+  return _inputs(x_TxD, gram), x_BxLxD
 
 
 def _inputs(x_TxK, gram) -> Inputs:
@@ -137,5 +135,13 @@ def _inputs(x_TxK, gram) -> Inputs:
   return Inputs(jnp.max(size, axis=0), jnp.sum(size, axis=0), gram_KxK)
 
 
-def _join(a: Inputs, b: Inputs) -> Inputs:
+def _is_inputs(node: Any) -> bool:
+  return isinstance(node, Inputs)
+
+
+def _sum(a: Inputs, b: Inputs) -> Inputs:
   return jax.tree.map(jnp.add, a, b)._replace(largest_K=jnp.maximum(a.largest_K, b.largest_K))
+
+
+def _mean(tokens: int, sums: Inputs) -> Inputs:
+  return jax.tree.map(lambda x: x / tokens, sums)._replace(largest_K=sums.largest_K)

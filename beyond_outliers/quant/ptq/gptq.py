@@ -1,5 +1,5 @@
-"""How a matrix becomes codes after training: to the nearest level, or so that its product with
-known inputs changes least.
+"""Rounders, from a matrix to codes: each weight to its nearest level, or all so that the product
+with known inputs changes least.
 
 Legend: K contraction, O outputs; w is [K, O] in the basis that is quantized, and so is the Gram
 matrix of its inputs.
@@ -24,7 +24,7 @@ BLOCK = 128  # rows between two updates of all that follow: a matter of speed al
 DAMPING = 0.01  # the official default
 
 
-def nearest(
+def round_to_nearest(
   w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: Any, damping: float = DAMPING
 ) -> Quantized:
   """Every weight to its nearest level."""
@@ -44,21 +44,21 @@ def gptq(
   """Row after row to the nearest level, each row's error made up for by the rows that are still to
   come (arXiv 2210.17323, algorithm 1).
 
-  gram: XᵀX of the inputs, in any multiple. damping: how much of its mean diagonal is added to the
-  diagonal. by_importance: rows with the largest inputs first (the official `act_order`), else as
-  they lie. The scales stay as they are (the official `static_groups`), so they don't depend on the
-  order. An input that is always zero leaves its row to be rounded alone."""
+  gram: XᵀX of the inputs, in any multiple.
+  damping: the share of its mean diagonal that is added to the diagonal.
+  by_importance: rows with the largest inputs first (the official `act_order`), else as they lie.
+  The scales stay as they are (the official `static_groups`), so they don't depend on the order. An
+  input that is always zero leaves its row to be rounded alone."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
   scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
-  codes = _row_after_row(
-    w_KxO[order], scale_KxO[order], _propagation(gram_KxK[order][:, order], damping), spec
-  )
+  u_KxK = _propagation(gram_KxK[order][:, order], damping)
+  codes = _row_after_row(w_KxO[order], scale_KxO[order], u_KxK, spec)
   return Quantized(codes[jnp.argsort(order)], scale)
 
 
 def _propagation(gram_KxK: jax.Array, damping: float) -> jax.Array:
-  """U, upper triangular, with UᵀU the inverse of the damped Gram matrix: how a row's error goes to
-  those behind it."""
+  """U, upper triangular, with UᵀU the inverse of the damped Gram matrix: it spreads a row's error
+  over those behind it."""
   diagonal = jnp.diag(gram_KxK)
   added = damping * jnp.mean(diagonal) + jnp.where(diagonal == 0, 1, 0)
   damped = gram_KxK + jnp.diag(added)
@@ -73,9 +73,8 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
   size = min(BLOCK, K)
   padding = -K % size
   w_KxO, scale_KxO = (jnp.pad(x, ((0, padding), (0, 0))) for x in (w_KxO, scale_KxO))
-  u_KxK = jnp.pad(u_KxK, (0, padding)) + jnp.diag(
-    jnp.where(jnp.arange(K + padding) < K, 0, 1).astype(u_KxK.dtype)
-  )
+  beyond_K = jnp.where(jnp.arange(K + padding) < K, 0, 1).astype(u_KxK.dtype)
+  u_KxK = jnp.pad(u_KxK, (0, padding)) + jnp.diag(beyond_K)
 
   def of_block(number, carry):
     w_KxO, codes_KxO = carry
@@ -97,9 +96,8 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
     w_BxO = lax.dynamic_slice_in_dim(w_KxO, start, size)
     nothing = jnp.zeros(w_BxO.shape, spec.levels.dtype), jnp.zeros_like(w_BxO)
     _, codes_BxO, errors_BxO = lax.fori_loop(0, size, of_row, (w_BxO, *nothing))
-    rest_BxK = jnp.where(
-      jnp.arange(K + padding) >= start + size, lax.dynamic_slice_in_dim(u_KxK, start, size), 0
-    )
+    rows_BxK = lax.dynamic_slice_in_dim(u_KxK, start, size)
+    rest_BxK = jnp.where(jnp.arange(K + padding) >= start + size, rows_BxK, 0)
     w_KxO = w_KxO - jnp.matmul(rest_BxK.T, errors_BxO, precision=lax.Precision.HIGHEST)
     return w_KxO, lax.dynamic_update_slice_in_dim(codes_KxO, codes_BxO, start, 0)
 
@@ -108,7 +106,7 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
 
 
 ROUNDERS = {
-  "nearest": nearest,
+  "nearest": round_to_nearest,
   "gptq": gptq,
   "gptq_in_order": functools.partial(gptq, by_importance=False),
 }

@@ -1,5 +1,5 @@
-"""Methods of quantization after training: a row each, of what rotates, what smooths and what
-rounds."""
+"""Methods of quantization after training: a row each, of a rotation, a smoothing, a scale, a
+rounding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from beyond_outliers.quant.spec import LayerRecipe
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """rounding: row of ROUNDERS. smoothing: row of SMOOTHINGS, or "". scale, rotation: rows of SCALES
-  and ROTATIONS in the place of the recipe's "absmax" and "none", or "". fused: rotations that
-  matrices can take in are (rotation_fusion.py). sequential: a block sees what the blocks before it
-  make once they are quantized, else what they made in full precision; within a block, layers see
-  each other in full precision (the official code without `--true-sequential`). alpha: of
-  smoothquant, 0 to 1: how much of the inputs' range goes to the matrix. damping: of gptq, in mean
-  squares of an input. Errors: ConfigError."""
+  """A method by its parts.
+
+  rounding: row of ROUNDERS.
+  smoothing: row of SMOOTHINGS, or "".
+  scale: row of SCALES, in the place of the recipe's "absmax", or "".
+  rotation: row of ROTATIONS, in the place of the recipe's "none", or "".
+  fused: rotations that matrices can take in are taken in (rotation_fusion.py).
+  sequential: a block sees the outputs of the blocks before it once these are quantized, else those
+    in full precision; within a block, layers see each other in full precision (the official code
+    without `--true-sequential`).
+  alpha: of smoothquant, 0 to 1: the share of the inputs' range that goes to the matrix.
+  damping: of gptq, in mean squares of an input.
+  Errors: ConfigError."""
 
   rounding: str = "nearest"
   smoothing: str = ""
@@ -45,10 +51,9 @@ class Method:
 
   @property
   def options(self) -> tuple[str, ...]:
-    """The numbers that it looks at."""
-    return ("alpha",) * (self.smoothing == "smoothquant") + ("damping",) * (
-      self.rounding != "nearest"
-    )
+    """The fields that a method's name may set: the numbers that it looks at."""
+    used = {"alpha": self.smoothing == "smoothquant", "damping": self.rounding != "nearest"}
+    return tuple(name for name, looks in used.items() if looks)
 
   @property
   def calibrated(self) -> bool:
@@ -59,8 +64,8 @@ class Method:
     return self.rounding != "nearest" or self.smoothing == "awq"
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
-    """What this method makes of a layer's recipe. Gradients have no part in it any more. rotated:
-    the inputs come in so."""
+    """A layer's recipe under this method, without gradients. rotated: the layer's inputs come in
+    rotated."""
     if layer is None or not (layer.weights or layer.activations):
       return None
     w, x = layer.weights, layer.activations
@@ -69,9 +74,9 @@ class Method:
     rotation = "none" if rotated else self.rotation if layer.rotation == "none" else ""
     if rotation:
       w, x = (spec and dataclasses.replace(spec, rotation=rotation) for spec in (w, x))
+    learned = any(spec is not None and spec.scale == "learned" for spec in (w, x))
     require(
-      not (self.rotation or self.smoothing)
-      or "learned" not in [spec.scale for spec in (w, x) if spec],
+      not (self.rotation or self.smoothing) or not learned,
       "method",
       self.rotation or self.smoothing,
       "learned scales hold in the basis that they were learned in: take a method that "
@@ -98,12 +103,11 @@ METHODS: dict[str, Method] = {
   "hadamard+gptq_mse": Method("gptq", scale="mse", rotation="hadamard", sequential=True),
 }
 
-OPTION = re.compile(
-  r"\((\w+)=([-+.0-9e]+)\)"
-)  # behind a part of a method's name; its characters may stand in names of files
+# Behind a part of a method's name; its characters may stand in names of files.
+OPTION = re.compile(r"\((\w+)=([-+.0-9e]+)\)")
 
 
-def named(name: str, field: str = "method") -> Method:
+def method_named(name: str, field: str = "method") -> Method:
   """A row of METHODS, with other numbers where its name sets some:
   `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
 
@@ -119,13 +123,12 @@ def named(name: str, field: str = "method") -> Method:
     raise ConfigError(f"{field} = {name!r}: unknown method; {nearest(row, METHODS, cutoff=0.4)}")
   known = METHODS[row].options
   for option, _ in options:
+    takes = " and ".join(f"({one}=NUMBER) once" for one in known) or "no numbers"
     require(
       option in known and len(options) == len(dict(options)),
       field,
       name,
-      f"{row} takes "
-      + (" and ".join(f"({one}=NUMBER) once" for one in known) or "no numbers")
-      + f", not {option!r} here",
+      f"{row} takes {takes}, not {option!r} here",
     )
   try:
     numbers: dict[str, Any] = {option: float(number) for option, number in options}

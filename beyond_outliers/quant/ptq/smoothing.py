@@ -1,11 +1,12 @@
-"""Factors of a layer's inputs, undone in its matrix: the function stays, what is hard to quantize
-moves from one to the other.
+"""Smoothing: factors of a layer's inputs, undone in its matrix. The function stays, and outliers
+move from one to the other.
 
 Legend: K contraction, O outputs; a factor [K] multiplies the input, and its reciprocal the matrix.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +48,8 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
   def attempt(best, alpha):
     smooth_K = factors(alpha)
     error = output_error(w_KxO, smooth_K, inputs, layer)
-    return jax.tree.map(
-      lambda new, old: jnp.where(error < best[0], new, old), (error, smooth_K), best
-    ), None
+    better = error < best[0]
+    return jax.tree.map(functools.partial(jnp.where, better), (error, smooth_K), best), None
 
   start = jnp.full((), jnp.inf, x_K.dtype), jnp.ones_like(x_K)
   return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0][1]
@@ -58,17 +58,15 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
 def output_error(
   w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe
 ) -> jax.Array:
-  """Mean squared norm of what rounding the weights to nearest changes in the layer's output, its
-  inputs being as they are."""
-  w = qmatrix.prepare(w_KxO, layer, smooth_K)
+  """Mean squared norm of the change in a layer's output that rounding its weights to nearest makes,
+  its inputs being as they are."""
+  w = qmatrix.in_quantized_basis(w_KxO, layer, smooth_K)
   spec: Any = layer.weights
   codes = quantizers.forward(w, quantizers.scale_of(w, spec, 0), spec)[0]
-  error_KxO = (
-    rotations.unrotate(quantizers.dequantize(codes) - w, layer.rotation, 0) * smooth_K[:, None]
-  )
-  return jnp.sum(
-    error_KxO * jnp.matmul(inputs.gram_KxK, error_KxO, precision=lax.Precision.HIGHEST)
-  )
+  error_KxO = rotations.unrotate(quantizers.dequantize(codes) - w, layer.rotation, 0)
+  error_KxO = error_KxO * smooth_K[:, None]
+  of_gram_KxO = jnp.matmul(inputs.gram_KxK, error_KxO, precision=lax.Precision.HIGHEST)
+  return jnp.sum(error_KxO * of_gram_KxO)
 
 
 SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]] = {

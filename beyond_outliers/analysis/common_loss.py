@@ -1,0 +1,162 @@
+"""The common loss: one validation loss that every optimizer comes to, and the lengths of the runs
+that end at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers import config
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, run_frame, tunings_of
+from beyond_outliers.errors import ConfigError
+from beyond_outliers.types import Json
+
+
+class Point(NamedTuple):
+  """A loss at a step."""
+
+  step: int
+  loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Landing:
+  """One optimizer's way to the common loss. Losses are validation losses in nats, means over
+  seeds."""
+
+  optimizer: str
+  learning_rate: float
+  best: Point  # the last step of the full length
+  steps: int  # the length of a run that should end at the common loss
+  ending: Point  # of the runs there are, of any length, the end that is nearest to it
+  evaluation: Point  # of the full-length runs' evaluations, the nearest
+  checkpoint: Point | None  # of the checkpoints that all seeds of them still have
+
+  @property
+  def overrides(self) -> Json:
+    return {"optimizer.learning_rate": self.learning_rate, "steps": self.steps}
+
+
+def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
+  """(CL, one `Landing` an optimizer): CL is the worst of the optimizers' best full-precision losses
+  at full length.
+
+  How models land on CL the paper (arXiv 2509.23500) leaves open. Here each optimizer is trained
+  again at its tuned rate for fewer steps, with a schedule of its own: a model taken from the middle
+  of a run would be the only one without its cool-down. The number of steps comes from what is known
+  of losses at the end of runs of other lengths, linear in the logarithm of the steps. While there
+  is one length only, a run of n steps is taken to end as far below the full run's evaluation at n,
+  before its cool-down, as the full run ended below the line through these evaluations. Once the
+  re-runs are among `runs`, their ends replace that guess, so that the same two commands, report and
+  launch, close in on CL; |ending.loss - loss| says how near it is. All seeds of an optimizer get
+  one number of steps: landing each by itself would take out part of the variance between them. A
+  checkpoint's loss is that of the evaluation at its step, or between two evaluations linear in the
+  step.
+  Errors: ConfigError as `tuning.tunings`; fewer than two evaluations before the cool-down; losses
+    that do not fall with the steps."""
+  frame = run_frame(runs, but=("steps",))
+  frame = frame[frame.recipe == FULL_PRECISION]
+  if frame.empty:
+    raise ConfigError(
+      "the common loss is of runs in full precision (quant.recipe = 'none'), and there are none; "
+      "give some"
+    )
+  length = int(frame.steps.max())
+  tunings = tunings_of(frame[frame.steps == length])
+  target = max(t.loss for t in tunings)
+  if not math.isfinite(target):
+    raise ConfigError(
+      f"{[t.optimizer for t in tunings if not math.isfinite(t.loss)]}: no run of {length} steps is "
+      "done; finish one, or leave these optimizers out"
+    )
+  return target, [_landing(t, frame, length, target) for t in tunings]
+
+
+def _landing(t: Tuning, frame: pd.DataFrame, length: int, target: float) -> Landing:
+  endings, evaluations = _endings(t, frame), _evaluations(t)
+  checkpoints = _checkpoints(t, evaluations)
+  known = (
+    endings
+    if len(endings) > 1
+    else _expected_endings(evaluations, t.best[0].config.schedule, t.optimizer)
+  )
+  return Landing(
+    optimizer=t.optimizer,
+    learning_rate=t.learning_rate,
+    best=Point(length, t.loss),
+    steps=length if t.loss == target else _steps_to(target, known, t.optimizer),
+    ending=_nearest(endings, target),
+    evaluation=_nearest(evaluations, target),
+    checkpoint=_nearest(checkpoints, target) if checkpoints else None,
+  )
+
+
+def _nearest(points: Iterable[Point], target: float) -> Point:
+  return min(points, key=lambda point: abs(point.loss - target))
+
+
+def _endings(t: Tuning, frame: pd.DataFrame) -> list[Point]:
+  """Of the runs of every length that all of the tuning's seeds finished at its rate."""
+  seeds = {run.config.seed for run in t.best}
+  own = frame[
+    (frame.optimizer == t.optimizer) & (frame.rate == t.learning_rate) & frame.seed.isin(seeds)
+  ]
+  return [
+    Point(int(group.steps.iloc[0]), float(group.loss.mean()))
+    for _, group in own.groupby("steps")
+    if set(group.seed) == seeds and np.isfinite(group.loss).all()
+  ]
+
+
+def _evaluations(t: Tuning) -> list[Point]:
+  """Of the best runs, at the steps that all of them were evaluated at."""
+  curves = pd.concat([run.metrics()["eval/loss"].dropna() for run in t.best], axis=1).dropna()
+  steps = curves.index.to_numpy(int)
+  return [
+    Point(int(step), float(loss)) for step, loss in zip(steps, curves.mean(axis=1), strict=True)
+  ]
+
+
+def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
+  """Those that all of the best runs still have."""
+  saved = set.intersection(*(set(run.steps) for run in t.best))
+  steps, losses = zip(*evaluations, strict=True)
+  return [Point(step, float(np.interp(step, steps, losses))) for step in saved]
+
+
+def _expected_endings(
+  evaluations: Sequence[Point], schedule: config.Schedule, name: str
+) -> list[Point]:
+  """Where runs would end that are as long as a run was when it was evaluated, from how far its own
+  cool-down took it."""
+  length, final = evaluations[-1]
+  flat = [
+    p for p in evaluations if schedule.warmup * length <= p.step <= (1 - schedule.cooldown) * length
+  ]
+  if len(flat) < 2:
+    raise ConfigError(
+      f"{name}: {len(flat)} evaluations between warm-up and cool-down of {length} steps, two are "
+      "needed to estimate a shorter run: train with a smaller eval.every"
+    )
+  slope = (flat[-1].loss - flat[-2].loss) / math.log(flat[-1].step / flat[-2].step)
+  gain = flat[-1].loss + slope * math.log(length / flat[-1].step) - final
+  return [*(Point(p.step, p.loss - gain) for p in flat), Point(length, final)]
+
+
+def _steps_to(target: float, points: Sequence[Point], name: str) -> int:
+  """Where losses cross the target, linear in log steps between two points, or beyond them from the
+  two that are nearest."""
+  after = next((i for i, p in enumerate(points) if i > 0 and p.loss <= target), len(points) - 1)
+  (first, high), (second, low) = points[after - 1], points[after]
+  if low >= high:
+    raise ConfigError(
+      f"{name}: the loss does not fall between {first} steps ({high:.4f}) and {second} "
+      f"({low:.4f}): no estimate; add a run of another length"
+    )
+  return max(1, round(first * (second / first) ** ((high - target) / (high - low))))

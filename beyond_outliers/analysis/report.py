@@ -1,0 +1,106 @@
+"""The reports that the command prints, one a question, and the file that hands what was found to
+the launcher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from etils import epath
+
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis import plots, ptq_degradation, tables
+from beyond_outliers.analysis.common_loss import Landing, common_loss
+from beyond_outliers.analysis.qat_gap import qat_gaps
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, tunings
+from beyond_outliers.config.checks import require
+from beyond_outliers.errors import ConfigError
+from beyond_outliers.types import Json, PathLike
+
+
+class Settings(Protocol):
+  """What a report settles on for an optimizer: a `Tuning` or a `Landing`."""
+
+  @property
+  def optimizer(self) -> str: ...
+
+  @property
+  def overrides(self) -> Json: ...
+
+
+def print_tuning(
+  runs: Sequence[runs_lib.Run], plot: PathLike = "", gap_plot: PathLike = ""
+) -> list[Tuning]:
+  """Each recipe's best learning rates, and where there is more than one recipe the gap of each to
+  full precision; returns the rates of full precision.
+
+  plot, gap_plot: PNG files to draw the loss curves and the gaps into."""
+  found = tunings(runs)
+  recipes = list(dict.fromkeys(t.recipe for t in found))
+  require(
+    not gap_plot or len(recipes) > 1,
+    "--gap_plot",
+    gap_plot,
+    f"the runs are all of recipe {recipes[0]!r}; add to --root the same under another",
+  )
+  for recipe in recipes:
+    _print_rates(recipe, [t for t in found if t.recipe == recipe])
+  if len(recipes) > 1:
+    _print_gaps(runs, found, gap_plot)
+  if plot:
+    plots.plot_loss_curves(found, plot)
+  return [t for t in found if t.recipe == FULL_PRECISION]
+
+
+def _print_rates(recipe: str, found: Sequence[Tuning]) -> None:
+  print(f"learning rates, recipe {recipe}\n\n{tables.tuning_table(found)}\n")
+  for t in found:
+    if t.at_the_edge and len(t.losses) > 1:
+      print(
+        f"{t.optimizer}: {t.learning_rate:g} lies on the edge of its grid {sorted(t.losses)}; "
+        "widen it"
+      )
+
+
+def _print_gaps(runs: Sequence[runs_lib.Run], found: Sequence[Tuning], gap_plot: PathLike) -> None:
+  gaps, left_out = qat_gaps(runs)
+  print(f"full precision against recipe\n\n{tables.qat_gap_table(gaps)}\n")
+  if any(len(t.losses) > 1 for t in found if t.recipe != FULL_PRECISION):
+    print(f"learning rates tuned under a recipe\n\n{tables.retuning_table(found)}\n")
+  print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
+  if gap_plot:
+    plots.plot_qat_gaps(gaps, gap_plot)
+
+
+def print_common_loss(runs: Sequence[runs_lib.Run]) -> list[Landing]:
+  """The common loss of the optimizers in full precision, and the lengths of runs that end at it."""
+  loss, landings = common_loss(runs)
+  print(f"common loss: {loss:.4f} nats\n\n{tables.common_loss_table(landings, loss)}")
+  return landings
+
+
+def print_degradation(
+  runs: Sequence[runs_lib.Run],
+  metric: str,
+  settings: Mapping[str, str],
+  folders: Sequence[PathLike],
+) -> None:
+  """A metric of evaluation jobs' cells, by recipe, method and optimizer; see
+  `ptq_degradation.degradation_cells`."""
+  cells = ptq_degradation.degradation_cells(runs, settings, folders)
+  print(ptq_degradation.degradation_table(cells, metric))
+
+
+def write_overrides(path: PathLike, size: str, found: Sequence[Settings]) -> None:
+  """The file that `launch.local --overrides` reads: {size, overrides: {optimizer: {config key:
+  value}}}.
+
+  Errors: ConfigError when an optimizer comes twice."""
+  names = [one.optimizer for one in found]
+  if len(set(names)) < len(names):
+    raise ConfigError(f"{names}: one entry an optimizer; give those of one recipe")
+  text = json.dumps(
+    {"size": size, "overrides": {one.optimizer: one.overrides for one in found}}, indent=1
+  )
+  epath.Path(path).write_text(text + "\n")

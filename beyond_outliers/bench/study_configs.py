@@ -1,0 +1,12 @@
+"""The configurations that benches measure: the files of configs/."""
+
+from __future__ import annotations
+
+import importlib
+
+from beyond_outliers import config
+
+
+def study_config(optimizer: str, argument: str) -> config.Config:
+  """configs/<optimizer>.py under an argument such as "50m,batch_size=2": a size, overrides."""
+  return config.resolve(importlib.import_module(f"configs.{optimizer}").get_config(argument))

@@ -1,0 +1,166 @@
+"""The optimizers whose steps bench/optimizers.py times: all of this package, and beside each family
+the peers that PyPI has. Rows of a family do the same work; see bench/peers.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beyond_outliers import optim
+from beyond_outliers.bench import peers
+from beyond_outliers.bench.peers import EMBEDDING, RATE, Arrays, TorchSteps
+
+
+class JaxSteps:
+  """An optax transformation as the trainer runs it: one program, which parameters and state are
+  donated to."""
+
+  def __init__(
+    self,
+    make: Callable[[], optax.GradientTransformation],
+    params: Arrays,
+    gradients: Sequence[Arrays],
+  ):
+    tx = make()
+
+    def step(params, state, gradient):
+      updates, state = tx.update(gradient, state, params)
+      return optax.apply_updates(params, updates), state
+
+    self.gradients = jax.device_put(list(gradients))
+    self.params = jax.device_put(dict(params))
+    self.state = jax.block_until_ready(jax.jit(tx.init)(self.params))
+    self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.state))
+    start = time.perf_counter()
+    self.compiled = (
+      jax.jit(step, donate_argnums=(0, 1))
+      .lower(self.params, self.state, self.gradients[0])
+      .compile()
+    )
+    self.compile_seconds: float | None = time.perf_counter() - start
+
+  def step(self, number: int) -> float:
+    """Seconds of the step with this gradient, in turn."""
+    gradient = self.gradients[number % len(self.gradients)]
+    start = time.perf_counter()
+    self.params, self.state = jax.block_until_ready(
+      self.compiled(self.params, self.state, gradient)
+    )
+    return time.perf_counter() - start
+
+  def finite(self) -> bool:
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(self.params))
+
+
+class TimedOptimizer(NamedTuple):
+  """One optimizer with its settings."""
+
+  family: str  # what it is compared with
+  # () -> optax.GradientTransformation; torch: {name: parameter} -> its optimizers.
+  make: Callable[..., Any]
+  period: int = 1  # steps after which costs repeat: those between roots, bases or factors
+  peer: str = ""  # the distribution that somebody else's optimizer is in
+  steps: type[JaxSteps] | type[TorchSteps] = JaxSteps
+
+
+def _beside_embedding(
+  hidden: optax.GradientTransformation, embedding: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  return optax.partition(
+    {"hidden": hidden, "embedding": embedding},
+    lambda params: {name: "embedding" if name == EMBEDDING else "hidden" for name in params},
+  )
+
+
+def _adamw() -> optax.GradientTransformation:
+  return optim.adamw(RATE, weight_decay=0.0)
+
+
+def _muon(**settings: Any) -> optax.GradientTransformation:
+  return _beside_embedding(optim.muon(RATE, **settings), _adamw())
+
+
+def _optax_muon() -> optax.GradientTransformation:
+  """Corrects the bias of its averages, which costs next to nothing."""
+  return _beside_embedding(optax.contrib.muon(RATE), optax.adamw(RATE, weight_decay=0.0))
+
+
+def _scion(**settings: Any) -> optax.GradientTransformation:
+  common = {"momentum": 0.9, "constrained": False}
+  return _beside_embedding(
+    optim.scion(RATE, norm="spectral", **common, **settings),
+    optim.scion(RATE, norm="sign", **common),
+  )
+
+
+def _psgd(**settings: Any) -> optax.GradientTransformation:
+  return optim.psgd(
+    RATE, max_size_triangular=4096, update_probability=0.1, noise="none", **settings
+  )
+
+
+def _shampoo(**settings: Any) -> optax.GradientTransformation:
+  """What Meta's Distributed Shampoo is timed with elsewhere: blocks of 1024, eigh, each block with
+  the length of Adam's step."""
+  return optim.shampoo(
+    RATE,
+    b2=0.95,
+    eps=1e-10,
+    grafting="adam",
+    grafting_b2=0.95,
+    grafting_eps=1e-8,
+    precondition_frequency=20,
+    start_step=1,
+    block_size=1024,
+    **settings,
+  )
+
+
+def _soap(**settings: Any) -> optax.GradientTransformation:
+  return optim.soap(RATE, weight_decay=0.0, precondition_frequency=10, max_dim=4096, **settings)
+
+
+def _torch(
+  family: str, make: Callable[..., Any], period: int = 1, peer: str = "pytorch-optimizer"
+) -> TimedOptimizer:
+  return TimedOptimizer(family, make, period, peer, TorchSteps)
+
+
+# By family: products in bfloat16 are other work than in float32.
+TIMED_OPTIMIZERS: dict[str, TimedOptimizer] = {
+  "adamw": TimedOptimizer("adamw", _adamw),
+  "optax_adamw": TimedOptimizer("adamw", lambda: optax.adamw(RATE, weight_decay=0.0), peer="optax"),
+  "torch_adamw": _torch(
+    "adamw", lambda parameters: peers.torch_adamw(parameters, foreach=True), peer="torch"
+  ),
+  "torch_adamw_fused": _torch(
+    "adamw", lambda parameters: peers.torch_adamw(parameters, fused=True), peer="torch"
+  ),
+  "muon_float32": TimedOptimizer("muon float32", lambda: _muon(ns_dtype="float32")),
+  "muon_float32_gram": TimedOptimizer(
+    "muon float32", lambda: _muon(ns_dtype="float32", ns_gram=True)
+  ),
+  "optax_muon": TimedOptimizer("muon float32", _optax_muon, peer="optax"),
+  "muon": TimedOptimizer("muon bfloat16", _muon),
+  "torch_muon": _torch("muon bfloat16", peers.torch_muon, peer="torch"),
+  "scion": TimedOptimizer("scion bfloat16", _scion),
+  "torch_scion": _torch("scion bfloat16", peers.torch_scion),
+  "psgd": TimedOptimizer("psgd", _psgd, period=10),
+  "psgd_without_cache": TimedOptimizer("psgd", lambda: _psgd(cache=False), period=10),
+  "torch_kron": _torch("psgd", peers.torch_kron, period=10),
+  "shampoo": TimedOptimizer("shampoo", _shampoo, period=20),
+  "shampoo_staggered": TimedOptimizer("shampoo", lambda: _shampoo(refresh="staggered"), period=20),
+  "shampoo_packed": TimedOptimizer(
+    "shampoo", lambda: _shampoo(refresh="staggered", packed=True), period=20
+  ),
+  "torch_dash": _torch("shampoo", peers.torch_dash, period=20),
+  "torch_shampoo": _torch("shampoo", peers.torch_shampoo, period=20),
+  "soap": TimedOptimizer("soap", _soap, period=10),
+  "soap_staggered": TimedOptimizer("soap", lambda: _soap(refresh="staggered"), period=10),
+  "torch_soap": _torch("soap", peers.torch_soap, period=10),
+}

@@ -1,0 +1,113 @@
+"""Splits: the rules by which documents are held out for validation.
+
+A rule is a row of SPLITS; `data.validation` names one and its argument, as in "newest:10".
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from beyond_outliers import config
+from beyond_outliers.data.document import Document
+from beyond_outliers.data.documents import SOURCES, read_documents
+from beyond_outliers.errors import DataError
+
+LabeledDocuments = Iterator[tuple[str, Document]]  # "train" or "validation", and the document
+
+
+def split_documents(cfg: config.Data) -> LabeledDocuments:
+  """Every document with the name of its split; each split keeps the source's order."""
+  rule, argument = validation_rule(cfg)
+  return SPLITS[rule](cfg, argument)
+
+
+def validation_rule(cfg: config.Data) -> tuple[str, str]:
+  """Row of SPLITS and its argument, of `data.validation`. Errors: DataError."""
+  rule, _, argument = cfg.validation.partition(":")
+  if rule not in SPLITS or not argument:
+    raise DataError(
+      f"data.validation = {cfg.validation!r}: expected 'newest:COUNT', 'fraction:0.01' or "
+      "'path:GLOB'"
+    )
+  return rule, argument
+
+
+def input_files(cfg: config.Data) -> dict[str, int]:
+  """Sizes in bytes of the files that a dataset is made from: by them a stale one is known."""
+  rule, argument = validation_rule(cfg)
+  paths = [cfg.path, argument] if rule == "path" else [cfg.path]
+  return {file: os.path.getsize(file) for path in paths for file in SOURCES[cfg.source].files(path)}
+
+
+def training_sample(cfg: config.Data, max_bytes: int) -> Iterator[Document]:
+  """Every k-th training document, k such that about `max_bytes` of the corpus are taken, from all
+  over it."""
+  training = (document for split, document in split_documents(cfg) if split == "train")
+  return itertools.islice(training, 0, None, sample_stride(cfg, max_bytes))
+
+
+def sample_stride(cfg: config.Data, max_bytes: int) -> int:
+  """The k of `training_sample`."""
+  return 1 + sum(input_files(cfg).values()) // max_bytes
+
+
+def is_held_out(content: str | np.ndarray, fraction: float) -> bool:
+  """Membership of a document's hash in the fraction: the same text gets the same answer, wherever
+  and however often."""
+  data = content.encode() if isinstance(content, str) else np.asarray(content, np.int64).tobytes()
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") < fraction * 2.0**64
+
+
+def empty_split(cfg: config.Data, split: str) -> DataError:
+  """The error of a rule that leaves a split without documents."""
+  return DataError(
+    f"data.validation = {cfg.validation!r}: leaves no document to the {split} split; hold out "
+    + ("fewer" if split == "train" else "more")
+  )
+
+
+def _newest(cfg: config.Data, count: str) -> LabeledDocuments:
+  """The last `count` documents validate: they wait in a queue, and a document that leaves it is not
+  among the last."""
+  waiting = collections.deque()
+  for document in read_documents(cfg):
+    waiting.append(document)
+    if len(waiting) > int(count):
+      yield "train", waiting.popleft()
+  for document in waiting:
+    yield "validation", document
+
+
+def _fraction(cfg: config.Data, fraction: str) -> LabeledDocuments:
+  """A share of the documents validates, by the hashes of their contents."""
+  for document in read_documents(cfg):
+    yield "validation" if is_held_out(document.content, float(fraction)) else "train", document
+
+
+def _path(cfg: config.Data, path: str) -> LabeledDocuments:
+  """Other files validate. They come first, so that a mistake in their path shows before the long
+  work."""
+  source = SOURCES[cfg.source]
+  shared = set(source.files(path)) & set(source.files(cfg.path))
+  if shared and cfg.source != "tfds":  # where two slices of a split may share a file
+    raise DataError(
+      f"data.validation = 'path:{path}': data.path = {cfg.path!r} names {min(shared)!r} too; "
+      "a file trains or validates, not both"
+    )
+  for document in source.documents(path, cfg.field):
+    yield "validation", document
+  for document in read_documents(cfg):
+    yield "train", document
+
+
+SPLITS: dict[str, Callable[[config.Data, str], LabeledDocuments]] = {
+  "newest": _newest,
+  "fraction": _fraction,
+  "path": _path,
+}

@@ -1,0 +1,83 @@
+"""Metrics of a target's checkpoints, as they were trained and quantized, on its validation text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from beyond_outliers import data, quant
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.evaluate import activations, metrics, steps
+from beyond_outliers.evaluate.plan import SEED, Cell
+from beyond_outliers.evaluate.target import Target
+from beyond_outliers.types import Json, Params
+
+
+class ModelMetrics:
+  """Losses and outliers of one target's checkpoints; programs are compiled once for all of them.
+
+  mesh: splits the rows of a batch. say: takes progress."""
+
+  def __init__(self, target: Target, mesh: jax.sharding.Mesh, say: Callable[[str], None]):
+    text = target.text
+    self._target, self._mesh, self._say = target, mesh, say
+    self._batches = data.validation_batches(
+      text.dataset,
+      text.section,
+      context=text.context,
+      batch_size=text.batch_size,
+      documents=text.documents,
+    )
+    self._num_bytes = text.dataset.bytes("validation", text.documents)
+    self._steps: dict[Cell, Callable[..., Any]] = {}
+    self._measure_outliers: Callable[[Params, Params], dict[str, float]] | None = None
+
+  def __call__(self, cell: Cell, params: Params, q: quant.QuantizedModel | None) -> Json:
+    """q: what the cell makes of params, if it quantizes. Of the model as it was trained, also its
+    outliers, by the names that training logs them under."""
+    found = self._losses(cell, params, q)
+    if cell.method == "none":
+      found |= self._outliers(params, q)
+    return found
+
+  def _losses(self, cell: Cell, params: Params, q: quant.QuantizedModel | None) -> Json:
+    step, number = self._step(cell, q), itertools.count(1)
+    trees = [params, q.params] if q else [params]
+    with mesh_lib.use(self._mesh):
+      placed = [jax.device_put(tree, mesh_lib.replicated(self._mesh)) for tree in trees]
+
+      def of_batch(batch: dict[str, Any]) -> Any:
+        self._say(f"batch {next(number)} of {len(self._batches)}")
+        rows = self._target.text.batch_size
+        return jax.device_get(step(*placed, mesh_lib.put_batch(batch, self._mesh, rows)))
+
+      if q:
+        return metrics.compare(of_batch, self._batches, self._num_bytes, seed=SEED)
+      return metrics.evaluate(of_batch, self._batches, self._num_bytes)
+
+  def _step(self, cell: Cell, q: quant.QuantizedModel | None) -> Callable[..., Any]:
+    if cell not in self._steps:
+      # The quantized model is the same of every checkpoint: only its parameters differ.
+      model, mask_documents = self._target.model, self._target.text.section.mask_documents
+      step = (
+        steps.make_pair_step(model, q.model, mask_documents)
+        if q
+        else steps.make_eval_step(model, mask_documents)
+      )
+      self._steps[cell] = jax.jit(step, out_shardings=mesh_lib.replicated(self._mesh))
+    return self._steps[cell]
+
+  def _outliers(self, params: Params, q: quant.QuantizedModel | None) -> dict[str, float]:
+    self._say("outliers")
+    if self._measure_outliers is None:
+      model = q.model if q else self._target.model
+      self._measure_outliers = activations.on_documents(
+        model, self._batches, self._mesh, self._target.text.section.mask_documents
+      )
+    trees = (q.params if q else params, params)
+    with mesh_lib.use(self._mesh):
+      found = self._measure_outliers(*jax.device_put(trees, mesh_lib.replicated(self._mesh)))
+    return {f"outliers/{name}": value for name, value in found.items()}

@@ -1,0 +1,120 @@
+"""Plan of an evaluation job: its cells, and the settings that the numbers of each depend on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from beyond_outliers import quant
+from beyond_outliers.config.checks import require
+from beyond_outliers.errors import ConfigError
+from beyond_outliers.evaluate import metrics, results
+from beyond_outliers.evaluate.target import Target
+from beyond_outliers.model import transformer
+from beyond_outliers.types import Json
+
+if TYPE_CHECKING:  # needs the extra `eval`
+  from beyond_outliers.evaluate.harness import LoadedTask
+
+# Of the measurements: raised by whatever changes their numbers; then all is measured anew.
+VERSION = 2
+SEED = 0  # of the calibration windows and of the bootstrap: the same for every run
+
+
+class Cell(NamedTuple):
+  """One way to evaluate a checkpoint. method "none": as it was trained, under its own recipe."""
+
+  # Row of quant.RECIPES; where the model was trained under rules of its own, with these.
+  recipe: str
+  method: str
+
+  @property
+  def calibrated(self) -> bool:
+    """Whether the method looks at training data."""
+    return self.method != "none" and quant.ptq.method_named(self.method).calibrated
+
+  @property
+  def row(self) -> str:
+    """The recipe without the rules of a run, which its identity tells."""
+    return self.recipe.partition(",")[0]
+
+
+def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
+  """Errors: ConfigError for one that nobody knows."""
+  for name in recipes:
+    require(
+      name != "none",
+      "--recipes",
+      name,
+      "the model as it was trained is evaluated anyway; leave it out",
+    )
+    quant.recipes.recipe_named(name, "--recipes")
+  for name in methods:
+    quant.ptq.method_named(name, "--methods")
+
+
+def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
+  """The model as it is, then every method under every recipe.
+
+  Errors: ConfigError for unknown names, recipes that do not fit the model or a method, and any for
+  a model that was trained quantized; before any checkpoint is read."""
+  check_names(recipes, methods)
+  require(
+    not recipes or target.trained_under is None,
+    "--recipes",
+    ",".join(recipes),
+    "methods begin with a model in full precision, and this one was trained under "
+    f"{target.recipe!r}; leave --recipes and --methods out to evaluate it as it was trained, or "
+    "give the run of its full-precision twin (quant.recipe = 'none')",
+  )
+  shapes = transformer.shapes(target.model)
+  pairs = itertools.product(dict.fromkeys(recipes), dict.fromkeys(methods))
+  cells = [Cell(recipe, method) for recipe, method in pairs]
+  for recipe, method in cells:
+    try:
+      quant.ptq.check_quantizable(target.model, shapes, quant.RECIPES[recipe], method)
+    except ConfigError as error:
+      raise ConfigError(f"--recipes = {recipe!r} with --methods = {method!r}: {error}") from None
+  return [Cell(target.recipe, "none"), *cells]
+
+
+# ---- settings: others make another file
+
+
+def cell_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
+  """Settings that a cell's metrics depend on."""
+  text = target.text
+  return {
+    **_model_settings(target, cell, calibration_windows),
+    "data": text.dataset.fingerprint,
+    "documents": text.documents,
+    "mask_documents": text.section.mask_documents,
+    "resamples": metrics.RESAMPLES,
+    "confidence": metrics.CONFIDENCE,
+  }
+
+
+def task_settings(target: Target, cell: Cell, calibration_windows: int, task: LoadedTask) -> Json:
+  """Settings that a task's scores depend on."""
+  return {
+    **_model_settings(target, cell, calibration_windows),
+    results.TASK: task.name,
+    "content": task.content,
+    "prefix": target.text.prefix,
+    "bos": target.text.bos,
+  }
+
+
+def _model_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
+  """Settings that the quantized model depends on, apart from step, recipe and method."""
+  text = target.text
+  return {
+    "version": VERSION,
+    "trained": target.identity,
+    "tokenizer": text.dataset.tokenizer.fingerprint,
+    "context": text.context,
+    "seed": SEED,
+    "calibration_windows": calibration_windows if cell.calibrated else 0,
+    "calibration_data": text.dataset.fingerprint if cell.calibrated else None,
+  }

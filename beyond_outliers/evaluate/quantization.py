@@ -1,0 +1,60 @@
+"""Quantization of checkpoints under evaluation, and the training windows that calibrate it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from beyond_outliers import data, quant
+from beyond_outliers.evaluate.plan import SEED, Cell
+from beyond_outliers.evaluate.target import Target, Text
+from beyond_outliers.types import Params
+
+
+class CheckpointQuantizer:
+  """Quantizes checkpoints of one target as cells name it.
+
+  windows: of training data, for the methods that look at some. say: takes progress."""
+
+  def __init__(self, target: Target, windows: int, say: Callable[[str], None]):
+    self._target, self._windows, self._say = target, windows, say
+
+  def __call__(self, params: Params, cell: Cell) -> quant.QuantizedModel | None:
+    """None for a model that was trained in full precision, as it is."""
+    target = self._target
+    if cell.method != "none":
+      return quant.ptq.quantize(
+        target.model,
+        params,
+        quant.RECIPES[cell.recipe],
+        cell.method,
+        self._calibration if cell.calibrated else (),
+        say=self._say,
+      )
+    if target.trained_under:
+      return quant.quantized(target.model, params, target.trained_under)
+    return None
+
+  @functools.cached_property
+  def _calibration(self) -> list[dict[str, np.ndarray]]:
+    return calibration_batches(self._target.text, self._windows)
+
+
+def calibration_batches(text: Text, windows: int) -> list[dict[str, np.ndarray]]:
+  """The same windows of training data for every run on these data, whatever its batches."""
+  # Several readers would deal their documents to rows as the batch has places.
+  section = dataclasses.replace(text.section, readers=1)
+  batches = data.train_batches(
+    text.dataset, section, context=text.context, batch_size=text.batch_size, seed=SEED
+  )
+  names = ("tokens", "segment_ids", "positions") if section.mask_documents else ("tokens",)
+  taken = [next(batches) for _ in range(-(-windows // text.batch_size))]
+  batches.close()
+  whole = {name: np.concatenate([batch[name] for batch in taken])[:windows] for name in names}
+  return [
+    {name: x[start : start + text.batch_size] for name, x in whole.items()}
+    for start in range(0, windows, text.batch_size)
+  ]

@@ -1,0 +1,282 @@
+"""The pass of quantization after training, from a trained model to a quantized one of the same
+contract.
+
+A method is a row of METHODS (methods.py). Matrices become codes block after block, from the
+statistics of their inputs over all calibration batches (calibration.py).
+
+A tied head is quantized in every call, since the embedding needs its matrix whole: to nearest,
+whatever the method.
+Legend: N depths, K contraction, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beyond_outliers.config.checks import require
+from beyond_outliers.params import (
+  KERNEL,
+  LAYERS,
+  depth_of,
+  kernel_path,
+  kind_of,
+  layer_path,
+  leaves_by_path,
+  slice_at,
+  stack_path,
+  subtree,
+  with_leaves,
+)
+from beyond_outliers.quant import qmatrix, quantizers
+from beyond_outliers.quant.dot import dot_general_for
+from beyond_outliers.quant.ptq import calibration, rotation_fusion
+from beyond_outliers.quant.ptq.calibration import Inputs, Stage
+from beyond_outliers.quant.ptq.gptq import ROUNDERS
+from beyond_outliers.quant.ptq.methods import Method, method_named
+from beyond_outliers.quant.ptq.model import QuantizedModel, serving
+from beyond_outliers.quant.ptq.smoothing import SMOOTHINGS
+from beyond_outliers.quant.qmatrix import QuantizedMatrix
+from beyond_outliers.quant.recipes import LinearShape, Recipe
+from beyond_outliers.quant.spec import LayerRecipe
+from beyond_outliers.types import LanguageModel, Params
+
+Matrices = dict[str, QuantizedMatrix]  # of a block, by kind of linear layer
+
+
+def quantize(
+  model: LanguageModel,
+  params: Params,
+  recipe: Recipe,
+  method: str = "rtn",
+  calibration_batches: Iterable[calibration.Batch] = (),
+  *,
+  say: Callable[[str], None] = lambda text: None,
+) -> QuantizedModel:
+  """The model with the matrices of all linear layers, and their inputs, quantized as `recipe` and
+  `method` say.
+
+  model, params: a transformer and its parameters, as it trains. calibration_batches: {"tokens": [B,
+  L]; and "segment_ids" and "positions" if documents are kept apart}, for the methods that need
+  some; every token counts, so without padding. say: takes a line of progress a block.
+  Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches
+  or such of another tokenizer, inputs that are not finite, a recipe that does not fit the model, or
+  learned scales that the parameters do not hold."""
+  how = method_named(method)
+  batches = list(calibration_batches) if how.calibrated else []
+  if how.calibrated:
+    _check_batches(batches, method, model.config.vocab)
+  model, params, recipe = _prepared(model, params, recipe, how)
+  stream = calibration.Stream(model.clone(dot_general_for=None), params, batches)
+  blocks: list[Matrices] = []
+  for matrices in _quantized_blocks(model, params, recipe, how, stream):
+    blocks.append(matrices)
+    say(f"{method}: block {len(blocks)} of {model.config.blocks}")
+  params = {**params, LAYERS: _with_stacks(params[LAYERS], blocks, recipe)}
+  head = recipe.layer("head")
+  if "head" in params and head is not None and head.weights is not None:
+    inputs = stream.see_head(gram=how.needs_gram) if how.calibrated else None
+    params = _with_kernels(params, {"head": _quantized_matrix(params["head"], head, how, inputs)})
+  return QuantizedModel(serving(model, params, recipe), params, recipe, method)
+
+
+def check_quantizable(
+  model: LanguageModel, params: Params, recipe: Recipe, method: str = "rtn", field: str = "method"
+) -> None:
+  """Whether `quantize` takes them, before there are numbers. params: shapes will do. Errors:
+  ConfigError, as there."""
+  how = method_named(method, field)
+  jax.eval_shape(lambda params: _prepared(model, params, recipe, how)[1], params)
+
+
+def quantized(model: LanguageModel, params: Params, recipe: Recipe) -> QuantizedModel:
+  """A model that was trained under `recipe`, with its matrices as the codes that it multiplied
+  with."""
+  return quantize(model, params, recipe)
+
+
+# ---- before the pass: what goes together, and the rotations that matrices take in
+
+
+def _check_batches(batches: Sequence[calibration.Batch], method: str, vocab: int) -> None:
+  require(
+    bool(batches),
+    "calibration_batches",
+    batches,
+    f"{method} looks at the inputs of every layer: give it some",
+  )
+  for batch in batches:
+    largest = int(np.max(batch["tokens"]))
+    require(
+      largest < vocab,
+      "calibration_batches",
+      largest,
+      f"the model knows tokens below {vocab}; take those of its tokenizer",
+    )
+
+
+def _prepared(
+  model: LanguageModel, params: Params, recipe: Recipe, how: Method
+) -> tuple[LanguageModel, Params, Recipe]:
+  """The model and its parameters with the rotations that they take in, and the recipe as the method
+  changes it.
+
+  Errors: ConfigError for all that does not go together."""
+  require(
+    not any(isinstance(leaf, QuantizedMatrix) for leaf in leaves_by_path(params).values()),
+    "params",
+    "quantized",
+    "they hold codes already; start from those of a trained model",
+  )
+  if how.fused:
+    model, params, rotated = rotation_fusion.fuse(model, params)
+    # A rule for every path: what is rotated already does not follow the recipe's.
+    rules = tuple(
+      (re.escape(path), how.layer(recipe.layer(path), rotated=kind_of(path) in rotated))
+      for path in model.contractions()
+    )
+  else:
+    rules = tuple((paths, how.layer(layer)) for paths, layer in recipe.rules)
+  recipe = Recipe(rules)
+  recipe.check({path: LinearShape(width) for path, (width, _) in model.contractions().items()})
+  for path in model.contractions():
+    _check_learned_scales(path, recipe.layer(path), params)
+  return model, params, recipe
+
+
+def _check_learned_scales(path: str, layer: LayerRecipe | None, params: Params) -> None:
+  specs = (layer.weights, layer.activations) if layer else ()
+  learns = any(spec is not None and spec.scale == "learned" for spec in specs)
+  tied = path == "head" and "head" not in params
+  require(
+    not learns or tied or _log_scale(subtree(params, stack_path(path))) is not None,
+    f"recipe: {path}: scale",
+    "learned",
+    "the parameters hold no learned scales; only a model that was trained under this recipe has "
+    "them",
+  )
+
+
+# ---- the pass
+
+
+def _quantized_blocks(
+  model: LanguageModel, params: Params, recipe: Recipe, how: Method, stream: calibration.Stream
+) -> Iterator[Matrices]:
+  """The quantized matrices of one block after another; `stream` ends up behind the last."""
+  kinds = [kind_of(path) for path in model.contractions() if depth_of(path) == 0]
+  watched = model.clone(dot_general_for=calibration.watched)
+  quantized_model = model.clone(dot_general_for=dot_general_for(recipe, "jax"))
+  for depth in range(model.config.blocks):
+    of_block, inputs = _slice_at(params[LAYERS], depth), {}
+    if how.calibrated:
+      block = Stage(watched.block(depth), of_block)
+      inputs = stream.see(block, gram=how.needs_gram, run=not how.sequential)
+      _check_finite(inputs, depth)
+    layers = {kind: recipe.layer(layer_path(depth, kind)) for kind in kinds}
+    matrices = {
+      kind: _quantized_matrix(subtree(of_block, kind), layer, how, inputs.get(kind))
+      for kind, layer in layers.items()
+      if layer is not None and layer.weights is not None
+    }
+    if how.sequential:
+      stream.run(Stage(quantized_model.block(depth), _with_kernels(of_block, matrices)))
+    yield jax.block_until_ready(matrices)
+
+
+_slice_at = jax.jit(slice_at)
+
+
+def _check_finite(inputs: Mapping[str, Inputs], depth: int) -> None:
+  for kind, of_layer in inputs.items():
+    finite = all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(of_layer))
+    require(
+      finite,
+      f"calibration_batches: {layer_path(depth, kind)}",
+      "not finite",
+      "the layer's inputs overflow or are no numbers; look at the checkpoint, or at the tokens",
+    )
+
+
+def _with_kernels(tree: Params, kernels: Matrices) -> Params:
+  """The tree with other matrices of the linear layers at these paths."""
+  return with_leaves(tree, {kernel_path(path): weight for path, weight in kernels.items()})
+
+
+def _log_scale(linear: Params) -> Any:
+  """Learned scales of a linear layer, given its parameters: of activations and weights."""
+  nodes = (node for node in linear.values() if isinstance(node, dict))
+  return next((node["log_scale"] for node in nodes), None)
+
+
+def _quantized_matrix(
+  linear: Params, layer: LayerRecipe, how: Method, inputs: Inputs | None
+) -> QuantizedMatrix:
+  """The matrix of one linear layer, given its parameters."""
+  scale: Any = None
+  if layer.weights is not None and layer.weights.scale == "learned":
+    scale = jnp.exp(_log_scale(linear))[-1].reshape(1, 1)
+  return _rounded(linear[KERNEL], inputs, scale, layer, how)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) -> QuantizedMatrix:
+  smooth_K = None
+  if how.smoothing:
+    smooth_K = SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer, how.alpha)
+  w_KxO, spec = qmatrix.in_quantized_basis(kernel_KxO, layer, smooth_K), layer.weights
+  assert spec is not None  # the caller saw to it
+  gram_KxK: Any = None
+  if how.needs_gram:
+    gram_KxK = qmatrix.gram_in_quantized_basis(inputs.gram_KxK, layer, smooth_K)
+    w_KxO = w_KxO.astype(gram_KxK.dtype)
+  scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
+  codes, scale = ROUNDERS[how.rounding](w_KxO, scale, spec, gram_KxK, how.damping)
+  return QuantizedMatrix(codes, scale, smooth_K)
+
+
+# ---- behind the pass: the blocks' matrices as stacks
+
+
+def _with_stacks(layers: Params, blocks: Sequence[Matrices], recipe: Recipe) -> Params:
+  """The parameters of all layers, with the blocks' matrices in stacks."""
+  stacks = {}
+  for kind in dict.fromkeys(kind for block in blocks for kind in block):
+    kernel_NxKxO = subtree(layers, kind)[KERNEL]
+    whole = [
+      block.get(kind) or _plain(kernel_NxKxO[depth], recipe.layer(layer_path(depth, kind)))
+      for depth, block in enumerate(blocks)
+    ]
+    stacks[kind] = _stack(whole)
+  return _with_kernels(layers, stacks)
+
+
+def _plain(kernel_KxO: jax.Array, layer: LayerRecipe | None) -> QuantizedMatrix:
+  """A matrix that is not quantized, with its numbers as codes."""
+  # Where the inputs are rotated, the matrix has to be.
+  codes = kernel_KxO if layer is None else qmatrix.in_quantized_basis(kernel_KxO, layer)
+  return QuantizedMatrix(codes, jnp.ones((1, 1), jnp.float32))
+
+
+def _stack(whole: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+  """One stack of all depths. Where their codes are of several types, all become floats; where their
+  scales are of several shapes, all are spread over the matrix."""
+  width, outputs = whole[0].codes.shape
+  if len({weight.codes.dtype for weight in whole}) > 1:
+    whole = [weight._replace(codes=weight.codes.astype(jnp.float32)) for weight in whole]
+  if len({weight.scale.shape for weight in whole}) > 1:
+    shape = (width if any(len(weight.scale) > 1 for weight in whole) else 1, outputs)
+    whole = [
+      weight._replace(scale=jnp.broadcast_to(quantizers.spread(weight.scale, shape), shape))
+      for weight in whole
+    ]
+  if any(weight.smooth is not None for weight in whole):
+    one_K = jnp.ones((width,), jnp.float32)
+    whole = [weight._replace(smooth=one_K) if weight.smooth is None else weight for weight in whole]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *whole)
