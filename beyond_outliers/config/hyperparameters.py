@@ -26,9 +26,11 @@ def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = 
   return dataclasses.field(metadata=metadata)
 
 
-def at_least(bound: float, hint: str = "") -> Rule:
+def at_least(bound: float, hint: str = "", *, infinite: bool = False) -> Rule:
+  """infinite: whether infinity can be, which is no limit."""
+
   def rule(value: float) -> str | None:
-    if not math.isfinite(value):
+    if not math.isfinite(value) and not (infinite and value == math.inf):
       return "expected a finite number"
     return None if value >= bound else f"expected at least {bound}{hint}"
 
@@ -69,7 +71,7 @@ def is_number(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """What the sections of all optimizers have."""
+  """Hyperparameters of one optimizer; its subclasses add theirs."""
 
   name: str
   learning_rate: float = official(1.0, "of the whole step; also a schedule", at_least(0))

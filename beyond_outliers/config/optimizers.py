@@ -26,8 +26,7 @@ from beyond_outliers.config.hyperparameters import (
 REFRESHES = ("together", "staggered")
 ITERATION_DTYPES = ("float32", "bfloat16", "float64")
 ITERATION_TABLES = ("quintic", "polar_express")
-# Shampoo: the only values beside eigenvalue_correction, which has no roots and a step length of its
-# own.
+# Shampoo: the only values with eigenvalue_correction, which has no roots and its own step length.
 WITH_EIGENVALUE_CORRECTION = {
   "eps_mode": "absolute",
   "grafting": "none",
@@ -142,7 +141,7 @@ class Psgd(Section):
     above_zero("the share of steps that update factors", 1),
   )
   balance_probability: float = official(0.01, "of evening out a block's factors", fraction())
-  clip_rms: float = official(1.1, "largest RMS of a slice's direction", at_least(0))
+  clip_rms: float = official(1.1, "largest RMS of a slice's direction", at_least(0, infinite=True))
   clip_eps: float = official(
     1e-12, "added to the RMS before it is compared (pytorch_optimizer: 1e-6)", at_least(0)
   )
@@ -203,7 +202,9 @@ class Shampoo(Section):
     "a factor is taken to minus this; None: 1/4 for matrices, 1/2 for vectors",
     above_zero("the positive power that a factor's inverse is taken to"),
   )
-  max_residual: float = official(0.1, "a root above it is refused, the old one kept", at_least(0))
+  max_residual: float = official(
+    0.1, "a root above it is refused, the old one kept", at_least(0, infinite=True)
+  )
   precondition_frequency: int = official(1, "steps between a block's roots", at_least(1))
   refresh: str = official(
     "together",

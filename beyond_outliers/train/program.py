@@ -123,7 +123,7 @@ def _statistics(
   c: config.Config, model: transformer.Transformer, recipe: quant.Recipe, optimizer: optim.Optimizer
 ):
   """What a row of the log tells beside the metrics of the step."""
-  of_optimizer = optimizer.statistics if c.log.update_statistics else optimizer.state_statistics
+  of_optimizer = optimizer.step_metrics if c.log.update_statistics else optimizer.state_metrics
   of_quant = step_lib.make_quant_statistics(model, recipe, c.data.mask_documents)
 
   def statistics(state, before, update, sample):

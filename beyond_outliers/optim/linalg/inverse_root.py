@@ -213,12 +213,12 @@ def _denman_beavers(
 
 
 def _iterated(a_BxDxD: jax.Array, p: float, root_BxDxD: jax.Array, residual_B: jax.Array) -> Root:
-  """What an iteration has found, with the condition from the norms of matrix and root."""
+  """The result of an iteration, with the condition from the norms of matrix and root."""
   return Root(root_BxDxD, residual_B, spectral_norm(a_BxDxD) * spectral_norm(root_BxDxD) ** p, ())
 
 
 def _ridge(a_BxDxD: jax.Array, eps: Any, relative: bool) -> jax.Array:
-  """What is added to the diagonal of each matrix, [B]."""
+  """[B]: eps, or eps times the largest eigenvalue."""
   if relative:
     return eps * jnp.maximum(largest_eigenvalue(a_BxDxD), SMALLEST_EIGENVALUE)
   return jnp.full(a_BxDxD.shape[0], eps, a_BxDxD.dtype)

@@ -52,11 +52,11 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 
 # The polynomial of each step; the last is that of all further steps.
-#   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about [0.68,
-# 1.13].
+#   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about
+#     [0.68, 1.13].
 #   polar_express: arXiv 2505.16932, algorithm 1. Its safety factor of 1.01 shrinks the argument of
-# every polynomial but the last,
-#     and that of the first twice, where algorithm 1 multiplies the norm by it.
+#     every polynomial but the last, and that of the first twice, where algorithm 1 multiplies the
+#     norm by it.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
   "quintic": ((3.4445, -4.7750, 2.0315),),
   "polar_express": (
@@ -85,9 +85,8 @@ def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
       rows = ()
     if not rows or not np.isfinite(rows).all():
       raise ValueError(
-        f"table = {table!r}: expected a name or a sequence of triples of finite numbers, ((a, b, "
-        "c), ...), "
-        "for a x + b x^3 + c x^5"
+        f"table = {table!r}: expected a name or a sequence of triples of finite numbers, "
+        "((a, b, c), ...), for a x + b x^3 + c x^5"
       )
   return (rows + rows[-1:] * steps)[:steps]
 
