@@ -86,8 +86,8 @@ def _step(
   assert h.exponent is not None
   divisor = (second_moment / _correction(h, h.b2, t)) ** h.exponent + h.eps
   adam = momentum / _correction(h, h.b1, t) / divisor
-  direction = rotate(adam, s.bases, axes, back=True)
-  return direction, s._replace(momentum=momentum, second_moment=second_moment, factors=factors)
+  s = s._replace(momentum=momentum, second_moment=second_moment, factors=factors)
+  return rotate(adam, s.bases, axes, back=True), s
 
 
 def _refresh_bases(

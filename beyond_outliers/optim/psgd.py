@@ -189,10 +189,10 @@ def _step(
     return jax.lax.cond(clock.due, learn, only_apply, g, s)
 
 
-# From here on one block.
-
-
-def _average_and_apply(h: Psgd, clock: Clock, g: jax.Array, s: BlocksState):
+def _average_and_apply(
+  h: Psgd, clock: Clock, g: jax.Array, s: BlocksState
+) -> tuple[jax.Array, jax.Array | None]:
+  """-> (direction, average) of one block, as in all that follow."""
   mean = _average(h, g, s)
   return _precondition(h, clock, mean, s.factors, s.applied), _kept_average(mean, s)
 
