@@ -111,9 +111,9 @@ def test_names_in_flags_are_rows(where):
     values = {name: list(filter(None, value.split(","))) for name, value in given.items()}
     if module == "beyond_outliers.evaluate":
       for recipe in values.get("recipes", ()):
-        quant.recipes.named(recipe)
+        quant.recipes.recipe_named(recipe)
       for method in values.get("methods", ()):
-        quant.ptq.named(method)
+        quant.ptq.method_named(method)
       if "task_folders" not in given:
         assert {*values.get("tasks", ())} <= {*offline_tasks.HELD_OUT, *hub}, where
     if module == "beyond_outliers.bench":

@@ -134,7 +134,7 @@ def _statistics(
   c: config.Config, forward: Forward, recipe: quant.Recipe, optimizer: optim.Optimizer
 ) -> Statistics:
   """Metrics that a row of the log holds in addition to those of the step."""
-  of_optimizer = optimizer.statistics if c.log.update_statistics else optimizer.state_statistics
+  of_optimizer = optimizer.step_metrics if c.log.update_statistics else optimizer.state_metrics
   of_quant = make_quant_statistics(forward, c.model, recipe)
 
   def statistics(state: TrainState, before: Params, update: Params, sample: Batch | None):
