@@ -1,10 +1,10 @@
-"""Costs of quantization beside full precision on this machine, and the number types of a layer's
-products on others.
+"""Costs of quantization relative to full precision on this machine, and the number types of a
+layer's products on others.
 
   python -m beyond_outliers.bench --recipes [--only=quest_w4a4,rtn_w8a8] [--repeats=5] [--json]
 
 Two tables: one linear layer, and the loss and gradients of whole models. Every call of a recipe's
-program stands beside one of the plain program, and ratios are medians over such pairs, so that what
+program alternates with one of the plain program, and ratios are medians over such pairs: anything
 else the machine does slows both. `taskset -c 0` in front of it measures one core.
 """
 
