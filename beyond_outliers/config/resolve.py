@@ -144,12 +144,8 @@ def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
 def _build_section(values: Mapping[str, Any], prefix: str) -> Any:
   """The section of the optimizer that the values name."""
   name = values.get("name")
-  require(
-    isinstance(name, str) and name in OPTIMIZERS,
-    prefix + "name",
-    name,
-    "expected one of " + ", ".join(OPTIMIZERS),
-  )
+  if not isinstance(name, str) or name not in OPTIMIZERS:
+    raise ConfigError(f"{prefix}name = {name!r}: expected one of " + ", ".join(OPTIMIZERS))
   return _build(OPTIMIZERS[name], values, prefix)
 
 
