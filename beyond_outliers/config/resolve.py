@@ -144,13 +144,9 @@ def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
 
 def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
   """The section of the optimizer that the values name, checked."""
-  name: Any = values.get("name")
-  require(
-    isinstance(name, str) and name in OPTIMIZERS,
-    prefix + "name",
-    name,
-    "expected one of " + ", ".join(OPTIMIZERS),
-  )
+  name = values.get("name")
+  if not isinstance(name, str) or name not in OPTIMIZERS:
+    raise ConfigError(f"{prefix}name = {name!r}: expected one of " + ", ".join(OPTIMIZERS))
   return _build(OPTIMIZERS[name], values, prefix).check(prefix)
 
 
