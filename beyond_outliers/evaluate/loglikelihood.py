@@ -18,8 +18,8 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.model import loss, transformer
-from beyond_outliers.types import Params
+from beyond_outliers.model import loss
+from beyond_outliers.types import LanguageModel, Params
 
 SHORTEST = 16  # the smallest bucket of lengths
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
@@ -52,7 +52,7 @@ class Scorer:
 
   def __init__(
     self,
-    model: transformer.Transformer,
+    model: LanguageModel,
     params: Params,
     *,
     context: int,
