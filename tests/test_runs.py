@@ -8,6 +8,7 @@ import pytest
 from beyond_outliers import checkpoint, config, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import steps
+from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import program as program_lib
 
 
@@ -93,7 +94,7 @@ def test_batches_and_the_recorded_loss_agree(workdir):
   from beyond_outliers.evaluate import metrics
 
   run = runs.open(workdir)
-  eval_step = jax.jit(steps.make_eval_step(run.model, run.config.data.mask_documents))
+  eval_step = jax.jit(steps.make_eval_step(make_forward(run.model, run.config.data.mask_documents)))
   params = run.params()
   got = metrics.evaluate(
     lambda batch: jax.tree.map(np.asarray, eval_step(params, dict(batch))),

@@ -158,7 +158,7 @@ def _program(name: str, recipe: str) -> program_lib.Program:
 
 
 def _loss_and_gradients(program: program_lib.Program) -> jax.stages.Compiled:
-  loss_fn = step_lib.make_loss_fn(program.model, program.config.data.mask_documents)
+  loss_fn = step_lib.make_loss_fn(program.forward)
   with mesh_lib.use(program.mesh):
     return _compiled(
       step_lib.accumulate(loss_fn, program.config.micro_batches),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
+from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.overrides import flatten
 from beyond_outliers.config.run import Config
@@ -141,16 +142,12 @@ def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
   return Group(paths, _build_section(keys, f"{path}."), optional)
 
 
-def _build_section(values: Mapping[str, Any], prefix: str) -> Any:
-  """The section of the optimizer that the values name."""
+def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
+  """The section of the optimizer that the values name, checked."""
   name = values.get("name")
-  require(
-    isinstance(name, str) and name in OPTIMIZERS,
-    prefix + "name",
-    name,
-    "expected one of " + ", ".join(OPTIMIZERS),
-  )
-  return _build(OPTIMIZERS[name], values, prefix)
+  if not isinstance(name, str) or name not in OPTIMIZERS:
+    raise ConfigError(f"{prefix}name = {name!r}: expected one of " + ", ".join(OPTIMIZERS))
+  return _build(OPTIMIZERS[name], values, prefix).check(prefix)
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:

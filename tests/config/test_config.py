@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -278,6 +279,14 @@ def test_importing_the_configuration_imports_no_library():
     [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent, check=True
   )
   assert result.stdout.strip() == "set()"
+
+
+def test_the_guide_lists_every_section():
+  text = (CONFIGS / "README.md").read_text().split("## Sections\n")[1].split("\n## ")[0]
+  cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|")]
+  sections = [section for section, _ in cells[3:]]
+  listed = re.findall(r"`(\w+)`", " ".join([cells[2][1], *sections]))
+  assert sorted(listed) == sorted(config.to_dict(named("adamw")))
 
 
 def test_every_knob_has_a_comment_on_its_line():

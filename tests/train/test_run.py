@@ -12,6 +12,8 @@ import pytest
 from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
+from beyond_outliers.model.forward import make_forward
+from beyond_outliers.train import describe, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
@@ -225,7 +227,7 @@ def test_dry_run_says_what_a_step_takes(tiny_config, tmp_path):
   assert not (tmp_path / "dry").exists()
   text = "\n".join(said)
   program = program_lib.build(c)
-  held = program_lib.shard_bytes(program.state.params)
+  held = describe.shard_bytes(program.state.params)
   assert (
     f"{held / 2**20:,.1f} MiB" in text
     and "memory on each of 8 devices" in text
@@ -264,7 +266,7 @@ def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatc
   def fail(*args):
     raise MemoryError("no more")
 
-  monkeypatch.setattr(train.loop, "fit", fail)
+  monkeypatch.setattr(loop, "fit", fail)
   with pytest.raises(MemoryError):
     run(tiny_config(), tmp_path / "run")
   status = runs.open(tmp_path / "run").status
@@ -282,7 +284,8 @@ def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_pat
 def first_loss(workdir):
   """Of a run's model on its first batch, its last parameters given."""
   opened = runs.open(workdir)
-  loss_fn = jax.jit(step_lib.make_loss_fn(opened.model, opened.config.data.mask_documents))
+  forward = make_forward(opened.model, opened.config.data.mask_documents)
+  loss_fn = jax.jit(step_lib.make_loss_fn(forward))
   return float(
     loss_fn(
       opened.params(),
