@@ -32,9 +32,7 @@ class TaskSuite:
   ):
     self.tasks, self._text, self._mesh, self._say = tasks, text, mesh, say
 
-  def asked_of(
-    self, model: LanguageModel, params: Params
-  ) -> Callable[[LoadedTask], Json]:
+  def asked_of(self, model: LanguageModel, params: Params) -> Callable[[LoadedTask], Json]:
     """task -> its `scores` and `seconds`. The model is placed and compiled once, at the first."""
 
     @functools.cache
