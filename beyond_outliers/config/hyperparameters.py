@@ -51,8 +51,18 @@ def fraction() -> Rule:
   return lambda value: None if 0 <= value <= 1 else "expected a fraction, 0 to 1"
 
 
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """The rule of a word; documentation lists its choices."""
+
+  choices: tuple[str, ...]
+
+  def __call__(self, value: str) -> str | None:
+    return other_choice(value, self.choices)
+
+
 def one_of(*choices: str) -> Rule:
-  return lambda value: other_choice(value, choices)
+  return OneOf(choices)
 
 
 def other_choice(value: str, choices: Collection[str]) -> str | None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from beyond_outliers.config.hyperparameters import Section, other_choice
+from beyond_outliers.config.hyperparameters import OneOf, Section, other_choice
 
 Factory = Callable[..., optax.GradientTransformation]
 
@@ -95,8 +95,10 @@ def _static(name: str, value: Any) -> int | None:
 
 def _lines(fields: Collection[dataclasses.Field[Any]]) -> str:
   """Documentation of hyperparameters, a paragraph each."""
-  paragraphs = [
-    textwrap.fill(f"{field.name}: {field.metadata['doc']}", 96, subsequent_indent="  ")
-    for field in fields
-  ]
+  paragraphs = []
+  for field in fields:
+    rule = field.metadata["rule"]
+    choices = f" ({' | '.join(rule.choices)})" if isinstance(rule, OneOf) else ""
+    text = f"{field.name}: {field.metadata['doc']}{choices}"
+    paragraphs.append(textwrap.fill(text, 96, subsequent_indent="  "))
   return "\n".join(paragraphs)

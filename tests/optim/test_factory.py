@@ -96,7 +96,10 @@ def test_an_integer_that_is_traced_is_refused_with_the_remedy(argument):
 
 
 def test_the_lines_of_hyperparameters_are_documentation():
-  assert scaled.__doc__.splitlines()[2:5] == [
+  lines = scaled.__doc__.splitlines()
+  assert lines[0] == "A factory whose program is as long as `steps`."
+  assert lines[-1] == "word: nothing (a | abc)"
+  assert lines[2:5] == [
     "learning_rate: of the whole step; also a schedule",
     "steps: how often updates are scaled",
     "rounds: more of these",
