@@ -154,7 +154,7 @@ def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[Json
 
 def _program(name: str, recipe: str) -> program_lib.Program:
   c = study_config("adamw", f"{MODELS[name].argument},quant.recipe={recipe}")
-  return program_lib.build(c, jax.devices()[:1])
+  return program_lib.build_program(c, jax.devices()[:1])
 
 
 def _loss_and_gradients(program: program_lib.Program) -> jax.stages.Compiled:

@@ -13,7 +13,7 @@ from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.overrides import flatten
 from beyond_outliers.config.run import Config
-from beyond_outliers.config.sections import Group, Optimizer
+from beyond_outliers.config.sections import Group, OptimizerGroups
 from beyond_outliers.errors import ConfigError
 
 # Keys that a resumed run may change: none of them enters the numbers, beyond the order of
@@ -89,7 +89,7 @@ def _plain(node: Any) -> Any:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-  if cls is Optimizer:
+  if cls is OptimizerGroups:
     return _build_optimizer(values)
   require(
     isinstance(values, Mapping),
@@ -109,7 +109,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
   return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})
 
 
-def _build_optimizer(values: Any) -> Optimizer:
+def _build_optimizer(values: Any) -> OptimizerGroups:
   """The optimizer's own keys, then each group's."""
   require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
   groups = values.get("groups")
@@ -125,7 +125,7 @@ def _build_optimizer(values: Any) -> Optimizer:
     # Recorded while learned scales were among the vectors.
     groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
   path = "optimizer.groups."
-  return Optimizer(default, {k: _build_group(v, own, path + k) for k, v in groups.items()})
+  return OptimizerGroups(default, {k: _build_group(v, own, path + k) for k, v in groups.items()})
 
 
 def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:

@@ -103,7 +103,7 @@ class Optimizer:
 
 
 def build(
-  optimizer: config.Optimizer,
+  optimizer: config.OptimizerGroups,
   params: Params,
   num_steps: int,
   *,

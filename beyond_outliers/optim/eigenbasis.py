@@ -47,7 +47,7 @@ def first_state(bucket: Bucket, axes: tuple[int, ...], dtype: np.dtype) -> Block
   )
 
 
-def accumulate(
+def accumulate_factors(
   factors: Arrays, g: jax.Array, axes: tuple[int, ...], decay: Scalar, weight: Scalar
 ) -> Arrays:
   """decay · factor + weight · G Gᵀ, of each of the axes."""
@@ -71,12 +71,14 @@ def change_bases(
     jnp.where(broadcast_blocks(ok_B, new), new, old)
     for ok_B, new, old in zip(ok_BxA.T, bases, s.bases, strict=True)
   )
-  momentum = rotate(rotate(s.momentum, s.bases, axes, back=True), chosen, axes)
+  momentum = rotate_block(rotate_block(s.momentum, s.bases, axes, back=True), chosen, axes)
   age, kept = jnp.where(ok_BxA, 0, s.age), s.kept + ~ok_BxA
   return s._replace(momentum=momentum, bases=chosen, age=age, kept=kept), ok_BxA
 
 
-def rotate(x: jax.Array, bases: Arrays, axes: tuple[int, ...], *, back: bool = False) -> jax.Array:
+def rotate_block(
+  x: jax.Array, bases: Arrays, axes: tuple[int, ...], *, back: bool = False
+) -> jax.Array:
   """[B, *block] with these axes of a block taken into their bases [B, D, D], or out of them."""
   for basis, axis in zip(bases, axes, strict=True):
     x = along(axis, basis, x, transposed=not back)

@@ -24,11 +24,11 @@ from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.eigenbasis import (
   Arrays,
   BlocksState,
-  accumulate,
+  accumulate_factors,
   change_bases,
   first_state,
   grown_older,
-  rotate,
+  rotate_block,
 )
 from beyond_outliers.optim.linalg.kronecker import Scalar
 from beyond_outliers.optim.refresh import REFRESHES
@@ -75,19 +75,19 @@ def _step(
   axes = factored.factored_axes(h, g.shape[1:])
   # A decay of 1 sums instead of averaging, and needs no correction.
   weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
-  factors = accumulate(s.factors, g, axes, h.b2, weight)
+  factors = accumulate_factors(s.factors, g, axes, h.b2, weight)
   s = s._replace(factors=())
   if axes:
     s = _refresh_bases(h, t, axes, s, factors, id_B)
 
-  seen = rotate(g, s.bases, axes)
+  seen = rotate_block(g, s.bases, axes)
   momentum = h.b1 * s.momentum + (1 - h.b1) * seen
   second_moment = h.b2 * s.second_moment + weight * seen * seen
   assert h.exponent is not None
   divisor = (second_moment / _correction(h, h.b2, t)) ** h.exponent + h.eps
   adam = momentum / _correction(h, h.b1, t) / divisor
   s = s._replace(momentum=momentum, second_moment=second_moment, factors=factors)
-  return rotate(adam, s.bases, axes, back=True), s
+  return rotate_block(adam, s.bases, axes, back=True), s
 
 
 def _refresh_bases(

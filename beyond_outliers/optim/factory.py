@@ -69,7 +69,7 @@ def arguments_of(
   return decorate
 
 
-def one_of(name: str, value: str, allowed: Collection[str]) -> None:
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
   """Errors: ValueError naming the argument, its value and the nearest that is allowed."""
   remedy = other_choice(value, allowed)
   if remedy is not None:

@@ -120,7 +120,7 @@ def _init_bucket(h: Shampoo, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksSt
     return jnp.full((bucket.padded, len(lengths)), value, dtype) if lengths else ()
 
   def store(a_BxDxD: jax.Array) -> jax.Array:
-    return packing.store(a_BxDxD, stored, h.packed)
+    return packing.to_storage(a_BxDxD, stored, h.packed)
 
   has_second_moment = graft is not None and graft.has_second_moment
   return BlocksState(
@@ -151,7 +151,7 @@ def _step(
   factors = _accumulate_factors(h, g, s, axes)
   roots = _refresh_roots(h, count, t, factors, s.roots, constants, g.ndim - 1)
   pairs = zip(factors, s.factors, strict=True)
-  stored = tuple(packing.store(new, was.dtype, h.packed) for new, was in pairs)
+  stored = tuple(packing.to_storage(new, was.dtype, h.packed) for new, was in pairs)
   s = s._replace(factors=stored, roots=roots)
 
   averaged, s = _average_gradients(h, t, g, s)
@@ -171,7 +171,9 @@ def _accumulate_factors(h: Shampoo, g: jax.Array, s: BlocksState, axes: tuple[in
   """[B, D, D] each. A decay of 1 sums instead of averaging."""
   weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
   return tuple(
-    add_gram(packing.load(factor, g.shape[1 + axis], g.dtype, h.packed), g, axis, h.b2, weight)
+    add_gram(
+      packing.from_storage(factor, g.shape[1 + axis], g.dtype, h.packed), g, axis, h.b2, weight
+    )
     for factor, axis in zip(s.factors, axes, strict=True)
   )
 
@@ -227,7 +229,7 @@ def _take_or_keep(
     return jnp.where(broadcast_blocks(ok_B, new), new, was)
 
   return (
-    choose(packing.store(new.root, old.values[axis].dtype, h.packed), old.values[axis]),
+    choose(packing.to_storage(new.root, old.values[axis].dtype, h.packed), old.values[axis]),
     jax.tree.map(choose, new.basis, old.bases[axis]),
     new.residual,
     new.condition,
@@ -248,7 +250,7 @@ def _average_gradients(
 
 def _precondition(h: Shampoo, x: jax.Array, roots: Roots, axes: tuple[int, ...]) -> jax.Array:
   for root, axis in zip(roots.values, axes, strict=True):
-    x = along(axis, packing.load(root, x.shape[1 + axis], x.dtype, h.packed), x)
+    x = along(axis, packing.from_storage(root, x.shape[1 + axis], x.dtype, h.packed), x)
   return x
 
 

@@ -26,11 +26,11 @@ from beyond_outliers.optim.axes import AxesTree
 from beyond_outliers.optim.eigenbasis import (
   Arrays,
   BlocksState,
-  accumulate,
+  accumulate_factors,
   change_bases,
   first_state,
   grown_older,
-  rotate,
+  rotate_block,
 )
 from beyond_outliers.optim.linalg.inverse_root import orthogonal_iteration
 from beyond_outliers.optim.linalg.kronecker import Scalar, broadcast_blocks
@@ -61,7 +61,7 @@ def soap(
   )
 
 
-class Clock(NamedTuple):
+class SoapClock(NamedTuple):
   first: jax.Array  # bool: whether this update only initialises
   step: jax.Array  # int32: the update's number in bias correction, and in when bases are due
 
@@ -91,37 +91,37 @@ def _init_bucket(h: Soap, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState
   return first_state(bucket, _rotated_axes(h, bucket.shape), dtype)
 
 
-def _advance(h: Soap, state: blockwise.State) -> tuple[blockwise.State, Clock]:
+def _advance(h: Soap, state: blockwise.State) -> tuple[blockwise.State, SoapClock]:
   count = state.count + 1
   step = count if h.count_skipped_step else state.count
-  return state._replace(count=count), Clock(count == 1, step)
+  return state._replace(count=count), SoapClock(count == 1, step)
 
 
 def _step(
-  h: Soap, clock: Clock, g: jax.Array, s: BlocksState, id_B: jax.Array
+  h: Soap, clock: SoapClock, g: jax.Array, s: BlocksState, id_B: jax.Array
 ) -> tuple[jax.Array, BlocksState]:
   """Adam's direction in the bases, and then better bases."""
   axes = _rotated_axes(h, g.shape[1:])
-  seen = rotate(g, s.bases, axes)
+  seen = rotate_block(g, s.bases, axes)
   momentum = _average(clock, h.b1, s.momentum, seen)
   second_moment = _average(clock, h.b2, s.second_moment, seen * seen)
   adam = momentum / (jnp.sqrt(second_moment) + h.eps)
-  direction = rotate(adam, s.bases, axes, back=True)
+  direction = rotate_block(adam, s.bases, axes, back=True)
 
   assert h.shampoo_beta is not None
-  factors = accumulate(s.factors, g, axes, h.shampoo_beta, 1 - h.shampoo_beta)
+  factors = accumulate_factors(s.factors, g, axes, h.shampoo_beta, 1 - h.shampoo_beta)
   s = s._replace(momentum=momentum, second_moment=second_moment, factors=())
   if axes:
     s = _refresh_bases(h, clock, axes, s, factors, id_B)
   return direction, s._replace(factors=factors)
 
 
-def _average(clock: Clock, decay: Scalar, mean: jax.Array, x: jax.Array) -> jax.Array:
+def _average(clock: SoapClock, decay: Scalar, mean: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.where(clock.first, mean, decay * mean + (1 - decay) * x)
 
 
 def _refresh_bases(
-  h: Soap, clock: Clock, axes: tuple[int, ...], s: BlocksState, factors: Arrays, id_B: jax.Array
+  h: Soap, clock: SoapClock, axes: tuple[int, ...], s: BlocksState, factors: Arrays, id_B: jax.Array
 ) -> BlocksState:
   improve = functools.partial(_improve_bases, axes=axes)
 
@@ -156,7 +156,7 @@ def _improve_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> Bl
 
 
 def _finish(
-  h: Soap, clock: Clock, layout: blocks.Layout, done: dict[str, Any]
+  h: Soap, clock: SoapClock, layout: blocks.Layout, done: dict[str, Any]
 ) -> tuple[blockwise.ByBucket, blockwise.ByBucket]:
   """Normalized, where asked for, bias-corrected, and zero at first."""
   directions, states = blockwise.directions_and_states(done)

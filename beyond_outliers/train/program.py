@@ -56,7 +56,7 @@ class Program:
     )
 
 
-def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
+def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
   """The program of a configuration. devices: all by default.
 
   Errors: ConfigError for what the mesh cannot split or the recipe not fit."""

@@ -50,7 +50,7 @@ def named(name: str, arg: str = "") -> config.Config:
 )
 def test_every_config_and_every_size_builds_with_the_parameters_it_says(name, size):
   c = named(name, size)
-  program = program_lib.build(c)
+  program = program_lib.build_program(c)
   expected, tolerance = PARAMETERS[size]
   count = transformer.count(program.state.params)["total"]
   assert count == pytest.approx(expected, rel=tolerance)
@@ -90,7 +90,7 @@ def test_derived_values_follow_what_they_derive_from():
     1024,
   )
   assert c.eval.batch_size == 8
-  count = transformer.count(program_lib.build(config.resolve(c)).state.params)["total"]
+  count = transformer.count(program_lib.build_program(config.resolve(c)).state.params)["total"]
   assert c.steps == -(-20 * count // (8 * 256)) != before
   c.steps = 90
   assert (c.checkpoint.every, c.eval.every) == (23, 30)

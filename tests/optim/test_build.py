@@ -83,7 +83,7 @@ def test_state_and_dtypes_keep_their_structure_over_a_step():
 )
 def test_moments_lie_where_their_parameters_lie(axes):
   shape = "nano,model.blocks=1,model.heads=6,model.d_head=4,data.vocab=64,context=8,batch_size=8,"
-  program = program_lib.build(config.resolve(adamw.get_config(shape + axes)))
+  program = program_lib.build_program(config.resolve(adamw.get_config(shape + axes)))
   state = program.init()
   of_parameter = {
     groups.path_of(path): x.sharding

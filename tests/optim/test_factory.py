@@ -140,11 +140,11 @@ def test_what_is_traced_or_scheduled_is_not_looked_at():
 
 
 def test_a_name_that_is_not_allowed_brings_the_nearest():
-  factory.one_of("scale", "original", {"original": 1, "other": 2})
+  factory.check_choice("scale", "original", {"original": 1, "other": 2})
   with pytest.raises(
     ValueError,
     match=r"^scale = 'orignal': did you mean 'original'\? expected one of 'original', 'other'$",
   ):
-    factory.one_of("scale", "orignal", ("original", "other"))
+    factory.check_choice("scale", "orignal", ("original", "other"))
   with pytest.raises(ValueError, match=r"^scale = 'xyz': expected one of 'original', 'other'$"):
-    factory.one_of("scale", "xyz", ("original", "other"))
+    factory.check_choice("scale", "xyz", ("original", "other"))

@@ -193,7 +193,7 @@ def test_panels_make_whole_products():
       triangular.transposed_solve(q, x),
       triangular.square(q),
       triangular.column_squares(gram),
-      triangular.product(gram, q),
+      triangular.triangle_product(gram, q),
       triangular.transposed_solve(0 * q, x),
     )
 

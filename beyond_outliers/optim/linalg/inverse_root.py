@@ -53,7 +53,7 @@ class Orders(NamedTuple):
   words: str
 
 
-class Method(NamedTuple):
+class RootMethod(NamedTuple):
   """A row of ROOTS."""
 
   # (a_BxDxD, p, eps, *, relative, basis); p and relative are static, eps may be traced
@@ -230,9 +230,9 @@ _POWERS_OF_TWO = Orders(lambda p: p >= 2 and math.log2(p) % 1 == 0, "p = 2, 4, 8
 
 # (a_BxDxD, p, eps, *, relative, basis) -> Root: the root of A + eps I, or with `relative` of A +
 # eps λmax I. float32 or float64.
-ROOTS: dict[str, Method] = {
-  "eigh": Method(_eigh, False, _ANY),
-  "newton": Method(_newton, False, _INTEGERS),
-  "denman_beavers": Method(_denman_beavers, False, _POWERS_OF_TWO),
-  "qr": Method(_qr, True, _ANY),
+ROOTS: dict[str, RootMethod] = {
+  "eigh": RootMethod(_eigh, False, _ANY),
+  "newton": RootMethod(_newton, False, _INTEGERS),
+  "denman_beavers": RootMethod(_denman_beavers, False, _POWERS_OF_TWO),
+  "qr": RootMethod(_qr, True, _ANY),
 }

@@ -76,7 +76,7 @@ def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
   if steps < 1:
     raise ValueError(f"steps = {steps}: expected at least 1")
   if isinstance(table, str):
-    factory.one_of("table", table, COEFFICIENTS)
+    factory.check_choice("table", table, COEFFICIENTS)
     rows = COEFFICIENTS[table]
   else:
     try:
@@ -135,7 +135,7 @@ def orthogonalize(
       f"x of shape {x_BxMxN.shape}: expected a stack of matrices [B, M, N]; reshape, or add an axis"
     )
   if dtype is not None:
-    factory.one_of("dtype", dtype, DTYPES)
+    factory.check_choice("dtype", dtype, DTYPES)
   operands = jax.dtypes.canonicalize_dtype(dtype or x_BxMxN.dtype)
   segments = _segments(coefficients(table, steps), operands, gram)
   if x_BxMxN.shape[1] > x_BxMxN.shape[2]:

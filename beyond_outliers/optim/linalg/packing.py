@@ -35,12 +35,12 @@ def unpack(packed: jax.Array, d: int) -> jax.Array:
   return jnp.concatenate([top, bottom], axis=1)[:, :d, :d]
 
 
-def store(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
+def to_storage(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
   """As it is kept between steps."""
   return (pack(a_BxDxD) if packed else a_BxDxD).astype(dtype)
 
 
-def load(stored: jax.Array, d: int, dtype: Any, packed: bool) -> jax.Array:
+def from_storage(stored: jax.Array, d: int, dtype: Any, packed: bool) -> jax.Array:
   """The inverse of `store`."""
   return unpack(stored.astype(dtype), d) if packed else stored.astype(dtype)
 

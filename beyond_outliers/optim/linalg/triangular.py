@@ -75,7 +75,7 @@ def column_squares(panels: list[jax.Array]) -> jax.Array:
   return squares
 
 
-def product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
+def triangle_product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
   """triu(T) Q, for T given by its panels and Q [D, D]."""
   return jnp.concatenate(
     [
