@@ -1,4 +1,4 @@
-"""MuonArguments: all singular directions of an averaged gradient move a matrix alike (Jordan 2024,
+"""_Muon: all singular directions of an averaged gradient move a matrix alike (Jordan 2024,
 kellerjordan.github.io/posts/muon).
 
 Legend: B blocks in a stack, M rows and N columns of a block, M <= N.
@@ -25,7 +25,7 @@ from beyond_outliers.optim.linalg import newton_schulz
 
 
 @dataclasses.dataclass(frozen=True)
-class MuonArguments(optimizers.Muon):
+class _Muon(optimizers.Muon):
   """With what no configuration sets."""
 
   ns_eps: float = official(
@@ -54,11 +54,11 @@ SCALES: dict[str, Callable[[Leaf], float]] = {
 
 
 @factory.arguments_of(
-  MuonArguments,
+  _Muon,
   without=("learning_rate", "weight_decay", "adam_learning_rate", "adam_b1", "adam_b2", "adam_eps"),
 )
 def scale_by_muon(
-  h: MuonArguments, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
+  h: _Muon, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
   """Muon's direction for matrices, to be subtracted.
 
@@ -67,15 +67,15 @@ def scale_by_muon(
   return _direction(h, axes, mesh)
 
 
-@factory.arguments_of(MuonArguments)
+@factory.arguments_of(_Muon)
 def muon(
-  h: MuonArguments, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
+  h: _Muon, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
   """Muon for the leaves that are matrices, AdamW for the others, one decoupled decay for all:
   KellerJordan/Muon's SingleDeviceMuonWithAuxAdam (857d1ad).
 
   Only the Python number 0 as momentum keeps no average. The scale is not applied to the decay
-  (torch.optim.MuonArguments). ns_dtype None is the state's.
+  (torch.optim._Muon). ns_dtype None is the state's.
   State: 4 bytes a number of a matrix in float32, 8 of others."""
   return by_kind(
     axes,
@@ -97,7 +97,7 @@ def has_average(momentum: float) -> bool:
 
 
 def _direction(
-  h: MuonArguments, axes: AxesTree, mesh: jax.sharding.Mesh | None
+  h: _Muon, axes: AxesTree, mesh: jax.sharding.Mesh | None
 ) -> optax.GradientTransformation:
   try:
     newton_schulz.coefficients(h.ns_coefficients, h.ns_steps)
@@ -127,12 +127,12 @@ def _matrices(tree: Any, axes: AxesTree, mesh: jax.sharding.Mesh | None) -> bloc
   return layout
 
 
-def _init_bucket(h: MuonArguments, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
+def _init_bucket(h: _Muon, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
   return BlocksState(bucket.zeros(*bucket.shape, dtype=dtype) if has_average(h.momentum) else ())
 
 
 def _step(
-  h: MuonArguments, count: jax.Array, g_BxMxN: jax.Array, state: BlocksState, scale_B: jax.Array
+  h: _Muon, count: jax.Array, g_BxMxN: jax.Array, state: BlocksState, scale_B: jax.Array
 ) -> tuple[jax.Array, BlocksState]:
   x_BxMxN = g_BxMxN
   if isinstance(state.mu, jax.Array):
@@ -150,7 +150,7 @@ def _step(
   return scale_B[:, None, None] * x_BxMxN, state
 
 
-def _weights(h: MuonArguments, count: jax.Array) -> tuple[Any, Any]:
+def _weights(h: _Muon, count: jax.Array) -> tuple[Any, Any]:
   """Of the average of gradients and of the latest one in what is orthogonalised: the length of
   their sum is of no account."""
   if not h.nesterov:

@@ -44,7 +44,7 @@ Probes = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class PsgdArguments(optimizers.Psgd):
+class _Psgd(optimizers.Psgd):
   """With what no configuration sets."""
 
   precision: str = official(
@@ -83,13 +83,9 @@ def normal(key: jax.Array, count: jax.Array, shape: tuple[int, ...]) -> jax.Arra
   return jax.random.normal(key, shape)
 
 
-@factory.arguments_of(PsgdArguments, without=("learning_rate", "weight_decay"))
+@factory.arguments_of(_Psgd, without=("learning_rate", "weight_decay"))
 def scale_by_psgd(
-  h: PsgdArguments,
-  *,
-  axes: AxesTree = None,
-  mesh: jax.sharding.Mesh | None = None,
-  probes: Probes = normal,
+  h: _Psgd, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None, probes: Probes = normal
 ) -> optax.GradientTransformation:
   """PSGD's direction, to be subtracted.
 
@@ -98,9 +94,9 @@ def scale_by_psgd(
   return _direction(h, axes, mesh, probes)
 
 
-@factory.arguments_of(PsgdArguments)
+@factory.arguments_of(_Psgd)
 def psgd(
-  h: PsgdArguments, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
+  h: _Psgd, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
   """PSGD with Kronecker factors as kron_torch has it (evanatyourservice/kron_torch, 884427c).
 
@@ -119,7 +115,7 @@ def psgd(
 
 
 def _direction(
-  h: PsgdArguments, axes: AxesTree, mesh: jax.sharding.Mesh | None, probes: Probes
+  h: _Psgd, axes: AxesTree, mesh: jax.sharding.Mesh | None, probes: Probes
 ) -> optax.GradientTransformation:
   return blockwise.transformation(
     h,
@@ -132,7 +128,7 @@ def _direction(
   )
 
 
-def _init_bucket(h: PsgdArguments, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
+def _init_bucket(h: _Psgd, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
   # Factors of padding are zero, and stay so.
   size = jnp.asarray(h.preconditioner_init, dtype) ** (1 / len(bucket.shape))
   start_B = bucket.real.astype(dtype) * size
@@ -151,12 +147,12 @@ def _init_bucket(h: PsgdArguments, bucket: blocks.Bucket, dtype: np.dtype) -> Bl
   )
 
 
-def _start(h: PsgdArguments, blocks: blockwise.ByBucket) -> PsgdState:
+def _start(h: _Psgd, blocks: blockwise.ByBucket) -> PsgdState:
   zero = jnp.zeros((), jnp.int32)
   return PsgdState(zero, jnp.zeros_like(zero), jax.random.key_data(jax.random.key(h.seed)), blocks)
 
 
-def _advance(h: PsgdArguments, state: PsgdState) -> tuple[PsgdState, PsgdClock]:
+def _advance(h: _Psgd, state: PsgdState) -> tuple[PsgdState, PsgdClock]:
   count, since_update = state.count + 1, state.since_update + 1
   due = since_update >= 1 / _update_probability(h, state.count)
   key = jax.random.fold_in(jax.random.wrap_key_data(state.key), count)
@@ -166,7 +162,7 @@ def _advance(h: PsgdArguments, state: PsgdState) -> tuple[PsgdState, PsgdClock]:
   return state._replace(count=count, since_update=jnp.where(due, 0, since_update)), clock
 
 
-def _update_probability(h: PsgdArguments, steps_before: jax.Array) -> Any:
+def _update_probability(h: _Psgd, steps_before: jax.Array) -> Any:
   if h.update_probability is None:
     least = optimizers.LEAST_UPDATE_PROBABILITY
     return jnp.clip(jnp.exp(-0.001 * (steps_before - 500)), least, 1.0)
@@ -174,12 +170,7 @@ def _update_probability(h: PsgdArguments, steps_before: jax.Array) -> Any:
 
 
 def _step(
-  probes: Probes,
-  h: PsgdArguments,
-  clock: PsgdClock,
-  g: jax.Array,
-  s: BlocksState,
-  constants: tuple[()],
+  probes: Probes, h: _Psgd, clock: PsgdClock, g: jax.Array, s: BlocksState, constants: tuple[()]
 ) -> tuple[jax.Array, BlocksState]:
   del constants
   clock = clock._replace(correction=clock.correction.astype(g.dtype))
@@ -199,7 +190,7 @@ def _step(
 
 
 def _average_and_apply(
-  h: PsgdArguments, clock: PsgdClock, g: jax.Array, s: BlocksState
+  h: _Psgd, clock: PsgdClock, g: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, jax.Array | None]:
   """-> (direction, average) of one block, as in all that follow."""
   mean = _average(h, g, s)
@@ -207,7 +198,7 @@ def _average_and_apply(
 
 
 def _learn_and_apply(
-  h: PsgdArguments, clock: PsgdClock, probe: jax.Array, g: jax.Array, s: BlocksState
+  h: _Psgd, clock: PsgdClock, probe: jax.Array, g: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, BlocksState]:
   mean = _average(h, g, s)
   noisy = mean + NOISE_SCALE * jnp.mean(jnp.abs(mean)) * probe
@@ -219,7 +210,7 @@ def _learn_and_apply(
   return direction, BlocksState(_kept_average(mean, s), factors, applied, s.kept + ~ok)
 
 
-def _average(h: PsgdArguments, g: jax.Array, s: BlocksState) -> jax.Array:
+def _average(h: _Psgd, g: jax.Array, s: BlocksState) -> jax.Array:
   return g if s.momentum is None else h.momentum * s.momentum + (1 - h.momentum) * g
 
 
@@ -228,7 +219,7 @@ def _kept_average(mean: jax.Array, s: BlocksState) -> jax.Array | None:
 
 
 def _update_factors(
-  h: PsgdArguments, clock: PsgdClock, factors: Arrays, x: jax.Array, probe: jax.Array
+  h: _Psgd, clock: PsgdClock, factors: Arrays, x: jax.Array, probe: jax.Array
 ) -> tuple[Arrays, jax.Array]:
   """-> (factors that have learned from x and perhaps been balanced, whether they could)."""
   a, b = x, probe
@@ -250,12 +241,12 @@ def _update_factors(
   ), ok
 
 
-def _to_apply(h: PsgdArguments, factors: Arrays) -> tuple[Any, ...]:
+def _to_apply(h: _Psgd, factors: Arrays) -> tuple[Any, ...]:
   return tuple(triangular.square(q) if q.ndim == 2 else () for q in factors) if h.cache else ()
 
 
 def _precondition(
-  h: PsgdArguments, clock: PsgdClock, x: jax.Array, factors: Arrays, applied: tuple[Any, ...]
+  h: _Psgd, clock: PsgdClock, x: jax.Array, factors: Arrays, applied: tuple[Any, ...]
 ) -> jax.Array:
   """Clipped to an RMS. x: H times the correction, which so costs nothing."""
   for axis, q in long_axis_first(factors):
