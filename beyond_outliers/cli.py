@@ -31,7 +31,7 @@ def config_flag(*instead: str) -> flags.FlagHolder:
   return holder
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None]) -> None:
   """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
   try:
     app.run(main, flags_parser=_parse)

@@ -62,4 +62,4 @@ def default_workdir(c: config.Config) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

@@ -29,7 +29,7 @@ def test_the_model_is_the_one_that_was_trained(tiny_config, tmp_path):
   train.run(c, tmp_path, say=lambda text: None)
   run = runs.open(tmp_path)
   tokens = next(run.batches("validation"))["tokens"]
-  program = program_lib.build(c)
+  program = program_lib.build_program(c)
   with mesh.use(program.mesh):
     _, state, _, _ = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).restore(
       program.state, 1
@@ -75,7 +75,7 @@ def test_open(workdir, tiny_config):
 
 def test_parameters_of_eight_devices_on_one(workdir):
   run = runs.open(workdir)
-  program = program_lib.build(run.config)
+  program = program_lib.build_program(run.config)
   with mesh.use(program.mesh):
     _, state, _, _ = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(
       program.state, 2

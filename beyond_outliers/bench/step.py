@@ -28,7 +28,7 @@ TrainStep = Callable[[step_lib.TrainState, Batch], tuple[step_lib.TrainState, Me
 
 def measure_step(c: config.Config, repeats: int) -> Json:
   """All figures of one table, flat: seconds, bytes, FLOP/s."""
-  program = program_lib.build(c)
+  program = program_lib.build_program(c)
   dataset = data.prepare(c.data, log=lambda text: print(text, file=sys.stderr))
   figures: Json = {
     "config": c.size,
@@ -140,7 +140,7 @@ def loop_overhead(
     return state, metrics
 
   end = int(state.step) + steps
-  log = hooks.Log(
+  log = hooks.LogMetrics(
     c.log.every,
     [],
     loop.Clock(),

@@ -56,7 +56,7 @@ def programs(
     )
     c = study_config(name, f"{size},{axes}")
     try:
-      yield mesh, program_lib.build(c, jax.devices()[: math.prod(mesh)])
+      yield mesh, program_lib.build_program(c, jax.devices()[: math.prod(mesh)])
     except config.ConfigError:
       continue
 

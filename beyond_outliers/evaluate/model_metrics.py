@@ -14,7 +14,7 @@ from beyond_outliers.evaluate import activations, metrics, steps
 from beyond_outliers.evaluate.plan import SEED, Cell
 from beyond_outliers.evaluate.target import Target
 from beyond_outliers.model.forward import Forward, make_forward
-from beyond_outliers.types import Batch, Json, Params
+from beyond_outliers.types import Batch, Json, LanguageModel, Params
 
 
 class ModelMetrics:
@@ -71,7 +71,7 @@ class ModelMetrics:
       self._steps[cell] = jax.jit(step, out_shardings=mesh_lib.replicated(self._mesh))
     return self._steps[cell]
 
-  def _forward(self, model: Any) -> Forward:
+  def _forward(self, model: LanguageModel) -> Forward:
     return make_forward(model, self._target.text.section.mask_documents)
 
   def _outliers(self, params: Params, q: quant.QuantizedModel | None) -> dict[str, float]:

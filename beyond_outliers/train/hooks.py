@@ -22,7 +22,7 @@ if TYPE_CHECKING:
   from beyond_outliers.checkpoint import Checkpoints
 
 
-class Log:
+class LogMetrics:
   """Rows of metrics every `every` steps, each fetched one step late so that the device never waits
   for the host.
 

@@ -56,7 +56,7 @@ class Program:
     )
 
 
-def build(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
+def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
   """The program of a configuration. devices: all by default.
 
   Errors: ConfigError for what the mesh cannot split or the recipe not fit."""
@@ -134,7 +134,7 @@ def _statistics(
   c: config.Config, forward: Forward, recipe: quant.Recipe, optimizer: optim.Optimizer
 ) -> Statistics:
   """Metrics that a row of the log holds in addition to those of the step."""
-  of_optimizer = optimizer.statistics if c.log.update_statistics else optimizer.state_statistics
+  of_optimizer = optimizer.step_metrics if c.log.update_statistics else optimizer.state_metrics
   of_quant = make_quant_statistics(forward, c.model, recipe)
 
   def statistics(state: TrainState, before: Params, update: Params, sample: Batch | None):

@@ -40,7 +40,7 @@ def run(
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training."""
   say = say or _print_on_first_process
-  program = program_lib.build(c, devices)
+  program = program_lib.build_program(c, devices)
   say(describe.describe(program))
   if dry_run:
     say(describe.describe_compiled(program))
@@ -197,7 +197,7 @@ def _make_hooks(
   """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
   c, sinks = program.config, outputs.sinks
   tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
-  log = hooks.Log(
+  log = hooks.LogMetrics(
     c.log.every,
     sinks,
     clock,

@@ -91,7 +91,7 @@ def train_step(state, batch):
 
 
 def make_log(sinks, clock, every=2, num_steps=7, first=0, max_skipped=3):
-  return hooks.Log(
+  return hooks.LogMetrics(
     every,
     sinks,
     clock,
@@ -342,7 +342,7 @@ def test_schedules_that_are_logged_are_those_that_train():
   loss_fn = lambda p, batch, rng: (jnp.sum(p["w"]) * batch, {"weight": jnp.ones(())})
   run = jax.jit(step.make_train_step(loss_fn, tx, {"hidden": schedule}, seed=0))
   state = step.init_state({"w": jnp.zeros(())}, tx)
-  log = hooks.Log(
+  log = hooks.LogMetrics(
     1,
     [sink],
     loop.Clock(),
