@@ -1,4 +1,4 @@
-"""Packaging. The trainer itself needs neither TensorFlow nor torch; all that is optional is an extra.
+"""Packaging. The trainer needs neither TensorFlow nor torch; all that is optional is an extra.
 
 Benches import `configs`, so that it is packaged too; `launch` is for a clone.
 """

@@ -1,5 +1,4 @@
-"""Checkpoints of a run: Orbax underneath, SHA-256 sums beside, newest intact one first. The only
-module that imports Orbax.
+"""Checkpoints of a run, by Orbax, with SHA-256 sums. The only module that imports Orbax.
 
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
 any number of processes) and `clock` (training seconds, tokens), and sha256.json, the sum of every
@@ -9,8 +8,6 @@ file, written after Orbax committed.
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,27 +17,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from beyond_outliers import config, mesh, quant
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
 from beyond_outliers.params import leaves_by_path, path_of, tree_of
+from beyond_outliers.types import Json, Params, PathLike
+from beyond_outliers.workdir import SUMS, files_below, mismatch, write_sums
 
-SUMS = "sha256.json"
-
-# A reader is told by Orbax, as a warning, that it reads.
+# Orbax warns a reader that it only reads.
 logging.get_absl_logger().addFilter(
   lambda record: not record.getMessage().startswith("Given directory is read only")
 )
 
 
 class Checkpoints:
-  """The checkpoints directory of one run. `read_only` for everybody but the run itself."""
+  """Checkpoints directory of one run. `read_only` for everybody but the run itself."""
 
   def __init__(
-    self, directory: Any, options: config.Checkpoint | None = None, *, read_only: bool = False
+    self, directory: PathLike, options: config.Checkpoint | None = None, *, read_only: bool = False
   ):
     self.directory = epath.Path(directory).absolute()
     self._verify = options is None or options.verify
@@ -80,20 +76,20 @@ class Checkpoints:
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    """(name, bytes, time in seconds) of a checkpoint's files, which differ once it was saved anew;
-    none of one that is gone."""
+    """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
+    once it is gone."""
     directory = self.directory / str(step)
     try:
-      found = [(name, (directory / name).stat()) for name in _files(directory)]
+      found = [(name, (directory / name).stat()) for name in files_below(directory)]
     except FileNotFoundError:
       return set()
     return {(name, file.length, file.mtime) for name, file in found}
 
-  def save(self, step: int, state: Any, data: dict[str, Any], clock: dict[str, float]) -> None:
+  def save(self, step: int, state: Any, data: Json, clock: dict[str, float]) -> None:
     """Begins to write; returns once the arrays are copied. A step is saved once."""
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      data=ocp.args.JsonSave(merge(data)),
+      data=ocp.args.JsonSave(mesh.merged_over_processes(data)),
       clock=ocp.args.JsonSave(clock),
     )
     if not self._manager.save(step, args=args, force=True):
@@ -105,7 +101,7 @@ class Checkpoints:
 
   def restore(
     self, state: Any, step: int | None = None
-  ) -> tuple[int, Any, dict[str, Any], dict[str, float]] | None:
+  ) -> tuple[int, Any, Json, dict[str, float]] | None:
     """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None when there is
     none.
 
@@ -132,7 +128,7 @@ class Checkpoints:
     found, restored = self._newest_intact(step, read)
     return found, restored.state, restored.data, restored.clock
 
-  def restore_params(self, params: Any, step: int | None = None) -> tuple[int, Any]:
+  def restore_params(self, params: Params, step: int | None = None) -> tuple[int, Params]:
     """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings.
     Errors: as `restore`, and CheckpointError when there is no checkpoint."""
     partial = {"params": params}
@@ -153,8 +149,8 @@ class Checkpoints:
     return found, restored["params"]
 
   def reached_preemption(self, step: int) -> bool:
-    """Whether the processes of a distributed run have agreed to stop after this step; every process
-    asks every step."""
+    """True once the processes of a distributed run have agreed to stop after this step; every
+    process asks every step."""
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
@@ -176,16 +172,13 @@ class Checkpoints:
         return  # the write failed, as wait() will say
       time.sleep(0.02)
     try:
-      sums = {name: _sha256(directory / name) for name in _files(directory)}
-      temporary = directory / (SUMS + ".tmp")
-      temporary.write_text(json.dumps(sums, indent=1))
-      temporary.rename(directory / SUMS)
+      write_sums(directory)
     except FileNotFoundError:  # the keep policy deleted it meanwhile
       if directory.exists():
         raise
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
-    """(step, what `read` makes of it), from the newest checkpoint that can be read, or from `step`
+    """(step, result of `read`), from the newest checkpoint that can be read, or from `step`
     alone."""
     steps = self.steps()
     if step not in (None, *steps) or not steps:
@@ -201,9 +194,10 @@ class Checkpoints:
           raise
         except Exception as error:  # Orbax raises all kinds for files that it cannot read
           damage = (str(error) or type(error).__name__).splitlines()[0]
-      damage = _agreed(damage)
-      if not damage:
+      # A process must not fall back while others go on: what one cannot read, none has read.
+      if not mesh.on_any_process(bool(damage)):
         return candidate, result
+      damage = damage or "another process cannot read it"
       if step is not None:
         raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
       self._set_aside(candidate, damage)
@@ -212,13 +206,13 @@ class Checkpoints:
     )
 
   def _damage(self, step: int) -> str:
-    """What is wrong with a checkpoint, empty if nothing. Process 0 reads the files, all learn the
-    answer."""
+    """Why a checkpoint is not as it was written, empty if it is. Process 0 reads the files, all
+    learn the answer."""
     verdict = ""
     if self._verify and jax.process_index() == 0:
       directory = self.directory / str(step)
       if (directory / SUMS).exists():
-        verdict = _compare(directory)
+        verdict = mismatch(directory)
       else:
         logging.warning(
           "checkpoint %s has no %s (the run ended before it was written): not verified",
@@ -251,8 +245,7 @@ class Checkpoints:
       if have.get(name) != want.get(name):
         raise CheckpointError(
           f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint "
-          "and "
-          f"{want.get(name, 'missing')} in this run; was the model or optimizer changed?"
+          f"and {want.get(name, 'missing')} in this run; was the model or optimizer changed?"
         )
 
   def _set_aside(self, step: int, damage: str) -> None:
@@ -269,9 +262,8 @@ class Checkpoints:
       self._manager.reload()
 
 
-def save_quantized(q: quant.QuantizedModel, directory: Any) -> None:
-  """As `q.save`, by Orbax: the items `tensors` and `description`, which hold what quant/storage.py
-  says."""
+def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
+  """`q.save` by Orbax: the items `tensors` and `description`, in the form of quant/storage.py."""
   tensors, description = quant.storage.pack_model(q)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
@@ -282,9 +274,10 @@ def save_quantized(q: quant.QuantizedModel, directory: Any) -> None:
     )
 
 
-def load_quantized(directory: Any) -> quant.QuantizedModel:
-  """What `save_quantized` wrote, on the default device: the same numbers, bit by bit. Errors:
-  CheckpointError, ConfigError."""
+def load_quantized(directory: PathLike) -> quant.QuantizedModel:
+  """The model that `save_quantized` wrote, bit by bit, on the default device.
+
+  Errors: CheckpointError, ConfigError."""
   directory = epath.Path(directory).absolute()
   if not (directory / "description").exists():
     raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
@@ -297,57 +290,3 @@ def load_quantized(directory: Any) -> quant.QuantizedModel:
     )
   tensors = {path: np.asarray(tensor) for path, tensor in leaves_by_path(items.tensors).items()}
   return quant.ptq.restored(tensors, items.description)
-
-
-def merge(data: dict[str, Any]) -> dict[str, Any]:
-  """One dictionary out of every process's: the position of the data, whole, on each of them."""
-  if jax.process_count() == 1:
-    return data
-  text = np.frombuffer(json.dumps(data).encode(), np.uint8)
-  lengths = multihost_utils.process_allgather(np.array(text.size))
-  padded = np.zeros(int(lengths.max()), np.uint8)
-  padded[: text.size] = text
-  merged: dict[str, Any] = {}
-  for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True):
-    for key, value in json.loads(bytes(row[:length])).items():
-      merged[key] = {**merged[key], **value} if isinstance(value, dict) and key in merged else value
-  return merged
-
-
-def _files(directory: epath.Path) -> list[str]:
-  found, pending = [], [directory]
-  while pending:
-    for entry in pending.pop().iterdir():
-      if entry.is_dir():
-        pending.append(entry)
-      elif entry.name not in (SUMS, SUMS + ".tmp"):
-        found.append(str(entry.relative_to(directory)))
-  return sorted(found)
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open("rb") as file:
-    # pyrefly: ignore[bad-argument-type]  (etils says only IO; it is a file like any)
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _compare(directory: epath.Path) -> str:
-  try:
-    sums = json.loads((directory / SUMS).read_text())
-  except ValueError:
-    return f"{SUMS} is not readable"
-  files = set(_files(directory))
-  for name, expected in sums.items():
-    if name not in files:
-      return f"{name} is missing"
-    if _sha256(directory / name) != expected:
-      return f"{name} does not match its SHA-256 sum"
-  return ""
-
-
-def _agreed(damage: str) -> str:
-  """A process must not fall back while others go on: what one of them cannot read, none has
-  read."""
-  if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(bool(damage))).any():
-    return damage or "another process cannot read it"
-  return damage

@@ -14,8 +14,8 @@ from beyond_outliers.errors import Refusal
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
-  """Defines --config, which most commands require; or in its place one of the flags `instead`,
-  which are defined before."""
+  """Defines --config as required, or as the alternative to one of the flags `instead`, which are
+  defined before."""
   holder = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its size and overrides behind a colon."
   )
@@ -31,7 +31,7 @@ def config_flag(*instead: str) -> flags.FlagHolder:
   return holder
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None]) -> None:
   """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
   try:
     app.run(main, flags_parser=_parse)
@@ -49,7 +49,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's flags, with what a config file or an override of it refuses told in one line."""
+  """absl's flags; refusals by a config file or an override of it become one line."""
   try:
     rest = flags.FLAGS(argv)
   except AttributeError as error:  # --config.key=value with an unknown key
@@ -67,9 +67,8 @@ def _parse(argv: list[str]) -> list[str]:
     if not os.path.exists(path):
       _refuse(f"--config={path}: there is no such file")
   if flags.FLAGS["verbosity"].using_default_value:
-    flags.FLAGS.verbosity = (
-      logging.WARNING
-    )  # app.run would make it INFO, where Orbax tells of every file
+    # app.run would make it INFO, where Orbax tells of every file.
+    flags.FLAGS.verbosity = logging.WARNING
   return rest
 
 

@@ -1,29 +1,27 @@
-"""Refusals: errors whose message is meant for whoever gave the command, told in one line, exit code
-2."""
+"""Refusals: errors for the person who gave the command, printed as one line with exit code 2."""
 
 from __future__ import annotations
 
 
 class Refusal(Exception):
-  """Something that cannot be done as asked; the message names the field, its value and the
-  remedy."""
+  """A command that cannot be done as asked. The message names the field, its value, the remedy."""
 
 
 class ConfigError(Refusal, ValueError):
-  """A configuration that cannot run."""
+  """A value of a configuration or a flag that cannot run, or that does not fit the others."""
 
 
 class DataError(Refusal, ValueError):
-  """Documents or a dataset that cannot be used."""
+  """Documents, a tokenizer or a dataset that cannot be used."""
 
 
 class WorkdirError(Refusal, RuntimeError):
-  """A workdir that cannot be used for this run."""
+  """A workdir that holds no run, another run, or one that is under way."""
 
 
 class CheckpointError(Refusal, RuntimeError):
-  """A checkpoint that cannot be used."""
+  """A checkpoint that is missing, damaged, or of another structure."""
 
 
 class TaskError(Refusal, RuntimeError):
-  """Tasks that could not be asked of a model."""
+  """A task that could not be asked of a model."""

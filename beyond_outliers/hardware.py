@@ -1,5 +1,4 @@
-"""What this machine can do: its matmul peak, its memory. Numbers that a run's speed is a share
-of."""
+"""Peak FLOP/s and memory of this machine, which a run's speed is a share of; timing of calls."""
 
 from __future__ import annotations
 

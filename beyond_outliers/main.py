@@ -1,15 +1,17 @@
-"""Trains: python -m beyond_outliers.main --config=configs/adamw.py[:size,key=value,...] [--config.key=value]."""
+"""Training: python -m beyond_outliers.main --config=configs/adamw.py[:size,key=value,...].
+
+Any key of the config is also a flag: --config.optimizer.learning_rate=3e-3.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from beyond_outliers import cli, config, train
+from beyond_outliers import cli, config
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
@@ -30,17 +32,27 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   c = config.resolve(CONFIG.value)
-  if DISTRIBUTED.value == "auto":
-    jax.distributed.initialize()
-  elif DISTRIBUTED.value:
-    parts = DISTRIBUTED.value.split(",")
+  join_processes(DISTRIBUTED.value)
+  from beyond_outliers import train  # with all of JAX, which --help and a refusal do without
+
+  sys.exit(EXIT_CODES[train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)])
+
+
+def join_processes(distributed: str) -> None:
+  """Connects the processes of one run, if there are several. Errors: ConfigError."""
+  if not distributed:
+    return
+  address, count, index = None, None, None
+  if distributed != "auto":
+    parts = distributed.split(",")
     if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
       raise config.ConfigError(
-        f"--distributed = {DISTRIBUTED.value!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
+        f"--distributed = {distributed!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
       )
-    address, count, index = parts
-    jax.distributed.initialize(address, int(count), int(index))
-  sys.exit(EXIT_CODES[train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)])
+    address, count, index = parts[0], int(parts[1]), int(parts[2])
+  import jax  # after the refusals
+
+  jax.distributed.initialize(address, count, index)
 
 
 def default_workdir(c: config.Config) -> str:
@@ -50,4 +62,4 @@ def default_workdir(c: config.Config) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

@@ -1,12 +1,12 @@
-"""Devices in a mesh of three axes, and which array axis is split along which: the one place that
-knows both."""
+"""Mesh of devices with three axes, the array axes split along them, and agreement of processes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from beyond_outliers import config
 from beyond_outliers.params import path_of
+from beyond_outliers.types import Array, Json
+
+Tree = TypeVar("Tree")
 
 # Logical name of an array axis -> mesh axes that split it.
 RULES = (
@@ -59,7 +62,7 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
 
 @contextlib.contextmanager
 def use(mesh: jax.sharding.Mesh):
-  """Everything traced inside sees the mesh and the rules."""
+  """Context in which all that is traced sees the mesh and the rules."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield mesh
 
@@ -81,8 +84,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     except ValueError:
       raise config.ConfigError(
         f"mesh = {dict(mesh.shape)}: parameter {path_of(path)} of shape {leaf.shape} cannot be "
-        "split as "
-        f"{sharding.spec}; choose mesh axes that divide it"
+        f"split as {sharding.spec}; choose mesh axes that divide it"
       ) from None
   return tree
 
@@ -123,20 +125,20 @@ def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
   if held != list(range(held[0], held[0] + len(held))) or rows % len(held) or held[0] % len(held):
     raise config.ConfigError(
       f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are "
-      "no "
-      "equal share of the batch; make mesh.model, or the devices of a process, divide the other"
+      "no equal share of the batch; make mesh.model, or the devices of a process, divide the other"
     )
   return held[0] // len(held), rows // len(held)
 
 
-def put_batch(batch: dict[str, Any], mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
-  """This process's share of a batch of `rows` as global arrays: numpy in, [rows, L] split over the
-  mesh out."""
+def put_batch(batch: Tree, mesh: jax.sharding.Mesh, rows: int) -> Tree:
+  """Global arrays of a batch of `rows`: this process's share in numpy in, [rows, L] split over the
+  mesh out. A Batch, or any tree of arrays by rows."""
   sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
-    for name, array in batch.items()
-  }
+
+  def put(array: Array) -> jax.Array:
+    return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+
+  return jax.tree.map(put, batch)
 
 
 def from_first(text: str) -> str:
@@ -146,3 +148,25 @@ def from_first(text: str) -> str:
   buffer, encoded = np.zeros(1024, np.uint8), np.frombuffer(text.encode()[:1024], np.uint8)
   buffer[: encoded.size] = encoded
   return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="replace")
+
+
+def on_any_process(condition: bool) -> bool:
+  """True on every process if the condition holds on one of them; all call this."""
+  if jax.process_count() == 1:
+    return condition
+  return bool(multihost_utils.process_allgather(np.array(condition)).any())
+
+
+def merged_over_processes(mine: Json) -> Json:
+  """One dictionary of every process's, whole on each of them; dictionaries in it are merged too."""
+  if jax.process_count() == 1:
+    return mine
+  text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array(text.size))
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: text.size] = text
+  whole: Json = {}
+  for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True):
+    for key, value in json.loads(bytes(row[:length])).items():
+      whole[key] = {**whole[key], **value} if isinstance(value, dict) and key in whole else value
+  return whole

@@ -1,4 +1,4 @@
-"""Documents to a dataset on disk, ahead of the training that would otherwise do it.
+"""Preparation of a dataset on disk, ahead of the training that would otherwise do it.
 
   python -m beyond_outliers.prepare --config=configs/adamw.py:nano
   python -m beyond_outliers.prepare \
@@ -19,12 +19,12 @@ _VERIFY = flags.DEFINE_bool(
 )
 
 
-def summary(dataset: data.Dataset) -> str:
-  """A line a split; counts of TFDS records that stay where they are, are not known."""
+def describe_dataset(dataset: data.Dataset) -> str:
+  """Fingerprints, and a line of counts a split: unknown of TFDS records, which stay where they
+  are."""
   lines = [
     f"{dataset.directory}: fingerprint {dataset.fingerprint[:12]}, tokenizer "
-    f"{dataset.tokenizer.fingerprint[:12]} "
-    f"of {dataset.tokenizer.vocab_size} tokens"
+    f"{dataset.tokenizer.fingerprint[:12]} of {dataset.tokenizer.vocab_size} tokens"
   ]
   for split, counts in dataset.meta["splits"].items():
     shown = ", ".join(
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
   if _VERIFY.value:
     data.verify(dataset)
     print(f"prepare: {len(dataset.meta['files'])} files are as they were written")
-  print(summary(dataset))
+  print(describe_dataset(dataset))
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

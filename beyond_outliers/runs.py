@@ -1,31 +1,37 @@
-"""Opens what runs left in their workdirs, for notebooks and tables; also on another machine than
-the one that trained."""
+"""Runs opened from their workdirs, for notebooks and tables, on any machine. Public.
+
+Importing this loads neither Orbax, nor Grain, nor pandas: each comes with the first use of it.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
 
-from beyond_outliers import checkpoint, data, quant
 from beyond_outliers import config as config_lib
+from beyond_outliers import data, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
+from beyond_outliers.types import Batch, Json, Params, PathLike
 from beyond_outliers.workdir import digest
 
 if TYPE_CHECKING:
   import pandas as pd
 
+  from beyond_outliers.checkpoint import Checkpoints
+
 
 class Run:
-  """One workdir, read only. Nothing is loaded before it is asked for."""
+  """One run by its workdir, read only. Nothing is loaded before it is asked for."""
 
-  def __init__(self, workdir: Any):
+  def __init__(self, workdir: PathLike):
     self._workdir = workdir_lib.Workdir(workdir)
     if self._workdir.read("config.json") is None:
       raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
@@ -45,16 +51,16 @@ class Run:
     return config_lib.resolve(self._workdir.read("config.json"))
 
   @property
-  def manifest(self) -> dict[str, Any]:
+  def manifest(self) -> Json:
     return self._workdir.read("manifest.json")
 
   @property
   def identity(self) -> str:
-    """Tells this training from every other, whatever the folder: a resumed run keeps it."""
+    """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
     return digest({name: value for name, value in self.manifest.items() if name != "resumed"})
 
   @property
-  def status(self) -> dict[str, Any]:
+  def status(self) -> Json:
     return self._workdir.read("status.json")
 
   @property
@@ -63,17 +69,16 @@ class Run:
     return self._checkpoints.steps()
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    """What tells whether a checkpoint was saved anew: as `checkpoint.Checkpoints.written`."""
+    """(name, bytes, time) of a checkpoint's files: others once it was saved anew."""
     return self._checkpoints.written(step)
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
-    import pandas as pd  # takes a while, and training opens runs too
+    import pandas as pd  # takes a while, and a warm start opens runs too
 
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
-    frame = pd.DataFrame(
-      [json.loads(line) for line in lines if line.endswith("}")]
-    )  # the last may be half written
+    # The last may be half written.
+    frame = pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])
     # A step that was both logged and evaluated wrote two lines.
     return frame.groupby("step").first() if len(frame) else frame
 
@@ -87,16 +92,17 @@ class Run:
 
   def params(
     self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
-  ) -> Any:
+  ) -> Params:
     """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is
-    given."""
+    given. Errors: CheckpointError."""
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
     _, params = self.restore(mesh, step)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
-  def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[int, Any]:
-    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh. Errors:
-    CheckpointError."""
+  def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[int, Params]:
+    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh.
+
+    Errors: CheckpointError."""
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
     return self._checkpoints.restore_params(
       mesh_lib.placed(transformer.shapes(self.model), shardings), step
@@ -110,9 +116,9 @@ class Run:
   def tokenizer(self) -> Any:
     return self.dataset.tokenizer
 
-  def batches(self, split: str) -> Iterator[Mapping[str, Any]]:
-    """The batches that the run trained on, from its first, or those of its `validation`: numpy, [B,
-    L] each."""
+  def batches(self, split: str) -> Iterator[Batch]:
+    """The batches that the run trained on, from its first (`train`), or those of its `validation`:
+    numpy, [B, L] each. Errors: DataError for another split."""
     c = self.config
     if split == "validation":
       return iter(
@@ -128,19 +134,21 @@ class Run:
       return data.train_batches(
         self.dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed
       )
-    raise ValueError(f"split = {split!r}: expected 'train' or 'validation'")
+    raise DataError(f"split = {split!r}: expected 'train' or 'validation'")
 
   @functools.cached_property
-  def _checkpoints(self) -> checkpoint.Checkpoints:
+  def _checkpoints(self) -> Checkpoints:
+    from beyond_outliers import checkpoint  # Orbax takes a second, and many only read numbers
+
     return checkpoint.Checkpoints(self._workdir.checkpoints, read_only=True)
 
 
-def open(workdir: Any) -> Run:
+def open(workdir: PathLike) -> Run:
   """The run in a workdir. Errors: WorkdirError when there is none."""
   return Run(workdir)
 
 
-def find(root: Any) -> list[Run]:
+def find(root: PathLike) -> list[Run]:
   """Every run in a folder and the folders below it, by path."""
   found, pending = [], [epath.Path(root)]
   while pending:

@@ -1,23 +1,23 @@
-"""Types that many rooms share."""
+"""Types that many rooms share. Imports no JAX: data and commands, which need none, use them too."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict
 
-import jax
-import numpy as np
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
 
-PathLike = str | os.PathLike[str]
-Json = dict[str, Any]  # what a JSON object holds
-Params = Any  # a model's parameters: nested dictionaries of arrays, layers stacked
-Metrics = dict[str, jax.Array]  # scalars by name, as a compiled step returns them
-
-Array = jax.Array | np.ndarray
+PathLike: TypeAlias = str | os.PathLike[str]
+Json: TypeAlias = dict[str, Any]  # what a JSON object holds
+Params: TypeAlias = Any  # a model's parameters: nested dictionaries of arrays, layers stacked
+Array: TypeAlias = "jax.Array | np.ndarray"
+Metrics: TypeAlias = "dict[str, jax.Array]"  # scalars by name, as a compiled step returns them
 
 
 class Batch(TypedDict):
-  """What data hand to a step, int32 [B, L] each, weights aside."""
+  """Rows of token windows, as data hand them to a step: [B, L] each, int32 but for the weights."""
 
   tokens: Array
   targets: Array  # the tokens that follow

@@ -1,5 +1,4 @@
-"""The folder of one run: config, manifest, status and lock; what lies beside its checkpoints and
-metrics."""
+"""Folder of one run: configuration, manifest, status, lock, and the SHA-256 sums of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,6 +21,9 @@ from etils import epath
 
 from beyond_outliers import mesh
 from beyond_outliers.errors import WorkdirError
+from beyond_outliers.types import Json, PathLike
+
+SUMS = "sha256.json"  # of a checkpoint: {file: its SHA-256}
 
 PACKAGES = (
   "jax",
@@ -39,12 +41,11 @@ PACKAGES = (
 
 
 class Workdir:
-  """The folder of one run. Files are replaced whole, so that a reader never sees half of one.
+  """Folder of one run, local or mounted. Files are replaced whole: a reader never sees half of one.
 
-  Only process 0 of a run writes. A local or mounted folder. Errors: WorkdirError for the address of
-  an object store."""
+  Only process 0 of a run writes. Errors: WorkdirError for the address of an object store."""
 
-  def __init__(self, path: Any):
+  def __init__(self, path: PathLike):
     if "://" in str(path):
       raise WorkdirError(
         f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder "
@@ -74,8 +75,7 @@ class Workdir:
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Holds the folder against other runs; the system lets go of it when the process ends, however
-    it ends.
+    """Holds the folder against other runs, until the context or the process ends, however it ends.
 
     Errors: WorkdirError on every process of the run when another one holds it."""
     with contextlib.ExitStack() as stack:
@@ -90,15 +90,18 @@ class Workdir:
           file.flush()
         except BlockingIOError:
           file.seek(0)
-          problem = f"{self.path} is in use by {file.read() or 'another process'}; wait for it or give another --workdir"
+          problem = (
+            f"{self.path} is in use by {file.read() or 'another process'}; wait for it or give "
+            "another --workdir"
+          )
       problem = mesh.from_first(problem)
       if problem:
         raise WorkdirError(problem)
       yield
 
 
-def manifest(extra: Mapping[str, Any]) -> dict[str, Any]:
-  """Where and with what a run was made: git commit, versions, devices, command."""
+def manifest(extra: Mapping[str, Any]) -> Json:
+  """Provenance of a run: git commit, versions, devices, command, time and host; then `extra`."""
   return {
     "command": [os.path.basename(sys.executable), *sys.argv],
     "time": _now(),
@@ -117,22 +120,63 @@ def manifest(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
+  """SHA-256 of a value of JSON's types, of its keys in any order."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sums(directory: epath.Path) -> None:
+  """Seals a checkpoint: the SHA-256 of every file in the directory goes into its SUMS."""
+  sums = {name: _sha256(directory / name) for name in files_below(directory)}
+  temporary = directory / (SUMS + ".tmp")
+  temporary.write_text(json.dumps(sums, indent=1))
+  temporary.rename(directory / SUMS)
+
+
+def mismatch(directory: epath.Path) -> str:
+  """The first difference of a directory's files from its SUMS, or nothing."""
+  try:
+    sums = json.loads((directory / SUMS).read_text())
+  except ValueError:
+    return f"{SUMS} is not readable"
+  files = set(files_below(directory))
+  for name, expected in sums.items():
+    if name not in files:
+      return f"{name} is missing"
+    if _sha256(directory / name) != expected:
+      return f"{name} does not match its SHA-256 sum"
+  return ""
+
+
+def files_below(directory: epath.Path) -> list[str]:
+  """Relative paths of all files but the sums."""
+  found, pending = [], [directory]
+  while pending:
+    for entry in pending.pop().iterdir():
+      if entry.is_dir():
+        pending.append(entry)
+      elif entry.name not in (SUMS, SUMS + ".tmp"):
+        found.append(str(entry.relative_to(directory)))
+  return sorted(found)
+
+
+def _sha256(path: epath.Path) -> str:
+  with path.open("rb") as file:
+    # pyrefly: ignore[bad-argument-type]  (etils says only IO; it is a file like any)
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _git() -> dict[str, Any] | None:
+def _git() -> Json | None:
   """The commit of the code that runs and whether it was changed since, or None outside a clone."""
   here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   try:
     ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)
     commit = ask(["git", "rev-parse", "HEAD"]).stdout.strip()
-    if os.path.realpath(
-      ask(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
-    ) != os.path.realpath(here):
+    root = ask(["git", "rev-parse", "--show-toplevel"]).stdout.strip()
+    if os.path.realpath(root) != os.path.realpath(here):
       return None  # installed inside somebody else's repository
     dirty = ask(["git", "status", "--porcelain", "--", "beyond_outliers", "configs"]).stdout
   except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: JSON lines, TensorBoard, Weights & Biases, the console."""
+"""Writers of a run's metrics: JSON lines, TensorBoard, Weights & Biases, the console."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]  # {"step": n, metric: number}; None where it is not def
 
 
 class Writer(Protocol):
-  """Takes rows of metrics: {"step": n, name: number}."""
+  """Sink of rows of metrics."""
 
   def write(self, row: Row) -> None: ...
 
@@ -27,16 +27,14 @@ class Writer(Protocol):
 
 
 class JsonLines:
-  """metrics.jsonl: one object a row, flushed. Rows after `last_step` (of a run that is resumed) are
-  dropped at opening."""
+  """metrics.jsonl: one object a row, flushed.
+
+  Rows after `last_step` (of a run that is resumed) are dropped at opening."""
 
   def __init__(self, path: epath.Path, last_step: int):
-    lines = (
-      [line for line in path.read_text().splitlines() if line.endswith("}")]
-      if path.exists()
-      else []
-    )
-    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+    lines = path.read_text().splitlines() if path.exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    kept = [line for line in whole if json.loads(line)["step"] <= last_step]
     temporary = path.parent / (path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
@@ -44,10 +42,8 @@ class JsonLines:
 
   def write(self, row: Row) -> None:
     # JSON knows no NaN and no infinity: a diverged loss is null.
-    self._file.write(
-      json.dumps({k: v if v is not None and math.isfinite(v) else None for k, v in row.items()})
-      + "\n"
-    )
+    numbers = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+    self._file.write(json.dumps(numbers) + "\n")
     self._file.flush()
 
   def close(self) -> None:
@@ -55,8 +51,9 @@ class JsonLines:
 
 
 class TensorBoard:
-  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard). Those after `last_step` are
-  dropped, if it is given."""
+  """Scalars for TensorBoard, through tensorboardX (extra: tensorboard).
+
+  Those after `last_step` are dropped, if it is given."""
 
   def __init__(self, directory: epath.Path, last_step: int | None):
     tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
@@ -74,8 +71,9 @@ class TensorBoard:
 
 
 class Wandb:
-  """Weights & Biases (extra: wandb); the run's id is kept in the workdir, so that a resumed run
-  goes on in the same one."""
+  """Weights & Biases (extra: wandb).
+
+  The run's id is kept in the workdir, so that a resumed run goes on in the same one."""
 
   def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any]):
     wandb = _optional("wandb", "log.wandb", "wandb")
@@ -122,8 +120,8 @@ class Console:
       left = datetime.timedelta(seconds=round(row["seconds_left"]))
       text = (
         f"loss {row['train/loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s · "
-        f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak) · {left} "
-        "left"
+        f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s ({row['peak_share']:.0%} of peak) · "
+        f"{left} left"
       )
       if self._redraw:
         done = round(24 * row["step"] / self._steps)

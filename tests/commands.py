@@ -22,7 +22,7 @@ for arguments in commands:
       os.dup2(said.fileno(), 1)
       os.dup2(said.fileno(), 2)
       sys.argv = [name, *arguments]
-      cli.run(module.main)
+      cli.run_command(module.main)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     said.seek(0)
     answers.append([code, said.read()])

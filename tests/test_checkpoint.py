@@ -140,7 +140,8 @@ def test_without_sums_it_is_restored_with_a_warning(saved, caplog):
           )
         }
       ),
-      r"params/kernel is \(\(8, 512\), 'float32'\) in the checkpoint and \(\(8, 512\), 'bfloat16'\)",
+      r"params/kernel is \(\(8, 512\), 'float32'\) in the checkpoint "
+      r"and \(\(8, 512\), 'bfloat16'\)",
     ),
     (
       lambda s: s._replace(

@@ -66,10 +66,11 @@ def imports(tree: ast.AST) -> set[str]:
   return found
 
 
-MODULES = {
-  path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text())
+TEXTS = {
+  path.relative_to(PACKAGE).with_suffix("").as_posix(): path.read_text()
   for path in sorted(PACKAGE.rglob("*.py"))
 }
+MODULES = {name: ast.parse(text) for name, text in TEXTS.items()}
 
 
 def room_of(module: str) -> str:
@@ -155,3 +156,32 @@ def test_config_files_import_only_each_other_and_the_config_module():
     assert found - others <= {"beyond_outliers.config", "ml_collections.config_dict"}, (
       f"{path.name}: {found}"
     )
+
+
+# Names that several rooms have all the same, and why.
+SHARED_NAMES = {
+  "dot_general": "quant.BACKENDS has two, and a linear layer without a recipe calls the third",
+  "load": "public in quant and in model.hf; data.tokenizers dispatches by TOKENIZERS",
+  "main": "a command's own",
+}
+
+
+def test_a_name_means_one_thing():
+  """Public classes and functions of modules: whoever searches for one finds one."""
+  rooms: dict[str, set[str]] = {}
+  for module, tree in MODULES.items():
+    for node in tree.body:
+      if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+        rooms.setdefault(node.name, set()).add(room_of(module))
+  assert {name for name, found in rooms.items() if len(found) > 1} == set(SHARED_NAMES)
+
+
+def test_every_module_fits_a_screenful_of_attention():
+  """A file past 300 lines is asking to be two."""
+  long = {name: len(text.splitlines()) for name, text in TEXTS.items()}
+  assert not {name: lines for name, lines in long.items() if lines > 300}
+
+
+def test_the_listing_of_the_package_is_its_architecture():
+  modules = {module for module in MODULES if "/" not in module}
+  assert len(modules) <= 14 and len({room_of(module) for module in MODULES} - modules) <= 10

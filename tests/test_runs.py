@@ -8,6 +8,7 @@ import pytest
 from beyond_outliers import checkpoint, config, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import steps
+from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import program as program_lib
 
 
@@ -28,7 +29,7 @@ def test_the_model_is_the_one_that_was_trained(tiny_config, tmp_path):
   train.run(c, tmp_path, say=lambda text: None)
   run = runs.open(tmp_path)
   tokens = next(run.batches("validation"))["tokens"]
-  program = program_lib.build(c)
+  program = program_lib.build_program(c)
   with mesh.use(program.mesh):
     _, state, _, _ = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).restore(
       program.state, 1
@@ -74,7 +75,7 @@ def test_open(workdir, tiny_config):
 
 def test_parameters_of_eight_devices_on_one(workdir):
   run = runs.open(workdir)
-  program = program_lib.build(run.config)
+  program = program_lib.build_program(run.config)
   with mesh.use(program.mesh):
     _, state, _, _ = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).restore(
       program.state, 2
@@ -93,7 +94,7 @@ def test_batches_and_the_recorded_loss_agree(workdir):
   from beyond_outliers.evaluate import metrics
 
   run = runs.open(workdir)
-  eval_step = jax.jit(steps.make_eval_step(run.model, run.config.data.mask_documents))
+  eval_step = jax.jit(steps.make_eval_step(make_forward(run.model, run.config.data.mask_documents)))
   params = run.params()
   got = metrics.evaluate(
     lambda batch: jax.tree.map(np.asarray, eval_step(params, dict(batch))),

@@ -55,7 +55,8 @@ def test_metrics_are_one_row_a_line_on_disk_at_once(tmp_path):
 def test_a_resumed_run_drops_the_rows_it_will_write_again_and_a_torn_line(tmp_path):
   path = epath.Path(tmp_path / "metrics.jsonl")
   path.write_text(
-    '{"step": 10, "train/loss": 3.0}\n{"step": 20, "eval/loss": 2.0}\n{"step": 30, "train/loss": 1.0}\n'
+    '{"step": 10, "train/loss": 3.0}\n{"step": 20, "eval/loss": 2.0}\n'
+    '{"step": 30, "train/loss": 1.0}\n'
     '{"step": 40, "tra'
   )
   lines = writers.JsonLines(path, 20)
@@ -99,7 +100,7 @@ def test_a_manifest_says_where_and_with_what(tmp_path):
 
 HOLDER = """
 import sys
-from beyond_outliers import writers
+from beyond_outliers import workdir as workdir_lib
 workdir = workdir_lib.Workdir(sys.argv[1])
 with workdir.lock():
   print("locked", flush=True)

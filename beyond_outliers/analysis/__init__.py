@@ -1,1 +1,1 @@
-"""What sweeps and trained models tell: tables and figures, read from workdirs."""
+"""Tables and figures of sweeps and trained models, read from workdirs."""

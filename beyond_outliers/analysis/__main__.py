@@ -128,4 +128,4 @@ def _find_runs(roots: list[str]) -> list[runs.Run]:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

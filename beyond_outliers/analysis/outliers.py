@@ -1,9 +1,8 @@
-"""Outliers of activations and weights as tables: the metrics of arXiv 2509.23500, a row a
-tensor."""
+"""Tables of outliers in activations and weights, a row a tensor, by arXiv 2509.23500."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,26 +10,29 @@ import pandas as pd
 
 from beyond_outliers.evaluate.activations import (
   ACTIVATIONS,
+  WEIGHTS,
+  collect,
+  measurement,
+  on_documents,
+  summary,
+  weight_measurement,
+)
+from beyond_outliers.evaluate.outlier_metrics import (
   METRICS,
   OUTLIER,
-  WEIGHTS,
   Moments,
-  collect,
   kurtosis,
   max_to_mean,
   max_to_median,
-  measurement,
-  on_documents,
   outlier_channels,
   pooled,
   rms_kurtosis,
   sqnr,
   statistics,
-  summary,
-  weight_measurement,
 )
-from beyond_outliers.model import transformer
+from beyond_outliers.model.forward import make_forward
 from beyond_outliers.quant import QuantSpec
+from beyond_outliers.types import Batch, Params
 
 __all__ = [
   "ACTIVATIONS",
@@ -57,9 +59,9 @@ __all__ = [
 
 
 def measure(
-  model: transformer.Transformer,
-  params: Any,
-  batches: Iterable[Mapping[str, Any]],
+  model: Any,
+  params: Params,
+  batches: Iterable[Batch],
   spec: QuantSpec = ACTIVATIONS,
   *,
   mask_documents: bool = False,
@@ -69,11 +71,11 @@ def measure(
 
   batches: as runs.Run.batches("validation") gives them. spec: what sqnr is under, along the
     features."""
-  step = jax.jit(measurement(model, spec, mask_documents))
+  step = jax.jit(measurement(make_forward(model, mask_documents), spec))
   return collect(step(params, batch) for batch in batches)
 
 
-def weights(params: Any, spec: QuantSpec = WEIGHTS) -> pd.DataFrame:
+def weights(params: Params, spec: QuantSpec = WEIGHTS) -> pd.DataFrame:
   """Every matrix, in rows like those of `measure`; `tokens` counts its output channels."""
   return collect([jax.jit(weight_measurement, static_argnums=1)(params, spec)]).assign(
     kind="weights"

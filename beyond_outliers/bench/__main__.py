@@ -150,4 +150,4 @@ def _argument(flag: str, bench: Bench) -> Any:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

@@ -1,4 +1,4 @@
-"""Times of an optimizer's step alone, beside the peers that PyPI has, on one core of a CPU.
+"""Times of an optimizer's step alone, and of its peers' on PyPI, on one core of a CPU.
 
   python -m beyond_outliers.bench --optimizers [--tree=small] [--only=shampoo,torch_dash]
                                   [--repeats=40] [--json]
@@ -43,7 +43,7 @@ HEAD = (
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def tree_of(
+def transformer_tree(
   width: int, squares: int, others: int, vocabulary: int = 0
 ) -> dict[str, tuple[int, ...]]:
   """Matrices of a transformer as leaves of their own: square ones, others three times as wide or as
@@ -57,8 +57,8 @@ def tree_of(
 
 
 TREES: dict[str, Shapes] = {
-  "full": tree_of(768, squares=12, others=4, vocabulary=8192),
-  "small": tree_of(768, squares=2, others=1),
+  "full": transformer_tree(768, squares=12, others=4, vocabulary=8192),
+  "small": transformer_tree(768, squares=2, others=1),
 }
 
 # What libraries' kernels take, which no optimizer that calls them can beat.
@@ -86,9 +86,9 @@ def _kernel(
 def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json:
   """One row's figures, in this process: seconds, bytes.
 
-  At least `repeats` steps, in whole periods, are timed. A period's steps are told apart, each with
-  the median of its times: ordinary is the median of a period, slowest its largest, amortised its
-  mean. Compiling includes tracing.
+  At least `repeats` steps, in whole periods, are timed. Each step of a period has the median
+  of its times: ordinary is the median of a period, slowest its largest, amortised its mean.
+  Compiling includes tracing.
   Errors: FloatingPointError for parameters that aren't finite in the end: their time is worth
     nothing."""
   draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The optimizers of torch and pytorch-optimizer that ours are timed beside, and their steps.
+"""Peers of our optimizers, of torch and pytorch-optimizer, and their timed steps.
 
 Each does the work of our row of its family: the same period between roots, bases or factors, the
 same blocks, axes and precision, no weight decay. Where a peer cannot be set so, its function says
@@ -88,12 +88,14 @@ def _split(parameters: Tensors) -> tuple[list[Any], list[Any]]:
 
 
 def torch_adamw(parameters: Tensors, **mode: bool) -> Optimizers:
+  """torch's AdamW in one of its modes, foreach or fused."""
   import torch
 
   return [torch.optim.AdamW(list(parameters.values()), lr=RATE, weight_decay=0.0, **mode)]
 
 
 def torch_muon(parameters: Tensors) -> Optimizers:
+  """torch's Muon, and AdamW for the embedding."""
   import torch
 
   hidden, embedding = _split(parameters)
@@ -104,6 +106,7 @@ def torch_muon(parameters: Tensors) -> Optimizers:
 
 
 def torch_scion(parameters: Tensors) -> Optimizers:
+  """Scion: spectral norms, and signs for the embedding."""
   import pytorch_optimizer
   from pytorch_optimizer.optimizer.scion import LMONorm
 
@@ -113,6 +116,7 @@ def torch_scion(parameters: Tensors) -> Optimizers:
 
 
 def torch_kron(parameters: Tensors) -> Optimizers:
+  """PSGD Kron."""
   import pytorch_optimizer
 
   return [
@@ -126,6 +130,7 @@ def torch_kron(parameters: Tensors) -> Optimizers:
 
 
 def torch_dash(parameters: Tensors) -> Optimizers:
+  """DASH, a block-wise Shampoo."""
   import pytorch_optimizer
 
   return [
@@ -167,6 +172,7 @@ def torch_shampoo(parameters: Tensors) -> Optimizers:
 
 
 def torch_soap(parameters: Tensors) -> Optimizers:
+  """SOAP."""
   import pytorch_optimizer
 
   return [

@@ -1,10 +1,10 @@
-"""Costs of quantization beside full precision on this machine, and the number types of a layer's
-products on others.
+"""Costs of quantization relative to full precision on this machine, and the number types of a
+layer's products on others.
 
   python -m beyond_outliers.bench --recipes [--only=quest_w4a4,rtn_w8a8] [--repeats=5] [--json]
 
 Two tables: one linear layer, and the loss and gradients of whole models. Every call of a recipe's
-program stands beside one of the plain program, and ratios are medians over such pairs, so that what
+program alternates with one of the plain program, and ratios are medians over such pairs: anything
 else the machine does slows both. `taskset -c 0` in front of it measures one core.
 """
 
@@ -154,11 +154,11 @@ def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[Json
 
 def _program(name: str, recipe: str) -> program_lib.Program:
   c = study_config("adamw", f"{MODELS[name].argument},quant.recipe={recipe}")
-  return program_lib.build(c, jax.devices()[:1])
+  return program_lib.build_program(c, jax.devices()[:1])
 
 
 def _loss_and_gradients(program: program_lib.Program) -> jax.stages.Compiled:
-  loss_fn = step_lib.make_loss_fn(program.model, program.config.data.mask_documents)
+  loss_fn = step_lib.make_loss_fn(program.forward)
   with mesh_lib.use(program.mesh):
     return _compiled(
       step_lib.accumulate(loss_fn, program.config.micro_batches),

@@ -1,5 +1,5 @@
-"""Speed of zero-shot scoring: tokens a second of questions that are answered, beside those of the
-plain forward pass.
+"""Speed of zero-shot scoring: tokens a second of questions that are answered, and as a share of the
+plain forward pass's.
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 

@@ -17,19 +17,18 @@ import jax
 from beyond_outliers import cli, config, data, hardware
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.model import transformer
-from beyond_outliers.train import loop
+from beyond_outliers.train import hooks, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
-from beyond_outliers.types import Json, Metrics, Params
+from beyond_outliers.types import Batch, Json, Metrics, Params
 
-Batch = dict[str, jax.Array]  # global arrays
 # Compiled; the state is donated.
 TrainStep = Callable[[step_lib.TrainState, Batch], tuple[step_lib.TrainState, Metrics]]
 
 
 def measure_step(c: config.Config, repeats: int) -> Json:
   """All figures of one table, flat: seconds, bytes, FLOP/s."""
-  program = program_lib.build(c)
+  program = program_lib.build_program(c)
   dataset = data.prepare(c.data, log=lambda text: print(text, file=sys.stderr))
   figures: Json = {
     "config": c.size,
@@ -82,7 +81,7 @@ def seconds_of_parts(
   """(seconds of the forward pass, of whole steps, and by difference of what lies between; the state
   after these steps, in the place of the one that was given)."""
   c = program.config
-  loss_fn = step_lib.make_loss_fn(program.model, c.data.mask_documents)
+  loss_fn = step_lib.make_loss_fn(program.forward)
   key = jax.random.key(0)
 
   @jax.jit
@@ -141,7 +140,7 @@ def loop_overhead(
     return state, metrics
 
   end = int(state.step) + steps
-  log = loop.Log(
+  log = hooks.LogMetrics(
     c.log.every,
     [],
     loop.Clock(),

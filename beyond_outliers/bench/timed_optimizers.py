@@ -1,5 +1,7 @@
-"""The optimizers whose steps bench/optimizers.py times: all of this package, and beside each family
-the peers that PyPI has. Rows of a family do the same work; see bench/peers.py."""
+"""The optimizers whose steps are timed: all of this package, and each family's peers on PyPI.
+
+Rows of a family do the same work; see bench/peers.py.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ class TimedOptimizer(NamedTuple):
   steps: type[JaxSteps] | type[TorchSteps] = JaxSteps
 
 
-def _beside_embedding(
+def _with_embedding(
   hidden: optax.GradientTransformation, embedding: optax.GradientTransformation
 ) -> optax.GradientTransformation:
   return optax.partition(
@@ -82,17 +84,17 @@ def _adamw() -> optax.GradientTransformation:
 
 
 def _muon(**settings: Any) -> optax.GradientTransformation:
-  return _beside_embedding(optim.muon(RATE, **settings), _adamw())
+  return _with_embedding(optim.muon(RATE, **settings), _adamw())
 
 
 def _optax_muon() -> optax.GradientTransformation:
   """Corrects the bias of its averages, which costs next to nothing."""
-  return _beside_embedding(optax.contrib.muon(RATE), optax.adamw(RATE, weight_decay=0.0))
+  return _with_embedding(optax.contrib.muon(RATE), optax.adamw(RATE, weight_decay=0.0))
 
 
 def _scion(**settings: Any) -> optax.GradientTransformation:
   common = {"momentum": 0.9, "constrained": False}
-  return _beside_embedding(
+  return _with_embedding(
     optim.scion(RATE, norm="spectral", **common, **settings),
     optim.scion(RATE, norm="sign", **common),
   )
@@ -105,8 +107,8 @@ def _psgd(**settings: Any) -> optax.GradientTransformation:
 
 
 def _shampoo(**settings: Any) -> optax.GradientTransformation:
-  """What Meta's Distributed Shampoo is timed with elsewhere: blocks of 1024, eigh, each block with
-  the length of Adam's step."""
+  """The settings that Meta's Distributed Shampoo is timed with elsewhere: blocks of 1024, eigh,
+  each block with the length of Adam's step."""
   return optim.shampoo(
     RATE,
     b2=0.95,

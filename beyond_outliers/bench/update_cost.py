@@ -23,6 +23,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo, jaxpr_flops
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
+from beyond_outliers.train import describe
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
@@ -55,7 +56,7 @@ def programs(
     )
     c = study_config(name, f"{size},{axes}")
     try:
-      yield mesh, program_lib.build(c, jax.devices()[: math.prod(mesh)])
+      yield mesh, program_lib.build_program(c, jax.devices()[: math.prod(mesh)])
     except config.ConfigError:
       continue
 
@@ -137,7 +138,7 @@ def on_paper(names: Iterable[str], size: str) -> list[Json]:
           "flops/costliest": costliest.total(),
           "flops/model": model,
           "over_adamw": (model + mean.total()) / (model + adamw[mesh]),
-          "state_bytes": program_lib.shard_bytes(program.state.opt_state),
+          "state_bytes": describe.shard_bytes(program.state.opt_state),
           "moved_bytes": hlo.received(compiled_update(program)),
         }
       )

@@ -54,13 +54,6 @@ def at_least(section: Any, prefix: str, **bounds: float) -> None:
     )
 
 
-def below_one(section: Any, prefix: str, *names: str) -> None:
-  """Numbers of the half-open interval from 0 to 1."""
-  for name in names:
-    value = getattr(section, name)
-    require(0 <= value < 1, prefix + name, value, "expected a number from 0 to below 1")
-
-
 def fraction(section: Any, prefix: str, *names: str) -> None:
   """Numbers from 0 to 1, both included."""
   for name in names:

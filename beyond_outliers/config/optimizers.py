@@ -1,22 +1,32 @@
-"""Each optimizer's own section of the configuration: a frozen dataclass a row, with the rules that
-its values obey.
+"""Each optimizer's section of the configuration: the one place that has its hyperparameters.
 
-Fields are the arguments of the optimizer's factory in `optim`; None leaves an argument to the
-optimizer. Those with a default are younger than the others: runs recorded without them had it.
+Fields are the arguments of the optimizer's factory in `optim`, where their official values are
+defaults; None leaves an argument to the optimizer. Official are torch (AdamW), KellerJordan/Muon
+857d1ad, LIONS-EPFL/scion f58a393, evanatyourservice/kron_torch 884427c (PSGD),
+facebookresearch/optimizers 1ff09af (Shampoo) and nikhilvyas/SOAP a1e5535.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
-from beyond_outliers.config.checks import at_least, below_one, fraction, one_of, require
+from beyond_outliers.config.hyperparameters import (
+  Section,
+  above_zero,
+  at_least,
+  below_one,
+  fraction,
+  is_number,
+  official,
+  one_of,
+)
 
 REFRESHES = ("together", "staggered")
-ITERATION_DTYPES = ("float32", "bfloat16")
+ITERATION_DTYPES = ("float32", "bfloat16", "float64")
 ITERATION_TABLES = ("quintic", "polar_express")
-# Shampoo: the only values beside eigenvalue_correction, which has no roots and a step length of its
-# own.
+# Shampoo: the only values with eigenvalue_correction, which has no roots and its own step length.
 WITH_EIGENVALUE_CORRECTION = {
   "eps_mode": "absolute",
   "grafting": "none",
@@ -26,147 +36,124 @@ WITH_EIGENVALUE_CORRECTION = {
   "packed": False,
 }
 LEAST_UPDATE_PROBABILITY = 0.03  # PSGD: where its schedule ends
-MAX_BFLOAT16_B2 = (
-  0.99  # Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away
+# Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away.
+MAX_BFLOAT16_B2 = 0.99
+
+_MOMENTUM = below_one(
+  ", the average's decay; implementations that take the new gradient's weight call one minus it "
+  "momentum"
 )
-
-
-class Section:
-  """What every section tells beside its fields."""
-
-  @property
-  def period(self) -> int:
-    """Steps after which what the optimizer costs repeats."""
-    return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Section):
   """Hyperparameters of `optim.adamw`."""
 
-  name: str
-  learning_rate: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-
-  def __post_init__(self):
-    at_least(self, "optimizer.", learning_rate=0, eps=0, weight_decay=0)
-    below_one(self, "optimizer.", "b1", "b2")  # at 1 the bias correction divides by zero
+  b1: float = official(0.9, "decay of the first moment", below_one())
+  b2: float = official(0.999, "decay of the second moment", below_one())
+  eps: float = official(1e-8, "added to the second moment's root", at_least(0))
+  weight_decay: float = official(0.01, "decoupled, of all leaves", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Section):
   """Hyperparameters of `optim.muon`."""
 
-  name: str
-  learning_rate: float
-  momentum: float
-  nesterov: bool
-  nesterov_bias_correction: bool
-  ns_steps: int
-  ns_coefficients: str
-  ns_dtype: str
-  ns_gram: bool
-  scale: str
-  weight_decay: float
-  adam_learning_rate: float
-  adam_b1: float
-  adam_b2: float
-  adam_eps: float
-
-  def __post_init__(self):
-    at_least(
-      self,
-      "optimizer.",
-      learning_rate=0,
-      ns_steps=1,
-      weight_decay=0,
-      adam_learning_rate=0,
-      adam_eps=0,
-    )
-    below_one(self, "optimizer.", "momentum", "adam_b1", "adam_b2")
-    one_of(
-      self,
-      "optimizer.",
-      ns_coefficients=ITERATION_TABLES,
-      ns_dtype=ITERATION_DTYPES,
-      scale=("original", "match_rms_adamw"),
-    )
+  momentum: float = official(
+    0.95, "decay of the average of gradients, not bias-corrected; 0 keeps none", _MOMENTUM
+  )
+  nesterov: bool = official(True, "mix the latest gradient in once more")
+  nesterov_bias_correction: bool = official(
+    False, "correct average and gradient each before they are mixed, as optax.contrib.muon does"
+  )
+  ns_steps: int = official(5, "Newton-Schulz steps", at_least(1))
+  ns_coefficients: str = official(
+    "quintic", "their polynomials; also triples (a, b, c), one a step", one_of(*ITERATION_TABLES)
+  )
+  ns_dtype: str = official("bfloat16", "of their operands", one_of(*ITERATION_DTYPES))
+  ns_gram: bool = official(False, "iterate on the small Gram matrix: faster if long, less exact")
+  scale: str = official(
+    "original",
+    "sqrt(max(1, fan_out / fan_in)), or 0.2 sqrt(max(fan_out, fan_in)): AdamW's update RMS",
+    one_of("original", "match_rms_adamw"),
+  )
+  weight_decay: float = official(0.0, "decoupled, of all leaves, unscaled", at_least(0))
+  adam_learning_rate: float = official(3e-4, "of leaves that are no matrices", at_least(0))
+  adam_b1: float = official(0.9, "likewise", below_one())
+  adam_b2: float = official(0.95, "likewise", below_one())
+  adam_eps: float = official(1e-10, "likewise", at_least(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scion(Section):
   """Hyperparameters of `optim.scion`."""
 
-  name: str
-  learning_rate: float
-  momentum: float
-  norm: str
-  scale: float
-  normalized: bool | None
-  clamp: bool
-  constrained: bool
-  weight_decay: float
-  ns_steps: int
-  ns_coefficients: str
-  ns_dtype: str
-  ns_gram: bool
+  momentum: float = official(
+    0.0,
+    "decay of the average of gradients, not bias-corrected; 0 keeps none; officially one minus it",
+    _MOMENTUM,
+  )
+  norm: str = official(
+    "auto",
+    "spectral: sqrt(fan_out / fan_in) times the orthogonalised matrix; sign: signs over fan_in; "
+    "col: each input's weights over their RMS; row: each output's weights over their L2 norm and "
+    "sqrt(fan_in); rms: a slice over its RMS; auto: spectral for matrices, rms for others",
+    one_of("auto", "spectral", "sign", "col", "row", "rms"),
+  )
+  scale: float = official(1.0, "radius of the ball", at_least(0))
+  normalized: bool | None = official(None, "whether fan_in counts; None: in all norms but col")
+  clamp: bool = official(False, "spectral: a factor of at least 1 (officially max=True)")
+  constrained: bool = official(
+    True, "decay by the learning rate itself, so that weights stay in the ball (algorithm 2)"
+  )
+  weight_decay: float = official(0.0, "decoupled, on top of that", at_least(0))
+  ns_steps: int = official(5, "as of Muon", at_least(1))
+  ns_coefficients: str = official("quintic", "as of Muon", one_of(*ITERATION_TABLES))
+  ns_dtype: str = official("bfloat16", "as of Muon", one_of(*ITERATION_DTYPES))
+  ns_gram: bool = official(False, "as of Muon")
 
-  def __post_init__(self):
-    at_least(self, "optimizer.", learning_rate=0, scale=0, weight_decay=0, ns_steps=1)
-    below_one(self, "optimizer.", "momentum")
-    one_of(
-      self,
-      "optimizer.",
-      norm=("auto", "spectral", "sign", "col", "row", "rms"),
-      ns_coefficients=ITERATION_TABLES,
-      ns_dtype=ITERATION_DTYPES,
-    )
+  def conflicts(self) -> Iterator[tuple[str, str]]:
+    if self.clamp and self.norm not in ("auto", "spectral"):
+      yield (
+        "clamp",
+        f"norm = {self.norm!r} has no factor to clamp; leave it False, or take norm = 'spectral'",
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class Psgd(Section):
   """Hyperparameters of `optim.psgd`."""
 
-  name: str
-  learning_rate: float
-  momentum: float
-  max_size_triangular: int
-  preconditioner_lr: float
-  preconditioner_init: float
-  update_probability: float | None
-  balance_probability: float
-  clip_rms: float
-  clip_eps: float
-  noise: str
-  weight_decay: float
-  cache: bool
-  seed: int
-
-  def __post_init__(self):
-    at_least(
-      self,
-      "optimizer.",
-      learning_rate=0,
-      max_size_triangular=0,
-      preconditioner_lr=0,
-      preconditioner_init=0,
-      clip_rms=0,
-      clip_eps=0,
-      weight_decay=0,
-      seed=0,
-    )
-    below_one(self, "optimizer.", "momentum")
-    fraction(self, "optimizer.", "balance_probability")
-    one_of(self, "optimizer.", noise=("both", "preconditioner", "none"))
-    require(
-      self.update_probability is None or 0 < self.update_probability <= 1,
-      "optimizer.update_probability",
-      self.update_probability,
-      "expected a number above 0, at most 1, or None for the schedule",
-    )
+  momentum: float = official(
+    0.9,
+    "decay of the average of gradients, bias-corrected, which factors learn from; 0 keeps none",
+    _MOMENTUM,
+  )
+  max_size_triangular: int = official(
+    8192, "longer axes have a diagonal factor, as have vectors and scalars", at_least(0)
+  )
+  preconditioner_lr: float = official(0.1, "of the factors' update", at_least(0))
+  preconditioner_init: float = official(1.0, "product of all factors at first", at_least(0))
+  update_probability: float | None = official(
+    None,
+    "one over the steps between updates of factors, never drawn by chance; None: "
+    "min(1, exp((500 - n) / 1000)) at the n-th step, at least 0.03",
+    above_zero("the share of steps that update factors", 1),
+  )
+  balance_probability: float = official(0.01, "of evening out a block's factors", fraction())
+  clip_rms: float = official(1.1, "largest RMS of a slice's direction", at_least(0, infinite=True))
+  clip_eps: float = official(
+    1e-12, "added to the RMS before it is compared (pytorch_optimizer: 1e-6)", at_least(0)
+  )
+  noise: str = official(
+    "both",
+    "whether updates of factors add a little of V to H: both, in that step's direction too "
+    "(kron_torch); preconditioner, not there (psgd_jax); none (pytorch_optimizer)",
+    one_of("both", "preconditioner", "none"),
+  )
+  weight_decay: float = official(0.0, "decoupled, of matrices only", at_least(0))
+  cache: bool = official(True, "keep QᵀQ between updates: twice their state, half the products")
+  seed: int = official(0, "of V and of balancing", at_least(0))
 
   @property
   def period(self) -> int:
@@ -177,86 +164,83 @@ class Psgd(Section):
 class Shampoo(Section):
   """Hyperparameters of `optim.shampoo`."""
 
-  name: str
-  learning_rate: float
-  b1: float
-  b2: float
-  eps: float
-  eps_mode: str
-  weight_decay: float
-  bias_correction: bool
-  grafting: str
-  graft_granularity: str
-  grafting_b2: float
-  grafting_eps: float
-  momentum: str
-  root: str
-  exponent: float | None
-  max_residual: float
-  precondition_frequency: int
-  refresh: str
-  start_step: int | None
-  block_size: int
-  long_axes: str
-  merge_dims: bool
-  preconditioner_dtype: str
-  packed: bool
-  eigenvalue_correction: bool = False
+  b1: float = official(0.9, "decay of the momentum", below_one())
+  b2: float = official(1.0, "decay of the factors G Gᵀ; 1 sums them", fraction())
+  eps: float = official(1e-12, "added to a factor's eigenvalues", at_least(0))
+  eps_mode: str = official(
+    "absolute",
+    "relative: eps times the largest eigenvalue, and factors start at eps I (Google)",
+    one_of("absolute", "relative"),
+  )
+  weight_decay: float = official(0.0, "decoupled, of all leaves", at_least(0))
+  bias_correction: bool = official(
+    True, "of momentum, factors and Adam's second moment (Meta); False: of none (Google)"
+  )
+  grafting: str = official(
+    "none",
+    "method whose step length is given, and whose step is taken before start_step and by blocks "
+    "without roots; none: they take a plain average of gradients, which is on another scale",
+    one_of("none", "sgd", "adam", "rmsprop"),
+  )
+  graft_granularity: str = official(
+    "block",
+    "what is given a length: every block (Meta), or every slice of a parameter (Google)",
+    one_of("block", "parameter"),
+  )
+  grafting_b2: float = official(0.999, "decay of its second moment", below_one())
+  grafting_eps: float = official(1e-10, "added to that moment's root", at_least(0))
+  momentum: str = official(
+    "gradient",
+    "what is averaged: what is preconditioned (Meta), or what has been, and grafted (Google)",
+    one_of("gradient", "update"),
+  )
+  root: str = official(
+    "eigh", "row of inverse_root.ROOTS", one_of("eigh", "newton", "denman_beavers", "qr")
+  )
+  exponent: float | None = official(
+    None,
+    "a factor is taken to minus this; None: 1/4 for matrices, 1/2 for vectors",
+    above_zero("the positive power that a factor's inverse is taken to"),
+  )
+  max_residual: float = official(
+    0.1, "a root above it is refused, the old one kept", at_least(0, infinite=True)
+  )
+  precondition_frequency: int = official(1, "steps between a block's roots", at_least(1))
+  refresh: str = official(
+    "together",
+    "together: at multiples of the frequency from start_step (Meta); together_from_first: at steps "
+    "1, 1 + frequency, ... (Google); staggered: from start_step, each block at its own step",
+    one_of(*REFRESHES, "together_from_first"),
+  )
+  start_step: int | None = official(None, "first with roots; None: the frequency", at_least(1))
+  block_size: int = official(1024, "longest axis that has one factor", at_least(1))
+  long_axes: str = official("block", "are cut so, or have no factor", one_of("block", "skip"))
+  merge_dims: bool = official(False, "up to block_size numbers are a vector (Meta's default)")
+  preconditioner_dtype: str = official(
+    "float32", "of stored factors and roots", one_of("float32", "bfloat16")
+  )
+  packed: bool = official(False, "store them as triangles")
+  eigenvalue_correction: bool = official(
+    False,
+    "Adam in the factors' eigenbases instead of roots; exponent is then of its second moment, and "
+    "1/2 for None",
+    younger=True,
+  )
 
-  def __post_init__(self):
-    at_least(
-      self,
-      "optimizer.",
-      learning_rate=0,
-      eps=0,
-      weight_decay=0,
-      grafting_eps=0,
-      max_residual=0,
-      precondition_frequency=1,
-      block_size=1,
-    )
-    below_one(self, "optimizer.", "b1", "grafting_b2")
-    fraction(self, "optimizer.", "b2")  # at 1 the factors are sums
-    one_of(
-      self,
-      "optimizer.",
-      eps_mode=("absolute", "relative"),
-      grafting=("none", "sgd", "adam", "rmsprop"),
-      graft_granularity=("block", "parameter"),
-      momentum=("gradient", "update"),
-      root=("eigh", "newton", "denman_beavers", "qr"),
-      refresh=(*REFRESHES, "together_from_first"),
-      long_axes=("block", "skip"),
-      preconditioner_dtype=("float32", "bfloat16"),
-    )
+  def conflicts(self) -> Iterator[tuple[str, str]]:
     if self.eigenvalue_correction:
       for name, value in WITH_EIGENVALUE_CORRECTION.items():
-        require(
-          getattr(self, name) == value,
-          f"optimizer.{name}",
-          getattr(self, name),
-          f"optimizer.eigenvalue_correction works with {value!r} only",
-        )
-      one_of(self, "optimizer.", refresh=REFRESHES)
-    require(
-      self.preconditioner_dtype == "float32" or self.b2 <= MAX_BFLOAT16_B2,
-      "optimizer.b2",
-      self.b2,
-      f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or "
-      "preconditioner_dtype=float32",
-    )
-    require(
-      self.exponent is None or self.exponent > 0,
-      "optimizer.exponent",
-      self.exponent,
-      "expected above 0, or None",
-    )
-    require(
-      self.start_step is None or self.start_step >= 1,
-      "optimizer.start_step",
-      self.start_step,
-      "expected at least 1, or None for precondition_frequency",
-    )
+        if getattr(self, name) != value:
+          yield name, f"eigenvalue_correction works with {value!r} only"
+      if self.refresh not in REFRESHES:
+        yield "refresh", f"eigenvalue_correction works with {' or '.join(REFRESHES)} only"
+    narrow = self.preconditioner_dtype == "bfloat16"
+    if narrow and is_number(self.b2) and self.b2 > MAX_BFLOAT16_B2:
+      yield (
+        "b2",
+        f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or "
+        "preconditioner_dtype=float32",
+      )
 
   @property
   def period(self) -> int:
@@ -267,52 +251,37 @@ class Shampoo(Section):
 class Soap(Section):
   """Hyperparameters of `optim.soap`."""
 
-  name: str
-  learning_rate: float
-  b1: float
-  b2: float
-  shampoo_beta: float | None
-  eps: float
-  weight_decay: float
-  precondition_frequency: int
-  refresh: str
-  max_dim: int
-  normalize_gradients: bool
-  bias_correction: bool
-  count_skipped_step: bool
-  block_size: int | None = None
-
-  def __post_init__(self):
-    at_least(
-      self,
-      "optimizer.",
-      learning_rate=0,
-      eps=0,
-      weight_decay=0,
-      precondition_frequency=1,
-      max_dim=0,
-    )
-    below_one(self, "optimizer.", "b1", "b2")
-    one_of(self, "optimizer.", refresh=REFRESHES)
-    require(
-      self.block_size is None or self.block_size >= 1,
-      "optimizer.block_size",
-      self.block_size,
-      "expected at least 1, or None for whole matrices",
-    )
-    require(
-      self.shampoo_beta is None or 0 <= self.shampoo_beta < 1,
-      "optimizer.shampoo_beta",
-      self.shampoo_beta,
-      "expected a number from 0 to below 1, or None for b2",
-    )
+  b1: float = official(0.95, "decay of the first moment", below_one())
+  b2: float = official(0.95, "decay of the second moment", below_one())
+  shampoo_beta: float | None = official(
+    None, "decay of the factors G Gᵀ; None: b2", below_one(", or None for b2")
+  )
+  eps: float = official(
+    1e-8, "added to the second moment's root, before its bias is corrected", at_least(0)
+  )
+  weight_decay: float = official(
+    0.01, "decoupled; shrinks, by the learning rate itself, what the step has made", at_least(0)
+  )
+  precondition_frequency: int = official(10, "steps between a block's bases", at_least(1))
+  refresh: str = official(
+    "together",
+    "together: at multiples of the frequency; staggered: each block at its own step",
+    one_of(*REFRESHES),
+  )
+  max_dim: int = official(10000, "longer axes are not rotated; 0: Adam", at_least(0))
+  normalize_gradients: bool = official(False, "an RMS of 1 a slice, before bias correction")
+  bias_correction: bool = official(True, "of both moments")
+  count_skipped_step: bool = official(False, "the first update counts, as in pytorch_optimizer")
+  block_size: int | None = official(
+    None, "longer axes are cut", at_least(1, ", or None for whole matrices"), younger=True
+  )
 
   @property
   def period(self) -> int:
     return self.precondition_frequency
 
 
-OPTIMIZERS: dict[str, type] = {
+OPTIMIZERS: dict[str, type[Section]] = {
   "adamw": AdamW,
   "muon": Muon,
   "psgd": Psgd,

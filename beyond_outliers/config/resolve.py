@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
+from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.overrides import flatten
 from beyond_outliers.config.run import Config
-from beyond_outliers.config.sections import Group, Optimizer
+from beyond_outliers.config.sections import Group, OptimizerGroups
 from beyond_outliers.errors import ConfigError
 
 # Keys that a resumed run may change: none of them enters the numbers, beyond the order of
@@ -88,7 +89,7 @@ def _plain(node: Any) -> Any:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-  if cls is Optimizer:
+  if cls is OptimizerGroups:
     return _build_optimizer(values)
   require(
     isinstance(values, Mapping),
@@ -108,7 +109,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
   return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})
 
 
-def _build_optimizer(values: Any) -> Optimizer:
+def _build_optimizer(values: Any) -> OptimizerGroups:
   """The optimizer's own keys, then each group's."""
   require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
   groups = values.get("groups")
@@ -124,7 +125,7 @@ def _build_optimizer(values: Any) -> Optimizer:
     # Recorded while learned scales were among the vectors.
     groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
   path = "optimizer.groups."
-  return Optimizer(default, {k: _build_group(v, own, path + k) for k, v in groups.items()})
+  return OptimizerGroups(default, {k: _build_group(v, own, path + k) for k, v in groups.items()})
 
 
 def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
@@ -141,16 +142,12 @@ def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
   return Group(paths, _build_section(keys, f"{path}."), optional)
 
 
-def _build_section(values: Mapping[str, Any], prefix: str) -> Any:
-  """The section of the optimizer that the values name."""
+def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
+  """The section of the optimizer that the values name, checked."""
   name = values.get("name")
-  require(
-    isinstance(name, str) and name in OPTIMIZERS,
-    prefix + "name",
-    name,
-    "expected one of " + ", ".join(OPTIMIZERS),
-  )
-  return _build(OPTIMIZERS[name], values, prefix)
+  if not isinstance(name, str) or name not in OPTIMIZERS:
+    raise ConfigError(f"{prefix}name = {name!r}: expected one of " + ", ".join(OPTIMIZERS))
+  return _build(OPTIMIZERS[name], values, prefix).check(prefix)
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:

@@ -12,7 +12,7 @@ from beyond_outliers.config.sections import (
   Log,
   Mesh,
   Model,
-  Optimizer,
+  OptimizerGroups,
   Quant,
   QuantRule,
   Schedule,
@@ -38,7 +38,7 @@ class Config:
   mesh: Mesh
   model: Model
   data: Data
-  optimizer: Optimizer
+  optimizer: OptimizerGroups
   schedule: Schedule
   checkpoint: Checkpoint
   eval: Eval

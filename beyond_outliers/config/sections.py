@@ -188,7 +188,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerGroups:
   """The run's optimizer, and each parameter group's; the first group that matches wins."""
 
   default: Any  # one of OPTIMIZERS

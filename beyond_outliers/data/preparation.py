@@ -30,7 +30,7 @@ from beyond_outliers.types import Json
 if TYPE_CHECKING:
   from beyond_outliers.data.in_place import InPlace  # imports TFDS, which token shards don't need
 
-Log = Callable[[str], None]
+_Log = Callable[[str], None]
 
 # Settings that shape a dataset's contents, and so are hashed into its name.
 SHAPING = (
@@ -46,7 +46,7 @@ SHAPING = (
 )
 
 
-def prepare(cfg: config.Data, *, log: Log = print) -> shards.Dataset:
+def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
   """Opens the dataset that the data section describes, preparing it first if it isn't there.
   Errors: DataError."""
   directory = dataset_directory(cfg)
@@ -75,7 +75,7 @@ def dataset_directory(cfg: config.Data) -> str:
 
 
 @contextlib.contextmanager
-def _lock(directory: str, log: Log) -> Iterator[None]:
+def _lock(directory: str, log: _Log) -> Iterator[None]:
   """Held by one process at a time; the kernel lets go of it when the process ends, however it
   ends."""
   with open(directory + ".lock", "w") as file:
@@ -87,7 +87,7 @@ def _lock(directory: str, log: Log) -> Iterator[None]:
     yield
 
 
-def _make(cfg: config.Data, directory: str, log: Log) -> None:
+def _make(cfg: config.Data, directory: str, log: _Log) -> None:
   here = f"{directory}.partial-{socket.gethostname()}-"
   for leftover in glob.glob(glob.escape(here) + "*"):  # of preparations that were killed
     shutil.rmtree(leftover)
@@ -102,7 +102,7 @@ def _make(cfg: config.Data, directory: str, log: Log) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check(dataset: shards.Dataset, cfg: config.Data, log: Log) -> None:
+def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   """Refuses a dataset that the configuration or the source files have moved away from."""
   tokenizer = dataset.tokenizer
   _check_vocab(tokenizer, cfg)
@@ -147,7 +147,7 @@ def _describe(files: dict[str, int]) -> Json:
   }
 
 
-def _fill(cfg: config.Data, directory: str, log: Log) -> Json:
+def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   """Writes everything but meta.json, and returns that."""
   inputs = splits.input_files(cfg)
   log(
@@ -209,7 +209,7 @@ def _separator(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> Separator:
 
 
 def _tokenizer(
-  cfg: config.Data, in_place: InPlace | None, directory: str, log: Log
+  cfg: config.Data, in_place: InPlace | None, directory: str, log: _Log
 ) -> tokenizers.Tokenizer:
   """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
   if cfg.tokenizer != "sentencepiece":

@@ -196,4 +196,4 @@ flags.register_multi_flags_validator(
 )
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run_command(main)

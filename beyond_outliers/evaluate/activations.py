@@ -1,18 +1,15 @@
-"""How heavy the tails are of what linear layers multiply, by the metrics of arXiv 2509.23500, and
-how much quantizing keeps.
+"""Outliers in a model: metrics of every linear layer's input, of the residual stream, of weights.
 
 The model is left as it is: interceptors see the input of every linear layer and the residual stream
-(the embedding's output, and what each residual add returns) and reduce them where they are. What
-leaves a device is a few numbers a channel; batches are merged on the host, in float64, by their
-centred moments: powers summed about zero would cancel.
+(the embedding's output, and what each residual add returns) and reduce them where they are.
 
-Legend: T tokens, F features (channels), B batch, L length, I in, O out.
+Legend: B batch, L length, I in, O out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -20,172 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.model import layers, loss, stack, transformer
+from beyond_outliers.evaluate.outlier_metrics import (
+  METRICS,
+  Statistics,
+  merged,
+  metrics_of,
+  statistics,
+)
+from beyond_outliers.model import layers, stack, transformer
+from beyond_outliers.model.forward import Forward
 from beyond_outliers.params import at_depth, is_kernel, is_stacked, leaves_by_path, parent, slice_at
-from beyond_outliers.quant import QuantSpec, fake_quantize
+from beyond_outliers.quant import QuantSpec
+from beyond_outliers.types import Batch, Params
 
 if TYPE_CHECKING:
   import pandas as pd
 
-# A channel is an outlier if its RMS is so many times the median channel's. LLM.int8() (arXiv
-# 2208.07339, section 4.1) calls magnitudes of at least 6 outliers, which only means something where
-# all models have activations of one scale.
-OUTLIER = 6.0
-
 # What the study's PTQ does to activations and to weights.
 ACTIVATIONS, WEIGHTS = QuantSpec(4, granularity="token"), QuantSpec(4)
 
-METRICS = ("max_to_median", "max_to_mean", "kurtosis", "rms_kurtosis", "outlier_channels", "sqnr")
-
-
-def max_to_median(x_TxF: jax.Array) -> jax.Array:
-  """max|x| / median|x| over features, mean over tokens; of an even number of features the median is
-  the middle two's mean.
-
-  Tokens whose median is zero, as behind a ReLU, don't count; NaN if there are no others."""
-  ratio_T, counts_T = _ratio(x_TxF, _median)
-  return jnp.mean(ratio_T, where=counts_T)
-
-
-def max_to_mean(x_TxF: jax.Array) -> jax.Array:
-  """max|x| / mean|x| over features, mean over tokens. Tokens that are all zero don't count."""
-  ratio_T, counts_T = _ratio(x_TxF, _mean)
-  return jnp.mean(ratio_T, where=counts_T)
-
-
-def kurtosis(x: jax.Array) -> jax.Array:
-  """Fisher's: the fourth central moment over the squared second, less 3, of all entries; the
-  population's, as scipy's default."""
-  centred = x - jnp.mean(x)
-  return jnp.mean(centred**4) / jnp.mean(centred**2) ** 2 - 3
-
-
-def rms_kurtosis(x_TxF: jax.Array) -> jax.Array:
-  """Kurtosis over features of their RMS over tokens: whether few channels carry it all."""
-  return kurtosis(_rms(x_TxF))
-
-
-def outlier_channels(x_TxF: jax.Array) -> jax.Array:
-  """The share of channels whose RMS is more than OUTLIER times the median channel's."""
-  rms_F = _rms(x_TxF)
-  return jnp.mean(rms_F > OUTLIER * jnp.median(rms_F))
-
-
-def sqnr(x_TxF: jax.Array, spec: QuantSpec) -> jax.Array:
-  """Σ x² over Σ (x − x̂)², in decibels, x̂ being what quantizing along the features makes of x."""
-  return 10 * jnp.log10(jnp.sum(x_TxF**2) / jnp.sum((x_TxF - fake_quantize(x_TxF, spec)) ** 2))
-
-
-def _ratio(x_TxF, center):
-  """(max|x| / center|x|, whether the center is more than zero), a token each."""
-  magnitude_TxF = jnp.abs(x_TxF)
-  center_T = center(magnitude_TxF)
-  counts_T = center_T > 0
-  return jnp.max(magnitude_TxF, axis=1) / jnp.where(counts_T, center_T, 1), counts_T
-
-
-def _mean(magnitude_TxF):
-  return jnp.mean(magnitude_TxF, axis=1)
-
-
-def _median(magnitude_TxF):
-  """numpy's, over features, of numbers that are not negative: as integers, their bits have the same
-  order.
-
-  Found bit by bit, by counting: XLA's sort takes a CPU ten times as long as all else here, the
-  model included."""
-  bits_TxF = jax.lax.bitcast_convert_type(
-    magnitude_TxF, jnp.dtype(f"int{8 * magnitude_TxF.dtype.itemsize}")
-  )
-  lower, upper = (
-    (bits_TxF.shape[1] - 1) // 2,
-    bits_TxF.shape[1] // 2,
-  )  # the middle two, or one twice
-  highest = 8 * bits_TxF.dtype.itemsize - 2
-
-  def set_bit(i, found_T):
-    candidate_T = found_T | (jnp.ones((), bits_TxF.dtype) << (highest - i).astype(bits_TxF.dtype))
-    return jnp.where(
-      jnp.sum(bits_TxF < candidate_T[:, None], axis=1) <= lower, candidate_T, found_T
-    )
-
-  low_T = jax.lax.fori_loop(0, highest + 1, set_bit, jnp.zeros_like(bits_TxF[:, 0]))
-  above_TxF = bits_TxF > low_T[:, None]
-  next_T = jnp.min(bits_TxF, axis=1, where=above_TxF, initial=jnp.iinfo(bits_TxF.dtype).max)
-  high_T = jnp.where(jnp.sum(~above_TxF, axis=1) > upper, low_T, next_T)
-  low_T, high_T = (
-    jax.lax.bitcast_convert_type(bits_T, magnitude_TxF.dtype) for bits_T in (low_T, high_T)
-  )
-  return low_T + (high_T - low_T) / 2
-
-
-def _rms(x_TxF):
-  return jnp.sqrt(jnp.mean(x_TxF * x_TxF, axis=0))
-
-
-class Moments(NamedTuple):
-  """Of one or many groups of numbers: how many they are, their mean, and sums of powers of their
-  distances from it."""
-
-  count: Any
-  mean: Any
-  second: Any
-  third: Any
-  fourth: Any
-
-
-def pooled(groups: Moments, axis: int) -> Moments:
-  """The moments of the union of the groups along `axis` (Pébay, SAND2008-6212, eq. 2.1 and its like
-  for orders 3 and 4)."""
-  count = groups.count.sum(axis, keepdims=True)
-  mean = (groups.count * groups.mean).sum(axis, keepdims=True) / np.maximum(count, 1)
-  n, d = groups.count, groups.mean - mean
-  second = groups.second + n * d**2
-  third = groups.third + 3 * d * groups.second + n * d**3
-  fourth = groups.fourth + 4 * d * groups.third + 6 * d**2 * groups.second + n * d**4
-  return Moments(
-    *(np.squeeze(x, axis) for x in (count, mean)), *(x.sum(axis) for x in (second, third, fourth))
-  )
-
-
-class Statistics(NamedTuple):
-  """What is kept of a tensor [T, F]: enough for all metrics, of this and of other batches
-  together."""
-
-  channels: Moments  # [F]; float32 or wider
-  to_median: Any  # [2]: sum over tokens of max_to_median, number of tokens
-  to_mean: Any  # [2]
-  power: Any  # [2]: of the signal, of the error
-
-
-def statistics(x_TxF: jax.Array, counts_T: jax.Array, spec: QuantSpec) -> Statistics:
-  """counts_T: which tokens count."""
-  x_TxF = x_TxF.astype(layers.at_least_float32(x_TxF.dtype))
-  weight_Tx1 = counts_T[:, None].astype(x_TxF.dtype)
-  x_TxF = jnp.where(counts_T[:, None], x_TxF, 0)
-  n = jnp.sum(weight_Tx1)
-  mean_F = jnp.sum(x_TxF, axis=0) / jnp.maximum(n, 1)
-  centred_TxF = (x_TxF - mean_F) * weight_Tx1
-  powers = [jnp.sum(centred_TxF**k, axis=0) for k in (2, 3, 4)]
-  # Tokens that don't count have become zeros, which have no ratio.
-  to_median, to_mean = (
-    jnp.stack([jnp.sum(ratio_T, where=has_T), jnp.sum(has_T)])
-    for ratio_T, has_T in (_ratio(x_TxF, _median), _ratio(x_TxF, _mean))
-  )
-  error_TxF = x_TxF - fake_quantize(x_TxF, spec)
-  power = jnp.stack([jnp.sum(jnp.sum(y**2, axis=0)) for y in (x_TxF, error_TxF)])
-  return Statistics(
-    Moments(jnp.broadcast_to(n, mean_F.shape), mean_F, *powers), to_median, to_mean, power
-  )
-
 
 def measurement(
-  model: transformer.Transformer, spec: QuantSpec = ACTIVATIONS, mask_documents: bool = False
-) -> Callable[[Any, Mapping[str, Any]], dict[str, Statistics]]:
+  forward: Forward, spec: QuantSpec = ACTIVATIONS
+) -> Callable[[Params, Batch], dict[str, Statistics]]:
   """(params, batch) -> {path: statistics}, for jit; all below `layers/` is stacked, depth first.
   Padding does not count."""
 
-  def measure_batch(params, batch):
+  def measure_batch(params: Params, batch: Batch) -> dict[str, Statistics]:
     counts_T = batch["segment_ids"].reshape(-1) > 0
 
     def sow(module, x, name="outliers"):
@@ -208,12 +66,7 @@ def measurement(
       return result
 
     with nn.intercept_methods(watch):
-      _, sown = model.apply(
-        {"params": params},
-        batch["tokens"],
-        *loss.masks(batch, mask_documents),
-        mutable=["statistics"],
-      )
+      _, sown = forward(params, batch, mutable=["statistics"])
     flat = leaves_by_path(sown["statistics"])
     return {
       path.removesuffix("/outliers"): found
@@ -224,66 +77,49 @@ def measurement(
   return measure_batch
 
 
-def weight_measurement(params: Any, spec: QuantSpec = WEIGHTS) -> dict[str, Statistics]:
+def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, Statistics]:
   """{path: statistics} of every matrix, for jit; output channels stand where activations have
   tokens, inputs where they have features."""
-  of = lambda w_OxI: statistics(w_OxI, jnp.ones(w_OxI.shape[0], bool), spec)
+
+  def of_matrix(w_OxI: jax.Array) -> Statistics:
+    return statistics(w_OxI, jnp.ones(w_OxI.shape[0], bool), spec)
+
   found = {}
   for path, leaf in leaves_by_path(params).items():
     if path == "embedding":
-      found[path] = of(leaf)  # [V, D], which as the head's matrix is [out, in]
+      found[path] = of_matrix(leaf)  # [V, D], which as the head's matrix is [out, in]
     elif is_kernel(path):
       found[parent(path)] = (
-        jax.vmap(lambda w_IxO: of(w_IxO.T))(leaf) if is_stacked(path) else of(leaf.T)
+        jax.vmap(lambda w_IxO: of_matrix(w_IxO.T))(leaf) if is_stacked(path) else of_matrix(leaf.T)
       )
   return found
 
 
 def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
-  """One row a tensor, over all batches: path (with its depth), depth (NaN outside the layers),
-  kind, tokens, METRICS, and zero_medians, the share of tokens that max_to_median leaves out."""
+  """Table of a row a tensor, over all batches: path (with its depth), depth (NaN outside the
+  layers), kind, tokens, METRICS, and zero_medians, the share of tokens that max_to_median leaves
+  out."""
   import pandas as pd  # takes a while, and not every run measures
 
   total: Any = None
   for batch in batches:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(dict(batch)))
-    total = new if total is None else {path: _merged(total[path], new[path]) for path in new}
+    total = new if total is None else {path: merged(total[path], new[path]) for path in new}
   rows = []
   for path, found in total.items():
+    kind = _kind(path)
     if not is_stacked(path):
-      rows.append({"path": path, "depth": np.nan, **_row(path, found)})
-    else:
-      for depth in range(found.power.shape[0]):
-        of_depth = _row(path, slice_at(found, depth))
-        rows.append({"path": at_depth(path, depth), "depth": depth, **of_depth})
-  order = lambda row: (row["path"] == "head", row["path"] != "embedding", row["depth"])
-  return pd.DataFrame(sorted(rows, key=order))
+      rows.append({"path": path, "depth": np.nan, "kind": kind, **metrics_of(found)})
+      continue
+    for depth in range(found.power.shape[0]):
+      of_depth = metrics_of(slice_at(found, depth))
+      rows.append({"path": at_depth(path, depth), "depth": depth, "kind": kind, **of_depth})
+  return pd.DataFrame(sorted(rows, key=_order))
 
 
-def _merged(a: Statistics, b: Statistics) -> Statistics:
-  channels = pooled(
-    Moments(*(np.stack(pair) for pair in zip(a.channels, b.channels, strict=True))), 0
-  )
-  return Statistics(channels, a.to_median + b.to_median, a.to_mean + b.to_mean, a.power + b.power)
-
-
-def _row(path: str, found: Statistics) -> dict[str, Any]:
-  channels, whole = found.channels, pooled(found.channels, 0)
-  tokens = channels.count.max()
-  rms_F = np.sqrt(channels.second / np.maximum(channels.count, 1) + channels.mean**2)
-  distance_F = rms_F - rms_F.mean()
-  with np.errstate(divide="ignore", invalid="ignore"):  # NaN and infinity say what is to be said
-    return {
-      "kind": _kind(path),
-      "tokens": int(tokens),
-      "max_to_median": found.to_median[0] / found.to_median[1],
-      "max_to_mean": found.to_mean[0] / found.to_mean[1],
-      "kurtosis": whole.count * whole.fourth / whole.second**2 - 3,
-      "rms_kurtosis": np.mean(distance_F**4) / np.mean(distance_F**2) ** 2 - 3,
-      "outlier_channels": np.mean(rms_F > OUTLIER * np.median(rms_F)),
-      "sqnr": 10 * np.log10(found.power[0] / found.power[1]),
-      "zero_medians": 1 - found.to_median[1] / tokens,
-    }
+def _order(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+  """The embedding first, then by depth, the head last."""
+  return row["path"] == "head", row["path"] != "embedding", row["depth"]
 
 
 def _kind(path: str) -> str:
@@ -303,15 +139,15 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def on_documents(
-  model: transformer.Transformer, batches: Any, mesh: jax.sharding.Mesh, mask_documents: bool
-) -> Callable[[Any, Any], dict[str, float]]:
+  forward: Forward, batches: Any, mesh: jax.sharding.Mesh
+) -> Callable[[Params, Params], dict[str, float]]:
   """(params, params with plain matrices) -> `summary` of what the model sees in these batches, and
   of its matrices."""
   everywhere = mesh_lib.replicated(mesh)
-  activations = jax.jit(measurement(model, mask_documents=mask_documents), out_shardings=everywhere)
+  activations = jax.jit(measurement(forward), out_shardings=everywhere)
   matrices = jax.jit(weight_measurement, out_shardings=everywhere)
 
-  def measure_documents(params, plain):
+  def measure_documents(params: Params, plain: Params) -> dict[str, float]:
     seen = collect(
       activations(params, mesh_lib.put_batch(batch, mesh, batches.batch_size)) for batch in batches
     )

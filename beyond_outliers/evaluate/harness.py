@@ -22,8 +22,7 @@ from beyond_outliers.config import checks
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import loglikelihood
-from beyond_outliers.model import transformer
-from beyond_outliers.types import Params, PathLike
+from beyond_outliers.types import LanguageModel, Params, PathLike
 
 try:
   import lm_eval
@@ -219,7 +218,7 @@ def _digest(value: Any) -> str:
 
 
 def score_tasks(
-  model: transformer.Transformer,
+  model: LanguageModel,
   params: Params,
   tokenizer: tokenizers.Tokenizer,
   tasks: Sequence[LoadedTask],
@@ -243,7 +242,7 @@ def score_tasks(
 
 
 def harness_model(
-  model: transformer.Transformer,
+  model: LanguageModel,
   params: Params,
   tokenizer: tokenizers.Tokenizer,
   *,

@@ -18,8 +18,8 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.model import loss, transformer
-from beyond_outliers.types import Params
+from beyond_outliers.model import loss
+from beyond_outliers.types import LanguageModel, Params
 
 SHORTEST = 16  # the smallest bucket of lengths
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
@@ -52,7 +52,7 @@ class Scorer:
 
   def __init__(
     self,
-    model: transformer.Transformer,
+    model: LanguageModel,
     params: Params,
     *,
     context: int,
@@ -177,11 +177,9 @@ class Scorer:
     rows = len(arrays[0])
     index, count = mesh_lib.share_of_rows(self._mesh, rows)
     share = slice(index * rows // count, (index + 1) * rows // count)
-    placed = mesh_lib.put_batch(
-      {str(i): array[share] for i, array in enumerate(arrays)}, self._mesh, rows
-    )
+    placed = mesh_lib.put_batch([array[share] for array in arrays], self._mesh, rows)
     with mesh_lib.use(self._mesh):
-      return program(self._params, *placed.values())
+      return program(self._params, *placed)
 
   def _rows(self, length: int) -> int:
     return max(1, self._batch_tokens // length) * self._ways

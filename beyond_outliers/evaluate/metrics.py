@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from scipy import special
 
-# batch, of any kind -> (negative log-likelihood of every target in nats, number of its document
-# from 1; 0: does not count), [B, L] numpy
-TokenLosses = Callable[[Any], tuple[np.ndarray, np.ndarray]]
+from beyond_outliers.types import Batch
+
+# batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does
+# not count), [B, L] numpy
+TokenLosses = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
 # The same for several numbers of every target, by name.
-TokenNumbers = Callable[[Any], tuple[Mapping[str, np.ndarray], np.ndarray]]
+TokenNumbers = Callable[[Batch], tuple[Mapping[str, np.ndarray], np.ndarray]]
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
 AT_ONCE = 1 << 22  # draws of a document that `intervals` holds in memory
 
 
 def evaluate(
-  token_losses: TokenLosses, batches: Iterable[Any], num_bytes: int | None
+  token_losses: TokenLosses, batches: Iterable[Batch], num_bytes: int | None
 ) -> dict[str, Any]:
   """Loss over all targets of a fixed set of documents, and its standard error over documents.
 
@@ -42,7 +43,7 @@ def evaluate(
 
 
 def compare(
-  token_numbers: TokenNumbers, batches: Iterable[Any], num_bytes: int | None, *, seed: int = 0
+  token_numbers: TokenNumbers, batches: Iterable[Batch], num_bytes: int | None, *, seed: int = 0
 ) -> dict[str, Any]:
   """Metrics of a changed model against a reference on a fixed set of documents, given `nll`,
   `reference_nll`, `kl` and `agreement` of every target.
@@ -69,7 +70,7 @@ def compare(
 
 
 def by_document(
-  token_numbers: TokenNumbers, batches: Iterable[Any]
+  token_numbers: TokenNumbers, batches: Iterable[Batch]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """({name: sum over the targets of each document, [N]}, how many these are, [N]), float64, of
   documents that have some."""
@@ -104,6 +105,8 @@ def intervals(
   document hard cancels in differences. Percentiles of the resamples would be too narrow for few
   documents (Hesterberg, arXiv 1411.5279): their variance is 1 - 1/N of what it should be, and known
   by N - 1 degrees of freedom. NaN for one document, which says nothing of others."""
+  from scipy import special  # takes a third of a second, and training asks for no intervals
+
   N = counts_N.size
   if N < 2:
     return np.full((len(sums_MxN), 2), math.nan)

@@ -13,7 +13,8 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import activations, metrics, steps
 from beyond_outliers.evaluate.plan import SEED, Cell
 from beyond_outliers.evaluate.target import Target
-from beyond_outliers.types import Json, Params
+from beyond_outliers.model.forward import Forward, make_forward
+from beyond_outliers.types import Batch, Json, LanguageModel, Params
 
 
 class ModelMetrics:
@@ -49,7 +50,7 @@ class ModelMetrics:
     with mesh_lib.use(self._mesh):
       placed = [jax.device_put(tree, mesh_lib.replicated(self._mesh)) for tree in trees]
 
-      def of_batch(batch: dict[str, Any]) -> Any:
+      def of_batch(batch: Batch) -> Any:
         self._say(f"batch {next(number)} of {len(self._batches)}")
         rows = self._target.text.batch_size
         return jax.device_get(step(*placed, mesh_lib.put_batch(batch, self._mesh, rows)))
@@ -61,22 +62,23 @@ class ModelMetrics:
   def _step(self, cell: Cell, q: quant.QuantizedModel | None) -> Callable[..., Any]:
     if cell not in self._steps:
       # The quantized model is the same of every checkpoint: only its parameters differ.
-      model, mask_documents = self._target.model, self._target.text.section.mask_documents
+      forward = self._forward(self._target.model)
       step = (
-        steps.make_pair_step(model, q.model, mask_documents)
+        steps.make_pair_step(forward, self._forward(q.model))
         if q
-        else steps.make_eval_step(model, mask_documents)
+        else steps.make_eval_step(forward)
       )
       self._steps[cell] = jax.jit(step, out_shardings=mesh_lib.replicated(self._mesh))
     return self._steps[cell]
 
+  def _forward(self, model: LanguageModel) -> Forward:
+    return make_forward(model, self._target.text.section.mask_documents)
+
   def _outliers(self, params: Params, q: quant.QuantizedModel | None) -> dict[str, float]:
     self._say("outliers")
     if self._measure_outliers is None:
-      model = q.model if q else self._target.model
-      self._measure_outliers = activations.on_documents(
-        model, self._batches, self._mesh, self._target.text.section.mask_documents
-      )
+      forward = self._forward(q.model if q else self._target.model)
+      self._measure_outliers = activations.on_documents(forward, self._batches, self._mesh)
     trees = (q.params if q else params, params)
     with mesh_lib.use(self._mesh):
       found = self._measure_outliers(*jax.device_put(trees, mesh_lib.replicated(self._mesh)))

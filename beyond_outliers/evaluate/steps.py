@@ -6,43 +6,42 @@ Legend: B batch, L length, T = B·L tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.model import loss, transformer
-from beyond_outliers.model.loss import Batch
+from beyond_outliers.model import loss
+from beyond_outliers.model.forward import Forward
+from beyond_outliers.types import Batch, Params
+
+EvalStep = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+PairStep = Callable[[Params, Params, Batch], tuple[dict[str, jax.Array], jax.Array]]
 
 
-def make_eval_step(
-  model: transformer.Transformer, mask_documents: bool
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(forward: Forward) -> EvalStep:
   """eval_step(params, batch) -> (negative log-likelihood of every target in nats, segment it counts
   for or 0), [B, L] both."""
 
-  def eval_step(params, batch):
+  def eval_step(params: Params, batch: Batch):
     counts = batch["weights"] > 0
-    nll_BxL = loss.token_losses(model, params, batch, mask_documents)
+    nll_BxL = loss.token_losses(forward, params, batch)
     return jnp.where(counts, nll_BxL, 0), jnp.where(counts, batch["segment_ids"], 0)
 
   return eval_step
 
 
-def make_pair_step(
-  model: Any, other: Any, mask_documents: bool
-) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
   """pair_step(params, other's params, batch) -> (numbers of every target, segment it counts for or
   0), all [B, L].
 
-  The numbers: `reference_nll` of `model` and `nll` of `other`, in nats; `kl` (nats), the divergence
-  of other's prediction from model's; `agreement`, 1 where both hold the same token for the
-  likeliest."""
+  The numbers: `reference_nll` of the model and `nll` of the other, in nats; `kl` (nats), the
+  divergence of the other's prediction from the model's; `agreement`, 1 where both hold the same
+  token for the likeliest."""
 
-  def pair_step(params, other_params, batch):
+  def pair_step(params: Params, other_params: Params, batch: Batch):
     counts, shape = batch["weights"] > 0, batch["targets"].shape
-    p_TxV = loss.logits(model, params, batch, mask_documents)
-    q_TxV = loss.logits(other, other_params, batch, mask_documents)
+    p_TxV = loss.flat_logits(forward(params, batch))
+    q_TxV = loss.flat_logits(other_forward(other_params, batch))
     targets_T = batch["targets"].reshape(-1)
     numbers = {
       "reference_nll": loss.cross_entropy(p_TxV, targets_T),

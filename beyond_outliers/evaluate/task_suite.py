@@ -14,8 +14,7 @@ from beyond_outliers import data
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import offline_tasks
 from beyond_outliers.evaluate.target import Text
-from beyond_outliers.model import transformer
-from beyond_outliers.types import Json, Params
+from beyond_outliers.types import Json, LanguageModel, Params
 
 if TYPE_CHECKING:  # needs the extra `eval`
   from beyond_outliers.evaluate.harness import LoadedTask
@@ -33,9 +32,7 @@ class TaskSuite:
   ):
     self.tasks, self._text, self._mesh, self._say = tasks, text, mesh, say
 
-  def asked_of(
-    self, model: transformer.Transformer, params: Params
-  ) -> Callable[[LoadedTask], Json]:
+  def asked_of(self, model: LanguageModel, params: Params) -> Callable[[LoadedTask], Json]:
     """task -> its `scores` and `seconds`. The model is placed and compiled once, at the first."""
 
     @functools.cache

@@ -5,14 +5,12 @@ Legend: B batch, L length, T = B·L tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers.model import stack, transformer
-
-Batch = dict[str, jax.Array]
+from beyond_outliers.model import stack
+from beyond_outliers.model.forward import Forward
+from beyond_outliers.types import Batch, Params
 
 
 @jax.custom_vjp
@@ -55,35 +53,16 @@ def divergence(p_TxV, q_TxV):
 
 
 def token_losses(
-  model: transformer.Transformer,
-  params: Any,
-  batch: Batch,
-  mask_documents: bool,
-  rng: jax.Array | None = None,
+  forward: Forward, params: Params, batch: Batch, rng: jax.Array | None = None
 ) -> jax.Array:
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
-  Without mask_documents the stream is plain causal text, as in the study (arXiv 2509.23500, section
-  3)."""
-  nll_T = cross_entropy(
-    logits(model, params, batch, mask_documents, rng), batch["targets"].reshape(-1)
-  )
-  return nll_T.reshape(batch["targets"].shape)
+  rng: of what the model draws in training, such as stochastic rounding."""
+  rngs = None if rng is None else dict.fromkeys(stack.STREAMS, rng)
+  logits_TxV = flat_logits(forward(params, batch, rngs=rngs))
+  return cross_entropy(logits_TxV, batch["targets"].reshape(-1)).reshape(batch["targets"].shape)
 
 
-def logits(
-  model: Any, params: Any, batch: Batch, mask_documents: bool, rng: jax.Array | None = None
-) -> jax.Array:
+def flat_logits(logits_BxLxV: jax.Array) -> jax.Array:
   """[T, V]."""
-  logits_BxLxV: Any = model.apply(
-    {"params": params},
-    batch["tokens"],
-    *masks(batch, mask_documents),
-    rngs=None if rng is None else dict.fromkeys(stack.STREAMS, rng),
-  )
   return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])
-
-
-def masks(batch: Batch, mask_documents: bool) -> tuple[Any, Any]:
-  """(segment_ids, positions) as a model takes them; without mask_documents (None, None)."""
-  return (batch["segment_ids"], batch["positions"]) if mask_documents else (None, None)

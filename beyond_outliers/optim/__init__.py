@@ -1,5 +1,5 @@
 """Optimizers as optax transformations: one table, and `build`, which gives every parameter group
-its own."""
+its row."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from beyond_outliers.optim.scion import scale_by_scion, scion
 from beyond_outliers.optim.shampoo import scale_by_shampoo, shampoo
 from beyond_outliers.optim.soap import scale_by_soap, soap
 from beyond_outliers.params import Axes, path_of
+from beyond_outliers.types import Metrics, Params
 
 __all__ = [
   "OPTIMIZERS",
@@ -30,7 +31,6 @@ __all__ = [
   "adamw",
   "build",
   "muon",
-  "path_of",
   "psgd",
   "scale_by_muon",
   "scale_by_psgd",
@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """What `build` returns: the transformation, and what the trainer logs and shards by."""
+  """Transformation of a run's parameters, with what the trainer logs and shards by."""
 
   tx: optax.GradientTransformation
   labels: Any  # a tree like the parameters of group labels
@@ -66,13 +66,12 @@ class Optimizer:
   shapes: Any  # a tree like the parameters, abstract
   axes: Any = None  # likewise, of Axes
 
-  def statistics(self, opt_state: Any, update: Any) -> dict[str, jax.Array]:
-    """All that metrics.py knows of a step: `update` is the change of the parameters that it
-    made."""
-    return {**self.state_statistics(opt_state), **metrics.of_update(update, self.labels, self.axes)}
+  def step_metrics(self, opt_state: Any, update: Params) -> Metrics:
+    """Of the state and of the change of the parameters that a step made (metrics.py)."""
+    return {**self.state_metrics(opt_state), **metrics.of_update(update, self.labels, self.axes)}
 
-  def state_statistics(self, opt_state: Any, update: Any = None) -> dict[str, jax.Array]:
-    """Those that are free."""
+  def state_metrics(self, opt_state: Any, update: Params = None) -> Metrics:
+    """Those of the state alone, which are free."""
     del update
     return metrics.of_state(opt_state)
 
@@ -82,19 +81,14 @@ class Optimizer:
     other is replicated.
 
     A leaf mirrors the parameter whose path its own path ends in, if the shapes agree."""
+    shapes, shardings = jax.tree_util.tree_leaves_with_path(self.shapes), param_shardings
     by_path = {
       path_of(path): (leaf.shape, sharding)
-      for (path, leaf), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(self.shapes),
-        jax.tree.leaves(param_shardings),
-        strict=True,
-      )
+      for (path, leaf), sharding in zip(shapes, jax.tree.leaves(shardings), strict=True)
     }
-    mesh = jax.tree.leaves(param_shardings)[0].mesh
-    everywhere, by_block = (
-      NamedSharding(mesh, PartitionSpec()),
-      NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
-    )
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_block = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
     def sharding_of(key_path, leaf):
       if blocks.belongs_to_blocks(key_path):
@@ -109,8 +103,8 @@ class Optimizer:
 
 
 def build(
-  optimizer: config.Optimizer,
-  params: Any,
+  optimizer: config.OptimizerGroups,
+  params: Params,
   num_steps: int,
   *,
   schedule: config.Schedule,

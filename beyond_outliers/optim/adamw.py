@@ -5,18 +5,14 @@ from __future__ import annotations
 import jax
 import optax
 
+from beyond_outliers.config.optimizers import AdamW
+from beyond_outliers.optim import factory
 from beyond_outliers.optim.axes import AxesTree
 
 
+@factory.arguments_of(AdamW)
 def adamw(
-  learning_rate: optax.ScalarOrSchedule,
-  *,
-  axes: AxesTree = None,
-  mesh: jax.sharding.Mesh | None = None,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.01,
+  h: AdamW, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
   """Decoupled weight decay on every leaf; moments in the dtype of the parameters, and split like
   them.
@@ -26,4 +22,4 @@ def adamw(
   optax adds the decay to the update before scaling by the rate: the same step as torch's, to 2e-7
   after 30 steps."""
   del axes, mesh
-  return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+  return optax.adamw(h.learning_rate, b1=h.b1, b2=h.b2, eps=h.eps, weight_decay=h.weight_decay)

@@ -1,5 +1,4 @@
-"""What the axes of a parameter mean to an optimizer: how a leaf becomes a batch of matrices or
-vectors, and back."""
+"""Leaves as batches of matrices, vectors or scalars, by what their axes mean, and back."""
 
 from __future__ import annotations
 
@@ -60,14 +59,10 @@ def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
   batch.
   Errors: ValueError for a leaf without axes, or whose axes are not each named once."""
   axes = axes(tree) if callable(axes) else axes
-  is_axes = lambda x: isinstance(x, Axes)
-  given = (
-    None
-    if axes is None
-    else {
-      path_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
-    }
-  )
+  given = None
+  if axes is not None:
+    of_leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, Axes))
+    given = {path_of(path): of_leaf for path, of_leaf in of_leaves}
   return tuple(
     _leaf(path_of(path), tuple(x.shape), given)
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -95,16 +90,13 @@ def matrix_mask(axes: AxesTree) -> Callable[[Any], Any]:
 
 def _leaf(path: str, shape: tuple[int, ...], given: dict[str, Axes] | None) -> Leaf:
   ndim = len(shape)
-  if given is None:
-    axes = (
-      Axes((), (), tuple(range(ndim)))
-      if ndim < 2
-      else Axes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
-    )
+  if given is None and ndim < 2:
+    axes = Axes((), (), tuple(range(ndim)))
+  elif given is None:
+    axes = Axes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
   elif path in given:
-    axes = Axes(
-      *(tuple(axis + ndim if axis < 0 else axis for axis in part) for part in given[path])
-    )
+    parts = (tuple(axis + ndim if axis < 0 else axis for axis in part) for part in given[path])
+    axes = Axes(*parts)
   else:
     raise ValueError(f"axes: parameter {path!r} has none; they are given for {sorted(given)}")
   if sorted(axes.batch + axes.fan_in + axes.fan_out) != list(range(ndim)) or (

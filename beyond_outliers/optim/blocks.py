@@ -36,7 +36,7 @@ Stacks = dict[str, jax.Array]  # bucket name -> [B, m, n], [B, n], or [B] for on
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class BlockGrid:
   """Blocks of one bucket that are neighbours in one leaf: a grid of equal blocks in each of its
   slices."""
 
@@ -49,12 +49,8 @@ class Run:
 
   def cut(self, y: jax.Array) -> jax.Array:
     """[slices, *size] -> [count, *shape in the bucket]."""
-    region = y[
-      (
-        slice(None),
-        *(slice(s, s + g * b) for s, g, b in zip(self.start, self.grid, self.block, strict=True)),
-      )
-    ]
+    along = zip(self.start, self.grid, self.block, strict=True)
+    region = y[(slice(None), *(slice(s, s + g * b) for s, g, b in along))]
     if math.prod(self.grid) > 1 and len(self.grid) == 2:
       (g, h), (m, n) = self.grid, self.block
       region = region.reshape(-1, g, m, h, n).swapaxes(2, 3)
@@ -75,9 +71,20 @@ class Bucket:
   """All blocks of one shape."""
 
   shape: tuple[int, ...]  # (m, n) with m <= n, or (n,)
-  runs: tuple[Run, ...]
+  grids: tuple[BlockGrid, ...]
   count: int  # real blocks
   padded: int  # with those that make it a multiple of the devices
+
+  @property
+  def real(self) -> np.ndarray:
+    """[B]: whether a block is one, and not padding."""
+    return np.arange(self.padded) < self.count
+
+  def zeros(self, *shape: int, dtype: Any) -> jax.Array:
+    return jnp.zeros((self.padded, *shape), dtype)
+
+  def identity(self, d: int, dtype: Any) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(d, dtype=dtype), (self.padded, d, d))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Layout:
     slices = [leaf.split(x) for leaf, x in zip(self.leaves, jax.tree.leaves(tree), strict=True)]
     stacks = {}
     for name, bucket in self.buckets.items():
-      parts = [run.cut(slices[run.leaf]) for run in bucket.runs]
+      parts = [grid.cut(slices[grid.leaf]) for grid in bucket.grids]
       if bucket.padded > bucket.count:
         parts.append(jnp.zeros((bucket.padded - bucket.count, *bucket.shape), parts[0].dtype))
       stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -109,11 +116,10 @@ class Layout:
     pieces: list[dict[tuple[int, ...], jax.Array]] = [{} for _ in self.leaves]
     for name, bucket in self.buckets.items():
       stack, at = self._split(stacks[name], *self._way(stacks[name].ndim, back=True)), 0
-      for run in bucket.runs:
-        pieces[run.leaf][run.start] = run.paste(
-          stack[at : at + run.count], self.leaves[run.leaf].slices
-        )
-        at += run.count
+      for grid in bucket.grids:
+        blocks = stack[at : at + grid.count]
+        pieces[grid.leaf][grid.start] = grid.paste(blocks, self.leaves[grid.leaf].slices)
+        at += grid.count
     flat, structure = jax.tree.flatten(like)
     joined = [
       leaf.join(_assemble(p)).astype(x.dtype)
@@ -121,14 +127,8 @@ class Layout:
     ]
     return jax.tree.unflatten(structure, joined)
 
-  def zeros(self) -> Stacks:
-    return {
-      name: jnp.zeros((bucket.padded, *bucket.shape), self.dtype)
-      for name, bucket in self.buckets.items()
-    }
-
-  def local(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(blocks, common)` on each device's share of the blocks, without communication.
+  def on_each_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(blocks, common)` of each device's own share of the blocks, without communication.
 
     blocks: a tree of arrays with the stack axis first, as what is returned; common: a tree of
       arrays that all see whole."""
@@ -139,16 +139,16 @@ class Layout:
       function, mesh=self.mesh, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False
     )
 
-  def constants(self, value: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
+  def per_block(self, value: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
     """One number a block, from the leaf that it is cut from; 0 for padding. [B] a bucket."""
 
     def of(bucket: Bucket) -> np.ndarray:
-      runs = [np.full(run.count, value(self.leaves[run.leaf])) for run in bucket.runs]
-      return np.concatenate([*runs, np.zeros(bucket.padded - bucket.count)]).astype(self.dtype)
+      grids = [np.full(grid.count, value(self.leaves[grid.leaf])) for grid in bucket.grids]
+      return np.concatenate([*grids, np.zeros(bucket.padded - bucket.count)]).astype(self.dtype)
 
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
-  def numbers(self) -> dict[str, np.ndarray]:
+  def block_ids(self) -> dict[str, np.ndarray]:
     """Every block's number, counted on from bucket to bucket; padding takes numbers of the next.
     int32 [B] a bucket."""
     found, first = {}, 0
@@ -161,16 +161,18 @@ class Layout:
     """Sums of numbers over all blocks of the same slice, in each of their places. [B] or [B,
     numbers] a bucket."""
     if all(
-      math.prod(run.grid) == 1 and run.block == self.leaves[run.leaf].size
-      for b in self.buckets.values()
-      for run in b.runs
+      math.prod(grid.grid) == 1 and grid.block == self.leaves[grid.leaf].size
+      for bucket in self.buckets.values()
+      for grid in bucket.grids
     ):
       return values  # every slice is one block
     first = np.cumsum([0, *(leaf.slices for leaf in self.leaves)])
     owners = {}
     for name, bucket in self.buckets.items():
-      runs = [first[run.leaf] + np.arange(run.count) // math.prod(run.grid) for run in bucket.runs]
-      owners[name] = np.concatenate([*runs, np.full(bucket.padded - bucket.count, first[-1])])
+      of_grids = [
+        first[grid.leaf] + np.arange(grid.count) // math.prod(grid.grid) for grid in bucket.grids
+      ]
+      owners[name] = np.concatenate([*of_grids, np.full(bucket.padded - bucket.count, first[-1])])
     every = jnp.concatenate([values[name] for name in self.buckets])
     sums = jax.ops.segment_sum(
       every, np.concatenate(list(owners.values())), num_segments=int(first[-1]) + 1
@@ -194,14 +196,14 @@ class Layout:
     is gathered along those."""
     names = self._names
     spare, inner = names[: 1 - ndim], names[1 - ndim :]
-    split = lambda moved: (
-      names[:moved],
-      *(() if name in names[:moved] else (name,) for name in inner),
-    )
+
+    def split(moved: int) -> Split:
+      return names[:moved], *(() if name in names[:moved] else (name,) for name in inner)
+
     way = [split(moved) for moved in range(len(names) + 1)]
-    return (
-      [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))] if back else way
-    )
+    if not back:
+      return way
+    return [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))]
 
   def _split(self, x: jax.Array, *ways: Split) -> jax.Array:
     """x, split in one way after another; where mesh axes don't divide an axis, that is whole."""
@@ -209,12 +211,8 @@ class Layout:
       return x
     for way in ways:
       parts = [math.prod(self.mesh.shape[name] for name in names) for names in way]
-      spec = PartitionSpec(
-        *(
-          None if length % n else names
-          for names, n, length in zip(way, parts, x.shape, strict=True)
-        )
-      )
+      along = zip(way, parts, x.shape, strict=True)
+      spec = PartitionSpec(*(None if length % n else names for names, n, length in along))
       x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
     return x
 
@@ -231,34 +229,31 @@ def layout(
   axis may be smaller.
 
   block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is
-  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. Errors:
-  ValueError from `axes`."""
-  records = leaves(tree, axes)
-  runs: dict[tuple[int, ...], list[Run]] = {}
+  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1.
+  Errors: ValueError from `axes`."""
+  records = list(leaves(tree, axes))
+  grids: dict[tuple[int, ...], list[BlockGrid]] = {}
   for index, leaf in enumerate(records):
     size = leaf.size or (1,)
     if math.prod(size) <= merge_up_to:
       size = (math.prod(size),)
     if size != leaf.size:
-      records = (
-        *records[:index],
-        dataclasses.replace(leaf, size=size, fan_in_axis=None),
-        *records[index + 1 :],
-      )
+      records[index] = dataclasses.replace(leaf, size=size, fan_in_axis=None)
     for segments in itertools.product(*(_segments(length, block_size) for length in size)):
       start, grid, block = zip(*segments, strict=True)
       shape = tuple(sorted(block))
-      run = Run(index, start, grid, block, block != shape, leaf.slices * math.prod(grid))
-      runs.setdefault(shape, []).append(run)
+      count = leaf.slices * math.prod(grid)
+      grids.setdefault(shape, []).append(
+        BlockGrid(index, start, grid, block, block != shape, count)
+      )
   devices = 1 if mesh is None else mesh.size
   buckets = {}
-  for shape, of_shape in runs.items():
-    count = sum(run.count for run in of_shape)
-    buckets["x".join(map(str, shape))] = Bucket(
-      shape, tuple(of_shape), count, -(-count // devices) * devices
-    )
+  for shape, of_shape in grids.items():
+    count = sum(grid.count for grid in of_shape)
+    padded = -(-count // devices) * devices
+    buckets["x".join(map(str, shape))] = Bucket(shape, tuple(of_shape), count, padded)
   dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
-  return Layout(records, buckets, np.dtype(dtype), mesh)
+  return Layout(tuple(records), buckets, np.dtype(dtype), mesh)
 
 
 def _segments(length: int, block_size: int | None) -> list[tuple[int, int, int]]:

@@ -9,136 +9,97 @@ Legend: B blocks on this device, D the axis of a basis.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from beyond_outliers.config.optimizers import Shampoo
 from beyond_outliers.ops import linalg
-from beyond_outliers.optim import blocks, factory
+from beyond_outliers.optim import blocks, blockwise, factored, factory
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.linalg.kronecker import add_gram
+from beyond_outliers.optim.eigenbasis import (
+  Arrays,
+  BlocksState,
+  accumulate_factors,
+  change_bases,
+  first_state,
+  grown_older,
+  rotate_block,
+)
+from beyond_outliers.optim.linalg.kronecker import Scalar
 from beyond_outliers.optim.refresh import REFRESHES
-from beyond_outliers.optim.soap import BlocksState, change_bases, first_state, grown_older, rotate
 
 
-class EigenvalueCorrectedState(NamedTuple):
-  count: jax.Array  # int32: updates done
-  blocks: dict[str, BlocksState]
-
-
+@factory.arguments_of(
+  Shampoo, without=("learning_rate", "weight_decay"), eigenvalue_correction=True
+)
 def scale_by_eigenvalue_corrected_shampoo(
-  *,
-  axes: AxesTree = None,
-  mesh: jax.sharding.Mesh | None = None,
-  b1: float = 0.9,
-  b2: float = 1.0,
-  eps: float = 1e-12,
-  exponent: float = 0.5,
-  bias_correction: bool = True,
-  precondition_frequency: int = 1,
-  refresh: str = "together",
-  start_step: int | None = None,
-  block_size: int = 1024,
-  long_axes: str = "block",
-  merge_dims: bool = False,
+  h: Shampoo, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
   """The direction, to be subtracted (facebookresearch/optimizers,
   EigenvalueCorrectedShampooPreconditionerList with eigh).
 
-  b1, b2: decays of the momentum, and of factors and second moment; b2 = 1 sums these.
-  eps: added to the second moment's power `exponent`, after its bias is corrected.
-  precondition_frequency, refresh, start_step, block_size, long_axes, merge_dims: as of `shampoo`;
-    until start_step this is Adam.
-
+  b2 is the decay of factors and second moment, eps is added to the second moment's power, after its
+  bias is corrected. Until start_step this is Adam. What roots and grafting need is of no account.
   State: as of `soap`; vectors have a factor too."""
-  factory.one_of("refresh", refresh, ("together", "staggered"))
-  factory.one_of("long_axes", long_axes, ("block", "skip"))
-  for name, value in (
-    ("precondition_frequency", precondition_frequency),
-    ("block_size", block_size),
-  ):
-    if value < 1:
-      raise ValueError(f"{name} = {value}: expected at least 1")
-  start = precondition_frequency if start_step is None else start_step
-  layout_of = functools.partial(
-    blocks.layout,
-    axes=axes,
-    mesh=mesh,
-    block_size=block_size if long_axes == "block" else None,
-    merge_up_to=block_size if merge_dims else 0,
+  return direction(h, axes, mesh)
+
+
+def direction(
+  h: Shampoo, axes: AxesTree, mesh: jax.sharding.Mesh | None
+) -> optax.GradientTransformation:
+  if h.exponent is None:
+    h = dataclasses.replace(h, exponent=0.5)
+  return blockwise.transformation(
+    h,
+    functools.partial(factored.layout, h=h, axes=axes, mesh=mesh),
+    _init_bucket,
+    _step,
+    traced=("b1", "b2", "eps", "exponent"),
+    constants=blocks.Layout.block_ids,
   )
 
-  def rotated(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(axis for axis, length in enumerate(shape) if length <= block_size)
 
-  def init(params):
-    layout = layout_of(params)
-    of = lambda bucket: first_state(bucket, rotated(bucket.shape), layout.dtype)
-    return EigenvalueCorrectedState(
-      jnp.zeros((), jnp.int32), {name: of(bucket) for name, bucket in layout.buckets.items()}
-    )
+def _init_bucket(h: Shampoo, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
+  return first_state(bucket, factored.factored_axes(h, bucket.shape), dtype)
 
-  def update(updates, state, params=None):
-    del params
-    layout = layout_of(updates)
-    count = state.count + 1
-    floats = {"b1": b1, "b2": b2, "eps": eps, "exponent": exponent}
-    common = {name: jnp.asarray(value, layout.dtype) for name, value in floats.items()} | {
-      "t": count
-    }
-    numbers = layout.numbers()
 
-    def advance(given, common):
-      return {
-        name: one_bucket(g, s, number_B, common, rotated(layout.buckets[name].shape))
-        for name, (g, s, number_B) in given.items()
-      }
+def _step(
+  h: Shampoo, t: jax.Array, g: jax.Array, s: BlocksState, id_B: jax.Array
+) -> tuple[jax.Array, BlocksState]:
+  """Newer bases, and then Adam's direction in them."""
+  axes = factored.factored_axes(h, g.shape[1:])
+  # A decay of 1 sums instead of averaging, and needs no correction.
+  weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
+  factors = accumulate_factors(s.factors, g, axes, h.b2, weight)
+  s = s._replace(factors=())
+  if axes:
+    s = _refresh_bases(h, t, axes, s, factors, id_B)
 
-    given = {
-      name: (g, state.blocks[name], numbers[name]) for name, g in layout.stack(updates).items()
-    }
-    done = layout.local(advance)(given, common)
-    new = {name: s for name, (s, _) in done.items()}
-    directions = {name: direction for name, (_, direction) in done.items()}
-    return layout.unstack(directions, updates), EigenvalueCorrectedState(count, new)
+  seen = rotate_block(g, s.bases, axes)
+  momentum = h.b1 * s.momentum + (1 - h.b1) * seen
+  second_moment = h.b2 * s.second_moment + weight * seen * seen
+  assert h.exponent is not None
+  divisor = (second_moment / _correction(h, h.b2, t)) ** h.exponent + h.eps
+  adam = momentum / _correction(h, h.b1, t) / divisor
+  s = s._replace(momentum=momentum, second_moment=second_moment, factors=factors)
+  return rotate_block(adam, s.bases, axes, back=True), s
 
-  def one_bucket(
-    g: jax.Array,
-    s: BlocksState,
-    number_B: jax.Array,
-    c: dict[str, jax.Array],
-    which: tuple[int, ...],
-  ):
-    """-> (state, direction)."""
-    # A decay of 1 sums instead of averaging, and needs no correction.
-    weight = jnp.where(c["b2"] < 1, 1 - c["b2"], 1)
-    correction = lambda decay: (
-      jnp.where(decay < 1, 1 - decay ** c["t"], 1) if bias_correction else 1
-    )
-    factors = tuple(
-      add_gram(factor, g, axis, c["b2"], weight)
-      for factor, axis in zip(s.factors, which, strict=True)
-    )
 
-    def renew(s, factors):
-      return change_bases(s, tuple(linalg.eigh(factor)[1] for factor in factors), which)[0]
+def _refresh_bases(
+  h: Shampoo, t: jax.Array, axes: tuple[int, ...], s: BlocksState, factors: Arrays, id_B: jax.Array
+) -> BlocksState:
+  def renew(s: BlocksState, factors: Arrays) -> BlocksState:
+    return change_bases(s, tuple(linalg.eigh(factor)[1] for factor in factors), axes)[0]
 
-    s = s._replace(factors=())
-    if which:
-      s = REFRESHES[refresh](
-        grown_older(s), number_B, c["t"], start, precondition_frequency, renew, factors
-      )
+  start, period = factored.first_refresh(h), h.precondition_frequency
+  return REFRESHES[h.refresh](grown_older(s), id_B, t, start, period, renew, factors)
 
-    seen = rotate(g, s.bases, which)
-    momentum, second_moment = (
-      c["b1"] * s.momentum + (1 - c["b1"]) * seen,
-      c["b2"] * s.second_moment + weight * seen * seen,
-    )
-    divisor = (second_moment / correction(c["b2"])) ** c["exponent"] + c["eps"]
-    direction = rotate(momentum / correction(c["b1"]) / divisor, s.bases, which, back=True)
-    return s._replace(momentum=momentum, second_moment=second_moment, factors=factors), direction
 
-  return optax.GradientTransformation(init, update)
+def _correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array | int:
+  """Of an average's bias."""
+  return jnp.where(decay < 1, 1 - decay**t, 1) if h.bias_correction else 1

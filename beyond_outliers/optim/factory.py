@@ -1,62 +1,104 @@
-"""What optimizer factories have in common: integers are structure, not numbers to schedule."""
+"""Optax factories made of sections of the configuration: `muon(learning_rate, *, momentum, ...)`
+out of a function of `config.optimizers.Muon`."""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import functools
 import inspect
 import operator
+import textwrap
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from inspect import Parameter
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-# Annotations of integer arguments, as they are and as modules with postponed evaluation have them.
+from beyond_outliers.config.hyperparameters import OneOf, Section, other_choice
+
+Factory = Callable[..., optax.GradientTransformation]
+
+# Types of hyperparameters that shape the program, as they are and as modules with postponed
+# evaluation have them.
 INTEGERS = (int, int | None, "int", "int | None")
 
-Factory = TypeVar("Factory", bound=Callable[..., Any])
 
+def arguments_of(
+  section: type[Section], *, without: Collection[str] = (), **fixed: Any
+) -> Callable[[Factory], Factory]:
+  """Turns f(h, *, axes, mesh), h being a section, into a factory with arguments as optax has them.
 
-def static_integers(factory: Factory) -> Factory:
-  """Lets optax.inject_hyperparams take a factory as it is: its integers (steps, sizes, periods)
-  shape the program.
+  They are learning_rate, f's own keywords, and by keyword the section's other hyperparameters, with
+  the official values as defaults and its lines as documentation; but for those `without`, which
+  stay official, and those `fixed`. Arrays, which may be traced, and schedules pass unchecked.
 
-  inject_hyperparams makes arrays of Python's ints and floats, but not of numpy's integers: those
-  are the defaults that it sees here. Errors: TypeError when an integer arrives as an array all the
-  same."""
-  signature = inspect.signature(factory)
-  integers = [
-    name for name, parameter in signature.parameters.items() if parameter.annotation in INTEGERS
-  ]
+  optax.inject_hyperparams takes such a factory as it is: it makes arrays of Python's ints and
+  floats, but not of numpy's integers, which are the defaults that it sees here: integers (steps,
+  sizes, periods) shape the program.
 
-  @functools.wraps(factory)
-  def with_static_integers(*args: Any, **kwargs: Any) -> Any:
-    for name in integers:
-      value = kwargs.get(name)
-      if isinstance(value, jax.Array):
-        raise TypeError(
-          f"{name}: must be a Python integer; give inject_hyperparams static_args={name!r}"
-        )
-      if value is not None:
-        kwargs[name] = operator.index(value)
-    return factory(*args, **kwargs)
+  Errors, of the factory: ConfigError naming the argument, its value and the remedy; TypeError when
+  an integer arrives as an array all the same."""
+  fields = {
+    field.name: field
+    for field in dataclasses.fields(section)
+    if field.name not in {"name", *without, *fixed}
+  }
+  integers = [name for name, field in fields.items() if field.type in INTEGERS]
 
-  parameters = [
-    p.replace(default=np.int64(p.default)) if type(p.default) is int else p
-    for p in signature.parameters.values()
-  ]
-  with_static_integers.__signature__ = signature.replace(parameters=parameters)  # pyrefly: ignore[missing-attribute]
-  return with_static_integers  # pyrefly: ignore[bad-return]
-
-
-def one_of(name: str, value: str, allowed: Collection[str]) -> None:
-  """Errors: ValueError naming the argument, its value and the nearest that is allowed."""
-  if value not in allowed:
-    near = difflib.get_close_matches(str(value), list(allowed), n=1)
-    raise ValueError(
-      f"{name} = {value!r}: "
-      + (f"did you mean {near[0]!r}? " if near else "")
-      + "expected one of "
-      + ", ".join(map(repr, allowed))
+  def decorate(function: Factory) -> Factory:
+    own = list(inspect.signature(function).parameters.values())[1:]
+    signature = inspect.Signature(
+      sorted([*own, *map(_parameter, fields.values())], key=lambda parameter: parameter.kind),
+      return_annotation=optax.GradientTransformation,
     )
+
+    @functools.wraps(function)
+    def factory(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+      given = signature.bind(*args, **kwargs).arguments
+      values = {name: value for name, value in given.items() if name in fields}
+      values |= {name: _static(name, values[name]) for name in integers if name in values}
+      h = section.given(name=function.__name__, **fixed, **values)
+      return function(h, **{name: value for name, value in given.items() if name not in fields})
+
+    factory.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{_lines(fields.values())}"
+    factory.__signature__ = signature  # pyrefly: ignore[missing-attribute]
+    return factory
+
+  return decorate
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+  """Errors: ValueError naming the argument, its value and the nearest that is allowed."""
+  remedy = other_choice(value, allowed)
+  if remedy is not None:
+    raise ValueError(f"{name} = {value!r}: {remedy}")
+
+
+def _parameter(field: dataclasses.Field[Any]) -> Parameter:
+  if field.name == "learning_rate":
+    return Parameter(field.name, Parameter.POSITIONAL_OR_KEYWORD)
+  default = field.metadata["official"]
+  if type(default) is int:
+    default = np.int64(default)
+  return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+
+
+def _static(name: str, value: Any) -> int | None:
+  if isinstance(value, jax.Array):
+    raise TypeError(
+      f"{name}: must be a Python integer; give inject_hyperparams static_args={name!r}"
+    )
+  return None if value is None else operator.index(value)
+
+
+def _lines(fields: Collection[dataclasses.Field[Any]]) -> str:
+  """Documentation of hyperparameters, a paragraph each."""
+  paragraphs = []
+  for field in fields:
+    rule = field.metadata["rule"]
+    choices = f" ({' | '.join(rule.choices)})" if isinstance(rule, OneOf) else ""
+    text = f"{field.name}: {field.metadata['doc']}{choices}"
+    paragraphs.append(textwrap.fill(text, 96, subsequent_indent="  "))
+  return "\n".join(paragraphs)

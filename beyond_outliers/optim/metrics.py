@@ -1,5 +1,4 @@
-"""What an optimizer does to a model, in numbers for the log: of its state, and of the change that
-it made."""
+"""Metrics of an optimizer's state, and of the change of the parameters that it made."""
 
 from __future__ import annotations
 
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 from beyond_outliers.optim import blocks
 from beyond_outliers.optim.axes import AxesTree, leaves
 from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
+from beyond_outliers.types import Metrics, Params
 
 # Field of a bucket's state -> how the numbers of all blocks become one.
 FIELDS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp.max}
 
 
-def of_state(opt_state: Any) -> dict[str, jax.Array]:
+def of_state(opt_state: Any) -> Metrics:
   """Of all roots, bases or factors of a preconditioner, for the optimizers that have any. Free: the
   state holds them.
 
@@ -30,7 +30,7 @@ def of_state(opt_state: Any) -> dict[str, jax.Array]:
   return {f"roots/{field}": FIELDS[field](jnp.stack(values)) for field, values in found.items()}
 
 
-def of_update(update: Any, labels: Any, axes: AxesTree = None) -> dict[str, jax.Array]:
+def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:
   """Of the change of the parameters, by group: update_rms/<group>, and update_spectral_norm/<group>
   of its largest matrix.
 
@@ -43,15 +43,12 @@ def of_update(update: Any, labels: Any, axes: AxesTree = None) -> dict[str, jax.
     jax.tree.leaves(update), jax.tree.leaves(labels), leaves(update, axes), strict=True
   ):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares[label], sizes[label] = (
-      squares.get(label, 0) + jnp.sum(x * x),
-      sizes.get(label, 0) + x.size,
-    )
+    squares[label] = squares.get(label, 0) + jnp.sum(x * x)
+    sizes[label] = sizes.get(label, 0) + x.size
     if leaf.is_matrix:
       norms.setdefault(label, []).append(jnp.max(spectral_norm(leaf.split(x))))
-  return {
-    **{f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares},
-    **{
-      f"update_spectral_norm/{label}": jnp.max(jnp.stack(values)) for label, values in norms.items()
-    },
+  rms = {f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares}
+  largest = {
+    f"update_spectral_norm/{label}": jnp.max(jnp.stack(values)) for label, values in norms.items()
   }
+  return {**rms, **largest}

@@ -1,4 +1,4 @@
-"""Training: `run` takes one configuration to a workdir."""
+"""Training: `run` takes one configuration to a workdir, as README.md here describes."""
 
 from beyond_outliers.train.run import run
 

@@ -1,22 +1,64 @@
-"""The parameters of another run for a run to begin with, whatever the recipes of the two."""
+"""Initial state of a run: its newest intact checkpoint, another run's parameters, or fresh ones."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
+import flax.linen as nn
 import jax
 
-from beyond_outliers import checkpoint, config, quant, runs
-from beyond_outliers import workdir as workdir_lib
+from beyond_outliers import config, quant, runs
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
 from beyond_outliers.model import transformer
+from beyond_outliers.model.forward import Forward
+from beyond_outliers.train.program import Program
+from beyond_outliers.train.step import TrainState
+from beyond_outliers.types import Batch, Json, Params
+
+if TYPE_CHECKING:
+  from beyond_outliers import data
+  from beyond_outliers.checkpoint import Checkpoints
 
 # What a model may change between two runs and still compute the same of its parameters, up to
 # rounding.
 MAY_DIFFER = ("init_std", "dtype", "attention", "unroll", "remat")
 
 
-def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
+class Start(NamedTuple):
+  """Where a run begins, or goes on."""
+
+  state: TrainState
+  position: Json | None  # of the data; None: at their beginning
+  seconds: float  # spent training so far
+
+
+def start(
+  program: Program, checkpoints: Checkpoints, batches: data.Batches, say: Callable[[str], None]
+) -> Start:
+  """From the newest intact checkpoint, from `warm_start`'s parameters, or from fresh ones.
+
+  Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit."""
+  c = program.config
+  restored = checkpoints.restore(program.state)
+  if restored is not None:
+    step, state, position, clock = restored
+    say(f"resuming from step {step} of {c.steps}")
+    return Start(state, position, clock["seconds"])
+  state = program.init()
+  if c.warm_start:
+    step, params = warm_start_params(c, program.mesh)
+    say(f"parameters from step {step} of {c.warm_start}")
+  else:
+    params = transformer.without_dot_general_params(c.model, state.params)
+  if jax.tree.structure(params) != jax.tree.structure(state.params):
+    params = _with_scales(program, params, batches)
+  return Start(state._replace(params=params), None, 0.0)
+
+
+def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
   """(step, parameters) of the newest intact checkpoint in `c.warm_start`, placed on the mesh.
 
   Scales that the other run learned are among them where it followed the same rules; otherwise they
@@ -27,8 +69,8 @@ def params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
     step, found = source.restore(mesh)
-  except (checkpoint.CheckpointError, workdir_lib.WorkdirError) as error:
-    raise config.ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
+  except (CheckpointError, WorkdirError) as error:
+    raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)
   return step, found if alike else transformer.without_dot_general_params(c.model, found)
 
@@ -37,8 +79,35 @@ def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> No
   for field in dataclasses.fields(config.Model):
     was, now = getattr(theirs, field.name), getattr(ours, field.name)
     if field.name not in MAY_DIFFER and was != now:
-      raise config.ConfigError(
+      raise ConfigError(
         f"warm_start = {path!r}: model.{field.name} is {was!r} in that run and {now!r} in this "
-        "one; "
-        "take a run of the same model"
+        "one; take a run of the same model"
       )
+
+
+def _with_scales(program: Program, params: Params, batches: data.Batches) -> Params:
+  """The parameters with learned scales, which begin as the first micro-batch says. It is trained
+  on, too."""
+  c = program.config
+  position = batches.state()
+  first = jax.tree.map(lambda x: x[:: c.micro_batches], next(batches))
+  batches.restore(position)
+  begin_scales = jax.jit(
+    make_begin_scales(program.forward),
+    out_shardings=jax.tree.map(lambda x: x.sharding, program.state.params),
+  )
+  rows = c.batch_size // c.micro_batches
+  return begin_scales(params, mesh_lib.put_batch(first, program.mesh, rows))
+
+
+def make_begin_scales(forward: Forward) -> Callable[[Params, Batch], Params]:
+  """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on
+  the batch lets them begin."""
+
+  def begin_scales(params: Params, batch: Batch) -> Params:
+    # Flax asks for a key to make parameters with; these draw nothing from it.
+    rngs = {"params": jax.random.key(0)}
+    _, whole = forward(params, batch, mutable=["params"], rngs=rngs)
+    return nn.unbox(whole["params"])
+
+  return begin_scales

@@ -8,29 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers import quant
-from beyond_outliers.model import linears, loss, transformer
-from beyond_outliers.model.loss import Batch
+from beyond_outliers.model import loss
+from beyond_outliers.model.forward import Forward
+from beyond_outliers.types import Batch, Metrics, Params
 
-LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-  """All that a run carries from step to step; what a checkpoint's item `state` holds."""
+  """State that a run carries from step to step, and that a checkpoint's item `state` holds."""
 
   step: jax.Array  # int32: updates done, skipped ones included
-  params: Any
+  params: Params
   opt_state: Any
   skipped: jax.Array  # int32: updates skipped so far because loss or gradient was not finite
   skipped_in_a_row: jax.Array  # int32
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+  """State at step 0, with the optimizer's fresh state."""
   # Three buffers: a donated state must not hold one twice.
   return TrainState(
     jnp.zeros((), jnp.int32),
@@ -41,13 +41,13 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
   )
 
 
-def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn:
+def make_loss_fn(forward: Forward) -> LossFn:
   """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their
   number})."""
 
-  def loss_fn(params, batch, rng):
+  def loss_fn(params: Params, batch: Batch, rng: jax.Array):
     weight = jnp.sum(batch["weights"])
-    nll_BxL = loss.token_losses(model, params, batch, mask_documents, rng)
+    nll_BxL = loss.token_losses(forward, params, batch, rng)
     return jnp.sum(nll_BxL * batch["weights"]) / jnp.maximum(weight, 1), {"weight": weight}
 
   return loss_fn
@@ -55,7 +55,7 @@ def make_loss_fn(model: transformer.Transformer, mask_documents: bool) -> LossFn
 
 def accumulate(
   loss_fn: LossFn, micro_batches: int
-) -> Callable[[Any, Batch, jax.Array], tuple[Any, Any]]:
+) -> Callable[[Params, Batch, jax.Array], tuple[Any, Params]]:
   """value_and_grad over a batch cut into parts: the loss and gradient of the whole, with the memory
   of a part."""
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -92,9 +92,9 @@ def make_train_step(
   *,
   seed: int,
   micro_batches: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """One update. A loss or gradient that is not finite leaves parameters and optimizer state as they
-  were, and is counted.
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """train_step(state, batch) -> (state, metrics): one update. A loss or gradient that is not finite
+  leaves parameters and optimizer state as they were, and is counted.
 
   Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group>
     (of this update)."""
@@ -135,44 +135,3 @@ def make_train_step(
     }
 
   return train_step
-
-
-def make_quant_statistics(
-  model: transformer.Transformer, recipe: quant.Recipe, mask_documents: bool
-) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-  """quant_statistics(params, params before the last step, batch) -> what quant/metrics.py knows of
-  the linear layers."""
-  c = model.config
-
-  def quant_statistics(params, before, batch):
-    _, sown = model.apply(
-      {"params": params},
-      batch["tokens"],
-      *loss.masks(batch, mask_documents),
-      mutable=["statistics"],
-    )
-    return {
-      **quant.metrics.of_weights(recipe, linears.linears(c, params), linears.linears(c, before)),
-      **quant.metrics.of_activations(linears.of_dot_generals(c, sown.get("statistics", {}))),
-    }
-
-  return quant_statistics
-
-
-def make_begin_scales(
-  model: transformer.Transformer, mask_documents: bool
-) -> Callable[[Any, Batch], Any]:
-  """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on
-  the batch lets them begin."""
-
-  def begin_scales(params, batch):
-    _, whole = model.apply(
-      {"params": params},
-      batch["tokens"],
-      *loss.masks(batch, mask_documents),
-      mutable=["params"],
-      rngs={"params": jax.random.key(0)},
-    )  # drawn from by nothing
-    return nn.unbox(whole["params"])
-
-  return begin_scales

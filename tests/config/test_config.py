@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -49,7 +50,7 @@ def named(name: str, arg: str = "") -> config.Config:
 )
 def test_every_config_and_every_size_builds_with_the_parameters_it_says(name, size):
   c = named(name, size)
-  program = program_lib.build(c)
+  program = program_lib.build_program(c)
   expected, tolerance = PARAMETERS[size]
   count = transformer.count(program.state.params)["total"]
   assert count == pytest.approx(expected, rel=tolerance)
@@ -89,7 +90,7 @@ def test_derived_values_follow_what_they_derive_from():
     1024,
   )
   assert c.eval.batch_size == 8
-  count = transformer.count(program_lib.build(config.resolve(c)).state.params)["total"]
+  count = transformer.count(program_lib.build_program(config.resolve(c)).state.params)["total"]
   assert c.steps == -(-20 * count // (8 * 256)) != before
   c.steps = 90
   assert (c.checkpoint.every, c.eval.every) == (23, 30)
@@ -278,6 +279,14 @@ def test_importing_the_configuration_imports_no_library():
     [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent, check=True
   )
   assert result.stdout.strip() == "set()"
+
+
+def test_the_guide_lists_every_section():
+  text = (CONFIGS / "README.md").read_text().split("## Sections\n")[1].split("\n## ")[0]
+  cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("|")]
+  sections = [section for section, _ in cells[3:]]
+  listed = re.findall(r"`(\w+)`", " ".join([cells[2][1], *sections]))
+  assert sorted(listed) == sorted(config.to_dict(named("adamw")))
 
 
 def test_every_knob_has_a_comment_on_its_line():

@@ -12,8 +12,11 @@ import pytest
 
 from beyond_outliers import config, optim
 from beyond_outliers.config import optimizers, sweeps
-from beyond_outliers.optim import shampoo as shampoo_factory
+from beyond_outliers.optim import grafting, refresh
 from beyond_outliers.optim.linalg import inverse_root, newton_schulz
+from beyond_outliers.optim.muon import SCALES
+from beyond_outliers.optim.psgd import NOISE
+from beyond_outliers.optim.scion import NORMS
 
 CONFIGS = sorted(
   path
@@ -61,16 +64,19 @@ def test_a_sweep_has_five_rates_a_factor_of_root_ten_apart_around_the_chosen_one
 def test_choices_are_those_of_the_tables():
   """The configuration stands below the optimizers, so it names their rows itself."""
   assert set(optimizers.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
-  module = inspect.getmodule(inspect.unwrap(shampoo_factory))
-  c = get_config("shampoo")
-  for field, table in (
-    ("root", inverse_root.ROOTS),
-    ("grafting", module.GRAFTS),
-    ("refresh", module.REFRESHES),
+  assert set(optimizers.ITERATION_DTYPES) == set(newton_schulz.DTYPES)
+  for name, field, table in (
+    ("muon", "scale", SCALES),
+    ("scion", "norm", NORMS),
+    ("psgd", "noise", NOISE),
+    ("shampoo", "root", inverse_root.ROOTS),
+    ("shampoo", "grafting", grafting.GRAFTS),
+    ("shampoo", "refresh", refresh.REFRESHES),
   ):
     for row in table:
-      resolved = config.resolve(config.override(get_config("shampoo"), {f"optimizer.{field}": row}))
+      resolved = config.resolve(config.override(get_config(name), {f"optimizer.{field}": row}))
       assert getattr(resolved.optimizer.default, field) == row
+  c = get_config("shampoo")
   with pytest.raises(config.ConfigError, match=r"optimizer\.root = 'cholesky': expected one of"):
     config.resolve(config.override(c, {"optimizer.root": "cholesky"}))
 

@@ -456,7 +456,7 @@ def test_progress_is_told(make_config, monkeypatch):
 
 def test_the_command_prepares_verifies_and_says_so(make_config, capsys):
   dataset = data.prepare(make_config(reader="tfds"), log=quiet)
-  lines = prepare.summary(dataset).splitlines()
+  lines = prepare.describe_dataset(dataset).splitlines()
   assert (
     dataset.directory in lines[0]
     and "train: 55 documents" in lines[1]

@@ -96,7 +96,7 @@ def test_a_target_without_weight_counts_nowhere():
   """Through the compiled step: neither the first target of a masked document, nor padding, nor rows
   beyond the end."""
   tiny = "nano,model.blocks=1,model.d_head=4,data.vocab=32,context=8,batch_size=8"
-  program = program_lib.build(config.resolve(adamw.get_config(tiny)))
+  program = program_lib.build_program(config.resolve(adamw.get_config(tiny)))
   params = program.init().params
   rng = np.random.default_rng(0)
   batch = {

@@ -149,7 +149,7 @@ def check_and_lose(self, step):
     shutil.rmtree(self.directory / "10")
   return verdict
 checkpoint.Checkpoints._damage = check_and_lose
-cli.run(evaluate.main)
+cli.run_command(evaluate.main)
 """
 
 

@@ -183,27 +183,27 @@ def test_names_and_merged_dims(block_size, merge_up_to, names):
   assert list(layout.buckets) == names
 
 
-def test_numbers_count_on_from_bucket_to_bucket(maybe_mesh):
+def test_ids_count_on_from_bucket_to_bucket(maybe_mesh):
   """Whatever the number of devices: only padding, behind the real blocks, differs."""
   layout = blocks.layout(numbered(), AXES, mesh=maybe_mesh, block_size=4)
-  real = [layout.numbers()[name][: bucket.count] for name, bucket in layout.buckets.items()]
+  real = [layout.block_ids()[name][: bucket.count] for name, bucket in layout.buckets.items()]
   np.testing.assert_array_equal(np.concatenate(real), np.arange(sum(map(len, real))))
   assert all(
-    len(layout.numbers()[name]) == bucket.padded for name, bucket in layout.buckets.items()
+    len(layout.block_ids()[name]) == bucket.padded for name, bucket in layout.buckets.items()
   )
 
 
-def test_constants_are_those_of_the_leaf(maybe_mesh):
+def test_values_are_those_of_the_leaf(maybe_mesh):
   tree = {
     name: jnp.full(shape, 1.0 + number) for number, (name, shape) in enumerate(SHAPES.items())
   }
   layout = blocks.layout(tree, AXES, mesh=maybe_mesh, block_size=4)
-  constants = layout.constants(lambda leaf: 1.0 + list(SHAPES).index(leaf.path))
+  values = layout.per_block(lambda leaf: 1.0 + list(SHAPES).index(leaf.path))
   for name, stack in jax.jit(layout.stack)(tree).items():
-    assert isinstance(constants[name], np.ndarray)
+    assert isinstance(values[name], np.ndarray)
     of_blocks = np.asarray(stack).reshape(stack.shape[0], -1)
     np.testing.assert_array_equal(
-      of_blocks, np.broadcast_to(constants[name][:, None], of_blocks.shape)
+      of_blocks, np.broadcast_to(values[name][:, None], of_blocks.shape)
     )
 
 
@@ -227,7 +227,7 @@ def test_each_device_sees_its_own_blocks_without_communication(mesh):
       name: (x + common["table"].sum(), jnp.full(x.shape[0], device)) for name, x in stacks.items()
     }
 
-  local = jax.jit(layout.local(on_a_device))
+  local = jax.jit(layout.on_each_device(on_a_device))
   stacks, common = jax.jit(layout.stack)(tree), {"table": jnp.arange(3.0)}
   for name, (shifted, device) in local(stacks, common).items():
     share = layout.buckets[name].padded // 8
@@ -248,9 +248,15 @@ def test_each_device_sees_its_own_blocks_without_communication(mesh):
   assert not [kind for kind in ("all-", "collective-", "reduce-scatter") if kind in program]
 
 
-def test_on_one_device_local_is_the_function_itself():
+def test_on_one_device_it_is_the_function_itself():
   for grid in (None, make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])):
-    assert blocks.layout(numbered(), AXES, mesh=grid).local(min) is min
+    assert blocks.layout(numbered(), AXES, mesh=grid).on_each_device(min) is min
+
+
+def zeros(layout):
+  return {
+    name: bucket.zeros(*bucket.shape, dtype=layout.dtype) for name, bucket in layout.buckets.items()
+  }
 
 
 def test_dtypes(mesh):
@@ -270,16 +276,14 @@ def test_dtypes(mesh):
     if eqn.primitive.name == "sharding_constraint"
   } == {"float32", "bfloat16"}
   stacks = jax.jit(layout.stack)(tree)
-  assert {x.dtype for x in stacks.values()} == {jnp.dtype("float32")} and jax.tree.map(
-    jnp.shape, layout.zeros()
-  ) == {"3x4": (8, 3, 4), "4": (8, 4)}
+  assert {x.dtype for x in stacks.values()} == {jnp.dtype("float32")}
+  assert jax.tree.map(jnp.shape, zeros(layout)) == {"3x4": (8, 3, 4), "4": (8, 4)}
   back = layout.unstack(stacks, tree)
   assert jax.tree.map(lambda x: x.dtype, back) == jax.tree.map(lambda x: x.dtype, tree)
   with jax.enable_x64(True):
     wide = blocks.layout({"w": jnp.zeros((2, 3), jnp.float64), "b": jnp.zeros(3)})
-    assert wide.dtype == jnp.float64 and {x.dtype for x in wide.zeros().values()} == {
-      jnp.dtype("float64")
-    }
+    assert wide.dtype == jnp.float64
+    assert {x.dtype for x in zeros(wide).values()} == {jnp.dtype("float64")}
     exact = {"w": jnp.full((2, 3), 1 / 3, jnp.float64), "b": jnp.ones(3)}
     np.testing.assert_array_equal(wide.unstack(wide.stack(exact), exact)["w"], 1 / 3)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from beyond_outliers import config, optim
-from beyond_outliers.config import optimizers
+from beyond_outliers.config import hyperparameters, optimizers
 from beyond_outliers.optim import groups
 from beyond_outliers.train import program as program_lib
 from configs import adamw, base
@@ -83,7 +83,7 @@ def test_state_and_dtypes_keep_their_structure_over_a_step():
 )
 def test_moments_lie_where_their_parameters_lie(axes):
   shape = "nano,model.blocks=1,model.heads=6,model.d_head=4,data.vocab=64,context=8,batch_size=8,"
-  program = program_lib.build(config.resolve(adamw.get_config(shape + axes)))
+  program = program_lib.build_program(config.resolve(adamw.get_config(shape + axes)))
   state = program.init()
   of_parameter = {
     groups.path_of(path): x.sharding
@@ -149,7 +149,7 @@ def test_a_group_may_have_an_optimizer_of_its_own():
   )
   with pytest.MonkeyPatch.context() as patch:
     other = dataclasses.make_dataclass(
-      "Other", [("name", str), ("learning_rate", float), ("momentum", float)], frozen=True
+      "Other", [("momentum", float)], bases=(hyperparameters.Section,), frozen=True
     )
     patch.setitem(config.OPTIMIZERS, "other", other)
     c.optimizer.learning_rate = 0.2

@@ -123,7 +123,7 @@ class Run:
     groups = {label: config.Group(paths, section) for label, paths in GROUPS.items()}
     self.start = normal(0)
     self.optimizer = optim.build(
-      config.Optimizer(section, groups),
+      config.OptimizerGroups(section, groups),
       self.start,
       STEPS,
       axes=AXES,
@@ -425,7 +425,7 @@ def test_every_parameter_of_the_model_has_one_group(name):
   """Of every configuration: no other group's paths match it, so that their order does not
   matter."""
   c = config.resolve(importlib.import_module(f"configs.{name}").get_config("nano"))
-  program = program_lib.build(c, jax.devices()[:1])
+  program = program_lib.build_program(c, jax.devices()[:1])
   labels = {
     path_of(path): label
     for path, label in jax.tree_util.tree_leaves_with_path(program.optimizer.labels)

@@ -1,6 +1,8 @@
 """optax.inject_hyperparams takes every factory as it is: numbers may change at every step, integers
 never."""
 
+import dataclasses
+import functools
 import inspect
 
 import jax
@@ -9,29 +11,32 @@ import numpy as np
 import optax
 import pytest
 
+from beyond_outliers import config
+from beyond_outliers.config.hyperparameters import Section, at_least, official, one_of
 from beyond_outliers.optim import factory
 
 
-@factory.static_integers
-def scaled(
-  learning_rate,
-  *,
-  steps: int = 3,
-  period: int | None = None,
-  size: int | None = None,
-  decay: float = 0.5,
-  offset=0.0,
-  flag: bool = True,
-  name: str = "a",
-):
+@dataclasses.dataclass(frozen=True)
+class Scaled(Section):
+  steps: int = official(3, "how often updates are scaled", at_least(1))
+  rounds: int | None = official(None, "more of these")
+  size: int | None = official(None, "nothing")
+  decay: float = official(0.5, "what they are scaled by", at_least(0))
+  offset: float = official(0.0, "added in the end")
+  flag: bool = official(True, "nothing")
+  word: str = official("a", "nothing", one_of("a", "abc"))
+
+
+@factory.arguments_of(Scaled)
+def scaled(h):
   """A factory whose program is as long as `steps`."""
-  assert {type(value) for value in (steps, period, size)} <= {int, type(None)}
+  assert {type(value) for value in (h.steps, h.rounds, h.size)} <= {int, type(None)}
 
   def update(updates, state, params=None):
     del params
-    for _ in range(steps + (period or 0)):
-      updates = jax.tree.map(lambda u: decay * u, updates)
-    return jax.tree.map(lambda u: learning_rate * u + offset, updates), state
+    for _ in range(h.steps + (h.rounds or 0)):
+      updates = jax.tree.map(lambda u: h.decay * u, updates)
+    return jax.tree.map(lambda u: h.learning_rate * u + h.offset, updates), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -42,12 +47,12 @@ def test_the_signature_and_the_defaults_are_the_factorys_own():
   assert defaults == {
     "learning_rate": inspect.Parameter.empty,
     "steps": 3,
-    "period": None,
+    "rounds": None,
     "size": None,
     "decay": 0.5,
     "offset": 0.0,
     "flag": True,
-    "name": "a",
+    "word": "a",
   }
   updates, _ = scaled(2.0).update(jnp.ones(2), optax.EmptyState())
   np.testing.assert_array_equal(updates, 2 * 0.5**3)
@@ -74,7 +79,7 @@ def test_integers_of_all_kinds_are_pythons(value):
   np.testing.assert_array_equal(updates, 2 * 0.5**2)
 
 
-@pytest.mark.parametrize("argument", ["steps", "period"])
+@pytest.mark.parametrize("argument", ["steps", "rounds"])
 def test_an_integer_that_is_traced_is_refused_with_the_remedy(argument):
   params = {"w": jnp.ones(2)}
   with pytest.raises(
@@ -90,12 +95,56 @@ def test_an_integer_that_is_traced_is_refused_with_the_remedy(argument):
   assert tx.init(params).hyperparams.keys() == {"learning_rate", "decay", "offset"}
 
 
+def test_the_lines_of_hyperparameters_are_documentation():
+  lines = scaled.__doc__.splitlines()
+  assert lines[0] == "A factory whose program is as long as `steps`."
+  assert lines[-1] == "word: nothing (a | abc)"
+  assert lines[2:5] == [
+    "learning_rate: of the whole step; also a schedule",
+    "steps: how often updates are scaled",
+    "rounds: more of these",
+  ]
+
+
+def test_a_factory_may_leave_hyperparameters_official_or_fix_them():
+  @factory.arguments_of(Scaled, without=("learning_rate", "rounds"), steps=1)
+  def fixed(h, *, axes=None):
+    return h, axes
+
+  assert list(inspect.signature(fixed).parameters)[:2] == ["axes", "size"]
+  h, axes = fixed(decay=0.25, axes="given")
+  assert axes == "given"
+  assert h == Scaled("fixed", 1.0, 1, None, None, 0.25, 0.0, True, "a")
+  for name in ("learning_rate", "rounds", "steps"):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+      fixed(**{name: 1})
+
+
+@pytest.mark.parametrize(
+  "hyper, message",
+  [
+    (dict(decay=-1.0), "^decay = -1.0: expected at least 0$"),
+    (dict(steps=0), "^steps = 0: expected at least 1$"),
+    (dict(word="abd"), r"^word = 'abd': did you mean 'abc'\? expected one of 'a', 'abc'$"),
+  ],
+)
+def test_a_value_that_breaks_its_rule_is_refused(hyper, message):
+  with pytest.raises(config.ConfigError, match=message):
+    scaled(2.0, **hyper)
+
+
+def test_what_is_traced_or_scheduled_is_not_looked_at():
+  scaled(lambda count: -1.0, decay=jnp.float32(-1.0))
+  jax.jit(lambda decay: scaled(2.0, decay=decay).update(jnp.ones(2), optax.EmptyState())[0])(-1.0)
+  assert functools.partial(scaled, steps=2)(2.0).init({}) == optax.EmptyState()
+
+
 def test_a_name_that_is_not_allowed_brings_the_nearest():
-  factory.one_of("scale", "original", {"original": 1, "other": 2})
+  factory.check_choice("scale", "original", {"original": 1, "other": 2})
   with pytest.raises(
     ValueError,
     match=r"^scale = 'orignal': did you mean 'original'\? expected one of 'original', 'other'$",
   ):
-    factory.one_of("scale", "orignal", ("original", "other"))
+    factory.check_choice("scale", "orignal", ("original", "other"))
   with pytest.raises(ValueError, match=r"^scale = 'xyz': expected one of 'original', 'other'$"):
-    factory.one_of("scale", "xyz", ("original", "other"))
+    factory.check_choice("scale", "xyz", ("original", "other"))

@@ -50,7 +50,7 @@ def test_the_first_group_that_matches_a_whole_path_wins():
 )
 def test_the_studys_groups_hold_every_parameter(name, switches):
   """embedding: the table; vector: gains and scales; hidden: matrices, also a head of its own."""
-  program = program_lib.build(
+  program = program_lib.build_program(
     config.resolve(importlib.import_module(f"configs.{name}").get_config("nano" + switches))
   )
   labels = {
@@ -89,7 +89,7 @@ def test_a_group_without_parameters_is_named():
 def test_learned_scales_are_a_group_where_there_are_some():
   others = {"embedding", "vector", "hidden"}
   for recipe, expected in (("quest_w4a4", others), ("lsq_w4a4", {*others, "scale"})):
-    optimizer = program_lib.build(
+    optimizer = program_lib.build_program(
       config.resolve(configs.adamw.get_config(f"nano,quant.recipe={recipe}"))
     ).optimizer
     assert set(optimizer.schedules) == set(jax.tree.leaves(optimizer.labels)) == expected

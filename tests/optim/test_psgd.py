@@ -9,7 +9,6 @@ psgd_fixture_torch.npz: matrices A (12, 12) and B (8, 8) of condition 1000 and 1
 
 import functools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ import pytest
 from beyond_outliers import config, optim
 from beyond_outliers.mesh import make_mesh
 from beyond_outliers.optim.axes import matrix_mask
-from beyond_outliers.optim.linalg import triangular
+from beyond_outliers.optim.linalg import chunks, triangular
 from beyond_outliers.optim.psgd import normal as normal_probes
 from beyond_outliers.optim.psgd import psgd, scale_by_psgd
 
@@ -194,7 +193,7 @@ def test_panels_make_whole_products():
       triangular.transposed_solve(q, x),
       triangular.square(q),
       triangular.column_squares(gram),
-      triangular.product(gram, q),
+      triangular.triangle_product(gram, q),
       triangular.transposed_solve(0 * q, x),
     )
 
@@ -318,7 +317,7 @@ def test_which_axes_have_triangles():
 def test_blocks_are_worked_on_a_few_at_a_time(monkeypatch):
   gradients = [{"w": jnp.asarray(normal(t, 3, 4, 6))} for t in range(2)]
   together = run(gradients)[-1]
-  monkeypatch.setattr(sys.modules["beyond_outliers.optim.psgd"], "CHUNK", 2 * 24)
+  monkeypatch.setattr(chunks, "CHUNK", 2 * 24)
   map_matrices = run(gradients, probes=lambda *args: normal_probes(*args))[-1]  # another program
   for x, y in zip(jax.tree.leaves(map_matrices), jax.tree.leaves(together), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo
 from beyond_outliers.model import linears, transformer
+from beyond_outliers.model.forward import make_forward
 from beyond_outliers.quant import (
   RECIPES,
   LayerRecipe,
@@ -23,7 +24,7 @@ from beyond_outliers.quant import (
   quantize_array,
 )
 from beyond_outliers.quant.rotations import rotate, unrotate
-from beyond_outliers.train import step
+from beyond_outliers.train.program import make_quant_statistics
 
 # Heads are as wide as a rotation's block: see test_model.py.
 MODEL = config.Model(
@@ -68,7 +69,8 @@ def measured(recipe, params=None, before=None, c=MODEL, backend="jax"):
   model = transformer.Transformer(c, dot_general_for(recipe, backend))
   params = params_of(model) if params is None else params
   before = jax.tree.map(lambda x: 1.01 * x + 0.01, params) if before is None else before
-  found = jax.jit(step.make_quant_statistics(model, recipe, False))(params, before, BATCH)
+  quant_statistics = make_quant_statistics(make_forward(model, False), c, recipe)
+  found = jax.jit(quant_statistics)(params, before, BATCH)
   return {name: float(value) for name, value in found.items()}
 
 
@@ -238,7 +240,8 @@ def test_scanned_unrolled_and_sharded_are_one(name):
     unrolled = measured(recipe, params, before, dataclasses.replace(wide, unroll=0, remat="full"))
     with mesh_lib.use(mesh):
       of_all = jax.jit(
-        step.make_quant_statistics(model, recipe, False), in_shardings=(shardings, shardings, None)
+        make_quant_statistics(make_forward(model, False), wide, recipe),
+        in_shardings=(shardings, shardings, None),
       )
       sharded = {key: float(value) for key, value in of_all(params, before, BATCH).items()}
   kinds = [*linears.linear_paths(MODEL), "head"]

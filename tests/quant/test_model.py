@@ -267,7 +267,7 @@ def test_a_run_goes_on_in_four_bits_from_full_precision(trained):
 def test_evaluation_is_of_the_quantized_model(trained, tiny):
   """The loss of the same parameters, with and without the recipe."""
   c = config.resolve(adamw.get_config(tiny(**{"quant.recipe": "quest_w4a4"})))
-  program = program_lib.build(c, jax.devices()[:1])
+  program = program_lib.build_program(c, jax.devices()[:1])
   params = fresh(program.model)
   batch = {
     name: jnp.ones((8, 32), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")
@@ -309,7 +309,7 @@ def test_evaluation_is_of_the_quantized_model(trained, tiny):
 )
 def test_what_a_run_refuses(overrides, message):
   with pytest.raises(config.ConfigError, match=message):
-    program_lib.build(
+    program_lib.build_program(
       config.resolve(shampoo_qat.get_config("nano," + overrides)), jax.devices()[:1]
     )
 
@@ -320,7 +320,7 @@ def test_a_mesh_that_would_cut_blocks_is_refused(tiny):
     config.ConfigError,
     match=r"mesh.model = 2: layers/0/attention/o sums over 48 numbers, 24 on each",
   ):
-    program_lib.build(c)
+    program_lib.build_program(c)
 
 
 def test_trees_hold_boxes_of_learned_scales():

@@ -120,7 +120,7 @@ def test_inputs_that_are_always_zero_leave_their_rows_rounded_alone():
   spec, gram = QuantSpec(4), jnp.asarray(x.T @ x / len(x))
   scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
   codes = np.asarray(gptq.gptq(jnp.asarray(w), scale, spec, gram).codes)
-  alone = np.asarray(gptq.nearest(jnp.asarray(w), scale, spec, None).codes)
+  alone = np.asarray(gptq.round_to_nearest(jnp.asarray(w), scale, spec, None).codes)
   np.testing.assert_array_equal(codes[5], alone[5])
   np.testing.assert_array_equal(
     gptq.gptq(jnp.asarray(w), scale, spec, jnp.zeros_like(gram)).codes, alone

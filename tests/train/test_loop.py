@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import checkpoint, config, optim
-from beyond_outliers.train import loop, step
+from beyond_outliers.train import hooks, loop, step
 
 OPTIONS = config.Checkpoint(every=4, keep=100, keep_every=0, verify=False)
 
@@ -91,7 +91,7 @@ def train_step(state, batch):
 
 
 def make_log(sinks, clock, every=2, num_steps=7, first=0, max_skipped=3):
-  return loop.Log(
+  return hooks.LogMetrics(
     every,
     sinks,
     clock,
@@ -106,21 +106,21 @@ def make_log(sinks, clock, every=2, num_steps=7, first=0, max_skipped=3):
 
 def test_fit_calls_every_hook_after_every_step_that_is_left():
   calls = []
-  hooks = [
+  recorders = [
     lambda number, state, metrics, name=name: calls.append(
       (name, number, int(state.step), float(state.params["w"][0]))
     )
     for name in "ab"
   ]
   batches = iter(range(100))
-  state = loop.fit(train_step, start(3), batches, hooks, 6)
+  state = loop.fit(train_step, start(3), batches, recorders, 6)
   assert calls == [
     (name, number, number, total)
     for number, total in ((4, 0.0), (5, 1.0), (6, 3.0))
     for name in "ab"
   ]
   assert int(state.step) == 6 and next(batches) == 3, "a batch was read and not trained on"
-  assert loop.fit(train_step, state, batches, hooks, 6) is state and len(calls) == 6
+  assert loop.fit(train_step, state, batches, recorders, 6) is state and len(calls) == 6
 
 
 def test_rows_have_the_names_that_users_hold_on_to(device):
@@ -227,7 +227,7 @@ def test_evaluation_comes_at_its_steps_after_the_row_that_was_held_back(device):
     device.now += 30.0
     return {"loss": float(params["w"][0]), "bits_per_byte": None}
 
-  evaluate = loop.Evaluate(2, validate, [sink], clock, num_steps=5, before=log.flush)
+  evaluate = hooks.Evaluate(2, validate, [sink], clock, num_steps=5, before=log.flush)
   loop.fit(device.train_step, start(), iter(range(1, 99)), [log, evaluate], 5)
   assert [(row["step"], "eval/loss" in row) for row in sink] == [
     (2, False),
@@ -252,7 +252,7 @@ def checkpoints(tmp_path):
 
 
 def make_save(checkpoints, num_steps, before=lambda: None, clock=None):
-  return loop.Save(
+  return hooks.Save(
     OPTIONS,
     checkpoints,
     lambda: {"batches": 7},
@@ -324,7 +324,7 @@ def test_asked_to_stop_during_the_last_step_a_run_is_done(checkpoints):
 
 @pytest.mark.parametrize("first, traces", [(0, 1), (2, 1), (3, 0), (4, 0)])
 def test_a_profile_is_taken_of_its_steps_by_a_run_that_is_there_in_time(tmp_path, first, traces):
-  profile = loop.Profile(tmp_path, 4, 2)
+  profile = hooks.Profile(tmp_path, 4, 2)
   loop.fit(train_step, start(first), iter([1.0] * 9), [profile], 6)
   assert len(list(tmp_path.rglob("*.xplane.pb"))) == traces
   with pytest.raises(RuntimeError):
@@ -342,7 +342,7 @@ def test_schedules_that_are_logged_are_those_that_train():
   loss_fn = lambda p, batch, rng: (jnp.sum(p["w"]) * batch, {"weight": jnp.ones(())})
   run = jax.jit(step.make_train_step(loss_fn, tx, {"hidden": schedule}, seed=0))
   state = step.init_state({"w": jnp.zeros(())}, tx)
-  log = loop.Log(
+  log = hooks.LogMetrics(
     1,
     [sink],
     loop.Clock(),

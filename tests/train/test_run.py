@@ -12,6 +12,8 @@ import pytest
 from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
+from beyond_outliers.model.forward import make_forward
+from beyond_outliers.train import describe, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
@@ -79,7 +81,7 @@ def test_golden_losses(finished):
 def test_the_checkpoint_of_a_step_holds_the_parameters_of_that_step(finished, tmp_path):
   """Training goes on while a checkpoint is written, into the very buffers it is written from."""
   c, workdir = finished
-  program = program_lib.build(c, jax.devices()[:1])
+  program = program_lib.build_program(c, jax.devices()[:1])
   dataset = data.prepare(c.data, log=quiet)
   with mesh.use(program.mesh):
     state = program.init()
@@ -140,7 +142,7 @@ def test_eight_devices_agree_with_one(finished, tiny_config, axes):
   found = {}
   for devices, sizes in ((1, dict(data=1, fsdp=1, model=1)), (8, axes)):
     c = tiny_config(**{f"mesh.{name}": size for name, size in sizes.items()}, steps=20)
-    program = program_lib.build(c, jax.devices()[:devices])
+    program = program_lib.build_program(c, jax.devices()[:devices])
     traces = []
     batches = data.train_batches(
       dataset, c.data, context=c.context, batch_size=c.batch_size, seed=1
@@ -224,8 +226,8 @@ def test_dry_run_says_what_a_step_takes(tiny_config, tmp_path):
   assert run(c, tmp_path / "dry", 8, dry_run=True, say=said.append) == "done"
   assert not (tmp_path / "dry").exists()
   text = "\n".join(said)
-  program = program_lib.build(c)
-  held = program_lib.shard_bytes(program.state.params)
+  program = program_lib.build_program(c)
+  held = describe.shard_bytes(program.state.params)
   assert (
     f"{held / 2**20:,.1f} MiB" in text
     and "memory on each of 8 devices" in text
@@ -264,7 +266,7 @@ def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatc
   def fail(*args):
     raise MemoryError("no more")
 
-  monkeypatch.setattr(train.loop, "fit", fail)
+  monkeypatch.setattr(loop, "fit", fail)
   with pytest.raises(MemoryError):
     run(tiny_config(), tmp_path / "run")
   status = runs.open(tmp_path / "run").status
@@ -282,7 +284,8 @@ def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_pat
 def first_loss(workdir):
   """Of a run's model on its first batch, its last parameters given."""
   opened = runs.open(workdir)
-  loss_fn = jax.jit(step_lib.make_loss_fn(opened.model, opened.config.data.mask_documents))
+  forward = make_forward(opened.model, opened.config.data.mask_documents)
+  loss_fn = jax.jit(step_lib.make_loss_fn(forward))
   return float(
     loss_fn(
       opened.params(),
@@ -355,7 +358,7 @@ def test_a_warm_start_from_nowhere_is_refused(tiny_config, tmp_path):
 
 def test_a_model_axis_that_would_cut_heads_is_refused(tiny_config):
   with pytest.raises(config.ConfigError, match=r"mesh.model = 4: must divide model.kv_heads \(2\)"):
-    program_lib.build(tiny_config(**{"mesh.model": 4}))
+    program_lib.build_program(tiny_config(**{"mesh.model": 4}))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 from beyond_outliers import config
 from beyond_outliers.evaluate import steps
 from beyond_outliers.model import loss, transformer
+from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import step
 from configs import adamw
 
@@ -34,7 +35,7 @@ def params(model):
 def losses(model):
   """losses(mask_documents)(params, batch) -> [B, L]"""
   return {
-    mask: jax.jit(lambda p, b, mask=mask: loss.token_losses(model, p, b, mask))
+    mask: jax.jit(lambda p, b, mask=mask: loss.token_losses(make_forward(model, mask), p, b))
     for mask in (True, False)
   }
 
@@ -80,11 +81,11 @@ def test_the_loss_is_the_weighted_mean_of_minus_log_p(model, params):
   weights = np.asarray(batch["weights"])
   assert nll.std() > 0.3, "too even to tell one target from another"
 
-  value, aux = jax.jit(step.make_loss_fn(model, False))(params, batch, KEY)
+  value, aux = jax.jit(step.make_loss_fn(make_forward(model, False)))(params, batch, KEY)
   np.testing.assert_allclose(value, (nll * weights).sum() / weights.sum(), rtol=1e-5)
   assert aux["weight"] == weights.sum()
 
-  eval_step = jax.jit(steps.make_eval_step(model, False))
+  eval_step = jax.jit(steps.make_eval_step(make_forward(model, False)))
   got, documents = eval_step(params, batch)
   np.testing.assert_allclose(got, nll * (weights > 0), rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(documents, batch["segment_ids"] * (weights > 0))
@@ -103,7 +104,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(model, params):
   for micro_batches in (1, 4):
     train_step = jax.jit(
       step.make_train_step(
-        step.make_loss_fn(model, False), tx, {}, seed=0, micro_batches=micro_batches
+        step.make_loss_fn(make_forward(model, False)), tx, {}, seed=0, micro_batches=micro_batches
       )
     )
     after[micro_batches] = train_step(step.init_state(params, tx), batch)
@@ -259,10 +260,10 @@ def test_documents_are_masked_only_when_asked_for(losses, params):
 def test_the_switch_reaches_training_and_evaluation(model, losses, params, mask_documents):
   batch = make_batch()
   weights = batch["weights"]
-  value, _ = jax.jit(step.make_loss_fn(model, mask_documents))(params, batch, KEY)
+  value, _ = jax.jit(step.make_loss_fn(make_forward(model, mask_documents)))(params, batch, KEY)
   expected = losses[mask_documents](params, batch) * weights
   np.testing.assert_allclose(value, expected.sum() / weights.sum(), rtol=1e-5)
-  got, _ = jax.jit(steps.make_eval_step(model, mask_documents))(params, batch)
+  got, _ = jax.jit(steps.make_eval_step(make_forward(model, mask_documents)))(params, batch)
   np.testing.assert_allclose(
     got, losses[mask_documents](params, batch) * (weights > 0), rtol=1e-4, atol=1e-5
   )
@@ -275,7 +276,8 @@ def test_the_pair_step_compares_two_models_token_by_token(model, params):
     make_batch(),
     jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params),
   )
-  numbers, document = jax.jit(steps.make_pair_step(model, model, True))(params, other, batch)
+  forward = make_forward(model, True)
+  numbers, document = jax.jit(steps.make_pair_step(forward, forward))(params, other, batch)
   apply = jax.jit(
     lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"])
   )

@@ -12,16 +12,20 @@ import jax.numpy as jnp
 from beyond_outliers.ops.linalg import map_matrices
 
 HIGHEST = jax.lax.Precision.HIGHEST
+Scalar = jax.Array | float
 HALVED_ROWS = 256  # from which on a symmetric product is faster in halves on CPU
 
 
 def add_gram(
-  factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: jax.Array, weight: jax.Array
+  factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: Scalar, weight: Scalar
 ) -> jax.Array:
   """decay · A + weight · X Xᵀ, over all axes of a block [B, M, N] or [B, N] but one: [B, D, D]."""
   if x.ndim == 2:
     return decay * factor_BxDxD + weight * x[:, :, None] * x[:, None, :]
-  add = lambda a, x: decay * a + weight * _times_transpose(x if axis == 0 else x.mT)
+
+  def add(a: jax.Array, x: jax.Array) -> jax.Array:
+    return decay * a + weight * _times_transpose(x if axis == 0 else x.mT)
+
   return map_matrices(add, factor_BxDxD, x)
 
 
@@ -30,16 +34,15 @@ def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = Fal
   if x.ndim == 2:
     return jnp.einsum("bkd,bk->bd" if transposed else "bdk,bk->bd", a_BxDxD, x, precision=HIGHEST)
 
-  def product(a, x):
+  def product(a: jax.Array, x: jax.Array) -> jax.Array:
     a = a.mT if transposed else a
-    return (
-      jnp.matmul(a, x, precision=HIGHEST) if axis == 0 else jnp.matmul(x, a.mT, precision=HIGHEST)
-    )
+    pair = (a, x) if axis == 0 else (x, a.mT)
+    return jnp.matmul(*pair, precision=HIGHEST)
 
   return map_matrices(product, a_BxDxD, x)
 
 
-def per_block(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
+def broadcast_blocks(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
   """[B] as an array that multiplies or chooses among blocks."""
   return numbers_B.reshape(-1, *(1,) * (like.ndim - 1))
 
@@ -48,9 +51,12 @@ def _times_transpose(x: jax.Array) -> jax.Array:
   """X Xᵀ in halves, one of the two off the diagonal being the other's transpose: 3/4 of the
   arithmetic."""
   d = x.shape[-2]
-  product = lambda y, z: jnp.matmul(y, z.mT, precision=HIGHEST)
   if d < HALVED_ROWS:
-    return product(x, x)
+    return _product(x, x)
   upper, lower = x[..., : d // 2, :], x[..., d // 2 :, :]
-  corner = product(lower, upper)
-  return jnp.block([[product(upper, upper), corner.mT], [corner, product(lower, lower)]])
+  corner = _product(lower, upper)
+  return jnp.block([[_product(upper, upper), corner.mT], [corner, _product(lower, lower)]])
+
+
+def _product(y: jax.Array, z: jax.Array) -> jax.Array:
+  return jnp.matmul(y, z.mT, precision=HIGHEST)

@@ -20,7 +20,7 @@ from beyond_outliers.optim import factory
 
 Triple = tuple[float, float, float]  # (a, b, c) of x -> a x + b x³ + c x⁵
 Table = str | Sequence[Triple]  # a row of COEFFICIENTS, or a polynomial a step
-Run = tuple[Triple, ...]  # steps between one computation of X Xᵀ and the next
+Segment = tuple[Triple, ...]  # steps between one computation of X Xᵀ and the next
 
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -52,11 +52,11 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 
 # The polynomial of each step; the last is that of all further steps.
-#   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about [0.68,
-# 1.13].
+#   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about
+#     [0.68, 1.13].
 #   polar_express: arXiv 2505.16932, algorithm 1. Its safety factor of 1.01 shrinks the argument of
-# every polynomial but the last,
-#     and that of the first twice, where algorithm 1 multiplies the norm by it.
+#     every polynomial but the last, and that of the first twice, where algorithm 1 multiplies the
+#     norm by it.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
   "quintic": ((3.4445, -4.7750, 2.0315),),
   "polar_express": (
@@ -76,7 +76,7 @@ def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
   if steps < 1:
     raise ValueError(f"steps = {steps}: expected at least 1")
   if isinstance(table, str):
-    factory.one_of("table", table, COEFFICIENTS)
+    factory.check_choice("table", table, COEFFICIENTS)
     rows = COEFFICIENTS[table]
   else:
     try:
@@ -85,9 +85,8 @@ def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
       rows = ()
     if not rows or not np.isfinite(rows).all():
       raise ValueError(
-        f"table = {table!r}: expected a name or a sequence of triples of finite numbers, ((a, b, "
-        "c), ...), "
-        "for a x + b x^3 + c x^5"
+        f"table = {table!r}: expected a name or a sequence of triples of finite numbers, "
+        "((a, b, c), ...), for a x + b x^3 + c x^5"
       )
   return (rows + rows[-1:] * steps)[:steps]
 
@@ -136,48 +135,48 @@ def orthogonalize(
       f"x of shape {x_BxMxN.shape}: expected a stack of matrices [B, M, N]; reshape, or add an axis"
     )
   if dtype is not None:
-    factory.one_of("dtype", dtype, DTYPES)
+    factory.check_choice("dtype", dtype, DTYPES)
   operands = jax.dtypes.canonicalize_dtype(dtype or x_BxMxN.dtype)
-  runs = _runs(coefficients(table, steps), operands, gram)
+  segments = _segments(coefficients(table, steps), operands, gram)
   if x_BxMxN.shape[1] > x_BxMxN.shape[2]:
     # Outside the loop over matrices: XLA folds transposes into products, and its CPU library lacks
     # some of those in bfloat16.
-    return _orthogonalize(x_BxMxN.mT, eps, runs, operands).mT
-  return _orthogonalize(x_BxMxN, eps, runs, operands)
+    return _orthogonalize(x_BxMxN.mT, eps, segments, operands).mT
+  return _orthogonalize(x_BxMxN, eps, segments, operands)
 
 
-def _runs(triples: tuple[Triple, ...], dtype: jnp.dtype, gram: bool) -> tuple[Run, ...]:
+def _segments(triples: tuple[Triple, ...], dtype: jnp.dtype, gram: bool) -> tuple[Segment, ...]:
   """With gram as long as rounding errors allow, without one step each."""
-  runs: list[Run] = []
+  segments: list[Segment] = []
   for triple in triples:
-    longer = (*runs[-1], triple) if runs else ()
+    longer = (*segments[-1], triple) if segments else ()
     if (
       gram and longer and jnp.finfo(dtype).eps * math.prod(a * a for a, _, _ in longer) < GRAM_ERROR
     ):
-      runs[-1] = longer
+      segments[-1] = longer
     else:
-      runs.append((triple,))
-  return tuple(runs)
+      segments.append((triple,))
+  return tuple(segments)
 
 
-@functools.partial(jax.jit, static_argnames=("runs", "dtype"))
+@functools.partial(jax.jit, static_argnames=("segments", "dtype"))
 def _orthogonalize(
-  x_BxMxN: jax.Array, eps: jax.Array, runs: tuple[Run, ...], dtype: jnp.dtype
+  x_BxMxN: jax.Array, eps: jax.Array, segments: tuple[Segment, ...], dtype: jnp.dtype
 ) -> jax.Array:
   return lax.platform_dependent(
     x_BxMxN,
     eps,
     cpu=lambda x_BxMxN, eps: lax.map(
-      lambda x_MxN: _iterate(x_MxN, eps, runs, dtype, _symmetric_product), x_BxMxN
+      lambda x_MxN: _iterate(x_MxN, eps, segments, dtype, _symmetric_product), x_BxMxN
     ),
-    default=lambda x_BxMxN, eps: _iterate(x_BxMxN, eps, runs, dtype, _product_with_transpose),
+    default=lambda x_BxMxN, eps: _iterate(x_BxMxN, eps, segments, dtype, _product_with_transpose),
   )
 
 
 def _iterate(
   x: jax.Array,
   eps: jax.Array,
-  runs: tuple[Run, ...],
+  segments: tuple[Segment, ...],
   dtype: jnp.dtype,
   symmetric: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array],
 ) -> jax.Array:
@@ -189,17 +188,17 @@ def _iterate(
     a, b, c = triple
     return a * jnp.eye(r.shape[-1], dtype=wide) + b * r + c * symmetric(r, r, dtype)
 
-  def advance(y, run_Sx3):
+  def advance(y, segment_Sx3):
     r = symmetric(y, y, dtype)
-    q = p = polynomial(r, run_Sx3[0])
-    for triple in run_Sx3[1:]:
+    q = p = polynomial(r, segment_Sx3[0])
+    for triple in segment_Sx3[1:]:
       r = symmetric(p, symmetric(p, r, dtype), dtype)  # p r p: p p r loses more to rounding
       p = polynomial(r, triple)
       q = symmetric(p, q, dtype)
     return _product("...mk,...kn->...mn", q, y, dtype), None
 
   y = _normalized(x.astype(jnp.promote_types(x.dtype, wide)), eps).astype(wide)
-  for _, alike in itertools.groupby(runs, len):
+  for _, alike in itertools.groupby(segments, len):
     y, _ = lax.scan(advance, y, np.asarray(list(alike), wide))
   return y.astype(x.dtype)
 

@@ -3,6 +3,8 @@ rectangle."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +33,16 @@ def unpack(packed: jax.Array, d: int) -> jax.Array:
   top = jnp.concatenate([first, between], axis=2)
   bottom = jnp.concatenate([between.swapaxes(1, 2), second], axis=2)
   return jnp.concatenate([top, bottom], axis=1)[:, :d, :d]
+
+
+def to_storage(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
+  """As it is kept between steps."""
+  return (pack(a_BxDxD) if packed else a_BxDxD).astype(dtype)
+
+
+def from_storage(stored: jax.Array, d: int, dtype: Any, packed: bool) -> jax.Array:
+  """The inverse of `store`."""
+  return unpack(stored.astype(dtype), d) if packed else stored.astype(dtype)
 
 
 def _upper(h: int) -> jax.Array:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
   """[B]: a lower bound, by power iteration from a long row; a few per cent low when singular values
@@ -14,17 +16,25 @@ def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
   # Any fixed start could be orthogonal to what is sought; a long row hardly is.
   longest_B = jnp.argmax(jnp.max(jnp.abs(x_BxMxN), 2), 1)
   v_BxN = _unit(jnp.take_along_axis(x_BxMxN, longest_B[:, None, None], 1)[:, 0])[0]
-  forward = lambda v: jnp.einsum("bmn,bn->bm", x_BxMxN, v, precision=jax.lax.Precision.HIGHEST)
-  back = lambda u: jnp.einsum("bmn,bm->bn", x_BxMxN, u, precision=jax.lax.Precision.HIGHEST)
-  v_BxN = jax.lax.fori_loop(0, steps, lambda _, v: _unit(back(_unit(forward(v))[0]))[0], v_BxN)
-  return _unit(forward(v_BxN))[1]
+
+  def image(v_BxN):
+    return _unit(jnp.einsum("bmn,bn->bm", x_BxMxN, v_BxN, precision=HIGHEST))
+
+  def advance(_, v_BxN):
+    return _unit(jnp.einsum("bmn,bm->bn", x_BxMxN, image(v_BxN)[0], precision=HIGHEST))[0]
+
+  return image(jax.lax.fori_loop(0, steps, advance, v_BxN))[1]
 
 
 def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(each vector at length one, length [B]); by way of its largest entry: squares of small or large
   numbers leave float32."""
-  or_one = lambda x: jnp.where(x > 0, x, 1)  # zero stays zero
   largest_B = jnp.max(jnp.abs(v_BxN), 1)
-  scaled = v_BxN / or_one(largest_B)[:, None]
+  scaled = v_BxN / _or_one(largest_B)[:, None]
   length_B = jnp.linalg.norm(scaled, axis=1)
-  return scaled / or_one(length_B)[:, None], length_B * largest_B
+  return scaled / _or_one(length_B)[:, None], length_B * largest_B
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+  """So that zero stays zero when divided."""
+  return jnp.where(x > 0, x, 1)

@@ -53,12 +53,11 @@ def square(q: jax.Array) -> jax.Array:
   """QᵀQ, for Q [D, D]."""
   of = rows(len(q))
   panels = [q[: p.stop, p].T @ q[: p.stop, p.start :] for p in of]
-  below = lambda i: [
-    panels[j][:, of[i].start - of[j].start : of[i].stop - of[j].start].T for j in range(i)
-  ]
-  return jnp.concatenate(
-    [jnp.concatenate([*below(i), panel], axis=1) for i, panel in enumerate(panels)]
-  )
+  whole = []
+  for i, panel in enumerate(panels):
+    below = [panels[j][:, of[i].start - of[j].start : of[i].stop - of[j].start].T for j in range(i)]
+    whole.append(jnp.concatenate([*below, panel], axis=1))
+  return jnp.concatenate(whole)
 
 
 def gram(x: jax.Array) -> list[jax.Array]:
@@ -76,7 +75,7 @@ def column_squares(panels: list[jax.Array]) -> jax.Array:
   return squares
 
 
-def product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
+def triangle_product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
   """triu(T) Q, for T given by its panels and Q [D, D]."""
   return jnp.concatenate(
     [

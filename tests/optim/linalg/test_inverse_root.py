@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers.ops import linalg
-from beyond_outliers.optim.linalg import inverse_root
+from beyond_outliers.optim.linalg import coupled_iterations, inverse_root
 from beyond_outliers.optim.linalg.inverse_root import ROOTS
 
 D, STACK = 8, 6  # of nearly all tests, so that they share compiled programs
@@ -153,8 +153,8 @@ def test_what_iterations_call_a_root_is_positive_definite(name):
 
 
 def test_an_iteration_stops_where_float32_can_do_no_better(monkeypatch):
-  products, matmul = [], inverse_root._matmul
-  monkeypatch.setattr(inverse_root, "_matmul", lambda x, y: products.append(1) or matmul(x, y))
+  products, matmul = [], coupled_iterations.matmul
+  monkeypatch.setattr(coupled_iterations, "matmul", lambda x, y: products.append(1) or matmul(x, y))
   with jax.disable_jit():
     found = ROOTS["denman_beavers"].compute(
       jnp.asarray(graded(1e6, d=64)[None], np.float32), 2, 0.0, relative=False, basis=()

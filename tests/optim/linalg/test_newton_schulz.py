@@ -110,7 +110,8 @@ def test_accelerators_multiply_whole_stacks(shape, dtype, operands, precision):
     jax.ShapeDtypeStruct(shape, jnp.float32)
   )
   dots = re.findall(
-    r"dot_general.*batching_dims = (.*?), .*precision = \[(\w+).*: \(tensor<6x4x\d+x(\w+)>.*-> tensor<6x.*xf32>",
+    r"dot_general.*batching_dims = (.*?), .*precision = \[(\w+).*"
+    r": \(tensor<6x4x\d+x(\w+)>.*-> tensor<6x.*xf32>",
     traced.lower(lowering_platforms=("tpu",)).as_text(),
   )
   assert dots == [("[0] x [0]", precision, operands)] * 3

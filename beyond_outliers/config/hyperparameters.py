@@ -1,0 +1,120 @@
+"""Hyperparameters as fields of an optimizer's section, each with its official value, its meaning
+and its rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Self
+
+from beyond_outliers.config.checks import require
+
+Rule = Callable[[Any], str | None]  # value -> the remedy, or None for a value that can be
+
+
+def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = False) -> Any:
+  """A field of a section. Factories have the official implementation's value as their default.
+
+  Configurations have none, and must give every value; but for a field that is `younger` than
+  recorded runs, which did what its official value does."""
+  metadata = {"official": value, "doc": doc, "rule": rule}
+  if younger:
+    return dataclasses.field(default=value, metadata=metadata)
+  return dataclasses.field(metadata=metadata)
+
+
+def at_least(bound: float, hint: str = "", *, infinite: bool = False) -> Rule:
+  """infinite: whether infinity can be, which is no limit."""
+
+  def rule(value: float) -> str | None:
+    if not math.isfinite(value) and not (infinite and value == math.inf):
+      return "expected a finite number"
+    return None if value >= bound else f"expected at least {bound}{hint}"
+
+  return rule
+
+
+def above_zero(what: str, most: float = math.inf) -> Rule:
+  """For a value that may be None."""
+  bounds = "above 0" if most == math.inf else f"above 0 and at most {most}"
+  return lambda value: None if 0 < value <= most else f"expected {what}, {bounds}, or None"
+
+
+def below_one(hint: str = "") -> Rule:
+  return lambda value: None if 0 <= value < 1 else f"expected a number from 0 to below 1{hint}"
+
+
+def fraction() -> Rule:
+  return lambda value: None if 0 <= value <= 1 else "expected a fraction, 0 to 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """The rule of a word; documentation lists its choices."""
+
+  choices: tuple[str, ...]
+
+  def __call__(self, value: str) -> str | None:
+    return other_choice(value, self.choices)
+
+
+def one_of(*choices: str) -> Rule:
+  return OneOf(choices)
+
+
+def other_choice(value: str, choices: Collection[str]) -> str | None:
+  """The remedy for a word that is none of the choices, with the one that is most like it."""
+  if value in choices:
+    return None
+  near = difflib.get_close_matches(value, list(choices), n=1)
+  question = f"did you mean {near[0]!r}? " if near else ""
+  return f"{question}expected one of {', '.join(map(repr, choices))}"
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value is known: a number, not an array that may be traced, nor a schedule."""
+  return isinstance(value, numbers.Real)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """Hyperparameters of one optimizer; its subclasses add theirs."""
+
+  name: str
+  learning_rate: float = official(1.0, "of the whole step; also a schedule", at_least(0))
+
+  @property
+  def period(self) -> int:
+    """Steps after which what the optimizer costs repeats."""
+    return 1
+
+  def conflicts(self) -> Iterator[tuple[str, str]]:
+    """(hyperparameter, remedy) for values that can be, but not together."""
+    return iter(())
+
+  def check(self, prefix: str = "") -> Self:
+    """The section itself. Words and numbers are looked at, not what is traced or scheduled.
+
+    Errors: ConfigError naming `prefix` and the hyperparameter, the value and the remedy."""
+    for field in dataclasses.fields(self):
+      value, rule = getattr(self, field.name), field.metadata.get("rule")
+      if rule is not None and (isinstance(value, str) or is_number(value)):
+        remedy = rule(value)
+        require(remedy is None, prefix + field.name, value, str(remedy))
+    for name, remedy in self.conflicts():
+      require(False, prefix + name, getattr(self, name), remedy)
+    return self
+
+  @classmethod
+  def given(cls, **changes: Any) -> Self:
+    """The official implementation's values but for `changes`, checked."""
+    values: dict[str, Any] = {
+      field.name: field.metadata["official"]
+      for field in dataclasses.fields(cls)
+      if "official" in field.metadata
+    }
+    values |= {"name": cls.__name__.lower(), **changes}
+    return cls(**values).check()

@@ -1,0 +1,32 @@
+"""Axes that have a factor G Gᵀ, and the steps at which it is used: what Shampoo and its
+eigenvalue-corrected variant share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from beyond_outliers.config.optimizers import Shampoo
+from beyond_outliers.optim import blocks
+from beyond_outliers.optim.axes import AxesTree
+
+
+def layout(tree: Any, h: Shampoo, axes: AxesTree, mesh: jax.sharding.Mesh | None) -> blocks.Layout:
+  return blocks.layout(
+    tree,
+    axes,
+    mesh=mesh,
+    block_size=h.block_size if h.long_axes == "block" else None,
+    merge_up_to=h.block_size if h.merge_dims else 0,
+  )
+
+
+def factored_axes(h: Shampoo, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Of a block of this shape."""
+  return tuple(axis for axis, length in enumerate(shape) if length <= h.block_size)
+
+
+def first_refresh(h: Shampoo) -> int:
+  """The first step with roots or bases."""
+  return h.precondition_frequency if h.start_step is None else h.start_step

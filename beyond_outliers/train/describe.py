@@ -1,0 +1,95 @@
+"""Description of a run before it trains: its configuration, parameters, and a step's needs."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from beyond_outliers import cli, config, quant
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.model import linears, transformer
+from beyond_outliers.params import path_of
+from beyond_outliers.train.program import Program
+
+
+def describe(program: Program) -> str:
+  """The resolved configuration, the parameter table, and which layers each recipe quantizes."""
+  c, lines = program.config, ["config"]
+  lines += [f"  {key} = {value!r}" for key, value in config.flatten(config.to_dict(c)).items()]
+  lines.append("parameters")
+  labels = jax.tree.leaves(program.optimizer.labels)
+  rows = [("path", "shape", "count", "group", "split")]
+  for (path, leaf), label in zip(
+    jax.tree_util.tree_leaves_with_path(program.state.params), labels, strict=True
+  ):
+    split = ", ".join(
+      "·".join(axes) if isinstance(axes, tuple) else str(axes or "—") for axes in leaf.sharding.spec
+    )
+    rows.append(
+      (path_of(path), "×".join(map(str, leaf.shape)), f"{leaf.size:,}", label, f"({split})")
+    )
+  lines += ["  " + line for line in cli.aligned(rows)]
+  lines.append(_describe_recipe(c))
+  counts, tokens = transformer.count(program.state.params), c.steps * c.batch_size * c.context
+  lines.append(
+    f"{counts['total']:,} parameters, {counts['embedding']:,} of them the embedding · "
+    f"{tokens:,} tokens in {c.steps:,} steps ({tokens / counts['total']:.1f} a parameter) · "
+    f"mesh {dict(program.mesh.shape)}"
+  )
+  return "\n".join(lines)
+
+
+def _describe_recipe(c: config.Config) -> str:
+  recipe = quant.recipes.from_config(c.quant)
+  names = [*(rule.recipe for rule in c.quant.rules.values()), c.quant.recipe]
+  layers = collections.Counter(map(recipe.rule, linears.contractions(c.model)))
+  rules = (
+    f"{layers[i]} as {paths!r}: {name}"
+    for i, ((paths, _), name) in enumerate(zip(recipe.rules, names, strict=True))
+  )
+  return "linear layers: " + ", ".join(rules)
+
+
+def describe_compiled(program: Program) -> str:
+  """FLOPs of a step, and memory by class of buffer on each device, of both steps as compiled."""
+  c = program.config
+  with mesh_lib.use(program.mesh):
+    compiled, compiled_evaluation = program.compile()
+  memory, evaluation_memory = compiled.memory_analysis(), compiled_evaluation.memory_analysis()
+  classes = {
+    "parameters": shard_bytes(program.state.params),
+    "optimizer state": shard_bytes(program.state.opt_state),
+    "batch": shard_bytes(program.batch),
+    "activations, gradients, temporaries": memory.temp_size_in_bytes,
+    "outputs that reuse no input": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  }
+  model_flops = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context)
+  lines = [
+    f"FLOPs a step: {model_flops:.4g} by the model's formula, all devices together; "
+    f"{compiled.cost_analysis().get('flops', math.nan):.4g} on each device by XLA "
+    "(loops counted once)",
+    f"memory on each of {program.mesh.size} devices",
+  ]
+  lines += [
+    f"  {name:<36}{size / 2**20:>12,.1f} MiB"
+    for name, size in {**classes, "total": sum(classes.values())}.items()
+  ]
+  lines.append(
+    "  evaluation, beside parameters and optimizer state: "
+    f"{evaluation_memory.temp_size_in_bytes / 2**20:,.1f} MiB"
+  )
+  return "\n".join(lines)
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes that each device holds of a tree of sharded shapes: shards are equal."""
+
+  def size(x):
+    assert isinstance(x.sharding, NamedSharding)
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+  return sum(size(x) for x in jax.tree.leaves(tree))

@@ -1,0 +1,227 @@
+"""Hooks of the training loop: the log, evaluation, checkpoints and preemption, profiles."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beyond_outliers import config, hardware
+from beyond_outliers.train.loop import Clock, Stop, due
+from beyond_outliers.train.program import Statistics
+from beyond_outliers.train.step import TrainState
+from beyond_outliers.types import Batch, Json, Metrics, Params, PathLike
+from beyond_outliers.writers import Writer
+
+if TYPE_CHECKING:
+  from beyond_outliers.checkpoint import Checkpoints
+
+
+class LogMetrics:
+  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits
+  for the host.
+
+  Norms of the parameters and of their change are a program of their own, so that the steps between
+  rows don't pay for them; so are the `statistics`. sample: the batch that these get with every
+  row."""
+
+  def __init__(
+    self,
+    every: int,
+    sinks: Sequence[Writer],
+    clock: Clock,
+    state: TrainState,
+    *,
+    tokens_per_step: int,
+    flops_per_step: float,
+    peak_flops: float,
+    num_steps: int,
+    max_skipped: int,
+    statistics: Statistics | None = None,
+    sample: Batch | None = None,
+  ):
+    self._every, self._sinks, self._clock = every, sinks, clock
+    self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
+    self._num_steps, self._max_skipped = num_steps, max_skipped
+    self._last = (int(state.step), clock.seconds())
+    self._pending: tuple[int, Metrics] | None = None
+    self._copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
+
+    def measures(state, before, sample):
+      update = optax.tree.sub(state.params, before)
+      return {
+        "parameter_norm": optax.tree.norm(state.params),
+        "update_norm": optax.tree.norm(update),
+        **(statistics(state, before, update, sample) if statistics else {}),
+      }
+
+    self._measures, self._sample = jax.jit(measures), sample
+    self._before = self._copy_before(int(state.step) + 1, state)
+
+  def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    self.flush()
+    measures = self._measures(state, self._before, self._sample) if self._before is not None else {}
+    self._before = self._copy_before(step + 1, state)
+    self._pending = (step, {**metrics, **measures})
+    if step == self._num_steps:
+      self.flush()
+
+  def flush(self) -> None:
+    """Writes what is held back. Errors: Stop("diverged")."""
+    if self._pending is None:
+      return
+    (step, metrics), self._pending = self._pending, None
+    in_a_row = int(metrics["skipped_in_a_row"])  # waits for that step, while the next one runs
+    if self._has_row(step) or in_a_row >= self._max_skipped:
+      self._write(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
+    if in_a_row >= self._max_skipped:
+      raise Stop(
+        "diverged",
+        step,
+        f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
+        "lower optimizer.learning_rate, or raise max_skipped_updates",
+      )
+
+  def _has_row(self, step: int) -> bool:
+    return due(step, self._every, self._num_steps)
+
+  def _copy_before(self, step: int, state: TrainState) -> Params | None:
+    """The parameters that `step` will change, if it gets a row; the step itself takes their
+    buffers."""
+    return self._copy(state.params) if self._has_row(step) else None
+
+  def _write(self, step: int, values: dict[str, float]) -> None:
+    then, seconds_then = self._last
+    seconds = self._clock.seconds()
+    self._last = (step, seconds)
+    a_step = (seconds - seconds_then) / max(step - then, 1)
+    flops = self._flops / a_step
+    row = {
+      "step": step,
+      **values,
+      "tokens": step * self._tokens,
+      "tokens_per_second": self._tokens / a_step,
+      "flops_per_second": flops,
+      "peak_share": flops / self._peak,
+      "seconds_per_step": a_step,
+      "seconds": seconds,
+      "seconds_left": a_step * (self._num_steps - step),
+      "memory_bytes": hardware.memory_bytes(),
+    }
+    for sink in self._sinks:
+      sink.write(row)
+
+
+class Evaluate:
+  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone: of
+  validation by default."""
+
+  def __init__(
+    self,
+    every: int,
+    evaluate: Callable[[Params], Mapping[str, Any]],
+    sinks: Sequence[Writer],
+    clock: Clock,
+    *,
+    num_steps: int,
+    before: Callable[[], None],
+    name: str = "eval",
+  ):
+    self._every, self._evaluate, self._sinks, self._clock = every, evaluate, sinks, clock
+    self._num_steps, self._before, self._name = num_steps, before, name
+
+  def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    if not due(step, self._every, self._num_steps):
+      return
+    with self._clock.paused(metrics):
+      self._before()  # the log's held-back row belongs in front of this one
+      start = time.perf_counter()
+      result = self._evaluate(state.params)
+      row = {
+        "step": step,
+        **{f"{self._name}/{key}": value for key, value in result.items()},
+        f"{self._name}/seconds": time.perf_counter() - start,
+      }
+      for sink in self._sinks:
+        sink.write(row)
+
+
+class Save:
+  """Checkpoints every `every` steps and after the last; and, asked to stop, one more at once."""
+
+  def __init__(
+    self,
+    options: config.Checkpoint,
+    checkpoints: Checkpoints,
+    data_state: Callable[[], Json],
+    clock: Clock,
+    *,
+    tokens_per_step: int,
+    num_steps: int,
+    before: Callable[[], None],
+  ):
+    self._every, self._checkpoints, self._data_state = options.every, checkpoints, data_state
+    self._clock, self._before = clock, before
+    self._tokens, self._num_steps = tokens_per_step, num_steps
+    self._asked = False
+    # One process asks the signal itself; several must agree on a step, which Orbax does over
+    # jax.distributed.
+    self._alone = jax.process_count() == 1
+    if self._alone:
+      self._previous = {
+        number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+      }
+
+  def _ask(self, signum: int, frame: Any) -> None:
+    self._asked = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
+
+  def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
+    if preempted or due(step, self._every, self._num_steps):
+      with self._clock.paused(metrics):
+        self._before()  # a run resumed from here must not miss the row of this step
+        self._checkpoints.save(
+          step,
+          state,
+          self._data_state(),
+          {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
+        )
+        if preempted:
+          self._checkpoints.wait()
+    if preempted and step != self._num_steps:
+      raise Stop("preempted", step, "asked to stop (SIGTERM or Ctrl-C); the same command resumes")
+
+  def close(self) -> None:
+    """Gives the signals back."""
+    if self._alone:
+      for number, handler in self._previous.items():
+        signal.signal(number, handler)
+
+
+class Profile:
+  """Profiler trace of a few steps, for TensorBoard or Perfetto."""
+
+  def __init__(self, directory: PathLike, first: int, steps: int):
+    self._directory, self._first, self._last = str(directory), first, first + steps - 1
+    self._running = False  # a run that resumes within these steps takes no trace
+
+  def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    if step == self._first - 1:
+      jax.block_until_ready(metrics)
+      jax.profiler.start_trace(self._directory)
+      self._running = True
+    elif step == self._last:
+      jax.block_until_ready(metrics)
+      self.close()
+
+  def close(self) -> None:
+    """Ends a trace that is being taken."""
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
