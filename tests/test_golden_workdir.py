@@ -101,7 +101,7 @@ def test_a_run_is_opened(folder, expected, name, optimizer, recipe, step):
 
 @pytest.mark.slow
 def test_a_run_resumes_from_its_checkpoint(folder):
-  """Saved on four devices, resumed on one: blocks of optimizer state lose their padding, and nothing else."""
+  """Saved on four devices, resumed on one: blocks of optimizer state lose their padding alone."""
   manifest = json.loads((folder / "shampoo_qat" / "manifest.json").read_text())
   (config,) = (word for word in manifest["command"] if word.startswith("--config="))
   config = config.replace("--config=code/", f"--config={ROOT}/")
