@@ -14,12 +14,12 @@ HEAVY = {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "panda
 SCRIPT = """
 import json, os, runpy, sys
 
-def main(*arguments):
-  sys.argv = ["main", *arguments]
+def run(command, *arguments):
+  sys.argv = [command, *arguments]
   with open(os.devnull, "w") as nowhere:
     sys.stdout = sys.stderr = nowhere
     try:
-      runpy.run_module("beyond_outliers.main", run_name="__main__")
+      runpy.run_module("beyond_outliers." + command, run_name="__main__")
     except SystemExit as error:
       return error.code
     finally:
@@ -46,22 +46,26 @@ def loaded_by(expression):
 
 
 @pytest.mark.parametrize(
-  "arguments, code",
+  "command, arguments, code",
   [
-    (["--help"], 1),
-    (["--config=configs/adamw.py:nano,optimizer.b1=2"], 2),
-    (["--config=configs/adamw.py:nano", "--distributed=here"], 2),
+    ("main", ["--help"], 1),
+    ("main", ["--config=configs/adamw.py:nano,optimizer.b1=2"], 2),
+    ("main", ["--config=configs/adamw.py:nano", "--distributed=here"], 2),
+    ("prepare", ["--help"], 1),
+    ("prepare", ["--config=configs/adamw.py:nano,data.seed=-1"], 2),
+    ("evaluate", ["--help"], 1),
+    ("evaluate", ["--workdir=runs/one", "--hf=another"], 2),
   ],
-  ids=["help", "a refused config", "a refused flag"],
+  ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_help_and_a_refused_config_load_nothing_heavy(arguments, code):
-  call = f"main(*{arguments!r})"
+def test_help_and_a_refusal_load_nothing_heavy(command, arguments, code):
+  call = f"run({command!r}, *{arguments!r})"
   assert loaded_by(call) == (code, set())
 
 
 def test_a_dry_run_needs_neither_checkpoints_nor_data():
   arguments = "--config=configs/adamw.py:nano,model.blocks=1,model.d_head=4,context=16", "--dry_run"
-  code, loaded = loaded_by(f"main(*{arguments!r})")
+  code, loaded = loaded_by(f"run('main', *{arguments!r})")
   assert code == 0
   assert not loaded & {"orbax", "grain", "tensorflow_datasets", "pandas", "scipy"}
 

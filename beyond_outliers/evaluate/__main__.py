@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 from etils import epath
@@ -23,17 +24,10 @@ from beyond_outliers import cli
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.evaluate import offline_tasks
-from beyond_outliers.evaluate.evaluator import Evaluator
-from beyond_outliers.evaluate.job import Job, Progress, wait_for_run
-from beyond_outliers.evaluate.plan import check_names, plan_cells
-from beyond_outliers.evaluate.table import results_table
-from beyond_outliers.evaluate.target import (
-  HuggingFaceModel,
-  OneCheckpoint,
-  RunCheckpoints,
-  Target,
-  TextOptions,
-)
+
+if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --help does without
+  from beyond_outliers.evaluate.job import Job, Progress
+  from beyond_outliers.evaluate.target import Target, TextOptions
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 HF = flags.DEFINE_string(
@@ -84,6 +78,9 @@ JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object inst
 
 def open_target(progress: Progress) -> Target:
   """The target that the flags name. Errors: ConfigError, WorkdirError, DataError."""
+  from beyond_outliers.evaluate.job import wait_for_run
+  from beyond_outliers.evaluate.target import HuggingFaceModel, OneCheckpoint, RunCheckpoints
+
   options: TextOptions = {
     "dataset": DATA.value or "",
     "context": CONTEXT.value or 0,
@@ -147,6 +144,11 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  from beyond_outliers.evaluate.evaluator import Evaluator
+  from beyond_outliers.evaluate.job import Job, Progress
+  from beyond_outliers.evaluate.plan import check_names, plan_cells
+  from beyond_outliers.evaluate.table import results_table
+
   # Names first: a run that --follow waits for may begin tomorrow.
   check_names(RECIPES.value, METHODS.value)
   require(
