@@ -1,4 +1,4 @@
-"""Types that many rooms share. Imports no JAX: data and commands, which need none, use them too."""
+"""Types that many packages share. Imports no JAX: `data` and commands, which need none, use them."""
 
 from __future__ import annotations
 
