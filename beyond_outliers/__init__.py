@@ -1,4 +1,3 @@
-"""beyond_outliers: how does the choice of optimizer change what quantization costs a language
-model?"""
+"""beyond_outliers: how the choice of optimizer changes what quantization costs a language model."""
 
 __version__ = "0.1.0"

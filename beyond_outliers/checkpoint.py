@@ -72,12 +72,13 @@ class Checkpoints:
     self._seals: list[concurrent.futures.Future] = []
 
   def steps(self) -> list[int]:
-    """Committed checkpoints, oldest first."""
+    """Steps of committed checkpoints, oldest first."""
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
-    once it is gone."""
+    """(name, bytes, time in seconds) of a checkpoint's files.
+
+    Others once it was saved anew, none once it is gone."""
     directory = self.directory / str(step)
     try:
       found = [(name, (directory / name).stat()) for name in files_below(directory)]
@@ -102,8 +103,7 @@ class Checkpoints:
   def restore(
     self, state: Any, step: int | None = None
   ) -> tuple[int, Any, Json, dict[str, float]] | None:
-    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None when there is
-    none.
+    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None without one.
 
     state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside, as
     damaged-N-..., with a message (left in place when read-only or asked for by step).
@@ -154,8 +154,9 @@ class Checkpoints:
     return self._manager.reached_preemption(step)
 
   def wait(self) -> None:
-    """Until everything begun is written and sealed. Errors of the background writes are raised
-    here."""
+    """Waits until everything begun is written and sealed.
+
+    Errors of the background writes are raised here."""
     self._manager.wait_until_finished()
     for seal in self._seals:
       seal.result()
@@ -178,8 +179,7 @@ class Checkpoints:
         raise
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
-    """(step, result of `read`), from the newest checkpoint that can be read, or from `step`
-    alone."""
+    """(step, result of `read`), from the newest readable checkpoint, or from `step` alone."""
     steps = self.steps()
     if step not in (None, *steps) or not steps:
       raise CheckpointError(
@@ -206,8 +206,9 @@ class Checkpoints:
     )
 
   def _damage(self, step: int) -> str:
-    """Why a checkpoint is not as it was written, empty if it is. Process 0 reads the files, all
-    learn the answer."""
+    """Difference of a checkpoint from what was written, empty if none.
+
+    Process 0 reads the files, all learn the answer."""
     verdict = ""
     if self._verify and jax.process_index() == 0:
       directory = self.directory / str(step)
@@ -222,9 +223,11 @@ class Checkpoints:
     return mesh.from_first(verdict)
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
-    """Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes
-    are compared first; all, or those below `part`. Blocks of optimizer state are padded to a
-    multiple of the devices: how far may differ."""
+    """Refusal of a checkpoint of another structure.
+
+    Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes are
+    compared first; all, or those below `part`. Blocks of optimizer state are padded to a multiple
+    of the devices: the padding may differ."""
 
     def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
       named = ((path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))

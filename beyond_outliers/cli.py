@@ -14,8 +14,7 @@ from beyond_outliers.errors import Refusal
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
-  """Defines --config as required, or as the alternative to one of the flags `instead`, which are
-  defined before."""
+  """Defines --config, required unless one of the flags `instead`, defined before, is given."""
   holder = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its size and overrides behind a colon."
   )
@@ -40,7 +39,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-  """A line a row, in columns."""
+  """One line per row, in aligned columns."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,5 +1,4 @@
-"""Quantized OLMo2 and Llama models as other engines read them: Hugging Face directories in the
-layout of `compressed-tensors`.
+"""Export of quantized OLMo2 and Llama models to Hugging Face directories of compressed-tensors.
 
   format             of                             a matrix of O outputs and K inputs
   pack-quantized     integer weights                weight_packed int32 [O, K bits / 32],
@@ -49,8 +48,10 @@ def compressed_tensors(
   context: int | None = None,
   shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes the directory. context, shard_bytes and errors: as `hf.save`; ConfigError also for what
-  `check_exportable` refuses."""
+  """Writes a quantized model as a compressed-tensors directory.
+
+  context, shard_bytes and errors: as `hf.save`; ConfigError also for what `check_exportable`
+  refuses."""
   check_exportable(q)
   leaves = leaves_by_path(q.params)
   plain = [leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix)]
@@ -68,8 +69,9 @@ def compressed_tensors(
 
 
 def check_exportable(q: QuantizedModel) -> None:
-  """Whether the layout can hold the model. Errors: ConfigError naming the layer, its setting that
-  has no place, and the remedy."""
+  """Refusal of models that the layout cannot hold.
+
+  Errors: ConfigError naming the layer, its setting that has no place, and the remedy."""
   formats_used = {}
   for path in q.model.contractions():
     layer = q.recipe.layer(path)
@@ -177,7 +179,7 @@ def _format(layer: LayerRecipe) -> str:
 
 
 def _bits(spec: QuantSpec) -> int:
-  """Of an integer that holds the codes."""
+  """Bits of an integer that holds the codes."""
   return 2 if spec.grid == "ternary" else int(spec.bits)
 
 
@@ -254,8 +256,9 @@ def _tensors(
 
 
 def _pack(codes_OxK: np.ndarray, bits: int) -> np.ndarray:
-  """int32 [O, K bits / 32 rounded up]: codes plus 2^(bits - 1), the first of a row in the lowest
-  bits."""
+  """Packed codes, int32 [O, K bits / 32 rounded up].
+
+  Codes plus 2^(bits - 1), the first of a row in the lowest bits."""
   K = codes_OxK.shape[1]
   digits = codes_OxK.astype(np.int32) + 2 ** (bits - 1)
   in_words = np.pad(digits, ((0, 0), (0, -K % (storage.WORD_BITS // bits))))

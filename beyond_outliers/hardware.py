@@ -49,8 +49,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 
 
 def measure_matmul(dtype: str, repeats: int = 5) -> float:
-  """FLOP/s of products of square matrices in `dtype` with float32 accumulation on one device: the
-  best of `repeats`.
+  """FLOP/s of square matmuls in `dtype`, float32 accumulation, one device: best of `repeats`.
 
   On an accelerator the matrices are large and several products run in one program, or the dispatch
   would be measured."""

@@ -35,8 +35,9 @@ RULES = (
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """A (data, fsdp, model) mesh over all devices. Errors: ConfigError when the axes' product is not
-  the device count."""
+  """A (data, fsdp, model) mesh over all devices.
+
+  Errors: ConfigError when the axes' product is not the device count."""
   devices = jax.devices() if devices is None else devices
   sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -68,8 +69,7 @@ def use(mesh: jax.sharding.Mesh):
 
 
 def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-  """NamedShardings for a tree of abstract parameters that carry logical axis names
-  (`nn.Partitioned` boxes).
+  """NamedShardings for abstract parameters with logical axis names (`nn.Partitioned` boxes).
 
   Errors: ConfigError naming the parameter when a mesh axis does not divide the array axis that it
     splits."""
@@ -106,7 +106,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
-  """Errors: ConfigError when the mesh does not divide a batch of `rows`."""
+  """Refusal of a batch of `rows` that the mesh does not divide. Errors: ConfigError."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if rows % ways:
     raise config.ConfigError(
@@ -115,8 +115,9 @@ def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
 
 
 def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-  """(index, count): this process's devices hold the index-th of `count` equal runs of a batch's
-  rows.
+  """(index, count): this process's devices hold the index-th of `count` equal shares of a batch.
+
+  A share is consecutive rows.
 
   Processes that a model axis spans hold the same run. Errors: ConfigError when the devices' rows
   are not such a run."""

@@ -25,8 +25,9 @@ _LAYER = re.compile(rf"{LAYERS}/(\d+)/(.+)")
 
 
 class Axes(NamedTuple):
-  """Axis numbers of a parameter by role. fan_in and fan_out: matrices; fan_out alone: vectors;
-  neither: scalars."""
+  """Axis numbers of a parameter by role.
+
+  fan_in and fan_out: matrices; fan_out alone: vectors; neither: scalars."""
 
   batch: tuple[int, ...] = ()
   fan_in: tuple[int, ...] = ()

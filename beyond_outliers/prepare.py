@@ -20,8 +20,7 @@ _VERIFY = flags.DEFINE_bool(
 
 
 def describe_dataset(dataset: data.Dataset) -> str:
-  """Fingerprints, and a line of counts a split: unknown of TFDS records, which stay where they
-  are."""
+  """Fingerprints, and one line of counts per split; unknown for TFDS records read in place."""
   lines = [
     f"{dataset.directory}: fingerprint {dataset.fingerprint[:12]}, tokenizer "
     f"{dataset.tokenizer.fingerprint[:12]} of {dataset.tokenizer.vocab_size} tokens"

@@ -73,7 +73,7 @@ class Run:
     return self._checkpoints.written(step)
 
   def metrics(self) -> pd.DataFrame:
-    """metrics.jsonl, one row a step that was logged or evaluated, with `step` as the index."""
+    """metrics.jsonl, one row per logged or evaluated step, with `step` as the index."""
     import pandas as pd  # takes a while, and a warm start opens runs too
 
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
@@ -84,7 +84,7 @@ class Run:
 
   @functools.cached_property
   def model(self) -> transformer.Transformer:
-    """As it was trained: under the run's recipe, if it has one."""
+    """The model as it was trained: under the run's recipe, if it has one."""
     recipe = quant.recipes.from_config(self.config.quant)
     return transformer.Transformer(
       self.config.model, quant.dot_general_for(recipe, self.config.quant.backend)
@@ -93,8 +93,9 @@ class Run:
   def params(
     self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
   ) -> Params:
-    """The parameters of a checkpoint (the newest intact one), on one device unless a mesh is
-    given. Errors: CheckpointError."""
+    """Parameters of a checkpoint (the newest intact one), on one device unless a mesh is given.
+
+    Errors: CheckpointError."""
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
     _, params = self.restore(mesh, step)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)

@@ -17,7 +17,7 @@ Metrics: TypeAlias = "dict[str, jax.Array]"  # scalars by name, as a compiled st
 
 
 class Batch(TypedDict):
-  """Rows of token windows, as data hand them to a step: [B, L] each, int32 but for the weights."""
+  """Rows of token windows, as fed to a step: [B, L] each, int32 but for the weights."""
 
   tokens: Array
   targets: Array  # the tokens that follow

@@ -27,7 +27,7 @@ class Writer(Protocol):
 
 
 class JsonLines:
-  """metrics.jsonl: one object a row, flushed.
+  """metrics.jsonl: one object per row, flushed.
 
   Rows after `last_step` (of a run that is resumed) are dropped at opening."""
 

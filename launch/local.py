@@ -1,5 +1,6 @@
-"""Local launcher: a config file's sweep on this machine, one run after another. The same command
-goes on where it stopped.
+"""Local launcher: a config file's sweep on this machine, one run after another.
+
+The same command goes on where it stopped.
 
   python -m launch.local --config=configs/shampoo.py --root=runs/tuning/shampoo --where=seed=0
 

@@ -62,8 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags() -> None:
-  """Errors: ConfigError for a flag that the report which is asked for would not heed, or could
-  not."""
+  """Refusal of flags that the chosen report ignores or cannot use. Errors: ConfigError."""
   for flag, others in (
     (PLOT, (COMMON_LOSS, DEGRADATION)),
     (GAP_PLOT, (COMMON_LOSS, DEGRADATION)),

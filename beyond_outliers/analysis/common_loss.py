@@ -27,8 +27,9 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Landing:
-  """One optimizer's way to the common loss. Losses are validation losses in nats, means over
-  seeds."""
+  """One optimizer's way to the common loss.
+
+  Losses are validation losses in nats, means over seeds."""
 
   optimizer: str
   learning_rate: float
@@ -44,8 +45,11 @@ class Landing:
 
 
 def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
-  """(CL, one `Landing` an optimizer): CL is the worst of the optimizers' best full-precision losses
-  at full length.
+  """The common loss CL and the way of each optimizer to it: (CL, [Landing, ...]).
+
+  CL is the worst of the optimizers' best full-precision losses at full length.
+
+  CL is the worst of the optimizers' best full-precision losses at full length.
 
   How models land on CL the paper (arXiv 2509.23500) leaves open. Here each optimizer is trained
   again at its tuned rate for fewer steps, with a schedule of its own: a model taken from the middle
@@ -133,8 +137,7 @@ def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
 def _expected_endings(
   evaluations: Sequence[Point], schedule: config.Schedule, name: str
 ) -> list[Point]:
-  """Where runs would end that are as long as a run was when it was evaluated, from how far its own
-  cool-down took it."""
+  """Losses of runs that would end at the evaluated steps, from the gain of the real cool-down."""
   length, final = evaluations[-1]
   flat = [
     p for p in evaluations if schedule.warmup * length <= p.step <= (1 - schedule.cooldown) * length

@@ -1,4 +1,4 @@
-"""Tables of outliers in activations and weights, a row a tensor, by arXiv 2509.23500."""
+"""Tables of outliers in activations and weights, one row per tensor, by arXiv 2509.23500."""
 
 from __future__ import annotations
 

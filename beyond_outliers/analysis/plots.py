@@ -29,8 +29,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike) -> None:
-  """Training loss of each optimizer's best run over the steps, and validation loss over the
-  learning rate.
+  """Training losses of the best runs over steps, and validation losses over learning rates.
 
   Errors: ConfigError where no run came to its end."""
   finite = [loss for t in tunings for loss in t.losses.values() if loss < float("inf")]

@@ -1,5 +1,6 @@
-"""The degradation by quantization after training, of every optimizer under every method, from the
-cells that evaluation jobs leave in workdirs."""
+"""Degradation by post-training quantization, of every optimizer under every method.
+
+Read from the cells that evaluation jobs leave in workdirs."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ def degradation_cells(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """A row a cell of the last step that each run was evaluated at, by the newest version that did:
-  where it comes from, recipe, method and its metrics.
+  """One row per cell of the last step that each run was evaluated at, by the newest version that
+  did: where it comes from, recipe, method and its metrics.
 
   settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
   these runs are beside their own eval/."""
@@ -49,9 +50,9 @@ def degradation_cells(
 
 
 def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
-  """Markdown: a row a (recipe, method), a column an optimizer; means over seeds ± their standard
-  error, the best of each recipe and optimizer in bold. Rows from the best mean over all optimizers
-  on. loss_difference: nats, to full precision on the same tokens.
+  """Markdown: one row per (recipe, method), one column per optimizer; means over seeds ± their
+  standard error, the best of each recipe and optimizer in bold. Rows in order of the mean over all
+  optimizers, best first. loss_difference: nats, to full precision on the same tokens.
 
   A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
   Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning

@@ -23,8 +23,7 @@ from beyond_outliers.analysis.tuning import (
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-  """One optimizer under one recipe and in full precision, paired by seed: equal initial parameters,
-  equal batches."""
+  """Paired gap of one optimizer under one recipe: by seed, equal initial parameters and batches."""
 
   optimizer: str
   recipe: str
@@ -36,23 +35,22 @@ class Gap:
 
   @property
   def loss(self) -> Estimate:
-    """Of the differences, in nats: what seeds have in common falls out of its standard error."""
+    """Mean difference in nats; what a seed does to both sides cancels in its standard error."""
     return estimate(self.losses[1] - self.losses[0])
 
   @property
   def bits(self) -> Estimate:
-    """Of the differences, in bits per byte."""
+    """Mean difference in bits per byte."""
     return estimate(self.bits_per_byte[1] - self.bits_per_byte[0])
 
   @property
   def percent(self) -> Estimate:
-    """Of the loss in full precision."""
+    """Mean difference in percent of the loss in full precision."""
     return estimate(100 * (self.losses[1] - self.losses[0]) / self.losses[0])
 
 
 def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
-  """(a `Gap` for every optimizer and recipe, those of a recipe together, smallest first; what had
-  to be left out, in words).
+  """A `Gap` per optimizer and recipe, by recipe, smallest first; and in words what was left out.
 
   As in the study (arXiv 2509.23500, section 3) both sides have the learning rate that is best in
   full precision; where a recipe was not trained at that rate, the best it was trained at.

@@ -1,5 +1,4 @@
-"""The reports that the command prints, one a question, and the file that hands what was found to
-the launcher."""
+"""Reports that the command prints, one per question, and the file of overrides for the launcher."""
 
 from __future__ import annotations
 
@@ -86,15 +85,15 @@ def print_degradation(
   settings: Mapping[str, str],
   folders: Sequence[PathLike],
 ) -> None:
-  """A metric of evaluation jobs' cells, by recipe, method and optimizer; see
-  `ptq_degradation.degradation_cells`."""
+  """A metric of evaluation jobs' cells, by recipe, method and optimizer.
+
+  See `ptq_degradation.degradation_cells`."""
   cells = ptq_degradation.degradation_cells(runs, settings, folders)
   print(ptq_degradation.degradation_table(cells, metric))
 
 
 def write_overrides(path: PathLike, size: str, found: Sequence[Settings]) -> None:
-  """The file that `launch.local --overrides` reads: {size, overrides: {optimizer: {config key:
-  value}}}.
+  """File for `launch.local --overrides`: {size, overrides: {optimizer: {config key: value}}}.
 
   Errors: ConfigError when an optimizer comes twice."""
   names = [one.optimizer for one in found]

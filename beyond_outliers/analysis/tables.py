@@ -1,5 +1,4 @@
-"""Tables in Markdown, every number of them read from workdirs. A column is its head and the text of
-an item."""
+"""Tables in Markdown, all values read from workdirs. A column: its heading, and an item's text."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def _largest_count(runs: Iterable[runs_lib.Run], metric: str) -> str:
 
 
 def _last_count(run: runs_lib.Run, metric: str) -> float:
-  """Of something that a run counts; infinite if it is not done, zero where it has nothing to
-  count."""
+  """A run's last count of something; infinite for an unfinished run, zero where none is logged."""
   if run.status["status"] != "done":
     return math.inf
   counted = run.metrics().get(metric)
@@ -138,7 +136,7 @@ def plus_minus(value: Estimate, digits: int, sign: str = "") -> str:
 
 
 def markdown_table(columns: Mapping[str, Callable[[Item], str]], items: Iterable[Item]) -> str:
-  """A row an item under the columns' heads."""
+  """One row per item under the columns' headings."""
   rows = [list(columns), ["---"] * len(columns)]
   rows += [[text(item) for text in columns.values()] for item in items]
   return "\n".join("| " + " | ".join(row) + " |" for row in rows)

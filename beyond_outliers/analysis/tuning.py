@@ -1,4 +1,4 @@
-"""The learning rate of a sweep: a mean over seeds a rate, and the rate whose mean is least."""
+"""Learning rates of a sweep: per rate a mean over seeds, and the rate whose mean is least."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ class Tuning:
 
 
 def tunings(runs: Sequence[runs_lib.Run]) -> list[Tuning]:
-  """A `Tuning` for every optimizer and recipe among the runs, those of a recipe together, best
-  first.
+  """One `Tuning` per optimizer and recipe among the runs: by recipe, best first.
 
   A rate is judged by the seeds that all rates of its sweep have.
   Errors: ConfigError when a sweep's rates have no seed in common, or runs do not compare."""
@@ -88,7 +87,7 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
 
 
 def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.DataFrame:
-  """One row a run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite
+  """One row per run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite
   if not done), steps, run.
 
   but: what of COMPARED may differ.
@@ -117,8 +116,7 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
 
 
 def final_metric(run: runs_lib.Run, metric: str) -> float:
-  """A metric's value after the last step; infinite for a run that is not done, or where it was not
-  finite."""
+  """A metric's value after the last step; infinite for an unfinished run or a non-finite value."""
   if run.status["status"] != "done":
     return math.inf
   values = run.metrics().get(metric, pd.Series(dtype=float))
@@ -127,8 +125,10 @@ def final_metric(run: runs_lib.Run, metric: str) -> float:
 
 
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
-  """Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, or
-  in one optimizer's settings."""
+  """Refusal of runs that cannot be compared.
+
+  Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, or in
+  one optimizer's settings."""
   if not runs:
     raise ConfigError("no runs: give the folder that holds their workdirs")
   alike: dict[str, tuple[runs_lib.Run, Json]] = {}

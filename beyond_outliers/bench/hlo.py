@@ -1,5 +1,6 @@
-"""Collectives of a compiled program, and its decompositions on CPU, device by device. XLA's cost
-analysis counts neither.
+"""Collectives of a compiled program, and its decompositions on CPU, per device.
+
+XLA's cost analysis counts neither.
 
 Read from the text of the per-device HLO. An instruction counts as often as the loops around it run,
 where XLA knows how often that is, else once; of conditionals all branches count.
@@ -45,7 +46,7 @@ _OF_NUMBERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a computation, and where it stands."""
+  """One instruction of a computation: a line of HLO text, parsed."""
 
   opcode: str
   result: str  # its type as written: f32[8,768]{1,0}, or a tuple of such
@@ -59,12 +60,12 @@ class Instruction:
 
   @property
   def shapes(self) -> list[tuple[int, ...]]:
-    """Of all arrays of the result."""
+    """Shapes of all arrays of the result."""
     return [shape for _, shape in self._arrays()]
 
   @property
   def bytes(self) -> int:
-    """Of the result, once."""
+    """Bytes of the result, counted once."""
     return sum(-(-math.prod(shape) * bits // 8) for bits, shape in self._arrays())
 
   def _arrays(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -79,8 +80,7 @@ class Instruction:
 
 
 def instructions(text: str) -> list[Instruction]:
-  """All that the program runs: what is in loops, branches and called computations stands there once
-  for every caller."""
+  """All instructions that the program runs; those of a called computation once per caller."""
   computations, name, entry = {}, "", ""
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
@@ -111,8 +111,9 @@ def _inside(
 
 
 def collective(one: Instruction) -> str | None:
-  """Its kind, of COLLECTIVES. An asynchronous one counts when it is done: then its result is
-  what was received."""
+  """Kind of a collective, of COLLECTIVES.
+
+  An asynchronous one counts when it is done: then its result is what was received."""
   kind = one.opcode.removesuffix("-done")
   return kind if kind in COLLECTIVES else None
 

@@ -1,5 +1,4 @@
-"""FLOPs of one run of a traced program, of any size: of products, of decompositions, and of what is
-computed number by number.
+"""FLOPs of one run of a traced program of any size: products, decompositions, elementwise.
 
 XLA's cost analysis counts every loop once, every branch, and no decomposition. Here the program is
 walked with the few numbers that are known, such as a step's: branches that they decide are
@@ -40,7 +39,7 @@ _ONE_A_NUMBER = frozenset(
 
 
 class Flops(dict[str, float]):
-  """By kind."""
+  """FLOPs by kind."""
 
   def __missing__(self, kind: str) -> float:
     return 0.0
@@ -50,7 +49,7 @@ class Flops(dict[str, float]):
 
 
 class Unknown:
-  """In the place of an array whose numbers are not known."""
+  """Placeholder of an array whose values are not known."""
 
 
 UNKNOWN = Unknown()

@@ -1,5 +1,4 @@
-"""A linear layer in full precision and under a recipe, with its gradients, and the number types of
-its products.
+"""A linear layer in full precision and under a recipe, its gradients, and its products' dtypes.
 
 Legend: T tokens, K inputs, O outputs.
 """
@@ -30,8 +29,9 @@ PRODUCTS: dict[tuple[int, ...], str] = {
 
 
 class Layer(NamedTuple):
-  """One linear layer. apply: (params, x [T, K], w [K, O], key) -> y [T, O]; params: learned scales,
-  or nothing."""
+  """One linear layer.
+
+  apply: (params, x [T, K], w [K, O], key) -> y [T, O]; params: learned scales, or nothing."""
 
   apply: Callable[..., Any]
   params: Any
@@ -71,8 +71,9 @@ def with_gradients(layer: Layer) -> Layer:
 
 @functools.cache
 def operands(dtype: str) -> tuple[jax.Array, ...]:
-  """(x [T, K], w [K, O], key, y's gradient [T, O]): activations in `dtype`, the rest as the trainer
-  has it."""
+  """(x [T, K], w [K, O], key, y's gradient [T, O]).
+
+  Activations and their gradient are in `dtype`, the rest as the trainer has it."""
   draw = np.random.default_rng(0)
   shapes = (TOKENS, INPUTS), (INPUTS, OUTPUTS), (TOKENS, OUTPUTS)
   x_TxK, w_KxO, g_TxO = (draw.standard_normal(shape, np.float32) for shape in shapes)

@@ -1,4 +1,4 @@
-"""Times of an optimizer's step alone, and of its peers' on PyPI, on one core of a CPU.
+"""Times of an optimizer's step alone, and of its peers' on PyPI, on one CPU core.
 
   python -m beyond_outliers.bench --optimizers [--tree=small] [--only=shampoo,torch_dash]
                                   [--repeats=40] [--json]
@@ -46,8 +46,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def transformer_tree(
   width: int, squares: int, others: int, vocabulary: int = 0
 ) -> dict[str, tuple[int, ...]]:
-  """Matrices of a transformer as leaves of their own: square ones, others three times as wide or as
-  tall, an embedding."""
+  """Matrices of a transformer as separate leaves: square, 3 times as wide or tall; an embedding."""
   return {
     **{f"square_{i}": (width, width) for i in range(squares)},
     **{f"wide_{i}": (width, 3 * width) for i in range(others)},
@@ -77,14 +76,14 @@ KERNELS: dict[str, Callable[[], Callable[[], Any]]] = {
 def _kernel(
   function: Callable[[jax.Array], Any], width: int, dtype: Any = jnp.float32
 ) -> Callable[[], Any]:
-  """A call of it on a stack of one symmetric matrix."""
+  """Call of a kernel on a stack of one symmetric matrix."""
   x = np.random.default_rng(0).standard_normal((1, width, 2 * width), np.float32)
   stack, compiled = jnp.asarray(x @ x.mT / width, dtype), jax.jit(function)
   return lambda: compiled(stack)
 
 
 def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json:
-  """One row's figures, in this process: seconds, bytes.
+  """Figures of one row, measured in this process: seconds, bytes.
 
   At least `repeats` steps, in whole periods, are timed. Each step of a period has the median
   of its times: ordinary is the median of a period, slowest its largest, amortised its mean.
@@ -121,8 +120,10 @@ def measure_kernels(repeats: int) -> dict[str, float]:
 
 
 def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
-  """All figures: {"rows": {name: those of `measure_optimizer`, or {"missing": what installs it}, or
-  {"failed": why}}, ...}."""
+  """All figures, by row; a row that did not run has the reason.
+
+  {"rows": {name: figures of `measure_optimizer`, or {"missing": what installs it}, or {"failed":
+  why}}, ...}."""
   result: Json = {
     "tree": tree,
     "parameters": sum(map(math.prod, TREES[tree].values())),
@@ -143,7 +144,7 @@ def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
 
 
 def versions() -> dict[str, str]:
-  """Of JAX and of the peers that are installed."""
+  """Versions of JAX and of the peers that are installed."""
   found = {}
   for name in sorted({"jax"} | {row.peer for row in TIMED_OPTIMIZERS.values() if row.peer}):
     try:
@@ -154,8 +155,7 @@ def versions() -> dict[str, str]:
 
 
 def in_process(*arguments: Any) -> Json:
-  """Figures that `print_figures` prints in a process of its own, or {"failed": the last line of its
-  errors}."""
+  """Figures of `print_figures` run in a process of its own, or {"failed": its last error line}."""
   one_thread = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "OMP_NUM_THREADS": "1",
@@ -189,7 +189,7 @@ def print_figures(name: str, tree: str, repeats: str) -> None:
 
 
 def best_of_peers(rows: Mapping[str, Mapping[str, Any]], family: str) -> dict[str, float]:
-  """The least that any peer of a family takes, for each figure; empty where none ran."""
+  """Least value of each figure over a family's peers; empty where none ran."""
   peers = [
     row
     for name, row in rows.items()

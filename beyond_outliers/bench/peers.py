@@ -50,7 +50,7 @@ class TorchSteps:
 
   @property
   def state_bytes(self) -> int:
-    """Of all storages that the state refers to."""
+    """Bytes of all storages that the state refers to."""
     tensors = _tensors([list(optimizer.state.values()) for optimizer in self.optimizers], set())
     return sum(
       {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
@@ -149,8 +149,9 @@ def torch_dash(parameters: Tensors) -> Optimizers:
 
 
 def torch_shampoo(parameters: Tensors) -> Optimizers:
-  """Google's algorithm: RMSProp's length for a whole parameter, averages of both steps. Roots by
-  SVD; its coupled Newton iteration takes longer."""
+  """Google's Shampoo, grafted to RMSProp per parameter, with averages of both steps.
+
+  Roots by SVD; its coupled Newton iteration takes longer."""
   import pytorch_optimizer
   from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 

@@ -1,7 +1,6 @@
-"""Seconds and memory of quantizing a model after its training: one method after another, on random
-weights and tokens.
+"""Seconds and memory of post-training quantization, by method, on random weights and tokens.
 
-  python -m beyond_outliers.bench --ptq=50m [--only=rtn,gptq] [--json]
+python -m beyond_outliers.bench --ptq=50m [--only=rtn,gptq] [--json]
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def measure_ptq(size: str, methods: Sequence[str]) -> Json:
 
 
 def ptq_table(result: Mapping[str, Any]) -> str:
-  """A line a method, and their sum."""
+  """One line per method, and their sum."""
   rows = result["rows"]
   return "\n".join(
     [

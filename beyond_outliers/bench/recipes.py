@@ -47,7 +47,7 @@ DEFAULT = (
 
 
 class TimedModel(NamedTuple):
-  """A whole model that is measured."""
+  """A whole model that is timed."""
 
   argument: str  # of configs/adamw.py
   recipes: tuple[str, ...]
@@ -61,8 +61,9 @@ MODELS = {
 
 
 def by_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> dict[str, float]:
-  """Median seconds of two calls by turns, and the median of their ratios; one of each before is not
-  counted."""
+  """Median seconds of two alternating calls, and the median of their ratios.
+
+  One call of each before is not counted."""
   jax.block_until_ready((first(), second()))
   times = [
     (*hardware.seconds_of(first, 1), *hardware.seconds_of(second, 1)) for _ in range(repeats)
@@ -76,8 +77,7 @@ def by_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) 
 
 
 def memory(ours: jax.stages.Compiled, base: jax.stages.Compiled) -> dict[str, int]:
-  """Bytes of temporaries, and of these with arguments and results, of a compiled program and of the
-  plain one."""
+  """Bytes of temporaries, and of these with arguments and results, of both compiled programs."""
   figures = {}
   for prefix, compiled in (("", ours), ("plain_", base)):
     m: Any = compiled.memory_analysis()
@@ -124,8 +124,7 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compi
 
 
 def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[Json]:
-  """Rows of the models' table: loss and gradients, which is the step but for an update that no
-  recipe changes."""
+  """Rows of the models' table: loss and gradients; no recipe changes the rest of the step."""
   plain = _program(name, "none")
   base = _loss_and_gradients(plain)
   with mesh_lib.use(plain.mesh):
@@ -180,7 +179,7 @@ def _random_batch(program: program_lib.Program) -> dict[str, jax.Array]:
 
 
 def measure_recipes(names: Sequence[str], repeats: int) -> Json:
-  """All figures: seconds, bytes. In bfloat16 only the backend that a run takes by default."""
+  """All figures: seconds, bytes. In bfloat16 only the default backend of a run."""
   layers = []
   for name in names:
     able = [

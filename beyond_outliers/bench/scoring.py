@@ -1,5 +1,4 @@
-"""Speed of zero-shot scoring: tokens a second of questions that are answered, and as a share of the
-plain forward pass's.
+"""Speed of zero-shot scoring: tokens per second, and as a share of the plain forward pass.
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 
@@ -27,7 +26,7 @@ BATCH_TOKENS = 8192
 
 
 def measure_scoring(size: str, repeats: int) -> Json:
-  """Tokens a second, and the median ratio of calls that alternate."""
+  """Tokens per second, and the median ratio of alternating calls."""
   c = study_config("adamw", f"{size},model.dtype=float32")
   model, draw = transformer.Transformer(c.model), np.random.default_rng(c.seed)
   params = jax.jit(lambda: transformer.init(model, c.seed))()

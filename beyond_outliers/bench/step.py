@@ -109,8 +109,9 @@ def seconds_of_parts(
 
 
 def whole_periods(step: Callable[[], Any], period: int, repeats: int) -> Json:
-  """Median, mean and longest seconds of at least `repeats` steps, in whole periods of the optimizer
-  after its first."""
+  """Median, mean and longest seconds of a step, over whole periods of the optimizer.
+
+  At least `repeats` steps, after a first period that is not counted."""
   hardware.seconds_of(step, period)
   times = hardware.seconds_of(step, -(-repeats // period) * period)
   return {
@@ -128,8 +129,9 @@ def loop_overhead(
   batches: Iterator[Any],
   steps: int,
 ) -> float:
-  """1 − Σ step time / wall time of a run's loop with its log, the first step left out; every step
-  is waited for."""
+  """1 − Σ step time / wall time of a run's loop with its log, without the first step.
+
+  Every step is waited for."""
   c, spent, began = program.config, [], []
 
   def timed(state, batch):
@@ -157,7 +159,7 @@ def loop_overhead(
 
 
 def reading(batches: Iterator[Any], tokens: int, seconds: float = 2.0) -> float:
-  """Tokens that the data pipeline hands out a second of CPU time, all threads of this process
+  """Tokens that the data pipeline reads per second of CPU time, all threads of this process
   together; `tokens` are those of a batch."""
   count, start = 0, time.process_time()
   while time.process_time() - start < seconds:
@@ -167,7 +169,7 @@ def reading(batches: Iterator[Any], tokens: int, seconds: float = 2.0) -> float:
 
 
 def step_table(figures: Mapping[str, Any]) -> str:
-  """A line a figure, parts of the step as shares of it."""
+  """One line per figure; parts of the step as shares of it."""
   r, step = figures, figures["step_seconds"]
   rows = [("device", f"{r['devices']} × {r['device']}")]
   rows += [

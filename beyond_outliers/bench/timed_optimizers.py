@@ -19,8 +19,7 @@ from beyond_outliers.bench.peers import EMBEDDING, RATE, Arrays, TorchSteps
 
 
 class JaxSteps:
-  """An optax transformation as the trainer runs it: one program, which parameters and state are
-  donated to."""
+  """An optax transformation as the trainer runs it: one program; parameters and state donated."""
 
   def __init__(
     self,

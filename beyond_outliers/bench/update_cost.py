@@ -41,7 +41,7 @@ COMPILER_OPTIONS: dict[str, Any] = {
 
 
 def simulate_devices() -> None:
-  """As many as any table here needs. Call it before anything asks JAX for devices."""
+  """Simulates as many devices as any table needs; call before JAX is asked for devices."""
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", max(DEVICES))
 
@@ -73,8 +73,9 @@ def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
 
 
 def collectives(names: Iterable[str], size: str) -> list[Json]:
-  """A row an optimizer and mesh: what collectives move to a device, and its matrices for LAPACK of
-  those that there are.
+  """Traffic and decompositions of an update: one row per optimizer and mesh.
+
+  What collectives move to a device, and which matrices it gives LAPACK, of how many there are.
 
   Both as if all that is ever renewed were at one step, in every way that the program has, such as
   SOAP's at the first."""
@@ -116,8 +117,11 @@ def _by_kind(update: Iterable[hlo.Instruction]) -> Json:
 
 
 def on_paper(names: Iterable[str], size: str) -> list[Json]:
-  """A row an optimizer and number of devices; FLOPs, bytes of state and bytes moved are those of
-  one device and one step."""
+  """Cost of an update on paper: one row per optimizer and number of devices.
+
+  FLOPs, bytes of state and bytes moved are those of one device and one step.
+
+  All are of one device and one step."""
   meshes = [(1, devices, 1) for devices in DEVICES]
   adamw = {
     mesh: flops_of_update(program)[0].total() for mesh, program in programs("adamw", size, meshes)
@@ -179,7 +183,7 @@ COLLECTIVES_HEAD = (
 
 
 def collectives_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  """A line an optimizer and mesh."""
+  """One line per optimizer and mesh."""
   return "\n".join(cli.aligned([COLLECTIVES_HEAD, *map(_collectives_cells, rows)]))
 
 
@@ -205,7 +209,7 @@ ON_PAPER_HEAD = (
 
 
 def on_paper_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  """A line an optimizer and number of devices."""
+  """One line per optimizer and number of devices."""
   return "\n".join(cli.aligned([ON_PAPER_HEAD, *map(_on_paper_cells, rows)]))
 
 

@@ -1,5 +1,4 @@
-"""Hyperparameters as fields of an optimizer's section, each with its official value, its meaning
-and its rule."""
+"""Hyperparameters as fields of a section, each with its official value, meaning and rule."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = 
 
 
 def at_least(bound: float, hint: str = "", *, infinite: bool = False) -> Rule:
-  """infinite: whether infinity can be, which is no limit."""
+  """Rule: a finite number of at least `bound`. infinite: infinity, as no limit, is allowed."""
 
   def rule(value: float) -> str | None:
     if not math.isfinite(value) and not (infinite and value == math.inf):

@@ -1,5 +1,4 @@
-"""Overrides of a config by dotted key, and the argument behind the colon of --config that holds
-them."""
+"""Overrides of a config by dotted key, and the argument behind the colon of --config."""
 
 from __future__ import annotations
 

@@ -33,8 +33,9 @@ MAY_CHANGE = (
 
 
 def resolve(config: Any) -> Config:
-  """A ConfigDict, or a plain nested dict, as a checked `Config`. Errors: ConfigError (unknown key,
-  type, value)."""
+  """A ConfigDict, or a plain nested dict, as a checked `Config`.
+
+  Errors: ConfigError (unknown key, type, value)."""
   require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
   # First, because values of the sections are derived from these.
   for field in MINIMUM:
@@ -66,8 +67,9 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check_resumable(old: Config, new: Config) -> None:
-  """Raises ConfigError with the differing keys if `new` would train another model than the run that
-  `old` began."""
+  """Refusal to resume the run of `old` under `new` where that would train another model.
+
+  Errors: ConfigError with the differing keys."""
   clash = {
     key: pair
     for key, pair in differences(old, new).items()

@@ -15,7 +15,7 @@ Overrides = dict[str, Any]  # {dotted config key: value}
 
 
 def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
-  """One run a value."""
+  """One run per value."""
   return [{key: value} for value in values]
 
 
@@ -25,14 +25,12 @@ def fixed(key: str, value: Any) -> list[Overrides]:
 
 
 def product(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-  """Every combination; the last sweep varies fastest. Errors: ValueError when a key is set
-  twice."""
+  """Every combination; the last sweep varies fastest. Errors: ValueError for a key set twice."""
   return [_merge(combination) for combination in itertools.product(*sweeps)]
 
 
 def zipit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-  """The first of each, the second of each, ... Errors: ValueError when the sweeps are not of one
-  length."""
+  """The first of each, the second of each, ... Errors: ValueError for sweeps of unequal length."""
   lengths = [len(s) for s in sweeps]
   if len(set(lengths)) > 1:
     raise ValueError(f"zipit: sweeps of lengths {lengths}: expected equal lengths")
@@ -45,8 +43,7 @@ def chainit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
 
 
 def run_name(overrides: Overrides) -> str:
-  """A stable name for a run, fit for a folder: the same overrides in any order give the same
-  name."""
+  """A stable name for a run, fit for a folder, whatever the order of its overrides."""
   parts = [
     f"{key.split('.')[-1] if _short(key, overrides) else key}={overrides[key]}"
     for key in sorted(overrides)

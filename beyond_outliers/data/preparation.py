@@ -47,8 +47,7 @@ SHAPING = (
 
 
 def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
-  """Opens the dataset that the data section describes, preparing it first if it isn't there.
-  Errors: DataError."""
+  """Opens the dataset of the data section, preparing it first if need be. Errors: DataError."""
   directory = dataset_directory(cfg)
   if not os.path.isdir(directory):
     os.makedirs(cfg.directory, exist_ok=True)
@@ -76,8 +75,7 @@ def dataset_directory(cfg: config.Data) -> str:
 
 @contextlib.contextmanager
 def _lock(directory: str, log: _Log) -> Iterator[None]:
-  """Held by one process at a time; the kernel lets go of it when the process ends, however it
-  ends."""
+  """Lock held by one process at a time; the kernel releases it when the process ends."""
   with open(directory + ".lock", "w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,8 +29,8 @@ CHUNK_DOCUMENTS = 64  # that a reader takes at once
 
 
 class RecordWindows:
-  """Batches of the readers that one process owns, `share` rows a reader, as an iterator that grain
-  can read ahead of in a thread."""
+  """Batches of the readers that one process owns, `share` rows per reader, as an iterator that
+  grain can read ahead of in a thread."""
 
   def __init__(
     self,
@@ -126,8 +126,9 @@ class _Reader:
 def _document_chunks(
   records: tfds.Records, dataset: shards.Dataset, cfg: config.Data, seed: int, reader: int
 ) -> grain.DatasetIterator:
-  """One reader's documents without end, reshuffled by epoch: lists of CHUNK_DOCUMENTS token id
-  arrays, separators included."""
+  """One reader's documents without end, reshuffled by epoch.
+
+  Lists of CHUNK_DOCUMENTS token id arrays, separators included."""
   count, held_out = dataset.meta["records"]["count"], dataset.meta["records"]["held_out"]
   order: Any = grain.MapDataset.range(count).seed(seed).shuffle()[reader :: cfg.readers].repeat()
   chunks = grain.MapDataset.range(sys.maxsize // CHUNK_DOCUMENTS).map(
@@ -137,8 +138,7 @@ def _document_chunks(
 
 
 class _Encode:
-  """Number of a chunk -> its documents' token ids; None for a document that is held out for
-  validation."""
+  """Number of a chunk -> its documents' token ids; None for a held-out document."""
 
   def __init__(
     self,

@@ -49,7 +49,7 @@ class ShardWriter:
     return os.path.join(self._directory, self._split + suffix)
 
   def append(self, ids: np.ndarray, num_bytes: int) -> None:
-    """A document's ids, separator included, and how many bytes of text they stand for."""
+    """Appends a document's ids, separator included, and the bytes of text they stand for."""
     self._mark()
     self.documents += 1
     self.tokens += len(ids)
@@ -87,8 +87,7 @@ class ShardWriter:
 
 
 class TokenStream:
-  """The tokens of one split as one long array, over memory maps that open when first touched;
-  picklable."""
+  """The tokens of one split as one long array, over lazily opened memory maps; picklable."""
 
   def __init__(self, directory: str, split: str, dtype: str, shards: list[str]):
     self._arguments = (directory, split, dtype, shards)
@@ -138,8 +137,9 @@ class TokenStream:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A prepared dataset, opened. `meta` is meta.json; `fingerprint` names the contents, wherever the
-  folder lies."""
+  """A prepared dataset, opened.
+
+  `meta` is meta.json; `fingerprint` names the contents, wherever the folder lies."""
 
   directory: str
   meta: Json
@@ -156,8 +156,7 @@ class Dataset:
     return self.meta["splits"][split]["documents"]
 
   def tokens(self, split: str) -> int | None:
-    """Tokens, separators included; None for training documents that stay in a TFDS dataset of the
-    user's."""
+    """Tokens, separators included; None for training documents that stay in a TFDS dataset."""
     return self.meta["splits"][split]["tokens"]
 
   def bytes(self, split: str, documents: int = 0) -> int | None:
@@ -167,8 +166,9 @@ class Dataset:
     )
 
   def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
-    """Entropy of the tokens' frequencies, in nats a token: the loss of a model that knows these and
-    nothing else; of the first `at_most` tokens."""
+    """Entropy of the token frequencies, in nats per token: the loss of a unigram model.
+
+    Of the first `at_most` tokens."""
     stream = self.stream(split)
     counts = np.bincount(stream.read(0, min(len(stream), at_most)))
     frequencies = counts[counts > 0] / counts.sum()
@@ -205,7 +205,7 @@ def write_meta(directory: str, meta: Json) -> None:
 
 
 def open_dataset(directory: str) -> Dataset:
-  """Opens a prepared folder. Errors: DataError naming what is missing, short or not of this
+  """Opens a prepared folder. Errors: DataError naming what is missing, truncated or not of this
   tokenizer; see also `verify`."""
   path = os.path.join(directory, "meta.json")
   if not os.path.isfile(path):
@@ -240,8 +240,7 @@ def open_dataset(directory: str) -> Dataset:
 
 
 def verify(dataset: Dataset) -> None:
-  """Compares the SHA-256 of every file with meta.json's. Errors: DataError naming the first that
-  differs."""
+  """Compares all files' SHA-256 with meta.json's. Errors: DataError naming the first difference."""
   for name, expected in dataset.meta["files"].items():
     if _sha256(dataset.path(name)) != expected["sha256"]:
       raise DataError(

@@ -46,8 +46,7 @@ def input_files(cfg: config.Data) -> dict[str, int]:
 
 
 def training_sample(cfg: config.Data, max_bytes: int) -> Iterator[Document]:
-  """Every k-th training document, k such that about `max_bytes` of the corpus are taken, from all
-  over it."""
+  """Every k-th training document, spread over the corpus, about `max_bytes` in all."""
   training = (document for split, document in split_documents(cfg) if split == "train")
   return itertools.islice(training, 0, None, sample_stride(cfg, max_bytes))
 
@@ -58,8 +57,7 @@ def sample_stride(cfg: config.Data, max_bytes: int) -> int:
 
 
 def is_held_out(content: str | np.ndarray, fraction: float) -> bool:
-  """Membership of a document's hash in the fraction: the same text gets the same answer, wherever
-  and however often."""
+  """Membership of a document's hash in the fraction: a function of the text alone."""
   data = content.encode() if isinstance(content, str) else np.asarray(content, np.int64).tobytes()
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") < fraction * 2.0**64
 
@@ -73,8 +71,9 @@ def empty_split(cfg: config.Data, split: str) -> DataError:
 
 
 def _newest(cfg: config.Data, count: str) -> LabeledDocuments:
-  """The last `count` documents validate: they wait in a queue, and a document that leaves it is not
-  among the last."""
+  """Validates on the last `count` documents.
+
+  They wait in a queue: a document that leaves it is not among the last."""
   waiting = collections.deque()
   for document in read_documents(cfg):
     waiting.append(document)
@@ -85,14 +84,15 @@ def _newest(cfg: config.Data, count: str) -> LabeledDocuments:
 
 
 def _fraction(cfg: config.Data, fraction: str) -> LabeledDocuments:
-  """A share of the documents validates, by the hashes of their contents."""
+  """Validates on a share of the documents, by the hashes of their contents."""
   for document in read_documents(cfg):
     yield "validation" if is_held_out(document.content, float(fraction)) else "train", document
 
 
 def _path(cfg: config.Data, path: str) -> LabeledDocuments:
-  """Other files validate. They come first, so that a mistake in their path shows before the long
-  work."""
+  """Validates on other files.
+
+  They come first, so that a mistake in their path shows before the long work."""
   source = SOURCES[cfg.source]
   shared = set(source.files(path)) & set(source.files(cfg.path))
   if shared and cfg.source != "tfds":  # where two slices of a split may share a file

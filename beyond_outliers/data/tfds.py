@@ -26,8 +26,9 @@ SHARD_RECORDS = 100_000  # records a file at most
 
 
 class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
-  """A TFDS dataset with one split, train, in the order given, and one feature: "text", or "tokens"
-  in `ids_dtype`."""
+  """A TFDS dataset with one split, train, in the order given.
+
+  It has one feature: "text", or "tokens" in `ids_dtype`."""
 
   name = "documents"
   VERSION = tfds.core.Version("1.0.0")
@@ -62,8 +63,9 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
       yield from ({"tokens": np.asarray(ids, self._ids_dtype)} for ids in self._documents)
 
   def _download_and_prepare(self, dl_manager, download_config=None):
-    """In order, in no memory. TFDS's own way shuffles, in memory up to a gigabyte and beyond it in
-    TensorFlow's files."""
+    """Writes records in order, with bounded memory.
+
+    TFDS's own way shuffles, in memory up to a gigabyte and beyond it in TensorFlow's files."""
     del download_config
     info = self._info()  # of the directory that TFDS writes in and then renames
     writer = sequential_writer.SequentialWriter(
@@ -79,8 +81,7 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
 def write_documents(
   documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None
 ) -> str:
-  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns the prepared dataset's
-  own directory."""
+  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns its own directory."""
   tfds.disable_progress_bar()  # preparation has progress lines of its own
   builder = DocumentBuilder(documents, data_dir=directory, ids_dtype=ids_dtype)
   builder.download_and_prepare()
@@ -88,8 +89,7 @@ def write_documents(
 
 
 class Records:
-  """Random access to the documents of a prepared ArrayRecord split; opened at first use, so cheap
-  to pickle."""
+  """Random access to the documents of a prepared ArrayRecord split; lazy, so cheap to pickle."""
 
   def __init__(self, path: str, field: str):
     self.path, self._field = path, field
@@ -125,8 +125,7 @@ class Records:
 
 
 def split_files(path: str) -> list[str]:
-  """The record files of a split. Errors: DataError if one that the dataset's description names is
-  missing."""
+  """The record files of a split. Errors: DataError if one named in the description is missing."""
   builder, split = _open(path)
   names = [
     str(instruction.filename) for instruction in builder.info.splits[split].file_instructions

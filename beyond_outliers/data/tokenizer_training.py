@@ -46,8 +46,7 @@ def _text(document: Document, cfg: config.Data) -> str:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:
-  """A SentencePiece BPE model of exactly `vocab` pieces that loses nothing, as the bytes of its
-  file.
+  """A lossless SentencePiece BPE model of exactly `vocab` pieces, as the bytes of its file.
 
   BPE because it trains in a second where unigram takes 20, at the same bytes a token on held-out
   text. Nothing is normalized, no space is added or dropped, unknown characters fall back to bytes,

@@ -27,8 +27,10 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 
 
 class Tokenizer:
-  """ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary
-  has no such token.
+  """Text to token ids and back.
+
+  ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary has
+  no such token.
 
   `decode(encode(text)) == text` for bytes, GPT-2 and the SentencePiece models trained here; others
   keep what their normalizer leaves. Special tokens spelled out in a text are text.
@@ -66,7 +68,7 @@ class Tokenizer:
 
 
 class Bytes(Tokenizer):
-  """A token a UTF-8 byte, then bos and eot: needs nothing, and a token's loss is a byte's."""
+  """One token per UTF-8 byte, then bos and eot: needs nothing, and a token's loss is a byte's."""
 
   stored = "bytes"
   vocab_size, bos, eot = 258, 256, 257
@@ -166,8 +168,7 @@ class HuggingFace(Tokenizer):
 
 
 class Gpt2(Tokenizer):
-  """GPT-2's byte-level BPE, run by tiktoken; the files' SHA-256 must be those of OpenAI's
-  release."""
+  """GPT-2's byte-level BPE, run by tiktoken; the files must be OpenAI's release, by SHA-256."""
 
   stored = "gpt2:{directory}"
   END = 50256
@@ -233,6 +234,7 @@ TOKENIZERS = {
 
 def load(name: str) -> Tokenizer:
   """Opens 'bytes', 'sentencepiece:FILE.model', 'huggingface:FILE.json', 'gpt2' or 'gpt2:DIR'.
+
   Errors: DataError."""
   kind, _, argument = name.partition(":")
   if kind not in TOKENIZERS:
@@ -243,8 +245,7 @@ def load(name: str) -> Tokenizer:
 
 
 def added_bos(directory: str) -> int | None:
-  """The id that the tokenizer of a Hugging Face directory puts before every text; None if it puts
-  none.
+  """The id that a Hugging Face directory's tokenizer puts before every text; None if it puts none.
 
   As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said,
   tokenizer.json's post-processor.

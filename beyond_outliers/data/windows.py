@@ -26,8 +26,7 @@ def num_windows(tokens: int, context: int) -> int:
 def read_windows(
   stream: shards.TokenStream, begins: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(token ids, 1-based numbers of the documents they lie in), both [b, W]; 0 beyond the end of the
-  stream."""
+  """(token ids, 1-based document numbers), both [b, W]; 0 beyond the end of the stream."""
   tokens_bxW = np.zeros((len(begins), context + 1), stream.dtype)
   steps_bxW = np.zeros(tokens_bxW.shape, np.int64)
   # 1-based numbers of the first and the last document in each window.

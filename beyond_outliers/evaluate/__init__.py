@@ -1,2 +1,1 @@
-"""Evaluation of checkpoints: as they were trained, and quantized after training by every method
-under every recipe."""
+"""Evaluation of checkpoints: as trained, and quantized by every method under every recipe."""

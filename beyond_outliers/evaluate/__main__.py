@@ -1,5 +1,4 @@
-"""Evaluation job: checkpoints as they were trained, and quantized after training by every method
-under every recipe.
+"""Evaluation job: checkpoints as trained, and quantized by every method under every recipe.
 
   python -m beyond_outliers.evaluate --workdir=runs/adamw-nano \
       --recipes=rtn_w4a4,rtn_w4a16 --methods=rtn,gptq
@@ -110,7 +109,7 @@ def open_target(progress: Progress) -> Target:
 
 
 def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
-  """Errors: ConfigError."""
+  """The steps that the flags choose. Errors: ConfigError."""
   if list(asked) == ["all"]:
     return known
   require(
@@ -130,7 +129,7 @@ def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
 
 
 def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
-  """Runs the job as the flags say. The steps whose results count; None: all."""
+  """Runs the job as the flags say; returns the steps whose results count, None for all."""
   if FOLLOW.value:
     wanted = None if STEPS.value in ([], ["all"]) else steps  # None: all that will ever be
     job.follow(wanted)

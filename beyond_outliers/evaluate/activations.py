@@ -96,7 +96,7 @@ def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, S
 
 
 def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
-  """Table of a row a tensor, over all batches: path (with its depth), depth (NaN outside the
+  """Table of one row per tensor, over all batches: path (with its depth), depth (NaN outside the
   layers), kind, tokens, METRICS, and zero_medians, the share of tokens that max_to_median leaves
   out."""
   import pandas as pd  # takes a while, and not every run measures
@@ -118,7 +118,7 @@ def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
 
 
 def _order(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
-  """The embedding first, then by depth, the head last."""
+  """Sort key: the embedding first, then by depth, the head last."""
   return row["path"] == "head", row["path"] != "embedding", row["depth"]
 
 
@@ -141,8 +141,9 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
 def on_documents(
   forward: Forward, batches: Any, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, Params], dict[str, float]]:
-  """(params, params with plain matrices) -> `summary` of what the model sees in these batches, and
-  of its matrices."""
+  """(params, params with plain matrices) -> `summary` of activations and weights.
+
+  Activations are of these batches."""
   everywhere = mesh_lib.replicated(mesh)
   activations = jax.jit(measurement(forward), out_shardings=everywhere)
   matrices = jax.jit(weight_measurement, out_shardings=everywhere)

@@ -1,5 +1,4 @@
-"""Evaluator of a target: measures the cells of a plan that are missing, into files that are read
-alone."""
+"""Evaluator of a target: measures the missing cells of a plan, into self-contained files."""
 
 from __future__ import annotations
 
@@ -77,8 +76,9 @@ class Evaluator:
     return [cell for cell in cells if cell is not None]
 
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
-    """Measures one cell, or its tasks that are missing, and writes them. Errors: TaskError once all
-    else is written; any that a method raises."""
+    """Measures one cell, or its tasks that are missing, and writes them.
+
+    Errors: TaskError once all else is written; any that a method raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)

@@ -180,8 +180,9 @@ def task_manager(
 
 
 def load_tasks(names: Sequence[str], folders: Sequence[PathLike] = ()) -> list[LoadedTask]:
-  """folders: see `task_manager`. Errors: ConfigError for tasks that are unknown, faulty or without
-  their data."""
+  """Tasks by name, with their data; folders: see `task_manager`.
+
+  Errors: ConfigError for tasks that are unknown, faulty or without their data."""
   manager = task_manager(names, folders)
   return [_load(manager, name) for name in names]
 
@@ -267,8 +268,10 @@ def harness_model(
 
 
 def ask(model: HarnessModel, tasks: Sequence[LoadedTask], limit: int | None = None) -> Scores:
-  """As `score_tasks`. tasks: as `load_tasks` makes them, any number of times. limit: only the first
-  so many examples of each task."""
+  """Scores of loaded tasks, as `score_tasks`.
+
+  tasks: as `load_tasks` makes them, any number of times. limit: only the first so many examples of
+  each task."""
   # Its bootstrap would fork this process, whose threads may then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
   with contextlib.redirect_stdout(sys.stderr):

@@ -1,5 +1,4 @@
-"""An evaluation job: checkpoint after checkpoint of one target through an evaluator, once or as
-they land."""
+"""An evaluation job: a target's checkpoints through an evaluator, once or as they land."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in whi
 
 
 class Progress:
-  """Progress of a job on stderr: redrawn on a terminal, elsewhere a line a cell, and now and then
-  one within a long one."""
+  """Progress of a job on stderr: redrawn on a terminal; elsewhere one line per cell, and now and
+  then one within a long one."""
 
   def __init__(self, every: float = 30.0):
     self._redraw, self._every = sys.stderr.isatty(), every
@@ -61,7 +60,7 @@ def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Tells a person of changes in a run that is followed. One that was killed looks like one that
+  """Reports changes in a run that is followed, to a person. One that was killed looks like one that
   takes long for a step."""
 
   def __init__(self, target: Target, progress: Progress):
@@ -104,7 +103,8 @@ class Job:
     return []
 
   def follow(self, wanted: Collection[int] | None = None) -> None:
-    """Until all that are wanted are evaluated, or the run has ended and all its checkpoints are.
+    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are.
+
     One that was skipped and then saved anew is tried again."""
     target = self._target
     seen: dict[int, Any] = {}  # step -> its files when it was read
@@ -131,7 +131,7 @@ class Job:
         time.sleep(self._poll)
 
   def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
-    """Whether it could be read."""
+    """Evaluates one checkpoint; False if it could not be read."""
     missing = self._evaluator.missing(step)
     self.skipped.pop(step, None)
     if not missing:

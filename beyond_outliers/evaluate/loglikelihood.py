@@ -42,8 +42,7 @@ class PackedPairs(NamedTuple):
 
 
 class Scorer:
-  """A model behind a few compiled programs: one for each length of rows and number of scored
-  positions that occurs.
+  """A model behind a few compiled programs: one per row length and number of scored positions.
 
   context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
   included. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
@@ -102,8 +101,7 @@ class Scorer:
     return results
 
   def _packed(self, pairs: Sequence[Pair]) -> Iterator[PackedPairs]:
-    """Batches from the longest bucket to the shortest; pairs that don't fill one go into the next
-    bucket's."""
+    """Batches from the longest bucket to the shortest; leftover pairs go into the next bucket's."""
     shapes = [
       (
         self._length(min(len(context) + len(continuation) - 1, self.context)),
@@ -134,8 +132,7 @@ class Scorer:
     limits: Sequence[int],
     ended: Callable[[int, list[int]], bool],
   ) -> list[list[int]]:
-    """Greedy continuations of at most `limits` tokens; a prompt loses its beginning to make room
-    for them.
+    """Greedy continuations of at most `limits` tokens; a long prompt loses its beginning.
 
     ended(number of the prompt, tokens so far) -> whether the rest is of no interest; asked every
     AT_ONCE tokens, so that up to AT_ONCE - 1 come after the end. Nothing is cached between tokens:
@@ -196,8 +193,11 @@ def next_power_of_two(n: int) -> int:
 
 
 def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
-  """(negative log-likelihood of every target in nats, float32 at least; whether it is the model's
-  first choice), [R, S] each.
+  """Negative log-likelihood of every target in nats, and whether it is the argmax, [R, S] each.
+
+  float32 at least.
+
+  [R, S] each.
 
   Only the scored positions go through the head, `columns` of each row at once."""
   R, S = targets_RxS.shape
@@ -223,8 +223,7 @@ def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
 
 
 def extend(model, params, tokens_RxL, lengths_R):
-  """The AT_ONCE tokens that the model puts greedily after the first lengths_R of each row, [R,
-  AT_ONCE].
+  """The AT_ONCE tokens that follow greedily after the first lengths_R of each row, [R, AT_ONCE].
 
   Those that would come after position L are arbitrary."""
   rows = jnp.arange(len(tokens_RxL))

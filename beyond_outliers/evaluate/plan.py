@@ -1,4 +1,4 @@
-"""Plan of an evaluation job: its cells, and the settings that the numbers of each depend on."""
+"""Plan of an evaluation job: its cells, and the settings that the results of each depend on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Cell(NamedTuple):
 
 
 def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
-  """Errors: ConfigError for one that nobody knows."""
+  """Refusal of unknown recipes and methods. Errors: ConfigError."""
   for name in recipes:
     require(
       name != "none",

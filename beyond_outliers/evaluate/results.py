@@ -1,5 +1,6 @@
-"""Results of evaluation jobs: a JSON file a measurement, whose name holds a hash of all that its
-numbers depend on.
+"""Results of evaluation jobs: one JSON file per measurement, named by a hash of its settings.
+
+Settings are all that the values depend on.
 
 So nothing is replaced by what was measured otherwise, and any number of runs and jobs may share a
 folder. The scores of a task of the lm-evaluation-harness are a file of their own, next to the cell
@@ -38,8 +39,9 @@ def warn(text: str) -> None:
 
 
 class ResultStore:
-  """Results of any models, in one folder. say: takes what is wrong with a file, once; it then
-  counts as missing."""
+  """Results of any models, in one folder.
+
+  say: takes what is wrong with a file, once; it then counts as missing."""
 
   def __init__(self, path: PathLike, say: Callable[[str], None] = warn):
     self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
@@ -93,7 +95,7 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
 
 
 def task_scores(cell: Result) -> dict[str, float]:
-  """The numbers of a cell's tasks, as `task/metric`."""
+  """Scores of a cell's tasks, as `task/metric`."""
   return {
     f"{task}/{name}": value
     for task, metrics in cell["tasks"].items()

@@ -1,4 +1,4 @@
-"""Evaluation steps: (parameters, batch) -> numbers of every target, pure, for jit.
+"""Evaluation steps: (parameters, batch) -> values of every target, pure, for jit.
 
 Legend: B batch, L length, T = B·L tokens, V vocabulary.
 """
@@ -19,8 +19,9 @@ PairStep = Callable[[Params, Params, Batch], tuple[dict[str, jax.Array], jax.Arr
 
 
 def make_eval_step(forward: Forward) -> EvalStep:
-  """eval_step(params, batch) -> (negative log-likelihood of every target in nats, segment it counts
-  for or 0), [B, L] both."""
+  """eval_step(params, batch) -> (negative log-likelihood of every target in nats, its segment).
+
+  [B, L] both; segment 0: the target does not count."""
 
   def eval_step(params: Params, batch: Batch):
     counts = batch["weights"] > 0
@@ -31,8 +32,9 @@ def make_eval_step(forward: Forward) -> EvalStep:
 
 
 def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
-  """pair_step(params, other's params, batch) -> (numbers of every target, segment it counts for or
-  0), all [B, L].
+  """pair_step(params, other's params, batch) -> (values of every target, its segment), all [B, L].
+
+  Segment 0: the target does not count.
 
   The numbers: `reference_nll` of the model and `nll` of the other, in nats; `kl` (nats), the
   divergence of the other's prediction from the model's; `agreement`, 1 where both hold the same

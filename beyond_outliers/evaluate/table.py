@@ -15,14 +15,14 @@ OWN_REFERENCE = (
 
 
 def scalars(cell: Result) -> dict[str, float]:
-  """The numbers of a cell by name, without intervals."""
+  """Values of a cell by name, without intervals."""
   numbers = {**cell["metrics"], **results.task_scores(cell)}
   return {name: value for name, value in numbers.items() if isinstance(value, int | float)}
 
 
 def results_table(cells: Sequence[Result]) -> str:
-  """A line a cell. The difference of the loss is to the same parameters in full precision, with its
-  interval; a run that was trained quantized has no others, which a line below says."""
+  """One line per cell. The difference of the loss is to the same parameters in full precision, with
+  its interval; a run that was trained quantized has no others, which a line below says."""
   names = (name for cell in cells for name in results.task_scores(cell))
   accuracies = [name for name in dict.fromkeys(names) if "stderr" not in name]
   titles = (
@@ -35,7 +35,7 @@ def results_table(cells: Sequence[Result]) -> str:
 
 
 def shown(value: float | None, style: str = ".4f") -> str:
-  """Nothing for what was not finite."""
+  """Formatted value; empty where it was not finite."""
   return "" if value is None else format(value, style)
 
 

@@ -62,11 +62,11 @@ class Target(Protocol):
     ...
 
   def written(self, step: int) -> Any:
-    """Differs once the checkpoint of a step was saved anew."""
+    """Stamp of a step's checkpoint; differs once it was saved anew."""
     ...
 
   def params(self, step: int) -> Params:
-    """Errors: CheckpointError, OSError."""
+    """Parameters of a step. Errors: CheckpointError, OSError."""
     ...
 
   def ended(self) -> bool:
@@ -78,7 +78,7 @@ class Target(Protocol):
     ...
 
   def last_write(self) -> float | None:
-    """Differs once the training wrote something."""
+    """Stamp of the training's last write; differs once it wrote something."""
     ...
 
 
@@ -146,8 +146,9 @@ class OneCheckpoint(RunCheckpoints):
 
 
 class HuggingFaceModel:
-  """An OLMo2 or Llama model, at step 0. By default windows of 1024, 8 at once, of all validation
-  documents.
+  """An OLMo2 or Llama model, at step 0.
+
+  By default windows of 1024, 8 at once, of all validation documents.
 
   Errors: DataError, ConfigError for what hf.load refuses, and for a dataset of another tokenizer
   than the directory's; where that holds none, the dataset's is taken for it, and puts nothing
@@ -287,7 +288,7 @@ def _reader_of(dataset: data.Dataset) -> str:
 
 
 def _fingerprint(model: transformer.Transformer, params: Params) -> str:
-  """Tells a model from another, of the same parameters too."""
+  """Fingerprint of a model, distinct from another's of equal parameters too."""
   sums = hashlib.sha256(repr(model.config).encode())
   for leaf in jax.tree.leaves(params):
     sums.update(np.asarray(leaf).tobytes())

@@ -59,7 +59,7 @@ class TaskSuite:
 def find_tasks(
   names: Sequence[str], folders: Sequence[str], dataset: data.Dataset, folder: epath.Path
 ) -> list[LoadedTask]:
-  """Those of the harness, of the folders, or made of held-out text below `folder`.
+  """Tasks of the harness, of the folders, or made of held-out text below `folder`.
 
   Errors: ConfigError for tasks that are unknown, faulty or without their data, and for any without
   the library for them."""
@@ -72,7 +72,7 @@ def find_tasks(
 
 
 def _harness() -> Any:
-  """Only where tasks are asked for: it needs the extra `eval`."""
+  """The harness, imported only where tasks are asked for: it needs the extra `eval`."""
   from beyond_outliers.evaluate import harness
 
   return harness

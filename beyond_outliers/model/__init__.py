@@ -1,5 +1,4 @@
-"""The language model: `Transformer` under one contract, tokens in, logits out, parameters a plain
-stacked pytree."""
+"""The language model: `Transformer` under one contract: tokens, logits, a plain stacked pytree."""
 
 from beyond_outliers.model.transformer import Transformer
 

@@ -43,8 +43,9 @@ def plain(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
 
 @jax.custom_vjp
 def blockwise(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """Blocks of queries against the keys up to their end: half the arithmetic, and scores of one
-  block at a time.
+  """Blocks of queries against the keys up to the causal limit: half the FLOPs.
+
+  Scores of one block at a time.
 
   The backward pass computes the probabilities again, from the logarithm of their denominator (arXiv
   2205.14135)."""
@@ -105,7 +106,7 @@ blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """jax.nn's: cuDNN's kernel for 16-bit types on a GPU, else the whole matrix of scores.
+  """jax.nn's attention: cuDNN's kernel for 16-bit types on a GPU, else the whole matrix of scores.
 
   Errors: ValueError for float64, whose softmax jax.nn computes in float32."""
   if q_BxLxHxDh.dtype == jnp.float64:

@@ -105,8 +105,7 @@ def save(
 def write_directory(
   directory: PathLike, described: Json, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> None:
-  """The files of `save`, with tensors that are made as they are asked for. Errors: as `save`, for
-  the directory."""
+  """The files of `save`, from tensors made lazily. Errors: as `save`, for the directory."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   taken = sorted(
@@ -233,8 +232,7 @@ def _check_params(c: config.Model, leaves: Mapping[str, Any]) -> None:
 
 
 def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype) -> Reader:
-  """index -> that part of our parameter, read from those parts of their tensors alone that it lies
-  in."""
+  """index -> that part of our parameter, reading only the parts of the tensors that hold it."""
 
   def one(source, index):
     return source[index[::-1]].T if is_kernel(path) else source[index]
@@ -262,8 +260,9 @@ def _place(
 
 
 def tensor(leaf: Any, entry: Entry) -> np.ndarray:
-  """The array that a file holds under the entry's name. The embedding is (vocabulary, width) there
-  and here."""
+  """The array that a file holds under the entry's name.
+
+  The embedding is (vocabulary, width) there and here."""
   array = np.asarray(leaf if entry.depth is None else leaf[entry.depth])
   return np.ascontiguousarray(array.T if is_kernel(entry.path) else array)
 

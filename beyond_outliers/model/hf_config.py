@@ -1,5 +1,4 @@
-"""The Hugging Face families that the model equals, OLMo2 and Llama: their names, and config.json as
-`config.Model`."""
+"""Hugging Face families that the model equals, OLMo2 and Llama: parameter names, config.json."""
 
 from __future__ import annotations
 
@@ -93,8 +92,9 @@ ROPE_ONLY = {"rope_type": "default", "type": "default", "partial_rotary_factor":
 
 
 def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
-  """The model that a config.json describes. Errors: ConfigError naming the field that is missing or
-  not supported."""
+  """The model that a config.json describes.
+
+  Errors: ConfigError naming the field that is missing or not supported."""
   fields = _present(json.loads(file.read_text()))
   model_type = fields.pop("model_type", None)
   if model_type not in FAMILIES:
@@ -188,8 +188,7 @@ def _check_only(fields: Mapping[str, Any], only: Mapping[str, Any], prefix: str)
 
 
 def _rope_base(fields: Mapping[str, Any]) -> float:
-  """From `rope_theta`, or from `rope_parameters`, whose older name, without the base, is
-  `rope_scaling`."""
+  """Base from `rope_theta` or `rope_parameters`, whose older name is `rope_scaling`."""
   bases = {"rope_theta": _field(fields, "rope_theta", float)} if "rope_theta" in fields else {}
   for section in ("rope_parameters", "rope_scaling"):
     rope = _present(_field(fields, section, dict)) if section in fields else {}

@@ -25,8 +25,7 @@ DotGeneralFor = Callable[[str], DotGeneralCls | None]  # by path, as `layers/3/m
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
-  """The type of norms, rotary embedding and residual stream: float32, or float64 when all else
-  is."""
+  """Dtype of norms, rotary embedding and residual stream: float32, or float64 when all else is."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -116,8 +115,7 @@ def apply_rotary(x_BxLxHxDh, positions, *, base: float, layout: str):
 
 
 class Attention(nn.Module):
-  """Grouped-query causal self-attention with rotary embedding and one of the query-key
-  normalisations."""
+  """Grouped-query causal self-attention with rotary embedding and a query-key normalisation."""
 
   config: config.Model
   dot_generals: DotGenerals
@@ -187,8 +185,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention, then MLP, each added to the residual stream; the norms stand before or behind each
-  of them."""
+  """Attention, then MLP, each added to the residual stream, with norms before or behind each."""
 
   config: config.Model
   dot_generals: DotGenerals

@@ -18,8 +18,7 @@ def linear_paths(c: config.Model) -> list[str]:
 
 
 def contractions(c: config.Model) -> dict[str, tuple[int, bool]]:
-  """Every linear layer by path: how many numbers it sums over, and whether these are split over the
-  mesh's axis `model`."""
+  """Contraction width of every linear layer by path; whether it is split over mesh axis `model`."""
   inputs = {"attention/o": (c.heads * c.d_head, True), "mlp/down": (c.mlp_hidden, True)}
   of_blocks = {
     layer_path(depth, kind): inputs.get(kind, (c.d_model, False))
@@ -39,8 +38,7 @@ class Linears(NamedTuple):
 
 
 def linears(c: config.Model, params: Params) -> dict[str, Linears]:
-  """The linear layers of a model by kind, `attention/q` to `mlp/down` and `head`, with their
-  parameters."""
+  """The linear layers of a model by kind, `attention/q` to `mlp/down` and `head`."""
   own, found = of_dot_generals(c, params), {}
   for kind in linear_paths(c):
     paths = tuple(layer_path(depth, kind) for depth in range(c.blocks))

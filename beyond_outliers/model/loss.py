@@ -43,8 +43,9 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def divergence(p_TxV, q_TxV):
-  """Kullback-Leibler divergence of softmax(q) from softmax(p), in nats, [T], float32 or wider. p,
-  q: logits."""
+  """Kullback-Leibler divergence of softmax(q) from softmax(p), in nats, [T], float32 or wider.
+
+  p, q: logits."""
   wide = jnp.promote_types(p_TxV.dtype, jnp.float32)
   log_p_TxV, log_q_TxV = (
     jax.nn.log_softmax(logits_TxV.astype(wide)) for logits_TxV in (p_TxV, q_TxV)
@@ -64,5 +65,5 @@ def token_losses(
 
 
 def flat_logits(logits_BxLxV: jax.Array) -> jax.Array:
-  """[T, V]."""
+  """Logits of all tokens, [T, V]."""
   return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])

@@ -1,5 +1,4 @@
-"""The blocks of a model over one stacked tree of parameters, in as few scans as their linear layers
-allow.
+"""The blocks of a model over one stacked tree of parameters, in as few scans as possible.
 
 Legend: B batch, L length, D model width.
 """
@@ -120,8 +119,9 @@ class Stack(nn.Module):
 
 
 def _split(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
-  """The parameters of each group of depths. What was sown before stays outside: it only comes out
-  of a module."""
+  """The parameters of each group of depths.
+
+  What was sown before stays outside: it only comes out of a module."""
   if "params" not in variables:
     return {}
   ends = itertools.accumulate(lengths)

@@ -1,5 +1,4 @@
-"""The decoder: the study's architecture (arXiv 2509.23500), and by other switches of the same code
-OLMo2 and Llama.
+"""The decoder: the study's architecture (arXiv 2509.23500), and by other switches OLMo2 and Llama.
 
 Layers are stacked: every parameter under `layers` has the depth as its first axis (params.py).
 Legend: B batch, L length, D model width, V vocabulary.
@@ -23,8 +22,10 @@ from beyond_outliers.types import Params
 
 
 class Transformer(nn.Module):
-  """apply({"params": params}, tokens_BxL, segment_ids=None, positions=None) -> logits_BxLxV,
-  float32 at least.
+  """Decoder-only language model.
+
+  apply({"params": params}, tokens_BxL, segment_ids=None, positions=None) -> logits_BxLxV, float32
+  at least.
 
   segment_ids, positions: int32 [B, L]; with segment_ids a token attends only to its own segment.
   dot_general_for: path of a linear layer (`layers/3/mlp/up`, `head`) -> what makes its dot_general,
@@ -50,14 +51,13 @@ class Transformer(nn.Module):
 
   @nn.nowrap
   def axes(self, params: Params | None = None) -> Any:
-    """A tree like the parameters of `Axes`, from the logical names: what optimizers take as
-    `axes`."""
+    """A tree of `Axes` like the parameters, from the logical names: the `axes` of an optimizer."""
     del params
     return axes(self)
 
   @nn.nowrap
   def contractions(self) -> dict[str, tuple[int, bool]]:
-    """Every linear layer by path: how many numbers it sums over, and whether these are split."""
+    """Contraction width of every linear layer by path, and whether it is split."""
     return linears.contractions(self.config)
 
   @nn.nowrap
@@ -84,8 +84,7 @@ class Transformer(nn.Module):
     return nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
 
   def table(self):
-    """The embedding [V, D], gathered over fsdp: a look-up in rows that are themselves split is what
-    XLA partitions badly."""
+    """The embedding [V, D], gathered over fsdp: XLA partitions badly a look-up in split rows."""
     return nn.with_logical_constraint(self.embedding, ("vocab", None))
 
   def logits(self, x_BxLxD):
@@ -128,8 +127,7 @@ def without_dot_general_params(c: config.Model, params: Params) -> Params:
 
 
 def axes(model: Transformer) -> Any:
-  """A tree like the parameters of `Axes`: which axes are batch, fan-in and fan-out, from the
-  logical names."""
+  """A tree of `Axes` like the parameters: batch, fan-in, fan-out axes, from the logical names."""
   return jax.tree.map(
     lambda box: _axes(box.names),
     boxed_shapes(model),
@@ -154,8 +152,9 @@ def count(params: Params) -> dict[str, int]:
 
 
 def flops_per_token(c: config.Model, context: int) -> float:
-  """Model FLOPs of one training token, forward and backward: 6 a matrix parameter,
-  12·blocks·heads·d_head·L for attention.
+  """Model FLOPs of one training token, forward and backward.
+
+  6 per matrix parameter, 12·blocks·heads·d_head·L for attention.
 
   The usual accounting (arXiv 2204.02311, appendix B): the causal half is not discounted, the
   embedding look-up is free."""

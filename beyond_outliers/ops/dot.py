@@ -1,5 +1,4 @@
-"""The matrix product of every linear layer: float32 sums of bfloat16 operands, forward and
-backward.
+"""Matrix product of every linear layer: float32 sums of bfloat16 operands, forward and backward.
 
 Differentiating a float32 product of bfloat16 operands gives products with a float32 cotangent,
 which run at float32's speed. The rule here casts the cotangent to the operands' type first.

@@ -1,5 +1,4 @@
-"""Rewrites that XLA's CPU compiler would undo: a call that it must not inline, a transpose that it
-must not fold."""
+"""Rewrites that XLA's CPU compiler would undo: calls not to inline, transposes not to fold."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def outlined_call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
-  """function(*arguments), which begin with an array: under jit on CPU a call that the compiler does
-  not inline.
+  """function(*arguments), which begin with an array; under jit on CPU a call that is not inlined.
 
   XLA:CPU schedules for concurrency, not memory, and computes anew in every consumer what is cheap,
   so that what it is computed from stays alive instead. Optimization barriers don't keep it from

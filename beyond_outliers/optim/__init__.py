@@ -1,5 +1,4 @@
-"""Optimizers as optax transformations: one table, and `build`, which gives every parameter group
-its row."""
+"""Optimizers as optax transformations: one table, and `build`, which gives each group its row."""
 
 from __future__ import annotations
 
@@ -67,18 +66,19 @@ class Optimizer:
   axes: Any = None  # likewise, of Axes
 
   def step_metrics(self, opt_state: Any, update: Params) -> Metrics:
-    """Of the state and of the change of the parameters that a step made (metrics.py)."""
+    """Metrics of the state and of the change of the parameters that a step made (metrics.py)."""
     return {**self.state_metrics(opt_state), **metrics.of_update(update, self.labels, self.axes)}
 
   def state_metrics(self, opt_state: Any, update: Params = None) -> Metrics:
-    """Those of the state alone, which are free."""
+    """Metrics of the state alone, which cost nothing extra."""
     del update
     return metrics.of_state(opt_state)
 
   def state_shardings(self, param_shardings: Any) -> Any:
-    """A tree like the optimizer state. What belongs to blocks (under a field `blocks`) is split
-    over the whole mesh along its first axis; a leaf that mirrors a parameter is split like it; any
-    other is replicated.
+    """Shardings of the optimizer state, a tree like it.
+
+    What belongs to blocks (under a field `blocks`) is split over the whole mesh along its first
+    axis; a leaf that mirrors a parameter is split like it; any other is replicated.
 
     A leaf mirrors the parameter whose path its own path ends in, if the shapes agree."""
     shapes, shardings = jax.tree_util.tree_leaves_with_path(self.shapes), param_shardings
@@ -111,8 +111,7 @@ def build(
   axes: Any = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Optimizer:
-  """The optimizer of a run of `num_steps`: each group's own row of OPTIMIZERS under its own
-  learning-rate schedule.
+  """Optimizer of a run of `num_steps`: each group's row of OPTIMIZERS under a schedule of its own.
 
   params: arrays or their shapes. axes: a tree like params of `Axes`. mesh: over whose devices
     blocks of state are dealt.

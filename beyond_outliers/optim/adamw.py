@@ -14,8 +14,7 @@ from beyond_outliers.optim.axes import AxesTree
 def adamw(
   h: AdamW, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """Decoupled weight decay on every leaf; moments in the dtype of the parameters, and split like
-  them.
+  """AdamW: decoupled weight decay on every leaf; moments in the parameters' dtype and sharding.
 
   Element by element: `axes` and `mesh` do not matter. State: 8 bytes a parameter in float32.
 

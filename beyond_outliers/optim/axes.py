@@ -41,8 +41,7 @@ class Leaf:
     return math.prod(self.size) // self.fan_in
 
   def split(self, x: jax.Array) -> jax.Array:
-    """[slices, *size], in the leaf's own order of axes where it can: kernels [in, out] are not
-    transposed."""
+    """[slices, *size], where possible in the leaf's order of axes: [in, out] stays untransposed."""
     return jnp.transpose(x, self.order).reshape(self.slices, *self.size)
 
   def join(self, y: jax.Array) -> jax.Array:
@@ -52,8 +51,7 @@ class Leaf:
 
 
 def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
-  """A record for every leaf of `tree` (arrays or shapes), in its order; masked leaves
-  (optax.MaskedNode) have none.
+  """Records of the leaves of `tree` (arrays or shapes), in order; optax.MaskedNode has none.
 
   Without axes: up to one axis is a vector's, else the last two are (fan-in, fan-out) and the rest
   batch.

@@ -37,8 +37,7 @@ Stacks = dict[str, jax.Array]  # bucket name -> [B, m, n], [B, n], or [B] for on
 
 @dataclasses.dataclass(frozen=True)
 class BlockGrid:
-  """Blocks of one bucket that are neighbours in one leaf: a grid of equal blocks in each of its
-  slices."""
+  """Grid of equal blocks in each slice of one leaf: neighbours that share a bucket."""
 
   leaf: int
   start: tuple[int, ...]  # where the grid begins in a slice
@@ -89,8 +88,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where every block of a tree of parameters goes: static, a function of shapes, axes and the
-  mesh."""
+  """Layout of a tree's blocks: static, a function of shapes, axes and the mesh."""
 
   leaves: tuple[Leaf, ...]
   buckets: dict[str, Bucket]  # by name: "768x1024" or "768"
@@ -98,8 +96,7 @@ class Layout:
   mesh: jax.sharding.Mesh | None
 
   def stack(self, tree: Any) -> Stacks:
-    """The blocks of a tree like the parameters, each on the device that owns it: [B, *shape] a
-    bucket."""
+    """Blocks of a tree like the parameters, each on its owning device: [B, *shape] per bucket."""
     slices = [leaf.split(x) for leaf, x in zip(self.leaves, jax.tree.leaves(tree), strict=True)]
     stacks = {}
     for name, bucket in self.buckets.items():
@@ -140,7 +137,7 @@ class Layout:
     )
 
   def per_block(self, value: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
-    """One number a block, from the leaf that it is cut from; 0 for padding. [B] a bucket."""
+    """One value per block, from the leaf that it is cut from; 0 for padding. [B] per bucket."""
 
     def of(bucket: Bucket) -> np.ndarray:
       grids = [np.full(grid.count, value(self.leaves[grid.leaf])) for grid in bucket.grids]
@@ -149,8 +146,8 @@ class Layout:
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
   def block_ids(self) -> dict[str, np.ndarray]:
-    """Every block's number, counted on from bucket to bucket; padding takes numbers of the next.
-    int32 [B] a bucket."""
+    """Ids of blocks, consecutive over all buckets; padding takes the next ids. int32 [B] per
+    bucket."""
     found, first = {}, 0
     for name, bucket in self.buckets.items():
       found[name] = np.arange(first, first + bucket.padded, dtype=np.int32)
@@ -158,8 +155,9 @@ class Layout:
     return found
 
   def sum_over_slices(self, values: Stacks) -> Stacks:
-    """Sums of numbers over all blocks of the same slice, in each of their places. [B] or [B,
-    numbers] a bucket."""
+    """Sums over all blocks of the same slice, in each of their places.
+
+    [B] or [B, values] per bucket."""
     if all(
       math.prod(grid.grid) == 1 and grid.block == self.leaves[grid.leaf].size
       for bucket in self.buckets.values()
@@ -187,8 +185,9 @@ class Layout:
     return () if self.mesh is None else self.mesh.axis_names
 
   def _way(self, ndim: int, *, back: bool = False) -> Sequence[Split]:
-    """Of a stack with `ndim` axes, from blocks that are themselves split to whole ones, each on its
-    owner; or back.
+    """Splits of a stack with `ndim` axes, from split blocks to whole ones on their owners, or back.
+
+    Of a stack with `ndim` axes.
 
     Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for
     all at once, XLA gathers whole parameters. Blocks begin as parameters mostly lie: split by the
@@ -225,8 +224,9 @@ def layout(
   block_size: int | None = None,
   merge_up_to: int = 0,
 ) -> Layout:
-  """The blocks of `tree` (arrays or shapes), at most block_size along each axis; the last along an
-  axis may be smaller.
+  """Layout of `tree` (arrays or shapes) in blocks of at most block_size along each axis.
+
+  The last block along an axis may be smaller.
 
   block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is
   taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1.
@@ -279,6 +279,7 @@ def _assemble(pieces: dict[tuple[int, ...], jax.Array]) -> jax.Array:
 
 
 def belongs_to_blocks(key_path: tuple[Any, ...]) -> bool:
-  """Whether this leaf of an optimizer's state has the stack axis first. (A parameter of that name
-  has another kind of key.)"""
+  """Whether this leaf of an optimizer's state has the stack axis first.
+
+  (A parameter of that name has another kind of key.)"""
   return jax.tree_util.GetAttrKey(FIELD) in key_path

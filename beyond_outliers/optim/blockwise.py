@@ -1,5 +1,4 @@
-"""Optax transformations that work on blocks: what Muon, Scion's spectral part, PSGD, Shampoo and
-SOAP share.
+"""Optax transformations over blocks, shared by Muon, spectral Scion, PSGD, Shampoo and SOAP.
 
 At every step gradients are stacked by shape of block, each device takes the step of its own blocks,
 bucket by bucket, and directions go back to where parameters lie (blocks.py). An optimizer says what
@@ -42,7 +41,7 @@ def no_constants(layout: Layout) -> ByBucket:
 
 
 def directions_and_states(done: Mapping[str, tuple]) -> tuple[ByBucket, ByBucket]:
-  """The first and the second of what each bucket's step returned."""
+  """The first and the second result of each bucket's step."""
   return {name: out[0] for name, out in done.items()}, {name: out[1] for name, out in done.items()}
 
 

@@ -19,7 +19,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class BlocksState(NamedTuple):
-  """Of a bucket of blocks; the stack axis comes first in every array."""
+  """State of a bucket of blocks; the stack axis comes first in every array."""
 
   momentum: jax.Array  # [B, *block] of gradients, in the basis
   second_moment: jax.Array  # [B, *block] of gradients in the basis
@@ -30,7 +30,7 @@ class BlocksState(NamedTuple):
 
 
 def first_state(bucket: Bucket, axes: tuple[int, ...], dtype: np.dtype) -> BlocksState:
-  """Of a bucket whose axes `axes` are to be rotated."""
+  """Initial state of a bucket whose axes `axes` are to be rotated."""
 
   def numbers(value: int) -> Any:
     # Orbax saves no empty arrays: without a basis there is none.
@@ -50,14 +50,14 @@ def first_state(bucket: Bucket, axes: tuple[int, ...], dtype: np.dtype) -> Block
 def accumulate_factors(
   factors: Arrays, g: jax.Array, axes: tuple[int, ...], decay: Scalar, weight: Scalar
 ) -> Arrays:
-  """decay · factor + weight · G Gᵀ, of each of the axes."""
+  """decay · factor + weight · G Gᵀ, for each of the axes."""
   return tuple(
     add_gram(factor, g, axis, decay, weight) for factor, axis in zip(factors, axes, strict=True)
   )
 
 
 def grown_older(s: BlocksState) -> BlocksState:
-  """With bases that are a step older."""
+  """The state with bases that are a step older."""
   return s._replace(age=jnp.where(s.age < 0, -1, s.age + 1))
 
 

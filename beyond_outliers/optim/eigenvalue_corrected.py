@@ -40,8 +40,9 @@ from beyond_outliers.optim.refresh import REFRESHES
 def scale_by_eigenvalue_corrected_shampoo(
   h: Shampoo, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """The direction, to be subtracted (facebookresearch/optimizers,
-  EigenvalueCorrectedShampooPreconditionerList with eigh).
+  """Direction of eigenvalue-corrected Shampoo, to be subtracted.
+
+  Reference: facebookresearch/optimizers, EigenvalueCorrectedShampooPreconditionerList with eigh.
 
   b2 is the decay of factors and second moment, eps is added to the second moment's power, after its
   bias is corrected. Until start_step this is Adam. What roots and grafting need is of no account.
@@ -101,5 +102,5 @@ def _refresh_bases(
 
 
 def _correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array | int:
-  """Of an average's bias."""
+  """Bias correction of an average."""
   return jnp.where(decay < 1, 1 - decay**t, 1) if h.bias_correction else 1

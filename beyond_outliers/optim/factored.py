@@ -1,5 +1,6 @@
-"""Axes that have a factor G Gᵀ, and the steps at which it is used: what Shampoo and its
-eigenvalue-corrected variant share."""
+"""Layout, factored axes and first refresh of Shampoo and its eigenvalue-corrected variant.
+
+A factored axis has a factor G Gᵀ."""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ def layout(tree: Any, h: Shampoo, axes: AxesTree, mesh: jax.sharding.Mesh | None
 
 
 def factored_axes(h: Shampoo, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Of a block of this shape."""
+  """Axes with a factor, of a block of this shape: those of at most block_size."""
   return tuple(axis for axis, length in enumerate(shape) if length <= h.block_size)
 
 
 def first_refresh(h: Shampoo) -> int:
-  """The first step with roots or bases."""
+  """The first step with roots or bases: start_step, by default precondition_frequency."""
   return h.precondition_frequency if h.start_step is None else h.start_step

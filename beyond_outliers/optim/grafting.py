@@ -1,4 +1,4 @@
-"""Grafting (arXiv 2002.11803): the method whose step length another method's direction is given.
+"""Grafting (arXiv 2002.11803): one method's direction with another method's step length.
 
 Legend: B blocks in a stack.
 """

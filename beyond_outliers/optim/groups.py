@@ -1,5 +1,4 @@
-"""Parameter groups: the first regular expression that matches a parameter's whole path names its
-group."""
+"""Parameter groups, by the first regular expression that matches a parameter's whole path."""
 
 from __future__ import annotations
 

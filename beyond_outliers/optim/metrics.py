@@ -17,8 +17,7 @@ FIELDS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp
 
 
 def of_state(opt_state: Any) -> Metrics:
-  """Of all roots, bases or factors of a preconditioner, for the optimizers that have any. Free: the
-  state holds them.
+  """Metrics of all roots, bases or factors of a preconditioner. Free: the state holds them.
 
   roots/kept: refused so far, since not finite or of too large a residual. roots/age: of the oldest
   in use, steps. roots/residual, roots/condition: the largest, of the last ones computed."""
@@ -31,8 +30,8 @@ def of_state(opt_state: Any) -> Metrics:
 
 
 def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:
-  """Of the change of the parameters, by group: update_rms/<group>, and update_spectral_norm/<group>
-  of its largest matrix.
+  """Metrics of the change of the parameters, by group: update_rms/<group>, and
+  update_spectral_norm/<group> of its largest matrix.
 
   update, labels: trees like the parameters. The spectral norms are estimated, from below, by power
     iteration."""

@@ -1,5 +1,6 @@
-"""_Muon: all singular directions of an averaged gradient move a matrix alike (Jordan 2024,
-kellerjordan.github.io/posts/muon).
+"""Muon: an averaged gradient, orthogonalised, so that all singular directions move alike.
+
+Jordan 2024, kellerjordan.github.io/posts/muon.
 
 Legend: B blocks in a stack, M rows and N columns of a block, M <= N.
 """
@@ -26,7 +27,7 @@ from beyond_outliers.optim.linalg import newton_schulz
 
 @dataclasses.dataclass(frozen=True)
 class _Muon(optimizers.Muon):
-  """With what no configuration sets."""
+  """Hyperparameters of `scale_by_muon`, with those that no configuration sets."""
 
   ns_eps: float = official(
     1e-7, "added to the Frobenius norm; torch has 0 for norms above 1e-7, optax 1e-8", at_least(0)
@@ -42,7 +43,7 @@ def original(leaf: Leaf) -> float:
 
 
 def match_rms_adamw(leaf: Leaf) -> float:
-  """arXiv 2502.16982, equation 4."""
+  """Scale that matches AdamW's update RMS: arXiv 2502.16982, equation 4."""
   return 0.2 * math.sqrt(max(leaf.fan_out, leaf.fan_in))
 
 
@@ -71,8 +72,9 @@ def scale_by_muon(
 def muon(
   h: _Muon, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """Muon for the leaves that are matrices, AdamW for the others, one decoupled decay for all:
-  KellerJordan/Muon's SingleDeviceMuonWithAuxAdam (857d1ad).
+  """Muon for the leaves that are matrices, AdamW for the others, one decoupled decay for all.
+
+  As KellerJordan/Muon's SingleDeviceMuonWithAuxAdam (857d1ad).
 
   Only the Python number 0 as momentum keeps no average. The scale is not applied to the decay
   (torch.optim._Muon). ns_dtype None is the state's.
@@ -91,8 +93,7 @@ def muon(
 
 
 def has_average(momentum: float) -> bool:
-  """Whether gradients are averaged at all; known only of numbers, not of a momentum that is
-  traced."""
+  """Whether gradients are averaged at all; known only of Python numbers, not of traced momentum."""
   return not is_number(momentum) or momentum > 0
 
 
@@ -115,7 +116,7 @@ def _direction(
 
 
 def _matrices(tree: Any, axes: AxesTree, mesh: jax.sharding.Mesh | None) -> blocks.Layout:
-  """Every matrix is one block."""
+  """Layout of matrices, each of which is one block."""
   layout = blocks.layout(tree, axes, mesh=mesh)
   for leaf in layout.leaves:
     if not leaf.is_matrix:
@@ -151,8 +152,9 @@ def _step(
 
 
 def _weights(h: _Muon, count: jax.Array) -> tuple[Any, Any]:
-  """Of the average of gradients and of the latest one in what is orthogonalised: the length of
-  their sum is of no account."""
+  """Weights of the average of gradients and of the latest one in what is orthogonalised.
+
+  The length of their sum is of no account."""
   if not h.nesterov:
     return 1, 0
   if not h.nesterov_bias_correction:

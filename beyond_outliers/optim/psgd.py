@@ -1,5 +1,6 @@
-"""PSGD Kron: a preconditioner learned by gradient descent on a Lie group (arXiv 1512.04202,
-2402.11858).
+"""PSGD Kron: a preconditioner learned by gradient descent on a Lie group.
+
+arXiv 1512.04202, 2402.11858.
 
 Of H, a block of averaged gradients, with an upper triangular factor Q for each axis and a probe V
 of normal numbers:
@@ -45,7 +46,7 @@ Probes = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Psgd(optimizers.Psgd):
-  """With what no configuration sets."""
+  """Hyperparameters of `scale_by_psgd`, with those that no configuration sets."""
 
   precision: str = official(
     "highest", "of matrix products on TPU and GPU, as jax.default_matmul_precision takes it"
@@ -53,7 +54,7 @@ class _Psgd(optimizers.Psgd):
 
 
 class BlocksState(NamedTuple):
-  """Of a bucket of blocks; the stack axis comes first in every array."""
+  """State of a bucket of blocks; the stack axis comes first in every array."""
 
   momentum: jax.Array | None  # [B, *block] average of gradients; None without momentum
   factors: Arrays  # Q, one an axis: [B, D, D] upper triangular, or [B, D] diagonal
@@ -69,7 +70,7 @@ class PsgdState(NamedTuple):
 
 
 class PsgdClock(NamedTuple):
-  """Of a step, the same for all blocks."""
+  """Clock of a step, the same for all blocks."""
 
   steps_before: jax.Array
   key: jax.Array  # raw: of its random numbers
@@ -192,7 +193,7 @@ def _step(
 def _average_and_apply(
   h: _Psgd, clock: PsgdClock, g: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, jax.Array | None]:
-  """-> (direction, average) of one block, as in all that follow."""
+  """(direction, average) of one block: the step between updates of factors."""
   mean = _average(h, g, s)
   return _precondition(h, clock, mean, s.factors, s.applied), _kept_average(mean, s)
 
@@ -259,8 +260,9 @@ def _precondition(
 
 
 def change(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-  """triu(A Aᵀ - B Bᵀ) Q / ‖A Aᵀ + B Bᵀ‖, with a lower bound of the norm; A and B [D, rest] or
-  [D]."""
+  """triu(A Aᵀ - B Bᵀ) Q / ‖A Aᵀ + B Bᵀ‖, with a lower bound of the norm.
+
+  A and B: [D, rest] or [D]."""
   rest = tuple(range(1, a.ndim))
   t1_D, t2_D = jnp.sum(a * a, rest), jnp.sum(b * b, rest)  # the diagonals
   largest = jnp.max(t1_D + t2_D)

@@ -1,5 +1,4 @@
-"""Renewal of what is costly to renew, roots or bases: of all blocks at once, as the references do,
-or of a few at every step."""
+"""Refresh schedules of roots and eigenbases: all blocks at once, or a few at every step."""
 
 from __future__ import annotations
 
@@ -16,8 +15,9 @@ Renew = Callable[[Blocks, Blocks], Blocks]
 
 
 def together(blocks: Blocks, due: jax.Array, renew: Renew, given: Blocks) -> Blocks:
-  """renew(blocks, given) if due, else blocks. given: what is only read, with the same stack
-  axis."""
+  """renew(blocks, given) if due, else blocks.
+
+  given: what is only read, with the same stack axis."""
   return jax.lax.cond(due, renew, lambda blocks, given: blocks, blocks, given)
 
 
@@ -65,7 +65,7 @@ def together_from_start(
   renew: Renew,
   given: Blocks,
 ) -> Blocks:
-  """At `start`, and at multiples of the period after it."""
+  """Renews all at `start`, and at multiples of the period after it."""
   del id_B
   return together(blocks, (step == start) | (step > start) & (step % period == 0), renew, given)
 
@@ -79,7 +79,7 @@ def together_from_first(
   renew: Renew,
   given: Blocks,
 ) -> Blocks:
-  """At steps 1, 1 + period, ...; `start` does not matter."""
+  """Renews all at steps 1, 1 + period, ...; `start` does not matter."""
   del id_B, start
   return together(blocks, (step - 1) % period == 0, renew, given)
 

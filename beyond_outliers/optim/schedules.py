@@ -1,5 +1,4 @@
-"""Learning-rate schedules in fractions of the run: rows of one table, each (config, peak, steps) ->
-optax schedule."""
+"""Learning-rate schedules in fractions of the run: a row is (config, peak, steps) -> schedule."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Scion: steps towards the point of a norm's ball that lies furthest along an averaged gradient
-(arXiv 2502.07529).
+"""Scion: steps to the LMO of a norm ball along an averaged gradient (arXiv 2502.07529).
+
+The LMO is the point of the ball that lies furthest along it.
 
 Legend: S slices of a leaf, M and N their rows and columns in the leaf's own order.
 """
@@ -66,8 +67,9 @@ def scale_by_scion(
 def scion(
   h: Scion, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """Scion with one norm for all leaves; give groups of parameters their own (algorithms 1 and 2;
-  LIONS-EPFL/scion, f58a393).
+  """Scion with one norm for all leaves; give groups of parameters their own.
+
+  Algorithms 1 and 2; LIONS-EPFL/scion, f58a393.
 
   The official transpose=True, for embeddings, is an `axes` in which fan_in and fan_out are swapped.
   Only the Python number 0 as momentum keeps no average.
@@ -137,8 +139,8 @@ def _direction(
 
 
 def _scale_by_norm(h: Scion, norm: str, axes: AxesTree) -> optax.GradientTransformation:
-  """The point of the unit ball for each slice of each leaf, where the parameters lie: elements, or
-  sums along an axis, are no reason to carry a matrix into blocks and back."""
+  """LMO of the unit ball for each slice of each leaf, where the parameters lie: elements, or sums
+  along an axis, are no reason to carry a matrix into blocks and back."""
   averages = has_average(h.momentum)
 
   def init(params):
@@ -166,7 +168,7 @@ def _scale_by_norm(h: Scion, norm: str, axes: AxesTree) -> optax.GradientTransfo
 
 
 def _is_normalized(h: Scion) -> bool:
-  """Whether fan_in counts."""
+  """Whether the norm is normalized by fan_in."""
   return h.norm != "col" if h.normalized is None else h.normalized
 
 
@@ -180,7 +182,7 @@ def _over_rms(d: jax.Array, axes: tuple[int, ...], factor: float) -> jax.Array:
 
 
 def _fan_in_axes(leaf: Leaf) -> tuple[int, ...]:
-  """Of [S, *size]."""
+  """Axes of the fan-in, of [S, *size]."""
   return () if leaf.fan_in_axis is None else (1 + leaf.fan_in_axis,)
 
 

@@ -29,7 +29,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class Roots(NamedTuple):
-  """Inverse roots of a bucket's factors, one a preconditioned axis: all that a refresh renews."""
+  """Inverse roots of a bucket's factors, one per preconditioned axis: all that a refresh renews."""
 
   values: Arrays  # [B, D, D] or packed, float32 or bfloat16; the identity until there is one
   bases: tuple[Any, ...]  # what a warm-started root begins from
@@ -40,7 +40,7 @@ class Roots(NamedTuple):
 
 
 class BlocksState(NamedTuple):
-  """Of a bucket of blocks; the stack axis comes first in every array."""
+  """State of a bucket of blocks; the stack axis comes first in every array."""
 
   momentum: jax.Array  # [B, *block] of gradients; with momentum="update", of preconditioned ones
   graft_momentum: Any  # [B, *block], momentum="update" only; else ()
@@ -168,7 +168,7 @@ def _step(
 
 
 def _accumulate_factors(h: Shampoo, g: jax.Array, s: BlocksState, axes: tuple[int, ...]) -> Arrays:
-  """[B, D, D] each. A decay of 1 sums instead of averaging."""
+  """Factors after the gradients' Gram matrices, [B, D, D] each; a decay of 1 sums, not averages."""
   weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
   return tuple(
     add_gram(
@@ -187,7 +187,9 @@ def _refresh_roots(
   constants: Constants,
   order: int,
 ) -> Roots:
-  """order: number of a block's axes."""
+  """Roots of the factors, for the blocks that are due.
+
+  order: number of a block's axes."""
   if not factors:
     return roots
   norm = jnp.where(h.b2 < 1, _correction(h, h.b2, t), 1)
@@ -222,7 +224,7 @@ def _refresh_roots(
 def _take_or_keep(
   h: Shampoo, new: inverse_root.Root, old: Roots, axis: int, real_B: jax.Array
 ) -> tuple[Any, ...]:
-  """The fields of Roots for one preconditioned axis: a bad root leaves a block its old one."""
+  """Fields of Roots for one preconditioned axis: a bad root leaves a block its old one."""
   ok_B = jnp.isfinite(new.root).all((1, 2)) & (new.residual <= h.max_residual)
 
   def choose(new: jax.Array, was: jax.Array) -> jax.Array:
@@ -241,7 +243,7 @@ def _take_or_keep(
 def _average_gradients(
   h: Shampoo, t: jax.Array, g: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, BlocksState]:
-  """-> (what is preconditioned, state)."""
+  """(what is preconditioned, state): the average of gradients where momentum comes first."""
   if h.momentum == "update":
     return g, s
   average = h.b1 * s.momentum + (1 - h.b1) * g
@@ -257,7 +259,7 @@ def _precondition(h: Shampoo, x: jax.Array, roots: Roots, axes: tuple[int, ...])
 def _graft_step(
   h: Shampoo, t: jax.Array, g: jax.Array, averaged: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, BlocksState]:
-  """-> (the grafting method's own step, state)."""
+  """(the grafting method's own step, state)."""
   graft, v = grafting.GRAFTS[h.grafting], None
   if graft is None:
     return averaged, s
@@ -272,7 +274,7 @@ def _graft_step(
 def _finish(
   h: Shampoo, count: jax.Array, layout: blocks.Layout, done: dict[str, Any]
 ) -> tuple[blockwise.ByBucket, blockwise.ByBucket]:
-  """With the grafting method's lengths, and averaged if that is what momentum averages."""
+  """Directions with the grafted lengths, and averaged if that is what momentum averages."""
   directions, states = blockwise.directions_and_states(done)
   if h.grafting != "none":
     directions = grafting.give_lengths(
@@ -296,5 +298,5 @@ def _order_of_root(h: Shampoo, order: int) -> float:
 
 
 def _correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array:
-  """Of an average's bias."""
+  """Bias correction of an average."""
   return 1 - decay**t if h.bias_correction else jnp.ones_like(decay)

@@ -1,5 +1,6 @@
-"""SOAP (arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's factors, which changes
-every few steps.
+"""SOAP (arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's factors.
+
+The basis changes every few steps.
 
 Between changes the first moment stays in the basis: to rotate it there and back at every step would
 change nothing.
@@ -49,8 +50,9 @@ def scale_by_soap(
 def soap(
   h: Soap, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """SOAP as its authors have it (nikhilvyas/SOAP, a1e5535): the first update only finds the bases,
-  and moves nothing.
+  """SOAP as its authors have it (nikhilvyas/SOAP, a1e5535).
+
+  The first update only finds the bases, and moves nothing.
 
   State, bytes a number of an m x n block in float32: 8 + 8 (m² + n²) / mn, without the terms of
   axes that are not rotated."""
@@ -144,8 +146,9 @@ def _first_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> Bloc
 
 
 def _improve_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> BlocksState:
-  """Bases one orthogonal iteration further. The second moment is not rotated: its entries follow
-  their eigenvalues."""
+  """Bases one orthogonal iteration further.
+
+  The second moment is not rotated: its entries follow their eigenvalues."""
   bases, _, orders = zip(*map(orthogonal_iteration, factors, s.bases), strict=True)
   s, ok_BxA = change_bases(s, bases, axes)
   for i, axis in enumerate(axes):
@@ -158,7 +161,7 @@ def _improve_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> Bl
 def _finish(
   h: Soap, clock: SoapClock, layout: blocks.Layout, done: dict[str, Any]
 ) -> tuple[blockwise.ByBucket, blockwise.ByBucket]:
-  """Normalized, where asked for, bias-corrected, and zero at first."""
+  """Directions, normalized where asked for, bias-corrected, and zero at first."""
   directions, states = blockwise.directions_and_states(done)
   if h.normalize_gradients:
     directions = _normalize(layout, directions)
@@ -169,7 +172,7 @@ def _finish(
 
 
 def _normalize(layout: blocks.Layout, directions: blockwise.ByBucket) -> blockwise.ByBucket:
-  """Over the RMS of each slice, which may lie in several blocks."""
+  """Directions over the RMS of each slice, which may lie in several blocks."""
   squares = layout.sum_over_slices(
     {name: jnp.sum(d * d, tuple(range(1, d.ndim))) for name, d in directions.items()}
   )

@@ -69,8 +69,9 @@ class QuantizedDot(nn.Module):
     return any(spec is not None and getattr(spec, field) == value for spec in specs)
 
   def _scales(self, lhs, rhs, w_axis):
-    """The learned scales of (activations, weights), [1, 1] each, or None. The first forward pass
-    says where they begin.
+    """Learned scales of (activations, weights), [1, 1] each, or None.
+
+    The first forward pass initializes them.
 
     Their logarithms are learned: an optimizer whose steps have one length, however long the
     gradient, as all here have, would throw scales of a hundredth below zero, but changes logarithms
@@ -132,8 +133,9 @@ _product.defvjp(_forward, _backward)
 def dot_general_for(
   recipe: Recipe, backend: str = "aqt"
 ) -> Callable[[str], Callable[[], QuantizedDot] | None]:
-  """The model's `dot_general_for`: path of a linear layer -> maker of its dot_general, or None for
-  the plain one.
+  """The model's `dot_general_for`: path of a linear layer -> maker of its dot_general, or None.
+
+  None: the plain one.
 
   Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes
   through plain JAX, said in the log.

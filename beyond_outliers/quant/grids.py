@@ -1,4 +1,4 @@
-"""Grids: the values that a quantized number can take, as codes times a scale.
+"""Grids: the values that a quantized element can take, as codes times a scale.
 
 Codes are whole numbers wherever the levels lie evenly, so that products of codes are exact: a grid
 without a zero has odd codes, two apart, and half the step as its scale.
@@ -37,11 +37,11 @@ class Uniform:
 
   @property
   def dtype(self) -> Any:
-    """Of the codes: int8, or int16 where the largest is 255."""
+    """Dtype of the codes: int8, or int16 where the largest is 255."""
     return jnp.int8 if self.largest <= 127 else jnp.int16
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
-    """The code nearest to `v`, a number in units of the scale. With a gap of two a tie goes to the
+    """The code nearest to `v`, a value in units of the scale. With a gap of two a tie goes to the
     one half an even step up: round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
     shift = self.gap - 1
     # Clipped last: rounding may go up from the largest level.
@@ -52,7 +52,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-  """A sign, an exponent and a mantissa, without infinities: numbers above the largest become it."""
+  """A sign, an exponent and a mantissa, without infinities: values above the largest become it."""
 
   mantissa_bits: int
   lowest_exponent: int  # of a number that is not subnormal
@@ -72,8 +72,9 @@ class Float:
     return jnp.dtype(self.name)
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
-    """The number of this format nearest to `v`. Not a cast, which some devices make by way of
-    float16, rounding twice."""
+    """The value of this format nearest to `v`.
+
+    Not a cast, which some devices make by way of float16, rounding twice."""
     exponent = jnp.maximum(jnp.frexp(v)[1] - 1, self.lowest_exponent)
     quantum = jnp.ldexp(jnp.ones_like(v), exponent - self.mantissa_bits)
     return jnp.clip(to_integer(v / quantum) * quantum, self.lowest, self.largest)

@@ -44,8 +44,7 @@ class LinearsOfKind(Protocol):
 
 
 class Sums(NamedTuple):
-  """Over the numbers of an operand: scalars, or arrays of them by depth, NaN where a depth has
-  none."""
+  """Sums over an operand's elements: scalars, or arrays by depth, NaN where a depth has none."""
 
   signal: jax.Array  # Σ x²
   error: jax.Array  # Σ (x̂ - x)²
@@ -70,7 +69,7 @@ def operand_sums(
 
 
 def of_activations(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """The metrics, of what dot.QuantizedDot sowed, by kind of layer."""
+  """Metrics of activations, from what dot.QuantizedDot sowed, by kind of layer."""
   metrics: dict[str, jax.Array] = {}
   for kind, collection in sown.items():
     (sums,) = collection["activations"]
@@ -82,8 +81,7 @@ def of_activations(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
 def of_weights(
   recipe: Recipe, linears: Mapping[str, LinearsOfKind], before: Mapping[str, LinearsOfKind]
 ) -> dict[str, jax.Array]:
-  """The metrics, of the layers after a step and before it, by kind. Sharded kernels stay where they
-  are."""
+  """Metrics of weights after a step and before it, by kind. Sharded kernels stay where they are."""
   metrics: dict[str, jax.Array] = {}
   crossed, count = [], []
   for kind, layers in linears.items():

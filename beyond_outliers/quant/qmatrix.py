@@ -1,5 +1,4 @@
-"""Quantized matrices that stand in a model's parameters where an array stood, and the product with
-them.
+"""Quantized matrices in a model's parameters, in the place of arrays, and the product with them.
 
 Legend: T tokens, K contraction, O outputs.
 """
@@ -66,8 +65,7 @@ def matmul(
 
 
 def plain_product() -> Any:
-  """The dot_general of a layer that is not quantized itself, but lies in a stack of layers some of
-  which are."""
+  """The dot_general of an unquantized layer in a stack that has quantized ones too."""
   return lambda lhs, rhs, dimension_numbers: matmul(lhs, rhs, None)
 
 

@@ -1,5 +1,4 @@
-"""The mathematics of quantization, as pure functions: numbers to codes and back, and the gradient
-that passes through.
+"""The mathematics of quantization, as pure functions: values to codes and back, and gradients.
 
 Legend: x any array; `axis` its contraction axis, along which numbers share a scale and are rotated.
 """
@@ -20,8 +19,9 @@ from beyond_outliers.quant.spec import QuantSpec
 
 
 class Quantized(NamedTuple):
-  """Numbers as codes · scale. A scale of length one along an axis is shared by it, a shorter one by
-  blocks of it."""
+  """Values as codes · scale.
+
+  A scale of length one along an axis is shared by it, a shorter one by blocks of it."""
 
   codes: jax.Array
   scale: jax.Array
@@ -51,7 +51,7 @@ def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
 
 
 def block_of(spec: QuantSpec, width: int) -> int | None:
-  """The count of numbers that share a scale along an axis so wide; None: all of them.
+  """The count of values that share a scale along an axis of this width; None: all of them.
 
   Errors: ConfigError when it does not divide the width."""
   block = GRANULARITIES[spec.granularity].block
@@ -67,7 +67,7 @@ def block_of(spec: QuantSpec, width: int) -> int | None:
 
 
 def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Scales, each repeated over its block, so that they broadcast against numbers of this shape."""
+  """Scales, each repeated over its block, so that they broadcast against an array of this shape."""
   for axis, (count, width) in enumerate(zip(scale.shape, shape, strict=True)):
     if 1 < count < width:
       scale = jnp.repeat(scale, width // count, axis)
@@ -75,7 +75,7 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def in_units(x: jax.Array, scale: jax.Array) -> jax.Array:
-  """Numbers in units of their scale."""
+  """Values in units of their scale."""
   # Times the reciprocal: cheaper than a division, and how AQT scales.
   return x.astype(scale.dtype) * spread(reciprocal(scale), x.shape)
 
@@ -83,7 +83,7 @@ def in_units(x: jax.Array, scale: jax.Array) -> jax.Array:
 def forward(
   x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None
 ) -> tuple[Quantized, Saved]:
-  """Numbers to codes, without their rotation."""
+  """Values to codes, without their rotation."""
   codes, saved = encode(in_units(x, scale), spec, key)
   if spec.scale == "learned":
     # Codes hide what is not finite. Scales that are found in the numbers show it; a learned one
@@ -93,7 +93,7 @@ def forward(
 
 
 def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Array, Saved]:
-  """Codes of numbers that are in units of their scale."""
+  """Codes of values that are in units of their scale."""
   if spec.rounding == "stochastic" and key is not None:
     to_integer = functools.partial(_round_stochastically, key)
   else:
@@ -109,13 +109,14 @@ def _round_stochastically(key: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def backward(saved: Saved, g: jax.Array) -> jax.Array:
-  """The gradient of the numbers from that of their quantized values."""
+  """The gradient of the values from that of their quantized values."""
   return g if saved.passes is None else jnp.where(saved.passes, g, 0)
 
 
 def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec, count: int) -> jax.Array | None:
-  """The gradient of a learned scale, times 1 / sqrt(count · largest level) (arXiv 1902.08153,
-  section 2.2).
+  """The gradient of a learned scale, times 1 / sqrt(count · largest level).
+
+  arXiv 1902.08153, section 2.2.
 
   count: of the weights, or of the features of activations, however many tokens there are. None: of
     a scale that follows a rule."""
@@ -132,8 +133,9 @@ def quantize_array(
   key: jax.Array | None = None,
   scale: jax.Array | None = None,
 ) -> Quantized:
-  """Codes and scales of `x`, rotated if the spec rotates. Not differentiable; see
-  `fake_quantize`."""
+  """Codes and scales of `x`, rotated if the spec rotates.
+
+  Not differentiable: see `fake_quantize`."""
   x = rotations.rotate(x, spec.rotation, axis)
   return forward(x, scale_of(x, spec, axis) if scale is None else scale, spec, key)[0]
 

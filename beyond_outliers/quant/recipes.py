@@ -1,5 +1,4 @@
-"""Recipes: rules over the paths of a model's linear layers that give each its recipe; and the named
-recipes."""
+"""Recipes: rules over paths that give each linear layer its recipe; and the named recipes."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ class Recipe:
     return self.rules[self.rule(path)][1]
 
   def rule(self, path: str) -> int:
-    """The number of the rule that the layer at `path` follows. Errors: as `layer`."""
+    """Index of the rule that the layer at `path` follows. Errors: as `layer`."""
     for i, (paths, _) in enumerate(self.rules):
       if re.fullmatch(paths, path):
         return i
@@ -134,8 +133,9 @@ def _but_the_head(layer: LayerRecipe) -> Recipe:
 
 
 def _round_to_nearest(weights: int, activations: int | None, group: int = 0) -> LayerRecipe:
-  """Round to nearest, symmetric absmax: a scale an output channel (or group of weights), and one a
-  token."""
+  """Round to nearest, symmetric absmax.
+
+  One scale per output channel (or group of weights) and per token (activations)."""
   return LayerRecipe(
     QuantSpec(weights, granularity="group", group=group) if group else QuantSpec(weights),
     QuantSpec(activations, granularity="token") if activations else None,
@@ -153,8 +153,7 @@ def _quest(weights: float, activations: float | None) -> LayerRecipe:
 
 
 def _lsq(activations: str) -> LayerRecipe:
-  """LSQ, arXiv 1902.08153, whose section 2 has a grid for numbers with a sign and one for those
-  without."""
+  """LSQ, arXiv 1902.08153; its section 2 has one grid for signed values, one for unsigned."""
 
   def spec(grid):
     return QuantSpec(4, grid, "learned", "tensor", estimator="lsq")
@@ -218,8 +217,7 @@ def recipe_named(name: str, field: str = "quant.recipe") -> Recipe:
 
 
 def name_of(c: config.Quant) -> str:
-  """A run's recipe in a word: the row that most layers follow, and the rules but that of a plain
-  head."""
+  """A run's recipe in a word: the row of most layers, and the rules but that of a plain head."""
   own = [
     f"{rule.paths}: {rule.recipe}"
     for rule in c.rules.values()

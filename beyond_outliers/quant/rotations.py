@@ -1,5 +1,6 @@
-"""Rotations of the contraction axis of both operands: they cancel in the product, and spread
-outliers over a block.
+"""Rotations of the contraction axis of both operands.
+
+They cancel in the product, and spread outliers over a block.
 
 Rotating in bfloat16 costs more than it spares; everything here is float32 or wider.
 """

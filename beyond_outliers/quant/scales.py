@@ -1,5 +1,5 @@
-"""Scales, the numbers that a code of one stands for: rules that find them, and granularities, the
-sets of numbers that share one.
+"""Scales, the values that a code of one stands for: rules that find them, and granularities, the
+sets of values that share one.
 
 A rule takes numbers, the axes that share a scale, and the grid; it returns positive scales, with
 those axes kept at length one (zero where all numbers are zero). All in float32 or wider.
@@ -38,8 +38,8 @@ CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
 
 
 def _largest(x, axes):
-  """The largest magnitude; not finite where some number is not. By their bits, whose order is that
-  of magnitudes, with NaN above all: XLA's maximum of floats passes over NaN on CPUs."""
+  """The largest magnitude; not finite where some value is not. By their bits, whose order is that
+  of magnitudes, with NaN above all: XLA's maximum of floats ignores NaN on CPUs."""
   bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
   return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True), x.dtype)
 
@@ -50,13 +50,12 @@ def absmax(x, axes, grid):
 
 
 def absmax_edge(x, axes, grid):
-  """The largest magnitude is the end of the last level's bucket: absmax/7.5 at four symmetric
-  bits."""
+  """The largest magnitude ends the last level's bucket: absmax/7.5 at four symmetric bits."""
   return _largest(x, axes) / grid.edge
 
 
 def gaussian(x, axes, grid):
-  """The least squared error if the numbers were normal around zero (arXiv 2502.05003)."""
+  """The least squared error if the values were normal around zero (arXiv 2502.05003)."""
   rms = jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
   return (GAUSSIAN_BOUND[grid.count] * rms + 1e-8) / grid.largest
 
@@ -86,14 +85,14 @@ def mse(x, axes, grid):
 
 
 def learned(x, axes, grid):
-  """The start of a learned scale: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section
-  2.1)."""
+  """Initial learned scale: 2 mean|x| / sqrt(largest level) (arXiv 1902.08153, section 2.1)."""
   return 2 * jnp.mean(jnp.abs(x), axis=axes, keepdims=True) / grid.largest**0.5
 
 
 def shared_exponent(x, axes, grid):
-  """absmax and the largest level, both rounded down to powers of two (OCP Microscaling Formats 1.0,
-  section 6.3)."""
+  """absmax and the largest level, both rounded down to powers of two.
+
+  OCP Microscaling Formats 1.0, section 6.3."""
   largest = _largest(x, axes)
   exponent = jnp.frexp(largest)[1] - 1 - grid.largest_exponent
   # e8m0 reaches down to -127, where float32 has no normal number any more, and has a NaN.
@@ -108,7 +107,7 @@ def two_level(x, axes, grid):
 
 
 def two_level_a_row(x, axes, grid):
-  """two_level with a float32 for the blocks of each row, which lie along the axis before `axes`."""
+  """two_level with one float32 per row of blocks, which lie along the axis before `axes`."""
   (axis,) = axes
   return _two_level(x, axes, (axis - 1, axis), grid)
 
@@ -137,7 +136,7 @@ SCALES: dict[str, Rule] = {
 
 
 class Granularity(NamedTuple):
-  """The numbers that share a scale: all, those along the contraction axis, or a block of these.
+  """The values that share a scale: all, those along the contraction axis, or a block of these.
 
   block: so many consecutive numbers along the contraction axis; 0: the spec's `group`.
   rule: of the format, instead of the spec's."""

@@ -1,4 +1,4 @@
-"""Quantization as data: a spec an operand, a recipe a linear layer. Nothing here computes."""
+"""Quantization as data: a spec per operand, a recipe per linear layer. Nothing here computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKWARDS = ("quantized", "unquantized")
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-  """All that decides the numbers of one quantized operand.
+  """Quantization of one operand: all that decides its values.
 
   bits: 1 to 8, or 1.585 (ternary).
   grid: row of GRIDS.

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 
 class LogMetrics:
-  """Rows of metrics every `every` steps, each fetched one step late so that the device never waits
-  for the host.
+  """Rows of metrics every `every` steps, fetched one step late so that the device never waits.
 
   Norms of the parameters and of their change are a program of their own, so that the steps between
   rows don't pay for them; so are the `statistics`. sample: the batch that these get with every
@@ -72,7 +71,7 @@ class LogMetrics:
       self.flush()
 
   def flush(self) -> None:
-    """Writes what is held back. Errors: Stop("diverged")."""
+    """Writes rows that are held back. Errors: Stop("diverged")."""
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
@@ -91,8 +90,7 @@ class LogMetrics:
     return due(step, self._every, self._num_steps)
 
   def _copy_before(self, step: int, state: TrainState) -> Params | None:
-    """The parameters that `step` will change, if it gets a row; the step itself takes their
-    buffers."""
+    """The parameters that `step` will change, if it gets a row; the step itself donates them."""
     return self._copy(state.params) if self._has_row(step) else None
 
   def _write(self, step: int, values: dict[str, float]) -> None:
@@ -118,8 +116,7 @@ class LogMetrics:
 
 
 class Evaluate:
-  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone: of
-  validation by default."""
+  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone."""
 
   def __init__(
     self,

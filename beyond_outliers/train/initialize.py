@@ -86,8 +86,9 @@ def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> No
 
 
 def _with_scales(program: Program, params: Params, batches: data.Batches) -> Params:
-  """The parameters with learned scales, which begin as the first micro-batch says. It is trained
-  on, too."""
+  """The parameters with learned scales, initialized on the first micro-batch.
+
+  That is trained on, too."""
   c = program.config
   position = batches.state()
   first = jax.tree.map(lambda x: x[:: c.micro_batches], next(batches))

@@ -99,8 +99,9 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
 
 
 def _check_splits(c: config.Config, mesh: jax.sharding.Mesh, recipe: quant.Recipe) -> None:
-  """Errors: ConfigError when the mesh does not divide a batch, the heads, or what the recipe keeps
-  together."""
+  """Refusal of a mesh that does not divide a batch, the heads, or a quantization block.
+
+  Errors: ConfigError."""
   mesh_lib.check_batch(mesh, "batch_size / micro_batches", c.batch_size // c.micro_batches)
   mesh_lib.check_batch(mesh, "eval.batch_size", c.eval.batch_size)
   if c.model.kv_heads % mesh.shape["model"]:
@@ -147,8 +148,7 @@ def _statistics(
 def make_quant_statistics(
   forward: Forward, c: config.Model, recipe: quant.Recipe
 ) -> Callable[[Params, Params, Batch], Metrics]:
-  """quant_statistics(params, params before the last step, batch) -> metrics of quant/metrics.py, of
-  the linear layers."""
+  """quant_statistics(params, params before the last step, batch) -> metrics of quant/metrics.py."""
 
   def quant_statistics(params: Params, before: Params, batch: Batch):
     _, sown = forward(params, batch, mutable=["statistics"])

@@ -161,8 +161,7 @@ def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> l
 
 
 def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Workdir) -> Json:
-  """The first start's manifest, with every later start of the same workdir listed under
-  `resumed`."""
+  """The first start's manifest; every later start of the workdir is listed under `resumed`."""
   now = workdir_lib.manifest(
     {
       "parameters": transformer.count(program.state.params),
@@ -264,8 +263,9 @@ def _outliers(
 
 
 def _sample(program: Program, validation: data.ValidationBatches) -> Batch | None:
-  """The first validation windows, one on each device that splits a batch: what the statistics of
-  quantization are of."""
+  """The first validation windows, one per device that splits a batch.
+
+  Statistics of quantization are of these."""
   c, mesh = program.config, program.mesh
   if not c.log.quant_statistics or not quant.recipes.from_config(c.quant).quantizes:
     return None

@@ -42,8 +42,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_loss_fn(forward: Forward) -> LossFn:
-  """loss_fn(params, batch, rng) -> (mean loss over the weighted targets, {"weight": their
-  number})."""
+  """loss_fn(params, batch, rng) -> (mean loss over weighted targets, {"weight": their count})."""
 
   def loss_fn(params: Params, batch: Batch, rng: jax.Array):
     weight = jnp.sum(batch["weights"])
@@ -56,8 +55,7 @@ def make_loss_fn(forward: Forward) -> LossFn:
 def accumulate(
   loss_fn: LossFn, micro_batches: int
 ) -> Callable[[Params, Batch, jax.Array], tuple[Any, Params]]:
-  """value_and_grad over a batch cut into parts: the loss and gradient of the whole, with the memory
-  of a part."""
+  """value_and_grad of a batch by accumulation over micro-batches, with the memory of one."""
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_batches == 1:
     return grad_fn

@@ -12,8 +12,7 @@ CHUNK = 2**22  # numbers in the blocks that are worked on at a time: bounds temp
 
 
 def in_chunks(function: Callable[..., Any], *trees: Any) -> Any:
-  """function of each block, the first axis of all arrays, for as many blocks at a time as `CHUNK`
-  allows."""
+  """function of each block, the first axis of all arrays, in chunks of at most `CHUNK` elements."""
   count, *shape = jax.tree.leaves(trees)[0].shape
   together = max(
     k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k * math.prod(shape) <= CHUNK)

@@ -1,5 +1,4 @@
-"""Coupled iterations for inverse roots: matrix products only, each matrix of a stack until it has
-arrived.
+"""Coupled iterations for inverse roots: matrix products only, each matrix until it converges.
 
 Shapes: B matrices in a stack, d their width. Matrices of a stack never influence each other.
 """
@@ -84,7 +83,7 @@ def _square_roots(a_BxDxD, ridge_B, attempts: int):
 
 
 class _Progress(NamedTuple):
-  """Of one iteration on a stack: each matrix is at its own step of its own attempt."""
+  """Progress of one iteration on a stack: each matrix is at its own step of its own attempt."""
 
   state: tuple[jax.Array, ...]  # of [B, d, d]; the last should become I
   # [B]: |last - I| in the Frobenius norm, which falls steadily where the iteration converges
@@ -147,8 +146,10 @@ def _until_identity(
 
 
 def _symmetric(x_BxDxD: jax.Array) -> jax.Array:
-  """The symmetric part. The rest is rounding in what an iteration finds, but can be larger than the
-  smallest eigenvalues."""
+  """The symmetric part.
+
+  The rest is rounding in what an iteration finds, but can be larger than the smallest
+  eigenvalues."""
   return 0.5 * (x_BxDxD + x_BxDxD.mT)
 
 

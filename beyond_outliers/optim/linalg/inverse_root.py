@@ -1,5 +1,4 @@
-"""Inverse p-th roots A^(-1/p) of stacks of symmetric positive semi-definite matrices: one table of
-methods.
+"""Inverse p-th roots A^(-1/p) of stacks of symmetric positive semi-definite matrices, by method.
 
 Shapes: B matrices in a stack, d their width. Matrices of a stack never influence each other.
 """
@@ -47,7 +46,7 @@ class Root(NamedTuple):
 
 
 class Orders(NamedTuple):
-  """Which p a method can do."""
+  """Orders p that a method can compute."""
 
   accept: Callable[[float], bool]
   words: str
@@ -81,8 +80,9 @@ def check(method: str, p: float) -> None:
 def orthogonal_iteration(
   a_BxDxD: jax.Array, basis_BxDxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One step of orthogonal iteration towards the eigenvectors of A, largest eigenvalue first (arXiv
-  2409.11321, algorithm 4).
+  """One step of orthogonal iteration towards the eigenvectors of A, largest eigenvalue first.
+
+  arXiv 2409.11321, algorithm 4.
 
   Returns the new basis [B, d, d]; the Rayleigh quotients diag(QᵀAQ) [B, d] of the basis given, in
   descending order; and the permutation [B, d] that sorted them: column j of the new basis continues
@@ -100,8 +100,8 @@ def orthogonal_iteration(
 
 
 def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
-  """By the eigendecomposition. Its residual is a backward error, for one random vector: it stays
-  small for an ill-conditioned A, whose root no method can compute to a small forward error.
+  """Root by the eigendecomposition. Its residual is a backward error, for one random vector: it
+  stays small for an ill-conditioned A, whose root no method can compute to a small forward error.
 
   Costs little more than the decomposition. A matrix whose decomposition fails has a residual that
   isn't finite."""
@@ -125,8 +125,8 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
 
 
 def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Array) -> Root:
-  """By one step of orthogonal iteration from the basis of the last call, and the Rayleigh quotients
-  in the new one.
+  """Root by one step of orthogonal iteration from the basis of the last call, and the Rayleigh
+  quotients in the new one.
 
   The residual is the off-diagonal part of QᵀAQ relative to A, in Frobenius norms: it says how stale
   the basis is. A matrix for which it is above 0.1 after the step, such as one that comes without a
@@ -201,14 +201,14 @@ def _from_eigenvectors(
 
 
 def _newton(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
-  """By coupled_iterations.inverse_newton."""
+  """Root by coupled_iterations.inverse_newton."""
   return _iterated(a_BxDxD, p, *inverse_newton(a_BxDxD, int(p), _ridge(a_BxDxD, eps, relative)))
 
 
 def _denman_beavers(
   a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis
 ) -> Root:
-  """By coupled_iterations.denman_beavers."""
+  """Root by coupled_iterations.denman_beavers."""
   return _iterated(a_BxDxD, p, *denman_beavers(a_BxDxD, p, _ridge(a_BxDxD, eps, relative)))
 
 
@@ -218,7 +218,7 @@ def _iterated(a_BxDxD: jax.Array, p: float, root_BxDxD: jax.Array, residual_B: j
 
 
 def _ridge(a_BxDxD: jax.Array, eps: Any, relative: bool) -> jax.Array:
-  """[B]: eps, or eps times the largest eigenvalue."""
+  """Ridge of each matrix, [B]: eps, or eps times the largest eigenvalue."""
   if relative:
     return eps * jnp.maximum(largest_eigenvalue(a_BxDxD), SMALLEST_EIGENVALUE)
   return jnp.full(a_BxDxD.shape[0], eps, a_BxDxD.dtype)

@@ -1,5 +1,4 @@
-"""A matrix for every axis of a block: the products that Shampoo and SOAP are made of, over stacks
-of blocks.
+"""Products of blocks with a matrix per axis, which Shampoo and SOAP are made of; over stacks.
 
 Legend: B blocks on this device, M and N axes of a block, D the axis that a matrix belongs to.
 """
@@ -48,8 +47,7 @@ def broadcast_blocks(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _times_transpose(x: jax.Array) -> jax.Array:
-  """X Xᵀ in halves, one of the two off the diagonal being the other's transpose: 3/4 of the
-  arithmetic."""
+  """X Xᵀ in halves, an off-diagonal one being the other's transpose: 3/4 of the FLOPs."""
   d = x.shape[-2]
   if d < HALVED_ROWS:
     return _product(x, x)

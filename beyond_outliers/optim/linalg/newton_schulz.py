@@ -68,8 +68,9 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 
 def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
-  """The polynomial of each of `steps` steps; a table's last is repeated, or those beyond `steps`
-  are left out.
+  """The polynomial of each of `steps` steps: a table's, cut off or its last one repeated.
+
+  Left out are those beyond `steps`.
 
   Errors: ValueError for fewer steps than one, an unknown name, or a table that isn't one of triples
     of finite numbers."""
@@ -204,8 +205,7 @@ def _iterate(
 
 
 def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
-  """Over its Frobenius norm, of matrices of any length: their squares may leave the range of
-  floats."""
+  """Matrices over their Frobenius norm, of any length: squares may leave the range of floats."""
   largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
   largest = jnp.where(largest > 0, largest, 1)
   x = x / largest
@@ -215,8 +215,8 @@ def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def _product(subscripts: str, y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Sums in float32 at least. XLA's CPU library multiplies bfloat16 fast if the first operand is
-  summed over its last axis."""
+  """Product with sums in float32 at least. XLA's CPU library multiplies bfloat16 fast if the first
+  operand is summed over its last axis."""
   wide = jnp.promote_types(dtype, jnp.float32)
   # Left to themselves TPUs take bfloat16 passes for float32, and recent GPUs TF32.
   precision = lax.Precision.HIGHEST if wide == dtype else None
@@ -230,8 +230,7 @@ def _product_with_transpose(y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def _symmetric_product(y_MxN: jax.Array, z_MxN: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """y zᵀ by halves, one of the two off the diagonal being the other's transpose: at 768 rows 5/8 of
-  the arithmetic."""
+  """y zᵀ by halves, one off-diagonal being the other's transpose: 5/8 of the FLOPs at 768 rows."""
   rows = y_MxN.shape[0]
   if rows < HALVED_ROWS:
     return _product_with_transpose(y_MxN, z_MxN, dtype)

@@ -1,5 +1,4 @@
-"""Symmetric matrices in half the memory: the upper triangles of both diagonal halves share one
-rectangle."""
+"""Symmetric matrices in half the memory: upper triangles of both diagonal halves in a rectangle."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 
 def pack(a_BxDxD: jax.Array) -> jax.Array:
-  """[B, D, D] symmetric -> [B, 2h + 1, h], h = ceil(D / 2): D(D + 1)/2 numbers for even D.
+  """[B, D, D] symmetric -> [B, 2h + 1, h], h = ceil(D / 2): D(D + 1)/2 elements for even D.
 
   Rows 0…h hold the upper triangle of the first diagonal block and, below its diagonal, the lower
   triangle of the second one, moved down by a row; the rest is the block between them. (LAPACK's
@@ -36,7 +35,7 @@ def unpack(packed: jax.Array, d: int) -> jax.Array:
 
 
 def to_storage(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
-  """As it is kept between steps."""
+  """Matrix as it is kept between steps."""
   return (pack(a_BxDxD) if packed else a_BxDxD).astype(dtype)
 
 

@@ -9,8 +9,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
-  """[B]: a lower bound, by power iteration from a long row; a few per cent low when singular values
-  crowd at the top.
+  """Lower bounds of the spectral norms, [B], by power iteration from a long row; a few per cent low
+  when singular values crowd at the top.
 
   2·steps + 1 products with a vector; 0 for a zero matrix."""
   # Any fixed start could be orthogonal to what is sought; a long row hardly is.
@@ -27,8 +27,9 @@ def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
 
 
 def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(each vector at length one, length [B]); by way of its largest entry: squares of small or large
-  numbers leave float32."""
+  """(each vector at length one, length [B]), divided by the largest entry first.
+
+  Squares of small or large values leave float32."""
   largest_B = jnp.max(jnp.abs(v_BxN), 1)
   scaled = v_BxN / _or_one(largest_B)[:, None]
   length_B = jnp.linalg.norm(scaled, axis=1)
@@ -36,5 +37,5 @@ def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _or_one(x: jax.Array) -> jax.Array:
-  """So that zero stays zero when divided."""
+  """x, with ones for zeros, so that zero stays zero when divided."""
   return jnp.where(x > 0, x, 1)

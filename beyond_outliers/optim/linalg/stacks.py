@@ -1,4 +1,4 @@
-"""Stacks of matrices: products in full precision, and numbers of each matrix.
+"""Stacks of matrices: products in full precision, and scalars of each matrix.
 
 Shapes: B matrices in a stack, d their width. Matrices of a stack never influence each other.
 """
@@ -17,7 +17,7 @@ einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def each(x_B: jax.Array) -> jax.Array:
-  """One number a matrix, to multiply a stack by."""
+  """One scalar per matrix, to multiply a stack by."""
   return x_B[:, None, None]
 
 
@@ -33,7 +33,7 @@ def frobenius_norm(x_BxDxD: jax.Array) -> jax.Array:
 
 
 def largest_eigenvalue(a_BxDxD: jax.Array, max_steps: int = 100) -> jax.Array:
-  """By power iteration, [B]: from below, until it changes by less than 1e-6 of itself."""
+  """Largest eigenvalues, [B], by power iteration: from below, to a relative change of 1e-6."""
   scale_B = largest(a_BxDxD)
 
   def unit(v_BxD):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 def rows(d: int) -> list[slice]:
-  """Of each panel: at most four, multiples of 128 and at least 256 of them but for the last."""
+  """Rows of each panel: at most four panels, multiples of 128, at least 256 but for the last."""
   step = max(256, -(-d // 512) * 128)
   return [slice(start, min(start + step, d)) for start in range(0, d, step)]
 

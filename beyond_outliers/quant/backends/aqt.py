@@ -151,7 +151,7 @@ def _numerics(spec: QuantSpec | None) -> Any:
 
 @utils.flax_slots_kw_only_dataclass
 class Rounding(Numerics):
-  """Our grids and estimators: the backward pass multiplies by the mask of the forward pass."""
+  """Our grids and estimators for AQT: the backward pass multiplies by the forward pass's mask."""
 
   spec: QuantSpec
 
@@ -170,7 +170,7 @@ class Rounding(Numerics):
 
 @utils.flax_slots_kw_only_dataclass
 class Scaling(Calibration):
-  """Our scale rules."""
+  """Our scale rules for AQT."""
 
   spec: QuantSpec
 

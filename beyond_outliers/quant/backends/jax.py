@@ -1,5 +1,4 @@
-"""The product of a linear layer with quantized operands in plain JAX, forward and backward, of any
-recipe.
+"""The quantized product of a linear layer in plain JAX, forward and backward, of any recipe.
 
 Codes multiply codes, and scales come behind the product wherever they are constant along the axis
 that is summed over: so products of integer codes are exact in int32, and bfloat16 operands lose
@@ -99,15 +98,14 @@ def _plain(x) -> Quantized:
 
 
 def _factored(q: Quantized, axis: int) -> tuple[jax.Array, jax.Array]:
-  """(codes, their scales along the other axis), or (numbers, one) when scales vary along `axis`."""
+  """(codes, their scales along the other axis), or (values, one) when scales vary along `axis`."""
   if q.scale.shape[axis] > 1:
     return quantizers.dequantize(q), jnp.ones((1,), q.scale.dtype)
   return q.codes, q.scale.reshape(-1)
 
 
 def multiply(a: Quantized, b: Quantized, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
-  """The matrix product of two, summed over these axes: of int8 codes in int32, of others in
-  `dtype`."""
+  """Matrix product summed over these axes: of int8 codes in int32, of others in `dtype`."""
   (a_codes, a_scale), (b_codes, b_scale) = _factored(a, a_axis), _factored(b, b_axis)
   integer = a_codes.dtype == b_codes.dtype == jnp.int8
   y = dot_codes(a_codes, b_codes, a_axis, b_axis, jnp.int8 if integer else dtype)
