@@ -31,7 +31,9 @@ def describe_dataset(dataset: data.Dataset) -> str:
       for what in ("documents", "bytes", "tokens")
       if counts[what] is not None
     )
-    ratio = f", {counts['bytes'] / counts['tokens']:.3f} bytes a token" if counts["tokens"] else ""
+    ratio = (
+      f", {counts['bytes'] / counts['tokens']:.3f} bytes per token" if counts["tokens"] else ""
+    )
     lines.append(f"  {split}: {shown or 'not counted'}{ratio}")
   return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Types that many packages share. Imports no JAX: `data` and commands, which need none, use them."""
+"""Types that many packages share. Imports no JAX: `data` and commands need none."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.size = size                              # row of config.SIZES
   c.seed = 0                                 # initial parameters and the order of the training windows
-  c.context = shape["context"]               # tokens a window
-  c.batch_size = shape["batch_size"]         # windows a step, over all devices
+  c.context = shape["context"]               # tokens per window
+  c.batch_size = shape["batch_size"]         # windows per step, over all devices
   c.micro_batches = 1                        # parts the batch is cut into; gradients are accumulated over them
   c.tokens_per_parameter = 20                # what `steps` is derived from; the embedding counts as parameters
   c.max_skipped_updates = 10                 # this many non-finite updates in a row end the run as diverged
@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.data.reader = "shards"                   # shards (token files written once) | tfds (straight from ArrayRecord)
   c.data.directory = "datasets"              # where prepared datasets live
   c.data.seed = 0                            # shuffles the documents at preparation
-  c.data.shard_tokens = 100_000_000          # tokens a shard file
+  c.data.shard_tokens = 100_000_000          # tokens per shard file
   c.data.readers = 8                         # reader "tfds": document streams that the batch is dealt from
   c.data.prefetch = 4                        # batches read ahead
 
@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.model.norm_placement = "post"            # post: x + norm(f(x)) | pre: x + f(norm(x))
   c.model.norm_eps = 1.1920928955078125e-07  # of every RMSNorm: float32's machine epsilon
   c.model.qk_norm = "l2"                     # l2: after RoPE, a head, no gain | rms: before RoPE, whole projection | none
-  c.model.attention_scale = "learned"        # learned: one scalar a head, from sqrt(d_head) | rsqrt: 1/sqrt(d_head)
+  c.model.attention_scale = "learned"        # learned: one scalar per head, from sqrt(d_head) | rsqrt: 1/sqrt(d_head)
   c.model.rope_layout = "interleaved"        # interleaved (pairs 2i, 2i+1) | half (pairs i, i + d_head/2)
   c.model.rope_base = 1024.0                 # of the rotary embedding's wavelengths
   c.model.tied = True                        # the head is the embedding
@@ -148,7 +148,7 @@ def is_study(size: str) -> bool:
 
 
 def _steps(c: config_dict.ConfigDict) -> config_dict.FieldReference:
-  """tokens_per_parameter · parameters / tokens a step, for the study's architecture; other switches: set steps."""
+  """tokens_per_parameter · parameters / tokens per step, for the study's architecture; other switches: set steps."""
   m = c.model
   d, width, kv_width = m.get_ref("d_model"), m.get_ref("heads") * m.get_ref("d_head"), m.get_ref("kv_heads") * m.get_ref("d_head")
   block = d * width * 2 + d * kv_width * 2 + d * m.get_ref("mlp_hidden") * 2 + d * 2 + m.get_ref("heads")

@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
     start_step=config_dict.placeholder(int), # first with roots, Adam's step before; None: precondition_frequency
     block_size=block_size,                   # longer axes ...
     long_axes="block",                       # ... are cut into blocks of that size | skip: go without a factor
-    merge_dims=False,                        # parameters of at most block_size numbers as vectors (Meta's default; not ours)
+    merge_dims=False,                        # parameters of at most block_size elements as vectors (Meta's default; not ours)
     preconditioner_dtype="float32",          # of stored factors and roots: float32 | bfloat16
     packed=False,                            # store triangles: half the memory of factors and roots, some time
     eigenvalue_correction=False)             # Adam in the factors' eigenbasis instead of roots; needs grafting=none

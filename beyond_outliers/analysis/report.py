@@ -98,7 +98,7 @@ def write_overrides(path: PathLike, size: str, found: Sequence[Settings]) -> Non
   Errors: ConfigError when an optimizer comes twice."""
   names = [one.optimizer for one in found]
   if len(set(names)) < len(names):
-    raise ConfigError(f"{names}: one entry an optimizer; give those of one recipe")
+    raise ConfigError(f"{names}: one entry per optimizer; give those of one recipe")
   text = json.dumps(
     {"size": size, "overrides": {one.optimizer: one.overrides for one in found}}, indent=1
   )

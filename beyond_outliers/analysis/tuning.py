@@ -38,7 +38,7 @@ class Tuning:
   optimizer: str
   recipe: str
   losses: dict[float, float]  # by learning rate, ascending; infinite where a run did not finish
-  best: tuple[runs_lib.Run, ...]  # the runs, one a seed, at the best rate
+  best: tuple[runs_lib.Run, ...]  # the runs, one per seed, at the best rate
 
   @property
   def learning_rate(self) -> float:

@@ -24,14 +24,14 @@ COLLECTIVES = (
   "reduce-scatter",
 )
 
-_BITS = {"pred": 8, "token": 0}  # of one number; other types' names hold it, as bf16's does
+_BITS = {"pred": 8, "token": 0}  # of one element; other types' names hold it, as bf16's does
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
-# Their computations are of single numbers.
+# Their computations are of scalars.
 _OF_NUMBERS = (
   "all-reduce",
   "map",

@@ -1,7 +1,7 @@
 """FLOPs of one run of a traced program of any size: products, decompositions, elementwise.
 
 XLA's cost analysis counts every loop once, every branch, and no decomposition. Here the program is
-walked with the few numbers that are known, such as a step's: branches that they decide are
+walked with the few values that are known, such as a step's: branches that they decide are
 followed, and loops go round as often as they would.
 """
 
@@ -53,7 +53,7 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-_LARGEST_KNOWN = 1024  # numbers; of larger arrays none is known
+_LARGEST_KNOWN = 1024  # elements; of larger arrays none is known
 
 
 def count_flops(

@@ -194,7 +194,7 @@ def step_table(figures: Mapping[str, Any]) -> str:
   share = f"{r['peak_share']:.1%} of peak ({r['peak_source']})"
   rows += [
     ("input (read ahead while a step runs)", f"{r['input_seconds'] * 1e3:,.1f} ms"),
-    ("reading alone", f"{read:,.1f} million tokens a CPU-second"),
+    ("reading alone", f"{read:,.1f} million tokens per CPU-second"),
     ("loop overhead, 1 − Σ steps / wall", f"{r['loop_overhead']:.1%}"),
     ("throughput", f"{r['tokens_per_second']:,.0f} tokens/s"),
     ("model FLOP/s", f"{r['flops_per_second'] / 1e9:,.0f} GFLOP/s, {share}"),

@@ -202,7 +202,7 @@ def _collectives_cells(row: Mapping[str, Any]) -> list[str]:
 
 ON_PAPER_HEAD = (
   *("optimizer", "devices"),
-  *("TFLOP a step", *jaxpr_flops.KINDS, "costliest step"),
+  *("TFLOP per step", *jaxpr_flops.KINDS, "costliest step"),
   *("of the model's", "with it, over AdamW"),
   *("MiB of state", "MiB moved"),
 )

@@ -68,7 +68,7 @@ class Muon(Section):
   )
   ns_steps: int = official(5, "Newton-Schulz steps", at_least(1))
   ns_coefficients: str = official(
-    "quintic", "their polynomials; also triples (a, b, c), one a step", one_of(*ITERATION_TABLES)
+    "quintic", "their polynomials; also triples (a, b, c), one per step", one_of(*ITERATION_TABLES)
   )
   ns_dtype: str = official("bfloat16", "of their operands", one_of(*ITERATION_DTYPES))
   ns_gram: bool = official(False, "iterate on the small Gram matrix: faster if long, less exact")
@@ -215,7 +215,7 @@ class Shampoo(Section):
   start_step: int | None = official(None, "first with roots; None: the frequency", at_least(1))
   block_size: int = official(1024, "longest axis that has one factor", at_least(1))
   long_axes: str = official("block", "are cut so, or have no factor", one_of("block", "skip"))
-  merge_dims: bool = official(False, "up to block_size numbers are a vector (Meta's default)")
+  merge_dims: bool = official(False, "up to block_size elements are a vector (Meta's default)")
   preconditioner_dtype: str = official(
     "float32", "of stored factors and roots", one_of("float32", "bfloat16")
   )

@@ -16,7 +16,7 @@ from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import Group, OptimizerGroups
 from beyond_outliers.errors import ConfigError
 
-# Keys that a resumed run may change: none of them enters the numbers, beyond the order of
+# Keys that a resumed run may change: none of them affects the results, beyond the order of
 # floating-point sums.
 MAY_CHANGE = (
   "mesh",

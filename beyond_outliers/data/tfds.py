@@ -21,8 +21,8 @@ from tensorflow_datasets.core import sequential_writer
 from beyond_outliers.data.document import Document, as_content
 from beyond_outliers.errors import DataError
 
-READ_AT_ONCE = 256  # records a call when reading in order
-SHARD_RECORDS = 100_000  # records a file at most
+READ_AT_ONCE = 256  # records per call when reading in order
+SHARD_RECORDS = 100_000  # records per file at most
 
 
 class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
@@ -115,7 +115,7 @@ class Records:
     return self._document(index, self._source[index])
 
   def read(self, indices: Sequence[int]) -> Iterator[Document]:
-    """Documents in the order of the indices, several records a call."""
+    """Documents in the order of the indices, several records per call."""
     for start in range(0, len(indices), READ_AT_ONCE):
       chunk = indices[start : start + READ_AT_ONCE]
       yield from map(self._document, chunk, self._source.__getitems__(chunk))

@@ -48,7 +48,7 @@ def _text(document: Document, cfg: config.Data) -> str:
 def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:
   """A lossless SentencePiece BPE model of exactly `vocab` pieces, as the bytes of its file.
 
-  BPE because it trains in a second where unigram takes 20, at the same bytes a token on held-out
+  BPE because it trains in a second where unigram takes 20, at the same bytes per token on held-out
   text. Nothing is normalized, no space is added or dropped, unknown characters fall back to bytes,
   and newlines, at which the trainer cuts its sentences, are pieces of their own. One thread, so
   that the same texts give the same file. Errors: DataError if the texts don't support the

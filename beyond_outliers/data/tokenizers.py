@@ -111,7 +111,7 @@ class SentencePiece(Tokenizer):
   def encode_batch(self, texts):
     lower_block = self._lower_block
     if lower_block is None or not any("\u2581" in text for text in texts):
-      threads = -1 if len(texts) > 1 else 1  # -1: one a core
+      threads = -1 if len(texts) > 1 else 1  # -1: one per core
       return self._model.encode(list(texts), return_type="numpy", num_threads=threads)
     return [self._encode_around(text, lower_block) for text in texts]
 

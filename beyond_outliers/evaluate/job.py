@@ -121,7 +121,7 @@ class Job:
         if step not in seen or (step in self.skipped and target.written(step) != seen[step])
       ]
       if waiting:
-        # One a turn: others may go meanwhile.
+        # One per turn: others may be deleted meanwhile.
         seen[waiting[0]] = target.written(waiting[0])
         if self._evaluate(waiting[0], later=waiting[1:]):
           left.discard(waiting[0])

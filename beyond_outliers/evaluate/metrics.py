@@ -16,7 +16,7 @@ from beyond_outliers.types import Batch
 # batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does
 # not count), [B, L] numpy
 TokenLosses = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
-# The same for several numbers of every target, by name.
+# The same for several values of every target, by name.
 TokenNumbers = Callable[[Batch], tuple[Mapping[str, np.ndarray], np.ndarray]]
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
@@ -29,8 +29,8 @@ def evaluate(
   """Loss over all targets of a fixed set of documents, and its standard error over documents.
 
   num_bytes: UTF-8 bytes of those documents' text; None when unknown.
-  Returns loss (nats a target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte (the
-  nats of all counted targets, a document's end among them, over the bytes; None if these are
+  Returns loss (nats per target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte
+  (the nats of all counted targets, a document's end among them, over the bytes; None if these are
   unknown), documents, tokens (targets)."""
 
   def token_numbers(batch):

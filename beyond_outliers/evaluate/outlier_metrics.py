@@ -1,7 +1,7 @@
 """Outlier metrics of arXiv 2509.23500: of an array, and of many arrays by what can be merged.
 
-Statistics of a tensor are a few numbers a channel. Those of several batches are merged on the host,
-in float64, by their centred moments: powers summed about zero would cancel.
+Statistics of a tensor are a few values per channel. Those of several batches are merged on the
+host, in float64, by their centred moments: powers summed about zero would cancel.
 
 Legend: T tokens, F features (channels).
 """
@@ -77,7 +77,7 @@ def _mean(magnitude_TxF):
 
 
 def _median(magnitude_TxF):
-  """Median over features, as numpy's, of numbers that are not negative.
+  """Median over features, as numpy's, of values that are not negative.
 
   As integers their bits have the same order: found bit by bit, by counting. XLA's sort takes a CPU
   ten times as long as all else here, the model included."""

@@ -36,7 +36,7 @@ def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
 
   Segment 0: the target does not count.
 
-  The numbers: `reference_nll` of the model and `nll` of the other, in nats; `kl` (nats), the
+  The values: `reference_nll` of the model and `nll` of the other, in nats; `kl` (nats), the
   divergence of the other's prediction from the model's; `agreement`, 1 where both hold the same
   token for the likeliest."""
 

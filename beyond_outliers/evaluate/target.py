@@ -39,7 +39,7 @@ class TextOptions(TypedDict, total=False):
   """Options that replace what a target's own text would be."""
 
   dataset: str  # folder of a prepared one; "": the target's own
-  context: int  # tokens a window; 0: the target's own
+  context: int  # tokens per window; 0: the target's own
   batch_size: int  # windows at once; 0: the target's own
   documents: int | None  # of the validation split, 0: all; None: the target's own
 

@@ -1,6 +1,6 @@
 """Causal grouped-query attention. Rows of IMPLEMENTATIONS compute the same.
 
-Legend: B batch, L length, H query heads, K key-value heads, G = H / K query heads a key head, Dh
+Legend: B batch, L length, H query heads, K key-value heads, G = H / K query heads per key head, Dh
 head width; S length of a block of queries, E keys up to its end.
 """
 

@@ -1,6 +1,6 @@
 """Reads and writes Hugging Face directories (config.json and safetensors files) of OLMo2 and Llama.
 
-There one tensor a layer, matrices as (out, in); here layers are stacked and kernels are (in, out).
+There one tensor per layer, matrices as (out, in); here stacked layers and (in, out) kernels.
 """
 
 from __future__ import annotations

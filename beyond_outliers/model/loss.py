@@ -17,7 +17,7 @@ from beyond_outliers.types import Batch, Params
 def cross_entropy(logits_TxV, targets_T):
   """Negative log-likelihood in nats, [T], of integer targets, in float32 or wider.
 
-  Keeps the logits and one number a token for the backward pass, and makes the logits' gradient in
+  Keeps the logits and one value per token for the backward pass, and makes the logits' gradient in
   one sweep: half the memory of differentiating the log-softmax, at the same speed."""
   return _forward(logits_TxV, targets_T)[0]
 

@@ -16,7 +16,7 @@ def adamw(
 ) -> optax.GradientTransformation:
   """AdamW: decoupled weight decay on every leaf; moments in the parameters' dtype and sharding.
 
-  Element by element: `axes` and `mesh` do not matter. State: 8 bytes a parameter in float32.
+  Element by element: `axes` and `mesh` do not matter. State: 8 bytes per parameter in float32.
 
   optax adds the decay to the update before scaling by the rate: the same step as torch's, to 2e-7
   after 30 steps."""

@@ -32,7 +32,7 @@ from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
 FIELD = "blocks"
 
 Split = tuple[tuple[str, ...], ...]  # the mesh axes along each axis of an array
-Stacks = dict[str, jax.Array]  # bucket name -> [B, m, n], [B, n], or [B] for one number a block
+Stacks = dict[str, jax.Array]  # bucket name -> [B, m, n], [B, n], or [B] for one value per block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def layout(
 
   The last block along an axis may be smaller.
 
-  block_size None: every slice is one block. merge_up_to: a matrix of at most so many numbers is
+  block_size None: every slice is one block. merge_up_to: a matrix of at most so many elements is
   taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1.
   Errors: ValueError from `axes`."""
   records = list(leaves(tree, axes))

@@ -23,7 +23,7 @@ class BlocksState(NamedTuple):
 
   momentum: jax.Array  # [B, *block] of gradients, in the basis
   second_moment: jax.Array  # [B, *block] of gradients in the basis
-  factors: Arrays  # one a rotated axis, [B, D, D]: averages of G Gᵀ
+  factors: Arrays  # one per rotated axis, [B, D, D]: averages of G Gᵀ
   bases: Arrays  # likewise: columns are eigenvectors, the identity until there are some
   age: Any  # [B, A] steps since the basis in use was computed; -1: never; () without bases
   kept: Any  # [B, A] bases refused so far, because not finite; likewise

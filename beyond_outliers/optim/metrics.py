@@ -12,7 +12,7 @@ from beyond_outliers.optim.axes import AxesTree, leaves
 from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 from beyond_outliers.types import Metrics, Params
 
-# Field of a bucket's state -> how the numbers of all blocks become one.
+# Field of a bucket's state -> how the values of all blocks become one.
 FIELDS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp.max}
 
 

@@ -78,7 +78,7 @@ def muon(
 
   Only the Python number 0 as momentum keeps no average. The scale is not applied to the decay
   (torch.optim._Muon). ns_dtype None is the state's.
-  State: 4 bytes a number of a matrix in float32, 8 of others."""
+  State: 4 bytes per element of a matrix in float32, 8 of others."""
   return by_kind(
     axes,
     matrix=optax.chain(

@@ -57,7 +57,7 @@ class BlocksState(NamedTuple):
   """State of a bucket of blocks; the stack axis comes first in every array."""
 
   momentum: jax.Array | None  # [B, *block] average of gradients; None without momentum
-  factors: Arrays  # Q, one an axis: [B, D, D] upper triangular, or [B, D] diagonal
+  factors: Arrays  # Q, one per axis: [B, D, D] upper triangular, or [B, D] diagonal
   applied: tuple[Any, ...]  # QᵀQ [B, D, D] an axis, () for diagonal factors; empty without cache
   kept: jax.Array  # [B] updates of factors refused so far, because not finite
 
@@ -106,7 +106,7 @@ def psgd(
   sharded. Only the Python number 0 as momentum keeps no average.
 
   An update that is not finite, or would let the direction overflow, leaves a block's factors as
-  they are, and is counted. State, bytes a number of an m x n block in float32: 4 + 8 (m² + n²) /
+  they are, and is counted. State, bytes per element of an m x n block in float32: 4 + 8 (m² + n²) /
   mn, 4 + 4 (m² + n²) / mn without cache; without the terms of axes that have a diagonal factor."""
   return optax.chain(
     _direction(h, axes, mesh, normal),

@@ -73,7 +73,7 @@ def scion(
 
   The official transpose=True, for embeddings, is an `axes` in which fan_in and fan_out are swapped.
   Only the Python number 0 as momentum keeps no average.
-  State: 4 bytes a number in float32, none without momentum."""
+  State: 4 bytes per element in float32, none without momentum."""
   decay = 1.0 + h.weight_decay if h.constrained else h.weight_decay
   return optax.chain(
     _direction(h, axes, mesh),

@@ -45,7 +45,7 @@ class BlocksState(NamedTuple):
   momentum: jax.Array  # [B, *block] of gradients; with momentum="update", of preconditioned ones
   graft_momentum: Any  # [B, *block], momentum="update" only; else ()
   second_moment: Any  # [B, *block] of the grafting method, where it has one; else ()
-  factors: Arrays  # one a preconditioned axis, [B, D, D] or packed, float32 or bfloat16
+  factors: Arrays  # one per preconditioned axis, [B, D, D] or packed, float32 or bfloat16
   roots: Roots
 
 
@@ -72,8 +72,8 @@ def shampoo(
 
   momentum="update" is an average more (Google). A root that is not finite, or of too large a
   residual, is refused and counted in the state.
-  State, bytes a number of an m x n block in float32: 4 (momentum) + 4 (adam, rmsprop) + 8 (m² + n²)
-  / mn; packed or bfloat16 halve the last term."""
+  State, bytes per element of an m x n block in float32: 4 (momentum) + 4 (adam, rmsprop) +
+  8 (m² + n²) / mn; packed or bfloat16 halve the last term."""
   of = eigenvalue_corrected.direction if h.eigenvalue_correction else _direction
   return optax.chain(
     of(h, axes, mesh),

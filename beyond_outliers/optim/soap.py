@@ -54,7 +54,7 @@ def soap(
 
   The first update only finds the bases, and moves nothing.
 
-  State, bytes a number of an m x n block in float32: 8 + 8 (m² + n²) / mn, without the terms of
+  State, bytes per element of an m x n block in float32: 8 + 8 (m² + n²) / mn, without the terms of
   axes that are not rotated."""
   return optax.chain(
     _direction(h, axes, mesh),

@@ -30,7 +30,7 @@ class QuantizedDot(nn.Module):
   but for learned scales.
 
   Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation,
-  numbers round to nearest. Sums over the activations (metrics.Sums) are sown into the collection
+  values round to nearest. Sums over the activations (metrics.Sums) are sown into the collection
   `statistics` where that is mutable."""
 
   recipe: LayerRecipe
@@ -124,7 +124,7 @@ def _backward(backend, w_axis, layer, pullback, g_TxO):
   return *x_bar, *others, None
 
 
-# The forward pass and either gradient are calls of their own: else XLA:CPU keeps rotated numbers in
+# The forward pass and either gradient are calls of their own: else XLA:CPU keeps rotated values in
 # the place of codes and masks, and works on both gradients at once, each with a scaled copy of y's.
 _product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1, 2))
 _product.defvjp(_forward, _backward)

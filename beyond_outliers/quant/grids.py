@@ -55,7 +55,7 @@ class Float:
   """A sign, an exponent and a mantissa, without infinities: values above the largest become it."""
 
   mantissa_bits: int
-  lowest_exponent: int  # of a number that is not subnormal
+  lowest_exponent: int  # of a value that is not subnormal
   largest: float
   name: str  # the type of the codes
 
@@ -93,7 +93,7 @@ GRIDS: dict[str, dict[float, Grid]] = {
   "symmetric": {b: Uniform(1 - 2 ** (b - 1), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
   # All that an integer of b bits can hold: one more below zero than above.
   "twos_complement": {b: Uniform(-(2 ** (b - 1)), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
-  # Of numbers that have no sign, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are
+  # Of unsigned values, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are
   # int16, multiplied as floats.
   "unsigned": {b: Uniform(0, 2**b - 1) for b in WHOLE_BITS},
   # arXiv 2209.05433, table 1; e2m1: OCP Microscaling Formats 1.0, section 5.3.3.

@@ -4,13 +4,13 @@ Of each kind of layer (`attention/q`, ..., `mlp/down`, `head`), all depths poole
 operands X, weights or activations:
 
   quant/X/sqnr/<kind>           dB: 10 log10 of Σ x² / Σ (x̂ - x)²
-  quant/X/masked/<kind>         share of numbers whose gradient the estimator drops; 0 for ste
-  quant/X/clipped/<kind>        share of numbers beyond the largest or the lowest level
+  quant/X/masked/<kind>         share of elements whose gradient the estimator drops; 0 for ste
+  quant/X/clipped/<kind>        share of elements beyond the largest or the lowest level
   quant/weights/crossed/<kind>  share of weights whose code after this step is another than before
   quant/weights/crossed         likewise, of all weights that are quantized
 
 A code changes when its weight crosses a boundary between two levels of the grid, or the boundary
-the weight: scales follow the weights, and move with them. All numbers are as the dot product
+the weight: scales follow the weights, and move with them. All values are as the dot product
 quantizes them, behind the rotation, under the scales of the step, and rounded to nearest even where
 training rounds stochastically.
 """

@@ -1,6 +1,6 @@
 """The mathematics of quantization, as pure functions: values to codes and back, and gradients.
 
-Legend: x any array; `axis` its contraction axis, along which numbers share a scale and are rotated.
+Legend: x any array; `axis` its contraction axis, along which values share a scale and are rotated.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def forward(
   """Values to codes, without their rotation."""
   codes, saved = encode(in_units(x, scale), spec, key)
   if spec.scale == "learned":
-    # Codes hide what is not finite. Scales that are found in the numbers show it; a learned one
+    # Codes hide what is not finite. Scales that are computed from the values show it; a learned one
     # would not.
     scale = jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
   return Quantized(codes, scale), saved

@@ -179,7 +179,7 @@ RECIPES: dict[str, Recipe] = {
   "lsq_w4a4": _but_the_head(_lsq("twos_complement")),
   # For a rule, of layers behind a squared ReLU: `.*/mlp/down`.
   "lsq_w4a4_unsigned": _but_the_head(_lsq("unsigned")),
-  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale a tensor, which
+  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale per tensor, which
   # shows a token the later ones.
   "fp8": _but_the_head(
     LayerRecipe(
@@ -193,7 +193,7 @@ RECIPES: dict[str, Recipe] = {
   # training methods of their papers, with rotations, stochastic rounding, blocks of two axes and
   # some layers left out, are not in them.
   "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
-  # As published for the weights. Activations have a float32 scale a token, for the same reason.
+  # As published for the weights. Activations have a float32 scale per token, for the same reason.
   "nvfp4": _but_the_head(
     LayerRecipe(
       QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token")

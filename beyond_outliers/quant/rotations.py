@@ -58,7 +58,7 @@ def _multiply(x, axis):
   matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if axis == x.ndim - 1:
     return matmul(x.reshape(*x.shape[:axis], -1, size), matrix).reshape(x.shape)
-  # A product a block: a sum over an axis in the middle would transpose the operand and the result.
+  # One product per block: a sum over an axis in the middle would transpose operand and result.
   blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1 :]))
   return matmul(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(x.shape)
 

@@ -1,8 +1,8 @@
 """Scales, the values that a code of one stands for: rules that find them, and granularities, the
 sets of values that share one.
 
-A rule takes numbers, the axes that share a scale, and the grid; it returns positive scales, with
-those axes kept at length one (zero where all numbers are zero). All in float32 or wider.
+A rule takes an array, the axes that share a scale, and the grid; it returns positive scales, with
+those axes kept at length one (zero where all values are zero). All in float32 or wider.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ SCALES: dict[str, Rule] = {
 class Granularity(NamedTuple):
   """The values that share a scale: all, those along the contraction axis, or a block of these.
 
-  block: so many consecutive numbers along the contraction axis; 0: the spec's `group`.
+  block: so many consecutive values along the contraction axis; 0: the spec's `group`.
   rule: of the format, instead of the spec's."""
 
   all: bool = False
@@ -151,8 +151,8 @@ class Granularity(NamedTuple):
 # for activations or gradients.
 GRANULARITIES = {
   "tensor": Granularity(all=True),
-  "channel": Granularity(),  # weights: one scale an output channel
-  "token": Granularity(),  # activations, and gradients: one scale a token
+  "channel": Granularity(),  # weights: one scale per output channel
+  "token": Granularity(),  # activations, and gradients: one scale per token
   "group": Granularity(block=0),
   "mx": Granularity(block=32, rule=shared_exponent),
   "nv": Granularity(block=16, rule=two_level),

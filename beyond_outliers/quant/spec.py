@@ -22,7 +22,7 @@ class QuantSpec:
   grid: row of GRIDS.
   scale: row of SCALES.
   granularity: row of GRANULARITIES.
-  group: numbers along the contraction axis that share a scale, with granularity "group".
+  group: values along the contraction axis that share a scale, with granularity "group".
   rotation: row of ROTATIONS, before quantizing.
   estimator: row of ESTIMATORS.
   rounding: nearest (ties to even) or stochastic (which needs a key, and is nearest without one).
@@ -136,8 +136,8 @@ class LayerRecipe:
 
   gradients: g, the gradient of y, in both products of the backward pass, twice and independently:
 
-    dx = g wᵀ  sums over outputs: a scale a token ("token"), or one for all ("tensor")
-    dw = xᵀ g  sums over tokens: a scale an output, or one for all
+    dx = g wᵀ  sums over outputs: one scale per token ("token"), or for all ("tensor")
+    dw = xᵀ g  sums over tokens: one scale per output, or for all
 
   The scales of w by output, and those of x by token, lie along the axis that is summed over, and so
   have been multiplied into g before it is quantized. The other operand is what `backward` says: the

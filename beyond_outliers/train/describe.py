@@ -37,7 +37,7 @@ def describe(program: Program) -> str:
   counts, tokens = transformer.count(program.state.params), c.steps * c.batch_size * c.context
   lines.append(
     f"{counts['total']:,} parameters, {counts['embedding']:,} of them the embedding · "
-    f"{tokens:,} tokens in {c.steps:,} steps ({tokens / counts['total']:.1f} a parameter) · "
+    f"{tokens:,} tokens in {c.steps:,} steps ({tokens / counts['total']:.1f} per parameter) · "
     f"mesh {dict(program.mesh.shape)}"
   )
   return "\n".join(lines)
@@ -69,7 +69,7 @@ def describe_compiled(program: Program) -> str:
   }
   model_flops = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context)
   lines = [
-    f"FLOPs a step: {model_flops:.4g} by the model's formula, all devices together; "
+    f"FLOPs per step: {model_flops:.4g} by the model's formula, all devices together; "
     f"{compiled.cost_analysis().get('flops', math.nan):.4g} on each device by XLA "
     "(loops counted once)",
     f"memory on each of {program.mesh.size} devices",

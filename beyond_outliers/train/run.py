@@ -84,7 +84,7 @@ def _train(
   say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
   peak, peak_source = hardware.peak_flops(c.model.dtype)
   say(
-    f"peak: {peak / 1e9:,.0f} GFLOP/s a device in {c.model.dtype} ({peak_source}) · unigram "
+    f"peak: {peak / 1e9:,.0f} GFLOP/s per device in {c.model.dtype} ({peak_source}) · unigram "
     f"entropy of the validation text: {inputs.dataset.unigram_entropy('validation'):.4f} nats · "
     f"workdir: {workdir.path}"
   )

@@ -61,8 +61,7 @@ def accumulate(
     return grad_fn
 
   def value_and_grad(params, batch, rng):
-    # Every micro_batches-th row goes to one part, so that each device's rows are shared out evenly
-    # among the parts.
+    # Every micro_batches-th row goes to one part: each device's rows spread evenly over the parts.
     parts = jax.tree.map(
       lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), batch
     )
@@ -70,8 +69,7 @@ def accumulate(
     def add(sums, part_and_index):
       part, index = part_and_index
       (value, aux), grads = grad_fn(params, part, jax.random.fold_in(rng, index))
-      # Parts may hold unequal numbers of targets: sum what is per target, and divide once at the
-      # end.
+      # Parts may hold unequal numbers of targets: sum what is per target, divide once at the end.
       part_sums = jax.tree.map(lambda x: x * aux["weight"], (value, grads))
       return jax.tree.map(jnp.add, sums, (*part_sums, aux["weight"])), None
 

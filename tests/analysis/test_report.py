@@ -99,5 +99,5 @@ def test_what_was_found_is_written_for_the_launcher(tmp_path):
       "adamw": {"optimizer.learning_rate": 0.03},
     },
   }
-  with pytest.raises(config.ConfigError, match="one entry an optimizer"):
+  with pytest.raises(config.ConfigError, match="one entry per optimizer"):
     report.write_overrides(tmp_path / "tuned.json", "nano", [*found, found[0]])

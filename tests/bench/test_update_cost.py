@@ -50,7 +50,7 @@ def test_tables_have_a_row_each():
     1,
   ]
   assert len(update_cost.on_paper_table(paper).splitlines()) == 3
-  # The padding of a scalar or so apart, AdamW's state is two numbers a parameter, split over all.
+  # The padding of a scalar or so apart, AdamW's state is two values per parameter, split over all.
   assert paper[1]["state_bytes"] == pytest.approx(paper[0]["state_bytes"] / 8, rel=0.01)
   collectives = update_cost.collectives(["adamw"], SIZE)
   assert [row["mesh"] for row in collectives] == [(1, 1, 1), (8, 1, 1), (1, 8, 1)]

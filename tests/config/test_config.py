@@ -57,7 +57,7 @@ def test_every_config_and_every_size_builds_with_the_parameters_it_says(name, si
   if "steps" not in config.SIZES[size]:
     tokens = c.steps * c.batch_size * c.context
     assert 0 <= tokens - c.tokens_per_parameter * count < c.batch_size * c.context, (
-      "not 20 tokens a parameter, rounded up"
+      "not 20 tokens per parameter, rounded up"
     )
     assert c.tokens_per_parameter == 20
 

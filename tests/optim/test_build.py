@@ -1,4 +1,4 @@
-"""One optimizer a parameter group, and its state split like the parameters it belongs to."""
+"""One optimizer per parameter group, and its state split like the parameters it belongs to."""
 
 import dataclasses
 
@@ -98,7 +98,7 @@ def test_moments_lie_where_their_parameters_lie(axes):
     else:
       found.append(owner)
       assert x.sharding.is_equivalent_to(of_parameter[owner], x.ndim), name
-  assert sorted(found) == sorted(2 * list(of_parameter)), "two moments a parameter"
+  assert sorted(found) == sorted(2 * list(of_parameter)), "two moments per parameter"
   kernels = [path for path in of_parameter if path.endswith("kernel") or path == "embedding"]
   assert kernels and all(not of_parameter[path].is_fully_replicated for path in kernels)
   embedding = state.opt_state.inner_states["embedding"].inner_state[0].mu["embedding"]

@@ -296,7 +296,7 @@ def test_eight_devices_update_as_one_does(norm):
   ]
   assert [x.shape[0] for x in stacks] == (
     [8, 8, 8] if norm == "auto" else []
-  )  # one share a device; others need no blocks
+  )  # one share per device; others need no blocks
 
 
 @pytest.mark.parametrize("norm", ["auto", "sign", "col", "row", "rms"])

@@ -262,5 +262,5 @@ def test_scanned_unrolled_and_sharded_are_one(name):
       in_shardings=(shardings, shardings),
     )
     program = hlo.instructions(of_weights.lower(params, before).compile().as_text())
-  # Scales, one an output channel of the widest layer, are the most that devices tell each other.
+  # Scales, one per output channel of the widest layer, are the most that devices tell each other.
   assert max(one.bytes for one in program if hlo.collective(one)) <= 4 * MODEL.mlp_hidden

@@ -117,8 +117,8 @@ def test_every_level_is_hit_and_no_other(spec, levels):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_round_to_nearest_has_a_scale_a_row_from_absmax(bits, axis):
-  """absmax / 7 at four bits: one scale an output channel of a kernel [K, O] (axis 0), one a token
-  of [T, K] (axis 1)."""
+  """absmax / 7 at four bits: one scale per output channel of [K, O] (axis 0), per token of [T, K]
+  (axis 1)."""
   x = normal(48, 32)
   rows = x.T if axis == 0 else x
   expected, _ = reference.round_to_nearest(rows.astype(np.float64), bits)

@@ -231,7 +231,7 @@ def test_dry_run_says_what_a_step_takes(tiny_config, tmp_path):
   assert (
     f"{held / 2**20:,.1f} MiB" in text
     and "memory on each of 8 devices" in text
-    and "FLOPs a step" in text
+    and "FLOPs per step" in text
   )
   # Kernels are split four ways here, gains not at all.
   total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params))

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-CHUNK = 2**22  # numbers in the blocks that are worked on at a time: bounds temporary memory
+CHUNK = 2**22  # elements of the blocks that are worked on at a time: bounds temporary memory
 
 
 def in_chunks(function: Callable[..., Any], *trees: Any) -> Any:

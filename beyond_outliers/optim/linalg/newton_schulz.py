@@ -19,7 +19,7 @@ from jax import lax
 from beyond_outliers.optim import factory
 
 Triple = tuple[float, float, float]  # (a, b, c) of x -> a x + b x³ + c x⁵
-Table = str | Sequence[Triple]  # a row of COEFFICIENTS, or a polynomial a step
+Table = str | Sequence[Triple]  # a row of COEFFICIENTS, or one polynomial per step
 Segment = tuple[Triple, ...]  # steps between one computation of X Xᵀ and the next
 
 DTYPES = ("bfloat16", "float32", "float64")
