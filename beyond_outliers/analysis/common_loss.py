@@ -49,8 +49,6 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
 
   CL is the worst of the optimizers' best full-precision losses at full length.
 
-  CL is the worst of the optimizers' best full-precision losses at full length.
-
   How models land on CL the paper (arXiv 2509.23500) leaves open. Here each optimizer is trained
   again at its tuned rate for fewer steps, with a schedule of its own: a model taken from the middle
   of a run would be the only one without its cool-down. The number of steps comes from what is known

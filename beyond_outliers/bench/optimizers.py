@@ -202,7 +202,7 @@ def optimizers_table(result: Mapping[str, Any]) -> str:
   """Milliseconds of a step by family, and each as a multiple of the best peer's."""
   kernels = [f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()]
   lines = [
-    f"tree {result['tree']}: {result['parameters']:,} parameters · one core · milliseconds per step",
+    f"tree {result['tree']}: {result['parameters']:,} parameters · one core · ms per step",
     "with " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     "kernels: " + " · ".join(kernels),
     "",

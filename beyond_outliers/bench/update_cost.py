@@ -119,9 +119,7 @@ def _by_kind(update: Iterable[hlo.Instruction]) -> Json:
 def on_paper(names: Iterable[str], size: str) -> list[Json]:
   """Cost of an update on paper: one row per optimizer and number of devices.
 
-  FLOPs, bytes of state and bytes moved are those of one device and one step.
-
-  All are of one device and one step."""
+  FLOPs, bytes of state and bytes moved are those of one device and one step."""
   meshes = [(1, devices, 1) for devices in DEVICES]
   adamw = {
     mesh: flops_of_update(program)[0].total() for mesh, program in programs("adamw", size, meshes)

@@ -195,11 +195,7 @@ def next_power_of_two(n: int) -> int:
 def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
   """Negative log-likelihood of every target in nats, and whether it is the argmax, [R, S] each.
 
-  float32 at least.
-
-  [R, S] each.
-
-  Only the scored positions go through the head, `columns` of each row at once."""
+  float32 at least. Only the scored positions go through the head, `columns` of each row at once."""
   R, S = targets_RxS.shape
   x_RxLxD = model.apply({"params": params}, tokens_RxL, method="hidden")
   x_RxSxD = jnp.take_along_axis(x_RxLxD, positions_RxS[..., None], axis=1)

@@ -146,8 +146,7 @@ class Layout:
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
   def block_ids(self) -> dict[str, np.ndarray]:
-    """Ids of blocks, consecutive over all buckets; padding takes the next ids. int32 [B] per
-    bucket."""
+    """Ids of blocks, consecutive over all buckets; padding takes the next ids. int32 [B] each."""
     found, first = {}, 0
     for name, bucket in self.buckets.items():
       found[name] = np.arange(first, first + bucket.padded, dtype=np.int32)
@@ -186,8 +185,6 @@ class Layout:
 
   def _way(self, ndim: int, *, back: bool = False) -> Sequence[Split]:
     """Splits of a stack with `ndim` axes, from split blocks to whole ones on their owners, or back.
-
-    Of a stack with `ndim` axes.
 
     Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for
     all at once, XLA gathers whole parameters. Blocks begin as parameters mostly lie: split by the

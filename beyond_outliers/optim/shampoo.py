@@ -168,7 +168,7 @@ def _step(
 
 
 def _accumulate_factors(h: Shampoo, g: jax.Array, s: BlocksState, axes: tuple[int, ...]) -> Arrays:
-  """Factors after the gradients' Gram matrices, [B, D, D] each; a decay of 1 sums, not averages."""
+  """Factors after the gradients' Gram matrices, [B, D, D] each; a decay of 1 sums."""
   weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
   return tuple(
     add_gram(
@@ -187,9 +187,7 @@ def _refresh_roots(
   constants: Constants,
   order: int,
 ) -> Roots:
-  """Roots of the factors, for the blocks that are due.
-
-  order: number of a block's axes."""
+  """Roots of the factors, for the blocks that are due. order: number of a block's axes."""
   if not factors:
     return roots
   norm = jnp.where(h.b2 < 1, _correction(h, h.b2, t), 1)

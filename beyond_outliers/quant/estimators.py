@@ -1,5 +1,6 @@
-"""Gradient estimators: masks of the gradient that passes through rounding, whose own derivative is
-zero almost everywhere."""
+"""Gradient estimators: masks of the gradient that passes through rounding.
+
+Rounding's own derivative is zero almost everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ ROUNDING = 2.0**-20
 
 
 class Estimator(NamedTuple):
-  """A mask of gradients. passes: (numbers in units of the scale, their grid) -> where the gradient
+  """A mask of gradients. passes: (values in units of the scale, their grid) -> where the gradient
   passes; None: everywhere. learns_scale: it has a gradient of the scale, too."""
 
   passes: Callable[[jax.Array, grids.Grid], jax.Array] | None
@@ -32,8 +33,9 @@ def between_levels(v, grid):
 
 
 def within_half_a_step(v, grid):
-  """QuEST's trust mask: numbers that rounding moves by at most half a step, which are all but those
-  that are clipped by more.
+  """QuEST's trust mask: values that rounding moves by at most half a step.
+
+  Those are all but the ones that are clipped by more.
 
   |x̂ - x| <= step/2 written as a bound on x: at a tie the difference would be a matter of float
   rounding."""

@@ -253,8 +253,7 @@ def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:
 
 
 def _model(described: Mapping[str, Any]) -> Any:
-  """The model, by its class's name: quantization takes any model under the contract, importing
-  none."""
+  """The model, by its class's name: quantization takes any model under the contract."""
   module, _, name = described["class"].rpartition(".")
   require(
     module.startswith(f"{__name__.split('.')[0]}."),

@@ -70,8 +70,6 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
   """The polynomial of each of `steps` steps: a table's, cut off or its last one repeated.
 
-  Left out are those beyond `steps`.
-
   Errors: ValueError for fewer steps than one, an unknown name, or a table that isn't one of triples
     of finite numbers."""
   if steps < 1:

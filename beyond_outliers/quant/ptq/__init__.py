@@ -1,4 +1,4 @@
-"""Quantization after training: `quantize` and the table of its METHODS."""
+"""Post-training quantization (PTQ): `quantize` and the table of its METHODS."""
 
 from beyond_outliers.quant.ptq.conversion import check_quantizable, quantize, quantized
 from beyond_outliers.quant.ptq.methods import METHODS, Method, method_named

@@ -1,11 +1,12 @@
-"""The pass of quantization after training, from a trained model to a quantized one of the same
-contract.
+"""`quantize`: post-training quantization (PTQ), block by block.
+
+A trained model in, a quantized one of the same contract out.
 
 A method is a row of METHODS (methods.py). Matrices become codes block after block, from the
 statistics of their inputs over all calibration batches (calibration.py).
 
-A tied head is quantized in every call, since the embedding needs its matrix whole: to nearest,
-whatever the method.
+A tied head is quantized on every forward pass, since the embedding needs its matrix unquantized:
+to nearest, whatever the method.
 Legend: N depths, K contraction, O outputs.
 """
 
@@ -59,8 +60,9 @@ def quantize(
   *,
   say: Callable[[str], None] = lambda text: None,
 ) -> QuantizedModel:
-  """The model with the matrices of all linear layers, and their inputs, quantized as `recipe` and
-  `method` say.
+  """Post-training quantization of a model by `recipe` and `method`, with calibration.
+
+  The matrices of all linear layers, and their inputs, are quantized.
 
   model, params: a transformer and its parameters, as it trains. calibration_batches: {"tokens": [B,
   L]; and "segment_ids" and "positions" if documents are kept apart}, for the methods that need
@@ -89,19 +91,19 @@ def quantize(
 def check_quantizable(
   model: LanguageModel, params: Params, recipe: Recipe, method: str = "rtn", field: str = "method"
 ) -> None:
-  """Whether `quantize` takes them, before there are numbers. params: shapes will do. Errors:
-  ConfigError, as there."""
+  """Refusal of what `quantize` cannot take, before there are values. params: shapes will do.
+
+  Errors: ConfigError, as there."""
   how = method_named(method, field)
   jax.eval_shape(lambda params: _prepared(model, params, recipe, how)[1], params)
 
 
 def quantized(model: LanguageModel, params: Params, recipe: Recipe) -> QuantizedModel:
-  """A model that was trained under `recipe`, with its matrices as the codes that it multiplied
-  with."""
+  """Model trained under `recipe`, its matrices as the codes that it multiplied with."""
   return quantize(model, params, recipe)
 
 
-# ---- before the pass: what goes together, and the rotations that matrices take in
+# ---- before the pass: what goes together, and the rotations that are fused
 
 
 def _check_batches(batches: Sequence[calibration.Batch], method: str, vocab: int) -> None:
@@ -124,8 +126,7 @@ def _check_batches(batches: Sequence[calibration.Batch], method: str, vocab: int
 def _prepared(
   model: LanguageModel, params: Params, recipe: Recipe, how: Method
 ) -> tuple[LanguageModel, Params, Recipe]:
-  """The model and its parameters with the rotations that they take in, and the recipe as the method
-  changes it.
+  """Model and parameters with fused rotations, and the recipe as the method changes it.
 
   Errors: ConfigError for all that does not go together."""
   require(
@@ -258,7 +259,7 @@ def _with_stacks(layers: Params, blocks: Sequence[Matrices], recipe: Recipe) -> 
 
 
 def _plain(kernel_KxO: jax.Array, layer: LayerRecipe | None) -> QuantizedMatrix:
-  """A matrix that is not quantized, with its numbers as codes."""
+  """A matrix that is not quantized, with its values as codes."""
   # Where the inputs are rotated, the matrix has to be.
   codes = kernel_KxO if layer is None else qmatrix.in_quantized_basis(kernel_KxO, layer)
   return QuantizedMatrix(codes, jnp.ones((1, 1), jnp.float32))

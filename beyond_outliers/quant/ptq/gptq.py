@@ -1,5 +1,6 @@
-"""Rounders, from a matrix to codes: each weight to its nearest level, or all so that the product
-with known inputs changes least.
+"""Rounders, from a matrix to codes: round to nearest, and GPTQ.
+
+GPTQ rounds so that the product with known inputs changes least.
 
 Legend: K contraction, O outputs; w is [K, O] in the basis that is quantized, and so is the Gram
 matrix of its inputs.
@@ -27,7 +28,7 @@ DAMPING = 0.01  # the official default
 def round_to_nearest(
   w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: Any, damping: float = DAMPING
 ) -> Quantized:
-  """Every weight to its nearest level."""
+  """Round to nearest: every weight to its nearest level."""
   del gram_KxK, damping
   return quantizers.forward(w_KxO, scale, spec)[0]
 
@@ -41,8 +42,9 @@ def gptq(
   *,
   by_importance: bool = True,
 ) -> Quantized:
-  """Row after row to the nearest level, each row's error made up for by the rows that are still to
-  come (arXiv 2210.17323, algorithm 1).
+  """GPTQ: row after row to the nearest level, with the error compensated by the rows still to come.
+
+  arXiv 2210.17323, algorithm 1.
 
   gram: XᵀX of the inputs, in any multiple.
   damping: the share of its mean diagonal that is added to the diagonal.

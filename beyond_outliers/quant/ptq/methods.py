@@ -1,5 +1,4 @@
-"""Methods of quantization after training: a row each, of a rotation, a smoothing, a scale, a
-rounding."""
+"""Methods of post-training quantization: rows of a rotation, a smoothing, a scale, a rounding."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ class Method:
   smoothing: row of SMOOTHINGS, or "".
   scale: row of SCALES, in the place of the recipe's "absmax", or "".
   rotation: row of ROTATIONS, in the place of the recipe's "none", or "".
-  fused: rotations that matrices can take in are taken in (rotation_fusion.py).
+  fused: rotations that can be fused into weights are (rotation_fusion.py); the rest are online.
   sequential: a block sees the outputs of the blocks before it once these are quantized, else those
     in full precision; within a block, layers see each other in full precision (the official code
     without `--true-sequential`).
@@ -51,7 +50,7 @@ class Method:
 
   @property
   def options(self) -> tuple[str, ...]:
-    """The fields that a method's name may set: the numbers that it looks at."""
+    """Options that a method's name may set: the fields that it reads."""
     used = {"alpha": self.smoothing == "smoothquant", "damping": self.rounding != "nearest"}
     return tuple(name for name, looks in used.items() if looks)
 
@@ -64,8 +63,7 @@ class Method:
     return self.rounding != "nearest" or self.smoothing == "awq"
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
-    """A layer's recipe under this method, without gradients. rotated: the layer's inputs come in
-    rotated."""
+    """A layer's recipe under this method, without gradients. rotated: its inputs already are."""
     if layer is None or not (layer.weights or layer.activations):
       return None
     w, x = layer.weights, layer.activations
@@ -95,7 +93,7 @@ METHODS: dict[str, Method] = {
   "smoothquant+gptq": Method("gptq", smoothing="smoothquant", sequential=True),
   "awq": Method(smoothing="awq"),  # arXiv 2306.00978
   "awq+gptq": Method("gptq", smoothing="awq", sequential=True),
-  "hadamard": Method(rotation="hadamard"),  # of every layer's inputs, as they come in
+  "hadamard": Method(rotation="hadamard"),  # of every layer's inputs, online
   "hadamard_mse": Method(scale="mse", rotation="hadamard"),
   "hadamard+gptq": Method("gptq", rotation="hadamard", sequential=True),
   "quarot": Method(rotation="hadamard", fused=True),  # arXiv 2404.00456
@@ -108,8 +106,9 @@ OPTION = re.compile(r"\((\w+)=([-+.0-9e]+)\)")
 
 
 def method_named(name: str, field: str = "method") -> Method:
-  """A row of METHODS, with other numbers where its name sets some:
-  `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
+  """A row of METHODS, with the options that its name sets.
+
+  As in `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
 
   Errors: ConfigError with the nearest name, the options of the row, or their range."""
   row, options = OPTION.sub("", name), OPTION.findall(name)

@@ -1,5 +1,4 @@
-"""Quantized models: the result of quantization after training, under the same contract as the model
-that was trained."""
+"""Quantized models: what post-training quantization returns, under the trained model's contract."""
 
 from __future__ import annotations
 
@@ -18,8 +17,9 @@ from beyond_outliers.types import Json, LanguageModel, Params, PathLike
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModel:
-  """model.apply({"params": params}, tokens) as of any model; in `params`, quantized matrices are
-  `QuantizedMatrix`s."""
+  """A quantized model: model.apply({"params": params}, tokens), as of any model.
+
+  In `params`, quantized matrices are `QuantizedMatrix`s."""
 
   model: LanguageModel
   params: Params
@@ -28,8 +28,8 @@ class QuantizedModel:
 
   @property
   def size_bytes(self) -> int:
-    """Of the parameters, as `save` stores them: codes with the bits of their grid, all else in the
-    type that it has."""
+    """Bytes of the parameters as `save` stores them: codes with the bits of their grid, all else in
+    the type that it has."""
     return sum(tensor.nbytes for tensor in storage.pack_model(self)[0].values())
 
   def save(self, directory: PathLike) -> None:
@@ -40,8 +40,9 @@ class QuantizedModel:
 
 
 def load(directory: PathLike) -> QuantizedModel:
-  """The model that `QuantizedModel.save` wrote, on the default device: the same numbers, bit by
-  bit. Errors: ConfigError."""
+  """The model that `QuantizedModel.save` wrote, on the default device, bit for bit.
+
+  Errors: ConfigError."""
   return restored(*storage.read_model(directory))
 
 
@@ -53,7 +54,7 @@ def restored(tensors: Mapping[str, np.ndarray], description: Json) -> QuantizedM
 
 def serving(model: LanguageModel, params: Params, recipe: Recipe) -> LanguageModel:
   """The model that multiplies with the codes in `params`. Layers that stay as they are, in a stack
-  of which some do not, hold their numbers as codes."""
+  of which some do not, hold their values as codes."""
   of_recipe = dot_general_for(recipe, "jax")
   stacks = {
     parent(path)

@@ -1,5 +1,6 @@
-"""Rotations that cost nothing when the model runs, because matrices take them in (arXiv 2404.00456,
-section 4).
+"""Fusion of rotations into weights, so that they cost nothing when the model runs.
+
+arXiv 2404.00456, section 4. Rotations that cannot be fused are online rotations (methods.py).
 
 The architecture decides what can be rotated for free:
 
@@ -9,8 +10,8 @@ The architecture decides what can be rotated for free:
 
 Where norms stand behind (the study's, OLMo2), their gains scale what is added to the stream,
 feature by feature: a rotated stream would need rotated gains, which are no gains. There the inputs
-of q, k, v, up and gate have to be rotated as they come in, and so has that of down everywhere,
-behind a nonlinearity. The paper also rotates o's inputs across heads as they come in; not so here.
+of q, k, v, up and gate have to be rotated online, and so has that of down everywhere,
+behind a nonlinearity. The paper also rotates o's inputs across heads online; not so here.
 
 Legend: N layers, D model width, H heads, Dh head width, V vocabulary.
 """

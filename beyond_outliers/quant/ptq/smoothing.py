@@ -25,7 +25,7 @@ AWQ_STEPS = 20  # exponents tried, from 0 on
 def smoothquant(
   w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA
 ) -> jax.Array:
-  """max |w|^(1 - α) / max |x|^α of every input (arXiv 2211.10438, equation 4).
+  """SmoothQuant's factors of every input: max |w|^(1 - α) / max |x|^α (arXiv 2211.10438, eq. 4).
 
   Every layer has its own: the paper, which puts them into the norm in front, has one for all layers
   behind a norm."""
