@@ -242,8 +242,7 @@ def _tensors(
   codes_OxK = hf.tensor(leaf.codes, entry).astype(spec.levels.dtype)
   K = codes_OxK.shape[1]
   groups = K // (quantizers.block_of(spec, K) or K)
-  # In a stack of layers with different recipes, a scale may be spread over more values than share
-  # it.
+  # In a stack of layers with different recipes, a scale may be repeated over its block.
   scale = hf.tensor(leaf.scale, entry)
   scale = scale[:, :: scale.shape[1] // groups]
   if _format(layer) == "pack-quantized":

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense peak of one device in FLOP/s, bfloat16 with float32 accumulation, from the makers' data
-# sheets.
+# Dense peak of one device in FLOP/s, bfloat16 with float32 accumulation, from data sheets.
 BFLOAT16_PEAKS = {
   "TPU v2": 45e12 / 2,
   "TPU v3": 123e12 / 2,

@@ -67,8 +67,8 @@ def test_the_readme_is_one_screen():
 
 
 def test_every_folder_of_code_that_people_change_has_a_guide():
-  rooms = ("analysis", "bench", "data", "evaluate", "model", "optim", "quant", "quant/ptq", "train")
-  folders = [f"beyond_outliers/{room}" for room in rooms]
+  parts = ("analysis", "bench", "data", "evaluate", "model", "optim", "quant", "quant/ptq", "train")
+  folders = [f"beyond_outliers/{part}" for part in parts]
   folders += ["configs", "launch", "colabs", "findings"]
   missing = [folder for folder in folders if not (ROOT / folder / "README.md").exists()]
   assert not missing, f"no README.md in {missing}"
@@ -96,16 +96,16 @@ def test_files_that_are_named_exist(guide):
   assert not missing, f"{guide} names files that are not there: {missing}"
 
 
-def test_the_tree_of_the_readme_has_every_room():
+def test_the_tree_of_the_readme_has_every_part():
   (tree,) = [
     text for text in markdown.snippets(markdown.read("README.md"), "") if "main.py" in text
   ]
-  rooms = {path.name for path in PACKAGE.iterdir() if not path.name.startswith(("_", "."))}
-  rooms = {
-    name for name in rooms if name.endswith(".py") or (PACKAGE / name / "__init__.py").exists()
+  parts = {path.name for path in PACKAGE.iterdir() if not path.name.startswith(("_", "."))}
+  parts = {
+    name for name in parts if name.endswith(".py") or (PACKAGE / name / "__init__.py").exists()
   }
   named = {name.rstrip("/") for name in re.findall(r"(?:^|\s)([\w.]+/|\w+\.py)(?=\s)", tree)}
-  assert not rooms - named, f"README.md's tree lacks {sorted(rooms - named)}"
+  assert not parts - named, f"README.md's tree lacks {sorted(parts - named)}"
   folders = {"beyond_outliers", "configs", "launch", "findings", "colabs", "tests"}
   assert folders <= named
   for name in named - folders:

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 
-# Each floor may import from its own rooms and from those before it.
-FLOORS = (
+# Each tier may import from its own packages and modules, and from those before it.
+TIERS = (
   ("errors", "types"),
   ("config", "params", "ops", "hardware", "data", "cli"),
   ("mesh", "quant", "optim"),
@@ -20,9 +20,9 @@ FLOORS = (
   ("analysis", "bench"),
   ("main", "prepare"),
 )
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 
-# What may not be imported though the floors would allow it: room -> rooms, or libraries.
+# What may not be imported though the tiers would allow it: part -> parts, or libraries.
 FORBIDDEN = {
   "model": ("quant", "optim", "data"),
   "optim": ("flax", "quant", "data"),
@@ -31,8 +31,7 @@ FORBIDDEN = {
   "cli": ("jax", "orbax", "grain", "data"),
   "evaluate/metrics": ("jax", "flax", "checkpoint"),
 }
-# library -> the only modules that import it; ml_collections stays in configs/ and the commands'
-# flags.
+# library -> the only modules that import it; ml_collections: configs/ and the commands' flags.
 DOORS = {
   "orbax": ("checkpoint",),
   "grain": ("data/pipeline", "data/record_windows"),
@@ -61,7 +60,7 @@ def imports(tree: ast.AST) -> set[str]:
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f"line {node.lineno}: a relative import"
-      # `from package import room` names the room, `from package.room import thing` too.
+      # `from beyond_outliers import part` names the part, `from beyond_outliers.part import x` too.
       found |= {f"{node.module}.{alias.name}" for alias in node.names}
   return found
 
@@ -73,16 +72,16 @@ TEXTS = {
 MODULES = {name: ast.parse(text) for name, text in TEXTS.items()}
 
 
-def room_of(module: str) -> str:
+def part_of(module: str) -> str:
   return module.split("/")[0]
 
 
-def rooms_imported(module: str) -> set[str]:
+def parts_imported(module: str) -> set[str]:
   inside = [
     name.split(".")[1] for name in imports(MODULES[module]) if name.startswith("beyond_outliers.")
   ]
-  assert set(inside) <= {room_of(name) for name in MODULES}, (
-    "write `from beyond_outliers import room`"
+  assert set(inside) <= {part_of(name) for name in MODULES}, (
+    "write `from beyond_outliers import part`"
   )
   return set(inside)
 
@@ -93,12 +92,12 @@ def libraries_imported(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__"])
 def test_imports_point_one_way(module):
-  room = room_of(module)
-  assert room in FLOOR, f"{room} has no floor: put it into FLOORS, and see what then points up"
-  for imported in rooms_imported(module) - {room}:
-    assert FLOOR[imported] <= FLOOR[room], f"{module} imports {imported}, which stands above it"
-  for banned in (*FORBIDDEN.get(room, ()), *FORBIDDEN.get(module, ())):
-    assert banned not in rooms_imported(module) | libraries_imported(module), (
+  part = part_of(module)
+  assert part in TIER, f"{part} has no tier: put it into TIERS, and see what then points up"
+  for imported in parts_imported(module) - {part}:
+    assert TIER[imported] <= TIER[part], f"{module} imports {imported}, which stands above it"
+  for banned in (*FORBIDDEN.get(part, ()), *FORBIDDEN.get(module, ())):
+    assert banned not in parts_imported(module) | libraries_imported(module), (
       f"{module} imports {banned}"
     )
 
@@ -107,28 +106,28 @@ def test_the_package_itself_imports_nothing():
   assert not imports(MODULES["__init__"])
 
 
-def test_the_house_has_at_most_24_rooms():
-  """A newcomer's eye takes in one listing: what is new goes into a room, or takes the place of
-  one."""
-  assert {room_of(module) for module in MODULES} - {"__init__"} == set(FLOOR) and len(FLOOR) <= 24
+def test_the_package_has_at_most_24_parts():
+  """A newcomer's eye takes in one listing: what is new goes into a package, or
+  takes the place of one."""
+  assert {part_of(module) for module in MODULES} - {"__init__"} == set(TIER) and len(TIER) <= 24
 
 
-def test_rooms_do_not_import_each_other_in_circles():
+def test_parts_do_not_import_each_other_in_circles():
   graph = {}
   for module in MODULES:
-    graph.setdefault(room_of(module), set()).update(rooms_imported(module) - {room_of(module)})
+    graph.setdefault(part_of(module), set()).update(parts_imported(module) - {part_of(module)})
   done, path = set(), []
 
-  def visit(room):
-    assert room not in path, " -> ".join([*path, room])
-    if room not in done:
-      path.append(room)
-      for other in sorted(graph[room]):
+  def visit(part):
+    assert part not in path, " -> ".join([*path, part])
+    if part not in done:
+      path.append(part)
+      for other in sorted(graph[part]):
         visit(other)
       done.add(path.pop())
 
-  for room in graph:
-    visit(room)
+  for part in graph:
+    visit(part)
 
 
 @pytest.mark.parametrize("library", DOORS)
@@ -158,7 +157,7 @@ def test_config_files_import_only_each_other_and_the_config_module():
     )
 
 
-# Names that several rooms have all the same, and why.
+# Names that several parts have all the same, and why.
 SHARED_NAMES = {
   "dot_general": "quant.BACKENDS has two, and a linear layer without a recipe calls the third",
   "load": "public in quant and in model.hf; data.tokenizers dispatches by TOKENIZERS",
@@ -168,12 +167,12 @@ SHARED_NAMES = {
 
 def test_a_name_means_one_thing():
   """Public classes and functions of modules: whoever searches for one finds one."""
-  rooms: dict[str, set[str]] = {}
+  parts: dict[str, set[str]] = {}
   for module, tree in MODULES.items():
     for node in tree.body:
       if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-        rooms.setdefault(node.name, set()).add(room_of(module))
-  assert {name for name, found in rooms.items() if len(found) > 1} == set(SHARED_NAMES)
+        parts.setdefault(node.name, set()).add(part_of(module))
+  assert {name for name, found in parts.items() if len(found) > 1} == set(SHARED_NAMES)
 
 
 def test_every_module_fits_a_screenful_of_attention():
@@ -184,4 +183,4 @@ def test_every_module_fits_a_screenful_of_attention():
 
 def test_the_listing_of_the_package_is_its_architecture():
   modules = {module for module in MODULES if "/" not in module}
-  assert len(modules) <= 14 and len({room_of(module) for module in MODULES} - modules) <= 10
+  assert len(modules) <= 14 and len({part_of(module) for module in MODULES} - modules) <= 10

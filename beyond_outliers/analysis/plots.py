@@ -14,8 +14,7 @@ from beyond_outliers.analysis.tuning import Tuning
 from beyond_outliers.config.checks import require
 from beyond_outliers.types import PathLike
 
-# One colour per optimizer in every figure: Okabe and Ito's palette, which the colour-blind tell
-# apart too.
+# One colour per optimizer in every figure: Okabe and Ito's colour-blind safe palette.
 COLORS = {
   "adamw": "#000000",
   "muon": "#0072B2",

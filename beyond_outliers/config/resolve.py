@@ -16,8 +16,7 @@ from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import Group, OptimizerGroups
 from beyond_outliers.errors import ConfigError
 
-# Keys that a resumed run may change: none of them affects the results, beyond the order of
-# floating-point sums.
+# Keys that a resumed run may change: they affect no result beyond the order of float sums.
 MAY_CHANGE = (
   "mesh",
   "log",
@@ -104,8 +103,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if key not in hints:
       raise ConfigError(unknown_key(path + key, key, hints))
   for field in dataclasses.fields(cls):
-    # A default is what a key younger than recorded runs meant before there was one: their configs
-    # still resolve.
+    # A default is what a key younger than recorded runs meant before: their configs still resolve.
     if field.name not in values and field.default is dataclasses.MISSING:
       raise ConfigError(f"{path}{field.name}: missing; see its comment in configs/")
   return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})

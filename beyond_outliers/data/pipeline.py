@@ -118,8 +118,7 @@ class _ShuffledWindows:
         f"context = {context}: the {len(stream)} training tokens make no window; take a shorter "
         "one, or more text"
       )
-    # Reshuffled by epoch; grain's shuffle is a function, so the order of billions of windows takes
-    # no memory.
+    # Reshuffled by epoch; grain's shuffle is a function, so billions of windows take no memory.
     self._order = (
       grain.MapDataset.range(num_windows(len(stream), context)).seed(seed).shuffle().repeat()
     )

@@ -101,8 +101,7 @@ class SentencePiece(Tokenizer):
       raise DataError(f"data.tokenizer: {file} is not a SentencePiece model ({error})") from None
     self.vocab_size = self._model.vocab_size()
     self.eot, self.bos = _id_or_none(self._model.eos_id()), _id_or_none(self._model.bos_id())
-    # SentencePiece writes a space as U+2581. A U+2581 of the text itself survives only as its three
-    # bytes.
+    # SentencePiece writes a space as U+2581. A U+2581 of the text survives only as three bytes.
     pieces = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
     self._lower_block = (
       np.array(pieces, np.int32) if all(map(self._model.is_byte, pieces)) else None

@@ -76,8 +76,7 @@ ABSENT = {
   "tie_word_embeddings": lambda fields: False,
 }
 ROPE_BASE_ABSENT = 10000.0  # of a config older than the field
-# Fields that change the arithmetic, and the one value under which it is ours. Fields of no table
-# change nothing.
+# Fields that change the arithmetic, and the one value we implement. Other fields change nothing.
 ONLY = {
   "hidden_act": "silu",
   "attention_bias": False,
@@ -124,8 +123,7 @@ def to_json(c: config.Model, dtype: str, context: int | None) -> Json:
       f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), "
       "even where model.d_head says otherwise"
     )
-  # Left out, these would take transformers' defaults, and a padding token's embedding is never
-  # trained there.
+  # Left out, transformers' defaults would hold; it never trains a padding token's embedding.
   tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
   window = {} if context is None else {"max_position_embeddings": context}
   fixed = {name: ONLY[name] for name in ("hidden_act", "attention_bias", "attention_dropout")}

@@ -24,8 +24,7 @@ POLICIES = {
   "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# Collections that modules may write under the scan; one that is not named here would silently stay
-# empty.
+# Collections that modules may write under the scan; one not named here would silently stay empty.
 SOWN = ("intermediates", "statistics")
 
 # Streams of random numbers that modules may draw from, besides that of the initial parameters: each

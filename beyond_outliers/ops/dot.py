@@ -29,8 +29,7 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
   narrow = min(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
   if narrow.itemsize >= 4:
     wide = jnp.promote_types(lhs.dtype, rhs.dtype)
-    # Whoever asks for float32 gets it: left to themselves TPUs take bfloat16 passes, and recent
-    # GPUs TF32.
+    # Whoever asks for float32 gets it: by default TPUs take bfloat16 passes, recent GPUs TF32.
     precision = precision or lax.Precision.HIGHEST
     return lax.dot_general(
       lhs.astype(wide), rhs.astype(wide), dimension_numbers, precision, preferred_element_type

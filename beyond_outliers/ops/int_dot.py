@@ -29,8 +29,7 @@ def dot_codes(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) 
     return _in_parts(a, b, a_axis, b_axis, parts)
   if a_axis == 0 and dtype.itemsize < 4:
     a, a_axis = materialized_transpose(a), 1
-  # Whoever asks for float32 gets it: left to themselves TPUs take bfloat16 passes, and recent GPUs
-  # TF32.
+  # Whoever asks for float32 gets it: by default TPUs take bfloat16 passes, recent GPUs TF32.
   precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
   total = jnp.int32 if dtype == jnp.int8 else jnp.promote_types(dtype, jnp.float32)
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision, total)

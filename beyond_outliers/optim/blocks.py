@@ -27,8 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
 
-# The field of every optimizer's state that holds what belongs to blocks: arrays with the stack axis
-# first.
+# The field of every optimizer's state that holds what belongs to blocks, stack axis first.
 FIELD = "blocks"
 
 Split = tuple[tuple[str, ...], ...]  # the mesh axes along each axis of an array

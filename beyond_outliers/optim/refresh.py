@@ -99,8 +99,7 @@ def staggered_from_start(
   return together(blocks, step >= start, renew_some, given)
 
 
-# (blocks, their ids, step from 1, first step with roots or bases, steps between them, renew, given)
-# -> blocks
+# (blocks, ids, step from 1, first step with roots, steps between, renew, given) -> blocks
 REFRESHES: dict[str, Callable[..., Blocks]] = {
   "together": together_from_start,
   "together_from_first": together_from_first,

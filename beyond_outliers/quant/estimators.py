@@ -11,8 +11,7 @@ import jax
 
 from beyond_outliers.quant import grids
 
-# The largest number divided by its scale may come out a little beyond the largest level that it
-# stands for.
+# The largest value over its scale may come out a little beyond the largest level.
 ROUNDING = 2.0**-20
 
 

@@ -86,8 +86,7 @@ def forward(
   """Values to codes, without their rotation."""
   codes, saved = encode(in_units(x, scale), spec, key)
   if spec.scale == "learned":
-    # Codes hide what is not finite. Scales that are computed from the values show it; a learned one
-    # would not.
+    # Codes hide non-finite values. Scales computed from x show them; a learned one would not.
     scale = jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
   return Quantized(codes, scale), saved
 

@@ -199,8 +199,7 @@ RECIPES: dict[str, Recipe] = {
       QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token")
     )
   ),
-  # All operands of all three products in int8: gradients rounded stochastically, so that their sums
-  # stay unbiased.
+  # All operands of all products in int8: gradients rounded stochastically, so sums stay unbiased.
   "int8_gradients": _but_the_head(
     dataclasses.replace(
       _round_to_nearest(8, 8), gradients=QuantSpec(8, granularity="token", rounding="stochastic")

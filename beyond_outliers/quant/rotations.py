@@ -16,8 +16,7 @@ import numpy as np
 from absl import logging
 
 BLOCK = 128  # as QuEST's (arXiv 2502.05003)
-# name -> whether signs are drawn before the Hadamard matrix (QuaRot, arXiv 2404.00456); None: no
-# rotation.
+# name -> whether signs are drawn before the Hadamard matrix (QuaRot, 2404.00456); None: none.
 ROTATIONS: dict[str, bool | None] = {"none": None, "hadamard": False, "randomized_hadamard": True}
 
 

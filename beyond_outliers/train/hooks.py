@@ -166,8 +166,7 @@ class Save:
     self._clock, self._before = clock, before
     self._tokens, self._num_steps = tokens_per_step, num_steps
     self._asked = False
-    # One process asks the signal itself; several must agree on a step, which Orbax does over
-    # jax.distributed.
+    # One process asks the signal itself; several agree on a step by Orbax, over jax.distributed.
     self._alone = jax.process_count() == 1
     if self._alone:
       self._previous = {

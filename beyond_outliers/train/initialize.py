@@ -22,8 +22,7 @@ if TYPE_CHECKING:
   from beyond_outliers import data
   from beyond_outliers.checkpoint import Checkpoints
 
-# What a model may change between two runs and still compute the same of its parameters, up to
-# rounding.
+# What a model may change between two runs and still compute the same, up to rounding.
 MAY_DIFFER = ("init_std", "dtype", "attention", "unroll", "remat")
 
 

@@ -27,8 +27,7 @@ DTYPES = ("bfloat16", "float32", "float64")
 # Of the norm: the most that the eps of its divisor may shrink a matrix by.
 EPS_CAP = 1e-5
 
-# Rounding errors of a Gram matrix grow by a² a step. It is computed afresh before they would reach
-# this.
+# Rounding errors of a Gram matrix grow by a² per step; it is recomputed before they reach this.
 GRAM_ERROR = 2e-3
 
 # Rows from which on a symmetric product in halves is faster on CPU.

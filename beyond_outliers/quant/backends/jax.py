@@ -60,8 +60,7 @@ def _forward(layer, w_axis, dtype, x_TxK, w, x_scale, w_scale, key):
 
 def _backward(layer, w_axis, dtype, residuals, g_TxO):
   xq, wq, x_saved, w_saved, (x_key, w_key) = residuals
-  # What scales the axis that is now summed over goes to the gradient, before that is quantized
-  # along it.
+  # Scales of the axis now summed over go to the gradient, before that is quantized along it.
   codes, scale = _factored(wq, w_axis)
   gq, _ = _quantize(g_TxO * scale, layer.gradients, 1, None, x_key)
   dx_TxK = multiply(gq, _plain(codes), 1, 1 - w_axis, dtype)
