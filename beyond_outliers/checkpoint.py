@@ -76,7 +76,9 @@ class Checkpoints:
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    """(name, bytes, time in seconds) of a checkpoint's files.
+    """Stamps of a checkpoint's files: (name, bytes, time in seconds).
+
+    Others once it was saved anew, none once it is gone.
 
     Others once it was saved anew, none once it is gone."""
     directory = self.directory / str(step)

@@ -104,7 +104,7 @@ def _nearest(points: Iterable[Point], target: float) -> Point:
 
 
 def _endings(t: Tuning, frame: pd.DataFrame) -> list[Point]:
-  """Of the runs of every length that all of the tuning's seeds finished at its rate."""
+  """Last losses of the runs of every length that all of the tuning's seeds finished at its rate."""
   seeds = {run.config.seed for run in t.best}
   own = frame[
     (frame.optimizer == t.optimizer) & (frame.rate == t.learning_rate) & frame.seed.isin(seeds)
@@ -117,7 +117,7 @@ def _endings(t: Tuning, frame: pd.DataFrame) -> list[Point]:
 
 
 def _evaluations(t: Tuning) -> list[Point]:
-  """Of the best runs, at the steps that all of them were evaluated at."""
+  """Losses of the best runs, at the steps that all of them were evaluated at."""
   curves = pd.concat([run.metrics()["eval/loss"].dropna() for run in t.best], axis=1).dropna()
   steps = curves.index.to_numpy(int)
   return [
@@ -126,7 +126,7 @@ def _evaluations(t: Tuning) -> list[Point]:
 
 
 def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
-  """Those that all of the best runs still have."""
+  """Checkpoints that all of the best runs still have."""
   saved = set.intersection(*(set(run.steps) for run in t.best))
   steps, losses = zip(*evaluations, strict=True)
   return [Point(step, float(np.interp(step, steps, losses))) for step in saved]

@@ -125,7 +125,9 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags(asked: str) -> None:
-  """Errors: ConfigError for a flag that would change nothing, and for rows that a bench has not."""
+  """Refusal of flags that would change nothing, and of rows that a bench lacks.
+
+  Errors: ConfigError."""
   for flag in (ONLY, TREE, REPEATS):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(

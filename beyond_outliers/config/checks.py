@@ -28,7 +28,7 @@ def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
 
 
 def require(ok: bool, field: str, value: Any, remedy: str) -> None:
-  """Errors: ConfigError unless `ok`."""
+  """Refusal unless `ok`. Errors: ConfigError."""
   if not ok:
     raise ConfigError(f"{field} = {value!r}: {remedy}")
 

@@ -37,7 +37,7 @@ def at_least(bound: float, hint: str = "", *, infinite: bool = False) -> Rule:
 
 
 def above_zero(what: str, most: float = math.inf) -> Rule:
-  """For a value that may be None."""
+  """Rule: a number above zero, up to `most`; for a value that may be None."""
   bounds = "above 0" if most == math.inf else f"above 0 and at most {most}"
   return lambda value: None if 0 < value <= most else f"expected {what}, {bounds}, or None"
 
@@ -91,7 +91,7 @@ class Section:
     return 1
 
   def conflicts(self) -> Iterator[tuple[str, str]]:
-    """(hyperparameter, remedy) for values that can be, but not together."""
+    """Conflicts: (hyperparameter, remedy) for values that are allowed, but not together."""
     return iter(())
 
   def check(self, prefix: str = "") -> Self:

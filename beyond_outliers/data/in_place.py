@@ -35,7 +35,7 @@ class InPlace:
     return (item for item in labeled if item[0] == "validation")
 
   def training_sample(self, max_bytes: int) -> Iterator[Document]:
-    """As `splits.training_sample`, without reading what lies between."""
+    """Sample as of `splits.training_sample`, without reading what lies between."""
     stride = splits.sample_stride(self._cfg, max_bytes)
     for document in self._records.read(range(0, self._count, stride)):
       if not splits.is_held_out(document.content, self._held_out):

@@ -250,7 +250,7 @@ def verify(dataset: Dataset) -> None:
 
 
 def _memory_map(path: str, dtype: Any) -> np.ndarray:
-  """As a plain array: slices of np.memmap itself cost ten times as much."""
+  """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
   return np.asarray(np.memmap(path, dtype, "r"))
 
 

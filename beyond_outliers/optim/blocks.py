@@ -46,7 +46,7 @@ class BlockGrid:
   count: int  # blocks, over all slices
 
   def cut(self, y: jax.Array) -> jax.Array:
-    """[slices, *size] -> [count, *shape in the bucket]."""
+    """Blocks of a leaf: [slices, *size] -> [count, *shape in the bucket]."""
     along = zip(self.start, self.grid, self.block, strict=True)
     region = y[(slice(None), *(slice(s, s + g * b) for s, g, b in along))]
     if math.prod(self.grid) > 1 and len(self.grid) == 2:
@@ -75,7 +75,7 @@ class Bucket:
 
   @property
   def real(self) -> np.ndarray:
-    """[B]: whether a block is one, and not padding."""
+    """Mask of real blocks, [B]; the others are padding."""
     return np.arange(self.padded) < self.count
 
   def zeros(self, *shape: int, dtype: Any) -> jax.Array:

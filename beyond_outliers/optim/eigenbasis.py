@@ -64,7 +64,7 @@ def grown_older(s: BlocksState) -> BlocksState:
 def change_bases(
   s: BlocksState, bases: Arrays, axes: tuple[int, ...]
 ) -> tuple[BlocksState, jax.Array]:
-  """-> (the state, its first moment too, in those of the bases [B, D, D] that are finite; which are
+  """(the state in those of the bases [B, D, D] that are finite, its first moment too; which are,
   [B, A]). Others stay."""
   ok_BxA = jnp.stack([jnp.isfinite(basis).all((1, 2)) for basis in bases], 1)
   chosen = tuple(

@@ -70,7 +70,9 @@ def arguments_of(
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-  """Errors: ValueError naming the argument, its value and the nearest that is allowed."""
+  """Refusal of an unknown choice.
+
+  Errors: ValueError naming the argument, its value and the nearest that is allowed."""
   remedy = other_choice(value, allowed)
   if remedy is not None:
     raise ValueError(f"{name} = {value!r}: {remedy}")

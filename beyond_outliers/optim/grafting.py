@@ -42,7 +42,9 @@ GRAFTS: dict[str, Graft | None] = {
 
 
 def squared_lengths(step: jax.Array, direction: jax.Array, counts_B: jax.Array) -> jax.Array:
-  """[B, 2]: of the grafting method's step and of the direction, 0 for blocks that don't count."""
+  """Squared lengths, [B, 2], of the grafting method's step and of the direction.
+
+  0 for blocks that don't count."""
   both = [jnp.sum(x * x, tuple(range(1, x.ndim))) for x in (step, direction)]
   return counts_B[:, None] * jnp.stack(both, 1)
 

@@ -11,7 +11,7 @@ from beyond_outliers import config
 
 
 def _warmup(c: config.Schedule, step, num_steps: int):
-  """From `start` to 1, linearly over the first `warmup` of the run."""
+  """Linear warm-up from `start` to 1 over the first `warmup` of the run."""
   steps = round(c.warmup * num_steps)
   return c.start + (1 - c.start) * jnp.minimum(step / max(steps, 1), 1.0) if steps else jnp.ones(())
 

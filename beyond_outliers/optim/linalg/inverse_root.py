@@ -63,7 +63,7 @@ class RootMethod(NamedTuple):
 
 
 def check(method: str, p: float) -> None:
-  """Errors: ValueError when there is no such row, or it cannot compute A^(-1/p)."""
+  """Refusal of an unknown method, or one that cannot compute A^(-1/p). Errors: ValueError."""
   if method not in ROOTS:
     raise ValueError(f"root = {method!r}: no such method; choose one of {', '.join(ROOTS)}")
   orders = ROOTS[method].orders

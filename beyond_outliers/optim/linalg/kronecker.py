@@ -42,7 +42,7 @@ def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = Fal
 
 
 def broadcast_blocks(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
-  """[B] as an array that multiplies or chooses among blocks."""
+  """x [B] as an array that multiplies or chooses among blocks."""
   return numbers_B.reshape(-1, *(1,) * (like.ndim - 1))
 
 

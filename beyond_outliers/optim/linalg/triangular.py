@@ -66,7 +66,7 @@ def gram(x: jax.Array) -> list[jax.Array]:
 
 
 def column_squares(panels: list[jax.Array]) -> jax.Array:
-  """[D]: the squared lengths of the columns of a symmetric matrix given by its panels."""
+  """Squared lengths [D] of the columns of a symmetric matrix given by its panels."""
   d = panels[0].shape[1]
   squares = jnp.zeros(d, panels[0].dtype)
   for p, panel in zip(rows(d), panels, strict=True):

@@ -55,7 +55,7 @@ def expresses(layer: LayerRecipe) -> bool:
 def dot_general(
   x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe, *, key: jax.Array | None = None
 ) -> jax.Array:
-  """[T, O], float32; as jax_backend.dot_general, for what `expresses`."""
+  """Product [T, O], float32, by AQT; as jax_backend.dot_general, for what `expresses`."""
   dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
   # Scales take the type of their operand, so operands come in float32 and are narrowed as codes.
   x_TxK = rotations.rotate(x_TxK.astype(jnp.float32), layer.rotation, 1)

@@ -30,7 +30,7 @@ def dot_general(
   key: jax.Array | None = None,
   scales: tuple[Any, Any] = (None, None),
 ) -> jax.Array:
-  """[T, O], float32 or wider, with the gradients that the recipe's estimators say.
+  """Product [T, O], float32 or wider, with the gradients that the recipe's estimators say.
 
   Float products run in the narrower type of the two operands, rotations and scales in float32 or
   wider. w_axis: which axis of w is summed over. key: of stochastic rounding. scales: learned ones,

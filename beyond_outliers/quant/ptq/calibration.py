@@ -25,7 +25,7 @@ Batch = Mapping[str, Any]  # of "tokens", and "segment_ids" and "positions" if t
 
 
 class Inputs(NamedTuple):
-  """Of a layer's inputs, over all calibration tokens; float32 or wider."""
+  """Statistics of a layer's inputs, over all calibration tokens; float32 or wider."""
 
   largest_K: jax.Array  # max |x|
   mean_K: jax.Array  # mean |x|
