@@ -10,8 +10,8 @@ from typing import Any
 
 from beyond_outliers.config.checks import fraction, nearest, require
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.quant.ptq.gptq import DAMPING
-from beyond_outliers.quant.ptq.smoothing import ALPHA
+from beyond_outliers.quant.ptq.gptq import DAMPING, ROUNDERS, Rounder
+from beyond_outliers.quant.ptq.smoothing import ALPHA, SMOOTHINGS, Smoothing
 from beyond_outliers.quant.spec import LayerRecipe
 
 
@@ -52,16 +52,23 @@ class Method:
   @property
   def options(self) -> tuple[str, ...]:
     """The fields that a method's name may set: the numbers that it looks at."""
-    used = {"alpha": self.smoothing == "smoothquant", "damping": self.rounding != "nearest"}
-    return tuple(name for name, looks in used.items() if looks)
+    return tuple(option for part in self._parts for option in part.options)
 
   @property
   def calibrated(self) -> bool:
-    return self.rounding != "nearest" or bool(self.smoothing)
+    """Whether it reads the inputs of the layers."""
+    return bool(self.smoothing) or self.needs_gram
 
   @property
   def needs_gram(self) -> bool:
-    return self.rounding != "nearest" or self.smoothing == "awq"
+    """Whether it reads the Gram matrices of the layers' inputs."""
+    return any(part.needs_gram for part in self._parts)
+
+  @property
+  def _parts(self) -> tuple[Smoothing | Rounder, ...]:
+    """The rows of its tables, in the order in which they come into play."""
+    smoothing = (SMOOTHINGS[self.smoothing],) if self.smoothing else ()
+    return *smoothing, ROUNDERS[self.rounding]
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
     """A layer's recipe under this method, without gradients. rotated: the layer's inputs come in
