@@ -268,7 +268,10 @@ def child(
 
 def collect(run: Run, workdir: pathlib.Path, dump: pathlib.Path) -> dict:
   """{part: {name of a thing: the thing}} of what a run left."""
-  read = lambda path: json.loads(path.read_text())
+
+  def read(path):
+    return json.loads(path.read_text())
+
   texts = [
     (path.name.split(".")[1], normalized(path.read_text()))
     for path in sorted(dump.glob("*.cpu_after_optimizations.txt"))
@@ -345,7 +348,10 @@ def normalized(text: str) -> str:
   head, _, rest = text.partition("\n")
   lines = itertools.dropwhile(lambda line: not line.startswith(("%", "ENTRY")), rest.split("\n"))
   body = re.sub(r', metadata=\{(?:[^{}"]|"(?:[^"\\]|\\.)*"|\{[^{}]*\})*\}', "", "\n".join(lines))
-  signature = lambda line: re.sub(r"[\w.\-]+: ", "", line[0])
+
+  def signature(line):
+    return re.sub(r"[\w.\-]+: ", "", line[0])
+
   body = re.sub(r"^(?:%|ENTRY ).*\{$", signature, body, flags=re.MULTILINE)
   numbers: dict[str, str] = {}
   body = re.sub(r"%[\w.\-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), body)

@@ -107,9 +107,8 @@ def test_gptq_moves_the_output_less_than_rounding_to_nearest():
   scale = quantizers.scale_of(jnp.asarray(w), spec, 0)
 
   def error(name):
-    return np.linalg.norm(
-      x @ (np.asarray(gptq.ROUNDERS[name].round(jnp.asarray(w), scale, spec, gram).codes) * scale - w)
-    )
+    codes = gptq.ROUNDERS[name].round(jnp.asarray(w), scale, spec, gram).codes
+    return np.linalg.norm(x @ (np.asarray(codes) * scale - w))
 
   assert error("gptq") < 0.9 * error("nearest") and error("gptq_in_order") < 0.9 * error("nearest")
 
