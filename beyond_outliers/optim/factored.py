@@ -1,15 +1,17 @@
-"""Axes that have a factor G Gᵀ, and the steps at which it is used: what Shampoo and its
-eigenvalue-corrected variant share."""
+"""Axes that have a factor G Gᵀ, the steps at which it is used, and the bias of averages: what
+Shampoo and its eigenvalue-corrected variant share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from beyond_outliers.config.optimizers import Shampoo
 from beyond_outliers.optim import blocks
 from beyond_outliers.optim.axes import AxesTree
+from beyond_outliers.optim.linalg.kronecker import Scalar
 
 
 def layout(tree: Any, h: Shampoo, axes: AxesTree, mesh: jax.sharding.Mesh | None) -> blocks.Layout:
@@ -30,3 +32,8 @@ def factored_axes(h: Shampoo, shape: tuple[int, ...]) -> tuple[int, ...]:
 def first_refresh(h: Shampoo) -> int:
   """The first step with roots or bases."""
   return h.precondition_frequency if h.start_step is None else h.start_step
+
+
+def bias_correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array | int:
+  """What an average from zero over t steps is divided by; 1 for a sum, whose decay is 1."""
+  return jnp.where(decay < 1, 1 - decay**t, 1) if h.bias_correction else 1
