@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from beyond_outliers.config.checks import fraction, nearest, require
+from beyond_outliers.config.checks import nearest, require, require_fraction
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.quant.ptq.gptq import DAMPING, ROUNDERS, Rounder
 from beyond_outliers.quant.ptq.smoothing import ALPHA, SMOOTHINGS, Smoothing
@@ -41,7 +41,7 @@ class Method:
   damping: float = DAMPING
 
   def __post_init__(self):
-    fraction(self, "", "alpha")
+    require_fraction(self, "", "alpha")
     require(
       0 < self.damping < math.inf,
       "damping",
