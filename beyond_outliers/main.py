@@ -23,8 +23,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it tak
 DISTRIBUTED = flags.DEFINE_string(
   "distributed",
   "",
-  "Several processes: 'auto' (Slurm, TPU pod, Open MPI, as JAX detects "
-  "them) or HOST:PORT,COUNT,INDEX.",
+  "Several processes: 'auto' (Slurm, TPU pod, Open MPI, as JAX detects them) or "
+  "HOST:PORT,COUNT,INDEX.",
 )
 
 

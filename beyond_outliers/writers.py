@@ -111,8 +111,8 @@ class Console:
         else ""
       )
       self.line(
-        f"step {row['step']:>6} · validation loss {row['eval/loss']:.4f} ± "
-        f"{row['eval/loss_stderr']:.4f} nats · "
+        f"step {row['step']:>6} · "
+        f"validation loss {row['eval/loss']:.4f} ± {row['eval/loss_stderr']:.4f} nats · "
         f"perplexity {row['eval/perplexity']:.2f} · {bits}"
         f"{row['eval/documents']} documents, {row['eval/seconds']:.1f} s"
       )

@@ -76,8 +76,8 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
     )
   if c.optimizer.name not in saved["overrides"]:
     raise ValueError(
-      f"--overrides={file}: nothing about {c.optimizer.name}; it has "
-      f"{', '.join(saved['overrides'])}"
+      f"--overrides={file}: nothing about {c.optimizer.name}; "
+      f"it has {', '.join(saved['overrides'])}"
     )
   return saved["overrides"][c.optimizer.name]
 

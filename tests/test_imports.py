@@ -175,6 +175,37 @@ def test_a_name_means_one_thing():
   assert {name for name, found in parts.items() if len(found) > 1} == set(SHARED_NAMES)
 
 
+# Likewise tables, module-level dictionaries in capitals.
+SHARED_TABLES = {
+  "OPTIMIZERS": "rows of one name: config has an optimizer's section, optim its factory"
+}
+
+
+def assigned(tree: ast.Module) -> dict[str, ast.expr | None]:
+  """Values by name of what a module assigns at its top."""
+  found: dict[str, ast.expr | None] = {}
+  for node in tree.body:
+    if isinstance(node, ast.Assign):
+      found |= {name.id: node.value for name in node.targets if isinstance(name, ast.Name)}
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+      found[node.target.id] = node.value
+  return found
+
+
+def test_a_tables_name_means_one_table():
+  """Nor has a flag, or a list of some of its rows, the name of a table. Names that are imported and
+  listed in __all__ are those of the same things, so they are not looked at."""
+  modules = {module: assigned(tree) for module, tree in MODULES.items()}
+  tables = {
+    name
+    for names in modules.values()
+    for name, value in names.items()
+    if name.isupper() and isinstance(value, ast.Dict | ast.DictComp)
+  }
+  owners = {name: [module for module in modules if name in modules[module]] for name in tables}
+  assert {name for name, found in owners.items() if len(found) > 1} == set(SHARED_TABLES), owners
+
+
 def test_every_module_fits_a_screenful_of_attention():
   """A file past 300 lines is asking to be two."""
   long = {name: len(text.splitlines()) for name, text in TEXTS.items()}

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beyond_outliers import optim
+
 
 @pytest.fixture
 def same(monkeypatch):
@@ -69,8 +71,12 @@ def test_numbers_differ_by_name(same):
   assert same.differences("metrics", a, b) == ["row 0, step 1, loss: 2.0 | 2.5"]
 
 
+def test_every_optimizer_is_compared(same):
+  assert set(same.tiny_runs.optimizers_of(".")) == set(optim.OPTIMIZERS)
+
+
 def test_runs_have_names_of_their_own(same):
-  runs = same.tiny_runs.plan(list(same.tiny_runs.OPTIMIZERS), quick=False)
-  assert len({run.name for run in runs}) == len(runs) == 6 * 2 * 2 + 1
+  runs = same.tiny_runs.plan(same.tiny_runs.optimizers_of("."), quick=False)
+  assert len({run.name for run in runs}) == len(runs) == len(optim.OPTIMIZERS) * 2 * 2 + 1
   quick = same.tiny_runs.plan(["soap"], quick=True)
   assert [run.name for run in quick] == ["soap_qat-1", "soap-1"]

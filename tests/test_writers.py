@@ -161,9 +161,8 @@ def test_elsewhere_than_on_a_terminal_progress_is_plain_lines():
     == "step     30/200 · loss 5.2500 · 1,234 tokens/s · 2 GFLOP/s (50% of peak) · 0:01:01 left"
   )
   assert evaluation == (
-    "step     30 · validation loss 5.0000 ± 0.1250 nats · perplexity 148.41 · 1.5000 bits per byte "
-    "· "
-    "10 documents, 2.0 s"
+    "step     30 · validation loss 5.0000 ± 0.1250 nats · perplexity 148.41 · "
+    "1.5000 bits per byte · 10 documents, 2.0 s"
   )
 
 

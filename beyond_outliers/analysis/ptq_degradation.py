@@ -99,8 +99,8 @@ def _check_metric(metric: str, measured: pd.DataFrame) -> None:
     bool(known),
     "--degradation",
     metric,
-    "these runs have no cell of a recipe; measure some: python -m "
-    "beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4",
+    "these runs have no cell of a recipe; measure some: "
+    "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4",
   )
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
 

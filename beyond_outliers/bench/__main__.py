@@ -104,7 +104,7 @@ for _name, _bench in BENCHES.items():
   else:
     flags.DEFINE_bool(_name, None, _bench.help)
 cli.config_flag(*(name for name in BENCHES if name != "config"))
-ONLY = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
+ONLY_ROWS = flags.DEFINE_list("only", [], "Rows that are timed or counted; all by default.")
 TREE = flags.DEFINE_enum(
   "tree", "full", list(optimizers.TREES), "Parameters that --optimizers updates."
 )
@@ -128,7 +128,7 @@ def _check_flags(asked: str) -> None:
   """Refusal of flags that would change nothing, and of rows that a bench lacks.
 
   Errors: ConfigError."""
-  for flag in (ONLY, TREE, REPEATS):
+  for flag in (ONLY_ROWS, TREE, REPEATS):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(
       asked in takers or not flag.present,
@@ -138,7 +138,7 @@ def _check_flags(asked: str) -> None:
       + ", ".join(f"--{name}" for name in takers),
     )
   rows = BENCHES[asked].rows
-  for name in ONLY.value:
+  for name in ONLY_ROWS.value:
     require(name in rows, "--only", name, "expected some of " + ", ".join(rows))
 
 

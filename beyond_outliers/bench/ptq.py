@@ -56,17 +56,14 @@ def ptq_table(result: Mapping[str, Any]) -> str:
   rows = result["rows"]
   return "\n".join(
     [
-      f"{result['size']}, {result['dtype']}, {_mebibytes(result['parameter_bytes'])} of parameters"
-      f" · {result['recipe']} · {result['calibration_tokens']:,} tokens of calibration",
+      f"{result['size']}, {result['dtype']}, "
+      f"{result['parameter_bytes'] / 2**20:,.0f} MiB of parameters · "
+      f"{result['recipe']} · {result['calibration_tokens']:,} tokens of calibration",
       f"{'':<20}{'seconds':>9}{'peak memory':>14}",
       *(
-        f"{name:<20}{row['seconds']:>9.1f}{_mebibytes(row['peak_memory_bytes']):>14}"
+        f"{name:<20}{row['seconds']:>9.1f}{row['peak_memory_bytes'] / 2**20:>10,.0f} MiB"
         for name, row in rows.items()
       ),
       f"{'all':<20}{sum(row['seconds'] for row in rows.values()):>9.1f}",
     ]
   )
-
-
-def _mebibytes(count: int) -> str:
-  return f"{count / 2**20:,.0f} MiB"

@@ -132,6 +132,9 @@ def _torch(
   return TimedOptimizer(family, make, period, peer, TorchSteps)
 
 
+# Optimizers of this package that no distribution on PyPI has: {family: why its rows have no peer}.
+WITHOUT_PEER: dict[str, str] = {}
+
 # By family: products in bfloat16 are other work than in float32.
 TIMED_OPTIMIZERS: dict[str, TimedOptimizer] = {
   "adamw": TimedOptimizer("adamw", _adamw),

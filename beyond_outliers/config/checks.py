@@ -33,7 +33,7 @@ def require(ok: bool, field: str, value: Any, remedy: str) -> None:
     raise ConfigError(f"{field} = {value!r}: {remedy}")
 
 
-def one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
+def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
   """Fields of a section against their choices. Errors: ConfigError, as in all that follow."""
   for name, choices in allowed.items():
     value = getattr(section, name)
@@ -42,7 +42,7 @@ def one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
     )
 
 
-def at_least(section: Any, prefix: str, **bounds: float) -> None:
+def require_at_least(section: Any, prefix: str, **bounds: float) -> None:
   """Numbers, finite and of at least their bounds."""
   for name, bound in bounds.items():
     value = getattr(section, name)
@@ -54,7 +54,7 @@ def at_least(section: Any, prefix: str, **bounds: float) -> None:
     )
 
 
-def fraction(section: Any, prefix: str, *names: str) -> None:
+def require_fraction(section: Any, prefix: str, *names: str) -> None:
   """Numbers from 0 to 1, both included."""
   for name in names:
     value = getattr(section, name)

@@ -23,7 +23,7 @@ from beyond_outliers.config.hyperparameters import (
   one_of,
 )
 
-REFRESHES = ("together", "staggered")
+BASIS_REFRESHES = ("together", "staggered")  # of methods with bases; roots know one more
 ITERATION_DTYPES = ("float32", "bfloat16", "float64")
 ITERATION_TABLES = ("quintic", "polar_express")
 # Shampoo: the only values with eigenvalue_correction, which has no roots and its own step length.
@@ -210,7 +210,7 @@ class Shampoo(Section):
     "together",
     "together: at multiples of the frequency from start_step (Meta); together_from_first: at steps "
     "1, 1 + frequency, ... (Google); staggered: from start_step, each block at its own step",
-    one_of(*REFRESHES, "together_from_first"),
+    one_of(*BASIS_REFRESHES, "together_from_first"),
   )
   start_step: int | None = official(None, "first with roots; None: the frequency", at_least(1))
   block_size: int = official(1024, "longest axis that has one factor", at_least(1))
@@ -232,8 +232,8 @@ class Shampoo(Section):
       for name, value in WITH_EIGENVALUE_CORRECTION.items():
         if getattr(self, name) != value:
           yield name, f"eigenvalue_correction works with {value!r} only"
-      if self.refresh not in REFRESHES:
-        yield "refresh", f"eigenvalue_correction works with {' or '.join(REFRESHES)} only"
+      if self.refresh not in BASIS_REFRESHES:
+        yield "refresh", f"eigenvalue_correction works with {' or '.join(BASIS_REFRESHES)} only"
     narrow = self.preconditioner_dtype == "bfloat16"
     if narrow and is_number(self.b2) and self.b2 > MAX_BFLOAT16_B2:
       yield (
@@ -266,7 +266,7 @@ class Soap(Section):
   refresh: str = official(
     "together",
     "together: at multiples of the frequency; staggered: each block at its own step",
-    one_of(*REFRESHES),
+    one_of(*BASIS_REFRESHES),
   )
   max_dim: int = official(10000, "longer axes are not rotated; 0: Adam", at_least(0))
   normalize_gradients: bool = official(False, "an RMS of 1 a slice, before bias correction")

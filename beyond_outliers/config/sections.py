@@ -10,7 +10,12 @@ import dataclasses
 import re
 from typing import Any
 
-from beyond_outliers.config.checks import at_least, fraction, one_of, require
+from beyond_outliers.config.checks import (
+  require,
+  require_at_least,
+  require_fraction,
+  require_one_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +66,9 @@ class Model:
   remat: str
 
   def __post_init__(self):
-    at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1)
-    at_least(self, "model.", mlp_hidden=1, norm_eps=0, rope_base=1, init_std=0, unroll=0)
-    one_of(
+    require_at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1)
+    require_at_least(self, "model.", mlp_hidden=1, norm_eps=0, rope_base=1, init_std=0, unroll=0)
+    require_one_of(
       self,
       "model.",
       mlp=("relu2", "swiglu"),
@@ -106,14 +111,14 @@ class Data:
   prefetch: int
 
   def __post_init__(self):
-    one_of(
+    require_one_of(
       self,
       "data.",
       source=("sotu", "text", "jsonl", "parquet", "tfds"),
       separator=("eot", "bos"),
       reader=("shards", "tfds"),
     )
-    at_least(self, "data.", vocab=2, seed=0, shard_tokens=1, readers=1, prefetch=1)
+    require_at_least(self, "data.", vocab=2, seed=0, shard_tokens=1, readers=1, prefetch=1)
     require(
       self.source == "sotu" or bool(self.path),
       "data.path",
@@ -154,7 +159,7 @@ class Quant:
   rules: dict[str, QuantRule]
 
   def __post_init__(self):
-    one_of(self, "quant.", backend=("aqt", "jax"))
+    require_one_of(self, "quant.", backend=("aqt", "jax"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +173,8 @@ class Schedule:
   end: float
 
   def __post_init__(self):
-    one_of(self, "schedule.", name=("trapezoidal", "cosine", "constant"))
-    fraction(self, "schedule.", "warmup", "cooldown", "start", "end")
+    require_one_of(self, "schedule.", name=("trapezoidal", "cosine", "constant"))
+    require_fraction(self, "schedule.", "warmup", "cooldown", "start", "end")
     require(
       self.warmup + self.cooldown <= 1,
       "schedule.cooldown",
@@ -218,7 +223,7 @@ class Checkpoint:
   verify: bool
 
   def __post_init__(self):
-    at_least(self, "checkpoint.", every=1, keep=1, keep_every=0)
+    require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +235,7 @@ class Eval:
   batch_size: int
 
   def __post_init__(self):
-    at_least(self, "eval.", every=1, documents=0, batch_size=1)
+    require_at_least(self, "eval.", every=1, documents=0, batch_size=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +252,7 @@ class Log:
   outliers_every: int = 0
 
   def __post_init__(self):
-    at_least(self, "log.", every=1, profile_step=0, profile_steps=1, outliers_every=0)
+    require_at_least(self, "log.", every=1, profile_step=0, profile_steps=1, outliers_every=0)
     require(
       self.profile_step != 1,
       "log.profile_step",

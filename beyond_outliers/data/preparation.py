@@ -110,9 +110,8 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   ):
     raise DataError(
       f"data.tokenizer = {cfg.tokenizer!r}: now has fingerprint {configured[:12]}, "
-      f"{dataset.directory} was made with "
-      f"{tokenizer.fingerprint[:12]}; restore the tokenizer's file, or delete the folder to "
-      "prepare again"
+      f"{dataset.directory} was made with {tokenizer.fingerprint[:12]}; restore the tokenizer's "
+      "file, or delete the folder to prepare again"
     )
   try:
     found = _describe(splits.input_files(cfg))

@@ -103,8 +103,8 @@ class Records:
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
       raise DataError(
         f"data.path = {self.path!r}: prepared as {builder.info.file_format.value}, which has no "
-        "random access; "
-        "set data.reader = 'shards', or prepare it again with file_format='array_record'"
+        "random access; set data.reader = 'shards', or prepare it again with "
+        "file_format='array_record'"
       )
     return builder.as_data_source(split=split)
 

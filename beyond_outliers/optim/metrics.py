@@ -13,7 +13,7 @@ from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 from beyond_outliers.types import Metrics, Params
 
 # Field of a bucket's state -> how the values of all blocks become one.
-FIELDS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp.max}
+REDUCTIONS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp.max}
 
 
 def of_state(opt_state: Any) -> Metrics:
@@ -24,9 +24,9 @@ def of_state(opt_state: Any) -> Metrics:
   found: dict[str, list[jax.Array]] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
     field = getattr(path[-1], "name", None)
-    if field in FIELDS and blocks.belongs_to_blocks(path) and x.size:
-      found.setdefault(field, []).append(FIELDS[field](x))
-  return {f"roots/{field}": FIELDS[field](jnp.stack(values)) for field, values in found.items()}
+    if field in REDUCTIONS and blocks.belongs_to_blocks(path) and x.size:
+      found.setdefault(field, []).append(REDUCTIONS[field](x))
+  return {f"roots/{field}": REDUCTIONS[field](jnp.stack(values)) for field, values in found.items()}
 
 
 def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:

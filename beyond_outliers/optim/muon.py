@@ -48,7 +48,7 @@ def match_rms_adamw(leaf: Leaf) -> float:
 
 
 # What an orthogonalised matrix is multiplied by.
-SCALES: dict[str, Callable[[Leaf], float]] = {
+UPDATE_SCALES: dict[str, Callable[[Leaf], float]] = {
   "original": original,
   "match_rms_adamw": match_rms_adamw,
 }
@@ -104,7 +104,7 @@ def _direction(
     newton_schulz.coefficients(h.ns_coefficients, h.ns_steps)
   except ValueError as error:
     raise ValueError(f"ns_coefficients, ns_steps: {error}") from None
-  scale = SCALES[h.scale] if isinstance(h.scale, str) else h.scale
+  scale = UPDATE_SCALES[h.scale] if isinstance(h.scale, str) else h.scale
   return blockwise.transformation(
     h,
     functools.partial(_matrices, axes=axes, mesh=mesh),

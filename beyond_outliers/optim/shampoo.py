@@ -20,9 +20,9 @@ import optax
 from beyond_outliers.config.optimizers import Shampoo
 from beyond_outliers.optim import blocks, blockwise, eigenvalue_corrected, factory, grafting
 from beyond_outliers.optim.axes import AxesTree
-from beyond_outliers.optim.factored import factored_axes, first_refresh, layout
+from beyond_outliers.optim.factored import bias_correction, factored_axes, first_refresh, layout
 from beyond_outliers.optim.linalg import inverse_root, packing
-from beyond_outliers.optim.linalg.kronecker import Scalar, add_gram, along, broadcast_blocks
+from beyond_outliers.optim.linalg.kronecker import add_gram, along, broadcast_blocks
 from beyond_outliers.optim.refresh import REFRESHES
 
 Arrays = tuple[jax.Array, ...]
@@ -190,7 +190,7 @@ def _refresh_roots(
   """Roots of the factors, for the blocks that are due. order: number of a block's axes."""
   if not factors:
     return roots
-  norm = jnp.where(h.b2 < 1, _correction(h, h.b2, t), 1)
+  norm = bias_correction(h, h.b2, t)
 
   def renew(old: Roots, given: tuple[Arrays, jax.Array]) -> Roots:
     factors, real_B = given
@@ -245,7 +245,7 @@ def _average_gradients(
   if h.momentum == "update":
     return g, s
   average = h.b1 * s.momentum + (1 - h.b1) * g
-  return average / _correction(h, h.b1, t), s._replace(momentum=average)
+  return average / bias_correction(h, h.b1, t), s._replace(momentum=average)
 
 
 def _precondition(h: Shampoo, x: jax.Array, roots: Roots, axes: tuple[int, ...]) -> jax.Array:
@@ -293,8 +293,3 @@ def _finish(
 def _order_of_root(h: Shampoo, order: int) -> float:
   """p of A^(-1/p), by default twice the number of axes of a block."""
   return 2.0 * order if h.exponent is None else 1 / h.exponent
-
-
-def _correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array:
-  """Bias correction of an average."""
-  return 1 - decay**t if h.bias_correction else jnp.ones_like(decay)

@@ -12,7 +12,7 @@ import jax
 from beyond_outliers.quant import grids
 
 # The largest value over its scale may come out a little beyond the largest level.
-ROUNDING = 2.0**-20
+LEVEL_TOLERANCE = 2.0**-20
 
 
 class Estimator(NamedTuple):
@@ -24,14 +24,14 @@ class Estimator(NamedTuple):
 
 
 def within_levels(v, grid):
-  return (v >= grid.lowest * (1 + ROUNDING)) & (v <= grid.largest * (1 + ROUNDING))
+  return (v >= grid.lowest * (1 + LEVEL_TOLERANCE)) & (v <= grid.largest * (1 + LEVEL_TOLERANCE))
 
 
 def between_levels(v, grid):
   return (v > grid.lowest) & (v < grid.largest)
 
 
-def within_half_a_step(v, grid):
+def trust_mask(v, grid):
   """QuEST's trust mask: values that rounding moves by at most half a step.
 
   Those are all but the ones that are clipped by more.
@@ -44,6 +44,6 @@ def within_half_a_step(v, grid):
 ESTIMATORS = {
   "ste": Estimator(None),  # arXiv 1308.3432
   "clip": Estimator(within_levels),
-  "trust": Estimator(within_half_a_step),  # QuEST, arXiv 2502.05003, section 3.2
+  "trust": Estimator(trust_mask),  # QuEST, arXiv 2502.05003, section 3.2
   "lsq": Estimator(between_levels, learns_scale=True),  # arXiv 1902.08153, equations 3 and 5
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from beyond_outliers.config.checks import one_of, require
+from beyond_outliers.config.checks import require, require_one_of
 from beyond_outliers.quant.estimators import ESTIMATORS
 from beyond_outliers.quant.grids import GRIDS, Float, Grid
 from beyond_outliers.quant.rotations import ROTATIONS
@@ -38,7 +38,7 @@ class QuantSpec:
   rounding: str = "nearest"
 
   def __post_init__(self):
-    one_of(
+    require_one_of(
       self,
       "",
       grid=GRIDS,
@@ -152,7 +152,7 @@ class LayerRecipe:
   backward: str = "quantized"
 
   def __post_init__(self):
-    one_of(self, "", backward=BACKWARDS)
+    require_one_of(self, "", backward=BACKWARDS)
     w, x, g = self.weights, self.activations, self.gradients
     require(any((w, x, g)), "weights", w, "a layer that quantizes nothing has the recipe None")
     for name, spec in (("weights", w), ("gradients", g)):

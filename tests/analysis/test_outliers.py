@@ -147,11 +147,17 @@ def seen(model, params, tokens):
     )
   )(params, tokens)
   got = state["intermediates"]
-  rows = lambda x: np.asarray(x).reshape(-1, x.shape[-1])
+
+  def rows(x):
+    return np.asarray(x).reshape(-1, x.shape[-1])
+
   stream = params["embedding"][tokens]
   sites = {"embedding": rows(stream), "head": rows(got["final_norm"]["__call__"][0])}
   for depth in range(c.blocks):
-    of = lambda *path, depth=depth: _at(got["layers"], path)["__call__"][0][depth]
+
+    def of(*path, depth=depth):
+      return _at(got["layers"], path)["__call__"][0][depth]
+
     add, after = of("attention_add"), of("mlp_add")
     for name in "qkv":
       sites[f"layers/{depth}/attention/{name}"] = rows(stream)

@@ -94,7 +94,9 @@ def test_what_is_known_decides(step, products):
   """Every fourth step takes three products, one of them in a loop of step - 3."""
 
   def function(x, step):
-    more = lambda x: lax.fori_loop(0, step - 3, lambda _, x: x @ x, x @ x)
+    def more(x):
+      return lax.fori_loop(0, step - 3, lambda _, x: x @ x, x @ x)
+
     return lax.cond(step % 4 == 0, more, lambda x: x, x @ x), step + 1
 
   total, (x, following) = counted(jax.jit(function), (4, 4), known=[np.int32(step)])

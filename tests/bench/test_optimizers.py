@@ -9,7 +9,7 @@ import pytest
 from beyond_outliers import optim
 from beyond_outliers.bench import optimizers
 from beyond_outliers.bench.peers import EMBEDDING
-from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
+from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, WITHOUT_PEER, TimedOptimizer
 
 M, N, V = 32, 96, 160
 TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}
@@ -125,10 +125,17 @@ def test_the_table_shows_multiples_and_what_is_missing():
 
 
 def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
-  assert {row.family.split()[0] for row in TIMED_OPTIMIZERS.values()} == set(optim.OPTIMIZERS)
-  assert {row.family for row in TIMED_OPTIMIZERS.values() if row.peer} == {
-    row.family for row in TIMED_OPTIMIZERS.values()
-  }
+  families = {row.family for row in TIMED_OPTIMIZERS.values()}
+  timed = {family.split()[0] for family in families}
+  assert timed == set(optim.OPTIMIZERS), (
+    f"{sorted(timed ^ set(optim.OPTIMIZERS))}: give each optimizer of optim.OPTIMIZERS a row in "
+    "TIMED_OPTIMIZERS (bench/timed_optimizers.py), and no others"
+  )
+  alone = families - {row.family for row in TIMED_OPTIMIZERS.values() if row.peer}
+  assert alone == set(WITHOUT_PEER) and all(WITHOUT_PEER.values()), (
+    f"{sorted(alone ^ set(WITHOUT_PEER))}: in bench/timed_optimizers.py, a family has a row with a "
+    "peer from PyPI, or its name in WITHOUT_PEER with the reason; never both"
+  )
   sizes = sorted(optimizers.TREES["full"].values())
   assert sizes == sorted([(768, 768)] * 12 + [(768, 2304)] * 4 + [(2304, 768)] * 4 + [(8192, 768)])
 

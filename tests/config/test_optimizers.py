@@ -14,7 +14,7 @@ from beyond_outliers import config, optim
 from beyond_outliers.config import optimizers, sweeps
 from beyond_outliers.optim import grafting, refresh
 from beyond_outliers.optim.linalg import inverse_root, newton_schulz
-from beyond_outliers.optim.muon import SCALES
+from beyond_outliers.optim.muon import UPDATE_SCALES
 from beyond_outliers.optim.psgd import NOISE
 from beyond_outliers.optim.scion import NORMS
 
@@ -66,7 +66,7 @@ def test_choices_are_those_of_the_tables():
   assert set(optimizers.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
   assert set(optimizers.ITERATION_DTYPES) == set(newton_schulz.DTYPES)
   for name, field, table in (
-    ("muon", "scale", SCALES),
+    ("muon", "scale", UPDATE_SCALES),
     ("scion", "norm", NORMS),
     ("psgd", "noise", NOISE),
     ("shampoo", "root", inverse_root.ROOTS),

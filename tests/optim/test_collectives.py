@@ -64,9 +64,10 @@ def update_of(name, arguments):
   grid = mesh.make_mesh(config.Mesh(2, 2, 2))
   tx = optim.OPTIMIZERS[name](0.1, axes=AXES, mesh=grid, **arguments)
   params = parameters(grid)
-  split = lambda path, x: put(
-    x, grid, *((grid.axis_names,) if blocks.belongs_to_blocks(path) else ())
-  )
+
+  def split(path, x):
+    return put(x, grid, *((grid.axis_names,) if blocks.belongs_to_blocks(path) else ()))
+
   state = jax.tree_util.tree_map_with_path(split, jax.eval_shape(tx.init, params))
   return compiled(tx.update, params, state, params, like=(params, state))
 

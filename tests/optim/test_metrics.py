@@ -23,7 +23,9 @@ class State(NamedTuple):
 
 
 def test_numbers_of_all_blocks_become_one():
-  ints = lambda *values: jnp.array(values)
+  def ints(*values):
+    return jnp.array(values)
+
   state = (
     State(
       {

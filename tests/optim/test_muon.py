@@ -181,9 +181,11 @@ def test_orientation_comes_from_the_axes(scale):
   from fan-out."""
   params = {"w": tree()["tall"]}
   gradients, flip = noise(params, 1), lambda t: {"w": t["w"].T}
-  update = lambda axes, g, p: (tx := muon(0.1, axes={"w": axes}, scale=scale, **F32)).update(
-    g, tx.init(p), p
-  )[0]
+
+  def update(axes, g, p):
+    tx = muon(0.1, axes={"w": axes}, scale=scale, **F32)
+    return tx.update(g, tx.init(p), p)[0]
+
   one, other = Axes((), (0,), (1,)), Axes((), (1,), (0,))
   np.testing.assert_allclose(
     update(one, gradients, params)["w"].T,
@@ -282,7 +284,10 @@ def test_newton_schulz_is_as_asked_for():
   """Steps and table change the direction; iterating on the Gram matrix only its rounding."""
   with jax.enable_x64(True):
     params = {"w": tree(jnp.float64)["tall"]}
-    update = lambda **hyper: steps(scale_by_muon(ns_dtype="float64", **hyper), params)[0]["w"]
+
+    def update(**hyper):
+      return steps(scale_by_muon(ns_dtype="float64", **hyper), params)[0]["w"]
+
     plain = update()
     np.testing.assert_allclose(update(ns_gram=True), plain, atol=1e-10)
     assert not (update(ns_gram=True) == plain).all()

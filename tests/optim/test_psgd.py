@@ -118,8 +118,13 @@ def reference(
   shape = gradients[0].shape
   qs = [np.eye(d) if len(shape) == 2 and 1 < d <= longest else np.ones(d) for d in shape]
   qs = [start ** (1 / len(shape)) * q for q in qs]
-  full = lambda q: q if q.ndim == 2 else np.diag(q)
-  as_matrix = lambda x: x if x.ndim == 2 else x[:, None]
+
+  def full(q):
+    return q if q.ndim == 2 else np.diag(q)
+
+  def as_matrix(x):
+    return x if x.ndim == 2 else x[:, None]
+
   mean, directions = np.zeros(shape), []
   for t, (g, v) in enumerate(zip(gradients, probes, strict=True), 1):
     mean = decay * mean + (1 - decay) * g
@@ -266,7 +271,10 @@ def test_balancing_changes_nothing_but_the_range_of_factors():
 
 def test_the_clip_is_of_every_slice():
   gradient = {"w": jnp.asarray(normal(0, 3, 4, 6)) * jnp.array([10.0, 1.0, 0.1])[:, None, None]}
-  rms = lambda x: np.sqrt(np.mean(np.square(x), axis=(1, 2)))
+
+  def rms(x):
+    return np.sqrt(np.mean(np.square(x), axis=(1, 2)))
+
   for limit in (1.1, 0.5, float("inf")):
     ((direction, _),) = run([gradient], clip_rms=limit, update_probability=1e-6)
     np.testing.assert_allclose(
@@ -296,7 +304,10 @@ def test_which_axes_have_triangles():
     "vector": jnp.zeros(4),
     "scalar": jnp.zeros(()),
   }
-  shapes = lambda tree: {name: [x.shape for x in s] for name, s in tree.items()}
+
+  def shapes(tree):
+    return {name: [x.shape for x in s] for name, s in tree.items()}
+
   state = scale_by_psgd(max_size_triangular=8).init(params)
   assert shapes({name: s.factors for name, s in state.blocks.items()}) == {
     "4x9": [(1, 4, 4), (1, 9)],
@@ -381,8 +392,13 @@ def test_random_numbers_follow_from_seed_and_step():
 
 def test_products_are_of_full_precision_unless_told_otherwise():
   params = {"w": jnp.ones((4, 6))}
-  text = lambda tx: jax.jit(tx.update).lower(params, tx.init(params)).as_text()
-  products = lambda tx: [line for line in text(tx).splitlines() if "dot_general" in line]
+
+  def text(tx):
+    return jax.jit(tx.update).lower(params, tx.init(params)).as_text()
+
+  def products(tx):
+    return [line for line in text(tx).splitlines() if "dot_general" in line]
+
   assert products(scale_by_psgd()) and all(
     "[HIGHEST, HIGHEST]" in line for line in products(scale_by_psgd())
   )
@@ -425,14 +441,19 @@ def test_it_whitens_and_descends_as_the_libraries_do():
     return jnp.asarray(vectors * np.sqrt(values) @ vectors.T, jnp.float32)
 
   a_root, b_root = root(fixture["A"]), root(fixture["B"])
-  colored = lambda key: a_root @ jax.random.normal(key, (12, 8)) @ b_root
+
+  def colored(key):
+    return a_root @ jax.random.normal(key, (12, 8)) @ b_root
 
   def with_seed(tx, x, seed):
     return tx.init(x)._replace(key=jax.random.key_data(jax.random.key(seed)))
 
   def whiten(seed):
     tx = scale_by_psgd(momentum=0.0, **ALWAYS)
-    step = lambda state, key: (tx.update(colored(key), state)[1], None)
+
+    def step(state, key):
+      return tx.update(colored(key), state)[1], None
+
     state, _ = jax.lax.scan(
       step,
       with_seed(tx, jnp.zeros((12, 8)), seed),
@@ -459,6 +480,9 @@ def test_it_whitens_and_descends_as_the_libraries_do():
   (of_b, of_a), losses = jax.jit(jax.vmap(lambda seed: (whiten(seed), descend(seed))))(
     jnp.arange(5)
   )
-  cond = lambda q, x: np.linalg.cond(q @ x @ q.swapaxes(1, 2))
+
+  def cond(q, x):
+    return np.linalg.cond(q @ x @ q.swapaxes(1, 2))
+
   assert 1.7 < np.median(cond(np.asarray(of_a), a_root) * cond(np.asarray(of_b), b_root)) < 2.3
   assert min(losses) > 1.4e-4 and max(losses) < 3e-4

@@ -111,12 +111,14 @@ def test_the_trajectory_is_the_studys():
   we, after each step."""
 
   def normalise(state):
-    is_bucket = lambda x: isinstance(x, BlocksState)
-    of_bucket = lambda x: (
-      BlocksState(x.mu / (jnp.linalg.norm(x.mu, axis=(1, 2), keepdims=True) + 1e-7))
-      if is_bucket(x)
-      else x
-    )
+    def is_bucket(x):
+      return isinstance(x, BlocksState)
+
+    def of_bucket(x):
+      if not is_bucket(x):
+        return x
+      return BlocksState(x.mu / (jnp.linalg.norm(x.mu, axis=(1, 2), keepdims=True) + 1e-7))
+
     return jax.tree.map(of_bucket, state, is_leaf=is_bucket)
 
   with jax.enable_x64(True):
@@ -164,7 +166,10 @@ def direction(gradients, axes=None, **hyper):
 
 
 KERNEL = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)  # [fan-in, fan-out]
-L2 = lambda x, axis: np.sqrt((x * x).sum(axis, keepdims=True))
+
+
+def L2(x, axis):
+  return np.sqrt((x * x).sum(axis, keepdims=True))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +257,9 @@ TREE_AXES = {
 
 
 def tree(dtype=jnp.float32):
-  zeros = lambda *shape: jnp.zeros(shape, dtype)
+  def zeros(*shape):
+    return jnp.zeros(shape, dtype)
+
   return noise(
     {
       "layers": {"kernel": zeros(3, 4, 6), "gain": zeros(3, 4)},
@@ -279,7 +286,10 @@ def test_eight_devices_update_as_one_does(norm):
     tree(),
     dict(axes=TREE_AXES, momentum=0.9, norm=norm, ns_dtype="float32"),
   )
-  split = lambda *names: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+
+  def split(*names):
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+
   shardings = {
     "layers": {"kernel": split(None, "fsdp", "model"), "gain": split()},
     "row": split(),

@@ -329,7 +329,10 @@ def test_what_a_matrix_is_comes_from_the_axes(family):
 
 def test_the_length_is_grafted_block_by_block_or_onto_the_whole(family):
   updates, gradients, granularity = family
-  length = lambda x: np.linalg.norm(x, axis=(1, 2))
+
+  def length(x):
+    return np.linalg.norm(x, axis=(1, 2))
+
   expected, ours = np.stack(list(adams(gradients["one"]))), updates["one"]
   np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)  # no roots yet
   np.testing.assert_allclose(length(ours), length(expected), rtol=1e-5)
@@ -409,9 +412,12 @@ def refusing():
   """Three blocks, roots every other step: gradients; and (state, largest residual) -> updates and
   states of every step."""
   gradients = noise({"w": (3, 4, 6)}, 6)
-  make = lambda max_residual: scale_by_shampoo(
-    b2=0.95, eps=1e-4, grafting="adam", precondition_frequency=2, max_residual=max_residual
-  )
+
+  def make(max_residual):
+    return scale_by_shampoo(
+      b2=0.95, eps=1e-4, grafting="adam", precondition_frequency=2, max_residual=max_residual
+    )
+
   start = make(0.1).init({"w": jnp.zeros((3, 4, 6))})
   program = jit(lambda state, max_residual: follow(make(max_residual), gradients, state))
   return gradients["w"], start, lambda state, limit: jax.device_get(program(state, limit))
@@ -625,7 +631,9 @@ def regression(inputs=48, outputs=8, batch=32):
     draw.standard_normal((inputs, outputs)) * (1 + 0.5 * draw.standard_normal((inputs, 1))),
     jnp.float32,
   )
-  loss = lambda p, x, y: jnp.mean(((x * p["gain"]) @ p["kernel"] + p["bias"] - y) ** 2)
+
+  def loss(p, x, y):
+    return jnp.mean(((x * p["gain"]) @ p["kernel"] + p["bias"] - y) ** 2)
 
   def train(tx):
     def step(carry, key):

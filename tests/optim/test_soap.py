@@ -175,7 +175,10 @@ def test_every_switch_does_what_numpy_does(switch):
   step and decay their rate."""
   draw = np.random.default_rng(0)
   start, gradients = draw.standard_normal((2, 7, 7)), draw.standard_normal((11, 2, 7, 7))
-  rate = lambda count: 0.1 / (1 + count)
+
+  def rate(count):
+    return 0.1 / (1 + count)
+
   with jax.enable_x64(True):
     _, after = run(
       soap(rate, precondition_frequency=3, **switch),

@@ -155,7 +155,10 @@ def test_rows_have_the_names_that_users_hold_on_to(device):
 
 def test_speed_is_that_of_the_steps_since_the_last_row(device):
   sink = Rows()
-  slow_down = lambda number, state, metrics: setattr(device, "pace", 8.0 if number >= 3 else 2.0)
+
+  def slow_down(number, state, metrics):
+    device.pace = 8.0 if number >= 3 else 2.0
+
   loop.fit(
     device.train_step, start(), iter([1.0] * 9), [make_log([sink], loop.Clock()), slow_down], 7
   )
@@ -167,10 +170,11 @@ def test_speed_is_that_of_the_steps_since_the_last_row(device):
 def test_a_row_is_held_back_while_the_next_step_runs(device):
   sink, seen, waited = Rows(), [], []
   log = make_log([sink], loop.Clock(), every=1)
-  look = lambda number, state, metrics: (
-    seen.append([row["step"] for row in sink]),
-    waited.append(device.done - device.now),
-  )
+
+  def look(number, state, metrics):
+    seen.append([row["step"] for row in sink])
+    waited.append(device.done - device.now)
+
   loop.fit(device.train_step, start(), iter([1.0] * 9), [log, look], 7)
   assert seen == [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]]
   assert waited == [2.0] * 6 + [0.0], "the device stood idle, waiting for the host"
@@ -338,8 +342,11 @@ def test_schedules_that_are_logged_are_those_that_train():
   )
   sink = Rows()
   tx = optim.OPTIMIZERS["adamw"](schedule, b1=0.0, b2=0.0, weight_decay=0.0)
+
   # With both betas at 0 an update is minus the learning rate.
-  loss_fn = lambda p, batch, rng: (jnp.sum(p["w"]) * batch, {"weight": jnp.ones(())})
+  def loss_fn(p, batch, rng):
+    return jnp.sum(p["w"]) * batch, {"weight": jnp.ones(())}
+
   run = jax.jit(step.make_train_step(loss_fn, tx, {"hidden": schedule}, seed=0))
   state = step.init_state({"w": jnp.zeros(())}, tx)
   log = hooks.LogMetrics(

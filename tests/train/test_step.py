@@ -126,10 +126,10 @@ def test_parts_of_a_batch_add_up_to_the_whole(model, params):
 
 
 def test_each_part_draws_its_own_numbers():
-  draws = lambda p, batch, rng: (
-    p * jnp.sum(batch["weights"]) * jax.random.normal(rng),
-    {"weight": jnp.sum(batch["weights"])},
-  )
+  def draws(p, batch, rng):
+    weight = jnp.sum(batch["weights"])
+    return p * weight * jax.random.normal(rng), {"weight": weight}
+
   (_, _), two = step.accumulate(draws, 2)(jnp.ones(()), {"weights": jnp.ones((2, 1))}, KEY)
   expected = np.mean([jax.random.normal(jax.random.fold_in(KEY, part)) for part in range(2)])
   np.testing.assert_allclose(two, expected, rtol=1e-6)
@@ -214,10 +214,9 @@ def test_one_trace_serves_all_steps_and_state_keeps_its_types():
 
 
 def test_randomness_is_a_function_of_seed_and_step_alone():
-  noise = lambda params, batch, rng: (
-    jnp.sum(params["w"]) + jax.random.normal(rng),
-    {"weight": jnp.ones(())},
-  )
+  def noise(params, batch, rng):
+    return jnp.sum(params["w"]) + jax.random.normal(rng), {"weight": jnp.ones(())}
+
   tx = optax.sgd(0.0)
   state = step.init_state({"w": jnp.zeros(3)}, tx)
   losses = {}
@@ -283,7 +282,10 @@ def test_the_pair_step_compares_two_models_token_by_token(model, params):
   )
   logits = [np.asarray(apply(p), np.float64) for p in (params, other)]
   log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
-  pick = lambda log: -np.take_along_axis(log, np.asarray(batch["targets"])[..., None], -1)[..., 0]
+
+  def pick(log):
+    return -np.take_along_axis(log, np.asarray(batch["targets"])[..., None], -1)[..., 0]
+
   expected = {
     "reference_nll": pick(log_p),
     "nll": pick(log_q),

@@ -230,7 +230,7 @@ def _quantized_matrix(
 def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) -> QuantizedMatrix:
   smooth_K = None
   if how.smoothing:
-    smooth_K = SMOOTHINGS[how.smoothing](kernel_KxO, inputs, layer, how.alpha)
+    smooth_K = SMOOTHINGS[how.smoothing].factors(kernel_KxO, inputs, layer, how.alpha)
   w_KxO, spec = qmatrix.in_quantized_basis(kernel_KxO, layer, smooth_K), layer.weights
   assert spec is not None  # the caller saw to it
   gram_KxK: Any = None
@@ -238,7 +238,7 @@ def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) ->
     gram_KxK = qmatrix.gram_in_quantized_basis(inputs.gram_KxK, layer, smooth_K)
     w_KxO = w_KxO.astype(gram_KxK.dtype)
   scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
-  codes, scale = ROUNDERS[how.rounding](w_KxO, scale, spec, gram_KxK, how.damping)
+  codes, scale = ROUNDERS[how.rounding].round(w_KxO, scale, spec, gram_KxK, how.damping)
   return QuantizedMatrix(codes, scale, smooth_K)
 
 

@@ -9,7 +9,8 @@ matrix of its inputs.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from beyond_outliers.quant.quantizers import Quantized
 from beyond_outliers.quant.scales import reciprocal
 from beyond_outliers.quant.spec import QuantSpec
 
-BLOCK = 128  # rows between two updates of all that follow: a matter of speed alone
+ROWS_A_BLOCK = 128  # between two updates of all that follow: a matter of speed alone
 DAMPING = 0.01  # the official default
 
 
@@ -72,7 +73,7 @@ def _propagation(gram_KxK: jax.Array, damping: float) -> jax.Array:
 
 def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
   K = len(w_KxO)
-  size = min(BLOCK, K)
+  size = min(ROWS_A_BLOCK, K)
   padding = -K % size
   w_KxO, scale_KxO = (jnp.pad(x, ((0, padding), (0, 0))) for x in (w_KxO, scale_KxO))
   beyond_K = jnp.where(jnp.arange(K + padding) < K, 0, 1).astype(u_KxK.dtype)
@@ -107,8 +108,22 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
   return lax.fori_loop(0, (K + padding) // size, of_block, (w_KxO, codes))[1][:K]
 
 
-ROUNDERS = {
-  "nearest": round_to_nearest,
-  "gptq": gptq,
-  "gptq_in_order": functools.partial(gptq, by_importance=False),
+class Rounder(NamedTuple):
+  """A rule from a matrix to its codes, and what of a method it reads.
+
+  round: (w [K, O], scale, spec, Gram matrix or None, damping) -> Quantized.
+  needs_gram: it reads the Gram matrix of the inputs, so that a method with it is calibrated.
+  options: fields of Method that it reads, which a method's name may set."""
+
+  round: Callable[..., Quantized]
+  needs_gram: bool = False
+  options: tuple[str, ...] = ()
+
+
+_gptq_in_order = functools.partial(gptq, by_importance=False)
+
+ROUNDERS: dict[str, Rounder] = {
+  "nearest": Rounder(round_to_nearest),
+  "gptq": Rounder(gptq, needs_gram=True, options=("damping",)),
+  "gptq_in_order": Rounder(_gptq_in_order, needs_gram=True, options=("damping",)),
 }

@@ -7,10 +7,10 @@ import math
 import re
 from typing import Any
 
-from beyond_outliers.config.checks import fraction, nearest, require
+from beyond_outliers.config.checks import nearest, require, require_fraction
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.quant.ptq.gptq import DAMPING
-from beyond_outliers.quant.ptq.smoothing import ALPHA
+from beyond_outliers.quant.ptq.gptq import DAMPING, ROUNDERS, Rounder
+from beyond_outliers.quant.ptq.smoothing import ALPHA, SMOOTHINGS, Smoothing
 from beyond_outliers.quant.spec import LayerRecipe
 
 
@@ -40,7 +40,7 @@ class Method:
   damping: float = DAMPING
 
   def __post_init__(self):
-    fraction(self, "", "alpha")
+    require_fraction(self, "", "alpha")
     require(
       0 < self.damping < math.inf,
       "damping",
@@ -51,16 +51,23 @@ class Method:
   @property
   def options(self) -> tuple[str, ...]:
     """Options that a method's name may set: the fields that it reads."""
-    used = {"alpha": self.smoothing == "smoothquant", "damping": self.rounding != "nearest"}
-    return tuple(name for name, looks in used.items() if looks)
+    return tuple(option for part in self._parts for option in part.options)
 
   @property
   def calibrated(self) -> bool:
-    return self.rounding != "nearest" or bool(self.smoothing)
+    """Whether it reads the inputs of the layers."""
+    return bool(self.smoothing) or self.needs_gram
 
   @property
   def needs_gram(self) -> bool:
-    return self.rounding != "nearest" or self.smoothing == "awq"
+    """Whether it reads the Gram matrices of the layers' inputs."""
+    return any(part.needs_gram for part in self._parts)
+
+  @property
+  def _parts(self) -> tuple[Smoothing | Rounder, ...]:
+    """The rows of its tables, in the order in which they come into play."""
+    smoothing = (SMOOTHINGS[self.smoothing],) if self.smoothing else ()
+    return *smoothing, ROUNDERS[self.rounding]
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
     """A layer's recipe under this method, without gradients. rotated: its inputs already are."""
@@ -77,8 +84,8 @@ class Method:
       not (self.rotation or self.smoothing) or not learned,
       "method",
       self.rotation or self.smoothing,
-      "learned scales hold in the basis that they were learned in: take a method that "
-      "neither rotates nor smooths",
+      "learned scales hold in the basis that they were learned in: take a method that neither "
+      "rotates nor smooths",
     )
     return LayerRecipe(w, x)
 

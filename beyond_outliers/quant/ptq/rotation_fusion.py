@@ -30,8 +30,8 @@ from beyond_outliers.quant import rotations
 from beyond_outliers.types import LanguageModel, Params
 
 # Of each norm: the matrices that read the stream behind it, and the one that writes to it.
-READERS = {"attention": ("q", "k", "v"), "mlp": ("up", "gate")}
-WRITERS = {"attention": "o", "mlp": "down"}
+STREAM_READERS = {"attention": ("q", "k", "v"), "mlp": ("up", "gate")}
+STREAM_WRITERS = {"attention": "o", "mlp": "down"}
 
 
 def fuse(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params, frozenset[str]]:
@@ -43,7 +43,8 @@ def fuse(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params, f
   params, rotated = _with_rotated_values(params, c.d_head), {"attention/o"}
   if c.norm_placement == "pre":
     params = _with_rotated_stream(params, c)
-    rotated |= {f"{part}/{name}" for part, names in READERS.items() for name in names} | {"head"}
+    rotated |= {f"{part}/{name}" for part, names in STREAM_READERS.items() for name in names}
+    rotated |= {"head"}
     model = model.clone(config=dataclasses.replace(c, tied=False))
   return model, params, frozenset(rotated)
 
@@ -70,13 +71,13 @@ def _with_rotated_stream(params: Params, c: config.Model) -> Params:
     "head/kernel": reads(head, gain),
     "final_norm/gain": jnp.ones_like(gain),
   }
-  for part, names in READERS.items():
+  for part, names in STREAM_READERS.items():
     norm = f"layers/{part}_norm/gain"
     for name in names:
       path = kernel_path(f"layers/{part}/{name}")
       if path in leaves:  # not all have a gate
         rotated[path] = reads(leaves[path], leaves[norm])
-    path = kernel_path(f"layers/{part}/{WRITERS[part]}")
+    path = kernel_path(f"layers/{part}/{STREAM_WRITERS[part]}")
     rotated |= {path: _product(leaves[path], r_DxD), norm: jnp.ones_like(leaves[norm])}
   return with_leaves(params, rotated)
 

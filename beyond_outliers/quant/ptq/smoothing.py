@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,19 @@ def output_error(
   return jnp.sum(error_KxO * of_gram_KxO)
 
 
-SMOOTHINGS: dict[str, Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]] = {
-  "smoothquant": smoothquant,
-  "awq": awq,
+class Smoothing(NamedTuple):
+  """A rule for a layer's factors, and what of its inputs and of a method it reads.
+
+  factors: (w [K, O], inputs, layer, alpha) -> [K].
+  needs_gram: it reads the Gram matrix of the inputs.
+  options: fields of Method that it reads, which a method's name may set."""
+
+  factors: Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]
+  needs_gram: bool = False
+  options: tuple[str, ...] = ()
+
+
+SMOOTHINGS: dict[str, Smoothing] = {
+  "smoothquant": Smoothing(smoothquant, options=("alpha",)),
+  "awq": Smoothing(awq, needs_gram=True),
 }

@@ -199,7 +199,10 @@ def test_the_gram_matrix_is_renewed_before_its_errors_matter():
 def test_scale_does_not_matter(dtype):
   """Squares of these leave float32, and an eps of 1e-7 would be all that is left of a norm."""
   x = noise(1, 8, 12)
-  scaled = lambda scale: orthogonalize(jnp.asarray(x * scale, jnp.float32), dtype=dtype)
+
+  def scaled(scale):
+    return orthogonalize(jnp.asarray(x * scale, jnp.float32), dtype=dtype)
+
   for scale in (1e-30, 1e-12, 1e-7, 1e-3, 1e3, 1e30):
     np.testing.assert_allclose(
       scaled(scale), scaled(1.0), rtol=0, atol=2e-5 if dtype == "float32" else 2e-2
