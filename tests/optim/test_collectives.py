@@ -100,7 +100,8 @@ def test_what_is_moved_is_of_the_order_of_what_is_owned(axes, to_owners, back):
   all updates."""
   grid = mesh.make_mesh(config.Mesh(*axes))
   params, layout = parameters(grid), blocks.layout(TREE, AXES, mesh=grid, block_size=16)
-  stacks = {name: put(x, grid, grid.axis_names) for name, x in jax.eval_shape(layout.zeros).items()}
+  shapes = jax.eval_shape(layout.stack, TREE)
+  stacks = {name: put(x, grid, grid.axis_names) for name, x in shapes.items()}
   in_, out = (
     compiled(layout.stack, params, like=stacks),
     compiled(layout.unstack, stacks, params, like=params),
