@@ -114,7 +114,7 @@ def test_outliers_are_logged_when_asked_for(tiny_config, tmp_path):
   }
   assert len(expected) == 6 * 4
   for name, value in expected.items():
-    # Behind a squared ReLU a token's median may be 1e-7, which other sums on a mesh move by percents.
+    # Behind a squared ReLU a token's median may be 1e-7, which another order of sums moves.
     rtol = 1e-2 if name == "max_to_median/activation" else 1e-3
     np.testing.assert_allclose(row[f"outliers/{name}"], value, rtol=rtol, err_msg=name)
   assert row["outliers/seconds"] > 0 and "eval/kurtosis/linear" not in row
