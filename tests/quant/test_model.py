@@ -51,6 +51,8 @@ MODEL = config.Model(
 )
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
 # One of each family in the fast tests.
+# Each program runs once: compiling it is what takes time.
+QUICK = {"xla_backend_optimization_level": 0}
 FAMILIES = ("rtn_w8a8", "quest_w4a4", "lsq_w4a4", "fp8", "nvfp4")
 EVERY = [
   name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow)
@@ -87,7 +89,7 @@ def loss_and_grads(model, params, key=None, tokens=TOKENS):
       scores.reshape(-1, scores.shape[-1]), tokens[:, 1:].reshape(-1)
     ).mean()
 
-  return jax.jit(jax.value_and_grad(loss_fn))(params)
+  return jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK)(params)
 
 
 def assert_trees_near(actual, expected, tolerance=1e-5):
