@@ -182,6 +182,7 @@ def test_snippets_name_what_is_there(where, snippet):
         thing = getattr(thing, name)
 
 
+@pytest.mark.slow
 def test_the_readme_s_snippet_runs(tmp_path, monkeypatch, capsys):
   shutil.copytree(GOLDEN / "adamw", tmp_path / "runs" / "adamw-nano")
   shutil.copytree(GOLDEN / "prepared", tmp_path / "datasets")

@@ -23,6 +23,7 @@ def workdir(tiny_config, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_the_model_is_the_one_that_was_trained(tiny_config, tmp_path):
   """Under its recipe, with the scales that it learned."""
   c = tiny_config(**{"quant.recipe": "lsq_w4a4", "steps": 1, "model.blocks": 1})

@@ -1,8 +1,11 @@
 """The table of what methods after training cost."""
 
+import pytest
+
 from beyond_outliers.bench import ptq
 
 
+@pytest.mark.slow
 def test_every_method_that_is_asked_for_is_timed():
   result = ptq.measure_ptq("0.3m", ["rtn", "gptq"])
   assert list(result["rows"]) == ["rtn", "gptq"] and all(

@@ -534,6 +534,7 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
   assert look() == "run: failed at step 2: OSError: disk full" and target.ended()
 
 
+@pytest.mark.slow
 def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   c = config.Model(
     **{

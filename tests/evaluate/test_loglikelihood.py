@@ -103,6 +103,7 @@ def test_scores_of_a_hugging_face_directory_are_those_of_the_plain_pass(pairs, d
   assert 5 <= sum(first for _, first in got) < len(asked)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_batches_order_or_devices(pairs):
   model, params = olmo2()
   expected = loglikelihood.Scorer(model, params, context=CONTEXT).score(pairs)

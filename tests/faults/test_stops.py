@@ -74,7 +74,8 @@ def assert_same(one, other):
   np.testing.assert_array_equal(a.metrics()["train/loss"], b.metrics()["train/loss"])
 
 
-@pytest.mark.parametrize("reader", ["shards", pytest.param("tfds", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["shards", "tfds"])
 def test_killed_twice_and_asked_once(argument, tmp_path, reader):
   """kill -9 twice in a row, then SIGTERM (saves, status preempted, exit code 42): the end is
   bitwise that of a run left alone."""

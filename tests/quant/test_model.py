@@ -151,6 +151,7 @@ def test_the_past_does_not_see_the_future_nor_a_window_the_others(name):
   assert np.all(np.any(before[0, 7:] != after[0, 7:], -1))
 
 
+@pytest.mark.slow
 def test_rules_that_treat_depths_differently_run_over_the_same_parameters():
   """The first block's weights rounded to four bits: by a rule, and beforehand."""
   w4 = LayerRecipe(QuantSpec(4))
@@ -191,6 +192,7 @@ def test_the_head_is_a_rule_like_any_other(tied, backend):
   assert np.abs(expected - logits(plain, params)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_both_backends_are_one_in_the_model():
   remat = dataclasses.replace(MODEL, remat="full")
   params = fresh(quantized("quest_w4a4"))
@@ -201,6 +203,7 @@ def test_both_backends_are_one_in_the_model():
   assert_trees_near(ours, aqts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aqt", "jax"])
 def test_stochastic_gradients_are_drawn_by_the_key(backend):
   model = quantized("int8_gradients", backend=backend)

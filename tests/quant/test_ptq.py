@@ -418,6 +418,7 @@ def test_a_depth_in_a_stack_that_quantizes_its_inputs_alone():
   assert float(jnp.linalg.norm(logits(q.model, q.params) - exact) / jnp.linalg.norm(exact)) < 0.02
 
 
+@pytest.mark.slow
 def test_matrices_and_products_in_bfloat16():
   model, params = plain(dtype="bfloat16")
   halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

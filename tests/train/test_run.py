@@ -327,7 +327,9 @@ def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
   np.testing.assert_allclose(losses(learned)[1], first_loss(learned), rtol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["none", "quest_w4a4", "lsq_w4a4"])
+@pytest.mark.parametrize(
+  "recipe", ["none", pytest.param("quest_w4a4", marks=pytest.mark.slow), "lsq_w4a4"]
+)
 def test_a_warm_start_goes_from_one_recipe_to_another(learned, tiny_config, tmp_path, recipe):
   """From learned scales, which stay behind unless they are learned on; the first loss is that of
   the new model."""
