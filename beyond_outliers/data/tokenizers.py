@@ -38,8 +38,10 @@ class Tokenizer:
 
   stored: str  # what `load` takes to open the copy in a dataset's folder
   vocab_size: int
+  ids: Sequence[int]  # that have a token, ascending
   eot: int | None
   bos: int | None
+  special_ids: frozenset[int] = frozenset()  # of tokens that are no text, eot and bos apart
 
   def __init__(self, files: dict[str, bytes]):
     self._files = files  # name in a dataset's folder -> content
@@ -71,7 +73,7 @@ class Bytes(Tokenizer):
   """One token per UTF-8 byte, then bos and eot: needs nothing, and a token's loss is a byte's."""
 
   stored = "bytes"
-  vocab_size, bos, eot = 258, 256, 257
+  vocab_size, ids, bos, eot = 258, range(258), 256, 257
 
   def __init__(self, argument: str = ""):
     if argument:
@@ -100,6 +102,7 @@ class SentencePiece(Tokenizer):
     except RuntimeError as error:
       raise DataError(f"data.tokenizer: {file} is not a SentencePiece model ({error})") from None
     self.vocab_size = self._model.vocab_size()
+    self.ids = range(self.vocab_size)
     self.eot, self.bos = _id_or_none(self._model.eos_id()), _id_or_none(self._model.bos_id())
     # SentencePiece writes a space as U+2581. A U+2581 of the text survives only as three bytes.
     pieces = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
@@ -142,7 +145,10 @@ class HuggingFace(Tokenizer):
     self._model.no_truncation()
     self._model.no_padding()
     self._model.encode_special_tokens = True
-    self.vocab_size = 1 + max(self._model.get_vocab().values())  # ids may have gaps
+    self.ids = sorted(self._model.get_vocab().values())
+    self.vocab_size = 1 + self.ids[-1]  # ids may have gaps
+    added = self._model.get_added_tokens_decoder()
+    self.special_ids = frozenset(i for i, token in added.items() if token.special)
     self.eot, self.bos = self._first_known(EOT_NAMES), self._first_known(BOS_NAMES)
 
   def _first_known(self, names: Sequence[str]) -> int | None:
@@ -171,7 +177,7 @@ class Gpt2(Tokenizer):
 
   stored = "gpt2:{directory}"
   END = 50256
-  vocab_size, bos, eot = 50257, END, END
+  vocab_size, ids, bos, eot = 50257, range(50257), END, END
   # The release's pattern, in tiktoken's equivalent and faster form.
   PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
