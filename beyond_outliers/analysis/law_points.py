@@ -39,7 +39,12 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
     "done", or whose loss is no finite number above zero.
   Errors: ConfigError for missing columns, numbers that are none, runs of different data, a run that
     is there twice."""
-  frame = pd.DataFrame(points).reset_index(drop=True)
+  try:
+    frame = pd.DataFrame(points).reset_index(drop=True)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(
+      f"points = {points!r}: no table of runs ({error}); give a pandas.DataFrame, or a list of rows"
+    ) from None
   needed = COLUMNS if embedding else (*COLUMNS, "embedding")
   for column in needed:
     require(
@@ -56,6 +61,9 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
       ", ".join(values),
       "losses over different data, or in different tokens, do not compare; fit them apart",
     )
+  for column in ("optimizer", "recipe", "seed"):
+    for row in frame.index[frame[column].isna()][:1]:
+      raise ConfigError(f"points: row {row}: {column} is missing")
   for column in ("parameters", "tokens", *(() if embedding else ("embedding",))):
     frame[column] = _positive(frame, column)
   N = frame.parameters - (0 if embedding else frame.embedding)
@@ -134,12 +142,11 @@ def with_references(
   Errors: ConfigError for a reference of which there is no run, or several D/N under the study's
     law."""
   pairs = {pair: None for pair in zip(table.optimizer, table.recipe, strict=True)}
-  names = [", ".join(pair) for pair in pairs]
   require(
     reference in pairs,
     "reference",
     reference,
-    f"no run of it; {nearest(', '.join(reference), names)}",
+    f"no run of this (optimizer, recipe); {nearest(str(reference), list(map(str, pairs)))}",
   )
   if law == "study":
     ratios = table.tokens_per_parameter

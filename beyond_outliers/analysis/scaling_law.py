@@ -8,14 +8,6 @@ precision, where rho = 1 (arXiv 2509.23500, section 5). By two_term (arXiv 2602.
 rho_D belong to an optimizer and recipe, and are 1 of the reference; all else is shared, since a law
 of one optimizer alone is ill-conditioned. By default the study's law shares E and alpha for that
 reason; `shared=()` is the paper's fit.
-
-The 95 % intervals' coverage over 200 draws of runs from a planted law (A 400, alpha .34, E 1.7, rho
-.863; normal noise of log losses), least and largest of its parameters:
-
-COVERAGE
-
-by `python -m pytest -s tests/analysis/test_scaling_law.py -k coverage` (the first row) and its
-`coverage` with the other rows' arguments.
 """
 
 from __future__ import annotations
@@ -100,10 +92,7 @@ class ScalingLaw:
     Errors: ConfigError for what was not fitted, and by the study's law for another D/N."""
     pair = optimizer or self.reference[0], recipe or self.reference[1]
     require(
-      pair in self.rho,
-      "optimizer, recipe",
-      ", ".join(pair),
-      nearest(", ".join(pair), [", ".join(known) for known in self.rho]),
+      pair in self.rho, "(optimizer, recipe)", pair, nearest(str(pair), list(map(str, self.rho)))
     )
     N = np.asarray(N, float)
     A, alpha, E = (self._of(name, pair[0]) for name in ("A", "alpha", "E"))

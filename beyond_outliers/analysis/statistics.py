@@ -109,7 +109,7 @@ def holm(p_values: Values) -> np.ndarray:
   return adjusted
 
 
-def compare(
+def compare_differences(
   differences: Mapping[str, Values], *, confidence: float = 0.95, margin: float | None = None
 ) -> list[Comparison]:
   """Which of several mean differences are ties: by name, the paired differences, one per seed.

@@ -177,8 +177,8 @@ def test_coverage_of_the_intervals():
 
 
 def test_intervals_cover_more_often_than_not():
-  found = coverage(12, resamples=100, **FOUR)
-  assert len(found) == 8 and all(share >= 0.75 for share in found.values()), found
+  found = coverage(8, resamples=60, **FOUR)
+  assert len(found) == 8 and np.mean(list(found.values())) >= 0.8, found
 
 
 def test_intervals_shrink_with_the_noise_and_are_the_same_again():
@@ -234,6 +234,13 @@ def test_what_noise_hides_is_said_and_predictions_still_hold():
   assert found.predict(1.2e8) == pytest.approx(400 / 1.2e8**0.34 + 1.7, rel=0.01)
 
 
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_losses_that_do_not_fall_with_the_size_identify_nothing(exponent):
+  rows = [{**row, "loss": 3 * (row["parameters"] / 1e8) ** exponent} for row in runs(noise=0.002)]
+  found = scaling_law.fit(rows, resamples=0)
+  assert not found.identified["alpha"] and not found.identified["E"]
+
+
 def test_a_recipe_with_one_size_has_its_rho():
   rows = [row for row in runs() if row["recipe"] == "none" or row["parameters"] == SIZES[2]]
   found = scaling_law.fit(rows, resamples=0)
@@ -248,7 +255,7 @@ def test_predictions_follow_the_formula_and_unknown_ones_are_refused():
   assert found.predict(1e8, 2e9) == pytest.approx(400 / 1e8**0.34 + 1.7)
   with pytest.raises(config.ConfigError, match=r"D = 1\d+.0: .* holds at 20 tokens per parameter"):
     found.predict(1e8, 1e11)
-  with pytest.raises(config.ConfigError, match="did you mean 'muon, none'"):
+  with pytest.raises(config.ConfigError, match=r"did you mean .*'muon', 'none'"):
     found.predict(1e8, optimizer="moun")
   rows = runs(ratios=(10, 20, 80), two_terms=True)
   two = scaling_law.fit(rows, law="two_term", resamples=0)
@@ -314,6 +321,8 @@ def changed(**columns):
       "points: data.fingerprint = 'x, y': losses over different data",
     ),
     (changed(parameters=-1.0), {}, r"row 0: parameters = -1.0: expected a number above zero"),
+    (changed(seed=None), {}, "row 0: seed is missing"),
+    ("runs.csv", {}, "points = 'runs.csv': no table of runs .*give a pandas.DataFrame"),
     (changed(tokens="many"), {}, "row 0: tokens = 'many': expected a number above zero"),
     (changed(loss=math.nan), {}, "none of 36 runs is done with a loss; the first: .* loss = nan"),
     (changed(embedding=1e12), {"embedding": False}, "row 0: embedding = 1e[+]12 of 4.97e[+]07"),
@@ -323,7 +332,8 @@ def changed(**columns):
       "no column 'embedding'",
     ),
     (runs(ratios=(20, 100)), {}, r"tokens per parameter = \[20.0, 100.0\]: .*law=\"two_term\""),
-    (runs(), {"reference": ("adam", "none")}, r"reference = .*did you mean 'adamw, none'"),
+    (runs(), {"reference": ("adam", "none")}, r"reference = .*did you mean .*'adamw', 'none'"),
+    (runs(), {"reference": "adamw"}, r"reference = 'adamw': .*\('adamw', 'none'\)"),
     (runs(), {"law": "kaplan"}, "law = 'kaplan': expected one of study, two_term"),
     (runs(), {"shared": ("beta",)}, "shared = 'beta': expected one of A, alpha, E"),
     (runs(), {"shared": ("A",)}, "A has alpha's unit: share alpha too"),

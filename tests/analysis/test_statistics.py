@@ -8,7 +8,12 @@ import pytest
 from scipy import stats
 
 from beyond_outliers import config
-from beyond_outliers.analysis.statistics import compare, estimate, holm, paired_difference
+from beyond_outliers.analysis.statistics import (
+  compare_differences,
+  estimate,
+  holm,
+  paired_difference,
+)
 
 
 def test_a_mean_and_its_standard_error():
@@ -83,7 +88,7 @@ def test_a_tie_is_an_interval_that_holds_zero():
     differences = {
       f"{k}": rng.normal(rng.choice([0, 0.3, 1, 3]), 1, rng.integers(3, 7)) for k in range(5)
     }
-    found = compare(differences)
+    found = compare_differences(differences)
     assert [one.tie for one in found] == [one.interval[0] <= 0 <= one.interval[1] for one in found]
     assert [one.tie for one in found] == [one.p > 0.05 for one in found]
     assert {one.name for one in found} == set(differences)
@@ -91,17 +96,17 @@ def test_a_tie_is_an_interval_that_holds_zero():
 
 
 def test_one_difference_alone_is_not_corrected():
-  (found,), plain = compare({"gap": AFTER}), paired_difference(np.zeros(6), AFTER)
+  (found,), plain = compare_differences({"gap": AFTER}), paired_difference(np.zeros(6), AFTER)
   assert (found.interval, found.p, found.n) == (plain.interval, plain.p, 6) and not found.tie
 
 
 def test_a_tie_is_not_yet_equivalence():
   seeds = np.array([-1.0, 1.1, -0.9, 1.0, 0.1])
-  wide, narrow = compare({"wide": seeds, "narrow": 1e-3 * seeds}, margin=0.01)
+  wide, narrow = compare_differences({"wide": seeds, "narrow": 1e-3 * seeds}, margin=0.01)
   assert {one.name: (one.tie, one.equivalent) for one in (wide, narrow)} == {
     "wide": (True, False),
     "narrow": (True, True),
   }
-  assert compare({"wide": seeds})[0].equivalent is None
+  assert compare_differences({"wide": seeds})[0].equivalent is None
   with pytest.raises(config.ConfigError, match="margin = 0: expected a number above zero"):
-    compare({"wide": seeds}, margin=0)
+    compare_differences({"wide": seeds}, margin=0)
