@@ -1,16 +1,14 @@
-"""Capacity of a recipe, predicted from its grids: the share of its parameters that a model is
-worth.
+"""Capacity of a recipe, predicted from its grids: the share rho that a model is worth of its size.
 
 By arXiv 2506.01863, equation 3 and section 4.3,
 
-    rho(R) = L tanh(F log_1/4 GMSE(R))^C        rho(weights and activations) = rho(weights)
-    rho(activations)
+    rho(R) = L tanh(F log_1/4 GMSE(R))^C
+    rho(weights and activations) = rho(weights) rho(activations)
 
 GMSE(R) is the mean squared error of the representation R on N(0, 1). L, F and C are fitted to
-measured rho for each kind of representation, scalar grids or vector grids or sparse ones, and L is
-1 of those whose training does not lose anything at many bits. The paper does not print their
-values. It knows no optimizer: what `scaling_law.fit` measures differs between optimizers, this does
-not.
+measured rho for each kind of representation (scalar grids, vector grids, sparse ones); L is 1 of
+those that lose nothing at many bits. The paper does not print their values. It knows no optimizer:
+what `scaling_law.fit` measures differs between optimizers, this does not.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers.analysis.law_design import Design
+from beyond_outliers.analysis.law_points import SAME_RATIO
 
 # Distinct values of N, and by two_term of D too, that a power law with a floor needs.
 NEEDED = 3
@@ -64,10 +65,10 @@ def _too_few(cells: pd.DataFrame, law: str) -> str:
         "better more, over a factor of ten"
       )
   if law == "two_term":
-    ratios = np.log((cells.D / cells.N).to_numpy())
-    if np.ptp(ratios) < 0.1:
+    ratio = cells.tokens_per_parameter
+    if ratio.max() <= (1 + SAME_RATIO) * ratio.min():
       return (
-        f"D/N = {np.exp(ratios.mean()):.3g} in all runs, so that N and D change together: needs "
+        f"D/N = {ratio.median():.3g} in all runs, so that N and D change together: needs "
         f"sizes with at least {NEEDED} ratios, as 10, 20 and 80"
       )
   return ""
@@ -109,6 +110,6 @@ def _wider(cells: pd.DataFrame, law: str) -> str:
       f"{values.nunique()} values of {name} over a factor of {values.max() / values.min():.2g}"
     )
   if law == "two_term":
-    ratio = cells.D / cells.N
+    ratio = cells.tokens_per_parameter
     parts.append(f"D/N over a factor of {ratio.max() / ratio.min():.2g}")
   return "needs a wider range than " + ", ".join(parts)

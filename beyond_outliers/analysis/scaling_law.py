@@ -188,8 +188,9 @@ def fit(
       f"points: none of {len(left_out)} runs is done with a loss; the first: {left_out[:1]}"
     )
   table, alone = with_references(table, law, shared, reference)
-  cells = table[["optimizer", "recipe", "N", "D"]].drop_duplicates().reset_index(drop=True)
-  cell_M = table.groupby(["optimizer", "recipe", "N", "D"], sort=False).ngroup().to_numpy()
+  distinct = ["optimizer", "recipe", "N", "D"]
+  cells = table.drop_duplicates(distinct).reset_index(drop=True)
+  cell_M = table.groupby(distinct, sort=False).ngroup().to_numpy()
   plan = design(cells, law, shared, reference)
   P, M = len(plan.names), len(table)
   require(

@@ -155,13 +155,13 @@ def test_without_the_embedding_the_law_is_in_other_parameters():
 
 def coverage(draws, *, kinds=("profile", "bootstrap"), resamples=400, fit=None, **of_runs):
   """{(parameter, kind): share of draws in which the interval holds the planted value}."""
-  hits = {}
+  hits, relative = {}, (fit or {}).get("law") == "two_term"
   for draw in range(draws):
     found = scaling_law.fit(runs(draw=draw, **of_runs), resamples=resamples, **(fit or {}))
     for name, intervals in found.intervals.items():
       for kind in kinds:
         low, high = getattr(intervals, kind)
-        hits.setdefault((name, kind), []).append(low <= truth_of(name, False) <= high)
+        hits.setdefault((name, kind), []).append(low <= truth_of(name, relative) <= high)
   return {key: float(np.mean(hit)) for key, hit in hits.items()}
 
 
@@ -222,6 +222,13 @@ def test_what_the_runs_sizes_do_not_identify_is_said(options, law, needs):
   assert all(reason.startswith(needs) for reason in found.reasons.values())
   assert all(math.isnan(intervals.bootstrap.low) for intervals in found.intervals.values())
   assert f"not identified: {', '.join(found.params)}: {needs}" in found.table()
+
+
+def test_one_ratio_is_one_without_the_embedding_too():
+  """Though tokens over the other parameters differ between sizes."""
+  rows = runs(two_terms=True, seeds=2, noise=0.002)
+  found = scaling_law.fit(rows, law="two_term", embedding=False, resamples=0)
+  assert all(reason.startswith("D/N = 20 in all runs") for reason in found.reasons.values())
 
 
 def test_what_noise_hides_is_said_and_predictions_still_hold():
