@@ -17,8 +17,8 @@ import pandas as pd
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.error_sums import error_sums, jackknife
-from beyond_outliers.evaluate.paired_run import PairedRun, Tokens, counts
-from beyond_outliers.evaluate.propagation import checked, paired
+from beyond_outliers.evaluate.paired_run import PairedRun, Windows
+from beyond_outliers.evaluate.propagation import Tokens, paired, windows
 from beyond_outliers.evaluate.units import Unit
 from beyond_outliers.model import linears
 from beyond_outliers.model.loss import cross_entropy
@@ -90,6 +90,7 @@ def sensitivity(
   batches: Iterable[Tokens],
   *,
   by: str = "module",
+  mask_documents: bool = False,
 ) -> pd.DataFrame:
   """Table of error and loss with one part quantized, and with all but one, the worst part first.
 
@@ -99,7 +100,7 @@ def sensitivity(
   R: at the final norm, as `final_error`. cost: loss less that of full precision, nats a token, of
   the next token in the window; its error is of the differences by window.
   Matrices are those of `quantized`: what GPTQ corrected in one for errors before it stays.
-  by: row of PARTS. model, params, quantized, batches: as `decompose` takes them.
+  by: row of PARTS. All else: as `decompose` takes it.
   Errors: ConfigError, as there."""
   require(by in PARTS, "by", by, "expected one of " + ", ".join(map(repr, PARTS)))
   run = paired(model, params, quantized)
@@ -114,10 +115,10 @@ def sensitivity(
   }
   plain = variants["all"][1]
   found: dict[str, list[Any]] = {name: [] for name in variants}
-  for batch in checked(batches, model.config.vocab):
+  for batch in windows(batches, model.config.vocab, mask_documents):
     reference = plain.outputs(batch)
     for name, pair in variants.items():
-      sums = [_sums(variant.outputs(batch), reference, counts(batch)) for variant in pair]
+      sums = [_sums(variant.outputs(batch), reference, batch.counts) for variant in pair]
       found[name].append(jax.device_get(sums))
   table = pd.DataFrame([{"name": name, **_columns(sums)} for name, sums in found.items()])
   return table.sort_values("R_alone", ascending=False, ignore_index=True)
@@ -143,20 +144,19 @@ class _Variant:
       dot_general_for=dot_general_for(Recipe((*rules, (".*", None))), "jax")
     )
 
-  def outputs(self, batch: Tokens) -> tuple[jax.Array, jax.Array]:
+  def outputs(self, batch: Windows) -> tuple[jax.Array, jax.Array]:
     """(the final norm's output, [B, L, D]; the summed loss of each window, [B])."""
-    masks = batch.get("segment_ids"), batch.get("positions", jnp.arange(batch["tokens"].shape[1]))
     stacks, ends = tuple(params[LAYERS] for params in self._run.params), self._run.params[0]
-    x_BxLxD = _embed(self._plain, ends, batch["tokens"])
+    x_BxLxD = _embed(self._plain, ends, batch.tokens)
     for depth in range(self._plain.config.blocks):
       recipes = tuple(
         (kind, self._recipes.get(layer_path(depth, kind)))
         for kind in linears.linear_paths(self._plain.config)
       )
       tree = _mixed_block(recipes, stacks, depth)
-      x_BxLxD = _run_block(self._model.block(depth), tree, x_BxLxD, *masks)
+      x_BxLxD = _run_block(self._model.block(depth), tree, x_BxLxD, *batch.masks)
     x_BxLxD = _final_norm(self._plain, ends, x_BxLxD)
-    return x_BxLxD, _losses(*self._head(), x_BxLxD, batch["tokens"], counts(batch))
+    return x_BxLxD, _losses(*self._head(), x_BxLxD, batch.tokens, batch.counts)
 
   def _head(self) -> tuple[LanguageModel, Params]:
     """A model and parameters with this head: the plain ones, whose programs all variants share, but

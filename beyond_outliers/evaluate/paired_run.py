@@ -8,7 +8,7 @@ Legend: B batch (windows), L length, D model width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,16 @@ from beyond_outliers.model import linears
 from beyond_outliers.params import KERNEL, LAYERS, kernel_path, layer_path, slice_at, subtree
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
-from beyond_outliers.types import Array, LanguageModel, Params
+from beyond_outliers.types import LanguageModel, Params
 
-Tokens = Mapping[str, Array]  # tokens and masks of a batch, as `decompose` takes them
+
+class Windows(NamedTuple):
+  """A batch of token windows, [B, L] each."""
+
+  tokens: jax.Array
+  masks: tuple[jax.Array | None, jax.Array]  # segment ids where documents are kept apart; positions
+  counts: jax.Array  # bool: tokens that are no padding
+
 
 # Units behind the blocks, and their kinds.
 ENDS = {"final_norm": "norm", "head": "linear"}
@@ -47,28 +54,25 @@ class PairedRun(NamedTuple):
     }
     return of_blocks | ENDS
 
-  def sums(self, batch: Tokens, wanted: Collection[str]) -> dict[str, dict[str, Sums]]:
+  def sums(self, batch: Windows, wanted: Collection[str]) -> dict[str, dict[str, Sums]]:
     """{name: sums of its error} of the units that are wanted, on the host; one block is in memory
     at a time, and both residual streams."""
-    tokens_BxL, counts_BxL = batch["tokens"], counts(batch)
-    masks = batch.get("segment_ids"), batch.get("positions", jnp.arange(tokens_BxL.shape[1]))
-    streams = _embed(self.models, self.params, tokens_BxL)
+    streams = _embed(self.models, self.params, batch.tokens)
     found: dict[str, Any] = {}
     for depth in range(self.models[0].config.blocks):
       blocks = tuple(model.block(depth) for model in self.models)
       paths, recipes, params = self._at(depth, wanted)
-      sums, streams = _see_block(blocks, recipes, paths, params, streams, masks, counts_BxL)
+      sums, streams = _see_block(blocks, recipes, paths, params, streams, *batch[1:])
       # Fetched, which also waits: else all blocks would be sent off at once.
       found |= {_name(depth, path): of_unit for path, of_unit in jax.device_get(sums).items()}
     ends = frozenset(name for name in ENDS if name in wanted)
-    sums = _see_ends(self.models, self.recipe.layer("head"), ends, self.params, streams, counts_BxL)
+    layer = self.recipe.layer("head")
+    sums = _see_ends(self.models, layer, ends, self.params, streams, batch.counts)
     return found | jax.device_get(sums)
 
-  def final_sums(self, batch: Tokens, at: str) -> dict[str, Sums]:
+  def final_sums(self, batch: Windows, at: str) -> dict[str, Sums]:
     """Sums of the error at "final_norm" or "logits", from two whole forwards; on the host."""
-    masks = batch.get("segment_ids"), batch.get("positions")
-    operands = batch["tokens"], masks, counts(batch)
-    return jax.device_get(_see_final(self.models, at, self.params, *operands))
+    return jax.device_get(_see_final(self.models, at, self.params, batch))
 
   def spectral_ratios(self, wanted: Collection[str]) -> dict[str, float]:
     """{name: spectral ratio} of the linear layers that are wanted."""
@@ -95,12 +99,6 @@ class PairedRun(NamedTuple):
 def _name(depth: int, path: str) -> str:
   """Of the unit at `path` in the block at `depth`; the block's own path is empty."""
   return layer_path(depth, path) if path else f"{LAYERS}/{depth}"
-
-
-def counts(batch: Tokens) -> jax.Array:
-  """Which tokens count, [B, L]."""
-  weights_BxL = batch.get("weights", jnp.ones(batch["tokens"].shape))
-  return jnp.asarray(weights_BxL) > 0
 
 
 # Modules and recipes are static: equal ones share a compiled program.
@@ -184,9 +182,9 @@ def _head_matrices(c: Any, params, layer: LayerRecipe | None) -> units.Matrices:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _see_final(models, at, params, tokens_BxL, masks, counts_BxL):
+def _see_final(models, at, params, batch):
   hidden = tuple(
-    model.apply({"params": of_run}, tokens_BxL, *masks, method="hidden")
+    model.apply({"params": of_run}, batch.tokens, *batch.masks, method="hidden")
     for model, of_run in zip(models, params, strict=True)
   )
 
@@ -196,7 +194,7 @@ def _see_final(models, at, params, tokens_BxL, masks, counts_BxL):
       h, hq = (_logits(*of_run) for of_run in zip(models, params, (h, hq), strict=True))
     return error_sums(Unit((), (), h, hq), counts_1xL)
 
-  windows = jax.lax.map(of_window, (*hidden, counts_BxL))
+  windows = jax.lax.map(of_window, (*hidden, batch.counts))
   return jax.tree.map(lambda x: x[:, 0], windows)
 
 

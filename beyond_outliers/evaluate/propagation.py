@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -23,17 +23,17 @@ import numpy as np
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.error_sums import columns, jackknife
-from beyond_outliers.evaluate.paired_run import PairedRun, Tokens
+from beyond_outliers.evaluate.paired_run import PairedRun, Windows
 from beyond_outliers.params import at_any_depth
 from beyond_outliers.quant import QuantizedModel
 from beyond_outliers.quant.ptq import rotation_fusion
 from beyond_outliers.quant.ptq.methods import method_named
-from beyond_outliers.types import LanguageModel, Params
+from beyond_outliers.types import Array, LanguageModel, Params
 
 if TYPE_CHECKING:
   import pandas as pd
 
-FIELDS = ("tokens", "segment_ids", "positions", "weights")  # of a batch; all but the first may lack
+Tokens = Mapping[str, Array]  # of "tokens", and "segment_ids" and "positions" if there are some
 
 # How a model is compiled and was initialized: the same function of the same parameters.
 EQUIVALENT = {"init_std", "attention", "unroll", "remat"}
@@ -46,6 +46,7 @@ def decompose(
   batches: Iterable[Tokens],
   *,
   modules: Sequence[str] | None = None,
+  mask_documents: bool = False,
 ) -> pd.DataFrame:
   """Table of one row a unit, in the order in which they run: name, kind, COLUMNS, a `_se` of each,
   and all these again with the prefix `batch_` (error_sums.py says what they are).
@@ -60,9 +61,9 @@ def decompose(
   `head`. An embedding is not quantized, so the first block's inputs carry no error.
   model, params: in full precision. quantized: what `quant.ptq.quantize` or `quant.quantized` made
   of them; where it fused rotations, the full-precision run has them too, the same function.
-  batches: {"tokens": [B, L]; "segment_ids" and "positions" if documents are kept apart; "weights"
-  if some tokens do not count, which are those where it is zero}. modules: regular expressions, one
-  of which must match the whole name; None: all.
+  batches: as runs.Run.batches("validation") gives them; "tokens" [B, L] are enough. Tokens of
+  segment 0 are padding and do not count. modules: regular expressions, one of which must match the
+  whole name; None: all. mask_documents: as the model was trained.
   Errors: ConfigError for a quantized model of another architecture, tokens of another tokenizer, no
   batch, or a pattern that matches no unit."""
   import pandas as pd  # takes a while, and few evaluations need it
@@ -70,7 +71,9 @@ def decompose(
   run = paired(model, params, quantized)
   wanted = _wanted(run.kinds(), modules)
   spectral = run.spectral_ratios(wanted)
-  found = [run.sums(batch, wanted) for batch in checked(batches, model.config.vocab)]
+  found = [
+    run.sums(batch, wanted) for batch in windows(batches, model.config.vocab, mask_documents)
+  ]
   rows = []
   for name, kind in wanted.items():
     by_window = jax.tree.map(lambda *parts: np.concatenate(parts), *(of[name] for of in found))
@@ -84,6 +87,8 @@ def final_error(
   quantized: QuantizedModel,
   batches: Iterable[Tokens],
   at: str = "final_norm",
+  *,
+  mask_documents: bool = False,
 ) -> tuple[float, float]:
   """(R_L, its standard error over windows): the error at the end of the network, in two forwards.
 
@@ -92,7 +97,10 @@ def final_error(
   Errors: ConfigError, as there."""
   require(at in ("final_norm", "logits"), "at", at, "expected 'final_norm' or 'logits'")
   run = paired(model, params, quantized)
-  found = [run.final_sums(batch, at)["token"] for batch in checked(batches, model.config.vocab)]
+  found = [
+    run.final_sums(batch, at)["token"]
+    for batch in windows(batches, model.config.vocab, mask_documents)
+  ]
   by_window = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
   value, error = jackknife(by_window, lambda total: total["R"] / total["out"])
   return float(value), float(error)
@@ -116,16 +124,30 @@ def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> P
   return PairedRun((model, quantized.model), (params, quantized.params), quantized.recipe)
 
 
-def checked(batches: Iterable[Tokens], vocab: int) -> Iterator[Tokens]:
-  """The batches, on the default device. Errors: ConfigError for none, or one of other tokens."""
-  number = 0
+def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iterator[Windows]:
+  """The batches, on the default device.
+
+  Errors: ConfigError for none, one of another tokenizer, or one without documents to keep apart."""
+  any_batch = False
   for batch in batches:
-    number += 1
-    largest = int(np.max(batch["tokens"]))
+    any_batch, largest = True, int(np.max(batch["tokens"]))
     remedy = f"the model knows tokens below {vocab}; take those of its tokenizer"
     require(largest < vocab, "batches", largest, remedy)
-    yield {name: jnp.asarray(batch[name]) for name in FIELDS if name in batch}
-  require(number > 0, "batches", number, "error shows on tokens: give it some")
+    require(
+      not mask_documents or {"segment_ids", "positions"} <= batch.keys(),
+      "batches",
+      ", ".join(sorted(batch)),
+      "mask_documents needs segment_ids and positions; take runs.Run.batches",
+    )
+    tokens_BxL = jnp.asarray(batch["tokens"])
+    segments_BxL = jnp.asarray(batch.get("segment_ids", np.ones(tokens_BxL.shape, np.int32)))
+    masks = (
+      (segments_BxL, jnp.asarray(batch["positions"]))
+      if mask_documents
+      else (None, jnp.arange(tokens_BxL.shape[1]))
+    )
+    yield Windows(tokens_BxL, masks, segments_BxL > 0)
+  require(any_batch, "batches", "none", "error shows on tokens: give it some")
 
 
 def _wanted(kinds: dict[str, str], modules: Sequence[str] | None) -> dict[str, str]:

@@ -196,30 +196,35 @@ def test_identities(name, recipe, method):
 
 @pytest.mark.slow
 def test_tokens_without_weight_and_other_documents_do_not_count():
-  """Garbage behind the first eight tokens, under weight zero, changes nothing; nor does a second
-  document in the same window, where they are kept apart."""
+  """Garbage behind the first eight tokens, as padding, changes nothing; nor does a document before
+  them in the same window, where documents are kept apart."""
   model, params, q = quantized_model("study", "rtn_w4a4")
   names = ["layers/1/attention/scores", "layers/1/mlp/down", "head"]
-  short = [{"tokens": batch["tokens"][:, :8]} for batch in BATCHES]
-  garbage = [np.concatenate([b["tokens"], tokens(9, 3, 8)["tokens"]], 1) for b in short]
-  weights = np.concatenate([np.ones((3, 8)), np.zeros((3, 8))], 1)
-  expected = decompose(model, params, q, short, modules=names)
+  heads, others = ([tokens(seed, 3, 8)["tokens"] for seed in seeds] for seeds in ((1, 2), (3, 4)))
+  expected = decompose(model, params, q, [{"tokens": x} for x in heads], modules=names)
   assert list(expected["name"]) == names
-  padded = [{"tokens": x, "weights": weights} for x in garbage]
+
+  def segments(first, second):
+    return np.repeat([[first, second]], 8, 1).repeat(3, 0).astype(np.int32)
+
+  padded = [
+    {"tokens": np.concatenate([x, y], 1), "segment_ids": segments(1, 0)}
+    for x, y in zip(heads, others, strict=True)
+  ]
+  positions = np.tile(np.arange(8, dtype=np.int32), (3, 2))
+  behind = [
+    {"tokens": np.concatenate([y, x], 1), "segment_ids": segments(1, 2), "positions": positions}
+    for x, y in zip(heads, others, strict=True)
+  ]
+  ahead = [{"tokens": y} for y in others]
   found = decompose(model, params, q, padded, modules=names)
   np.testing.assert_allclose(found[list(COLUMNS)], expected[list(COLUMNS)], rtol=1e-5, atol=1e-9)
-  documents = {
-    "segment_ids": np.repeat([[1, 2]], 8, 1).repeat(3, 0).astype(np.int32),
-    "positions": np.tile(np.arange(8, dtype=np.int32), (3, 2)),
-  }
-  behind = [{"tokens": x[:, ::-1].copy()} for x in (b["tokens"] for b in padded)]
-  behind = [
-    {"tokens": np.concatenate([x["tokens"][:, :8], s["tokens"]], 1), **documents}
-    | {"weights": weights[:, ::-1]}
-    for x, s in zip(behind, short, strict=True)
-  ]
-  found = decompose(model, params, q, behind, modules=names)
-  np.testing.assert_allclose(found[list(COLUMNS)], expected[list(COLUMNS)], rtol=1e-5, atol=1e-9)
+  both = decompose(model, params, q, behind, modules=names, mask_documents=True)
+  other = decompose(model, params, q, ahead, modules=names)
+  means = (expected[list(COLUMNS[:5])] + other[list(COLUMNS[:5])]) / 2
+  np.testing.assert_allclose(both[list(COLUMNS[:5])], means, rtol=1e-5, atol=1e-9)
+  with pytest.raises(ConfigError, match="mask_documents needs segment_ids"):
+    decompose(model, params, q, ahead, mask_documents=True)
 
 
 def test_the_closed_form_is_far_off_where_little_error_comes_into_rounding():
