@@ -70,7 +70,7 @@ class Run:
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
     """(name, bytes, time) of a checkpoint's files: others once it was saved anew."""
-    return self._checkpoints.written(step)
+    return workdir_lib.stamps(self._workdir.checkpoints / str(step))
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row per logged or evaluated step, with `step` as the index."""

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -13,11 +14,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
+from etils.epath import gpath
 
 from beyond_outliers import mesh
 from beyond_outliers.errors import WorkdirError
@@ -40,6 +44,16 @@ PACKAGES = (
 )
 
 
+class FolderPath(gpath.PosixGPath):
+  """A path whose `glob` takes it by the letter, so that only the pattern has wildcards.
+
+  etils joins them and globs the whole: Orbax, which looks for its files so, then finds none in
+  `lr=[1e-3]`, and those of another folder in `*`. What is made of it by / has the property too."""
+
+  def glob(self, pattern: str) -> Iterator[epath.Path]:
+    return epath.Path(glob.escape(str(self))).glob(pattern)
+
+
 class Workdir:
   """Folder of one run, local or mounted. Files are replaced whole: a reader never sees half of one.
 
@@ -51,7 +65,7 @@ class Workdir:
         f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder "
         "(gcsfuse, for gs://)"
       )
-    self.path = epath.Path(path).absolute()
+    self.path = FolderPath(path).absolute()
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -100,6 +114,16 @@ class Workdir:
       yield
 
 
+def make_folder(path: PathLike, remedy: str) -> None:
+  """Makes a folder, unless it is there. Errors: WorkdirError where it cannot be made, or nothing be
+  written into it."""
+  try:
+    os.makedirs(path, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+  except OSError as error:
+    raise WorkdirError(f"{os.fspath(path)}: {error.strerror or error}; {remedy}") from None
+
+
 def manifest(extra: Mapping[str, Any]) -> Json:
   """Provenance of a run: git commit, versions, devices, command, time and host; then `extra`."""
   return {
@@ -133,10 +157,17 @@ def write_sums(directory: epath.Path) -> None:
 
 
 def mismatch(directory: epath.Path) -> str:
-  """The first difference of a directory's files from its SUMS, or nothing."""
+  """The first difference of a directory's files from its SUMS, or nothing, also without any."""
   try:
-    sums = json.loads((directory / SUMS).read_text())
-  except ValueError:
+    sums = json.loads((directory / SUMS).read_bytes())
+  except FileNotFoundError:
+    logging.warning(
+      "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
+    )
+    return ""
+  except (ValueError, RecursionError, OSError):
+    sums = None
+  if not isinstance(sums, dict) or not sums:
     return f"{SUMS} is not readable"
   files = set(files_below(directory))
   for name, expected in sums.items():
@@ -145,6 +176,16 @@ def mismatch(directory: epath.Path) -> str:
     if _sha256(directory / name) != expected:
       return f"{name} does not match its SHA-256 sum"
   return ""
+
+
+def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
+  """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
+  once it is gone."""
+  try:
+    found = [(name, (directory / name).stat()) for name in files_below(directory)]
+  except FileNotFoundError:
+    return set()
+  return {(name, file.length, file.mtime) for name, file in found}
 
 
 def files_below(directory: epath.Path) -> list[str]:
