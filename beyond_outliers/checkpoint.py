@@ -143,7 +143,7 @@ class Checkpoints:
   def check(self) -> None:
     """Raises what became of checkpoints in the background, as far as it is known by now. Every
     process asks. Errors: CheckpointError for one that cannot be read back."""
-    errors = [seal.exception() for seal in self._seals if seal.done() and seal.exception()]
+    errors = [error for seal in self._seals if seal.done() and (error := seal.exception())]
     if mesh.on_any_process(bool(errors)):
       raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
 
