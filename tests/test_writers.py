@@ -43,7 +43,7 @@ def rows(path):
 
 def test_metrics_are_one_row_a_line_on_disk_at_once(tmp_path):
   path = epath.Path(tmp_path / "metrics.jsonl")
-  lines = writers.JsonLines(path, 0)
+  lines = writers.JsonLines(workdir_lib.Workdir(tmp_path), 0)
   lines.write({"step": 1, "train/loss": 2.5, "eval/bits_per_byte": None})
   assert rows(path) == [{"step": 1, "train/loss": 2.5, "eval/bits_per_byte": None}], "not flushed"
   lines.write({"step": 2, "train/loss": math.nan, "gradient_norm": math.inf, "skipped": 3})
@@ -59,7 +59,7 @@ def test_a_resumed_run_drops_the_rows_it_will_write_again_and_a_torn_line(tmp_pa
     '{"step": 30, "train/loss": 1.0}\n'
     '{"step": 40, "tra'
   )
-  lines = writers.JsonLines(path, 20)
+  lines = writers.JsonLines(workdir_lib.Workdir(tmp_path), 20)
   lines.write({"step": 30, "train/loss": 1.5})
   lines.close()
   assert rows(path) == [

@@ -69,6 +69,10 @@ class Evaluator:
       if self._read(step, cell) is None or self._tasks_missing(step, cell)
     ]
 
+  def make_folder(self) -> None:
+    """Makes the folder of the results. Errors: WorkdirError where they cannot be written."""
+    workdir_lib.make_folder(self._store.path, "give another folder as --out")
+
   def results(self, steps: Sequence[int] | None = None) -> list[Result]:
     """The cells that are there, of these steps or of all, by step."""
     found = {cell["step"] for cell in self._store.cells()} if steps is None else set(steps)

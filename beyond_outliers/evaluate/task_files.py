@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pathlib
@@ -65,7 +66,7 @@ def write_task(
     "dataset_path": "json",
     f"{split}_split": split,
     "dataset_kwargs": {
-      "data_files": {split: str(folder / f"{name}.jsonl")},
+      "data_files": {split: glob.escape(str(folder / f"{name}.jsonl"))},  # taken for a pattern
       "cache_dir": str(folder / "cache"),
     },
     "doc_to_text": "{{context}}",
