@@ -63,6 +63,8 @@ def dataset_directory(cfg: config.Data) -> str:
   """The folder that `prepare` makes, or opens."""
   settings = {name: getattr(cfg, name) for name in SHAPING}
   kind = cfg.tokenizer.partition(":")[0]
+  if eot := _eot(cfg):
+    settings["eot"] = eot
   if cfg.tokenizer == "sentencepiece":
     # The model trained here has exactly this size; other tokenizers bring their own.
     settings["vocab"] = cfg.vocab
@@ -71,6 +73,10 @@ def dataset_directory(cfg: config.Data) -> str:
     json.dumps([shards.FORMAT, settings], sort_keys=True).encode()
   ).hexdigest()
   return os.path.join(cfg.directory, f"{cfg.source}-{kind}-{fingerprint[:10]}")
+
+
+def _eot(cfg: config.Data) -> str:
+  return getattr(cfg, "eot", "")  # which older sections lack
 
 
 @contextlib.contextmanager
@@ -106,7 +112,8 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   _check_vocab(tokenizer, cfg)
   if (
     cfg.tokenizer != "sentencepiece"
-    and (configured := tokenizers.load(cfg.tokenizer).fingerprint) != tokenizer.fingerprint
+    and (configured := tokenizers.load(cfg.tokenizer, _eot(cfg)).fingerprint)
+    != tokenizer.fingerprint
   ):
     raise DataError(
       f"data.tokenizer = {cfg.tokenizer!r}: now has fingerprint {configured[:12]}, "
@@ -157,8 +164,11 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   separator = _separator(tokenizer, cfg)
   dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
   validation = shards.ShardWriter(directory, "validation", dtype, cfg.shard_tokens)
+  first_bytes: dict[str, int] = {}
   labeled = in_place.validation() if in_place else splits.split_documents(cfg)
-  training = _divert(tokenized(labeled, tokenizer, log), validation, separator)
+  training = _divert(
+    tokenized(labeled, tokenizer, log), validation, separator, tokenizer, first_bytes
+  )
   first = next(training, None)  # which writes the validation documents before it
   if in_place:
     train, records = in_place.training()
@@ -178,11 +188,13 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
       "stored": tokenizer.stored,
       "fingerprint": tokenizer.fingerprint,
       "vocab_size": tokenizer.vocab_size,
+      **({"eot": eot} if (eot := _eot(cfg)) else {}),
     },
     "separator": separator,
     "dtype": dtype.str,
     "splits": counts,
     "records": records,
+    "first_bytes": first_bytes,
   }
 
 
@@ -200,7 +212,8 @@ def _separator(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> Separator:
   if token is None:
     raise DataError(
       f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; "
-      "expected the other of 'eot', 'bos', or another tokenizer"
+      "expected the other of 'eot', 'bos', another tokenizer, or the name of the token that ends a "
+      f"text in data.eot: {tokenizer.special_names()}"
     )
   return {"name": cfg.separator, "id": token}
 
@@ -210,23 +223,33 @@ def _tokenizer(
 ) -> tokenizers.Tokenizer:
   """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
   if cfg.tokenizer != "sentencepiece":
-    tokenizer = tokenizers.load(cfg.tokenizer)
+    tokenizer = tokenizers.load(cfg.tokenizer, _eot(cfg))
     tokenizer.save(directory)
     return tokenizer
   size = tokenizer_training.SAMPLE_BYTES
   sample = in_place.training_sample(size) if in_place else splits.training_sample(cfg, size)
-  return tokenizer_training.trained_tokenizer(sample, cfg, directory, log)
+  tokenizer = tokenizer_training.trained_tokenizer(sample, cfg, directory, log)
+  if eot := _eot(cfg):
+    tokenizer.name_eot(eot)
+  return tokenizer
 
 
 def _divert(
-  stream: Iterable[Tokenized], validation: shards.ShardWriter, separator: Separator
+  stream: Iterable[Tokenized],
+  validation: shards.ShardWriter,
+  separator: Separator,
+  tokenizer: tokenizers.Tokenizer,
+  first_bytes: dict[str, int],
 ) -> Iterator[Tokenized]:
-  """Training documents pass; validation documents are written on the way."""
+  """Training documents pass; validation documents are written on the way. `first_bytes` takes those
+  of the documents, by number, whose first token a normalizer made of other bytes."""
   for item in stream:
     if item.split == "train":
       yield item
-    else:
-      validation.append(separated(item.ids, separator), item.num_bytes)
+      continue
+    if separator["name"] == "eot" and item.first_bytes != tokenizer.num_bytes(item.ids[:1]):
+      first_bytes[str(validation.documents)] = item.first_bytes
+    validation.append(separated(item.ids, separator), item.num_bytes)
 
 
 def _write_shards(
