@@ -29,7 +29,7 @@ class Tokenized(NamedTuple):
   split: str
   ids: np.ndarray  # without the separator
   num_bytes: int  # of the text
-  first_bytes: int  # those of the first id; 0 for training documents, all of which are targets
+  first_bytes: int | None  # of a held-out text's first id, where that itself doesn't tell
 
 
 def tokenized(
@@ -44,14 +44,16 @@ def tokenized(
     texts = [document for _, document in batch if isinstance(document.content, str)]
     encoded = iter(encoded_texts(texts, tokenizer))
     for split, document in batch:
-      text, held_out = document.content, split == "validation"
+      text = document.content
       if isinstance(text, str):
         ids, size = next(encoded), len(text.encode())
-        first = tokenizer.first_bytes(text, ids) if held_out else 0
       else:
         ids = checked_ids(document, tokenizer.vocab_size)
         size = tokenizer.num_bytes(ids)
-        first = tokenizer.num_bytes(ids[:1]) if held_out else 0
+      first = None
+      if split == "validation" and isinstance(text, str):
+        found = tokenizer.first_bytes(text, ids)
+        first = None if found == tokenizer.num_bytes(ids[:1]) else found
       item = Tokenized(split, ids, size, first)
       count, num_bytes = count + 1, num_bytes + item.num_bytes
       yield item

@@ -166,9 +166,7 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   validation = shards.ShardWriter(directory, "validation", dtype, cfg.shard_tokens)
   first_bytes: dict[str, int] = {}
   labeled = in_place.validation() if in_place else splits.split_documents(cfg)
-  training = _divert(
-    tokenized(labeled, tokenizer, log), validation, separator, tokenizer, first_bytes
-  )
+  training = _divert(tokenized(labeled, tokenizer, log), validation, separator, first_bytes)
   first = next(training, None)  # which writes the validation documents before it
   if in_place:
     train, records = in_place.training()
@@ -238,16 +236,15 @@ def _divert(
   stream: Iterable[Tokenized],
   validation: shards.ShardWriter,
   separator: Separator,
-  tokenizer: tokenizers.Tokenizer,
   first_bytes: dict[str, int],
 ) -> Iterator[Tokenized]:
-  """Training documents pass; validation documents are written on the way. `first_bytes` takes those
-  of the documents, by number, whose first token a normalizer made of other bytes."""
+  """Training documents pass; validation documents are written on the way. `first_bytes` takes what
+  their first tokens stand for where these don't tell, by the document's number."""
   for item in stream:
     if item.split == "train":
       yield item
       continue
-    if separator["name"] == "eot" and item.first_bytes != tokenizer.num_bytes(item.ids[:1]):
+    if item.first_bytes is not None and separator["name"] == "eot":
       first_bytes[str(validation.documents)] = item.first_bytes
     validation.append(separated(item.ids, separator), item.num_bytes)
 

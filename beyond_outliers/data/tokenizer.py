@@ -25,9 +25,10 @@ class Tokenizer:
   vocab_size: int
   eot: int | None
   bos: int | None
-  special: dict[str, int] = {}  # ids by name of the tokens that no text is encoded to
+  special: dict[str, int]  # ids by name of the tokens that no text is encoded to
 
   def __init__(self, files: dict[str, bytes]):
+    self.special = {}
     self._files = files  # name in a dataset's folder -> content
     digest = hashlib.sha256(self.stored.encode())
     for name, content in sorted(files.items()):
@@ -40,7 +41,8 @@ class Tokenizer:
     Errors: DataError unless it is a special token."""
     if name not in self.special:
       raise DataError(
-        f"data.eot = {name!r}: expected one of the tokenizer's special tokens, {self.special_names()}"
+        f"data.eot = {name!r}: expected one of the tokenizer's special tokens, "
+        f"{self.special_names()}"
       )
     self.eot = self.special[name]
 

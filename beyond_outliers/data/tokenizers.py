@@ -164,7 +164,6 @@ class Gpt2(Tokenizer):
   stored = "gpt2:{directory}"
   END = 50256
   vocab_size, bos, eot = 50257, END, END
-  special = {"<|endoftext|>": END}
   # The release's pattern, in tiktoken's equivalent and faster form.
   PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -182,6 +181,7 @@ class Gpt2(Tokenizer):
           f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
           f"expected {expected})"
         )
+    self.special = {"<|endoftext|>": self.END}
     self._model = tiktoken.Encoding(
       "gpt2",
       pat_str=self.PATTERN,
