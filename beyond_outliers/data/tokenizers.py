@@ -150,8 +150,9 @@ class HuggingFace(Tokenizer):
   def first_bytes(self, text, ids):
     if not ids.size:  # nothing is left of the text
       return len(text.encode())
-    if self.decode(ids) == text:
-      return self.num_bytes(ids[:1])
+    decoded = self.decode(ids)
+    if decoded.endswith(text):  # but for a space that it may put first, nothing is changed
+      return max(0, self.num_bytes(ids[:1]) - len(decoded.encode()) + len(text.encode()))
     (_, end), *others = self._model.encode(text, add_special_tokens=False).offsets
     if others and others[0][0] < end:  # several tokens share a character: its own bytes alone
       return self.num_bytes(ids[:1])
