@@ -44,16 +44,15 @@ def tokenized(
     texts = [document for _, document in batch if isinstance(document.content, str)]
     encoded = iter(encoded_texts(texts, tokenizer))
     for split, document in batch:
-      text = document.content
+      text, first = document.content, None
       if isinstance(text, str):
         ids, size = next(encoded), len(text.encode())
+        if split == "validation":
+          first = tokenizer.first_bytes(text, ids)
+          first = None if first == tokenizer.num_bytes(ids[:1]) else first
       else:
         ids = checked_ids(document, tokenizer.vocab_size)
         size = tokenizer.num_bytes(ids)
-      first = None
-      if split == "validation" and isinstance(text, str):
-        found = tokenizer.first_bytes(text, ids)
-        first = None if found == tokenizer.num_bytes(ids[:1]) else found
       item = Tokenized(split, ids, size, first)
       count, num_bytes = count + 1, num_bytes + item.num_bytes
       yield item
@@ -69,7 +68,7 @@ def encoded_texts(texts: Sequence[Document], tokenizer: tokenizers.Tokenizer) ->
   """The token ids of documents that are texts. Errors: DataError naming the document on which the
   tokenizer's library fails."""
   try:
-    return tokenizer.encode_batch([text.content for text in texts]) if texts else []
+    return tokenizer.encode_batch([str(text.content) for text in texts]) if texts else []
   except BaseException as error:  # a panic of a library in Rust is no Exception
     if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
       raise

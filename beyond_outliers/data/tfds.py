@@ -171,8 +171,8 @@ def _readable(path: str) -> Iterator[None]:
   except Exception as error:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise DataError(
-      f"data.path = {path!r}: not readable as a TFDS dataset ({reason}); mend the path, or copy the "
-      "dataset again"
+      f"data.path = {path!r}: not readable as a TFDS dataset ({reason}); mend the path, or copy "
+      "the dataset again"
     ) from error
 
 
