@@ -61,10 +61,7 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
 
 def dataset_directory(cfg: config.Data) -> str:
   """The folder that `prepare` makes, or opens."""
-  settings = {name: getattr(cfg, name) for name in SHAPING}
-  kind = cfg.tokenizer.partition(":")[0]
-  if eot := _eot(cfg):
-    settings["eot"] = eot
+  settings, kind = _settings(cfg), cfg.tokenizer.partition(":")[0]
   if cfg.tokenizer == "sentencepiece":
     # The model trained here has exactly this size; other tokenizers bring their own.
     settings["vocab"] = cfg.vocab
@@ -75,8 +72,13 @@ def dataset_directory(cfg: config.Data) -> str:
   return os.path.join(cfg.directory, f"{cfg.source}-{kind}-{fingerprint[:10]}")
 
 
-def _eot(cfg: config.Data) -> str:
-  return getattr(cfg, "eot", "")  # which older sections lack
+def _settings(cfg: config.Data) -> Json:
+  """The settings of SHAPING, and of a younger one where it is set."""
+  return {name: getattr(cfg, name) for name in SHAPING} | _named_eot(cfg)
+
+
+def _named_eot(cfg: config.Data) -> dict[str, str]:
+  return {"eot": eot} if (eot := getattr(cfg, "eot", "")) else {}
 
 
 @contextlib.contextmanager
@@ -112,7 +114,7 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   _check_vocab(tokenizer, cfg)
   if (
     cfg.tokenizer != "sentencepiece"
-    and (configured := tokenizers.load(cfg.tokenizer, _eot(cfg)).fingerprint)
+    and (configured := tokenizers.load(cfg.tokenizer, **_named_eot(cfg)).fingerprint)
     != tokenizer.fingerprint
   ):
     raise DataError(
@@ -179,14 +181,14 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   if not validation.documents:
     raise splits.empty_split(cfg, "validation")
   return {
-    "settings": {name: getattr(cfg, name) for name in (*SHAPING, "vocab")},
+    "settings": {**_settings(cfg), "vocab": cfg.vocab},
     "inputs": _describe(inputs),
     "tokenizer": {
       "name": cfg.tokenizer,
       "stored": tokenizer.stored,
       "fingerprint": tokenizer.fingerprint,
       "vocab_size": tokenizer.vocab_size,
-      **({"eot": eot} if (eot := _eot(cfg)) else {}),
+      **_named_eot(cfg),
     },
     "separator": separator,
     "dtype": dtype.str,
@@ -221,15 +223,12 @@ def _tokenizer(
 ) -> tokenizers.Tokenizer:
   """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
   if cfg.tokenizer != "sentencepiece":
-    tokenizer = tokenizers.load(cfg.tokenizer, _eot(cfg))
+    tokenizer = tokenizers.load(cfg.tokenizer, **_named_eot(cfg))
     tokenizer.save(directory)
     return tokenizer
   size = tokenizer_training.SAMPLE_BYTES
   sample = in_place.training_sample(size) if in_place else splits.training_sample(cfg, size)
-  tokenizer = tokenizer_training.trained_tokenizer(sample, cfg, directory, log)
-  if eot := _eot(cfg):
-    tokenizer.name_eot(eot)
-  return tokenizer
+  return tokenizer_training.trained_tokenizer(sample, cfg, directory, log, **_named_eot(cfg))
 
 
 def _divert(

@@ -29,6 +29,8 @@ class SentencePiece(Tokenizer):
     except RuntimeError as error:
       raise DataError(f"data.tokenizer: {file} is not a SentencePiece model ({error})") from None
     self.vocab_size = self._model.vocab_size()
+    if not self.vocab_size:  # the library takes an empty file
+      raise DataError(f"data.tokenizer: {file} is not a SentencePiece model (it has no pieces)")
     self.eot, self.bos = _id_or_none(self._model.eos_id()), _id_or_none(self._model.bos_id())
     controls = filter(self._model.is_control, range(self.vocab_size))
     self.special = {self._model.id_to_piece(i): i for i in controls}

@@ -30,6 +30,7 @@ from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
 FORMAT = 1  # of what is written here; a change makes old folders unreadable by name
+META_KEYS = {"settings", "inputs", "tokenizer", "separator", "dtype", "splits", "records", "files"}
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
 
 
@@ -234,13 +235,7 @@ def open_dataset(directory: str) -> Dataset:
     raise DataError(
       f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare"
     )
-  with open(path) as file:
-    meta = json.load(file)
-  if meta["format"] != FORMAT:
-    raise DataError(
-      f"{path}: format {meta['format']}, this version reads {FORMAT}; delete the folder and "
-      "prepare again"
-    )
+  meta = _read_meta(path)
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
     if not os.path.isfile(file):
@@ -262,6 +257,21 @@ def open_dataset(directory: str) -> Dataset:
       "prepare again"
     )
   return Dataset(directory, meta, tokenizer)
+
+
+def _read_meta(path: str) -> Json:
+  remedy = "delete the folder and prepare again"
+  try:
+    with open(path) as file:
+      meta = json.load(file)
+  except ValueError as error:  # no JSON, or no text
+    raise DataError(f"{path}: damaged ({error}); {remedy}") from None
+  found = meta.get("format") if isinstance(meta, dict) else None
+  if found != FORMAT:
+    raise DataError(f"{path}: format {found}, this version reads {FORMAT}; {remedy}")
+  if missing := META_KEYS - meta.keys():
+    raise DataError(f"{path}: damaged (no {min(missing)!r}); {remedy}")
+  return meta
 
 
 def verify(dataset: Dataset) -> None:

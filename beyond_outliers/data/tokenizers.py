@@ -92,15 +92,25 @@ class HuggingFace(Tokenizer):
     self._model.no_padding()
     self._model.encode_special_tokens = True
     self._ids = self._model.get_vocab()  # by token
+    if not self._ids:
+      raise DataError(f"data.tokenizer: {file} has no vocabulary")
     self.vocab_size = 1 + max(self._ids.values())  # ids may have gaps
     self.eot, self.bos = self._first_known(EOT_NAMES), self._first_known(BOS_NAMES)
-    # Whatever the file says of them: a text that spells them out must not become them.
-    own = [self._model.id_to_token(i) for i in (self.eot, self.bos) if i is not None]
-    self._model.add_special_tokens(own)
+    self._byte_pieces = [self._ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+    self._make_special([i for i in (self.eot, self.bos) if i is not None])
+
+  def _make_special(self, ids: Sequence[int]) -> None:
+    """Whatever the file says of them: a text that spells them out must not become them."""
+    self._model.add_special_tokens([self._model.id_to_token(i) for i in ids])
     added = self._model.get_added_tokens_decoder()
     self.special = {token.content: i for i, token in added.items() if token.special}
-    self._byte_pieces = [self._ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
     self._token_bytes = self._bytes_by_id() if self._is_byte_level() else None
+
+  def name_eot(self, name):
+    added = {token.content: i for i, token in self._model.get_added_tokens_decoder().items()}
+    if name in added:
+      self._make_special([added[name]])
+    super().name_eot(name)
 
   def _first_known(self, names: Sequence[str]) -> int | None:
     return next((i for i in map(self.id_of, names) if i is not None), None)
@@ -259,14 +269,19 @@ def added_bos(directory: str) -> int | None:
   Errors: DataError for a token to be put that the vocabulary lacks."""
   tokenizer = HuggingFace(os.path.join(directory, "tokenizer.json"))
   settings_file = os.path.join(directory, "tokenizer_config.json")
-  settings = json.loads(read_file(settings_file)) if os.path.exists(settings_file) else {}
-  adds, token = settings.get("add_bos_token"), settings.get("bos_token")
+  try:
+    settings = json.loads(read_file(settings_file)) if os.path.exists(settings_file) else {}
+    adds, token = settings.get("add_bos_token"), settings.get("bos_token")
+    name = token["content"] if isinstance(token, dict) else token
+  except (ValueError, AttributeError, KeyError) as error:
+    raise DataError(
+      f"{settings_file}: damaged ({type(error).__name__}: {error}); copy it again"
+    ) from None
   if adds is None:
     return tokenizer.prepended_id
   if not adds:
     return None
-  name = token["content"] if isinstance(token, dict) else token
-  found = tokenizer.id_of(name) if name else None
+  found = tokenizer.id_of(name) if isinstance(name, str) else None
   if found is None:
     raise DataError(
       f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"

@@ -242,12 +242,15 @@ def test_the_first_piece_of_a_normalized_text_stands_for_source_bytes(tmp_path):
 def test_an_end_that_the_file_calls_no_special_token_is_text_in_texts(huggingface, tmp_path):
   library = pytest.importorskip("tokenizers")
   model = library.Tokenizer.from_buffer(huggingface._files["tokenizer.json"])
-  model.add_tokens(["<|endoftext|>"])
+  model.add_tokens(["<|endoftext|>", "<|im_end|>"])
   model.save(str(tmp_path / "tokenizer.json"))
   tokenizer = tokenizers.load(f"huggingface:{tmp_path}/tokenizer.json")
-  ids = tokenizer.encode("a<|endoftext|>b")
-  assert tokenizer.eot == 1000 and tokenizer.eot not in ids
-  assert tokenizer.decode(ids) == "a<|endoftext|>b"
+  ids = tokenizer.encode("a<|endoftext|>b<|im_end|>c")
+  assert tokenizer.eot == 1000 and tokenizer.eot not in ids and 1001 in ids
+  assert tokenizer.decode(ids) == "a<|endoftext|>b<|im_end|>c"
+  tokenizer.name_eot("<|im_end|>")
+  ids = tokenizer.encode("b<|im_end|>c")
+  assert tokenizer.eot == 1001 and 1001 not in ids and tokenizer.decode(ids) == "b<|im_end|>c"
 
 
 def test_long_runs_of_spaces_keep_gpt2s_ids(gpt2):
@@ -331,6 +334,14 @@ def test_what_a_hugging_face_directory_puts_before_texts(
     tokenizers.added_bos(str(tmp_path))
 
 
+@pytest.mark.parametrize("settings", ['{"add_bos', "[]", '{"bos_token": {}}', "\x00"])
+def test_damaged_settings_of_a_hugging_face_directory_are_refused(huggingface, tmp_path, settings):
+  huggingface.save(str(tmp_path))
+  (tmp_path / "tokenizer_config.json").write_text(settings)
+  with pytest.raises(DataError, match=r"tokenizer_config.json: damaged \(.*\); copy it again"):
+    tokenizers.added_bos(str(tmp_path))
+
+
 def test_gpt2_gives_gpt2s_ids(gpt2):
   assert gpt2.encode("Hello, my name is").tolist() == [15496, 11, 616, 1438, 318]
   assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
@@ -344,14 +355,20 @@ def test_gpt2_gives_gpt2s_ids(gpt2):
     ("sentencepiece", "expected 'sentencepiece:FILE'"),
     ("sentencepiece:/nowhere.model", "no file '/nowhere.model'"),
     ("sentencepiece:{bad}", "is not a SentencePiece model"),
+    ("sentencepiece:{empty}", "is not a SentencePiece model"),
+    ("huggingface:{no_tokens}", "has no vocabulary"),
     ("huggingface:{bad}", "is not a Hugging Face tokenizer.json"),
     ("gpt2:/nowhere", "no file '/nowhere/encoder.json'"),
   ],
 )
 def test_what_cannot_be_opened_is_refused(tmp_path, name, message):
-  (tmp_path / "bad").write_text("{}")
+  library = pytest.importorskip("tokenizers")
+  files = {file: tmp_path / file for file in ("bad", "empty", "no_tokens")}
+  files["bad"].write_text("{}")
+  files["empty"].write_text("")
+  library.Tokenizer(library.models.BPE()).save(str(files["no_tokens"]))
   with pytest.raises(DataError, match=message):
-    tokenizers.load(name.format(bad=tmp_path / "bad"))
+    tokenizers.load(name.format(**files))
 
 
 def test_gpt2_files_of_another_vocabulary_are_refused(tmp_path):
