@@ -363,6 +363,17 @@ def test_another_format_is_refused(make_config):
     data.open(dataset.directory)
 
 
+@pytest.mark.parametrize(
+  "kept", ["", '{"format": 1,', '["format"]', '{"format": 1}', "{}", "\ufffd"]
+)
+def test_a_damaged_description_is_refused_by_name(make_config, kept):
+  dataset = data.prepare(make_config(), log=quiet)
+  with open(dataset.path("meta.json"), "w") as file:
+    file.write(kept)
+  with pytest.raises(DataError, match=r"meta.json: .*; delete the folder and prepare again"):
+    data.open(dataset.directory)
+
+
 def test_a_mismatched_tokenizer_is_refused(tmp_path, make_config, texts):
   file = tmp_path / "x.model"
   file.write_bytes(tokenizer_training.train_sentencepiece(texts, 320))
