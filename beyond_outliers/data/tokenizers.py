@@ -117,7 +117,7 @@ class HuggingFace(Tokenizer):
 
   def _is_byte_level(self) -> bool:
     """Whether decoding puts the tokens' bytes one after the other, and does nothing else."""
-    decoder = json.loads(self._model.to_str())["decoder"] or {"type": None}
+    decoder = json.loads(self._files["tokenizer.json"]).get("decoder") or {"type": None}
     parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     return [part["type"] for part in parts] == ["ByteLevel"]
 
