@@ -35,9 +35,9 @@ def read_documents(cfg: config.Data) -> Iterator[Document]:
 
 
 def _matching_files(path: str) -> list[str]:
-  if os.path.isfile(path):  # whatever its name would match as a pattern
-    return [path]
   files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+  if not files and os.path.isfile(path):  # whose name looks like a pattern
+    return [path]
   if not files:
     remedy = "; in a pattern, [[] is a bracket of a name" if "[" in path else ""
     if os.path.isdir(path):

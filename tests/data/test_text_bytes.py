@@ -83,7 +83,8 @@ def bits_per_byte(dataset, texts, cfg, context=16, documents=0, count=1):
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "byte_level", "prefix"])
 @pytest.mark.parametrize("separator", ["eot", "bos"])
-def test_eight_bits_a_byte_are_eight(make_config, write_jsonl, tmp_path, kind, separator):
+@pytest.mark.parametrize("masked", [True, False])
+def test_eight_bits_a_byte_are_eight(make_config, write_jsonl, tmp_path, kind, separator, masked):
   name = kind if kind in ("bytes", "sentencepiece") else byte_level(tmp_path, kind == "prefix")
   cfg = make_config(
     path=write_jsonl(["trained on " * 50, *TEXTS]),
@@ -91,12 +92,13 @@ def test_eight_bits_a_byte_are_eight(make_config, write_jsonl, tmp_path, kind, s
     vocab=280 if kind == "sentencepiece" else 300,
     separator=separator,
     validation=f"newest:{len(TEXTS)}",
-    mask_documents=True,
+    mask_documents=masked,
   )
   dataset = data.prepare(cfg, log=quiet)
   for cut in (
     {},
     {"context": 7},
+    {"documents": 1},
     {"documents": 3},
     {"documents": 21, "context": 1000},
     {"count": 2},
@@ -112,15 +114,6 @@ def test_eight_bits_a_byte_are_eight_beside_records(make_config, tmp_path, reade
   )
   dataset = data.prepare(cfg, log=quiet)
   assert bits_per_byte(dataset, TEXTS, cfg) == pytest.approx(8, rel=1e-12)
-
-
-def test_unmasked_all_of_the_text_counts(make_config):
-  """As ever: all but the first token of them all are targets."""
-  cfg = make_config()
-  dataset = data.prepare(cfg, log=quiet)
-  batches = data.validation_batches(dataset, cfg, context=16, batch_size=4, documents=0)
-  assert batches.unscored_bytes == 0
-  assert metrics.scored_bytes(batches, dataset.bytes("validation")) == dataset.bytes("validation")
 
 
 def test_a_normalizers_documents_count_as_they_were_written(make_config, write_jsonl, tmp_path):
