@@ -23,14 +23,15 @@ Legend: K inputs (contraction), O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.model import hf, hf_config
+from beyond_outliers.model import hf, hf_config, hf_files
 from beyond_outliers.params import at_depth, is_kernel, leaves_by_path, parent
 from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, storage
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
@@ -46,16 +47,20 @@ def compressed_tensors(
   directory: PathLike,
   *,
   context: int | None = None,
+  bos_token_id: int | None = None,
+  eos_token_id: int | Sequence[int] | None = None,
+  like: PathLike | None = None,
   shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a quantized model as a compressed-tensors directory.
 
-  context, shard_bytes and errors: as `hf.save`; ConfigError also for what `check_exportable`
+  The other arguments and errors: as `hf.save`; ConfigError also for what `check_exportable`
   refuses."""
   check_exportable(q)
   leaves = leaves_by_path(q.params)
   plain = [leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix)]
-  described = hf_config.to_json(q.model.config, jnp.result_type(*plain).name, context)
+  given = hf_config.given(context, bos_token_id, eos_token_id)
+  described, beside = hf.description(q.model, jnp.result_type(*plain).name, given, like)
   entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model.config)
   layers = {_module(entry): _layer(q, entry) for entry in entries if is_kernel(entry.path)}
   # A head that is the embedding has no tensor, but it is a module.
@@ -65,7 +70,7 @@ def compressed_tensors(
     for entry in entries
     for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry)))
   )
-  hf.write_directory(directory, described, tensors, shard_bytes)
+  hf_files.write_directory(pathlib.Path(directory), described, tensors, shard_bytes, beside)
 
 
 def check_exportable(q: QuantizedModel) -> None:

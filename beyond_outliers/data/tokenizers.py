@@ -251,14 +251,17 @@ def added_bos(directory: str) -> int | None:
   Errors: DataError for a token to be put that the vocabulary lacks."""
   tokenizer = HuggingFace(os.path.join(directory, "tokenizer.json"))
   settings_file = os.path.join(directory, "tokenizer_config.json")
-  settings = json.loads(_read_file(settings_file)) if os.path.exists(settings_file) else {}
+  try:
+    settings = dict(json.loads(_read_file(settings_file))) if os.path.exists(settings_file) else {}
+  except (ValueError, TypeError, RecursionError) as error:
+    raise DataError(f"{settings_file}: not an object in JSON ({error}); fetch it again") from None
   adds, token = settings.get("add_bos_token"), settings.get("bos_token")
   if adds is None:
     return tokenizer.prepended_id
   if not adds:
     return None
-  name = token["content"] if isinstance(token, dict) else token
-  found = tokenizer.id_of(name) if name else None
+  name = token.get("content") if isinstance(token, dict) else token
+  found = tokenizer.id_of(name) if isinstance(name, str) else None
   if found is None:
     raise DataError(
       f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"

@@ -32,11 +32,6 @@ class Uniform:
     return self.largest + self.gap / 2
 
   @property
-  def edge_below_is_a_tie(self) -> bool:
-    """Whether one more code lies behind -edge, so that a value there is halfway between two."""
-    return self.lowest < -self.edge
-
-  @property
   def count(self) -> int:
     return 1 + (self.largest - self.lowest) // self.gap
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from beyond_outliers.config.checks import require
 from beyond_outliers.quant import rotations
 from beyond_outliers.quant.estimators import ESTIMATORS
-from beyond_outliers.quant.scales import GRANULARITIES, SCALES, quotient, reciprocal
+from beyond_outliers.quant.scales import GRANULARITIES, SCALES, has_ties, quotient, reciprocal
 from beyond_outliers.quant.spec import QuantSpec
 
 
@@ -84,7 +84,7 @@ def forward(
   x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None
 ) -> tuple[Quantized, Saved]:
   """Values to codes, without their rotation."""
-  if spec.scale == "absmax_edge" and spec.levels.edge_below_is_a_tie:
+  if spec.scale == "absmax_edge" and has_ties(spec.levels):
     v = quotient(x.astype(scale.dtype), spread(scale, x.shape))
   else:
     v = in_units(x, scale)

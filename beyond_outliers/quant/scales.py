@@ -55,7 +55,12 @@ def absmax_edge(x, axes, grid):
   In two's complement a negative largest number is then halfway between two codes, and the last bit
   decides: there quotients are rounded once, as in compressed-tensors."""
   largest = _largest(x, axes)
-  return quotient(largest, grid.edge) if grid.edge_below_is_a_tie else largest / grid.edge
+  return quotient(largest, grid.edge) if has_ties(grid) else largest / grid.edge
+
+
+def has_ties(grid):
+  """Whether minus the edge lies between two codes, as it does in two's complement."""
+  return -grid.lowest > grid.largest
 
 
 def gaussian(x, axes, grid):
