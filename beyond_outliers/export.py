@@ -19,8 +19,8 @@ computes too:
 Of the last two, one number in a million that lies halfway between two codes goes to the other.
 The first is grid 'twos_complement' with scale 'absmax_edge': equal inputs become equal codes. But
 the largest number of a token, where it is negative, lies halfway between two of them, and its last
-bit decides. So layers agree, given the same inputs; of a whole model in which sums are taken in
-another order, as on another device, many tokens have a code of a layer that differs.
+bit decides. So layers agree given their inputs, and whole models, whose sums are taken in another
+order by an engine, only on average.
 Legend: K inputs (contraction), O outputs.
 """
 

@@ -138,6 +138,9 @@ def test_what_a_hugging_face_directory_puts_before_texts(
   )
   with pytest.raises(DataError, match=r"add_bos_token is true, and bos_token = '<bos>' is not in"):
     tokenizers.added_bos(str(tmp_path))
+  (tmp_path / "tokenizer_config.json").write_text('{"add_bos_')
+  with pytest.raises(DataError, match=r"tokenizer_config.json: not an object in JSON"):
+    tokenizers.added_bos(str(tmp_path))
 
 
 def test_gpt2_gives_gpt2s_ids(gpt2):
