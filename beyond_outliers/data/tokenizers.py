@@ -273,7 +273,7 @@ def added_bos(directory: str) -> int | None:
     settings = json.loads(read_file(settings_file)) if os.path.exists(settings_file) else {}
     adds, token = settings.get("add_bos_token"), settings.get("bos_token")
     name = token["content"] if isinstance(token, dict) else token
-  except (ValueError, AttributeError, KeyError) as error:
+  except (ValueError, AttributeError, KeyError, RecursionError) as error:
     raise DataError(
       f"{settings_file}: damaged ({type(error).__name__}: {error}); copy it again"
     ) from None
