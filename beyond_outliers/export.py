@@ -6,31 +6,35 @@
   int-quantized      integer weights and inputs     weight int8 [O, K]
   float-quantized    e4m3                           weight float8_e4m3fn [O, K]
 
-each with weight_scale, float32: [O, 1], [O, groups], or [1]. Weights are read back exactly. Inputs
-are quantized by the engine, whose rule no field says; `check_exportable` lets the rules pass
-that an engine computes too:
+each with weight_scale, float32: [O, 1], [O, groups], or [1]. In float32 weights are read back
+exactly; transformers rounds scales to the type that it loads a model in. Inputs are quantized by
+the engine, whose rule no field says; `check_exportable` lets the rules pass that an engine
+computes too:
 
-  compressed-tensors 0.20,           integers: largest magnitude / ((2^bits - 1) / 2),
-    by which transformers runs it      all 2^bits levels
+  transformers, by compressed-       integers: largest magnitude / ((2^bits - 1) / 2),
+    tensors 0.20, in float32           all 2^bits levels
   vLLM's kernels, at eight bits      largest magnitude / 127
   both, e4m3                         largest magnitude / 448
 
-of which the first is grid 'twos_complement' with scale 'absmax_edge', but for the largest number of
-a token where it is negative: it lies halfway between two codes, and the last bit of the quotient
-decides.
+Of the last two, one number in a million that lies halfway between two codes goes to the other.
+The first is grid 'twos_complement' with scale 'absmax_edge': equal inputs become equal codes. But
+the largest number of a token, where it is negative, lies halfway between two of them, and its last
+bit decides. So layers agree given their inputs, and whole models, whose sums are taken in another
+order by an engine, only on average.
 Legend: K inputs (contraction), O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.model import hf, hf_config
+from beyond_outliers.model import hf, hf_config, hf_files
 from beyond_outliers.params import at_depth, is_kernel, leaves_by_path, parent
 from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, storage
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
@@ -39,6 +43,7 @@ from beyond_outliers.types import Json, PathLike
 # Grids that lie within the integers of their bits, zero included.
 INTEGERS = ("symmetric", "twos_complement", "ternary")
 PACKED_BITS = (2, 4, 8)  # others straddle words, about which versions of the layout disagree
+WIDE = ("float32", "float64")  # in which compressed-tensors scales inputs as this program does
 
 
 def compressed_tensors(
@@ -46,16 +51,19 @@ def compressed_tensors(
   directory: PathLike,
   *,
   context: int | None = None,
+  bos_token_id: int | None = None,
+  eos_token_id: int | Sequence[int] | None = None,
+  like: PathLike | None = None,
   shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a quantized model as a compressed-tensors directory.
 
-  context, shard_bytes and errors: as `hf.save`; ConfigError also for what `check_exportable`
+  The other arguments and errors: as `hf.save`; ConfigError also for what `check_exportable`
   refuses."""
   check_exportable(q)
-  leaves = leaves_by_path(q.params)
-  plain = [leaf for leaf in leaves.values() if not isinstance(leaf, QuantizedMatrix)]
-  described = hf_config.to_json(q.model.config, jnp.result_type(*plain).name, context)
+  leaves, dtype = leaves_by_path(q.params), _dtype(q)
+  given = hf_config.given(context, bos_token_id, eos_token_id)
+  described, beside = hf.description(q.model, dtype.name, given, like)
   entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model.config)
   layers = {_module(entry): _layer(q, entry) for entry in entries if is_kernel(entry.path)}
   # A head that is the embedding has no tensor, but it is a module.
@@ -63,9 +71,9 @@ def compressed_tensors(
   tensors = (
     named
     for entry in entries
-    for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry)))
+    for named in _tensors(entry, leaves[entry.path], layers.get(_module(entry)), dtype)
   )
-  hf.write_directory(directory, described, tensors, shard_bytes)
+  hf_files.write_directory(pathlib.Path(directory), described, tensors, shard_bytes, beside)
 
 
 def check_exportable(q: QuantizedModel) -> None:
@@ -76,7 +84,7 @@ def check_exportable(q: QuantizedModel) -> None:
   for path in q.model.contractions():
     layer = q.recipe.layer(path)
     if layer is not None:
-      _check_layer(path, layer)
+      _check_layer(path, layer, _dtype(q).name)
       formats_used[_format(layer)] = path
   require(
     bool(formats_used),
@@ -106,7 +114,13 @@ def check_exportable(q: QuantizedModel) -> None:
     )
 
 
-def _check_layer(path: str, layer: LayerRecipe) -> None:
+def _dtype(q: QuantizedModel) -> np.dtype:
+  """The type of all that is not quantized, in which the engine computes."""
+  leaves = leaves_by_path(q.params).values()
+  return jnp.result_type(*(leaf for leaf in leaves if not isinstance(leaf, QuantizedMatrix)))
+
+
+def _check_layer(path: str, layer: LayerRecipe, dtype: str) -> None:
   w, x = layer.weights, layer.activations
   require(
     w is not None,
@@ -145,10 +159,10 @@ def _check_layer(path: str, layer: LayerRecipe) -> None:
     f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()",
   )
   if x is not None:
-    _check_activations(path, w, x)
+    _check_activations(path, w, x, dtype)
 
 
-def _check_activations(path: str, w: QuantSpec, x: QuantSpec) -> None:
+def _check_activations(path: str, w: QuantSpec, x: QuantSpec, dtype: str) -> None:
   require(
     (x.grid == "e4m3") == (w.grid == "e4m3"),
     f"{path}: activations.grid",
@@ -169,6 +183,13 @@ def _check_activations(path: str, w: QuantSpec, x: QuantSpec) -> None:
     "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has 2^bits "
     "levels: take the grid 'twos_complement' with the scale 'absmax_edge', eight bits with "
     "'absmax', or leave them in full precision",
+  )
+  require(
+    by_largest or dtype in WIDE,
+    f"{path}: activations",
+    f"{x.grid}, {x.scale}",
+    f"in {dtype} the engine rounds scales and inputs to that type, and finds other codes; give "
+    "parameters in float32, or leave activations in full precision",
   )
 
 
@@ -232,11 +253,15 @@ def _arguments(spec: QuantSpec | None, dynamic: bool) -> Json | None:
 
 
 def _tensors(
-  entry: hf.Entry, leaf: Any, layer: LayerRecipe | None
+  entry: hf.Entry, leaf: Any, layer: LayerRecipe | None, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, array) of all that a parameter is in the files."""
-  if layer is None or not isinstance(leaf, QuantizedMatrix):
-    yield entry.name, hf.tensor(leaf.codes if isinstance(leaf, QuantizedMatrix) else leaf, entry)
+  """(name, array) of all that a parameter is in the files. dtype: of a matrix that is not
+  quantized, which stacks with others hold in float32."""
+  if not isinstance(leaf, QuantizedMatrix):
+    yield entry.name, hf.tensor(leaf, entry)
+    return
+  if layer is None:
+    yield entry.name, hf.tensor(leaf.codes, entry).astype(dtype)
     return
   spec: Any = layer.weights
   codes_OxK = hf.tensor(leaf.codes, entry).astype(spec.levels.dtype)

@@ -137,6 +137,13 @@ class Run:
   def tokenizer(self) -> Any:
     return self.dataset.tokenizer
 
+  @property
+  def generation(self) -> Json:
+    """Arguments of `hf.save` and `export.compressed_tensors`: the window, and the token that
+    stands between documents, which begins and ends a text."""
+    token = getattr(self.tokenizer, self.config.data.separator)
+    return {"context": self.config.context, "bos_token_id": token, "eos_token_id": token}
+
   def batches(self, split: str) -> Iterator[Batch]:
     """The batches that the run trained on, from its first (`train`), or those of its `validation`:
     numpy, [B, L] each. Errors: DataError for another split."""

@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.data.tokenizer = "sentencepiece"         # bytes | sentencepiece (trained here) | sentencepiece:FILE | huggingface:FILE | gpt2
   c.data.vocab = shape["vocab"]              # size of the vocabulary; a trained tokenizer gets exactly this many pieces
   c.data.separator = "eot"                   # eot (after each document, as in the study) | bos (before each)
+  c.data.eot = ""                            # special token that ends a text, such as "<|im_end|>"; empty: the tokenizer's own
   c.data.validation = "newest:10"            # newest:COUNT documents | fraction:0.01 by hash | path:GLOB
   c.data.mask_documents = False              # attention across documents of a window: False allows it, as in the study
   c.data.reader = "shards"                   # shards (token files written once) | tfds (straight from ArrayRecord)

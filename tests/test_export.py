@@ -52,6 +52,13 @@ def edge(bits, granularity="token"):
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "compressed_tensors.npz")
 GROUPS = recipe(QuantSpec(4, granularity="group", group=24), head=QuantSpec(4))
+FOUR = LayerRecipe(QuantSpec(4))
+
+
+def rules(*rules):
+  return Recipe(tuple(rules))
+
+
 WRITTEN = {
   "rtn_w4a16": (RECIPES["rtn_w4a16"], "pack-quantized"),
   "groups and a head": (GROUPS, "pack-quantized"),
@@ -65,6 +72,25 @@ WRITTEN = {
   "W4A4": (recipe(QuantSpec(4), edge(4)), "int-quantized"),
   "W8A8": (recipe(QuantSpec(8), edge(8, "tensor")), "int-quantized"),
   "fp8": (RECIPES["fp8"], "float-quantized"),
+  "a block left whole": (
+    rules(("head", None), ("layers/0/.*", None), (".*", FOUR)),
+    "pack-quantized",
+  ),
+  "a layer left whole": (
+    rules(("head", None), ("layers/1/mlp/down", None), (".*", RECIPES["rtn_w8a8"].default)),
+    "int-quantized",
+  ),
+  "the head alone": (rules(("head", FOUR), (".*", None)), "pack-quantized"),
+  "unequal blocks, a layer left whole": (
+    rules(
+      ("head", LayerRecipe(QuantSpec(8))),
+      ("layers/0/mlp/.*", LayerRecipe(QuantSpec(4, granularity="group", group=24))),
+      ("layers/1/attention/o", None),
+      ("layers/1/mlp/.*", LayerRecipe(QuantSpec(2, "twos_complement"))),
+      (".*", FOUR),
+    ),
+    "pack-quantized",
+  ),
 }
 
 
@@ -76,7 +102,8 @@ def fresh(model):
 
 
 def exported(recipe, directory, c=MODEL):
-  """(config.json, {name: its array}, {module: the matrix [O, K] that ours multiplies with})."""
+  """(config.json, {name: its array}, {module: the matrix [O, K] that ours multiplies with, or None
+  where it is whole})."""
   model = transformer.Transformer(c)
   q = ptq.quantize(model, fresh(model), recipe)
   export.compressed_tensors(q, directory)
@@ -94,9 +121,12 @@ def exported(recipe, directory, c=MODEL):
   }
   matrices = {}
   for entry in hf.entries(hf_config.FAMILIES[fields["model_type"]], model.config):
-    layer = entry.path.endswith("kernel") and recipe.layer(
+    if not entry.path.endswith("kernel"):
+      continue
+    layer = recipe.layer(
       f"layers/{entry.depth}/{entry.path[7:-7]}" if entry.depth is not None else "head"
     )
+    matrices[entry.name.removesuffix(".weight")] = None
     if layer:
       node = q.params
       for name in entry.path.split("/"):
@@ -131,18 +161,25 @@ def unpacked(packed, bits, width):
 
 
 def test_every_matrix_can_be_computed_from_the_files(written):
-  directory, recipe, format_, (fields, tensors, matrices) = written
+  directory, _, format_, (fields, tensors, matrices) = written
   described = fields["quantization_config"]
   assert (described["quant_method"], described["format"]) == ("compressed-tensors", format_)
-  assert described["ignore"] == ([] if recipe.layer("head") else ["lm_head"])
+  whole = [module for module, matrix in matrices.items() if matrix is None]
+  assert sorted(described["ignore"]) == sorted(whole)
   for module, matrix in matrices.items():
+    groups = [
+      group
+      for group in described["config_groups"].values()
+      if {"Linear", module} & set(group["targets"])
+    ]
+    if matrix is None:
+      assert groups == [] or groups[0]["targets"] == ["Linear"]
+      assert tensors[f"{module}.weight"].dtype == np.float32
+      assert f"{module}.weight_scale" not in tensors
+      continue
     scale = tensors[f"{module}.weight_scale"]
     if format_ == "pack-quantized":
-      (group,) = [
-        group
-        for group in described["config_groups"].values()
-        if {"Linear", module} & set(group["targets"])
-      ]
+      (group,) = groups
       shape = tensors[f"{module}.weight_shape"]
       assert shape.tolist() == list(matrix.shape) and f"{module}.weight" not in tensors
       codes = unpacked(tensors[f"{module}.weight_packed"], group["weights"]["num_bits"], shape[1])
@@ -161,28 +198,98 @@ def test_words_are_those_of_the_package_of_the_layout(bits):
   )
 
 
-@pytest.mark.parametrize(
-  "name,spec",
-  [
-    ("int4_token", edge(4)),
-    ("int8_token", edge(8)),
-    ("int4_tensor", edge(4, "tensor")),
-    ("int8_tensor", edge(8, "tensor")),
-    ("float8_token", QuantSpec(8, "e4m3", granularity="token")),
-    ("float8_tensor", QuantSpec(8, "e4m3", granularity="tensor")),
-  ],
-)
-def test_inputs_become_what_the_package_of_the_layout_makes_of_them(name, spec):
-  export._check_layer(
-    "up", LayerRecipe(QuantSpec(8, "e4m3" if spec.grid == "e4m3" else "symmetric"), spec)
-  )
-  x, expected = GOLDEN["x"], GOLDEN[name]
-  ours = np.asarray(quantizers.fake_quantize(jnp.asarray(x), spec))
-  # Halfway between two codes: the largest of a token, where it is negative.
-  tie = (spec.scale == "absmax_edge") & (x < 0) & (x == -np.abs(x).max(1, keepdims=True))
-  np.testing.assert_allclose(ours[~tie], expected[~tie], rtol=1e-6)
-  step = np.abs(x).max() / spec.levels.largest
-  assert np.abs(ours - expected).max() < 1.01 * step
+def engine(x, spec):
+  """(codes, scale) that compressed-tensors 0.20 makes of inputs, in their type: calculate_qparams
+  and round_to_quantized_type_args, for dynamic symmetric arguments."""
+  largest = np.abs(x).max(axis=1 if spec.granularity == "token" else None, keepdims=True)
+  if spec.grid == "e4m3":
+    scale = largest / x.dtype.type(448)
+  else:
+    scale = largest / x.dtype.type((2**spec.bits - 1) / 2)
+  scale = np.where(scale == 0, np.finfo(x.dtype).eps, scale)
+  if spec.grid == "e4m3":
+    return np.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(x.dtype), scale
+  return np.rint(np.clip(x / scale, -(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)), scale
+
+
+INPUTS = {
+  "int4_token": edge(4),
+  "int8_token": edge(8),
+  "int4_tensor": edge(4, "tensor"),
+  "int8_tensor": edge(8, "tensor"),
+  "float8_token": QuantSpec(8, "e4m3", granularity="token"),
+  "float8_tensor": QuantSpec(8, "e4m3", granularity="tensor"),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_rule_of_the_package_of_the_layout_is_this_one(name):
+  """Its own numbers, to the bit."""
+  codes, scale = engine(GOLDEN["x"], INPUTS[name])
+  np.testing.assert_array_equal(codes * scale, GOLDEN[name])
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_get_the_codes_of_the_package_of_the_layout(name):
+  """All codes of all tokens; of a token whose largest number is negative that one is a tie."""
+  spec = INPUTS[name]
+  integers = spec.grid != "e4m3"
+  weights = QuantSpec(8, "symmetric" if integers else "e4m3")
+  export._check_layer("up", LayerRecipe(weights, spec), "float32")
+  normal = np.random.default_rng(0).standard_normal((4096, 256)).astype(np.float32)
+  assert (normal.min(1) < -normal.max(1)).mean() > 0.4
+  jitted = jax.jit(quantizers.quantize_array, static_argnums=1)
+  for x in (GOLDEN["x"], normal):
+    codes, scale = engine(x, spec)
+    for quantize in (quantizers.quantize_array, jitted):
+      ours = quantize(jnp.asarray(x), spec)
+      ours_codes = np.asarray(ours.codes, np.float32)
+      if integers:
+        np.testing.assert_array_equal(ours_codes, codes)
+        np.testing.assert_array_equal(np.where(x == 0, 0, ours.scale), np.where(x == 0, 0, scale))
+        continue
+      # Scaled by a reciprocal: what lies halfway but for a rounding error may go to either side.
+      other = ours_codes != codes
+      assert other.sum() <= 2
+      halfway = np.broadcast_to((ours_codes + codes) / 2 * scale, x.shape)
+      np.testing.assert_allclose(x[other], halfway[other], rtol=3e-7)
+
+
+def test_inputs_that_an_engine_rounds_to_bfloat16_are_refused():
+  """There the largest magnitude over 7.5 is rounded to eight bits, and so are its multiples."""
+  with pytest.raises(config.ConfigError, match="in bfloat16 the engine rounds scales and inputs"):
+    export._check_layer("up", LayerRecipe(QuantSpec(4), edge(4)), "bfloat16")
+  export._check_layer("up", RECIPES["fp8"].default, "bfloat16")
+
+
+def test_a_layer_left_whole_keeps_the_type_of_the_parameters(tmp_path):
+  model = transformer.Transformer(MODEL)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh(model))
+  q = ptq.quantize(model, params, rules(("head|layers/0/.*", None), (".*", FOUR)))
+  export.compressed_tensors(q, tmp_path / "a")
+  with safetensors.safe_open(tmp_path / "a" / hf.SINGLE, framework="numpy") as file:
+    whole = file.get_tensor("model.layers.0.mlp.up_proj.weight")
+  np.testing.assert_array_equal(whole, params["layers"]["mlp"]["up"]["kernel"][0].T)
+  assert whole.dtype == export._dtype(q) == jnp.bfloat16
+
+
+def test_what_generation_needs_goes_with_the_model(tmp_path):
+  """From the directory that it was loaded from, also over a quantized model that was saved."""
+  model = transformer.Transformer(MODEL)
+  hf.save(model, fresh(model), tmp_path / "a", context=4096, eos_token_id=7, bos_token_id=1)
+  (tmp_path / "a" / "tokenizer.json").write_text("{}")
+  loaded, params = hf.load(tmp_path / "a")
+  q = ptq.quantize(loaded, params, RECIPES["rtn_w4a16"])
+  q.save(tmp_path / "q")
+  for name, of in (("b", q), ("c", ptq.load(tmp_path / "q"))):
+    export.compressed_tensors(of, tmp_path / name)
+    fields = json.loads((tmp_path / name / "config.json").read_text())
+    assert (fields["eos_token_id"], fields["bos_token_id"]) == (7, 1)
+    assert fields["max_position_embeddings"] == 4096
+    assert (tmp_path / name / "tokenizer.json").read_text() == "{}"
+  export.compressed_tensors(q, tmp_path / "d", context=128, eos_token_id=[2, 3])
+  fields = json.loads((tmp_path / "d" / "config.json").read_text())
+  assert (fields["eos_token_id"], fields["max_position_embeddings"]) == ([2, 3], 128)
 
 
 def test_the_package_of_the_layout_reads_the_same(written):
@@ -198,6 +305,8 @@ def test_the_package_of_the_layout_reads_the_same(written):
   described = QuantizationConfig(**fields["quantization_config"])
   state = load_file(directory / hf.SINGLE)
   for module, matrix in matrices.items():
+    if matrix is None:
+      continue
     (scheme,) = [
       scheme
       for scheme in described.config_groups.values()

@@ -38,7 +38,7 @@ DOORS = {
   "tensorflow_datasets": ("data/tfds",),
   "aqt": ("quant/backends/aqt",),
   "safetensors": (
-    "model/hf",
+    "model/hf_files",
     "quant/storage",
   ),  # other programs' files, and our own of quantized models
   "matplotlib": ("analysis/plots",),

@@ -59,6 +59,12 @@ def test_open(workdir, tiny_config):
   )
   assert run.status["status"] == "done" and run.status["step"] == 4
   assert run.steps == [2, 4]
+  # Documents end with this token.
+  assert run.generation == {
+    "context": 32,
+    "bos_token_id": run.tokenizer.eot,
+    "eos_token_id": run.tokenizer.eot,
+  }
   assert (
     run.manifest["devices"]["count"] == 8 and run.manifest["packages"]["jax"] == jax.__version__
   )

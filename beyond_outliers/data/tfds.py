@@ -8,6 +8,7 @@ train.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import struct
@@ -109,16 +110,20 @@ class Records:
     return builder.as_data_source(split=split)
 
   def __len__(self) -> int:
-    return len(self._source)
+    with _readable(self.path):
+      return len(self._source)
 
   def __getitem__(self, index: int) -> Document:
-    return self._document(index, self._source[index])
+    (document,) = self.read([index])
+    return document
 
   def read(self, indices: Sequence[int]) -> Iterator[Document]:
     """Documents in the order of the indices, several records per call."""
     for start in range(0, len(indices), READ_AT_ONCE):
       chunk = indices[start : start + READ_AT_ONCE]
-      yield from map(self._document, chunk, self._source.__getitems__(chunk))
+      with _readable(self.path):
+        examples = self._source.__getitems__(chunk)
+      yield from map(self._document, chunk, examples)
 
   def _document(self, index: int, example: dict[str, Any]) -> Document:
     return _document(example, self._field, f"{self.path}: record {index}")
@@ -127,9 +132,8 @@ class Records:
 def split_files(path: str) -> list[str]:
   """The record files of a split. Errors: DataError if one named in the description is missing."""
   builder, split = _open(path)
-  names = [
-    str(instruction.filename) for instruction in builder.info.splits[split].file_instructions
-  ]
+  with _readable(path):
+    names = [str(part.filename) for part in builder.info.splits[split].file_instructions]
   missing = [name for name in names if not os.path.isfile(name)]
   if missing:
     raise DataError(f"data.path = {path!r}: {missing[0]} is missing")
@@ -148,7 +152,8 @@ def read_split(path: str, field: str) -> Iterator[Document]:
     for part in builder.info.splits[split].file_instructions:
       for number, record in enumerate(_tfrecords(str(part.filename))):
         if part.skip <= number < part.skip + part.take:
-          example = builder.info.features.deserialize_example_np(record)
+          with _readable(f"{part.filename}: record {number}"):
+            example = builder.info.features.deserialize_example_np(record)
           yield _document(example, field, f"{part.filename}: record {number}")
   else:
     raise DataError(
@@ -156,7 +161,24 @@ def read_split(path: str, field: str) -> Iterator[Document]:
     )
 
 
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+  """Makes a DataError that names the path of whatever TFDS and its readers raise."""
+  try:
+    yield
+  except DataError:
+    raise
+  except Exception as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise DataError(
+      f"data.path = {path!r}: not readable as a TFDS dataset ({reason}); mend the path, or copy "
+      "the dataset again"
+    ) from error
+
+
 def _document(example: dict[str, Any], field: str, where: str) -> Document:
+  if example[field] is None:
+    raise DataError(f"{where}: no {field!r} in it; the file is damaged: copy it again")
   return Document(as_content(example[field], where, field), where)
 
 
@@ -170,7 +192,8 @@ def _open(path: str, field: str | None = None) -> tuple[Any, str]:
       f"data.path = {path!r}: not a prepared TFDS dataset (no dataset_info.json in {directory!r}); "
       "expected the directory of its version, such as .../c4/en/3.0.1"
     )
-  builder = tfds.builder_from_directory(directory)
+  with _readable(path):
+    builder = tfds.builder_from_directory(directory)
   name = split.partition("[")[0]
   if name not in builder.info.splits:
     raise DataError(

@@ -18,10 +18,14 @@ MAX_SENTENCE = 4096
 
 
 def trained_tokenizer(
-  sample: Iterable[Document], cfg: config.Data, directory: str, log: Callable[[str], None]
+  sample: Iterable[Document],
+  cfg: config.Data,
+  directory: str,
+  log: Callable[[str], None],
+  eot: str = "",
 ) -> tokenizers.Tokenizer:
-  """A tokenizer trained on documents, its model written to the dataset's folder. Errors: DataError
-  for documents that are token ids, or none at all."""
+  """A tokenizer trained on documents, its model written to the dataset's folder. eot: see
+  `tokenizers.load`. Errors: DataError for documents that are token ids, or none at all."""
   began = time.monotonic()
   texts = [_text(document, cfg) for document in sample]
   if not texts:
@@ -33,7 +37,7 @@ def trained_tokenizer(
     f"prepare: trained a SentencePiece model of {cfg.vocab} pieces in "
     f"{time.monotonic() - began:.1f} s"
   )
-  return tokenizers.load("sentencepiece:" + file)
+  return tokenizers.load("sentencepiece:" + file, eot)
 
 
 def _text(document: Document, cfg: config.Data) -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from beyond_outliers.data.sentence_piece import SentencePiece
+from beyond_outliers.data.tokenizer import Tokenizer, needs_extra, read_file
 from beyond_outliers.errors import DataError
 
 GPT2_FILES = {  # SHA-256 of OpenAI's release
@@ -24,56 +28,32 @@ GPT2_FILES = {  # SHA-256 of OpenAI's release
 # vocabulary has is taken.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+# Unicode's White_Space, as tiktoken's pattern has it; Python's \s takes some separators in too.
+_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_RUNS = re.compile(f"(?<!{_SPACE}){_SPACE}{{1000,}}")  # tiktoken panics at a million
 
 
-class Tokenizer:
-  """Text to token ids and back.
+def _bytes_of_characters() -> dict[str, int]:
+  """The byte that each character of a byte-level BPE's vocabulary stands for."""
+  printable = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("\u00a1"), ord("\u00ac") + 1),
+    *range(ord("\u00ae"), 256),
+  ]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {
+    chr(256 + n): byte for n, byte in enumerate(others)
+  }
 
-  ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary has
-  no such token.
 
-  `decode(encode(text)) == text` for bytes, GPT-2 and the SentencePiece models trained here; others
-  keep what their normalizer leaves. Special tokens spelled out in a text are text.
-  """
-
-  stored: str  # what `load` takes to open the copy in a dataset's folder
-  vocab_size: int
-  ids: Sequence[int]  # that have a token, ascending
-  eot: int | None
-  bos: int | None
-  special_ids: frozenset[int] = frozenset()  # of tokens that are no text, eot and bos apart
-
-  def __init__(self, files: dict[str, bytes]):
-    self._files = files  # name in a dataset's folder -> content
-    digest = hashlib.sha256(self.stored.encode())
-    for name, content in sorted(files.items()):
-      digest.update(name.encode() + b"\0" + content)
-    self.fingerprint = digest.hexdigest()
-
-  def encode(self, text: str) -> np.ndarray:
-    return self.encode_batch([text])[0]
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Many texts at once, on all cores where the library has threads."""
-    raise NotImplementedError
-
-  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    return self.decode_bytes(ids).decode("utf-8", "replace")
-
-  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-    raise NotImplementedError
-
-  def save(self, directory: str) -> None:
-    for name, content in self._files.items():
-      with open(os.path.join(directory, name), "wb") as file:
-        file.write(content)
+BYTE_OF = _bytes_of_characters()
 
 
 class Bytes(Tokenizer):
   """One token per UTF-8 byte, then bos and eot: needs nothing, and a token's loss is a byte's."""
 
   stored = "bytes"
-  vocab_size, ids, bos, eot = 258, range(258), 256, 257
+  vocab_size, bos, eot = 258, 256, 257
 
   def __init__(self, argument: str = ""):
     if argument:
@@ -87,42 +67,8 @@ class Bytes(Tokenizer):
     ids = np.asarray(ids)
     return ids[ids < 256].astype(np.uint8).tobytes()
 
-
-class SentencePiece(Tokenizer):
-  """A SentencePiece model's file, run by the library of that name."""
-
-  stored = "sentencepiece:{directory}/tokenizer.model"
-
-  def __init__(self, file: str):
-    import sentencepiece
-
-    super().__init__({"tokenizer.model": _read_file(file)})
-    try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files["tokenizer.model"])
-    except RuntimeError as error:
-      raise DataError(f"data.tokenizer: {file} is not a SentencePiece model ({error})") from None
-    self.vocab_size = self._model.vocab_size()
-    self.ids = range(self.vocab_size)
-    self.eot, self.bos = _id_or_none(self._model.eos_id()), _id_or_none(self._model.bos_id())
-    # SentencePiece writes a space as U+2581. A U+2581 of the text survives only as three bytes.
-    pieces = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-    self._lower_block = (
-      np.array(pieces, np.int32) if all(map(self._model.is_byte, pieces)) else None
-    )
-
-  def encode_batch(self, texts):
-    lower_block = self._lower_block
-    if lower_block is None or not any("\u2581" in text for text in texts):
-      threads = -1 if len(texts) > 1 else 1  # -1: one per core
-      return self._model.encode(list(texts), return_type="numpy", num_threads=threads)
-    return [self._encode_around(text, lower_block) for text in texts]
-
-  def _encode_around(self, text: str, lower_block: np.ndarray) -> np.ndarray:
-    first, *rest = self._model.encode(text.split("\u2581"), return_type="numpy")
-    return np.concatenate([first, *(part for piece in rest for part in (lower_block, piece))])
-
-  def decode_bytes(self, ids):
-    return self._model.decode(np.asarray(ids).tolist(), out_type=bytes)
+  def num_bytes(self, ids):
+    return int(np.count_nonzero(np.asarray(ids) < 256))
 
 
 class HuggingFace(Tokenizer):
@@ -134,8 +80,8 @@ class HuggingFace(Tokenizer):
     try:
       import tokenizers
     except ImportError:
-      raise DataError(_needs_extra("huggingface", "tokenizers")) from None
-    super().__init__({"tokenizer.json": _read_file(file)})
+      raise DataError(needs_extra("huggingface", "tokenizers")) from None
+    super().__init__({"tokenizer.json": read_file(file)})
     try:
       self._model = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
     except Exception as error:  # the library raises a bare Exception
@@ -145,14 +91,45 @@ class HuggingFace(Tokenizer):
     self._model.no_truncation()
     self._model.no_padding()
     self._model.encode_special_tokens = True
-    self.ids = sorted(self._model.get_vocab().values())
+    self._ids = self._model.get_vocab()  # by token
+    if not self._ids:
+      raise DataError(f"data.tokenizer: {file} has no vocabulary")
+    self.ids = sorted(self._ids.values())
     self.vocab_size = 1 + self.ids[-1]  # ids may have gaps
-    added = self._model.get_added_tokens_decoder()
-    self.special_ids = frozenset(i for i, token in added.items() if token.special)
     self.eot, self.bos = self._first_known(EOT_NAMES), self._first_known(BOS_NAMES)
+    self._byte_pieces = [self._ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+    self._make_special([i for i in (self.eot, self.bos) if i is not None])
+
+  def _make_special(self, ids: Sequence[int]) -> None:
+    """Whatever the file says of them: a text that spells them out must not become them."""
+    self._model.add_special_tokens([self._model.id_to_token(i) for i in ids])
+    added = self._model.get_added_tokens_decoder()
+    self.special = {token.content: i for i, token in added.items() if token.special}
+    self._token_bytes = self._bytes_by_id() if self._is_byte_level() else None
+
+  def name_eot(self, name):
+    added = {token.content: i for i, token in self._model.get_added_tokens_decoder().items()}
+    if name in added:
+      self._make_special([added[name]])
+    super().name_eot(name)
 
   def _first_known(self, names: Sequence[str]) -> int | None:
     return next((i for i in map(self.id_of, names) if i is not None), None)
+
+  def _is_byte_level(self) -> bool:
+    """Whether decoding puts the tokens' bytes one after the other, and does nothing else."""
+    decoder = json.loads(self._files["tokenizer.json"]).get("decoder") or {"type": None}
+    parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return [part["type"] for part in parts] == ["ByteLevel"]
+
+  def _bytes_by_id(self) -> np.ndarray:
+    """int64 [vocab_size]: bytes that each token of a byte-level vocabulary stands for."""
+    sizes = np.zeros(self.vocab_size, np.int64)
+    for token, i in self._ids.items():
+      whole = all(map(BYTE_OF.__contains__, token))
+      sizes[i] = len(token) if whole else len(token.encode())
+    sizes[list(self.special.values())] = 0
+    return sizes
 
   @property
   def prepended_id(self) -> int | None:
@@ -171,13 +148,34 @@ class HuggingFace(Tokenizer):
   def decode_bytes(self, ids):
     return self._model.decode(np.asarray(ids).tolist(), skip_special_tokens=False).encode()
 
+  def num_bytes(self, ids):
+    ids = np.asarray(ids)
+    if self._token_bytes is not None:
+      return int(self._token_bytes[ids].sum())
+    ids = ids[np.isin(ids, list(self.special.values()), invert=True)]
+    if min(self._byte_pieces) >= 0:
+      # A part of a character decodes to U+FFFD, and every byte of ASCII to itself.
+      ids = np.where(np.isin(ids, self._byte_pieces), self._byte_pieces[ord("a")], ids)
+    return len(self.decode_bytes(ids))
+
+  def first_bytes(self, text, ids):
+    if not ids.size:  # nothing is left of the text
+      return len(text.encode())
+    decoded = self.decode(ids)
+    if decoded.endswith(text):  # but for a space that it may put first, nothing is changed
+      return max(0, self.num_bytes(ids[:1]) - len(decoded.encode()) + len(text.encode()))
+    (_, end), *others = self._model.encode(text, add_special_tokens=False).offsets
+    if others and others[0][0] < end:  # several tokens share a character: its own bytes alone
+      return self.num_bytes(ids[:1])
+    return len(text[:end].encode())
+
 
 class Gpt2(Tokenizer):
   """GPT-2's byte-level BPE, run by tiktoken; the files must be OpenAI's release, by SHA-256."""
 
   stored = "gpt2:{directory}"
   END = 50256
-  vocab_size, ids, bos, eot = 50257, range(50257), END, END
+  vocab_size, bos, eot = 50257, END, END
   # The release's pattern, in tiktoken's equivalent and faster form.
   PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -185,9 +183,9 @@ class Gpt2(Tokenizer):
     try:
       import tiktoken
     except ImportError:
-      raise DataError(_needs_extra("gpt2", "tiktoken")) from None
+      raise DataError(needs_extra("gpt2", "tiktoken")) from None
     directory = directory or _gpt2_package_folder()
-    super().__init__({name: _read_file(os.path.join(directory, name)) for name in GPT2_FILES})
+    super().__init__({name: read_file(os.path.join(directory, name)) for name in GPT2_FILES})
     for name, expected in GPT2_FILES.items():
       found = hashlib.sha256(self._files[name]).hexdigest()
       if found != expected:
@@ -195,38 +193,50 @@ class Gpt2(Tokenizer):
           f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
           f"expected {expected})"
         )
+    self.special = {"<|endoftext|>": self.END}
     self._model = tiktoken.Encoding(
       "gpt2",
       pat_str=self.PATTERN,
       mergeable_ranks=self._ranks(),
-      special_tokens={"<|endoftext|>": self.END},
+      special_tokens=self.special,
       explicit_n_vocab=self.vocab_size,
     )
 
   def _ranks(self) -> dict[bytes, int]:
     """{token's bytes: id}: encoder.json's keys, whose every character stands for a byte."""
-    printable = [
-      *range(ord("!"), ord("~") + 1),
-      *range(ord("\u00a1"), ord("\u00ac") + 1),
-      *range(ord("\u00ae"), 256),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {
-      chr(256 + n): byte for n, byte in enumerate(others)
-    }
     encoder = json.loads(self._files["encoder.json"])
-    return {bytes(byte_of[c] for c in key): i for key, i in encoder.items() if i != self.eot}
+    return {bytes(BYTE_OF[c] for c in key): i for key, i in encoder.items() if i != self.eot}
 
   def encode_batch(self, texts):
-    if len(texts) == 1:  # a batch starts threads
-      return [np.array(self._model.encode_ordinary(texts[0]), np.int32)]
+    parts = [_at_long_runs(text) for text in texts]
+    flat = list(itertools.chain(*parts))
+    if len(flat) == 1:  # a batch starts threads
+      encoded = iter([self._model.encode_ordinary(flat[0])])
+    else:
+      encoded = iter(self._model.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
     return [
-      np.array(ids, np.int32)
-      for ids in self._model.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+      np.array(list(itertools.chain(*itertools.islice(encoded, len(part)))), np.int32)
+      for part in parts
     ]
 
   def decode_bytes(self, ids):
     return self._model.decode_bytes(np.asarray(ids).tolist())
+
+  def num_bytes(self, ids):
+    return len(self.decode_bytes(np.asarray(ids)[np.asarray(ids) != self.END]))
+
+
+def _at_long_runs(text: str) -> list[str]:
+  """A text cut at its long runs of spaces, so that the parts' tokens are the text's.
+
+  GPT-2's pattern takes of a run that something follows all but the last space as one word; and of a
+  part that is a run, all of it."""
+  cuts = [0]
+  for run in LONG_RUNS.finditer(text):
+    cuts += [run.start(), run.end() - (run.end() < len(text))]
+  return [
+    text[start:end] for start, end in itertools.pairwise([*cuts, len(text)]) if end > start
+  ] or [""]
 
 
 TOKENIZERS = {
@@ -237,16 +247,19 @@ TOKENIZERS = {
 }
 
 
-def load(name: str) -> Tokenizer:
+def load(name: str, eot: str = "") -> Tokenizer:
   """Opens 'bytes', 'sentencepiece:FILE.model', 'huggingface:FILE.json', 'gpt2' or 'gpt2:DIR'.
 
-  Errors: DataError."""
+  eot: the token that ends a text, by name; empty: the tokenizer's own. Errors: DataError."""
   kind, _, argument = name.partition(":")
   if kind not in TOKENIZERS:
     raise DataError(f"data.tokenizer = {name!r}: expected one of {', '.join(TOKENIZERS)}")
   if kind in ("sentencepiece", "huggingface") and not argument:
     raise DataError(f"data.tokenizer = {name!r}: expected '{kind}:FILE'")
-  return TOKENIZERS[kind](argument)
+  tokenizer = TOKENIZERS[kind](argument)
+  if eot:
+    tokenizer.name_eot(eot)
+  return tokenizer
 
 
 def added_bos(directory: str) -> int | None:
@@ -257,36 +270,24 @@ def added_bos(directory: str) -> int | None:
   Errors: DataError for a token to be put that the vocabulary lacks."""
   tokenizer = HuggingFace(os.path.join(directory, "tokenizer.json"))
   settings_file = os.path.join(directory, "tokenizer_config.json")
-  settings = json.loads(_read_file(settings_file)) if os.path.exists(settings_file) else {}
-  adds, token = settings.get("add_bos_token"), settings.get("bos_token")
+  try:
+    settings = json.loads(read_file(settings_file)) if os.path.exists(settings_file) else {}
+    adds, token = settings.get("add_bos_token"), settings.get("bos_token")
+    name = token["content"] if isinstance(token, dict) else token
+  except (ValueError, AttributeError, KeyError, RecursionError) as error:
+    raise DataError(
+      f"{settings_file}: damaged ({type(error).__name__}: {error}); copy it again"
+    ) from None
   if adds is None:
     return tokenizer.prepended_id
   if not adds:
     return None
-  name = token["content"] if isinstance(token, dict) else token
-  found = tokenizer.id_of(name) if name else None
+  found = tokenizer.id_of(name) if isinstance(name, str) else None
   if found is None:
     raise DataError(
       f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"
     )
   return found
-
-
-def _id_or_none(token: int) -> int | None:
-  return token if token >= 0 else None
-
-
-def _read_file(file: str) -> bytes:
-  if not os.path.isfile(file):
-    raise DataError(f"data.tokenizer: no file {file!r} (in {os.getcwd()})")
-  with open(file, "rb") as stream:
-    return stream.read()
-
-
-def _needs_extra(kind: str, library: str) -> str:
-  return (
-    f"data.tokenizer = '{kind}': needs the library {library!r}; pip install 'beyond_outliers[hf]'"
-  )
 
 
 def _gpt2_package_folder() -> str:

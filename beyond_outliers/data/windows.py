@@ -75,7 +75,9 @@ def make_batch(
 
 class ValidationBatches(Sequence):
   """Batches of the validation documents in their own order, every target once; targets beyond the
-  end have weight 0. Read when asked for."""
+  end have weight 0. Read when asked for.
+
+  unscored_bytes: of the documents' text, those whose tokens are no targets, on any process."""
 
   def __init__(
     self,
@@ -85,7 +87,9 @@ class ValidationBatches(Sequence):
     context: int,
     batch_size: int,
     rows: range,
+    unscored_bytes: int,
   ):
+    self.unscored_bytes = unscored_bytes
     self._stream, self._tokens, self._cfg = stream, tokens, cfg
     self._context, self.batch_size, self._rows = context, batch_size, rows
 
@@ -130,7 +134,10 @@ def validation_batches(
       f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
     )
   rows = process_rows(process_index, process_count, batch_size)
-  return ValidationBatches(stream, tokens, cfg, context, batch_size, rows)
+  # Else the stream's first token alone is none.
+  # No target comes before the stream's first token, or, where documents are kept apart, each one's.
+  unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
+  return ValidationBatches(stream, tokens, cfg, context, batch_size, rows, unscored_bytes)
 
 
 def process_rows(process_index: int, process_count: int, batch_size: int) -> range:

@@ -53,7 +53,10 @@ CALIBRATION = flags.DEFINE_integer(
 )
 DATA = cli.path_flag("data", None, "Folder of a prepared dataset, in the place of the run's.")
 CONTEXT = flags.DEFINE_integer(
-  "context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1
+  "context",
+  None,
+  "Tokens a window; by default the run's, or 1024 and no more than the model of --hf is for.",
+  lower_bound=1,
 )
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1

@@ -53,7 +53,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     super().__init__()
     self._scorer, self._tokenizer, self._prefix, self._bos = scorer, tokenizer, prefix, bos
     self._control_ids = {i for i in (tokenizer.eot, tokenizer.bos) if i is not None}
-    self._control_ids |= tokenizer.special_ids
+    self._control_ids |= set(tokenizer.special.values())
     self.left_out: dict[Example, str] = {}  # and why, since `forget`
     self.truncated: set[Example] = set()  # whose context lost its beginning
 
@@ -152,7 +152,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
 
   def _ends(self, stops: Sequence[str]) -> set[int | None]:
     """The ids that end a text: control tokens that are spelled as stops do too."""
-    spelled = {i for i in self._control_ids if self._tokenizer.decode([i]) in stops}
+    spelled = {i for name, i in self._tokenizer.special.items() if name in stops}
     return {self.eot_token_id, self._prefix, self._tokenizer.bos} | spelled
 
   def _generation_settings(self, settings):

@@ -30,15 +30,16 @@ def evaluate(
 
   num_bytes: UTF-8 bytes of those documents' text; None when unknown.
   Returns loss (nats per target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte
-  (the nats of all counted targets, a document's end among them, over the bytes; None if these are
-  unknown), documents, tokens (targets)."""
+  (the nats of all counted targets, a document's end among them, over the bytes that these stand
+  for: num_bytes less the `unscored_bytes` of `data.validation_batches`; None if unknown),
+  documents, tokens (targets)."""
 
   def token_numbers(batch):
     nll_BxL, document_BxL = token_losses(batch)
     return {"nll": nll_BxL}, document_BxL
 
   sums, counts_N = by_document(token_numbers, batches)
-  return _loss_metrics(sums["nll"], counts_N, num_bytes)
+  return _loss_metrics(sums["nll"], counts_N, scored_bytes(batches, num_bytes))
 
 
 def compare(
@@ -59,13 +60,18 @@ def compare(
   bounds_Mx2 = intervals(np.stack(list(judged.values())), counts_N, seed=seed)
   means = {"reference_loss": sums["reference_nll"], **judged}
   return {
-    **_loss_metrics(sums["nll"], counts_N, num_bytes),
+    **_loss_metrics(sums["nll"], counts_N, scored_bytes(batches, num_bytes)),
     **{name: float(sums_N.sum() / counts_N.sum()) for name, sums_N in means.items()},
     **{
       f"{name}_interval": bounds_2.tolist()
       for name, bounds_2 in zip(judged, bounds_Mx2, strict=True)
     },
   }
+
+
+def scored_bytes(batches: Iterable[Batch], num_bytes: int | None) -> int | None:
+  """Bytes of text that the targets stand for. Batches that don't say otherwise have all of it."""
+  return num_bytes and num_bytes - getattr(batches, "unscored_bytes", 0)
 
 
 def by_document(

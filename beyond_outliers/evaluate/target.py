@@ -19,6 +19,7 @@ from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import hf, transformer
 from beyond_outliers.types import Json, Params, PathLike
 
+WINDOW = 1024  # tokens, of a model that no run describes
 ENDED = ("done", "diverged", "failed")  # what was preempted is started again, by schedulers too
 
 
@@ -147,25 +148,29 @@ class OneCheckpoint(RunCheckpoints):
 class HuggingFaceModel:
   """An OLMo2 or Llama model, at step 0.
 
-  By default windows of 1024, 8 at once, of all validation documents.
+  By default windows of WINDOW tokens, or of the model's positions where these are fewer; 8 at once,
+  of all validation documents.
 
-  Errors: DataError, ConfigError for what hf.load refuses, and for a dataset of another tokenizer
-  than the directory's; where that holds none, the dataset's is taken for it, and puts nothing
-  before a text."""
+  Errors: DataError, ConfigError for what hf.load refuses, windows longer than the model's
+  positions, and a dataset of another tokenizer than the directory's; where that holds none, the
+  dataset's is taken for it, and puts nothing before a text."""
 
   def __init__(self, directory: str, **options: Unpack[TextOptions]):
     dataset, bos = _dataset_for(directory, options.get("dataset", ""))
     try:
+      longest = hf.longest_window(directory)
+      context = options.get("context") or min(WINDOW, longest)
+      remedy = f"max_position_embeddings of config.json is {longest}; take as much at most"
+      require(context <= longest, "--context", context, remedy)
       model, params = hf.load(directory)
-    except ValueError as error:
+    except ConfigError as error:
       raise ConfigError(f"--hf = {directory!r}: {error}") from None
-    require(
-      dataset.tokenizer.vocab_size <= model.config.vocab,
-      "--data",
-      options.get("dataset"),
+    remedy = (
       f"its tokenizer has {dataset.tokenizer.vocab_size} tokens, and the model "
-      f"{model.config.vocab}; prepare the documents with the model's",
+      f"{model.config.vocab}; prepare the documents with the model's"
     )
+    fits = dataset.tokenizer.vocab_size <= model.config.vocab
+    require(fits, "--data", options.get("dataset"), remedy)
     self._params = params
     self.name = directory
     self.model = model
@@ -174,7 +179,7 @@ class HuggingFaceModel:
     self.text = Text(
       dataset,
       _section_of(dataset, model.config.vocab),
-      options.get("context") or 1024,
+      context,
       options.get("batch_size") or 8,
       options.get("documents") or 0,
       prefix=dataset.meta["separator"]["id"] if bos is None else bos,

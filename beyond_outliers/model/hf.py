@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from beyond_outliers import config
+from beyond_outliers.config.checks import require
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import shardings
-from beyond_outliers.model import hf_config, transformer
+from beyond_outliers.model import hf_config, hf_files, transformer
+from beyond_outliers.model.hf_files import INDEX, SINGLE
 from beyond_outliers.params import is_kernel, is_stacked, path_of
 from beyond_outliers.types import Json, Params, PathLike
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["INDEX", "SINGLE", "Entry", "description", "entries", "load", "save", "tensor"]
+
 DTYPES = ("F64", "F32", "F16", "BF16")
-IGNORED = ".rotary_emb.inv_freq"  # in old Llama files; follows from the rotary base
+PREFIX, HEAD, EMBEDDING = "model.", "lm_head.weight", "model.embed_tokens.weight"
+COMPARED = 2**22  # numbers of a head and an embedding at once
 
 Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
@@ -51,22 +55,31 @@ def load(
   mesh: devices for the parameters, split as `mesh.shardings` says; a process reads only what its
     devices hold. Without it, the default device.
   One stacked parameter at a time is in host memory. Settings that no such directory has get the
-  plainest value: blockwise attention, no unrolling, no remat.
-  Errors: ConfigError for what config.json asks of the model and it can't do, ValueError for tensors
-    that don't fit."""
+  plainest value: blockwise attention, no unrolling, no remat. The model keeps the directory as its
+  `origin`.
+  Errors: ConfigError for what config.json asks of the model and it can't do, and for tensors that
+    don't fit."""
   directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
   if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-    raise ValueError(
+    raise ConfigError(
       f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32"
     )
-  _require_file(directory, "config.json")
-  family, c = hf_config.read_config(directory / "config.json", dtype.name)
-  model = transformer.Transformer(c)
-  boxed = transformer.boxed_shapes(model)
-  leaves, treedef = jax.tree.flatten(nn.unbox(boxed))
-  places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(boxed, mesh))
+  hf_files.require_file(directory, hf_files.CONFIG)
+  family, c = hf_config.read_config(directory / hf_files.CONFIG, dtype.name)
   with contextlib.ExitStack() as stack:
-    tensors = _open(directory, stack)
+    tensors = _of_family(hf_files.open_tensors(directory, stack))
+    require(
+      c.blocks <= len(tensors),
+      f"{directory / hf_files.CONFIG}: num_hidden_layers",
+      c.blocks,
+      f"the files hold {len(tensors)} tensors; check it against them",
+    )
+    if c.tied:
+      tensors = _without_head(directory, tensors)
+    model = transformer.Transformer(c, origin=os.path.abspath(directory))
+    boxed = transformer.boxed_shapes(model)
+    leaves, treedef = jax.tree.flatten(nn.unbox(boxed))
+    places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(boxed, mesh))
     expected = entries(family, c)
     _check_tensors(directory, tensors, expected)
     sources = collections.defaultdict(list)
@@ -84,68 +97,66 @@ def save(
   directory: PathLike,
   *,
   context: int | None = None,
+  bos_token_id: int | None = None,
+  eos_token_id: int | Sequence[int] | None = None,
+  like: PathLike | None = None,
   shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a directory that transformers and `load` read, in the parameters' own dtype, one file at
   a time in memory.
 
-  context: the longest window the model was trained on; left out, transformers takes 2048 tokens.
+  context: the longest window the model was trained on. bos_token_id, eos_token_id: tokens that
+    begin and end a text. Of a run: **run.generation.
+  like: a Hugging Face directory of such a model, by default the one that it was loaded from, whose
+    other fields of config.json are kept, and its tokenizer, chat template and generation_config
+    (hf_files.COMPANIONS); also the three above unless they are given. Without it there are no such
+    tokens, and transformers takes windows of 2048 tokens.
   shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
     index.
-  Errors: ConfigError for an architecture that neither family has, ValueError for parameters of
-  another model and for a directory that already holds one."""
+  Errors: ConfigError for an architecture that neither family has, parameters of another model, and
+  a directory that already holds one."""
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  described = hf_config.to_json(model.config, jnp.result_type(*leaves.values()).name, context)
+  given = hf_config.given(context, bos_token_id, eos_token_id)
+  described, beside = description(model, jnp.result_type(*leaves.values()).name, given, like)
   _check_params(model.config, leaves)
   every = entries(hf_config.FAMILIES[described["model_type"]], model.config)
   tensors = ((entry.name, tensor(leaves[entry.path], entry)) for entry in every)
-  write_directory(directory, described, tensors, shard_bytes)
+  hf_files.write_directory(pathlib.Path(directory), described, tensors, shard_bytes, beside)
 
 
-def write_directory(
-  directory: PathLike, described: Json, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
-) -> None:
-  """The files of `save`, from tensors made lazily. Errors: as `save`, for the directory."""
+def longest_window(directory: PathLike) -> int:
+  """Tokens of the longest window that a directory's model is for. Errors: ConfigError."""
   directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  taken = sorted(
-    path.name
-    for path in directory.iterdir()
-    if path.name == "config.json" or ".safetensors" in path.name
+  hf_files.require_file(directory, hf_files.CONFIG)
+  return hf_config.positions(hf_files.json_object(directory / hf_files.CONFIG))
+
+
+def description(
+  model: Any, dtype: str, given: Json, like: PathLike | None
+) -> tuple[Json, dict[str, bytes]]:
+  """(config.json, {name: content} of the files beside it) of a Transformer.
+
+  given: as `hf_config.to_json`.
+
+  Errors: ConfigError."""
+  origin = model.origin if like is None else like
+  if origin is None:
+    return hf_config.to_json(model.config, dtype, {}, given), {}
+  source = pathlib.Path(origin)
+  require(
+    (source / hf_files.CONFIG).is_file(),
+    "like",
+    str(source),
+    f"holds no {hf_files.CONFIG}; give the directory that the model was loaded from, where it lies "
+    "now, or save model.clone(origin=None)",
   )
-  if taken:
-    raise ValueError(
-      f"directory = '{directory}': already holds {', '.join(taken)}; remove them or choose another"
-    )
-
-  parts, total = [], 0
-  for shard in _shards(tensors, shard_bytes):
-    part = directory / f"part-{len(parts)}.safetensors"  # the final name holds their number
-    safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
-    parts.append((part, list(shard)))
-    total += sum(array.nbytes for array in shard.values())
-  weight_map = {}
-  for i, (part, names) in enumerate(parts):
-    file = SINGLE if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-    part.rename(directory / file)
-    weight_map.update(dict.fromkeys(names, file))
-  if len(parts) > 1:
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-  # Last: the remains of a crash do not pass for a model.
-  _write_json(directory / "config.json", described)
-
-
-def _shards(
-  tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-  shard, size = {}, 0
-  for name, array in tensors:
-    if shard and size + array.nbytes > shard_bytes:
-      yield shard
-      shard, size = {}, 0
-    shard[name] = array
-    size += array.nbytes
-  yield shard
+  fields = hf_files.json_object(source / hf_files.CONFIG)
+  beside = hf_files.companions(source)
+  tokens = {name: value for name, value in given.items() if name in hf_config.TOKENS}
+  if tokens and hf_files.GENERATION in beside:  # whose tokens go before those of config.json
+    generation = {**hf_files.json_object(source / hf_files.GENERATION), **tokens}
+    beside[hf_files.GENERATION] = hf_files.as_json(generation)
+  return hf_config.to_json(model.config, dtype, fields, given), beside
 
 
 def entries(family: hf_config.Family, c: config.Model) -> list[Entry]:
@@ -167,31 +178,34 @@ def _shapes(c: config.Model) -> dict[str, tuple[int, ...]]:
   return {path_of(keys): leaf.shape for keys, leaf in leaves}
 
 
-def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """Every tensor by name, not yet read, of the single file or of those that the index names."""
-  files = [SINGLE]
-  if not (directory / SINGLE).exists() and (directory / INDEX).exists():
-    files = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-  tensors = {}
-  for file in files:
-    _require_file(directory, file)
-    try:
-      handle = stack.enter_context(safetensors.safe_open(directory / file, framework="numpy"))
-    except safetensors.SafetensorError as error:
-      raise ValueError(
-        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); "
-        "fetch it again"
-      ) from error
-    names = handle.keys()
-    tensors.update((name, handle.get_slice(name)) for name in names if not name.endswith(IGNORED))
-  return tensors
+def _of_family(tensors: Mapping[str, Any]) -> dict[str, Any]:
+  """The tensors by the names of a model with a head; saved without one they have no PREFIX."""
+  if any(name.startswith(PREFIX) for name in tensors):
+    return dict(tensors)
+  return {name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
-def _require_file(directory: pathlib.Path, name: str) -> None:
-  if not (directory / name).exists():
-    raise ValueError(
-      f"directory = '{directory}': holds no {name}; give a whole Hugging Face model, as safetensors"
+def _without_head(directory: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+  """The tensors of a tied model but a head that equals the embedding: some are published so."""
+  if HEAD in tensors and EMBEDDING in tensors:
+    require(
+      _equal(tensors[HEAD], tensors[EMBEDDING]),
+      f"{directory}: {HEAD}",
+      f"not {EMBEDDING}",
+      "config.json ties the two (tie_word_embeddings); set it to false there to have both, or "
+      f"remove {HEAD}",
     )
+  return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+
+
+def _equal(a: Any, b: Any) -> bool:
+  """Whether two matrices of files have the same numbers, in whatever types."""
+  shape = a.get_shape()
+  if shape != b.get_shape() or len(shape) != 2:
+    return False
+  rows = max(1, COMPARED // max(1, shape[1]))
+  cuts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+  return all(np.array_equal(a[cut], b[cut]) for cut in cuts)
 
 
 def _check_tensors(
@@ -203,19 +217,19 @@ def _check_tensors(
     if names:
       listed = ", ".join(sorted(names)[:4])
       listed += f" and {len(names) - 4} more" if len(names) > 4 else ""
-      raise ValueError(
+      raise ConfigError(
         f"directory = '{directory}': tensors {problem}: {listed}; "
         "check config.json against the files"
       )
   for name, shape in shapes.items():
     found, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
     if found != shape:
-      raise ValueError(
+      raise ConfigError(
         f"directory = '{directory}': {name} has shape {found}, config.json makes it {shape}; "
         "check config.json against the files"
       )
     if dtype not in DTYPES:
-      raise ValueError(
+      raise ConfigError(
         f"directory = '{directory}': {name} is of type {dtype}, expected one of "
         f"{', '.join(DTYPES)}; choose a checkpoint that is not quantized"
       )
@@ -226,7 +240,7 @@ def _check_params(c: config.Model, leaves: Mapping[str, Any]) -> None:
   for path in sorted(expected.keys() | found.keys()):
     here, there = (str(shapes.get(path, "absent")) for shapes in (found, expected))
     if here != there:
-      raise ValueError(
+      raise ConfigError(
         f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed"
       )
 
@@ -265,7 +279,3 @@ def tensor(leaf: Any, entry: Entry) -> np.ndarray:
   The embedding is (vocabulary, width) there and here."""
   array = np.asarray(leaf if entry.depth is None else leaf[entry.depth])
   return np.ascontiguousarray(array.T if is_kernel(entry.path) else array)
-
-
-def _write_json(file: pathlib.Path, value: Json) -> None:
-  file.write_text(json.dumps(value, indent=2) + "\n")

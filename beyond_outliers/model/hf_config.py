@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from beyond_outliers import config
+from beyond_outliers.config.checks import require
+from beyond_outliers.model import hf_files
 from beyond_outliers.types import Json
 
 
@@ -76,6 +78,8 @@ ABSENT = {
   "tie_word_embeddings": lambda fields: False,
 }
 ROPE_BASE_ABSENT = 10000.0  # of a config older than the field
+POSITIONS, POSITIONS_ABSENT = "max_position_embeddings", 2048
+LARGEST = 2**31 - 1  # of a count or a width
 # Fields that change the arithmetic, and the one value we implement. Other fields change nothing.
 ONLY = {
   "hidden_act": "silu",
@@ -90,19 +94,37 @@ ONLY = {
 ROPE_ONLY = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
+# Fields of a source that a copy leaves out: other names of what `to_json` writes, and code.
+NOT_KEPT = ("dtype", "rope_scaling", "auto_map", "quantization_config")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
   """The model that a config.json describes.
 
-  Errors: ConfigError naming the field that is missing or not supported."""
-  fields = _present(json.loads(file.read_text()))
+  Errors: ConfigError naming the file, and the field that is missing or not supported."""
+  fields = hf_files.json_object(file)
+  try:
+    positions(fields)
+    return _read_fields(_present(fields), dtype)
+  except config.ConfigError as error:
+    raise config.ConfigError(f"{file}: {error}") from None
+
+
+def positions(fields: Mapping[str, Any]) -> int:
+  """The longest window that a config.json's model is for. Errors: ConfigError."""
+  return _field({POSITIONS: POSITIONS_ABSENT, **_present(fields)}, POSITIONS, int)
+
+
+def _read_fields(fields: dict[str, Any], dtype: str) -> tuple[Family, config.Model]:
   model_type = fields.pop("model_type", None)
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise config.ConfigError(
       f"model_type = {model_type!r}: expected one of {', '.join(map(repr, FAMILIES))}"
     )
   _check_only(fields, ONLY, "")
   family = FAMILIES[model_type]
-  values = {ours: _field(fields, theirs, kind) for ours, theirs, kind in FIELDS}
+  values: dict[str, Any] = {ours: _field(fields, theirs, kind) for ours, theirs, kind in FIELDS}
   return family, config.Model(
     **values,
     **family.switches,
@@ -114,30 +136,55 @@ def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
   )
 
 
-def to_json(c: config.Model, dtype: str, context: int | None) -> Json:
-  """The fields of config.json. Errors: ConfigError when no family has the model's switches, or
-  transformers not its widths."""
+def to_json(
+  c: config.Model, dtype: str, source: Mapping[str, Any], given: Mapping[str, Any]
+) -> Json:
+  """The fields of config.json.
+
+  source: of the config.json that the model comes from, kept where this program has no say. given:
+  POSITIONS and TOKENS in the place of the source's.
+  Errors: ConfigError when no family has the model's switches, or transformers not its widths; for a
+  source of another family, and values that the model cannot have."""
   model_type = _model_type(c)
   if c.d_model % c.heads:
     raise config.ConfigError(
       f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), "
       "even where model.d_head says otherwise"
     )
-  # Left out, transformers' defaults would hold; it never trains a padding token's embedding.
-  tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-  window = {} if context is None else {"max_position_embeddings": context}
+  like = source.get("model_type", model_type)
+  require(like == model_type, "like: model_type", like, f"the model is {model_type!r}")
+  _check_given(c, given)
+  # Tokens that nobody names are none: left out, transformers' defaults would hold.
+  general = {**dict.fromkeys(TOKENS), **source, **given}
   fixed = {name: ONLY[name] for name in ("hidden_act", "attention_bias", "attention_dropout")}
   return {
+    **{name: value for name, value in source.items() if name not in NOT_KEPT},
     "architectures": [FAMILIES[model_type].architecture],
     "model_type": model_type,
     **{theirs: getattr(c, ours) for ours, theirs, _ in FIELDS},
     **fixed,
-    **window,
-    **tokens,
+    **{name: general[name] for name in (POSITIONS, *TOKENS) if name in general},
     "rope_theta": c.rope_base,
     "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
     "torch_dtype": dtype,
   }
+
+
+def given(
+  context: int | None, bos_token_id: int | None, eos_token_id: int | Sequence[int] | None
+) -> Json:
+  """Fields of config.json by the arguments of `hf.save` that are not None."""
+  return _present({POSITIONS: context, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id})
+
+
+def _check_given(c: config.Model, given: Mapping[str, Any]) -> None:
+  for name, value in given.items():
+    if name == POSITIONS:
+      _field(given, name, int)
+      continue
+    ids = value if isinstance(value, Sequence) else [value]
+    known = all(type(i) is int and 0 <= i < c.vocab for i in ids)
+    require(known and bool(ids), name, value, f"expected ids of tokens, 0 to {c.vocab - 1}")
 
 
 def _model_type(c: config.Model) -> str:
@@ -168,11 +215,16 @@ def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
   if name not in fields and name not in ABSENT:
     raise config.ConfigError(f"{name}: missing from config.json; add it")
   value = fields[name] if name in fields else ABSENT[name](fields)
-  value = float(value) if kind is float and type(value) is int else value
+  # A whole number is as good, unless it is longer than any float.
+  value = float(value) if kind is float and type(value) is int and abs(value) < 1e300 else value
   if type(value) is not kind:
     raise config.ConfigError(
       f"{name} = {value!r}: expected {kind.__name__}, got {type(value).__name__}"
     )
+  if kind is int:
+    require(1 <= value <= LARGEST, name, value, f"expected 1 to {LARGEST}")
+  if kind is float:
+    require(math.isfinite(value), name, value, "expected a finite number")
   return value
 
 

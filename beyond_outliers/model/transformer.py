@@ -30,10 +30,13 @@ class Transformer(nn.Module):
   segment_ids, positions: int32 [B, L]; with segment_ids a token attends only to its own segment.
   dot_general_for: path of a linear layer (`layers/3/mlp/up`, `head`) -> what makes its dot_general,
   or None for the plain one. Depths that get unequal answers run as separate scans over slices of
-  the same stacked parameters."""
+  the same stacked parameters.
+  origin: the Hugging Face directory that the model was read from, if any: what else it holds goes
+  with the model when it is written."""
 
   config: config.Model
   dot_general_for: layers.DotGeneralFor | None = None
+  origin: str | None = None
 
   def setup(self):
     c = self.config

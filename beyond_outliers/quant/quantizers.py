@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from beyond_outliers.config.checks import require
 from beyond_outliers.quant import rotations
 from beyond_outliers.quant.estimators import ESTIMATORS
-from beyond_outliers.quant.scales import GRANULARITIES, SCALES, reciprocal
+from beyond_outliers.quant.scales import GRANULARITIES, SCALES, has_ties, quotient, reciprocal
 from beyond_outliers.quant.spec import QuantSpec
 
 
@@ -84,7 +84,11 @@ def forward(
   x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None
 ) -> tuple[Quantized, Saved]:
   """Values to codes, without their rotation."""
-  codes, saved = encode(in_units(x, scale), spec, key)
+  if spec.scale == "absmax_edge" and has_ties(spec.levels):
+    v = quotient(x.astype(scale.dtype), spread(scale, x.shape))
+  else:
+    v = in_units(x, scale)
+  codes, saved = encode(v, spec, key)
   if spec.scale == "learned":
     # Codes hide non-finite values. Scales computed from x show them; a learned one would not.
     scale = jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)

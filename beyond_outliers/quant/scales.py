@@ -50,8 +50,17 @@ def absmax(x, axes, grid):
 
 
 def absmax_edge(x, axes, grid):
-  """The largest magnitude ends the last level's bucket: absmax/7.5 at four symmetric bits."""
-  return _largest(x, axes) / grid.edge
+  """The largest magnitude ends the last level's bucket: absmax/7.5 at four symmetric bits.
+
+  In two's complement a negative largest number is then halfway between two codes, and the last bit
+  decides: there quotients are rounded once, as in compressed-tensors."""
+  largest = _largest(x, axes)
+  return quotient(largest, grid.edge) if has_ties(grid) else largest / grid.edge
+
+
+def has_ties(grid):
+  """Whether minus the edge lies between two codes, as it does in two's complement."""
+  return -grid.lowest > grid.largest
 
 
 def gaussian(x, axes, grid):
@@ -121,6 +130,15 @@ def _two_level(x, axes, outer, grid):
 def reciprocal(scale):
   """1 / scale, or zero where there is nothing to scale."""
   return jnp.where(scale > jnp.finfo(scale.dtype).tiny, 1 / scale, 0)
+
+
+def quotient(x, divisor):
+  """x / divisor, rounded once; zero where x is.
+
+  By a constant, or by a divisor that is broadcast, XLA does not divide: it multiplies by the
+  reciprocal, which rounds twice (findings/xla_divides_by_reciprocal.sh). Not by this one, which
+  has a value of its own for every x."""
+  return x / jnp.where(x == 0, 1, divisor)
 
 
 SCALES: dict[str, Rule] = {

@@ -76,6 +76,8 @@ def pack_model(q: Any) -> tuple[dict[str, np.ndarray], Json]:
     "model": {
       "class": f"{kind.__module__}.{kind.__qualname__}",
       "config": dataclasses.asdict(q.model.config),
+      # Where a Hugging Face model's tokenizer lies, for whoever exports this one.
+      **({"origin": q.model.origin} if getattr(q.model, "origin", None) else {}),
     },
     "method": q.method,
     "recipe": [[paths, layer and dataclasses.asdict(layer)] for paths, layer in q.recipe.rules],
@@ -271,4 +273,7 @@ def _model(described: Mapping[str, Any]) -> Any:
     described["class"],
     "not a model of this package",
   )
-  return getattr(importlib.import_module(module), name)(config.Model(**described["config"]))
+  whence = {"origin": described["origin"]} if "origin" in described else {}
+  return getattr(importlib.import_module(module), name)(
+    config.Model(**described["config"]), **whence
+  )

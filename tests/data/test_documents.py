@@ -1,7 +1,10 @@
 """Sources: they yield what the files hold, and refuse bad input by name."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import sys
 
 import numpy as np
@@ -124,6 +127,62 @@ def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
     len(tfds.Records(path, "text"))
 
 
+# ---- compressed ----
+
+
+COMPRESS = {
+  ".gz": gzip.compress,
+  ".bz2": bz2.compress,
+  ".xz": lzma.compress,
+  ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_are_read(tmp_path, make_config, texts, suffix):
+  lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+  whole = COMPRESS[suffix](lines)
+  (tmp_path / f"a.jsonl{suffix}").write_bytes(whole)
+  (tmp_path / f"b.jsonl{suffix.upper()}").write_bytes(whole + whole)  # as `cat` joins two
+  (tmp_path / f"c.txt{suffix}").write_bytes(COMPRESS[suffix](texts[0].encode()))
+  assert contents(make_config(path=str(tmp_path / "[ab].jsonl*"))) == 3 * texts
+  assert contents(make_config(source="text", path=str(tmp_path / "c.*"))) == texts[:1]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "text"])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damaged_and_misnamed_compressed_files_are_refused_by_name(
+  tmp_path, make_config, suffix, source
+):
+  plain = "".join(json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(200)).encode()
+  whole = COMPRESS[suffix](plain)
+  middle = len(whole) // 2
+  flipped = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
+  for name, data, message in [
+    ("cut", whole[:-20], "damaged, or cannot be read"),
+    ("flipped", flipped, ""),  # what comes out may be found out first
+    ("empty", b"", f"named {suffix}, and holds nothing"),
+    ("plain", plain, f"named {suffix}, and holds no such data"),
+  ]:
+    file = tmp_path / f"{name}.x{suffix}"
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=rf"{file}:.*{message}") as refused:
+      contents(make_config(source=source, path=str(file)))
+    assert "\n" not in str(refused.value)
+  bare = tmp_path / "bare.jsonl"
+  bare.write_bytes(whole)
+  with pytest.raises(DataError, match=rf"{bare}: holds {suffix} data; name it {bare}{suffix}"):
+    contents(make_config(source=source, path=str(bare)))
+
+
+def test_an_archive_is_refused_by_name(tmp_path, make_config):
+  (tmp_path / "a.jsonl.zip").write_bytes(b"PK\x03\x04 and so on")
+  with pytest.raises(
+    DataError, match=r"a.jsonl.zip: .zip is not read; unpack it, or take one of .gz"
+  ):
+    contents(make_config(path=str(tmp_path / "a.jsonl.zip")))
+
+
 # ---- refusals ----
 
 
@@ -145,6 +204,15 @@ def test_tfds_tfrecord_is_read_without_tensorflow(tmp_path, make_config, texts):
     (b'{"text": [[1], [2]]}', r"bad.jsonl:1: field 'text' holds list"),
     (b'{"text": null}', r"bad.jsonl:1: field 'text' holds NoneType"),
     (b'{"text": "\\ud800"}', r"bad.jsonl:1: field 'text' holds a lone surrogate"),
+    (b'{"text": [[1], [1, 2]]}', r"bad.jsonl:1: field 'text' holds list \[\[1\], \[1, 2\]\]"),
+    (b'{"text": [true, 5]}', r"bad.jsonl:1: field 'text' holds list \[True, 5\]"),
+    (b'{"text": [' + b"9" * 30 + b"]}", r"bad.jsonl:1: field 'text' holds list \[9999"),
+    (b'{"text": "a", "text": "b"}', r"bad.jsonl:1: .*'text' stands twice in one object"),
+    (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"bad.jsonl:1: not a JSON record"),
+    (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", r"bad.jsonl:1: field 'text' holds list \[\[\["),
+    (b'{"text": 1' + b"0" * 5000 + b"}", r"bad.jsonl:1: not a JSON record"),
+    (b'{"text": "fine"}\n' + bytes(64), r"bad.jsonl:2: not a JSON record"),
+    ('{"text": "fine"}\n'.encode("utf-16"), r"bad.jsonl:1: not a JSON record"),
   ],
 )
 def test_bad_jsonl_is_refused_by_file_and_line(tmp_path, make_config, lines, message):
@@ -180,6 +248,41 @@ def test_bad_parquet_is_refused_by_file_and_row(tmp_path, make_config):
     contents(cfg)
 
 
+@pytest.mark.parametrize(
+  "value, kind, held",
+  [
+    ({"a": 1}, None, "dict"),
+    ([[1]], None, "ndarray"),
+    ([("a", 1)], pa.map_(pa.string(), pa.int64()), "ndarray"),
+    ([True], None, "ndarray"),
+    (5, None, "int 5"),
+  ],
+)
+def test_a_parquet_column_of_something_else_is_refused(tmp_path, make_config, value, kind, held):
+  cfg = make_config(source="parquet", path=write_parquet(tmp_path, [value], kind))
+  with pytest.raises(DataError, match=rf"corpus.parquet: row 0: field 'text' holds {held}"):
+    contents(cfg)
+
+
+def test_a_parquet_column_in_a_dictionary_is_read_and_one_named_twice_refused(
+  tmp_path, make_config
+):
+  path = write_parquet(tmp_path, ["a", "b", "a"], pa.dictionary(pa.int32(), pa.string()))
+  cfg = make_config(source="parquet", path=path)
+  assert contents(cfg) == ["a", "b", "a"]
+  pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+  with pytest.raises(DataError, match=r"corpus.parquet: 2 columns 'text' \(data.field\)"):
+    contents(cfg)
+
+
+def test_a_path_is_a_file_before_it_is_a_glob(tmp_path, make_config, write_jsonl):
+  (tmp_path / "run[1]").mkdir()
+  path = write_jsonl(["found"], "run[1]/a.jsonl")
+  assert contents(make_config(path=path)) == ["found"]
+  with pytest.raises(DataError, match=r"it is a directory: give its files, as in .*run\[1\]/\*$"):
+    contents(make_config(path=str(tmp_path / "run[1]")))
+
+
 @pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
 def test_an_empty_glob_is_refused(make_config, source):
   with pytest.raises(DataError, match=r"no file matches '/nowhere/\*'"):
@@ -198,6 +301,36 @@ def test_bad_tfds_is_refused(tmp_path, make_config, texts):
   (tensorflow_datasets.builder_from_directory(path).info.splits["train"].filepaths[0]).unlink()
   with pytest.raises(DataError, match=r"documents-train.array_record-00000 is missing"):
     contents(make_config(source="tfds", path=path))
+
+
+@pytest.mark.parametrize("read", [contents, lambda cfg: tfds.Records(cfg.path, "text")[0]])
+def test_damaged_tfds_is_refused_by_path(tmp_path, make_config, texts, read):
+  path = tfds.write_documents(iter(texts), str(tmp_path))
+  cfg = make_config(source="tfds", path=path)
+  record = next(name for name in os.listdir(path) if "array_record" in name)
+  for name, keep in [
+    ("features.json", 40),
+    ("features.json", None),
+    ("dataset_info.json", 40),
+    (record, 0),
+    (record, 70_000),
+  ]:
+    file = os.path.join(path, name)
+    with open(file, "rb") as stream:
+      whole = stream.read()
+    if keep is None:
+      os.remove(file)
+    else:
+      os.truncate(file, keep)
+    with pytest.raises(DataError, match=path) as refused:
+      read(cfg)
+    assert "\n" not in str(refused.value)
+    with open(file, "wb") as stream:
+      stream.write(whole)
+  assert read(cfg)
+  for slice_ in ("[:abc]", "[:0]", "[90%:10%]", "[100:]"):
+    with pytest.raises(DataError, match="@train"):
+      read(make_config(source="tfds", path=f"{path}@train{slice_}"))
 
 
 def test_a_truncated_tfrecord_is_refused(tmp_path):

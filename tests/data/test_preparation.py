@@ -191,6 +191,42 @@ def test_an_id_outside_the_vocabulary_is_refused_by_document(
     data.prepare(cfg, log=quiet)
 
 
+class Panic(BaseException):
+  """As a library in Rust raises, which is no Exception."""
+
+
+@pytest.mark.parametrize("raised", [Panic, ValueError])
+@pytest.mark.parametrize("read_in_place", [False, True])
+def test_a_document_that_the_tokenizer_fails_on_is_named(
+  tmp_path, make_config, texts, monkeypatch, raised, read_in_place
+):
+  encode = tokenizers.Bytes.encode_batch
+
+  def encode_batch(self, batch):
+    if any("document 7:" in text for text in batch):
+      raise raised("called `Result::unwrap()`\non an `Err` value")
+    return encode(self, batch)
+
+  monkeypatch.setattr(tokenizers.Bytes, "encode_batch", encode_batch)
+  fields, place = {}, "corpus.jsonl:8"
+  if read_in_place:
+    fields = {
+      "source": "tfds",
+      "reader": "tfds",
+      "path": tfds.write_documents(texts, str(tmp_path)),
+    }
+    place = "record 7"
+  cfg = make_config(**fields)
+  with pytest.raises(
+    DataError, match=rf"{place}: the tokenizer fails on this .* characters"
+  ) as said:
+    dataset = data.prepare(cfg, log=quiet)
+    batches = data.train_batches(dataset, cfg, context=64, batch_size=4, seed=0)
+    for _ in range(40):
+      next(batches)
+  assert "\n" not in str(said.value)
+
+
 def test_token_ids_train_no_tokenizer(make_config, write_jsonl):
   with pytest.raises(
     DataError, match=r"corpus.jsonl:1: holds token ids, which train no SentencePiece model"
@@ -324,6 +360,17 @@ def test_another_format_is_refused(make_config):
   with open(dataset.path("meta.json"), "w") as file:
     json.dump({**dataset.meta, "format": 0}, file)
   with pytest.raises(DataError, match="format 0, this version reads 1"):
+    data.open(dataset.directory)
+
+
+@pytest.mark.parametrize(
+  "kept", ["", '{"format": 1,', '["format"]', '{"format": 1}', "{}", "\ufffd"]
+)
+def test_a_damaged_description_is_refused_by_name(make_config, kept):
+  dataset = data.prepare(make_config(), log=quiet)
+  with open(dataset.path("meta.json"), "w") as file:
+    file.write(kept)
+  with pytest.raises(DataError, match=r"meta.json: .*; delete the folder and prepare again"):
     data.open(dataset.directory)
 
 

@@ -1,7 +1,9 @@
 """Every tokenizer gives its text back, and says by name what it cannot open."""
 
+import io
 import json
 import os
+import random
 import sys
 
 import numpy as np
@@ -29,7 +31,34 @@ HARD = [
   "\ufeffmark\u00a0\u2028",
   "1234567890",
   "word" * 300,
+  "a\u2581b",
+  "\u2581x \u2581\u2582\u2583 done",
+  " \u2581 \ue000\u2581",
 ]
+PIECES = [
+  "\u2581",
+  " ",
+  "  ",
+  "\n",
+  "\r\n",
+  "\t",
+  "\0",
+  "e\u0301",
+  "\u0301",
+  "\ufeff",
+  "\U0010ffff",
+]
+PIECES += [
+  "\U0001f468\u200d\U0001f469",
+  "\uffff",
+  "\ufffd",
+  "\ue000",
+  "\ue001",
+  "\x85",
+  "\u2028",
+  "\x1c",
+]
+PIECES += ["<|endoftext|>", "</s>", "<s>", "<unk>", "<0x41>", "the", "Th", "\uff21", "\ufb01", "漢"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +82,71 @@ def huggingface(speeches, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def sentencepiece_with_prefix(speeches, tmp_path_factory):
+  """Puts a space before a text, as Llama's and Mistral's do; and has a piece for a private-use
+  character, which then stands in for nothing."""
+  library, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+  library.SentencePieceTrainer.train(
+    sentence_iterator=iter(speeches[0].splitlines()),
+    model_writer=model,
+    model_type="bpe",
+    vocab_size=400,
+    user_defined_symbols=["\ue000"],
+    byte_fallback=True,
+    add_dummy_prefix=True,
+    remove_extra_whitespaces=False,
+    normalization_rule_name="identity",
+    minloglevel=2,
+  )
+  file = tmp_path_factory.mktemp("prefix") / "x.model"
+  file.write_bytes(model.getvalue())
+  return tokenizers.load(f"sentencepiece:{file}")
+
+
+def wordpiece(file, end="[SEP]"):
+  """Lower case, without accents: what it decodes is not what it was given."""
+  library = pytest.importorskip("tokenizers")
+  words = ["[UNK]", end, "elan", "vital", "fi", "##nal", "."]
+  vocabulary = {word: i for i, word in enumerate(words)}
+  model = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
+  model.normalizer = library.normalizers.Sequence(
+    [library.normalizers.NFKC(), library.normalizers.BertNormalizer(lowercase=True)]
+  )
+  model.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+  model.decoder = library.decoders.WordPiece()
+  model.add_special_tokens(["[UNK]", end])
+  model.save(str(file))
+  return f"huggingface:{file}"
+
+
+def llama(file):
+  """A byte-fallback BPE as in Llama 2's tokenizer.json."""
+  library = pytest.importorskip("tokenizers")
+  pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+  pieces += ["▁", "t", "h", "e", "▁t", "▁th", "▁the"]
+  merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
+  vocabulary = {piece: i for i, piece in enumerate(pieces)}
+  model = library.Tokenizer(
+    library.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+  )
+  model.normalizer = library.normalizers.Sequence(
+    [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+  )
+  decoders = library.decoders
+  model.decoder = decoders.Sequence(
+    [
+      decoders.Replace("▁", " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  )
+  model.add_special_tokens(["<unk>", "<s>", "</s>"])
+  model.save(str(file))
+  return f"huggingface:{file}"
+
+
+@pytest.fixture(scope="module")
 def gpt2():
   pytest.importorskip("tiktoken")
   try:
@@ -69,7 +163,9 @@ def tokenizer(request):
 
 
 every_tokenizer = pytest.mark.parametrize(
-  "tokenizer", ["bytes", "sentencepiece", "huggingface", "gpt2"], indirect=True
+  "tokenizer",
+  ["bytes", "sentencepiece", "sentencepiece_with_prefix", "huggingface", "gpt2"],
+  indirect=True,
 )
 
 
@@ -85,6 +181,104 @@ def test_nothing_is_lost(tokenizer, speeches):
     assert (
       tokenizer.eot not in ids and tokenizer.bos not in ids
     )  # also where the text spells them out
+
+
+@every_tokenizer
+def test_nothing_is_lost_of_hostile_texts_and_bytes_add_up(tokenizer):
+  draw = random.Random(0)
+  texts = HARD + ["".join(draw.choices(PIECES, k=draw.randint(1, 9))) for _ in range(200)]
+  for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot not in ids and tokenizer.bos not in ids
+    sizes = [tokenizer.num_bytes(ids[:end]) for end in range(len(ids) + 1)]
+    assert sizes == sorted(sizes) and sizes[-1] == len(text.encode())
+    assert tokenizer.first_bytes(text, ids) == tokenizer.num_bytes(ids[:1])
+    assert tokenizer.num_bytes(np.append(ids, tokenizer.eot)) == sizes[-1]
+
+
+def test_bytes_of_a_byte_fallback_tokenizer_json(tmp_path):
+  """Parts of a character count by themselves, the space before a text and special tokens do not."""
+  tokenizer = tokenizers.load(llama(tmp_path / "llama.json"))
+  for text in ("the 漢字", "é", " the  x\n", ""):
+    ids = tokenizer.encode(text)
+    sizes = [tokenizer.num_bytes(ids[:end]) for end in range(len(ids) + 1)]
+    assert tokenizer.decode(ids) == text and sizes[-1] == len(text.encode())
+    assert sizes == sorted(sizes) and np.diff([*sizes, sizes[-1]]).max() <= len(" the")
+    marked = [tokenizer.bos, *ids, tokenizer.eot]
+    assert tokenizer.num_bytes(np.array(marked)) == len(text.encode())
+  # U+2581 is a space to it, as the file says; no more than that comes out.
+  assert tokenizer.decode(tokenizer.encode("the\u2581the")) == "the the"
+
+
+@pytest.mark.parametrize(
+  "text, first",
+  [("Élan vital", 5), ("  Élan vital", 7), ("ﬁnal.", 3), ("elan", 4), ("", 0), ("\u0301", 2)],
+)
+def test_the_first_token_of_a_normalized_text_stands_for_source_bytes(tmp_path, text, first):
+  tokenizer = tokenizers.load(wordpiece(tmp_path / "wordpiece.json"))
+  assert tokenizer.first_bytes(text, tokenizer.encode(text)) == first
+
+
+def test_the_first_piece_of_a_normalized_text_stands_for_source_bytes(tmp_path):
+  library, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+  library.SentencePieceTrainer.train(
+    sentence_iterator=iter(["elan vital"] * 50),
+    model_writer=model,
+    vocab_size=20,
+    hard_vocab_limit=False,
+    normalization_rule_name="nmt_nfkc_cf",
+    user_defined_symbols=["elan"],
+    minloglevel=2,
+  )
+  (tmp_path / "x.model").write_bytes(model.getvalue())
+  tokenizer = tokenizers.load(f"sentencepiece:{tmp_path / 'x.model'}")
+  text = "\uff25lan vital"  # a wide E, of three bytes
+  ids = tokenizer.encode(text)
+  pieces = [tokenizer._model.id_to_piece(int(i)) for i in ids[:2]]
+  assert pieces == ["▁", "elan"] and tokenizer.first_bytes(text, ids) == 0
+  assert tokenizer.first_bytes("\u3000", tokenizer.encode("\u3000")) == 3  # nothing is left
+
+
+def test_an_end_that_the_file_calls_no_special_token_is_text_in_texts(huggingface, tmp_path):
+  library = pytest.importorskip("tokenizers")
+  model = library.Tokenizer.from_buffer(huggingface._files["tokenizer.json"])
+  model.add_tokens(["<|endoftext|>", "<|im_end|>"])
+  model.save(str(tmp_path / "tokenizer.json"))
+  tokenizer = tokenizers.load(f"huggingface:{tmp_path}/tokenizer.json")
+  ids = tokenizer.encode("a<|endoftext|>b<|im_end|>c")
+  assert tokenizer.eot == 1000 and tokenizer.eot not in ids and 1001 in ids
+  assert tokenizer.decode(ids) == "a<|endoftext|>b<|im_end|>c"
+  tokenizer.name_eot("<|im_end|>")
+  ids = tokenizer.encode("b<|im_end|>c")
+  assert tokenizer.eot == 1001 and 1001 not in ids and tokenizer.decode(ids) == "b<|im_end|>c"
+
+
+def test_long_runs_of_spaces_keep_gpt2s_ids(gpt2):
+  """The library itself, as far as it goes: a million spaces in a word are beyond it."""
+  draw = random.Random(0)
+  for length in (999, 1000, 1001, 3000):
+    for before, after in (("", ""), ("a", "b"), ("\n", " \u3000b"), ("'", "'s"), ("a ", "\n")):
+      run = "".join(draw.choices(" \n\t\u00a0\x1c", [50, 1, 1, 1, 0.02], k=length))
+      for text in (before + run + after, before + " " * length + after + run + before):
+        assert gpt2.encode(text).tolist() == gpt2._model.encode_ordinary(text)
+  ids = gpt2.encode_batch(["first" + " " * 1_050_000 + "second", "third"])
+  assert gpt2.decode(ids[0]) == "first" + " " * 1_050_000 + "second" and ids[0][-1] == 1218
+  assert gpt2.decode(ids[1]) == "third"
+
+
+def test_the_end_of_a_text_can_be_named(tmp_path, sentencepiece):
+  name = wordpiece(tmp_path / "wordpiece.json", end="<|im_end|>")
+  assert tokenizers.load(name).eot is None
+  assert tokenizers.load(name, eot="<|im_end|>").eot == 1
+  assert tokenizers.load(name, eot="<|im_end|>").fingerprint == tokenizers.load(name).fingerprint
+  for eot in ("<|imend|>", "vital"):  # an ordinary word would end texts that hold it
+    with pytest.raises(DataError) as refused:
+      tokenizers.load(name, eot=eot)
+    expected = "expected one of the tokenizer's special tokens, [UNK], <|im_end|>"
+    assert str(refused.value) == f"data.eot = {eot!r}: {expected}"
+  with pytest.raises(DataError, match="special tokens, of which it has none"):
+    tokenizers.load("bytes", eot="</s>")
+  assert list(sentencepiece.special) == ["<pad>", "<s>", "</s>"]
 
 
 @every_tokenizer
@@ -111,11 +305,9 @@ def test_ids_that_have_a_token(sentencepiece, huggingface, tmp_path):
   file = json.loads(huggingface._files["tokenizer.json"])
   last = max(file["model"]["vocab"], key=file["model"]["vocab"].get)
   file["model"]["vocab"][last] += 5
-  marks = [token["id"] for token in file["added_tokens"]]
   (tmp_path / "tokenizer.json").write_text(json.dumps(file))
   gaps = tokenizers.load(f"huggingface:{tmp_path}/tokenizer.json")
   assert gaps.vocab_size == 1005 and gaps.ids == [*range(999), 1004]
-  assert gaps.special_ids == set(marks) and tokenizers.load("bytes").special_ids == set()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +345,14 @@ def test_what_a_hugging_face_directory_puts_before_texts(
     tokenizers.added_bos(str(tmp_path))
 
 
+@pytest.mark.parametrize("settings", ['{"add_bos', "[]", '{"bos_token": {}}', "\x00"])
+def test_damaged_settings_of_a_hugging_face_directory_are_refused(huggingface, tmp_path, settings):
+  huggingface.save(str(tmp_path))
+  (tmp_path / "tokenizer_config.json").write_text(settings)
+  with pytest.raises(DataError, match=r"tokenizer_config.json: damaged \(.*\); copy it again"):
+    tokenizers.added_bos(str(tmp_path))
+
+
 def test_gpt2_gives_gpt2s_ids(gpt2):
   assert gpt2.encode("Hello, my name is").tolist() == [15496, 11, 616, 1438, 318]
   assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
@@ -166,14 +366,20 @@ def test_gpt2_gives_gpt2s_ids(gpt2):
     ("sentencepiece", "expected 'sentencepiece:FILE'"),
     ("sentencepiece:/nowhere.model", "no file '/nowhere.model'"),
     ("sentencepiece:{bad}", "is not a SentencePiece model"),
+    ("sentencepiece:{empty}", "is not a SentencePiece model"),
+    ("huggingface:{no_tokens}", "has no vocabulary"),
     ("huggingface:{bad}", "is not a Hugging Face tokenizer.json"),
     ("gpt2:/nowhere", "no file '/nowhere/encoder.json'"),
   ],
 )
 def test_what_cannot_be_opened_is_refused(tmp_path, name, message):
-  (tmp_path / "bad").write_text("{}")
+  library = pytest.importorskip("tokenizers")
+  files = {file: tmp_path / file for file in ("bad", "empty", "no_tokens")}
+  files["bad"].write_text("{}")
+  files["empty"].write_text("")
+  library.Tokenizer(library.models.BPE()).save(str(files["no_tokens"]))
   with pytest.raises(DataError, match=message):
-    tokenizers.load(name.format(bad=tmp_path / "bad"))
+    tokenizers.load(name.format(**files))
 
 
 def test_gpt2_files_of_another_vocabulary_are_refused(tmp_path):

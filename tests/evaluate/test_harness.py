@@ -171,7 +171,9 @@ def test_stops_are_texts_wherever_their_tokens_end(harness_model):
 class Marking(tokenizers.Bytes):
   """Bytes of which "e" is a mark that is spelled <e>."""
 
-  special_ids = frozenset({ord("e")})
+  def __init__(self):
+    super().__init__()
+    self.special = {"<e>": ord("e")}
 
   def decode_bytes(self, ids):
     return super().decode_bytes(ids).replace(b"e", b"<e>")

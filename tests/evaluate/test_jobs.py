@@ -25,7 +25,7 @@ from beyond_outliers.evaluate import plan as plan_lib
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell, plan_cells
 from beyond_outliers.evaluate.target import HuggingFaceModel, RunCheckpoints
-from beyond_outliers.model import hf, transformer
+from beyond_outliers.model import hf, hf_config, transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = {
@@ -613,6 +613,52 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   )
 
 
+def save_llama(vocab, directory, **arguments):
+  """A Llama model of zeros as a Hugging Face directory."""
+  c = config.Model(
+    vocab=vocab,
+    blocks=1,
+    heads=1,
+    kv_heads=1,
+    d_head=2,
+    d_model=2,
+    mlp_hidden=2,
+    norm_eps=1e-6,
+    rope_base=1e4,
+    tied=True,
+    init_std=0.02,
+    dtype="float32",
+    attention="blockwise",
+    unroll=1,
+    remat="none",
+    **hf_config.FAMILIES["llama"].switches,
+  )
+  model = transformer.Transformer(c)
+  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), transformer.shapes(model))
+  hf.save(model, params, directory, **arguments)
+
+
+@pytest.mark.parametrize(
+  ("positions", "window", "longest"), [(256, 256, 256), (4096, 1024, 4096), (None, 1024, 2048)]
+)
+def test_windows_stay_within_a_hugging_face_models_positions(
+  positions, window, longest, tiny_config, tmp_path
+):
+  dataset = data.prepare(tiny_config().data, log=lambda text: None)
+  save_llama(dataset.tokenizer.vocab_size, tmp_path / "m", context=positions)
+
+  def context(**options):
+    return HuggingFaceModel(str(tmp_path / "m"), dataset=dataset.directory, **options).text.context
+
+  assert (context(), context(context=longest)) == (window, longest)
+  with pytest.raises(
+    config.ConfigError,
+    match=f"--hf = '.*m': --context = {longest + 1}: max_position_embeddings of config.json is "
+    f"{longest}; take",
+  ):
+    context(context=longest + 1)
+
+
 # what is wrong -> (arguments, what the one line on stderr holds); {run}, {quantized}, {empty},
 # {other} are folders
 REFUSED = {
@@ -658,6 +704,14 @@ REFUSED = {
   "an object store": (["--workdir=gs://bucket/run", "--follow"], ["gs://bucket/run", "mounted"]),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
+  "windows longer than the model's": (
+    ["--hf={llama}", "--data={own}", "--context=65"],
+    ["--context = 65", "max_position_embeddings of config.json is 64"],
+  ),
+  "a torn config.json": (
+    ["--hf={torn_hf}", "--data={own}"],
+    ["torn_hf/config.json: is not the JSON that was written"],
+  ),
 }
 
 
@@ -676,12 +730,17 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
     "run": workdir,
     "quantized": quantized_workdir,
     "empty": folder / "empty",
+    "llama": folder / "llama",
+    "torn": folder / "torn",
     "bare": folder / "bare",
     "begun": folder / "begun",
-    "torn": folder / "torn",
+    "torn_hf": folder / "torn_hf",
     "other": data.prepare(pieces, log=lambda text: None).directory,
     "own": runs.open(workdir).dataset.directory,
   }
+  save_llama(300, folder / "llama", context=64)
+  (folder / "torn_hf").mkdir()
+  (folder / "torn_hf" / "config.json").write_text('{"model_type": ')
   given = [
     [argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()
   ]

@@ -56,6 +56,18 @@ def test_bits_per_byte_by_hand():
   assert metrics.evaluate(identity, [batch], num_bytes=None)["bits_per_byte"] is None
 
 
+def test_bits_per_byte_are_of_the_bytes_whose_tokens_are_targets():
+  class Batches(list):
+    unscored_bytes = 3
+
+  batch = {"nll": np.array([[1.0, 2.0]]), "documents": np.array([[1, 1]])}
+  assert metrics.evaluate(identity, Batches([batch]), 8)["bits_per_byte"] == pytest.approx(
+    3 / math.log(2) / 5
+  )
+  assert metrics.evaluate(identity, Batches([batch]), None)["bits_per_byte"] is None
+  assert metrics.evaluate(identity, Batches([batch]), 3)["bits_per_byte"] is None
+
+
 def test_padding_counts_nowhere():
   batches, *_ = random_batches(7)
   padding = {"nll": np.zeros((2, 8), np.float32), "documents": np.zeros((2, 8), np.int32)}

@@ -62,6 +62,11 @@ def assert_same(actual, expected):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
+def tensor_of(directory, name):
+  with safetensors.safe_open(directory / hf.SINGLE, framework="numpy") as file:
+    return file.get_tensor(name)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
   """A directory that nobody changes, and what is in it."""
@@ -303,6 +308,16 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
     ({"hidden_size": "16"}, "hidden_size = '16': expected int, got str"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: expected bool"),
     ({"num_key_value_heads": 3}, "model.kv_heads = 3"),
+    ({"model_type": ["llama"]}, r"config.json: model_type = \['llama'\]: expected one of"),
+    ({"num_attention_heads": 0, "head_dim": ...}, "num_attention_heads = 0: expected 1 to"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers = -1: expected 1 to"),
+    ({"num_hidden_layers": 10**9}, r"num_hidden_layers = 1000000000: the files hold 36 tensors"),
+    ({"hidden_size": 10**30}, "hidden_size = 10{30}: expected 1 to"),
+    ({"num_attention_heads": True}, "num_attention_heads = True: expected int, got bool"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: expected a finite number"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps = 10{400}: expected float, got int"),
+    ({"rope_theta": "1e4"}, "rope_theta = '1e4': expected float, got str"),
+    ({"max_position_embeddings": "4096"}, "max_position_embeddings = '4096': expected int"),
   ],
 )
 def test_config_that_the_model_cannot_do_is_refused_by_name(changes, message, copy):
@@ -345,11 +360,27 @@ def test_tensors_that_do_not_fit_are_refused_by_name(change, message, copy):
     hf.load(directory)
 
 
-def test_tied_config_over_files_with_a_head_is_refused(copy):
-  directory, change_config, _ = copy
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_a_tied_model_may_come_with_its_head(stored, copy):
+  """Fine-tuned Llama 3.2 and Granite are published so, and transformers loads them."""
+  directory, change_config, change_tensors = copy
   change_config(tie_word_embeddings=True)
-  with pytest.raises(ValueError, match=r"not of this model: lm_head\.weight"):
+  with pytest.raises(
+    config.ConfigError, match=r"lm_head.weight = 'not model.embed_tokens.weight'.*set it to false"
+  ):
     hf.load(directory)
+  change_tensors(
+    lambda tensors: {
+      **tensors,
+      "model.embed_tokens.weight": tensors["lm_head.weight"].astype(stored).astype(np.float32),
+      "lm_head.weight": tensors["lm_head.weight"].astype(stored),
+    }
+  )
+  model, params = hf.load(directory)
+  assert model.config.tied and "head" not in params
+  np.testing.assert_array_equal(
+    params["embedding"], tensor_of(directory, "lm_head.weight").astype(np.float32)
+  )
 
 
 def test_one_layer_more_in_the_files_is_refused(copy):
@@ -368,6 +399,104 @@ def test_old_rotary_buffers_are_passed_over(written, copy):
     }
   )
   assert_same(hf.load(directory)[1], written[2])
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "config.json: is not the JSON that was written"),
+    (b'{"model_type": "ol', "config.json: is not the JSON that was written"),
+    (b"[" * 100_000, "config.json: is not the JSON that was written"),
+    (b'{"a": "\xff"}', "config.json: is not the JSON that was written"),
+    (b"[]", "config.json: is a JSON list, not an object"),
+    (b"null", "config.json: is a JSON NoneType, not an object"),
+  ],
+)
+def test_a_torn_config_is_refused_by_name(content, message, copy):
+  directory, _, _ = copy
+  (directory / "config.json").write_bytes(content)
+  with pytest.raises(config.ConfigError, match=message):
+    hf.load(directory)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b'{"weight_map": {"model', "index.json: is not the JSON that was written"),
+    (b"[]", "index.json: holds a list"),
+    (b"{}", "index.json: weight_map = None: expected {tensor: file}"),
+    (b'{"weight_map": {"a": 1}}', "weight_map: a = 1: expected the name of a file beside it"),
+    (b'{"weight_map": {"a": "../x.safetensors"}}', "a = '../x.safetensors': expected the name"),
+    (b'{"weight_map": {"a": "/etc/passwd"}}', "a = '/etc/passwd': expected the name"),
+    (b'{"weight_map": {"a": "gone.safetensors"}}', "holds no gone.safetensors"),
+    (
+      b'{"weight_map": {"a": "one.safetensors"}}',
+      "index.json puts a into one.safetensors, which lacks it",
+    ),
+    (
+      b'{"weight_map": {"model.norm.weight": "one.safetensors", "a": "two.safetensors"}}',
+      "model.norm.weight is in one.safetensors and in two.safetensors; keep one",
+    ),
+  ],
+)
+def test_an_index_that_lies_is_refused(content, message, copy):
+  directory, _, _ = copy
+  (directory / hf.SINGLE).rename(directory / "one.safetensors")
+  norm = {"model.norm.weight": np.ones(16, np.float32), "a": np.ones(1, np.float32)}
+  safetensors.numpy.save_file(norm, directory / "two.safetensors")
+  (directory / hf.INDEX).write_bytes(content)
+  with pytest.raises(config.ConfigError, match=message):
+    hf.load(directory)
+
+
+def header(**tensors):
+  """A safetensors file's bytes: its header, and four numbers."""
+  described = json.dumps(tensors).encode()
+  return len(described).to_bytes(8, "little") + described + bytes(16)
+
+
+def matrix(*offsets, shape=(2, 2)):
+  return {"dtype": "F32", "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"",
+    bytes(8),
+    (2**62).to_bytes(8, "little") + b"{}",
+    header(a=matrix(0, 16))[:-1],
+    header(a=matrix(0, 16)) + b"more",
+    header(a=matrix(0, 4096, shape=(32, 32))),
+    header(a=matrix(0, 16, shape=(3, 3))),
+    header(a=matrix(0, 16), b=matrix(0, 16)),
+    header(a=matrix(16, 0)),
+    header(a={"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}),
+    header(a=matrix(0, 16, shape=(2**62, 2**62))),
+  ],
+)
+def test_a_tensor_file_whose_header_lies_is_refused(content, copy):
+  directory, _, _ = copy
+  (directory / hf.SINGLE).write_bytes(content)
+  with pytest.raises(config.ConfigError, match=r"model.safetensors is not a whole safetensors"):
+    hf.load(directory)
+
+
+def test_names_of_a_model_that_was_saved_without_its_head(written, copy):
+  """Of a tied one nothing is missing; transformers puts the prefix before them."""
+  directory, change_config, change_tensors = copy
+  change_tensors(
+    lambda tensors: {
+      name.removeprefix("model."): tensor
+      for name, tensor in tensors.items()
+      if name != "lm_head.weight"
+    }
+  )
+  with pytest.raises(ValueError, match=r"tensors missing: lm_head\.weight;"):
+    hf.load(directory)
+  change_config(tie_word_embeddings=True)
+  _, params = hf.load(directory)
+  assert_same(params, {name: leaf for name, leaf in written[2].items() if name != "head"})
 
 
 def test_missing_and_broken_files_are_refused(copy):
@@ -412,6 +541,108 @@ def test_parameters_of_another_model_are_not_written(written, tmp_path):
     ValueError, match=r"params: layers/attention/k/kernel is \(3, 16, 12\), .* \(2, 16, 12\)"
   ):
     hf.save(other, params, tmp_path / "a")
+
+
+# What generating with a model needs, and what a source says that nobody here reads.
+SOURCE = {
+  "bos_token_id": 1,
+  "eos_token_id": [7, 9],
+  "pad_token_id": 3,
+  "max_position_embeddings": 4096,
+  "use_cache": True,
+  "transformers_version": "4.46.0",
+  "dtype": "bfloat16",
+  "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
+}
+BESIDE = {
+  "generation_config.json": json.dumps({"eos_token_id": [7, 9], "temperature": 0.6}),
+  "tokenizer.json": '{"model": {}}',
+  "tokenizer_config.json": '{"add_bos_token": true}',
+  "chat_template.jinja": "{{ messages }}",
+}
+
+
+@pytest.fixture
+def source(copy):
+  """A directory with SOURCE in its config.json and BESIDE beside it, and what is not copied."""
+  directory, change_config, _ = copy
+  change_config(**SOURCE)
+  for name, content in {**BESIDE, "modeling.py": "import os", "optimizer.pkl": "x"}.items():
+    (directory / name).write_text(content)
+  return directory
+
+
+def test_a_copy_generates_as_its_source(source, tmp_path):
+  model, params = hf.load(source)
+  hf.save(model, params, tmp_path / "b")
+  fields = json.loads((tmp_path / "b" / "config.json").read_text())
+  kept = {name: value for name, value in SOURCE.items() if name not in ("dtype", "auto_map")}
+  assert fields.items() >= kept.items()
+  assert fields["torch_dtype"] == "float32" and not fields.keys() & {"dtype", "auto_map"}
+  found = {path.name for path in (tmp_path / "b").iterdir()}
+  assert found == {"config.json", "model.safetensors", *BESIDE}
+  for name, content in BESIDE.items():
+    assert (tmp_path / "b" / name).read_text() == content
+  assert_same(hf.load(tmp_path / "b")[1], params)
+
+
+def test_what_is_given_goes_before_the_source(source, tmp_path):
+  model, params = hf.load(source)
+  hf.save(model, params, tmp_path / "b", context=64, eos_token_id=5)
+  fields = json.loads((tmp_path / "b" / "config.json").read_text())
+  assert (fields["eos_token_id"], fields["bos_token_id"]) == (5, 1)
+  assert fields["max_position_embeddings"] == hf.longest_window(tmp_path / "b") == 64
+  generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+  assert generation == {"eos_token_id": 5, "temperature": 0.6}
+
+
+def test_a_model_without_origin_takes_what_a_directory_holds(source, written, tmp_path):
+  _, model, params = written
+  hf.save(model, params, tmp_path / "b", like=source)
+  fields = json.loads((tmp_path / "b" / "config.json").read_text())
+  assert fields["eos_token_id"] == [7, 9] and (tmp_path / "b" / "tokenizer.json").exists()
+  other, params = model_and_params(model_config("llama"))
+  with pytest.raises(config.ConfigError, match=r"like: model_type = 'olmo2': the model is 'llama'"):
+    hf.save(other, params, tmp_path / "c", like=source)
+  assert not (tmp_path / "c").exists()
+
+
+def test_a_source_that_is_gone_is_named(source, tmp_path):
+  model, params = hf.load(source)
+  shutil.rmtree(source)
+  with pytest.raises(config.ConfigError, match=r"like = '.*copy': holds no config.json; give the"):
+    hf.save(model, params, tmp_path / "b")
+  hf.save(model.clone(origin=None), params, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"context": 0}, "max_position_embeddings = 0: expected 1 to"),
+    ({"context": 1.5}, "max_position_embeddings = 1.5: expected int"),
+    ({"eos_token_id": 32}, "eos_token_id = 32: expected ids of tokens, 0 to 31"),
+    ({"eos_token_id": [7, -1]}, "eos_token_id = .*: expected ids of tokens"),
+    ({"bos_token_id": True}, "bos_token_id = True: expected ids of tokens"),
+  ],
+)
+def test_what_no_such_model_can_have_is_not_written(given, message, written, tmp_path):
+  _, model, params = written
+  with pytest.raises(config.ConfigError, match=message):
+    hf.save(model, params, tmp_path / "a", **given)
+  assert not (tmp_path / "a").exists()
+
+
+def test_a_save_that_breaks_off_leaves_no_model(written, tmp_path, monkeypatch):
+  _, model, params = written
+  monkeypatch.setattr(hf, "tensor", lambda leaf, entry: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    hf.save(model, params, tmp_path / "a")
+  assert not (tmp_path / "a" / "config.json").exists()
+  with pytest.raises(ValueError, match=r"holds no config\.json"):
+    hf.load(tmp_path / "a")
+  (tmp_path / "file").write_text("")
+  with pytest.raises(config.ConfigError, match=r"file': is a file"):
+    hf.save(model, params, tmp_path / "file")
 
 
 def test_nothing_is_overwritten(written):

@@ -1,0 +1,80 @@
+"""Writers of a dataset's splits, from one stream of tokenized documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from beyond_outliers import config
+from beyond_outliers.data import shards, shuffle, splits
+from beyond_outliers.data.encoding import Separator, Tokenized, separated
+from beyond_outliers.types import Json
+
+
+def divert(
+  stream: Iterable[Tokenized],
+  validation: shards.ShardWriter,
+  separator: Separator,
+  first_bytes: dict[str, int],
+) -> Iterator[Tokenized]:
+  """Training documents pass; validation documents are written on the way. `first_bytes` takes what
+  their first tokens stand for where these don't tell, by the document's number."""
+  for item in stream:
+    if item.split == "train":
+      yield item
+      continue
+    if item.first_bytes is not None and separator["name"] == "eot":
+      first_bytes[str(validation.documents)] = item.first_bytes
+    validation.append(separated(item.ids, separator), item.num_bytes)
+
+
+def write_shards(
+  stream: Iterable[Tokenized],
+  cfg: config.Data,
+  directory: str,
+  separator: Separator,
+  dtype: np.dtype,
+) -> tuple[Json, None]:
+  """The training documents as token shards, shuffled."""
+  writer = shards.ShardWriter(directory, "train", dtype, cfg.shard_tokens)
+  documents = ((separated(item.ids, separator), item.num_bytes) for item in stream)
+  buckets = shuffle.num_buckets(sum(splits.input_files(cfg).values()))
+  folder = os.path.join(directory, "shuffle")
+  for ids, num_bytes in shuffle.shuffled(documents, folder, cfg.seed, buckets):
+    writer.append(ids, num_bytes)
+  return writer.close(), None
+
+
+def write_records(
+  stream: Iterable[Tokenized],
+  cfg: config.Data,
+  directory: str,
+  separator: Separator,
+  dtype: np.dtype,
+) -> tuple[Json, Json]:
+  """The training documents' ids as TFDS ArrayRecord; separators are added in reading, as they are
+  to a user's own records."""
+  from beyond_outliers.data import tfds
+
+  del cfg
+  counts = {"documents": 0, "tokens": 0, "bytes": 0}
+
+  def counted() -> Iterator[np.ndarray]:
+    for item in stream:
+      counts["documents"] += 1
+      counts["tokens"] += len(separated(item.ids, separator))
+      counts["bytes"] += item.num_bytes
+      yield item.ids
+
+  path = tfds.write_documents(
+    counted(), os.path.join(directory, "records"), dtype.newbyteorder("=").type
+  )
+  records = {
+    "path": "{directory}/" + os.path.relpath(path, directory),
+    "field": "tokens",
+    "count": counts["documents"],
+    "held_out": 0.0,
+  }
+  return {**counts, "shards": None}, records

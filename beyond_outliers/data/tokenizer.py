@@ -1,0 +1,102 @@
+"""Tokenizer: the interface that every kind of tokenizer shares, and what their modules share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from beyond_outliers.errors import DataError
+
+
+class Tokenizer:
+  """Text to token ids and back.
+
+  ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary has
+  no such token.
+
+  `decode(encode(text)) == text` for bytes, GPT-2 and the SentencePiece models trained here; others
+  keep what their normalizer leaves. Special tokens spelled out in a text are text.
+  """
+
+  stored: str  # what `load` takes to open the copy in a dataset's folder
+  vocab_size: int
+  eot: int | None
+  bos: int | None
+  special: dict[str, int]  # ids by name of the tokens that no text is encoded to
+
+  def __init__(self, files: dict[str, bytes]):
+    self.special = {}
+    self._files = files  # name in a dataset's folder -> content
+    digest = hashlib.sha256(self.stored.encode())
+    for name, content in sorted(files.items()):
+      digest.update(name.encode() + b"\0" + content)
+    self.fingerprint = digest.hexdigest()
+
+  @functools.cached_property
+  def ids(self) -> Sequence[int]:
+    """The ids that have a token, ascending."""
+    return range(self.vocab_size)
+
+  def name_eot(self, name: str) -> None:
+    """Takes another token than the tokenizer's own for the end of a text.
+
+    Errors: DataError unless it is a special token."""
+    if name not in self.special:
+      raise DataError(
+        f"data.eot = {name!r}: expected one of the tokenizer's special tokens, "
+        f"{self.special_names()}"
+      )
+    self.eot = self.special[name]
+
+  def special_names(self) -> str:
+    """The special tokens, for messages."""
+    names = list(self.special)
+    return (", ".join(names[:20]) or "of which it has none") + (", ..." if names[20:] else "")
+
+  def encode(self, text: str) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Many texts at once, on all cores where the library has threads."""
+    raise NotImplementedError
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    return self.decode_bytes(ids).decode("utf-8", "replace")
+
+  def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    raise NotImplementedError
+
+  def num_bytes(self, ids: np.ndarray) -> int:
+    """UTF-8 bytes of the text that a document's first ids, or all of them, stand for: special
+    tokens for none, a part of a character for its share."""
+    raise NotImplementedError
+
+  def first_bytes(self, text: str, ids: np.ndarray) -> int:
+    """UTF-8 bytes of a text up to the end of the first of its ids, where a normalizer is at work
+    too."""
+    del text
+    return self.num_bytes(ids[:1])
+
+  def save(self, directory: str) -> None:
+    for name, content in self._files.items():
+      with open(os.path.join(directory, name), "wb") as file:
+        file.write(content)
+
+
+def read_file(file: str) -> bytes:
+  """Contents of a tokenizer's file. Errors: DataError if it is missing."""
+  if not os.path.isfile(file):
+    raise DataError(f"data.tokenizer: no file {file!r} (in {os.getcwd()})")
+  with open(file, "rb") as stream:
+    return stream.read()
+
+
+def needs_extra(kind: str, library: str) -> str:
+  """The message of a library that an extra brings."""
+  return (
+    f"data.tokenizer = '{kind}': needs the library {library!r}; pip install 'beyond_outliers[hf]'"
+  )

@@ -1,0 +1,170 @@
+"""Files of a Hugging Face directory: tensors, their index, config.json and what lies beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from beyond_outliers.config.checks import require
+from beyond_outliers.config.files import read_json
+from beyond_outliers.errors import ConfigError
+from beyond_outliers.types import Json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# What generating text needs beside weights, by name: no code, and nothing that runs as it is read.
+COMPANIONS = (
+  GENERATION,
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+IGNORED = ".rotary_emb.inv_freq"  # in old Llama files; follows from the rotary base
+
+
+def require_file(directory: pathlib.Path, name: str) -> None:
+  """Refusal of a directory without the file. Errors: ConfigError, as in all that follow."""
+  require(
+    (directory / name).is_file(),
+    "directory",
+    str(directory),
+    f"holds no {name}; give a whole Hugging Face model, as safetensors",
+  )
+
+
+def json_object(file: pathlib.Path) -> Json:
+  """The object in a JSON file."""
+  try:
+    return read_json(file, ConfigError, "fetch it again")
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise ConfigError(f"{file}: {error.strerror}; fetch it again") from None
+
+
+def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+  """Every tensor by name, not yet read, of the single file or of those that the index names."""
+  places = {} if (directory / SINGLE).exists() else _read_index(directory)
+  tensors: dict[str, Any] = {}
+  found: dict[str, str] = {}
+  for file in sorted(set(places.values())) or [SINGLE]:
+    require_file(directory, file)
+    try:
+      handle = stack.enter_context(safetensors.safe_open(directory / file, framework="numpy"))
+    except (safetensors.SafetensorError, OSError) as error:
+      raise ConfigError(
+        f"directory = '{directory}': {file} is not a whole safetensors file ({error}); "
+        "fetch it again"
+      ) from error
+    for name in handle.keys():
+      if name in found:
+        raise ConfigError(
+          f"directory = '{directory}': {name} is in {found[name]} and in {file}; keep one"
+        )
+      found[name], tensors[name] = file, handle.get_slice(name)
+  for name, file in places.items():
+    if found.get(name) != file:
+      raise ConfigError(
+        f"directory = '{directory}': {INDEX} puts {name} into {file}, which lacks it; "
+        "fetch both again"
+      )
+  return {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
+
+
+def _read_index(directory: pathlib.Path) -> dict[str, str]:
+  """{tensor: its file, in the directory itself}; nothing where there is no index."""
+  if not (directory / INDEX).exists():
+    return {}
+  places: Any = json_object(directory / INDEX).get("weight_map")
+  field = f"{directory / INDEX}: weight_map"
+  listed = isinstance(places, dict) and bool(places)
+  require(listed, field, places, "expected {tensor: file}; fetch it again")
+  for name, file in places.items():
+    require(
+      isinstance(file, str) and pathlib.PurePath(file).name == file,
+      f"{field}: {name}",
+      file,
+      "expected the name of a file beside it",
+    )
+  return places
+
+
+def companions(directory: pathlib.Path) -> dict[str, bytes]:
+  """The COMPANIONS that a directory has, by name."""
+  files = {name: directory / name for name in COMPANIONS}
+  return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
+def write_directory(
+  directory: pathlib.Path,
+  described: Json,
+  tensors: Iterable[tuple[str, np.ndarray]],
+  shard_bytes: int,
+  beside: Mapping[str, bytes],
+) -> None:
+  """Writes tensors made lazily, one file at a time in memory; the files `beside` them; and, last,
+  `described` as config.json.
+
+  Errors: ConfigError for a directory that already holds such files."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except FileExistsError:
+    raise ConfigError(f"directory = '{directory}': is a file; choose another name") from None
+  taken = sorted(
+    path.name
+    for path in directory.iterdir()
+    if path.name == CONFIG or path.name in beside or ".safetensors" in path.name
+  )
+  if taken:
+    raise ConfigError(
+      f"directory = '{directory}': already holds {', '.join(taken)}; remove them or choose another"
+    )
+
+  parts, total = [], 0
+  for shard in _shards(tensors, shard_bytes):
+    part = directory / f"part-{len(parts)}.safetensors"  # the final name holds their number
+    safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
+    parts.append((part, list(shard)))
+    total += sum(array.nbytes for array in shard.values())
+  weight_map = {}
+  for i, (part, names) in enumerate(parts):
+    file = SINGLE if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+    part.rename(directory / file)
+    weight_map.update(dict.fromkeys(names, file))
+  if len(parts) > 1:
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_bytes(as_json(index))
+  for name, content in beside.items():
+    (directory / name).write_bytes(content)
+  # Last, and whole: the remains of a crash do not pass for a model.
+  unfinished = directory / f"{CONFIG}.tmp"
+  unfinished.write_bytes(as_json(described))
+  unfinished.replace(directory / CONFIG)
+
+
+def as_json(value: Json) -> bytes:
+  """A JSON file's content."""
+  return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _shards(
+  tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
+  shard, size = {}, 0
+  for name, array in tensors:
+    if shard and size + array.nbytes > shard_bytes:
+      yield shard
+      shard, size = {}, 0
+    shard[name] = array
+    size += array.nbytes
+  yield shard
