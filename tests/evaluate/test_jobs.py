@@ -488,6 +488,7 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   monkeypatch.setattr(watched, "params", params)
   cell = Cell("none", "none")
   evaluator = types.SimpleNamespace(
+    make_folder=lambda: None,
     missing=lambda step: [cell] * (step not in measured),
     measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}},
   )
@@ -516,7 +517,9 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     return {"metrics": {"loss": 1.0}}
 
   evaluator = types.SimpleNamespace(
-    missing=lambda step: [Cell("none", "none")] * (step not in measured), measure=measure
+    make_folder=lambda: None,
+    missing=lambda step: [Cell("none", "none")] * (step not in measured),
+    measure=measure,
   )
   job_lib.Job(target, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
   assert measured == {1, 5, 9}

@@ -423,7 +423,7 @@ def test_a_torn_config_is_refused_by_name(content, message, copy):
   ("content", "message"),
   [
     (b'{"weight_map": {"model', "index.json: is not the JSON that was written"),
-    (b"[]", "index.json: holds a list"),
+    (b"[]", "index.json: is a JSON list, not an object"),
     (b"{}", "index.json: weight_map = None: expected {tensor: file}"),
     (b'{"weight_map": {"a": 1}}', "weight_map: a = 1: expected the name of a file beside it"),
     (b'{"weight_map": {"a": "../x.safetensors"}}', "a = '../x.safetensors': expected the name"),
