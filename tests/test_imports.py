@@ -43,7 +43,7 @@ DOORS = {
   ),  # other programs' files, and our own of quantized models
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("cli", "main"),
-  "lm_eval": ("evaluate/harness",),
+  "lm_eval": ("evaluate/harness", "evaluate/harness_lm", "evaluate/harness_tasks"),
   "torch": ("bench/peers",),
   "pytorch_optimizer": ("bench/peers",),
   "tensorflow": (),

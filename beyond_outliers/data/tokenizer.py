@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -34,6 +35,11 @@ class Tokenizer:
     for name, content in sorted(files.items()):
       digest.update(name.encode() + b"\0" + content)
     self.fingerprint = digest.hexdigest()
+
+  @functools.cached_property
+  def ids(self) -> Sequence[int]:
+    """The ids that have a token, ascending."""
+    return range(self.vocab_size)
 
   def name_eot(self, name: str) -> None:
     """Takes another token than the tokenizer's own for the end of a text.

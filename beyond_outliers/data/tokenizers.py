@@ -94,7 +94,8 @@ class HuggingFace(Tokenizer):
     self._ids = self._model.get_vocab()  # by token
     if not self._ids:
       raise DataError(f"data.tokenizer: {file} has no vocabulary")
-    self.vocab_size = 1 + max(self._ids.values())  # ids may have gaps
+    self.ids = sorted(self._ids.values())
+    self.vocab_size = 1 + self.ids[-1]  # ids may have gaps
     self.eot, self.bos = self._first_known(EOT_NAMES), self._first_known(BOS_NAMES)
     self._byte_pieces = [self._ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
     self._make_special([i for i in (self.eot, self.bos) if i is not None])

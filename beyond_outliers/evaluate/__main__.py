@@ -42,7 +42,8 @@ METHOD_NAMES = flags.DEFINE_list(
 TASKS = flags.DEFINE_list(
   "tasks",
   [],
-  "Tasks of lm-evaluation-harness (extra: eval), of --task_folders, or "
+  "Tasks of lm-evaluation-harness (extra: eval), of --task_folders (evaluate.offline_tasks makes "
+  "the study's), or "
   + " and ".join(offline_tasks.HELD_OUT)
   + ", which are made of the validation text.",
 )
@@ -168,6 +169,7 @@ def main(argv: list[str]) -> None:
     task_folders=TASK_FOLDERS.value,
     calibration_windows=CALIBRATION.value,
     say=progress,
+    warn=progress.line,
   )
   job = Job(target, evaluator, progress, POLL.value)
   evaluated = evaluate_steps(job, steps)

@@ -34,7 +34,7 @@ class Evaluator:
   settings stays as it is.
 
   calibration_windows: of training data that methods look at. say: takes progress. warn: takes
-    broken files.
+    broken files, and examples that tasks leave out.
   Errors: ConfigError for a batch that the devices cannot split, and as
     `task_suite.find_tasks`."""
 
@@ -59,7 +59,7 @@ class Evaluator:
     self._metrics = ModelMetrics(target, mesh, say)
     self._sink = writers.TensorBoard(target.tensorboard, None) if target.tensorboard else None
     loaded = task_suite.find_tasks(tasks, task_folders, target.text.dataset, self._store.path)
-    self._suite = task_suite.TaskSuite(loaded, target.text, mesh, say)
+    self._suite = task_suite.TaskSuite(loaded, target.text, mesh, say, warn)
 
   def missing(self, step: int) -> list[Cell]:
     """Cells that lack their metrics, or a task."""

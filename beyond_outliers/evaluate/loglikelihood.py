@@ -23,6 +23,7 @@ from beyond_outliers.types import LanguageModel, Params
 
 SHORTEST = 16  # the smallest bucket of lengths
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
+NOT_FINITE = -1  # stands for the token that follows logits of which some are NaN or infinite
 
 
 class Pair(NamedTuple):
@@ -46,8 +47,11 @@ class Scorer:
 
   context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
   included. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
-  it; by default the first device. Every process of a run makes the same calls and gets the same
-  results."""
+  it; by default the first device. ids: those that greedy continuations are made of, by default all;
+  of a vocabulary that is padded above the tokenizer's, the tokenizer's. Probabilities are those of
+  the softmax over the whole vocabulary, padding included, as in training.
+
+  Every process of a run makes the same calls and gets the same results."""
 
   def __init__(
     self,
@@ -57,6 +61,7 @@ class Scorer:
     context: int,
     mesh: jax.sharding.Mesh | None = None,
     batch_tokens: int = 8192,
+    ids: Sequence[int] | np.ndarray | None = None,
   ):
     self.context = context
     self._params, self._batch_tokens = params, batch_tokens
@@ -66,7 +71,9 @@ class Scorer:
     self._score = jax.jit(
       functools.partial(score, model), static_argnames="columns", out_shardings=everywhere
     )
-    self._extend = jax.jit(functools.partial(extend, model), out_shardings=everywhere)
+    all_ids = np.arange(model.config.vocab)
+    known_V = np.isin(all_ids, all_ids if ids is None else ids)
+    self._extend = jax.jit(functools.partial(extend, model, known_V), out_shardings=everywhere)
 
   def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
     """Scores of pairs: the continuation's log-probability in nats, and whether all its tokens are
@@ -136,7 +143,7 @@ class Scorer:
 
     ended(number of the prompt, tokens so far) -> whether the rest is of no interest; asked every
     AT_ONCE tokens, so that up to AT_ONCE - 1 come after the end. Nothing is cached between tokens:
-    each costs a pass over its row.
+    each costs a pass over its row. What follows a NOT_FINITE is arbitrary.
     Errors: ConfigError for an empty prompt, or a limit that leaves no room to one token of it."""
     for prompt, limit in zip(prompts, limits, strict=True):
       if not prompt or not 0 < limit < self.context:
@@ -166,7 +173,9 @@ class Scorer:
         for row, member in enumerate(members):
           if member in running:
             results[member] = [*results[member], *new_RxA[row].tolist()][: limits[member]]
-            if len(results[member]) == limits[member] or ended(member, results[member]):
+            so_far = results[member]
+            broken = NOT_FINITE in so_far
+            if broken or len(so_far) == limits[member] or ended(member, so_far):
               running.remove(member)
     return results
 
@@ -218,20 +227,21 @@ def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
   return (jnp.moveaxis(nll, 0, 1).reshape(R, S), jnp.moveaxis(first, 0, 1).reshape(R, S))
 
 
-def extend(model, params, tokens_RxL, lengths_R):
+def extend(model, known_V, params, tokens_RxL, lengths_R):
   """The AT_ONCE tokens that follow greedily after the first lengths_R of each row, [R, AT_ONCE].
 
-  Those that would come after position L are arbitrary."""
+  known_V: which ids may follow. Those that would come after position L are arbitrary."""
   rows = jnp.arange(len(tokens_RxL))
 
   def append(tokens_RxL, step):
     positions_R = jnp.minimum(lengths_R + step, tokens_RxL.shape[1]) - 1
     x_RxLxD = model.apply({"params": params}, tokens_RxL, method="hidden")
     x_RxD = jnp.take_along_axis(x_RxLxD, positions_R[:, None, None], axis=1)[:, 0]
-    new_R = jnp.argmax(model.apply({"params": params}, x_RxD, method="logits"), axis=-1).astype(
-      tokens_RxL.dtype
-    )
-    return tokens_RxL.at[rows, lengths_R + step].set(new_R, mode="drop"), new_R
+    logits_RxV = model.apply({"params": params}, x_RxD, method="logits")
+    likeliest_R = jnp.argmax(jnp.where(known_V, logits_RxV, -jnp.inf), axis=-1)
+    finite_R = jnp.isfinite(jnp.where(known_V, logits_RxV, 0)).all(axis=-1)
+    new_R = jnp.where(finite_R, likeliest_R, NOT_FINITE).astype(tokens_RxL.dtype)
+    return tokens_RxL.at[rows, lengths_R + step].set(jnp.maximum(new_R, 0), mode="drop"), new_R
 
   _, new_AxR = jax.lax.scan(append, tokens_RxL, jnp.arange(AT_ONCE))
   return new_AxR.T

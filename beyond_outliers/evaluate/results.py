@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -22,9 +22,11 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.types import Json, PathLike
 from beyond_outliers.workdir import digest
 
-# {"step", "recipe", "method", "settings"} and "metrics" of a cell, or "scores" of a task
+# IDENTITY, and the fields of a cell, or of a task that it was asked.
 Result = dict[str, Any]
-IDENTITY = ("step", "recipe", "method", "settings")
+IDENTITY = {"step": int, "recipe": str, "method": str, "settings": dict}
+CELL = {"metrics": dict, "size_bytes": int, "seconds": dict}
+ASKED = {"scores": dict, "seconds": float | int, "time": str}
 TASK = "task"  # the setting that only tasks have
 
 
@@ -73,10 +75,10 @@ class ResultStore:
 
   def _load(self, path: epath.Path) -> Result | None:
     try:
-      found = json.loads(path.read_text())
+      found: Any = json.loads(path.read_text())
     except ValueError:  # empty or truncated
       found = None
-    if isinstance(found, dict) and set(IDENTITY) <= found.keys():
+    if _has(found, IDENTITY) and (_has(found, CELL) or _has(found, ASKED)):
       return {**found, "settings": {"version": 1, **found["settings"]}}  # the first had no number
     self._say(f"{path} holds no result of an evaluation job, and counts for none")
     return None
@@ -84,12 +86,16 @@ class ResultStore:
 
 def joined(cell: Result, tasks: list[Result]) -> Result:
   """The cell with `tasks`: {name: the model's scores}; of a group or tag, its members are among
-  them. The last one counts."""
+  them. The last one counts.
+
+  And with `examples`: {name: over how many these are}, where the tasks counted them."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
+  examples = {name: counts for task in tasks for name, counts in task.get("examples", {}).items()}
   spent = sum(task["seconds"] for task in tasks)
   return {
     **cell,
     "tasks": {**cell.get("tasks", {}), **scores},
+    **({"examples": examples} if examples else {}),
     "seconds": {"tasks": spent, **cell.get("seconds", {})},
   }
 
@@ -103,10 +109,16 @@ def task_scores(cell: Result) -> dict[str, float]:
   }
 
 
+def _has(found: Any, fields: dict[str, Any]) -> TypeGuard[Result]:
+  return isinstance(found, dict) and all(
+    isinstance(found.get(name), kind) for name, kind in fields.items()
+  )
+
+
 def _same_model(cell: Result, task: Result) -> bool:
   """Whether they agree in all that is said of both."""
   ours, theirs = (
-    {**result["settings"], **{name: result[name] for name in IDENTITY[:3]}}
+    {**result["settings"], **{name: result[name] for name in ("step", "recipe", "method")}}
     for result in (cell, task)
   )
   return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())

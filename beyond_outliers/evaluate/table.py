@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from beyond_outliers import cli
 from beyond_outliers.evaluate import metrics, results
 from beyond_outliers.evaluate.results import Result
+from beyond_outliers.types import Json
 
 OWN_REFERENCE = (
   "method none: difference, KL and agreement are to the same parameters with nothing quantized, "
@@ -21,8 +22,9 @@ def scalars(cell: Result) -> dict[str, float]:
 
 
 def results_table(cells: Sequence[Result]) -> str:
-  """One line per cell. The difference of the loss is to the same parameters in full precision, with
-  its interval; a run that was trained quantized has no others, which a line below says."""
+  """One line per cell, scores of tasks with their standard errors; below it, over how many examples
+  these are. The difference of the loss is to the same parameters in full precision, with its
+  interval; a run that was trained quantized has no others, which a line below says."""
   names = (name for cell in cells for name in results.task_scores(cell))
   accuracies = [name for name in dict.fromkeys(names) if "stderr" not in name]
   titles = (
@@ -30,13 +32,40 @@ def results_table(cells: Sequence[Result]) -> str:
     *("bits per byte", "KL", "agreement", "MiB", *accuracies, "seconds"),
   )
   lines = cli.aligned([titles, *(_row(cell, accuracies) for cell in cells)])
-  trained_quantized = any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells)
-  return "\n".join([*lines, OWN_REFERENCE] if trained_quantized else lines)
+  if any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells):
+    lines.append(OWN_REFERENCE)
+  return "\n".join([*lines, *_examples(cells)])
 
 
 def shown(value: float | None, style: str = ".4f") -> str:
   """Formatted value; empty where it was not finite."""
   return "" if value is None else format(value, style)
+
+
+def _examples(cells: Sequence[Result]) -> list[str]:
+  """Over how many examples the scores are, in one line where these are the same for all cells."""
+  lines: dict[str, list[str]] = {}
+  for cell in cells:
+    line = ", ".join(_counted(task, counts) for task, counts in cell.get("examples", {}).items())
+    lines.setdefault(line, []).append(f"{cell['step']} {cell['recipe']} {cell['method']}")
+  lines.pop("", None)
+  return [
+    f"examples{' of ' + '; '.join(found) if len(lines) > 1 else ''}: {line}"
+    for line, found in lines.items()
+  ]
+
+
+def _counted(task: str, counts: Json) -> str:
+  scored, left_out, truncated = (counts[name] for name in ("scored", "left_out", "truncated"))
+  return (
+    f"{task} {scored}{f' of {scored + left_out}' if left_out else ''} ({counts['split']}"
+    f"{f', {truncated} without their beginning' if truncated else ''})"
+  )
+
+
+def _score(numbers: dict[str, float], name: str) -> str:
+  stderr = shown(numbers.get(f"{name}_stderr"))
+  return f"{shown(numbers.get(name))} ± {stderr}" if stderr else shown(numbers.get(name))
 
 
 def _row(cell: Result, accuracies: Sequence[str]) -> tuple[str, ...]:
@@ -53,6 +82,6 @@ def _row(cell: Result, accuracies: Sequence[str]) -> tuple[str, ...]:
     shown(found.get("kl")),
     shown(found.get("agreement"), ".1%"),
     f"{cell['size_bytes'] / 2**20:.2f}",
-    *(shown(numbers.get(name)) for name in accuracies),
+    *(_score(numbers, name) for name in accuracies),
     f"{sum(cell['seconds'].values()):.1f}",
   )

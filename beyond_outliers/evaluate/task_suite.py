@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from etils import epath
 
 from beyond_outliers import data
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import offline_tasks
 from beyond_outliers.evaluate.target import Text
 from beyond_outliers.types import Json, LanguageModel, Params
@@ -20,8 +22,21 @@ if TYPE_CHECKING:  # needs the extra `eval`
   from beyond_outliers.evaluate.harness import LoadedTask
 
 
+Scores = dict[str, dict[str, float]]
+
+
+class Answers(NamedTuple):
+  """A model's scores on tasks, and over which examples."""
+
+  scores: Scores  # {task or group: {metric: value, metric_stderr: value}}
+  examples: dict[str, Json]  # {task: {split, scored, left_out, truncated}}: numbers of examples
+  left_out: list[Json]  # {task, example, reason}, the first of each task
+
+
 class TaskSuite:
-  """Asks the same tasks of any number of models, which read as `text` begins."""
+  """Asks the same tasks of any number of models, which read as `text` begins.
+
+  say: takes progress. warn: takes what is not scored as asked."""
 
   def __init__(
     self,
@@ -29,11 +44,14 @@ class TaskSuite:
     text: Text,
     mesh: jax.sharding.Mesh,
     say: Callable[[str], None],
+    warn: Callable[[str], None],
   ):
-    self.tasks, self._text, self._mesh, self._say = tasks, text, mesh, say
+    self.tasks, self._text, self._mesh, self._say, self._warn = tasks, text, mesh, say, warn
 
   def asked_of(self, model: LanguageModel, params: Params) -> Callable[[LoadedTask], Json]:
-    """task -> its `scores` and `seconds`. The model is placed and compiled once, at the first."""
+    """task -> the fields of `harness.Answers`, and `seconds`.
+
+    The model is placed and compiled once, at the first."""
 
     @functools.cache
     def harness_model() -> Any:
@@ -50,10 +68,31 @@ class TaskSuite:
     def ask(task: LoadedTask) -> Json:
       began = time.perf_counter()
       self._say(f"task {task.name}")
-      scores = _harness().ask(harness_model(), [task])
-      return {"scores": scores, "seconds": time.perf_counter() - began}
+      answers = _harness().ask(harness_model(), [task])
+      for line in not_as_asked(answers.examples, answers.left_out):
+        self._warn(line)
+      return {**answers._asdict(), "seconds": time.perf_counter() - began}
 
     return ask
+
+
+def not_as_asked(examples: Mapping[str, Json], left_out: Sequence[Json]) -> list[str]:
+  """A line for each task that left examples out, or read some without their beginning."""
+  lines = []
+  for task, counts in examples.items():
+    asked = counts["scored"] + counts["left_out"]
+    if counts["left_out"]:
+      first = next(each for each in left_out if each["task"] == task)
+      lines.append(
+        f"{task}: {counts['left_out']} of {asked} examples left out, of all metrics; of example "
+        f"{first['example']}, {first['reason']}"
+      )
+    if counts["truncated"]:
+      lines.append(
+        f"{task}: {counts['truncated']} of {asked} examples lost the beginning of their context, "
+        "which is longer than the window"
+      )
+  return lines
 
 
 def find_tasks(
@@ -72,7 +111,9 @@ def find_tasks(
 
 
 def _harness() -> Any:
-  """The harness, imported only where tasks are asked for: it needs the extra `eval`."""
+  """The harness, imported only where tasks are asked for. Errors: ConfigError without the extra."""
+  if importlib.util.find_spec("lm_eval") is None:
+    raise ConfigError("--tasks: needs the library 'lm_eval'; pip install 'beyond_outliers[eval]'")
   from beyond_outliers.evaluate import harness
 
   return harness

@@ -299,6 +299,17 @@ def test_vocabularies(sentencepiece, huggingface):
   )
 
 
+def test_ids_that_have_a_token(sentencepiece, huggingface, tmp_path):
+  for tokenizer in (tokenizers.load("bytes"), sentencepiece, huggingface):
+    assert list(tokenizer.ids) == list(range(tokenizer.vocab_size))
+  file = json.loads(huggingface._files["tokenizer.json"])
+  last = max(file["model"]["vocab"], key=file["model"]["vocab"].get)
+  file["model"]["vocab"][last] += 5
+  (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+  gaps = tokenizers.load(f"huggingface:{tmp_path}/tokenizer.json")
+  assert gaps.vocab_size == 1005 and gaps.ids == [*range(999), 1004]
+
+
 @pytest.mark.parametrize(
   "adds,settings,expected",
   [

@@ -19,15 +19,16 @@ from lm_eval.api.instance import Instance  # noqa: E402  (nothing of it where it
 
 from beyond_outliers import config, mesh, runs, train  # noqa: E402
 from beyond_outliers.data import tokenizers  # noqa: E402
-from beyond_outliers.errors import ConfigError  # noqa: E402
-from beyond_outliers.evaluate import harness, loglikelihood, offline_tasks  # noqa: E402
+from beyond_outliers.errors import ConfigError, TaskError  # noqa: E402
+from beyond_outliers.evaluate import harness, harness_lm, loglikelihood, offline_tasks  # noqa: E402
+from beyond_outliers.evaluate.task_suite import not_as_asked  # noqa: E402
 from beyond_outliers.model import hf_config, transformer  # noqa: E402
 
 V, CONTEXT = 258, 32
 BYTES = tokenizers.load("bytes")
 
 
-def bigram(log_p_VxV):
+def bigram(log_p_VxV, V=V):
   """A model that foretells the next token from the last alone: embeddings are unit vectors, and
   blocks add nothing."""
   c = config.Model(
@@ -137,6 +138,57 @@ def test_greedy_generation_ends_at_a_stop_or_at_its_limit(harness_model):
     generate("a", do_sample=True)
 
 
+def test_ids_without_a_token_are_never_generated(chances):
+  """The padding of a vocabulary comes first here, and counts in all probabilities."""
+  padded = np.full((V + 6, V + 6), -3.0)
+  padded[:V, :V], padded[:, V] = chances, 50.0
+  model = harness.harness_model(*bigram(padded, V + 6), BYTES, context=CONTEXT)
+  assert ask(model.generate_until, ("ab", {"max_gen_toks": 5})) == ["cdefg"]
+  ((score, first),) = ask(model.loglikelihood, ("ab", "c"))
+  of_row = padded[ord("b")] - np.log(np.exp(padded[ord("b")]).sum())
+  assert score == pytest.approx(of_row[ord("c")], rel=1e-5) and not first
+
+
+def test_stops_are_texts_wherever_their_tokens_end(harness_model):
+  def generate(context, **settings):
+    return ask(harness_model.generate_until, (context, {"max_gen_toks": 6, **settings}))[0]
+
+  assert generate("abc", until=["fgh", "gh"]) == "de"
+  assert generate("abcd", until=["bc"]) == "efghij"  # which is of the prompt
+  for until in (None, "", [], [""]):
+    assert generate("abc", until=until) == "defghi"
+  assert generate("", until=["never"]) != ""  # after the prefix
+  for settings, told in (
+    ({"until": [5]}, r"generation_kwargs.until = \[5\]: expected texts"),
+    ({"max_gen_toks": 0}, r"generation_kwargs.max_gen_toks = 0: expected 1 to 31"),
+    ({"max_gen_toks": "many"}, r"generation_kwargs = .*'many'"),
+    ({"temperature": 0.7}, r"generation_kwargs.do_sample = True: only greedy"),
+  ):
+    with pytest.raises(ConfigError, match=told):
+      generate("abc", **settings)
+
+
+class Marking(tokenizers.Bytes):
+  """Bytes of which "e" is a mark that is spelled <e>."""
+
+  def __init__(self):
+    super().__init__()
+    self.special = {"<e>": ord("e")}
+
+  def decode_bytes(self, ids):
+    return super().decode_bytes(ids).replace(b"e", b"<e>")
+
+
+def test_control_tokens_are_no_text_but_may_be_stops(chances):
+  scorer = loglikelihood.Scorer(*bigram(chances), context=CONTEXT)
+  model = harness.HarnessModel(scorer, Marking(), prefix=BYTES.eot)
+
+  def generate(**settings):
+    return ask(model.generate_until, ("ab", {"max_gen_toks": 5, **settings}))[0]
+
+  assert generate() == "cdfg" and generate(until=["<e>"]) == "cd"
+
+
 @pytest.fixture(scope="module")
 def attentive():
   """(model, params): a model that looks at all that it has read, so that a token before a text
@@ -189,7 +241,7 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
     return ids[-count:]
 
   for asks, ids in ((begun, [BYTES.bos, *context]), (plain, context)):
-    expected_ids = harness.until(greedy(ids, 6), {BYTES.bos, BYTES.eot})
+    expected_ids = harness_lm.until(greedy(ids, 6), {BYTES.bos, BYTES.eot})
     assert ask(asks.generate_until, ("ab", {"max_gen_toks": 6})) == [BYTES.decode(expected_ids)]
 
 
@@ -299,6 +351,141 @@ def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value,
     harness.load_tasks(["faulty"], [tmp_path])
 
 
+class Merging(tokenizers.Bytes):
+  """Bytes, but for "qu", which is one token."""
+
+  def encode_batch(self, texts):
+    return super().encode_batch([text.replace("qu", "\x00") for text in texts])
+
+
+def test_what_has_no_score_says_why(chances):
+  scorer = loglikelihood.Scorer(*bigram(chances), context=CONTEXT)
+  model = harness.HarnessModel(scorer, Merging(), prefix=BYTES.eot)
+  merged = "a continuation has no tokens: it is empty, or merges with its context"
+  asked = {
+    ("on", "e"): "",
+    ("", "e"): "",
+    ("  ", "e"): "",  # a context of spaces alone, which are the continuation's
+    ("on ", ""): "",
+    ("x" * 50, "y" * CONTEXT): "",
+    ("on", ""): merged,
+    ("", ""): merged,
+    ("q", "u"): merged,
+    ("on", "y" * (CONTEXT + 1)): "a continuation has 33 tokens, the window 32",
+  }
+  requests = [
+    Instance("loglikelihood", {}, texts, 0, metadata=("task", number, 1))
+    for number, texts in enumerate(asked)
+  ]
+  results = model.loglikelihood(requests)
+  whys = list(asked.values())
+  assert [bool(np.isnan(score)) for score, _ in results] == [bool(why) for why in whys]
+  assert model.left_out == {("task", n): why for n, why in enumerate(whys) if why}
+  assert model.truncated == {("task", 4)}
+  np.testing.assert_allclose(results[2][0], expected(chances, BYTES.eot, "  e"), rtol=1e-5)
+
+
+def written(path, *examples):
+  offline_tasks.write_task(path, "some", examples)
+  return harness.load_tasks(["some"], [path])
+
+
+def example(*choices, context="answer:", answer=0):
+  return {"context": context, "choices": list(choices), "answer": answer}
+
+
+def test_an_example_without_a_score_is_left_out_whole(chances, tmp_path):
+  """Where one choice of it is too long: neither right nor wrong."""
+  long, endless = "a" * 2 * CONTEXT, "z" * CONTEXT
+  tasks = written(
+    tmp_path,
+    example("bcd", "cba"),
+    example("bcd", endless),
+    example("bcd", "cba", answer=1),
+    example("bcd", "cba", context=long),
+  )
+  model = harness.harness_model(*bigram(chances), BYTES, context=CONTEXT)
+  answers = harness.ask(model, tasks)
+  counts = {"split": "test", "scored": 3, "left_out": 1, "truncated": 1}
+  assert answers.scores["some"]["acc"] == pytest.approx(2 / 3)
+  assert answers.scores["some"]["acc_stderr"] == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
+  assert answers.examples == {"some": counts}
+  reason = "a continuation has 33 tokens, the window 32"
+  assert answers.left_out == [{"task": "some", "example": 1, "reason": reason}]
+  assert not_as_asked(answers.examples, answers.left_out) == [
+    f"some: 1 of 4 examples left out, of all metrics; of example 1, {reason}",
+    "some: 1 of 4 examples lost the beginning of their context, which is longer than the window",
+  ]
+  assert harness.ask(model, tasks, limit=1).examples["some"] == counts | {
+    "scored": 1,
+    "left_out": 0,
+    "truncated": 0,
+  }
+
+
+def test_a_model_that_is_not_finite_ranks_no_choice(chances, tmp_path):
+  """numpy's argmax, by which the harness ranks, takes NaN for the largest."""
+  tasks = written(tmp_path, example("bcd", "!a"), example("bcd", "cba"), example("cba", "bcd"))
+  model, params = bigram(chances)
+  params["embedding"][ord("!"), 0] = np.nan
+  answers = harness.ask(harness.harness_model(model, params, BYTES, context=CONTEXT), tasks)
+  reason = "a log-likelihood is nan"
+  assert answers.left_out == [{"task": "some", "example": 0, "reason": reason}]
+  assert answers.scores["some"]["acc"] == 0.5 and answers.examples["some"]["scored"] == 2
+  params["head"]["kernel"][:] = np.nan
+  broken = harness.harness_model(model, params, BYTES, context=CONTEXT)
+  with pytest.raises(
+    TaskError, match=f"some: none of 3 examples has a score; of the first, {reason}"
+  ):
+    harness.ask(broken, tasks)
+  requests = [Instance("generate_until", {}, ("ab", {"max_gen_toks": 4}), 0, ("some", 5, 1))]
+  assert broken.generate_until(requests) == [""]
+  assert broken.left_out["some", 5] == "the logits of a token are not finite"
+  requests = [Instance("loglikelihood_rolling", {}, ("abc",), 0, ("some", 6, 1))]
+  assert np.isnan(broken.loglikelihood_rolling(requests)) and broken.left_out["some", 6] == reason
+
+
+@pytest.mark.parametrize(
+  "broken,told",
+  [
+    (example("b", "c", answer=2), "answer = 2: expected the number of one of the 2 choices"),
+    (example("b", "c", answer=-1), "answer = -1: expected"),
+    (example("b", "c", answer=None), "answer = None: the task asks for it; expected a text"),
+    (example("b", "c", context="7"), "context = 7: digits alone"),
+    (example("b"), r"choices = \['b'\]: expected two texts or more"),
+    (example(), "choices = .*: expected two texts"),
+    (example("b", None), "choices = .*None.*: expected two texts"),
+    ({"choices": ["b", "c"], "answer": 0}, "a field in a template = None: the task asks for it"),
+  ],
+)
+def test_examples_that_would_be_asked_wrong_are_refused_by_number(broken, told, tmp_path):
+  with pytest.raises(ConfigError, match=rf"tasks = some: example 1 of some: .*{told}"):
+    written(tmp_path, example("b", "c"), broken, example("c", "d"))
+
+
+def test_texts_that_are_read_as_times_are_refused(tmp_path):
+  with pytest.raises(ConfigError, match=r"a field in a template = .*2020, 1, 2.*nor a date alone"):
+    written(tmp_path, *[example("b", "c", context="2020-01-02")] * 2)
+
+
+def test_data_that_is_torn_is_refused_in_one_line(tmp_path):
+  written(tmp_path, example("b", "c"))
+  whole = (tmp_path / "some.jsonl").read_text()
+  for text in (whole + '{"context": "x", "cho', whole + "[]\n", "\0", ""):
+    (tmp_path / "some.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=r"^tasks = some: [^\n]*; mend its YAML file[^\n]*$"):
+      harness.load_tasks(["some"], [tmp_path])
+
+
+def test_a_name_means_one_task(folder, tmp_path):
+  offline_tasks.write_task(tmp_path / "a", "known", [example("b", "c")])
+  told = r"tasks = 'known': \S+known.yaml and \S+known.yaml define it; keep one"
+  with pytest.raises(ConfigError, match=told):
+    harness.load_tasks(["known"], [folder, tmp_path])
+  (task,) = harness.load_tasks(["known", "known"], [tmp_path, tmp_path / "a"])  # one file
+  assert task.name == "known"
+
+
 def test_a_token_stands_before_texts_without_context(chances, folder):
   model, params = bigram(chances)
 
@@ -317,9 +504,15 @@ def test_folders_that_are_not_there_are_refused():
 
 
 @pytest.mark.slow  # reads all of the harness's task files
-def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder):
+def test_tasks_that_nobody_knows_are_refused_before_anything_is_computed(folder, tmp_path):
   with pytest.raises(ConfigError, match="tasks = 'hellaswagg': did you mean 'hellaswag'"):
     harness.load_tasks(["known", "hellaswagg"], [folder])
+  (tmp_path / "torn.yaml").write_text("task: [torn")
+  offline_tasks.write_task(tmp_path, "mine", [example("b", "c")])
+  with pytest.raises(ConfigError, match=r"--task_folders hold mine; \S+torn.yaml cannot be read"):
+    harness.load_tasks(["torn"], [tmp_path])
+  with pytest.raises(ConfigError, match=r"tasks = 'study': python -m .*offline_tasks makes it"):
+    harness.load_tasks(["study"])
   known = harness.task_manager(["piqa", "hellaswag", "arc_easy", "known"], [folder]).all_tasks
   assert {"piqa", "hellaswag", "arc_easy", "known"} <= set(known)
 

@@ -281,9 +281,14 @@ def harness(run, content="these questions"):
   def load(names, folders):
     return [types.SimpleNamespace(name=name, content=content) for name in names]
 
+  def ask(model, tasks):
+    counts = {"split": "test", "scored": 3, "left_out": 1, "truncated": 0}
+    left_out = [{"task": tasks[0].name, "example": 2, "reason": "a reason"}]
+    return task_suite.Answers(model(tasks), {task.name: counts for task in tasks}, left_out)
+
   return types.SimpleNamespace(
     harness_model=lambda *model, **options: functools.partial(run, *model, **options),
-    ask=lambda model, tasks: model(tasks),
+    ask=ask,
     load_tasks=load,
   )
 
@@ -303,8 +308,11 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   monkeypatch.setattr(task_suite, "_harness", lambda: harness(run))
   target = RunCheckpoints(workdir)
 
+  said = []
+
   def make(tasks):
-    return Evaluator(target, evaluator.cells[:2], tasks=tasks, calibration_windows=12)
+    cells, windows = evaluator.cells[:2], 12
+    return Evaluator(target, cells, tasks=tasks, calibration_windows=windows, warn=said.append)
 
   with_tasks, others = make(["piqa"]), make(["arc_easy"])
   assert with_tasks.missing(2) == evaluator.cells[:2]
@@ -314,6 +322,16 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert found_too["metrics"] == found["rtn"]["metrics"] and found_too["tasks"] == {
     "piqa": {"acc": 0.25, "acc_stderr": 0.1}
   }
+  counts = {"split": "test", "scored": 3, "left_out": 1, "truncated": 0}
+  assert found_too["examples"] == {"piqa": counts}
+  assert said == [
+    f"{task}: 1 of 4 examples left out, of all metrics; of example 2, a reason"
+    for task in ("arc_easy", "piqa")
+  ]
+  (file,) = (workdir / "eval").glob("2-*-piqa-*.json")
+  assert json.loads(file.read_text())["left_out"] == [
+    {"task": "piqa", "example": 2, "reason": "a reason"}
+  ]
   assert (
     with_tasks.missing(2) == others.missing(2) == evaluator.cells[:1] and evaluator.missing(2) == []
   )

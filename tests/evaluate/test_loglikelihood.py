@@ -162,6 +162,30 @@ def test_greedy_continuations_are_those_of_one_token_at_a_time(batch_tokens):
   assert got == [expected[0][: loglikelihood.AT_ONCE], *expected[1:]]
 
 
+def test_greedy_continuations_are_made_of_the_given_ids_and_probabilities_of_all():
+  """As where a vocabulary is padded above the tokenizer's, or the tokenizer's has gaps."""
+  model, params = olmo2()
+  ids, prompt = [3, 5, 8, 13, 21, 34, 55], [1, 2]
+  scorer = loglikelihood.Scorer(model, params, context=CONTEXT, ids=ids)
+  (got,) = scorer.generate([prompt], [6], lambda *_: False)
+  logits = jax.jit(model.apply)({"params": params}, np.array([prompt + got + [0] * 16]))[0]
+  assert got == [ids[int(np.argmax(logits[place, ids]))] for place in range(1, 7)]
+  (whole,) = loglikelihood.Scorer(model, params, context=CONTEXT).score(
+    [loglikelihood.Pair(prompt, got)]
+  )
+  assert scorer.score([loglikelihood.Pair(prompt, got)])[0][0] == whole[0]
+
+
+def test_logits_that_are_not_finite_end_their_row_alone():
+  model, params = olmo2()
+  params["embedding"] = params["embedding"].at[7].set(jnp.nan)
+  scorer = loglikelihood.Scorer(model, params, context=CONTEXT)
+  broken, whole = scorer.generate([[7, 1], [1, 2]], [20, 20], lambda *_: False)
+  assert broken[0] == loglikelihood.NOT_FINITE
+  if 7 not in whole:
+    assert loglikelihood.NOT_FINITE not in whole and len(whole) == 20
+
+
 @pytest.mark.parametrize(
   ("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * (CONTEXT + 1))]
 )

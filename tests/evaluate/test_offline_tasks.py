@@ -162,6 +162,43 @@ def test_questions_of_evals(tmp_path):
   ]
 
 
+def test_a_folder_that_a_wheel_was_unzipped_into_gives_the_same(tmp_path):
+  whole = wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C"))
+  zipfile.ZipFile(whole).extractall(tmp_path / "unzipped")
+  offline_tasks.from_evals(whole, tmp_path / "a")
+  offline_tasks.from_evals(tmp_path / "unzipped", tmp_path / "b")
+  for name in offline_tasks.EVALS_FILES:
+    assert read(tmp_path / "a" / f"{name}.jsonl") == read(tmp_path / "b" / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "evals/../../outside"])
+def test_names_outside_of_a_wheels_folder_are_refused(name, tmp_path):
+  path = wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C"))
+  with zipfile.ZipFile(path, "a") as archive:
+    archive.writestr(name, "text")
+  with pytest.raises(
+    ConfigError, match=r"--evals: names in .* = \['.*outside'\]: leave its folder"
+  ):
+    offline_tasks.from_evals(path, tmp_path / "tasks")
+  assert not (tmp_path / "tasks").exists()
+
+
+def test_damaged_wheels_are_refused_and_nothing_is_written(tmp_path):
+  whole = wheel(tmp_path / "a.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "C"))
+  content = whole.read_bytes()
+  lines = wheel(tmp_path / "b.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "E"))
+  for damaged, told in (
+    (content[:-30], "is no wheel"),
+    (b"<html>not found</html>", "is no wheel"),
+    (content.replace(b"mortal", b"mortar"), "logiqa.jsonl is damaged .*CRC"),
+    (lines.read_bytes(), "line 1 of evals/registry/data/logiqa/logiqa.jsonl: ValueError"),
+  ):
+    (tmp_path / "c.whl").write_bytes(damaged)
+    with pytest.raises(ConfigError, match=rf"^--evals\b.*{told}.*evals==3.0.1.post1$"):
+      offline_tasks.from_evals(tmp_path / "c.whl", tmp_path / "tasks")
+    assert not (tmp_path / "tasks").exists()
+
+
 def test_another_wheel_is_refused(tmp_path):
   with pytest.raises(ConfigError, match="there is no such file"):
     offline_tasks.from_evals(tmp_path / "none.whl", tmp_path)

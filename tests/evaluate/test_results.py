@@ -1,0 +1,83 @@
+"""Files of results: what is no result is named once, and counts as missing."""
+
+import json
+
+import pytest
+
+from beyond_outliers.evaluate import results, table
+
+IDENTITY = ("step", "recipe", "method", "settings")
+CELL = {
+  "step": 2,
+  "recipe": "none",
+  "method": "none",
+  "settings": {"version": 2, "context": 8},
+  "metrics": {"loss": 3.5, "bits_per_byte": 2.5},
+  "size_bytes": 2**20,
+  "seconds": {"evaluate": 1.0},
+}
+COUNTS = {"split": "test", "scored": 9, "left_out": 1, "truncated": 0}
+TASK = {
+  **{name: CELL[name] for name in IDENTITY},
+  "settings": {**CELL["settings"], results.TASK: "piqa"},
+  "scores": {"piqa": {"acc": 0.5, "acc_stderr": 0.25}},
+  "examples": {"piqa": COUNTS},
+  "left_out": [{"task": "piqa", "example": 3, "reason": "it is empty"}],
+  "seconds": 2.0,
+  "time": "2026-01-01",
+}
+
+
+def write(store, found):
+  store.write(*(found[name] for name in IDENTITY), found)
+
+
+def without(found, name):
+  return {key: value for key, value in found.items() if key != name}
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    json.dumps(CELL)[:-20],
+    "",
+    "[]",
+    "null",
+    json.dumps({**CELL, "settings": "none"}),
+    json.dumps({**CELL, "step": "two"}),
+    json.dumps(without(CELL, "metrics")),
+    json.dumps(without(CELL, "size_bytes")),
+    json.dumps({**TASK, "scores": None}),
+    json.dumps(without(TASK, "time")),
+    json.dumps(without(TASK, "seconds")),
+  ],
+)
+def test_what_is_no_result_counts_as_missing(text, tmp_path):
+  said = []
+  store = results.ResultStore(tmp_path, said.append)
+  write(store, CELL)
+  (whole,) = tmp_path.iterdir()
+  (tmp_path / "other.json").write_text(text)
+  for _ in range(2):
+    assert [cell["step"] for cell in store.cells()] == [2]
+  assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'other.json'} holds no result")
+  whole.write_text(text)
+  assert store.read(*(CELL[name] for name in IDENTITY)) is None and len(said) == 2
+
+
+def test_scores_come_with_their_standard_error_and_their_examples(tmp_path):
+  store = results.ResultStore(tmp_path)
+  write(store, CELL)
+  assert "examples" not in table.results_table(store.cells())
+  write(store, TASK)
+  (cell,) = store.cells()
+  assert cell["examples"] == {"piqa": COUNTS}
+  head, row, below = table.results_table([cell]).splitlines()
+  assert "piqa/acc" in head and "0.5000 ± 0.2500" in row
+  assert below == "examples: piqa 9 of 10 (test)"
+  counts = {"split": "test", "scored": 10, "left_out": 0, "truncated": 2}
+  other = {**cell, "method": "rtn", "examples": {"piqa": counts}}
+  assert table.results_table([cell, other]).splitlines()[-2:] == [
+    "examples of 2 none none: piqa 9 of 10 (test)",
+    "examples of 2 none rtn: piqa 10 (test, 2 without their beginning)",
+  ]
