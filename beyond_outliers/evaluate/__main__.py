@@ -51,6 +51,11 @@ TASK_FOLDERS = cli.paths_flag("task_folders", [], "Folders with the YAML files o
 CALIBRATION = flags.DEFINE_integer(
   "calibration", 32, "Training windows for the methods that look at some.", lower_bound=1
 )
+PROPAGATION = flags.DEFINE_bool(
+  "propagation",
+  False,
+  "Decompose the error of every cell that quantizes: R_L, and how it grows (propagation.py).",
+)
 DATA = cli.path_flag("data", None, "Folder of a prepared dataset, in the place of the run's.")
 CONTEXT = flags.DEFINE_integer(
   "context",
@@ -168,6 +173,7 @@ def main(argv: list[str]) -> None:
     tasks=TASKS.value,
     task_folders=TASK_FOLDERS.value,
     calibration_windows=CALIBRATION.value,
+    propagation=PROPAGATION.value,
     say=progress,
     warn=progress.line,
   )

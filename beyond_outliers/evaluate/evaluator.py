@@ -14,7 +14,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.errors import TaskError
 from beyond_outliers.evaluate import plan, results, table, task_suite
-from beyond_outliers.evaluate.model_metrics import ModelMetrics
+from beyond_outliers.evaluate.model_metrics import ErrorPropagation, ModelMetrics
 from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.quantization import CheckpointQuantizer
 from beyond_outliers.evaluate.results import Result
@@ -33,7 +33,8 @@ class Evaluator:
   """Measures cells into a folder, the target's own by default. What was measured under the same
   settings stays as it is.
 
-  calibration_windows: of training data that methods look at. say: takes progress. warn: takes
+  calibration_windows: of training data that methods look at. propagation: decomposes the error of
+    every cell that quantizes (propagation.py), too. say: takes progress. warn: takes
     broken files, and examples that tasks leave out.
   Errors: ConfigError for a batch that the devices cannot split, and as
     `task_suite.find_tasks`."""
@@ -47,6 +48,7 @@ class Evaluator:
     tasks: Sequence[str] = (),
     task_folders: Sequence[str] = (),
     calibration_windows: int = 32,
+    propagation: bool = False,
     say: Callable[[str], None] = quiet,
     warn: Callable[[str], None] = results.warn,
   ):
@@ -55,6 +57,7 @@ class Evaluator:
     # Parameters whole on every device, rows of a batch split over them.
     mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
     mesh_lib.check_batch(mesh, "--batch_size", target.text.batch_size)
+    self._propagation = ErrorPropagation(target, say) if propagation else None
     self._quantize = CheckpointQuantizer(target, calibration_windows, say)
     self._metrics = ModelMetrics(target, mesh, say)
     self._sink = writers.TensorBoard(target.tensorboard, None) if target.tensorboard else None
@@ -62,11 +65,13 @@ class Evaluator:
     self._suite = task_suite.TaskSuite(loaded, target.text, mesh, say, warn)
 
   def missing(self, step: int) -> list[Cell]:
-    """Cells that lack their metrics, or a task."""
+    """Cells that lack their metrics, a task, or the propagation of their error."""
     return [
       cell
       for cell in self.cells
-      if self._read(step, cell) is None or self._tasks_missing(step, cell)
+      if self._read(step, cell) is None
+      or self._tasks_missing(step, cell)
+      or self._propagation_missing(step, cell)
     ]
 
   def make_folder(self) -> None:
@@ -94,6 +99,8 @@ class Evaluator:
       seconds["evaluate"] = time.perf_counter() - began
       found = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
       self._write(step, cell, self._settings(cell), found)
+    if self._propagation and q and self._propagation_missing(step, cell):
+      self._write(step, cell, self._propagation_settings(cell), self._propagation(params, q))
     failed = self._ask_tasks(step, cell, params, q)
     result = self._result(step, cell)
     assert result is not None, "it was there, or has just been written"
@@ -134,6 +141,17 @@ class Evaluator:
   def _task_settings(self, cell: Cell, task: LoadedTask) -> Json:
     return plan.task_settings(self.target, cell, self._windows, task)
 
+  def _propagation_settings(self, cell: Cell) -> Json:
+    return plan.propagation_settings(self.target, cell, self._windows)
+
+  def _read_propagation(self, step: int, cell: Cell) -> Result | None:
+    return self._store.read(step, cell.row, cell.method, self._propagation_settings(cell))
+
+  def _propagation_missing(self, step: int, cell: Cell) -> bool:
+    quantizes = cell.method != "none" or self.target.trained_under is not None
+    wanted = self._propagation is not None and quantizes
+    return wanted and self._read_propagation(step, cell) is None
+
   def _read(self, step: int, cell: Cell) -> Result | None:
     return self._store.read(step, cell.row, cell.method, self._settings(cell))
 
@@ -147,6 +165,8 @@ class Evaluator:
     """The cell with those of its tasks that are there."""
     found = self._read(step, cell)
     tasks = [self._read_task(step, cell, task) for task in self._suite.tasks]
+    if self._propagation:
+      tasks.append(self._read_propagation(step, cell))
     if found is None:
       return None
     return results.joined(found, [task for task in tasks if task is not None])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # needs the extra `eval`
 
 # Of the measurements: raised by whatever changes their numbers; then all is measured anew.
 VERSION = 2
+PROPAGATION = "propagation"  # a result of its own, as a task's
+WINDOWS = 8  # of validation text, that error is decomposed on
 SEED = 0  # of the calibration windows and of the bootstrap: the same for every run
 
 
@@ -103,6 +105,19 @@ def task_settings(target: Target, cell: Cell, calibration_windows: int, task: Lo
     "content": task.content,
     "prefix": target.text.prefix,
     "bos": target.text.bos,
+  }
+
+
+def propagation_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
+  """Settings that the decomposition of a cell's error depends on."""
+  text = target.text
+  return {
+    **_model_settings(target, cell, calibration_windows),
+    results.TASK: PROPAGATION,
+    "data": text.dataset.fingerprint,
+    "documents": text.documents,
+    "mask_documents": text.section.mask_documents,
+    "windows": WINDOWS,
   }
 
 

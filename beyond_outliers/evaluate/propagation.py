@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ from beyond_outliers.params import at_any_depth
 from beyond_outliers.quant import QuantizedModel
 from beyond_outliers.quant.ptq import rotation_fusion
 from beyond_outliers.quant.ptq.methods import method_named
-from beyond_outliers.types import Array, LanguageModel, Params
+from beyond_outliers.types import Json, LanguageModel, Params
 
 if TYPE_CHECKING:
   import pandas as pd
 
-Tokens = Mapping[str, Array]  # of "tokens", and "segment_ids" and "positions" if there are some
+# Arrays [B, L] of "tokens", and "segment_ids" and "positions" if there are some.
+Tokens = Mapping[str, Any]
 
 # How a model is compiled and was initialized: the same function of the same parameters.
 EQUIVALENT = {"init_std", "attention", "unroll", "remat"}
@@ -104,6 +105,29 @@ def final_error(
   by_window = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
   value, error = jackknife(by_window, lambda total: total["R"] / total["out"])
   return float(value), float(error)
+
+
+def summary(table: pd.DataFrame) -> Json:
+  """What an evaluation job keeps of a whole table of `decompose`.
+
+  scores: of `propagation`, R_L at the final norm and at the logits, with standard errors, and
+  `inherited`, A's share of R behind the last block's last matrix. largest_gain: by kind of unit.
+  units: the rows, without `batch_` columns."""
+  rows: Any = table.set_index("name")
+  last = rows[rows.index.str.endswith("mlp/down")].iloc[-1]
+  scores = {
+    "R_L": rows.loc["final_norm", "R"],
+    "R_L_stderr": rows.loc["final_norm", "R_se"],
+    "R_L_logits": rows.loc["head", "R"],
+    "R_L_logits_stderr": rows.loc["head", "R_se"],
+    "inherited": last["A"] / last["R"],
+  }
+  kept = [column for column in table.columns if not column.startswith("batch_")]
+  return {
+    "scores": {"propagation": {name: float(value) for name, value in scores.items()}},
+    "largest_gain": table.groupby("kind", sort=False)["gain"].max().to_dict(),
+    "units": table[kept].to_dict("records"),
+  }
 
 
 def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> PairedRun:

@@ -88,14 +88,19 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
   """The cell with `tasks`: {name: the model's scores}; of a group or tag, its members are among
   them. The last one counts.
 
-  And with `examples`: {name: over how many these are}, where the tasks counted them."""
+  And with `examples`: {name: over how many these are}, where the tasks counted them; and with
+  `largest_gain` and `units` of the error's propagation, where that was asked for."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
   examples = {name: counts for task in tasks for name, counts in task.get("examples", {}).items()}
+  propagation = {
+    name: task[name] for task in tasks for name in ("largest_gain", "units") if name in task
+  }
   spent = sum(task["seconds"] for task in tasks)
   return {
     **cell,
     "tasks": {**cell.get("tasks", {}), **scores},
     **({"examples": examples} if examples else {}),
+    **propagation,
     "seconds": {"tasks": spent, **cell.get("seconds", {})},
   }
 

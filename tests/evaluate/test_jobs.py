@@ -20,7 +20,14 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.data import tfds, tokenizers
 from beyond_outliers.evaluate import job as job_lib
-from beyond_outliers.evaluate import offline_tasks, quantization, results, table, task_suite
+from beyond_outliers.evaluate import (
+  offline_tasks,
+  propagation,
+  quantization,
+  results,
+  table,
+  task_suite,
+)
 from beyond_outliers.evaluate import plan as plan_lib
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell, plan_cells
@@ -349,6 +356,42 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   assert both["tasks"].keys() == {"piqa", "arc_easy"}, (
     "jobs that ask different tasks lose nothing of each other's"
   )
+
+
+def first_rows(batches, count):
+  """The first rows of batches, however these are made."""
+  rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+  return [{name: x[:count] for name, x in rows.items()}]
+
+
+@pytest.mark.slow
+def test_propagation_is_added_to_the_cells_that_quantize(workdir, quantized_workdir, tmp_path):
+  """To those of a method, and to a model that was trained quantized as it is; once."""
+  target = RunCheckpoints(workdir)
+  cells = plan_cells(target, ["rtn_w4a4"], ["rtn"])
+  evaluator = Evaluator(target, cells, tmp_path, propagation=True)
+  params = target.params(2)
+  plain, rounded = (evaluator.measure(2, params, cell) for cell in cells)
+  assert "propagation" not in plain["tasks"] and not evaluator.missing(2)
+  q = quant.ptq.quantize(target.model, params, quant.RECIPES["rtn_w4a4"])
+  batches = list(runs.open(workdir).batches("validation"))
+  batches = first_rows(batches, 8)
+  value, error = propagation.final_error(target.model, params, q, batches)
+  scores = rounded["tasks"]["propagation"]
+  np.testing.assert_allclose((scores["R_L"], scores["R_L_stderr"]), (value, error), rtol=1e-4)
+  units = {unit["name"]: unit for unit in rounded["units"]}
+  down = units["layers/0/mlp/down"]
+  assert scores["inherited"] == down["A"] / down["R"] and 0 < scores["inherited"] < 1
+  assert rounded["largest_gain"]["linear"] >= down["gain"]
+  assert f"{scores['R_L']:.4f} ± {scores['R_L_stderr']:.4f}" in table.results_table([rounded])
+  # Without it, or as before it, the cell is the one that was there.
+  assert "units" not in Evaluator(target, cells, tmp_path).results([2])[1]
+
+  target = RunCheckpoints(quantized_workdir)
+  (cell,) = plan_cells(target, [], [])
+  evaluator = Evaluator(target, [cell], tmp_path, propagation=True)
+  result = evaluator.measure(2, target.params(2), cell)
+  assert 0 < result["tasks"]["propagation"]["R_L"] < 1
 
 
 def test_the_table_of_a_model_that_broke_has_empty_places(measured):
