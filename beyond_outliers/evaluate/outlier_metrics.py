@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.model import layers
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.quant import QuantSpec, fake_quantize
 from beyond_outliers.types import Array
 
@@ -69,7 +70,7 @@ def _ratio(x_TxF, center):
   magnitude_TxF = jnp.abs(x_TxF)
   center_T = center(magnitude_TxF)
   counts_T = center_T > 0
-  return jnp.max(magnitude_TxF, axis=1) / jnp.where(counts_T, center_T, 1), counts_T
+  return max_magnitude(magnitude_TxF, 1) / jnp.where(counts_T, center_T, 1), counts_T
 
 
 def _mean(magnitude_TxF):

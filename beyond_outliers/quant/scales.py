@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.quant import grids
 
 Rule = Callable[[jax.Array, tuple[int, ...], grids.Grid], jax.Array]
@@ -38,10 +39,7 @@ CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
 
 
 def _largest(x, axes):
-  """The largest magnitude; not finite where some value is not. By their bits, whose order is that
-  of magnitudes, with NaN above all: XLA's maximum of floats ignores NaN on CPUs."""
-  bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
-  return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True), x.dtype)
+  return max_magnitude(x, axes, keepdims=True)
 
 
 def absmax(x, axes, grid):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude, min_or_nan
 from beyond_outliers.quant import qmatrix, quantizers, rotations
 from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.spec import LayerRecipe
@@ -30,7 +31,7 @@ def smoothquant(
   Every layer has its own: the paper, which puts them into the norm in front, has one for all layers
   behind a norm."""
   del layer
-  x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(jnp.max(jnp.abs(w_KxO), axis=1), 1e-5)
+  x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(max_magnitude(w_KxO, 1), 1e-5)
   return w_K ** (1 - alpha) / x_K**alpha
 
 
@@ -43,7 +44,7 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
 
   def factors(alpha):
     s_K = jnp.maximum(x_K**alpha, 1e-4)
-    return jnp.sqrt(jnp.max(s_K) * jnp.min(s_K)) / s_K
+    return jnp.sqrt(max_magnitude(s_K) * min_or_nan(s_K)) / s_K
 
   def attempt(best, alpha):
     smooth_K = factors(alpha)
