@@ -10,7 +10,7 @@ import optax
 
 from beyond_outliers.config.optimizers import AdamW
 from beyond_outliers.optim import factory
-from beyond_outliers.optim.axes import AxesTree
+from beyond_outliers.optim.axes import AxesTree, check_floating
 
 
 @factory.arguments_of(AdamW)
@@ -32,6 +32,7 @@ def adamw(
   tx = optax.adamw(h.learning_rate, b1=h.b1, b2=h.b2, eps=h.eps, weight_decay=h.weight_decay)
 
   def init(params):
+    check_floating(params)
     return tx.init(_at_least_float32(params))
 
   def update(updates, state, params=None):

@@ -50,7 +50,7 @@ def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares[label] = squares.get(label, 0) + jnp.sum(x * x)
     sizes[label] = sizes.get(label, 0) + x.size
-    if leaf.is_matrix:
+    if leaf.is_matrix and x.size:
       norms.setdefault(label, []).append(max_magnitude(spectral_norm(leaf.split(x))))
   rms = {f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares}
   largest = {
