@@ -225,8 +225,8 @@ def layout(
   The last block along an axis may be smaller.
 
   block_size None: every slice is one block. merge_up_to: a matrix of at most so many elements is
-  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. A leaf without elements has no
-    blocks.
+  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. A leaf
+    without elements has no blocks.
   Errors: ValueError from `axes`."""
   records = list(leaves(tree, axes))
   grids: dict[tuple[int, ...], list[BlockGrid]] = {}

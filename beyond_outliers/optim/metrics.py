@@ -14,12 +14,7 @@ from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 from beyond_outliers.types import Metrics, Params
 
 # Field of a bucket's state -> how the values of all blocks become one.
-REDUCTIONS = {
-  "kept": jnp.sum,
-  "age": max_or_nan,
-  "residual": max_or_nan,
-  "condition": max_or_nan,
-}
+REDUCTIONS = {"kept": jnp.sum, "age": max_or_nan, "residual": max_or_nan, "condition": max_or_nan}
 
 
 def of_state(opt_state: Any) -> Metrics:
@@ -54,6 +49,7 @@ def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:
       norms.setdefault(label, []).append(max_magnitude(spectral_norm(leaf.split(x))))
   rms = {f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares}
   largest = {
-    f"update_spectral_norm/{label}": max_magnitude(jnp.stack(values)) for label, values in norms.items()
+    f"update_spectral_norm/{label}": max_magnitude(jnp.stack(values))
+    for label, values in norms.items()
   }
   return {**rms, **largest}

@@ -19,7 +19,9 @@ NUMPYS = {
 @pytest.mark.parametrize("ours", NUMPYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("bad", [None, np.nan, -np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("shape,axis", [((7,), None), ((4096,), None), ((96, 64), 0), ((2, 5000), 1)])
+@pytest.mark.parametrize(
+  "shape,axis", [((7,), None), ((4096,), None), ((96, 64), 0), ((2, 5000), 1)]
+)
 def test_they_are_numpys(ours, dtype, bad, shape, axis):
   """-NaN is what x86 makes of inf - inf."""
   x = np.random.default_rng(0).standard_normal(shape).astype(jnp.dtype(dtype))
