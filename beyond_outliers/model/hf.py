@@ -16,11 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from beyond_outliers import config
 from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, transformer
+from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.params import is_kernel, is_stacked, path_of
 from beyond_outliers.types import Json, Params, PathLike
 
@@ -121,7 +122,7 @@ def write_directory(
   parts, total = [], 0
   for shard in _shards(tensors, shard_bytes):
     part = directory / f"part-{len(parts)}.safetensors"  # the final name holds their number
-    safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
+    write_tensors(part, shard, {"format": "pt"})
     parts.append((part, list(shard)))
     total += sum(array.nbytes for array in shard.values())
   weight_map = {}

@@ -18,13 +18,13 @@ Axis = int | tuple[int, ...] | None
 
 
 def max_magnitude(x: jax.Array, axis: Axis = None, keepdims: bool = False) -> jax.Array:
-  """max |x|, of floats.
+  """max |x|, of floats; of none of them 0.
 
   By their bits as integers, whose order is that of magnitudes, with NaN above all: one sweep, and
   on a mesh one all-reduce."""
   x = jnp.abs(x)
   bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
-  return lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims), x.dtype)
+  return lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), x.dtype)
 
 
 def max_or_nan(x: jax.Array, axis: Axis = None, keepdims: bool = False) -> jax.Array:

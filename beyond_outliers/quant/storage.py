@@ -35,6 +35,7 @@ import safetensors.numpy
 
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
+from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.params import (
   at_depth,
   is_stacked,
@@ -78,6 +79,8 @@ def pack_model(q: Any) -> tuple[dict[str, np.ndarray], Json]:
     "method": q.method,
     "recipe": [[paths, layer and dataclasses.asdict(layer)] for paths, layer in q.recipe.rules],
     "matrices": shapes,
+    # Only where there are some: descriptions of all other models stay what they were.
+    **({"fallbacks": [each._asdict() for each in q.fallbacks]} if q.fallbacks else {}),
   }
 
 
