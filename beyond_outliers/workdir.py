@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from beyond_outliers import mesh
@@ -117,6 +119,18 @@ def manifest(extra: Mapping[str, Any]) -> Json:
     },
     **extra,
   }
+
+
+def standard_json(value: Any) -> Any:
+  """What the JSON of other programs knows: null in the place of NaN and infinity, numbers for
+  numpy's scalars. For results; a configuration's infinity is one."""
+  if isinstance(value, Mapping):
+    return {key: standard_json(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [standard_json(each) for each in value]
+  if isinstance(value, np.generic):
+    value = value.item()
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(value: Any) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
@@ -81,6 +82,22 @@ def test_files_of_a_workdir_are_replaced_whole(tmp_path):
   assert (status["status"], status["step"], status["reason"]) == ("preempted", 12, "asked to stop")
   assert sorted(os.listdir(workdir.path)) == ["config.json", "status.json"], "no temporary files"
   assert workdir.checkpoints == workdir.path / "checkpoints"
+
+
+def test_results_are_numbers_that_all_of_json_knows():
+  found = {
+    "a": np.float32(0.5),
+    "b": [math.nan, (np.int64(3), -math.inf)],
+    "c": {"d": np.bool_(True)},
+  }
+  standard = workdir_lib.standard_json({**found, "e": "NaN", "f": None})
+  assert json.loads(json.dumps(standard, allow_nan=False)) == {
+    "a": 0.5,
+    "b": [None, [3, None]],
+    "c": {"d": True},
+    "e": "NaN",
+    "f": None,
+  }
 
 
 def test_a_manifest_says_where_and_with_what(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -89,6 +88,8 @@ class Evaluator:
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
       seconds["evaluate"] = time.perf_counter() - began
       found = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
+      if q and q.fallbacks:
+        found["fallbacks"] = [each._asdict() for each in q.fallbacks]
       self._write(step, cell, self._settings(cell), found)
     failed = self._ask_tasks(step, cell, params, q)
     result = self._result(step, cell)
@@ -148,14 +149,10 @@ class Evaluator:
     return results.joined(found, [task for task in tasks if task is not None])
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
-    # JSON knows no NaN: it is null.
-    found = jax.tree.map(
-      lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found
-    )
     result = {
       "step": step,
       **cell._asdict(),
-      **found,
+      **workdir_lib.standard_json(found),
       "settings": settings,
       "source": self.target.origin,
       **workdir_lib.manifest({}),

@@ -2,7 +2,8 @@
 sets of values that share one.
 
 A rule takes an array, the axes that share a scale, and the grid; it returns positive scales, with
-those axes kept at length one (zero where all values are zero). All in float32 or wider.
+those axes kept at length one: zero where all values are zero, and not finite where some value is
+not, since codes would not show it. All in float32 or wider.
 """
 
 from __future__ import annotations
@@ -59,8 +60,13 @@ def gaussian(x, axes, grid):
 
 
 def percentile(percent, x, axes, grid):
-  """So many percent of the magnitudes are no larger than the largest level."""
-  return jnp.quantile(jnp.abs(x), percent / 100, axis=axes, keepdims=True) / grid.largest
+  """So many percent of the magnitudes are no larger than the largest level; all of them, where so
+  many are zero."""
+  largest = _largest(x, axes)
+  bound = jnp.quantile(jnp.abs(x), percent / 100, axis=axes, keepdims=True)
+  bound = jnp.where(bound > 0, bound, largest)
+  # An infinite number above the bound would be no more than clipped.
+  return jnp.where(jnp.isfinite(largest), bound, jnp.nan) / grid.largest
 
 
 def mse(x, axes, grid):

@@ -127,7 +127,7 @@ def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description
     str(directory),
     "already holds a model; remove it or choose another",
   )
-  safetensors.numpy.save_file(tensors, directory / TENSORS)
+  write_tensors(directory / TENSORS, tensors)
   # Last: the remains of a crash do not pass for a model.
   (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 

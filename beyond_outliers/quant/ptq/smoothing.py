@@ -38,7 +38,8 @@ def smoothquant(
 def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
   """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its
   weights are rounded to nearest (arXiv 2306.00978, equations 4 and 5); the output's change is read
-  from the Gram matrix of the inputs. The paper's search for a clip is not part of it."""
+  from the Gram matrix of the inputs. The paper's search for a clip is not part of it. NaN where no
+  output's change is finite."""
   del alpha
   w_KxO, x_K = w_KxO.astype(inputs.mean_K.dtype), jnp.maximum(inputs.mean_K, 1e-4)
 
@@ -53,7 +54,8 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
     return jax.tree.map(functools.partial(jnp.where, better), (error, smooth_K), best), None
 
   start = jnp.full((), jnp.inf, x_K.dtype), jnp.ones_like(x_K)
-  return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0][1]
+  least, smooth_K = lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0]
+  return jnp.where(jnp.isfinite(least), smooth_K, jnp.nan)
 
 
 def output_error(
