@@ -2,6 +2,7 @@
 to nearest, said and recorded; and numbers that no code may hide are refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ MODEL = config.Model(
 )
 
 
+@functools.cache
 def model_and_params():
   model = transformer.Transformer(MODEL)
   return model, transformer.init(model, 0)
@@ -206,7 +208,7 @@ def test_tokens_that_calibrate_nothing_are_refused(tokens, message):
 
 def test_inputs_of_the_head_that_overflow_are_refused():
   model, params = model_and_params()
-  params["final_norm"]["gain"] = params["final_norm"]["gain"] * 3e38
+  params = {**params, "final_norm": {"gain": params["final_norm"]["gain"] * 3e38}}
   recipe = quant.Recipe((("head", W4A16.default), (".*", None)))
   with pytest.raises(ConfigError, match=r"^calibration_batches: head = 'not finite'"):
     ptq.quantize(model, params, recipe, "gptq", [{"tokens": np.arange(20)[None]}])
