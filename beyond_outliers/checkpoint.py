@@ -2,12 +2,13 @@
 
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
 any number of processes) and `clock` (training seconds, tokens), and sha256.json, the sum of every
-file, written after Orbax committed.
+file, written after Orbax committed and all that was to be saved was found in the files.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from beyond_outliers import config, mesh, quant
+from beyond_outliers import params as params_lib
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
-from beyond_outliers.params import leaves_by_path, path_of, tree_of
 from beyond_outliers.types import Json, Params, PathLike
-from beyond_outliers.workdir import SUMS, files_below, mismatch, write_sums
+from beyond_outliers.workdir import FolderPath, make_folder, mismatch, write_sums
 
 # Orbax warns a reader that it only reads.
 logging.get_absl_logger().addFilter(
@@ -38,29 +38,24 @@ class Checkpoints:
   def __init__(
     self, directory: PathLike, options: config.Checkpoint | None = None, *, read_only: bool = False
   ):
-    self.directory = epath.Path(directory).absolute()
+    self.directory = FolderPath(directory).absolute()  # Orbax merges what a glob of it finds
     self._verify = options is None or options.verify
     self._read_only = read_only
     if read_only:
-      manager_options = ocp.CheckpointManagerOptions(
-        read_only=True, save_interval_steps=0, create=False
-      )
+      settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
       assert options is not None  # only a reader goes without
-      self.directory.mkdir(parents=True, exist_ok=True)
-      keep: list[preservation_policy.PreservationPolicy] = [
-        preservation_policy.LatestN(options.keep)
-      ]
-      if options.keep_every:
-        keep.append(preservation_policy.EveryNSteps(options.keep_every))
-      manager_options = ocp.CheckpointManagerOptions(
-        preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+      make_folder(self.directory, "give another --workdir")
+      newest = ocp.checkpoint_managers.LatestN(options.keep)
+      every = ocp.checkpoint_managers.EveryNSteps(options.keep_every or sys.maxsize)
+      settings = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, every]),
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
       )
     self._manager = ocp.CheckpointManager(
       self.directory,
-      options=manager_options,
+      options=settings,
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
@@ -73,25 +68,13 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of committed checkpoints, oldest first."""
-    return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.exists() else []
-
-  def written(self, step: int) -> set[tuple[str, int, int]]:
-    """Stamps of a checkpoint's files: (name, bytes, time in seconds).
-
-    Others once it was saved anew, none once it is gone.
-
-    Others once it was saved anew, none once it is gone."""
-    directory = self.directory / str(step)
-    try:
-      found = [(name, (directory / name).stat()) for name in files_below(directory)]
-    except FileNotFoundError:
-      return set()
-    return {(name, file.length, file.mtime) for name, file in found}
+    return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.is_dir() else []
 
   def save(self, step: int, state: Any, data: Json, clock: dict[str, float]) -> None:
-    """Begins to write; returns once the arrays are copied. A step is saved once."""
+    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`."""
+    self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
+      state=ocp.args.StandardSave(params_lib.without_empty(state)),
       data=ocp.args.JsonSave(mesh.merged_over_processes(data)),
       clock=ocp.args.JsonSave(clock),
     )
@@ -99,8 +82,9 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.directory / str(step)}: Orbax did not save it; is another process writing here?"
       )
-    if self._verify and jax.process_index() == 0:
-      self._seals.append(self._sealer.submit(self._seal, self.directory / str(step)))
+    if jax.process_index() == 0:
+      shapes = params_lib.shapes_by_path(params_lib.without_empty(state))
+      self._seals.append(self._sealer.submit(self._seal, self.directory / str(step), shapes))
 
   def restore(
     self, state: Any, step: int | None = None
@@ -111,15 +95,16 @@ class Checkpoints:
     damaged-N-..., with a message (left in place when read-only or asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is
     stored has other shapes, types or names than `state`."""
+    stored = params_lib.without_empty(state)
 
     def read(candidate: int) -> Any:
-      self._check_structure(candidate, state)
+      self._check_structure(candidate, stored)
       return self._manager.restore(
         candidate,
         args=ocp.args.Composite(
           # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
           # _check_structure has seen the rest.
-          state=ocp.args.StandardRestore(state, strict=False),
+          state=ocp.args.StandardRestore(stored, strict=False),
           data=ocp.args.JsonRestore(),
           clock=ocp.args.JsonRestore(),
         ),
@@ -128,12 +113,12 @@ class Checkpoints:
     if step is None and not self.steps():
       return None
     found, restored = self._newest_intact(step, read)
-    return found, restored.state, restored.data, restored.clock
+    return found, params_lib.with_empty(restored.state, state), restored.data, restored.clock
 
   def restore_params(self, params: Params, step: int | None = None) -> tuple[int, Params]:
     """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings.
     Errors: as `restore`, and CheckpointError when there is no checkpoint."""
-    partial = {"params": params}
+    partial = {"params": params_lib.without_empty(params)}
 
     def read(candidate: int) -> Any:
       self._check_structure(candidate, partial, part="params/")
@@ -148,20 +133,27 @@ class Checkpoints:
         )
 
     found, restored = self._newest_intact(step, read)
-    return found, restored["params"]
+    return found, params_lib.with_empty(restored["params"], params)
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
     process asks every step."""
     return self._manager.reached_preemption(step)
 
+  def check(self) -> None:
+    """Raises what became of checkpoints in the background, as far as it is known by now. Every
+    process asks. Errors: CheckpointError for one that cannot be read back."""
+    errors = [error for seal in self._seals if seal.done() and (error := seal.exception())]
+    if mesh.on_any_process(bool(errors)):
+      raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
+
   def wait(self) -> None:
     """Waits until everything begun is written and sealed.
 
-    Errors of the background writes are raised here."""
+    Errors of the background writes are raised here, and CheckpointError, see `check`."""
     self._manager.wait_until_finished()
-    for seal in self._seals:
-      seal.result()
+    concurrent.futures.wait(self._seals)
+    self.check()
     self._seals.clear()
 
   def close(self) -> None:
@@ -169,15 +161,18 @@ class Checkpoints:
     self._sealer.shutdown()
     self._manager.close()
 
-  def _seal(self, directory: epath.Path) -> None:
+  def _seal(self, directory: epath.Path, shapes: params_lib.Shapes) -> None:
+    """Sums of a checkpoint that holds arrays of these shapes, once it is committed."""
     while int(directory.name) not in self.steps():  # until Orbax has committed it
       if not self._manager.is_saving_in_progress() and int(directory.name) not in self.steps():
         return  # the write failed, as wait() will say
       time.sleep(0.02)
     try:
-      write_sums(directory)
-    except FileNotFoundError:  # the keep policy deleted it meanwhile
-      if directory.exists():
+      _check_readable(directory, "state", shapes, "data", "clock")
+      if self._verify:
+        write_sums(directory)
+    except (CheckpointError, FileNotFoundError):
+      if directory.exists():  # nobody deleted it meanwhile
         raise
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
@@ -195,7 +190,7 @@ class Checkpoints:
         except CheckpointError:  # another structure is no damage
           raise
         except Exception as error:  # Orbax raises all kinds for files that it cannot read
-          damage = (str(error) or type(error).__name__).splitlines()[0]
+          damage = _reason(error)
       # A process must not fall back while others go on: what one cannot read, none has read.
       if not mesh.on_any_process(bool(damage)):
         return candidate, result
@@ -208,90 +203,96 @@ class Checkpoints:
     )
 
   def _damage(self, step: int) -> str:
-    """Difference of a checkpoint from what was written, empty if none.
-
-    Process 0 reads the files, all learn the answer."""
-    verdict = ""
-    if self._verify and jax.process_index() == 0:
-      directory = self.directory / str(step)
-      if (directory / SUMS).exists():
-        verdict = mismatch(directory)
-      else:
-        logging.warning(
-          "checkpoint %s has no %s (the run ended before it was written): not verified",
-          directory,
-          SUMS,
-        )
-    return mesh.from_first(verdict)
+    """Difference of a checkpoint from its sums, as process 0 finds it; empty if none."""
+    reads = self._verify and jax.process_index() == 0
+    return mesh.from_first(mismatch(self.directory / str(step)) if reads else "")
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
     """Refusal of a checkpoint of another structure.
 
     Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes are
-    compared first; all, or those below `part`. Blocks of optimizer state are padded to a multiple
-    of the devices: the padding may differ."""
-
-    def leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-      named = ((path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
-      return {
-        name: (tuple(x.shape), str(np.dtype(x.dtype))) for name, x in named if name.startswith(part)
-      }
-
-    have, want = leaves(self._manager.item_metadata(step)["state"]), leaves(state)
-    padded = {
-      path_of(path)
-      for path, _ in jax.tree_util.tree_leaves_with_path(state)
-      if blocks.belongs_to_blocks(path)
-    }
-    for name in have.keys() & want.keys() & padded:
-      (shape, dtype), wanted_shape = have[name], want[name][0]
-      have[name] = (wanted_shape[:1] + shape[1:], dtype)
-    for name in sorted(have.keys() | want.keys()):
-      if have.get(name) != want.get(name):
-        raise CheckpointError(
-          f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint "
-          f"and {want.get(name, 'missing')} in this run; was the model or optimizer changed?"
-        )
+    compared first; all, or those below `part`."""
+    have = params_lib.shapes_by_path(self._manager.item_metadata(step)["state"], part)
+    want = params_lib.shapes_by_path(state, part)
+    # Blocks of optimizer state are padded to a multiple of the devices: the padding may differ.
+    for name in have.keys() & want.keys() & blocks.block_paths(state):
+      have[name] = (want[name][0][:1] + have[name][0][1:], have[name][1])
+    if name := params_lib.first_difference(have, want):
+      raise CheckpointError(
+        f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint "
+        f"and {want.get(name, 'missing')} in this run; was the model or optimizer changed?"
+      )
 
   def _set_aside(self, step: int, damage: str) -> None:
-    directory = self.directory / str(step)
-    logging.warning(
-      "checkpoint %s is damaged (%s); falling back to an older one", directory, damage
+    found = self.directory / str(step)
+    logging.warning("checkpoint %s is damaged (%s); falling back to an older one", found, damage)
+    if self._read_only:
+      return
+    if jax.process_index() == 0:
+      target = self.directory / f"damaged-{step}-{time.time_ns()}"
+      found.rename(target)
+      logging.warning("set aside as %s", target)
+    mesh.from_first("renamed")
+    self._manager.reload()
+
+
+def _check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *texts: str) -> None:
+  """Refusal of what was just saved where Orbax's own reader does not find it in the files: it opens
+  every array of `item` there, without the values, and the items `texts`, which are JSON."""
+  handler, problem = ocp.StandardCheckpointHandler(), ""
+  try:
+    found = params_lib.shapes_by_path(handler.metadata(path / item).tree)
+    if name := params_lib.first_difference(found, shapes):
+      problem = f"{name} is {found.get(name, 'missing')}, not {shapes.get(name)}"
+    for text in texts:
+      ocp.JsonCheckpointHandler().restore(path / text)
+  except Exception as error:  # Orbax and TensorStore raise all kinds
+    problem = _reason(error)
+  if problem:
+    raise CheckpointError(
+      f"{path}: was saved, and cannot be read back ({problem}); take a folder on another disk"
     )
-    if not self._read_only:
-      if jax.process_index() == 0:
-        target = directory.parent / f"damaged-{step}-{time.time_ns()}"
-        directory.rename(target)
-        logging.warning("set aside as %s", target)
-      mesh.from_first("renamed")
-      self._manager.reload()
+
+
+def _reason(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
-  """`q.save` by Orbax: the items `tensors` and `description`, in the form of quant/storage.py."""
+  """`q.save` by Orbax: the items `tensors` and `description`, in the form of quant/storage.py.
+
+  Errors: CheckpointError, also when there is something at the directory."""
+  directory = FolderPath(directory).absolute()
+  if directory.exists():
+    raise CheckpointError(f"{directory}: is there already; remove it or choose another")
   tensors, description = quant.storage.pack_model(q)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
-      epath.Path(directory).absolute(),
+      directory,
       args=ocp.args.Composite(
-        tensors=ocp.args.StandardSave(tree_of(tensors)), description=ocp.args.JsonSave(description)
+        tensors=ocp.args.StandardSave(params_lib.tree_of(tensors)),
+        description=ocp.args.JsonSave(description),
       ),
     )
+  _check_readable(directory, "tensors", params_lib.shapes_by_path(tensors), "description")
 
 
 def load_quantized(directory: PathLike) -> quant.QuantizedModel:
   """The model that `save_quantized` wrote, bit by bit, on the default device.
 
   Errors: CheckpointError, ConfigError."""
-  directory = epath.Path(directory).absolute()
+  directory = FolderPath(directory).absolute()
   if not (directory / "description").exists():
     raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-    items = reader.restore(
-      directory,
-      args=ocp.args.Composite(
-        tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()
-      ),
-    )
-  tensors = {path: np.asarray(tensor) for path, tensor in leaves_by_path(items.tensors).items()}
-  return quant.ptq.restored(tensors, items.description)
+    try:
+      items = reader.restore(
+        directory,
+        args=ocp.args.Composite(
+          tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()
+        ),
+      )
+    except Exception as error:  # Orbax raises all kinds for files that it cannot read
+      raise CheckpointError(f"{directory} is damaged: {_reason(error)}; copy it again") from error
+  tensors = params_lib.leaves_by_path(items.tensors)
+  return quant.ptq.restored({k: np.asarray(x) for k, x in tensors.items()}, items.description)

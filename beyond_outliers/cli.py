@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from beyond_outliers.config.files import expand_home
 from beyond_outliers.errors import Refusal
+
+flags.disclaim_key_flags()  # they belong to the commands that define them by what is here
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
@@ -28,6 +31,31 @@ def config_flag(*instead: str) -> flags.FlagHolder:
   else:
     flags.mark_flag_as_required("config")
   return holder
+
+
+class _PathParser(flags.ArgumentParser):
+  syntactic_help = "a path"
+
+  def parse(self, argument: str) -> str:
+    return expand_home(argument)
+
+
+class _PathsParser(flags.ListParser):
+  syntactic_help = "a list of paths"
+
+  def parse(self, argument: str | list[str]) -> list[str]:
+    return [expand_home(path) for path in super().parse(argument)]
+
+
+def path_flag(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
+  """Defines a flag that is a path; a leading ~ is the home folder, as it is not to shells there."""
+  return flags.DEFINE(_PathParser(), name, default, help, **options)
+
+
+def paths_flag(name: str, default: list[str] | None, help: str, **options: Any) -> flags.FlagHolder:
+  """Defines a flag that is a list of paths, divided by commas."""
+  serializer = flags.CsvListSerializer(",")
+  return flags.DEFINE(_PathsParser(), name, default, help, serializer=serializer, **options)
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -50,7 +78,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _parse(argv: list[str]) -> list[str]:
   """absl's flags; refusals by a config file or an override of it become one line."""
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS([_with_home(argument) for argument in argv])
   except AttributeError as error:  # --config.key=value with an unknown key
     _refuse(
       "--config: unknown key "
@@ -62,13 +90,31 @@ def _parse(argv: list[str]) -> list[str]:
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
   if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    path = config_path()
     if not os.path.exists(path):
       _refuse(f"--config={path}: there is no such file")
   if flags.FLAGS["verbosity"].using_default_value:
     # app.run would make it INFO, where Orbax tells of every file.
     flags.FLAGS.verbosity = logging.WARNING
   return rest
+
+
+def config_path() -> str:
+  """The file that --config names, without what follows the colon."""
+  flag = flags.FLAGS["config"]  # of `config_flag`, or of `path_flag`
+  text = flag.value if isinstance(flag.value, str) else config_flags.get_config_filename(flag)
+  return text.partition(":")[0]
+
+
+def _with_home(argument: str) -> str:
+  """--config=~/FILE.py with the home folder: its flag is not ours."""
+  flag, tilde, path = argument.partition("~")
+  if flag not in ("--config=", "-config="):
+    return argument
+  try:
+    return flag + expand_home(tilde + path)
+  except ValueError as error:
+    _refuse(f"{argument}: {error}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -9,14 +9,13 @@ import os
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from beyond_outliers import cli, config
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.path_flag(
   "workdir", None, "Folder of the run; by default runs/<config>-<size>. The same command resumes."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
@@ -57,8 +56,8 @@ def join_processes(distributed: str) -> None:
 
 def default_workdir(c: config.Config) -> str:
   """runs/<name of the config file>-<size>."""
-  path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-  return os.path.join("runs", f"{os.path.splitext(os.path.basename(path))[0]}-{c.size}")
+  name, _ = os.path.splitext(os.path.basename(cli.config_path()))
+  return os.path.join("runs", f"{name}-{c.size}")
 
 
 if __name__ == "__main__":

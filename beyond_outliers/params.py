@@ -19,9 +19,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 LAYERS, KERNEL = "layers", "kernel"
 _LAYER = re.compile(rf"{LAYERS}/(\d+)/(.+)")
+
+Shapes = dict[str, tuple[tuple[int, ...], str]]  # {path: (shape, name of the dtype)}
 
 
 class Axes(NamedTuple):
@@ -37,6 +41,35 @@ class Axes(NamedTuple):
 def path_of(key_path: tuple[Any, ...]) -> str:
   """The path of a JAX key path: `layers/attention/q/kernel`."""
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def shapes_by_path(tree: Any, prefix: str = "") -> Shapes:
+  """Of every leaf of a tree, or of those whose paths begin with `prefix`."""
+  return {
+    path_of(path): (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if path_of(path).startswith(prefix)
+  }
+
+
+def first_difference(have: Shapes, want: Shapes) -> str:
+  """The first path whose arrays differ, or that only one has; none: nothing."""
+  differing = (path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
+  return min(differing, default="")
+
+
+def without_empty(tree: Any) -> Any:
+  """The tree with None in the place of arrays that have no elements."""
+  return jax.tree.map(lambda x: x if x.size else None, tree)
+
+
+def with_empty(stored: Any, tree: Any) -> Any:
+  """The inverse of `without_empty`. tree: ShapeDtypeStructs with shardings, of all arrays."""
+
+  def whole(wanted, x):
+    return jnp.zeros(wanted.shape, wanted.dtype, device=wanted.sharding) if x is None else x
+
+  return jax.tree.map(whole, tree, stored)
 
 
 def parent(path: str) -> str:

@@ -6,7 +6,7 @@ Importing this loads neither Orbax, nor Grain, nor pandas: each comes with the f
 from __future__ import annotations
 
 import functools
-import json
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,8 @@ class Run:
       raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
 
   def __repr__(self) -> str:
-    status = self.status or {"status": "not started", "step": 0}
-    return (
-      f"Run({str(self.path)!r}, {status['status']} at step {status['step']} of {self.config.steps})"
-    )
+    status, step = self.status["status"], self.status["step"]
+    return f"Run({str(self.path)!r}, {status} at step {step} of {self.config.steps})"
 
   @property
   def path(self) -> epath.Path:
@@ -48,11 +46,22 @@ class Run:
 
   @functools.cached_property
   def config(self) -> config_lib.Config:
-    return config_lib.resolve(self._workdir.read("config.json"))
+    """Errors: WorkdirError, as of `manifest` and `status`, for a damaged file."""
+    found = self._workdir.read_config()
+    assert found is not None  # or this would be no run
+    return found
 
   @property
   def manifest(self) -> Json:
-    return self._workdir.read("manifest.json")
+    return self._read_manifest()
+
+  def _read_manifest(self, *keys: str) -> Json:
+    found = self._workdir.read("manifest.json", keys)
+    if found is None:
+      raise workdir_lib.WorkdirError(
+        f"{self.path} has no manifest.json: the run ended before it began; start it again"
+      )
+    return found
 
   @property
   def identity(self) -> str:
@@ -61,7 +70,8 @@ class Run:
 
   @property
   def status(self) -> Json:
-    return self._workdir.read("status.json")
+    found = self._workdir.read("status.json")
+    return {"status": "not started", "step": 0, "reason": "", **(found or {})}
 
   @property
   def steps(self) -> list[int]:
@@ -70,15 +80,17 @@ class Run:
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
     """(name, bytes, time) of a checkpoint's files: others once it was saved anew."""
-    return self._checkpoints.written(step)
+    return workdir_lib.stamps(self._workdir.checkpoints / str(step))
 
   def metrics(self) -> pd.DataFrame:
-    """metrics.jsonl, one row per logged or evaluated step, with `step` as the index."""
+    """metrics.jsonl, one row per logged or evaluated step, with `step` as the index.
+
+    Errors: WorkdirError."""
     import pandas as pd  # takes a while, and a warm start opens runs too
 
-    lines = (self.path / "metrics.jsonl").read_text().splitlines()
-    # The last may be half written.
-    frame = pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])
+    if not (self.path / "metrics.jsonl").exists():
+      raise workdir_lib.WorkdirError(f"{self.path} has no metrics.jsonl; restore it from a copy")
+    frame = pd.DataFrame([row for _, row in self._workdir.read_rows()])
     # A step that was both logged and evaluated wrote two lines.
     return frame.groupby("step").first() if len(frame) else frame
 
@@ -109,9 +121,17 @@ class Run:
       mesh_lib.placed(transformer.shapes(self.model), shardings), step
     )
 
+  @property
+  def trained_on(self) -> Json:
+    """The folder that the dataset was in, its fingerprint, and its tokenizer's."""
+    return self._read_manifest(*workdir_lib.DATA_KEYS)["data"]
+
   @functools.cached_property
   def dataset(self) -> data.Dataset:
-    return data.open(self.manifest["data"]["directory"])
+    """What the run was trained on, where it was then or where it was moved with the run.
+
+    Errors: DataError."""
+    return _find_dataset(self.trained_on, self.path)
 
   @property
   def tokenizer(self) -> Any:
@@ -150,12 +170,57 @@ def open(workdir: PathLike) -> Run:
 
 
 def find(root: PathLike) -> list[Run]:
-  """Every run in a folder and the folders below it, by path."""
-  found, pending = [], [epath.Path(root)]
+  """Every run in a folder and the folders below it, by path; each once, if links lead to it too.
+
+  Errors: WorkdirError for a folder that cannot be read."""
+  found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
   while pending:
     folder = pending.pop()
-    if (folder / "config.json").exists() and (folder / "manifest.json").exists():
+    real = os.path.realpath(folder)
+    if real in seen:
+      continue
+    seen.add(real)
+    if all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "manifest.json")):
       found.append(Run(folder))
-    else:
-      pending.extend(entry for entry in folder.iterdir() if entry.is_dir())
+      continue
+    try:
+      entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+      raise workdir_lib.WorkdirError(
+        f"{folder}: {error.strerror}; give folders of runs that can be read"
+      ) from None
+    below = [entry for entry in entries if entry.is_dir()]
+    # Links last, so that a run has the name of its own folder.
+    pending = [entry.path for entry in below if entry.is_symlink()] + pending
+    pending += [entry.path for entry in below if not entry.is_symlink()]
   return sorted(found, key=lambda run: str(run.path))
+
+
+def _find_dataset(recorded: Json, workdir: epath.Path) -> data.Dataset:
+  """The dataset of a manifest: the path that it holds, or the same below the workdir or a folder
+  above that, by fingerprint."""
+  path = recorded["directory"]
+  *_, parent, name = ("", *os.path.normpath(path).split(os.sep))
+  tails = dict.fromkeys([os.path.join(parent, name), name] if os.path.isabs(path) else [path, name])
+  moved = [os.path.join(folder, tail) for folder in (workdir, *workdir.parents) for tail in tails]
+  others = []
+  for place in dict.fromkeys([os.path.abspath(path), *moved]):
+    if os.path.isfile(os.path.join(place, "meta.json")):
+      try:
+        found = data.open(place)
+      except DataError as error:
+        others.append(str(error))
+        continue
+      if found.fingerprint == recorded["fingerprint"]:
+        return found
+      others.append(f"{place} holds data {found.fingerprint[:12]}")
+  raise DataError(
+    "; ".join(
+      [
+        f"{workdir}: the run was trained on data {recorded['fingerprint'][:12]}, and they are "
+        f"neither {os.path.abspath(path)} nor {' or '.join(tails)} in that folder or one above it",
+        *others,
+        "restore them, or give the folder of others (evaluate --data)",
+      ]
+    )
+  )

@@ -6,22 +6,25 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
-import numpy as np
+from absl import logging
 from etils import epath
+from etils.epath import gpath
 
-from beyond_outliers import mesh
+from beyond_outliers import config, mesh
+from beyond_outliers.config.files import read_json
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
 
@@ -42,18 +45,35 @@ PACKAGES = (
 )
 
 
+# Keys without which a file is not what was written; and of the manifest, where data are asked for.
+REQUIRED_KEYS = {"manifest.json": ["time"], "status.json": ["status", "step"], "wandb.json": ["id"]}
+DATA_KEYS = ("data.directory", "data.fingerprint", "data.tokenizer")
+RESTORE = "restore it from a copy, or take another workdir"
+
+
+class FolderPath(gpath.PosixGPath):
+  """A path whose `glob` takes it by the letter, so that only the pattern has wildcards.
+
+  etils joins them and globs the whole: Orbax, which looks for its files so, then finds none in
+  `lr=[1e-3]`, and those of another folder in `*`. What is made of it by / has the property too."""
+
+  def glob(self, pattern: str) -> Iterator[Self]:
+    yield from map(type(self), epath.Path(glob.escape(str(self))).glob(pattern))
+
+
 class Workdir:
   """Folder of one run, local or mounted. Files are replaced whole: a reader never sees half of one.
 
   Only process 0 of a run writes. Errors: WorkdirError for the address of an object store."""
 
   def __init__(self, path: PathLike):
-    if "://" in str(path):
+    found = FolderPath(os.path.abspath(os.path.expanduser(path)))
+    if "://" in f"{path} {found}":  # etils takes /gs, too, for gs://
       raise WorkdirError(
         f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder "
-        "(gcsfuse, for gs://)"
+        "(gcsfuse, for gs://), in another place than /gs, /s3, /az or /hf"
       )
-    self.path = epath.Path(path).absolute()
+    self.path = found
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -66,10 +86,51 @@ class Workdir:
       temporary.write_text(json.dumps(value, indent=2) + "\n")
       temporary.replace(self.path / name)
 
-  def read(self, name: str) -> Any:
-    """The JSON in a file, or None when it isn't there."""
-    path = self.path / name
-    return json.loads(path.read_text()) if path.exists() else None
+  def read(self, name: str, keys: Sequence[str] = ()) -> Any:
+    """The JSON in a file, or None when it isn't there.
+
+    Errors: WorkdirError for a damaged one, or one that lacks `keys`, dotted."""
+    try:
+      keys = (*REQUIRED_KEYS.get(name, ()), *keys)
+      return read_json(self.path / name, WorkdirError, RESTORE, keys)
+    except (FileNotFoundError, NotADirectoryError):
+      return None
+
+  def read_config(self) -> config.Config | None:
+    """The configuration of the run, or None when there is no run. Errors: as `read`."""
+    found = self.read("config.json")
+    try:
+      return None if found is None else config.resolve(found)
+    except config.ConfigError as error:
+      raise WorkdirError(f"{self.path / 'config.json'}: {error}; {RESTORE}") from None
+
+  def read_rows(self) -> list[tuple[str, Json]]:
+    """(line, row) of metrics.jsonl, but for a last line that was cut off as it was written.
+
+    Errors: WorkdirError with the number of a line that holds no row."""
+    path, found = self.path / "metrics.jsonl", []
+    try:
+      lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+      return []
+    except OSError as error:
+      raise WorkdirError(f"{path}: {error.strerror}; {RESTORE}") from None
+    for number, line in enumerate(lines, 1):
+      try:
+        row = json.loads(line)
+      except (ValueError, RecursionError):
+        row = None
+      if isinstance(row, dict) and isinstance(row.get("step"), int):
+        found.append((line.decode(), row))
+      elif line and number < len(lines):
+        raise WorkdirError(f"{path}:{number}: no row of metrics, {line[:40]!r}; remove the line")
+    return found
+
+  def check(self) -> None:
+    """Reads what a run that is resumed will need. Errors: as `read` and `read_rows`."""
+    self.read("manifest.json", DATA_KEYS)
+    self.read("wandb.json")
+    self.read_rows()
 
   def set_status(self, status: str, step: int, reason: str = "") -> None:
     """status: running | done | diverged | preempted | failed."""
@@ -83,23 +144,48 @@ class Workdir:
     with contextlib.ExitStack() as stack:
       problem = ""
       if jax.process_index() == 0:
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(open(self.path / "lock", "a+"))
         try:
-          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-          file.truncate(0)
-          file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
-          file.flush()
-        except BlockingIOError:
-          file.seek(0)
-          problem = (
-            f"{self.path} is in use by {file.read() or 'another process'}; wait for it or give "
-            "another --workdir"
-          )
+          make_folder(self.path, "give another --workdir")
+          stack.enter_context(self._locked())
+        except WorkdirError as error:
+          problem = str(error)
       problem = mesh.from_first(problem)
       if problem:
         raise WorkdirError(problem)
       yield
+
+  @contextlib.contextmanager
+  def _locked(self) -> Iterator[None]:
+    """`lock` on one process."""
+    try:
+      file = open(self.path / "lock", "a+")
+    except OSError as error:
+      raise WorkdirError(
+        f"{self.path / 'lock'}: {error.strerror}; remove it, or give another --workdir"
+      ) from None
+    with file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        file.seek(0)
+        raise WorkdirError(
+          f"{self.path} is in use by {file.read() or 'another process'}; wait for it or give "
+          "another --workdir"
+        ) from None
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+      file.flush()
+      yield
+
+
+def make_folder(path: PathLike, remedy: str) -> None:
+  """Makes a folder, unless it is there. Errors: WorkdirError where it cannot be made, or nothing be
+  written into it."""
+  try:
+    os.makedirs(path, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+  except OSError as error:
+    raise WorkdirError(f"{os.fspath(path)}: {error.strerror or error}; {remedy}") from None
 
 
 def manifest(extra: Mapping[str, Any]) -> Json:
@@ -121,18 +207,6 @@ def manifest(extra: Mapping[str, Any]) -> Json:
   }
 
 
-def standard_json(value: Any) -> Any:
-  """What the JSON of other programs knows: null in the place of NaN and infinity, numbers for
-  numpy's scalars. For results; a configuration's infinity is one."""
-  if isinstance(value, Mapping):
-    return {key: standard_json(each) for key, each in value.items()}
-  if isinstance(value, list | tuple):
-    return [standard_json(each) for each in value]
-  if isinstance(value, np.generic):
-    value = value.item()
-  return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def digest(value: Any) -> str:
   """SHA-256 of a value of JSON's types, of its keys in any order."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -147,10 +221,17 @@ def write_sums(directory: epath.Path) -> None:
 
 
 def mismatch(directory: epath.Path) -> str:
-  """The first difference of a directory's files from its SUMS, or nothing."""
+  """The first difference of a directory's files from its SUMS, or nothing, also without any."""
   try:
-    sums = json.loads((directory / SUMS).read_text())
-  except ValueError:
+    sums = json.loads((directory / SUMS).read_bytes())
+  except FileNotFoundError:
+    logging.warning(
+      "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
+    )
+    return ""
+  except (ValueError, RecursionError, OSError):
+    sums = None
+  if not isinstance(sums, dict) or not sums:
     return f"{SUMS} is not readable"
   files = set(files_below(directory))
   for name, expected in sums.items():
@@ -159,6 +240,16 @@ def mismatch(directory: epath.Path) -> str:
     if _sha256(directory / name) != expected:
       return f"{name} does not match its SHA-256 sum"
   return ""
+
+
+def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
+  """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
+  once it is gone."""
+  try:
+    found = [(name, (directory / name).stat()) for name in files_below(directory)]
+  except FileNotFoundError:
+    return set()
+  return {(name, file.length, file.mtime) for name, file in found}
 
 
 def files_below(directory: epath.Path) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.workdir import Workdir, standard_json
+from beyond_outliers.workdir import Workdir, make_folder
 
 Row = Mapping[str, Any]  # {"step": n, metric: number}; None where it is not defined
 
@@ -28,12 +29,11 @@ class Writer(Protocol):
 class JsonLines:
   """metrics.jsonl: one object per row, flushed.
 
-  Rows after `last_step` (of a run that is resumed) are dropped at opening."""
+  Rows after `last_step` (of a run that is resumed) are dropped at opening. Errors: WorkdirError."""
 
-  def __init__(self, path: epath.Path, last_step: int):
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+  def __init__(self, workdir: Workdir, last_step: int):
+    path = workdir.path / "metrics.jsonl"
+    kept = [line for line, row in workdir.read_rows() if row["step"] <= last_step]
     temporary = path.parent / (path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
@@ -54,6 +54,7 @@ class TensorBoard:
 
   def __init__(self, directory: epath.Path, last_step: int | None):
     tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
+    make_folder(directory, "remove it, or set log.tensorboard = False")
     self._writer = tensorboardX.SummaryWriter(
       str(directory), purge_step=None if last_step is None else last_step + 1
     )

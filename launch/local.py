@@ -17,24 +17,26 @@ the others.
 from __future__ import annotations
 
 import ast
-import json
 import pathlib
 import runpy
 import subprocess
 import sys
 
-from absl import app, flags
+from absl import flags
 
+from beyond_outliers import cli
 from beyond_outliers.config import sweeps
+from beyond_outliers.config.files import read_json
+from beyond_outliers.errors import ConfigError, WorkdirError
 
-CONFIG = flags.DEFINE_string(
+CONFIG = cli.path_flag(
   "config", None, "Config file that has a sweep; size and overrides behind a colon.", required=True
 )
-ROOT = flags.DEFINE_string("root", None, "Folder of the workdirs.", required=True)
+ROOT = cli.path_flag("root", None, "Folder of the workdirs.", required=True)
 WHERE = flags.DEFINE_list(
   "where", [], "key=value,...: only the runs of the sweep that have these values."
 )
-OVERRIDES = flags.DEFINE_string(
+OVERRIDES = cli.path_flag(
   "overrides", "", "File of an analysis: values that replace the sweep's, by optimizer."
 )
 LIST = flags.DEFINE_bool(
@@ -46,36 +48,50 @@ ENDED = ("done", "diverged")  # status of runs that are left alone when the comm
 
 def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
   """{run name: overrides} of the sweep in a config file, with the `fixed` values in all. Errors:
-  ValueError when `where` leaves none."""
-  wanted = {
-    key: ast.literal_eval(value)
-    for key, _, value in (condition.partition("=") for condition in where)
-  }
-  sweep = [{**overrides, **fixed} for overrides in runpy.run_path(path)["get_hyper"](sweeps)]
+  ConfigError when the file has no sweep, or `where` leaves no run of it."""
+  wanted = dict(map(_condition, where))
+  make_sweep = runpy.run_path(path).get("get_hyper")
+  if make_sweep is None:
+    raise ConfigError(f"--config={path}: has no sweep, get_hyper(h); give one of the files that do")
+  sweep = [{**overrides, **fixed} for overrides in make_sweep(sweeps)]
   chosen = [
     overrides
     for overrides in sweep
     if all(overrides.get(key) == value for key, value in wanted.items())
   ]
   if not chosen:
-    raise ValueError(
+    raise ConfigError(
       f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps "
       f"{sorted(sweep[0])}"
     )
   return {sweeps.run_name(overrides): overrides for overrides in chosen}
 
 
+def _condition(text: str) -> tuple[str, object]:
+  key, _, value = text.partition("=")
+  try:
+    return key, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    raise ConfigError(
+      f"--where={text}: expected key=value, the value as Python has it: seed=0, name='x'"
+    ) from None
+
+
 def found(file: str, path: str, argument: str) -> sweeps.Overrides:
-  """Overrides that `file` has for the config's optimizer. Errors: ValueError when it is of another
+  """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
   size, or lacks the optimizer."""
-  saved = json.loads(pathlib.Path(file).read_text())
+  remedy = "give what analysis --overrides=FILE wrote"
+  try:
+    saved = read_json(file, ConfigError, remedy, ("size", "overrides"))
+  except (FileNotFoundError, NotADirectoryError):
+    raise ConfigError(f"--overrides={file}: there is no such file; {remedy}") from None
   c = runpy.run_path(path)["get_config"](argument)
   if saved["size"] != c.size:
-    raise ValueError(
+    raise ConfigError(
       f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
     )
   if c.optimizer.name not in saved["overrides"]:
-    raise ValueError(
+    raise ConfigError(
       f"--overrides={file}: nothing about {c.optimizer.name}; "
       f"it has {', '.join(saved['overrides'])}"
     )
@@ -83,9 +99,13 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
 
 
 def status_of(workdir: pathlib.Path) -> str:
-  """Status of a run by its status.json, or "not started"."""
-  path = workdir / "status.json"
-  return json.loads(path.read_text())["status"] if path.exists() else "not started"
+  """Status of a run by its status.json, "not started", or "unreadable"."""
+  try:
+    return read_json(workdir / "status.json", WorkdirError, "", ["status"])["status"]
+  except (FileNotFoundError, NotADirectoryError):
+    return "not started"
+  except WorkdirError:
+    return "unreadable"
 
 
 def launch(argv: list[str]) -> None:
@@ -116,4 +136,4 @@ def launch(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(launch)
+  cli.run_command(launch)

@@ -3,6 +3,7 @@ meshes, the keep policy."""
 
 import json
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import logging as absl_logging
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from beyond_outliers import checkpoint, config, mesh
+from beyond_outliers import checkpoint, config, mesh, params, workdir
+from beyond_outliers.errors import WorkdirError
 from beyond_outliers.train import step
 
 OPTIONS = config.Checkpoint(every=1, keep=3, keep_every=0, verify=True)
@@ -65,14 +68,21 @@ def without_sums(then):
   """As kill -9 leaves it between Orbax's commit and the sums, and then damaged."""
 
   def damage(directory):
-    (directory / checkpoint.SUMS).unlink()
+    (directory / workdir.SUMS).unlink()
     then(directory)
 
   return damage
 
 
 DAMAGE |= {
-  "torn sums": lambda directory: (directory / checkpoint.SUMS).write_text('{"state/'),
+  "torn sums": lambda directory: (directory / workdir.SUMS).write_text('{"state/'),
+  "no sums in the file": lambda directory: (directory / workdir.SUMS).write_text("{}"),
+  "a list for sums": lambda directory: (directory / workdir.SUMS).write_text("[1]"),
+  "nested sums": lambda directory: (directory / workdir.SUMS).write_text("[" * 100_000),
+  "bytes for sums": lambda directory: (directory / workdir.SUMS).write_bytes(b"\xff\xfe"),
+  "no sums and no state": without_sums(lambda directory: shutil.rmtree(directory / "state")),
+  "no sums and no data": without_sums(lambda directory: shutil.rmtree(directory / "data")),
+  "no sums and no clock": without_sums(lambda directory: shutil.rmtree(directory / "clock")),
   "no sums and a truncated file": without_sums(DAMAGE["a truncated file"]),
   "no sums and a missing file": without_sums(DAMAGE["a missing file"]),
   "no sums and torn metadata": without_sums(
@@ -122,7 +132,7 @@ def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
 
 def test_without_sums_it_is_restored_with_a_warning(saved, caplog):
   """The process may end between Orbax's commit and the sums."""
-  (saved / "3" / checkpoint.SUMS).unlink()
+  (saved / "3" / workdir.SUMS).unlink()
   absl_logging.get_absl_logger().propagate = True
   with caplog.at_level(logging.WARNING):
     assert checkpoint.Checkpoints(saved, read_only=True).restore(shapes(make_state()))[0] == 3
@@ -205,15 +215,15 @@ def test_keep_policy(tmp_path):
   np.testing.assert_array_equal(
     reader.restore(shapes(make_state()))[1].params["kernel"], make_state(7).params["kernel"]
   )
-  assert all((tmp_path / str(n) / checkpoint.SUMS).exists() for n in (4, 6, 7))
+  assert all((tmp_path / str(n) / workdir.SUMS).exists() for n in (4, 6, 7))
 
 
 def test_the_sums_cover_every_file(saved):
-  sums = json.loads((saved / "3" / checkpoint.SUMS).read_text())
+  sums = json.loads((saved / "3" / workdir.SUMS).read_text())
   files = {
     str(path.relative_to(saved / "3")) for path in (saved / "3").rglob("*") if path.is_file()
   }
-  assert sums.keys() == files - {checkpoint.SUMS}
+  assert sums.keys() == files - {workdir.SUMS}
 
 
 def test_an_unfinished_write_is_not_a_checkpoint(saved):
@@ -221,3 +231,90 @@ def test_an_unfinished_write_is_not_a_checkpoint(saved):
   checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
   assert checkpoints.steps() == [1, 2, 3]
   assert checkpoints.restore(shapes(make_state()))[0] == 3
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "[ab]", "*", "100% #1, ü {x} ~"])
+def test_a_folder_of_any_name_gives_back_what_was_saved_in_it(tmp_path, name):
+  """Also beside a folder that matches it as a pattern: Orbax globs its path."""
+  for folder, scale in (("a", 5), (name, 2)):
+    checkpoints = checkpoint.Checkpoints(tmp_path / folder / "checkpoints", OPTIONS)
+    checkpoints.save(1, make_state(scale), {"batches": 1}, {"seconds": 1.0})
+    checkpoints.close()
+  directory = tmp_path / name / "checkpoints"
+  found = checkpoint.Checkpoints(directory, read_only=True).restore(shapes(make_state()))
+  np.testing.assert_array_equal(found[1].params["kernel"], make_state(2).params["kernel"])
+  by_orbax = ocp.CheckpointManager(directory).restore(
+    1, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+  )
+  np.testing.assert_array_equal(by_orbax.state["params"]["kernel"], make_state(2).params["kernel"])
+
+
+@pytest.fixture
+def no_merge(monkeypatch):
+  """Orbax leaves the parts of a checkpoint that each process wrote as they are, without a word."""
+
+  async def skip(*args, **kwargs):
+    pass
+
+  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
+
+
+def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, no_merge):
+  checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
+  checkpoints.save(4, make_state(4), {"batches": 4}, {"seconds": 4.0})
+  with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
+    while True:  # as training steps ask
+      checkpoints.check()
+  with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
+    checkpoints.save(5, make_state(5), {"batches": 5}, {"seconds": 5.0})
+  assert not (saved / "4" / workdir.SUMS).exists() and not (saved / "5").exists()
+  assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 3
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (lambda state: state._replace(params={}), "params/kernel is .* not None"),
+    (
+      lambda state: state._replace(params={"kernel": state.params["kernel"][:, 1:]}),
+      r"params/kernel is \(\(8, 512\), 'float32'\), not \(\(8, 511\), 'float32'\)",
+    ),
+    (
+      lambda state: state._replace(skipped=np.float32(0)),
+      r"skipped is \(\(\), 'int32'\), not \(\(\), 'float32'\)",
+    ),
+  ],
+  ids=["name", "shape", "dtype"],
+)
+def test_what_is_read_back_is_compared_with_what_was_saved(saved, change, message):
+  expected = params.shapes_by_path(change(make_state(3)))
+  with pytest.raises(checkpoint.CheckpointError, match=message):
+    checkpoint._check_readable(saved / "3", "state", expected, "data", "clock")
+  (saved / "3" / "clock" / "metadata").write_text("{")
+  with pytest.raises(checkpoint.CheckpointError, match="cannot be read back"):
+    checkpoint._check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), "clock")
+
+
+def test_arrays_without_elements_and_without_axes_come_back(tmp_path):
+  one = mesh.replicated(mesh.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1]))
+  state = jax.device_put(
+    {"params": {"none": jnp.zeros((0, 4), jnp.bfloat16), "w": jnp.ones(3)}, "count": jnp.int32(7)},
+    one,
+  )
+  checkpoints = checkpoint.Checkpoints(tmp_path, OPTIONS)
+  checkpoints.save(1, state, {}, {})
+  checkpoints.close()
+  reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+  _, found, _, _ = reader.restore(shapes(state))
+  _, found_params = reader.restore_params(shapes(state)["params"])
+  for tree in (found, {**state, "params": found_params}):
+    assert params.shapes_by_path(tree) == params.shapes_by_path(state)
+    jax.tree.map(np.testing.assert_array_equal, tree, state)
+  assert found["params"]["none"].sharding == state["params"]["none"].sharding
+
+
+def test_a_file_where_the_checkpoints_should_be_is_refused(tmp_path):
+  (tmp_path / "checkpoints").write_text("x")
+  with pytest.raises(WorkdirError, match=r"/checkpoints: File exists; give another --workdir"):
+    checkpoint.Checkpoints(tmp_path / "checkpoints", OPTIONS)
+  assert checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == []

@@ -1,12 +1,18 @@
 """The commands as a person types them: a refusal is one line and exit code 2, before anything long
 begins."""
 
+import ast
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
 import commands
 import pytest
+from absl import flags
+
+from beyond_outliers import cli
 
 # what is wrong -> (arguments of main, what its one line on stderr holds)
 REFUSED = {
@@ -34,6 +40,12 @@ REFUSED = {
   "a flag": (["--config=configs/adamw.py", "--wrkdir=x"], ["'wrkdir'"]),
   "no config": ([], ["--config"]),
   "a file that is not there": (["--config=configs/nobody.py"], ["configs/nobody.py"]),
+  "a home that nobody has": (["--config=~nouser/adamw.py"], ["--config=~nouser", "home folder"]),
+  "a home in a key that nobody has": (
+    ["--config=configs/adamw.py", "--config.data.path=~nouser/x"],
+    ["data.path = '~nouser/x'", "home folder"],
+  ),
+  "a config file at home": (["--config=~/nobody.py"], ["/nobody.py: there is no such file"]),
   "how to find the others": (
     ["--config=configs/adamw.py", "--distributed=here"],
     ["distributed", "HOST:PORT,COUNT,INDEX"],
@@ -97,3 +109,28 @@ def test_the_module_is_the_command_and_libraries_keep_quiet():
   assert process.stderr.startswith("error: mesh = ") and process.stderr.count("\n") == 1, (
     process.stderr
   )
+
+
+def test_a_flag_that_is_a_path_knows_the_home_folder(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/ada")
+  values = flags.FlagValues()
+  one = cli.path_flag("one", "", "", flag_values=values)
+  some = cli.paths_flag("some", None, "", flag_values=values)
+  values(["command", "--one=~/a[1],~", "--some=~/a,b/~,~"])
+  assert one.value == "/home/ada/a[1],~" and some.value == ["/home/ada/a", "b/~", "/home/ada"]
+  with pytest.raises(flags.IllegalFlagValueError, match="--one=~nouser: ~ is no user's home"):
+    values(["command", "--one=~nouser"])
+
+
+def test_every_flag_that_is_a_path_is_one_of_those():
+  """By its help: it names a folder, a file or a directory."""
+  kinds = r"DEFINE_(string|list|config_file)$|\.paths?_flag$"
+  root, calls = pathlib.Path(cli.__file__).parents[1], []
+  for path in [*root.glob("beyond_outliers/**/*.py"), *root.glob("launch/*.py")]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and re.search(kinds, ast.unparse(node.func)):
+        text = " ".join(ast.unparse(argument) for argument in node.args)
+        if re.search(r"\b([Ff]olders?|[Ff]iles?|directory|One checkpoint)\b", text):
+          calls.append(ast.unparse(node.func))
+  assert calls.count("config_flags.DEFINE_config_file") == 1 and len(calls) >= 16
+  assert set(calls) == {"cli.path_flag", "cli.paths_flag", "config_flags.DEFINE_config_file"}

@@ -190,6 +190,7 @@ def test_config_files_import_only_each_other_and_the_config_module():
 # Names that several parts have all the same, and why.
 SHARED_NAMES = {
   "dot_general": "quant.BACKENDS has two, and a linear layer without a recipe calls the third",
+  "fit": "public in analysis.scaling_law; train.loop's is how training code calls its loop",
   "load": "public in quant and in model.hf; data.tokenizers dispatches by TOKENIZERS",
   "main": "a command's own",
 }

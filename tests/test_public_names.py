@@ -19,6 +19,7 @@ NAMES = {
   "beyond_outliers.analysis.outliers": (
     "kurtosis max_to_mean max_to_median measure rms_kurtosis weights"
   ),
+  "beyond_outliers.analysis.scaling_law": "ScalingLaw fit",
   "beyond_outliers.checkpoint": "load_quantized save_quantized",
   "beyond_outliers.config": "ConfigError SIZES resolve",
   "beyond_outliers.config.sweeps": "chainit fixed product run_name sweep zipit",
@@ -40,6 +41,8 @@ NAMES = {
 
 # "module:name" -> arguments, or attributes of a class's instances, by name.
 ARGUMENTS = {
+  "beyond_outliers.analysis.scaling_law:fit": "points law shared reference embedding",
+  "beyond_outliers.analysis.scaling_law:ScalingLaw.predict": "N D optimizer recipe",
   "beyond_outliers.model:Transformer.apply": "variables",
   "beyond_outliers.model:Transformer.__call__": "tokens segment_ids positions",
   "beyond_outliers.model.hf:load": "directory dtype mesh",
@@ -53,6 +56,9 @@ ARGUMENTS = {
   "beyond_outliers.runs:Run.params": "step dtype",
 }
 MEMBERS = {
+  "beyond_outliers.analysis.scaling_law:ScalingLaw": (
+    "identified intervals params predict reasons rho table"
+  ),
   "beyond_outliers.optim:Axes": "batch fan_in fan_out",
   "beyond_outliers.optim:Optimizer": "labels schedules state_shardings tx",
   "beyond_outliers.quant:LayerRecipe": "activations backward gradients weights",

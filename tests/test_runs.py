@@ -1,12 +1,17 @@
 """What a run left opens again: its parts, on one device from eight, and not without a word where
 there is no run."""
 
+import dataclasses
+import os
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import checkpoint, config, mesh, runs, train
+from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.errors import DataError
 from beyond_outliers.evaluate import steps
 from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import program as program_lib
@@ -119,3 +124,94 @@ def test_find(workdir, tmp_path):
   assert "done at step 4 of 4" in repr(found[0])
   with pytest.raises(workdir_lib.WorkdirError, match="holds no run"):
     runs.open(tmp_path)
+
+
+@pytest.fixture
+def recorded(tiny_config, tmp_path, monkeypatch):
+  """recorded(path) -> a workdir, project/runs/one, whose manifest holds this path of its dataset,
+  which lies at project/datasets/NAME; and that name."""
+  monkeypatch.chdir(tmp_path)
+  c = tiny_config()
+  made = data.prepare(dataclasses.replace(c.data, directory="project/datasets"), log=str)
+  name = os.path.basename(made.directory)
+
+  def record(path):
+    folder = workdir_lib.Workdir("project/runs/one")
+    folder.write("config.json", config.to_dict(c))
+    known = {"fingerprint": made.fingerprint, "tokenizer": made.tokenizer.fingerprint}
+    folder.write("manifest.json", {"time": "", "data": {"directory": path, **known}})
+    return folder.path
+
+  return record, name
+
+
+@pytest.mark.parametrize(
+  "path, opened_in",
+  [
+    ("project/datasets/{name}", "."),  # as it was trained
+    ("datasets/{name}", "/"),  # trained in project, and opened elsewhere
+    ("project/datasets/{name}", "/"),
+    ("/former/project/datasets/{name}", "/"),  # moved with the run
+    ("/former/{name}", "project/datasets"),
+    ("../../datasets/{name}", "/"),  # trained in the workdir
+  ],
+)
+def test_a_dataset_is_found_from_anywhere(recorded, monkeypatch, path, opened_in):
+  record, name = recorded
+  place, expected = record(path.format(name=name)), os.path.abspath(f"project/datasets/{name}")
+  if "former/{name}" in path:  # beside the run
+    shutil.move(f"project/datasets/{name}", f"project/runs/{name}")
+    expected = os.path.abspath(f"project/runs/{name}")
+  monkeypatch.chdir(opened_in)
+  assert os.path.realpath(runs.open(place).dataset.directory) == expected
+
+
+def test_another_dataset_of_the_same_name_is_not_taken(recorded, tiny_config):
+  record, name = recorded
+  place = record(f"/former/datasets/{name}")
+  other = data.prepare(
+    dataclasses.replace(tiny_config().data, validation="newest:5", directory="other"), log=str
+  )
+  shutil.rmtree(f"project/datasets/{name}")
+  shutil.copytree(other.directory, f"project/datasets/{name}")
+  with pytest.raises(DataError) as refused:
+    _ = runs.open(place).dataset
+  text = str(refused.value)
+  assert "\n" not in text and f"/former/datasets/{name}" in text and "--data" in text
+  assert f"project/datasets/{name} holds data {other.fingerprint[:12]}" in text
+  with open(f"project/datasets/{name}/meta.json", "w") as file:
+    file.write("{")
+  with pytest.raises(DataError, match=r"the run was trained on data .*meta.json: is not the JSON"):
+    _ = runs.open(place).dataset
+
+
+def test_a_run_that_ended_before_it_began_can_be_told(recorded):
+  record, _ = recorded
+  place = record("nowhere")
+  run = runs.open(place)
+  assert run.status == {"status": "not started", "step": 0, "reason": ""}
+  assert "not started at step 0" in repr(run) and run.steps == []
+  with pytest.raises(workdir_lib.WorkdirError, match=r"has no metrics.jsonl; restore it"):
+    run.metrics()
+  (place / "manifest.json").write_text('{"time": "", "data": {"fingerprint": "x"}}')
+  with pytest.raises(workdir_lib.WorkdirError, match=r"lacks data.directory, data.tokenizer;"):
+    _ = run.trained_on
+  (place / "manifest.json").unlink()
+  with pytest.raises(workdir_lib.WorkdirError, match=r"no manifest.json: .*; start it again"):
+    _ = run.identity
+
+
+def test_find_takes_each_run_once_by_its_own_name(recorded, tmp_path):
+  record, _ = recorded
+  record("nowhere")
+  project = tmp_path / "project"
+  (project / "a_link").symlink_to(project / "runs")
+  (project / "runs" / "latest").symlink_to(project / "runs" / "one")
+  (project / "round").symlink_to(project)
+  shutil.copytree(project / "runs" / "one", project / "runs" / "backup~")
+  found = [str(run.path) for run in runs.find(project)]
+  assert found == [str(project / "runs" / name) for name in ("backup~", "one")]
+  with pytest.raises(
+    workdir_lib.WorkdirError, match=r"manifest.json: Not a directory; give folders"
+  ):
+    runs.find(project / "runs" / "one" / "manifest.json")

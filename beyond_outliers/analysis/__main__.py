@@ -10,27 +10,26 @@ the rates, or rates and lengths, for launch.local.
 
 from __future__ import annotations
 
+import os
+
 from absl import app, flags
-from etils import epath
 
 from beyond_outliers import cli, runs
 from beyond_outliers.analysis import report
 from beyond_outliers.config.checks import require
 
-ROOT = flags.DEFINE_list(
+ROOT = cli.paths_flag(
   "root", None, "Folders with the workdirs of sweeps, at any depth.", required=True
 )
-PLOT = flags.DEFINE_string("plot", "", "Also draw the loss curves into this PNG file.")
-GAP_PLOT = flags.DEFINE_string(
-  "gap_plot", "", "Also draw what the recipes cost into this PNG file."
-)
+PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this PNG file.")
+GAP_PLOT = cli.path_flag("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
 COMMON_LOSS = flags.DEFINE_bool(
   "common_loss", False, "How the optimizers come to one loss in full precision, instead."
 )
 DEGRADATION = flags.DEFINE_string(
   "degradation", "", "What evaluation jobs found, instead: loss_difference, kl, agreement, ..."
 )
-CELLS = flags.DEFINE_list(
+CELLS = cli.paths_flag(
   "cells",
   [],
   "With --degradation: folders that evaluate --out wrote to, beside the runs' own eval/.",
@@ -38,7 +37,7 @@ CELLS = flags.DEFINE_list(
 SETTINGS = flags.DEFINE_list(
   "settings", [], "With --degradation: only cells that were measured under these, documents=3,..."
 )
-OVERRIDES = flags.DEFINE_string(
+OVERRIDES = cli.path_flag(
   "overrides", "", "Also write what was found in full precision to this file, for launch.local."
 )
 
@@ -85,7 +84,7 @@ def _check_flags() -> None:
     )
   for folder in CELLS.value:
     require(
-      epath.Path(folder).exists(),
+      os.path.isdir(folder),
       "--cells",
       folder,
       "there is no such folder; give those that evaluate had as --out",
@@ -98,10 +97,13 @@ def _check_flags() -> None:
   )
   for flag in (PLOT, GAP_PLOT, OVERRIDES):
     require(
-      epath.Path(flag.value).parent.exists(),
+      os.path.isdir(os.path.dirname(flag.value) or "."),
       f"--{flag.name}",
       flag.value,
       "there is no such folder; make it first",
+    )
+    require(
+      not os.path.isdir(flag.value), f"--{flag.name}", flag.value, "is a folder; name a file in it"
     )
 
 
@@ -111,12 +113,13 @@ def _find_runs(roots: list[str]) -> list[runs.Run]:
   Errors: ConfigError where a root does not exist, or none holds a run."""
   for root in roots:
     require(
-      epath.Path(root).exists(),
+      os.path.isdir(root),
       "--root",
       root,
       "there is no such folder; give those that hold the runs' workdirs",
     )
-  found = list({run.path.resolve(): run for root in roots for run in runs.find(root)}.values())
+  every = (run for root in roots for run in runs.find(root))
+  found = list({os.path.realpath(run.path): run for run in every}.values())
   require(
     bool(found),
     "--root",

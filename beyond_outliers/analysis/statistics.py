@@ -1,12 +1,22 @@
-"""Means with standard errors, of values that one seed each gave."""
+"""Means, and differences of means, of values that one seed each gave."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
+
+from beyond_outliers.config.checks import require
+from beyond_outliers.errors import ConfigError
+
+Values = Sequence[float] | np.ndarray
+
+# Up to so many seeds the sign-flip test goes through all 2^n signs; beyond, it draws as many.
+MOST_FLIPPED = 16
 
 
 class Estimate(NamedTuple):
@@ -21,3 +31,111 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
   n = len(values)
   stderr = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
   return Estimate(float(np.mean(values)), stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A mean of n paired differences."""
+
+  value: float
+  interval: tuple[float, float]  # Student's t
+  p: float  # of the paired t test, two-sided
+  p_sign_flip: float  # of all 2^n signs; its least value is 2 / 2^n
+  n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """One of several differences, judged together."""
+
+  name: str
+  value: float
+  interval: tuple[float, float]  # at the level of its step in Holm's procedure
+  p: float  # after Holm
+  n: int
+  tie: bool  # the interval holds zero
+  equivalent: bool | None  # the interval lies within the margin; None without one
+
+
+def paired_difference(
+  first: Values | Mapping[int, float],
+  second: Values | Mapping[int, float],
+  confidence: float = 0.95,
+) -> Difference:
+  """second - first, paired by seed: lists in one order, or {seed: value} with the same seeds.
+
+  With few seeds the sign-flip test cannot be significant, however clear the difference: at .05 it
+  takes six.
+  Errors: ConfigError for seeds that one side lacks, values that are not finite, fewer than two."""
+  if isinstance(first, Mapping) and isinstance(second, Mapping):
+    alone = sorted(set(first) ^ set(second), key=str)
+    require(not alone, "seeds", alone, "are on one side only; give those of both")
+    first, second = list(first.values()), [second[seed] for seed in first]
+  elif isinstance(first, Mapping) or isinstance(second, Mapping):
+    raise ConfigError("first, second: one has seeds, the other has none; give {seed: value} twice")
+  a, b = check_column("first", first), check_column("second", second)
+  require(len(a) == len(b), "first, second", (len(a), len(b)), "expected equal lengths")
+  require(len(a) >= 2, "first", list(a), "expected at least two seeds")
+  d = b - a
+  test = stats.ttest_rel(b, a) if np.ptp(d) > 0 else None
+  low, high = test.confidence_interval(confidence) if test else (d[0], d[0])
+  p = float(test.pvalue) if test else float(d[0] == 0)
+  flips = stats.permutation_test(
+    (d,),
+    np.mean,
+    permutation_type="samples",
+    vectorized=True,
+    n_resamples=2**MOST_FLIPPED,
+    rng=np.random.default_rng(0),
+  )
+  return Difference(float(d.mean()), (float(low), float(high)), p, float(flips.pvalue), len(d))
+
+
+def check_column(name: str, values: Values) -> np.ndarray:
+  """Values as an array, [n]. Errors: ConfigError for what is no list of finite numbers."""
+  column = np.asarray(values, float)
+  require(column.ndim == 1, name, column.shape, "expected a list of numbers")
+  require(bool(np.isfinite(column).all()), name, column.tolist(), "expected finite numbers")
+  return column
+
+
+def holm(p_values: Values) -> np.ndarray:
+  """p values of several tests after Holm's correction (Scand. J. Statist. 6, 1979): the chance of
+  any false rejection among them stays below the level."""
+  p = check_column("p_values", p_values)
+  order = np.argsort(p, kind="stable")
+  adjusted = np.empty_like(p)
+  adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+  return adjusted
+
+
+def compare_differences(
+  differences: Mapping[str, Values], *, confidence: float = 0.95, margin: float | None = None
+) -> list[Comparison]:
+  """Which of several mean differences are ties: by name, the paired differences, one per seed.
+
+  A difference is a tie if its p of the t test, after Holm's correction, is above 1 - confidence,
+  which is when its interval holds zero: intervals are at the level of the step of Holm's procedure
+  at which a difference is judged, and those behind the first tie at that tie's. A tie says that the
+  seeds do not tell the sides apart, `equivalent` that they are the same up to the margin. Errors:
+  ConfigError for a difference with fewer than two values, or values that are not finite."""
+  require(bool(differences), "differences", dict(differences), "expected at least one")
+  require(margin is None or margin > 0, "margin", margin, "expected a number above zero")
+  found = {
+    name: paired_difference(np.zeros(len(values)), values) for name, values in differences.items()
+  }
+  adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+  ordered, level = sorted(found, key=lambda name: found[name].p), 1 - confidence
+  rejected = sum(adjusted[name] <= level for name in ordered)
+  judged = []
+  for step, name in enumerate(ordered):
+    n = found[name].n
+    share = level / (len(ordered) - min(step, rejected))
+    low, high = paired_difference(np.zeros(n), differences[name], 1 - share).interval
+    inside = None if margin is None else max(-low, high) < margin
+    judged.append(
+      Comparison(
+        name, found[name].value, (low, high), float(adjusted[name]), n, step >= rejected, inside
+      )
+    )
+  return judged

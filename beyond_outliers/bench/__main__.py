@@ -15,6 +15,10 @@ method (bench/ptq.py):
   python -m beyond_outliers.bench --recipes              a linear layer, and whole models
   python -m beyond_outliers.bench --ptq=50m              seconds and memory
 
+and what it costs to say where their error comes from (bench/propagation.py):
+
+  python -m beyond_outliers.bench --propagation=50m      seconds and memory
+
 and how fast zero-shot questions are answered (bench/scoring.py):
 
   python -m beyond_outliers.bench --scoring=nano
@@ -32,9 +36,9 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from beyond_outliers import cli, config, optim, quant
-from beyond_outliers.bench import optimizers, ptq, recipes, scoring, step, update_cost
+from beyond_outliers.bench import optimizers, propagation, ptq, recipes, scoring, step, update_cost
 from beyond_outliers.config.checks import require
-from beyond_outliers.workdir import standard_json
+from beyond_outliers.config.files import standard_json
 
 
 class Bench(NamedTuple):
@@ -88,6 +92,12 @@ BENCHES: dict[str, Bench] = {
     ptq.ptq_table,
     "Time quantizing a model of this size after its training.",
     rows=quant.METHODS,
+  ),
+  "propagation": Bench(
+    propagation.measure_propagation,
+    ("propagation",),
+    propagation.propagation_table,
+    "Time decomposing the error of a quantized model of this size.",
   ),
   "scoring": Bench(
     scoring.measure_scoring,

@@ -26,9 +26,9 @@ import numpy as np
 from beyond_outliers import hardware
 from beyond_outliers.bench.peers import EMBEDDING
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.ops import linalg
 from beyond_outliers.types import Json
-from beyond_outliers.workdir import standard_json
 
 # Steps that are not timed: memory is touched for the first time, the first bases are found.
 WARM_UP = 3

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
+from beyond_outliers.config.files import expand_home
 from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
 from beyond_outliers.config.overrides import flatten
@@ -29,6 +30,15 @@ MAY_CHANGE = (
   "micro_batches",
   "eval.batch_size",
 )
+
+# Keys that name files, and whether behind a colon: sentencepiece:FILE.
+PATHS = {
+  "warm_start": False,
+  "data.path": False,
+  "data.directory": False,
+  "data.tokenizer": True,
+  "data.validation": True,
+}
 
 
 def resolve(config: Any) -> Config:
@@ -82,6 +92,15 @@ def check_resumable(old: Config, new: Config) -> None:
       "the workdir holds a run of another configuration; give another --workdir. They differ "
       f"in\n{lines}"
     )
+
+
+def _with_home(value: str, field: str) -> str:
+  """A path, or NAME:PATH, with the home folder in the place of ~. Errors: ConfigError."""
+  name, colon, path = value.partition(":") if PATHS[field] else ("", "", value)
+  try:
+    return name + colon + expand_home(path)
+  except ValueError as error:
+    raise ConfigError(f"{field} = {value!r}: {error}") from None
 
 
 def _plain(node: Any) -> Any:
@@ -151,6 +170,8 @@ def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
+  if isinstance(value, str) and path in PATHS:
+    value = _with_home(value, path)
   if dataclasses.is_dataclass(kind):
     return _build(kind, value, path + ".")
   if typing.get_origin(kind) is dict:

@@ -36,8 +36,13 @@ def read_documents(cfg: config.Data) -> Iterator[Document]:
 
 def _matching_files(path: str) -> list[str]:
   files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+  if not files and os.path.isfile(path):  # whose name looks like a pattern
+    return [path]
   if not files:
-    raise DataError(f"data.path or data.validation: no file matches {path!r} (in {os.getcwd()})")
+    remedy = "; in a pattern, [[] is a bracket of a name" if "[" in path else ""
+    raise DataError(
+      f"data.path or data.validation: no file matches {path!r} (in {os.getcwd()}){remedy}"
+    )
   return files
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -50,13 +51,27 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
   """Opens the dataset of the data section, preparing it first if need be. Errors: DataError."""
   directory = dataset_directory(cfg)
   if not os.path.isdir(directory):
-    os.makedirs(cfg.directory, exist_ok=True)
+    _make_folder(cfg.directory, directory)
     with _lock(directory, log):
       if not os.path.isdir(directory):
         _make(cfg, directory, log)
   dataset = shards.open_dataset(directory)
   _check(dataset, cfg, log)
   return dataset
+
+
+def _make_folder(parent: str, directory: str) -> None:
+  """The folder that a dataset goes into. Errors: DataError, before any document is read."""
+  try:
+    os.makedirs(parent, exist_ok=True)
+    tempfile.TemporaryFile(dir=parent).close()
+    if os.path.isfile(directory) or os.path.isdir(directory + ".lock"):
+      raise FileExistsError(f"{directory} or its .lock is in the way")
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise DataError(
+      f"data.directory = {parent!r}: {reason}; give a folder to write datasets into"
+    ) from None
 
 
 def dataset_directory(cfg: config.Data) -> str:
@@ -104,7 +119,10 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   """Refuses a dataset that the configuration or the source files have moved away from."""
   tokenizer = dataset.tokenizer
   _check_vocab(tokenizer, cfg)
-  if (
+  file = cfg.tokenizer.partition(":")[2]
+  if file and not os.path.exists(file):  # as below, of the source
+    log(f"prepare: using {dataset.directory}; its tokenizer {file} is not here to compare with")
+  elif (
     cfg.tokenizer != "sentencepiece"
     and (configured := tokenizers.load(cfg.tokenizer).fingerprint) != tokenizer.fingerprint
   ):

@@ -49,7 +49,7 @@ class RecordWindows:
       raise DataError(
         f"data.readers = {cfg.readers}: more than the {described['count']} training documents"
       )
-    path = described["path"].format(directory=dataset.directory)
+    path = shards.in_folder(described["path"], dataset.directory)
     tfds.split_files(path)  # refuses a file that is missing
     records = tfds.Records(path, described["field"])
     self._readers = {

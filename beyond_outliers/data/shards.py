@@ -25,11 +25,25 @@ from typing import Any
 
 import numpy as np
 
+from beyond_outliers.config.files import read_json
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
 FORMAT = 1  # of what is written here; a change makes old folders unreadable by name
+META_KEYS = (  # that meta.json must have
+  "format",
+  "settings.vocab",
+  "inputs.files",
+  "tokenizer.stored",
+  "tokenizer.fingerprint",
+  "separator.id",
+  "dtype",
+  "splits.train.documents",
+  "splits.validation.documents",
+  "records",
+  "files",
+)
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
 
 
@@ -208,12 +222,12 @@ def open_dataset(directory: str) -> Dataset:
   """Opens a prepared folder. Errors: DataError naming what is missing, truncated or not of this
   tokenizer; see also `verify`."""
   path = os.path.join(directory, "meta.json")
-  if not os.path.isfile(path):
+  try:
+    meta = read_json(path, DataError, "delete the folder and prepare again", META_KEYS)
+  except (FileNotFoundError, NotADirectoryError):
     raise DataError(
       f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare"
-    )
-  with open(path) as file:
-    meta = json.load(file)
+    ) from None
   if meta["format"] != FORMAT:
     raise DataError(
       f"{path}: format {meta['format']}, this version reads {FORMAT}; delete the folder and "
@@ -229,7 +243,7 @@ def open_dataset(directory: str) -> Dataset:
         f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and "
         "prepare again"
       )
-  tokenizer = tokenizers.load(meta["tokenizer"]["stored"].format(directory=directory))
+  tokenizer = tokenizers.load(in_folder(meta["tokenizer"]["stored"], directory))
   if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
     raise DataError(
       f"{directory}: its tokenizer has fingerprint {tokenizer.fingerprint[:12]}, meta.json says "
@@ -237,6 +251,11 @@ def open_dataset(directory: str) -> Dataset:
       "prepare again"
     )
   return Dataset(directory, meta, tokenizer)
+
+
+def in_folder(stored: str, directory: str) -> str:
+  """A path of meta.json, in the dataset's own folder unless it is absolute."""
+  return stored if os.path.isabs(stored) else stored.replace("{directory}", directory)
 
 
 def verify(dataset: Dataset) -> None:

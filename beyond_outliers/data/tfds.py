@@ -161,7 +161,9 @@ def _document(example: dict[str, Any], field: str, where: str) -> Document:
 
 
 def _open(path: str, field: str | None = None) -> tuple[Any, str]:
-  directory, _, split = path.partition("@")
+  directory, at, split = path.rpartition("@")
+  if not at or os.sep in split or os.path.isdir(path):  # an @ of a folder's name
+    directory, split = path, ""
   split = split or "train"
   if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
     raise DataError(

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import app, flags
-from etils import epath
 
 from beyond_outliers import cli
 from beyond_outliers.config.checks import require
@@ -28,11 +27,9 @@ if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.target import Target, TextOptions
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-HF = flags.DEFINE_string(
-  "hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data."
-)
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
+WORKDIR = cli.path_flag("workdir", None, "Folder of a run.")
+HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
+CHECKPOINT = cli.path_flag("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
 STEPS = flags.DEFINE_list(
   "steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow."
 )
@@ -49,13 +46,11 @@ TASKS = flags.DEFINE_list(
   + " and ".join(offline_tasks.HELD_OUT)
   + ", which are made of the validation text.",
 )
-TASK_FOLDERS = flags.DEFINE_list(
-  "task_folders", [], "Folders with the YAML files of further tasks."
-)
+TASK_FOLDERS = cli.paths_flag("task_folders", [], "Folders with the YAML files of further tasks.")
 CALIBRATION = flags.DEFINE_integer(
   "calibration", 32, "Training windows for the methods that look at some.", lower_bound=1
 )
-DATA = flags.DEFINE_string("data", None, "Folder of a prepared dataset, in the place of the run's.")
+DATA = cli.path_flag("data", None, "Folder of a prepared dataset, in the place of the run's.")
 CONTEXT = flags.DEFINE_integer(
   "context", None, "Tokens a window; by default the run's, or 1024.", lower_bound=1
 )
@@ -69,9 +64,7 @@ FOLLOW = flags.DEFINE_bool(
   "follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done."
 )
 POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
-OUT = flags.DEFINE_string(
-  "out", None, "Folder of the results; by default eval/ in --workdir or --hf."
-)
+OUT = cli.path_flag("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
 
 
@@ -79,6 +72,7 @@ def open_target(progress: Progress) -> Target:
   """The target that the flags name. Errors: ConfigError, WorkdirError, DataError."""
   from beyond_outliers.evaluate.job import wait_for_run
   from beyond_outliers.evaluate.target import HuggingFaceModel, OneCheckpoint, RunCheckpoints
+  from beyond_outliers.workdir import Workdir
 
   options: TextOptions = {
     "dataset": DATA.value or "",
@@ -104,7 +98,7 @@ def open_target(progress: Progress) -> Target:
     return OneCheckpoint(CHECKPOINT.value, **options)
   workdir = str(WORKDIR.value)
   if FOLLOW.value:
-    wait_for_run(epath.Path(workdir), progress, POLL.value)
+    wait_for_run(Workdir(workdir).path, progress, POLL.value)
   return RunCheckpoints(workdir, **options)
 
 

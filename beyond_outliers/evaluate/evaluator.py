@@ -11,6 +11,7 @@ import jax
 from beyond_outliers import config, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.errors import TaskError
 from beyond_outliers.evaluate import plan, results, table, task_suite
 from beyond_outliers.evaluate.model_metrics import ModelMetrics
@@ -67,6 +68,10 @@ class Evaluator:
       for cell in self.cells
       if self._read(step, cell) is None or self._tasks_missing(step, cell)
     ]
+
+  def make_folder(self) -> None:
+    """Makes the folder of the results. Errors: WorkdirError where they cannot be written."""
+    workdir_lib.make_folder(self._store.path, "give another folder as --out")
 
   def results(self, steps: Sequence[int] | None = None) -> list[Result]:
     """The cells that are there, of these steps or of all, by step."""
@@ -152,7 +157,7 @@ class Evaluator:
     result = {
       "step": step,
       **cell._asdict(),
-      **workdir_lib.standard_json(found),
+      **standard_json(found),
       "settings": settings,
       "source": self.target.origin,
       **workdir_lib.manifest({}),

@@ -136,6 +136,7 @@ class Job:
     self.skipped.pop(step, None)
     if not missing:
       return True
+    self._evaluator.make_folder()
     self._progress.begin(f"step {step}")
     try:
       params = self._target.params(step)

@@ -12,6 +12,7 @@ asked the same on every machine.
 from __future__ import annotations
 
 import argparse
+import glob
 import itertools
 import json
 import os
@@ -190,7 +191,7 @@ def write_task(folder: PathLike, name: str, examples: Iterable[Example]) -> None
     "dataset_path": "json",
     "test_split": "test",
     "dataset_kwargs": {
-      "data_files": {"test": str(folder / f"{name}.jsonl")},
+      "data_files": {"test": glob.escape(str(folder / f"{name}.jsonl"))},  # taken for a pattern
       "cache_dir": str(folder / "cache"),
     },
     "doc_to_text": "{{context}}",

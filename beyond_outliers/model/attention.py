@@ -31,14 +31,25 @@ def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, imple
 
 def plain(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
   """The readable reference: all scores at once."""
+  scores_BxKxGxLxL = scores(q_BxLxHxDh, k_BxLxKxDh, segment_ids_BxL)
+  probabilities_BxKxGxLxL = jax.nn.softmax(scores_BxKxGxLxL, axis=-1).astype(v_BxLxKxDh.dtype)
+  return weighted_values(probabilities_BxKxGxLxL, v_BxLxKxDh).astype(q_BxLxHxDh.dtype)
+
+
+def scores(q_BxLxHxDh, k_BxLxKxDh, segment_ids_BxL=None):
+  """Products of queries and keys, [B, K, G, L, L], -inf where a token may not attend."""
   B, L, H, Dh = q_BxLxHxDh.shape
   K = k_BxLxKxDh.shape[2]
   q_BxLxKxGxDh = q_BxLxHxDh.reshape(B, L, K, H // K, Dh)
   scores_BxKxGxLxL = _product("blkgd,bmkd->bkglm", q_BxLxKxGxDh, k_BxLxKxDh)
-  scores_BxKxGxLxL = jnp.where(_mask(0, L, segment_ids_BxL), scores_BxKxGxLxL, -jnp.inf)
-  probabilities_BxKxGxLxL = jax.nn.softmax(scores_BxKxGxLxL, axis=-1).astype(v_BxLxKxDh.dtype)
+  return jnp.where(_mask(0, L, segment_ids_BxL), scores_BxKxGxLxL, -jnp.inf)
+
+
+def weighted_values(probabilities_BxKxGxLxL, v_BxLxKxDh):
+  """Means of the values with the softmax's weights: [B, L, H, Dh], float32 or wider."""
   y_BxLxKxGxDh = _product("bkglm,bmkd->blkgd", probabilities_BxKxGxLxL, v_BxLxKxDh)
-  return y_BxLxKxGxDh.reshape(B, L, H, Dh).astype(q_BxLxHxDh.dtype)
+  B, L, K, G, Dh = y_BxLxKxGxDh.shape
+  return y_BxLxKxGxDh.reshape(B, L, K * G, Dh)
 
 
 @jax.custom_vjp

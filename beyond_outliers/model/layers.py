@@ -114,6 +114,26 @@ def apply_rotary(x_BxLxHxDh, positions, *, base: float, layout: str):
   return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
+def queries_and_keys(c: config.Model, q, k, scale_H, positions):
+  """(q_BxLxHxDh, k_BxLxKxDh) as their products are the scores: with positions, normalised by their
+  length if so configured, the queries times the logits' scale.
+
+  q, k: [B, L, heads·Dh], what the linear layers (and norms behind them) return. scale_H: learned
+  scales, or None for 1 / sqrt(Dh)."""
+  (B, L, _), dtype = q.shape, jnp.dtype(c.dtype)
+  q_BxLxHxDh = q.astype(at_least_float32(dtype)).reshape(B, L, c.heads, c.d_head)
+  k_BxLxKxDh = k.astype(at_least_float32(dtype)).reshape(B, L, c.kv_heads, c.d_head)
+  q_BxLxHxDh = apply_rotary(q_BxLxHxDh, positions, base=c.rope_base, layout=c.rope_layout)
+  k_BxLxKxDh = apply_rotary(k_BxLxKxDh, positions, base=c.rope_base, layout=c.rope_layout)
+  if c.qk_norm == "l2":
+    q_BxLxHxDh, k_BxLxKxDh = l2_normalize(q_BxLxHxDh), l2_normalize(k_BxLxKxDh)
+  if scale_H is None:
+    q_BxLxHxDh = q_BxLxHxDh * c.d_head**-0.5
+  else:
+    q_BxLxHxDh = q_BxLxHxDh * scale_H[:, None].astype(q_BxLxHxDh.dtype)
+  return q_BxLxHxDh.astype(dtype), k_BxLxKxDh.astype(dtype)
+
+
 class Attention(nn.Module):
   """Grouped-query causal self-attention with rotary embedding and a query-key normalisation."""
 
@@ -136,26 +156,15 @@ class Attention(nn.Module):
     if c.qk_norm == "rms":
       q, k = RmsNorm(c.norm_eps, name="q_norm")(q), RmsNorm(c.norm_eps, name="k_norm")(k)
 
-    q_BxLxHxDh = q.astype(at_least_float32(dtype)).reshape(B, L, c.heads, c.d_head)
-    k_BxLxKxDh = k.astype(at_least_float32(dtype)).reshape(B, L, c.kv_heads, c.d_head)
-    v_BxLxKxDh = v.reshape(B, L, c.kv_heads, c.d_head)
-    q_BxLxHxDh = apply_rotary(q_BxLxHxDh, positions, base=c.rope_base, layout=c.rope_layout)
-    k_BxLxKxDh = apply_rotary(k_BxLxKxDh, positions, base=c.rope_base, layout=c.rope_layout)
-    if c.qk_norm == "l2":
-      q_BxLxHxDh, k_BxLxKxDh = l2_normalize(q_BxLxHxDh), l2_normalize(k_BxLxKxDh)
+    scale_H: Any = None
     if c.attention_scale == "learned":
       init = nn.with_logical_partitioning(nn.initializers.constant(c.d_head**0.5), ("vector",))
-      scale_H: Any = self.param("scale", init, (c.heads,), jnp.float32)
-      q_BxLxHxDh = q_BxLxHxDh * scale_H[:, None].astype(q_BxLxHxDh.dtype)
-    else:
-      q_BxLxHxDh = q_BxLxHxDh * c.d_head**-0.5
+      scale_H = self.param("scale", init, (c.heads,), jnp.float32)
+    q_BxLxHxDh, k_BxLxKxDh = queries_and_keys(c, q, k, scale_H, positions)
+    v_BxLxKxDh = v.reshape(B, L, c.kv_heads, c.d_head)
 
     y_BxLxHxDh = attention.attention(
-      q_BxLxHxDh.astype(dtype),
-      k_BxLxKxDh.astype(dtype),
-      v_BxLxKxDh.astype(dtype),
-      segment_ids_BxL,
-      implementation=c.attention,
+      q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh.astype(dtype), segment_ids_BxL, implementation=c.attention
     )
     return linear("o", D, ("heads", "embed"))(y_BxLxHxDh.reshape(B, L, c.heads * c.d_head))
 

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
+from beyond_outliers.params import path_of
 
 # The field of every optimizer's state that holds what belongs to blocks, stack axis first.
 FIELD = "blocks"
@@ -275,6 +276,12 @@ def _assemble(pieces: dict[tuple[int, ...], jax.Array]) -> jax.Array:
       for start, row in rows.items()
     }
   return pieces[()]
+
+
+def block_paths(state: Any) -> set[str]:
+  """Paths of the leaves with the stack axis first, of an optimizer's state or what holds it."""
+  found = jax.tree_util.tree_leaves_with_path(state)
+  return {path_of(path) for path, _ in found if belongs_to_blocks(path)}
 
 
 def belongs_to_blocks(key_path: tuple[Any, ...]) -> bool:

@@ -35,6 +35,8 @@ import safetensors.numpy
 
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.files import read_json
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.params import (
   at_depth,
@@ -120,7 +122,10 @@ def unpack_model(
 def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description: Json) -> None:
   """A safetensors file and a JSON. Errors: ConfigError when the directory holds such files."""
   directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"directory = '{directory}': {error.strerror}; choose another") from None
   require(
     not any((directory / name).exists() for name in (TENSORS, DESCRIPTION)),
     "directory",
@@ -142,8 +147,13 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
       str(directory),
       f"holds no {name}; give what save() of a quantized model wrote to",
     )
-  description = json.loads((directory / DESCRIPTION).read_text())
-  return safetensors.numpy.load_file(directory / TENSORS), description
+  remedy = "fetch the whole model again"
+  keys = ("version", "model.class", "method", "recipe")
+  description = read_json(directory / DESCRIPTION, ConfigError, remedy, keys)
+  try:
+    return safetensors.numpy.load_file(directory / TENSORS), description
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ConfigError(f"{directory / TENSORS}: {error}; {remedy}") from None
 
 
 def _matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:

@@ -178,6 +178,8 @@ class Save:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
 
   def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    if self._alone:  # several processes would have to agree, every step
+      self._checkpoints.check()
     preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
     if preempted or due(step, self._every, self._num_steps):
       with self._clock.paused(metrics):

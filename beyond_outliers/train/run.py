@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import sys
 import time
@@ -46,10 +47,11 @@ def run(
     say(describe.describe_compiled(program))
     return "done"
   workdir = workdir_lib.Workdir(path)
-  before = workdir.read("config.json")
+  before = workdir.read_config()
   if before is not None:
-    config.check_resumable(config.resolve(before), c)
+    config.check_resumable(before, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
+    workdir.check()
     return _train(program, workdir, stack, say)
 
 
@@ -149,10 +151,7 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
 def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> list[writers.Writer]:
   if jax.process_index() != 0:
     return []
-  sinks: list[writers.Writer] = [
-    writers.JsonLines(workdir.path / "metrics.jsonl", first),
-    writers.Console(c.steps),
-  ]
+  sinks: list[writers.Writer] = [writers.JsonLines(workdir, first), writers.Console(c.steps)]
   if c.log.tensorboard:
     sinks.append(writers.TensorBoard(workdir.path / "tensorboard", first))
   if c.log.wandb:
@@ -166,7 +165,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
     {
       "parameters": transformer.count(program.state.params),
       "data": {
-        "directory": dataset.directory,
+        "directory": os.path.abspath(dataset.directory),
         "fingerprint": dataset.fingerprint,
         "tokenizer": dataset.tokenizer.fingerprint,
       },
@@ -181,7 +180,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
       f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new "
       "workdir"
     )
-  return {**before, "resumed": [*before["resumed"], now]}
+  return {**before, "resumed": [*before.get("resumed", []), now]}
 
 
 def _make_hooks(

@@ -205,3 +205,14 @@ def test_a_truncated_tfrecord_is_refused(tmp_path):
   file.write_bytes((9).to_bytes(8, "little") + bytes(4) + b"short")
   with pytest.raises(DataError, match="ends within a record"):
     list(tfds._tfrecords(str(file)))
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name_where_no_file_matches(tmp_path, make_config):
+  (tmp_path / "a[1].txt").write_text("by name")
+  cfg = make_config(source="text", path=str(tmp_path / "a[1].txt"))
+  assert contents(cfg) == ["by name"]
+  (tmp_path / "a1.txt").write_text("by pattern")
+  assert contents(cfg) == ["by pattern"], "as ever"
+  (tmp_path / "lr=[1]").mkdir()
+  with pytest.raises(DataError, match=r"no file matches .*; in a pattern, \[\[\] is a bracket"):
+    contents(make_config(source="text", path=str(tmp_path / "lr=[1]" / "*.txt")))

@@ -495,3 +495,72 @@ def test_the_command(tmp_path):
     path.write_bytes(b"x" * path.stat().st_size)
   result = run(argument, "--verify")
   assert result.returncode and "contents are not those that were prepared" in result.stderr
+
+
+@pytest.mark.parametrize("in_the_way", ["folder", "above", "dataset", "lock"])
+def test_a_folder_that_datasets_cannot_go_into_is_refused_first(tmp_path, make_config, in_the_way):
+  cfg = make_config(path=str(tmp_path / "none.jsonl"))  # which is looked for later
+  folder, directory = tmp_path / "datasets", pathlib.Path(data.dataset_directory(cfg))
+  if in_the_way == "above":
+    cfg = make_config(directory=str(tmp_path / "datasets" / "below"))
+  if in_the_way in ("folder", "above"):
+    folder.write_text("x")
+  else:
+    folder.mkdir()
+  if in_the_way == "dataset":
+    directory.write_text("x")
+  if in_the_way == "lock":
+    folder.joinpath(f"{directory.name}.lock").mkdir()
+  with pytest.raises(DataError, match=rf"data.directory = '{cfg.directory}': .*; give a folder to"):
+    data.prepare(cfg, log=quiet)
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 1, "set', "[1]", '{"format": 1}', "{}"])
+def test_a_description_that_was_not_written_is_refused(make_config, content):
+  dataset = data.prepare(make_config(), log=quiet)
+  pathlib.Path(dataset.path("meta.json")).write_text(content)
+  with pytest.raises(DataError, match=r"/meta.json: .*; delete the folder and prepare again"):
+    data.open(dataset.directory)
+
+
+@pytest.mark.parametrize("reader", ["shards", "tfds"])
+def test_a_folder_of_any_name_gives_back_what_was_prepared_in_it(
+  tmp_path, make_config, texts, reader
+):
+  """Also where an @ would begin a split, and braces a field to be filled in."""
+  plain = data.prepare(make_config(reader=reader), log=quiet)
+  folder = tmp_path / "ada@host" / "lr=[1e-3] {x} 100% *"
+  (folder / "texts").mkdir(parents=True)
+  path = folder / "texts" / "corpus.jsonl"
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  cfg = make_config(reader=reader, directory=str(folder / "datasets"))
+  found = data.prepare(cfg, log=quiet)
+  assert found.fingerprint == plain.fingerprint
+  for made in (found, data.open(found.directory)):
+    batches = [
+      next(data.train_batches(dataset, cfg, context=16, batch_size=4, seed=0))
+      for dataset in (plain, made)
+    ]
+    np.testing.assert_array_equal(batches[0]["tokens"], batches[1]["tokens"])
+  by_name = make_config(path=str(path), directory=str(tmp_path / "others"))
+  assert data.prepare(by_name, log=quiet).meta["inputs"] == plain.meta["inputs"]
+
+
+def test_a_tfds_dataset_in_a_folder_with_braces_is_read_in_place(tmp_path, make_config, texts):
+  path = tfds.write_documents(iter(texts), str(tmp_path / "{directory}" / "{x}@y"))
+  cfg = make_config(source="tfds", path=path, reader="tfds")
+  dataset = data.prepare(cfg, log=quiet)
+  batch = next(data.train_batches(dataset, cfg, context=16, batch_size=4, seed=0))
+  assert batch["tokens"].shape == (4, 16)
+
+
+def test_a_prepared_dataset_outlives_the_file_of_its_tokenizer(tmp_path, make_config, texts):
+  file = tmp_path / "x.model"
+  file.write_bytes(tokenizer_training.train_sentencepiece(texts, 320))
+  cfg, said = make_config(tokenizer=f"sentencepiece:{file}", vocab=400), []
+  made = data.prepare(cfg, log=quiet)
+  file.unlink()
+  assert data.prepare(cfg, log=said.append).fingerprint == made.fingerprint
+  assert said == [
+    f"prepare: using {made.directory}; its tokenizer {file} is not here to compare with"
+  ]

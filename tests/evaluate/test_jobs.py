@@ -644,6 +644,13 @@ REFUSED = {
     ["--workdir={run}", "--data={other}"],
     ["--data = ", "tokenizer", "the run was trained with"],
   ),
+  "no manifest": (["--workdir={begun}"], ["begun has no manifest.json", "start it again"]),
+  "a torn manifest": (["--workdir={torn}"], ["torn/manifest.json: is not the JSON", "restore it"]),
+  "a file for the results": (
+    ["--workdir={run}", "--documents=1", "--out={begun}/config.json"],
+    ["begun/config.json: File exists", "--out"],
+  ),
+  "an object store": (["--workdir=gs://bucket/run", "--follow"], ["gs://bucket/run", "mounted"]),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
 }
@@ -656,12 +663,17 @@ def told(workdir, quantized_workdir, tiny_config, corpus, tmp_path_factory):
   (folder / "bare").mkdir()
   for name in ("config.json", "manifest.json", "status.json"):
     shutil.copy(workdir / name, folder / "bare")
+  shutil.copytree(folder / "bare", folder / "begun", ignore=shutil.ignore_patterns("manifest.json"))
+  shutil.copytree(folder / "bare", folder / "torn")
+  (folder / "torn" / "manifest.json").write_text('{"id": ')
   pieces = tiny_config(**{"data.tokenizer": "sentencepiece", "data.vocab": 300}).data
   folders = {
     "run": workdir,
     "quantized": quantized_workdir,
     "empty": folder / "empty",
     "bare": folder / "bare",
+    "begun": folder / "begun",
+    "torn": folder / "torn",
     "other": data.prepare(pieces, log=lambda text: None).directory,
     "own": runs.open(workdir).dataset.directory,
   }

@@ -1,6 +1,7 @@
 """Tasks made of text: the truth follows its context, what is wrong stands elsewhere, and two
 makings are one."""
 
+import glob
 import json
 import random
 import zipfile
@@ -99,6 +100,18 @@ def test_held_out_text_becomes_the_same_files_again(dataset, documents, tmp_path
   offline_tasks.from_held_out(dataset, tmp_path / "a")
   fewer = read(tmp_path / "a" / "last_word.jsonl")
   assert 10 < len(fewer) <= 20 and fewer[-1] in list(offline_tasks.last_word(documents))[-20:]
+
+
+@pytest.mark.parametrize("name", ["plain", "lr=[1e-3]", "[ab]", "*"])
+def test_a_task_reads_the_examples_of_its_own_folder(tmp_path, name):
+  """The harness takes their path for a pattern."""
+  for folder in ("a", name):
+    offline_tasks.write_task(tmp_path / folder, "word", [{"context": "x", "word": folder}])
+  lines = (tmp_path / name / "word.yaml").read_text().splitlines()
+  kwargs = dict(line.split(": ", 1) for line in lines)["dataset_kwargs"]
+  (found,) = glob.glob(json.loads(kwargs)["data_files"]["test"])
+  with open(found) as file:
+    assert json.loads(file.read())["word"] == name
 
 
 def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch):

@@ -76,3 +76,34 @@ def test_runs_are_made_once(tiny, tmp_path):
     again.stdout.strip() == f"[1/1] {folder}: done"
     and (folder / "metrics.jsonl").stat().st_mtime_ns == before
   )
+
+
+# what is wrong -> (arguments, what the one line on stderr holds); {folder} holds torn.json
+REFUSED = {
+  "no sweep": (["--config=configs/base.py"], "--config=configs/base.py: has no sweep"),
+  "no file": (["--config=configs/nobody.py"], "--config=configs/nobody.py: there is no such file"),
+  "a condition": (["--where=seed"], "--where=seed: expected key=value"),
+  "a condition's value": (["--where=seed=zero"], "--where=seed=zero: expected key=value"),
+  "no run": (["--where=seed=99"], "--where=seed=99: no run of"),
+  "no overrides": (["--overrides=nobody.json"], "--overrides=nobody.json: there is no such file"),
+  "torn overrides": (["--overrides={folder}/torn.json"], "torn.json: is not the JSON that was"),
+  "a home that nobody has": (["--root=~nouser/runs"], "--root=~nouser/runs: ~ is no user's home"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, what):
+  (tmp_path / "torn.json").write_text('{"size": "na')
+  arguments, line = REFUSED[what]
+  given = [argument.format(folder=tmp_path) for argument in arguments]
+  # Of a flag that is given twice, the last counts.
+  result = launch("--config=configs/adamw.py", f"--root={tmp_path}", "--list", *given)
+  assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+  assert result.stderr.startswith("error: ") and line in result.stderr
+
+
+def test_a_run_whose_status_cannot_be_read_is_not_in_the_way_of_the_others(tmp_path):
+  (tmp_path / "learning_rate=0.003,seed=0").mkdir()
+  (tmp_path / "learning_rate=0.003,seed=0" / "status.json").write_text("{")
+  result = launch("--config=configs/soap.py", f"--root={tmp_path}", "--where=seed=0", "--list")
+  assert result.returncode == 0 and "0.003,seed=0: unreadable" in result.stdout

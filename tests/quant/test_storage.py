@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, quant
 from beyond_outliers.model import linears, transformer
@@ -233,3 +234,34 @@ def test_what_is_refused(tmp_path):
     storage.unpack_model(tensors, description)
   text = (tmp_path / "a" / storage.DESCRIPTION).read_text()
   assert json.loads(text) == json.loads(json.dumps(description))
+  tensors_file = tmp_path / "a" / storage.TENSORS
+  description_file = tmp_path / "a" / storage.DESCRIPTION
+  tensors_file.write_bytes(tensors_file.read_bytes()[:-1])
+  with pytest.raises(config.ConfigError, match=r"model.safetensors: .*; fetch the whole model"):
+    quant.load(tmp_path / "a")
+  description_file.write_text(text[:100])
+  with pytest.raises(config.ConfigError, match=r"quantized.json: is not the JSON .*; fetch the"):
+    quant.load(tmp_path / "a")
+  with pytest.raises(config.ConfigError, match=r"quantized.json': File exists; choose another"):
+    q.save(description_file)
+
+
+def test_a_folder_of_any_name_gives_back_the_model(tmp_path, monkeypatch):
+  """Beside one that matches it as a pattern; or what was lost is told at once."""
+  q = ptq.quantize(*fresh(RECIPES["rtn_w4a16"]), RECIPES["rtn_w4a16"])
+  checkpoint.save_quantized(q, tmp_path / "1" / "q")
+  checkpoint.save_quantized(q, tmp_path / "[1]" / "q")
+  assert_same(checkpoint.load_quantized(tmp_path / "[1]" / "q"), q)
+  q.save(tmp_path / "[1]" / "r")
+  assert_same(quant.load(tmp_path / "[1]" / "r"), q)
+  with pytest.raises(checkpoint.CheckpointError, match="is there already; remove it or choose"):
+    checkpoint.save_quantized(q, tmp_path / "1")
+
+  async def skip(*args, **kwargs):
+    pass
+
+  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
+  with pytest.raises(checkpoint.CheckpointError, match="/2: was saved, and cannot be read back"):
+    checkpoint.save_quantized(q, tmp_path / "2")
+  with pytest.raises(checkpoint.CheckpointError, match=r"/2 is damaged: .*; copy it again"):
+    checkpoint.load_quantized(tmp_path / "2")

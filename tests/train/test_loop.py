@@ -1,6 +1,7 @@
 """The loop and its hooks: which steps they act on, what rows they write, and how a run ends
 early."""
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, optim
 from beyond_outliers.train import hooks, loop, step
@@ -285,6 +287,27 @@ def test_checkpoints_come_at_their_steps_and_after_the_last(checkpoints, device)
   number, restored, data, clock = checkpoints.restore(shapes, step=8)
   assert (number, int(restored.step), restored.params["w"].tolist()) == (8, 8, [8.0] * 3)
   assert data == {"batches": 7} and clock == {"seconds": 19.0, "tokens": 800.0}
+
+
+def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+  async def skip(*args, **kwargs):
+    pass
+
+  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
+  checkpoints, taken = checkpoint.Checkpoints(tmp_path, OPTIONS), []
+  save = make_save(checkpoints, 9)
+
+  def step(state, batch):
+    taken.append(int(state.step) + 1)
+    concurrent.futures.wait(checkpoints._seals)
+    return train_step(state, batch)
+
+  try:
+    with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
+      loop.fit(step, start(), iter([1.0] * 9), [save], 9)
+  finally:
+    save.close()
+  assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == [4]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,67 @@
+"""Files that a person names: the `~` in front of their paths, and the JSON in them; and results as
+JSON has them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from beyond_outliers.errors import Refusal
+from beyond_outliers.types import Json, PathLike
+
+
+def expand_home(path: str) -> str:
+  """The path with the home folder in the place of a leading `~` or `~name`.
+
+  Errors: ValueError that says what to do where nobody has that name."""
+  found = os.path.expanduser(path)
+  if found.startswith("~"):
+    raise ValueError("~ is no user's home folder here; give the whole path, or ./~ for that name")
+  return found
+
+
+def read_json(
+  path: PathLike, refusal: type[Refusal], remedy: str, keys: Collection[str] = ()
+) -> Json:
+  """The JSON object in a file, with `keys` (dotted) among its own.
+
+  Errors: FileNotFoundError, NotADirectoryError; `refusal` with the file, what is wrong with it, and
+  the remedy."""
+  try:
+    with open(path, "rb") as file:
+      value = json.loads(file.read())
+  except (FileNotFoundError, NotADirectoryError):
+    raise
+  except OSError as error:
+    raise refusal(f"{os.fspath(path)}: {error.strerror}; {remedy}") from None
+  except (ValueError, RecursionError) as error:  # text that is no JSON, or no text, or nested
+    problem = f"is not the JSON that was written ({error})"
+    raise refusal(f"{os.fspath(path)}: {problem}; {remedy}") from None
+  if not isinstance(value, dict):
+    raise refusal(f"{os.fspath(path)}: is a JSON {type(value).__name__}, not an object; {remedy}")
+  if missing := [key for key in keys if not _has(value, key)]:
+    raise refusal(f"{os.fspath(path)}: lacks {', '.join(missing)}; {remedy}")
+  return value
+
+
+def _has(value: Any, key: str) -> bool:
+  for name in key.split("."):
+    if not isinstance(value, dict) or name not in value:
+      return False
+    value = value[name]
+  return True
+
+
+def standard_json(value: Any) -> Any:
+  """What the JSON of other programs knows of a result: null in the place of NaN and infinity, and
+  numbers for numpy's scalars. (A configuration's infinity is a number that is read again.)"""
+  if isinstance(value, Mapping):
+    return {key: standard_json(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [standard_json(each) for each in value]
+  if hasattr(value, "item"):
+    value = value.item()
+  return None if isinstance(value, float) and not math.isfinite(value) else value

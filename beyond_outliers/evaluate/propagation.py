@@ -1,0 +1,164 @@
+"""Error propagation: how quantization error enters a network and what each unit does to it.
+
+The decomposition of arXiv 2509.23500 (section 5) of a unit f in full precision and f^q quantized,
+which get h and hq:
+
+  a = ½{[f^q(hq) − f^q(h)] + [f(hq) − f(h)]}    what becomes of the error that comes in
+  b = ½{[f^q(hq) − f(hq)] + [f^q(h) − f(h)]}    what quantizing this unit adds
+  R = ‖f^q(hq) − f(h)‖² / ‖f(h)‖² = A + B + C,  A = ‖a‖², B = ‖b‖², C = 2⟨a, b⟩, all over ‖f(h)‖²
+
+Legend: B batch (windows), L length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beyond_outliers.config.checks import require
+from beyond_outliers.evaluate.error_sums import columns, jackknife
+from beyond_outliers.evaluate.paired_run import PairedRun, Windows
+from beyond_outliers.params import at_any_depth
+from beyond_outliers.quant import QuantizedModel
+from beyond_outliers.quant.ptq import rotation_fusion
+from beyond_outliers.quant.ptq.methods import method_named
+from beyond_outliers.types import Array, LanguageModel, Params
+
+if TYPE_CHECKING:
+  import pandas as pd
+
+Tokens = Mapping[str, Array]  # of "tokens", and "segment_ids" and "positions" if there are some
+
+# How a model is compiled and was initialized: the same function of the same parameters.
+EQUIVALENT = {"init_std", "attention", "unroll", "remat"}
+
+
+def decompose(
+  model: LanguageModel,
+  params: Params,
+  quantized: QuantizedModel,
+  batches: Iterable[Tokens],
+  *,
+  modules: Sequence[str] | None = None,
+  mask_documents: bool = False,
+) -> pd.DataFrame:
+  """Table of one row a unit, in the order in which they run: name, kind, COLUMNS, a `_se` of each,
+  and all these again with the prefix `batch_` (error_sums.py says what they are).
+
+  Columns without prefix are means over tokens of the ratio at each; `batch_` ones are ratios of
+  sums over all tokens (Frobenius norms). gain is A / R_in of either, so that a token weighs in it
+  as its incoming error does, and spectral_ratio · alignment_ratio equals it where activations are
+  not rounded; with rounding it is far off when little error comes in.
+
+  name: `layers/3/mlp/up`; `layers/3/attention`, from its input to its output projection's output,
+  and within it `.../scores`, `.../softmax`, `.../values`; `layers/3` of a block; `final_norm`;
+  `head`. An embedding is not quantized, so the first block's inputs carry no error.
+  model, params: in full precision. quantized: what `quant.ptq.quantize` or `quant.quantized` made
+  of them; where it fused rotations, the full-precision run has them too, the same function.
+  batches: as runs.Run.batches("validation") gives them; "tokens" [B, L] are enough. Tokens of
+  segment 0 are padding and do not count. modules: regular expressions, one of which must match the
+  whole name; None: all. mask_documents: as the model was trained.
+  Errors: ConfigError for a quantized model of another architecture, tokens of another tokenizer, no
+  batch, or a pattern that matches no unit."""
+  import pandas as pd  # takes a while, and few evaluations need it
+
+  run = paired(model, params, quantized)
+  wanted = _wanted(run.kinds(), modules)
+  spectral = run.spectral_ratios(wanted)
+  found = [
+    run.sums(batch, wanted) for batch in windows(batches, model.config.vocab, mask_documents)
+  ]
+  rows = []
+  for name, kind in wanted.items():
+    by_window = jax.tree.map(lambda *parts: np.concatenate(parts), *(of[name] for of in found))
+    rows.append({"name": name, "kind": kind, **columns(by_window, spectral.get(name, np.nan))})
+  return pd.DataFrame(rows)
+
+
+def final_error(
+  model: LanguageModel,
+  params: Params,
+  quantized: QuantizedModel,
+  batches: Iterable[Tokens],
+  at: str = "final_norm",
+  *,
+  mask_documents: bool = False,
+) -> tuple[float, float]:
+  """(R_L, its standard error over windows): the error at the end of the network, in two forwards.
+
+  It is R of `decompose` in the row of the final norm, or with at="logits" in the head's. A cheap
+  one takes few and short windows; the standard error says what that costs.
+  Errors: ConfigError, as there."""
+  require(at in ("final_norm", "logits"), "at", at, "expected 'final_norm' or 'logits'")
+  run = paired(model, params, quantized)
+  found = [
+    run.final_sums(batch, at)["token"]
+    for batch in windows(batches, model.config.vocab, mask_documents)
+  ]
+  by_window = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+  value, error = jackknife(by_window, lambda total: total["R"] / total["out"])
+  return float(value), float(error)
+
+
+def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> PairedRun:
+  """Both models in one basis: the full-precision one with the rotations that were fused.
+
+  Errors: ConfigError for other architectures."""
+  model = model.clone(dot_general_for=None)
+  if method_named(quantized.method).fused:
+    model, params, _ = rotation_fusion.fuse(model, params)
+  ours, theirs = (dataclasses.asdict(of_run.config) for of_run in (model, quantized.model))
+  unlike = sorted(n for n in ours.keys() - EQUIVALENT if ours[n] != theirs[n])
+  require(
+    not unlike,
+    "quantized",
+    ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in unlike),
+    "another architecture; take what this model was quantized to",
+  )
+  return PairedRun((model, quantized.model), (params, quantized.params), quantized.recipe)
+
+
+def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iterator[Windows]:
+  """The batches, on the default device.
+
+  Errors: ConfigError for none, one of another tokenizer, or one without documents to keep apart."""
+  any_batch = False
+  for batch in batches:
+    any_batch, largest = True, int(np.max(batch["tokens"]))
+    remedy = f"the model knows tokens below {vocab}; take those of its tokenizer"
+    require(largest < vocab, "batches", largest, remedy)
+    require(
+      not mask_documents or {"segment_ids", "positions"} <= batch.keys(),
+      "batches",
+      ", ".join(sorted(batch)),
+      "mask_documents needs segment_ids and positions; take runs.Run.batches",
+    )
+    tokens_BxL = jnp.asarray(batch["tokens"])
+    segments_BxL = jnp.asarray(batch.get("segment_ids", np.ones(tokens_BxL.shape, np.int32)))
+    masks = (
+      (segments_BxL, jnp.asarray(batch["positions"]))
+      if mask_documents
+      else (None, jnp.arange(tokens_BxL.shape[1]))
+    )
+    yield Windows(tokens_BxL, masks, segments_BxL > 0)
+  require(any_batch, "batches", "none", "error shows on tokens: give it some")
+
+
+def _wanted(kinds: dict[str, str], modules: Sequence[str] | None) -> dict[str, str]:
+  """Those units whose whole names match a pattern. Errors: ConfigError for one without a unit."""
+  if modules is None:
+    return kinds
+  for pattern in modules:
+    require(
+      any(re.fullmatch(pattern, name) for name in kinds),
+      "modules",
+      pattern,
+      "it matches no unit; they are " + ", ".join(dict.fromkeys(map(at_any_depth, kinds))),
+    )
+  return {n: kind for n, kind in kinds.items() if any(re.fullmatch(p, n) for p in modules)}
