@@ -92,7 +92,7 @@ class Evaluator:
       metrics = self._metrics(cell, params, q)
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
       seconds["evaluate"] = time.perf_counter() - began
-      found = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
+      found: Json = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
       if q and q.fallbacks:
         found["fallbacks"] = [each._asdict() for each in q.fallbacks]
       self._write(step, cell, self._settings(cell), found)
