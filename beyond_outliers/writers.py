@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from etils import epath
 
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.workdir import Workdir, make_folder
 
@@ -40,9 +40,7 @@ class JsonLines:
     self._file = path.open("a")
 
   def write(self, row: Row) -> None:
-    # JSON knows no NaN and no infinity: a diverged loss is null.
-    numbers = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
-    self._file.write(json.dumps(numbers) + "\n")
+    self._file.write(json.dumps(standard_json(row)) + "\n")  # a diverged loss is null
     self._file.flush()
 
   def close(self) -> None:

@@ -40,7 +40,8 @@ DOORS = {
   "safetensors": (
     "model/hf_files",
     "quant/storage",
-  ),  # other programs' files, and our own of quantized models
+    "ops/tensor_files",
+  ),  # readers of other programs' files and of our own, and the one writer of both
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("cli", "main"),
   "lm_eval": ("evaluate/harness", "evaluate/harness_lm", "evaluate/harness_tasks"),
@@ -146,6 +147,35 @@ def test_only_the_mesh_module_makes_meshes():
     if isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.make_mesh"
   }
   assert makers == {"mesh"}
+
+
+def test_only_the_module_of_extremes_takes_those_of_floats():
+  """XLA's CPU backend passes over a NaN in large ones. All others say why that is no matter."""
+  others = {
+    "evaluate/outlier_metrics",  # of bits, as integers
+    "model/attention",  # a softmax's, whose sum sees the NaN
+    "model/loss",  # likewise
+  }
+  extremes = {f"jnp.{name}" for name in ("max", "min", "amax", "amin", "nanmax", "nanmin")}
+  takers = {
+    module
+    for module, tree in MODULES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in extremes
+  }
+  assert takers == others | {"ops/extremes"}
+
+
+def test_safetensors_files_have_one_writer():
+  """Which minds the order of memory, as safetensors does not."""
+  writers = {
+    module
+    for module, tree in MODULES.items()
+    if "safetensors" in libraries_imported(module)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and node.attr in ("save", "save_file", "serialize_file")
+  }
+  assert writers == {"ops/tensor_files"}
 
 
 def test_config_files_import_only_each_other_and_the_config_module():

@@ -38,6 +38,7 @@ from absl import app, flags
 from beyond_outliers import cli, config, optim, quant
 from beyond_outliers.bench import optimizers, propagation, ptq, recipes, scoring, step, update_cost
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.files import standard_json
 
 
 class Bench(NamedTuple):
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> None:
   if bench.simulates:
     update_cost.simulate_devices()
   figures = bench.measure(*(_argument(flag, bench) for flag in bench.takes))
-  print(json.dumps(figures) if JSON.value else bench.table(figures))
+  print(json.dumps(standard_json(figures)) if JSON.value else bench.table(figures))
 
 
 def _check_flags(asked: str) -> None:

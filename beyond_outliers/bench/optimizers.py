@@ -26,6 +26,7 @@ import numpy as np
 from beyond_outliers import hardware
 from beyond_outliers.bench.peers import EMBEDDING
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.ops import linalg
 from beyond_outliers.types import Json
 
@@ -138,7 +139,7 @@ def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
     peer = TIMED_OPTIMIZERS[name].peer
     missing = peer and peer not in result["versions"]
     figures = {"missing": f"pip install {peer}"} if missing else in_process(name, tree, repeats)
-    print(f"{name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+    print(f"{name}: {json.dumps(standard_json(figures))}", file=sys.stderr, flush=True)
     result["rows"][name] = figures
   return result
 

@@ -1,10 +1,12 @@
-"""Files that a person names: the `~` in front of their paths, and the JSON in them."""
+"""Files that a person names: the `~` in front of their paths, and the JSON in them; and results as
+JSON has them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from beyond_outliers.errors import Refusal
@@ -51,3 +53,15 @@ def _has(value: Any, key: str) -> bool:
       return False
     value = value[name]
   return True
+
+
+def standard_json(value: Any) -> Any:
+  """What the JSON of other programs knows of a result: null in the place of NaN and infinity, and
+  numbers for numpy's scalars. (A configuration's infinity is a number that is read again.)"""
+  if isinstance(value, Mapping):
+    return {key: standard_json(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [standard_json(each) for each in value]
+  if hasattr(value, "item"):
+    value = value.item()
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -101,7 +101,8 @@ class Section:
     for field in dataclasses.fields(self):
       value, rule = getattr(self, field.name), field.metadata.get("rule")
       if rule is not None and (isinstance(value, str) or is_number(value)):
-        remedy = rule(value)
+        word = isinstance(value, str) and not isinstance(rule, OneOf)
+        remedy = "expected a number" if word else rule(value)
         require(remedy is None, prefix + field.name, value, str(remedy))
     for name, remedy in self.conflicts():
       require(False, prefix + name, getattr(self, name), remedy)

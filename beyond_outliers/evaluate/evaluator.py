@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import jax
 from beyond_outliers import config, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.errors import TaskError
 from beyond_outliers.evaluate import plan, results, table, task_suite
 from beyond_outliers.evaluate.model_metrics import ErrorPropagation, ModelMetrics
@@ -97,7 +97,9 @@ class Evaluator:
       metrics = self._metrics(cell, params, q)
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
       seconds["evaluate"] = time.perf_counter() - began
-      found = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
+      found: Json = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
+      if q and q.fallbacks:
+        found["fallbacks"] = [each._asdict() for each in q.fallbacks]
       self._write(step, cell, self._settings(cell), found)
     if self._propagation and q and self._propagation_missing(step, cell):
       self._write(step, cell, self._propagation_settings(cell), self._propagation(params, q))
@@ -172,14 +174,10 @@ class Evaluator:
     return results.joined(found, [task for task in tasks if task is not None])
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
-    # JSON knows no NaN: it is null.
-    found = jax.tree.map(
-      lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found
-    )
     result = {
       "step": step,
       **cell._asdict(),
-      **found,
+      **standard_json(found),
       "settings": settings,
       "source": self.target.origin,
       **workdir_lib.manifest({}),

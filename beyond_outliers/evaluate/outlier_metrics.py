@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.model import layers
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.quant import QuantSpec, fake_quantize
 from beyond_outliers.types import Array
 
@@ -55,8 +56,7 @@ def rms_kurtosis(x_TxF: jax.Array) -> jax.Array:
 
 def outlier_channels(x_TxF: jax.Array) -> jax.Array:
   """Share of channels whose RMS is more than OUTLIER times the median channel's."""
-  rms_F = _rms(x_TxF)
-  return jnp.mean(rms_F > OUTLIER * jnp.median(rms_F))
+  return _share_of_outliers(jnp, _rms(x_TxF))
 
 
 def sqnr(x_TxF: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -65,11 +65,17 @@ def sqnr(x_TxF: jax.Array, spec: QuantSpec) -> jax.Array:
 
 
 def _ratio(x_TxF, center):
-  """(max|x| / center|x|, whether the center is more than zero), one per token."""
+  """(max|x| / center|x|, whether the center is not zero), one per token."""
   magnitude_TxF = jnp.abs(x_TxF)
   center_T = center(magnitude_TxF)
-  counts_T = center_T > 0
-  return jnp.max(magnitude_TxF, axis=1) / jnp.where(counts_T, center_T, 1), counts_T
+  counts_T = center_T != 0  # what is NaN counts
+  return max_magnitude(magnitude_TxF, 1) / jnp.where(counts_T, center_T, 1), counts_T
+
+
+def _share_of_outliers(xp: Any, rms_F: Any) -> Any:
+  """xp: jnp or np."""
+  median = xp.median(rms_F)
+  return xp.where(xp.isnan(median), xp.nan, xp.mean(rms_F > OUTLIER * median))
 
 
 def _mean(magnitude_TxF):
@@ -186,7 +192,7 @@ def metrics_of(found: Statistics) -> dict[str, Any]:
       "max_to_mean": found.to_mean[0] / found.to_mean[1],
       "kurtosis": whole.count * whole.fourth / whole.second**2 - 3,
       "rms_kurtosis": np.mean(distance_F**4) / np.mean(distance_F**2) ** 2 - 3,
-      "outlier_channels": np.mean(rms_F > OUTLIER * np.median(rms_F)),
+      "outlier_channels": _share_of_outliers(np, rms_F),
       "sqnr": 10 * np.log10(found.power[0] / found.power[1]),
       "zero_medians": 1 - found.to_median[1] / tokens,
     }

@@ -38,7 +38,7 @@ def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
 
   The values: `reference_nll` of the model and `nll` of the other, in nats; `kl` (nats), the
   divergence of the other's prediction from the model's; `agreement`, 1 where both hold the same
-  token for the likeliest."""
+  token for the likeliest, and NaN where one has no likeliest."""
 
   def pair_step(params: Params, other_params: Params, batch: Batch):
     counts, shape = batch["weights"] > 0, batch["targets"].shape
@@ -49,7 +49,7 @@ def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
       "reference_nll": loss.cross_entropy(p_TxV, targets_T),
       "nll": loss.cross_entropy(q_TxV, targets_T),
       "kl": loss.divergence(p_TxV, q_TxV),
-      "agreement": jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1),
+      "agreement": _agreement(p_TxV, q_TxV),
     }
     return (
       {name: jnp.where(counts, x_T.reshape(shape), 0) for name, x_T in numbers.items()},
@@ -57,3 +57,9 @@ def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
     )
 
   return pair_step
+
+
+def _agreement(p_TxV: jax.Array, q_TxV: jax.Array) -> jax.Array:
+  # Among NaN the likeliest token is the first: two broken models would agree.
+  broken_T = (jnp.isnan(p_TxV) | jnp.isnan(q_TxV)).any(axis=-1)
+  return jnp.where(broken_T, jnp.nan, jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1))

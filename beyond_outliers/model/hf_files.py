@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import read_json
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,7 +134,7 @@ def write_directory(
   parts, total = [], 0
   for shard in _shards(tensors, shard_bytes):
     part = directory / f"part-{len(parts)}.safetensors"  # the final name holds their number
-    safetensors.numpy.save_file(shard, part, metadata={"format": "pt"})
+    write_tensors(part, shard, {"format": "pt"})
     parts.append((part, list(shard)))
     total += sum(array.nbytes for array in shard.values())
   weight_map = {}

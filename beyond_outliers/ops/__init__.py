@@ -1,1 +1,1 @@
-"""Operations that are not left to XLA as they are, each with why and on which backend."""
+"""Operations that are not left to XLA or another library as they are, each with why and where."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beyond_outliers.config.checks import require
 from beyond_outliers.params import Axes, path_of
 
 AxesTree = Any  # a tree like the parameters of `Axes`, or params -> such a tree, or None
@@ -55,7 +56,9 @@ def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
 
   Without axes: up to one axis is a vector's, else the last two are (fan-in, fan-out) and the rest
   batch.
-  Errors: ValueError for a leaf without axes, or whose axes are not each named once."""
+  Errors: ValueError for a leaf without axes, or whose axes are not each named once; as
+    `check_floating`."""
+  check_floating(tree)
   axes = axes(tree) if callable(axes) else axes
   given = None
   if axes is not None:
@@ -65,6 +68,22 @@ def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
     _leaf(path_of(path), tuple(x.shape), given)
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
   )
+
+
+def check_floating(tree: Any) -> None:
+  """Refusal of leaves that no optimizer moves. Integers would come back rounded, complex numbers
+  without their imaginary part.
+
+  Errors: ConfigError naming the leaf and its type."""
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    dtype = getattr(x, "dtype", None)
+    require(
+      dtype is not None and jnp.issubdtype(dtype, jnp.floating),
+      f"parameter {path_of(path)!r}",
+      type(x).__name__ if dtype is None else str(dtype),
+      "expected an array of real floating-point numbers; leave others out by optax.masked or "
+      "optax.partition",
+    )
 
 
 def by_kind(

@@ -119,7 +119,7 @@ class Layout:
         at += grid.count
     flat, structure = jax.tree.flatten(like)
     joined = [
-      leaf.join(_assemble(p)).astype(x.dtype)
+      leaf.join(_assemble(p)).astype(x.dtype) if p else x
       for leaf, p, x in zip(self.leaves, pieces, flat, strict=True)
     ]
     return jax.tree.unflatten(structure, joined)
@@ -226,11 +226,14 @@ def layout(
   The last block along an axis may be smaller.
 
   block_size None: every slice is one block. merge_up_to: a matrix of at most so many elements is
-  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1.
+  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. A leaf
+    without elements has no blocks.
   Errors: ValueError from `axes`."""
   records = list(leaves(tree, axes))
   grids: dict[tuple[int, ...], list[BlockGrid]] = {}
   for index, leaf in enumerate(records):
+    if math.prod(leaf.shape) == 0:
+      continue  # nothing to cut, and Orbax saves no empty arrays
     size = leaf.size or (1,)
     if math.prod(size) <= merge_up_to:
       size = (math.prod(size),)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from beyond_outliers.config.checks import require
 from beyond_outliers.config.hyperparameters import OneOf, Section, other_choice
 
 Factory = Callable[..., optax.GradientTransformation]
@@ -58,6 +59,9 @@ def arguments_of(
     def factory(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
       given = signature.bind(*args, **kwargs).arguments
       values = {name: value for name, value in given.items() if name in fields}
+      for name, value in values.items():
+        optional = fields[name].metadata["official"] is None
+        require(value is not None or optional, name, None, "expected a value, or nothing at all")
       values |= {name: _static(name, values[name]) for name in integers if name in values}
       h = section.given(name=function.__name__, **fixed, **values)
       return function(h, **{name: value for name, value in given.items() if name not in fields})

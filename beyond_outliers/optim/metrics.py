@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from beyond_outliers.ops.extremes import max_magnitude, max_or_nan
 from beyond_outliers.optim import blocks
 from beyond_outliers.optim.axes import AxesTree, leaves
 from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 from beyond_outliers.types import Metrics, Params
 
 # Field of a bucket's state -> how the values of all blocks become one.
-REDUCTIONS = {"kept": jnp.sum, "age": jnp.max, "residual": jnp.max, "condition": jnp.max}
+REDUCTIONS = {"kept": jnp.sum, "age": max_or_nan, "residual": max_or_nan, "condition": max_or_nan}
 
 
 def of_state(opt_state: Any) -> Metrics:
@@ -44,10 +45,11 @@ def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares[label] = squares.get(label, 0) + jnp.sum(x * x)
     sizes[label] = sizes.get(label, 0) + x.size
-    if leaf.is_matrix:
-      norms.setdefault(label, []).append(jnp.max(spectral_norm(leaf.split(x))))
+    if leaf.is_matrix and x.size:
+      norms.setdefault(label, []).append(max_magnitude(spectral_norm(leaf.split(x))))
   rms = {f"update_rms/{label}": jnp.sqrt(squares[label] / sizes[label]) for label in squares}
   largest = {
-    f"update_spectral_norm/{label}": jnp.max(jnp.stack(values)) for label, values in norms.items()
+    f"update_spectral_norm/{label}": max_magnitude(jnp.stack(values))
+    for label, values in norms.items()
   }
   return {**rms, **largest}

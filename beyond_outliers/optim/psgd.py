@@ -29,6 +29,7 @@ import optax
 
 from beyond_outliers.config import optimizers
 from beyond_outliers.config.hyperparameters import official
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.optim import blocks, blockwise, factory
 from beyond_outliers.optim.axes import AxesTree, matrix_mask
 from beyond_outliers.optim.linalg import triangular
@@ -231,7 +232,7 @@ def _update_factors(
     h.preconditioner_lr * change(q, jnp.moveaxis(a, axis, 0), jnp.moveaxis(b, axis, 0))
     for axis, q in enumerate(factors)
   ]
-  largest = jnp.stack([jnp.max(jnp.abs(q - dq)) for q, dq in zip(factors, changes, strict=True)])
+  largest = jnp.stack([max_magnitude(q - dq) for q, dq in zip(factors, changes, strict=True)])
   # The clip squares what QᵀQ along every axis makes of H.
   ok = jnp.isfinite(jnp.prod(largest) ** 4)
   geometric_mean = jnp.exp(jnp.mean(jnp.log(largest)))
@@ -265,7 +266,7 @@ def change(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   A and B: [D, rest] or [D]."""
   rest = tuple(range(1, a.ndim))
   t1_D, t2_D = jnp.sum(a * a, rest), jnp.sum(b * b, rest)  # the diagonals
-  largest = jnp.max(t1_D + t2_D)
+  largest = max_magnitude(t1_D + t2_D)
   largest = jnp.where(largest > 0, largest, 1)
   if q.ndim == 1:
     return (t1_D - t2_D) / largest * q

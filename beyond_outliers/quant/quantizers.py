@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from beyond_outliers.config.checks import require
 from beyond_outliers.quant import rotations
 from beyond_outliers.quant.estimators import ESTIMATORS
-from beyond_outliers.quant.scales import GRANULARITIES, SCALES, has_ties, quotient, reciprocal
+from beyond_outliers.quant.scales import (
+  GRANULARITIES,
+  SCALES,
+  absmax,
+  has_ties,
+  quotient,
+  reciprocal,
+)
 from beyond_outliers.quant.spec import QuantSpec
 
 
@@ -35,19 +42,22 @@ class Saved(NamedTuple):
 
 
 def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
-  """The scales of `x`: float32 or wider, length one along `axis` or the number of its blocks.
+  """The scales of `x`: float32 or wider, length one along `axis` or the number of its blocks. NaN
+  where a value is not finite, or the scale too large to divide by: codes would hide it.
 
   Errors: ConfigError when a group does not divide the axis."""
   x, axis = x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis % x.ndim
   granularity = GRANULARITIES[spec.granularity]
-  rule = granularity.rule or SCALES[spec.scale]
-  if granularity.all:
-    return rule(x, tuple(range(x.ndim)), spec.levels)
-  if granularity.block is None:
-    return rule(x, (axis,), spec.levels)
+  rule = (granularity.rule or SCALES[spec.scale]) if x.size else absmax  # which is zero of nothing
   block = block_of(spec, x.shape[axis])
-  blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-  return jnp.squeeze(rule(blocks, (axis + 1,), spec.levels), axis + 1)
+  if granularity.all:
+    scale = rule(x, tuple(range(x.ndim)), spec.levels)
+  elif block is None:
+    scale = rule(x, (axis,), spec.levels)
+  else:
+    blocks = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :])
+    scale = jnp.squeeze(rule(blocks, (axis + 1,), spec.levels), axis + 1)
+  return jnp.where(scale <= 1 / jnp.finfo(scale.dtype).tiny, scale, jnp.nan)
 
 
 def block_of(spec: QuantSpec, width: int) -> int | None:
@@ -89,10 +99,12 @@ def forward(
   else:
     v = in_units(x, scale)
   codes, saved = encode(v, spec, key)
-  if spec.scale == "learned":
-    # Codes hide non-finite values. Scales computed from x show them; a learned one would not.
-    scale = jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
-  return Quantized(codes, scale), saved
+  return Quantized(codes, _telling(scale, x) if spec.scale == "learned" else scale), saved
+
+
+def _telling(scale: jax.Array, x: jax.Array) -> jax.Array:
+  """A scale that was not computed from `x`: NaN where `x` is not finite, which codes would hide."""
+  return jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
 
 
 def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Array, Saved]:
@@ -140,7 +152,8 @@ def quantize_array(
 
   Not differentiable: see `fake_quantize`."""
   x = rotations.rotate(x, spec.rotation, axis)
-  return forward(x, scale_of(x, spec, axis) if scale is None else scale, spec, key)[0]
+  scale = scale_of(x, spec, axis) if scale is None else _telling(scale, x)
+  return forward(x, scale, spec, key)[0]
 
 
 def dequantize(q: Quantized) -> jax.Array:
@@ -163,6 +176,8 @@ def fake_quantize(
   rotated = rotations.rotate(x, spec.rotation, axis)
   if scale is None:
     scale = jax.lax.stop_gradient(scale_of(rotated, spec, axis))
+  else:
+    scale = _telling(scale, rotated)
   return rotations.unrotate(_fake(spec, rotated, scale, key), spec.rotation, axis).astype(x.dtype)
 
 

@@ -2,7 +2,8 @@
 sets of values that share one.
 
 A rule takes an array, the axes that share a scale, and the grid; it returns positive scales, with
-those axes kept at length one (zero where all values are zero). All in float32 or wider.
+those axes kept at length one: zero where all values are zero, and not finite where some value is
+not, since codes would not show it. All in float32 or wider.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.quant import grids
 
 Rule = Callable[[jax.Array, tuple[int, ...], grids.Grid], jax.Array]
@@ -38,10 +40,7 @@ CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
 
 
 def _largest(x, axes):
-  """The largest magnitude; not finite where some value is not. By their bits, whose order is that
-  of magnitudes, with NaN above all: XLA's maximum of floats ignores NaN on CPUs."""
-  bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
-  return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True), x.dtype)
+  return max_magnitude(x, axes, keepdims=True)
 
 
 def absmax(x, axes, grid):
@@ -70,8 +69,13 @@ def gaussian(x, axes, grid):
 
 
 def percentile(percent, x, axes, grid):
-  """So many percent of the magnitudes are no larger than the largest level."""
-  return jnp.quantile(jnp.abs(x), percent / 100, axis=axes, keepdims=True) / grid.largest
+  """So many percent of the magnitudes are no larger than the largest level; all of them, where so
+  many are zero."""
+  largest = _largest(x, axes)
+  bound = jnp.quantile(jnp.abs(x), percent / 100, axis=axes, keepdims=True)
+  bound = jnp.where(bound > 0, bound, largest)
+  # An infinite number above the bound would be no more than clipped.
+  return jnp.where(jnp.isfinite(largest), bound, jnp.nan) / grid.largest
 
 
 def mse(x, axes, grid):

@@ -37,6 +37,7 @@ from beyond_outliers import config
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import read_json
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.params import (
   at_depth,
   is_stacked,
@@ -82,6 +83,8 @@ def pack_model(q: Any) -> tuple[dict[str, np.ndarray], Json]:
     "method": q.method,
     "recipe": [[paths, layer and dataclasses.asdict(layer)] for paths, layer in q.recipe.rules],
     "matrices": shapes,
+    # Only where there are some: descriptions of all other models stay what they were.
+    **({"fallbacks": [each._asdict() for each in q.fallbacks]} if q.fallbacks else {}),
   }
 
 
@@ -131,7 +134,7 @@ def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description
     str(directory),
     "already holds a model; remove it or choose another",
   )
-  safetensors.numpy.save_file(tensors, directory / TENSORS)
+  write_tensors(directory / TENSORS, tensors)
   # Last: the remains of a crash do not pass for a model.
   (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 

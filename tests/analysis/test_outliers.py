@@ -12,6 +12,7 @@ from scipy import stats
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.analysis import outliers
+from beyond_outliers.evaluate import outlier_metrics
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import (
   RECIPES,
@@ -115,6 +116,19 @@ def test_tokens_whose_median_is_zero_have_no_ratio_to_it():
   np.testing.assert_allclose(outliers.max_to_median(x), 4 / 2)
   np.testing.assert_allclose(outliers.max_to_mean(x), (4 + 2) / 2)
   assert np.isnan(outliers.max_to_median(x[:1]))
+
+
+@pytest.mark.parametrize("features", [8, 5000])
+def test_a_nan_is_in_every_metric(features):
+  x = heavy(4, features)
+  x[1, 3] = np.nan
+  whole = outlier_metrics.metrics_of(
+    jax.tree.map(np.asarray, outlier_metrics.statistics(x, np.ones(4, bool), outliers.ACTIVATIONS))
+  )
+  for name in outliers.METRICS:
+    function = getattr(outliers, name)
+    found = function(x, outliers.ACTIVATIONS) if name == "sqnr" else function(x)
+    assert np.isnan(found) and np.isnan(whole[name]), name
 
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])

@@ -1,8 +1,11 @@
 """Files that a person names: ~ is the home folder in every key that is a path, and JSON that is not
 what was written is refused by its name."""
 
+import json
+import math
 import os
 
+import numpy as np
 import pytest
 
 from beyond_outliers import config
@@ -72,3 +75,19 @@ def test_json_that_is_not_there_is_told_apart(tmp_path):
       files.read_json(tmp_path / path, DataError, "")
   (tmp_path / "file").write_text('{"a": {"b": null}, "c": 1}')
   assert files.read_json(os.fspath(tmp_path / "file"), DataError, "", ["a.b", "a"])["c"] == 1
+
+
+def test_results_are_numbers_that_all_of_json_knows():
+  found = {
+    "a": np.float32(0.5),
+    "b": [math.nan, (np.int64(3), -math.inf)],
+    "c": {"d": np.bool_(True)},
+  }
+  standard = files.standard_json({**found, "e": "NaN", "f": None})
+  assert json.loads(json.dumps(standard, allow_nan=False)) == {
+    "a": 0.5,
+    "b": [None, [3, None]],
+    "c": {"d": True},
+    "e": "NaN",
+    "f": None,
+  }

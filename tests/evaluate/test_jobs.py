@@ -146,6 +146,19 @@ def test_a_cell_is_read_alone(measured):
   assert len(table.results_table(evaluator.results()).splitlines()) == 4
 
 
+def test_a_cell_tells_of_fallbacks_where_there_are_some(measured, tmp_path, monkeypatch):
+  _, first, found = measured
+  assert not any("fallbacks" in cell for cell in found.values())
+  evaluator = Evaluator(first.target, first.cells[1:2], tmp_path)
+  fallback = quant.ptq.Fallback("layers/0/mlp/up", "gptq", 0.1)
+  q = types.SimpleNamespace(model=None, params={}, size_bytes=np.int64(1), fallbacks=(fallback,))
+  monkeypatch.setattr(evaluator, "_quantize", lambda params, cell: q)
+  monkeypatch.setattr(evaluator, "_metrics", lambda *arguments: {"loss": np.float32(np.nan)})
+  cell = evaluator.measure(2, {}, first.cells[1])
+  assert cell["fallbacks"] == [{"matrix": "layers/0/mlp/up", "rounding": "gptq", "damping": 0.1}]
+  assert (cell["metrics"], cell["size_bytes"]) == ({"loss": None}, 1)
+
+
 def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_path):
   """A quick look beside a whole evaluation, and a second look at that."""
   shutil.copytree(workdir, tmp_path / "run")

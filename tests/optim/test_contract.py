@@ -265,12 +265,11 @@ def test_state_and_updates_keep_their_types(row, gradient, param):
   state = jax.eval_shape(tx.init, tree)
   updates, after = jax.eval_shape(tx.update, gradients, state, tree)
   assert after == state
-  # What has no blocks of its own is optax's, and as wide as the parameters.
   assert jax.eval_shape(optax.apply_updates, tree, updates) == tree
   if gradient == param:
     assert updates == tree
   for path, x in jax.tree_util.tree_leaves_with_path(state):
-    assert not blocks.belongs_to_blocks(path) or x.dtype != jnp.bfloat16, path_of(path)
+    assert x.dtype != jnp.bfloat16, path_of(path)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +412,66 @@ def test_bfloat16_gradients_do_almost_the_same(row):
     for name in SMALL:
       distance = np.linalg.norm(updates[name].astype(np.float32) - expected[name])
       assert distance <= 0.2 * np.linalg.norm(expected[name]), name
+
+
+def test_bfloat16_parameters_with_all_that_optax_wraps(row):
+  """Matrices of one row, scalars, a leaf without gradient, and no gradient at all at first. In
+  bfloat16, to which inject_hyperparams casts by default, 1 - 0.999 would be zero."""
+  static = [name for name, value in settings_of(row.name).items() if type(value) is int]
+  injected = optax.inject_hyperparams(
+    optim.OPTIMIZERS[row.name], static_args=static, hyperparam_dtype=jnp.float32
+  )
+  tx = optax.MultiSteps(injected(learning_rate=RATE, **settings_of(row.name)), 2)
+  draw = np.random.default_rng(0)
+  params = {
+    name: jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)
+    for name, shape in {"m": (4, 6), "row": (1, 5), "s": (), "never": (4, 6)}.items()
+  }
+  before, state, update = params, tx.init(params), jax.jit(tx.update)
+  for size in (0, 0, 1, 1, 1, 1):
+    gradients = {
+      name: jnp.asarray((name != "never") * size * draw.standard_normal(x.shape), x.dtype)
+      for name, x in params.items()
+    }
+    updates, state = update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+  assert_finite(params)
+  assert {x.dtype for x in params.values()} == {jnp.dtype("bfloat16")}
+  assert all((params[name] != before[name]).any() for name in ("m", "row", "s"))
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "namedtuple", "nothing"])
+def test_any_tree_of_leaves_of_any_size(row, kind):
+  """Leaves without elements, of one, of several types; None is none. What comes back is like what
+  came, and no array of the state is empty."""
+
+  def leaf(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  empty = [leaf(0), leaf(0, 4), leaf(4, 0), leaf(0, 3, 4), leaf(2, 3, 0)]
+  narrow = [leaf(3, 4, dtype="float16"), leaf(4, dtype="bfloat16")]
+  tree = {
+    "dict": {"empty": empty, "none": None, "nested": {}, "m": leaf(3, 4)},
+    "list": [leaf(), leaf(1), (leaf(1, 1), leaf(1, 5), leaf(5, 1)), narrow, *empty],
+    "namedtuple": Axes(leaf(3, 4), leaf(0), leaf(2, 0)),
+    "nothing": {},
+  }[kind]
+  tx = optim.OPTIMIZERS[row.name](RATE, **settings_of(row.name))
+  state = jax.eval_shape(tx.init, tree)
+  updates, after = jax.eval_shape(tx.update, tree, state, tree)
+  assert updates == tree and after == state
+  if any(x.size for x in jax.tree.leaves(tree)) and row.name != "adamw":
+    assert all(x.size for x in jax.tree.leaves(state) if x.ndim > 1)
+
+
+@pytest.mark.parametrize("bad", [np.arange(3), np.ones(3, bool), np.ones(3, complex), 1.0])
+def test_leaves_that_do_not_move_are_refused(row, bad):
+  tx = optim.OPTIMIZERS[row.name](RATE, **settings_of(row.name))
+  message = r"^parameter 'a/b' = '\w+': expected an array of real floating-point numbers; leave"
+  with pytest.raises(config.ConfigError, match=message):
+    tx.update({"a": {"b": bad}}, tx.init({"a": {"b": bad}}), {"a": {"b": bad}})
+  masked = optax.masked(tx, {"a": False, "b": True})
+  masked.init({"a": bad, "b": jnp.ones(3)})
 
 
 CONFIGS = [

@@ -125,6 +125,8 @@ def test_a_factory_may_leave_hyperparameters_official_or_fix_them():
   [
     (dict(decay=-1.0), "^decay = -1.0: expected at least 0$"),
     (dict(steps=0), "^steps = 0: expected at least 1$"),
+    (dict(decay="fast"), "^decay = 'fast': expected a number$"),
+    (dict(decay=None), "^decay = None: expected a value, or nothing at all$"),
     (dict(word="abd"), r"^word = 'abd': did you mean 'abc'\? expected one of 'a', 'abc'$"),
   ],
 )

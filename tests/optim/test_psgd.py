@@ -361,6 +361,15 @@ def test_an_update_that_is_not_finite_is_refused():
     assert (x[0] != y[0]).any()
 
 
+@pytest.mark.parametrize("shape", [(4095,), (4096,), (70, 70), (2, 5000)])
+def test_one_nan_is_refused_in_blocks_of_any_size(shape):
+  good = {"w": jnp.asarray(normal(0, *shape))}
+  bad = {"w": good["w"].at[(0,) * len(shape)].set(jnp.nan)}
+  runs = run([good, bad, good], momentum=0.0, noise="none", max_size_triangular=100)
+  assert [int(state.blocks["x".join(map(str, shape))].kept[0]) for _, state in runs] == [0, 1, 1]
+  assert np.isfinite(runs[-1][0]["w"]).all()
+
+
 def test_eight_devices_do_what_one_does():
   """On three blocks: five are padding, whose factors stay zero."""
   gradients = [{"w": jnp.asarray(normal(t, 3, 4, 6))} for t in range(3)]

@@ -13,7 +13,7 @@ import reference
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.quant import LayerRecipe, QuantSpec, dequantize, quantizers, rotations
 from beyond_outliers.quant.grids import GRIDS
-from beyond_outliers.quant.scales import GAUSSIAN_BOUND, SCALES
+from beyond_outliers.quant.scales import GAUSSIAN_BOUND, GRANULARITIES, SCALES
 
 quantize = jax.jit(quantizers.quantize_array, static_argnames=("spec", "axis"))
 fake_quantize = jax.jit(quantizers.fake_quantize, static_argnames=("spec", "axis"))
@@ -389,6 +389,63 @@ def test_zeros_stay_finite(spec):
   y, gradient = value_and_gradient(x, x + 1, spec)
   np.testing.assert_allclose(y, 0, atol=1e-6)
   assert np.isfinite(gradient).all()
+
+
+scale_of = jax.jit(quantizers.scale_of, static_argnames=("spec", "axis"))
+# Every rule, and every set of values that shares a scale.
+RULES = [
+  QuantSpec(
+    4,
+    "midrise" if rule == "gaussian" else "symmetric",
+    rule,
+    "tensor" if rule == "learned" else "token",
+    estimator="lsq" if rule == "learned" else "ste",
+  )
+  for rule in SCALES
+]
+SETS = [
+  QuantSpec(4, "e2m1", granularity=name, group=32 if name == "group" else 0)
+  for name in GRANULARITIES
+]
+
+
+@pytest.mark.parametrize("width", [64, 4096])
+@pytest.mark.parametrize("spec", RULES + SETS, ids=str)
+def test_what_is_not_finite_is_in_the_scale_that_it_shares(spec, width):
+  """Of one infinity among a thousand numbers, too, which a percentile would clip."""
+  for number in (np.nan, -np.nan, np.inf, -np.inf):
+    x = normal(2, width)
+    x[1, 3] = number
+    assert np.isnan(scale_of(x, spec, -1)[-1, 0]), number
+
+
+@pytest.mark.parametrize(
+  "spec", [RTN, QuantSpec(4, scale="learned", estimator="lsq", granularity="tensor")]
+)
+def test_what_is_not_finite_is_seen_under_a_scale_that_is_given(spec):
+  x, scale = normal(2, 64), jnp.full((1, 1), 0.1)
+  x[1, 3] = np.inf
+  for function in (fake_quantize, lambda *args, **how: dequantize(quantize(*args, **how))):
+    assert not np.isfinite(function(x, spec, scale=scale)[1, 3])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in SCALES if rule.startswith("percentile")])
+def test_where_nearly_all_is_zero_a_percentile_clips_nothing(rule):
+  x = np.zeros((1, 30_000), np.float32)
+  x[0, 5] = 2.0
+  np.testing.assert_allclose(fake_quantize(x, QuantSpec(4, scale=rule)), x, rtol=1e-6)
+
+
+def test_a_scale_that_cannot_be_divided_by_shows_it():
+  """1 / 3e38 is no normal number of float32, and would make zeros of all."""
+  x = np.float32(3e38) * np.sign(normal(2, 64))
+  assert np.isnan(fake_quantize(x, QuantSpec(2))).all()
+  np.testing.assert_allclose(fake_quantize(x, QuantSpec(8)), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", RULES + SETS, ids=str)
+def test_of_nothing_there_is_nothing(spec):
+  assert fake_quantize(np.zeros((0, 64), np.float32), spec).shape == (0, 64)
 
 
 REFUSED = [

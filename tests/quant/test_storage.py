@@ -176,6 +176,15 @@ def test_smoothing_and_other_types_are_kept(tmp_path):
   assert_same(quant.load(tmp_path / "a"), q)
 
 
+def test_parameters_come_back_however_they_lie_in_memory(tmp_path):
+  model, params = fresh(RECIPES["rtn_w4a16"])
+  params = jax.tree.map(lambda x: np.asfortranarray(np.asarray(x)), params)
+  q = quant.QuantizedModel(model, params, RECIPES["rtn_w4a16"], "rtn")
+  assert not params["embedding"].flags.c_contiguous
+  q.save(tmp_path / "a")
+  assert_same(quant.load(tmp_path / "a"), q)
+
+
 @pytest.mark.parametrize("bits", DIGITS)
 def test_digits_are_those_of_a_number_in_their_base(bits):
   """Against whole numbers of Python, a word at a time; four bits lie two a byte, the first

@@ -276,7 +276,8 @@ def test_the_pair_step_compares_two_models_token_by_token(model, params):
     jax.tree.map(lambda x: x + 0.03 * jax.random.normal(KEY, x.shape), params),
   )
   forward = make_forward(model, True)
-  numbers, document = jax.jit(steps.make_pair_step(forward, forward))(params, other, batch)
+  pair_step = jax.jit(steps.make_pair_step(forward, forward))
+  numbers, document = pair_step(params, other, batch)
   apply = jax.jit(
     lambda p: model.apply({"params": p}, batch["tokens"], batch["segment_ids"], batch["positions"])
   )
@@ -300,3 +301,6 @@ def test_the_pair_step_compares_two_models_token_by_token(model, params):
       numbers[name], np.where(counts, want, 0), rtol=1e-4, atol=1e-5, err_msg=name
     )
   np.testing.assert_array_equal(document, np.where(counts, batch["segment_ids"], 0))
+  # Of two broken models the likeliest token is the first of all that are NaN.
+  sick = params | {"embedding": params["embedding"] * jnp.nan}
+  assert np.array_equal(np.isnan(pair_step(sick, sick, batch)[0]["agreement"]), counts)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.optim.linalg.stacks import each, frobenius_norm, largest_eigenvalue, matmul
 
 TOLERANCE = 1e-6  # of the entries of a product that should be I, at which an iteration has arrived
@@ -121,7 +122,7 @@ def _until_identity(
 
   def distance(state):
     off_BxDxD = state[-1] - jnp.eye(state[-1].shape[-1], dtype=state[-1].dtype)
-    return jnp.linalg.norm(off_BxDxD, axis=(-2, -1)), jnp.max(jnp.abs(off_BxDxD), axis=(-2, -1))
+    return jnp.linalg.norm(off_BxDxD, axis=(-2, -1)), max_magnitude(off_BxDxD, (-2, -1))
 
   def advance(old: _Progress) -> _Progress:
     *state, product_BxDxD = step(old.state)

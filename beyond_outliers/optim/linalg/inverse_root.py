@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from beyond_outliers.ops import linalg
+from beyond_outliers.ops.extremes import max_or_nan, min_or_nan
 from beyond_outliers.optim.linalg.coupled_iterations import denman_beavers, inverse_newton
 from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 from beyond_outliers.optim.linalg.stacks import (
@@ -181,17 +182,17 @@ def _from_eigenvectors(
   largest is added."""
   if relative:
     ridge_Bx1 = eps * jnp.maximum(
-      jnp.max(eigenvalues_BxD, axis=-1, keepdims=True), SMALLEST_EIGENVALUE
+      max_or_nan(eigenvalues_BxD, -1, keepdims=True), SMALLEST_EIGENVALUE
     )
     positive_BxD = jnp.maximum(eigenvalues_BxD, 0) + ridge_Bx1
   else:
     positive_BxD = (
-      eigenvalues_BxD - jnp.minimum(jnp.min(eigenvalues_BxD, axis=-1, keepdims=True), 0) + eps
+      eigenvalues_BxD - jnp.minimum(min_or_nan(eigenvalues_BxD, -1, keepdims=True), 0) + eps
     )
   half_BxD = positive_BxD ** (-0.5 / p)
   half_BxDxD = basis_BxDxD.mT * half_BxD[:, :, None]
-  condition_B = jnp.max(eigenvalues_BxD, axis=-1) / jnp.maximum(
-    jnp.min(positive_BxD, axis=-1), jnp.finfo(half_BxD.dtype).tiny
+  condition_B = max_or_nan(eigenvalues_BxD, -1) / jnp.maximum(
+    min_or_nan(positive_BxD, -1), jnp.finfo(half_BxD.dtype).tiny
   )
   return (
     einsum("bki,bkj->bij", half_BxDxD, half_BxDxD),

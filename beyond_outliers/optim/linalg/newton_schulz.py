@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.optim import factory
 
 Triple = tuple[float, float, float]  # (a, b, c) of x -> a x + b x³ + c x⁵
@@ -203,7 +204,7 @@ def _iterate(
 
 def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
   """Matrices over their Frobenius norm, of any length: squares may leave the range of floats."""
-  largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
+  largest = max_magnitude(x, (-2, -1), keepdims=True)
   largest = jnp.where(largest > 0, largest, 1)
   x = x / largest
   norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from beyond_outliers.ops.extremes import max_magnitude
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -14,7 +16,7 @@ def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
 
   2·steps + 1 products with a vector; 0 for a zero matrix."""
   # Any fixed start could be orthogonal to what is sought; a long row hardly is.
-  longest_B = jnp.argmax(jnp.max(jnp.abs(x_BxMxN), 2), 1)
+  longest_B = jnp.argmax(max_magnitude(x_BxMxN, 2), 1)
   v_BxN = _unit(jnp.take_along_axis(x_BxMxN, longest_B[:, None, None], 1)[:, 0])[0]
 
   def image(v_BxN):
@@ -30,7 +32,7 @@ def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(each vector at length one, length [B]), divided by the largest entry first.
 
   Squares of small or large values leave float32."""
-  largest_B = jnp.max(jnp.abs(v_BxN), 1)
+  largest_B = max_magnitude(v_BxN, 1)
   scaled = v_BxN / _or_one(largest_B)[:, None]
   length_B = jnp.linalg.norm(scaled, axis=1)
   return scaled / _or_one(length_B)[:, None], length_B * largest_B

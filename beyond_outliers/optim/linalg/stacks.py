@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude
+
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -23,7 +25,7 @@ def each(x_B: jax.Array) -> jax.Array:
 
 def largest(x: jax.Array) -> jax.Array:
   """The largest magnitude, or what keeps a zero from dividing, [B]."""
-  return jnp.maximum(jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))), jnp.finfo(x.dtype).tiny)
+  return jnp.maximum(max_magnitude(x, tuple(range(1, x.ndim))), jnp.finfo(x.dtype).tiny)
 
 
 def frobenius_norm(x_BxDxD: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.params import leaves_by_path, parent
 from beyond_outliers.quant import qmatrix
 from beyond_outliers.types import LanguageModel, Params
@@ -130,9 +131,8 @@ def _see_head(model, gram, params, x_BxLxD, *masks):
 def _inputs(x_TxK, gram) -> Inputs:
   """Sums over the tokens in the places of means; the count of tokens goes with the mean."""
   x_TxK = x_TxK.astype(jnp.promote_types(x_TxK.dtype, jnp.float32))
-  size = jnp.abs(x_TxK)
   gram_KxK = jnp.matmul(x_TxK.T, x_TxK, precision=lax.Precision.HIGHEST) if gram else None
-  return Inputs(jnp.max(size, axis=0), jnp.sum(size, axis=0), gram_KxK)
+  return Inputs(max_magnitude(x_TxK, 0), jnp.sum(jnp.abs(x_TxK), axis=0), gram_KxK)
 
 
 def _is_inputs(node: Any) -> bool:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.params import (
@@ -39,6 +38,8 @@ from beyond_outliers.quant import qmatrix, quantizers
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.ptq import calibration, rotation_fusion
 from beyond_outliers.quant.ptq.calibration import Inputs, Stage
+from beyond_outliers.quant.ptq.checks import check_batches, check_inputs, check_parameters
+from beyond_outliers.quant.ptq.fallback import Fallback, fall_back, usable
 from beyond_outliers.quant.ptq.gptq import ROUNDERS
 from beyond_outliers.quant.ptq.methods import Method, method_named
 from beyond_outliers.quant.ptq.model import QuantizedModel, serving
@@ -66,26 +67,41 @@ def quantize(
 
   model, params: a transformer and its parameters, as it trains. calibration_batches: {"tokens": [B,
   L]; and "segment_ids" and "positions" if documents are kept apart}, for the methods that need
-  some; every token counts, so without padding. say: takes a line of progress a block.
-  Errors: ConfigError for an unknown method, parameters that are quantized already, missing batches
-  or such of another tokenizer, inputs that are not finite, a recipe that does not fit the model, or
-  learned scales that the parameters do not hold."""
+  some; every token counts, so without padding. say: takes a line of progress a block, and one a
+  matrix that `method` could not quantize (fallback.py).
+  Errors: ConfigError for an unknown method, parameters that are quantized already or not finite,
+  missing batches or such of another tokenizer, inputs that are not finite, a recipe that does not
+  fit the model, or learned scales that the parameters do not hold."""
   how = method_named(method)
   batches = list(calibration_batches) if how.calibrated else []
   if how.calibrated:
-    _check_batches(batches, method, model.config.vocab)
+    check_batches(batches, method, model.config.vocab)
+  check_parameters(params)
   model, params, recipe = _prepared(model, params, recipe, how)
   stream = calibration.Stream(model.clone(dot_general_for=None), params, batches)
   blocks: list[Matrices] = []
-  for matrices in _quantized_blocks(model, params, recipe, how, stream):
+  fallbacks: list[Fallback] = []
+
+  def quantize_matrix(
+    path: str, linear: Params, layer: LayerRecipe, inputs: Inputs | None
+  ) -> QuantizedMatrix:
+    matrix, fallback = _quantized_matrix(path, linear, layer, how, inputs)
+    if fallback is not None:
+      fallbacks.append(fallback)
+      say(f"{method} is out of float32's reach for {fallback}")
+    return matrix
+
+  for matrices in _quantized_blocks(model, params, recipe, how, stream, quantize_matrix):
     blocks.append(matrices)
     say(f"{method}: block {len(blocks)} of {model.config.blocks}")
   params = {**params, LAYERS: _with_stacks(params[LAYERS], blocks, recipe)}
   head = recipe.layer("head")
   if "head" in params and head is not None and head.weights is not None:
     inputs = stream.see_head(gram=how.needs_gram) if how.calibrated else None
-    params = _with_kernels(params, {"head": _quantized_matrix(params["head"], head, how, inputs)})
-  return QuantizedModel(serving(model, params, recipe), params, recipe, method)
+    if inputs is not None:
+      check_inputs("head", inputs)
+    params = _with_kernels(params, {"head": quantize_matrix("head", params["head"], head, inputs)})
+  return QuantizedModel(serving(model, params, recipe), params, recipe, method, tuple(fallbacks))
 
 
 def check_quantizable(
@@ -104,23 +120,6 @@ def quantized(model: LanguageModel, params: Params, recipe: Recipe) -> Quantized
 
 
 # ---- before the pass: what goes together, and the rotations that are fused
-
-
-def _check_batches(batches: Sequence[calibration.Batch], method: str, vocab: int) -> None:
-  require(
-    bool(batches),
-    "calibration_batches",
-    batches,
-    f"{method} looks at the inputs of every layer: give it some",
-  )
-  for batch in batches:
-    largest = int(np.max(batch["tokens"]))
-    require(
-      largest < vocab,
-      "calibration_batches",
-      largest,
-      f"the model knows tokens below {vocab}; take those of its tokenizer",
-    )
 
 
 def _prepared(
@@ -168,7 +167,12 @@ def _check_learned_scales(path: str, layer: LayerRecipe | None, params: Params) 
 
 
 def _quantized_blocks(
-  model: LanguageModel, params: Params, recipe: Recipe, how: Method, stream: calibration.Stream
+  model: LanguageModel,
+  params: Params,
+  recipe: Recipe,
+  how: Method,
+  stream: calibration.Stream,
+  quantize_matrix: Callable[[str, Params, LayerRecipe, Inputs | None], QuantizedMatrix],
 ) -> Iterator[Matrices]:
   """The quantized matrices of one block after another; `stream` ends up behind the last."""
   kinds = [kind_of(path) for path in model.contractions() if depth_of(path) == 0]
@@ -179,10 +183,13 @@ def _quantized_blocks(
     if how.calibrated:
       block = Stage(watched.block(depth), of_block)
       inputs = stream.see(block, gram=how.needs_gram, run=not how.sequential)
-      _check_finite(inputs, depth)
+      for kind, of_layer in inputs.items():
+        check_inputs(layer_path(depth, kind), of_layer)
     layers = {kind: recipe.layer(layer_path(depth, kind)) for kind in kinds}
     matrices = {
-      kind: _quantized_matrix(subtree(of_block, kind), layer, how, inputs.get(kind))
+      kind: quantize_matrix(
+        layer_path(depth, kind), subtree(of_block, kind), layer, inputs.get(kind)
+      )
       for kind, layer in layers.items()
       if layer is not None and layer.weights is not None
     }
@@ -192,17 +199,6 @@ def _quantized_blocks(
 
 
 _slice_at = jax.jit(slice_at)
-
-
-def _check_finite(inputs: Mapping[str, Inputs], depth: int) -> None:
-  for kind, of_layer in inputs.items():
-    finite = all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(of_layer))
-    require(
-      finite,
-      f"calibration_batches: {layer_path(depth, kind)}",
-      "not finite",
-      "the layer's inputs overflow or are no numbers; look at the checkpoint, or at the tokens",
-    )
 
 
 def _with_kernels(tree: Params, kernels: Matrices) -> Params:
@@ -217,17 +213,24 @@ def _log_scale(linear: Params) -> Any:
 
 
 def _quantized_matrix(
-  linear: Params, layer: LayerRecipe, how: Method, inputs: Inputs | None
-) -> QuantizedMatrix:
-  """The matrix of one linear layer, given its parameters."""
+  path: str, linear: Params, layer: LayerRecipe, how: Method, inputs: Inputs | None
+) -> tuple[QuantizedMatrix, Fallback | None]:
+  """The matrix of one linear layer, given its parameters, and what took the method's place."""
   scale: Any = None
   if layer.weights is not None and layer.weights.scale == "learned":
     scale = jnp.exp(_log_scale(linear))[-1].reshape(1, 1)
-  return _rounded(linear[KERNEL], inputs, scale, layer, how)
+  attempt = functools.partial(_rounded, linear[KERNEL], inputs, scale, layer)
+  matrix, ok = attempt(how)
+  if ok:
+    return matrix, None
+  return fall_back(attempt, how, path, linear[KERNEL], layer, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) -> QuantizedMatrix:
+def _rounded(
+  kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method, damping: Any = None
+) -> tuple[QuantizedMatrix, jax.Array]:
+  """(the matrix, whether it is usable). damping: another than the method's, traced."""
   smooth_K = None
   if how.smoothing:
     smooth_K = SMOOTHINGS[how.smoothing].factors(kernel_KxO, inputs, layer, how.alpha)
@@ -238,8 +241,10 @@ def _rounded(kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method) ->
     gram_KxK = qmatrix.gram_in_quantized_basis(inputs.gram_KxK, layer, smooth_K)
     w_KxO = w_KxO.astype(gram_KxK.dtype)
   scale = quantizers.scale_of(w_KxO, spec, 0) if scale is None else scale
-  codes, scale = ROUNDERS[how.rounding].round(w_KxO, scale, spec, gram_KxK, how.damping)
-  return QuantizedMatrix(codes, scale, smooth_K)
+  damping = how.damping if damping is None else damping
+  codes, scale = ROUNDERS[how.rounding].round(w_KxO, scale, spec, gram_KxK, damping)
+  matrix = QuantizedMatrix(codes, scale, smooth_K)
+  return matrix, usable(matrix, layer)
 
 
 # ---- behind the pass: the blocks' matrices as stacks

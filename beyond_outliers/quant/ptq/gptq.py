@@ -51,11 +51,13 @@ def gptq(
   damping: the share of its mean diagonal that is added to the diagonal.
   by_importance: rows with the largest inputs first (the official `act_order`), else as they lie.
   The scales stay as they are (the official `static_groups`), so they don't depend on the order. An
-  input that is always zero leaves its row to be rounded alone."""
+  input that is always zero leaves its row to be rounded alone. Where the damped matrix has no
+  factor, scales are NaN: codes cannot say so (fallback.py)."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
   scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
   u_KxK = _propagation(gram_KxK[order][:, order], damping)
   codes = _row_after_row(w_KxO[order], scale_KxO[order], u_KxK, spec)
+  scale = jnp.where(jnp.isfinite(u_KxK).all(), scale, jnp.nan)
   return Quantized(codes[jnp.argsort(order)], scale)
 
 

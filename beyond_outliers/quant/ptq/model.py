@@ -10,6 +10,7 @@ import numpy as np
 from beyond_outliers.params import leaves_by_path, parent, stack_path
 from beyond_outliers.quant import qmatrix, storage
 from beyond_outliers.quant.dot import dot_general_for
+from beyond_outliers.quant.ptq.fallback import Fallback
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.types import Json, LanguageModel, Params, PathLike
@@ -25,6 +26,7 @@ class QuantizedModel:
   params: Params
   recipe: Recipe  # as the method changed it
   method: str
+  fallbacks: tuple[Fallback, ...] = ()  # of the matrices that the method could not quantize
 
   @property
   def size_bytes(self) -> int:
@@ -49,7 +51,8 @@ def load(directory: PathLike) -> QuantizedModel:
 def restored(tensors: Mapping[str, np.ndarray], description: Json) -> QuantizedModel:
   """The model that `storage.pack_model` took apart."""
   model, params, recipe, method = storage.unpack_model(tensors, description)
-  return QuantizedModel(serving(model, params, recipe), params, recipe, method)
+  fallbacks = tuple(Fallback(**each) for each in description.get("fallbacks", ()))
+  return QuantizedModel(serving(model, params, recipe), params, recipe, method, fallbacks)
 
 
 def serving(model: LanguageModel, params: Params, recipe: Recipe) -> LanguageModel:

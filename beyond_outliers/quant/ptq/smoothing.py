@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from beyond_outliers.ops.extremes import max_magnitude, min_or_nan
 from beyond_outliers.quant import qmatrix, quantizers, rotations
 from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.spec import LayerRecipe
@@ -30,20 +31,21 @@ def smoothquant(
   Every layer has its own: the paper, which puts them into the norm in front, has one for all layers
   behind a norm."""
   del layer
-  x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(jnp.max(jnp.abs(w_KxO), axis=1), 1e-5)
+  x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(max_magnitude(w_KxO, 1), 1e-5)
   return w_K ** (1 - alpha) / x_K**alpha
 
 
 def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
   """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its
   weights are rounded to nearest (arXiv 2306.00978, equations 4 and 5); the output's change is read
-  from the Gram matrix of the inputs. The paper's search for a clip is not part of it."""
+  from the Gram matrix of the inputs. The paper's search for a clip is not part of it. NaN where no
+  output's change is finite."""
   del alpha
   w_KxO, x_K = w_KxO.astype(inputs.mean_K.dtype), jnp.maximum(inputs.mean_K, 1e-4)
 
   def factors(alpha):
     s_K = jnp.maximum(x_K**alpha, 1e-4)
-    return jnp.sqrt(jnp.max(s_K) * jnp.min(s_K)) / s_K
+    return jnp.sqrt(max_magnitude(s_K) * min_or_nan(s_K)) / s_K
 
   def attempt(best, alpha):
     smooth_K = factors(alpha)
@@ -52,7 +54,8 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
     return jax.tree.map(functools.partial(jnp.where, better), (error, smooth_K), best), None
 
   start = jnp.full((), jnp.inf, x_K.dtype), jnp.ones_like(x_K)
-  return lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0][1]
+  least, smooth_K = lax.scan(attempt, start, jnp.arange(AWQ_STEPS, dtype=x_K.dtype) / AWQ_STEPS)[0]
+  return jnp.where(jnp.isfinite(least), smooth_K, jnp.nan)
 
 
 def output_error(

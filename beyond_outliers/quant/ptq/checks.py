@@ -1,0 +1,78 @@
+"""Refusals of numbers that post-training quantization would turn into codes, which hide them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beyond_outliers.config.checks import require
+from beyond_outliers.params import at_depth, is_stacked, leaves_by_path
+from beyond_outliers.quant.ptq.calibration import Batch, Inputs
+from beyond_outliers.quant.qmatrix import QuantizedMatrix
+from beyond_outliers.types import Params
+
+
+def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
+  """Refusal of missing or empty batches, and of tokens that the model does not know.
+
+  Errors: ConfigError, as in all that follow."""
+  require(
+    sum(np.size(batch["tokens"]) for batch in batches) > 0,
+    "calibration_batches",
+    batches,
+    f"{method} looks at the inputs of every layer: give it some",
+  )
+  for batch in batches:
+    tokens = np.asarray(batch["tokens"])
+    for extreme in (tokens.min(initial=0), tokens.max(initial=0)):
+      require(
+        0 <= extreme < vocab,
+        "calibration_batches",
+        int(extreme),
+        f"the model knows tokens below {vocab}; take those of its tokenizer",
+      )
+
+
+def check_parameters(params: Params) -> None:
+  """Refusal of parameters that are not finite, by path."""
+  finite = {
+    path: _finite(leaf, is_stacked(path))
+    for path, leaf in leaves_by_path(params).items()
+    if not isinstance(leaf, QuantizedMatrix)
+  }
+  for path, of_leaf in finite.items():
+    bad = np.flatnonzero(~np.asarray(of_leaf))
+    depth = int(bad[0]) if bad.size else 0
+    require(
+      not bad.size,
+      f"params: {at_depth(path, depth)}",
+      "not finite",
+      "NaN or infinity, which a code would hide; take another checkpoint",
+    )
+
+
+def check_inputs(path: str, inputs: Inputs) -> None:
+  """Refusal of statistics of a layer's inputs that are not finite."""
+  require(
+    all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(inputs)),
+    f"calibration_batches: {path}",
+    "not finite",
+    "the layer's inputs overflow or are no numbers; look at the checkpoint, or at the tokens",
+  )
+
+
+@jax.jit
+def _finite_everywhere(x: jax.Array) -> jax.Array:
+  return jnp.isfinite(x).all()
+
+
+@jax.jit
+def _finite_by_depth(x: jax.Array) -> jax.Array:
+  return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
+def _finite(x: jax.Array, stacked: bool) -> jax.Array:
+  return _finite_by_depth(x) if stacked else _finite_everywhere(x)
