@@ -114,6 +114,19 @@ def test_gptq_alone_shows_in_the_scales_that_there_is_no_factor():
   assert np.isnan(gptq.gptq(w, scale, spec, inputs.gram_KxK, 1e-10).scale).all()
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptq_in_order"])
+@pytest.mark.parametrize("width", [64, 300])
+def test_errors_that_overflow_as_they_are_compensated_are_not_hidden_in_codes(method, width):
+  """Of large weights behind large inputs: an error over a diagonal entry of U is out of range."""
+  linear, inputs = layer_of(256, width)
+  linear = {"kernel": linear["kernel"] * 1e25}
+  inputs = inputs._replace(gram_KxK=inputs.gram_KxK * 1e34)
+  weight, fallback, _ = quantized(method, linear, inputs)
+  assert fallback == Fallback("layers/3/mlp/up", "nearest")
+  nearest, _, _ = quantized("rtn", linear, inputs)
+  jax.tree.map(np.testing.assert_array_equal, weight, nearest)
+
+
 @pytest.mark.parametrize(
   "method, change",
   [
