@@ -206,6 +206,33 @@ def test_parameters_that_are_not_finite_are_refused_before_any_work(
       )
 
 
+SWAPPED = np.dtype(np.float32).newbyteorder("S")
+
+
+@pytest.mark.parametrize("dtype", [SWAPPED, jnp.float8_e4m3fn, np.int8, np.complex64, object])
+def test_parameters_of_other_types_are_refused(dtype):
+  """Compiled code reads swapped bytes as they lie, and a complex number loses a part."""
+  model, params = model_and_params()
+  bad = {**params, "embedding": np.asarray(params["embedding"]).astype(dtype)}
+  for _ in range(2):
+    with pytest.raises(ConfigError, match=r"^params: embedding = '.*': expected an array of float"):
+      ptq.quantize(model, bad, W4A16)
+    ptq.quantize(model, params, W4A16)
+  with pytest.raises(ConfigError, match=r"^params: embedding = 'list': expected an array"):
+    ptq.quantize(model, {**params, "embedding": params["embedding"].tolist()}, W4A16)
+
+
+def test_arrays_of_numpy_are_kept_as_the_model_computes_with_them(tmp_path):
+  """float64 without jax_enable_x64 is float32, also where nothing is quantized."""
+  model, params = model_and_params()
+  q = ptq.quantize(
+    model, jax.tree.map(lambda x: np.asarray(x, np.float64).copy("F"), params), W4A16
+  )
+  assert q.params["embedding"].dtype == jnp.float32
+  q.save(tmp_path / "q")
+  jax.tree.map(np.testing.assert_array_equal, quant.load(tmp_path / "q").params, q.params)
+
+
 @pytest.mark.parametrize(
   "tokens, message",
   [
