@@ -22,7 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beyond_outliers.config.checks import require
+
 LAYERS, KERNEL = "layers", "kernel"
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # that parameters may have
 _LAYER = re.compile(rf"{LAYERS}/(\d+)/(.+)")
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # {path: (shape, name of the dtype)}
@@ -135,6 +138,21 @@ def leaves_by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     else:
       leaves[name] = node
   return leaves
+
+
+def check_floats(tree: Mapping[str, Any]) -> None:
+  """Refusal of leaves that are no arrays of FLOATS in this machine's order of bytes: a compiled
+  program takes the other one for it (findings/jit_reads_swapped_bytes.sh).
+
+  Errors: ConfigError."""
+  for path, leaf in leaves_by_path(tree).items():
+    dtype = getattr(leaf, "dtype", None)
+    require(
+      dtype is not None and dtype.name in FLOATS and np.dtype(dtype).isnative,
+      f"params: {path}",
+      type(leaf).__name__ if dtype is None else str(dtype),
+      f"expected an array of {', '.join(FLOATS)}, in native byte order; convert it",
+    )
 
 
 def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from beyond_outliers.analysis.statistics import Values, check_column
+from beyond_outliers.analysis.statistics import Values, check_column, check_confidence
 from beyond_outliers.config.checks import nearest, require
 
 # Up to so many values all n! pairings are gone through; above, p is scipy's own.
@@ -72,16 +72,20 @@ def correlation(
   coefficient = CORRELATIONS[method]
   interval = interval or coefficient.interval
   require(interval in INTERVALS, "interval", interval, nearest(interval, INTERVALS))
+  check_confidence(confidence)
   columns = [
     check_column(name, v) for name, v in (("x", x), ("y", y), ("given", given)) if v is not None
   ]
   n, least = len(columns[0]), 3 if given is None else 4
   lengths = [len(column) for column in columns]
   require(set(lengths) == {n}, "x, y, given", lengths, "expected equal lengths")
-  require(n >= least, "x", list(columns[0]), f"expected at least {least} values")
+  require(n >= least, "x", columns[0].tolist(), f"expected at least {least} values")
   for name, column in zip(("x", "y", "given"), columns, strict=False):
     require(
-      np.ptp(column) > 0, name, column[0], "all values are one, so that nothing varies with it"
+      np.ptp(column) > 0,
+      name,
+      float(column[0]),
+      "all values are one, so that nothing varies with it",
     )
   if given is not None:
     require(method != "kendall", "method", method, 'of a partial one, take "pearson" or "spearman"')
@@ -101,6 +105,9 @@ def correlation(
 def _pearson(*columns: np.ndarray) -> np.ndarray:
   """Pearson's coefficient along the last axis, given the third column if there is one; of columns
   that do not vary, zero."""
+  # In powers of two, so that no square is out of range.
+  exponents = [np.frexp(np.abs(v).max(axis=-1, keepdims=True))[1] for v in columns]
+  columns = tuple(np.ldexp(v, -e) for v, e in zip(columns, exponents, strict=True))
   x, y, *given = (v - v.mean(axis=-1, keepdims=True) for v in columns)
   for z in given:
     norm = np.maximum((z * z).sum(axis=-1, keepdims=True), 1e-300)

@@ -45,6 +45,8 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
     raise ConfigError(
       f"points = {points!r}: no table of runs ({error}); give a pandas.DataFrame, or a list of rows"
     ) from None
+  twice = list(frame.columns[frame.columns.duplicated()])
+  require(not twice, "points", twice, "columns are there twice; leave one out")
   needed = COLUMNS if embedding else (*COLUMNS, "embedding")
   for column in needed:
     require(

@@ -35,8 +35,9 @@ def cumulative(rows: pd.DataFrame) -> pd.DataFrame:
     list(chain["name"]),
     "expected every block, the final norm and the head: decompose with modules=None",
   )
-  # No error comes into the first block: all that it returns, it added.
-  gain, added = chain["gain"].fillna(0.0).to_numpy(), (chain["B"] + chain["C"]).to_numpy()
+  # Where no error comes in, as into the first block, all that is returned was added.
+  gain = chain["gain"].where(chain["gain"].notna() | chain["R"].isna(), 0.0).to_numpy()
+  added = (chain["B"] + chain["C"]).to_numpy()
   behind = np.append(np.cumprod(gain[:0:-1])[::-1], 1.0)
   return pd.DataFrame(
     {

@@ -25,6 +25,7 @@ from beyond_outliers.analysis.huber_regression import Problem
 from beyond_outliers.analysis.law_design import Design, Pair, design
 from beyond_outliers.analysis.law_intervals import between_seeds, bootstrap_refits, profile_interval
 from beyond_outliers.analysis.law_points import SAME_RATIO, Table, read_points, with_references
+from beyond_outliers.analysis.statistics import check_confidence
 from beyond_outliers.analysis.tables import markdown_table
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
@@ -254,8 +255,8 @@ def _check(
     )
   elif "A" in shared:
     require("alpha" in shared, "shared", shared, "A has alpha's unit: share alpha too")
-  require(delta > 0, "delta", delta, "expected a number above zero")
-  require(0 < confidence < 1, "confidence", confidence, "expected a number between 0 and 1")
+  require(0 < delta < math.inf, "delta", delta, "expected a number above zero, such as 1e-3")
+  check_confidence(confidence)
   require(resamples >= 0, "resamples", resamples, "expected at least 0")
   return shared
 

@@ -75,7 +75,8 @@ def paired_difference(
     raise ConfigError("first, second: one has seeds, the other has none; give {seed: value} twice")
   a, b = check_column("first", first), check_column("second", second)
   require(len(a) == len(b), "first, second", (len(a), len(b)), "expected equal lengths")
-  require(len(a) >= 2, "first", list(a), "expected at least two seeds")
+  require(len(a) >= 2, "first", a.tolist(), "expected at least two seeds")
+  check_confidence(confidence)
   d = b - a
   test = stats.ttest_rel(b, a) if np.ptp(d) > 0 else None
   low, high = test.confidence_interval(confidence) if test else (d[0], d[0])
@@ -93,16 +94,25 @@ def paired_difference(
 
 def check_column(name: str, values: Values) -> np.ndarray:
   """Values as an array, [n]. Errors: ConfigError for what is no list of finite numbers."""
-  column = np.asarray(values, float)
+  try:
+    column = np.asarray(values, float)
+  except (TypeError, ValueError):
+    raise ConfigError(f"{name} = {values!r}: expected a list of numbers") from None
   require(column.ndim == 1, name, column.shape, "expected a list of numbers")
   require(bool(np.isfinite(column).all()), name, column.tolist(), "expected finite numbers")
   return column
+
+
+def check_confidence(confidence: float) -> None:
+  """Refusal of what is no level of an interval. Errors: ConfigError."""
+  require(0 < confidence < 1, "confidence", confidence, "expected a number between 0 and 1")
 
 
 def holm(p_values: Values) -> np.ndarray:
   """p values of several tests after Holm's correction (Scand. J. Statist. 6, 1979): the chance of
   any false rejection among them stays below the level."""
   p = check_column("p_values", p_values)
+  require(bool(((p >= 0) & (p <= 1)).all()), "p_values", p.tolist(), "expected fractions, 0 to 1")
   order = np.argsort(p, kind="stable")
   adjusted = np.empty_like(p)
   adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
@@ -121,6 +131,7 @@ def compare_differences(
   ConfigError for a difference with fewer than two values, or values that are not finite."""
   require(bool(differences), "differences", dict(differences), "expected at least one")
   require(margin is None or margin > 0, "margin", margin, "expected a number above zero")
+  check_confidence(confidence)
   found = {
     name: paired_difference(np.zeros(len(values)), values) for name, values in differences.items()
   }

@@ -56,7 +56,7 @@ class OneOf:
 
   choices: tuple[str, ...]
 
-  def __call__(self, value: str) -> str | None:
+  def __call__(self, value: Any) -> str | None:
     return other_choice(value, self.choices)
 
 
@@ -64,11 +64,11 @@ def one_of(*choices: str) -> Rule:
   return OneOf(choices)
 
 
-def other_choice(value: str, choices: Collection[str]) -> str | None:
+def other_choice(value: Any, choices: Collection[str]) -> str | None:
   """The remedy for a word that is none of the choices, with the one that is most like it."""
   if value in choices:
     return None
-  near = difflib.get_close_matches(value, list(choices), n=1)
+  near = difflib.get_close_matches(str(value), list(choices), n=1)
   question = f"did you mean {near[0]!r}? " if near else ""
   return f"{question}expected one of {', '.join(map(repr, choices))}"
 

@@ -38,12 +38,13 @@ Sums = dict[str, Any]  # {numerator, or "R_in", "out", "in": [B]} by kind of mea
 def error_sums(unit: Unit, counts_BxL: jax.Array) -> dict[str, Sums]:
   """{"token": sums of ratios at each token, "batch": sums of squares}, [B] each, float32 at least.
 
-  Tokens where a denominator is zero, as behind a ReLU, have no ratio. counts_BxL: bool."""
+  Tokens where a denominator is zero, as behind a ReLU, have no ratio; one of NaN has. counts_BxL:
+  bool."""
   squares = _squares(unit)
   batch = {name: _sum(x_BxL, counts_BxL) for name, x_BxL in squares.items()}
   token = {}
   for of, names in (("out", NUMERATORS), ("in", ("R_in",))):
-    has_BxL = counts_BxL & (squares[of] > 0)
+    has_BxL = counts_BxL & (squares[of] != 0)
     token[of] = jnp.sum(has_BxL, axis=1).astype(batch[of].dtype)
     for name in names:
       token[name] = _sum(squares[name] / jnp.where(has_BxL, squares[of], 1), has_BxL)

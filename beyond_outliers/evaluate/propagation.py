@@ -152,26 +152,30 @@ def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iter
   """The batches, on the default device.
 
   Errors: ConfigError for none, one of another tokenizer, or one without documents to keep apart."""
-  any_batch = False
+  any_token = False
   for batch in batches:
-    any_batch, largest = True, int(np.max(batch["tokens"]))
-    remedy = f"the model knows tokens below {vocab}; take those of its tokenizer"
-    require(largest < vocab, "batches", largest, remedy)
+    tokens = np.asarray(batch["tokens"])
+    if not tokens.size:
+      continue
+    for extreme in (int(tokens.min()), int(tokens.max())):
+      remedy = f"the model knows tokens below {vocab}; take those of its tokenizer"
+      require(0 <= extreme < vocab, "batches", extreme, remedy)
     require(
       not mask_documents or {"segment_ids", "positions"} <= batch.keys(),
       "batches",
       ", ".join(sorted(batch)),
       "mask_documents needs segment_ids and positions; take runs.Run.batches",
     )
-    tokens_BxL = jnp.asarray(batch["tokens"])
+    tokens_BxL = jnp.asarray(tokens)
     segments_BxL = jnp.asarray(batch.get("segment_ids", np.ones(tokens_BxL.shape, np.int32)))
     masks = (
       (segments_BxL, jnp.asarray(batch["positions"]))
       if mask_documents
       else (None, jnp.arange(tokens_BxL.shape[1]))
     )
+    any_token |= bool((segments_BxL > 0).any())
     yield Windows(tokens_BxL, masks, segments_BxL > 0)
-  require(any_batch, "batches", "none", "error shows on tokens: give it some")
+  require(any_token, "batches", "none", "error shows on tokens: give it some")
 
 
 def _wanted(kinds: dict[str, str], modules: Sequence[str] | None) -> dict[str, str]:

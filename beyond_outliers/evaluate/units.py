@@ -86,11 +86,11 @@ class Matrices(NamedTuple):
 
 
 def _spectral_norm(w_KxO: jax.Array) -> float:
-  """NaN where the matrix has some."""
+  """NaN where the matrix has some, or nothing but zeros."""
   import scipy.sparse.linalg  # takes a while, and few evaluations need it
 
   w = np.asarray(w_KxO)
-  if not np.isfinite(w).all():
+  if not np.isfinite(w).all() or not w.any():
     return np.nan
   start = np.random.default_rng(0).standard_normal(min(w.shape), w.dtype)
   return scipy.sparse.linalg.svds(w, k=1, v0=start, return_singular_vectors=False)[0]

@@ -23,7 +23,7 @@ from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, hf_files, transformer
 from beyond_outliers.model.hf_files import INDEX, SINGLE
-from beyond_outliers.params import is_kernel, is_stacked, path_of
+from beyond_outliers.params import check_floats, is_kernel, is_stacked, path_of
 from beyond_outliers.types import Json, Params, PathLike
 
 __all__ = ["INDEX", "SINGLE", "Entry", "description", "entries", "load", "save", "tensor"]
@@ -113,8 +113,9 @@ def save(
     tokens, and transformers takes windows of 2048 tokens.
   shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
     index.
-  Errors: ConfigError for an architecture that neither family has, parameters of another model, and
-  a directory that already holds one."""
+  Errors: ConfigError for an architecture that neither family has, parameters of another model or
+  that are no floats, and a directory that already holds one."""
+  check_floats(params)
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   given = hf_config.given(context, bos_token_id, eos_token_id)
   described, beside = description(model, jnp.result_type(*leaves.values()).name, given, like)

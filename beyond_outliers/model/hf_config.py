@@ -154,8 +154,9 @@ def to_json(
   like = source.get("model_type", model_type)
   require(like == model_type, "like: model_type", like, f"the model is {model_type!r}")
   _check_given(c, given)
-  # Tokens that nobody names are none: left out, transformers' defaults would hold.
-  general = {**dict.fromkeys(TOKENS), **source, **given}
+  # Tokens that nobody names are none: left out, transformers' defaults would hold. Those of a
+  # source that leaves them out do.
+  general = {**(source or dict.fromkeys(TOKENS)), **given}
   fixed = {name: ONLY[name] for name in ("hidden_act", "attention_bias", "attention_dropout")}
   return {
     **{name: value for name, value in source.items() if name not in NOT_KEPT},

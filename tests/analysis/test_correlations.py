@@ -97,6 +97,12 @@ def test_the_bootstrap_of_a_mean_is_scipys():
   assert found == pytest.approx(tuple(expected.confidence_interval))
 
 
+@pytest.mark.parametrize("unit", [1e-160, 1e300, 5e-324])
+def test_pearsons_coefficient_is_the_same_in_any_unit(unit):
+  x, y = [1, 2, 3, 4], [1, 3, 2, 4]
+  assert correlation(np.multiply(x, unit), y, "pearson").value == 0.8
+
+
 @pytest.mark.parametrize(
   "x, y, options, message",
   [
@@ -109,6 +115,8 @@ def test_the_bootstrap_of_a_mean_is_scipys():
     (X, Y, {"interval": "t"}, "interval = 't': expected one of percentile, bca"),
     (X, Y, {"method": "kendall", "given": Z}, "of a partial one, take"),
     (X, Y, {"clusters": ["a"]}, "expected 6 labels"),
+    (X, list("abcdef"), {}, "y = .*: expected a list of numbers"),
+    (X, Y, {"confidence": math.nan}, "confidence = nan: expected a number between 0 and 1"),
   ],
 )
 def test_what_does_not_correlate_is_refused(x, y, options, message):

@@ -29,6 +29,8 @@ def test_error_grows_by_what_the_blocks_add_times_the_gains_behind_them():
   np.testing.assert_allclose(found["share"], np.array([0.4, 0.1, 0, 0.1]) / 0.6)
   with pytest.raises(ConfigError, match="modules=None"):
     propagation.cumulative(rows[:2])
+  broken = rows.assign(**{name: np.nan for name in ("R", "gain", "B", "C")})
+  assert propagation.cumulative(broken)[["product", "share"]].iloc[1:].isna().all(axis=None)
 
 
 @pytest.mark.slow

@@ -346,6 +346,12 @@ def changed(**columns):
     (runs(), {"shared": ("A",)}, "A has alpha's unit: share alpha too"),
     (runs(), {"law": "two_term", "shared": ()}, "shares all but rho"),
     (runs(), {"delta": 0}, "delta = 0: expected a number above zero"),
+    (runs(), {"delta": math.inf}, "delta = inf: expected a number above zero"),
+    (
+      pd.concat([pd.DataFrame(runs()), pd.DataFrame(runs())[["loss"]]], axis=1),
+      {},
+      r"points = \['loss'\]: columns are there twice",
+    ),
   ],
 )
 def test_what_cannot_be_fitted_is_refused(rows, options, message):

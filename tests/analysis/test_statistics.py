@@ -62,11 +62,22 @@ def test_pairs_go_by_seed():
     ([1.0, 2.0], [2.0], "expected equal lengths"),
     ([1.0, math.nan], [2.0, 3.0], "first = .*expected finite numbers"),
     ([1.0, 2.0], [2.0, math.inf], "second = .*expected finite numbers"),
+    (["a", "b"], [1.0, 2.0], r"first = \['a', 'b'\]: expected a list of numbers"),
   ],
 )
 def test_what_does_not_pair_is_refused(first, second, message):
   with pytest.raises(config.ConfigError, match=message):
     paired_difference(first, second)
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95, math.nan])
+def test_a_level_that_is_none_is_refused(confidence):
+  with pytest.raises(config.ConfigError, match=r"confidence = .*expected a number between 0 and 1"):
+    paired_difference([1.0, 2.0], [2.0, 4.0], confidence)
+  with pytest.raises(config.ConfigError, match=r"confidence = .*expected a number between 0 and 1"):
+    compare_differences({"a": [1.0, 2.0]}, confidence=confidence)
+  with pytest.raises(config.ConfigError, match=r"p_values = \[0.1, 1.2\]: expected fractions"):
+    holm([0.1, 1.2])
 
 
 def test_equal_differences_have_no_spread():

@@ -82,3 +82,4 @@ def test_official_values_obey_the_rules_and_have_their_lines(section):
 
 def test_a_remedy_for_a_word_names_the_nearest():
   assert hyperparameters.other_choice("eighh", ("eigh", "qr")).startswith("did you mean 'eigh'? ")
+  assert hyperparameters.other_choice(0.9, ("eigh", "qr")) == "expected one of 'eigh', 'qr'"

@@ -15,6 +15,7 @@ from beyond_outliers.evaluate.error_sums import COLUMNS, columns, error_sums, ja
 from beyond_outliers.evaluate.propagation import decompose, final_error
 from beyond_outliers.evaluate.units import Matrices, Unit
 from beyond_outliers.model import transformer
+from beyond_outliers.quant import ptq
 
 # ---- the study's network in numpy, float64: its one implementation that shares nothing with ours
 
@@ -274,6 +275,22 @@ def test_a_units_paths_are_those_that_run():
     assert set(units.of_block(c)) == {*calls, *opened}
 
 
+def test_a_token_of_nan_is_in_the_means():
+  """It has no norm, but it is no token without one: of 8192 features the sum must see it too."""
+  h = jnp.ones((1, 4, 8192)).at[0, 1, 7].set(jnp.nan).at[0, 2].set(0)
+  sums = error_sums(Unit((h,), (h,), h, h), jnp.ones((1, 4), bool))
+  row = columns(sums, np.nan)
+  assert sums["token"]["out"] == 3 and np.isnan([row["R"], row["R_in"], row["batch_R"]]).all()
+
+
+def test_a_network_of_zeros_has_no_ratios():
+  model, params, _ = quantized_model("study", "rtn_w4a4")
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  table = decompose(model, zeros, ptq.quantize(model, zeros, quant.RECIPES["rtn_w4a4"]), BATCHES)
+  kernels = table[table["name"].str.endswith("down")]
+  assert kernels[["R", "spectral_ratio"]].isna().all(axis=None)
+
+
 def test_refusals():
   model, params, q = quantized_model("study", "rtn_w4a4")
   other = transformer.Transformer(dataclasses.replace(STUDY, mlp_hidden=32))
@@ -281,8 +298,12 @@ def test_refusals():
     decompose(other, params, q, BATCHES)
   with pytest.raises(ConfigError, match="tokens below 64"):
     decompose(model, params, q, [{"tokens": np.full((1, 4), 64)}])
-  with pytest.raises(ConfigError, match="batches"):
-    final_error(model, params, q, [])
+  with pytest.raises(ConfigError, match="batches = -1: the model knows tokens below 64"):
+    decompose(model, params, q, [{"tokens": np.array([[1, -1]])}])
+  padding = {"tokens": np.ones((1, 4), int), "segment_ids": np.zeros((1, 4), int)}
+  for nothing in ([], [{"tokens": np.zeros((0, 4), int)}], [padding]):
+    with pytest.raises(ConfigError, match="batches = 'none': error shows on tokens"):
+      final_error(model, params, q, nothing)
   with pytest.raises(ConfigError, match="at = 'head'"):
     final_error(model, params, q, BATCHES, "head")
   with pytest.raises(ConfigError, match=r"modules = 'mlp/up'.*layers/\*/mlp/up"):

@@ -530,6 +530,16 @@ def test_an_architecture_without_a_family_is_not_written(tmp_path):
   assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("dtype", [">f4", ml_dtypes.float8_e4m3fn, np.int8])
+def test_types_that_no_such_directory_has_are_not_written(dtype, written, tmp_path):
+  """It could not be read again."""
+  _, model, params = written
+  bad = {**params, "embedding": np.asarray(params["embedding"]).astype(dtype)}
+  with pytest.raises(config.ConfigError, match=r"^params: embedding = '.*': expected an array of"):
+    hf.save(model, bad, tmp_path / "a")
+  assert not (tmp_path / "a").exists()
+
+
 def test_parameters_of_another_model_are_not_written(written, tmp_path):
   _, model, params = written
   with pytest.raises(
@@ -584,6 +594,19 @@ def test_a_copy_generates_as_its_source(source, tmp_path):
   for name, content in BESIDE.items():
     assert (tmp_path / "b" / name).read_text() == content
   assert_same(hf.load(tmp_path / "b")[1], params)
+
+
+def test_tokens_that_a_source_leaves_out_stay_out(source, tmp_path):
+  """There transformers' defaults hold, and null would undo them."""
+  fields = json.loads((source / "config.json").read_text())
+  left = {name: value for name, value in fields.items() if name not in hf_config.TOKENS}
+  (source / "config.json").write_text(json.dumps(left))
+  model, params = hf.load(source)
+  hf.save(model, params, tmp_path / "b")
+  assert not set(hf_config.TOKENS) & json.loads((tmp_path / "b" / "config.json").read_text()).keys()
+  hf.save(model, params, tmp_path / "c", eos_token_id=5)
+  fields = json.loads((tmp_path / "c" / "config.json").read_text())
+  assert fields["eos_token_id"] == 5 and "bos_token_id" not in fields
 
 
 def test_what_is_given_goes_before_the_source(source, tmp_path):

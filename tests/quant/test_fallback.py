@@ -114,6 +114,19 @@ def test_gptq_alone_shows_in_the_scales_that_there_is_no_factor():
   assert np.isnan(gptq.gptq(w, scale, spec, inputs.gram_KxK, 1e-10).scale).all()
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptq_in_order"])
+@pytest.mark.parametrize("width", [64, 300])
+def test_errors_that_overflow_as_they_are_compensated_are_not_hidden_in_codes(method, width):
+  """Of large weights behind large inputs: an error over a diagonal entry of U is out of range."""
+  linear, inputs = layer_of(256, width)
+  linear = {"kernel": linear["kernel"] * 1e25}
+  inputs = inputs._replace(gram_KxK=inputs.gram_KxK * 1e34)
+  weight, fallback, _ = quantized(method, linear, inputs)
+  assert fallback == Fallback("layers/3/mlp/up", "nearest")
+  nearest, _, _ = quantized("rtn", linear, inputs)
+  jax.tree.map(np.testing.assert_array_equal, weight, nearest)
+
+
 @pytest.mark.parametrize(
   "method, change",
   [
@@ -191,6 +204,33 @@ def test_parameters_that_are_not_finite_are_refused_before_any_work(
       ptq.quantize(
         model, quant.storage.tree_of(bad), W4A16, method, [{"tokens": np.arange(20)[None]}]
       )
+
+
+SWAPPED = np.dtype(np.float32).newbyteorder("S")
+
+
+@pytest.mark.parametrize("dtype", [SWAPPED, jnp.float8_e4m3fn, np.int8, np.complex64, object])
+def test_parameters_of_other_types_are_refused(dtype):
+  """Compiled code reads swapped bytes as they lie, and a complex number loses a part."""
+  model, params = model_and_params()
+  bad = {**params, "embedding": np.asarray(params["embedding"]).astype(dtype)}
+  for _ in range(2):
+    with pytest.raises(ConfigError, match=r"^params: embedding = '.*': expected an array of float"):
+      ptq.quantize(model, bad, W4A16)
+    ptq.quantize(model, params, W4A16)
+  with pytest.raises(ConfigError, match=r"^params: embedding = 'list': expected an array"):
+    ptq.quantize(model, {**params, "embedding": params["embedding"].tolist()}, W4A16)
+
+
+def test_arrays_of_numpy_are_kept_as_the_model_computes_with_them(tmp_path):
+  """float64 without jax_enable_x64 is float32, also where nothing is quantized."""
+  model, params = model_and_params()
+  q = ptq.quantize(
+    model, jax.tree.map(lambda x: np.asarray(x, np.float64).copy("F"), params), W4A16
+  )
+  assert q.params["embedding"].dtype == jnp.float32
+  q.save(tmp_path / "q")
+  jax.tree.map(np.testing.assert_array_equal, quant.load(tmp_path / "q").params, q.params)
 
 
 @pytest.mark.parametrize(

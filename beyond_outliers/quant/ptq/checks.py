@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.params import at_depth, is_stacked, leaves_by_path
+from beyond_outliers.params import at_depth, check_floats, is_stacked, leaves_by_path
 from beyond_outliers.quant.ptq.calibration import Batch, Inputs
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.types import Params
@@ -37,12 +37,11 @@ def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
 
 
 def check_parameters(params: Params) -> None:
-  """Refusal of parameters that are not finite, by path."""
-  finite = {
-    path: _finite(leaf, is_stacked(path))
-    for path, leaf in leaves_by_path(params).items()
-    if not isinstance(leaf, QuantizedMatrix)
-  }
+  """Refusal of parameters that are no floats, or not finite, by path."""
+  leaves = leaves_by_path(params)
+  whole = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, QuantizedMatrix)}
+  check_floats(whole)
+  finite = {path: _finite(leaf, is_stacked(path)) for path, leaf in whole.items()}
   for path, of_leaf in finite.items():
     bad = np.flatnonzero(~np.asarray(of_leaf))
     depth = int(bad[0]) if bad.size else 0

@@ -77,7 +77,7 @@ def quantize(
   if how.calibrated:
     check_batches(batches, method, model.config.vocab)
   check_parameters(params)
-  model, params, recipe = _prepared(model, params, recipe, how)
+  model, params, recipe = _prepared(model, jax.tree.map(jnp.asarray, params), recipe, how)
   stream = calibration.Stream(model.clone(dot_general_for=None), params, batches)
   blocks: list[Matrices] = []
   fallbacks: list[Fallback] = []

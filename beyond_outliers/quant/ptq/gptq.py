@@ -52,12 +52,12 @@ def gptq(
   by_importance: rows with the largest inputs first (the official `act_order`), else as they lie.
   The scales stay as they are (the official `static_groups`), so they don't depend on the order. An
   input that is always zero leaves its row to be rounded alone. Where the damped matrix has no
-  factor, scales are NaN: codes cannot say so (fallback.py)."""
+  factor, or errors overflow, scales are NaN: codes cannot say so (fallback.py)."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
   scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
   u_KxK = _propagation(gram_KxK[order][:, order], damping)
-  codes = _row_after_row(w_KxO[order], scale_KxO[order], u_KxK, spec)
-  scale = jnp.where(jnp.isfinite(u_KxK).all(), scale, jnp.nan)
+  rest_KxO, codes = _row_after_row(w_KxO[order], scale_KxO[order], u_KxK, spec)
+  scale = jnp.where(jnp.isfinite(u_KxK).all() & jnp.isfinite(rest_KxO).all(), scale, jnp.nan)
   return Quantized(codes[jnp.argsort(order)], scale)
 
 
@@ -74,6 +74,7 @@ def _propagation(gram_KxK: jax.Array, damping: float) -> jax.Array:
 
 
 def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
+  """(the matrix with the last block's errors in it, not finite where one is not; its codes)."""
   K = len(w_KxO)
   size = min(ROWS_A_BLOCK, K)
   padding = -K % size
@@ -107,7 +108,8 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
     return w_KxO, lax.dynamic_update_slice_in_dim(codes_KxO, codes_BxO, start, 0)
 
   codes = jnp.zeros(w_KxO.shape, spec.levels.dtype)
-  return lax.fori_loop(0, (K + padding) // size, of_block, (w_KxO, codes))[1][:K]
+  w_KxO, codes = lax.fori_loop(0, (K + padding) // size, of_block, (w_KxO, codes))
+  return w_KxO, codes[:K]
 
 
 class Rounder(NamedTuple):
