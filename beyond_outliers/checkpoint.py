@@ -294,5 +294,7 @@ def load_quantized(directory: PathLike) -> quant.QuantizedModel:
       )
     except Exception as error:  # Orbax raises all kinds for files that it cannot read
       raise CheckpointError(f"{directory} is damaged: {_reason(error)}; copy it again") from error
+  if problem := config.files.misfit(items.description, quant.storage.DESCRIPTION_KINDS):
+    raise CheckpointError(f"{directory / 'description'}: {problem}; copy it again")
   tensors = params_lib.leaves_by_path(items.tensors)
   return quant.ptq.restored({k: np.asarray(x) for k, x in tensors.items()}, items.description)

@@ -44,6 +44,8 @@ class _PathsParser(flags.ListParser):
   syntactic_help = "a list of paths"
 
   def parse(self, argument: str | list[str]) -> list[str]:
+    if isinstance(argument, str) and os.path.exists(found := expand_home(argument)):
+      return [found]  # whose name has a comma
     return [expand_home(path) for path in super().parse(argument)]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -55,8 +55,8 @@ class Run:
   def manifest(self) -> Json:
     return self._read_manifest()
 
-  def _read_manifest(self, *keys: str) -> Json:
-    found = self._workdir.read("manifest.json", keys)
+  def _read_manifest(self, kinds: Mapping[str, Any] | None = None) -> Json:
+    found = self._workdir.read("manifest.json", kinds)
     if found is None:
       raise workdir_lib.WorkdirError(
         f"{self.path} has no manifest.json: the run ended before it began; start it again"
@@ -124,7 +124,7 @@ class Run:
   @property
   def trained_on(self) -> Json:
     """The folder that the dataset was in, its fingerprint, and its tokenizer's."""
-    return self._read_manifest(*workdir_lib.DATA_KEYS)["data"]
+    return self._read_manifest(workdir_lib.DATA)["data"]
 
   @functools.cached_property
   def dataset(self) -> data.Dataset:

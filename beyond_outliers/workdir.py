@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -45,9 +45,13 @@ PACKAGES = (
 )
 
 
-# Keys without which a file is not what was written; and of the manifest, where data are asked for.
-REQUIRED_KEYS = {"manifest.json": ["time"], "status.json": ["status", "step"], "wandb.json": ["id"]}
-DATA_KEYS = ("data.directory", "data.fingerprint", "data.tokenizer")
+# Values without which a file is not what was written; of the manifest, DATA where they're needed.
+REQUIRED: dict[str, dict[str, Any]] = {
+  "manifest.json": {"time": str},
+  "status.json": {"status": str, "step": int},
+  "wandb.json": {"id": str},
+}
+DATA = dict.fromkeys(("data.directory", "data.fingerprint", "data.tokenizer"), str)
 RESTORE = "restore it from a copy, or take another workdir"
 
 
@@ -86,13 +90,13 @@ class Workdir:
       temporary.write_text(json.dumps(value, indent=2) + "\n")
       temporary.replace(self.path / name)
 
-  def read(self, name: str, keys: Sequence[str] = ()) -> Any:
+  def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
     """The JSON in a file, or None when it isn't there.
 
-    Errors: WorkdirError for a damaged one, or one that lacks `keys`, dotted."""
+    Errors: WorkdirError for a damaged one, or one without values of these `kinds`."""
     try:
-      keys = (*REQUIRED_KEYS.get(name, ()), *keys)
-      return read_json(self.path / name, WorkdirError, RESTORE, keys)
+      kinds = {**REQUIRED.get(name, {}), **(kinds or {})}
+      return read_json(self.path / name, WorkdirError, RESTORE, kinds)
     except (FileNotFoundError, NotADirectoryError):
       return None
 
@@ -128,7 +132,7 @@ class Workdir:
 
   def check(self) -> None:
     """Reads what a run that is resumed will need. Errors: as `read` and `read_rows`."""
-    self.read("manifest.json", DATA_KEYS)
+    self.read("manifest.json", DATA)
     self.read("wandb.json")
     self.read_rows()
 

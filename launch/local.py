@@ -82,7 +82,7 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
   size, or lacks the optimizer."""
   remedy = "give what analysis --overrides=FILE wrote"
   try:
-    saved = read_json(file, ConfigError, remedy, ("size", "overrides"))
+    saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
   except (FileNotFoundError, NotADirectoryError):
     raise ConfigError(f"--overrides={file}: there is no such file; {remedy}") from None
   c = runpy.run_path(path)["get_config"](argument)
@@ -101,7 +101,7 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
 def status_of(workdir: pathlib.Path) -> str:
   """Status of a run by its status.json, "not started", or "unreadable"."""
   try:
-    return read_json(workdir / "status.json", WorkdirError, "", ["status"])["status"]
+    return read_json(workdir / "status.json", WorkdirError, "", {"status": str})["status"]
   except (FileNotFoundError, NotADirectoryError):
     return "not started"
   except WorkdirError:

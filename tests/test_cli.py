@@ -111,13 +111,17 @@ def test_the_module_is_the_command_and_libraries_keep_quiet():
   )
 
 
-def test_a_flag_that_is_a_path_knows_the_home_folder(monkeypatch):
+def test_a_flag_that_is_a_path_knows_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", "/home/ada")
   values = flags.FlagValues()
   one = cli.path_flag("one", "", "", flag_values=values)
   some = cli.paths_flag("some", None, "", flag_values=values)
   values(["command", "--one=~/a[1],~", "--some=~/a,b/~,~"])
   assert one.value == "/home/ada/a[1],~" and some.value == ["/home/ada/a", "b/~", "/home/ada"]
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "lr=1,seed=0").mkdir()
+  values(["command", "--some=lr=1,seed=0"])
+  assert some.value == ["lr=1,seed=0"], "a folder whose name has a comma"
   with pytest.raises(flags.IllegalFlagValueError, match="--one=~nouser: ~ is no user's home"):
     values(["command", "--one=~nouser"])
 

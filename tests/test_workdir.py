@@ -94,7 +94,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
   workdir.check()
   assert workdir.read(name) == WHOLE[name]
   key = next(iter(WHOLE[name]))
-  for value in (None, [], {k: v for k, v in WHOLE[name].items() if k != key}):
+  rest = {k: v for k, v in WHOLE[name].items() if k != key}
+  for value in (None, [], rest, {**rest, key: []}):
     workdir.write(name, value)
     with pytest.raises(WorkdirError, match=rf"/{name}: .*; restore it from a copy"):
       workdir.read(name)

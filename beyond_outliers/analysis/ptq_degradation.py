@@ -15,11 +15,19 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 from beyond_outliers.analysis.statistics import Estimate
 from beyond_outliers.config.checks import nearest, require
+from beyond_outliers.config.files import misfit
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import results
 from beyond_outliers.types import Json, PathLike
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
+# Of a cell's run, as the cell has them.
+SOURCE = {
+  **{
+    f"source.config.{name}": kind for name, kind in (("size", str), ("steps", int), ("seed", int))
+  },
+  **{"source.config.optimizer.name": str, "source.config.optimizer.learning_rate": int | float},
+}
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
 MEASURED_ON = [
   "version",
@@ -154,6 +162,10 @@ def _age(cell: Json) -> tuple[int, int]:
 
 
 def _row(run: str, cell: Json) -> Json:
+  """Errors: ConfigError for a cell that doesn't say what it was measured of."""
+  if problem := misfit(cell, SOURCE):
+    which = f"step {cell['step']}, {cell['recipe']}, {cell['method']}"
+    raise ConfigError(f"{run}: the cell of {which} {problem}; remove it and evaluate it again")
   c = cell["source"]["config"]
   optimizer = c["optimizer"]
   values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from beyond_outliers.errors import Refusal
@@ -24,9 +25,9 @@ def expand_home(path: str) -> str:
 
 
 def read_json(
-  path: PathLike, refusal: type[Refusal], remedy: str, keys: Collection[str] = ()
+  path: PathLike, refusal: type[Refusal], remedy: str, kinds: Mapping[str, Any] | None = None
 ) -> Json:
-  """The JSON object in a file, with `keys` (dotted) among its own.
+  """The JSON object in a file, with values of these `kinds`; see `misfit`.
 
   Errors: FileNotFoundError, NotADirectoryError; `refusal` with the file, what is wrong with it, and
   the remedy."""
@@ -40,19 +41,28 @@ def read_json(
   except (ValueError, RecursionError) as error:  # text that is no JSON, or no text, or nested
     problem = f"is not the JSON that was written ({error})"
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}") from None
-  if not isinstance(value, dict):
-    raise refusal(f"{os.fspath(path)}: is a JSON {type(value).__name__}, not an object; {remedy}")
-  if missing := [key for key in keys if not _has(value, key)]:
-    raise refusal(f"{os.fspath(path)}: lacks {', '.join(missing)}; {remedy}")
+  if problem := misfit(value, kinds or {}):
+    raise refusal(f"{os.fspath(path)}: {problem}; {remedy}")
   return value
 
 
-def _has(value: Any, key: str) -> bool:
-  for name in key.split("."):
-    if not isinstance(value, dict) or name not in value:
-      return False
-    value = value[name]
-  return True
+def misfit(value: Any, kinds: Mapping[str, Any]) -> str:
+  """Why a value read from JSON is no object with values of these `kinds`, {dotted key: type};
+  empty if it is one."""
+  if not isinstance(value, dict):
+    return f"is a JSON {type(value).__name__}, not an object"
+  missing, wrong = [], []
+  for key, kind in kinds.items():
+    *above, last = key.split(".")
+    node: Any = value
+    for name in above:
+      node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+      missing.append(key)
+    elif not isinstance(node[last], kind):
+      name = getattr(kind, "__name__", kind)
+      wrong.append(f"{key} is {reprlib.repr(node[last])}, not of the kind {name}")
+  return f"lacks {', '.join(missing)}" if missing else "".join(wrong[:1])
 
 
 def standard_json(value: Any) -> Any:

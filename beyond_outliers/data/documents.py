@@ -35,7 +35,14 @@ def read_documents(cfg: config.Data) -> Iterator[Document]:
 
 
 def _matching_files(path: str) -> list[str]:
-  files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+  found = sorted(glob.glob(path, recursive=True))
+  files = [file for file in found if os.path.isfile(file)]
+  for file in found:
+    if not os.path.isfile(file) and not os.path.isdir(file):
+      raise DataError(
+        f"{file}: a link to nothing, or no file that can be read again; restore it, or remove it "
+        f"from {path!r} (data.path or data.validation)"
+      )
   if not files and os.path.isfile(path):  # whose name looks like a pattern
     return [path]
   if not files:
@@ -114,13 +121,13 @@ def _read_jsonl(file: str, field: str) -> Iterator[Document]:
 
 def _json_record(line: bytes, where: str, field: str) -> Any:
   def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if [key for key, _ in pairs].count(field) > 1:
+    found = dict(pairs)
+    if len(found) < len(pairs) and [key for key, _ in pairs].count(field) > 1:
       raise ValueError(f"{field!r} stands twice in one object")
-    return dict(pairs)
+    return found
 
-  twice = line.count(json.dumps(field).encode()) > 1  # a value may be equal to the name
   try:
-    return json.loads(line, object_pairs_hook=once if twice else None)
+    return json.loads(line, object_pairs_hook=once)
   except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
     raise DataError(f"{where}: not a JSON record ({error})") from None
 
@@ -130,7 +137,7 @@ def _read_parquet(file: str, field: str) -> Iterator[Document]:
   import pyarrow.parquet as pq
 
   try:
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, page_checksum_verification=True)  # where it has sums
     names = table.schema_arrow.names
     if names.count(field) != 1:
       many = f"{names.count(field)} columns" if field in names else "no column"

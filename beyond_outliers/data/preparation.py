@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from beyond_outliers import config
-from beyond_outliers.data import shards, split_writers, splits, tokenizer_training, tokenizers
+from beyond_outliers.data import (
+  description,
+  shards,
+  split_writers,
+  splits,
+  tokenizer_training,
+  tokenizers,
+)
 from beyond_outliers.data.encoding import Separator, tokenized
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
@@ -82,7 +89,7 @@ def dataset_directory(cfg: config.Data) -> str:
     settings["vocab"] = cfg.vocab
     kind += str(cfg.vocab)
   fingerprint = hashlib.sha256(
-    json.dumps([shards.FORMAT, settings], sort_keys=True).encode()
+    json.dumps([description.FORMAT, settings], sort_keys=True).encode()
   ).hexdigest()
   return os.path.join(cfg.directory, f"{cfg.source}-{kind}-{fingerprint[:10]}")
 

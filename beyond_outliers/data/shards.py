@@ -25,17 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from beyond_outliers.config.files import read_json
-from beyond_outliers.data import text_bytes, tokenizers
+from beyond_outliers.data import description, text_bytes, tokenizers
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
-FORMAT = 1  # of what is written here; a change makes old folders unreadable by name
-META_KEYS = (  # that meta.json must have
-  *("format", "settings.vocab", "inputs.files", "dtype", "records", "files"),
-  *("tokenizer.stored", "tokenizer.fingerprint", "separator.id"),
-  *("splits.train.documents", "splits.validation.documents"),
-)
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
 
 
@@ -229,24 +222,13 @@ def write_meta(directory: str, meta: Json) -> None:
     for name in names
   }
   with open(os.path.join(directory, "meta.json"), "w") as file:
-    json.dump({"format": FORMAT, **meta, "files": files}, file, indent=1)
+    json.dump({"format": description.FORMAT, **meta, "files": files}, file, indent=1)
 
 
 def open_dataset(directory: str) -> Dataset:
   """Opens a prepared folder. Errors: DataError naming what is missing, truncated or not of this
   tokenizer; see also `verify`."""
-  path = os.path.join(directory, "meta.json")
-  try:
-    meta = read_json(path, DataError, "delete the folder and prepare again", META_KEYS)
-  except (FileNotFoundError, NotADirectoryError):
-    raise DataError(
-      f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare"
-    ) from None
-  if meta["format"] != FORMAT:
-    raise DataError(
-      f"{path}: format {meta['format']}, this version reads {FORMAT}; delete the folder and "
-      "prepare again"
-    )
+  meta = description.read_meta(directory)
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
     if not os.path.isfile(file):

@@ -209,10 +209,11 @@ def _open(path: str, field: str | None = None) -> tuple[Any, str]:
 
 def _tfrecords(file: str) -> Iterator[bytes]:
   """Records of a TFRecord file: length (8 bytes), checksum (4), data, checksum (4)."""
+  size = os.path.getsize(file)
   with open(file, "rb") as stream:
     while header := stream.read(12):
       length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
-      data, checksum = stream.read(length), stream.read(4)
-      if len(data) < length or len(checksum) < 4:
-        raise DataError(f"{file}: ends within a record, at byte {stream.tell()}; copy it again")
+      if stream.tell() + length + 4 > size:  # asked first: memory may not hold so much
+        raise DataError(f"{file}: ends within a record, at byte {size}; copy it again")
+      data, _ = stream.read(length), stream.read(4)
       yield data

@@ -14,19 +14,22 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 from etils import epath
 
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.config.files import misfit
 from beyond_outliers.types import Json, PathLike
 from beyond_outliers.workdir import digest
 
 # IDENTITY, and the fields of a cell, or of a task that it was asked.
 Result = dict[str, Any]
-IDENTITY = {"step": int, "recipe": str, "method": str, "settings": dict}
-CELL = {"metrics": dict, "size_bytes": int, "seconds": dict}
+IDENTITY = {"step": int, "recipe": str, "method": str, "settings": dict, "settings.version": int}
+NUMBER = int | float | None  # None: not finite
+CELL = {"metrics": dict, "metrics.loss": NUMBER, "size_bytes": int}
 ASKED = {"scores": dict, "seconds": float | int, "time": str}
+COUNTS = {"split": str, "scored": int, "left_out": int, "truncated": int}
 TASK = "task"  # the setting that only tasks have
 
 
@@ -78,8 +81,10 @@ class ResultStore:
       found: Any = json.loads(path.read_text())
     except ValueError:  # empty or truncated
       found = None
-    if _has(found, IDENTITY) and (_has(found, CELL) or _has(found, ASKED)):
-      return {**found, "settings": {"version": 1, **found["settings"]}}  # the first had no number
+    if isinstance(found, dict) and isinstance(found.get("settings"), dict):
+      found = {**found, "settings": {"version": 1, **found["settings"]}}  # the first had no number
+    if not misfit(found, IDENTITY) and (_is_cell(found) or _is_answer(found)):
+      return found
     self._say(f"{path} holds no result of an evaluation job, and counts for none")
     return None
 
@@ -114,9 +119,28 @@ def task_scores(cell: Result) -> dict[str, float]:
   }
 
 
-def _has(found: Any, fields: dict[str, Any]) -> TypeGuard[Result]:
-  return isinstance(found, dict) and all(
-    isinstance(found.get(name), kind) for name, kind in fields.items()
+def _is_cell(found: Any) -> bool:
+  """Whether there is what CELL says, of numbers alone, and of two for each interval."""
+  return (
+    not misfit({"seconds": {}, **found}, {**CELL, "seconds": dict})
+    and all(isinstance(value, int | float) for value in found.get("seconds", {}).values())
+    and all(
+      isinstance(value, list) and len(value) == 2 and all(isinstance(n, NUMBER) for n in value)
+      if name.endswith("_interval")
+      else isinstance(value, NUMBER)
+      for name, value in found["metrics"].items()
+    )
+  )
+
+
+def _is_answer(found: Any) -> bool:
+  """Whether there is what ASKED says, and of examples, which the first had not, COUNTS."""
+  examples = found.get("examples", {})
+  return (
+    not misfit(found, ASKED)
+    and all(isinstance(scores, dict) for scores in found["scores"].values())
+    and isinstance(examples, dict)
+    and not any(misfit(counts, COUNTS) for counts in examples.values())
   )
 
 

@@ -78,7 +78,7 @@ def _row(cell: Result, accuracies: Sequence[str]) -> tuple[str, ...]:
     shown(found["loss"]),
     shown(found.get("loss_difference"), "+.4f"),
     "" if None in (low, high) else f"{low:+.4f} … {high:+.4f}",
-    shown(found["bits_per_byte"]),
+    shown(found.get("bits_per_byte")),
     shown(found.get("kl")),
     shown(found.get("agreement"), ".1%"),
     f"{cell['size_bytes'] / 2**20:.2f}",

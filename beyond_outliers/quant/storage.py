@@ -55,6 +55,10 @@ from beyond_outliers.types import Json, Params, PathLike
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantized.json"
 VERSION = 1  # of what the docstring says
+DESCRIPTION_KINDS = {
+  **{"version": int, "model.class": str, "model.config": dict},
+  **{"method": str, "recipe": list, "matrices": dict},
+}
 WORD_BITS = 64
 E8M0, E4M3 = np.dtype(ml_dtypes.float8_e8m0fnu), np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -150,8 +154,7 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
       f"holds no {name}; give what save() of a quantized model wrote to",
     )
   remedy = "fetch the whole model again"
-  keys = ("version", "model.class", "method", "recipe")
-  description = read_json(directory / DESCRIPTION, ConfigError, remedy, keys)
+  description = read_json(directory / DESCRIPTION, ConfigError, remedy, DESCRIPTION_KINDS)
   try:
     return safetensors.numpy.load_file(directory / TENSORS), description
   except (OSError, safetensors.SafetensorError) as error:

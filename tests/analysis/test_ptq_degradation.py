@@ -139,3 +139,12 @@ def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
       ptq_degradation.degradation_table(
         ptq_degradation.degradation_cells(runs.find(tmp_path)), metric
       )
+
+
+@pytest.mark.parametrize("source", [None, {}, {"config": {"size": "nano"}}])
+def test_a_cell_that_does_not_say_of_which_run_is_refused_by_name(tmp_path, source):
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
+  (file,) = tmp_path.glob("*/eval/2-rtn_w4a4-*.json")
+  file.write_text(json.dumps({**json.loads(file.read_text()), "source": source}))
+  with pytest.raises(config.ConfigError, match=r"step 2, rtn_w4a4, rtn lacks source\.config"):
+    ptq_degradation.degradation_cells(runs.find(tmp_path))

@@ -55,6 +55,8 @@ def test_a_home_that_nobody_has_is_refused():
     (b"null", "is a JSON NoneType, not an object"),
     (b'{"a": 1}', "lacks a.b"),
     (b'{"a": {"c": 1}}', "lacks a.b"),
+    (b'{"a": {"b": "x"}}', "a.b is 'x', not of the kind int"),
+    (b'{"a": {"b": null}}', "a.b is None, not of the kind int"),
     (None, "Is a directory"),
   ],
   ids=lambda value: str(value)[:16],
@@ -63,7 +65,7 @@ def test_json_that_was_not_written_is_refused(tmp_path, content, problem):
   path = tmp_path / "x.json"
   path.mkdir() if content is None else path.write_bytes(content)
   with pytest.raises(DataError) as refused:
-    files.read_json(path, DataError, "copy it again", ["a.b"])
+    files.read_json(path, DataError, "copy it again", {"a.b": int})
   text = str(refused.value)
   assert text.startswith(f"{path}: {problem}") and text.endswith("; copy it again")
 
@@ -74,7 +76,8 @@ def test_json_that_is_not_there_is_told_apart(tmp_path):
     with pytest.raises(kind):
       files.read_json(tmp_path / path, DataError, "")
   (tmp_path / "file").write_text('{"a": {"b": null}, "c": 1}')
-  assert files.read_json(os.fspath(tmp_path / "file"), DataError, "", ["a.b", "a"])["c"] == 1
+  kinds = {"a.b": int | None, "a": dict}
+  assert files.read_json(os.fspath(tmp_path / "file"), DataError, "", kinds)["c"] == 1
 
 
 def test_results_are_numbers_that_all_of_json_knows():

@@ -2,10 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import sys
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -175,7 +177,41 @@ def test_damaged_and_misnamed_compressed_files_are_refused_by_name(
     contents(make_config(source=source, path=str(bare)))
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_nothing_behind_a_stream_is_left_out(tmp_path, make_config, suffix):
+  """As bz2 and lzma do with what doesn't begin like a stream."""
+  one, two = (COMPRESS[suffix](b'{"text": "%d"}\n' % i) for i in range(2))
+  file = tmp_path / f"a.jsonl{suffix}"
+  for rest in (b"XXXX" + two[4:], b"and so on", two[:-4]):
+    file.write_bytes(one + rest)
+    with pytest.raises(DataError, match=f"{file}: damaged, or cannot be read"):
+      contents(make_config(path=str(file)))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("inner", [".tar", *COMPRESS])
+def test_what_is_compressed_twice_and_archives_are_refused(tmp_path, make_config, suffix, inner):
+  """The texts of an archive alone would be taken for one text."""
+  data = COMPRESS.get(inner, archive)(b"text")
+  file = tmp_path / f"a{inner}{suffix}"
+  file.write_bytes(COMPRESS[suffix](data))
+  with pytest.raises(DataError, match=f"{file}: holds {inner} data in a compressed file; unpack"):
+    contents(make_config(source="text", path=str(file)))
+
+
+def archive(data):
+  stream = io.BytesIO()
+  with tarfile.open(fileobj=stream, mode="w") as tar:
+    member = tarfile.TarInfo("a.txt")
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+  return stream.getvalue()
+
+
 def test_an_archive_is_refused_by_name(tmp_path, make_config):
+  (tmp_path / "a.txt").write_bytes(archive(b"text"))
+  with pytest.raises(DataError, match=r"a.txt: .tar is not read; unpack it"):
+    contents(make_config(source="text", path=str(tmp_path / "a.txt")))
   (tmp_path / "a.jsonl.zip").write_bytes(b"PK\x03\x04 and so on")
   with pytest.raises(
     DataError, match=r"a.jsonl.zip: .zip is not read; unpack it, or take one of .gz"
@@ -333,7 +369,35 @@ def test_damaged_tfds_is_refused_by_path(tmp_path, make_config, texts, read):
       read(make_config(source="tfds", path=f"{path}@train{slice_}"))
 
 
+def test_a_matched_file_that_is_not_there_is_refused(tmp_path, make_config, write_jsonl):
+  write_jsonl(["a"], "a.jsonl")
+  os.symlink(tmp_path / "nowhere", tmp_path / "b.jsonl")
+  with pytest.raises(DataError, match=r"/b.jsonl: a link to nothing, .*; restore it, or remove"):
+    contents(make_config(path=str(tmp_path / "[ab].jsonl")))
+
+
+@pytest.mark.parametrize("field, name", [("text", "te\\u0078t"), ("naïve", "naïve")])
+def test_a_field_that_stands_twice_in_any_spelling_is_refused(tmp_path, make_config, field, name):
+  (tmp_path / "a.jsonl").write_text(f'{{"{field}": "a", "{name}": "b"}}\n', encoding="utf-8")
+  with pytest.raises(DataError, match=f"a.jsonl:1: .*'{field}' stands twice"):
+    contents(make_config(path=str(tmp_path / "a.jsonl"), field=field))
+
+
+def test_the_sums_of_a_parquet_file_are_compared(tmp_path, make_config):
+  file = tmp_path / "a.parquet"
+  table = pa.table({"text": ["a text of some length"]})
+  plain = dict(compression="none", use_dictionary=False, write_statistics=False)
+  pq.write_table(table, file, write_page_checksum=True, **plain)
+  file.write_bytes(file.read_bytes().replace(b"a text", b"a test", 1))
+  with pytest.raises(DataError, match=f"{file}: .*checksum"):
+    contents(make_config(source="parquet", path=str(file)))
+
+
 def test_a_truncated_tfrecord_is_refused(tmp_path):
+  for length in (2**40, 2**63):  # more than memory, or an index, holds
+    (tmp_path / "y.tfrecord").write_bytes(length.to_bytes(8, "little") + bytes(4) + b"short")
+    with pytest.raises(DataError, match="ends within a record"):
+      list(tfds._tfrecords(str(tmp_path / "y.tfrecord")))
   file = tmp_path / "x.tfrecord"
   file.write_bytes((9).to_bytes(8, "little") + bytes(4) + b"short")
   with pytest.raises(DataError, match="ends within a record"):

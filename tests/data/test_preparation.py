@@ -374,6 +374,34 @@ def test_a_damaged_description_is_refused_by_name(make_config, kept):
     data.open(dataset.directory)
 
 
+@pytest.mark.parametrize(
+  "key, value, problem",
+  [
+    ("dtype", "x", "dtype is 'x'"),
+    ("files", None, "files is None"),
+    ("files", {}, "files lack train-00000.bin, of the train split"),
+    ("files.train-00000|bin", {}, "of train-00000.bin: lacks bytes, sha256"),
+    ("tokenizer.fingerprint", 1, "tokenizer.fingerprint is 1"),
+    ("splits.train.tokens", 3, "3 tokens of the train split are not what its shards hold"),
+    ("splits.validation.shards", [], "tokens of the validation split are not"),
+    ("splits.validation.shards", [[]], "files lack"),
+    ("records", {}, "of records: lacks path"),
+    ("first_bytes", [], "first_bytes is not"),
+  ],
+)
+def test_a_description_with_other_values_is_refused(make_config, key, value, problem):
+  dataset = data.prepare(make_config(), log=quiet)
+  meta = json.loads(pathlib.Path(dataset.path("meta.json")).read_text())
+  *above, last = (name.replace("|", ".") for name in key.split("."))
+  node = meta
+  for name in above:
+    node = node[name]
+  node[last] = value
+  pathlib.Path(dataset.path("meta.json")).write_text(json.dumps(meta))
+  with pytest.raises(DataError, match=f"/meta.json: .*{problem}.*; delete the folder and prepare"):
+    data.open(dataset.directory)
+
+
 def test_a_mismatched_tokenizer_is_refused(tmp_path, make_config, texts):
   file = tmp_path / "x.model"
   file.write_bytes(tokenizer_training.train_sentencepiece(texts, 320))

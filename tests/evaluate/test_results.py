@@ -50,6 +50,13 @@ def without(found, name):
     json.dumps({**TASK, "scores": None}),
     json.dumps(without(TASK, "time")),
     json.dumps(without(TASK, "seconds")),
+    json.dumps({**CELL, "metrics": {}}),
+    json.dumps({**CELL, "metrics": {**CELL["metrics"], "kl": "x"}}),
+    json.dumps({**CELL, "metrics": {**CELL["metrics"], "kl_interval": [1]}}),
+    json.dumps({**CELL, "seconds": {"evaluate": None}}),
+    json.dumps({**CELL, "settings": {"version": None}}),
+    json.dumps({**TASK, "scores": {"piqa": None}}),
+    json.dumps({**TASK, "examples": {"piqa": {}}}),
   ],
 )
 def test_what_is_no_result_counts_as_missing(text, tmp_path):

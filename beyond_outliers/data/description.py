@@ -1,0 +1,76 @@
+"""Description of a prepared dataset: its meta.json, read, and refused where it is not what was
+written."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from beyond_outliers.config.files import misfit, read_json
+from beyond_outliers.errors import DataError
+from beyond_outliers.types import Json
+
+FORMAT = 1  # of a dataset's folder; a change makes old ones unreadable by name
+REMEDY = "delete the folder and prepare again"
+
+FILE_KINDS = {"bytes": int, "sha256": str}
+SPLIT_KINDS: dict[str, Any] = {
+  **dict.fromkeys(("documents", "tokens", "bytes"), int | None),
+  "shards": list | None,
+}
+RECORD_KINDS = {"path": str, "field": str, "count": int, "held_out": int | float}
+META_KINDS = {
+  **{"format": int, "settings.vocab": int, "dtype": str, "records": dict | None, "files": dict},
+  **{"inputs.files": int, "inputs.bytes": int, "inputs.sha256": str},
+  **{"tokenizer.stored": str, "tokenizer.fingerprint": str, "separator.id": int},
+  **{
+    f"splits.{split}.{name}": kind
+    for split in ("train", "validation")
+    for name, kind in SPLIT_KINDS.items()
+  },
+}
+
+
+def read_meta(directory: str) -> Json:
+  """The meta.json of a folder.
+
+  Errors: DataError for a folder without one, one of another format, and a damaged one."""
+  path = os.path.join(directory, "meta.json")
+  try:
+    meta = read_json(path, DataError, REMEDY, {"format": int})
+    if meta["format"] != FORMAT:
+      raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; {REMEDY}")
+    meta = read_json(path, DataError, REMEDY, META_KINDS)
+  except (FileNotFoundError, NotADirectoryError):
+    raise DataError(
+      f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare"
+    ) from None
+  if problem := _problem(meta):
+    raise DataError(f"{path}: {problem}; {REMEDY}")
+  return meta
+
+
+def _problem(meta: Json) -> str:
+  """What is wrong with a description whose values are of the right kinds; empty if nothing is."""
+  if meta["dtype"] not in ("<u2", "<u4"):
+    return f"dtype is {meta['dtype']!r}, not '<u2' or '<u4'"
+  for name, described in meta["files"].items():
+    if found := misfit(described, FILE_KINDS):
+      return f"of {name}: {found}"
+  for split, counts in meta["splits"].items():
+    if counts["shards"] is None:
+      continue
+    needed = [*counts["shards"], f"{split}.starts", f"{split}.bytes"]
+    if missing := [name for name in needed if name not in [*meta["files"]]]:
+      return f"files lack {missing[0]}, of the {split} split"
+    size = sum(meta["files"][name]["bytes"] for name in counts["shards"])
+    if None in counts.values() or size != int(meta["dtype"][-1]) * counts["tokens"]:
+      return f"{counts['tokens']} tokens of the {split} split are not what its shards hold"
+  if meta["records"] is not None and (found := misfit(meta["records"], RECORD_KINDS)):
+    return f"of records: {found}"
+  first = meta.get("first_bytes", {})
+  if not isinstance(first, dict) or not all(
+    number.isdecimal() and isinstance(size, int) for number, size in first.items()
+  ):
+    return "first_bytes is not what was written"
+  return ""
