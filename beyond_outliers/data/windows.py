@@ -8,7 +8,7 @@ Shape letters: b rows of this process, L context, W = L + 1 tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -96,6 +96,9 @@ class ValidationBatches(Sequence):
   def __len__(self) -> int:
     return -(-num_windows(self._tokens, self._context) // self.batch_size)
 
+  def __iter__(self) -> Iterator[Batch]:
+    return _Reading(self)
+
   def __getitem__(self, k: int) -> Batch:  # pyrefly: ignore[bad-override]  (no slices)
     if not 0 <= k < len(self):
       raise IndexError(k)
@@ -104,6 +107,20 @@ class ValidationBatches(Sequence):
     beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
     tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0
     return make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
+
+
+class _Reading(Iterator):
+  """An iterator over validation batches, which still tells the bytes that these do not score."""
+
+  def __init__(self, batches: ValidationBatches):
+    self.unscored_bytes = batches.unscored_bytes
+    self._batches, self._next = batches, 0
+
+  def __next__(self) -> Batch:
+    if self._next == len(self._batches):
+      raise StopIteration
+    self._next += 1
+    return self._batches[self._next - 1]
 
 
 def validation_batches(
@@ -134,7 +151,6 @@ def validation_batches(
       f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
     )
   rows = process_rows(process_index, process_count, batch_size)
-  # Else the stream's first token alone is none.
   # No target comes before the stream's first token, or, where documents are kept apart, each one's.
   unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
   return ValidationBatches(stream, tokens, cfg, context, batch_size, rows, unscored_bytes)
