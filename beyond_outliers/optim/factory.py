@@ -60,7 +60,9 @@ def arguments_of(
       given = signature.bind(*args, **kwargs).arguments
       values = {name: value for name, value in given.items() if name in fields}
       for name, value in values.items():
-        optional = fields[name].metadata["official"] is None
+        known = fields[name].metadata
+        # Among words None can be one: `ns_dtype` None is that of the state.
+        optional = known["official"] is None or isinstance(known.get("rule"), OneOf)
         require(value is not None or optional, name, None, "expected a value, or nothing at all")
       values |= {name: _static(name, values[name]) for name in integers if name in values}
       h = section.given(name=function.__name__, **fixed, **values)
