@@ -21,10 +21,11 @@ from etils import epath
 
 from beyond_outliers import config, mesh, quant
 from beyond_outliers import params as params_lib
-from beyond_outliers.errors import CheckpointError
+from beyond_outliers.config.files import make_folder
+from beyond_outliers.errors import CheckpointError, WorkdirError
 from beyond_outliers.optim import blocks
 from beyond_outliers.types import Json, Params, PathLike
-from beyond_outliers.workdir import FolderPath, make_folder, mismatch, write_sums
+from beyond_outliers.workdir import FolderPath, mismatch, write_sums
 
 # Orbax warns a reader that it only reads.
 logging.get_absl_logger().addFilter(
@@ -45,7 +46,7 @@ class Checkpoints:
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
       assert options is not None  # only a reader goes without
-      make_folder(self.directory, "give another --workdir")
+      make_folder(self.directory, WorkdirError, "give another --workdir")
       newest = ocp.checkpoint_managers.LatestN(options.keep)
       every = ocp.checkpoint_managers.EveryNSteps(options.keep_every or sys.maxsize)
       settings = ocp.CheckpointManagerOptions(
@@ -148,9 +149,8 @@ class Checkpoints:
       raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
 
   def wait(self) -> None:
-    """Waits until everything begun is written and sealed.
-
-    Errors of the background writes are raised here, and CheckpointError, see `check`."""
+    """Waits until everything begun is written and sealed. Errors of the background writes are
+    raised here, and CheckpointError, see `check`."""
     self._manager.wait_until_finished()
     concurrent.futures.wait(self._seals)
     self.check()

@@ -14,7 +14,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -24,7 +23,7 @@ from etils import epath
 from etils.epath import gpath
 
 from beyond_outliers import config, mesh
-from beyond_outliers.config.files import read_json
+from beyond_outliers.config.files import make_folder, read_json
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
 
@@ -149,7 +148,7 @@ class Workdir:
       problem = ""
       if jax.process_index() == 0:
         try:
-          make_folder(self.path, "give another --workdir")
+          make_folder(self.path, WorkdirError, "give another --workdir")
           stack.enter_context(self._locked())
         except WorkdirError as error:
           problem = str(error)
@@ -180,16 +179,6 @@ class Workdir:
       file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
       file.flush()
       yield
-
-
-def make_folder(path: PathLike, remedy: str) -> None:
-  """Makes a folder, unless it is there. Errors: WorkdirError where it cannot be made, or nothing be
-  written into it."""
-  try:
-    os.makedirs(path, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
-  except OSError as error:
-    raise WorkdirError(f"{os.fspath(path)}: {error.strerror or error}; {remedy}") from None
 
 
 def manifest(extra: Mapping[str, Any]) -> Json:

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from beyond_outliers.config.files import standard_json
-from beyond_outliers.errors import ConfigError
-from beyond_outliers.workdir import Workdir, make_folder
+from beyond_outliers.config.files import make_folder, standard_json
+from beyond_outliers.errors import ConfigError, WorkdirError
+from beyond_outliers.workdir import Workdir
 
 Row = Mapping[str, Any]  # {"step": n, metric: number}; None where it is not defined
 
@@ -54,7 +54,7 @@ class TensorBoard:
 
   def __init__(self, directory: epath.Path, last_step: int | None):
     tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
-    make_folder(directory, "remove it, or set log.tensorboard = False")
+    make_folder(directory, WorkdirError, "remove it, or set log.tensorboard = False")
     self._writer = tensorboardX.SummaryWriter(
       str(directory), purge_step=None if last_step is None else last_step + 1
     )

@@ -3,6 +3,7 @@ one line before anything else begins."""
 
 import json
 import os
+import tempfile
 
 import pytest
 from etils import epath
@@ -68,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   def refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(workdir_lib.tempfile, "TemporaryFile", refuse)
+  monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
   refused = pytest.raises(WorkdirError, match=r": Permission denied; give another --workdir")
   with refused, workdir_lib.Workdir(tmp_path).lock():
     pass

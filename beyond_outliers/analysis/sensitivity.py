@@ -17,7 +17,7 @@ import pandas as pd
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.error_sums import error_sums, jackknife
-from beyond_outliers.evaluate.paired_run import PairedRun, Windows
+from beyond_outliers.evaluate.paired_run import PairedRun, Windows, final_norm
 from beyond_outliers.evaluate.propagation import Tokens, paired, windows
 from beyond_outliers.evaluate.units import Unit
 from beyond_outliers.model import linears
@@ -34,6 +34,7 @@ from beyond_outliers.params import (
   with_leaves,
 )
 from beyond_outliers.quant import QuantizedModel, dot_general_for, qmatrix
+from beyond_outliers.quant.ptq.calibration import embed, run_block
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
@@ -109,25 +110,28 @@ def sensitivity(
     for path in run.models[0].contractions()
     if (layer := quantized.recipe.layer(path)) is not None
   }
-  variants = {
-    name: tuple(_Variant(run, of) for of in split)
-    for name, split in {"all": (recipes, Recipes()), **PARTS[by](recipes)}.items()
-  }
-  plain = variants["all"][1]
-  found: dict[str, list[Any]] = {name: [] for name in variants}
+  splits = {"all": (recipes, Recipes()), **PARTS[by](recipes)}
+  # Of two parts, one alone is all but the other.
+  variants = {_key(of): _Variant(run, of) for split in splits.values() for of in split}
+  found: dict[Any, list[Any]] = {key: [] for key in variants}
   for batch in windows(batches, model.config.vocab, mask_documents):
-    reference = plain.outputs(batch)
-    for name, pair in variants.items():
-      sums = [_sums(variant.outputs(batch), reference, batch.counts) for variant in pair]
-      found[name].append(jax.device_get(sums))
-  table = pd.DataFrame([{"name": name, **_columns(sums)} for name, sums in found.items()])
+    reference = variants[_key(Recipes())].outputs(batch)
+    for key, variant in variants.items():
+      found[key].append(jax.device_get(_sums(variant.outputs(batch), reference, batch.counts)))
+  sums = {key: jax.tree.map(lambda *x: np.concatenate(x), *parts) for key, parts in found.items()}
+  table = pd.DataFrame(
+    {"name": name, **_columns(*(sums[_key(of)] for of in split))} for name, split in splits.items()
+  )
   return table.sort_values("R_alone", ascending=False, ignore_index=True)
 
 
-def _columns(batches: list[Any]) -> dict[str, float]:
-  alone_and_without = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+def _key(recipes: Recipes) -> frozenset[tuple[str, LayerRecipe]]:
+  return frozenset(recipes.items())
+
+
+def _columns(alone: Any, without: Any) -> dict[str, float]:
   found = {}
-  for name, sums in zip(("alone", "without"), alone_and_without, strict=True):
+  for name, sums in (("alone", alone), ("without", without)):
     for column, numerator, denominator in (("R", "R", "out"), ("cost", "cost", "targets")):
       value, error = jackknife(sums, lambda s, a=numerator, b=denominator: s[a] / s[b])
       found |= {f"{column}_{name}": float(value), f"{column}_{name}_se": float(error)}
@@ -147,15 +151,15 @@ class _Variant:
   def outputs(self, batch: Windows) -> tuple[jax.Array, jax.Array]:
     """(the final norm's output, [B, L, D]; the summed loss of each window, [B])."""
     stacks, ends = tuple(params[LAYERS] for params in self._run.params), self._run.params[0]
-    x_BxLxD = _embed(self._plain, ends, batch.tokens)
+    x_BxLxD = embed(self._plain, ends, batch.tokens)
     for depth in range(self._plain.config.blocks):
       recipes = tuple(
         (kind, self._recipes.get(layer_path(depth, kind)))
         for kind in linears.linear_paths(self._plain.config)
       )
       tree = _mixed_block(recipes, stacks, depth)
-      x_BxLxD = _run_block(self._model.block(depth), tree, x_BxLxD, *batch.masks)
-    x_BxLxD = _final_norm(self._plain, ends, x_BxLxD)
+      x_BxLxD = run_block(self._model.block(depth), tree, x_BxLxD, *batch.masks)
+    x_BxLxD = final_norm(self._plain, ends, x_BxLxD)
     return x_BxLxD, _losses(*self._head(), x_BxLxD, batch.tokens, batch.counts)
 
   def _head(self) -> tuple[LanguageModel, Params]:
@@ -192,21 +196,6 @@ def _mixed_block(recipes, stacks, depth):
     for kind, layer in recipes
   }
   return with_leaves(q_tree, kernels)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model, params, tokens_BxL):
-  return model.apply({"params": params}, tokens_BxL, method="embed")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_block(block, params, x_BxLxD, *masks):
-  return block.apply({"params": params}, x_BxLxD, *masks)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _final_norm(model, params, x_BxLxD):
-  return model.apply({"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,5 @@
-"""Files that a person names: the `~` in front of their paths, and the JSON in them; and results as
-JSON has them."""
+"""Files and folders that a person names: the `~` in front of their paths, the JSON in them, and
+whether they can be written; and results as JSON has them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import reprlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,18 @@ def read_json(
   if problem := misfit(value, kinds or {}):
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}")
   return value
+
+
+def make_folder(path: PathLike, refusal: type[Refusal], remedy: str, field: str = "") -> None:
+  """Makes a folder, unless it is there. field: the configuration's, if it names the folder.
+
+  Errors: `refusal` where it cannot be made, or nothing be written into it."""
+  try:
+    os.makedirs(path, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+  except OSError as error:
+    folder = f"{field} = {os.fspath(path)!r}" if field else os.fspath(path)
+    raise refusal(f"{folder}: {error.strerror or error}; {remedy}") from None
 
 
 def misfit(value: Any, kinds: Mapping[str, Any]) -> str:

@@ -38,14 +38,13 @@ def read_meta(directory: str) -> Json:
   path = os.path.join(directory, "meta.json")
   try:
     meta = read_json(path, DataError, REMEDY, {"format": int})
-    if meta["format"] != FORMAT:
-      raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; {REMEDY}")
-    meta = read_json(path, DataError, REMEDY, META_KINDS)
   except (FileNotFoundError, NotADirectoryError):
     raise DataError(
       f"{directory!r}: not a prepared dataset (no meta.json); run python -m beyond_outliers.prepare"
     ) from None
-  if problem := _problem(meta):
+  if meta["format"] != FORMAT:
+    raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; {REMEDY}")
+  if problem := misfit(meta, META_KINDS) or _problem(meta):
     raise DataError(f"{path}: {problem}; {REMEDY}")
   return meta
 

@@ -16,13 +16,13 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beyond_outliers import config
+from beyond_outliers.config.files import make_folder
 from beyond_outliers.data import (
   description,
   shards,
@@ -69,16 +69,11 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
 
 def _make_folder(parent: str, directory: str) -> None:
   """The folder that a dataset goes into. Errors: DataError, before any document is read."""
-  try:
-    os.makedirs(parent, exist_ok=True)
-    tempfile.TemporaryFile(dir=parent).close()
-    if os.path.isfile(directory) or os.path.isdir(directory + ".lock"):
-      raise FileExistsError(f"{directory} or its .lock is in the way")
-  except OSError as error:
-    reason = error.strerror or str(error)
-    raise DataError(
-      f"data.directory = {parent!r}: {reason}; give a folder to write datasets into"
-    ) from None
+  remedy = "give a folder to write datasets into"
+  make_folder(parent, DataError, remedy, "data.directory")
+  if os.path.isfile(directory) or os.path.isdir(directory + ".lock"):
+    reason = f"{directory} or its .lock is in the way"
+    raise DataError(f"data.directory = {parent!r}: {reason}; {remedy}")
 
 
 def dataset_directory(cfg: config.Data) -> str:

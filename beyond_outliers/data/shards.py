@@ -183,8 +183,8 @@ class Dataset:
     """Bytes of text of the first tokens of so many validation documents: those that are no targets
     where documents are kept apart."""
     exceptions = self.meta.get("first_bytes", {})
-    sizes = text_bytes.of_first_tokens(self.stream("validation"), self.tokenizer, exceptions)
-    return int(sizes[:documents].sum())
+    stream = self.stream("validation")
+    return int(text_bytes.of_first_tokens(stream, self.tokenizer, documents, exceptions).sum())
 
   def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
     """Entropy of the token frequencies, in nats per token: the loss of a unigram model.

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 def of_first_tokens(
-  stream: TokenStream, tokenizer: Tokenizer, exceptions: dict[str, int]
+  stream: TokenStream, tokenizer: Tokenizer, documents: int, exceptions: dict[str, int]
 ) -> np.ndarray:
-  """int64 [documents]: bytes of each document's first token, which may be the separator.
+  """int64 [documents]: bytes of the first documents' first tokens, which may be the separator.
 
   exceptions: of the documents, by number, whose text a normalizer had changed there."""
-  ids, kinds = np.unique(stream.take(stream.starts[:-1]), return_inverse=True)
+  ids, kinds = np.unique(stream.take(stream.starts[:documents]), return_inverse=True)
   sizes = np.array([tokenizer.num_bytes(ids[i : i + 1]) for i in range(len(ids))], np.int64)[kinds]
-  sizes[[int(number) for number in exceptions]] = list(exceptions.values())
+  for number, size in exceptions.items():
+    if int(number) < documents:
+      sizes[int(number)] = size
   return sizes
 
 

@@ -11,10 +11,10 @@ import jax
 from beyond_outliers import config, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.files import standard_json
-from beyond_outliers.errors import TaskError
+from beyond_outliers.config.files import make_folder, standard_json
+from beyond_outliers.errors import TaskError, WorkdirError
 from beyond_outliers.evaluate import plan, results, table, task_suite
-from beyond_outliers.evaluate.model_metrics import ErrorPropagation, ModelMetrics
+from beyond_outliers.evaluate.model_metrics import ModelMetrics
 from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.quantization import CheckpointQuantizer
 from beyond_outliers.evaluate.results import Result
@@ -57,9 +57,8 @@ class Evaluator:
     # Parameters whole on every device, rows of a batch split over them.
     mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
     mesh_lib.check_batch(mesh, "--batch_size", target.text.batch_size)
-    self._propagation = ErrorPropagation(target, say) if propagation else None
     self._quantize = CheckpointQuantizer(target, calibration_windows, say)
-    self._metrics = ModelMetrics(target, mesh, say)
+    self._metrics, self._propagates = ModelMetrics(target, mesh, say), propagation
     self._sink = writers.TensorBoard(target.tensorboard, None) if target.tensorboard else None
     loaded = task_suite.find_tasks(tasks, task_folders, target.text.dataset, self._store.path)
     self._suite = task_suite.TaskSuite(loaded, target.text, mesh, say, warn)
@@ -76,7 +75,7 @@ class Evaluator:
 
   def make_folder(self) -> None:
     """Makes the folder of the results. Errors: WorkdirError where they cannot be written."""
-    workdir_lib.make_folder(self._store.path, "give another folder as --out")
+    make_folder(self._store.path, WorkdirError, "give another folder as --out")
 
   def results(self, steps: Sequence[int] | None = None) -> list[Result]:
     """The cells that are there, of these steps or of all, by step."""
@@ -101,8 +100,9 @@ class Evaluator:
       if q and q.fallbacks:
         found["fallbacks"] = [each._asdict() for each in q.fallbacks]
       self._write(step, cell, self._settings(cell), found)
-    if self._propagation and q and self._propagation_missing(step, cell):
-      self._write(step, cell, self._propagation_settings(cell), self._propagation(params, q))
+    if q and self._propagation_missing(step, cell):
+      found = self._metrics.decompose_error(params, q)
+      self._write(step, cell, self._propagation_settings(cell), found)
     failed = self._ask_tasks(step, cell, params, q)
     result = self._result(step, cell)
     assert result is not None, "it was there, or has just been written"
@@ -151,8 +151,7 @@ class Evaluator:
 
   def _propagation_missing(self, step: int, cell: Cell) -> bool:
     quantizes = cell.method != "none" or self.target.trained_under is not None
-    wanted = self._propagation is not None and quantizes
-    return wanted and self._read_propagation(step, cell) is None
+    return self._propagates and quantizes and self._read_propagation(step, cell) is None
 
   def _read(self, step: int, cell: Cell) -> Result | None:
     return self._store.read(step, cell.row, cell.method, self._settings(cell))
@@ -167,7 +166,7 @@ class Evaluator:
     """The cell with those of its tasks that are there."""
     found = self._read(step, cell)
     tasks = [self._read_task(step, cell, task) for task in self._suite.tasks]
-    if self._propagation:
+    if self._propagates:
       tasks.append(self._read_propagation(step, cell))
     if found is None:
       return None

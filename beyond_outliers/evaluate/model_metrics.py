@@ -14,20 +14,26 @@ from beyond_outliers import data, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import activations, metrics, propagation, steps
 from beyond_outliers.evaluate.plan import SEED, WINDOWS, Cell
-from beyond_outliers.evaluate.target import Target, Text
+from beyond_outliers.evaluate.target import Target
 from beyond_outliers.model.forward import Forward, make_forward
 from beyond_outliers.types import Batch, Json, LanguageModel, Params
 
 
 class ModelMetrics:
-  """Losses and outliers of one target's checkpoints; programs are compiled once for all of them.
+  """Losses, outliers and errors of one target's checkpoints; programs are compiled once for all.
 
   mesh: splits the rows of a batch. say: takes progress."""
 
   def __init__(self, target: Target, mesh: jax.sharding.Mesh, say: Callable[[str], None]):
     text = target.text
     self._target, self._mesh, self._say = target, mesh, say
-    self._batches = _validation_batches(text)
+    self._batches = data.validation_batches(
+      text.dataset,
+      text.section,
+      context=text.context,
+      batch_size=text.batch_size,
+      documents=text.documents,
+    )
     self._num_bytes = text.dataset.bytes("validation", text.documents)
     self._steps: dict[Cell, Callable[..., Any]] = {}
     self._measure_outliers: Callable[[Params, Params], dict[str, float]] | None = None
@@ -82,39 +88,21 @@ class ModelMetrics:
       found = self._measure_outliers(*jax.device_put(trees, mesh_lib.replicated(self._mesh)))
     return {f"outliers/{name}": value for name, value in found.items()}
 
-
-class ErrorPropagation:
-  """Decomposes the error of one target's quantized checkpoints, on the first windows of its
-  validation text."""
-
-  def __init__(self, target: Target, say: Callable[[str], None]):
-    self._text, self._say = target.text, say
-    self._model = target.model
-
-  def __call__(self, params: Params, q: quant.QuantizedModel) -> Json:
-    """The fields of `propagation.summary`, and `seconds`."""
+  def decompose_error(self, params: Params, q: quant.QuantizedModel) -> Json:
+    """How error propagates through a quantized checkpoint, on the first windows of the text: the
+    fields of `propagation.summary`, and `seconds`."""
     self._say("error propagation")
     began = time.perf_counter()
-    mask_documents = self._text.section.mask_documents
+    mask_documents = self._target.text.section.mask_documents
     table = propagation.decompose(
-      self._model, params, q, self._windows(), mask_documents=mask_documents
+      self._target.model, params, q, self._first_windows(), mask_documents=mask_documents
     )
     return {**propagation.summary(table), "seconds": time.perf_counter() - began}
 
-  def _windows(self) -> Iterator[propagation.Tokens]:
+  def _first_windows(self) -> Iterator[propagation.Tokens]:
     left = WINDOWS
-    for batch in _validation_batches(self._text):
+    for batch in self._batches:
       yield jax.tree.map(lambda x, rows=left: x[:rows], dict(batch))
       left -= len(batch["tokens"])
       if left <= 0:
         return
-
-
-def _validation_batches(text: Text) -> data.ValidationBatches:
-  return data.validation_batches(
-    text.dataset,
-    text.section,
-    context=text.context,
-    batch_size=text.batch_size,
-    documents=text.documents,
-  )

@@ -19,6 +19,7 @@ from beyond_outliers.evaluate.error_sums import Sums, error_sums
 from beyond_outliers.evaluate.units import Unit
 from beyond_outliers.model import linears
 from beyond_outliers.params import KERNEL, LAYERS, kernel_path, layer_path, slice_at, subtree
+from beyond_outliers.quant.ptq.calibration import embed
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 from beyond_outliers.types import LanguageModel, Params
@@ -57,7 +58,8 @@ class PairedRun(NamedTuple):
   def sums(self, batch: Windows, wanted: Collection[str]) -> dict[str, dict[str, Sums]]:
     """{name: sums of its error} of the units that are wanted, on the host; one block is in memory
     at a time, and both residual streams."""
-    streams = _embed(self.models, self.params, batch.tokens)
+    runs = zip(self.models, self.params, strict=True)
+    streams = tuple(embed(*of_run, batch.tokens) for of_run in runs)
     found: dict[str, Any] = {}
     for depth in range(self.models[0].config.blocks):
       blocks = tuple(model.block(depth) for model in self.models)
@@ -104,17 +106,7 @@ def _name(depth: int, path: str) -> str:
 # Modules and recipes are static: equal ones share a compiled program.
 
 
-@jax.jit
-def _slices(stacks, depth):
-  return slice_at(stacks, depth)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(models, params, tokens_BxL):
-  return tuple(
-    model.apply({"params": of_run}, tokens_BxL, method="embed")
-    for model, of_run in zip(models, params, strict=True)
-  )
+_slices = jax.jit(slice_at)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -138,10 +130,7 @@ def _see_block(blocks, recipes, paths, params, streams, masks, counts_BxL):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _see_ends(models, layer: LayerRecipe | None, ends, params, streams, counts_BxL):
   """{name: sums} of the final norm and of the head, whose logits are wide: window by window."""
-  normed = tuple(
-    model.apply({"params": of_run}, x_BxLxD, method=_final_norm)
-    for model, of_run, x_BxLxD in zip(models, params, streams, strict=True)
-  )
+  normed = tuple(final_norm(*of_run) for of_run in zip(models, params, streams, strict=True))
   found = {}
   if "final_norm" in ends:
     norm = Unit((streams[0],), (streams[1],), *normed)
@@ -162,8 +151,10 @@ def _see_ends(models, layer: LayerRecipe | None, ends, params, streams, counts_B
   return found
 
 
-def _final_norm(model, x_BxLxD):
-  return model.final_norm(x_BxLxD)
+@functools.partial(jax.jit, static_argnums=0)
+def final_norm(model, params, x_BxLxD):
+  """The head's input, of the last block's output."""
+  return model.apply({"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x))
 
 
 def _logits(model, params, x_BxLxD):

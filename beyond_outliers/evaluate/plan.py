@@ -86,12 +86,9 @@ def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -
 
 def cell_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
   """Settings that a cell's metrics depend on."""
-  text = target.text
   return {
     **_model_settings(target, cell, calibration_windows),
-    "data": text.dataset.fingerprint,
-    "documents": text.documents,
-    "mask_documents": text.section.mask_documents,
+    **_text_settings(target),
     "resamples": metrics.RESAMPLES,
     "confidence": metrics.CONFIDENCE,
   }
@@ -110,14 +107,21 @@ def task_settings(target: Target, cell: Cell, calibration_windows: int, task: Lo
 
 def propagation_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
   """Settings that the decomposition of a cell's error depends on."""
-  text = target.text
   return {
     **_model_settings(target, cell, calibration_windows),
+    **_text_settings(target),
     results.TASK: PROPAGATION,
+    "windows": WINDOWS,
+  }
+
+
+def _text_settings(target: Target) -> Json:
+  """Settings that say which validation text is read, and how."""
+  text = target.text
+  return {
     "data": text.dataset.fingerprint,
     "documents": text.documents,
     "mask_documents": text.section.mask_documents,
-    "windows": WINDOWS,
   }
 
 

@@ -27,6 +27,7 @@ from beyond_outliers.evaluate.paired_run import PairedRun, Windows
 from beyond_outliers.params import at_any_depth
 from beyond_outliers.quant import QuantizedModel
 from beyond_outliers.quant.ptq import rotation_fusion
+from beyond_outliers.quant.ptq.checks import check_tokens
 from beyond_outliers.quant.ptq.methods import method_named
 from beyond_outliers.types import Json, LanguageModel, Params
 
@@ -157,9 +158,7 @@ def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iter
     tokens = np.asarray(batch["tokens"])
     if not tokens.size:
       continue
-    for extreme in (int(tokens.min()), int(tokens.max())):
-      remedy = f"the model knows tokens below {vocab}; take those of its tokenizer"
-      require(0 <= extreme < vocab, "batches", extreme, remedy)
+    check_tokens(tokens, vocab, "batches")
     require(
       not mask_documents or {"segment_ids", "positions"} <= batch.keys(),
       "batches",

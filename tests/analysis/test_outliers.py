@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from small_models import STUDY
 
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
@@ -23,28 +24,7 @@ from beyond_outliers.quant import (
   quantize_array,
 )
 
-MODEL = config.Model(
-  vocab=64,
-  blocks=2,
-  heads=4,
-  kv_heads=2,
-  d_head=16,
-  d_model=64,
-  mlp_hidden=96,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=True,
-  init_std=0.2,
-  dtype="float32",
-  attention="plain",
-  unroll=1,
-  remat="none",
-)
+MODEL = dataclasses.replace(STUDY, d_head=16, d_model=64, mlp_hidden=96, attention="plain")
 DRAW = np.random.default_rng(0)
 
 

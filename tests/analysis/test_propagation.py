@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from quantized_models import BATCHES, quantized_model
+from small_models import BATCHES, quantized_model
 
 from beyond_outliers.analysis import propagation
 from beyond_outliers.errors import ConfigError

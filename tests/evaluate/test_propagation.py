@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quantized_models import BATCHES, MODELS, STUDY, quantized_model, tokens
+from small_models import BATCHES, MODELS, STUDY, quantized_model, tokens
 
 from beyond_outliers import quant
 from beyond_outliers.errors import ConfigError

@@ -9,33 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 
 from beyond_outliers import config
 from beyond_outliers.model import attention, linears, loss, stack, transformer
 from beyond_outliers.params import Axes
 from configs import adamw
 
-STUDY = config.Model(
+STUDY = dataclasses.replace(
+  small_models.STUDY,
   vocab=40,
   blocks=3,
   heads=6,
-  kv_heads=2,
   d_head=4,
   d_model=24,
   mlp_hidden=32,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=True,
-  init_std=0.2,
-  dtype="float32",
   attention="plain",
-  unroll=1,
-  remat="none",
 )
 OLMO2 = dataclasses.replace(
   STUDY, mlp="swiglu", qk_norm="rms", attention_scale="rsqrt", rope_layout="half", tied=False

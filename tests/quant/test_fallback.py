@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import STUDY
 
-from beyond_outliers import config, quant
+from beyond_outliers import quant
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import RECIPES, ptq, qmatrix
@@ -19,27 +20,18 @@ from beyond_outliers.quant.ptq.fallback import Fallback
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
 W4A16 = RECIPES["rtn_w4a16"]
-MODEL = config.Model(
-  vocab=64,
-  blocks=2,
+MODEL = dataclasses.replace(
+  STUDY,
   heads=2,
   kv_heads=1,
   d_head=32,
   d_model=64,
   mlp_hidden=128,
-  mlp="relu2",
   norm_placement="pre",
-  norm_eps=1e-6,
   qk_norm="none",
   attention_scale="rsqrt",
-  rope_layout="interleaved",
-  rope_base=1024.0,
   tied=False,
-  init_std=0.2,
-  dtype="float32",
   attention="plain",
-  unroll=1,
-  remat="none",
 )
 
 

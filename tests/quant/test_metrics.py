@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import STUDY
 
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
@@ -27,27 +28,8 @@ from beyond_outliers.quant.rotations import rotate, unrotate
 from beyond_outliers.train.program import make_quant_statistics
 
 # Heads are as wide as a rotation's block: see test_model.py.
-MODEL = config.Model(
-  vocab=64,
-  blocks=2,
-  heads=2,
-  kv_heads=2,
-  d_head=128,
-  d_model=256,
-  mlp_hidden=256,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=True,
-  init_std=0.2,
-  dtype="float32",
-  attention="plain",
-  unroll=1,
-  remat="none",
+MODEL = dataclasses.replace(
+  STUDY, heads=2, d_head=128, d_model=256, mlp_hidden=256, attention="plain"
 )
 DRAW = np.random.default_rng(0)
 TOKENS = DRAW.integers(0, MODEL.vocab, (4, 13)).astype(np.int32)

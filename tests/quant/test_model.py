@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import STUDY
 
 from beyond_outliers import config, train
 from beyond_outliers import mesh as mesh_lib
@@ -27,28 +28,7 @@ from configs import adamw, shampoo_qat
 # Heads are as wide as a rotation's block. In a block of two heads that share a key-value head,
 # those of the first token, which attends to itself alone, are equal: half of the block rotates to
 # zero, and on which side of it is a matter of float rounding.
-MODEL = config.Model(
-  vocab=64,
-  blocks=2,
-  heads=4,
-  kv_heads=2,
-  d_head=128,
-  d_model=128,
-  mlp_hidden=256,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=True,
-  init_std=0.2,
-  dtype="float32",
-  attention="plain",
-  unroll=1,
-  remat="none",
-)
+MODEL = dataclasses.replace(STUDY, d_head=128, d_model=128, mlp_hidden=256, attention="plain")
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
 # One of each family in the fast tests.
 # Each program runs once: compiling it is what takes time.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import STUDY
 
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
@@ -19,27 +20,8 @@ from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.recipes import RECIPES, Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
-MODEL = config.Model(
-  vocab=64,
-  blocks=3,
-  heads=2,
-  kv_heads=1,
-  d_head=32,
-  d_model=64,
-  mlp_hidden=128,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=True,
-  init_std=0.2,
-  dtype="float32",
-  attention="plain",
-  unroll=1,
-  remat="none",
+MODEL = dataclasses.replace(
+  STUDY, blocks=3, heads=2, kv_heads=1, d_head=32, d_model=64, mlp_hidden=128, attention="plain"
 )
 DRAW = np.random.default_rng(0)
 TOKENS = DRAW.integers(0, MODEL.vocab, (3, 24)).astype(np.int32)

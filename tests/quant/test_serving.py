@@ -1,5 +1,6 @@
 """A quantized linear layer is one function: trained, evaluated, and served from its codes."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import STUDY
 
-from beyond_outliers import config, quant
+from beyond_outliers import quant
 from beyond_outliers.model import transformer
 from beyond_outliers.quant import RECIPES, dot_general_for, qmatrix, quantizers
 from beyond_outliers.quant.backends import aqt as aqt_backend
@@ -21,28 +23,7 @@ EVERY = [
   if name != "none"
 ]
 NUMBERS = (((1,), (0,)), ((), ()))
-MODEL = config.Model(
-  vocab=64,
-  blocks=2,
-  heads=4,
-  kv_heads=2,
-  d_head=32,
-  d_model=128,
-  mlp_hidden=256,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=True,
-  init_std=0.2,
-  dtype="float32",
-  attention="plain",
-  unroll=1,
-  remat="none",
-)
+MODEL = dataclasses.replace(STUDY, d_head=32, d_model=128, mlp_hidden=256, attention="plain")
 
 
 def outputs(layer, dtype):

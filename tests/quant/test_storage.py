@@ -1,6 +1,7 @@
 """Quantized models as files: whatever is written is read back bit by bit, and takes the bytes that
 its grid needs."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint._src.serialization import ocdbt_utils
+from small_models import STUDY
 
 from beyond_outliers import checkpoint, config, quant
 from beyond_outliers.model import linears, transformer
@@ -21,27 +23,8 @@ from beyond_outliers.quant import (
   storage,
 )
 
-MODEL = config.Model(
-  vocab=64,
-  blocks=2,
-  heads=4,
-  kv_heads=2,
-  d_head=32,
-  d_model=128,
-  mlp_hidden=160,
-  mlp="relu2",
-  norm_placement="post",
-  norm_eps=1e-6,
-  qk_norm="l2",
-  attention_scale="learned",
-  rope_layout="interleaved",
-  rope_base=1024.0,
-  tied=False,
-  init_std=0.2,
-  dtype="float32",
-  attention="plain",
-  unroll=1,
-  remat="none",
+MODEL = dataclasses.replace(
+  STUDY, d_head=32, d_model=128, mlp_hidden=160, tied=False, attention="plain"
 )
 GROUPS = Recipe(
   (

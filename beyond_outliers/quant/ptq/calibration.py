@@ -67,7 +67,7 @@ class Stream:
     for batch in batches:
       tokens_BxL = jnp.asarray(batch["tokens"])
       masks = batch.get("segment_ids"), batch.get("positions", jnp.arange(tokens_BxL.shape[1]))
-      self._batches.append((jax.device_get(_embed(model, params, tokens_BxL)), masks))
+      self._batches.append((jax.device_get(embed(model, params, tokens_BxL)), masks))
 
   def see(self, block: Stage, *, gram: bool, run: bool) -> dict[str, Inputs]:
     """{path within the block: its inputs}, of a block whose module is made with `watched`. run: the
@@ -88,7 +88,7 @@ class Stream:
     tokens = 0
     for number, (x_BxLxD, masks) in enumerate(self._batches):
       if self._ahead is not None:
-        x_BxLxD = _run(*self._ahead, x_BxLxD, *masks)
+        x_BxLxD = run_block(*self._ahead, x_BxLxD, *masks)
       seen, x_BxLxD = see(x_BxLxD, *masks)
       tokens += x_BxLxD.shape[0] * x_BxLxD.shape[1]
       total = seen if total is None else jax.tree.map(_sum, total, seen, is_leaf=_is_inputs)
@@ -102,12 +102,14 @@ class Stream:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(model, params, tokens_BxL):
+def embed(model, params, tokens_BxL):
+  """The first block's input, [B, L, D]."""
   return model.apply({"params": params}, tokens_BxL, method="embed")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(module, params, x_BxLxD, *masks):
+def run_block(module, params, x_BxLxD, *masks):
+  """A block's output, [B, L, D]. masks: segment ids, or None, and positions."""
   return module.apply({"params": params}, x_BxLxD, *masks)[0]
 
 

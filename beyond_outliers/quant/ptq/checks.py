@@ -12,7 +12,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.params import at_depth, check_floats, is_stacked, leaves_by_path
 from beyond_outliers.quant.ptq.calibration import Batch, Inputs
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
-from beyond_outliers.types import Params
+from beyond_outliers.types import Array, Params
 
 
 def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
@@ -26,14 +26,19 @@ def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
     f"{method} looks at the inputs of every layer: give it some",
   )
   for batch in batches:
-    tokens = np.asarray(batch["tokens"])
-    for extreme in (tokens.min(initial=0), tokens.max(initial=0)):
-      require(
-        0 <= extreme < vocab,
-        "calibration_batches",
-        int(extreme),
-        f"the model knows tokens below {vocab}; take those of its tokenizer",
-      )
+    check_tokens(batch["tokens"], vocab, "calibration_batches")
+
+
+def check_tokens(tokens: Array, vocab: int, field: str) -> None:
+  """Refusal of tokens that the model does not know."""
+  tokens = np.asarray(tokens)
+  for extreme in (tokens.min(initial=0), tokens.max(initial=0)):
+    require(
+      0 <= extreme < vocab,
+      field,
+      int(extreme),
+      f"the model knows tokens below {vocab}; take those of its tokenizer",
+    )
 
 
 def check_parameters(params: Params) -> None:
