@@ -281,18 +281,18 @@ def test_every_block_runs_once_or_twice_a_batch(method, gram, runs, monkeypatch)
   """Not once for every block behind it; and Gram matrices are only made where something reads
   them."""
   model, params = plain()
-  calls = {"_run": [], "_see_block": []}
+  calls = {"run_block": [], "_see_block": []}
 
   def count(name, function):
     monkeypatch.setattr(
       calibration, name, lambda module, *rest: calls[name].append(rest) or function(module, *rest)
     )
 
-  count("_run", calibration._run)
+  count("run_block", calibration.run_block)
   count("_see_block", calibration._see_block)
   ptq.quantize(model, params, W4A16, method, BATCHES)
   assert len(calls["_see_block"]) == MODEL.blocks * len(BATCHES) and len(
-    calls["_run"]
+    calls["run_block"]
   ) == runs * len(BATCHES)
   assert {asked for asked, *_ in calls["_see_block"]} == {gram}
   stream = calibration.Stream(model, params, BATCHES)
