@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from beyond_outliers import cli, config
+from beyond_outliers import cli, config, processes
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
@@ -31,27 +31,15 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   c = config.resolve(CONFIG.value)
-  join_processes(DISTRIBUTED.value)
-  from beyond_outliers import train  # with all of JAX, which --help and a refusal do without
+  if DISTRIBUTED.value:
+    processes.join(DISTRIBUTED.value, c.distributed)
+  try:
+    from beyond_outliers import train  # with all of JAX, which --help and a refusal do without
 
-  sys.exit(EXIT_CODES[train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)])
-
-
-def join_processes(distributed: str) -> None:
-  """Connects the processes of one run, if there are several. Errors: ConfigError."""
-  if not distributed:
-    return
-  address, count, index = None, None, None
-  if distributed != "auto":
-    parts = distributed.split(",")
-    if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
-      raise config.ConfigError(
-        f"--distributed = {distributed!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
-      )
-    address, count, index = parts[0], int(parts[1]), int(parts[2])
-  import jax  # after the refusals
-
-  jax.distributed.initialize(address, count, index)
+    status = train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)
+  except BaseException as error:
+    processes.leave(error)
+  sys.exit(EXIT_CODES[status])
 
 
 def default_workdir(c: config.Config) -> str:

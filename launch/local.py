@@ -19,8 +19,10 @@ from __future__ import annotations
 import ast
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -39,11 +41,17 @@ WHERE = flags.DEFINE_list(
 OVERRIDES = cli.path_flag(
   "overrides", "", "File of an analysis: values that replace the sweep's, by optimizer."
 )
+RESTARTS = flags.DEFINE_integer(
+  "restarts", 0, "How often a run that failed is started again, from its newest checkpoint.", 0
+)
 LIST = flags.DEFINE_bool(
   "list", False, "Print the workdirs and what they override, and start nothing."
 )
 
 ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # ask a run to stop
+PREEMPTED = 42  # exit code of a run that was asked to stop, and of this command
+FINAL = (0, 2, 3, PREEMPTED)  # exit codes after which nothing is started again: done, refused, ...
 
 
 def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
@@ -108,11 +116,49 @@ def status_of(workdir: pathlib.Path) -> str:
     return "unreadable"
 
 
+class Runner:
+  """Runs commands one after another, and hands on the signals that ask to stop."""
+
+  def __init__(self):
+    self._process: subprocess.Popen | None = None
+    self.asked = False  # to stop
+
+  def run(self, command: list[str], restarts: int = 0) -> int:
+    """Exit code; the last, of a command that failed and was started again."""
+    for left in range(restarts, -1, -1):
+      code = self._run_once(command)
+      if code in FINAL or not left:
+        break
+      print(f"exit code {code}: starting it again, {left} left: {' '.join(command)}", flush=True)
+    return code
+
+  def _run_once(self, command: list[str]) -> int:
+    """The command has a process group of its own: a terminal's Ctrl-C comes to it from here, once,
+    and it has all the time that it needs to save."""
+    if self.asked:
+      return PREEMPTED
+    self._process = subprocess.Popen(command, process_group=0)
+    if self.asked:  # while it was being started
+      self._process.terminate()
+    code = self._process.wait()
+    self._process = None
+    return code
+
+  def hand_on(self, number: int, frame: Any) -> None:
+    self.asked = True
+    if self._process is not None:
+      self._process.send_signal(number)
+
+
 def launch(argv: list[str]) -> None:
-  """Runs the sweep but for runs that ended. Exits with 1 if one is neither done nor diverged."""
+  """Runs the sweep but for runs that ended. Exits with 1 if one is neither done nor diverged, with
+  42 if it was asked to stop."""
   del argv
   path, _, argument = CONFIG.value.partition(":")
-  failed = []
+  failed, runner = [], Runner()
+  for number in STOPS:
+    if signal.getsignal(number) is not signal.SIG_IGN:
+      signal.signal(number, runner.hand_on)
   sweep = runs(path, WHERE.value, found(OVERRIDES.value, path, argument) if OVERRIDES.value else {})
   for number, (name, overrides) in enumerate(sweep.items(), 1):
     workdir = pathlib.Path(ROOT.value) / name
@@ -126,9 +172,11 @@ def launch(argv: list[str]) -> None:
       f"--config={path}:{argument}",
       f"--workdir={workdir}",
     ]
-    code = subprocess.run(
-      command + [f"--config.{key}={value}" for key, value in overrides.items()]
-    ).returncode
+    command += [f"--config.{key}={value}" for key, value in overrides.items()]
+    code = runner.run(command, RESTARTS.value)
+    if runner.asked:
+      print(f"asked to stop; {workdir}: {status_of(workdir)}; the same command goes on", flush=True)
+      sys.exit(PREEMPTED)
     if status_of(workdir) not in ENDED:
       failed.append(f"{workdir} (exit code {code})")
   if failed:

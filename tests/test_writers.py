@@ -83,6 +83,18 @@ def test_files_of_a_workdir_are_replaced_whole(tmp_path):
   assert workdir.checkpoints == workdir.path / "checkpoints"
 
 
+def test_a_run_shows_that_it_goes_on_and_fails_but_once(tmp_path):
+  workdir = workdir_lib.Workdir(tmp_path)
+  heartbeat = writers.Heartbeat(workdir, 20)
+  heartbeat.write({"step": 30, "train/loss": 1.5})
+  status = workdir.read("status.json")
+  assert (status["status"], status["step"], status["first"]) == ("running", 30, 20)
+  workdir.set_failed(20, "process 1 of 2: OSError")
+  workdir.set_failed(20, "another")
+  status = workdir.read("status.json")
+  assert (status["status"], status["reason"]) == ("failed", "process 1 of 2: OSError")
+
+
 def test_a_manifest_says_where_and_with_what(tmp_path):
   manifest = json.loads(json.dumps(workdir_lib.manifest({"data": {"fingerprint": "abc"}})))
   assert manifest["data"] == {"fingerprint": "abc"}

@@ -16,6 +16,7 @@ from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import (
   Checkpoint,
   Data,
+  Distributed,
   Eval,
   Group,
   Log,
@@ -37,6 +38,7 @@ __all__ = [
   "Config",
   "ConfigError",
   "Data",
+  "Distributed",
   "Eval",
   "Group",
   "Log",

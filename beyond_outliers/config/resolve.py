@@ -20,6 +20,7 @@ from beyond_outliers.errors import ConfigError
 # Keys that a resumed run may change: they affect no result beyond the order of float sums.
 MAY_CHANGE = (
   "mesh",
+  "distributed",
   "log",
   "checkpoint",
   "data.directory",

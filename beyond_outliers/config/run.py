@@ -8,6 +8,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.config.sections import (
   Checkpoint,
   Data,
+  Distributed,
   Eval,
   Log,
   Mesh,
@@ -18,7 +19,8 @@ from beyond_outliers.config.sections import (
   Schedule,
 )
 
-# Runs that were recorded before there was the section.
+# Runs that were recorded before there were these sections.
+PATIENT = Distributed()
 UNQUANTIZED = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
 
@@ -44,6 +46,7 @@ class Config:
   eval: Eval
   log: Log
   quant: Quant = UNQUANTIZED
+  distributed: Distributed = PATIENT
 
   def __post_init__(self):
     names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}

@@ -41,6 +41,20 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distributed:
+  """Patience of several processes with each other, in seconds."""
+
+  heartbeat_seconds: int = 40
+  initialization_seconds: int = 300
+  shutdown_seconds: int = 60
+
+  def __post_init__(self):
+    require_at_least(
+      self, "distributed.", heartbeat_seconds=5, initialization_seconds=1, shutdown_seconds=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
   """Architecture of the decoder, and how its steps are compiled."""
 
@@ -251,9 +265,11 @@ class Log:
   profile_steps: int
   quant_statistics: bool = False
   outliers_every: int = 0
+  watchdog_seconds: int = 0
 
   def __post_init__(self):
-    require_at_least(self, "log.", every=1, profile_step=0, profile_steps=1, outliers_every=0)
+    minima = dict(every=1, profile_step=0, profile_steps=1, outliers_every=0, watchdog_seconds=0)
+    require_at_least(self, "log.", **minima)
     require(
       self.profile_step != 1,
       "log.profile_step",

@@ -118,7 +118,7 @@ class RunCheckpoints:
   def status(self) -> str:
     status = self._run.status
     since = "from" if status["status"] == "running" else "at"
-    text = f"{status['status']} {since} step {status['step']}"
+    text = f"{status['status']} {since} step {status.get('first', status['step'])}"
     return f"{text}: {status['reason']}" if status["reason"] else text
 
   def last_write(self) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,16 @@ from beyond_outliers.train.loop import Clock, Stop, due
 from beyond_outliers.train.program import Statistics
 from beyond_outliers.train.step import TrainState
 from beyond_outliers.types import Batch, Json, Metrics, Params, PathLike
+from beyond_outliers.workdir import Workdir
 from beyond_outliers.writers import Writer
 
 if TYPE_CHECKING:
   from beyond_outliers.checkpoint import Checkpoints
+
+
+# Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
+# that is closed.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class LogMetrics:
@@ -166,15 +174,20 @@ class Save:
     self._clock, self._before = clock, before
     self._tokens, self._num_steps = tokens_per_step, num_steps
     self._asked = False
-    # One process asks the signal itself; several agree on a step by Orbax, over jax.distributed.
+    # One process asks the signal itself; several agree on a step by Orbax, over jax.distributed,
+    # which waits for SIGTERM.
     self._alone = jax.process_count() == 1
-    if self._alone:
-      self._previous = {
-        number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-      }
+    self._previous = {
+      number: signal.signal(number, self._ask)
+      for number in STOPS
+      if (self._alone or number != signal.SIGTERM) and not _is_ignored_hang_up(number)
+    }
 
   def _ask(self, signum: int, frame: Any) -> None:
-    self._asked = True
+    if self._alone:
+      self._asked = True
+    else:
+      signal.raise_signal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
 
   def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
@@ -193,13 +206,17 @@ class Save:
         if preempted:
           self._checkpoints.wait()
     if preempted and step != self._num_steps:
-      raise Stop("preempted", step, "asked to stop (SIGTERM or Ctrl-C); the same command resumes")
+      raise Stop("preempted", step, "asked to stop (by a signal); the same command resumes")
 
   def close(self) -> None:
     """Gives the signals back."""
-    if self._alone:
-      for number, handler in self._previous.items():
-        signal.signal(number, handler)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+def _is_ignored_hang_up(number: int) -> bool:
+  """Whether it is the signal that nohup has made to be ignored."""
+  return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 class Profile:
@@ -223,3 +240,36 @@ class Profile:
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
+
+
+class Watchdog:
+  """Tells of a hang: once no step has ended for `seconds`, stacks of all threads go to
+  stacks-<process>.txt in the workdir, and the status says so."""
+
+  def __init__(self, seconds: float, workdir: Workdir, first: int):
+    self._seconds, self._workdir = seconds, workdir
+    self._last = (first, time.monotonic())  # step, and when it ended
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+    self._thread.start()
+
+  def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+    self._last = (step, time.monotonic())
+
+  def close(self) -> None:
+    self._closed.set()
+    self._thread.join()
+
+  def _watch(self) -> None:
+    told = None
+    while not self._closed.wait(self._seconds / 8):
+      step, when = last = self._last
+      if last != told and time.monotonic() - when > self._seconds:
+        told = last
+        path = self._workdir.path / f"stacks-{jax.process_index()}.txt"
+        with path.open("a") as file:
+          file.write(f"no step behind {step} for {self._seconds:g} s\n")
+          file.flush()
+          faulthandler.dump_traceback(file, all_threads=True)
+        reason = f"no step for {self._seconds:g} s; where it stands: {path.name}"
+        self._workdir.set_status("running", step, reason)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from beyond_outliers import config, data, hardware, quant, writers
+from beyond_outliers import config, data, hardware, processes, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import metrics
@@ -41,6 +41,7 @@ def run(
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training."""
   say = say or _print_on_first_process
+  processes.agree("configuration", _deciding(c, path))
   program = program_lib.build_program(c, devices)
   say(describe.describe(program))
   if dry_run:
@@ -53,6 +54,12 @@ def run(
   with workdir.lock(), contextlib.ExitStack() as stack:
     workdir.check()
     return _train(program, workdir, stack, say)
+
+
+def _deciding(c: config.Config, path: PathLike) -> Json:
+  """What the processes of a run must have in common, but for the data."""
+  settings = config.flatten({**config.to_dict(c), **workdir_lib.code()})
+  return {"--workdir": os.path.abspath(path), **settings}
 
 
 def _print_on_first_process(text: str) -> None:
@@ -68,6 +75,7 @@ def _train(
 
   c = program.config
   inputs = _open_inputs(program, say)
+  processes.agree("data", _fingerprints(inputs.dataset))
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
   stack.enter_context(contextlib.closing(inputs.batches))
   stack.enter_context(mesh_lib.use(program.mesh))
@@ -102,6 +110,11 @@ def _train(
   run_hooks = _make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
   placed = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
   status, step, reason = "done", c.steps, ""
+
+  def fail(reason: str) -> None:
+    workdir.set_failed(max([first, *checkpoints.steps()]), reason)
+
+  stack.enter_context(processes.last_words(fail))
   try:
     try:
       loop.fit(train_step, start.state, placed, run_hooks, c.steps)
@@ -109,8 +122,7 @@ def _train(
       status, step, reason = stop.status, stop.step, stop.reason
     checkpoints.close()  # waits; a write that failed in the background raises here
   except BaseException as error:
-    reached = max([first, *checkpoints.steps()])
-    workdir.set_status("failed", reached, f"{type(error).__name__}: {error}")
+    fail(f"{type(error).__name__}: {error}")
     raise
   workdir.set_status(status, step, reason)
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
@@ -151,7 +163,11 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
 def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> list[writers.Writer]:
   if jax.process_index() != 0:
     return []
-  sinks: list[writers.Writer] = [writers.JsonLines(workdir, first), writers.Console(c.steps)]
+  sinks: list[writers.Writer] = [
+    writers.JsonLines(workdir, first),
+    writers.Console(c.steps),
+    writers.Heartbeat(workdir, first),
+  ]
   if c.log.tensorboard:
     sinks.append(writers.TensorBoard(workdir.path / "tensorboard", first))
   if c.log.wandb:
@@ -164,11 +180,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
   now = workdir_lib.manifest(
     {
       "parameters": transformer.count(program.state.params),
-      "data": {
-        "directory": os.path.abspath(dataset.directory),
-        "fingerprint": dataset.fingerprint,
-        "tokenizer": dataset.tokenizer.fingerprint,
-      },
+      "data": {"directory": os.path.abspath(dataset.directory), **_fingerprints(dataset)},
     }
   )
   before = workdir.read("manifest.json")
@@ -181,6 +193,10 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
       "workdir"
     )
   return {**before, "resumed": [*before.get("resumed", []), now]}
+
+
+def _fingerprints(dataset: data.Dataset) -> Json:
+  return {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
 
 
 def _make_hooks(
@@ -229,6 +245,9 @@ def _make_hooks(
     directory = outputs.workdir.path / "profile"
     profile = hooks.Profile(directory, c.log.profile_step, c.log.profile_steps)
     made.append(stack.enter_context(contextlib.closing(profile)))
+  if c.log.watchdog_seconds:
+    watchdog = hooks.Watchdog(c.log.watchdog_seconds, outputs.workdir, int(start.state.step))
+    made.append(stack.enter_context(contextlib.closing(watchdog)))
   return made
 
 

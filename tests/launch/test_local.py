@@ -1,11 +1,16 @@
 """A sweep on one machine: which runs it starts, where, and that it goes on where it stopped."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+
+from launch import local
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -107,3 +112,51 @@ def test_a_run_whose_status_cannot_be_read_is_not_in_the_way_of_the_others(tmp_p
   (tmp_path / "learning_rate=0.003,seed=0" / "status.json").write_text("{")
   result = launch("--config=configs/soap.py", f"--root={tmp_path}", "--where=seed=0", "--list")
   assert result.returncode == 0 and "0.003,seed=0: unreadable" in result.stdout
+
+
+# Saves when it is asked to, as a run does, and takes its time.
+RUN = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+pathlib.Path(sys.argv[1], "started").touch()
+while not asked:
+  time.sleep(0.01)
+time.sleep(1)
+pathlib.Path(sys.argv[1], "saved").write_text(str(len(asked)))
+sys.exit(42)
+"""
+LAUNCHER = f"""
+import signal, sys
+from launch import local
+runner = local.Runner()
+signal.signal(signal.SIGINT, runner.hand_on)
+code = runner.run([sys.executable, "-c", {RUN!r}, sys.argv[1]])
+assert runner.asked and runner.run(["would", "fail"]) == 42
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("group", [True, False], ids=["of a terminal", "to the launcher alone"])
+def test_ctrl_c_reaches_a_run_once_and_is_waited_for(tmp_path, group):
+  process = subprocess.Popen(
+    [sys.executable, "-c", LAUNCHER, str(tmp_path)], cwd=ROOT, start_new_session=True
+  )
+  try:
+    while not (tmp_path / "started").exists():
+      assert process.poll() is None
+      time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    assert process.wait(60) == 42
+  finally:
+    process.kill()
+  assert (tmp_path / "saved").read_text() == "1"
+
+
+@pytest.mark.parametrize("code, times", [(1, 3), (-signal.SIGKILL, 3), (2, 1), (3, 1), (42, 1)])
+def test_what_failed_is_started_again_and_what_was_refused_is_not(tmp_path, code, times):
+  starts = tmp_path / "starts"
+  end = f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
+  command = [sys.executable, "-c", f"import os, sys; print(file=open({str(starts)!r}, 'a')); {end}"]
+  assert local.Runner().run(command, restarts=2) == code
+  assert starts.read_text() == times * "\n"

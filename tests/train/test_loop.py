@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, optim
 from beyond_outliers.train import hooks, loop, step
+from beyond_outliers.workdir import Workdir
 
 OPTIONS = config.Checkpoint(every=4, keep=100, keep_every=0, verify=False)
 
@@ -310,9 +312,9 @@ def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp
   assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == [4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", hooks.STOPS)
 def test_asked_to_stop_a_run_saves_and_gives_the_signals_back(checkpoints, number):
-  before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+  before = {each: signal.getsignal(each) for each in hooks.STOPS}
   save = make_save(checkpoints, 9)
 
   def asked(state, batch):
@@ -331,6 +333,45 @@ def test_asked_to_stop_a_run_saves_and_gives_the_signals_back(checkpoints, numbe
   assert stop.value.status == "preempted"
   assert checkpoints.steps() == [3], "saved after the step that was running, and waited for"
   assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_a_hang_up_that_nohup_has_made_to_be_ignored_stays_so(checkpoints):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  save = make_save(checkpoints, 9)
+  try:
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    save.close()
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_of_a_hang_the_watchdog_tells_once(tmp_path):
+  workdir = Workdir(tmp_path)
+  watchdog = hooks.Watchdog(0.4, workdir, 0)
+
+  def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+
+  stacks = tmp_path / "stacks-0.txt"
+  watchdog(7, None, {})
+  try:
+    until(lambda: (workdir.read("status.json") or {}).get("reason"))
+    assert workdir.read("status.json")["reason"] == (
+      "no step for 0.4 s; where it stands: stacks-0.txt"
+    )
+    said = stacks.read_text()
+    assert said.startswith("no step behind 7 for 0.4 s") and "in until" in said, (
+      "where the main thread stands"
+    )
+    time.sleep(0.6)
+    assert stacks.read_text() == said
+    watchdog(8, None, {})
+    until(lambda: "no step behind 8" in stacks.read_text())
+  finally:
+    watchdog.close()
 
 
 def test_asked_to_stop_during_the_last_step_a_run_is_done(checkpoints):

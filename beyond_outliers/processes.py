@@ -1,0 +1,209 @@
+"""Processes of one run: how they join, agree before any work, and end together.
+
+They meet in JAX's coordination service, on process 0: it counts their heartbeats and holds a table
+of text. A process that ends by an error says so there, and the others end too, instead of waiting
+in a collective. One that is killed, or stands still, is missed by JAX, which then aborts the
+others in C++: the handler of SIGABRT here says what happened and exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from beyond_outliers import config
+from beyond_outliers.errors import Refusal, WorkdirError
+
+POLL_SECONDS = 1.0  # between two looks at the table
+FAILED, REFUSED = 1, 2  # exit codes
+DAY_MS = 24 * 3600 * 1000  # for one of them prepares the data
+ALIVE, ENDED, AGREED = "alive/", "ended/", "agreed/"  # folders of the table: one text per process
+
+_peers: Peers | None = None  # of this process, once it has joined others
+_why_aborted = ""  # what an abort means until then
+
+
+def join(distributed: str, c: config.Distributed) -> None:
+  """Connects the processes of one run: "auto", as JAX detects them, or HOST:PORT,COUNT,INDEX.
+
+  Errors: ConfigError. One that does not come within `initialization_seconds` ends the others."""
+  global _peers
+  address, count, index = None, None, None
+  if distributed != "auto":
+    parts = distributed.split(",")
+    if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
+      raise config.ConfigError(
+        f"--distributed = {distributed!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
+      )
+    address, count, index = parts[0], int(parts[1]), int(parts[2])
+  import jax  # after the refusals
+  from jax._src import distributed as jax_distributed  # the client has no public name
+
+  global _why_aborted
+  _why_aborted = (
+    f"the processes did not all come within distributed.initialization_seconds = "
+    f"{c.initialization_seconds}; start all {count or ''} of them"
+  )
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+  libc.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
+  jax.distributed.initialize(
+    address,
+    count,
+    index,
+    initialization_timeout=c.initialization_seconds,
+    heartbeat_timeout_seconds=c.heartbeat_seconds,
+    shutdown_timeout_seconds=c.shutdown_seconds,
+  )
+  state = jax_distributed.global_state
+  _peers = Peers(state.client, state.process_id, state.num_processes)
+
+
+def agree(what: str, mine: Mapping[str, Any]) -> None:
+  """Refusal, on every process, of values that are not those of process 0. what: their name, each
+  asked for once. Errors: WorkdirError with the key and both values."""
+  if _peers is not None:
+    _peers.agree(what, mine)
+
+
+@contextlib.contextmanager
+def last_words(write: Callable[[str], None]) -> Iterator[None]:
+  """`write` gets the reason for which this process is about to end because of another."""
+  if _peers is not None:
+    _peers.write = write
+  yield
+  if _peers is not None:
+    _peers.write = None
+
+
+def leave(error: BaseException) -> NoReturn:
+  """Ends this process by an error, once the others know; of a single process the error is raised.
+
+  Without this JAX would wait at its exit for processes that wait in a collective."""
+  if _peers is None:
+    raise error
+  if isinstance(error, Refusal):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+  else:
+    traceback.print_exception(error)
+  name = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+  _peers.leave(REFUSED if isinstance(error, Refusal) else FAILED, f"{name}{error}")
+
+
+class Peers:
+  """This process among the others, with a thread that looks whether one has ended."""
+
+  def __init__(self, client: Any, index: int, count: int):
+    self._client, self._index, self._count = client, index, count
+    self.write: Callable[[str], None] | None = None
+    self._beats = dict.fromkeys(range(count), ("", time.monotonic()))  # and when they last changed
+    self._ending = threading.Lock()  # held from when this process ends
+    threading.Thread(target=self._look, name="peers", daemon=True).start()
+
+  def agree(self, what: str, mine: Mapping[str, Any]) -> None:
+    text = json.dumps(mine, sort_keys=True, default=str)
+    self._client.key_value_set(f"{AGREED}{what}/{self._index}", text)
+    first = self._client.blocking_key_value_get(f"{AGREED}{what}/0", DAY_MS)
+    if text != first:
+      theirs, ours = json.loads(first), json.loads(text)
+      key = next(k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k))
+      raise WorkdirError(
+        f"{key}: {theirs.get(key)!r} on process 0, {ours.get(key)!r} on process {self._index}: the "
+        "processes of one run must be started alike; nothing was trained"
+      )
+    self._client.wait_at_barrier(f"{AGREED}{what}", DAY_MS)
+
+  def leave(self, code: int, reason: str) -> NoReturn:
+    self._ending.acquire()
+    with contextlib.suppress(Exception):  # the table may be gone
+      self._client.key_value_set(
+        f"{ENDED}{self._index}", json.dumps({"code": code, "reason": reason}), True
+      )
+      # The table ends with process 0: the others need time to read it.
+      for _ in range(5 if self._index == 0 else 0):
+        if len(self._client.key_value_dir_get(ENDED)) == self._count:
+          break
+        time.sleep(POLL_SECONDS)
+    _exit(code)
+
+  def _look(self) -> None:
+    beat = 0
+    while True:
+      time.sleep(POLL_SECONDS)
+      beat += 1
+      try:
+        self._client.key_value_set(f"{ALIVE}{self._index}", str(beat), True)
+        alive, ended = (
+          {_index(key): text for key, text in self._client.key_value_dir_get(folder)}
+          for folder in (ALIVE, ENDED)
+        )
+      except Exception:  # what has become of the table JAX will say, with a signal
+        continue
+      now = time.monotonic()
+      for index, text in alive.items():
+        if text != self._beats[index][0]:
+          self._beats[index] = (text, now)
+      for index, text in sorted(ended.items()):
+        if index != self._index:
+          found = json.loads(text)
+          self._end(found["code"], f"process {index} of {self._count}: {found['reason']}")
+
+  def _end(self, code: int, reason: str) -> None:
+    """Ends this process because of another, unless it is about to end anyway."""
+    if not self._ending.acquire(blocking=False):
+      return
+    with contextlib.suppress(Exception):
+      self._client.key_value_set(
+        f"{ENDED}{self._index}", json.dumps({"code": code, "reason": reason}), True
+      )
+    self._say(reason)
+    _exit(code)
+
+  def _say(self, reason: str) -> None:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    if self.write is not None:
+      self.write(reason)
+
+  def missing(self) -> None:
+    """Ends this process because JAX misses one: that whose last beat is oldest."""
+    if self._ending.acquire(blocking=False):
+      now = time.monotonic()
+      others = {i: now - when for i, (_, when) in self._beats.items() if i != self._index}
+      index = max(others, key=others.__getitem__)
+      if max(others.values()) < 3 * POLL_SECONDS:
+        index = 0  # its service closed a connection: it ended just now
+      self._say(
+        f"process {index} of {self._count} was killed, stands still or cannot be reached: no sign "
+        f"of life for {others[index]:.0f} s; look at its log, and start all again"
+      )
+      _exit(FAILED)
+
+
+def _index(key: str) -> int:
+  return int(key.rpartition("/")[-1])
+
+
+def _exit(code: int) -> NoReturn:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)  # without JAX's barrier, at which nobody would come
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+  """Handler of SIGABRT, in C: JAX's C++ raises it in a thread where no handler of Python's runs."""
+  try:
+    if _peers is not None:
+      _peers.missing()
+    print(f"error: {_why_aborted}", file=sys.stderr, flush=True)
+  finally:
+    os._exit(FAILED)

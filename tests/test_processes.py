@@ -1,0 +1,97 @@
+"""Processes of one run that disagree, fail, are killed or never come: how the others end.
+
+They are real processes, which join but do not train."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+# argv: --distributed, file for last words, what it does. Each shows on stdout that it has joined.
+CHILD = """
+import pathlib, sys, time
+from beyond_outliers import config, processes
+
+distributed, words, what = sys.argv[1:]
+processes.join(distributed, config.Distributed(5, 2 if what == "come alone" else 60, 5))
+try:
+  rate = 0.1 if what == "disagree" else 0.003
+  processes.agree("configuration", {"seed": 0, "optimizer.learning_rate": rate})
+  print("joined", flush=True)
+  with processes.last_words(pathlib.Path(words).write_text):
+    if what == "fail":
+      raise OSError(27, "File too large")
+    time.sleep(120)
+except BaseException as error:
+  processes.leave(error)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+  """start({index: what it does}) -> the processes of a pair, by index."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  started = []
+
+  def start(what):
+    for index, each in what.items():
+      words = str(tmp_path / str(index))
+      arguments = [f"127.0.0.1:{port},2,{index}", words, each]
+      started.append(
+        subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=-1, stderr=-1, text=True)
+      )
+    return started
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+def wait(process, code):
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == code, errors
+  return errors
+
+
+def test_processes_that_were_started_otherwise_are_refused(start):
+  one, other = start({0: "wait", 1: "disagree"})
+  difference = "optimizer.learning_rate: 0.003 on process 0, 0.1 on process 1"
+  assert difference in wait(other, 2) and difference in wait(one, 2)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_on_one_ends_the_other(start, tmp_path, failing):
+  pair = start({failing: "fail", 1 - failing: "wait"})
+  assert "Traceback" in wait(pair[0], 1)
+  wait(pair[1], 1)
+  reason = f"process {failing} of 2: OSError: [Errno 27] File too large"
+  assert (tmp_path / str(1 - failing)).read_text() == reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_that_is_killed_or_stands_still_ends_the_other(start, tmp_path, victim, number):
+  pair = start({0: "wait", 1: "wait"})
+  for process in pair:
+    assert process.stdout.readline() == "joined\n"
+  time.sleep(2)  # so that both have shown their lives
+  pair[victim].send_signal(number)
+  wait(pair[1 - victim], 1)
+  assert (
+    (tmp_path / str(1 - victim))
+    .read_text()
+    .startswith(f"process {victim} of 2 was killed, stands still or cannot be reached")
+  )
+
+
+@pytest.mark.slow
+def test_one_that_waits_in_vain_says_so(start):
+  (alone,) = start({1: "come alone"})
+  assert "distributed.initialization_seconds = 2" in wait(alone, 1)
