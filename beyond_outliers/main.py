@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from beyond_outliers import cli, config, processes
+from beyond_outliers import cli, config
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
@@ -31,15 +31,29 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   c = config.resolve(CONFIG.value)
-  if DISTRIBUTED.value:
-    processes.join(DISTRIBUTED.value, c.distributed)
-  try:
-    from beyond_outliers import train  # with all of JAX, which --help and a refusal do without
+  joining = _address(DISTRIBUTED.value) if DISTRIBUTED.value else None
+  from beyond_outliers import train  # with all of JAX, which --help and a refusal do without
+  from beyond_outliers.train import processes
 
+  if joining is not None:
+    processes.join(c.distributed, *joining)
+  try:
     status = train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)
   except BaseException as error:
     processes.leave(error)
   sys.exit(EXIT_CODES[status])
+
+
+def _address(distributed: str) -> tuple[str, int, int] | tuple[()]:
+  """(HOST:PORT, count, index) of --distributed, nothing for "auto". Errors: ConfigError."""
+  if distributed == "auto":
+    return ()
+  parts = distributed.split(",")
+  if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
+    raise config.ConfigError(
+      f"--distributed = {distributed!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
+    )
+  return parts[0], int(parts[1]), int(parts[2])
 
 
 def default_workdir(c: config.Config) -> str:

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 TIERS = (
   ("errors", "types"),
   ("config", "params", "ops", "hardware", "data", "cli"),
-  ("mesh", "processes", "quant", "optim"),
+  ("mesh", "quant", "optim"),
   ("model", "workdir"),
   ("checkpoint", "writers", "export"),
   ("runs",),

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from beyond_outliers import config, data, hardware, processes, quant, writers
+from beyond_outliers import config, data, hardware, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
-from beyond_outliers.train import describe, hooks, initialize, loop
+from beyond_outliers.train import describe, hooks, initialize, loop, processes
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
 from beyond_outliers.types import Batch, Json, Params, PathLike

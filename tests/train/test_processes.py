@@ -10,13 +10,15 @@ import time
 
 import pytest
 
-# argv: --distributed, file for last words, what it does. Each shows on stdout that it has joined.
+# argv: address, index, file for last words, what it does. Each shows on stdout that it has joined.
 CHILD = """
 import pathlib, sys, time
-from beyond_outliers import config, processes
+from beyond_outliers import config
+from beyond_outliers.train import processes
 
-distributed, words, what = sys.argv[1:]
-processes.join(distributed, config.Distributed(5, 2 if what == "come alone" else 60, 5))
+address, index, words, what = sys.argv[1:]
+patience = config.Distributed(5, 2 if what == "come alone" else 60, 5)
+processes.join(patience, address, 2, int(index))
 try:
   rate = 0.1 if what == "disagree" else 0.003
   processes.agree("configuration", {"seed": 0, "optimizer.learning_rate": rate})
@@ -41,7 +43,7 @@ def start(tmp_path):
   def start(what):
     for index, each in what.items():
       words = str(tmp_path / str(index))
-      arguments = [f"127.0.0.1:{port},2,{index}", words, each]
+      arguments = [f"127.0.0.1:{port}", str(index), words, each]
       started.append(
         subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=-1, stderr=-1, text=True)
       )

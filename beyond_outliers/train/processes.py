@@ -20,6 +20,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import jax
+from jax._src import distributed as jax_distributed  # the client has no public name
+
 from beyond_outliers import config
 from beyond_outliers.errors import Refusal, WorkdirError
 
@@ -32,25 +35,18 @@ _peers: Peers | None = None  # of this process, once it has joined others
 _why_aborted = ""  # what an abort means until then
 
 
-def join(distributed: str, c: config.Distributed) -> None:
-  """Connects the processes of one run: "auto", as JAX detects them, or HOST:PORT,COUNT,INDEX.
+def join(
+  c: config.Distributed,
+  address: str | None = None,
+  count: int | None = None,
+  index: int | None = None,
+) -> None:
+  """Connects the processes of one run; without an address as JAX detects them.
 
-  Errors: ConfigError. One that does not come within `initialization_seconds` ends the others."""
-  global _peers
-  address, count, index = None, None, None
-  if distributed != "auto":
-    parts = distributed.split(",")
-    if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
-      raise config.ConfigError(
-        f"--distributed = {distributed!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
-      )
-    address, count, index = parts[0], int(parts[1]), int(parts[2])
-  import jax  # after the refusals
-  from jax._src import distributed as jax_distributed  # the client has no public name
-
-  global _why_aborted
+  Ends this process if one does not come within `initialization_seconds`."""
+  global _peers, _why_aborted
   _why_aborted = (
-    f"the processes did not all come within distributed.initialization_seconds = "
+    "the processes did not all come within distributed.initialization_seconds = "
     f"{c.initialization_seconds}; start all {count or ''} of them"
   )
   libc = ctypes.CDLL(None)
