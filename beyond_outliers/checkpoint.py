@@ -116,13 +116,16 @@ class Checkpoints:
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored.state, state), restored.data, restored.clock
 
-  def restore_params(self, params: Params, step: int | None = None) -> tuple[int, Params]:
-    """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings.
+  def restore_params(
+    self, params: Params, step: int | None = None, field: str = "params"
+  ) -> tuple[int, Params]:
+    """(step, parameters) alone, or the `average`, another field of the state that is like them; on
+    any mesh. params: a tree of ShapeDtypeStructs with shardings.
     Errors: as `restore`, and CheckpointError when there is no checkpoint."""
-    partial = {"params": params_lib.without_empty(params)}
+    partial = {field: params_lib.without_empty(params)}
 
     def read(candidate: int) -> Any:
-      self._check_structure(candidate, partial, part="params/")
+      self._check_structure(candidate, partial, part=f"{field}/")
       with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(
           self.directory / str(candidate) / "state",
@@ -134,7 +137,7 @@ class Checkpoints:
         )
 
     found, restored = self._newest_intact(step, read)
-    return found, params_lib.with_empty(restored["params"], params)
+    return found, params_lib.with_empty(restored[field], params)
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -284,14 +287,10 @@ def load_quantized(directory: PathLike) -> quant.QuantizedModel:
   directory = FolderPath(directory).absolute()
   if not (directory / "description").exists():
     raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
+  args = ocp.args.Composite(tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore())
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
     try:
-      items = reader.restore(
-        directory,
-        args=ocp.args.Composite(
-          tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()
-        ),
-      )
+      items = reader.restore(directory, args=args)
     except Exception as error:  # Orbax raises all kinds for files that it cannot read
       raise CheckpointError(f"{directory} is damaged: {_reason(error)}; copy it again") from error
   if problem := config.files.misfit(items.description, quant.storage.DESCRIPTION_KINDS):

@@ -30,6 +30,28 @@ def make_state(scale=1.0, devices=1):
   return step.TrainState(zero, {"kernel": kernel}, {"mu": kernel + 1}, zero, zero)
 
 
+def test_a_field_that_is_none_is_not_stored(tmp_path):
+  """So that runs without averages leave what they always left; and one with an average is told."""
+  plain, state = make_state(), make_state()
+  averaged = plain._replace(average=jax.tree.map(lambda x: 2 * x, plain.params))
+  fields = {"step", "params", "opt_state", "skipped", "skipped_in_a_row"}
+  assert params.without_empty(plain).keys() == fields
+  assert params.without_empty(averaged).keys() == {*fields, "average"}
+  checkpoints = checkpoint.Checkpoints(tmp_path, OPTIONS)
+  for step_number, state in enumerate((plain, averaged), 1):
+    checkpoints.save(step_number, state, {}, {"seconds": 1.0})
+  checkpoints.close()
+  reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+  assert reader.restore(shapes(plain), 1)[1].average is None
+  found = reader.restore(shapes(averaged), 2)[1]
+  np.testing.assert_array_equal(found.average["kernel"], averaged.average["kernel"])
+  part = reader.restore_params(shapes(plain.params), 2, "average")[1]
+  np.testing.assert_array_equal(part["kernel"], averaged.average["kernel"])
+  for wanted, step_number in ((averaged, 1), (plain, 2)):
+    with pytest.raises(checkpoint.CheckpointError, match=r"average/kernel is .* in the checkpoint"):
+      reader.restore(shapes(wanted), step_number)
+
+
 def shapes(state):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 

@@ -22,6 +22,7 @@ MAY_CHANGE = (
   "mesh",
   "log",
   "checkpoint",
+  "average.last",
   "data.directory",
   "data.prefetch",
   "model.remat",

@@ -6,6 +6,7 @@ import dataclasses
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sections import (
+  Average,
   Checkpoint,
   Data,
   Eval,
@@ -19,6 +20,7 @@ from beyond_outliers.config.sections import (
 )
 
 # Runs that were recorded before there was the section.
+UNAVERAGED = Average()
 UNQUANTIZED = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
 
@@ -44,6 +46,7 @@ class Config:
   eval: Eval
   log: Log
   quant: Quant = UNQUANTIZED
+  average: Average = UNAVERAGED
 
   def __post_init__(self):
     names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
@@ -64,6 +67,12 @@ class Config:
       "model.vocab",
       self.model.vocab,
       f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived",
+    )
+    require(
+      self.average.last <= self.checkpoint.keep,
+      "average.last",
+      self.average.last,
+      f"only checkpoint.keep = {self.checkpoint.keep} are kept; raise that to as many",
     )
     require(
       not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps,

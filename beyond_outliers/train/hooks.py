@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,8 @@ class LogMetrics:
 
 
 class Evaluate:
-  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone."""
+  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone, or what
+  `of` takes in their place."""
 
   def __init__(
     self,
@@ -128,9 +130,10 @@ class Evaluate:
     num_steps: int,
     before: Callable[[], None],
     name: str = "eval",
+    of: Callable[[TrainState], Params] = operator.attrgetter("params"),
   ):
     self._every, self._evaluate, self._sinks, self._clock = every, evaluate, sinks, clock
-    self._num_steps, self._before, self._name = num_steps, before, name
+    self._num_steps, self._before, self._name, self._of = num_steps, before, name, of
 
   def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
     if not due(step, self._every, self._num_steps):
@@ -138,7 +141,7 @@ class Evaluate:
     with self._clock.paused(metrics):
       self._before()  # the log's held-back row belongs in front of this one
       start = time.perf_counter()
-      result = self._evaluate(state.params)
+      result = self._evaluate(self._of(state))
       row = {
         "step": step,
         **{f"{self._name}/{key}": value for key, value in result.items()},

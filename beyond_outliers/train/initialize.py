@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from beyond_outliers import config, quant, runs
 from beyond_outliers import mesh as mesh_lib
@@ -54,6 +55,8 @@ def start(
     params = transformer.without_dot_general_params(c.model, state.params)
   if jax.tree.structure(params) != jax.tree.structure(state.params):
     params = _with_scales(program, params, batches)
+  if state.average is not None:
+    state = state._replace(average=jax.tree.map(jnp.copy, params))
   return Start(state._replace(params=params), None, 0.0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 import os
 import secrets
 import sys
@@ -14,6 +16,7 @@ import jax
 
 from beyond_outliers import config, data, hardware, quant, writers
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
@@ -211,6 +214,12 @@ def _make_hooks(
   periodic = dict(num_steps=c.steps, before=log.flush)
   evaluate = _evaluation(program, eval_step, inputs)
   made: list[loop.Hook] = [log, hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
+  if c.average.decay:
+    options = dict(name="eval/ema", of=operator.attrgetter("average"))
+    made.append(hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic, **options))
+  if c.average.last:
+    evaluate_last = _evaluation_of_last(program, evaluate, outputs.checkpoints)
+    made.append(hooks.Evaluate(c.steps, evaluate_last, sinks, clock, **periodic, name="eval/last"))
   if c.log.outliers_every:
     measure = _outliers(program, inputs.validation)
     made.append(
@@ -245,6 +254,22 @@ def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable
     return metrics.evaluate(token_losses, validation, num_bytes)
 
   return evaluate
+
+
+def _evaluation_of_last(
+  program: Program, evaluate: Callable[[Params], Json], checkpoints: Checkpoints
+) -> Callable[[Params], Json]:
+  """params of the last step -> metrics of the mean of these, whose checkpoint comes next, and of
+  the checkpoints before it; and of how many that is."""
+
+  def evaluate_last(params: Params) -> Json:
+    checkpoints.wait()
+    steps = checkpoints.steps()[::-1][: program.config.average.last - 1]
+    earlier = (checkpoints.restore_params(program.state.params, step)[1] for step in steps[::-1])
+    mean = params_lib.mean(itertools.chain(earlier, [params]))
+    return {**evaluate(mean), "checkpoints": len(steps) + 1}
+
+  return evaluate_last
 
 
 def _outliers(

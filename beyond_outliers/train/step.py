@@ -5,6 +5,7 @@ Legend: B batch, L length, D model width, V vocabulary, T = B·L tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,10 +28,14 @@ class TrainState(NamedTuple):
   opt_state: Any
   skipped: jax.Array  # int32: updates skipped so far because loss or gradient was not finite
   skipped_in_a_row: jax.Array  # int32
+  average: Params | None = None  # moving average of the parameters; None: not asked for
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-  """State at step 0, with the optimizer's fresh state."""
+def init_state(
+  params: Params, tx: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
+  """State at step 0, with the optimizer's fresh state. averaged: with a moving average of the
+  parameters, so far these themselves."""
   # Three buffers: a donated state must not hold one twice.
   return TrainState(
     jnp.zeros((), jnp.int32),
@@ -38,6 +43,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     tx.init(params),
     jnp.zeros((), jnp.int32),
     jnp.zeros((), jnp.int32),
+    jax.tree.map(jnp.copy, params) if averaged else None,
   )
 
 
@@ -81,6 +87,15 @@ def accumulate(
   return value_and_grad
 
 
+def moved_average(average: Params, params: Params, updates: jax.Array, decay: float) -> Params:
+  """The mean of the parameters after updates 1 to n = `updates`, weighted by decay^(n - i).
+
+  params: those after update n. average: the same mean after update n - 1. The temporal averaging of
+  arXiv 1412.6980, section 7.2, kept debiased, so that it can be used as it is."""
+  newest = (1 - decay) / -jnp.expm1(jnp.float32(updates) * math.log(decay))
+  return optax.incremental_update(params, average, newest)
+
+
 def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
@@ -88,10 +103,12 @@ def make_train_step(
   *,
   seed: int,
   micro_batches: int = 1,
+  average_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """train_step(state, batch) -> (state, metrics): one update. A loss or gradient that is not finite
   leaves parameters and optimizer state as they were, and is counted.
 
+  average_decay: of the state's moving average of the parameters, if it has one.
   Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group>
     (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
@@ -115,12 +132,17 @@ def make_train_step(
       for label, schedule in schedules.items()
     }
     skipped = 1 - finite.astype(jnp.int32)
+    average = state.average
+    if average is not None:
+      moved = moved_average(average, params, updates_done + 1, average_decay)
+      average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
     state = TrainState(
       state.step + 1,
       params,
       opt_state,
       state.skipped + skipped,
       (state.skipped_in_a_row + 1) * skipped,
+      average,
     )
     return state, {
       "train/loss": value,
