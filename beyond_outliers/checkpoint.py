@@ -92,24 +92,23 @@ class Checkpoints:
   ) -> tuple[int, Any, Json, dict[str, float]] | None:
     """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None without one.
 
-    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside, as
-    damaged-N-..., with a message (left in place when read-only or asked for by step).
+    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint, or one whose parameters
+    are not finite, is set aside, as damaged-N-..., with a message (left in place when read-only or
+    asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is
     stored has other shapes, types or names than `state`."""
     stored = params_lib.without_empty(state)
 
     def read(candidate: int) -> Any:
       self._check_structure(candidate, stored)
-      return self._manager.restore(
-        candidate,
-        args=ocp.args.Composite(
-          # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
-          # _check_structure has seen the rest.
-          state=ocp.args.StandardRestore(stored, strict=False),
-          data=ocp.args.JsonRestore(),
-          clock=ocp.args.JsonRestore(),
-        ),
-      )
+      # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
+      # _check_structure has seen the rest.
+      arrays, text = ocp.args.StandardRestore(stored, strict=False), ocp.args.JsonRestore()
+      args = ocp.args.Composite(state=arrays, data=text, clock=text)
+      found: Any = self._manager.restore(candidate, args=args)
+      if not params_lib.all_finite(found.state["params"]):
+        raise ValueError("its parameters are not finite")
+      return found
 
     if step is None and not self.steps():
       return None
@@ -240,8 +239,8 @@ class Checkpoints:
 
 
 def _check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *texts: str) -> None:
-  """Refusal of what was just saved where Orbax's own reader does not find it in the files: it opens
-  every array of `item` there, without the values, and the items `texts`, which are JSON."""
+  """Refusal of what was just saved where Orbax's own reader does not find it in the files: every
+  array of `item`, without the values, and the items `texts`, which are JSON."""
   handler, problem = ocp.StandardCheckpointHandler(), ""
   try:
     found = params_lib.shapes_by_path(handler.metadata(path / item).tree)

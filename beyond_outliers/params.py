@@ -80,12 +80,17 @@ def with_empty(stored: Any, tree: Any) -> Any:
   return jax.tree.map(whole, tree, stored)
 
 
-def mean(trees: Iterable[Any]) -> Any:
-  """The mean of trees of arrays, in their types; one of them is held at a time."""
+def all_finite(tree: Any) -> jax.Array:
+  """Whether all numbers in a tree of arrays are finite, a scalar."""
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def mean(trees: Iterable[Any]) -> tuple[Any, int]:
+  """(the mean of trees of arrays, in their types; how many these are). One is held at a time."""
   total, count = None, 0
   for tree in trees:
     total, count = (jax.tree.map(jnp.add, total, tree) if count else tree), count + 1
-  return jax.tree.map(lambda x: x / count, total)
+  return jax.tree.map(lambda x: x / count, total), count
 
 
 def parent(path: str) -> str:

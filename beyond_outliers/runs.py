@@ -223,8 +223,9 @@ class AverageOfRun:
     if self.name == "ema":
       return self._run.restore(mesh, step, "average")[1]
     newest, params = self._run.restore(mesh, step)
-    earlier = (self._run.restore(mesh, known)[1] for known in self.steps(newest)[:-1])
-    return params_lib.mean(itertools.chain(earlier, [params]))
+    earlier = (self._run.restore(mesh, known)[1] for known in self.steps(newest)[-2::-1])
+    mean, _ = params_lib.mean(itertools.chain([params], earlier))
+    return mean
 
 
 def open(workdir: PathLike) -> Run:

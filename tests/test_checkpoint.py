@@ -135,6 +135,18 @@ def test_damage_is_found_and_the_older_one_used(saved, damage, caplog):
   np.testing.assert_array_equal(again[1].params["kernel"], make_state(7).params["kernel"])
 
 
+def test_parameters_that_are_not_finite_count_as_damage_to_a_run(saved, caplog):
+  """As runs of earlier versions left them: the older ones are sound."""
+  checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
+  checkpoints.save(4, make_state(np.nan), {}, {"seconds": 4.0})
+  checkpoints.wait()
+  absl_logging.get_absl_logger().propagate = True
+  with caplog.at_level(logging.WARNING):
+    assert checkpoints.restore(shapes(make_state()))[0] == 3
+  assert "its parameters are not finite" in caplog.text and checkpoints.steps() == [2, 3]
+  checkpoints.close()
+
+
 def test_a_damaged_step_asked_for_by_name_is_refused(saved):
   flip(largest_file(saved / "2" / "state"))
   with pytest.raises(

@@ -103,7 +103,7 @@ METHODS = (
 
 # Module that `python -m` runs -> flags.
 FLAGS = {
-  "beyond_outliers.main": "config workdir dry_run distributed",
+  "beyond_outliers.main": "config workdir dry_run distributed from_step",
   "beyond_outliers.prepare": "config verify",
   "beyond_outliers.evaluate": (
     "workdir hf checkpoint steps recipes methods tasks task_folders calibration data context "

@@ -23,6 +23,7 @@ MAY_CHANGE = (
   "log",
   "checkpoint",
   "average.last",
+  "max_skipped_updates",
   "data.directory",
   "data.prefetch",
   "model.remat",

@@ -83,7 +83,7 @@ class LogMetrics:
       raise Stop(
         "diverged",
         step,
-        f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
+        f"{in_a_row} updates in a row had a loss, a gradient or a step that was not finite; "
         "lower optimizer.learning_rate, or raise max_skipped_updates",
       )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import operator
 import os
 import secrets
@@ -16,11 +15,10 @@ import jax
 
 from beyond_outliers import config, data, hardware, quant, writers
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
-from beyond_outliers.train import describe, hooks, initialize, loop
+from beyond_outliers.train import averages, describe, hooks, initialize, loop, rewind
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
 from beyond_outliers.types import Batch, Json, Params, PathLike
@@ -36,11 +34,13 @@ def run(
   path: PathLike,
   *,
   dry_run: bool = False,
+  from_step: int | None = None,
   say: Say | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> str:
   """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
 
+  from_step: go back to this checkpoint first, and set aside what came later (rewind.py).
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training."""
   say = say or _print_on_first_process
@@ -55,6 +55,8 @@ def run(
     config.check_resumable(before, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
     workdir.check()
+    if from_step is not None:
+      rewind.rewind(workdir, from_step, say)
     return _train(program, workdir, stack, say)
 
 
@@ -218,8 +220,10 @@ def _make_hooks(
     options = dict(name="eval/ema", of=operator.attrgetter("average"))
     made.append(hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic, **options))
   if c.average.last:
-    evaluate_last = _evaluation_of_last(program, evaluate, outputs.checkpoints)
-    made.append(hooks.Evaluate(c.steps, evaluate_last, sinks, clock, **periodic, name="eval/last"))
+    of_last = averages.evaluation_of_last(
+      c.average.last, program.state.params, evaluate, outputs.checkpoints
+    )
+    made.append(hooks.Evaluate(c.steps, of_last, sinks, clock, **periodic, name="eval/last"))
   if c.log.outliers_every:
     measure = _outliers(program, inputs.validation)
     made.append(
@@ -254,22 +258,6 @@ def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable
     return metrics.evaluate(token_losses, validation, num_bytes)
 
   return evaluate
-
-
-def _evaluation_of_last(
-  program: Program, evaluate: Callable[[Params], Json], checkpoints: Checkpoints
-) -> Callable[[Params], Json]:
-  """params of the last step -> metrics of the mean of these, whose checkpoint comes next, and of
-  the checkpoints before it; and of how many that is."""
-
-  def evaluate_last(params: Params) -> Json:
-    checkpoints.wait()
-    steps = checkpoints.steps()[::-1][: program.config.average.last - 1]
-    earlier = (checkpoints.restore_params(program.state.params, step)[1] for step in steps[::-1])
-    mean = params_lib.mean(itertools.chain(earlier, [params]))
-    return {**evaluate(mean), "checkpoints": len(steps) + 1}
-
-  return evaluate_last
 
 
 def _outliers(

@@ -5,7 +5,6 @@ Legend: B batch, L length, D model width, V vocabulary, T = B·L tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beyond_outliers import params as params_lib
 from beyond_outliers.model import loss
 from beyond_outliers.model.forward import Forward
+from beyond_outliers.train import averages
 from beyond_outliers.types import Batch, Metrics, Params
 
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
@@ -26,7 +27,7 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32: updates done, skipped ones included
   params: Params
   opt_state: Any
-  skipped: jax.Array  # int32: updates skipped so far because loss or gradient was not finite
+  skipped: jax.Array  # int32: updates skipped so far, because something in them was not finite
   skipped_in_a_row: jax.Array  # int32
   average: Params | None = None  # moving average of the parameters; None: not asked for
 
@@ -87,15 +88,6 @@ def accumulate(
   return value_and_grad
 
 
-def moved_average(average: Params, params: Params, updates: jax.Array, decay: float) -> Params:
-  """The mean of the parameters after updates 1 to n = `updates`, weighted by decay^(n - i).
-
-  params: those after update n. average: the same mean after update n - 1. The temporal averaging of
-  arXiv 1412.6980, section 7.2, kept debiased, so that it can be used as it is."""
-  newest = (1 - decay) / -jnp.expm1(jnp.float32(updates) * math.log(decay))
-  return optax.incremental_update(params, average, newest)
-
-
 def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
@@ -105,8 +97,9 @@ def make_train_step(
   micro_batches: int = 1,
   average_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """train_step(state, batch) -> (state, metrics): one update. A loss or gradient that is not finite
-  leaves parameters and optimizer state as they were, and is counted.
+  """train_step(state, batch) -> (state, metrics): one update. If the loss, the gradient or the
+  parameters that it led to are not finite, parameters and optimizer state stay as they were, and it
+  is counted.
 
   average_decay: of the state's moving average of the parameters, if it has one.
   Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group>
@@ -117,10 +110,10 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
     (value, _), grads = value_and_grad(state.params, batch, rng)
     gradient_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & params_lib.all_finite(params)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, opt_state),
@@ -134,7 +127,7 @@ def make_train_step(
     skipped = 1 - finite.astype(jnp.int32)
     average = state.average
     if average is not None:
-      moved = moved_average(average, params, updates_done + 1, average_decay)
+      moved = averages.moved_average(average, params, updates_done + 1, average_decay)
       average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
     state = TrainState(
       state.step + 1,

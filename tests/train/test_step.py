@@ -178,6 +178,23 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_lo
   )
 
 
+@pytest.mark.parametrize("sick", ["a step that overflows", "a moment that is not a number"])
+def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_are(sick):
+  rates = jnp.array([0.1, jnp.inf, 0.1])
+  tx = optax.adam(lambda count: rates[count] if sick == "a step that overflows" else 0.1)
+  train_step, state = toy_start(tx)
+  state, _ = train_step(state, batch_of(GOOD))
+  if sick == "a moment that is not a number":
+    moments = state.opt_state[0]
+    mu = {"w": moments.mu["w"].at[1].set(jnp.nan)}
+    state = state._replace(opt_state=(moments._replace(mu=mu), *state.opt_state[1:]))
+  before = state
+  state, metrics = train_step(state, batch_of(GOOD))
+  assert np.isfinite([float(metrics["train/loss"]), float(metrics["gradient_norm"])]).all()
+  assert_same_bits((state.params, state.opt_state), (before.params, before.opt_state))
+  assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
+
+
 def test_skipped_updates_are_counted_and_a_good_one_ends_the_row():
   train_step, state = toy_start(optax.adamw(0.1))
   counts = []
