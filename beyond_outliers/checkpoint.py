@@ -92,37 +92,39 @@ class Checkpoints:
   ) -> tuple[int, Any, Json, dict[str, float]] | None:
     """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None without one.
 
-    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint is set aside, as
-    damaged-N-..., with a message (left in place when read-only or asked for by step).
+    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint, or one whose parameters
+    are not finite, is set aside, as damaged-N-..., with a message (left in place when read-only or
+    asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is
     stored has other shapes, types or names than `state`."""
     stored = params_lib.without_empty(state)
 
     def read(candidate: int) -> Any:
       self._check_structure(candidate, stored)
-      return self._manager.restore(
-        candidate,
-        args=ocp.args.Composite(
-          # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
-          # _check_structure has seen the rest.
-          state=ocp.args.StandardRestore(stored, strict=False),
-          data=ocp.args.JsonRestore(),
-          clock=ocp.args.JsonRestore(),
-        ),
-      )
+      # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
+      # _check_structure has seen the rest.
+      arrays, text = ocp.args.StandardRestore(stored, strict=False), ocp.args.JsonRestore()
+      args = ocp.args.Composite(state=arrays, data=text, clock=text)
+      found: Any = self._manager.restore(candidate, args=args)
+      if not params_lib.all_finite(found.state["params"]):
+        raise ValueError("its parameters are not finite")
+      return found
 
     if step is None and not self.steps():
       return None
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored.state, state), restored.data, restored.clock
 
-  def restore_params(self, params: Params, step: int | None = None) -> tuple[int, Params]:
-    """(step, parameters) alone, on any mesh. params: a tree of ShapeDtypeStructs with shardings.
+  def restore_params(
+    self, params: Params, step: int | None = None, field: str = "params"
+  ) -> tuple[int, Params]:
+    """(step, parameters) alone, or the `average`, another field of the state that is like them; on
+    any mesh. params: a tree of ShapeDtypeStructs with shardings.
     Errors: as `restore`, and CheckpointError when there is no checkpoint."""
-    partial = {"params": params_lib.without_empty(params)}
+    partial = {field: params_lib.without_empty(params)}
 
     def read(candidate: int) -> Any:
-      self._check_structure(candidate, partial, part="params/")
+      self._check_structure(candidate, partial, part=f"{field}/")
       with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(
           self.directory / str(candidate) / "state",
@@ -134,7 +136,7 @@ class Checkpoints:
         )
 
     found, restored = self._newest_intact(step, read)
-    return found, params_lib.with_empty(restored["params"], params)
+    return found, params_lib.with_empty(restored[field], params)
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -237,8 +239,8 @@ class Checkpoints:
 
 
 def _check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *texts: str) -> None:
-  """Refusal of what was just saved where Orbax's own reader does not find it in the files: it opens
-  every array of `item` there, without the values, and the items `texts`, which are JSON."""
+  """Refusal of what was just saved where Orbax's own reader does not find it in the files: every
+  array of `item`, without the values, and the items `texts`, which are JSON."""
   handler, problem = ocp.StandardCheckpointHandler(), ""
   try:
     found = params_lib.shapes_by_path(handler.metadata(path / item).tree)
@@ -284,14 +286,10 @@ def load_quantized(directory: PathLike) -> quant.QuantizedModel:
   directory = FolderPath(directory).absolute()
   if not (directory / "description").exists():
     raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
+  args = ocp.args.Composite(tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore())
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
     try:
-      items = reader.restore(
-        directory,
-        args=ocp.args.Composite(
-          tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore()
-        ),
-      )
+      items = reader.restore(directory, args=args)
     except Exception as error:  # Orbax raises all kinds for files that it cannot read
       raise CheckpointError(f"{directory} is damaged: {_reason(error)}; copy it again") from error
   if problem := config.files.misfit(items.description, quant.storage.DESCRIPTION_KINDS):

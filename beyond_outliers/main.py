@@ -19,6 +19,13 @@ WORKDIR = cli.path_flag(
   "workdir", None, "Folder of the run; by default runs/<config>-<size>. The same command resumes."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
+FROM_STEP = flags.DEFINE_integer(
+  "from_step",
+  None,
+  "Go back to this checkpoint of the run, such as one from before it diverged; what came later is "
+  "set aside in the workdir. For one start: the same command again would go back again.",
+  lower_bound=1,
+)
 DISTRIBUTED = flags.DEFINE_string(
   "distributed",
   "",
@@ -38,7 +45,9 @@ def main(argv: list[str]) -> None:
   if joining is not None:
     processes.join(c.distributed, *joining)
   try:
-    status = train.run(c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value)
+    status = train.run(
+      c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value, from_step=FROM_STEP.value
+    )
   except BaseException as error:
     processes.leave(error)
   sys.exit(EXIT_CODES[status])

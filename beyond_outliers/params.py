@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -62,17 +62,35 @@ def first_difference(have: Shapes, want: Shapes) -> str:
 
 
 def without_empty(tree: Any) -> Any:
-  """The tree with None in the place of arrays that have no elements."""
+  """The tree as it is stored: None in the place of arrays that have no elements; of a named tuple a
+  dictionary of its fields, without those that are None."""
+  if hasattr(tree, "_asdict"):
+    tree = {name: node for name, node in tree._asdict().items() if node is not None}
   return jax.tree.map(lambda x: x if x.size else None, tree)
 
 
 def with_empty(stored: Any, tree: Any) -> Any:
   """The inverse of `without_empty`. tree: ShapeDtypeStructs with shardings, of all arrays."""
+  if hasattr(tree, "_asdict"):
+    stored = tree._replace(**stored)
 
   def whole(wanted, x):
     return jnp.zeros(wanted.shape, wanted.dtype, device=wanted.sharding) if x is None else x
 
   return jax.tree.map(whole, tree, stored)
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether all numbers in a tree of arrays are finite, a scalar."""
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def mean(trees: Iterable[Any]) -> tuple[Any, int]:
+  """(the mean of trees of arrays, in their types; how many these are). One is held at a time."""
+  total, count = None, 0
+  for tree in trees:
+    total, count = (jax.tree.map(jnp.add, total, tree) if count else tree), count + 1
+  return jax.tree.map(lambda x: x / count, total), count
 
 
 def parent(path: str) -> str:

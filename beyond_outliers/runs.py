@@ -6,7 +6,9 @@ Importing this loads neither Orbax, nor Grain, nor pandas: each comes with the f
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ from etils import epath
 from beyond_outliers import config as config_lib
 from beyond_outliers import data, quant
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.config.checks import require
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Batch, Json, Params, PathLike
@@ -103,22 +107,33 @@ class Run:
     )
 
   def params(
-    self, step: int | None = None, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+    self,
+    step: int | None = None,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    average: str = "",
   ) -> Params:
     """Parameters of a checkpoint (the newest intact one), on one device unless a mesh is given.
 
-    Errors: CheckpointError."""
+    average: in their place that average as of the checkpoint; see `AverageOfRun`.
+    Errors: CheckpointError, ConfigError."""
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
-    _, params = self.restore(mesh, step)
+    if average:
+      params = AverageOfRun(self, average).restore(mesh, step)
+    else:
+      _, params = self.restore(mesh, step)
     return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
 
-  def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> tuple[int, Params]:
-    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh.
+  def restore(
+    self, mesh: jax.sharding.Mesh, step: int | None = None, field: str = "params"
+  ) -> tuple[int, Params]:
+    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh; or another
+    field of the state that is like them.
 
     Errors: CheckpointError."""
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
     return self._checkpoints.restore_params(
-      mesh_lib.placed(transformer.shapes(self.model), shardings), step
+      mesh_lib.placed(transformer.shapes(self.model), shardings), step, field
     )
 
   @property
@@ -169,6 +184,48 @@ class Run:
     from beyond_outliers import checkpoint  # Orbax takes a second, and many only read numbers
 
     return checkpoint.Checkpoints(self._workdir.checkpoints, read_only=True)
+
+
+class AverageOfRun:
+  """An average of a run's parameters, by name: `ema`, the moving average in its checkpoints, or
+  `last:COUNT`, the mean of its last COUNT checkpoints; `last`: of as many as average.last says.
+
+  Errors: ConfigError for another name, and for what the run does not have."""
+
+  def __init__(self, run: Run, name: str):
+    c, found = run.config.average, re.fullmatch(r"ema|last(?::([1-9]\d*))?", name)
+    require(found is not None, "average", name, "expected 'ema', 'last' or 'last:COUNT'")
+    assert found is not None
+    require(
+      name != "ema" or c.decay > 0,
+      "average",
+      name,
+      f"{run.path} kept none (average.decay = 0); 'last:COUNT' needs none",
+    )
+    require(
+      name != "last" or c.last > 0,
+      "average",
+      name,
+      f"of how many checkpoints? {run.path} has average.last = 0; say 'last:COUNT'",
+    )
+    self._run, self._count = run, 1 if name == "ema" else int(found[1] or c.last)
+    self.name = name if name == "ema" else f"last:{self._count}"
+
+  def steps(self, step: int) -> list[int]:
+    """The checkpoints that the average as of `step` is made of, oldest first: fewer where there are
+    not so many."""
+    return [known for known in self._run.steps if known <= step][-self._count :]
+
+  def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> Params:
+    """The average as of a checkpoint (the newest intact one), placed on the mesh.
+
+    Errors: CheckpointError."""
+    if self.name == "ema":
+      return self._run.restore(mesh, step, "average")[1]
+    newest, params = self._run.restore(mesh, step)
+    earlier = (self._run.restore(mesh, known)[1] for known in self.steps(newest)[-2::-1])
+    mean, _ = params_lib.mean(itertools.chain([params], earlier))
+    return mean
 
 
 def open(workdir: PathLike) -> Run:

@@ -16,6 +16,12 @@ from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.workdir import Workdir
 
 Row = Mapping[str, Any]  # {"step": n, metric: number}; None where it is not defined
+# Prefix of an evaluation's metrics -> of what, to a person.
+EVALUATIONS = {
+  "eval": "",
+  "eval/ema": "moving average: ",
+  "eval/last": "mean of {checkpoints} checkpoints: ",
+}
 
 
 class Writer(Protocol):
@@ -115,17 +121,19 @@ class Console:
     self._open = False  # whether the cursor stands behind a line to be redrawn
 
   def write(self, row: Row) -> None:
-    if "eval/loss" in row:
+    of = next((name for name in EVALUATIONS if f"{name}/loss" in row), None)
+    if of is not None:
+      found = {name.removeprefix(f"{of}/"): value for name, value in row.items()}
       bits = (
-        f"{row['eval/bits_per_byte']:.4f} bits per byte · "
-        if row["eval/bits_per_byte"] is not None
+        f"{found['bits_per_byte']:.4f} bits per byte · "
+        if found["bits_per_byte"] is not None
         else ""
       )
       self.line(
-        f"step {row['step']:>6} · "
-        f"validation loss {row['eval/loss']:.4f} ± {row['eval/loss_stderr']:.4f} nats · "
-        f"perplexity {row['eval/perplexity']:.2f} · {bits}"
-        f"{row['eval/documents']} documents, {row['eval/seconds']:.1f} s"
+        f"step {row['step']:>6} · {EVALUATIONS[of].format(**found)}"
+        f"validation loss {found['loss']:.4f} ± {found['loss_stderr']:.4f} nats · "
+        f"perplexity {found['perplexity']:.2f} · {bits}"
+        f"{found['documents']} documents, {found['seconds']:.1f} s"
       )
     elif "train/loss" in row:
       left = datetime.timedelta(seconds=round(row["seconds_left"]))

@@ -95,6 +95,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.checkpoint.keep_every = 0                # and every multiple of this; 0: none
   c.checkpoint.verify = True                 # SHA-256 of every file, written when saved, checked when restored
 
+  c.average = config_dict.ConfigDict()       # of the parameters, evaluated beside them; training itself does not see it
+  c.average.decay = 0.0                      # exponential moving average of this decay a step, kept in checkpoints; 0: none
+  c.average.last = 0                         # mean of this many newest checkpoints, evaluated at the end; 0: none
+
   c.eval = config_dict.ConfigDict()
   c.eval.every = (c.get_ref("steps") + 2) // 3                # steps; the last step is always evaluated
   c.eval.documents = 0                       # of the validation split, from its start; 0: all

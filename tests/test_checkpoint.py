@@ -30,6 +30,28 @@ def make_state(scale=1.0, devices=1):
   return step.TrainState(zero, {"kernel": kernel}, {"mu": kernel + 1}, zero, zero)
 
 
+def test_a_field_that_is_none_is_not_stored(tmp_path):
+  """So that runs without averages leave what they always left; and one with an average is told."""
+  plain, state = make_state(), make_state()
+  averaged = plain._replace(average=jax.tree.map(lambda x: 2 * x, plain.params))
+  fields = {"step", "params", "opt_state", "skipped", "skipped_in_a_row"}
+  assert params.without_empty(plain).keys() == fields
+  assert params.without_empty(averaged).keys() == {*fields, "average"}
+  checkpoints = checkpoint.Checkpoints(tmp_path, OPTIONS)
+  for step_number, state in enumerate((plain, averaged), 1):
+    checkpoints.save(step_number, state, {}, {"seconds": 1.0})
+  checkpoints.close()
+  reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+  assert reader.restore(shapes(plain), 1)[1].average is None
+  found = reader.restore(shapes(averaged), 2)[1]
+  np.testing.assert_array_equal(found.average["kernel"], averaged.average["kernel"])
+  part = reader.restore_params(shapes(plain.params), 2, "average")[1]
+  np.testing.assert_array_equal(part["kernel"], averaged.average["kernel"])
+  for wanted, step_number in ((averaged, 1), (plain, 2)):
+    with pytest.raises(checkpoint.CheckpointError, match=r"average/kernel is .* in the checkpoint"):
+      reader.restore(shapes(wanted), step_number)
+
+
 def shapes(state):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
@@ -111,6 +133,18 @@ def test_damage_is_found_and_the_older_one_used(saved, damage, caplog):
   checkpoints.close()
   again = checkpoint.Checkpoints(saved, read_only=True).restore(shapes(make_state()))
   np.testing.assert_array_equal(again[1].params["kernel"], make_state(7).params["kernel"])
+
+
+def test_parameters_that_are_not_finite_count_as_damage_to_a_run(saved, caplog):
+  """As runs of earlier versions left them: the older ones are sound."""
+  checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
+  checkpoints.save(4, make_state(np.nan), {}, {"seconds": 4.0})
+  checkpoints.wait()
+  absl_logging.get_absl_logger().propagate = True
+  with caplog.at_level(logging.WARNING):
+    assert checkpoints.restore(shapes(make_state()))[0] == 3
+  assert "its parameters are not finite" in caplog.text and checkpoints.steps() == [2, 3]
+  checkpoints.close()
 
 
 def test_a_damaged_step_asked_for_by_name_is_refused(saved):

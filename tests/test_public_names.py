@@ -53,7 +53,7 @@ ARGUMENTS = {
   "beyond_outliers.quant:load": "directory",
   "beyond_outliers.quant:quantized": "model params recipe",
   "beyond_outliers.quant.ptq:quantize": "model params recipe method calibration_batches",
-  "beyond_outliers.runs:Run.params": "step dtype",
+  "beyond_outliers.runs:Run.params": "step dtype average",
 }
 MEMBERS = {
   "beyond_outliers.analysis.scaling_law:ScalingLaw": (
@@ -103,11 +103,11 @@ METHODS = (
 
 # Module that `python -m` runs -> flags.
 FLAGS = {
-  "beyond_outliers.main": "config workdir dry_run distributed",
+  "beyond_outliers.main": "config workdir dry_run distributed from_step",
   "beyond_outliers.prepare": "config verify",
   "beyond_outliers.evaluate": (
     "workdir hf checkpoint steps recipes methods tasks task_folders calibration data context "
-    "batch_size documents follow poll out json"
+    "batch_size documents follow poll out json average"
   ),
   "beyond_outliers.evaluate.offline_tasks": "evals to",
   "beyond_outliers.analysis": (
@@ -127,7 +127,8 @@ CONFIG_KEYS = (
   "model.mlp_hidden model.mlp model.norm_placement model.qk_norm model.attention_scale "
   "model.rope_layout model.rope_base model.tied model.dtype model.attention quant.recipe "
   "quant.backend quant.rules.head.paths quant.rules.head.recipe schedule.name schedule.warmup "
-  "schedule.cooldown checkpoint.every checkpoint.keep checkpoint.verify eval.every "
+  "schedule.cooldown checkpoint.every checkpoint.keep checkpoint.verify average.decay "
+  "average.last eval.every "
   "eval.documents log.every log.tensorboard log.wandb optimizer.name optimizer.learning_rate "
   "optimizer.groups.embedding.paths optimizer.groups.vector.paths optimizer.groups.hidden.paths "
   "optimizer.groups.hidden.name optimizer.groups.hidden.learning_rate"

@@ -46,10 +46,37 @@ def test_the_model_is_the_one_that_was_trained(tiny_config, tmp_path):
   )
 
 
-def test_records_without_a_recipe_still_open(workdir):
+def test_records_without_younger_sections_still_open(workdir):
   run = runs.open(workdir)
-  recorded = {key: value for key, value in config.to_dict(run.config).items() if key != "quant"}
+  younger = ("quant", "average")
+  recorded = {k: value for k, value in config.to_dict(run.config).items() if k not in younger}
   assert config.resolve(recorded) == run.config
+
+
+@pytest.mark.parametrize(
+  ("name", "problem"),
+  [
+    ("ema", r"average = 'ema': .* kept none \(average.decay = 0\)"),
+    ("last", r"average = 'last': of how many checkpoints\? .*say 'last:COUNT'"),
+    ("last:0", "average = 'last:0': expected 'ema', 'last' or 'last:COUNT'"),
+    ("mean", "average = 'mean': expected 'ema'"),
+  ],
+)
+def test_an_average_that_a_run_does_not_have_is_refused(workdir, name, problem):
+  with pytest.raises(config.ConfigError, match=problem):
+    runs.open(workdir).params(average=name)
+
+
+def test_an_average_of_the_last_checkpoints_is_their_mean(workdir):
+  """Of any run; fewer where there are not so many."""
+  run = runs.open(workdir)
+  found = run.params(average="last:3")
+  for x, two, four in zip(
+    *map(jax.tree.leaves, (found, run.params(2), run.params(4))), strict=True
+  ):
+    np.testing.assert_array_equal(x, (two + four) / 2)
+  assert runs.AverageOfRun(run, "last:3").steps(4) == [2, 4]
+  assert runs.AverageOfRun(run, "last:3").steps(2) == [2]
 
 
 def test_open(workdir, tiny_config):

@@ -41,6 +41,16 @@ def rows(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_evaluations_of_averages_say_of_what_they_are():
+  file = io.StringIO()
+  console = writers.Console(200, file)
+  for name, more in (("eval/ema", {}), ("eval/last", {"eval/last/checkpoints": 3})):
+    console.write({key.replace("eval", name): value for key, value in EVAL.items()} | more)
+  first, second = file.getvalue().splitlines()
+  assert "moving average: validation loss 5.0000 ± 0.1250 nats" in first
+  assert "mean of 3 checkpoints: validation loss 5.0000" in second
+
+
 def test_metrics_are_one_row_a_line_on_disk_at_once(tmp_path):
   path = epath.Path(tmp_path / "metrics.jsonl")
   lines = writers.JsonLines(workdir_lib.Workdir(tmp_path), 0)

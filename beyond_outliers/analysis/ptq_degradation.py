@@ -151,6 +151,8 @@ def _of_run(
     cell
     for cell in [*results.ResultStore(run.path / "eval").cells(), *shared]
     if cell["settings"].get("trained") in itself
+    # Cells of averaged parameters only where they are asked for.
+    and cell["settings"].get("average", "") == settings.get("average", "")
     and all(str(cell["settings"].get(name)) == value for name, value in settings.items())
   ]
   newest = max(map(_age, found), default=None)

@@ -14,6 +14,7 @@ from beyond_outliers.config.resolve import (
 )
 from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import (
+  Average,
   Checkpoint,
   Data,
   Distributed,
@@ -34,6 +35,7 @@ __all__ = [
   "MAY_CHANGE",
   "OPTIMIZERS",
   "SIZES",
+  "Average",
   "Checkpoint",
   "Config",
   "ConfigError",

@@ -23,6 +23,8 @@ MAY_CHANGE = (
   "distributed",
   "log",
   "checkpoint",
+  "average.last",
+  "max_skipped_updates",
   "data.directory",
   "data.prefetch",
   "model.remat",

@@ -6,6 +6,7 @@ import dataclasses
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sections import (
+  Average,
   Checkpoint,
   Data,
   Distributed,
@@ -21,6 +22,7 @@ from beyond_outliers.config.sections import (
 
 # Runs that were recorded before there were these sections.
 PATIENT = Distributed()
+UNAVERAGED = Average()
 UNQUANTIZED = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
 
@@ -47,6 +49,7 @@ class Config:
   log: Log
   quant: Quant = UNQUANTIZED
   distributed: Distributed = PATIENT
+  average: Average = UNAVERAGED
 
   def __post_init__(self):
     names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
@@ -67,6 +70,12 @@ class Config:
       "model.vocab",
       self.model.vocab,
       f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived",
+    )
+    require(
+      self.average.last <= self.checkpoint.keep,
+      "average.last",
+      self.average.last,
+      f"only checkpoint.keep = {self.checkpoint.keep} are kept; raise that to as many",
     )
     require(
       not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps,

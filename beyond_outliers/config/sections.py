@@ -242,6 +242,23 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Average:
+  """Averages of the parameters, evaluated beside them."""
+
+  decay: float = 0.0
+  last: int = 0
+
+  def __post_init__(self):
+    require(
+      0 <= self.decay < 1,
+      "average.decay",
+      self.decay,
+      "expected 0 (no moving average), or a decay a step below 1, such as 0.99",
+    )
+    require_at_least(self, "average.", last=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
   """Evaluation during training."""
 

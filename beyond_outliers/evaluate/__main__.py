@@ -30,6 +30,12 @@ if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
 CHECKPOINT = cli.path_flag("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
+AVERAGE = flags.DEFINE_string(
+  "average",
+  "",
+  "Evaluate an average of the parameters in their place: 'ema' (of a run with average.decay), or "
+  "'last:COUNT', the mean of that many checkpoints up to the step; 'last': of average.last.",
+)
 STEPS = flags.DEFINE_list(
   "steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow."
 )
@@ -91,6 +97,9 @@ def open_target(progress: Progress) -> Target:
   }
   if HF.value:
     require(
+      not AVERAGE.value, "--average", AVERAGE.value, "is of a run's checkpoints; leave it out"
+    )
+    require(
       not FOLLOW.value and not STEPS.value,
       "--hf",
       HF.value,
@@ -104,11 +113,11 @@ def open_target(progress: Progress) -> Target:
       CHECKPOINT.value,
       "is of one step: leave --follow and --steps out, or give --workdir",
     )
-    return OneCheckpoint(CHECKPOINT.value, **options)
+    return OneCheckpoint(CHECKPOINT.value, AVERAGE.value, **options)
   workdir = str(WORKDIR.value)
   if FOLLOW.value:
     wait_for_run(Workdir(workdir).path, progress, POLL.value)
-  return RunCheckpoints(workdir, **options)
+  return RunCheckpoints(workdir, AVERAGE.value, **options)
 
 
 def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:

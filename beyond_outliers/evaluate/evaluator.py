@@ -97,6 +97,8 @@ class Evaluator:
       size = q.size_bytes if q else sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
       seconds["evaluate"] = time.perf_counter() - began
       found: Json = {"metrics": metrics, "size_bytes": size, "seconds": seconds}
+      if self.target.average:
+        found["averaged"] = self.target.average.steps(step)
       if q and q.fallbacks:
         found["fallbacks"] = [each._asdict() for each in q.fallbacks]
       self._write(step, cell, self._settings(cell), found)
@@ -132,7 +134,8 @@ class Evaluator:
   def _show_on_tensorboard(self, step: int, cell: Cell, result: Result) -> None:
     if self._sink:
       numbers = table.scalars(result).items()
-      row = {f"{cell.row}/{cell.method}/{name}": value for name, value in numbers}
+      of = f"{self.target.average.name}/" if self.target.average else ""
+      row = {f"{of}{cell.row}/{cell.method}/{name}": value for name, value in numbers}
       self._sink.write({"step": step, **row})
 
   # ---- results on disk

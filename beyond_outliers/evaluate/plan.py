@@ -131,6 +131,7 @@ def _model_settings(target: Target, cell: Cell, calibration_windows: int) -> Jso
   return {
     "version": VERSION,
     "trained": target.identity,
+    **({"average": target.average.name} if target.average else {}),
     "tokenizer": text.dataset.tokenizer.fingerprint,
     "context": text.context,
     "seed": SEED,

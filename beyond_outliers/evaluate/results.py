@@ -147,7 +147,11 @@ def _is_answer(found: Any) -> bool:
 def _same_model(cell: Result, task: Result) -> bool:
   """Whether they agree in all that is said of both."""
   ours, theirs = (
-    {**result["settings"], **{name: result[name] for name in ("step", "recipe", "method")}}
+    {
+      "average": "",  # which is a setting only of what was measured of one
+      **result["settings"],
+      **{name: result[name] for name in ("step", "recipe", "method")},
+    }
     for result in (cell, task)
   )
   return all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys())

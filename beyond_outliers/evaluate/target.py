@@ -50,6 +50,7 @@ class Target(Protocol):
 
   name: str
   model: transformer.Transformer  # in full precision
+  average: runs.AverageOfRun | None  # in the place of the run's parameters
   recipe: str  # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None  # the same with the run's rules; None if nothing was quantized
   text: Text
@@ -84,14 +85,16 @@ class Target(Protocol):
 
 
 class RunCheckpoints:
-  """A run's checkpoints, as they land.
+  """A run's checkpoints, as they land, or an average of its parameters as of these.
 
-  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer."""
+  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer, or an average that the
+  run does not have."""
 
-  def __init__(self, workdir: PathLike, **options: Unpack[TextOptions]):
+  def __init__(self, workdir: PathLike, average: str = "", **options: Unpack[TextOptions]):
     run = runs.open(workdir)
     recipe = quant.recipes.from_config(run.config.quant)
     self._run = run
+    self.average = runs.AverageOfRun(run, average) if average else None
     self.name = str(run.path)
     self.model = run.model.clone(dot_general_for=None)
     self.recipe = quant.recipes.name_of(run.config.quant)
@@ -110,7 +113,7 @@ class RunCheckpoints:
     return self._run.written(step)
 
   def params(self, step: int) -> Params:
-    return self._run.params(step)
+    return self._run.params(step, average=self.average.name if self.average else "")
 
   def ended(self) -> bool:
     return self._run.status["status"] in ENDED
@@ -129,7 +132,7 @@ class RunCheckpoints:
 class OneCheckpoint(RunCheckpoints):
   """One checkpoint of a run, RUN/checkpoints/N. Options and errors: as RunCheckpoints."""
 
-  def __init__(self, directory: PathLike, **options: Unpack[TextOptions]):
+  def __init__(self, directory: PathLike, average: str = "", **options: Unpack[TextOptions]):
     path = epath.Path(os.path.abspath(directory))
     require(
       path.name.isdigit() and path.parent.name == "checkpoints",
@@ -138,7 +141,7 @@ class OneCheckpoint(RunCheckpoints):
       "expected RUN/checkpoints/N in the folder of its run, whose config.json "
       "says what model it is",
     )
-    super().__init__(path.parent.parent, **options)
+    super().__init__(path.parent.parent, average, **options)
     self._step = int(path.name)
 
   def steps(self) -> list[int]:
@@ -174,6 +177,7 @@ class HuggingFaceModel:
     self._params = params
     self.name = directory
     self.model = model
+    self.average = None
     self.recipe = "none"
     self.trained_under = None
     self.text = Text(

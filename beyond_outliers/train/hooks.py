@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import operator
 import signal
 import threading
 import time
@@ -90,7 +91,7 @@ class LogMetrics:
       raise Stop(
         "diverged",
         step,
-        f"{in_a_row} updates in a row had a loss or gradient that was not finite; "
+        f"{in_a_row} updates in a row had a loss, a gradient or a step that was not finite; "
         "lower optimizer.learning_rate, or raise max_skipped_updates",
       )
 
@@ -124,7 +125,8 @@ class LogMetrics:
 
 
 class Evaluate:
-  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone."""
+  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone, or what
+  `of` takes in their place."""
 
   def __init__(
     self,
@@ -136,9 +138,10 @@ class Evaluate:
     num_steps: int,
     before: Callable[[], None],
     name: str = "eval",
+    of: Callable[[TrainState], Params] = operator.attrgetter("params"),
   ):
     self._every, self._evaluate, self._sinks, self._clock = every, evaluate, sinks, clock
-    self._num_steps, self._before, self._name = num_steps, before, name
+    self._num_steps, self._before, self._name, self._of = num_steps, before, name, of
 
   def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
     if not due(step, self._every, self._num_steps):
@@ -146,7 +149,7 @@ class Evaluate:
     with self._clock.paused(metrics):
       self._before()  # the log's held-back row belongs in front of this one
       start = time.perf_counter()
-      result = self._evaluate(state.params)
+      result = self._evaluate(self._of(state))
       row = {
         "step": step,
         **{f"{self._name}/{key}": value for key, value in result.items()},

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from beyond_outliers import config, quant, runs
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import params as params_lib
 from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
 from beyond_outliers.model import transformer
 from beyond_outliers.model.forward import Forward
@@ -54,6 +56,8 @@ def start(
     params = transformer.without_dot_general_params(c.model, state.params)
   if jax.tree.structure(params) != jax.tree.structure(state.params):
     params = _with_scales(program, params, batches)
+  if state.average is not None:
+    state = state._replace(average=jax.tree.map(jnp.copy, params))
   return Start(state._replace(params=params), None, 0.0)
 
 
@@ -68,6 +72,8 @@ def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, P
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
     step, found = source.restore(mesh)
+    if not params_lib.all_finite(found):
+      raise CheckpointError(f"the parameters of step {step} are not finite; take another run")
   except (CheckpointError, WorkdirError) as error:
     raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)

@@ -44,7 +44,7 @@ class Program:
 
     def make():
       params = transformer.init(self.model, self.config.seed)
-      return step_lib.init_state(params, self.optimizer.tx)
+      return step_lib.init_state(params, self.optimizer.tx, averaged=self.state.average is not None)
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
 
@@ -72,16 +72,23 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
   )
   # Any: below, a TrainState holds shardings in the places of arrays.
   everywhere: Any = mesh_lib.replicated(mesh)
+  averaged = c.average.decay > 0
   shardings = TrainState(
-    everywhere, param_shardings, optimizer.state_shardings(param_shardings), everywhere, everywhere
+    everywhere,
+    param_shardings,
+    optimizer.state_shardings(param_shardings),
+    everywhere,
+    everywhere,
+    param_shardings if averaged else None,
   )
-  state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx), params)
+  state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx, averaged=averaged), params)
   step = step_lib.make_train_step(
     step_lib.make_loss_fn(forward),
     optimizer.tx,
     optimizer.schedules,
     seed=c.seed,
     micro_batches=c.micro_batches,
+    average_decay=c.average.decay,
   )
   return Program(
     config=c,

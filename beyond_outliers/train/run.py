@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import secrets
 import sys
@@ -17,7 +18,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
-from beyond_outliers.train import describe, hooks, initialize, loop, processes
+from beyond_outliers.train import averages, describe, hooks, initialize, loop, processes, rewind
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
 from beyond_outliers.types import Batch, Json, Params, PathLike
@@ -33,11 +34,13 @@ def run(
   path: PathLike,
   *,
   dry_run: bool = False,
+  from_step: int | None = None,
   say: Say | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> str:
   """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
 
+  from_step: go back to this checkpoint first, and set aside what came later (rewind.py).
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training."""
   say = say or _print_on_first_process
@@ -53,6 +56,8 @@ def run(
     config.check_resumable(before, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
     workdir.check()
+    if from_step is not None:
+      rewind.rewind(workdir, from_step, say)
     return _train(program, workdir, stack, say)
 
 
@@ -227,6 +232,14 @@ def _make_hooks(
   periodic = dict(num_steps=c.steps, before=log.flush)
   evaluate = _evaluation(program, eval_step, inputs)
   made: list[loop.Hook] = [log, hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
+  if c.average.decay:
+    options = dict(name="eval/ema", of=operator.attrgetter("average"))
+    made.append(hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic, **options))
+  if c.average.last:
+    of_last = averages.evaluation_of_last(
+      c.average.last, program.state.params, evaluate, outputs.checkpoints
+    )
+    made.append(hooks.Evaluate(c.steps, of_last, sinks, clock, **periodic, name="eval/last"))
   if c.log.outliers_every:
     measure = _outliers(program, inputs.validation)
     made.append(

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beyond_outliers import params as params_lib
 from beyond_outliers.model import loss
 from beyond_outliers.model.forward import Forward
+from beyond_outliers.train import averages
 from beyond_outliers.types import Batch, Metrics, Params
 
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
@@ -25,12 +27,16 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32: updates done, skipped ones included
   params: Params
   opt_state: Any
-  skipped: jax.Array  # int32: updates skipped so far because loss or gradient was not finite
+  skipped: jax.Array  # int32: updates skipped so far, because something in them was not finite
   skipped_in_a_row: jax.Array  # int32
+  average: Params | None = None  # moving average of the parameters; None: not asked for
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-  """State at step 0, with the optimizer's fresh state."""
+def init_state(
+  params: Params, tx: optax.GradientTransformation, *, averaged: bool = False
+) -> TrainState:
+  """State at step 0, with the optimizer's fresh state. averaged: with a moving average of the
+  parameters, so far these themselves."""
   # Three buffers: a donated state must not hold one twice.
   return TrainState(
     jnp.zeros((), jnp.int32),
@@ -38,6 +44,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     tx.init(params),
     jnp.zeros((), jnp.int32),
     jnp.zeros((), jnp.int32),
+    jax.tree.map(jnp.copy, params) if averaged else None,
   )
 
 
@@ -88,10 +95,13 @@ def make_train_step(
   *,
   seed: int,
   micro_batches: int = 1,
+  average_decay: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """train_step(state, batch) -> (state, metrics): one update. A loss or gradient that is not finite
-  leaves parameters and optimizer state as they were, and is counted.
+  """train_step(state, batch) -> (state, metrics): one update. If the loss, the gradient or the
+  parameters that it led to are not finite, parameters and optimizer state stay as they were, and it
+  is counted.
 
+  average_decay: of the state's moving average of the parameters, if it has one.
   Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group>
     (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
@@ -100,10 +110,10 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
     (value, _), grads = value_and_grad(state.params, batch, rng)
     gradient_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & params_lib.all_finite(params)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       (params, opt_state),
@@ -115,12 +125,17 @@ def make_train_step(
       for label, schedule in schedules.items()
     }
     skipped = 1 - finite.astype(jnp.int32)
+    average = state.average
+    if average is not None:
+      moved = averages.moved_average(average, params, updates_done + 1, average_decay)
+      average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
     state = TrainState(
       state.step + 1,
       params,
       opt_state,
       state.skipped + skipped,
       (state.skipped_in_a_row + 1) * skipped,
+      average,
     )
     return state, {
       "train/loss": value,

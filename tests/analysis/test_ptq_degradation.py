@@ -51,6 +51,21 @@ def workdir(root, module, seed, differences, step=2, rate=0.1, documents=0, size
     )
 
 
+def test_cells_of_averages_are_taken_only_where_they_are_asked_for(tmp_path):
+  workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3})
+  for path in tmp_path.rglob("*-rtn_w4a4-*.json"):
+    cell = json.loads(path.read_text())
+    cell["metrics"]["loss_difference"] = 0.1
+    cell["settings"]["average"] = "ema"
+    path.with_stem(path.stem + "ema").write_text(json.dumps(cell))
+  found = runs.find(tmp_path)
+  raw, ema = (
+    ptq_degradation.degradation_cells(found, settings) for settings in (None, {"average": "ema"})
+  )
+  assert raw.loss_difference.dropna().tolist() == [0.3]
+  assert ema.loss_difference.tolist() == [0.1]
+
+
 def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
   for seed, (rtn, gptq) in enumerate([(0.3, 0.1), (0.4, 0.2), (0.5, 0.6)]):
     workdir(tmp_path, adamw, seed, {("rtn_w4a4", "rtn"): rtn, ("rtn_w4a4", "gptq"): gptq})

@@ -170,6 +170,11 @@ BAD_ARGUMENTS = {
   "nano,data.seed=-1": ("data.seed = -1", "at least 0"),
   "nano,checkpoint.keep=0": ("checkpoint.keep = 0", "at least 1"),
   "nano,eval.every=0": ("eval.every = 0", "at least 1"),
+  "nano,average.decay=1.0": ("average.decay = 1.0", "a decay a step below 1"),
+  "nano,average.decay=-0.1": ("average.decay = -0.1", "expected 0"),
+  "nano,average.decay=1e999": ("average.decay = inf", "below 1"),
+  "nano,average.last=-1": ("average.last = -1", "at least 0"),
+  "nano,average.last=3": ("average.last = 3", "checkpoint.keep = 2 are kept; raise that"),
   "nano,log.profile_step=1": ("log.profile_step = 1", "2 or more"),
 }
 
@@ -245,6 +250,7 @@ def test_a_typo_in_a_config_file_is_an_error_not_a_new_knob():
     "model.d_head=64",
     "data.seed=1",
     "warm_start=other",
+    "average.decay=0.99",
   ],
 )
 def test_another_run_is_refused_with_the_keys_that_differ(change):
@@ -260,10 +266,10 @@ def test_another_run_is_refused_with_the_keys_that_differ(change):
 def test_what_does_not_enter_the_numbers_may_change():
   changes = (
     "mesh.model=1,mesh.fsdp=8,log.every=3,log.wandb=x,checkpoint.keep=9,data.directory=/elsewhere,data.prefetch=1,"
-    "model.remat=full,model.unroll=2,model.attention=plain"
+    "model.remat=full,model.unroll=2,model.attention=plain,average.last=4,max_skipped_updates=20"
   )
   config.check_resumable(named("adamw"), named("adamw", "nano," + changes))
-  assert len(config.differences(named("adamw"), named("adamw", "nano," + changes))) == 9
+  assert len(config.differences(named("adamw"), named("adamw", "nano," + changes))) == 11
   for prefix in config.MAY_CHANGE:
     assert any(
       key == prefix or key.startswith(prefix + ".")

@@ -30,7 +30,7 @@ from beyond_outliers.evaluate import (
 )
 from beyond_outliers.evaluate import plan as plan_lib
 from beyond_outliers.evaluate.evaluator import Evaluator
-from beyond_outliers.evaluate.plan import Cell, plan_cells
+from beyond_outliers.evaluate.plan import Cell, cell_settings, plan_cells
 from beyond_outliers.evaluate.target import HuggingFaceModel, RunCheckpoints
 from beyond_outliers.model import hf, hf_config, transformer
 
@@ -87,6 +87,32 @@ def test_the_model_as_it_is_has_the_loss_that_training_recorded(measured):
   for name in ("loss", "loss_stderr", "bits_per_byte"):
     np.testing.assert_allclose(found["none"]["metrics"][name], recorded[f"eval/{name}"], rtol=1e-5)
   assert "kl" not in found["none"]["metrics"]
+
+
+def test_cells_of_an_average_are_others_and_say_so(workdir, measured):
+  """In their settings, so that those of the parameters stay what they were."""
+  _, evaluator, found = measured
+  (cell, *_) = evaluator.cells
+  plain, average = (cell_settings(RunCheckpoints(workdir, of), cell, 12) for of in ("", "last:2"))
+  assert average == {**plain, "average": "last:2"} and plain == found["none"]["settings"]
+  one = {"step": 2, "recipe": "none", "method": "none", "metrics": {}, "tasks": {}, "seconds": {}}
+  task = {**one, "settings": {"task": "t", "trained": 1}}
+  assert results._same_model({**one, "settings": {"trained": 1}}, task)
+  assert not results._same_model({**one, "settings": {"trained": 1, "average": "ema"}}, task)
+
+
+@pytest.mark.slow
+def test_an_average_is_evaluated(workdir, tmp_path):
+  """It has the loss of the mean of the checkpoints; its file says which they are."""
+  target = RunCheckpoints(workdir, "last:5")
+  evaluator = Evaluator(target, plan_cells(target, [], []), tmp_path)
+  run, (cell,) = runs.open(workdir), evaluator.cells
+  mean = jax.tree.map(lambda x, y: (x + y) / 2, run.params(1), run.params(2))
+  found = evaluator.measure(2, target.params(2), cell)
+  plain = Evaluator(RunCheckpoints(workdir), [cell], tmp_path)
+  assert found["averaged"] == [1, 2] and plain.missing(2) == [cell]
+  assert found["metrics"]["loss"] == plain.measure(2, mean, cell)["metrics"]["loss"]
+  assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_model_as_it_is_has_the_outliers_that_training_records(measured):

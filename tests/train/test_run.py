@@ -185,6 +185,78 @@ def test_eight_devices_agree_with_one(finished, tiny_config, axes):
   np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
 
 
+AVERAGES = {"checkpoint.every": 4, "checkpoint.keep": 5, "average.decay": 0.8, "average.last": 2}
+
+
+@pytest.fixture(scope="module")
+def averaged(tiny_config, tmp_path_factory):
+  """The run `finished`, with averages."""
+  workdir = tmp_path_factory.mktemp("runs") / "averaged"
+  c = tiny_config(**AVERAGES)
+  assert run(c, workdir) == "done"
+  return c, workdir
+
+
+@pytest.mark.slow
+def test_averages_are_evaluated_beside_the_parameters_and_change_nothing(finished, averaged):
+  _, workdir = averaged
+  opened = runs.open(workdir)
+  assert losses(workdir) == losses(finished[1])
+  assert equal(opened.params(), runs.open(finished[1]).params())
+  rows = opened.metrics()
+  names = [name for name in rows if name.startswith("eval/") and "/" not in name[5:]]
+  assert len(names) > 4
+  for name in names:
+    assert rows["eval/ema/" + name[5:]].notna().tolist() == rows[name].notna().tolist()
+  assert rows["eval/last/checkpoints"].dropna().to_dict() == {10: 2}
+  # Each is the loss of what `params` gives for it.
+  forward = make_forward(opened.model, opened.config.data.mask_documents)
+  nll = jax.jit(lambda p, b: step_lib.make_loss_fn(forward)(p, b, jax.random.key(0)))
+  found = {}
+  for average in ("", "ema", "last"):
+    parts = [nll(opened.params(average=average), b) for b in opened.batches("validation")]
+    total = sum(float(aux["weight"]) for _, aux in parts)
+    found[average] = sum(float(x) * float(aux["weight"]) for x, aux in parts) / total
+    row = rows["/".join(filter(None, ["eval", average, "loss"]))]
+    np.testing.assert_allclose(row[10], found[average], rtol=1e-5)
+  assert len({round(value, 4) for value in found.values()}) == 3
+  expected = jax.tree.map(lambda x, y: (x + y) / 2, opened.params(8), opened.params(10))
+  assert equal(opened.params(average="last"), expected)
+  # As of a checkpoint; and of as many as there are.
+  mean = jax.tree.map(lambda x, y: (x + y) / 2, opened.params(4), opened.params(8))
+  assert equal(opened.params(8, average="last:7"), mean)
+  assert equal(opened.params(4, average="last"), opened.params(4))
+
+
+@pytest.mark.slow
+def test_a_run_with_averages_resumes_bitwise(averaged, tmp_path):
+  c, workdir = averaged
+  shutil.copytree(workdir, tmp_path / "cut")
+  for step in (8, 10):
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
+  assert run(c, tmp_path / "cut") == "done"
+  one, other = runs.open(workdir), runs.open(tmp_path / "cut")
+  for average in ("", "ema", "last"):
+    assert equal(one.params(average=average), other.params(average=average))
+  for name in ("eval/ema/loss", "eval/last/loss"):
+    assert one.metrics()[name].dropna().to_dict() == other.metrics()[name].dropna().to_dict()
+
+
+@pytest.mark.slow
+def test_averages_on_eight_devices_are_those_on_one(averaged, tiny_config, tmp_path):
+  _, workdir = averaged
+  axes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.model": 2}
+  assert run(tiny_config(**AVERAGES, **axes), tmp_path / "eight", 8) == "done"
+  one, eight = runs.open(workdir), runs.open(tmp_path / "eight")
+  for average in ("ema", "last"):
+    for x, y in zip(
+      *(jax.tree.leaves(opened.params(average=average)) for opened in (one, eight)), strict=True
+    ):
+      np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-5)
+    name = f"eval/{average}/loss"
+    np.testing.assert_allclose(eight.metrics()[name].dropna(), one.metrics()[name].dropna(), 1e-5)
+
+
 def test_another_configuration_is_refused_with_its_keys(finished, tiny_config):
   _, workdir = finished
   other = tiny_config(**{"checkpoint.every": 4, "checkpoint.keep": 5, "seed": 7, "model.blocks": 3})

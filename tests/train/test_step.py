@@ -178,6 +178,23 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_lo
   )
 
 
+@pytest.mark.parametrize("sick", ["a step that overflows", "a moment that is not a number"])
+def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_are(sick):
+  rates = jnp.array([0.1, jnp.inf, 0.1])
+  tx = optax.adam(lambda count: rates[count] if sick == "a step that overflows" else 0.1)
+  train_step, state = toy_start(tx)
+  state, _ = train_step(state, batch_of(GOOD))
+  if sick == "a moment that is not a number":
+    moments = state.opt_state[0]
+    mu = {"w": moments.mu["w"].at[1].set(jnp.nan)}
+    state = state._replace(opt_state=(moments._replace(mu=mu), *state.opt_state[1:]))
+  before = state
+  state, metrics = train_step(state, batch_of(GOOD))
+  assert np.isfinite([float(metrics["train/loss"]), float(metrics["gradient_norm"])]).all()
+  assert_same_bits((state.params, state.opt_state), (before.params, before.opt_state))
+  assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
+
+
 def test_skipped_updates_are_counted_and_a_good_one_ends_the_row():
   train_step, state = toy_start(optax.adamw(0.1))
   counts = []
@@ -186,6 +203,42 @@ def test_skipped_updates_are_counted_and_a_good_one_ends_the_row():
     counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
   assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 0)]
   assert int(state.step) == 6
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_the_moving_average_is_a_weighted_mean_of_the_parameters(decay):
+  """Of those that updates led to, the i-th of n with a weight proportional to decay^(n - i), by a
+  loop in NumPy; a skipped update moves nothing. The state is donated, as a run's is."""
+  tx = optax.sgd(0.25)
+  make = step.make_train_step(toy_loss, tx, {}, seed=0, average_decay=decay)
+  train_step = jax.jit(make, donate_argnums=0)
+  start = jnp.array([1.0, -2.0, 3.0])
+  state = jax.jit(lambda: step.init_state({"w": start}, tx, averaged=True))()
+  np.testing.assert_array_equal(state.average["w"], start)
+  after: list[np.ndarray] = []
+  for kind in (
+    NAN,
+    GOOD,
+    GOOD | {"factor": -0.5},
+    NAN,
+    SICK_GRADIENT,
+    GOOD,
+    GOOD | {"factor": 2.0},
+  ):
+    state, metrics = train_step(state, batch_of(kind))
+    if not metrics["skipped_in_a_row"]:
+      after.append(np.asarray(state.params["w"], np.float64))
+    weights = decay ** np.arange(len(after))[::-1]
+    expected = np.average(after, 0, weights) if after else start
+    np.testing.assert_allclose(state.average["w"], expected, rtol=2e-6)
+  assert len(after) == 4 and np.std(after, 0).min() > 0.1
+
+
+def test_without_an_average_the_state_has_no_arrays_for_it():
+  _, state = toy_start(optax.adamw(0.1))
+  assert state.average is None
+  averaged = step.init_state({"w": jnp.ones(3)}, optax.sgd(0.1), averaged=True)
+  assert len(jax.tree.leaves(averaged)) == 3 + 2
 
 
 def test_the_gradient_norm_is_right():

@@ -1,0 +1,52 @@
+"""Going back in a run: what it left after an older checkpoint is set aside, in one folder."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import jax
+from etils import epath
+
+from beyond_outliers import mesh, runs
+from beyond_outliers.config.checks import require
+from beyond_outliers.workdir import Workdir, mismatch
+
+
+def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
+  """Makes `step` the newest checkpoint of a workdir, whose lock is held.
+
+  Later checkpoints, results of evaluation jobs on them, later rows of metrics.jsonl and the status
+  go to aside-STEP-TIME/ in the workdir.
+  Errors: ConfigError where there is no such checkpoint, or a damaged one; nothing has moved
+    then."""
+  known = runs.open(workdir.path).steps if workdir.read("config.json") is not None else []
+  require(step in known, "--from_step", step, f"{workdir.path} has the checkpoints {known}")
+  # Asked by the first process alone, so that nothing moves before all have looked.
+  damage = mismatch(workdir.checkpoints / str(step)) if jax.process_index() == 0 else ""
+  damage = mesh.from_first(damage)
+  require(not damage, "--from_step", step, f"that checkpoint is damaged: {damage}; take another")
+  later = [found for found in known if found > step]
+  aside = workdir.path / f"aside-{step}-{time.time_ns()}"
+  if jax.process_index() == 0:
+    _set_aside(workdir, step, later, aside)
+  say(
+    f"going back to step {step}: checkpoints {later} and all that is later are in "
+    f"{workdir.path / mesh.from_first(aside.name)}"
+  )
+
+
+def _set_aside(workdir: Workdir, step: int, later: list[int], aside: epath.Path) -> None:
+  (aside / "checkpoints").mkdir(parents=True)
+  (aside / "eval").mkdir()
+  # Before the checkpoints: a start that finds these gone drops the rows.
+  rows = [line for line, row in workdir.read_rows() if row["step"] > step]
+  (aside / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
+  (aside / "status.json").write_text((workdir.path / "status.json").read_text())
+  for result in sorted((workdir.path / "eval").glob("*.json")):
+    number = re.match(r"(\d+)-", result.name)
+    if number and int(number[1]) > step:
+      result.rename(aside / "eval" / result.name)
+  for found in later[::-1]:  # one that is cut off leaves a run that resumes from what is left
+    (workdir.checkpoints / str(found)).rename(aside / "checkpoints" / str(found))
