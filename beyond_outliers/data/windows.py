@@ -75,7 +75,8 @@ def make_batch(
 
 class ValidationBatches(Sequence):
   """Batches of the validation documents in their own order, every target once; targets beyond the
-  end have weight 0. Read when asked for.
+  end have weight 0. Read when asked for; the last, without which nobody has all, once the split's
+  files are those that were prepared.
 
   unscored_bytes: of the documents' text, those whose tokens are no targets, on any process."""
 
@@ -102,6 +103,8 @@ class ValidationBatches(Sequence):
   def __getitem__(self, k: int) -> Batch:  # pyrefly: ignore[bad-override]  (no slices)
     if not 0 <= k < len(self):
       raise IndexError(k)
+    if k == len(self) - 1:
+      self._stream.verify()
     begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
     tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
     beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
