@@ -83,7 +83,8 @@ def _problem(meta: Json) -> str:
     if found := misfit(meta["records"], RECORD_KINDS):
       return f"of records: {found}"
     path = meta["records"]["path"]
-    if not os.path.isabs(path) and not stays_inside(path):
+    inside = path.startswith("{directory}/") and stays_inside(path)
+    if not os.path.isabs(path) and not inside:
       return f"records.path is {path!r}, neither in the folder nor absolute"
   first = meta.get("first_bytes", {})
   if not isinstance(first, dict) or not all(

@@ -21,6 +21,7 @@ from beyond_outliers import config
 from beyond_outliers.data import shards
 from beyond_outliers.data.record_windows import RecordWindows
 from beyond_outliers.data.sums import Sums
+from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.data.windows import make_batch, num_windows, process_rows, read_windows
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Batch, Json
@@ -107,7 +108,7 @@ class _ShuffledWindows:
 
   def __init__(
     self,
-    stream: shards.TokenStream,
+    stream: TokenStream,
     cfg: config.Data,
     context: int,
     batch_size: int,

@@ -20,7 +20,7 @@ class Sums:
   """Files of a dataset's folder, each compared once with its SHA-256.
 
   described: {file: {bytes, sha256}}, as meta.json has it. A thread compares the files that `touch`
-  names; a difference is raised by every `check` that follows."""
+  names; a difference that was found is raised by every `check` that follows."""
 
   def __init__(self, directory: str, described: Json):
     self._folder, self._described = pathlib.Path(directory), described
@@ -44,10 +44,11 @@ class Sums:
       self.verify([name])
 
   def verify(self, names: Iterable[str]) -> None:
-    """Compares these files, now. Errors: DataError naming the first that differs."""
+    """Compares these files now. Errors: DataError naming the first that differs."""
     for name in names:
       if name in self._pending:
         self._compare(name)
+        self.check()
 
   def touch(self, *names: str) -> None:
     """Has the thread compare these files: they are being read."""
@@ -58,7 +59,7 @@ class Sums:
         self._thread.start()
 
   def check(self) -> None:
-    """Raises what the thread has found by now. Errors: DataError."""
+    """Raises what is known by now. Errors: DataError."""
     if self._problem:
       raise DataError(self._problem)
 
@@ -75,23 +76,17 @@ class Sums:
           self._thread = None
           return
         name = self._touched.popleft()
-      try:
-        self.verify([name])
-      except DataError as error:
-        self._problem = str(error)
+      self._compare(name)
 
   def _compare(self, name: str) -> None:
     with self._locks[name]:  # nobody reads a file twice: who comes second waits
       if name not in self._pending:
         return
-      path = self._folder / name
+      problem = "contents are not those that were prepared (SHA-256 differs from meta.json's)"
       try:
-        found = file_sha256(path)
+        if file_sha256(self._folder / name) == self._described[name]["sha256"]:
+          self._pending.discard(name)
+          return
       except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; delete the folder and prepare again") from None
-      if found != self._described[name]["sha256"]:
-        raise DataError(
-          f"{path}: contents are not those that were prepared (SHA-256 differs from meta.json's); "
-          "delete the folder and prepare again"
-        )
-      self._pending.discard(name)
+        problem = str(error.strerror)
+      self._problem = f"{self._folder / name}: {problem}; delete the folder and prepare again"

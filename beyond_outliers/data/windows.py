@@ -14,6 +14,7 @@ import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers.data import shards
+from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Batch
 
@@ -24,7 +25,7 @@ def num_windows(tokens: int, context: int) -> int:
 
 
 def read_windows(
-  stream: shards.TokenStream, begins: np.ndarray, context: int
+  stream: TokenStream, begins: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """(token ids, 1-based document numbers), both [b, W]; 0 beyond the end of the stream."""
   tokens_bxW = np.zeros((len(begins), context + 1), stream.dtype)
@@ -82,7 +83,7 @@ class ValidationBatches(Sequence):
 
   def __init__(
     self,
-    stream: shards.TokenStream,
+    stream: TokenStream,
     tokens: int,
     cfg: config.Data,
     context: int,

@@ -86,7 +86,8 @@ class Evaluator:
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
     """Measures one cell, or its tasks that are missing, and writes them.
 
-    Errors: TaskError once all else is written; any that a method raises."""
+    Errors: TaskError once all else is written; DataError for damaged data; any that a method
+    raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)
@@ -126,6 +127,7 @@ class Evaluator:
       try:
         self._write(step, cell, self._task_settings(cell, task), ask(task))
       except Exception as error:  # whatever a task of others raises
+        self.target.text.dataset.sums.check()
         failed[task.name] = error
     return failed
 
@@ -173,6 +175,7 @@ class Evaluator:
     return results.joined(found, [task for task in tasks if task is not None])
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
+    self.target.text.dataset.sums.wait()  # no result of damaged data is kept
     result = {
       "step": step,
       **cell._asdict(),

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 import numpy as np
 import safetensors.numpy
 
+from beyond_outliers.config.sums import replaced
 from beyond_outliers.types import PathLike
 
 
 def write_tensors(
   file: PathLike, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-  """One file of named arrays, in whatever order they lie in memory."""
+  """One file of named arrays, in whatever order they lie in memory; there once it is whole."""
   rows_first = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-  safetensors.numpy.save_file(rows_first, file, metadata)
+  with replaced(file) as temporary:
+    safetensors.numpy.save_file(rows_first, temporary, metadata)

@@ -19,6 +19,7 @@ from beyond_outliers.quant import (
   QuantSpec,
   Recipe,
   dot_general_for,
+  packing,
   ptq,
   storage,
 )
@@ -179,9 +180,9 @@ def test_digits_are_those_of_a_number_in_their_base(bits):
   for start in range(0, digits.size, a_word):
     word = digits.reshape(-1)[start : start + a_word].tolist()
     expected += sum(digit * base**place for place, digit in enumerate(word)).to_bytes(8, "little")
-  packed = storage.pack_digits(digits, bits)
+  packed = packing.pack_digits(digits, bits)
   assert packed.dtype == np.uint8 and packed.tobytes() == expected
-  np.testing.assert_array_equal(storage.unpack_digits(packed, bits, digits.shape), digits)
+  np.testing.assert_array_equal(packing.unpack_digits(packed, bits, digits.shape), digits)
   if bits == 4:
     np.testing.assert_array_equal(packed[:80] & 15, digits.reshape(-1)[:160:2])
     np.testing.assert_array_equal(packed[:80] >> 4, digits.reshape(-1)[1:160:2])
