@@ -12,6 +12,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from small_models import STUDY
 
 from beyond_outliers import checkpoint, config, quant
+from beyond_outliers.config.sums import SUMS
 from beyond_outliers.model import linears, transformer
 from beyond_outliers.quant import (
   RECIPES,
@@ -207,9 +208,27 @@ def test_what_is_refused(tmp_path):
   with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
     quant.load(tmp_path)
   tensors, description = storage.read_model(tmp_path / "a")
+  path = "layers/0/mlp/up/kernel"
   for change, message in (
     ({"version": 2}, "version = 2: this program reads version 1"),
-    ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'"),
+    (
+      {"model": {"class": "os.path.join", "config": {}}},
+      "model.class = 'os.path.join': not a model that is saved here: beyond_outliers.model",
+    ),
+    (  # a module of this package that does something when it is imported
+      {"model": {"class": "beyond_outliers.analysis.__main__.main", "config": {}}},
+      "model.class = 'beyond_outliers.analysis.__main__.main': not a model",
+    ),
+    (
+      {"model": {**description["model"], "config": {"vocab": 3}}},
+      "description does not fit its tensors .TypeError",
+    ),
+    ({"recipe": [["head"]]}, "description does not fit its tensors .ValueError"),
+    ({"recipe": [["head", {"w": 1}]]}, "description does not fit its tensors .TypeError"),
+    ({"matrices": {path: [16, 10**9]}}, "codes of shape .* are .* bytes, not uint8"),
+    ({"matrices": {path: [16, 16]}}, "codes of shape .* are .* bytes, not uint8"),
+    ({"matrices": {path: "x"}}, "description does not fit its tensors"),
+    ({"matrices": {path: None}}, "description does not fit its tensors"),
   ):
     with pytest.raises(config.ConfigError, match=message):
       storage.unpack_model(tensors, {**description, **change})
@@ -221,6 +240,9 @@ def test_what_is_refused(tmp_path):
   tensors_file = tmp_path / "a" / storage.TENSORS
   description_file = tmp_path / "a" / storage.DESCRIPTION
   tensors_file.write_bytes(tensors_file.read_bytes()[:-1])
+  with pytest.raises(config.ConfigError, match=r"model.safetensors does not match its SHA-256 sum"):
+    quant.load(tmp_path / "a")
+  (tmp_path / "a" / SUMS).unlink()
   with pytest.raises(config.ConfigError, match=r"model.safetensors: .*; fetch the whole model"):
     quant.load(tmp_path / "a")
   description_file.write_text(text[:100])
