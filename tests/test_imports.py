@@ -44,7 +44,12 @@ DOORS = {
   ),  # readers of other programs' files and of our own, and the one writer of both
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("cli", "main"),
-  "lm_eval": ("evaluate/harness", "evaluate/harness_lm", "evaluate/harness_tasks"),
+  "lm_eval": (
+    "evaluate/harness",
+    "evaluate/harness_lm",
+    "evaluate/harness_tasks",
+    "evaluate/task_code",
+  ),
   "torch": ("bench/peers",),
   "pytorch_optimizer": ("bench/peers",),
   "tensorflow": (),

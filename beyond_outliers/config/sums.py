@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import PathLike
 
 SUMS = "sha256.json"
@@ -34,7 +35,7 @@ def write_folder_sums(folder: PathLike, sums: Mapping[str, str]) -> None:
     temporary.write_text(json.dumps(sums, indent=1) + "\n")
 
 
-def folder_mismatch(folder: Any, files: Any = None) -> str:
+def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
   """The first difference of a folder's files from its sums, or nothing, also without any sums.
 
   folder: a path of the library pathlib, or of one like it. files: only these, where they have one.
@@ -55,6 +56,20 @@ def folder_mismatch(folder: Any, files: Any = None) -> str:
     if file_sha256(folder / name) != expected:
       return f"{name} does not match its SHA-256 sum"
   return ""
+
+
+def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> None:
+  """Refusal of a model's files, all by default, that are not those that were written: where this
+  program wrote them, their sums lie beside them. Errors: ConfigError."""
+  try:
+    problem = folder_mismatch(folder, files)
+  except OSError as error:
+    problem = f"{error.filename}: {error.strerror}"
+  if problem:
+    raise ConfigError(
+      f"{folder}: {problem}; fetch the whole model again, or remove {SUMS} if it was changed on "
+      "purpose"
+    )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.sums import check_folder
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, hf_files, transformer
@@ -65,7 +66,7 @@ def load(
       f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32"
     )
   hf_files.require_file(directory, hf_files.CONFIG)
-  hf_files.check_sums(directory)
+  check_folder(directory)
   family, c = hf_config.read_config(directory / hf_files.CONFIG, dtype.name)
   with contextlib.ExitStack() as stack:
     tensors = _of_family(hf_files.open_tensors(directory, stack))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,7 @@ import safetensors
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, read_json
-from beyond_outliers.config.sums import (
-  SUMS,
-  file_sha256,
-  folder_mismatch,
-  replaced,
-  write_folder_sums,
-)
+from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.types import Json
@@ -50,16 +44,6 @@ def require_file(directory: pathlib.Path, name: str) -> None:
     str(directory),
     f"holds no {name}; give a whole Hugging Face model, as safetensors",
   )
-
-
-def check_sums(directory: pathlib.Path, files: Collection[str] | None = None) -> None:
-  """Refusal of files, all by default, that are not those that were written: where this program
-  wrote them, their SHA-256 sums lie beside them."""
-  if problem := folder_mismatch(directory, files):
-    raise ConfigError(
-      f"{directory}: {problem}; fetch the whole model again, or remove {SUMS} if it was changed on "
-      "purpose"
-    )
 
 
 def json_object(file: pathlib.Path) -> Json:
@@ -119,7 +103,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
 
 def companions(directory: pathlib.Path) -> dict[str, bytes]:
   """The COMPANIONS that a directory has, by name."""
-  check_sums(directory, (CONFIG, *COMPANIONS))
+  check_folder(directory, (CONFIG, *COMPANIONS))
   files = {name: directory / name for name in COMPANIONS}
   return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 

@@ -34,13 +34,7 @@ import safetensors.numpy
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, read_json
-from beyond_outliers.config.sums import (
-  SUMS,
-  file_sha256,
-  folder_mismatch,
-  replaced,
-  write_folder_sums,
-)
+from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.ops.tensor_files import write_tensors
 from beyond_outliers.params import (
@@ -181,10 +175,7 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
       str(directory),
       f"holds no {name}; give what save() of a quantized model wrote to",
     )
-  if problem := folder_mismatch(directory):
-    raise ConfigError(
-      f"{directory}: {problem}; {REMEDY}, or remove {SUMS} if it was changed on purpose"
-    )
+  check_folder(directory)
   description = read_json(directory / DESCRIPTION, ConfigError, REMEDY, DESCRIPTION_KINDS)
   try:
     return safetensors.numpy.load_file(directory / TENSORS), description

@@ -299,7 +299,7 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(
 def harness(run, content="these questions"):
   """A stand-in for the module harness."""
 
-  def load(names, folders):
+  def load(names, folders, **options):
     return [types.SimpleNamespace(name=name, content=content) for name in names]
 
   def ask(model, tasks):
