@@ -20,7 +20,7 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers.data import shards
 from beyond_outliers.data.record_windows import RecordWindows
-from beyond_outliers.data.sums import Sums
+from beyond_outliers.data.sums import FileSums
 from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.data.windows import make_batch, num_windows, process_rows, read_windows
 from beyond_outliers.errors import DataError
@@ -51,7 +51,7 @@ class Batches:
   """Endless iterator of batches whose place can be saved. `state()` describes the place after the
   last batch handed out, in JSON's types; batches read ahead don't count."""
 
-  def __init__(self, iterator: Any, sums: Sums):
+  def __init__(self, iterator: Any, sums: FileSums):
     self._iterator, self._sums = iterator, sums
     # Grain's iterators close themselves when they are deleted, which must happen before the
     # interpreter takes its modules down.
@@ -62,7 +62,8 @@ class Batches:
 
   def __next__(self) -> Batch:
     self._sums.check()
-    return next(self._iterator)
+    with self._sums.blamed():
+      return next(self._iterator)
 
   def state(self) -> Json:
     raise NotImplementedError

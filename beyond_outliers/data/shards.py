@@ -27,7 +27,7 @@ import numpy as np
 
 from beyond_outliers.config.sums import file_sha256
 from beyond_outliers.data import description, text_bytes, tokenizers
-from beyond_outliers.data.sums import Sums
+from beyond_outliers.data.sums import FileSums
 from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
@@ -96,7 +96,7 @@ class Dataset:
   directory: str
   meta: Json
   tokenizer: tokenizers.Tokenizer
-  sums: Sums = dataclasses.field(repr=False, compare=False)
+  sums: FileSums = dataclasses.field(repr=False, compare=False)
 
   @property
   def fingerprint(self) -> str:
@@ -116,9 +116,10 @@ class Dataset:
     """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
     if split == "validation" and "first_bytes" not in self.meta:
       return int(self._validation_bytes[: documents or None].sum())
-    return (
-      int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
-    )
+    if not documents:
+      return self.meta["splits"][split]["bytes"]
+    self.sums.verify([f"{split}.bytes"])
+    return int(self.stream(split).bytes[documents])
 
   @functools.cached_property
   def _validation_bytes(self) -> np.ndarray:
@@ -176,7 +177,7 @@ def open_dataset(directory: str) -> Dataset:
   """Opens a prepared folder. Errors: DataError naming what is missing, truncated, altered or not of
   this tokenizer.
 
-  The smallest files are compared with their sums now, others once they are read; see `Sums`."""
+  The smallest files are compared with their sums now, others once they are read; see `FileSums`."""
   meta = description.read_meta(directory)
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
@@ -188,7 +189,7 @@ def open_dataset(directory: str) -> Dataset:
         f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and "
         "prepare again"
       )
-  sums = Sums(directory, meta["files"])
+  sums = FileSums(directory, meta["files"])
   sums.verify_smallest()
   described = meta["tokenizer"]
   if described["stored"] not in [kind.stored for kind in tokenizers.TOKENIZERS.values()]:
@@ -216,4 +217,4 @@ def verify(dataset: Dataset) -> None:
   """Compares all files' SHA-256 with meta.json's, also those that were before. Errors: DataError
   naming the first difference."""
   files = dataset.meta["files"]
-  Sums(dataset.directory, files).verify(files)
+  FileSums(dataset.directory, files).verify(files)

@@ -4,9 +4,10 @@ dataset is opened, the others behind the reading."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import pathlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from beyond_outliers.config.sums import file_sha256
@@ -16,7 +17,7 @@ from beyond_outliers.types import Json
 AT_OPENING = 16 * 2**20  # bytes, of the smallest files: some hundredths of a second
 
 
-class Sums:
+class FileSums:
   """Files of a dataset's folder, each compared once with its SHA-256.
 
   described: {file: {bytes, sha256}}, as meta.json has it. A thread compares the files that `touch`
@@ -32,7 +33,7 @@ class Sums:
     self._problem = ""
 
   def __reduce__(self) -> Any:
-    return Sums, (str(self._folder), {name: self._described[name] for name in self._pending})
+    return FileSums, (str(self._folder), {name: self._described[name] for name in self._pending})
 
   def verify_smallest(self) -> None:
     """Errors: as `verify`."""
@@ -68,6 +69,15 @@ class Sums:
     if thread := self._thread:
       thread.join()
     self.check()
+
+  @contextlib.contextmanager
+  def blamed(self) -> Iterator[None]:
+    """Puts what is raised within down to a damaged file, if one was read. Errors: DataError."""
+    try:
+      yield
+    except Exception:
+      self.wait()
+      raise
 
   def _work(self) -> None:
     while True:

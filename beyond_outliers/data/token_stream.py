@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from beyond_outliers.data.sums import Sums
+from beyond_outliers.data.sums import FileSums
 from beyond_outliers.errors import DataError
 
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
@@ -22,9 +22,9 @@ class TokenStream:
   Files that are read are compared with their sums meanwhile. Errors: DataError from `read`, once
   one is known to differ, and from `verify`."""
 
-  def __init__(self, directory: str, split: str, dtype: str, shards: list[str], sums: Sums):
+  def __init__(self, directory: str, split: str, dtype: str, shards: list[str], sums: FileSums):
     self._arguments = (directory, split, dtype, shards, sums)
-    self._directory, self._split, self._shards, self._sums = directory, split, shards, sums
+    self._directory, self._split, self._shards, self.sums = directory, split, shards, sums
     self.dtype = np.dtype(dtype)
     sizes = [self._size(shard) // self.dtype.itemsize for shard in shards]
     self._offsets = np.cumsum([0, *sizes], dtype=np.int64)
@@ -35,14 +35,14 @@ class TokenStream:
 
   def verify(self) -> None:
     """Compares all of the split's files with their sums, those that were not yet."""
-    self._sums.verify([*self._shards, f"{self._split}.starts", f"{self._split}.bytes"])
+    self.sums.verify([*self._shards, f"{self._split}.starts", f"{self._split}.bytes"])
 
   def _map_shard(self, shard: int) -> np.ndarray:
     return self._memory_map(self._shards[shard], self.dtype)
 
   def _memory_map(self, name: str, dtype: Any) -> np.ndarray:
     """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
-    self._sums.touch(name)
+    self.sums.touch(name)
     with _readable(os.path.join(self._directory, name)) as path:
       return np.asarray(np.memmap(path, dtype, "r"))
 
@@ -65,7 +65,7 @@ class TokenStream:
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Tokens [start, stop) in the dtype of the shards, cut off at the end of the stream."""
-    self._sums.check()
+    self.sums.check()
     stop = min(stop, len(self))
     shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
     parts = []

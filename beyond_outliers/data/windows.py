@@ -106,11 +106,12 @@ class ValidationBatches(Sequence):
       raise IndexError(k)
     if k == len(self) - 1:
       self._stream.verify()
-    begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
-    tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
-    beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
-    tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0
-    return make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
+    with self._stream.sums.blamed():
+      begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
+      tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
+      beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
+      tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0
+      return make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
 
 
 class _Reading(Iterator):
@@ -149,14 +150,15 @@ def validation_batches(
       f"eval.documents = {documents}: the validation split has {known}; give at most that, or 0 "
       "for all"
     )
-  tokens = int(stream.starts[documents or known])
-  if tokens < 2:
-    raise DataError(
-      f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
-    )
+  with stream.sums.blamed():
+    tokens = int(stream.starts[documents or known])
+    if tokens < 2:
+      raise DataError(
+        f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
+      )
+    # No target comes before the stream's first token, or, if documents are kept apart, each one's.
+    unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
   rows = process_rows(process_index, process_count, batch_size)
-  # No target comes before the stream's first token, or, where documents are kept apart, each one's.
-  unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
   return ValidationBatches(stream, tokens, cfg, context, batch_size, rows, unscored_bytes)
 
 
