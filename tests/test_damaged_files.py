@@ -4,8 +4,11 @@ another's of its kind, is refused or changes nothing of what is read."""
 import dataclasses
 import fnmatch
 import functools
+import hashlib
+import io
 import json
 import pathlib
+import pickle
 import shutil
 
 import jax
@@ -174,6 +177,25 @@ DAMAGES = {
 }
 
 
+class Touching:
+  """What leaves a file where it is unpickled."""
+
+  def __init__(self, file):
+    self._file = file
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (pathlib.Path(self._file),)
+
+
+def programs(file):
+  """Contents that numpy and pickle would run, to be taken for others."""
+  objects = np.array([Touching(file)], object)
+  npy, npz = io.BytesIO(), io.BytesIO()
+  np.save(npy, objects, allow_pickle=True)
+  np.savez(npz, objects=objects)
+  return pickle.dumps(Touching(file)), npy.getvalue(), npz.getvalue()
+
+
 def files(folder):
   return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -221,3 +243,33 @@ def test_no_damage_is_silent(written, at_opening, tmp_path, monkeypatch):
   assert not silent
   # Their white space, and a folder without sums, which is one from before there were any.
   assert {name for name, _ in unseen} <= {"meta.json", SUMS}, unseen
+
+
+def test_a_pickle_in_the_place_of_a_file_is_not_run(written, tmp_path):
+  """Also where the sums are the pickle's own."""
+  folder, _, read, kinds = written
+  run = tmp_path / "run"
+  for kind in kinds:
+    name = fnmatch.filter(files(folder), kind)[0]
+    for content in programs(run):
+      copy = tmp_path / "copy"
+      shutil.copytree(folder, copy)
+      (copy / name).write_bytes(content)
+      if name not in (SUMS, "meta.json"):
+        (copy / SUMS).unlink(missing_ok=True)
+        if (copy / "meta.json").exists():
+          meta = json.loads((copy / "meta.json").read_text())
+          digest = hashlib.sha256(content).hexdigest()
+          meta["files"][name] = {"bytes": len(content), "sha256": digest}
+          meta.pop("sha256")
+          (copy / "meta.json").write_text(json.dumps(meta))
+      try:
+        read(copy)
+      except Refusal as error:
+        assert "\n" not in str(error), (name, str(error))
+      else:
+        assert name == "tokenizer.json" and "config.json" in kinds, "nobody reads that one"
+      assert not run.exists(), name
+      shutil.rmtree(copy)
+  pickle.loads(programs(run)[0])
+  assert run.exists(), "or this would test nothing"

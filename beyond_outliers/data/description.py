@@ -79,6 +79,9 @@ def _problem(meta: Json) -> str:
     size = sum(meta["files"][name]["bytes"] for name in counts["shards"])
     if None in counts.values() or size != int(meta["dtype"][-1]) * counts["tokens"]:
       return f"{counts['tokens']} tokens of the {split} split are not what its shards hold"
+    for name in (f"{split}.starts", f"{split}.bytes"):
+      if meta["files"][name]["bytes"] != 8 * (counts["documents"] + 1):
+        return f"{counts['documents']} documents of the {split} split are not what {name} holds"
   if meta["records"] is not None:
     if found := misfit(meta["records"], RECORD_KINDS):
       return f"of records: {found}"
