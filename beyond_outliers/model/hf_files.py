@@ -15,7 +15,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, read_json
 from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.ops.tensor_files import write_tensors
+from beyond_outliers.ops.tensor_files import repeated_name, write_tensors
 from beyond_outliers.types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,6 +68,10 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
         f"directory = '{directory}': {file} is not a whole safetensors file ({error}); "
         "fetch it again"
       ) from error
+    if repeated := repeated_name(directory / file):
+      raise ConfigError(
+        f"directory = '{directory}': {repeated} stands twice in {file}; fetch it again"
+      )
     for name in handle.keys():
       if name in found:
         raise ConfigError(

@@ -36,7 +36,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, read_json
 from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.ops.tensor_files import write_tensors
+from beyond_outliers.ops.tensor_files import repeated_name, write_tensors
 from beyond_outliers.params import (
   at_depth,
   is_stacked,
@@ -178,9 +178,13 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
   check_folder(directory)
   description = read_json(directory / DESCRIPTION, ConfigError, REMEDY, DESCRIPTION_KINDS)
   try:
-    return safetensors.numpy.load_file(directory / TENSORS), description
-  except (OSError, LookupError, TypeError, safetensors.SafetensorError) as error:
+    tensors = safetensors.numpy.load_file(directory / TENSORS)
+    repeated = repeated_name(directory / TENSORS)
+  # AttributeError: of types that numpy does not have.
+  except (OSError, AttributeError, safetensors.SafetensorError) as error:
     raise ConfigError(f"{directory / TENSORS}: {error}; {REMEDY}") from None
+  require(not repeated, str(directory / TENSORS), repeated, f"stands twice in it; {REMEDY}")
+  return tensors, description
 
 
 def _matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:

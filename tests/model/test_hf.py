@@ -488,6 +488,18 @@ def test_a_tensor_file_whose_header_lies_is_refused(content, copy):
     hf.load(directory)
 
 
+def test_a_name_that_stands_twice_in_a_header_is_refused(copy):
+  """Which of the two a reader takes is the reader's choice."""
+  directory, _, _ = copy
+  described = b'{"a": %s, "a": %s, "b": %s}' % tuple(
+    json.dumps(matrix(*offsets, shape=(2,))).encode() for offsets in ((0, 8), (8, 16), (0, 8))
+  )
+  content = len(described).to_bytes(8, "little") + described + bytes(16)
+  (directory / hf.SINGLE).write_bytes(content)
+  with pytest.raises(config.ConfigError, match=r"a stands twice in model.safetensors; fetch it"):
+    hf.load(directory)
+
+
 def test_names_of_a_model_that_was_saved_without_its_head(written, copy):
   """Of a tied one nothing is missing; transformers puts the prefix before them."""
   directory, change_config, change_tensors = copy

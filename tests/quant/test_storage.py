@@ -271,3 +271,52 @@ def test_a_folder_of_any_name_gives_back_the_model(tmp_path, monkeypatch):
     checkpoint.save_quantized(q, tmp_path / "2")
   with pytest.raises(checkpoint.CheckpointError, match=r"/2 is damaged: .*; copy it again"):
     checkpoint.load_quantized(tmp_path / "2")
+
+
+def header(text, data=bytes(16)):
+  """A safetensors file's bytes."""
+  return len(text).to_bytes(8, "little") + text.encode() + data
+
+
+def matrix(start, stop, *shape, dtype="F32"):
+  return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": [start, stop]})
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"", "header too small"),
+    ((2**62).to_bytes(8, "little") + b"{}", "header too large"),
+    (header(f'{{"a": {matrix(0, 16, 4)}}}')[:-1], "file not fully covered"),
+    (header(f'{{"a": {matrix(0, 4096, 32, 32)}}}'), "file not fully covered"),
+    (header(f'{{"a": {matrix(0, 16, 3, 3)}}}'), "invalid shape, data type, or offset"),
+    (header(f'{{"a": {matrix(0, 8, 2)}, "b": {matrix(4, 16, 3)}}}'), "invalid offset for"),
+    (header(f'{{"a": {matrix(0, 4, 1)}, "b": {matrix(8, 16, 2)}}}'), "invalid offset for"),
+    (header(f'{{"a": {matrix(-16, 0, 4)}}}'), "expected usize"),
+    (header(f'{{"a": {matrix(0, 16, 2**62, 2**62)}}}'), "overflow computing buffer size"),
+    (header(f'{{"a": {matrix(0, 16, 16, dtype="F8_E4M3")}}}'), "has no attribute 'float8"),
+    (header(f'{{"a": {matrix(0, 16, 4)}, "a": {matrix(0, 16, 4)}}}'), "= 'a': stands twice in it"),
+  ],
+)
+def test_a_tensor_file_whose_header_lies_is_refused(content, message, tmp_path):
+  """By safetensors, but for the last; and a type that numpy lacks."""
+  model = {"class": "", "config": {}}
+  described = {"version": 1, "model": model, "method": "", "recipe": [], "matrices": {}}
+  storage.write_model(tmp_path, {}, described)
+  (tmp_path / SUMS).unlink()
+  (tmp_path / storage.TENSORS).write_bytes(content)
+  with pytest.raises(
+    config.ConfigError, match=rf"model.safetensors[: ][^\n]*{message}.*; fetch the"
+  ):
+    storage.read_model(tmp_path)
+
+
+def test_a_save_that_breaks_off_leaves_no_model(tmp_path, monkeypatch):
+  model = {"class": "", "config": {}}
+  described = {"version": 1, "model": model, "method": "", "recipe": [], "matrices": {}}
+  monkeypatch.setattr(storage, "write_folder_sums", lambda *given: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    storage.write_model(tmp_path, {"a": np.ones(3)}, described)
+  assert [path.name for path in tmp_path.iterdir()] == [storage.TENSORS]
+  with pytest.raises(config.ConfigError, match=r"holds no quantized.json"):
+    storage.read_model(tmp_path)
