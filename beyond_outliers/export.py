@@ -36,7 +36,7 @@ import numpy as np
 from beyond_outliers.config.checks import require
 from beyond_outliers.model import hf, hf_config, hf_files
 from beyond_outliers.params import at_depth, is_kernel, leaves_by_path, parent
-from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, quantizers, storage
+from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, packing, quantizers
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.types import Json, PathLike
 
@@ -285,6 +285,6 @@ def _pack(codes_OxK: np.ndarray, bits: int) -> np.ndarray:
   Codes plus 2^(bits - 1), the first of a row in the lowest bits."""
   K = codes_OxK.shape[1]
   digits = codes_OxK.astype(np.int32) + 2 ** (bits - 1)
-  in_words = np.pad(digits, ((0, 0), (0, -K % (storage.WORD_BITS // bits))))
-  packed = storage.pack_digits(in_words, bits).view("<i4").reshape(len(codes_OxK), -1)
+  in_words = np.pad(digits, ((0, 0), (0, -K % (packing.WORD_BITS // bits))))
+  packed = packing.pack_digits(in_words, bits).view("<i4").reshape(len(codes_OxK), -1)
   return np.ascontiguousarray(packed[:, : -(-K * bits // 32)])

@@ -24,10 +24,9 @@ from etils.epath import gpath
 
 from beyond_outliers import config, mesh
 from beyond_outliers.config.files import make_folder, read_json
+from beyond_outliers.config.sums import SUMS, file_sha256, folder_mismatch, write_folder_sums
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
-
-SUMS = "sha256.json"  # of a checkpoint: {file: its SHA-256}
 
 PACKAGES = (
   "jax",
@@ -236,32 +235,17 @@ def digest(value: Any) -> str:
 
 def write_sums(directory: epath.Path) -> None:
   """Seals a checkpoint: the SHA-256 of every file in the directory goes into its SUMS."""
-  sums = {name: _sha256(directory / name) for name in files_below(directory)}
-  temporary = directory / (SUMS + ".tmp")
-  temporary.write_text(json.dumps(sums, indent=1))
-  temporary.rename(directory / SUMS)
+  sums = {name: file_sha256(directory / name) for name in files_below(directory)}
+  write_folder_sums(directory, sums)
 
 
 def mismatch(directory: epath.Path) -> str:
   """The first difference of a directory's files from its SUMS, or nothing, also without any."""
-  try:
-    sums = json.loads((directory / SUMS).read_bytes())
-  except FileNotFoundError:
+  if not (directory / SUMS).exists():
     logging.warning(
       "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
     )
-    return ""
-  except (ValueError, RecursionError, OSError):
-    sums = None
-  if not isinstance(sums, dict) or not sums:
-    return f"{SUMS} is not readable"
-  files = set(files_below(directory))
-  for name, expected in sums.items():
-    if name not in files:
-      return f"{name} is missing"
-    if _sha256(directory / name) != expected:
-      return f"{name} does not match its SHA-256 sum"
-  return ""
+  return folder_mismatch(directory)
 
 
 def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
@@ -281,15 +265,9 @@ def files_below(directory: epath.Path) -> list[str]:
     for entry in pending.pop().iterdir():
       if entry.is_dir():
         pending.append(entry)
-      elif entry.name not in (SUMS, SUMS + ".tmp"):
+      elif not entry.name.startswith(SUMS):
         found.append(str(entry.relative_to(directory)))
   return sorted(found)
-
-
-def _sha256(path: epath.Path) -> str:
-  with path.open("rb") as file:
-    # pyrefly: ignore[bad-argument-type]  (etils says only IO; it is a file like any)
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _now() -> str:

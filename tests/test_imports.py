@@ -44,7 +44,12 @@ DOORS = {
   ),  # readers of other programs' files and of our own, and the one writer of both
   "matplotlib": ("analysis/plots",),
   "ml_collections": ("cli", "main"),
-  "lm_eval": ("evaluate/harness", "evaluate/harness_lm", "evaluate/harness_tasks"),
+  "lm_eval": (
+    "evaluate/harness",
+    "evaluate/harness_lm",
+    "evaluate/harness_tasks",
+    "evaluate/task_code",
+  ),
   "torch": ("bench/peers",),
   "pytorch_optimizer": ("bench/peers",),
   "tensorflow": (),
@@ -176,6 +181,39 @@ def test_safetensors_files_have_one_writer():
     if isinstance(node, ast.Attribute) and node.attr in ("save", "save_file", "serialize_file")
   }
   assert writers == {"ops/tensor_files"}
+
+
+# Libraries whose files are programs, and calls that run a text or import by a name.
+PROGRAMS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code"}
+RUNNING = {
+  "eval",
+  "exec",
+  "compile",
+  "__import__",
+  "np.load",
+  "torch.load",
+  "pd.read_pickle",
+  "yaml.load",
+  "importlib.import_module",
+  "importlib.util.spec_from_file_location",
+}
+RUNS = {
+  "bench/study_configs": {"importlib.import_module"},  # the clone's own configurations
+  "evaluate/task_code": {"yaml.load"},  # by a loader of plain values
+  "quant/storage": {"importlib.import_module"},  # by its own table
+  "writers": {"importlib.import_module"},  # of an optional library, named in the code
+}
+
+
+def test_no_file_that_is_read_is_a_program():
+  assert not {module for module in MODULES if PROGRAMS & libraries_imported(module)}
+  found: dict[str, set[str]] = {}
+  for module, tree in MODULES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in RUNNING:
+        found.setdefault(module, set()).add(name)
+      assert not isinstance(node, ast.keyword) or node.arg != "allow_pickle", module
+  assert found == RUNS
 
 
 def test_config_files_import_only_each_other_and_the_config_module():

@@ -107,7 +107,7 @@ FLAGS = {
   "beyond_outliers.prepare": "config verify",
   "beyond_outliers.evaluate": (
     "workdir hf checkpoint steps recipes methods tasks task_folders calibration data context "
-    "batch_size documents follow poll out json average"
+    "batch_size documents follow poll out json average trust_task_code"
   ),
   "beyond_outliers.evaluate.offline_tasks": "evals to",
   "beyond_outliers.analysis": (

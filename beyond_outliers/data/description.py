@@ -3,10 +3,13 @@ written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from typing import Any
 
 from beyond_outliers.config.files import misfit, read_json
+from beyond_outliers.config.sums import stays_inside
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
@@ -44,9 +47,18 @@ def read_meta(directory: str) -> Json:
     ) from None
   if meta["format"] != FORMAT:
     raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; {REMEDY}")
-  if problem := misfit(meta, META_KINDS) or _problem(meta):
+  written = meta.pop("sha256", None)  # older ones have none
+  problem = misfit(meta, META_KINDS) or _problem(meta)
+  if not problem and written not in (None, meta_sha256(meta)):
+    problem = "was altered since it was written (its own SHA-256 differs)"
+  if problem:
     raise DataError(f"{path}: {problem}; {REMEDY}")
   return meta
+
+
+def meta_sha256(meta: Json) -> str:
+  """SHA-256 of the values of a meta.json, but for this sum itself."""
+  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _problem(meta: Json) -> str:
@@ -54,6 +66,8 @@ def _problem(meta: Json) -> str:
   if meta["dtype"] not in ("<u2", "<u4"):
     return f"dtype is {meta['dtype']!r}, not '<u2' or '<u4'"
   for name, described in meta["files"].items():
+    if not stays_inside(name):
+      return f"files names {name!r}, outside of the folder"
     if found := misfit(described, FILE_KINDS):
       return f"of {name}: {found}"
   for split, counts in meta["splits"].items():
@@ -65,8 +79,16 @@ def _problem(meta: Json) -> str:
     size = sum(meta["files"][name]["bytes"] for name in counts["shards"])
     if None in counts.values() or size != int(meta["dtype"][-1]) * counts["tokens"]:
       return f"{counts['tokens']} tokens of the {split} split are not what its shards hold"
-  if meta["records"] is not None and (found := misfit(meta["records"], RECORD_KINDS)):
-    return f"of records: {found}"
+    for name in (f"{split}.starts", f"{split}.bytes"):
+      if meta["files"][name]["bytes"] != 8 * (counts["documents"] + 1):
+        return f"{counts['documents']} documents of the {split} split are not what {name} holds"
+  if meta["records"] is not None:
+    if found := misfit(meta["records"], RECORD_KINDS):
+      return f"of records: {found}"
+    path = meta["records"]["path"]
+    inside = path.startswith("{directory}/") and stays_inside(path)
+    if not os.path.isabs(path) and not inside:
+      return f"records.path is {path!r}, neither in the folder nor absolute"
   first = meta.get("first_bytes", {})
   if not isinstance(first, dict) or not all(
     number.isdecimal() and isinstance(size, int) for number, size in first.items()

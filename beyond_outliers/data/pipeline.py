@@ -20,6 +20,8 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers.data import shards
 from beyond_outliers.data.record_windows import RecordWindows
+from beyond_outliers.data.sums import FileSums
+from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.data.windows import make_batch, num_windows, process_rows, read_windows
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Batch, Json
@@ -38,7 +40,8 @@ def train_batches(
   """Batches without end, reshuffled each epoch; the rows of one process. `cfg` is the data section.
 
   Errors: DataError naming the field where the sizes don't divide or the dataset is of the other
-  reader; from the iterator, where a token id is outside data.vocab.
+  reader; from the iterator, where a token id is outside data.vocab, and once a file that was read
+  is known to differ from its sum.
   """
   rows = process_rows(process_index, process_count, batch_size)
   return READERS[cfg.reader](dataset, cfg, context, batch_size, seed, rows)
@@ -48,8 +51,8 @@ class Batches:
   """Endless iterator of batches whose place can be saved. `state()` describes the place after the
   last batch handed out, in JSON's types; batches read ahead don't count."""
 
-  def __init__(self, iterator: Any):
-    self._iterator = iterator
+  def __init__(self, iterator: Any, sums: FileSums):
+    self._iterator, self._sums = iterator, sums
     # Grain's iterators close themselves when they are deleted, which must happen before the
     # interpreter takes its modules down.
     weakref.finalize(self, vars(self).clear)
@@ -58,7 +61,9 @@ class Batches:
     return self
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    self._sums.check()
+    with self._sums.blamed():
+      return next(self._iterator)
 
   def state(self) -> Json:
     raise NotImplementedError
@@ -86,7 +91,7 @@ class ShardBatches(Batches):
     windows = _ShuffledWindows(dataset.stream("train"), cfg, context, batch_size, seed, rows)
     batches = grain.MapDataset.range(sys.maxsize // batch_size).map(windows)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=cfg.prefetch)
-    super().__init__(iter(batches.to_iter_dataset(options)))
+    super().__init__(iter(batches.to_iter_dataset(options)), dataset.sums)
 
   def state(self):
     return {"batches": grain.experimental.get_next_index(self._iterator)}
@@ -104,7 +109,7 @@ class _ShuffledWindows:
 
   def __init__(
     self,
-    stream: shards.TokenStream,
+    stream: TokenStream,
     cfg: config.Data,
     context: int,
     batch_size: int,
@@ -166,7 +171,8 @@ class RecordBatches(Batches):
       )
     self._readers, self._owned = cfg.readers, range(rows.start // share, rows.stop // share)
     self._windows = RecordWindows(dataset, cfg, context, seed, self._owned, share)
-    super().__init__(grain.experimental.ThreadPrefetchDatasetIterator(self._windows, cfg.prefetch))
+    batches = grain.experimental.ThreadPrefetchDatasetIterator(self._windows, cfg.prefetch)
+    super().__init__(batches, dataset.sums)
 
   def state(self):
     return self._iterator.get_state()

@@ -127,6 +127,12 @@ def _make(cfg: config.Data, directory: str, log: _Log) -> None:
 
 def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   """Refuses a dataset that the configuration or the source files have moved away from."""
+  settings = {name: dataset.meta["settings"].get(name) for name in _settings(cfg)}
+  if settings != _settings(cfg):  # which its folder's name is made of
+    raise DataError(
+      f"{dataset.path('meta.json')}: is of another dataset, made with {settings}; delete the "
+      "folder and prepare again"
+    )
   tokenizer = dataset.tokenizer
   _check_vocab(tokenizer, cfg)
   file = cfg.tokenizer.partition(":")[2]

@@ -51,6 +51,8 @@ class RecordWindows:
       )
     path = shards.in_folder(described["path"], dataset.directory)
     tfds.split_files(path)  # refuses a file that is missing
+    folder = described["path"].removeprefix("{directory}/")
+    dataset.sums.touch(*(name for name in dataset.meta["files"] if name.startswith(f"{folder}/")))
     records = tfds.Records(path, described["field"])
     self._readers = {
       str(number): _Reader(_document_chunks(records, dataset, cfg, seed, number))

@@ -1,7 +1,7 @@
 """Shards: a prepared dataset on disk, as flat files of tokens and a meta.json that describes them.
 
   meta.json            settings, split rule, tokenizer fingerprint, counts, and size and SHA-256 of
-                       every file below
+                       every file below, and of itself without that
   tokenizer.*          a copy of the files the tokenizer is made of
   train-00000.bin ...  token ids, uint16 or uint32 little-endian: one stream over all shards,
                        separators included
@@ -21,15 +21,16 @@ import hashlib
 import io
 import json
 import os
-from typing import Any
+import pathlib
 
 import numpy as np
 
+from beyond_outliers.config.sums import file_sha256
 from beyond_outliers.data import description, text_bytes, tokenizers
+from beyond_outliers.data.sums import FileSums
+from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
-
-OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
 
 
 class ShardWriter:
@@ -85,73 +86,17 @@ class ShardWriter:
     }
 
 
-class TokenStream:
-  """The tokens of one split as one long array, over lazily opened memory maps; picklable."""
-
-  def __init__(self, directory: str, split: str, dtype: str, shards: list[str]):
-    self._arguments = (directory, split, dtype, shards)
-    self._paths = [os.path.join(directory, shard) for shard in shards]
-    self._index = os.path.join(directory, split)
-    self.dtype = np.dtype(dtype)
-    sizes = [os.path.getsize(path) // self.dtype.itemsize for path in self._paths]
-    self._offsets = np.cumsum([0, *sizes], dtype=np.int64)
-    self._map = functools.lru_cache(OPEN_SHARDS)(self._map_shard)
-
-  def __reduce__(self):
-    return TokenStream, self._arguments
-
-  def _map_shard(self, shard: int) -> np.ndarray:
-    return _memory_map(self._paths[shard], self.dtype)
-
-  def __len__(self) -> int:
-    return int(self._offsets[-1])
-
-  @functools.cached_property
-  def starts(self) -> np.ndarray:
-    """int64 [documents + 1]: where each document starts, then the stream's length."""
-    return _memory_map(self._index + ".starts", np.int64)
-
-  @functools.cached_property
-  def bytes(self) -> np.ndarray:
-    """int64 [documents + 1]: bytes of text before each document, then the total."""
-    return _memory_map(self._index + ".bytes", np.int64)
-
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """Tokens [start, stop) in the dtype of the shards, cut off at the end of the stream."""
-    stop = min(stop, len(self))
-    shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
-    parts = []
-    while start < stop:
-      first, last = int(self._offsets[shard]), min(stop, int(self._offsets[shard + 1]))
-      parts.append(self._map(shard)[start - first : last - first])
-      start, shard = last, shard + 1
-    return (
-      parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, self.dtype)
-    )
-
-  def take(self, positions: np.ndarray) -> np.ndarray:
-    """Tokens at any positions, in ascending order."""
-    shards = np.searchsorted(self._offsets, positions, side="right") - 1
-    parts = [
-      self._map(int(shard))[positions[shards == shard] - self._offsets[shard]]
-      for shard in np.unique(shards)
-    ]
-    return np.concatenate(parts)
-
-  def document(self, number: int) -> np.ndarray:
-    """The ids of one document, its separator included."""
-    return self.read(int(self.starts[number]), int(self.starts[number + 1]))
-
-
 @dataclasses.dataclass(frozen=True)
 class Dataset:
   """A prepared dataset, opened.
 
-  `meta` is meta.json; `fingerprint` names the contents, wherever the folder lies."""
+  `meta` is meta.json; `fingerprint` names the contents, wherever the folder lies. `sums` compares
+  files with it."""
 
   directory: str
   meta: Json
   tokenizer: tokenizers.Tokenizer
+  sums: FileSums = dataclasses.field(repr=False, compare=False)
 
   @property
   def fingerprint(self) -> str:
@@ -171,9 +116,10 @@ class Dataset:
     """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
     if split == "validation" and "first_bytes" not in self.meta:
       return int(self._validation_bytes[: documents or None].sum())
-    return (
-      int(self.stream(split).bytes[documents]) if documents else self.meta["splits"][split]["bytes"]
-    )
+    if not documents:
+      return self.meta["splits"][split]["bytes"]
+    self.sums.verify([f"{split}.bytes"])
+    return int(self.stream(split).bytes[documents])
 
   @functools.cached_property
   def _validation_bytes(self) -> np.ndarray:
@@ -201,14 +147,15 @@ class Dataset:
       raise DataError(
         f"{self.directory}: the {split} documents are TFDS records; set data.reader = 'tfds'"
       )
-    return TokenStream(self.directory, split, self.meta["dtype"], shards)
+    return TokenStream(self.directory, split, self.meta["dtype"], shards, self.sums)
 
   def path(self, name: str) -> str:
     return os.path.join(self.directory, name)
 
 
 def write_meta(directory: str, meta: Json) -> None:
-  """Completes a folder: meta.json with the size and SHA-256 of every other file. Written last."""
+  """Completes a folder: meta.json with the size and SHA-256 of every other file, and its own.
+  Written last."""
   names = sorted(
     os.path.relpath(os.path.join(folder, name), directory)
     for folder, _, found in os.walk(directory)
@@ -217,17 +164,20 @@ def write_meta(directory: str, meta: Json) -> None:
   files = {
     name: {
       "bytes": os.path.getsize(os.path.join(directory, name)),
-      "sha256": _sha256(os.path.join(directory, name)),
+      "sha256": file_sha256(pathlib.Path(directory, name)),
     }
     for name in names
   }
+  meta = {"format": description.FORMAT, **meta, "files": files}
   with open(os.path.join(directory, "meta.json"), "w") as file:
-    json.dump({"format": description.FORMAT, **meta, "files": files}, file, indent=1)
+    json.dump({**meta, "sha256": description.meta_sha256(meta)}, file, indent=1)
 
 
 def open_dataset(directory: str) -> Dataset:
-  """Opens a prepared folder. Errors: DataError naming what is missing, truncated or not of this
-  tokenizer; see also `verify`."""
+  """Opens a prepared folder. Errors: DataError naming what is missing, truncated, altered or not of
+  this tokenizer.
+
+  The smallest files are compared with their sums now, others once they are read; see `FileSums`."""
   meta = description.read_meta(directory)
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
@@ -239,7 +189,14 @@ def open_dataset(directory: str) -> Dataset:
         f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and "
         "prepare again"
       )
+  sums = FileSums(directory, meta["files"])
+  sums.verify_smallest()
   described = meta["tokenizer"]
+  if described["stored"] not in [kind.stored for kind in tokenizers.TOKENIZERS.values()]:
+    raise DataError(
+      f"{os.path.join(directory, 'meta.json')}: tokenizer.stored is {described['stored']!r}, no "
+      "copy of this program's in the folder; delete the folder and prepare again"
+    )
   stored = in_folder(described["stored"], directory)
   tokenizer = tokenizers.load(stored, described.get("eot", ""))
   if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
@@ -248,7 +205,7 @@ def open_dataset(directory: str) -> Dataset:
       f"{meta['tokenizer']['fingerprint'][:12]}: the file was replaced; delete the folder and "
       "prepare again"
     )
-  return Dataset(directory, meta, tokenizer)
+  return Dataset(directory, meta, tokenizer, sums)
 
 
 def in_folder(stored: str, directory: str) -> str:
@@ -257,20 +214,7 @@ def in_folder(stored: str, directory: str) -> str:
 
 
 def verify(dataset: Dataset) -> None:
-  """Compares all files' SHA-256 with meta.json's. Errors: DataError naming the first difference."""
-  for name, expected in dataset.meta["files"].items():
-    if _sha256(dataset.path(name)) != expected["sha256"]:
-      raise DataError(
-        f"{dataset.path(name)}: contents are not those that were prepared (SHA-256 differs from "
-        "meta.json's); delete the folder and prepare again"
-      )
-
-
-def _memory_map(path: str, dtype: Any) -> np.ndarray:
-  """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
-  return np.asarray(np.memmap(path, dtype, "r"))
-
-
-def _sha256(path: str) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  """Compares all files' SHA-256 with meta.json's, also those that were before. Errors: DataError
+  naming the first difference."""
+  files = dataset.meta["files"]
+  FileSums(dataset.directory, files).verify(files)

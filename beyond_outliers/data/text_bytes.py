@@ -9,7 +9,7 @@ import numpy as np
 from beyond_outliers.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-  from beyond_outliers.data.shards import TokenStream
+  from beyond_outliers.data.token_stream import TokenStream
 
 
 def of_first_tokens(

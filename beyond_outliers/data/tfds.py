@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,6 +102,7 @@ class Records:
   @functools.cached_property
   def _source(self):
     builder, split = _open(self.path, self._field)
+    split_files(self.path)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
       raise DataError(
         f"data.path = {self.path!r}: prepared as {builder.info.file_format.value}, which has no "
@@ -130,10 +132,14 @@ class Records:
 
 
 def split_files(path: str) -> list[str]:
-  """The record files of a split. Errors: DataError if one named in the description is missing."""
+  """The record files of a split. Errors: DataError if one named in the description is missing, or
+  not of the dataset's folder."""
   builder, split = _open(path)
   with _readable(path):
     names = [str(part.filename) for part in builder.info.splits[split].file_instructions]
+  folder = os.path.normpath(builder.data_path)
+  if outside := [name for name in names if os.path.dirname(os.path.normpath(name)) != folder]:
+    raise DataError(f"data.path = {path!r}: names {outside[0]}, outside of its folder")
   missing = [name for name in names if not os.path.isfile(name)]
   if missing:
     raise DataError(f"data.path = {path!r}: {missing[0]} is missing")
@@ -193,6 +199,7 @@ def _open(path: str, field: str | None = None) -> tuple[Any, str]:
       "expected the directory of its version, such as .../c4/en/3.0.1"
     )
   with _readable(path):
+    _check_features(os.path.join(directory, "features.json"))
     builder = tfds.builder_from_directory(directory)
   name = split.partition("[")[0]
   if name not in builder.info.splits:
@@ -205,6 +212,24 @@ def _open(path: str, field: str | None = None) -> tuple[Any, str]:
       f"{sorted(builder.info.features)}"
     )
   return builder, split
+
+
+def _check_features(file: str) -> None:
+  """Refusal of a description that has TFDS import a module that is none of its own, as it does by
+  the names of classes. Errors: DataError."""
+  if not os.path.exists(file):
+    return
+  with open(file, "rb") as stream:
+    pending = [json.loads(stream.read())]
+  while pending:
+    node = pending.pop()
+    if isinstance(node, dict):
+      # By the names of JSON, of the protocol buffer that it stands for, and from before that.
+      legacy = node.get("type") if "content" in node else None
+      for name in (node.get("pythonClassName"), node.get("python_class_name"), legacy):
+        if name is not None and not str(name).startswith("tensorflow_datasets.core.features."):
+          raise DataError(f"{file}: names the class {name!r}, none of TFDS; copy it again")
+    pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
 
 
 def _tfrecords(file: str) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers.data import shards
+from beyond_outliers.data.token_stream import TokenStream
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Batch
 
@@ -24,7 +25,7 @@ def num_windows(tokens: int, context: int) -> int:
 
 
 def read_windows(
-  stream: shards.TokenStream, begins: np.ndarray, context: int
+  stream: TokenStream, begins: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """(token ids, 1-based document numbers), both [b, W]; 0 beyond the end of the stream."""
   tokens_bxW = np.zeros((len(begins), context + 1), stream.dtype)
@@ -75,13 +76,14 @@ def make_batch(
 
 class ValidationBatches(Sequence):
   """Batches of the validation documents in their own order, every target once; targets beyond the
-  end have weight 0. Read when asked for.
+  end have weight 0. Read when asked for; the last, without which nobody has all, once the split's
+  files are those that were prepared.
 
   unscored_bytes: of the documents' text, those whose tokens are no targets, on any process."""
 
   def __init__(
     self,
-    stream: shards.TokenStream,
+    stream: TokenStream,
     tokens: int,
     cfg: config.Data,
     context: int,
@@ -102,11 +104,14 @@ class ValidationBatches(Sequence):
   def __getitem__(self, k: int) -> Batch:  # pyrefly: ignore[bad-override]  (no slices)
     if not 0 <= k < len(self):
       raise IndexError(k)
-    begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
-    tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
-    beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
-    tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0
-    return make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
+    if k == len(self) - 1:
+      self._stream.verify()
+    with self._stream.sums.blamed():
+      begins = (k * self.batch_size + np.array(self._rows, np.int64)) * self._context
+      tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
+      beyond_bxW = begins[:, None] + np.arange(self._context + 1) >= self._tokens
+      tokens_bxW[beyond_bxW], documents_bxW[beyond_bxW] = 0, 0
+      return make_batch(tokens_bxW, documents_bxW, self._cfg, f"validation batch {k}")
 
 
 class _Reading(Iterator):
@@ -145,14 +150,15 @@ def validation_batches(
       f"eval.documents = {documents}: the validation split has {known}; give at most that, or 0 "
       "for all"
     )
-  tokens = int(stream.starts[documents or known])
-  if tokens < 2:
-    raise DataError(
-      f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
-    )
+  with stream.sums.blamed():
+    tokens = int(stream.starts[documents or known])
+    if tokens < 2:
+      raise DataError(
+        f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
+      )
+    # No target comes before the stream's first token, or, if documents are kept apart, each one's.
+    unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
   rows = process_rows(process_index, process_count, batch_size)
-  # No target comes before the stream's first token, or, where documents are kept apart, each one's.
-  unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
   return ValidationBatches(stream, tokens, cfg, context, batch_size, rows, unscored_bytes)
 
 

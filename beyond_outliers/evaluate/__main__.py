@@ -54,6 +54,11 @@ TASKS = flags.DEFINE_list(
   + ", which are made of the validation text.",
 )
 TASK_FOLDERS = cli.paths_flag("task_folders", [], "Folders with the YAML files of further tasks.")
+TRUST_TASK_CODE = flags.DEFINE_bool(
+  "trust_task_code",
+  False,
+  "Run the Python that files of --task_folders name: functions, classes, metrics, templates.",
+)
 CALIBRATION = flags.DEFINE_integer(
   "calibration", 32, "Training windows for the methods that look at some.", lower_bound=1
 )
@@ -181,6 +186,7 @@ def main(argv: list[str]) -> None:
     OUT.value,
     tasks=TASKS.value,
     task_folders=TASK_FOLDERS.value,
+    trust_task_code=TRUST_TASK_CODE.value,
     calibration_windows=CALIBRATION.value,
     propagation=PROPAGATION.value,
     say=progress,

@@ -33,7 +33,8 @@ class Evaluator:
   """Measures cells into a folder, the target's own by default. What was measured under the same
   settings stays as it is.
 
-  calibration_windows: of training data that methods look at. propagation: decomposes the error of
+  trust_task_code: runs what files of the folders name. calibration_windows: of training data that
+    methods look at. propagation: decomposes the error of
     every cell that quantizes (propagation.py), too. say: takes progress. warn: takes
     broken files, and examples that tasks leave out.
   Errors: ConfigError for a batch that the devices cannot split, and as
@@ -47,6 +48,7 @@ class Evaluator:
     *,
     tasks: Sequence[str] = (),
     task_folders: Sequence[str] = (),
+    trust_task_code: bool = False,
     calibration_windows: int = 32,
     propagation: bool = False,
     say: Callable[[str], None] = quiet,
@@ -60,7 +62,9 @@ class Evaluator:
     self._quantize = CheckpointQuantizer(target, calibration_windows, say)
     self._metrics, self._propagates = ModelMetrics(target, mesh, say), propagation
     self._sink = writers.TensorBoard(target.tensorboard, None) if target.tensorboard else None
-    loaded = task_suite.find_tasks(tasks, task_folders, target.text.dataset, self._store.path)
+    loaded = task_suite.find_tasks(
+      tasks, task_folders, target.text.dataset, self._store.path, trust_task_code
+    )
     self._suite = task_suite.TaskSuite(loaded, target.text, mesh, say, warn)
 
   def missing(self, step: int) -> list[Cell]:
@@ -86,7 +90,8 @@ class Evaluator:
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
     """Measures one cell, or its tasks that are missing, and writes them.
 
-    Errors: TaskError once all else is written; any that a method raises."""
+    Errors: TaskError once all else is written; DataError for damaged data; any that a method
+    raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)
@@ -128,6 +133,7 @@ class Evaluator:
       try:
         self._write(step, cell, self._task_settings(cell, task), ask(task))
       except Exception as error:  # whatever a task of others raises
+        self.target.text.dataset.sums.check()
         failed[task.name] = error
     return failed
 
@@ -176,6 +182,7 @@ class Evaluator:
     return results.joined(found, [task for task in tasks if task is not None])
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
+    self.target.text.dataset.sums.wait()  # no result of damaged data is kept
     result = {
       "step": step,
       **cell._asdict(),

@@ -18,13 +18,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jinja2.exceptions
 import lm_eval.api.task
 import lm_eval.tasks.manager
 import lm_eval.utils
 
 from beyond_outliers.config import checks
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.evaluate import offline_tasks
+from beyond_outliers.evaluate import offline_tasks, task_code
 from beyond_outliers.types import Json, PathLike
 
 # Of a task's configuration: where it and its data lie.
@@ -97,12 +98,18 @@ def _task_files(
   return files, unreadable
 
 
-def load_tasks(names: Sequence[str], folders: Sequence[PathLike] = ()) -> list[LoadedTask]:
-  """Tasks by name, each once, with their data; folders: see `task_manager`.
+def load_tasks(
+  names: Sequence[str], folders: Sequence[PathLike] = (), *, trust_code: bool = False
+) -> list[LoadedTask]:
+  """Tasks by name, each once, with their data; folders: see `task_manager`. trust_code: run what
+  files in the folders name, and let their templates reach all of Python (task_code.py).
 
-  Errors: ConfigError for tasks that are unknown, faulty or without their data."""
+  Errors: ConfigError for tasks that are unknown, faulty or without their data, or not trusted."""
   names = list(dict.fromkeys(names))
   manager = task_manager(names, folders)
+  if not trust_code:
+    task_code.refuse_code(manager, names, folders)
+  task_code.use_templates(trust_code)
   return [_load(manager, name) for name in names]
 
 
@@ -115,6 +122,8 @@ def _load(manager: lm_eval.tasks.TaskManager, name: str) -> LoadedTask:
     content = [_content(task) for _, task in sorted(found["tasks"].items())]
   except ConfigError as error:
     raise ConfigError(f"tasks = {name}: {error}") from None
+  except jinja2.exceptions.SecurityError as error:
+    raise ConfigError(f"tasks = {name}: a template: {error} {task_code.REMEDY}") from None
   except Exception as error:  # the harness and its library of data raise whatever there is
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     raise ConfigError(

@@ -84,7 +84,7 @@ class Watch:
 
 class Job:
   """Checkpoint after checkpoint of a target through an `Evaluator`; those that cannot be read are
-  reported and left alone."""
+  reported and left alone. Errors: DataError for damaged data."""
 
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
@@ -157,6 +157,7 @@ class Job:
       result = self._evaluator.measure(step, params, cell)
     # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
     except Exception as error:
+      self._target.text.dataset.sums.check()  # damaged data are every cell's
       if not isinstance(error, ConfigError):
         traceback.print_exc()
       self.failed = True

@@ -50,13 +50,14 @@ def from_held_out(dataset: data.Dataset, folder: PathLike) -> None:
 
   Passages of one document resemble each other: the harness, which takes them for independent,
   understates standard errors.
-  Errors: ConfigError where the documents are too few or too short."""
+  Errors: ConfigError where the documents are too few or too short; DataError for damaged ones."""
   stream, separator = dataset.stream("validation"), dataset.meta["separator"]["id"]
   numbers = range(min(len(stream.starts) - 1, DOCUMENTS))
   documents = [
     dataset.tokenizer.decode([i for i in stream.document(number).tolist() if i != separator])
     for number in numbers
   ]
+  stream.verify()
   for name, make in HELD_OUT.items():
     examples = list(make(documents))
     checks.require(

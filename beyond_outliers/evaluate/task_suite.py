@@ -96,18 +96,23 @@ def not_as_asked(examples: Mapping[str, Json], left_out: Sequence[Json]) -> list
 
 
 def find_tasks(
-  names: Sequence[str], folders: Sequence[str], dataset: data.Dataset, folder: epath.Path
+  names: Sequence[str],
+  folders: Sequence[str],
+  dataset: data.Dataset,
+  folder: epath.Path,
+  trust_code: bool = False,
 ) -> list[LoadedTask]:
-  """Tasks of the harness, of the folders, or made of held-out text below `folder`.
+  """Tasks of the harness, of the folders, or made of held-out text below `folder`. trust_code: run
+  what files in the folders name.
 
-  Errors: ConfigError for tasks that are unknown, faulty or without their data, and for any without
-  the library for them."""
+  Errors: ConfigError for tasks that are unknown, faulty, without their data or not trusted, and for
+  any without the library for them."""
   if not names:
     return []
   made = [folder / "tasks"] if set(names) & offline_tasks.HELD_OUT.keys() else []
   for path in made:
     offline_tasks.from_held_out(dataset, path)
-  return _harness().load_tasks(names, [*folders, *made])
+  return _harness().load_tasks(names, [*folders, *made], trust_code=trust_code)
 
 
 def _harness() -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.sums import check_folder
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, hf_files, transformer
@@ -57,14 +58,15 @@ def load(
   One stacked parameter at a time is in host memory. Settings that no such directory has get the
   plainest value: blockwise attention, no unrolling, no remat. The model keeps the directory as its
   `origin`.
-  Errors: ConfigError for what config.json asks of the model and it can't do, and for tensors that
-    don't fit."""
+  Errors: ConfigError for what config.json asks of the model and it can't do, for tensors that don't
+    fit, and for files that are not those that `save` wrote there."""
   directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
   if jax.dtypes.canonicalize_dtype(dtype) != dtype:
     raise ConfigError(
       f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32"
     )
   hf_files.require_file(directory, hf_files.CONFIG)
+  check_folder(directory)
   family, c = hf_config.read_config(directory / hf_files.CONFIG, dtype.name)
   with contextlib.ExitStack() as stack:
     tensors = _of_family(hf_files.open_tensors(directory, stack))

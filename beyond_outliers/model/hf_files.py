@@ -12,9 +12,10 @@ import numpy as np
 import safetensors
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.config.files import read_json
+from beyond_outliers.config.files import make_folder, read_json
+from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.ops.tensor_files import write_tensors
+from beyond_outliers.ops.tensor_files import repeated_name, write_tensors
 from beyond_outliers.types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,6 +68,10 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
         f"directory = '{directory}': {file} is not a whole safetensors file ({error}); "
         "fetch it again"
       ) from error
+    if repeated := repeated_name(directory / file):
+      raise ConfigError(
+        f"directory = '{directory}': {repeated} stands twice in {file}; fetch it again"
+      )
     for name in handle.keys():
       if name in found:
         raise ConfigError(
@@ -102,6 +107,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
 
 def companions(directory: pathlib.Path) -> dict[str, bytes]:
   """The COMPANIONS that a directory has, by name."""
+  check_folder(directory, (CONFIG, *COMPANIONS))
   files = {name: directory / name for name in COMPANIONS}
   return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
@@ -113,14 +119,11 @@ def write_directory(
   shard_bytes: int,
   beside: Mapping[str, bytes],
 ) -> None:
-  """Writes tensors made lazily, one file at a time in memory; the files `beside` them; and, last,
-  `described` as config.json.
+  """Writes tensors made lazily, one file at a time in memory; the files `beside` them; the SHA-256
+  sums of all, which other programs pass over; and, last, `described` as config.json.
 
-  Errors: ConfigError for a directory that already holds such files."""
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except FileExistsError:
-    raise ConfigError(f"directory = '{directory}': is a file; choose another name") from None
+  Errors: ConfigError for a directory that already holds such files, or cannot be written."""
+  make_folder(directory, ConfigError, "choose another", "directory")
   taken = sorted(
     path.name
     for path in directory.iterdir()
@@ -144,13 +147,16 @@ def write_directory(
     weight_map.update(dict.fromkeys(names, file))
   if len(parts) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_bytes(as_json(index))
+    beside = {INDEX: as_json(index), **beside}
   for name, content in beside.items():
-    (directory / name).write_bytes(content)
+    with replaced(directory / name) as temporary:
+      temporary.write_bytes(content)
   # Last, and whole: the remains of a crash do not pass for a model.
-  unfinished = directory / f"{CONFIG}.tmp"
-  unfinished.write_bytes(as_json(described))
-  unfinished.replace(directory / CONFIG)
+  with replaced(directory / CONFIG) as temporary:
+    temporary.write_bytes(as_json(described))
+    names = sorted({*weight_map.values(), *beside})
+    sums = {name: file_sha256(directory / name) for name in names}
+    write_folder_sums(directory, {**sums, CONFIG: file_sha256(temporary)})
 
 
 def as_json(value: Json) -> bytes:

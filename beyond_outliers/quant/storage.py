@@ -14,7 +14,7 @@ A matrix [K, O], each layer of a stack by itself, becomes
   <path>/smooth        if it has one
 
 and every other parameter stays as it is. A model that is read equals the one that was written, bit
-by bit.
+by bit: the files' SHA-256 sums lie beside them, and a file that differs is refused.
 Legend: K contraction, O outputs.
 """
 
@@ -23,21 +23,20 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
-from beyond_outliers.config.files import read_json
+from beyond_outliers.config.files import make_folder, read_json
+from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.ops.tensor_files import write_tensors
+from beyond_outliers.ops.tensor_files import repeated_name, write_tensors
 from beyond_outliers.params import (
   at_depth,
   is_stacked,
@@ -48,6 +47,7 @@ from beyond_outliers.params import (
   tree_of,
 )
 from beyond_outliers.quant.grids import Uniform
+from beyond_outliers.quant.packing import pack_digits, pack_scale, unpack_digits, unpack_scale
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
@@ -59,8 +59,15 @@ DESCRIPTION_KINDS = {
   **{"version": int, "model.class": str, "model.config": dict},
   **{"method": str, "recipe": list, "matrices": dict},
 }
-WORD_BITS = 64
-E8M0, E4M3 = np.dtype(ml_dtypes.float8_e8m0fnu), np.dtype(ml_dtypes.float8_e4m3fn)
+# Classes that quantization knows: the name that a file holds -> where the class is. So a model that
+# was saved opens after its class has moved, and nothing else is imported by a file's word.
+MODEL_CLASSES = {
+  "beyond_outliers.model.transformer.Transformer": (
+    "beyond_outliers.model.transformer",
+    "Transformer",
+  )
+}
+REMEDY = "fetch the whole model again"
 
 
 def pack_model(q: Any) -> tuple[dict[str, np.ndarray], Json]:
@@ -97,13 +104,26 @@ def unpack_model(
 ) -> tuple[Any, Params, Recipe, str]:
   """(model as it trains, parameters, recipe, method): the inverse of `pack_model`.
 
-  Errors: ConfigError for another version, or tensors that are missing."""
+  Errors: ConfigError for another version, a model of another class, tensors that are missing, and
+    what does not fit together."""
   require(
     description.get("version") == VERSION,
     "version",
     description.get("version"),
     f"this program reads version {VERSION}",
   )
+  try:
+    return _unpacked(tensors, description)
+  except ConfigError:
+    raise
+  except (TypeError, ValueError, LookupError, AttributeError) as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ConfigError(f"the description does not fit its tensors ({reason}); {REMEDY}") from error
+
+
+def _unpacked(
+  tensors: Mapping[str, np.ndarray], description: Json
+) -> tuple[Any, Params, Recipe, str]:
   recipe = Recipe(
     tuple((paths, layer and _layer_recipe(layer)) for paths, layer in description["recipe"])
   )
@@ -114,7 +134,7 @@ def unpack_model(
       for name in tensors
       if name.startswith(f"{path}/")
     }
-    require("codes" in parts, f"{path}/codes", None, "missing; fetch the whole model again")
+    require("codes" in parts, f"{path}/codes", None, f"missing; {REMEDY}")
     matrix = _unpack_matrix(parts, shape, _weights_spec(recipe, path))
     stacks.setdefault(stack_path(path), []).append(matrix)
   params = {path: jnp.asarray(array) for path, array in rest.items()}
@@ -126,12 +146,10 @@ def unpack_model(
 
 
 def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description: Json) -> None:
-  """A safetensors file and a JSON. Errors: ConfigError when the directory holds such files."""
+  """A safetensors file, a JSON, and the sums of both. Errors: ConfigError when the directory holds
+  such files, or cannot be written."""
   directory = pathlib.Path(directory)
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(f"directory = '{directory}': {error.strerror}; choose another") from None
+  make_folder(directory, ConfigError, "choose another", "directory")
   require(
     not any((directory / name).exists() for name in (TENSORS, DESCRIPTION)),
     "directory",
@@ -140,11 +158,15 @@ def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description
   )
   write_tensors(directory / TENSORS, tensors)
   # Last: the remains of a crash do not pass for a model.
-  (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+  with replaced(directory / DESCRIPTION) as described:
+    described.write_text(json.dumps(description, indent=1) + "\n")
+    sums = {TENSORS: file_sha256(directory / TENSORS), DESCRIPTION: file_sha256(described)}
+    write_folder_sums(directory, sums)
 
 
 def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
-  """The arguments of `write_model`. Errors: ConfigError when the files are not there."""
+  """The arguments of `write_model`. Errors: ConfigError when the files are not there, or not those
+  that were written; older models have no sums, and are not compared."""
   directory = pathlib.Path(directory)
   for name in (TENSORS, DESCRIPTION):
     require(
@@ -153,12 +175,16 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
       str(directory),
       f"holds no {name}; give what save() of a quantized model wrote to",
     )
-  remedy = "fetch the whole model again"
-  description = read_json(directory / DESCRIPTION, ConfigError, remedy, DESCRIPTION_KINDS)
+  check_folder(directory)
+  description = read_json(directory / DESCRIPTION, ConfigError, REMEDY, DESCRIPTION_KINDS)
   try:
-    return safetensors.numpy.load_file(directory / TENSORS), description
-  except (OSError, safetensors.SafetensorError) as error:
-    raise ConfigError(f"{directory / TENSORS}: {error}; {remedy}") from None
+    tensors = safetensors.numpy.load_file(directory / TENSORS)
+    repeated = repeated_name(directory / TENSORS)
+  # AttributeError: of types that numpy does not have.
+  except (OSError, AttributeError, safetensors.SafetensorError) as error:
+    raise ConfigError(f"{directory / TENSORS}: {error}; {REMEDY}") from None
+  require(not repeated, str(directory / TENSORS), repeated, f"stands twice in it; {REMEDY}")
+  return tensors, description
 
 
 def _matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:
@@ -168,26 +194,6 @@ def _matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMa
     return [(path, weight)]
   depths = range(len(weight.codes))
   return [(at_depth(path, depth), slice_at(weight, depth)) for depth in depths]
-
-
-def pack_digits(digits: np.ndarray, bits: float) -> np.ndarray:
-  """Whole numbers from 0 to below 2^bits as bytes, in whole words."""
-  places = _places(bits)
-  padded = np.pad(digits.reshape(-1).astype(np.uint64), (0, -digits.size % len(places)))
-  words = (padded.reshape(-1, len(places)) * places).sum(axis=1, dtype=np.uint64)
-  return words.astype("<u8").view(np.uint8)
-
-
-def unpack_digits(packed: np.ndarray, bits: float, shape: tuple[int, ...]) -> np.ndarray:
-  """uint8 digits of this shape."""
-  words = packed.view("<u8").astype(np.uint64)[:, None]
-  digits = words // _places(bits) % np.uint64(round(2**bits))
-  return digits.astype(np.uint8).reshape(-1)[: math.prod(shape)].reshape(shape)
-
-
-def _places(bits: float) -> np.ndarray:
-  """The value of a digit at every place of a word."""
-  return np.uint64(round(2**bits)) ** np.arange(WORD_BITS // bits, dtype=np.uint64)
 
 
 def _weights_spec(recipe: Recipe, path: str) -> QuantSpec | None:
@@ -206,7 +212,7 @@ def _pack_matrix(weight: QuantizedMatrix, spec: QuantSpec | None) -> dict[str, n
       digits = (codes_KxO.astype(np.int32) - grid.lowest) // grid.gap
     else:
       digits = codes_KxO.view(np.uint8)
-    parts = {"codes": pack_digits(digits, spec.bits), **_pack_scale(scale, spec.granularity)}
+    parts = {"codes": pack_digits(digits, spec.bits), **pack_scale(scale, spec.granularity)}
   return parts if weight.smooth is None else {**parts, "smooth": np.asarray(weight.smooth)}
 
 
@@ -214,8 +220,10 @@ def _unpack_matrix(
   parts: Mapping[str, np.ndarray], shape: list[int], spec: QuantSpec | None
 ) -> tuple[Any, Any, Any]:
   """The fields of a QuantizedMatrix, on the host."""
-  scale, smooth = _unpack_scale(parts), parts.get("smooth")
+  scale, smooth = unpack_scale(parts), parts.get("smooth")
   if spec is None:
+    if list(parts["codes"].shape) != shape:
+      raise ValueError(f"codes of shape {shape} are of shape {parts['codes'].shape}")
     return parts["codes"], scale, smooth
   digits, grid = unpack_digits(parts["codes"], spec.bits, tuple(shape)), spec.levels
   if isinstance(grid, Uniform):
@@ -223,32 +231,6 @@ def _unpack_matrix(
   else:
     codes = digits.view(grid.dtype)
   return codes.astype(grid.dtype), scale, smooth
-
-
-def _pack_scale(scale: np.ndarray, granularity: str) -> dict[str, np.ndarray]:
-  """In bytes where these say exactly the same."""
-  if granularity == "mx":
-    exponents = scale.astype(E8M0)
-    if np.array_equal(exponents.astype(scale.dtype), scale):
-      return {"scale_e8m0": exponents.view(np.uint8)}
-  if granularity == "nv":
-    # The largest scale is e4m3's largest number times the unit, rounded: which leaves the unit's
-    # neighbours in question.
-    guess = scale.max() / scale.dtype.type(ml_dtypes.finfo(E4M3).max) or scale.dtype.type(1)
-    for unit in (guess, np.nextafter(guess, 0 * guess), np.nextafter(guess, 2 * guess)):
-      factors = (scale / unit).astype(E4M3)
-      if np.array_equal(factors.astype(scale.dtype) * unit, scale):
-        return {"scale_e4m3": factors.view(np.uint8), "scale_unit": unit.reshape(1)}
-  return {"scale": scale}
-
-
-def _unpack_scale(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-  if "scale_e8m0" in parts:
-    return parts["scale_e8m0"].view(E8M0).astype(np.float32)
-  if "scale_e4m3" in parts:
-    unit = parts["scale_unit"]
-    return parts["scale_e4m3"].view(E4M3).astype(unit.dtype) * unit
-  return parts["scale"]
 
 
 def _stack(each: list[tuple[Any, Any, Any]]) -> QuantizedMatrix:
@@ -271,15 +253,12 @@ def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:
 
 
 def _model(described: Mapping[str, Any]) -> Any:
-  """The model, by its class's name: quantization takes any model under the contract."""
-  module, _, name = described["class"].rpartition(".")
-  require(
-    module.startswith(f"{__name__.split('.')[0]}."),
-    "model.class",
-    described["class"],
-    "not a model of this package",
-  )
+  """The model, by the stored name of its class."""
+  name = described["class"]
+  known = ", ".join(MODEL_CLASSES)
+  require(name in MODEL_CLASSES, "model.class", name, f"not a model that is saved here: {known}")
+  module, member = MODEL_CLASSES[name]
   whence = {"origin": described["origin"]} if "origin" in described else {}
-  return getattr(importlib.import_module(module), name)(
+  return getattr(importlib.import_module(module), member)(
     config.Model(**described["config"]), **whence
   )

@@ -126,6 +126,8 @@ def _train(
     except loop.Stop as stop:
       status, step, reason = stop.status, stop.step, stop.reason
     checkpoints.close()  # waits; a write that failed in the background raises here
+    if status == "done":
+      _check_data(inputs.dataset)
   except BaseException as error:
     fail(f"{type(error).__name__}: {error}")
     raise
@@ -163,6 +165,17 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
       dataset, c.data, batch_size=c.eval.batch_size, documents=c.eval.documents, **mine
     ),
   )
+
+
+def _check_data(dataset: data.Dataset) -> None:
+  """Waits until what was read is compared with its sums. Errors: DataError on every process."""
+  problem = ""
+  try:
+    dataset.sums.wait()
+  except data.DataError as error:
+    problem = str(error)
+  if mesh_lib.on_any_process(bool(problem)):
+    raise data.DataError(problem or "another process read damaged data, and says which")
 
 
 def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> list[writers.Writer]:

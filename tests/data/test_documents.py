@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import pathlib
 import sys
 import tarfile
 
@@ -367,6 +368,36 @@ def test_damaged_tfds_is_refused_by_path(tmp_path, make_config, texts, read):
   for slice_ in ("[:abc]", "[:0]", "[90%:10%]", "[100:]"):
     with pytest.raises(DataError, match="@train"):
       read(make_config(source="tfds", path=f"{path}@train{slice_}"))
+
+
+def test_a_tfds_description_neither_imports_nor_leaves_its_folder(tmp_path, texts, monkeypatch):
+  """TFDS imports the module of a feature's class, whatever that is."""
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "imported.py").write_text("raise SystemExit('was imported')")
+  path = pathlib.Path(tfds.write_documents(iter(texts), str(tmp_path / "x")))
+  features, info = path / "features.json", path / "dataset_info.json"
+  whole = features.read_text()
+  own = "tensorflow_datasets.core.features.text_feature.Text"
+  legacy = {"type": "imported.Text", "content": {}}
+  for content in (
+    whole.replace(own, "imported.Text"),
+    whole.replace(own, "imported.Text").replace("pythonClassName", "python_class_name"),
+    json.dumps({"type": own, "content": {"features": {"text": legacy}}}),
+  ):
+    features.write_text(content)
+    for read in (
+      lambda: next(tfds.read_split(str(path), "text")),
+      lambda: tfds.Records(str(path), "text"),
+    ):
+      with pytest.raises(
+        DataError, match=r"features.json: names the class 'imported.Text', none of"
+      ):
+        len(read())
+  features.write_text(whole)
+  info.write_text(info.read_text().replace('"{DATASET}', '"../{DATASET}'))
+  for read in (lambda: tfds.split_files(str(path)), lambda: tfds.Records(str(path), "text")):
+    with pytest.raises(DataError, match=r"names .*, outside of its folder"):
+      len(read())
 
 
 def test_a_matched_file_that_is_not_there_is_refused(tmp_path, make_config, write_jsonl):

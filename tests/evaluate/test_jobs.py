@@ -18,6 +18,7 @@ import pytest
 from beyond_outliers import config, data, quant, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
+from beyond_outliers.config.sums import SUMS
 from beyond_outliers.data import tfds, tokenizers
 from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import (
@@ -324,7 +325,7 @@ def test_calibration_sees_the_same_training_windows_whatever_the_batches(
 def harness(run, content="these questions"):
   """A stand-in for the module harness."""
 
-  def load(names, folders):
+  def load(names, folders, **options):
     return [types.SimpleNamespace(name=name, content=content) for name in names]
 
   def ask(model, tasks):
@@ -656,6 +657,7 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   target = HuggingFaceModel(str(tmp_path), dataset=prepared, context=32, documents=1)
   assert not target.text.bos, "there is no tokenizer that would say so"
   described = (tmp_path / "config.json").read_text()
+  (tmp_path / SUMS).unlink()  # it is changed on purpose
   (tmp_path / "config.json").write_text(json.dumps({**json.loads(described), "rms_norm_eps": 1e-3}))
   other = HuggingFaceModel(str(tmp_path), dataset=prepared)
   assert other.identity != target.identity, "the same parameters, another model"

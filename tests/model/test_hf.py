@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from beyond_outliers import config, mesh
+from beyond_outliers.config.sums import SUMS
 from beyond_outliers.model import hf, hf_config, transformer
 
 TOKENS = np.arange(12).reshape(2, 6) * 5 % 32
@@ -78,10 +79,10 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def copy(written, tmp_path):
-  """A copy to spoil: (directory, rewrite its config with changes, rewrite its tensors by a
-  function)."""
+  """A copy to spoil, as of another program, which writes no sums: (directory, rewrite its config
+  with changes, rewrite its tensors by a function)."""
   directory = tmp_path / "copy"
-  shutil.copytree(written[0], directory)
+  shutil.copytree(written[0], directory, ignore=shutil.ignore_patterns(SUMS))
 
   def change_config(**changes):
     fields = json.loads((directory / "config.json").read_text())
@@ -160,7 +161,8 @@ def test_several_files_with_an_index(written, tmp_path):
     f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
   ]
   assert len(files) > 2
-  assert {path.name for path in (tmp_path / "a").iterdir()} == {*files, hf.INDEX, "config.json"}
+  named = {path.name for path in (tmp_path / "a").iterdir()}
+  assert named == {*files, hf.INDEX, "config.json", SUMS}
   sizes = []
   for file in files:
     tensors = safetensors.numpy.load_file(tmp_path / "a" / file)
@@ -173,6 +175,9 @@ def test_several_files_with_an_index(written, tmp_path):
   assert_same(hf.load(tmp_path / "a")[1], params)
 
   (tmp_path / "a" / files[1]).unlink()
+  with pytest.raises(ValueError, match=f"{files[1]} is missing"):
+    hf.load(tmp_path / "a")
+  (tmp_path / "a" / SUMS).unlink()
   with pytest.raises(ValueError, match=f"holds no {files[1]}"):
     hf.load(tmp_path / "a")
 
@@ -263,6 +268,7 @@ def test_absent_fields_mean_what_they_mean_to_transformers(tmp_path):
   (tmp_path / "a" / "config.json").write_text(
     json.dumps({**fields, "head_dim": None, "use_cache": True})
   )
+  (tmp_path / "a" / SUMS).unlink()
   loaded, again = hf.load(tmp_path / "a")
   assert loaded.config == model.config
   assert_same(again, params)
@@ -482,6 +488,18 @@ def test_a_tensor_file_whose_header_lies_is_refused(content, copy):
     hf.load(directory)
 
 
+def test_a_name_that_stands_twice_in_a_header_is_refused(copy):
+  """Which of the two a reader takes is the reader's choice."""
+  directory, _, _ = copy
+  described = b'{"a": %s, "a": %s, "b": %s}' % tuple(
+    json.dumps(matrix(*offsets, shape=(2,))).encode() for offsets in ((0, 8), (8, 16), (0, 8))
+  )
+  content = len(described).to_bytes(8, "little") + described + bytes(16)
+  (directory / hf.SINGLE).write_bytes(content)
+  with pytest.raises(config.ConfigError, match=r"a stands twice in model.safetensors; fetch it"):
+    hf.load(directory)
+
+
 def test_names_of_a_model_that_was_saved_without_its_head(written, copy):
   """Of a tied one nothing is missing; transformers puts the prefix before them."""
   directory, change_config, change_tensors = copy
@@ -590,7 +608,7 @@ def test_a_copy_generates_as_its_source(source, tmp_path):
   assert fields.items() >= kept.items()
   assert fields["torch_dtype"] == "float32" and not fields.keys() & {"dtype", "auto_map"}
   found = {path.name for path in (tmp_path / "b").iterdir()}
-  assert found == {"config.json", "model.safetensors", *BESIDE}
+  assert found == {"config.json", "model.safetensors", *BESIDE, SUMS}
   for name, content in BESIDE.items():
     assert (tmp_path / "b" / name).read_text() == content
   assert_same(hf.load(tmp_path / "b")[1], params)
@@ -664,7 +682,7 @@ def test_a_save_that_breaks_off_leaves_no_model(written, tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"holds no config\.json"):
     hf.load(tmp_path / "a")
   (tmp_path / "file").write_text("")
-  with pytest.raises(config.ConfigError, match=r"file': is a file"):
+  with pytest.raises(config.ConfigError, match=r"directory = '.*file': File exists; choose"):
     hf.save(model, params, tmp_path / "file")
 
 

@@ -12,6 +12,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from small_models import STUDY
 
 from beyond_outliers import checkpoint, config, quant
+from beyond_outliers.config.sums import SUMS
 from beyond_outliers.model import linears, transformer
 from beyond_outliers.quant import (
   RECIPES,
@@ -19,6 +20,7 @@ from beyond_outliers.quant import (
   QuantSpec,
   Recipe,
   dot_general_for,
+  packing,
   ptq,
   storage,
 )
@@ -179,9 +181,9 @@ def test_digits_are_those_of_a_number_in_their_base(bits):
   for start in range(0, digits.size, a_word):
     word = digits.reshape(-1)[start : start + a_word].tolist()
     expected += sum(digit * base**place for place, digit in enumerate(word)).to_bytes(8, "little")
-  packed = storage.pack_digits(digits, bits)
+  packed = packing.pack_digits(digits, bits)
   assert packed.dtype == np.uint8 and packed.tobytes() == expected
-  np.testing.assert_array_equal(storage.unpack_digits(packed, bits, digits.shape), digits)
+  np.testing.assert_array_equal(packing.unpack_digits(packed, bits, digits.shape), digits)
   if bits == 4:
     np.testing.assert_array_equal(packed[:80] & 15, digits.reshape(-1)[:160:2])
     np.testing.assert_array_equal(packed[:80] >> 4, digits.reshape(-1)[1:160:2])
@@ -206,9 +208,27 @@ def test_what_is_refused(tmp_path):
   with pytest.raises(config.ConfigError, match=r"holds no model\.safetensors"):
     quant.load(tmp_path)
   tensors, description = storage.read_model(tmp_path / "a")
+  path = "layers/0/mlp/up/kernel"
   for change, message in (
     ({"version": 2}, "version = 2: this program reads version 1"),
-    ({"model": {"class": "os.path.join", "config": {}}}, "model.class = 'os.path.join'"),
+    (
+      {"model": {"class": "os.path.join", "config": {}}},
+      "model.class = 'os.path.join': not a model that is saved here: beyond_outliers.model",
+    ),
+    (  # a module of this package that does something when it is imported
+      {"model": {"class": "beyond_outliers.analysis.__main__.main", "config": {}}},
+      "model.class = 'beyond_outliers.analysis.__main__.main': not a model",
+    ),
+    (
+      {"model": {**description["model"], "config": {"vocab": 3}}},
+      "description does not fit its tensors .TypeError",
+    ),
+    ({"recipe": [["head"]]}, "description does not fit its tensors .ValueError"),
+    ({"recipe": [["head", {"w": 1}]]}, "description does not fit its tensors .TypeError"),
+    ({"matrices": {path: [16, 10**9]}}, "codes of shape .* are .* bytes, not uint8"),
+    ({"matrices": {path: [16, 16]}}, "codes of shape .* are .* bytes, not uint8"),
+    ({"matrices": {path: "x"}}, "description does not fit its tensors"),
+    ({"matrices": {path: None}}, "description does not fit its tensors"),
   ):
     with pytest.raises(config.ConfigError, match=message):
       storage.unpack_model(tensors, {**description, **change})
@@ -220,6 +240,9 @@ def test_what_is_refused(tmp_path):
   tensors_file = tmp_path / "a" / storage.TENSORS
   description_file = tmp_path / "a" / storage.DESCRIPTION
   tensors_file.write_bytes(tensors_file.read_bytes()[:-1])
+  with pytest.raises(config.ConfigError, match=r"model.safetensors does not match its SHA-256 sum"):
+    quant.load(tmp_path / "a")
+  (tmp_path / "a" / SUMS).unlink()
   with pytest.raises(config.ConfigError, match=r"model.safetensors: .*; fetch the whole model"):
     quant.load(tmp_path / "a")
   description_file.write_text(text[:100])
@@ -248,3 +271,52 @@ def test_a_folder_of_any_name_gives_back_the_model(tmp_path, monkeypatch):
     checkpoint.save_quantized(q, tmp_path / "2")
   with pytest.raises(checkpoint.CheckpointError, match=r"/2 is damaged: .*; copy it again"):
     checkpoint.load_quantized(tmp_path / "2")
+
+
+def header(text, data=bytes(16)):
+  """A safetensors file's bytes."""
+  return len(text).to_bytes(8, "little") + text.encode() + data
+
+
+def matrix(start, stop, *shape, dtype="F32"):
+  return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": [start, stop]})
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (b"", "header too small"),
+    ((2**62).to_bytes(8, "little") + b"{}", "header too large"),
+    (header(f'{{"a": {matrix(0, 16, 4)}}}')[:-1], "file not fully covered"),
+    (header(f'{{"a": {matrix(0, 4096, 32, 32)}}}'), "file not fully covered"),
+    (header(f'{{"a": {matrix(0, 16, 3, 3)}}}'), "invalid shape, data type, or offset"),
+    (header(f'{{"a": {matrix(0, 8, 2)}, "b": {matrix(4, 16, 3)}}}'), "invalid offset for"),
+    (header(f'{{"a": {matrix(0, 4, 1)}, "b": {matrix(8, 16, 2)}}}'), "invalid offset for"),
+    (header(f'{{"a": {matrix(-16, 0, 4)}}}'), "expected usize"),
+    (header(f'{{"a": {matrix(0, 16, 2**62, 2**62)}}}'), "overflow computing buffer size"),
+    (header(f'{{"a": {matrix(0, 16, 16, dtype="F8_E4M3")}}}'), "has no attribute 'float8"),
+    (header(f'{{"a": {matrix(0, 16, 4)}, "a": {matrix(0, 16, 4)}}}'), "= 'a': stands twice in it"),
+  ],
+)
+def test_a_tensor_file_whose_header_lies_is_refused(content, message, tmp_path):
+  """By safetensors, but for the last; and a type that numpy lacks."""
+  model = {"class": "", "config": {}}
+  described = {"version": 1, "model": model, "method": "", "recipe": [], "matrices": {}}
+  storage.write_model(tmp_path, {}, described)
+  (tmp_path / SUMS).unlink()
+  (tmp_path / storage.TENSORS).write_bytes(content)
+  with pytest.raises(
+    config.ConfigError, match=rf"model.safetensors[: ][^\n]*{message}.*; fetch the"
+  ):
+    storage.read_model(tmp_path)
+
+
+def test_a_save_that_breaks_off_leaves_no_model(tmp_path, monkeypatch):
+  model = {"class": "", "config": {}}
+  described = {"version": 1, "model": model, "method": "", "recipe": [], "matrices": {}}
+  monkeypatch.setattr(storage, "write_folder_sums", lambda *given: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    storage.write_model(tmp_path, {"a": np.ones(3)}, described)
+  assert [path.name for path in tmp_path.iterdir()] == [storage.TENSORS]
+  with pytest.raises(config.ConfigError, match=r"holds no quantized.json"):
+    storage.read_model(tmp_path)

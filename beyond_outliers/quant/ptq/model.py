@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.params import leaves_by_path, parent, stack_path
 from beyond_outliers.quant import qmatrix, storage
 from beyond_outliers.quant.dot import dot_general_for
@@ -51,7 +52,10 @@ def load(directory: PathLike) -> QuantizedModel:
 def restored(tensors: Mapping[str, np.ndarray], description: Json) -> QuantizedModel:
   """The model that `storage.pack_model` took apart."""
   model, params, recipe, method = storage.unpack_model(tensors, description)
-  fallbacks = tuple(Fallback(**each) for each in description.get("fallbacks", ()))
+  try:
+    fallbacks = tuple(Fallback(**each) for each in description.get("fallbacks", ()))
+  except TypeError as error:
+    raise ConfigError(f"fallbacks: {error}; {storage.REMEDY}") from None
   return QuantizedModel(serving(model, params, recipe), params, recipe, method, fallbacks)
 
 

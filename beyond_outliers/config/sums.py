@@ -1,0 +1,94 @@
+"""SHA-256 sums of a folder's files, and files that are replaced whole.
+
+A file `sha256.json` holds {file: sum}. Other programs' readers of a folder pass over it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from beyond_outliers.errors import ConfigError
+from beyond_outliers.types import PathLike
+
+SUMS = "sha256.json"
+
+
+def file_sha256(path: Any) -> str:
+  """path: of the library pathlib, or of one like it."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stays_inside(name: Any) -> bool:
+  """Whether a name that a file holds is of a file in the folder that it is about, or below it."""
+  path = pathlib.PurePosixPath(name) if isinstance(name, str) else pathlib.PurePosixPath("/")
+  return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def write_folder_sums(folder: PathLike, sums: Mapping[str, str]) -> None:
+  with replaced(pathlib.Path(folder) / SUMS) as temporary:
+    temporary.write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
+  """The first difference of a folder's files from its sums, or nothing, also without any sums.
+
+  folder: a path of the library pathlib, or of one like it. files: only these, where they have one.
+  """
+  try:
+    sums = json.loads((folder / SUMS).read_bytes())
+  except FileNotFoundError:
+    return ""
+  except (ValueError, RecursionError, OSError):
+    sums = None
+  if not isinstance(sums, dict) or not sums or not all(map(stays_inside, sums)):
+    return f"{SUMS} is not readable"
+  for name, expected in sums.items():
+    if files is not None and name not in files:
+      continue
+    if not (folder / name).is_file():
+      return f"{name} is missing"
+    if file_sha256(folder / name) != expected:
+      return f"{name} does not match its SHA-256 sum"
+  return ""
+
+
+def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> None:
+  """Refusal of a model's files, all by default, that are not those that were written: where this
+  program wrote them, their sums lie beside them. Errors: ConfigError."""
+  try:
+    problem = folder_mismatch(folder, files)
+  except OSError as error:
+    problem = f"{error.filename}: {error.strerror}"
+  if problem:
+    raise ConfigError(
+      f"{folder}: {problem}; fetch the whole model again, or remove {SUMS} if it was changed on "
+      "purpose"
+    )
+
+
+@contextlib.contextmanager
+def replaced(file: PathLike) -> Iterator[pathlib.Path]:
+  """Another name to write a file under, which takes its place once it is whole and on the disk."""
+  path = pathlib.Path(file)
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    yield temporary
+    _on_disk(temporary)
+    temporary.replace(path)
+    _on_disk(path.parent)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _on_disk(path: pathlib.Path) -> None:
+  number = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)

@@ -1,0 +1,100 @@
+"""Token stream: one split of a prepared dataset, read from its shards through memory maps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from beyond_outliers.data.sums import FileSums
+from beyond_outliers.errors import DataError
+
+OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
+
+
+class TokenStream:
+  """The tokens of one split as one long array, over lazily opened memory maps; picklable.
+
+  Files that are read are compared with their sums meanwhile. Errors: DataError from `read`, once
+  one is known to differ, and from `verify`."""
+
+  def __init__(self, directory: str, split: str, dtype: str, shards: list[str], sums: FileSums):
+    self._arguments = (directory, split, dtype, shards, sums)
+    self._directory, self._split, self._shards, self.sums = directory, split, shards, sums
+    self.dtype = np.dtype(dtype)
+    sizes = [self._size(shard) // self.dtype.itemsize for shard in shards]
+    self._offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    self._map = functools.lru_cache(OPEN_SHARDS)(self._map_shard)
+
+  def __reduce__(self):
+    return TokenStream, self._arguments
+
+  def verify(self) -> None:
+    """Compares all of the split's files with their sums, those that were not yet."""
+    self.sums.verify([*self._shards, f"{self._split}.starts", f"{self._split}.bytes"])
+
+  def _map_shard(self, shard: int) -> np.ndarray:
+    return self._memory_map(self._shards[shard], self.dtype)
+
+  def _memory_map(self, name: str, dtype: Any) -> np.ndarray:
+    """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
+    self.sums.touch(name)
+    with _readable(os.path.join(self._directory, name)) as path:
+      return np.asarray(np.memmap(path, dtype, "r"))
+
+  def _size(self, name: str) -> int:
+    with _readable(os.path.join(self._directory, name)) as path:
+      return os.path.getsize(path)
+
+  def __len__(self) -> int:
+    return int(self._offsets[-1])
+
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """int64 [documents + 1]: where each document starts, then the stream's length."""
+    return self._memory_map(f"{self._split}.starts", np.int64)
+
+  @functools.cached_property
+  def bytes(self) -> np.ndarray:
+    """int64 [documents + 1]: bytes of text before each document, then the total."""
+    return self._memory_map(f"{self._split}.bytes", np.int64)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Tokens [start, stop) in the dtype of the shards, cut off at the end of the stream."""
+    self.sums.check()
+    stop = min(stop, len(self))
+    shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
+    parts = []
+    while start < stop:
+      first, last = int(self._offsets[shard]), min(stop, int(self._offsets[shard + 1]))
+      parts.append(self._map(shard)[start - first : last - first])
+      start, shard = last, shard + 1
+    return (
+      parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+    )
+
+  def take(self, positions: np.ndarray) -> np.ndarray:
+    """Tokens at any positions, in ascending order."""
+    shards = np.searchsorted(self._offsets, positions, side="right") - 1
+    parts = [
+      self._map(int(shard))[positions[shards == shard] - self._offsets[shard]]
+      for shard in np.unique(shards)
+    ]
+    return np.concatenate(parts)
+
+  def document(self, number: int) -> np.ndarray:
+    """The ids of one document, its separator included."""
+    return self.read(int(self.starts[number]), int(self.starts[number + 1]))
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[str]:
+  """Makes a DataError of a file that has vanished since it was seen."""
+  try:
+    yield path
+  except OSError as error:
+    raise DataError(f"{path}: {error.strerror}; delete the folder and prepare again") from None

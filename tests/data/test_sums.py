@@ -1,0 +1,204 @@
+"""Sums of a prepared dataset: what was altered on the disk is refused, by whatever it is read."""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+import threading
+
+import pytest
+from corpus import quiet
+
+from beyond_outliers import data
+from beyond_outliers.data import sums
+from beyond_outliers.errors import DataError
+
+NAMED = r"{}: contents are not those that were prepared \(SHA-256 differs from meta.json's\)"
+
+
+@pytest.fixture
+def large(monkeypatch):
+  """Every file is as one that is too large to be read as a dataset is opened."""
+  monkeypatch.setattr(sums, "AT_OPENING", 0)
+
+
+def flip(path, at=None):
+  content = bytearray(pathlib.Path(path).read_bytes())
+  content[len(content) // 2 if at is None else at] ^= 1
+  pathlib.Path(path).write_bytes(content)
+
+
+def train(dataset, cfg):
+  return data.train_batches(dataset, cfg, context=16, batch_size=4, seed=0)
+
+
+def validation(dataset, cfg, documents=0):
+  return data.validation_batches(dataset, cfg, context=16, batch_size=2, documents=documents)
+
+
+def prepared(cfg):
+  return pathlib.Path(data.prepare(cfg, log=quiet).directory)
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train.starts", "validation-00000.bin"])
+def test_a_small_file_is_compared_as_its_dataset_is_opened(make_config, name):
+  folder = prepared(make_config())
+  flip(folder / name)
+  with pytest.raises(DataError, match=NAMED.format(name)):
+    data.open(str(folder))
+  with pytest.raises(DataError, match=NAMED.format(name)):
+    data.prepare(make_config(), log=quiet)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+  "reader, pattern",
+  [("shards", "train-00001.bin"), ("shards", "train.starts"), ("tfds", "records/**/*record-*")],
+)
+def test_an_altered_training_file_ends_training(make_config, reader, pattern):
+  cfg = make_config(reader=reader)
+  folder = prepared(cfg)
+  path = next(folder.glob(pattern))
+  flip(path, -1 if reader == "tfds" else None)  # padding, which ArrayRecord's own sums leave out
+  dataset = data.open(str(folder))
+  batches = train(dataset, cfg)
+  with pytest.raises(DataError, match=NAMED.format(path.name)):
+    for _ in range(10_000):
+      next(batches)
+  for raises in (dataset.sums.wait, dataset.sums.check, lambda: next(batches)):
+    with pytest.raises(DataError, match=NAMED.format(path.name)):
+      raises()
+  batches.close()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_batch_does_not_wait_for_the_sum_of_its_file(make_config, monkeypatch):
+  cfg = make_config()
+  folder, finish = prepared(cfg), threading.Event()
+  flip(folder / "train-00000.bin")
+  compare = sums.file_sha256
+  monkeypatch.setattr(sums, "file_sha256", lambda path: finish.wait(60) and compare(path))
+  dataset = data.open(str(folder))
+  batches = train(dataset, cfg)
+  for _ in range(20):
+    next(batches)
+  finish.set()
+  with pytest.raises(DataError, match=NAMED.format("train-00000.bin")):
+    dataset.sums.wait()
+  batches.close()
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("documents", [0, 1])
+@pytest.mark.parametrize("name", ["validation-00000.bin", "validation.starts", "validation.bytes"])
+def test_nobody_gets_all_batches_of_an_altered_validation_split(make_config, name, documents):
+  cfg = make_config()
+  folder = prepared(cfg)
+  flip(folder / name, 0 if name == "validation-00000.bin" else -16)  # -16: the last document's
+  with pytest.raises(DataError, match=NAMED.format(name)):
+    list(validation(data.open(str(folder)), cfg, documents))
+
+
+@pytest.mark.usefixtures("large")
+def test_files_that_vanish_or_are_cut_while_they_are_read_are_refused(make_config):
+  cfg = make_config()
+  folder = prepared(cfg)
+  dataset = data.open(str(folder))
+  (folder / "train-00001.bin").unlink()
+  with pytest.raises(DataError, match=r"train-00001.bin: No such file.*; delete the folder and"):
+    dataset.stream("train")
+  stream = dataset.stream("validation")
+  (folder / "validation.starts").unlink()
+  with pytest.raises(DataError, match=r"validation.starts: No such file.*; delete the folder and"):
+    stream.document(0)
+  path = folder / "validation-00000.bin"
+  path.write_bytes(path.read_bytes()[:-2])
+  with pytest.raises(DataError, match=NAMED.format(path.name)):
+    stream.verify()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_stream_in_another_process_compares_what_was_not_compared_yet(make_config):
+  folder = prepared(make_config())
+  flip(folder / "validation-00000.bin")
+  dataset = data.open(str(folder))
+  dataset.sums.verify(["train-00000.bin"])
+  copy = pickle.loads(pickle.dumps(dataset.stream("validation")))
+  with pytest.raises(DataError, match=NAMED.format("validation-00000.bin")):
+    copy.verify()
+
+
+# ---- the description
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("splits.validation.bytes", 1),
+    ("splits.train.documents", 1),
+    ("separator.id", 3),
+    ("tokenizer.eot", "x"),
+    ("first_bytes", {"0": 7}),
+    ("inputs.bytes", 5),
+  ],
+)
+def test_an_altered_number_of_the_description_is_refused(make_config, key, value):
+  folder = prepared(make_config())
+  meta = json.loads((folder / "meta.json").read_text())
+  *above, last = key.split(".")
+  node = meta
+  for name in above:
+    node = node[name]
+  node[last] = value
+  (folder / "meta.json").write_text(json.dumps(meta))
+  with pytest.raises(DataError, match=r"/meta.json: was altered since .*; delete the folder and"):
+    data.open(str(folder))
+
+
+def test_a_description_of_another_dataset_is_refused(make_config, tmp_path):
+  cfg = make_config()
+  others = [
+    dataclasses.replace(cfg, directory=str(tmp_path / "others"), **changed)
+    for changed in ({"seed": 1}, {"shard_tokens": 2000}, {"validation": "newest:4"})
+  ]
+  folder = prepared(cfg)
+  for other in others:
+    (folder / "meta.json").write_bytes((prepared(other) / "meta.json").read_bytes())
+    with pytest.raises(DataError, match=r"delete the folder and prepare again"):
+      data.prepare(cfg, log=quiet)
+
+
+def test_a_description_from_before_it_had_a_sum_is_read(make_config):
+  cfg = make_config()
+  folder = prepared(cfg)
+  meta = json.loads((folder / "meta.json").read_text())
+  del meta["sha256"]
+  (folder / "meta.json").write_text(json.dumps(meta))
+  assert data.prepare(cfg, log=quiet).meta == data.open(str(folder)).meta == meta
+
+
+@pytest.mark.parametrize(
+  "change, problem",
+  [
+    ({"files": {"../secret": {"bytes": 3, "sha256": ""}}}, "names '../secret', outside"),
+    ({"files": {"/etc/hostname": {"bytes": 3, "sha256": ""}}}, "names '/etc/hostname', outside"),
+    ({"tokenizer": {"stored": "huggingface:/etc/x.json"}}, "tokenizer.stored is 'huggingface:/etc"),
+    (
+      {"tokenizer": {"stored": "gpt2:{directory}/../x"}},
+      "tokenizer.stored is 'gpt2:{directory}/..",
+    ),
+    ({"records": {"path": "{directory}/../x"}}, "records.path is '{directory}/../x'"),
+    ({"records": {"path": "elsewhere"}}, "records.path is 'elsewhere'"),
+  ],
+)
+def test_a_description_that_leaves_its_folder_is_refused(make_config, change, problem):
+  folder = prepared(make_config())
+  meta = json.loads((folder / "meta.json").read_text())
+  del meta["sha256"]  # as whoever writes such a description would
+  blank = {"field": "tokens", "count": 1, "held_out": 0.0}
+  for key, value in change.items():
+    meta[key] = {**(meta[key] or blank), **value}
+  (folder / "meta.json").write_text(json.dumps(meta))
+  with pytest.raises(DataError) as refused:
+    data.open(str(folder))
+  assert problem in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,275 @@
+"""Damage on the disk: every kind of file that is written, flipped, cut, deleted, or replaced by
+another's of its kind, is refused or changes nothing of what is read."""
+
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import io
+import json
+import pathlib
+import pickle
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from beyond_outliers import config, data
+from beyond_outliers.config.sums import SUMS
+from beyond_outliers.data import sums as data_sums
+from beyond_outliers.errors import Refusal
+from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.quant import storage
+
+DATASET = config.Data(
+  source="jsonl",
+  path="x.jsonl",
+  field="text",
+  tokenizer="bytes",
+  vocab=300,
+  separator="eot",
+  validation="newest:3",
+  mask_documents=False,
+  reader="shards",
+  directory="datasets",
+  seed=0,
+  shard_tokens=200,
+  readers=1,
+  prefetch=1,
+)
+LLAMA = config.Model(
+  vocab=16,
+  blocks=1,
+  heads=1,
+  kv_heads=1,
+  d_head=2,
+  d_model=2,
+  mlp_hidden=2,
+  norm_eps=1e-6,
+  rope_base=1e4,
+  tied=False,
+  init_std=0.02,
+  dtype="float32",
+  attention="blockwise",
+  unroll=1,
+  remat="none",
+  **hf_config.FAMILIES["llama"].switches,
+)
+
+
+def write_dataset(folder, number, reader):
+  """number 1: another, whose files have the same sizes."""
+  folder.mkdir()
+  texts = [f"{i} " + "ab"[number] * (7 + i % 5) for i in range(30)]
+  (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  letters = {letter: i for i, letter in enumerate(sorted({*"".join(texts), "ab"[1 - number]}))}
+  words = {**letters, "<unk>": len(letters), "</s>": len(letters) + 1 + number}
+  special = {"id": words["</s>"], "content": "</s>", "special": True}
+  described = {
+    "version": "1.0",
+    "added_tokens": [{**special, **dict.fromkeys(FLAGS, False)}],
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated"},
+    "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+  }
+  described["pre_tokenizer"]["invert"] = False
+  (folder / "tokenizer.json").write_text(json.dumps(described))
+  cfg = dataclasses.replace(
+    DATASET,
+    path=str(folder / "x.jsonl"),
+    tokenizer=f"huggingface:{folder / 'tokenizer.json'}",
+    directory=str(folder / "datasets"),
+    reader=reader,
+  )
+  return pathlib.Path(data.prepare(cfg, log=lambda text: None).directory)
+
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def read_dataset(folder, reader):
+  dataset = data.open(str(folder))
+  cfg = dataclasses.replace(DATASET, reader=reader)
+  batches = data.train_batches(dataset, cfg, context=8, batch_size=2, seed=0)
+  try:
+    train = [next(batches)["tokens"].tolist() for _ in range(30)]
+  finally:
+    batches.close()
+  validation = data.validation_batches(dataset, cfg, context=8, batch_size=2, documents=0)
+  scored = [batch["targets"].tolist() for batch in validation]
+  dataset.sums.wait()  # as a run does before it is done
+  described = dataset.meta, dataset.fingerprint, dataset.tokenizer.fingerprint
+  counted = [
+    dataset.bytes(split, 2) for split in ("validation", "train")[: 1 + (reader == "shards")]
+  ]
+  return train, scored, described, counted, dataset.first_bytes(2)
+
+
+def write_quantized(folder, number):
+  tensors = {"a/codes": np.full(8, number, np.uint8), "a/scale": np.full(2, number, np.float32)}
+  model = {"class": "beyond_outliers.model.transformer.Transformer", "config": {}}
+  described = {"version": 1, "model": model, "method": f"rtn{number}", "recipe": [], "matrices": {}}
+  storage.write_model(folder, tensors, described)
+  return folder
+
+
+def read_quantized(folder):
+  tensors, description = storage.read_model(folder)
+  return {name: array.tolist() for name, array in tensors.items()}, description
+
+
+def write_hugging_face(folder, number):
+  model = transformer.Transformer(LLAMA)
+  params = jax.tree.map(
+    lambda leaf: np.full(leaf.shape, number, leaf.dtype), transformer.shapes(model)
+  )
+  hf.save(model, params, folder / "source", context=32 + number)
+  (folder / "source" / "tokenizer.json").write_text(json.dumps({"number": number}))
+  hf.save(model, params, folder / "model", like=folder / "source", shard_bytes=200)
+  return folder / "model"
+
+
+def read_hugging_face(folder):
+  model, params = hf.load(folder)
+  return model.config, jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), params)
+
+
+# How a folder is written and read, and the kinds of its files.
+FOLDERS = {
+  **{
+    f"dataset, {reader}": (
+      functools.partial(write_dataset, reader=reader),
+      functools.partial(read_dataset, reader=reader),
+      ["meta.json", "tokenizer.json", "validation.starts", "validation.bytes", *kinds],
+    )
+    for reader, kinds in {
+      "shards": ["train.starts", "train.bytes", "train-*.bin", "validation-*.bin"],
+      "tfds": ["validation-*.bin", "records/*.json", "records/*.array_record-*"],
+    }.items()
+  },
+  "quantized": (write_quantized, read_quantized, ["model.safetensors", "quantized.json", SUMS]),
+  "Hugging Face": (
+    write_hugging_face,
+    read_hugging_face,
+    [
+      *("config.json", "model.safetensors.index.json", "model-*.safetensors", "tokenizer.json"),
+      SUMS,
+    ],
+  ),
+}
+
+
+def flipped(at):
+  def flip(path, other):
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+  return flip
+
+
+DAMAGES = {
+  **{f"flipped at {at}": flipped(at) for at in (0, 0.6, 1)},
+  "cut": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+  "emptied": lambda path, other: path.write_bytes(b""),
+  "deleted": lambda path, other: path.unlink(),
+  "replaced": lambda path, other: path.write_bytes(other.read_bytes()),
+}
+
+
+class Touching:
+  """What leaves a file where it is unpickled."""
+
+  def __init__(self, file):
+    self._file = file
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (pathlib.Path(self._file),)
+
+
+def programs(file):
+  """Contents that numpy and pickle would run, to be taken for others."""
+  objects = np.array([Touching(file)], object)
+  npy, npz = io.BytesIO(), io.BytesIO()
+  np.save(npy, objects, allow_pickle=True)
+  np.savez(npz, objects=objects)
+  return pickle.dumps(Touching(file)), npy.getvalue(), npz.getvalue()
+
+
+def files(folder):
+  return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def written(request, tmp_path_factory):
+  write, read, kinds = FOLDERS[request.param]
+  root = tmp_path_factory.mktemp("written")
+  return write(root / "a", 0), write(root / "b", 1), read, kinds
+
+
+def test_every_file_that_is_written_is_of_a_kind_that_is_damaged_here(written):
+  folder, _, _, kinds = written
+  found = files(folder)
+  assert all(any(fnmatch.fnmatch(name, kind) for kind in kinds) for name in found), found
+  assert all(fnmatch.filter(found, kind) for kind in kinds), found
+
+
+@pytest.mark.parametrize(
+  "at_opening", [data_sums.AT_OPENING, pytest.param(0, marks=pytest.mark.slow)]
+)
+def test_no_damage_is_silent(written, at_opening, tmp_path, monkeypatch):
+  """at_opening 0: of a dataset too large to be compared as it is opened."""
+  monkeypatch.setattr(data_sums, "AT_OPENING", at_opening)
+  folder, other, read, kinds = written
+  if not at_opening and "meta.json" not in kinds:
+    pytest.skip("no dataset")
+  sound, silent, unseen = read(folder), [], []
+  for kind in kinds:
+    name = fnmatch.filter(files(folder), kind)[0]
+    for damage, spoil in DAMAGES.items():
+      copy = tmp_path / "copy"
+      shutil.copytree(folder, copy)
+      spoil(copy / name, other / fnmatch.filter(files(other), kind)[0])
+      try:
+        if read(copy) != sound:
+          silent.append((name, damage))
+        elif (
+          files(copy) != files(folder) or (copy / name).read_bytes() != (folder / name).read_bytes()
+        ):
+          unseen.append((name, damage))
+      except Refusal as error:
+        assert "\n" not in str(error) and str(copy) in str(error), (name, damage, str(error))
+      shutil.rmtree(copy)
+  assert not silent
+  # Their white space, and a folder without sums, which is one from before there were any.
+  assert {name for name, _ in unseen} <= {"meta.json", SUMS}, unseen
+
+
+def test_a_pickle_in_the_place_of_a_file_is_not_run(written, tmp_path):
+  """Also where the sums are the pickle's own."""
+  folder, _, read, kinds = written
+  run = tmp_path / "run"
+  for kind in kinds:
+    name = fnmatch.filter(files(folder), kind)[0]
+    for content in programs(run):
+      copy = tmp_path / "copy"
+      shutil.copytree(folder, copy)
+      (copy / name).write_bytes(content)
+      if name not in (SUMS, "meta.json"):
+        (copy / SUMS).unlink(missing_ok=True)
+        if (copy / "meta.json").exists():
+          meta = json.loads((copy / "meta.json").read_text())
+          digest = hashlib.sha256(content).hexdigest()
+          meta["files"][name] = {"bytes": len(content), "sha256": digest}
+          meta.pop("sha256")
+          (copy / "meta.json").write_text(json.dumps(meta))
+      try:
+        read(copy)
+      except Refusal as error:
+        assert "\n" not in str(error), (name, str(error))
+      else:
+        assert name == "tokenizer.json" and "config.json" in kinds, "nobody reads that one"
+      assert not run.exists(), name
+      shutil.rmtree(copy)
+  pickle.loads(programs(run)[0])
+  assert run.exists(), "or this would test nothing"
