@@ -8,9 +8,10 @@ file, written after Orbax committed and all that was to be saved was found in th
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,12 +26,20 @@ from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import CheckpointError, WorkdirError
 from beyond_outliers.optim import blocks
 from beyond_outliers.types import Json, Params, PathLike
-from beyond_outliers.workdir import FolderPath, mismatch, write_sums
+from beyond_outliers.workdir import SUMS, FolderPath, mismatch, write_sums
 
 # Orbax warns a reader that it only reads.
 logging.get_absl_logger().addFilter(
   lambda record: not record.getMessage().startswith("Given directory is read only")
 )
+
+
+# Errors of the system that say nothing of a file.
+SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE)
+
+
+class NotFiniteError(Exception):
+  """Parameters of a checkpoint that a run cannot go on from."""
 
 
 class Checkpoints:
@@ -107,7 +116,7 @@ class Checkpoints:
       args = ocp.args.Composite(state=arrays, data=text, clock=text)
       found: Any = self._manager.restore(candidate, args=args)
       if not params_lib.all_finite(found.state["params"]):
-        raise ValueError("its parameters are not finite")
+        raise NotFiniteError("its parameters are not finite")
       return found
 
     if step is None and not self.steps():
@@ -184,30 +193,47 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"
       )
+    damaged: dict[int, str] = {}
     for candidate in steps[::-1] if step is None else [step]:
-      damage, result = self._damage(candidate), None
-      if not damage:
-        try:
-          result = read(candidate)
-        except CheckpointError:  # another structure is no damage
-          raise
-        except Exception as error:  # Orbax raises all kinds for files that it cannot read
+      damage, problem, result = "", "", None
+      try:
+        damage = self._damage(candidate)
+        result = None if damage else read(candidate)
+      except CheckpointError:  # another structure is no damage
+        raise
+      except Exception as error:  # Orbax raises all kinds for files that it cannot read
+        if isinstance(error, NotFiniteError) or not self._is_sound(candidate, error):
           damage = _reason(error)
+        else:
+          problem = _reason(error)
       # A process must not fall back while others go on: what one cannot read, none has read.
+      if mesh.on_any_process(bool(problem)):
+        raise CheckpointError(
+          f"{self.directory / str(candidate)} could not be read now "
+          f"({problem or 'by another process'}), and is not damaged: nothing was changed; free what "
+          "is short, and give the same command"
+        )
       if not mesh.on_any_process(bool(damage)):
+        self._set_aside(damaged)
         return candidate, result
-      damage = damage or "another process cannot read it"
-      if step is not None:
-        raise CheckpointError(f"{self.directory / str(step)} is damaged: {damage}")
-      self._set_aside(candidate, damage)
+      damaged[candidate] = damage or "another process cannot read it"
     raise CheckpointError(
-      f"{self.directory}: every checkpoint is damaged ({steps}); start in another workdir"
+      f"{self.directory}: "
+      + "; ".join(f"checkpoint {each} is damaged: {why}" for each, why in damaged.items())
+      + "; restore one from a copy, or start in another workdir"
     )
 
   def _damage(self, step: int) -> str:
     """Difference of a checkpoint from its sums, as process 0 finds it; empty if none."""
     reads = self._verify and jax.process_index() == 0
     return mesh.from_first(mismatch(self.directory / str(step)) if reads else "")
+
+  def _is_sound(self, step: int, error: Exception) -> bool:
+    """Whether a checkpoint that raised when it was read is none the worse: its sums hold, or there
+    was a want of memory or descriptors."""
+    sealed = self._verify and (self.directory / str(step) / SUMS).exists()
+    short = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return sealed or short or (isinstance(error, OSError) and error.errno in SHORT)
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
     """Refusal of a checkpoint of another structure.
@@ -225,17 +251,17 @@ class Checkpoints:
         f"and {want.get(name, 'missing')} in this run; was the model or optimizer changed?"
       )
 
-  def _set_aside(self, step: int, damage: str) -> None:
-    found = self.directory / str(step)
-    logging.warning("checkpoint %s is damaged (%s); falling back to an older one", found, damage)
-    if self._read_only:
-      return
-    if jax.process_index() == 0:
-      target = self.directory / f"damaged-{step}-{time.time_ns()}"
-      found.rename(target)
-      logging.warning("set aside as %s", target)
-    mesh.from_first("renamed")
-    self._manager.reload()
+  def _set_aside(self, damaged: Mapping[int, str]) -> None:
+    for step, damage in damaged.items():
+      found = self.directory / str(step)
+      logging.warning("checkpoint %s is damaged (%s); falling back to an older one", found, damage)
+      if jax.process_index() == 0 and not self._read_only:
+        target = self.directory / f"damaged-{step}-{time.time_ns()}"
+        found.rename(target)
+        logging.warning("set aside as %s", target)
+    if damaged and not self._read_only:
+      mesh.from_first("renamed")
+      self._manager.reload()
 
 
 def _check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *texts: str) -> None:
