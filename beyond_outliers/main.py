@@ -53,10 +53,10 @@ def main(argv: list[str]) -> None:
   sys.exit(EXIT_CODES[status])
 
 
-def _address(distributed: str) -> tuple[str, int, int] | tuple[()]:
-  """(HOST:PORT, count, index) of --distributed, nothing for "auto". Errors: ConfigError."""
+def _address(distributed: str) -> tuple[str | None, int | None, int | None]:
+  """(HOST:PORT, count, index) of --distributed, None each for "auto". Errors: ConfigError."""
   if distributed == "auto":
-    return ()
+    return None, None, None
   parts = distributed.split(",")
   if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
     raise config.ConfigError(

@@ -24,7 +24,13 @@ from etils.epath import gpath
 
 from beyond_outliers import config, mesh
 from beyond_outliers.config.files import make_folder, read_json
-from beyond_outliers.config.sums import SUMS, file_sha256, folder_mismatch, write_folder_sums
+from beyond_outliers.config.sums import (
+  SUMS,
+  file_sha256,
+  folder_mismatch,
+  replaced,
+  write_folder_sums,
+)
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
 
@@ -82,19 +88,14 @@ class Workdir:
     return self.path / "checkpoints"
 
   def write(self, name: str, value: Any, *, durable: bool = True) -> None:
-    """durable: on disk when this returns, so that a power failure leaves the old or the new."""
+    """durable: as `replaced`."""
     if jax.process_index() == 0:
       self._write(name, value, durable)
 
   def _write(self, name: str, value: Any, durable: bool = True) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
-    temporary = self.path / f"{name}.{os.getpid()}.tmp"  # evaluation jobs may share a folder
-    with temporary.open("w") as file:
-      file.write(json.dumps(value, indent=2) + "\n")
-      if durable:
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(self.path / name)
+    with replaced(self.path / name, durable) as temporary:
+      temporary.write_text(json.dumps(value, indent=2) + "\n")
 
   def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
     """The JSON in a file, or None when it isn't there.
@@ -142,14 +143,26 @@ class Workdir:
     self.read("wandb.json")
     self.read_rows()
 
+  def check_past(self, checkpoints: list[int]) -> None:
+    """Refusal of a run that had checkpoints and has none: it would begin anew, and drop its rows.
+
+    Errors: WorkdirError."""
+    status = self.read("status.json") or {"status": "", "step": 0}
+    begun = status.get("first", status["step"])  # of one that runs: where it resumed
+    had = status["status"] in ("done", "preempted") or (begun and status["status"] != "diverged")
+    if not checkpoints and (had or list(self.checkpoints.glob("damaged-*"))):
+      raise WorkdirError(
+        f"{self.path} holds a run, {status['status']} at step {status['step']}, and none of its "
+        "checkpoints; restore one from a copy, or start in another workdir"
+      )
+
   def set_status(self, status: str, step: int, reason: str = "") -> None:
     """status: running | done | diverged | preempted | failed."""
     self.write("status.json", _status(status, step, reason))
 
   def beat(self, step: int, first: int) -> None:
     """Shows that the run, begun at step `first`, goes on: status running, at a step, now."""
-    status = {**_status("running", step, ""), "first": first}
-    self.write("status.json", status, durable=False)
+    self.write("status.json", {**_status("running", step, ""), "first": first}, durable=False)
 
   def set_failed(self, step: int, reason: str) -> None:
     """Status failed, from any process: the first may be the one that is gone."""

@@ -44,7 +44,7 @@ def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
     sums = json.loads((folder / SUMS).read_bytes())
   except FileNotFoundError:
     return ""
-  except (ValueError, RecursionError, OSError):
+  except (ValueError, RecursionError, IsADirectoryError):
     sums = None
   if not isinstance(sums, dict) or not sums or not all(map(stays_inside, sums)):
     return f"{SUMS} is not readable"
@@ -73,15 +73,18 @@ def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> 
 
 
 @contextlib.contextmanager
-def replaced(file: PathLike) -> Iterator[pathlib.Path]:
-  """Another name to write a file under, which takes its place once it is whole and on the disk."""
+def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
+  """Another name to write a file under, which takes its place once it is whole; and, durable, on
+  the disk, so that a power failure leaves the old or the new."""
   path = pathlib.Path(file)
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   try:
     yield temporary
-    _on_disk(temporary)
+    if durable:
+      _on_disk(temporary)
     temporary.replace(path)
-    _on_disk(path.parent)
+    if durable:
+      _on_disk(path.parent)
   finally:
     temporary.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from beyond_outliers import config, quant, runs
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
+from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
 from beyond_outliers.model import transformer
 from beyond_outliers.model.forward import Forward
@@ -37,15 +38,22 @@ class Start(NamedTuple):
 
 
 def start(
-  program: Program, checkpoints: Checkpoints, batches: data.Batches, say: Callable[[str], None]
+  program: Program,
+  checkpoints: Checkpoints,
+  batches: data.Batches,
+  record: Json,
+  say: Callable[[str], None],
 ) -> Start:
   """From the newest intact checkpoint, from `warm_start`'s parameters, or from fresh ones.
 
-  Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit."""
+  record: this run's, that of a checkpoint must agree with.
+  Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit, or checkpoints of
+    another configuration or other data."""
   c = program.config
   restored = checkpoints.restore(program.state)
   if restored is not None:
     step, state, position, clock = restored
+    _check_record(checkpoints.run_of(step), record, f"{checkpoints.directory / str(step)}")
     say(f"resuming from step {step} of {c.steps}")
     return Start(state, position, clock["seconds"])
   state = program.init()
@@ -59,6 +67,21 @@ def start(
   if state.average is not None:
     state = state._replace(average=jax.tree.map(jnp.copy, params))
   return Start(state._replace(params=params), None, 0.0)
+
+
+def _check_record(saved: Json | None, now: Json, path: str) -> None:
+  """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
+  say, which may be lost or another's. Errors: ConfigError."""
+  if saved is None:
+    return
+  config.check_resumable(config.resolve(saved["config"]), config.resolve(now["config"]))
+  for key, was in saved["data"].items():
+    require(
+      was == now["data"][key],
+      f"data: {key}",
+      now["data"][key],
+      f"{path} was trained on {was}; restore those data, or start a new workdir",
+    )
 
 
 def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Params]:

@@ -35,13 +35,8 @@ _peers: Peers | None = None  # of this process, once it has joined others
 _why_aborted = ""  # what an abort means until then
 
 
-def join(
-  c: config.Distributed,
-  address: str | None = None,
-  count: int | None = None,
-  index: int | None = None,
-) -> None:
-  """Connects the processes of one run; without an address as JAX detects them.
+def join(c: config.Distributed, address: str | None, count: int | None, index: int | None) -> None:
+  """Connects the processes of one run; what is None, JAX detects.
 
   Ends this process if one does not come within `initialization_seconds`."""
   global _peers, _why_aborted

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 
-from beyond_outliers import config, data, hardware, quant, writers
+from beyond_outliers import config, data, hardware, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.evaluate import metrics
 from beyond_outliers.model import transformer
-from beyond_outliers.train import averages, describe, hooks, initialize, loop, processes, rewind
+from beyond_outliers.train import describe, initialize, loop, processes, rewind
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
-from beyond_outliers.types import Batch, Json, Params, PathLike
+from beyond_outliers.train.run_hooks import (
+  RunInputs,
+  RunOutputs,
+  fingerprints,
+  make_hooks,
+  record_of,
+)
+from beyond_outliers.types import Json, PathLike
 
 if TYPE_CHECKING:
-  from beyond_outliers.checkpoint import Checkpoints
+  pass
 
 Say = Callable[[str], None]
 
@@ -80,11 +85,13 @@ def _train(
 
   c = program.config
   inputs = _open_inputs(program, say)
-  processes.agree("data", _fingerprints(inputs.dataset))
+  processes.agree("data", fingerprints(inputs.dataset))
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
   stack.enter_context(contextlib.closing(inputs.batches))
   stack.enter_context(mesh_lib.use(program.mesh))
-  start = initialize.start(program, checkpoints, inputs.batches, say)
+  workdir.check_past(checkpoints.steps())
+  record = record_of(c, inputs.dataset)
+  start = initialize.start(program, checkpoints, inputs.batches, record, say)
   first = int(start.state.step)
   if first >= c.steps:
     say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
@@ -112,7 +119,7 @@ def _train(
   workdir.write("config.json", config.to_dict(c))
   workdir.write("manifest.json", manifest)
   workdir.set_status("running", first)
-  run_hooks = _make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
+  run_hooks = make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
   placed = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
   status, step, reason = "done", c.steps, ""
 
@@ -134,22 +141,6 @@ def _train(
   workdir.set_status(status, step, reason)
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
   return status
-
-
-class RunInputs(NamedTuple):
-  """The prepared dataset, and the rows of its batches that belong to this process."""
-
-  dataset: data.Dataset
-  batches: data.Batches
-  validation: data.ValidationBatches
-
-
-class RunOutputs(NamedTuple):
-  """The workdir, its checkpoints, and the writers of metrics: none on processes but the first."""
-
-  workdir: workdir_lib.Workdir
-  checkpoints: Checkpoints
-  sinks: Sequence[writers.Writer]
 
 
 def _open_inputs(program: Program, say: Say) -> RunInputs:
@@ -198,7 +189,7 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
   now = workdir_lib.manifest(
     {
       "parameters": transformer.count(program.state.params),
-      "data": {"directory": os.path.abspath(dataset.directory), **_fingerprints(dataset)},
+      "data": {"directory": os.path.abspath(dataset.directory), **fingerprints(dataset)},
     }
   )
   before = workdir.read("manifest.json")
@@ -211,108 +202,3 @@ def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Work
       "workdir"
     )
   return {**before, "resumed": [*before.get("resumed", []), now]}
-
-
-def _fingerprints(dataset: data.Dataset) -> Json:
-  return {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
-
-
-def _make_hooks(
-  program: Program,
-  eval_step: Any,
-  peak_flops: float,
-  inputs: RunInputs,
-  outputs: RunOutputs,
-  start: initialize.Start,
-  stack: contextlib.ExitStack,
-) -> list[loop.Hook]:
-  """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
-  c, sinks = program.config, outputs.sinks
-  tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
-  log = hooks.LogMetrics(
-    c.log.every,
-    sinks,
-    clock,
-    start.state,
-    tokens_per_step=tokens_per_step,
-    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
-    peak_flops=peak_flops * program.mesh.size,
-    num_steps=c.steps,
-    max_skipped=c.max_skipped_updates,
-    statistics=program.statistics,
-    sample=_sample(program, inputs.validation),
-  )
-  periodic = dict(num_steps=c.steps, before=log.flush)
-  evaluate = _evaluation(program, eval_step, inputs)
-  made: list[loop.Hook] = [log, hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
-  if c.average.decay:
-    options = dict(name="eval/ema", of=operator.attrgetter("average"))
-    made.append(hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic, **options))
-  if c.average.last:
-    of_last = averages.evaluation_of_last(
-      c.average.last, program.state.params, evaluate, outputs.checkpoints
-    )
-    made.append(hooks.Evaluate(c.steps, of_last, sinks, clock, **periodic, name="eval/last"))
-  if c.log.outliers_every:
-    measure = _outliers(program, inputs.validation)
-    made.append(
-      hooks.Evaluate(c.log.outliers_every, measure, sinks, clock, **periodic, name="outliers")
-    )
-  save = hooks.Save(
-    c.checkpoint,
-    outputs.checkpoints,
-    inputs.batches.state,
-    clock,
-    tokens_per_step=tokens_per_step,
-    **periodic,
-  )
-  made.append(stack.enter_context(contextlib.closing(save)))
-  if c.log.profile_step:
-    directory = outputs.workdir.path / "profile"
-    profile = hooks.Profile(directory, c.log.profile_step, c.log.profile_steps)
-    made.append(stack.enter_context(contextlib.closing(profile)))
-  if c.log.watchdog_seconds:
-    watchdog = hooks.Watchdog(c.log.watchdog_seconds, outputs.workdir, int(start.state.step))
-    made.append(stack.enter_context(contextlib.closing(watchdog)))
-  return made
-
-
-def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable[[Params], Json]:
-  """params -> metrics on the fixed set of validation documents."""
-  c, validation = program.config, inputs.validation
-  num_bytes = inputs.dataset.bytes("validation", c.eval.documents)
-
-  def evaluate(params: Params) -> Json:
-    def token_losses(batch: Batch):
-      placed = mesh_lib.put_batch(batch, program.mesh, validation.batch_size)
-      return jax.device_get(eval_step(params, placed))
-
-    return metrics.evaluate(token_losses, validation, num_bytes)
-
-  return evaluate
-
-
-def _outliers(
-  program: Program, validation: data.ValidationBatches
-) -> Callable[[Params], dict[str, float]]:
-  """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
-  from beyond_outliers.evaluate import activations  # only where they are asked for
-
-  measure = activations.on_documents(program.forward, validation, program.mesh)
-
-  def measure_outliers(params: Params) -> dict[str, float]:
-    return measure(params, params)
-
-  return measure_outliers
-
-
-def _sample(program: Program, validation: data.ValidationBatches) -> Batch | None:
-  """The first validation windows, one per device that splits a batch.
-
-  Statistics of quantization are of these."""
-  c, mesh = program.config, program.mesh
-  if not c.log.quant_statistics or not quant.recipes.from_config(c.quant).quantizes:
-    return None
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  first = jax.tree.map(lambda x: x[: len(x) * rows // c.eval.batch_size], next(iter(validation)))
-  return mesh_lib.put_batch(first, mesh, rows)

@@ -1,45 +1,37 @@
-"""Checkpoints of a run, by Orbax, with SHA-256 sums. The only module that imports Orbax.
-
+"""Checkpoints of a run, by Orbax, with SHA-256 sums.
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
-any number of processes) and `clock` (training seconds, tokens), and sha256.json, the sum of every
-file, written after Orbax committed and all that was to be saved was found in the files.
+any number of processes), `clock` (training seconds, tokens) and `run` (configuration, fingerprints
+of the data), and sha256.json, the sum of every file, written after Orbax committed and all that was
+to be saved was found in the files.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import errno
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from beyond_outliers import config, mesh, quant
+from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
+from beyond_outliers.checkpoint import recovery
+from beyond_outliers.checkpoint.reading import check_readable
 from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import CheckpointError, WorkdirError
 from beyond_outliers.optim import blocks
 from beyond_outliers.types import Json, Params, PathLike
-from beyond_outliers.workdir import SUMS, FolderPath, mismatch, write_sums
+from beyond_outliers.workdir import FolderPath, write_sums
 
 # Orbax warns a reader that it only reads.
 logging.get_absl_logger().addFilter(
   lambda record: not record.getMessage().startswith("Given directory is read only")
 )
-
-
-# Errors of the system that say nothing of a file.
-SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE)
-
-
-class NotFiniteError(Exception):
-  """Parameters of a checkpoint that a run cannot go on from."""
 
 
 class Checkpoints:
@@ -70,6 +62,7 @@ class Checkpoints:
         "state": ocp.StandardCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
         "clock": ocp.JsonCheckpointHandler(),
+        "run": ocp.JsonCheckpointHandler(),
       },
     )
     # One thread that writes the sums of a checkpoint once Orbax has committed it.
@@ -80,13 +73,18 @@ class Checkpoints:
     """Steps of committed checkpoints, oldest first."""
     return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.is_dir() else []
 
-  def save(self, step: int, state: Any, data: Json, clock: dict[str, float]) -> None:
-    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`."""
+  def save(
+    self, step: int, state: Any, data: Json, clock: dict[str, float], run: Json | None = None
+  ) -> None:
+    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`.
+
+    run: what the run is that saves, so that a checkpoint tells of itself."""
     self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(params_lib.without_empty(state)),
       data=ocp.args.JsonSave(mesh.merged_over_processes(data)),
       clock=ocp.args.JsonSave(clock),
+      **({"run": ocp.args.JsonSave(run)} if run else {}),
     )
     if not self._manager.save(step, args=args, force=True):
       raise CheckpointError(
@@ -116,7 +114,7 @@ class Checkpoints:
       args = ocp.args.Composite(state=arrays, data=text, clock=text)
       found: Any = self._manager.restore(candidate, args=args)
       if not params_lib.all_finite(found.state["params"]):
-        raise NotFiniteError("its parameters are not finite")
+        raise recovery.NotFiniteError("its parameters are not finite")
       return found
 
     if step is None and not self.steps():
@@ -146,6 +144,13 @@ class Checkpoints:
 
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored[field], params)
+
+  def run_of(self, step: int) -> Json | None:
+    """What `save` got as `run`; None of checkpoints that were saved before there was that."""
+    if not (self.directory / str(step) / "run").is_dir():
+      return None
+    items: Any = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+    return items.run
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -179,7 +184,7 @@ class Checkpoints:
         return  # the write failed, as wait() will say
       time.sleep(0.02)
     try:
-      _check_readable(directory, "state", shapes, "data", "clock")
+      check_readable(directory, "state", shapes, "data", "clock")
       if self._verify:
         write_sums(directory)
     except (CheckpointError, FileNotFoundError):
@@ -187,53 +192,29 @@ class Checkpoints:
         raise
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
-    """(step, result of `read`), from the newest readable checkpoint, or from `step` alone."""
+    """(step, result of `read`), from the newest intact checkpoint, or from `step` alone."""
     steps = self.steps()
     if step not in (None, *steps) or not steps:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"
       )
-    damaged: dict[int, str] = {}
-    for candidate in steps[::-1] if step is None else [step]:
-      damage, problem, result = "", "", None
-      try:
-        damage = self._damage(candidate)
-        result = None if damage else read(candidate)
-      except CheckpointError:  # another structure is no damage
-        raise
-      except Exception as error:  # Orbax raises all kinds for files that it cannot read
-        if isinstance(error, NotFiniteError) or not self._is_sound(candidate, error):
-          damage = _reason(error)
-        else:
-          problem = _reason(error)
-      # A process must not fall back while others go on: what one cannot read, none has read.
-      if mesh.on_any_process(bool(problem)):
-        raise CheckpointError(
-          f"{self.directory / str(candidate)} could not be read now "
-          f"({problem or 'by another process'}), and is not damaged: nothing was changed; free what "
-          "is short, and give the same command"
-        )
-      if not mesh.on_any_process(bool(damage)):
-        self._set_aside(damaged)
-        return candidate, result
-      damaged[candidate] = damage or "another process cannot read it"
-    raise CheckpointError(
-      f"{self.directory}: "
-      + "; ".join(f"checkpoint {each} is damaged: {why}" for each, why in damaged.items())
-      + "; restore one from a copy, or start in another workdir"
+    found, result, damaged = recovery.newest_intact(
+      self.directory, steps if step is None else [step], read, verify=self._verify
     )
+    for each, damage in damaged.items():
+      self._set_aside(each, damage)
+    if damaged and not self._read_only:
+      mesh.from_first("renamed")
+      self._manager.reload()
+    return found, result
 
-  def _damage(self, step: int) -> str:
-    """Difference of a checkpoint from its sums, as process 0 finds it; empty if none."""
-    reads = self._verify and jax.process_index() == 0
-    return mesh.from_first(mismatch(self.directory / str(step)) if reads else "")
-
-  def _is_sound(self, step: int, error: Exception) -> bool:
-    """Whether a checkpoint that raised when it was read is none the worse: its sums hold, or there
-    was a want of memory or descriptors."""
-    sealed = self._verify and (self.directory / str(step) / SUMS).exists()
-    short = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-    return sealed or short or (isinstance(error, OSError) and error.errno in SHORT)
+  def _set_aside(self, step: int, damage: str) -> None:
+    found = self.directory / str(step)
+    logging.warning("checkpoint %s is damaged (%s); falling back to an older one", found, damage)
+    if jax.process_index() == 0 and not self._read_only:
+      target = self.directory / f"damaged-{step}-{time.time_ns()}"
+      found.rename(target)
+      logging.warning("set aside as %s", target)
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
     """Refusal of a checkpoint of another structure.
@@ -250,75 +231,3 @@ class Checkpoints:
         f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint "
         f"and {want.get(name, 'missing')} in this run; was the model or optimizer changed?"
       )
-
-  def _set_aside(self, damaged: Mapping[int, str]) -> None:
-    for step, damage in damaged.items():
-      found = self.directory / str(step)
-      logging.warning("checkpoint %s is damaged (%s); falling back to an older one", found, damage)
-      if jax.process_index() == 0 and not self._read_only:
-        target = self.directory / f"damaged-{step}-{time.time_ns()}"
-        found.rename(target)
-        logging.warning("set aside as %s", target)
-    if damaged and not self._read_only:
-      mesh.from_first("renamed")
-      self._manager.reload()
-
-
-def _check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *texts: str) -> None:
-  """Refusal of what was just saved where Orbax's own reader does not find it in the files: every
-  array of `item`, without the values, and the items `texts`, which are JSON."""
-  handler, problem = ocp.StandardCheckpointHandler(), ""
-  try:
-    found = params_lib.shapes_by_path(handler.metadata(path / item).tree)
-    if name := params_lib.first_difference(found, shapes):
-      problem = f"{name} is {found.get(name, 'missing')}, not {shapes.get(name)}"
-    for text in texts:
-      ocp.JsonCheckpointHandler().restore(path / text)
-  except Exception as error:  # Orbax and TensorStore raise all kinds
-    problem = _reason(error)
-  if problem:
-    raise CheckpointError(
-      f"{path}: was saved, and cannot be read back ({problem}); take a folder on another disk"
-    )
-
-
-def _reason(error: Exception) -> str:
-  return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
-def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
-  """`q.save` by Orbax: the items `tensors` and `description`, in the form of quant/storage.py.
-
-  Errors: CheckpointError, also when there is something at the directory."""
-  directory = FolderPath(directory).absolute()
-  if directory.exists():
-    raise CheckpointError(f"{directory}: is there already; remove it or choose another")
-  tensors, description = quant.storage.pack_model(q)
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-    writer.save(
-      directory,
-      args=ocp.args.Composite(
-        tensors=ocp.args.StandardSave(params_lib.tree_of(tensors)),
-        description=ocp.args.JsonSave(description),
-      ),
-    )
-  _check_readable(directory, "tensors", params_lib.shapes_by_path(tensors), "description")
-
-
-def load_quantized(directory: PathLike) -> quant.QuantizedModel:
-  """The model that `save_quantized` wrote, bit by bit, on the default device.
-
-  Errors: CheckpointError, ConfigError."""
-  directory = FolderPath(directory).absolute()
-  if not (directory / "description").exists():
-    raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
-  args = ocp.args.Composite(tensors=ocp.args.StandardRestore(), description=ocp.args.JsonRestore())
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-    try:
-      items = reader.restore(directory, args=args)
-    except Exception as error:  # Orbax raises all kinds for files that it cannot read
-      raise CheckpointError(f"{directory} is damaged: {_reason(error)}; copy it again") from error
-  if problem := config.files.misfit(items.description, quant.storage.DESCRIPTION_KINDS):
-    raise CheckpointError(f"{directory / 'description'}: {problem}; copy it again")
-  tensors = params_lib.leaves_by_path(items.tensors)
-  return quant.ptq.restored({k: np.asarray(x) for k, x in tensors.items()}, items.description)

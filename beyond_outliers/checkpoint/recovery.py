@@ -1,0 +1,84 @@
+"""Which checkpoint a run goes on from: the newest that can be read, and what becomes of others.
+
+A checkpoint is damaged where its files are not those that were summed, where it has no sums and
+cannot be read, or where its parameters are not finite. One whose sums hold is never damaged: what
+cannot be read now, for want of memory, descriptors or a file system that answers, is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from etils import epath
+
+from beyond_outliers import mesh
+from beyond_outliers.checkpoint.reading import reason
+from beyond_outliers.errors import CheckpointError
+from beyond_outliers.workdir import SUMS, mismatch
+
+Found = TypeVar("Found")
+
+# Errors of the system that say nothing of a file.
+SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE)
+
+
+class NotFiniteError(Exception):
+  """Parameters that a run cannot go on from."""
+
+
+def newest_intact(
+  directory: epath.Path, steps: list[int], read: Callable[[int], Found], *, verify: bool
+) -> tuple[int, Found, dict[int, str]]:
+  """(step, what `read` made of it, {newer step: its damage}) of the newest of `steps`, ascending.
+
+  Every process calls this: one that cannot read what the others can takes all of them along.
+  Errors: CheckpointError where all are damaged, or one could not be read now."""
+  damaged: dict[int, str] = {}
+  for step in steps[::-1]:
+    damage, problem, found = "", "", None
+    try:
+      damage = _mismatch(directory / str(step), verify)
+      found = None if damage else read(step)
+    except CheckpointError:  # another structure is no damage
+      raise
+    except Exception as error:  # Orbax raises all kinds for files that it cannot read
+      if isinstance(error, NotFiniteError) or not _is_sound(directory / str(step), error, verify):
+        damage = reason(error)
+      else:
+        problem = reason(error)
+    if mesh.on_any_process(bool(problem)):
+      raise CheckpointError(
+        f"{directory / str(step)} could not be read now ({problem or 'by another process'}), and "
+        "is not damaged: nothing was changed; free what is short, and give the same command"
+      )
+    if not mesh.on_any_process(bool(damage)):
+      assert found is not None
+      return step, found, damaged
+    damaged[step] = damage or "another process cannot read it"
+  each = "; ".join(f"{directory / str(step)} is damaged: {why}" for step, why in damaged.items())
+  raise CheckpointError(f"{each}; restore one from a copy, or start in another workdir")
+
+
+def _mismatch(checkpoint: epath.Path, verify: bool) -> str:
+  """Difference of a checkpoint from its sums, as process 0 finds it; empty if none."""
+  problem, short = "", None
+  if verify and jax.process_index() == 0:
+    try:
+      problem = mismatch(checkpoint)
+    except OSError as error:
+      short = error
+  problem = mesh.from_first(problem)
+  if short is not None:
+    raise short
+  return problem
+
+
+def _is_sound(checkpoint: epath.Path, error: Exception, verify: bool) -> bool:
+  """Whether a checkpoint whose reader raised is none the worse for it."""
+  if verify and (checkpoint / SUMS).exists():
+    return True  # the sums hold
+  short = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+  return short or (isinstance(error, OSError) and error.errno in SHORT)

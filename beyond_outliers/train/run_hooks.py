@@ -1,0 +1,149 @@
+"""Hooks of a run: what is logged, evaluated and saved, from its program, inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from beyond_outliers import config, data, quant, writers
+from beyond_outliers import mesh as mesh_lib
+from beyond_outliers import workdir as workdir_lib
+from beyond_outliers.evaluate import metrics
+from beyond_outliers.model import transformer
+from beyond_outliers.train import averages, hooks, initialize, loop
+from beyond_outliers.train.program import Program
+from beyond_outliers.types import Batch, Json, Params
+
+if TYPE_CHECKING:
+  from beyond_outliers.checkpoint import Checkpoints
+
+
+class RunInputs(NamedTuple):
+  """The prepared dataset, and the rows of its batches that belong to this process."""
+
+  dataset: data.Dataset
+  batches: data.Batches
+  validation: data.ValidationBatches
+
+
+class RunOutputs(NamedTuple):
+  """The workdir, its checkpoints, and the writers of metrics: none on processes but the first."""
+
+  workdir: workdir_lib.Workdir
+  checkpoints: Checkpoints
+  sinks: Sequence[writers.Writer]
+
+
+def record_of(c: config.Config, dataset: data.Dataset) -> Json:
+  """What a checkpoint tells of its run: configuration, and fingerprints of the data."""
+  return {"config": config.to_dict(c), "data": fingerprints(dataset)}
+
+
+def fingerprints(dataset: data.Dataset) -> Json:
+  return {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
+
+
+def make_hooks(
+  program: Program,
+  eval_step: Any,
+  peak_flops: float,
+  inputs: RunInputs,
+  outputs: RunOutputs,
+  start: initialize.Start,
+  stack: contextlib.ExitStack,
+) -> list[loop.Hook]:
+  """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
+  c, sinks = program.config, outputs.sinks
+  tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
+  log = hooks.LogMetrics(
+    c.log.every,
+    sinks,
+    clock,
+    start.state,
+    tokens_per_step=tokens_per_step,
+    flops_per_step=tokens_per_step * transformer.flops_per_token(c.model, c.context),
+    peak_flops=peak_flops * program.mesh.size,
+    num_steps=c.steps,
+    max_skipped=c.max_skipped_updates,
+    statistics=program.statistics,
+    sample=_sample(program, inputs.validation),
+  )
+  periodic = dict(num_steps=c.steps, before=log.flush)
+  evaluate = _evaluation(program, eval_step, inputs)
+  made: list[loop.Hook] = [log, hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
+  if c.average.decay:
+    options = dict(name="eval/ema", of=operator.attrgetter("average"))
+    made.append(hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic, **options))
+  if c.average.last:
+    of_last = averages.evaluation_of_last(
+      c.average.last, program.state.params, evaluate, outputs.checkpoints
+    )
+    made.append(hooks.Evaluate(c.steps, of_last, sinks, clock, **periodic, name="eval/last"))
+  if c.log.outliers_every:
+    measure = _outliers(program, inputs.validation)
+    made.append(
+      hooks.Evaluate(c.log.outliers_every, measure, sinks, clock, **periodic, name="outliers")
+    )
+  save = hooks.Save(
+    c.checkpoint,
+    outputs.checkpoints,
+    inputs.batches.state,
+    clock,
+    tokens_per_step=tokens_per_step,
+    run=record_of(c, inputs.dataset),
+    **periodic,
+  )
+  made.append(stack.enter_context(contextlib.closing(save)))
+  if c.log.profile_step:
+    directory = outputs.workdir.path / "profile"
+    profile = hooks.Profile(directory, c.log.profile_step, c.log.profile_steps)
+    made.append(stack.enter_context(contextlib.closing(profile)))
+  if c.log.watchdog_seconds:
+    watchdog = hooks.Watchdog(c.log.watchdog_seconds, outputs.workdir, int(start.state.step))
+    made.append(stack.enter_context(contextlib.closing(watchdog)))
+  return made
+
+
+def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable[[Params], Json]:
+  """params -> metrics on the fixed set of validation documents."""
+  c, validation = program.config, inputs.validation
+  num_bytes = inputs.dataset.bytes("validation", c.eval.documents)
+
+  def evaluate(params: Params) -> Json:
+    def token_losses(batch: Batch):
+      placed = mesh_lib.put_batch(batch, program.mesh, validation.batch_size)
+      return jax.device_get(eval_step(params, placed))
+
+    return metrics.evaluate(token_losses, validation, num_bytes)
+
+  return evaluate
+
+
+def _outliers(
+  program: Program, validation: data.ValidationBatches
+) -> Callable[[Params], dict[str, float]]:
+  """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
+  from beyond_outliers.evaluate import activations  # only where they are asked for
+
+  measure = activations.on_documents(program.forward, validation, program.mesh)
+
+  def measure_outliers(params: Params) -> dict[str, float]:
+    return measure(params, params)
+
+  return measure_outliers
+
+
+def _sample(program: Program, validation: data.ValidationBatches) -> Batch | None:
+  """The first validation windows, one per device that splits a batch.
+
+  Statistics of quantization are of these."""
+  c, mesh = program.config, program.mesh
+  if not c.log.quant_statistics or not quant.recipes.from_config(c.quant).quantizes:
+    return None
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  first = jax.tree.map(lambda x: x[: len(x) * rows // c.eval.batch_size], next(iter(validation)))
+  return mesh_lib.put_batch(first, mesh, rows)
