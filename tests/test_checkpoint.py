@@ -1,6 +1,7 @@
 """What is saved comes back to the bit or not at all: sums, fallback, other structures, other
 meshes, the keep policy."""
 
+import errno
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, mesh, params, workdir
+from beyond_outliers.checkpoint import reading, recovery
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.train import step
 
@@ -159,9 +161,52 @@ def test_a_damaged_step_asked_for_by_name_is_refused(saved):
 def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
   for n in "123":
     flip(largest_file(saved / n / "state"))
-  with pytest.raises(checkpoint.CheckpointError, match="every checkpoint is damaged"):
-    checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))
+  for _ in range(2):  # a scheduler gives the command again
+    with pytest.raises(checkpoint.CheckpointError, match="every checkpoint is damaged"):
+      checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))
+  assert checkpoint.Checkpoints(saved, OPTIONS).steps() == [1, 2, 3]
   assert checkpoint.Checkpoints(tmp_path / "new", OPTIONS).restore(shapes(make_state())) is None
+
+
+@pytest.mark.parametrize(
+  "error, sums",
+  [
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), True),
+    (ValueError("a file system that does not answer"), True),
+    (MemoryError(), False),
+    (OSError(errno.EMFILE, "Too many open files"), False),
+  ],
+)
+def test_what_cannot_be_read_now_is_left_alone(saved, monkeypatch, error, sums):
+  def fail(*_, **__):
+    raise error
+
+  if not sums:
+    (saved / "3" / workdir.SUMS).unlink()
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(checkpoint.CheckpointError, match=r"/3 could not be read .* not damaged"):
+      checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))
+  assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 3
+
+
+def test_no_descriptors_for_the_sums_is_no_damage(saved, monkeypatch):
+  def fail(*_, **__):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  monkeypatch.setattr(recovery, "mismatch", fail)
+  with pytest.raises(checkpoint.CheckpointError, match=r"/3 could not be read .*Too many"):
+    checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))
+
+
+def test_a_checkpoint_tells_what_run_it_is_of(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, OPTIONS)
+  run = {"config": {"seed": 3}, "data": {"fingerprint": "abc"}}
+  checkpoints.save(1, make_state(), {"batches": 1}, {"seconds": 1.0, "tokens": 1.0}, run)
+  checkpoints.save(2, make_state(), {"batches": 2}, {"seconds": 2.0, "tokens": 2.0})
+  checkpoints.wait()
+  assert checkpoints.run_of(1) == run and checkpoints.run_of(2) is None
+  checkpoints.close()
 
 
 def test_without_sums_it_is_restored_with_a_warning(saved, caplog):
@@ -323,10 +368,10 @@ def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, no_merge
 def test_what_is_read_back_is_compared_with_what_was_saved(saved, change, message):
   expected = params.shapes_by_path(change(make_state(3)))
   with pytest.raises(checkpoint.CheckpointError, match=message):
-    checkpoint._check_readable(saved / "3", "state", expected, "data", "clock")
+    reading.check_readable(saved / "3", "state", expected, "data", "clock")
   (saved / "3" / "clock" / "metadata").write_text("{")
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read back"):
-    checkpoint._check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), "clock")
+    reading.check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), "clock")
 
 
 def test_arrays_without_elements_and_without_axes_come_back(tmp_path):

@@ -59,7 +59,8 @@ def newest_intact(
       return step, found, damaged
     damaged[step] = damage or "another process cannot read it"
   each = "; ".join(f"{directory / str(step)} is damaged: {why}" for step, why in damaged.items())
-  raise CheckpointError(f"{each}; restore one from a copy, or start in another workdir")
+  lead = "every checkpoint is damaged: " if len(damaged) > 1 else ""
+  raise CheckpointError(f"{lead}{each}; restore one from a copy, or start in another workdir")
 
 
 def _mismatch(checkpoint: epath.Path, verify: bool) -> str:

@@ -1,6 +1,7 @@
 """A whole run in this process: golden losses, resume, many devices, what a checkpoint holds, dry
 run, warm start."""
 
+import dataclasses
 import json
 import shutil
 
@@ -272,6 +273,28 @@ def test_what_may_change_does(finished, tiny_config, cut):
   other = tiny_config(**{"checkpoint.every": 3, "log.every": 2, "mesh.fsdp": 1})
   assert run(other, cut) == "done"
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(finished, cut):
+  """Nor does it drop its rows, however often the command is given."""
+  rows = (cut / "metrics.jsonl").read_bytes()
+  shutil.rmtree(cut / "checkpoints")
+  for _ in range(2):
+    with pytest.raises(workdir_lib.WorkdirError, match="none of its checkpoints; restore one"):
+      run(finished[0], cut)
+  assert (cut / "metrics.jsonl").read_bytes() == rows
+
+
+@pytest.mark.parametrize("config_json", [None, "another's"])
+def test_checkpoints_tell_the_configuration_where_config_json_does_not(finished, cut, config_json):
+  """It may be lost, or of another run; manifest.json is lost here too."""
+  c = dataclasses.replace(finished[0], seed=7)
+  (cut / "config.json").unlink()
+  (cut / "manifest.json").unlink()
+  if config_json:
+    (cut / "config.json").write_text(json.dumps(config.to_dict(c)))
+  with pytest.raises(config.ConfigError, match=r"another configuration(.|\n)*seed: 0 .* 7 now"):
+    run(c, cut)
 
 
 def test_other_data_are_refused(finished, cut):
