@@ -26,6 +26,7 @@ from beyond_outliers.config.sections import (
   Quant,
   QuantRule,
   Schedule,
+  Spikes,
 )
 from beyond_outliers.config.sizes import SIZES
 from beyond_outliers.errors import ConfigError
@@ -48,6 +49,7 @@ __all__ = [
   "Quant",
   "QuantRule",
   "Schedule",
+  "Spikes",
   "check_resumable",
   "differences",
   "flatten",

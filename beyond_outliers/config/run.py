@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from beyond_outliers.config.checks import require
+from beyond_outliers.config.checks import require, require_at_least
 from beyond_outliers.config.sections import (
   Average,
   Checkpoint,
@@ -17,9 +17,11 @@ from beyond_outliers.config.sections import (
   Quant,
   QuantRule,
   Schedule,
+  Spikes,
 )
 
 # Runs that were recorded before there was the section.
+WITH_SPIKES = Spikes()
 UNAVERAGED = Average()
 UNQUANTIZED = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
@@ -47,6 +49,8 @@ class Config:
   log: Log
   quant: Quant = UNQUANTIZED
   average: Average = UNAVERAGED
+  spikes: Spikes = WITH_SPIKES
+  max_gradient_norm: float = 0.0
 
   def __post_init__(self):
     names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
@@ -56,6 +60,7 @@ class Config:
       self.quant.backend,
       "AQT multiplies in float32; with model.dtype = 'float64' take 'jax'",
     )
+    require_at_least(self, "", max_gradient_norm=0)
     require(
       self.batch_size % self.micro_batches == 0,
       "micro_batches",
