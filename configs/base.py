@@ -20,7 +20,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.batch_size = shape["batch_size"]         # windows per step, over all devices
   c.micro_batches = 1                        # parts the batch is cut into; gradients are accumulated over them
   c.tokens_per_parameter = 20                # what `steps` is derived from; the embedding counts as parameters
-  c.max_skipped_updates = 10                 # this many non-finite updates in a row end the run as diverged
+  c.max_skipped_updates = 10                 # this many skipped updates in a row end the run as diverged
+  c.max_gradient_norm = 0.0                  # a longer gradient, of all parameters together, is scaled down to it; 0: none is
   c.warm_start = ""                          # workdir of another run whose parameters this run begins with
 
   c.mesh = config_dict.ConfigDict()          # devices along each axis; -1: all that remain
@@ -94,6 +95,10 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.checkpoint.keep = 2                      # newest ones kept
   c.checkpoint.keep_every = 0                # and every multiple of this; 0: none
   c.checkpoint.verify = True                 # SHA-256 of every file, written when saved, checked when restored
+
+  c.spikes = config_dict.ConfigDict()        # updates that are skipped since their loss or gradient norm leaps
+  c.spikes.sigmas = 0.0                      # to more than so many standard deviations above the mean, such as 6; 0: none is
+  c.spikes.window = 128                      # updates before, skipped ones not counted, that mean and deviation are of
 
   c.average = config_dict.ConfigDict()       # of the parameters, evaluated beside them; training itself does not see it
   c.average.decay = 0.0                      # exponential moving average of this decay a step, kept in checkpoints; 0: none

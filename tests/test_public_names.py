@@ -128,7 +128,7 @@ CONFIG_KEYS = (
   "model.rope_layout model.rope_base model.tied model.dtype model.attention quant.recipe "
   "quant.backend quant.rules.head.paths quant.rules.head.recipe schedule.name schedule.warmup "
   "schedule.cooldown checkpoint.every checkpoint.keep checkpoint.verify average.decay "
-  "average.last eval.every "
+  "average.last spikes.sigmas spikes.window max_gradient_norm eval.every "
   "eval.documents log.every log.tensorboard log.wandb optimizer.name optimizer.learning_rate "
   "optimizer.groups.embedding.paths optimizer.groups.vector.paths optimizer.groups.hidden.paths "
   "optimizer.groups.hidden.name optimizer.groups.hidden.learning_rate"

@@ -113,7 +113,7 @@ class Checkpoints:
       arrays, text = ocp.args.StandardRestore(stored, strict=False), ocp.args.JsonRestore()
       args = ocp.args.Composite(state=arrays, data=text, clock=text)
       found: Any = self._manager.restore(candidate, args=args)
-      if not params_lib.all_finite(found.state["params"]):
+      if not jax.jit(params_lib.all_finite)(found.state["params"]):
         raise recovery.NotFiniteError("its parameters are not finite")
       return found
 

@@ -27,6 +27,7 @@ from beyond_outliers.config.sections import (
   Quant,
   QuantRule,
   Schedule,
+  Spikes,
 )
 from beyond_outliers.config.sizes import SIZES
 from beyond_outliers.errors import ConfigError
@@ -50,6 +51,7 @@ __all__ = [
   "Quant",
   "QuantRule",
   "Schedule",
+  "Spikes",
   "check_resumable",
   "differences",
   "flatten",

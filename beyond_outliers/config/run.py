@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from beyond_outliers.config.checks import require
+from beyond_outliers.config.checks import require, require_at_least
 from beyond_outliers.config.sections import (
   Average,
   Checkpoint,
@@ -18,10 +18,12 @@ from beyond_outliers.config.sections import (
   Quant,
   QuantRule,
   Schedule,
+  Spikes,
 )
 
 # Runs that were recorded before there were these sections.
 PATIENT = Distributed()
+WITH_SPIKES = Spikes()
 UNAVERAGED = Average()
 UNQUANTIZED = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
@@ -50,6 +52,8 @@ class Config:
   quant: Quant = UNQUANTIZED
   distributed: Distributed = PATIENT
   average: Average = UNAVERAGED
+  spikes: Spikes = WITH_SPIKES
+  max_gradient_norm: float = 0.0
 
   def __post_init__(self):
     names = {self.quant.recipe, *(rule.recipe for rule in self.quant.rules.values())}
@@ -59,6 +63,7 @@ class Config:
       self.quant.backend,
       "AQT multiplies in float32; with model.dtype = 'float64' take 'jax'",
     )
+    require_at_least(self, "", max_gradient_norm=0)
     require(
       self.batch_size % self.micro_batches == 0,
       "micro_batches",

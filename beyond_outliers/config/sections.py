@@ -242,6 +242,17 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spikes:
+  """Which updates leap, and are skipped."""
+
+  sigmas: float = 0.0
+  window: int = 128
+
+  def __post_init__(self):
+    require_at_least(self, "spikes.", sigmas=0, window=4)
+
+
+@dataclasses.dataclass(frozen=True)
 class Average:
   """Averages of the parameters, evaluated beside them."""
 

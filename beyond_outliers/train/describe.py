@@ -59,10 +59,12 @@ def describe_compiled(program: Program) -> str:
   c = program.config
   with mesh_lib.use(program.mesh):
     compiled, compiled_evaluation = program.compile()
+  average = program.state.average
   memory, evaluation_memory = compiled.memory_analysis(), compiled_evaluation.memory_analysis()
   classes = {
     "parameters": shard_bytes(program.state.params),
     "optimizer state": shard_bytes(program.state.opt_state),
+    **({} if average is None else {"moving average": shard_bytes(average)}),
     "batch": shard_bytes(program.batch),
     "activations, gradients, temporaries": memory.temp_size_in_bytes,
     "outputs that reuse no input": memory.output_size_in_bytes - memory.alias_size_in_bytes,

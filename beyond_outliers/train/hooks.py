@@ -91,7 +91,8 @@ class LogMetrics:
       raise Stop(
         "diverged",
         step,
-        f"{in_a_row} updates in a row had a loss, a gradient or a step that was not finite; "
+        f"{in_a_row} updates in a row had a loss, a gradient or a step that was not finite"
+        f"{' or leapt (spikes.sigmas)' if 'spikes' in metrics else ''}; "
         "lower optimizer.learning_rate, or raise max_skipped_updates",
       )
 

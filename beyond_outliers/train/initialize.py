@@ -95,7 +95,7 @@ def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, P
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
     step, found = source.restore(mesh)
-    if not params_lib.all_finite(found):
+    if not jax.jit(params_lib.all_finite)(found):
       raise CheckpointError(f"the parameters of step {step} are not finite; take another run")
   except (CheckpointError, WorkdirError) as error:
     raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None

@@ -44,7 +44,7 @@ class Program:
 
     def make():
       params = transformer.init(self.model, self.config.seed)
-      return step_lib.init_state(params, self.optimizer.tx, averaged=self.state.average is not None)
+      return step_lib.init_state(params, self.optimizer.tx, **_state_options(self.config))
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
 
@@ -72,16 +72,18 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
   )
   # Any: below, a TrainState holds shardings in the places of arrays.
   everywhere: Any = mesh_lib.replicated(mesh)
-  averaged = c.average.decay > 0
+  state = jax.eval_shape(
+    lambda p: step_lib.init_state(p, optimizer.tx, **_state_options(c)), params
+  )
   shardings = TrainState(
     everywhere,
     param_shardings,
     optimizer.state_shardings(param_shardings),
     everywhere,
     everywhere,
-    param_shardings if averaged else None,
+    None if state.average is None else param_shardings,
+    jax.tree.map(lambda _: everywhere, state.recent),
   )
-  state = jax.eval_shape(lambda p: step_lib.init_state(p, optimizer.tx, averaged=averaged), params)
   step = step_lib.make_train_step(
     step_lib.make_loss_fn(forward),
     optimizer.tx,
@@ -89,6 +91,8 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
     seed=c.seed,
     micro_batches=c.micro_batches,
     average_decay=c.average.decay,
+    max_gradient_norm=c.max_gradient_norm,
+    spike_sigmas=c.spikes.sigmas,
   )
   return Program(
     config=c,
@@ -103,6 +107,14 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
     eval_step=jax.jit(steps.make_eval_step(forward), out_shardings=everywhere),
     statistics=_statistics(c, forward, recipe, optimizer),
   )
+
+
+def _state_options(c: config.Config) -> Any:
+  """What the state of a run holds beside the parameters: options of `init_state`."""
+  return {
+    "averaged": c.average.decay > 0,
+    "spike_window": c.spikes.window if c.spikes.sigmas else 0,
+  }
 
 
 def _check_splits(c: config.Config, mesh: jax.sharding.Mesh, recipe: quant.Recipe) -> None:

@@ -43,7 +43,9 @@ def _set_aside(workdir: Workdir, step: int, later: list[int], aside: epath.Path)
   # Before the checkpoints: a start that finds these gone drops the rows.
   rows = [line for line, row in workdir.read_rows() if row["step"] > step]
   (aside / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
-  (aside / "status.json").write_text((workdir.path / "status.json").read_text())
+  status = workdir.path / "status.json"
+  if status.exists():
+    (aside / status.name).write_text(status.read_text())
   for result in sorted((workdir.path / "eval").glob("*.json")):
     number = re.match(r"(\d+)-", result.name)
     if number and int(number[1]) > step:

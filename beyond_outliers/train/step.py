@@ -15,7 +15,7 @@ import optax
 from beyond_outliers import params as params_lib
 from beyond_outliers.model import loss
 from beyond_outliers.model.forward import Forward
-from beyond_outliers.train import averages
+from beyond_outliers.train import averages, spikes
 from beyond_outliers.types import Batch, Metrics, Params
 
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
@@ -30,13 +30,14 @@ class TrainState(NamedTuple):
   skipped: jax.Array  # int32: updates skipped so far, because something in them was not finite
   skipped_in_a_row: jax.Array  # int32
   average: Params | None = None  # moving average of the parameters; None: not asked for
+  recent: spikes.Recent | None = None  # what spikes leap above; None: they are not looked for
 
 
 def init_state(
-  params: Params, tx: optax.GradientTransformation, *, averaged: bool = False
+  params: Params, tx: optax.GradientTransformation, *, averaged: bool = False, spike_window: int = 0
 ) -> TrainState:
   """State at step 0, with the optimizer's fresh state. averaged: with a moving average of the
-  parameters, so far these themselves."""
+  parameters, so far these themselves. spike_window: updates that spikes leap above; 0: none do."""
   # Three buffers: a donated state must not hold one twice.
   return TrainState(
     jnp.zeros((), jnp.int32),
@@ -45,6 +46,7 @@ def init_state(
     jnp.zeros((), jnp.int32),
     jnp.zeros((), jnp.int32),
     jax.tree.map(jnp.copy, params) if averaged else None,
+    spikes.init_recent(spike_window) if spike_window else None,
   )
 
 
@@ -96,51 +98,65 @@ def make_train_step(
   seed: int,
   micro_batches: int = 1,
   average_decay: float = 0.0,
+  max_gradient_norm: float = 0.0,
+  spike_sigmas: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """train_step(state, batch) -> (state, metrics): one update. If the loss, the gradient or the
-  parameters that it led to are not finite, parameters and optimizer state stay as they were, and it
-  is counted.
+  parameters that it led to are not finite, or if it leaps (spikes.py), parameters and optimizer
+  state stay as they were, and it is counted.
 
-  average_decay: of the state's moving average of the parameters, if it has one.
-  Metrics, scalars: train/loss (nats), gradient_norm, skipped (so far), skipped_in_a_row, lr/<group>
-    (of this update)."""
+  average_decay: of the state's moving average, if it has one. max_gradient_norm: to which a longer
+    gradient is scaled down; 0: none is. spike_sigmas: of what leaps, if the state has a window.
+  Metrics, scalars: train/loss (nats), gradient_norm (as it was), skipped (so far, not finite),
+    spikes (so far, if they are skipped), skipped_in_a_row (both), lr/<group> (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
+  clip = optax.clip_by_global_norm(max_gradient_norm) if max_gradient_norm else optax.identity()
 
   def train_step(state: TrainState, batch: Batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
     (value, _), grads = value_and_grad(state.params, batch, rng)
     gradient_norm = optax.tree.norm(grads)
+    grads, _ = clip.update(grads, clip.init(state.params))
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & params_lib.all_finite(params)
+    updates_done = state.step - state.skipped  # skipped ones don't move the schedules
+    good, recent = finite, state.recent
+    if recent is not None:
+      updates_done -= recent.skipped
+      leaps = spikes.leaps(recent, updates_done, value, gradient_norm, spike_sigmas)
+      good = finite & ~leaps
+      recent = spikes.after_update(
+        recent, updates_done, value, gradient_norm, good, skipped=finite & leaps
+      )
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
+      lambda new, old: jnp.where(good, new, old),
       (params, opt_state),
       (state.params, state.opt_state),
     )
-    updates_done = state.step - state.skipped  # skipped ones don't move the schedules
     rates = {
       f"lr/{label}": jnp.asarray(schedule(updates_done), jnp.float32)
       for label, schedule in schedules.items()
     }
-    skipped = 1 - finite.astype(jnp.int32)
     average = state.average
     if average is not None:
       moved = averages.moved_average(average, params, updates_done + 1, average_decay)
-      average = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, average)
+      average = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, average)
     state = TrainState(
       state.step + 1,
       params,
       opt_state,
-      state.skipped + skipped,
-      (state.skipped_in_a_row + 1) * skipped,
+      state.skipped + 1 - finite.astype(jnp.int32),
+      (state.skipped_in_a_row + 1) * (1 - good.astype(jnp.int32)),
       average,
+      recent,
     )
     return state, {
       "train/loss": value,
       "gradient_norm": gradient_norm,
       "skipped": state.skipped,
+      **({} if recent is None else {"spikes": recent.skipped}),
       "skipped_in_a_row": state.skipped_in_a_row,
       **rates,
     }

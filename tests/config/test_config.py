@@ -170,6 +170,10 @@ BAD_ARGUMENTS = {
   "nano,data.seed=-1": ("data.seed = -1", "at least 0"),
   "nano,checkpoint.keep=0": ("checkpoint.keep = 0", "at least 1"),
   "nano,eval.every=0": ("eval.every = 0", "at least 1"),
+  "nano,max_gradient_norm=-1": ("max_gradient_norm = -1.0", "at least 0"),
+  "nano,max_gradient_norm=1e999": ("max_gradient_norm = inf", "finite"),
+  "nano,spikes.sigmas=-6.0": ("spikes.sigmas = -6.0", "at least 0"),
+  "nano,spikes.window=3": ("spikes.window = 3", "at least 4"),
   "nano,average.decay=1.0": ("average.decay = 1.0", "a decay a step below 1"),
   "nano,average.decay=-0.1": ("average.decay = -0.1", "expected 0"),
   "nano,average.decay=1e999": ("average.decay = inf", "below 1"),
@@ -251,6 +255,8 @@ def test_a_typo_in_a_config_file_is_an_error_not_a_new_knob():
     "data.seed=1",
     "warm_start=other",
     "average.decay=0.99",
+    "spikes.sigmas=6.0",
+    "max_gradient_norm=1.0",
   ],
 )
 def test_another_run_is_refused_with_the_keys_that_differ(change):

@@ -139,6 +139,20 @@ def test_resume_is_bitwise(finished, cut):
   assert len(runs.open(cut).manifest["resumed"]) == 1
 
 
+@pytest.mark.slow
+def test_a_run_goes_back_to_a_step_and_from_there_the_same_way(finished, tmp_path):
+  c, workdir = finished
+  shutil.copytree(workdir, tmp_path / "back")
+  said = []
+  assert run(c, tmp_path / "back", from_step=4, say=said.append) == "done"
+  assert "resuming from step 4 of 10" in said and any("going back to step 4" in x for x in said)
+  (aside,) = (tmp_path / "back").glob("aside-4-*")
+  assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == ["10", "8"]
+  assert runs.open(tmp_path / "back").steps == runs.open(workdir).steps == [4, 8, 10]
+  assert equal(runs.open(workdir).params(), runs.open(tmp_path / "back").params())
+  assert losses(tmp_path / "back") == losses(workdir)
+
+
 def test_a_finished_run_is_left_as_it_is(finished):
   c, workdir = finished
   before = (workdir / "metrics.jsonl").read_text()
@@ -186,7 +200,14 @@ def test_eight_devices_agree_with_one(finished, tiny_config, axes):
   np.testing.assert_allclose(found[8], found[1], rtol=1e-5)
 
 
-AVERAGES = {"checkpoint.every": 4, "checkpoint.keep": 5, "average.decay": 0.8, "average.last": 2}
+AVERAGES = {
+  "checkpoint.every": 4,
+  "checkpoint.keep": 5,
+  "average.decay": 0.8,
+  "average.last": 2,
+  "spikes.sigmas": 1e9,  # nothing leaps, and the window is carried along
+  "spikes.window": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +226,7 @@ def test_averages_are_evaluated_beside_the_parameters_and_change_nothing(finishe
   assert losses(workdir) == losses(finished[1])
   assert equal(opened.params(), runs.open(finished[1]).params())
   rows = opened.metrics()
+  assert rows["spikes"].dropna().eq(0).all() and "spikes" not in runs.open(finished[1]).metrics()
   names = [name for name in rows if name.startswith("eval/") and "/" not in name[5:]]
   assert len(names) > 4
   for name in names:
