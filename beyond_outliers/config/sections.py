@@ -260,12 +260,7 @@ class Average:
   last: int = 0
 
   def __post_init__(self):
-    require(
-      0 <= self.decay < 1,
-      "average.decay",
-      self.decay,
-      "expected 0 (no moving average), or a decay a step below 1, such as 0.99",
-    )
+    require(0 <= self.decay < 1, "average.decay", self.decay, "expected 0 (none), or below 1")
     require_at_least(self, "average.", last=0)
 
 
@@ -298,9 +293,5 @@ class Log:
   def __post_init__(self):
     minima = dict(every=1, profile_step=0, profile_steps=1, outliers_every=0, watchdog_seconds=0)
     require_at_least(self, "log.", **minima)
-    require(
-      self.profile_step != 1,
-      "log.profile_step",
-      1,
-      "expected 2 or more (the first step compiles), or 0: never",
-    )
+    remedy = "expected 2 or more (the first step compiles), or 0: never"
+    require(self.profile_step != 1, "log.profile_step", 1, remedy)
