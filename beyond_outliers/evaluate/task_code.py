@@ -40,7 +40,8 @@ SANDBOX = jinja2.sandbox.SandboxedEnvironment(
 SANDBOX.filters.update(TEMPLATES.filters)
 
 
-class _Reader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the harness's parser
+# pyrefly: ignore[invalid-inheritance]  (the harness's parser, where libyaml is installed)
+class _Reader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
   """Plain values; a !function is refused."""
 
 

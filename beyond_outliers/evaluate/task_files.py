@@ -8,6 +8,8 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+from beyond_outliers.config.files import make_folder
+from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
 
 Example = Json
@@ -50,7 +52,8 @@ def write_task(
 ) -> None:
   """Writes name.yaml and name.jsonl, of the kind that the fields of the examples say.
 
-  split: test or validation, as the source calls it. metrics: by default all of the kind."""
+  split: test or validation, as the source calls it. metrics: by default all of the kind.
+  Errors: ConfigError for a folder that cannot be written."""
   folder = pathlib.Path(folder).absolute()
   examples = list(examples)
   kind, aggregations = next(TASK_KINDS[field] for field in TASK_KINDS if field in examples[0])
@@ -73,7 +76,7 @@ def write_task(
     **kind,
     "metric_list": listed,
   }
-  folder.mkdir(parents=True, exist_ok=True)
+  make_folder(folder, ConfigError, "give another folder for tasks")
   write_if_changed(
     folder / f"{name}.jsonl",
     "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples),

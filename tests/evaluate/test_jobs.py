@@ -19,7 +19,7 @@ from beyond_outliers import config, data, quant, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.config.sums import SUMS
-from beyond_outliers.data import tfds, tokenizers
+from beyond_outliers.data import sums, tfds, tokenizers
 from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import (
   offline_tasks,
@@ -533,6 +533,25 @@ def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
     config.ConfigError, match=r"--recipes = 'nvfp4' with --methods = 'rtn_mse': scale = 'mse'"
   ):
     plan_cells(target, ["nvfp4"], ["rtn", "rtn_mse"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["validation-00000.bin", "train-00000.bin"])
+def test_no_cell_of_damaged_data_is_kept(workdir, tmp_path, monkeypatch, name):
+  """Also where calibration alone read them; a dataset too large to be compared as it is opened."""
+  dataset = pathlib.Path(runs.open(workdir).dataset.directory)
+  shutil.copytree(dataset, tmp_path / "data")
+  content = bytearray((tmp_path / "data" / name).read_bytes())
+  content[-4] ^= 1
+  (tmp_path / "data" / name).write_bytes(content)
+  monkeypatch.setattr(sums, "AT_OPENING", 0)
+  target = RunCheckpoints(workdir, dataset=str(tmp_path / "data"))
+  target.text.dataset.sums.touch(name)  # as calibration does
+  evaluator = Evaluator(target, plan_cells(target, [], []), tmp_path / "out")
+  job = job_lib.Job(target, evaluator, job_lib.Progress())
+  with pytest.raises(data.DataError, match=rf"{name}: contents are not those that were prepared"):
+    job.newest()
+  assert not list((tmp_path / "out").iterdir())
 
 
 def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(

@@ -4,12 +4,14 @@ makings are one."""
 import glob
 import json
 import random
+import shutil
 import zipfile
 
 import pytest
 
 from beyond_outliers import config, data
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.data import sums
+from beyond_outliers.errors import ConfigError, DataError
 from beyond_outliers.evaluate import offline_tasks
 from configs import adamw
 
@@ -112,6 +114,22 @@ def test_a_task_reads_the_examples_of_its_own_folder(tmp_path, name):
   (found,) = glob.glob(json.loads(kwargs)["data_files"]["test"])
   with open(found) as file:
     assert json.loads(file.read())["word"] == name
+
+
+def test_damaged_documents_make_no_task(dataset, tmp_path, monkeypatch):
+  shutil.copytree(dataset.directory, tmp_path / "data")
+  path = tmp_path / "data" / "validation-00000.bin"
+  path.write_bytes(path.read_bytes()[:-6] + b"x\0" + path.read_bytes()[-4:])
+  monkeypatch.setattr(sums, "AT_OPENING", 0)
+  with pytest.raises(DataError, match=r"validation-00000.bin: contents are not those that were"):
+    offline_tasks.from_held_out(data.open(str(tmp_path / "data")), tmp_path / "tasks")
+  assert not (tmp_path / "tasks").exists()
+
+
+def test_a_folder_that_tasks_cannot_go_into_is_refused(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ConfigError, match=r"file: File exists; give another folder for tasks"):
+    offline_tasks.write_task(tmp_path / "file", "word", [{"context": "x", "word": "y"}])
 
 
 def test_documents_without_a_passage_are_refused(dataset, tmp_path, monkeypatch):

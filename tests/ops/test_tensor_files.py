@@ -1,5 +1,8 @@
 """Safetensors files: what is written is read back, however it lies in memory."""
 
+import os
+import pathlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -31,3 +34,25 @@ def test_arrays_come_back(name, dtype, tmp_path):
   assert (read["x"].dtype, read["x"].shape) == (dtype.newbyteorder("="), x.shape)
   np.testing.assert_array_equal(read["x"].astype(float), x.astype(float))
   np.testing.assert_array_equal(read["y"], X)
+
+
+def test_a_file_is_there_once_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+  write_tensors(tmp_path / "x", {"x": X})
+  done = []
+  for module, name in ((os, "fsync"), (os, "rename"), (os, "replace")):
+    call = getattr(module, name)
+    monkeypatch.setattr(
+      module, name, lambda *given, call=call, name=name: (done.append(name), call(*given))[1]
+    )
+  write_tensors(tmp_path / "x", {"x": X + 1})
+  assert done == ["fsync", "replace", "fsync"], "the file, its name, the folder"
+
+  def break_off(tensors, file, metadata):
+    pathlib.Path(file).write_bytes(b"begun")
+    raise OSError("disk full")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", break_off)
+  with pytest.raises(OSError, match="disk full"):
+    write_tensors(tmp_path / "x", {"x": X})
+  assert [path.name for path in tmp_path.iterdir()] == ["x"]
+  np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "x")["x"], X + 1)

@@ -3,6 +3,7 @@ run, warm start."""
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
+from beyond_outliers.data import sums
 from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import describe, loop
 from beyond_outliers.train import program as program_lib
@@ -398,6 +400,22 @@ def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatc
     run(tiny_config(), tmp_path / "run")
   status = runs.open(tmp_path / "run").status
   assert status["status"] == "failed" and status["reason"] == "MemoryError: no more"
+
+
+@pytest.mark.slow
+def test_a_run_on_damaged_data_is_not_done(tiny_config, tmp_path, monkeypatch):
+  """Of one too large to be compared as it is opened; also where no batch is left to say so."""
+  c = tiny_config(**{"data.directory": tmp_path, "steps": 1, "log.every": 1})
+  path = pathlib.Path(data.prepare(c.data, log=quiet).directory) / "train-00000.bin"
+  path.write_bytes(
+    path.read_bytes()[:-8] + bytes([path.read_bytes()[-8] ^ 1]) + path.read_bytes()[-7:]
+  )
+  monkeypatch.setattr(sums, "AT_OPENING", 0)
+  monkeypatch.setattr(loop, "fit", lambda step, state, batches, hooks, steps: next(batches))
+  with pytest.raises(data.DataError, match=r"train-00000.bin: contents are not those that were"):
+    run(c, tmp_path / "run")
+  status = runs.open(tmp_path / "run").status
+  assert status["status"] == "failed" and "SHA-256" in status["reason"]
 
 
 def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_path):

@@ -1,0 +1,59 @@
+"""Sums of a folder's files: what differs is named, and a name does not leave the folder."""
+
+import json
+
+import pytest
+
+from beyond_outliers.config import sums
+from beyond_outliers.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / "below").mkdir()
+  for name in ("a", "below/b"):
+    (tmp_path / name).write_text(name)
+  written = {name: sums.file_sha256(tmp_path / name) for name in ("a", "below/b")}
+  sums.write_folder_sums(tmp_path, written)
+  return tmp_path
+
+
+def test_the_first_difference_is_named(folder):
+  (folder / "c").write_text("of nobody's concern")
+  assert sums.folder_mismatch(folder) == ""
+  (folder / "below" / "b").write_text("below/B")
+  assert sums.folder_mismatch(folder) == "below/b does not match its SHA-256 sum"
+  assert sums.folder_mismatch(folder, ["a", "c"]) == ""
+  with pytest.raises(ConfigError, match=r"below/b does not .*; fetch .*, or remove sha256.json if"):
+    sums.check_folder(folder)
+  (folder / "below" / "b").unlink()
+  assert sums.folder_mismatch(folder) == "below/b is missing"
+  (folder / sums.SUMS).unlink()
+  assert sums.folder_mismatch(folder) == ""
+
+
+@pytest.mark.parametrize(
+  "content",
+  ["", "{}", "[1]", "[" * 100_000, "\ufffd{", '{"a": ', '{"../a": ""}', '{"/a": ""}', '{"": ""}'],
+)
+def test_sums_that_are_none_are_refused(folder, content):
+  (folder / sums.SUMS).write_text(content)
+  assert sums.folder_mismatch(folder) == "sha256.json is not readable"
+
+
+def test_a_name_stays_in_its_folder():
+  assert all(map(sums.stays_inside, ("a", "a/b", "a..b", "{directory}/x", "...")))
+  outside = ("", ".", "/", "/a", "..", "../a", "a/../../b", "a/..", None, 3, ["a"])
+  assert not any(map(sums.stays_inside, outside))
+
+
+def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(folder):
+  with pytest.raises(ZeroDivisionError), sums.replaced(folder / "a") as temporary:
+    temporary.write_text("begun")
+    assert (folder / "a").read_text() == "a"
+    raise ZeroDivisionError
+  assert (folder / "a").read_text() == "a" and not list(folder.glob("*.tmp"))
+  with sums.replaced(folder / "a") as temporary:
+    temporary.write_text("new")
+  assert (folder / "a").read_text() == "new"
+  assert json.loads((folder / sums.SUMS).read_text()).keys() == {"a", "below/b"}
