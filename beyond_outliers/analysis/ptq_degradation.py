@@ -44,6 +44,7 @@ MEASURED_ON = [
 ]
 # Of those, what a cell has in common with that of the model as it was trained.
 SAME_TEXT = [name for name in MEASURED_ON if name != "calibration_windows"]
+FLAGS = ("context", "documents", "average")  # of those, what evaluate has a flag for
 OUTLIERS = "outliers/"  # how their metrics begin, in the cell of the model as it was trained
 
 
@@ -96,14 +97,16 @@ def evaluation_command(
   recipe: str = "rtn_w4a4",
   method: str = "",
   *,
-  step: int | None = None,
+  step: int | str = "",
   propagation: bool = False,
+  settings: Mapping[str, object] | None = None,
 ) -> str:
-  """The command that makes such a cell."""
-  words = ["python", "-m", "beyond_outliers.evaluate", f"--workdir={run}"]
-  words += [] if step is None else [f"--steps={step}"]
-  words += [f"--recipes={recipe}", *([f"--methods={method}"] if method else [])]
-  return shlex.join([*words, *(["--propagation"] if propagation else [])])
+  """The command that makes such a cell. settings: those that have a flag of their name count."""
+  options = {"workdir": run, "steps": step, "recipes": recipe, "methods": method}
+  options |= {name: value for name, value in (settings or {}).items() if name in FLAGS}
+  words = [f"--{name}={value}" for name, value in options.items() if value != ""]
+  words += ["--propagation"] if propagation else []
+  return shlex.join(["python", "-m", "beyond_outliers.evaluate", *words])
 
 
 def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +118,7 @@ def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
   keys = ["run", "step", *SAME_TEXT]
   quantized = cells[cells.method != "none"].dropna(axis="columns", how="all")
   trained = cells[(cells.method == "none") & (cells.recipe == FULL_PRECISION)]
-  outliers = [name for name in cells if name.startswith(OUTLIERS)]
+  outliers = [name for name in map(str, cells) if name.startswith(OUTLIERS)]
   joined = quantized.merge(
     trained.reindex(columns=[*keys, "loss", *outliers])
     .rename(columns={"loss": "full_precision_loss"})
@@ -201,7 +204,7 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
     if key in but:
       continue
     for name, rows in measured.groupby(within) if within else [("all", measured)]:
-      values = rows[key].unique()
+      values = rows[key].unique().tolist()
       if len(values) > 1:
         remedy = (
           f"or choose by --settings={key}={values[0]}"
