@@ -23,6 +23,7 @@ COLUMNS = (
   *("optimizer", "seed", "run", "recipe", "method", "average", "learning_rate", "steps", "step"),
   *("fraction", "rate", "loss", "quantized_loss", "delta"),
 )
+VARIES = ("step", "average")  # in cells of one run
 AT_PEAK = 1 - 1e-6  # schedules are float32
 
 
@@ -45,7 +46,7 @@ def frame(
   how they were averaged, else empty: these are rows of their own.
   settings, folders: see `ptq_degradation.degradation_cells`.
   Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
-  found = ptq_degradation.find_cells(runs, settings, folders, every_step=True)
+  found = ptq_degradation.find_cells(runs, settings, folders, but=VARIES)
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
     raise ConfigError(
@@ -55,7 +56,7 @@ def frame(
       )
     )
   joined = ptq_degradation.beside_full_precision(cells)
-  ptq_degradation.check_cells(joined, but=("step", "average"))
+  ptq_degradation.check_cells(joined, but=VARIES)
   configs = {str(run.path): run.config for run in runs}
   positions = [
     schedule_position(configs[run], step) for run, step in zip(joined.run, joined.step, strict=True)

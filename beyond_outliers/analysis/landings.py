@@ -140,7 +140,7 @@ def _quantized(
 ) -> pd.DataFrame:
   """Their quantized cells at every step, beside full precision. Errors: ConfigError for a metric
   that none of them has."""
-  found = ptq_degradation.find_cells(runs, settings, folders, every_step=True)
+  found = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
     return cells[:0].assign(full_precision_loss=0.0, **{metric: 0.0})

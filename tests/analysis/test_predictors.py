@@ -158,7 +158,6 @@ def test_runs_that_were_not_measured_are_left_out_by_name(tmp_path):
     ({"documents": 3}, r"all: the cells have documents = \[0, 3\]"),
     ({"data": "other"}, r"all: the cells have data = \['abc', 'other'\]"),
     ({"tokenizer": "other"}, r"all: the cells have tokenizer = \['other', 'words'\]"),
-    ({"average": "ema"}, r"all: the cells have average = \['', 'ema'\].*--settings=average="),
   ],
 )
 @pytest.mark.parametrize("ask", [predictors.frame, predictors.units])
