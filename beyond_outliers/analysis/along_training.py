@@ -31,7 +31,7 @@ def schedule_position(c: config.Config, step: int) -> tuple[float, float]:
   """(fraction of the run that is done after a step, learning rate of that step over its peak), as
   metrics.jsonl logs it, but for skipped updates."""
   schedule = optim.SCHEDULES[c.schedule.name](c.schedule, 1.0, c.steps)
-  return step / c.steps, float(schedule(step - 1))
+  return step / c.steps, float(np.asarray(schedule(step - 1)))
 
 
 def frame(
