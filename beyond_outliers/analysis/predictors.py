@@ -104,8 +104,8 @@ def correlations(
   Columns: by LEVELS pearson, spearman and kendall over `optimizers`, means over their seeds; behind
   `runs_` over all `runs`, where an optimizer has several; behind `partial_` given the loss in full
   precision. Each has `_low` and `_high`, the bootstrap interval, and `_p`, as of
-  `correlations.correlation`: exact but for partial ones. reason: why something is NaN, or which runs
-  do not count. p is of one predictor: of twenty that predict nothing, one is below .05. A row
+  `correlations.correlation`: exact but for partial ones. reason: why something is NaN, or which
+  runs do not count. p is of one predictor: of twenty that predict nothing, one is below .05. A row
   takes half a second.
   predictors: by default all outlier metrics of the table, and ERRORS.
   Errors: ConfigError for a loss that the table does not have."""
