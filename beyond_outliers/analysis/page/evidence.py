@@ -19,6 +19,7 @@ from beyond_outliers import quant
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import along_training, law_points, predictors, scaling_law
 from beyond_outliers.analysis.common_loss import Landing, common_loss
+from beyond_outliers.analysis.landings import LandingComparison, compare_landings
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
 from beyond_outliers.errors import ConfigError, Refusal
@@ -40,6 +41,24 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
     return Found(find())
   except Refusal as refusal:
     return Found(nothing, str(refusal))
+
+
+class Snapshot(runs_lib.Run):
+  """A run whose files are read once, so that all of the report is of one moment of it."""
+
+  manifest = functools.cached_property(runs_lib.Run.manifest.fget)
+  status = functools.cached_property(runs_lib.Run.status.fget)
+  steps = functools.cached_property(runs_lib.Run.steps.fget)
+  identity = functools.cached_property(runs_lib.Run.identity.fget)
+  trained_on = functools.cached_property(runs_lib.Run.trained_on.fget)
+  parameter_counts = functools.cached_property(runs_lib.Run.parameter_counts.fget)
+
+  def metrics(self) -> pd.DataFrame:
+    return self._metrics
+
+  @functools.cached_property
+  def _metrics(self) -> pd.DataFrame:
+    return super().metrics()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +129,13 @@ class Group:
   def landings(self) -> Found[tuple[float, list[Landing]]]:
     return attempt(lambda: common_loss([*self.runs, *self.shorter]), (float("nan"), []))
 
+  @functools.cached_property
+  def landing_costs(self) -> Found[LandingComparison | None]:
+    every = [*self.runs, *self.shorter]
+    return attempt(
+      lambda: compare_landings(every, settings=self.settings, folders=self.folders), None
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -162,7 +188,7 @@ def gather(
 
   settings, folders: of cells, as `predictors.frame` takes them."""
   unread, readable = [], []
-  for run in runs:
+  for run in (Snapshot(run.path) for run in runs):
     check = attempt(lambda run=run: _read(run), None)
     (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
   groups = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.analysis import plots, predictors
+from beyond_outliers.analysis import plots, predictors, tables
+from beyond_outliers.analysis.along_training import jump
 from beyond_outliers.analysis.page.evidence import Evidence, Found, Group, attempt
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
 from beyond_outliers.analysis.page.text import EVALUATE, NOTHING, analysis_command, number, spread
@@ -154,25 +156,42 @@ def gains(evidence: Evidence, group: Group) -> Part:
     "alignment ratio. Means over depth and seeds; lines are the range.",
     plots.plot_gains,
   )
+  return _decomposed(group, figures, [_gain_table(f"gains.{group.name}", units)])
+
+
+def _gain_table(name: str, units: pd.DataFrame) -> Table:
+  """A row per recipe, method and kind of unit, a column per optimizer."""
   kind = units["name"].str.replace(r"^layers/\d+/?", "", regex=True).replace("", "block")
-  columns = ["gain", "predicted_gain", "spectral_ratio", "alignment_ratio", "local"]
-  numbers = units.assign(unit=kind, **{c: pd.to_numeric(units[c], errors="coerce") for c in columns})
   keys = ["recipe", "method", "unit", "optimizer"]
-  rows = numbers.groupby(keys, sort=False)[columns].mean().reset_index()
-  rows = rows[rows["gain"].notna()]
-  table = frame_table(
-    f"gains.{group.name}",
-    "Means over depth and seeds. Spectral and alignment ratio, and their product, the closed form, "
-    "are of linear layers.",
-    rows,
+  columns = ["gain", "predicted_gain", "spectral_ratio", "alignment_ratio", "local"]
+  means = units.assign(unit=kind).groupby(keys, sort=False)[columns].mean().reset_index()
+  means = means[means["gain"].notna()]
+  values = {tuple(row[:4]): row for row in means.itertuples(index=False)}
+
+  def text(row: tuple[str, str, str], optimizer: str) -> str:
+    value = values.get((*row, optimizer))
+    if value is None:
+      return NOTHING
+    closed = "" if math.isnan(value.predicted_gain) else f" ({value.predicted_gain:.2f})"
+    return f"{value.gain:.2f}{closed}"
+
+  return Table(
+    name,
+    "Gain A / R_in, means over depth and seeds; in brackets the closed form of linear layers.",
     {
-      **{key: functools.partial(_field, name=key) for key in keys},
+      **{key: functools.partial(_at, place=at) for at, key in enumerate(keys[:3])},
       **{
-        column.replace("_", " "): functools.partial(_number, name=column) for column in columns
+        optimizer: functools.partial(text, optimizer=optimizer)
+        for optimizer in style.in_order(means["optimizer"])
       },
     },
+    list(dict.fromkeys(zip(*(means[key] for key in keys[:3]), strict=True))),
+    means,
   )
-  return _decomposed(group, figures, [table])
+
+
+def _at(row: Sequence[Any], place: int) -> str:
+  return str(row[place])
 
 
 def _field(row: Any, name: str) -> str:
@@ -257,17 +276,25 @@ def along_training(evidence: Evidence, group: Group) -> Part:
     "Below: the learning rate over its peak.",
     functools.partial(plots.plot_along_training, along),
   )
-  keys = [name for name in ("recipe", "method", "average", "optimizer", "step") if name in along]
-  rows = along.groupby([*keys, "fraction", "rate"], dropna=False)["delta"].agg(["mean", "sem"])
-  rows = rows.reset_index().sort_values(keys)
+  jumps = jump(along)
+  keys = ["recipe", "method", "average", "optimizer"]
+  keys = [key for key in keys if key != "average" or jumps["average"].any()]
+
+  def percent(row: Any, name: str) -> str:
+    return spread(100 * getattr(row, name), 100 * getattr(row, f"{name}_stderr"), 2, "+")
+
   table = frame_table(
     f"along_training.{group.name}",
-    "δ = CE(quantized)/CE − 1 in percent, means over seeds ± standard errors.",
-    rows,
+    "δ in percent, means over seeds ± standard errors: mean over the checkpoints at the peak rate, "
+    "from the first of these to the last, after the last step, and the jump from the mean to it.",
+    jumps,
     {
       **{key: functools.partial(_field, name=key) for key in keys},
-      "rate / peak": functools.partial(_number, name="rate"),
-      "δ, %": lambda row: spread(100 * row.mean, 100 * row.sem, 2, "+"),
+      "at the peak": functools.partial(percent, name="constant"),
+      "change at the peak": functools.partial(percent, name="change"),
+      "at the end": functools.partial(percent, name="end"),
+      "jump": functools.partial(percent, name="jump"),
+      "seeds": lambda row: str(row.seeds),
     },
   )
   return Part(
@@ -275,8 +302,82 @@ def along_training(evidence: Evidence, group: Group) -> Part:
     along["run"].nunique(),
     figures=[figure],
     tables=[table],
-    command="analysis.along_training.frame(runs), from Python",
-    left_out=along.attrs.get("left_out", []),
+    command="analysis.along_training.jump(analysis.along_training.frame(runs)), from Python",
+    left_out=[reason for reason in jumps["reason"] if reason],
+  )
+
+
+def landings(evidence: Evidence, group: Group) -> Part:
+  """How each optimizer comes to the common loss, and whether the order of optimizers depends on it."""
+  loss, found = group.landings.value
+  command = analysis_command(evidence.roots, "--common_loss", "--overrides=common.json")
+  if not found:
+    return Part(group.title, len(group.runs), missing=group.landings.problem, command=command)
+  numbers = pd.DataFrame(
+    [
+      {
+        "optimizer": x.optimizer,
+        "way": way,
+        "step": point.step,
+        "loss": point.loss,
+        "off": point.loss - loss,
+      }
+      for x in found
+      for way in ("best", "ending", "evaluation", "checkpoint", "crossing")
+      if (point := getattr(x, way))
+    ]
+  )
+  tables_made = [
+    Table(
+      f"common_loss.{group.name}",
+      f"Common loss {loss:.4f} nats, the worst of the optimizers' best losses in full precision.",
+      tables.landing_columns(loss),
+      found,
+      numbers,
+    )
+  ]
+  compared = group.landing_costs
+  if compared.value is None or not len(compared.value.means):
+    why = compared.problem or "no landing was evaluated, so that its cost is not known"
+    return Part(
+      group.title,
+      len(group.runs) + len(group.shorter),
+      [f"What quantization costs there: {why}."],
+      tables=tables_made,
+      command=command,
+      left_out=compared.value.missing if compared.value else [],
+    )
+  costs = compared.value
+  columns = {
+    **{name: functools.partial(_field, name=name) for name in ("recipe", "method", "way", "optimizer")},
+    "step": lambda row: f"{row.step:d}",
+    "loss − common loss": lambda row: f"{row.off:+.4f}",
+    "cost (nats)": lambda row: spread(row.value, row.value_stderr, 4, "+"),
+    "place": lambda row: f"{row.place:g}",
+  }
+  rows = costs.means.sort_values(["recipe", "method", "way", "place"])
+  name = f"landings.{group.name}"
+  caption = "What quantization costs at each landing; place 1 is the cheapest."
+  tables_made.append(frame_table(name, caption, rows, columns))
+  sentences = [
+    f"{row.recipe}, {row.method}: from {row.way} to {row.other}, the order of {row.optimizers} "
+    + (f"optimizers changes: {row.exchanged}." if row.changes else "optimizers stays.")
+    for row in costs.orders.itertuples(index=False)
+  ]
+  figure = Drawing(
+    name,
+    "Re-run: trained again for fewer steps, with a cool-down of its own. Nearest: the nearest "
+    "checkpoint of the full run. Crossing: its first checkpoint below the common loss.",
+    functools.partial(plots.plot_landings, costs),
+  )
+  return Part(
+    group.title,
+    costs.values["run"].nunique(),
+    sentences,
+    [figure],
+    tables_made,
+    command="analysis.landings.compare_landings(runs), from Python",
+    left_out=costs.missing,
   )
 
 

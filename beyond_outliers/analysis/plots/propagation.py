@@ -165,8 +165,7 @@ def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFram
 def _offsets(optimizers: pd.Series, spread: float) -> dict[str, float]:
   """Of each optimizer's marks, so that they lie beside each other."""
   names = in_order(optimizers)
-  places = np.linspace(-spread / 2, spread / 2, len(names)) if len(names) > 1 else [0.0]
-  return dict(zip(names, map(float, places), strict=True))
+  return dict(zip(names, style.beside(len(names), spread), strict=True))
 
 
 def _way(units: pd.DataFrame, wanted: str) -> list[str]:

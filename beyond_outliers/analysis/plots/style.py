@@ -140,6 +140,11 @@ def wide(values: Sequence[float] | np.ndarray | pd.Series) -> bool:
   return bool(len(found) and found.min() > 0 and found.max() > 20 * found.min())
 
 
+def beside(count: int, spread: float) -> list[float]:
+  """Offsets of several marks, so that they lie beside each other."""
+  return np.linspace(-spread / 2, spread / 2, count).tolist() if count > 1 else [0.0]
+
+
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
   """mean, sem and n of a column over the rows of each group, in order of first appearance."""
   values = pd.to_numeric(frame[column], errors="coerce")

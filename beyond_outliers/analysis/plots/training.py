@@ -144,20 +144,22 @@ def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
   with canvas(path, 2, len(pairs), size, sharex=True, height_ratios=[3, 1]) as (figure, axes):
     for (top, below), pair in zip(axes.T, pairs, strict=True):
       rows = style.of_quantization(along, pair)
-      for name in in_order(rows["optimizer"]):
-        own = rows[rows["optimizer"] == name].sort_values(["seed", "fraction"])
-        for _, one in own.groupby("run", sort=False):
-          top.plot(one["fraction"], 100 * one["delta"], color=color_of(name), alpha=0.25, linewidth=1)
+      for (average, name), own in rows.groupby(["average", "optimizer"], sort=False):
+        color, line = color_of(name), "--" if average else "-"
+        if own["seed"].nunique() > 1:
+          for _, one in own.sort_values("fraction").groupby("run", sort=False):
+            top.plot(one["fraction"], 100 * one["delta"], line, color=color, alpha=0.3, linewidth=1)
         means = own.groupby("fraction")[["delta", "rate"]].mean()
-        top.plot(means.index, 100 * means["delta"], "o-", markersize=3, color=color_of(name))
-        below.plot(means.index, means["rate"], color=color_of(name), linewidth=1)
+        top.plot(means.index, 100 * means["delta"], f"o{line}", markersize=3, color=color)
+        below.plot(means.index, means["rate"], color=color, linewidth=1)
       top.set(title=", ".join(map(label, pair)))
       if style.wide(rows["delta"]):
         log_scale(top, "y")
       below.set(xlabel="share of training", ylim=(-0.05, 1.1))
     axes[0, 0].set(ylabel="δ = CE(quantized)/CE − 1 (%)")
     axes[1, 0].set(ylabel="rate / peak")
-    optimizer_legend(figure, along["optimizer"])
+    averaged = {f"weights averaged, {text}": {"linestyle": "--"} for text in along["average"] if text}
+    optimizer_legend(figure, along["optimizer"], averaged)
   return figure
 
 
