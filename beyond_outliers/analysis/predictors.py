@@ -32,6 +32,7 @@ LEVELS = {
   "runs_": tuple(CORRELATIONS),  # over all runs, those of one optimizer a cluster
   "partial_": ("pearson", "spearman"),  # over optimizers, given the loss in full precision
 }
+PARTS = ("", "_low", "_high", "_p")  # ends of the columns' names
 
 
 def frame(
@@ -55,9 +56,11 @@ def frame(
   ptq_degradation.check_cells(joined)
   for prefix in PREFIXES:
     joined = joined.rename(columns=lambda name, prefix=prefix: name.removeprefix(prefix))
-  behind = [GIVEN, *(name for name in joined if _predicts(name.removesuffix("_stderr")))]
+  names = list(map(str, joined))
+  errors = [name for name in names if name.removesuffix("_stderr") in ERRORS]
+  behind = [GIVEN, *filter(_is_outlier_metric, names), *errors]
   of_cells = {*ptq_degradation.ORIGIN, *ptq_degradation.MEASURED_ON, *KEYS, *behind, "size_bytes"}
-  lost = [name for name in joined if name not in of_cells and not name.endswith("_interval")]
+  lost = [name for name in names if name not in of_cells and not name.endswith("_interval")]
   table = joined[[*KEYS, *lost, *behind]].sort_values(list(KEYS)).reset_index(drop=True)
   table.attrs["left_out"] = left_out
   return table
@@ -68,20 +71,20 @@ def units(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """A row per unit of every cell whose error was decomposed: KEYS; name, kind, R, A, B, C, gain, ...
-  as of `propagation.decompose`, in the order in which they run.
+  """A row per unit of every cell whose error was decomposed: KEYS, and the columns of
+  `propagation.decompose`: name, kind, R, A, B, C, gain, ..., in the order in which units run.
 
   Cells, settings, folders and errors: as of `frame`."""
   found = ptq_degradation.find_cells(runs, settings, folders)
   decomposed = [(run, cell) for run, cell in found if cell.get("units")]
   cells = ptq_degradation.cell_table(decomposed)
   left_out = _check_any(runs, cells, settings)
-  ptq_degradation.check_cells(cells[cells.method != "none"])
+  for _, alike in cells.groupby(cells.method == "none"):  # trained quantized, or quantized after
+    ptq_degradation.check_cells(alike)
   of_cells = zip(cells[list(KEYS)].to_dict("records"), decomposed, strict=True)
   table = pd.DataFrame([{**keys, **unit} for keys, (_, cell) in of_cells for unit in cell["units"]])
-  words = ["name", "kind", *KEYS]
-  numbers = [name for name in table if name not in words]
-  table[numbers] = table[numbers].astype(float)  # null, of a gain where no error comes in, is NaN
+  numbers = table.columns.difference(["name", "kind", *KEYS], sort=False)
+  table = table.astype(dict.fromkeys(numbers, float))  # null, a gain where no error comes in: NaN
   table.attrs["left_out"] = left_out
   return table
 
@@ -103,11 +106,11 @@ def correlations(
   runs do not count. p is of one predictor: of twenty that predict nothing, one is below .05.
   predictors: by default all outlier metrics of the table, and ERRORS.
   Errors: ConfigError for a loss that the table does not have."""
-  known = [name for name in frame.select_dtypes("number") if name not in KEYS]
+  known = [name for name in map(str, frame.select_dtypes("number")) if name not in KEYS]
   require(lost in known, "lost", lost, nearest(lost, known))
   check_confidence(confidence)
-  if predictors is None:
-    predictors = [name for name in frame if _predicts(name) and name not in ERRORS] + [*ERRORS]
+  outliers = filter(_is_outlier_metric, map(str, frame))
+  predictors = [*outliers, *ERRORS] if predictors is None else predictors
   rows = [
     {"recipe": recipe, "method": method, "predictor": name}
     | _correlated(cells, name, lost, confidence)
@@ -117,8 +120,8 @@ def correlations(
   return pd.DataFrame(rows)
 
 
-def _predicts(name: str) -> bool:
-  return name.partition("/")[0] in METRICS or name in ERRORS
+def _is_outlier_metric(name: str) -> bool:
+  return name.partition("/")[0] in METRICS
 
 
 def _check_any(
@@ -134,7 +137,7 @@ def _check_any(
   ]
   if cells.empty:
     under = f" under the settings {dict(settings)}" if settings else ""
-    command = ptq_degradation.evaluation_command(*without[:1], propagation=True)
+    command = ptq_degradation.evaluation_command(*without[:1], propagation=True, settings=settings)
     raise ConfigError(
       f"runs: none of {len(runs)} has a quantized cell with what this needs{under}; measure some: "
       f"{command}"
@@ -149,7 +152,7 @@ def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) ->
     f"{level}{method}{part}": np.nan
     for level, methods in LEVELS.items()
     for method in methods
-    for part in ("", "_low", "_high", "_p")
+    for part in PARTS
   }
   if name not in cells or cells[name].isna().all():
     return row | {"reason": f"no cell has {name}"}
@@ -163,23 +166,25 @@ def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) ->
   means = cells.groupby("optimizer")[[name, lost, GIVEN]].mean().reset_index()
   row |= {"optimizers": len(means), "runs": len(cells)}
   for level, methods in LEVELS.items():
-    of, options = means, {}
-    if level == "runs_":
-      of, options = cells, {"clusters": list(cells.optimizer)}
+    of, clusters = (cells, list(cells.optimizer)) if level == "runs_" else (means, None)
     columns = [name, lost, *([GIVEN] if level == "partial_" else [])]
-    problem = "one seed of each optimizer" if len(of) == len(means) and options else ""
-    problem = problem or _problem(means, columns)
+    problem = _problem(means, columns)
+    if level == "runs_" and len(cells) == len(means):
+      problem = problem or "one seed of each optimizer"
     if problem:
       reasons.append(f"{level}: {problem}" if level else problem)
+      if not level:
+        break  # nor have the others
       continue
+    given = of[GIVEN].to_numpy() if level == "partial_" else None
     for method in methods:
-      given = of[GIVEN] if level == "partial_" else None
-      found = correlation(
-        of[name], of[lost], method, given=given, confidence=confidence, **options
-      )
+      x, y = of[name].to_numpy(), of[lost].to_numpy()
+      found = correlation(x, y, method, given=given, clusters=clusters, confidence=confidence)
       numbers = (found.value, *found.interval, found.p)
-      names = (f"{level}{method}{part}" for part in ("", "_low", "_high", "_p"))
+      names = (f"{level}{method}{part}" for part in PARTS)
       row |= dict(zip(names, numbers, strict=True))
+      if np.isnan(found.p):
+        reasons.append(f"{level}p: {found.p_from}")
   return row | {"reason": "; ".join(dict.fromkeys(reasons))}
 
 

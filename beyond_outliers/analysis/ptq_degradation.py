@@ -44,6 +44,7 @@ MEASURED_ON = [
 ]
 # Of those, what a cell has in common with that of the model as it was trained.
 SAME_TEXT = [name for name in MEASURED_ON if name != "calibration_windows"]
+FLAGS = ("context", "documents", "average")  # of those, what evaluate has a flag for
 OUTLIERS = "outliers/"  # how their metrics begin, in the cell of the model as it was trained
 
 
@@ -55,8 +56,9 @@ def degradation_cells(
   """One row per cell of the last step that each run was evaluated at, by the newest version that
   did: where it comes from, recipe, method and its metrics.
 
-  settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
-  these runs are beside their own eval/."""
+  settings: only cells that were measured under these, {"documents": "3"}; of averaged parameters
+  those alone, and only, that {"average": "ema"} asks for. folders: where cells of these runs are
+  beside their own eval/."""
   return cell_table(find_cells(runs, settings, folders))
 
 
@@ -64,20 +66,23 @@ def find_cells(
   runs: Sequence[runs_lib.Run],
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
-  *,
-  every_step: bool = False,
+  but: Collection[str] = (),
 ) -> list[tuple[runs_lib.Run, results.Result]]:
-  """(run, cell) of the cells that `degradation_cells` takes; or of every step that the newest
-  version of the measurements was at."""
+  """(run, cell) of the cells that `degradation_cells` takes.
+
+  but: "step", for those of every step that the newest version of the measurements was at, and
+  "average", for those of averaged parameters too."""
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
+  # Cells of averaged parameters only where they are asked for.
+  chosen = {**({} if "average" in but else {"average": ""}), **(settings or {})}
   found = []
   for run in runs:
-    cells = _of_run(run, settings or {}, shared)
+    cells = _of_run(run, chosen, shared)
     newest = max(map(_age, cells), default=(0, 0))
     found += [
       (run, cell)
       for cell in cells
-      if _age(cell) == newest or (every_step and _age(cell)[0] == newest[0])
+      if _age(cell) == newest or ("step" in but and _age(cell)[0] == newest[0])
     ]
   return found
 
@@ -96,14 +101,16 @@ def evaluation_command(
   recipe: str = "rtn_w4a4",
   method: str = "",
   *,
-  step: int | None = None,
+  step: int | str = "",
   propagation: bool = False,
+  settings: Mapping[str, object] | None = None,
 ) -> str:
-  """The command that makes such a cell."""
-  words = ["python", "-m", "beyond_outliers.evaluate", f"--workdir={run}"]
-  words += [] if step is None else [f"--steps={step}"]
-  words += [f"--recipes={recipe}", *([f"--methods={method}"] if method else [])]
-  return shlex.join([*words, *(["--propagation"] if propagation else [])])
+  """The command that makes such a cell. settings: those that have a flag of their name count."""
+  options = {"workdir": run, "steps": step, "recipes": recipe, "methods": method}
+  options |= {name: value for name, value in (settings or {}).items() if name in FLAGS}
+  words = [f"--{name}={value}" for name, value in options.items() if value != ""]
+  words += ["--propagation"] if propagation else []
+  return shlex.join(["python", "-m", "beyond_outliers.evaluate", *words])
 
 
 def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +122,7 @@ def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
   keys = ["run", "step", *SAME_TEXT]
   quantized = cells[cells.method != "none"].dropna(axis="columns", how="all")
   trained = cells[(cells.method == "none") & (cells.recipe == FULL_PRECISION)]
-  outliers = [name for name in cells if name.startswith(OUTLIERS)]
+  outliers = [name for name in map(str, cells) if name.startswith(OUTLIERS)]
   joined = quantized.merge(
     trained.reindex(columns=[*keys, "loss", *outliers])
     .rename(columns={"loss": "full_precision_loss"})
@@ -201,7 +208,7 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
     if key in but:
       continue
     for name, rows in measured.groupby(within) if within else [("all", measured)]:
-      values = rows[key].unique()
+      values = rows[key].unique().tolist()
       if len(values) > 1:
         remedy = (
           f"or choose by --settings={key}={values[0]}"

@@ -117,8 +117,8 @@ GAP_COLUMNS: dict[str, Callable[[Gap], str]] = {
 
 
 def common_loss_table(landings: Iterable[Landing], loss: float) -> str:
-  """Each optimizer's nearest run, evaluation and checkpoint to the common loss, and the number of
-  steps to run next."""
+  """Each optimizer's nearest run, evaluation and checkpoint to the common loss, the first
+  checkpoint below it, and the number of steps to run next."""
   return markdown_table(landing_columns(loss), landings)
 
 
@@ -137,6 +137,7 @@ def landing_columns(loss: float) -> dict[str, Callable[[Landing], str]]:
     "off by": lambda x: f"{x.ending.loss - loss:+.4f}",
     "nearest evaluation": lambda x: at(x.evaluation),
     "nearest checkpoint": lambda x: at(x.checkpoint),
+    "first checkpoint below": lambda x: at(x.crossing),
   }
 
 

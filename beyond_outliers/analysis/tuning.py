@@ -93,8 +93,9 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
 def study_rate(under: Tuning, full: Tuning | None) -> float:
   """Learning rate that a recipe's runs have in the study (arXiv 2509.23500, section 3): the best in
   full precision; where it was not run under the recipe, or there is none, the recipe's own best."""
-  known = full is not None and full.learning_rate in under.losses
-  return full.learning_rate if known else under.learning_rate
+  if full is None or full.learning_rate not in under.losses:
+    return under.learning_rate
+  return full.learning_rate
 
 
 def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.DataFrame:
@@ -150,9 +151,7 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
   for run in runs:
     flat = config.flatten(config.to_dict(run.config))
     keys = {
-      key
-      for key in flat
-      if _below(key, COMPARED) and not _below(key, [*but, *config.MAY_CHANGE])
+      key for key in flat if _below(key, COMPARED) and not _below(key, [*but, *config.MAY_CHANGE])
     }
     compared = {
       **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},

@@ -76,8 +76,8 @@ def test_a_recipe_that_was_not_run_at_the_tuned_rate_has_its_own_best(tmp_path):
   }
   assert left_out == [
     "adamw, none, nano, 260 steps: learning rate 0.1 is taken, the best; not 0.3",
-    "adamw, quest_w4a4, nano, 260 steps: learning rate 0.3 is taken, its own best: 0.1, the best in "
-    "full precision, was not run; not 1",
+    "adamw, quest_w4a4, nano, 260 steps: learning rate 0.3 is taken, its own best: 0.1, the best "
+    "in full precision, was not run; not 1",
   ]
 
 
