@@ -36,7 +36,7 @@ def inlined(text: str, name: str, title: str) -> Markup:
   # As large as it was drawn on a wide screen, not so small that nobody can read it on a phone.
   root.set("style", f"max-width: {1.3 * width:.0f}px; min-width: {0.85 * width:.0f}px")
   # Escaped as XML, which in this place is HTML too.
-  return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704
+  return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def _attribute(key: str, value: str, name: str) -> str:

@@ -28,7 +28,7 @@ UNITS = {"loss_difference": "loss, quantized − full precision (nats)", "kl": "
 def plot_degradation(
   frame: pd.DataFrame, path: PathLike = "", lost: str = "loss_difference"
 ) -> Figure:
-  """What was lost, by recipe and method, one mark per optimizer: means over seeds ± standard errors,
+  """What was lost, by recipe and method, a mark per optimizer: means over seeds ± standard errors,
   and the seeds as small points. What is not finite stands at the edge, as an arrow.
 
   frame: rows of `predictors.frame`. Rows in order of their means, the cheapest on top."""
@@ -118,6 +118,8 @@ def _scatter(axes: Axes, rows: pd.DataFrame, predictor: str, lost: str) -> None:
     axes.plot(own[predictor].mean(), own[lost].mean(), "o", color=color_of(name))
   if style.wide(rows[predictor]):
     log_scale(axes, "x")
+  else:
+    axes.locator_params(axis="x", nbins=5)
 
 
 def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: str) -> str:

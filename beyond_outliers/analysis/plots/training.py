@@ -15,7 +15,6 @@ from beyond_outliers.analysis.plots.style import (
   MARKERS,
   canvas,
   color_of,
-  in_order,
   label,
   log_scale,
   optimizer_legend,
@@ -61,7 +60,7 @@ def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike = "") -> Figure:
     # figure is about.
     curves.set_ylim(top=min(curves.get_ylim()[1], min(finite) + 4.0))
     rates.set_ylim(min(finite) - 0.1, min(min(finite) + 2.0, max(finite) + 0.1))
-    log_scale(rates, "x")
+    _mark_rates(rates, tunings)
     lines = dict(zip(recipes, [{"linestyle": line} for line in LINES], strict=False))
     optimizer_legend(figure, [t.optimizer for t in tunings], lines if len(recipes) > 1 else None)
   return figure
@@ -87,6 +86,17 @@ def _draw_rates(axes: Axes, t: Tuning, line: str) -> None:
   color, rates, losses = color_of(t.optimizer), list(t.losses), list(t.losses.values())
   axes.plot(rates, losses, "o", linestyle=line, markersize=4, color=color)
   axes.plot([t.learning_rate], [t.loss], "o", markersize=9, fillstyle="none", color=color)
+
+
+def _mark_rates(axes: Axes, tunings: Sequence[Tuning]) -> None:
+  """A logarithmic axis with a tick at every rate, or at some of many."""
+  values = sorted({rate for t in tunings for rate in t.losses})
+  log_scale(axes, "x")
+  if len(values) < 12:
+    axes.set_xticks(
+      values, [f"{value:g}" for value in values], rotation=45 if len(values) > 6 else 0
+    )
+    axes.tick_params(axis="x", which="minor", bottom=False)
 
 
 def plot_qat_gaps(gaps: Sequence[Gap], path: PathLike = "") -> Figure:
@@ -135,8 +145,8 @@ def _draw_estimate(
 
 
 def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
-  """Degradation δ = CE(quantized)/CE − 1 of the checkpoints of runs, over the share of training that
-  is done, above the learning rate at that step over its peak.
+  """Degradation δ = CE(quantized)/CE − 1 of the checkpoints of runs, over the share of training
+  that is done, above the learning rate at that step over its peak.
 
   along: rows of `along_training.frame`; a column of panels per recipe and method, two at most."""
   pairs = style.quantizations(along)[:2]
@@ -158,7 +168,9 @@ def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
       below.set(xlabel="share of training", ylim=(-0.05, 1.1))
     axes[0, 0].set(ylabel="δ = CE(quantized)/CE − 1 (%)")
     axes[1, 0].set(ylabel="rate / peak")
-    averaged = {f"weights averaged, {text}": {"linestyle": "--"} for text in along["average"] if text}
+    averaged = {
+      f"weights averaged, {text}": {"linestyle": "--"} for text in along["average"] if text
+    }
     optimizer_legend(figure, along["optimizer"], averaged)
   return figure
 
