@@ -173,6 +173,11 @@ class Evidence:
   unread: Sequence[str]
   groups: Sequence[Group]
 
+  def roots_of(self, group: Group) -> Sequence[str]:
+    """Folders for a report on one group alone, which the others of the page refuse to mix."""
+    paths = [str(run.path) for run in [*group.runs, *group.shorter]]
+    return self.roots if len(self.groups) < 2 else [os.path.commonpath(paths)]
+
   @functools.cached_property
   def laws(self) -> list[Law]:
     """A law per data set, tokenizer, and ratio of tokens to parameters."""

@@ -17,7 +17,7 @@ KEYS = ("recipe", "method", "way", "optimizer")
 def landings(evidence: Evidence, group: Group) -> Part:
   """How each optimizer comes to the common loss, and whether their order depends on it."""
   loss, found = group.landings.value
-  command = analysis_command(evidence.roots, "--common_loss", "--overrides=common.json")
+  command = analysis_command(evidence.roots_of(group), "--common_loss", "--overrides=common.json")
   if not found:
     return Part(group.title, len(group.runs), missing=group.landings.problem, command=command)
   numbers = pd.DataFrame(

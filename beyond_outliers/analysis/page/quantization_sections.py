@@ -36,7 +36,7 @@ def degradation(evidence: Evidence, group: Group) -> Part:
   """What quantization after training costs each optimizer, by recipe and method."""
   frame = group.cells.value
   measured = frame[pd.to_numeric(frame[LOST], errors="coerce").notna()] if LOST in frame else frame
-  command = analysis_command(evidence.roots, f"--degradation={LOST}")
+  command = analysis_command(evidence.roots_of(group), f"--degradation={LOST}")
   if not len(measured):
     return missing(group, group.cells, "no quantized cell", f"{EVALUATE} --methods=rtn,gptq")
   caption = (

@@ -25,7 +25,7 @@ def answer(evidence: Evidence, group: Group) -> Part:
   optimizers = style.in_order(name for found in columns.values() for name in found)
   if not optimizers:
     why = group.tunings.problem or "no run is done"
-    command = analysis_command(evidence.roots)
+    command = analysis_command(evidence.roots_of(group))
     return Part(group.title, len(group.runs), missing=why, command=command)
   first = next(iter(columns.values()))
   optimizers.sort(key=lambda name: first[name].mean if name in first else math.inf)

@@ -14,6 +14,10 @@ from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_ta
 from beyond_outliers.analysis.page.text import analysis_command, rates, text_columns
 from beyond_outliers.analysis.tuning import Tuning, final_metric
 
+RUN_COLUMNS = (
+  *("run", "size", "optimizer", "recipe", "learning rate", "seed", "steps", "status", "at step"),
+  *("validation loss", "reason"),
+)
 STATUSES = ("done", "running", "preempted", "diverged", "failed", "not started")
 
 
@@ -72,28 +76,15 @@ def _sweep(key: dict[str, object], own: pd.DataFrame) -> dict[str, object]:
 
 
 def runs_table(runs: list[runs_lib.Run]) -> pd.DataFrame:
-  """A row per run: run, size, optimizer, recipe, learning rate, seed, steps, status, step, loss,
-  reason."""
+  """A row per run, of RUN_COLUMNS."""
   rows = []
   for run in runs:
     c, status = run.config, run.status
     loss = final_metric(run, "eval/loss")
-    rows.append(
-      {
-        "run": str(run.path),
-        "size": c.size,
-        "optimizer": c.optimizer.name,
-        "recipe": recipe_of(run),
-        "learning rate": c.optimizer.learning_rate,
-        "seed": c.seed,
-        "steps": c.steps,
-        "status": status["status"],
-        "at step": status["step"],
-        "validation loss": loss if math.isfinite(loss) else math.nan,
-        "reason": status["reason"],
-      }
-    )
-  return pd.DataFrame(rows)
+    swept = c.optimizer.name, recipe_of(run), c.optimizer.learning_rate, c.seed, c.steps
+    ended = status["status"], status["step"], loss if math.isfinite(loss) else math.nan
+    rows.append((str(run.path), c.size, *swept, *ended, status["reason"]))
+  return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
 
 
 def _run_columns(frame: pd.DataFrame):
@@ -119,7 +110,7 @@ def every_run(evidence: Evidence) -> Table:
 def tuned_rates(evidence: Evidence, group: Group) -> Part:
   """Each optimizer's best rate and its neighbours, and whether the grid brackets it."""
   found = group.tunings.value
-  command = analysis_command(evidence.roots)
+  command = analysis_command(evidence.roots_of(group))
   if not found:
     return Part(group.title, len(group.runs), missing=group.tunings.problem, command=command)
   numbers = pd.DataFrame(
@@ -155,19 +146,22 @@ def tuned_rates(evidence: Evidence, group: Group) -> Part:
     columns = tables.retuning_columns(found)
     made.append(Table(f"retuning.{group.name}", caption, columns, again, frame))
   edges = [
-    f"{t.optimizer} under {t.recipe}: {t.learning_rate:g} lies on the edge of its grid; widen it."
+    f"{t.optimizer} ({t.recipe}) {t.learning_rate:g}"
     for t in found
     if t.at_the_edge and len(t.losses) > 1
   ]
+  sentences = (
+    [f"On the edge of its grid, which is to be widened: {', '.join(edges)}."] if edges else []
+  )
   alone = [f"{t.optimizer} ({t.recipe})" for t in found if len(t.losses) == 1]
   if alone:
-    edges.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
-  return Part(group.title, len(group.runs), edges, tables=made, command=command)
+    sentences.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
+  return Part(group.title, len(group.runs), sentences, tables=made, command=command)
 
 
 def loss_curves(evidence: Evidence, group: Group) -> Part:
   """How the losses fall, and how they depend on the learning rate."""
-  command = analysis_command(evidence.roots, "--plot=curves.png")
+  command = analysis_command(evidence.roots_of(group), "--plot=curves.png")
   drawn = [t for t in group.tunings.value if _has_curve(t)]
   if not any(math.isfinite(t.loss) for t in drawn):
     why = group.tunings.problem or "no learning rate has all its runs done"
@@ -231,6 +225,6 @@ def training_gap(evidence: Evidence, group: Group) -> Part:
       )
     ],
     tables=[Table(f"gaps.{group.name}", caption, tables.GAP_COLUMNS, gaps, numbers)],
-    command=analysis_command(evidence.roots, "--gap_plot=gap.png"),
+    command=analysis_command(evidence.roots_of(group), "--gap_plot=gap.png"),
     left_out=left_out,
   )
