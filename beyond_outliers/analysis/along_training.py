@@ -49,10 +49,13 @@ def frame(
   found = ptq_degradation.find_cells(runs, settings, folders, but=VARIES)
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
+    in_full_precision = (
+      run.path for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION
+    )
     raise ConfigError(
       f"runs: none of {len(runs)} has a quantized cell; measure some, at every checkpoint: "
       + ptq_degradation.evaluation_command(
-        *_first_in_full_precision(runs), step="all", settings=settings
+        next(in_full_precision, "RUN"), step="all", settings=settings
       )
     )
   joined = ptq_degradation.beside_full_precision(cells)
@@ -98,8 +101,3 @@ def jump(frame: pd.DataFrame) -> pd.DataFrame:
     row |= {"seeds": len(found), "checkpoints": int(values[:, 4].max(initial=0))}
     rows.append(row | {"reason": "; ".join(reasons)})
   return pd.DataFrame(rows)
-
-
-def _first_in_full_precision(runs: Sequence[runs_lib.Run]) -> list[str]:
-  found = (run for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION)
-  return [str(run.path) for run in found][:1]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -71,7 +72,15 @@ def find_cells(
   """(run, cell) of the cells that `degradation_cells` takes.
 
   but: "step", for those of every step that the newest version of the measurements was at, and
-  "average", for those of averaged parameters too."""
+  "average", for those of averaged parameters too.
+  Errors: ConfigError for a folder that is none."""
+  for folder in folders:
+    require(
+      os.path.isdir(folder),
+      "folders",
+      str(folder),
+      "there is no such folder; give those that evaluate had as --out",
+    )
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
   # Cells of averaged parameters only where they are asked for.
   chosen = {**({} if "average" in but else {"average": ""}), **(settings or {})}
@@ -237,7 +246,7 @@ def _of_run(
     cell
     for cell in [*shared, *results.ResultStore(run.path / "eval").cells()]
     if cell["settings"].get("trained") in itself
-    and all(str(cell["settings"].get(name, "")) == value for name, value in settings.items())
+    and all(str(cell["settings"].get(name, "")) == str(value) for name, value in settings.items())
   ]
   # One that lies in several folders is one, as its name says.
   identity = ("step", "recipe", "method", "settings")
