@@ -137,6 +137,7 @@ def test_a_figure_inside_the_page_has_its_ink_its_paper_and_ids_of_its_own():
     <text>&lt;script&gt; id="x" #000000</text></g></svg>"""
   found = inlined(text, "one", 'a "figure" <b>')
   assert 'id="one-p"' in found and 'href="#one-p"' in found and "url(#one-c)" in found
+  assert found.startswith("<svg") and 'style="fill: currentColor' in found
   assert "stroke: currentColor" in found and "fill: var(--paper); stroke: #0072b2" in found
   assert '&lt;script&gt; id="x" #000000</text>' in found and "<metadata" not in found
   assert 'aria-label="a &quot;figure&quot; &lt;b&gt;"' in found

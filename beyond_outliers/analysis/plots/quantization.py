@@ -139,10 +139,7 @@ def plot_landings(compared: LandingComparison, path: PathLike = "") -> Figure:
   standard errors, a line per optimizer. A panel per recipe and method, two at most."""
   pairs = style.quantizations(compared.means)[:2]
   ways = [way for way in WAYS if (compared.means["way"] == way).any()]
-  with canvas(path, 1, len(pairs), (4.8 * max(len(pairs), 1.2), 3.6), sharey=True) as (
-    figure,
-    (axes_C,),
-  ):
+  with canvas(path, 1, len(pairs), (4.8 * max(len(pairs), 1.2), 3.6)) as (figure, (axes_C,)):
     for axes, pair in zip(axes_C, pairs, strict=True):
       rows = style.of_quantization(compared.means, pair)
       names = in_order(rows["optimizer"])
