@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -142,15 +143,27 @@ class Group:
     return attempt(lambda: read(self.best, self.settings, self.folders), pd.DataFrame())
 
   @functools.cached_property
+  def not_landed(self) -> list[str]:
+    """Optimizers of which no learning rate is done in full precision: they have no best loss."""
+    return [
+      t.optimizer
+      for t in self.tunings.value
+      if t.recipe == FULL_PRECISION and not math.isfinite(t.loss)
+    ]
+
+  @functools.cached_property
+  def _landing(self) -> list[runs_lib.Run]:
+    every = [*self.runs, *self.shorter]
+    return [run for run in every if run.config.optimizer.name not in self.not_landed]
+
+  @functools.cached_property
   def landings(self) -> Found[tuple[float, list[Landing]]]:
-    return attempt(lambda: common_loss([*self.runs, *self.shorter]), (float("nan"), []))
+    return attempt(lambda: common_loss(self._landing), (float("nan"), []))
 
   @functools.cached_property
   def landing_costs(self) -> Found[LandingComparison | None]:
-    every = [*self.runs, *self.shorter]
-    return attempt(
-      lambda: compare_landings(every, settings=self.settings, folders=self.folders), None
-    )
+    found = {"settings": self.settings, "folders": self.folders}
+    return attempt(lambda: compare_landings(self._landing, **found), None)
 
 
 @dataclasses.dataclass(frozen=True)
