@@ -62,7 +62,7 @@ class _Writer:
   def figure(self, drawing: Drawing) -> dict[str, Any]:
     """Draws a figure's file; returns its name, and the SVG for the page."""
     name = self._file(drawing.name, "svg")
-    drawing.draw(path=self.folder / name)
+    drawing.draw(self.folder / name)
     text = (self.folder / name).read_text()
     return {"file": name, "svg": inlined(text, name.replace(".", "-"), drawing.caption)}
 
@@ -97,11 +97,9 @@ def _environment(writer: _Writer) -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.globals |= {
-    "column_kinds": _column_kinds,
-    "figure": writer.figure,
-    "table_file": writer.table,
-  }
+  environment.globals.update(
+    column_kinds=_column_kinds, figure=writer.figure, table_file=writer.table
+  )
   environment.filters["cell"] = _cell
   return environment
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
@@ -47,15 +47,20 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
     return Found(nothing, str(refusal))
 
 
+def _once(of_run: Any) -> Any:
+  """A property of runs, read once."""
+  return functools.cached_property(of_run.fget)
+
+
 class Snapshot(runs_lib.Run):
   """A run whose files are read once, so that all of the report is of one moment of it."""
 
-  manifest = functools.cached_property(runs_lib.Run.manifest.fget)
-  status = functools.cached_property(runs_lib.Run.status.fget)
-  steps = functools.cached_property(runs_lib.Run.steps.fget)
-  identity = functools.cached_property(runs_lib.Run.identity.fget)
-  trained_on = functools.cached_property(runs_lib.Run.trained_on.fget)
-  parameter_counts = functools.cached_property(runs_lib.Run.parameter_counts.fget)
+  manifest = _once(runs_lib.Run.manifest)
+  status = _once(runs_lib.Run.status)
+  steps = _once(runs_lib.Run.steps)
+  identity = _once(runs_lib.Run.identity)
+  trained_on = _once(runs_lib.Run.trained_on)
+  parameter_counts = _once(runs_lib.Run.parameter_counts)
 
   def metrics(self) -> pd.DataFrame:
     return self._metrics

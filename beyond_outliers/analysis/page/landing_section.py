@@ -10,6 +10,7 @@ from beyond_outliers.analysis import plots, tables
 from beyond_outliers.analysis.page.evidence import Evidence, Group
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
 from beyond_outliers.analysis.page.text import analysis_command, field, listed, spread
+from beyond_outliers.analysis.plots.style import named_rows
 
 KEYS = ("recipe", "method", "way", "optimizer")
 
@@ -74,7 +75,7 @@ def landings(evidence: Evidence, group: Group) -> Part:
   sentences = [
     f"{row.recipe}, {row.method}: from {row.way} to {row.other}, the order of {row.optimizers} "
     + (f"optimizers changes: {row.exchanged}." if row.changes else "optimizers stays.")
-    for row in costs.orders.itertuples(index=False)
+    for row in named_rows(costs.orders)
   ]
   figure = Drawing(
     name,
