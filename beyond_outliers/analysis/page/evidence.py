@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import pandas as pd
 
@@ -21,6 +21,7 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import along_training, law_points, predictors, scaling_law
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.landings import LandingComparison, compare_landings
+from beyond_outliers.analysis.page.snapshot import Snapshot
 from beyond_outliers.analysis.ptq_degradation import degradation_cells
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
@@ -45,29 +46,6 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
     return Found(find())
   except Refusal as refusal:
     return Found(nothing, str(refusal))
-
-
-def _once(of_run: Any) -> Any:
-  """A property of runs, read once."""
-  return functools.cached_property(of_run.fget)
-
-
-class Snapshot(runs_lib.Run):
-  """A run whose files are read once, so that all of the report is of one moment of it."""
-
-  manifest = _once(runs_lib.Run.manifest)
-  status = _once(runs_lib.Run.status)
-  steps = _once(runs_lib.Run.steps)
-  identity = _once(runs_lib.Run.identity)
-  trained_on = _once(runs_lib.Run.trained_on)
-  parameter_counts = _once(runs_lib.Run.parameter_counts)
-
-  def metrics(self) -> pd.DataFrame:
-    return self._metrics
-
-  @functools.cached_property
-  def _metrics(self) -> pd.DataFrame:
-    return super().metrics()
 
 
 @dataclasses.dataclass(frozen=True)
