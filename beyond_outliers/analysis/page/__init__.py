@@ -111,7 +111,7 @@ def _cell(text: str) -> str:
   return text
 
 
-def _column_kinds(rows: Sequence[Sequence[str]]) -> list[str]:
+def _column_kinds(rows: Sequence[Sequence[str]], count: int) -> list[str]:
   """The class of each column: numbers, which stand right, long text, which wraps, and other."""
 
   def kind(column: Sequence[str]) -> str:
@@ -120,4 +120,4 @@ def _column_kinds(rows: Sequence[Sequence[str]]) -> list[str]:
     numbers = [bool(NUMBER.match(text)) for text in column if text not in NO_NUMBERS]
     return "n" if numbers and all(numbers) else ""
 
-  return [kind(column) for column in zip(*rows, strict=True)]
+  return [kind([row[at] for row in rows]) for at in range(count)]
