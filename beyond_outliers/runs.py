@@ -126,6 +126,11 @@ class Run:
     """The folder that the dataset was in, its fingerprint, and its tokenizer's."""
     return self._read_manifest(workdir_lib.DATA)["data"]
 
+  @property
+  def parameter_counts(self) -> Json:
+    """Parameters in all (`total`), of the `embedding`, and `other`."""
+    return self._read_manifest(workdir_lib.PARAMETERS)["parameters"]
+
   @functools.cached_property
   def dataset(self) -> data.Dataset:
     """What the run was trained on, where it was then or where it was moved with the run.

@@ -44,13 +44,15 @@ PACKAGES = (
 )
 
 
-# Values without which a file is not what was written; of the manifest, DATA where they're needed.
+# Values without which a file is not what was written; of the manifest, DATA and PARAMETERS where
+# they're needed.
 REQUIRED: dict[str, dict[str, Any]] = {
   "manifest.json": {"time": str},
   "status.json": {"status": str, "step": int},
   "wandb.json": {"id": str},
 }
 DATA = dict.fromkeys(("data.directory", "data.fingerprint", "data.tokenizer"), str)
+PARAMETERS = dict.fromkeys(("parameters.total", "parameters.embedding"), int)
 RESTORE = "restore it from a copy, or take another workdir"
 
 

@@ -27,9 +27,10 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Landing:
-  """One optimizer's way to the common loss.
+  """One optimizer's ways to the common loss.
 
-  Losses are validation losses in nats, means over seeds."""
+  Losses are validation losses in nats, means over seeds. Checkpoints are those that all seeds of
+  the full length still have."""
 
   optimizer: str
   learning_rate: float
@@ -37,7 +38,9 @@ class Landing:
   steps: int  # the length of a run that should end at the common loss
   ending: Point  # of the runs there are, of any length, the end that is nearest to it
   evaluation: Point  # of the full-length runs' evaluations, the nearest
-  checkpoint: Point | None  # of the checkpoints that all seeds of them still have
+  checkpoint: Point | None  # of their checkpoints, the nearest
+  crossing: Point | None  # of their checkpoints, the first at or below the common loss
+  runs: tuple[runs_lib.Run, ...]  # of full length, one per seed
 
   @property
   def overrides(self) -> Json:
@@ -59,7 +62,10 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
   launch, close in on CL; |ending.loss - loss| says how near it is. All seeds of an optimizer get
   one number of steps: landing each by itself would take out part of the variance between them. A
   checkpoint's loss is that of the evaluation at its step, or between two evaluations linear in the
-  step.
+  step. The authors' code takes another way, the first checkpoint of the full-length run whose loss
+  is below CL, which is `crossing`; there a run's best loss is the least of many estimates, each on
+  few fresh tokens, and so below what it would be on all. Here all is of one validation set, and the
+  best loss is the last one. landings.py compares what quantization costs at each.
   Errors: ConfigError as `tuning.tunings`; fewer than two evaluations before the cool-down; losses
     that do not fall with the steps."""
   frame = run_frame(runs, but=("steps",))
@@ -96,11 +102,19 @@ def _landing(t: Tuning, frame: pd.DataFrame, length: int, target: float) -> Land
     ending=_nearest(endings, target),
     evaluation=_nearest(evaluations, target),
     checkpoint=_nearest(checkpoints, target) if checkpoints else None,
+    crossing=_crossing(checkpoints, target),
+    runs=t.best,
   )
 
 
 def _nearest(points: Iterable[Point], target: float) -> Point:
   return min(points, key=lambda point: abs(point.loss - target))
+
+
+def _crossing(points: Iterable[Point], target: float) -> Point | None:
+  # The optimizer that CL is of meets it up to the order of a sum.
+  below = (p for p in points if p.loss <= target or math.isclose(p.loss, target))
+  return min(below, default=None)
 
 
 def _endings(t: Tuning, frame: pd.DataFrame) -> list[Point]:

@@ -204,30 +204,34 @@ def bootstrap_interval(
   """A bootstrap interval of a statistic of columns, whose rows, or whole clusters of rows, are
   drawn anew (scipy.stats.bootstrap).
 
-  statistic: (columns [n] each) -> a number; where clusters are of one size, of columns [..., n]
-    along the last axis. clusters: a label per row. NaN for fewer than two rows or clusters, which
-    say nothing of others, and by "bca" where resamples do not vary."""
+  statistic: of columns [..., n], along the last axis. clusters: a label per row. NaN for fewer than
+    two rows or clusters, which say nothing of others, and by "bca" where resamples do not vary."""
   arrays = [np.asarray(column, float) for column in columns]
   n = len(arrays[0])
   require(clusters is None or len(clusters) == n, "clusters", clusters, f"expected {n} labels")
   groups = [np.array([row]) for row in range(n)] if clusters is None else _rows(clusters)
-  even = len({len(rows) for rows in groups}) == 1
+  sizes = np.array([len(rows) for rows in groups])
+  counts = np.arange(sizes.max()) < sizes[:, None]
+  padded = np.zeros(counts.shape, int)  # rows of each group
+  padded[counts] = np.concatenate(groups)
   if len(groups) < 2:
     return math.nan, math.nan
 
   def resampled(order, axis=-1):
-    if even:
-      rows = np.stack(groups)[order.astype(int)].reshape(*order.shape[:-1], -1)
-    else:
-      rows = np.concatenate([groups[k] for k in order.astype(int)])
-    return statistic(*(column[rows] for column in arrays))
+    drawn = order.astype(int).reshape(-1, order.shape[-1])  # [resamples, groups]
+    lengths, found = sizes[drawn].sum(axis=-1), np.empty(len(drawn))
+    for length in np.unique(lengths):  # clusters of several sizes make resamples of a few lengths
+      alike = lengths == length
+      rows = padded[drawn[alike]][counts[drawn[alike]]].reshape(-1, length)
+      found[alike] = statistic(*(column[rows] for column in arrays))
+    return found.reshape(order.shape[:-1])
 
   with warnings.catch_warnings(), np.errstate(all="ignore"):
     warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of what becomes NaN
     found = stats.bootstrap(
       (np.arange(len(groups)),),
       resampled,
-      vectorized=even,
+      vectorized=True,
       axis=-1,
       confidence_level=confidence,
       n_resamples=resamples,

@@ -1,12 +1,25 @@
-"""The runs that a scaling law is fitted to, as a table: read, checked, and what is left out."""
+"""The runs that a scaling law is fitted to, as a table: made of workdirs, or read and checked; and
+what is left out."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis.tuning import (
+  EXTENT,
+  FULL_PRECISION,
+  SHAPE,
+  Tuning,
+  run_frame,
+  study_rate,
+  tunings_of,
+)
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
 
@@ -23,11 +36,83 @@ ALIKE = (
   "vocab",
   "data.vocab",
 )
+# Columns of `of_runs`.
+OF_RUNS = (
+  *("optimizer", "recipe", "size", "parameters", "embedding", "tokens", "loss", "seed"),
+  *("learning_rate", "status", "fingerprint", "tokenizer", "run"),
+)
+# What the runs of one law may differ in: how large they are, and how long.
+GROWS = ("size", "steps", "batch_size", *(f"model.{name}" for name in SHAPE))
 # Tokens per parameter are one ratio up to this: a run's tokens are whole steps of whole batches.
 SAME_RATIO = 0.05
 
 # Whatever pandas.DataFrame takes: a frame, a list of dictionaries, a dictionary of columns.
 Table = Any
+
+
+def of_runs(runs: Sequence[runs_lib.Run]) -> tuple[pd.DataFrame, list[str]]:
+  """(a row per run at the learning rate that is chosen, as `scaling_law.fit` takes them; in words
+  what was left out, and for what).
+
+  A rate is chosen at every size and length of its own. In full precision it is the best of the
+  sweep, as `tuning.tunings` judges it; under a recipe the best in full precision, as in the study,
+  or where that was not run or nothing is in full precision, the best of the recipe's own sweep. All
+  seeds at that rate are points. Left out are the other rates, unfinished and diverged runs.
+  Columns: OF_RUNS; run is the workdir, loss the validation loss after the last step, embedding the
+  embedding's share of parameters.
+  Errors: ConfigError for runs that differ in more than GROWS, a run that is there twice, or a
+    sweep whose rates have no seed in common; WorkdirError for a damaged file of a run."""
+  frame = run_frame(runs, but=GROWS)
+  left_out = [
+    f"{run.path}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
+    if run.status["status"] != "done"
+    else f"{run.path}: done, but without a finite eval/loss at step {run.config.steps}"
+    for run in frame.run[~np.isfinite(frame.loss)]
+  ]
+  rows = []
+  for _, extent in frame.groupby(list(EXTENT)):
+    found = {(t.recipe, t.optimizer): t for t in tunings_of(extent)}
+    for (recipe, name), t in sorted(found.items()):
+      full = None if recipe == FULL_PRECISION else found.get((FULL_PRECISION, name))
+      rate, why = _chosen(t, full)
+      if why:
+        c = t.best[0].config
+        left_out.append(f"{name}, {recipe}, {c.size}, {c.steps} steps: {why}")
+      own = extent[(extent.optimizer == name) & (extent.recipe == recipe) & (extent.rate == rate)]
+      rows += [_point(run, recipe, loss) for run, loss in zip(own.run, own.loss, strict=True)]
+  points = pd.DataFrame(rows, columns=list(OF_RUNS))
+  return points[np.isfinite(points.loss.astype(float))].reset_index(drop=True), left_out
+
+
+def _chosen(t: Tuning, full: Tuning | None) -> tuple[float | None, str]:
+  """(the learning rate of a sweep's points, None for none; in words why, and over which others).
+
+  full: the same optimizer's sweep in full precision, where `t` is of a recipe."""
+  rate = study_rate(t, full)
+  if full is None:
+    judges, why = [t], "the best"
+  elif rate == full.learning_rate:
+    judges, why = [full], "the best in full precision"
+  else:
+    judges = [full, t]
+    why = f"its own best: {full.learning_rate:g}, the best in full precision, was not run"
+  for sweep in judges:
+    if len(sweep.losses) > 1 and not math.isfinite(sweep.loss):
+      return None, f"no learning rate has all its seeds done, recipe {sweep.recipe}"
+  others = ", ".join(f"{other:g}" for other in t.losses if other != rate)
+  if not others and len(judges) == 1:
+    return rate, ""
+  return rate, f"learning rate {rate:g} is taken, {why}" + (f"; not {others}" if others else "")
+
+
+def _point(run: runs_lib.Run, recipe: str, loss: float) -> dict[str, Any]:
+  c, counts, trained_on = run.config, run.parameter_counts, run.trained_on
+  values = (
+    *(c.optimizer.name, recipe, c.size, counts["total"], counts["embedding"]),
+    *(c.steps * c.batch_size * c.context, loss, c.seed, c.optimizer.learning_rate),
+    *(run.status["status"], trained_on["fingerprint"], trained_on["tokenizer"], str(run.path)),
+  )
+  return dict(zip(OF_RUNS, values, strict=True))
 
 
 def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]]:
@@ -55,6 +140,8 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
       list(frame),
       f"no column {column!r}; a run is a row with {', '.join(needed)}",
     )
+  if frame.empty:
+    raise ConfigError("points: there are no runs in the table; give some that are done")
   for column in [name for name in ALIKE if name in frame]:
     values = list(dict.fromkeys(frame[column].map(str)))
     require(

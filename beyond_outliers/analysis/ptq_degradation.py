@@ -7,13 +7,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
 from beyond_outliers.analysis.statistics import Estimate
+from beyond_outliers.analysis.tuning import FULL_PRECISION
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.config.files import misfit
 from beyond_outliers.errors import ConfigError
@@ -37,7 +40,12 @@ MEASURED_ON = [
   "documents",
   "mask_documents",
   "calibration_windows",
+  "average",
 ]
+# Of those, what a cell has in common with that of the model as it was trained.
+SAME_TEXT = [name for name in MEASURED_ON if name != "calibration_windows"]
+FLAGS = ("context", "documents", "average")  # of those, what evaluate has a flag for
+OUTLIERS = "outliers/"  # how their metrics begin, in the cell of the model as it was trained
 
 
 def degradation_cells(
@@ -50,11 +58,79 @@ def degradation_cells(
 
   settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
   these runs are beside their own eval/."""
+  return cell_table(find_cells(runs, settings, folders))
+
+
+def find_cells(
+  runs: Sequence[runs_lib.Run],
+  settings: Mapping[str, str] | None = None,
+  folders: Sequence[PathLike] = (),
+  *,
+  every_step: bool = False,
+) -> list[tuple[runs_lib.Run, results.Result]]:
+  """(run, cell) of the cells that `degradation_cells` takes; or of every step that the newest
+  version of the measurements was at."""
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
-  rows = [row for run in runs for row in _of_run(run, settings or {}, shared)]
+  found = []
+  for run in runs:
+    cells = _of_run(run, settings or {}, shared)
+    newest = max(map(_age, cells), default=(0, 0))
+    found += [
+      (run, cell)
+      for cell in cells
+      if _age(cell) == newest or (every_step and _age(cell)[0] == newest[0])
+    ]
+  return found
+
+
+def cell_table(found: Sequence[tuple[runs_lib.Run, results.Result]]) -> pd.DataFrame:
+  """One row per cell: where it comes from, what it was measured on, step, recipe, method and its
+  metrics. Errors: ConfigError for a cell that doesn't say what it was measured of."""
+  rows = [_row(str(run.path), cell) for run, cell in found]
   return pd.DataFrame(
     rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"]
   )
+
+
+def evaluation_command(
+  run: PathLike = "RUN",
+  recipe: str = "rtn_w4a4",
+  method: str = "",
+  *,
+  step: int | str = "",
+  propagation: bool = False,
+  settings: Mapping[str, object] | None = None,
+) -> str:
+  """The command that makes such a cell. settings: those that have a flag of their name count."""
+  options = {"workdir": run, "steps": step, "recipes": recipe, "methods": method}
+  options |= {name: value for name, value in (settings or {}).items() if name in FLAGS}
+  words = [f"--{name}={value}" for name, value in options.items() if value != ""]
+  words += ["--propagation"] if propagation else []
+  return shlex.join(["python", "-m", "beyond_outliers.evaluate", *words])
+
+
+def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
+  """The rows of cells quantized after training, each with what the same checkpoint has in full
+  precision: full_precision_loss, relative (loss / full_precision_loss - 1), and its outliers.
+
+  Where the cell of the model as it was trained is missing, the loss in full precision is that of
+  the difference, and there are no outliers."""
+  keys = ["run", "step", *SAME_TEXT]
+  quantized = cells[cells.method != "none"].dropna(axis="columns", how="all")
+  trained = cells[(cells.method == "none") & (cells.recipe == FULL_PRECISION)]
+  outliers = [name for name in map(str, cells) if name.startswith(OUTLIERS)]
+  joined = quantized.merge(
+    trained.reindex(columns=[*keys, "loss", *outliers])
+    .rename(columns={"loss": "full_precision_loss"})
+    .drop_duplicates(keys),
+    how="left",
+    on=keys,
+  )
+  if "loss_difference" in joined:
+    finite = np.isfinite(joined.loss_difference.astype(float))
+    paired = (joined.loss - joined.loss_difference).where(finite)
+    joined["full_precision_loss"] = joined.full_precision_loss.fillna(paired)
+  return joined.assign(relative=joined.loss / joined.full_precision_loss - 1)
 
 
 def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
@@ -69,7 +145,7 @@ def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digi
   measured = found[found.method != "none"].dropna(axis="columns", how="all")
   _check_metric(metric, measured)
   measured = measured[measured[metric].notna()]
-  _check_comparable(measured)
+  check_cells(measured)
   means = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem"])
   estimates = {cell: Estimate(*values) for cell, *values in means.itertuples(name=None)}
   sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
@@ -107,13 +183,17 @@ def _check_metric(metric: str, measured: pd.DataFrame) -> None:
     bool(known),
     "--degradation",
     metric,
-    "these runs have no cell of a recipe; measure some: "
-    "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4",
+    f"these runs have no cell of a recipe; measure some: {evaluation_command()}",
   )
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
 
 
-def _check_comparable(measured: pd.DataFrame) -> None:
+def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
+  """Refusal of cells whose means, or differences, would say nothing.
+
+  but: what cells of one optimizer may differ in.
+  Errors: ConfigError for optimizers that have cells of several learning rates, lengths or steps, or
+    two of one seed; and cells that differ in the model's size or in what they were measured on."""
   # Optimizers that came to one loss did so in lengths of their own. Methods that look at no data
   # have no windows.
   for key, within in {
@@ -121,8 +201,10 @@ def _check_comparable(measured: pd.DataFrame) -> None:
     **dict.fromkeys(("learning_rate", "steps", "step"), "optimizer"),
     "calibration_windows": "method",
   }.items():
+    if key in but:
+      continue
     for name, rows in measured.groupby(within) if within else [("all", measured)]:
-      values = rows[key].unique()
+      values = rows[key].unique().tolist()
       if len(values) > 1:
         remedy = (
           f"or choose by --settings={key}={values[0]}"
@@ -132,8 +214,8 @@ def _check_comparable(measured: pd.DataFrame) -> None:
         raise ConfigError(
           f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}"
         )
-  for (optimizer, seed, recipe, method), rows in measured.groupby(
-    ["optimizer", "seed", "recipe", "method"]
+  for (optimizer, seed, recipe, method, *_), rows in measured.groupby(
+    ["optimizer", "seed", "recipe", "method", *but]
   ):
     if len(rows) > 1:
       raise ConfigError(
@@ -144,17 +226,19 @@ def _check_comparable(measured: pd.DataFrame) -> None:
 
 def _of_run(
   run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]
-) -> list[Json]:
+) -> list[results.Result]:
   # Earlier versions told trainings apart by their time.
   itself = (run.identity, run.manifest["time"])
   found = [
     cell
-    for cell in [*results.ResultStore(run.path / "eval").cells(), *shared]
+    for cell in [*shared, *results.ResultStore(run.path / "eval").cells()]
     if cell["settings"].get("trained") in itself
-    and all(str(cell["settings"].get(name)) == value for name, value in settings.items())
+    and all(str(cell["settings"].get(name, "")) == value for name, value in settings.items())
   ]
-  newest = max(map(_age, found), default=None)
-  return [_row(str(run.path), cell) for cell in found if _age(cell) == newest]
+  # One that lies in several folders is one, as its name says.
+  identity = ("step", "recipe", "method", "settings")
+  by_name = {results.file_name(*(cell[of] for of in identity)): cell for cell in found}
+  return list(by_name.values())
 
 
 def _age(cell: Json) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from beyond_outliers.analysis.tuning import (
   Tuning,
   final_metric,
   run_frame,
+  study_rate,
   tunings_of,
 )
 
@@ -82,7 +83,7 @@ def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
 
 def _pair(frame: pd.DataFrame, full: Tuning, under: Tuning) -> tuple[Gap | None, list[str]]:
   """(the gap, None where no seed is done on both sides; seeds that are done on one side only)."""
-  rate = full.learning_rate if full.learning_rate in under.losses else under.learning_rate
+  rate = study_rate(under, full)
   sides = [_done(frame, full, full.learning_rate), _done(frame, under, rate)]
   seeds = tuple(int(seed) for seed in sides[0].index.intersection(sides[1].index))
   alone = sorted(set(sides[0].index) ^ set(sides[1].index))

@@ -108,8 +108,8 @@ def qat_gap_table(gaps: Iterable[Gap]) -> str:
 
 
 def common_loss_table(landings: Iterable[Landing], loss: float) -> str:
-  """Each optimizer's nearest run, evaluation and checkpoint to the common loss, and the number of
-  steps to run next."""
+  """Each optimizer's nearest run, evaluation and checkpoint to the common loss, the first
+  checkpoint below it, and the number of steps to run next."""
 
   def at(point: Point | None) -> str:
     return f"{point.loss:.4f} at {point.step}" if point else "none"
@@ -124,6 +124,7 @@ def common_loss_table(landings: Iterable[Landing], loss: float) -> str:
       "off by": lambda x: f"{x.ending.loss - loss:+.4f}",
       "nearest evaluation": lambda x: at(x.evaluation),
       "nearest checkpoint": lambda x: at(x.checkpoint),
+      "first checkpoint below": lambda x: at(x.crossing),
     },
     landings,
   )

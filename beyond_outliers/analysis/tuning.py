@@ -28,6 +28,10 @@ COMPARED = (
   "data.mask_documents",
   "eval.documents",
 )
+# Of the model: what makes it larger. All else of `model` are switches of the architecture.
+SHAPE = ("blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden")
+# Columns of `run_frame` that say how large a model is and how long it is trained: of one sweep one.
+EXTENT = ("size", "shape", "batch_size", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +90,19 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
   return sorted(found, key=lambda t: (t.recipe != FULL_PRECISION, t.recipe, t.loss))
 
 
+def study_rate(under: Tuning, full: Tuning | None) -> float:
+  """Learning rate that a recipe's runs have in the study (arXiv 2509.23500, section 3): the best in
+  full precision; where it was not run under the recipe, or there is none, the recipe's own best."""
+  if full is None or full.learning_rate not in under.losses:
+    return under.learning_rate
+  return full.learning_rate
+
+
 def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.DataFrame:
   """One row per run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite
-  if not done), steps, run.
+  if not done), size, shape (of the model, as SHAPE), batch_size, steps, run.
 
-  but: what of COMPARED may differ.
+  but: what of COMPARED, or below it, may differ.
   Errors: ConfigError for runs that do not compare, or that are one run twice."""
   check_comparable(runs, but)
   rows = [
@@ -100,13 +112,16 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
       "rate": run.config.optimizer.learning_rate,
       "seed": run.config.seed,
       "loss": final_metric(run, "eval/loss"),
+      "size": run.config.size,
+      "shape": tuple(getattr(run.config.model, name) for name in SHAPE),
+      "batch_size": run.config.batch_size,
       "steps": run.config.steps,
       "run": run,
     }
     for run in runs
   ]
   frame = pd.DataFrame(rows)
-  for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", "steps"]):
+  for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", *EXTENT]):
     if len(same) > 1:
       raise ConfigError(
         f"{same.run.iloc[0].path} and {same.run.iloc[1].path} are of one optimizer, recipe, "
@@ -127,6 +142,7 @@ def final_metric(run: runs_lib.Run, metric: str) -> float:
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
   """Refusal of runs that cannot be compared.
 
+  but: what of COMPARED, or below it, may differ.
   Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, or in
   one optimizer's settings."""
   if not runs:
@@ -135,12 +151,10 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
   for run in runs:
     flat = config.flatten(config.to_dict(run.config))
     keys = {
-      key
-      for key in flat
-      if _below(key, set(COMPARED) - set(but)) and not _below(key, config.MAY_CHANGE)
+      key for key in flat if _below(key, COMPARED) and not _below(key, [*but, *config.MAY_CHANGE])
     }
     compared = {
-      "data.fingerprint": run.manifest["data"]["fingerprint"],
+      **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
       **{key: flat[key] for key in keys},
     }
     settings = {key: value for key, value in flat.items() if _below(key, ["optimizer"])}

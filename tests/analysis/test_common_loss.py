@@ -37,7 +37,7 @@ def test_the_common_loss_and_how_many_steps_lead_to_it(tmp_path):
   )
   assert muons.overrides == {"optimizer.learning_rate": 0.01, "steps": 128}
   assert tables.common_loss_table(landings, loss).splitlines()[2] == (
-    "| muon | 0.01 | 3.0000 at 256 | 128 | 3.0000 at 256 | -1.0000 | 4.2500 at 128 | none |"
+    "| muon | 0.01 | 3.0000 at 256 | 128 | 3.0000 at 256 | -1.0000 | 4.2500 at 128 | none | none |"
   )
 
   # It ended lower than expected: the second estimate lies between the two ends that are known.
@@ -55,6 +55,25 @@ def test_a_checkpoint_between_evaluations_has_a_loss_between_theirs(tmp_path):
   assert muons.checkpoint == pytest.approx((96, 4.75)) and adamws.checkpoint == pytest.approx(
     (256, 4.0)
   )
+
+
+def test_the_first_checkpoint_below_the_common_loss(tmp_path):
+  """That all seeds still have, at the estimate of its step; the worst optimizer's is its last."""
+  for seed in range(3):
+    # Losses whose mean depends on the order of the sum.
+    workdir(
+      tmp_path, adamw, 0.1, seed, curve(4.0 + 0.1 * seed), argument=",steps=256", checkpoints=(256,)
+    )
+  for seed, saved in ((0, (64, 128, 192, 224, 256)), (1, (192, 224, 256))):
+    workdir(tmp_path, muon, 0.1, seed, curve(3.5), argument=",steps=256", checkpoints=saved)
+  workdir(tmp_path, soap, 0.1, 0, curve(3.9), argument=",steps=256", checkpoints=(128,))
+  loss, (muons, soaps, adamws) = common_loss(runs.find(tmp_path))
+  assert loss == pytest.approx(4.1)
+  assert muons.crossing == pytest.approx((224, 3.8125)), "4.125 at 192 is above"
+  assert muons.checkpoint == pytest.approx((192, 4.125)), "which is nearer"
+  assert adamws.crossing == pytest.approx((256, 4.1))
+  assert soaps.crossing is None, "5.15 at the only checkpoint"
+  assert [run.config.seed for run in muons.runs] == [0, 1]
 
 
 def test_a_run_that_tells_too_little_for_the_common_loss_is_refused(tmp_path):

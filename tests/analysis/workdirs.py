@@ -1,8 +1,10 @@
-"""Runs as training leaves them, without the training."""
+"""Runs as training leaves them, and cells as evaluation jobs do, without either."""
 
 import json
 
 from beyond_outliers import config
+from beyond_outliers.evaluate import results
+from beyond_outliers.workdir import digest
 
 
 def workdir(
@@ -15,24 +17,32 @@ def workdir(
   recipe="none",
   argument="",
   fingerprint="abc",
+  tokenizer="words",
   checkpoints=(),
+  size="nano",
+  parameters=(3_934_086, 786_432),
 ):
   """losses: of training, from step 1, with the validation loss half a nat above the last; or {step:
   validation loss}.
 
-  A loss may be None, as one that was not finite is written."""
+  A loss may be None, as one that was not finite is written. parameters: (in all, of the embedding).
+  Returns the folder."""
   folder = root / module.__name__.split(".")[-1] / f"{recipe}-{rate}-{seed}"
   folder.mkdir(parents=True, exist_ok=True)
   steps = max(losses) if isinstance(losses, dict) else len(losses)
   c = config.resolve(
     module.get_config(
-      f"nano,steps={steps},optimizer.learning_rate={rate},seed={seed},quant.recipe={recipe}{argument}"
+      f"{size},steps={steps},optimizer.learning_rate={rate},seed={seed},quant.recipe={recipe}{argument}"
     )
   )
   (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
-  (folder / "manifest.json").write_text(
-    json.dumps({"time": "2026-11-23T05:00:00+00:00", "data": {"fingerprint": fingerprint}})
-  )
+  manifest = {
+    "id": str(folder),
+    "time": "2026-11-23T05:00:00+00:00",
+    "parameters": dict(zip(("total", "embedding"), parameters, strict=True)),
+    "data": {"directory": "datasets/x", "fingerprint": fingerprint, "tokenizer": tokenizer},
+  }
+  (folder / "manifest.json").write_text(json.dumps(manifest))
   (folder / "status.json").write_text(json.dumps({"status": status, "step": steps}))
   for step in checkpoints:
     (folder / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
@@ -49,3 +59,38 @@ def workdir(
     for step, loss in evaluated.items()
   ]
   (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return folder
+
+
+def cell(run, step, recipe="none", method="none", metrics=None, *, R_L=None, units=(), **settings):
+  """A cell of a run's checkpoint. metrics: {name: value}, with `loss`. R_L: also the propagation of
+  its error, with these `units`. settings: beside or in the place of those of an evaluation job.
+
+  The cell of the model as it was trained, which others are compared with, is one of its own."""
+  manifest = json.loads((run / "manifest.json").read_text())
+  common = {
+    "version": 2,
+    "trained": digest(manifest),
+    "tokenizer": manifest["data"]["tokenizer"],
+    "context": 256,
+    "calibration_windows": 0,
+    "data": manifest["data"]["fingerprint"],
+    "documents": 0,
+    "mask_documents": False,
+    **settings,
+  }
+  source = {"config": json.loads((run / "config.json").read_text())}
+  found = {"metrics": metrics or {"loss": 4.0}, "size_bytes": 1, "source": source}
+  _write(run, step, recipe, method, {**common, "resamples": 10}, found)
+  if R_L is not None:
+    scores = {"propagation": {"R_L": R_L, "R_L_stderr": 0.01, "R_L_logits": 2 * R_L}}
+    found = {"scores": scores, "units": list(units), "seconds": 1.0, "time": manifest["time"]}
+    _write(run, step, recipe, method, {**common, "task": "propagation", "windows": 8}, found)
+
+
+def _write(run, step, recipe, method, settings, found):
+  (run / "eval").mkdir(exist_ok=True)
+  identity = {"step": step, "recipe": recipe, "method": method, "settings": settings}
+  (run / "eval" / results.file_name(step, recipe, method, settings)).write_text(
+    json.dumps({**identity, **found})
+  )

@@ -1,0 +1,203 @@
+"""Predictors of what quantization after training costs: outliers, and the error at the network's
+end, beside what was lost (arXiv 2509.23500, sections 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from beyond_outliers import quant
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis import ptq_degradation
+from beyond_outliers.analysis.correlations import CORRELATIONS, correlation
+from beyond_outliers.analysis.statistics import check_confidence
+from beyond_outliers.analysis.tuning import FULL_PRECISION
+from beyond_outliers.config.checks import nearest, require
+from beyond_outliers.errors import ConfigError
+from beyond_outliers.evaluate.outlier_metrics import METRICS
+from beyond_outliers.types import PathLike
+
+KEYS = ("optimizer", "seed", "run", "recipe", "method", "step", "learning_rate", "average")
+ERRORS = ("R_L", "R_L_logits", "inherited")
+GIVEN = "full_precision_loss"
+# Prefixes in a table of cells that are left out here.
+PREFIXES = (ptq_degradation.OUTLIERS, "propagation/")
+# Of `correlations`, by the beginning of their columns' names: the coefficients, each with limits of
+# its interval and p.
+LEVELS = {
+  "": tuple(CORRELATIONS),  # over optimizers, means over their seeds
+  "runs_": tuple(CORRELATIONS),  # over all runs, those of one optimizer a cluster
+  "partial_": ("pearson", "spearman"),  # over optimizers, given the loss in full precision
+}
+PARTS = ("", "_low", "_high", "_p")  # ends of the columns' names
+
+
+def frame(
+  runs: Sequence[runs_lib.Run],
+  settings: Mapping[str, str] | None = None,
+  folders: Sequence[PathLike] = (),
+) -> pd.DataFrame:
+  """A row per cell quantized after training, of the last step that its run was evaluated at.
+
+  Columns: KEYS; what was lost: loss_difference (nats), kl, agreement, scores of tasks, relative
+  (loss / full_precision_loss - 1); full_precision_loss; then predictors: outliers of the checkpoint
+  in full precision, by the names of its cell without `outliers/` (`max_to_median/linear`, the MMR
+  of linear layers' inputs; also of `residual`, `activation` and `weights`), and of the cell's own
+  error R_L at the final norm, R_L_logits, and inherited, which `evaluate --propagation` measures.
+  attrs["left_out"]: in words the runs in full precision that have no such cell.
+  settings, folders: see `ptq_degradation.degradation_cells`.
+  Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
+  cells = ptq_degradation.degradation_cells(runs, settings, folders)
+  left_out = _check_any(runs, cells[cells.method != "none"], settings)
+  joined = ptq_degradation.beside_full_precision(cells)
+  ptq_degradation.check_cells(joined)
+  for prefix in PREFIXES:
+    joined = joined.rename(columns=lambda name, prefix=prefix: name.removeprefix(prefix))
+  names = list(map(str, joined))
+  errors = [name for name in names if name.removesuffix("_stderr") in ERRORS]
+  behind = [GIVEN, *filter(_is_outlier_metric, names), *errors]
+  of_cells = {*ptq_degradation.ORIGIN, *ptq_degradation.MEASURED_ON, *KEYS, *behind, "size_bytes"}
+  lost = [name for name in names if name not in of_cells and not name.endswith("_interval")]
+  table = joined[[*KEYS, *lost, *behind]].sort_values(list(KEYS)).reset_index(drop=True)
+  table.attrs["left_out"] = left_out
+  return table
+
+
+def units(
+  runs: Sequence[runs_lib.Run],
+  settings: Mapping[str, str] | None = None,
+  folders: Sequence[PathLike] = (),
+) -> pd.DataFrame:
+  """A row per unit of every cell whose error was decomposed: KEYS, and the columns of
+  `propagation.decompose`: name, kind, R, A, B, C, gain, ..., in the order in which units run.
+
+  Cells, settings, folders and errors: as of `frame`."""
+  found = ptq_degradation.find_cells(runs, settings, folders)
+  decomposed = [(run, cell) for run, cell in found if cell.get("units")]
+  cells = ptq_degradation.cell_table(decomposed)
+  left_out = _check_any(runs, cells, settings)
+  for _, alike in cells.groupby(cells.method == "none"):  # trained quantized, or quantized after
+    ptq_degradation.check_cells(alike)
+  of_cells = zip(cells[list(KEYS)].to_dict("records"), decomposed, strict=True)
+  table = pd.DataFrame([{**keys, **unit} for keys, (_, cell) in of_cells for unit in cell["units"]])
+  numbers = table.columns.difference(["name", "kind", *KEYS], sort=False)
+  table = table.astype(dict.fromkeys(numbers, float))  # null, a gain where no error comes in: NaN
+  table.attrs["left_out"] = left_out
+  return table
+
+
+def correlations(
+  frame: pd.DataFrame,
+  lost: str = "loss_difference",
+  *,
+  predictors: Sequence[str] | None = None,
+  confidence: float = 0.95,
+) -> pd.DataFrame:
+  """What was lost against each predictor, from a table of `frame`: a row per (recipe, method,
+  predictor).
+
+  Columns: by LEVELS pearson, spearman and kendall over `optimizers`, means over their seeds; behind
+  `runs_` over all `runs`, where an optimizer has several; behind `partial_` given the loss in full
+  precision. Each has `_low` and `_high`, the bootstrap interval, and `_p`, as of
+  `correlations.correlation`: exact but for partial ones. reason: why something is NaN, or which
+  runs do not count. p is of one predictor: of twenty that predict nothing, one is below .05.
+  predictors: by default all outlier metrics of the table, and ERRORS.
+  Errors: ConfigError for a loss that the table does not have."""
+  known = [name for name in map(str, frame.select_dtypes("number")) if name not in KEYS]
+  require(lost in known, "lost", lost, nearest(lost, known))
+  check_confidence(confidence)
+  outliers = filter(_is_outlier_metric, map(str, frame))
+  predictors = [*outliers, *ERRORS] if predictors is None else predictors
+  rows = [
+    {"recipe": recipe, "method": method, "predictor": name}
+    | _correlated(cells, name, lost, confidence)
+    for (recipe, method), cells in frame.groupby(["recipe", "method"])
+    for name in predictors
+  ]
+  return pd.DataFrame(rows)
+
+
+def _is_outlier_metric(name: str) -> bool:
+  return name.partition("/")[0] in METRICS
+
+
+def _check_any(
+  runs: Sequence[runs_lib.Run], cells: pd.DataFrame, settings: Mapping[str, str] | None
+) -> list[str]:
+  """In words the runs in full precision without any of these cells. Errors: ConfigError where all
+  are."""
+  having = set(cells.run)
+  without = [
+    str(run.path)
+    for run in runs
+    if str(run.path) not in having and quant.recipes.name_of(run.config.quant) == FULL_PRECISION
+  ]
+  if cells.empty:
+    under = f" under the settings {dict(settings)}" if settings else ""
+    command = ptq_degradation.evaluation_command(*without[:1], propagation=True, settings=settings)
+    raise ConfigError(
+      f"runs: none of {len(runs)} has a quantized cell with what this needs{under}; measure some: "
+      f"{command}"
+    )
+  return [f"{path}: no such cell" for path in without]
+
+
+def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) -> dict[str, Any]:
+  """The columns of one row of `correlations` behind its keys."""
+  row: dict[str, Any] = {"optimizers": 0, "runs": 0}
+  row |= {
+    f"{level}{method}{part}": np.nan
+    for level, methods in LEVELS.items()
+    for method in methods
+    for part in PARTS
+  }
+  if name not in cells or cells[name].isna().all():
+    return row | {"reason": f"no cell has {name}"}
+  counts = cells[[name, lost]].notna().all(axis=1)
+  without = cells[~counts]
+  reasons = [
+    f"without {optimizer}, seed {seed}, which lacks it"
+    for optimizer, seed in zip(without.optimizer, without.seed, strict=True)
+  ]
+  cells = cells[counts].sort_values(["optimizer", "seed"])
+  means = cells.groupby("optimizer")[[name, lost, GIVEN]].mean().reset_index()
+  row |= {"optimizers": len(means), "runs": len(cells)}
+  for level, methods in LEVELS.items():
+    of, clusters = (cells, list(cells.optimizer)) if level == "runs_" else (means, None)
+    columns = [name, lost, *([GIVEN] if level == "partial_" else [])]
+    problem = _problem(means, columns)
+    if level == "runs_" and len(cells) == len(means):
+      problem = problem or "one seed of each optimizer"
+    if problem:
+      reasons.append(f"{level}: {problem}" if level else problem)
+      if not level:
+        break  # nor have the others
+      continue
+    given = of[GIVEN].to_numpy() if level == "partial_" else None
+    for method in methods:
+      x, y = of[name].to_numpy(), of[lost].to_numpy()
+      found = correlation(x, y, method, given=given, clusters=clusters, confidence=confidence)
+      numbers = (found.value, *found.interval, found.p)
+      names = (f"{level}{method}{part}" for part in PARTS)
+      row |= dict(zip(names, numbers, strict=True))
+      if np.isnan(found.p):
+        reasons.append(f"{level}p: {found.p_from}")
+  return row | {"reason": "; ".join(dict.fromkeys(reasons))}
+
+
+def _problem(means: pd.DataFrame, columns: Sequence[str]) -> str:
+  """Why these columns have no correlation; empty where they have one."""
+  least = len(columns) + 1
+  if len(means) < least:
+    return f"{len(means)} optimizers; it takes {least}"
+  for column in columns:
+    values = means[column].to_numpy(float)
+    broken = list(means.optimizer[~np.isfinite(values)])
+    if broken:
+      return f"{column} is not finite for {', '.join(broken)}"
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():
+      return f"{column} is {values[0]:g} for all"
+  return ""
