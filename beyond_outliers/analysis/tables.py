@@ -19,19 +19,7 @@ Item = TypeVar("Item")
 
 def tuning_table(tunings: Iterable[Tuning]) -> str:
   """Each optimizer's sweep: the best rate, its neighbours, and what went wrong at it."""
-  return markdown_table(
-    {
-      "optimizer": lambda t: t.optimizer,
-      "learning rate": lambda t: f"{t.learning_rate:g}",
-      "validation loss": lambda t: f"{t.loss:.4f}",
-      "next lower rate": lambda t: _neighbour(t, -1),
-      "next higher rate": lambda t: _neighbour(t, +1),
-      "skipped updates": lambda t: _largest_count(t.best, "skipped"),
-      "roots kept": lambda t: _largest_count(t.best, "roots/kept"),
-      "training seconds": lambda t: _largest_count(t.best, "seconds"),
-    },
-    tunings,
-  )
+  return markdown_table(TUNING_COLUMNS, tunings)
 
 
 def _neighbour(t: Tuning, offset: int) -> str:
@@ -53,58 +41,79 @@ def _last_count(run: runs_lib.Run, metric: str) -> float:
   return 0.0 if counted is None else counted.dropna().iloc[-1]
 
 
+TUNING_COLUMNS: dict[str, Callable[[Tuning], str]] = {
+  "optimizer": lambda t: t.optimizer,
+  "learning rate": lambda t: f"{t.learning_rate:g}",
+  "validation loss": lambda t: f"{t.loss:.4f}",
+  "next lower rate": lambda t: _neighbour(t, -1),
+  "next higher rate": lambda t: _neighbour(t, +1),
+  "skipped updates": lambda t: _largest_count(t.best, "skipped"),
+  "roots kept": lambda t: _largest_count(t.best, "roots/kept"),
+  "training seconds": lambda t: _largest_count(t.best, "seconds"),
+}
+
+
 def retuning_table(tunings: Sequence[Tuning]) -> str:
   """Each optimizer's best rate in full precision and under the recipes it was tuned under, and the
   losses at both under the recipe."""
+  return markdown_table(retuning_columns(tunings), retuned(tunings))
+
+
+def retuned(tunings: Sequence[Tuning]) -> list[Tuning]:
+  """Sweeps under a recipe, of optimizers that have one in full precision."""
+  full = {t.optimizer for t in tunings if t.recipe == FULL_PRECISION}
+  return [
+    t for t in tunings if t.recipe != FULL_PRECISION and t.optimizer in full and len(t.losses) > 1
+  ]
+
+
+def retuning_columns(tunings: Sequence[Tuning]) -> dict[str, Callable[[Tuning], str]]:
+  """Columns of `retuning_table`; tunings: all sweeps."""
   full = {t.optimizer: t.learning_rate for t in tunings if t.recipe == FULL_PRECISION}
 
   def loss_at_the_full_rate(t: Tuning) -> str:
     rate = full[t.optimizer]
     return f"{t.losses[rate]:.4f}" if rate in t.losses else "not run"
 
-  return markdown_table(
-    {
-      "optimizer": lambda t: t.optimizer,
-      "recipe": lambda t: t.recipe,
-      "best rate in full precision": lambda t: f"{full[t.optimizer]:g}",
-      "best rate under the recipe": lambda t: (
-        f"{t.learning_rate:g}" + (" (edge of the grid)" if t.at_the_edge else "")
-      ),
-      "validation loss at the former": loss_at_the_full_rate,
-      "at the latter": lambda t: f"{t.loss:.4f}",
-    },
-    [
-      t for t in tunings if t.recipe != FULL_PRECISION and t.optimizer in full and len(t.losses) > 1
-    ],
-  )
+  return {
+    "optimizer": lambda t: t.optimizer,
+    "recipe": lambda t: t.recipe,
+    "best rate in full precision": lambda t: f"{full[t.optimizer]:g}",
+    "best rate under the recipe": lambda t: (
+      f"{t.learning_rate:g}" + (" (edge of the grid)" if t.at_the_edge else "")
+    ),
+    "validation loss at the former": loss_at_the_full_rate,
+    "at the latter": lambda t: f"{t.loss:.4f}",
+  }
 
 
 def qat_gap_table(gaps: Iterable[Gap]) -> str:
   """Each optimizer's loss in full precision and under a recipe, and the gap: means over seeds ±
   standard errors, the gap's of paired differences."""
+  return markdown_table(GAP_COLUMNS, gaps)
 
-  def rates(gap: Gap) -> str:
-    full, under = gap.rates
-    return f"{full:g}" if full == under else f"{full:g}, then {under:g}"
 
-  def bits(gap: Gap) -> str:
-    known = np.isfinite(gap.bits_per_byte).all()
-    return plus_minus(gap.bits, 4, "+") if known else "unknown"
+def _gap_rates(gap: Gap) -> str:
+  full, under = gap.rates
+  return f"{full:g}" if full == under else f"{full:g}, then {under:g}"
 
-  return markdown_table(
-    {
-      "optimizer": lambda gap: gap.optimizer,
-      "recipe": lambda gap: gap.recipe,
-      "learning rate": rates,
-      "full precision": lambda gap: plus_minus(estimate(gap.losses[0]), 4),
-      "under the recipe": lambda gap: plus_minus(estimate(gap.losses[1]), 4),
-      "gap, nats": lambda gap: plus_minus(gap.loss, 4, "+"),
-      "gap, bits per byte": bits,
-      "gap, %": lambda gap: plus_minus(gap.percent, 2, "+"),
-      "seeds": lambda gap: str(len(gap.seeds)),
-    },
-    gaps,
-  )
+
+def _gap_bits(gap: Gap) -> str:
+  known = np.isfinite(gap.bits_per_byte).all()
+  return plus_minus(gap.bits, 4, "+") if known else "unknown"
+
+
+GAP_COLUMNS: dict[str, Callable[[Gap], str]] = {
+  "optimizer": lambda gap: gap.optimizer,
+  "recipe": lambda gap: gap.recipe,
+  "learning rate": _gap_rates,
+  "full precision": lambda gap: plus_minus(estimate(gap.losses[0]), 4),
+  "under the recipe": lambda gap: plus_minus(estimate(gap.losses[1]), 4),
+  "gap, nats": lambda gap: plus_minus(gap.loss, 4, "+"),
+  "gap, bits per byte": _gap_bits,
+  "gap, %": lambda gap: plus_minus(gap.percent, 2, "+"),
+  "seeds": lambda gap: str(len(gap.seeds)),
+}
 
 
 def common_loss_table(landings: Iterable[Landing], loss: float) -> str:

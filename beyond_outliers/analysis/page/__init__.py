@@ -1,0 +1,111 @@
+"""The report: one page of HTML that holds all it shows, with its figures and tables as files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+from markupsafe import Markup
+
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis.page.evidence import gather
+from beyond_outliers.analysis.page.section import Drawing, Section, Table
+from beyond_outliers.analysis.page.sections import make_sections
+from beyond_outliers.analysis.page.svg import inlined
+from beyond_outliers.analysis.page.training_sections import every_run
+from beyond_outliers.analysis.plots.style import NO_XML
+from beyond_outliers.types import PathLike
+
+__all__ = ["PAGE", "write_page"]
+
+PAGE = "report.html"
+
+
+def write_page(
+  runs: Sequence[runs_lib.Run],
+  out: PathLike,
+  *,
+  roots: Sequence[str] = (),
+  settings: Mapping[str, str] | None = None,
+  folders: Sequence[PathLike] = (),
+) -> str:
+  """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV, and returns
+  the page's path. The same runs give the same bytes.
+
+  roots: where the runs were found, as the page is to name them. settings, folders: of cells, see
+  `ptq_degradation.degradation_cells`."""
+  evidence = gather(runs, roots, settings, folders)
+  writer = _Writer(epath.Path(out))
+  page = _environment(writer).get_template("report.html.jinja")
+  text = page.render(
+    evidence=evidence, sections=make_sections(evidence), every_run=every_run(evidence)
+  )
+  (writer.folder / PAGE).write_text(printable(text))
+  return os.fspath(writer.folder / PAGE)
+
+
+class _Writer:
+  """Files beside the page. A name that comes again, as of groups that are called the same, gets a
+  number."""
+
+  def __init__(self, folder: epath.Path):
+    self.folder, self._names = folder, set()
+
+  def figure(self, drawing: Drawing) -> dict[str, Any]:
+    """Draws a figure's file; returns its name, and the SVG for the page."""
+    name = self._file(drawing.name, "svg")
+    drawing.draw(path=self.folder / name)
+    text = (self.folder / name).read_text()
+    return {"file": name, "svg": inlined(text, name.replace(".", "-"), drawing.caption)}
+
+  def table(self, table: Table) -> str:
+    """Writes a table's file; returns its name."""
+    name = self._file(table.name, "csv")
+    text = table.numbers.to_csv(index=False, lineterminator="\n")
+    (self.folder / name).write_text(printable(text))
+    return name
+
+  def _file(self, name: str, suffix: str) -> str:
+    chosen, number = f"{name}.{suffix}", 2
+    while chosen in self._names:
+      chosen, number = f"{name}-{number}.{suffix}", number + 1
+    self._names.add(chosen)
+    return chosen
+
+
+def printable(value: Any) -> Any:
+  """Text without the characters that neither HTML nor UTF-8 can hold; names of folders may."""
+  if isinstance(value, str) and not isinstance(value, Markup):
+    return NO_XML.sub("\ufffd", value)
+  return value
+
+
+def _environment(writer: _Writer) -> jinja2.Environment:
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=printable,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.globals |= {"figure": writer.figure, "table_file": writer.table}
+  environment.filters |= {"cell": _cell, "is_number": _is_number}
+  environment.tests |= {"empty_section": Section.empty.fget}
+  return environment
+
+
+def _cell(text: str) -> str:
+  """A cell's text; what stands between ** is bold."""
+  if text.startswith("**") and text.endswith("**") and len(text) > 4:
+    return Markup("<strong>{}</strong>").format(printable(text[2:-2]))
+  return text
+
+
+def _is_number(text: str) -> bool:
+  """Whether a cell is aligned as numbers are."""
+  bare = text.removeprefix("**").lstrip("+-−")
+  return bare[:1].isdigit() or bare in ("–", "none", "not finite")

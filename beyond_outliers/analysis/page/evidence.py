@@ -1,0 +1,237 @@
+"""What the report is made of: runs in groups that compare, and what the analyses find in each.
+
+Everything is found once. An analysis that refuses gives nothing, and its refusal is kept as the
+sentence that says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
+
+from beyond_outliers import quant
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis import along_training, law_points, predictors, scaling_law
+from beyond_outliers.analysis.common_loss import Landing, common_loss
+from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
+from beyond_outliers.errors import ConfigError, Refusal
+from beyond_outliers.types import PathLike
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found(Generic[T]):
+  """What an analysis found, or nothing and in one line why."""
+
+  value: T
+  problem: str = ""
+
+
+def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
+  try:
+    return Found(find())
+  except Refusal as refusal:
+    return Found(nothing, str(refusal))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs whose losses compare, of one length; and shorter ones, that came to the common loss.
+
+  apart: why these are not of the group before; empty for the first."""
+
+  runs: Sequence[runs_lib.Run]
+  shorter: Sequence[runs_lib.Run]
+  settings: Mapping[str, str]
+  folders: Sequence[PathLike]
+  apart: str = ""
+
+  @property
+  def title(self) -> str:
+    c = self.runs[0].config
+    counts = attempt(lambda: self.runs[0].parameter_counts, {})
+    tokens = c.steps * c.batch_size * c.context
+    ratio = f", {tokens / counts.value['total']:.3g} a parameter" if counts.value else ""
+    return f"{c.size}, {c.steps} steps ({tokens:.3g} tokens{ratio})"
+
+  @property
+  def name(self) -> str:
+    """Of its files."""
+    c = self.runs[0].config
+    return re.sub(r"[^\w.]", "_", f"{c.size}-{c.steps}")
+
+  @functools.cached_property
+  def tunings(self) -> Found[list[Tuning]]:
+    return attempt(lambda: tunings(self.runs), [])
+
+  @functools.cached_property
+  def gaps(self) -> Found[tuple[list[Gap], list[str]]]:
+    return attempt(lambda: qat_gaps(self.runs), ([], []))
+
+  @functools.cached_property
+  def best(self) -> list[runs_lib.Run]:
+    """The runs in full precision at each optimizer's best rate, of all seeds."""
+    rates = {
+      t.optimizer: t.learning_rate for t in self.tunings.value if t.recipe == FULL_PRECISION
+    }
+    return [
+      run
+      for run in self.runs
+      if recipe_of(run) == FULL_PRECISION
+      and rates.get(run.config.optimizer.name) == run.config.optimizer.learning_rate
+    ]
+
+  @functools.cached_property
+  def cells(self) -> Found[pd.DataFrame]:
+    return self._of_cells(predictors.frame)
+
+  @functools.cached_property
+  def units(self) -> Found[pd.DataFrame]:
+    return self._of_cells(predictors.units)
+
+  @functools.cached_property
+  def along(self) -> Found[pd.DataFrame]:
+    return self._of_cells(along_training.frame)
+
+  def _of_cells(self, read: Callable[..., pd.DataFrame]) -> Found[pd.DataFrame]:
+    if not self.best:
+      return Found(pd.DataFrame(), self.tunings.problem or "there is no run in full precision")
+    return attempt(lambda: read(self.best, self.settings, self.folders), pd.DataFrame())
+
+  @functools.cached_property
+  def landings(self) -> Found[tuple[float, list[Landing]]]:
+    return attempt(lambda: common_loss([*self.runs, *self.shorter]), (float("nan"), []))
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+  """The scaling law of all sizes of one data set."""
+
+  title: str
+  runs: int
+  law: Found[scaling_law.ScalingLaw | None]
+  points: pd.DataFrame
+  left_out: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """Runs below `roots`, as the report reads them. unread: runs that cannot be read, in words."""
+
+  roots: Sequence[str]
+  runs: Sequence[runs_lib.Run]
+  unread: Sequence[str]
+  groups: Sequence[Group]
+
+  @functools.cached_property
+  def laws(self) -> list[Law]:
+    """A law per data set and tokenizer."""
+    by_data: dict[tuple[str, str], list[runs_lib.Run]] = {}
+    for group in self.groups:
+      data = group.runs[0].trained_on
+      by_data.setdefault((data["fingerprint"], data["tokenizer"]), []).extend(group.runs)
+    return [_law(f"data {data[:12]}", own) for (data, _), own in by_data.items()]
+
+
+def _law(title: str, own: Sequence[runs_lib.Run]) -> Law:
+  points = attempt(lambda: law_points.of_runs(own), (pd.DataFrame(), []))
+  frame, left_out = points.value
+  if points.problem:
+    return Law(title, len(own), Found(None, points.problem), frame, left_out)
+  names = list(dict.fromkeys(frame["optimizer"][frame["recipe"] == FULL_PRECISION]))
+  reference = ("adamw" if "adamw" in names or not names else names[0], FULL_PRECISION)
+  law = attempt(lambda: scaling_law.fit(frame, reference=reference), None)
+  return Law(title, len(own), law, frame, left_out)
+
+
+def gather(
+  runs: Sequence[runs_lib.Run],
+  roots: Sequence[str] = (),
+  settings: Mapping[str, str] | None = None,
+  folders: Sequence[PathLike] = (),
+) -> Evidence:
+  """The runs in groups. roots: where they were found, as the report names them.
+
+  settings, folders: of cells, as `predictors.frame` takes them."""
+  unread, readable = [], []
+  for run in runs:
+    check = attempt(lambda run=run: _read(run), None)
+    (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
+  groups = [
+    Group(own, shorter, settings or {}, folders, apart)
+    for alike, apart in _alike(readable)
+    for own, shorter in _by_length(alike)
+  ]
+  named = roots or [os.path.commonpath([str(run.path) for run in runs])] if runs else roots
+  return Evidence(named, readable, unread, groups)
+
+
+def _read(run: runs_lib.Run) -> None:
+  """Reads all that the report will. Errors: WorkdirError."""
+  _ = run.config, run.status, run.trained_on, run.identity
+  if run.status["step"]:
+    run.metrics()
+
+
+def _with_path(run: runs_lib.Run, problem: str) -> str:
+  return problem if str(run.path) in problem else f"{run.path}: {problem}"
+
+
+def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]:
+  """(runs that compare but for their length, why they are not of the groups before), by size of
+  the model; see `tuning.check_comparable`."""
+  found: list[tuple[list[runs_lib.Run], str]] = []
+  for run in runs:
+    why = ""
+    for group, _ in found:
+      one_of_each = {other.config.optimizer.name: other for other in group}
+      try:
+        check_comparable([*one_of_each.values(), run], but=("steps",))
+      except ConfigError as refusal:
+        why = why or str(refusal)
+        continue
+      group.append(run)
+      break
+    else:
+      found.append(([run], why))
+  return sorted(found, key=lambda pair: _width(pair[0][0]))
+
+
+def _width(run: runs_lib.Run) -> int:
+  return run.config.model.blocks * run.config.model.d_model**2
+
+
+def _by_length(
+  alike: Sequence[runs_lib.Run],
+) -> list[tuple[list[runs_lib.Run], list[runs_lib.Run]]]:
+  """(runs of one length, shorter runs). A length that every optimizer was trained for stands by
+  itself, and so does the longest; runs of another length are on the way to the common loss of the
+  next longer one."""
+  optimizers = {run.config.optimizer.name for run in alike}
+  by_steps: dict[int, list[runs_lib.Run]] = {}
+  for run in sorted(alike, key=lambda run: -run.config.steps):
+    by_steps.setdefault(run.config.steps, []).append(run)
+  found: list[tuple[list[runs_lib.Run], list[runs_lib.Run]]] = []
+  for own in by_steps.values():
+    if not found or {run.config.optimizer.name for run in own} == optimizers:
+      found.append((own, []))
+    else:
+      found[-1][1].extend(own)
+  return found
+
+
+def recipe_of(run: runs_lib.Run) -> str:
+  """The run's recipe in a word."""
+  return quant.recipes.name_of(run.config.quant)
+
+
+def counted(runs: Sequence[Any]) -> str:
+  return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"

@@ -1,0 +1,75 @@
+"""Sections of the report: what each says, with its figures and tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """A figure: name of its file, caption, and a function that draws it into an SVG file."""
+
+  name: str
+  caption: str
+  draw: Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table: name of its file and caption; as columns of text for the page, and as numbers.
+
+  columns: heading -> function of an item; a text between ** is bold. numbers: what the CSV file
+  holds."""
+
+  name: str
+  caption: str
+  columns: Mapping[str, Callable[[Any], str]]
+  items: Sequence[Any]
+  numbers: pd.DataFrame
+
+  def rows(self) -> list[list[str]]:
+    return [[text(item) for text in self.columns.values()] for item in self.items]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What a group of runs, or all of them, say to a section's question.
+
+  missing: in one line what there would have to be; command: what makes it, or what prints the same
+  numbers. runs: those that it is from. left_out: in words."""
+
+  heading: str = ""
+  runs: int = 0
+  sentences: Sequence[str] = ()
+  figures: Sequence[Drawing] = ()
+  tables: Sequence[Table] = ()
+  command: str = ""
+  missing: str = ""
+  left_out: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A question and its parts, one per group of runs."""
+
+  key: str  # of its address in the page, and of its files
+  title: str
+  question: str
+  parts: Sequence[Part]
+
+  @property
+  def empty(self) -> bool:
+    return all(part.missing for part in self.parts)
+
+
+def frame_table(name: str, caption: str, frame: pd.DataFrame, shown: Mapping[str, Callable[[Any], str]]) -> Table:
+  """A table whose items are the rows of a frame."""
+  return Table(name, caption, shown, list(frame.itertuples(index=False)), frame)
+
+
+def unique(lines: Iterable[str]) -> list[str]:
+  return list(dict.fromkeys(lines))

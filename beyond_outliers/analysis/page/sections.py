@@ -1,0 +1,108 @@
+"""The report's sections, in their order: a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from beyond_outliers.analysis.page import quantization_sections as quantization
+from beyond_outliers.analysis.page import summary
+from beyond_outliers.analysis.page import training_sections as training
+from beyond_outliers.analysis.page.evidence import Evidence, Group
+from beyond_outliers.analysis.page.section import Part, Section
+
+
+class Row(NamedTuple):
+  """One section: what its heading and its first line say, and what makes its parts, of each group of
+  runs or of all."""
+
+  title: str
+  question: str
+  of_group: Callable[[Evidence, Group], Part] | None = None
+  of_all: Callable[[Evidence], list[Part]] | None = None
+
+
+# By their address in the page.
+SECTIONS: dict[str, Row] = {
+  "answer": Row(
+    "The answer in a few numbers",
+    "What does quantization cost each optimizer: trained in it, and after training?",
+    summary.answer,
+  ),
+  "runs": Row(
+    "What was run",
+    "Which models, data, optimizers, learning rates and seeds, and how did the runs end?",
+    training.what_was_run,
+  ),
+  "tuning": Row(
+    "Learning rates",
+    "Which learning rate is best for each optimizer, and does the grid bracket it?",
+    training.tuned_rates,
+  ),
+  "losses": Row(
+    "Losses",
+    "How do the losses fall, and how do they depend on the learning rate?",
+    training.loss_curves,
+  ),
+  "degradation": Row(
+    "Quantization after training (PTQ)",
+    "What does it cost, by recipe, method and optimizer?",
+    quantization.degradation,
+  ),
+  "depth": Row(
+    "The error along depth",
+    "How large is the error behind each unit of the network?",
+    quantization.error_along_depth,
+  ),
+  "parts": Row(
+    "What the error is made of",
+    "R = A + B + C: how much of a unit's error came in (A), and how much was added (B)?",
+    quantization.error_parts,
+  ),
+  "gains": Row(
+    "Gains and alignment",
+    "Does a kind of unit amplify the error that comes in, or dampen it, and why?",
+    quantization.gains,
+  ),
+  "predictors": Row(
+    "What predicts degradation",
+    "Do outliers go with it, or the error at the end of the network?",
+    quantization.predictors_of_degradation,
+  ),
+  "gap": Row(
+    "Training under a recipe (QAT)",
+    "How much higher is the loss that a run ends at under a recipe?",
+    training.training_gap,
+  ),
+  "law": Row(
+    "Scaling law",
+    "What share rho of its parameters does a recipe leave a model, over sizes?",
+    of_all=training.laws,
+  ),
+  "along": Row(
+    "Along training",
+    "How does δ = CE(quantized)/CE − 1 move with the learning rate?",
+    quantization.along_training,
+  ),
+  "landings": Row(
+    "Landings on the common loss",
+    "On which checkpoint does each optimizer come to one loss, and does it matter which?",
+    quantization.landings,
+  ),
+  "left_out": Row(
+    "What is missing or was left out",
+    "Which runs and measurements are in none of the numbers above, and why?",
+  ),
+}
+
+
+def make_sections(evidence: Evidence) -> list[Section]:
+  """Every section, its parts by group of runs, smallest models first; the last is of the others."""
+  made = []
+  for key, row in SECTIONS.items():
+    if row.of_group:
+      parts = [row.of_group(evidence, group) for group in evidence.groups]
+    else:
+      parts = row.of_all(evidence) if row.of_all else [summary.left_out(evidence, made)]
+    made.append(Section(key, row.title, row.question, parts))
+  return made

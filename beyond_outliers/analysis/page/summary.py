@@ -1,0 +1,172 @@
+"""The first section, what quantization costs each optimizer, and the last, what no number is of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from beyond_outliers.analysis.page.evidence import Evidence, Group
+from beyond_outliers.analysis.page.section import Part, Section, frame_table, unique
+from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, spread
+from beyond_outliers.analysis.plots import style
+from beyond_outliers.analysis.statistics import Estimate, estimate
+from beyond_outliers.analysis.tuning import FULL_PRECISION, final_metric
+
+METHODS = 3  # columns of quantization after training: round to nearest, and the cheapest others
+
+
+def answer(evidence: Evidence, group: Group) -> Part:
+  """One row per optimizer: its loss, what training under each recipe and quantization after training
+  cost, the error at the network's end, and rho."""
+  columns = {**_losses(group), **_gaps(group), **_methods(group), **_error(group), **_rho(evidence)}
+  optimizers = style.in_order(name for found in columns.values() for name in found)
+  if not optimizers:
+    why = group.tunings.problem or "no run is done"
+    command = analysis_command(evidence.roots)
+    return Part(group.title, len(group.runs), missing=why, command=command)
+  first = next(iter(columns.values()))
+  optimizers.sort(key=lambda name: first[name].mean if name in first else math.inf)
+  rows = pd.DataFrame(
+    [
+      {
+        "optimizer": name,
+        **{
+          f"{heading}{end}": getattr(found[name], of) if name in found else math.nan
+          for heading, found in columns.items()
+          for end, of in (("", "mean"), (" ±", "stderr"))
+        },
+      }
+      for name in optimizers
+    ]
+  )
+  best = {
+    heading: min((value.mean for value in found.values()), default=math.nan)
+    for heading, found in columns.items()
+  }
+
+  def column(heading: str) -> Callable[[Any], str]:
+    found, digits = columns[heading], 3 if heading.startswith(("R_L", "rho")) else 4
+
+    def text(row: Any) -> str:
+      value = found.get(row[0])
+      if value is None:
+        return NOTHING
+      sign = "+" if heading.startswith(("QAT", "PTQ")) else ""
+      shown = spread(value.mean, value.stderr, digits, sign)
+      least = value.mean == best[heading] and len(found) > 1 and not heading.startswith("rho")
+      return f"**{shown}**" if least else shown
+
+    return text
+
+  caption = (
+    "Means over seeds ± standard errors, at each optimizer's best rate in full precision; lowest loss "
+    "first, the least of each column in bold. Losses in nats; QAT: loss of the run under the recipe − "
+    "in full precision; PTQ: of the quantized model − of the model in full precision."
+  )
+  shown = {"optimizer": lambda row: row[0], **{heading: column(heading) for heading in columns}}
+  sentences = [
+    f"{heading}: {text}."
+    for heading, found in columns.items()
+    if heading.startswith(("QAT", "PTQ"))
+    and (text := extremes({name: value.mean for name, value in found.items()}, "nats"))
+  ]
+  seeds = {run.config.seed for run in group.best}
+  if len(seeds) == 1:
+    sentences.append("One seed: differences of a few hundredths of a nat are not resolved.")
+  return Part(
+    group.title,
+    len(group.runs),
+    sentences,
+    tables=[frame_table(f"answer.{group.name}", caption, rows, shown)],
+    command=analysis_command(evidence.roots, "--out=report"),
+  )
+
+
+Column = dict[str, Estimate]  # by optimizer
+
+
+def _losses(group: Group) -> dict[str, Column]:
+  by_optimizer: dict[str, list[float]] = {}
+  for run in group.best:
+    loss = final_metric(run, "eval/loss")
+    if math.isfinite(loss):
+      by_optimizer.setdefault(run.config.optimizer.name, []).append(loss)
+  found = {name: estimate(losses) for name, losses in by_optimizer.items()}
+  return {"loss, full precision": found} if found else {}
+
+
+def _gaps(group: Group) -> dict[str, Column]:
+  found: dict[str, Column] = {}
+  for gap in group.gaps.value[0]:
+    found.setdefault(f"QAT, {gap.recipe}", {})[gap.optimizer] = gap.loss
+  return found
+
+
+def _methods(group: Group) -> dict[str, Column]:
+  frame = group.cells.value
+  if "loss_difference" not in frame:
+    return {}
+  means = style.over_seeds(frame, ["recipe", "method", "optimizer"], "loss_difference")
+  first, *others = style.quantizations(frame)
+  order = means.groupby(["recipe", "method"])["mean"].mean()
+  cheapest = sorted((pair for pair in others if pair[0] == first[0]), key=lambda pair: order[pair])
+  return {
+    f"PTQ, {recipe}, {method}": _column(style.of_quantization(means, (recipe, method)))
+    for recipe, method in [first, *cheapest[: METHODS - 1]]
+  }
+
+
+def _error(group: Group) -> dict[str, Column]:
+  frame = group.cells.value
+  if "R_L" not in frame or frame["R_L"].isna().all():
+    return {}
+  recipe, method = style.quantizations(frame[frame["R_L"].notna()])[0]
+  own = style.of_quantization(frame, (recipe, method))
+  return {f"R_L, {recipe}, {method}": _column(style.over_seeds(own, ["optimizer"], "R_L"))}
+
+
+def _column(means: pd.DataFrame) -> Column:
+  return {
+    row.optimizer: Estimate(row.mean, row.sem)
+    for row in means.itertuples(index=False)
+    if not math.isnan(row.mean)
+  }
+
+
+def _rho(evidence: Evidence) -> dict[str, Column]:
+  found: dict[str, Column] = {}
+  for law in evidence.laws if len(evidence.laws) == 1 else ():
+    fit = law.law.value
+    for (optimizer, recipe), rho in fit.rho.items() if fit else ():
+      if recipe != FULL_PRECISION and fit.law == "study":
+        found.setdefault(f"rho, {recipe}", {})[optimizer] = Estimate(rho, math.nan)
+  return found
+
+
+def left_out(evidence: Evidence, made: Sequence[Section]) -> Part:
+  """All that no number is of: runs that cannot be read or are not done, and what the sections say."""
+  rows = [{"of": "the report", "what": line} for line in evidence.unread]
+  for section in made:
+    for part in section.parts:
+      lines = [*part.left_out, *([part.missing] if part.missing else [])]
+      of = section.title + (f", {part.heading}" if len(section.parts) > 1 else "")
+      rows += [{"of": of, "what": line} for line in lines]
+  told = " ".join(row["what"] for row in rows)
+  for run in evidence.runs:
+    status = run.status
+    if status["status"] != "done" and str(run.path) not in told:
+      what = f"{run.path}: {status['status']} at step {status['step']} of {run.config.steps}"
+      rows.append({"of": "all means", "what": what})
+  if not rows:
+    return Part(sentences=["Nothing is missing, and nothing was left out."])
+  by_line: dict[str, list[str]] = {}
+  for row in rows:
+    by_line.setdefault(row["what"], []).append(row["of"])
+  frame = pd.DataFrame(
+    [{"what": what, "of": "; ".join(unique(of))} for what, of in by_line.items()]
+  )
+  shown = {"what": lambda row: row.what, "is not in": lambda row: row.of}
+  return Part(tables=[frame_table("left_out", "", frame, shown)])

@@ -1,0 +1,74 @@
+"""Words and numbers of the report."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from beyond_outliers.analysis.statistics import Estimate
+from beyond_outliers.analysis.tables import plus_minus
+
+NOTHING = "–"  # where there is no number
+
+EVALUATE = "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4"
+
+
+def analysis_command(roots: Sequence[str], *more: str) -> str:
+  """The command of another report on the same runs."""
+  root = shlex.quote(f"--root={','.join(roots)}")
+  return " ".join(["python -m beyond_outliers.analysis", root, *more])
+
+
+def number(value: Any, style: str = ".4f") -> str:
+  """A number as text; what is none, or not finite, as such."""
+  found = pd.to_numeric(value, errors="coerce")
+  if found is None or math.isnan(found):
+    return NOTHING
+  return f"{found:{style}}" if math.isfinite(found) else "not finite"
+
+
+def spread(mean: Any, stderr: Any, digits: int = 4, sign: str = "") -> str:
+  """mean ± standard error, where there is one."""
+  if mean is None or math.isnan(mean):
+    return NOTHING
+  if not math.isfinite(mean):
+    return "not finite"
+  return plus_minus(Estimate(float(mean), float(stderr)), digits, sign)
+
+
+def rates(values: Iterable[float]) -> str:
+  return ", ".join(f"{value:g}" for value in sorted(set(values)))
+
+
+def listed(names: Iterable[Any]) -> str:
+  """a, b and c"""
+  *before, last = [str(name) for name in names] or [""]
+  return f"{', '.join(before)} and {last}" if before else last
+
+
+def extremes(values: Mapping[str, float], unit: str) -> str:
+  """From the least to the greatest of several optimizers' means, in words."""
+  finite = {name: value for name, value in values.items() if math.isfinite(value)}
+  if not finite:
+    return ""
+  least, most = (extreme(finite, key=finite.__getitem__) for extreme in (min, max))
+  if least == most:
+    return f"{finite[least]:+.4f} {unit} ({least})"
+  return f"from {finite[least]:+.4f} ({least}) to {finite[most]:+.4f} {unit} ({most})"
+
+
+def text_columns(
+  frame: pd.DataFrame, styles: Mapping[str, str | None]
+) -> Mapping[str, Callable[[Any], str]]:
+  """Columns of a table whose items are rows of a frame: {column: format of its numbers, None for
+  text}."""
+
+  def column(name: str, style: str | None) -> Callable[[Any], str]:
+    at = frame.columns.get_loc(name)
+    return lambda row: str(row[at]) if style is None else number(row[at], style)
+
+  return {name: column(name, style) for name, style in styles.items() if name in frame}

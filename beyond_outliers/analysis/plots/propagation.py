@@ -1,0 +1,197 @@
+"""Figures of error propagation, from rows by unit: optimizer, seed, recipe, method, name, kind, R,
+A, B, C, gain, ... as `predictors.units` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from beyond_outliers.analysis.plots import style
+from beyond_outliers.analysis.plots.style import (
+  canvas,
+  color_of,
+  in_order,
+  label,
+  log_scale,
+  optimizer_legend,
+)
+from beyond_outliers.types import PathLike
+
+# Up to so many blocks every unit on the way has its place; beyond, a block is one.
+FEW_BLOCKS = 4
+# The parts of an error, in the palette's colours that no optimizer has.
+PARTS = {"A": ("passed on, A", "#999999"), "B": ("added here, B", "#E69F00"), "C": ("2⟨a, b⟩, C", "#F0E442")}
+ON_THE_WAY = r"layers/\d+/(?:attention|mlp/\w+|\w+_norm|\w+_add)"
+LINEAR = r"layers/\d+/(?:attention|mlp)/(?:q|k|v|o|gate|up|down)"
+
+
+def plot_error_along_depth(units: pd.DataFrame, path: PathLike = "") -> Figure:
+  """R, the error of each unit's output over the output, from the first block to the end of the
+  network: means over seeds ± standard errors. A panel per recipe and method, four at most."""
+  pairs = style.quantizations(units)[:4]
+  names = _way(units, ON_THE_WAY)
+  columns = min(2, len(pairs))
+  rows = -(-len(pairs) // columns)
+  size = max(6.4, 4.8 * columns), 0.8 + 3.2 * rows
+  with canvas(path, rows, columns, size, sharex=True, sharey=True) as (figure, axes_RxC):
+    for axes, pair in zip(axes_RxC.flat, pairs, strict=False):
+      means = _means(style.of_quantization(units, pair), names, "R")
+      offsets = _offsets(means["optimizer"], 0.0 if len(names) > 30 else 0.3)
+      for name, offset in offsets.items():
+        own = means[means["optimizer"] == name]
+        at = [names.index(unit) + offset for unit in own["name"]]
+        axes.errorbar(
+          at, own["mean"], yerr=own["sem"].fillna(0), fmt="o-", markersize=3, linewidth=1,
+          color=color_of(name),
+        )  # fmt: skip
+      axes.set(title=", ".join(map(label, pair)), ylabel="R = ‖error‖²/‖output‖²")
+      _mark_blocks(axes, names)
+      log_scale(axes, "y")
+    for axes in axes_RxC.flat[len(pairs) :]:
+      axes.set_axis_off()
+    optimizer_legend(figure, units["optimizer"])
+  return figure
+
+
+def plot_error_parts(units: pd.DataFrame, path: PathLike = "") -> Figure:
+  """A, B and C, as shares of R, at the quantized units along depth: what part of an error came in,
+  and what part was added. A panel per optimizer, of the first recipe and method among the rows."""
+  pair = style.quantizations(units)[0]
+  rows = style.of_quantization(units, pair)
+  names, optimizers = _way(rows, LINEAR), in_order(rows["optimizer"])
+  columns = min(3, len(optimizers))
+  lines = -(-len(optimizers) // columns)
+  size = max(5.0, 3.2 * columns), 1.1 + 2.3 * lines
+  with canvas(path, lines, columns, size, sharex=True, sharey=True) as (figure, axes_RxC):
+    for axes, optimizer in zip(axes_RxC.flat, optimizers, strict=False):
+      own = rows[rows["optimizer"] == optimizer]
+      _stack(axes, own, names)
+      axes.set_title(label(optimizer), color=color_of(optimizer), fontweight="bold")
+      _mark_blocks(axes, names)
+    for axes in axes_RxC[:, 0]:
+      axes.set(ylabel="share of R")
+    for axes in axes_RxC.flat[len(optimizers) :]:
+      axes.set_axis_off()
+    figure.suptitle(", ".join(map(label, pair)), fontsize=9.5, x=0.01, ha="left")
+    marks = {
+      text: {"color": color, "linewidth": 6} for text, color in PARTS.values()
+    }
+    optimizer_legend(figure, [], marks)
+  return figure
+
+
+def _stack(axes: Axes, own: pd.DataFrame, names: Sequence[str]) -> None:
+  """Bars of the parts, those below zero downwards."""
+  R = pd.to_numeric(own["R"], errors="coerce")
+  above, below = np.zeros(len(names)), np.zeros(len(names))
+  for part, (_, color) in PARTS.items():
+    shares = (pd.to_numeric(own[part], errors="coerce") / R).groupby(own["name"]).mean()
+    values = shares.reindex(names).fillna(0).to_numpy()
+    bottom = np.where(values < 0, below, above)
+    axes.bar(range(len(names)), values, 0.8, bottom=bottom, color=color, linewidth=0)
+    above += np.maximum(values, 0)
+    below += np.minimum(values, 0)
+  axes.axhline(0, color="black", linewidth=0.8)
+
+
+def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
+  """What kinds of units do to the error that comes in: gain A / R_in (filled; closed form open), and
+  for linear layers the alignment ratio; means over depth and seeds, with the range over depth.
+
+  Of the first recipe and method among the rows."""
+  pair = style.quantizations(units)[0]
+  rows = style.of_quantization(units, pair)
+  rows = rows.assign(
+    at=rows["name"].str.replace(r"^layers/\d+/?", "", regex=True).replace("", "block")
+  )
+  rows = rows[pd.to_numeric(rows["gain"], errors="coerce").notna()]
+  names = list(dict.fromkeys(rows["at"]))
+  size = 9, 1.6 + 0.32 * len(names)
+  with canvas(path, 1, 2, size, sharey=True) as (figure, (panels,)):
+    for column, marker, axes in (
+      ("gain", "o", panels[0]),
+      ("predicted_gain", "o", panels[0]),
+      ("alignment_ratio", "o", panels[1]),
+    ):
+      face = "white" if column == "predicted_gain" else None
+      _draw_gains(axes, rows, names, column, marker, face)
+    panels[0].set(xlabel="gain A / R_in", title=", ".join(map(label, pair)))
+    panels[1].set(xlabel="alignment ratio (cos φ / cos ψ)²", title="linear layers")
+    panels[0].set_yticks(range(len(names)), [label(name) for name in names])
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    for axes in panels:
+      axes.axvline(1, color="black", linewidth=0.8)
+      log_scale(axes, "x")
+    optimizer_legend(
+      figure,
+      rows["optimizer"],
+      {
+        "measured": {"marker": "o", "linestyle": ""},
+        "closed form": {"marker": "o", "linestyle": "", "markerfacecolor": "white"},
+      },
+    )
+  return figure
+
+
+def _draw_gains(
+  axes: Axes, rows: pd.DataFrame, names: Sequence[str], column: str, marker: str, face: str | None
+) -> None:
+  rows = rows.assign(value=pd.to_numeric(rows[column], errors="coerce"))
+  rows = rows[rows["value"] > 0]
+  for optimizer, offset in _offsets(rows["optimizer"], 0.6).items():
+    own = rows[rows["optimizer"] == optimizer].groupby("at", sort=False)["value"]
+    means = own.mean()
+    at = np.array([names.index(name) + offset for name in means.index])
+    color = color_of(optimizer)
+    if face is None:
+      axes.hlines(at, own.min(), own.max(), color=color, linewidth=1, alpha=0.5)
+    axes.plot(
+      means, at, marker, markersize=4, color=color, markerfacecolor=face or color
+    )
+
+
+def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFrame:
+  """Means over seeds by optimizer and unit, along the way."""
+  rows = rows[rows["name"].isin(names)]
+  means = style.over_seeds(rows, ["optimizer", "name"], column)
+  place = {name: at for at, name in enumerate(names)}
+  return means.sort_values("name", key=lambda column: column.map(place), kind="stable")
+
+
+def _offsets(optimizers: pd.Series, spread: float) -> dict[str, float]:
+  """Of each optimizer's marks, so that they lie beside each other."""
+  names = in_order(optimizers)
+  places = np.linspace(-spread / 2, spread / 2, len(names)) if len(names) > 1 else [0.0]
+  return dict(zip(names, map(float, places), strict=True))
+
+
+def _way(units: pd.DataFrame, wanted: str) -> list[str]:
+  """Names of the units along depth, in the order in which they run: those that match, and the end
+  of the network; of a deep one its blocks."""
+  names = units["name"].drop_duplicates()
+  blocks = names[names.str.fullmatch(r"layers/\d+")]
+  ends = names[names.isin(["final_norm", "head"])] if wanted == ON_THE_WAY else names[:0]
+  within = names[names.str.fullmatch(wanted)]
+  deep = len(blocks) > FEW_BLOCKS
+  return [*(blocks if deep else within), *ends]
+
+
+def _mark_blocks(axes: Axes, names: Sequence[str]) -> None:
+  """Ticks with the units' names, and lines between blocks."""
+  parts = [name.removeprefix("layers/").split("/", 1) for name in names]
+  deep = all(len(part) == 1 for part in parts)
+  texts = [part[0] if deep else part[-1] for part in parts]
+  every = -(-len(texts) // 26)
+  texts = [text if at % every == 0 or deep and not text.isdigit() else "" for at, text in enumerate(texts)]
+  axes.set_xticks(range(len(names)), texts, rotation=0 if deep and len(names) < 16 else 90)
+  axes.grid(visible=not deep, axis="x", alpha=0.12)
+  if deep:
+    axes.set_xlabel("block")
+    return
+  for at in range(1, len(parts)):
+    if parts[at][0] != parts[at - 1][0] and parts[at - 1][0].isdigit():
+      axes.axvline(at - 0.5, color="black", linewidth=0.8, linestyle=":")

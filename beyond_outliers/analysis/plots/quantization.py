@@ -1,0 +1,137 @@
+"""Figures of what quantization after training costs, and of what goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from beyond_outliers.analysis.plots import style
+from beyond_outliers.analysis.plots.style import (
+  canvas,
+  color_of,
+  in_order,
+  label,
+  log_scale,
+  optimizer_legend,
+)
+from beyond_outliers.types import PathLike
+
+# Units of what is lost; other metrics have none.
+UNITS = {"loss_difference": "loss, quantized − full precision (nats)", "kl": "KL divergence (nats)"}
+
+
+def plot_degradation(
+  frame: pd.DataFrame, path: PathLike = "", lost: str = "loss_difference"
+) -> Figure:
+  """What was lost, by recipe and method, one mark per optimizer: means over seeds ± standard errors,
+  and the seeds as small points. What is not finite stands at the edge, as an arrow.
+
+  frame: rows of `predictors.frame`. Rows in order of their means, the cheapest on top."""
+  rows = frame.assign(value=pd.to_numeric(frame[lost], errors="coerce"))
+  rows = rows[rows["value"].notna()]
+  means = style.over_seeds(rows.replace({"value": {np.inf: np.nan}}), ["recipe", "method"], "value")
+  ordered = means.sort_values(["recipe", "mean"], kind="stable")
+  pairs = list(zip(ordered["recipe"], ordered["method"], strict=True))
+  optimizers = in_order(rows["optimizer"])
+  with canvas(path, 1, 1, (9, 1.5 + (0.25 + 0.13 * len(optimizers)) * len(pairs))) as (
+    figure,
+    ((axes,),),
+  ):
+    spread = np.linspace(-0.33, 0.33, len(optimizers)) if len(optimizers) > 1 else [0.0]
+    if style.wide(rows["value"]):
+      axes.set_xscale("log")
+    for name, offset in zip(optimizers, spread, strict=True):
+      for at, pair in enumerate(pairs):
+        own = style.of_quantization(rows[rows["optimizer"] == name], pair)["value"]
+        _draw_row(axes, own, at + float(offset), color_of(name))
+    if axes.get_xscale() == "log":
+      log_scale(axes, "x")
+    else:
+      axes.axvline(0, color="black", linewidth=0.8)
+    for at in range(1, len(pairs)):
+      axes.axhline(at - 0.5, color="black", linewidth=0.4, alpha=0.4)
+    axes.set_yticks(range(len(pairs)), [", ".join(map(label, pair)) for pair in pairs])
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=UNITS.get(lost, lost))
+    optimizer_legend(figure, optimizers)
+  return figure
+
+
+def _draw_row(axes: Axes, own: pd.Series, at: float, color: str) -> None:
+  finite = own[np.isfinite(own)]
+  if len(finite) < len(own):
+    axes.plot([1.0], [at], ">", color=color, transform=axes.get_yaxis_transform(), clip_on=False)
+  if len(finite) > 1:
+    axes.plot(finite, [at] * len(finite), ".", markersize=3, color=color, alpha=0.5)
+    axes.errorbar(finite.mean(), at, xerr=finite.sem(), fmt="o", capsize=2, color=color)
+  elif len(finite):
+    axes.plot(finite, [at], "o", color=color)
+
+
+def plot_predictors(
+  frame: pd.DataFrame,
+  correlations: pd.DataFrame | None = None,
+  path: PathLike = "",
+  lost: str = "loss_difference",
+  predictors: Sequence[str] = (),
+) -> Figure:
+  """What was lost against each predictor: means over seeds by optimizer, the seeds as small points,
+  and the rank correlation over optimizers with its interval.
+
+  Of the first recipe and method among the rows. predictors: columns of the frame; by default those
+  of `correlations`."""
+  pair = style.quantizations(frame)[0]
+  rows = style.of_quantization(frame, pair)
+  names = [name for name in predictors or _predictors(correlations) if rows[name].nunique() > 1]
+  columns = min(3, max(1, len(names)))
+  lines = max(1, -(-len(names) // columns))
+  size = max(5.0, 3.1 * columns), 0.9 + 2.5 * lines
+  with canvas(path, lines, columns, size, sharey=True) as (figure, axes_RxC):
+    for axes, name in zip(axes_RxC.flat, names, strict=False):
+      _scatter(axes, rows, name, lost)
+      axes.set_title(f"{label(name)}{_worth(correlations, pair, name)}", fontsize=8)
+    for axes in axes_RxC.flat[len(names) :]:
+      axes.set_axis_off()
+    if style.wide(rows[lost]):
+      log_scale(axes_RxC[0, 0], "y")
+    figure.supylabel(UNITS.get(lost, lost), fontsize=9)
+    figure.suptitle(", ".join(map(label, pair)), fontsize=9.5, x=0.01, ha="left")
+    optimizer_legend(figure, rows["optimizer"])
+  return figure
+
+
+def _predictors(correlations: pd.DataFrame | None) -> list[str]:
+  return [] if correlations is None else list(dict.fromkeys(correlations["predictor"]))
+
+
+def _scatter(axes: Axes, rows: pd.DataFrame, predictor: str, lost: str) -> None:
+  for name in in_order(rows["optimizer"]):
+    own = rows[rows["optimizer"] == name][[predictor, lost]].apply(pd.to_numeric, errors="coerce")
+    own = own[np.isfinite(own).all(axis=1)]
+    if len(own) > 1:
+      axes.plot(own[predictor], own[lost], ".", markersize=3, alpha=0.5, color=color_of(name))
+    axes.plot(own[predictor].mean(), own[lost].mean(), "o", color=color_of(name))
+  if style.wide(rows[predictor]):
+    log_scale(axes, "x")
+
+
+def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: str) -> str:
+  """The rank correlation with its interval, behind a predictor's name."""
+  if correlations is None:
+    return ""
+  own = style.of_quantization(correlations, pair)
+  own = own[own["predictor"] == predictor]
+  if own.empty or not np.isfinite(own["spearman"].iloc[0]):
+    return ""
+  value, low, high = (own[f"spearman{end}"].iloc[0] for end in ("", "_low", "_high"))
+  return f": {value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def plot_landings(compared: pd.DataFrame, path: PathLike = "", lost: str = "delta") -> Figure:
+  """What quantization costs each optimizer at each landing on the common loss."""
+  raise NotImplementedError
