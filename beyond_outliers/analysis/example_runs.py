@@ -43,9 +43,9 @@ SCALES = {
   # For tests: most of it is compiling.
   "tiny": Scale(
     "context=32,batch_size=4,eval.batch_size=256,model.d_head=8,model.unroll=1,eval.every=24,"
-    f"checkpoint.every=12,{BYTES},log.outliers_every=10",
+    f"checkpoint.every=12,{BYTES},log.outliers_every=12",
     {"0.6m": 24, "0.3m": 10},
-    2,
+    1,
   ),
 }
 
