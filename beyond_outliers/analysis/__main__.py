@@ -5,7 +5,8 @@
 Prints each recipe's best learning rates, and where there is more than one recipe what each costs
 each optimizer. --common_loss prints instead how the optimizers come to one loss, --degradation what
 quantization after training costs them, from the cells of evaluation jobs. --overrides=FILE writes
-the rates, or rates and lengths, for launch.local.
+the rates, or rates and lengths, for launch.local. --out=FOLDER writes all of it and more as one
+page of HTML, with its figures and tables.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from absl import app, flags
 from beyond_outliers import cli, runs
 from beyond_outliers.analysis import report
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.files import make_folder
+from beyond_outliers.errors import ConfigError
 
+OUT = cli.path_flag(
+  "out",
+  "",
+  "Write a page of HTML about all of it into this folder, with figures and tables, instead.",
+)
 ROOT = cli.paths_flag(
   "root", None, "Folders with the workdirs of sweeps, at any depth.", required=True
 )
@@ -32,10 +40,12 @@ DEGRADATION = flags.DEFINE_string(
 CELLS = cli.paths_flag(
   "cells",
   [],
-  "With --degradation: folders that evaluate --out wrote to, beside the runs' own eval/.",
+  "With --degradation or --out: folders that evaluate --out wrote to, beside the runs' own eval/.",
 )
 SETTINGS = flags.DEFINE_list(
-  "settings", [], "With --degradation: only cells that were measured under these, documents=3,..."
+  "settings",
+  [],
+  "With --degradation or --out: only cells that were measured under these, documents=3,...",
 )
 OVERRIDES = cli.path_flag(
   "overrides", "", "Also write what was found in full precision to this file, for launch.local."
@@ -47,8 +57,14 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   _check_flags()
   found = _find_runs(ROOT.value)
+  settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
+  if OUT.value:
+    from beyond_outliers.analysis import page  # brings Jinja, which no other report needs
+
+    options = {"roots": ROOT.value, "settings": settings, "folders": CELLS.value}
+    print(page.write_page(found, OUT.value, **options))
+    return
   if DEGRADATION.value:
-    settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
     report.print_degradation(found, DEGRADATION.value, settings, CELLS.value)
     return
   chosen = (
@@ -63,10 +79,11 @@ def main(argv: list[str]) -> None:
 def _check_flags() -> None:
   """Refusal of flags that the chosen report ignores or cannot use. Errors: ConfigError."""
   for flag, others in (
-    (PLOT, (COMMON_LOSS, DEGRADATION)),
-    (GAP_PLOT, (COMMON_LOSS, DEGRADATION)),
-    (COMMON_LOSS, (DEGRADATION,)),
-    (OVERRIDES, (DEGRADATION,)),
+    (PLOT, (COMMON_LOSS, DEGRADATION, OUT)),
+    (GAP_PLOT, (COMMON_LOSS, DEGRADATION, OUT)),
+    (COMMON_LOSS, (DEGRADATION, OUT)),
+    (DEGRADATION, (OUT,)),
+    (OVERRIDES, (DEGRADATION, OUT)),
   ):
     given = [f"--{other.name}" for other in others if other.value]
     require(
@@ -77,10 +94,10 @@ def _check_flags() -> None:
     )
   for flag in (SETTINGS, CELLS):
     require(
-      not flag.value or bool(DEGRADATION.value),
+      not flag.value or bool(DEGRADATION.value or OUT.value),
       f"--{flag.name}",
       ",".join(flag.value),
-      "belongs to --degradation",
+      "belongs to --degradation and to --out",
     )
   for folder in CELLS.value:
     require(
@@ -95,16 +112,19 @@ def _check_flags() -> None:
     ",".join(SETTINGS.value),
     "expected name=value,...",
   )
-  for flag in (PLOT, GAP_PLOT, OVERRIDES):
+  for flag in (PLOT, GAP_PLOT, OVERRIDES, OUT):
     require(
-      os.path.isdir(os.path.dirname(flag.value) or "."),
+      os.path.isdir(os.path.dirname(flag.value.rstrip("/")) or "."),
       f"--{flag.name}",
       flag.value,
       "there is no such folder; make it first",
     )
+  for flag in (PLOT, GAP_PLOT, OVERRIDES):
     require(
       not os.path.isdir(flag.value), f"--{flag.name}", flag.value, "is a folder; name a file in it"
     )
+  if OUT.value:
+    make_folder(OUT.value, ConfigError, "give a folder that can be written", "--out")
 
 
 def _find_runs(roots: list[str]) -> list[runs.Run]:

@@ -23,6 +23,7 @@ COLUMNS = (
   *("optimizer", "seed", "run", "recipe", "method", "average", "learning_rate", "steps", "step"),
   *("fraction", "rate", "loss", "quantized_loss", "delta"),
 )
+VARIES = ("step", "average")  # in cells of one run
 AT_PEAK = 1 - 1e-6  # schedules are float32
 
 
@@ -30,7 +31,7 @@ def schedule_position(c: config.Config, step: int) -> tuple[float, float]:
   """(fraction of the run that is done after a step, learning rate of that step over its peak), as
   metrics.jsonl logs it, but for skipped updates."""
   schedule = optim.SCHEDULES[c.schedule.name](c.schedule, 1.0, c.steps)
-  return step / c.steps, float(schedule(step - 1))
+  return step / c.steps, float(np.asarray(schedule(step - 1)))
 
 
 def frame(
@@ -45,17 +46,20 @@ def frame(
   how they were averaged, else empty: these are rows of their own.
   settings, folders: see `ptq_degradation.degradation_cells`.
   Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
-  found = ptq_degradation.find_cells(runs, settings, folders, every_step=True)
+  found = ptq_degradation.find_cells(runs, settings, folders, but=VARIES)
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
+    in_full_precision = (
+      run.path for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION
+    )
     raise ConfigError(
       f"runs: none of {len(runs)} has a quantized cell; measure some, at every checkpoint: "
       + ptq_degradation.evaluation_command(
-        *_first_in_full_precision(runs), step="all", settings=settings
+        next(in_full_precision, "RUN"), step="all", settings=settings
       )
     )
   joined = ptq_degradation.beside_full_precision(cells)
-  ptq_degradation.check_cells(joined, but=("step", "average"))
+  ptq_degradation.check_cells(joined, but=VARIES)
   configs = {str(run.path): run.config for run in runs}
   positions = [
     schedule_position(configs[run], step) for run, step in zip(joined.run, joined.step, strict=True)
@@ -97,8 +101,3 @@ def jump(frame: pd.DataFrame) -> pd.DataFrame:
     row |= {"seeds": len(found), "checkpoints": int(values[:, 4].max(initial=0))}
     rows.append(row | {"reason": "; ".join(reasons)})
   return pd.DataFrame(rows)
-
-
-def _first_in_full_precision(runs: Sequence[runs_lib.Run]) -> list[str]:
-  found = (run for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION)
-  return [str(run.path) for run in found][:1]

@@ -82,8 +82,8 @@ def compare_landings(
   values = places.merge(pairs, how="cross").merge(
     cells[[*keys, "full_precision_loss", metric]].rename(columns={metric: "value"}), "left", keys
   )
-  for row in values[values.value.isna()].to_dict("records"):
-    missing.append(_command(row, metric, landed[row["run"]].config, cells, settings))
+  for run, lacking in values[values.value.isna()].groupby("run", sort=False):
+    missing.append(_not_measured(lacking, metric, landed[str(run)].config, cells, settings))
   values = values[values.value.notna()].reset_index(drop=True)
   means = _means(values, metric)
   return LandingComparison(
@@ -126,7 +126,9 @@ def _landed(landing: Landing, frame: pd.DataFrame, target: float) -> Iterator[tu
     ("nearest", landing.checkpoint, landing.runs),
     ("crossing", landing.crossing, landing.runs),
   ):
-    for run in found if point else ():
+    if point is None:
+      continue
+    for run in found:
       position = schedule_position(run.config, point.step)
       name, seed, off = landing.optimizer, run.config.seed, point.loss - target
       yield way, name, seed, str(run.path), point.step, *position, off
@@ -140,42 +142,50 @@ def _quantized(
 ) -> pd.DataFrame:
   """Their quantized cells at every step, beside full precision. Errors: ConfigError for a metric
   that none of them has."""
-  found = ptq_degradation.find_cells(runs, settings, folders, every_step=True)
+  found = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
     return cells[:0].assign(full_precision_loss=0.0, **{metric: 0.0})
   joined = ptq_degradation.beside_full_precision(cells)
-  of_cells = (*ptq_degradation.ORIGIN, *ptq_degradation.MEASURED_ON, "step")
-  known = [name for name in joined.select_dtypes("number") if name not in of_cells]
+  of_cells = {
+    *ptq_degradation.ORIGIN,
+    *ptq_degradation.MEASURED_ON,
+    *("step", "full_precision_loss"),
+  }
+  known = [name for name in map(str, joined.select_dtypes("number")) if name not in of_cells]
   require(metric in known, "metric", metric, f"no cell has it; {nearest(metric, known)}")
   return joined
 
 
-def _command(
-  row: Mapping[str, Any],
+def _not_measured(
+  lacking: pd.DataFrame,
   metric: str,
   c: config.Config,
   cells: pd.DataFrame,
   settings: Mapping[str, str] | None,
 ) -> str:
-  """In words a cell that is missing, with the command that makes one like the others."""
+  """In words the cells that a run lacks, with the command that makes them like the others."""
   unlike = {"documents": c.eval.documents, "context": c.context, "average": ""}
   alike = {
     name: cells[name].iloc[0]
     for name, own in unlike.items()
     if len(cells) and cells[name].nunique() == 1 and cells[name].iloc[0] != own
   }
+  run, steps, recipes, methods = (
+    ",".join(dict.fromkeys(map(str, lacking[name]))) for name in ("run", "step", "recipe", "method")
+  )
   command = ptq_degradation.evaluation_command(
-    row["run"],
-    row["recipe"],
-    row["method"],
-    step=row["step"],
+    run,
+    recipes,
+    methods,
+    step=steps,
     propagation=metric.startswith("propagation/"),
     settings={**alike, **(settings or {})},
   )
+  places = lacking[["way", "step"]].drop_duplicates().itertuples()
+  where = ", ".join(f"{place.way} at step {place.step}" for place in places)
   return (
-    f"{row['optimizer']}, {row['way']}, seed {row['seed']}: no cell of {row['recipe']} and "
-    f"{row['method']} at step {row['step']} with {metric}: {command}"
+    f"{c.optimizer.name}, seed {c.seed}, {where}: no {metric} of {recipes} by {methods}: {command}"
   )
 
 
@@ -201,8 +211,9 @@ def _differences(values: pd.DataFrame) -> pd.DataFrame:
       if not len(pairs):
         continue
       tested = len(pairs) > 1 and np.isfinite(pairs).all()
-      p = paired_difference(*pairs.T).p if tested else math.nan
-      found = (*estimate(pairs[:, 1] - pairs[:, 0]), p, len(pairs))
+      p = paired_difference(pairs[:, 0], pairs[:, 1]).p if tested else math.nan
+      with np.errstate(invalid="ignore"):  # of a model that broke
+        found = (*estimate(pairs[:, 1] - pairs[:, 0]), p, len(pairs))
       rows.append((recipe, method, optimizer, way, other, *found))
   names = ["recipe", "method", "optimizer", "way", "other", "value", "value_stderr", "p", "seeds"]
   return pd.DataFrame(rows, columns=names)

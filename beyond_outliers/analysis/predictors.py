@@ -17,6 +17,7 @@ from beyond_outliers.analysis.statistics import check_confidence
 from beyond_outliers.analysis.tuning import FULL_PRECISION
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.evaluate import results
 from beyond_outliers.evaluate.outlier_metrics import METRICS
 from beyond_outliers.types import PathLike
 
@@ -40,17 +41,18 @@ def frame(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """A row per cell quantized after training, of the last step that its run was evaluated at.
+  """A row per cell quantized after training, of its run's last step.
 
   Columns: KEYS; what was lost: loss_difference (nats), kl, agreement, scores of tasks, relative
   (loss / full_precision_loss - 1); full_precision_loss; then predictors: outliers of the checkpoint
   in full precision, by the names of its cell without `outliers/` (`max_to_median/linear`, the MMR
   of linear layers' inputs; also of `residual`, `activation` and `weights`), and of the cell's own
   error R_L at the final norm, R_L_logits, and inherited, which `evaluate --propagation` measures.
-  attrs["left_out"]: in words the runs in full precision that have no such cell.
+  attrs["left_out"]: in words the runs in full precision that have no such cell: at other steps they
+  would stand elsewhere in the schedule.
   settings, folders: see `ptq_degradation.degradation_cells`.
   Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
-  cells = ptq_degradation.degradation_cells(runs, settings, folders)
+  cells = ptq_degradation.cell_table(_at_the_end(runs, settings, folders))
   left_out = _check_any(runs, cells[cells.method != "none"], settings)
   joined = ptq_degradation.beside_full_precision(cells)
   ptq_degradation.check_cells(joined)
@@ -75,7 +77,7 @@ def units(
   `propagation.decompose`: name, kind, R, A, B, C, gain, ..., in the order in which units run.
 
   Cells, settings, folders and errors: as of `frame`."""
-  found = ptq_degradation.find_cells(runs, settings, folders)
+  found = _at_the_end(runs, settings, folders)
   decomposed = [(run, cell) for run, cell in found if cell.get("units")]
   cells = ptq_degradation.cell_table(decomposed)
   left_out = _check_any(runs, cells, settings)
@@ -103,7 +105,8 @@ def correlations(
   `runs_` over all `runs`, where an optimizer has several; behind `partial_` given the loss in full
   precision. Each has `_low` and `_high`, the bootstrap interval, and `_p`, as of
   `correlations.correlation`: exact but for partial ones. reason: why something is NaN, or which
-  runs do not count. p is of one predictor: of twenty that predict nothing, one is below .05.
+  runs do not count. p is of one predictor: of twenty that predict nothing, one is below .05. A row
+  takes half a second.
   predictors: by default all outlier metrics of the table, and ERRORS.
   Errors: ConfigError for a loss that the table does not have."""
   known = [name for name in map(str, frame.select_dtypes("number")) if name not in KEYS]
@@ -124,6 +127,14 @@ def _is_outlier_metric(name: str) -> bool:
   return name.partition("/")[0] in METRICS
 
 
+def _at_the_end(
+  runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None, folders: Sequence[PathLike]
+) -> list[tuple[runs_lib.Run, results.Result]]:
+  """The cells of each run's last step."""
+  found = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
+  return [(run, cell) for run, cell in found if cell["step"] == run.config.steps]
+
+
 def _check_any(
   runs: Sequence[runs_lib.Run], cells: pd.DataFrame, settings: Mapping[str, str] | None
 ) -> list[str]:
@@ -131,18 +142,20 @@ def _check_any(
   are."""
   having = set(cells.run)
   without = [
-    str(run.path)
+    run
     for run in runs
     if str(run.path) not in having and quant.recipes.name_of(run.config.quant) == FULL_PRECISION
   ]
   if cells.empty:
     under = f" under the settings {dict(settings)}" if settings else ""
-    command = ptq_degradation.evaluation_command(*without[:1], propagation=True, settings=settings)
-    raise ConfigError(
-      f"runs: none of {len(runs)} has a quantized cell with what this needs{under}; measure some: "
-      f"{command}"
+    command = ptq_degradation.evaluation_command(
+      without[0].path if without else "RUN", propagation=True, settings=settings
     )
-  return [f"{path}: no such cell" for path in without]
+    raise ConfigError(
+      f"runs: none of {len(runs)} has a quantized cell of its last step with what this needs"
+      f"{under}; measure some: {command}"
+    )
+  return [f"{run.path}: no such cell of its last step, {run.config.steps}" for run in without]
 
 
 def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -56,8 +57,9 @@ def degradation_cells(
   """One row per cell of the last step that each run was evaluated at, by the newest version that
   did: where it comes from, recipe, method and its metrics.
 
-  settings: only cells that were measured under these, {"documents": "3"}. folders: where cells of
-  these runs are beside their own eval/."""
+  settings: only cells that were measured under these, {"documents": "3"}; of averaged parameters
+  those alone, and only, that {"average": "ema"} asks for. folders: where cells of these runs are
+  beside their own eval/."""
   return cell_table(find_cells(runs, settings, folders))
 
 
@@ -65,20 +67,31 @@ def find_cells(
   runs: Sequence[runs_lib.Run],
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
-  *,
-  every_step: bool = False,
+  but: Collection[str] = (),
 ) -> list[tuple[runs_lib.Run, results.Result]]:
-  """(run, cell) of the cells that `degradation_cells` takes; or of every step that the newest
-  version of the measurements was at."""
+  """(run, cell) of the cells that `degradation_cells` takes.
+
+  but: "step", for those of every step that the newest version of the measurements was at, and
+  "average", for those of averaged parameters too.
+  Errors: ConfigError for a folder that is none."""
+  for folder in folders:
+    require(
+      os.path.isdir(folder),
+      "folders",
+      str(folder),
+      "there is no such folder; give those that evaluate had as --out",
+    )
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
+  # Cells of averaged parameters only where they are asked for.
+  chosen = {**({} if "average" in but else {"average": ""}), **(settings or {})}
   found = []
   for run in runs:
-    cells = _of_run(run, settings or {}, shared)
+    cells = _of_run(run, chosen, shared)
     newest = max(map(_age, cells), default=(0, 0))
     found += [
       (run, cell)
       for cell in cells
-      if _age(cell) == newest or (every_step and _age(cell)[0] == newest[0])
+      if _age(cell) == newest or ("step" in but and _age(cell)[0] == newest[0])
     ]
   return found
 
@@ -233,7 +246,7 @@ def _of_run(
     cell
     for cell in [*shared, *results.ResultStore(run.path / "eval").cells()]
     if cell["settings"].get("trained") in itself
-    and all(str(cell["settings"].get(name, "")) == value for name, value in settings.items())
+    and all(str(cell["settings"].get(name, "")) == str(value) for name, value in settings.items())
   ]
   # One that lies in several folders is one, as its name says.
   identity = ("step", "recipe", "method", "settings")

@@ -119,24 +119,26 @@ GAP_COLUMNS: dict[str, Callable[[Gap], str]] = {
 def common_loss_table(landings: Iterable[Landing], loss: float) -> str:
   """Each optimizer's nearest run, evaluation and checkpoint to the common loss, the first
   checkpoint below it, and the number of steps to run next."""
+  return markdown_table(landing_columns(loss), landings)
+
+
+def landing_columns(loss: float) -> dict[str, Callable[[Landing], str]]:
+  """Columns of `common_loss_table`."""
 
   def at(point: Point | None) -> str:
     return f"{point.loss:.4f} at {point.step}" if point else "none"
 
-  return markdown_table(
-    {
-      "optimizer": lambda x: x.optimizer,
-      "learning rate": lambda x: f"{x.learning_rate:g}",
-      "full length": lambda x: at(x.best),
-      "steps to the common loss": lambda x: str(x.steps),
-      "nearest end of a run": lambda x: at(x.ending),
-      "off by": lambda x: f"{x.ending.loss - loss:+.4f}",
-      "nearest evaluation": lambda x: at(x.evaluation),
-      "nearest checkpoint": lambda x: at(x.checkpoint),
-      "first checkpoint below": lambda x: at(x.crossing),
-    },
-    landings,
-  )
+  return {
+    "optimizer": lambda x: x.optimizer,
+    "learning rate": lambda x: f"{x.learning_rate:g}",
+    "full length": lambda x: at(x.best),
+    "steps to the common loss": lambda x: str(x.steps),
+    "nearest end of a run": lambda x: at(x.ending),
+    "off by": lambda x: f"{x.ending.loss - loss:+.4f}",
+    "nearest evaluation": lambda x: at(x.evaluation),
+    "nearest checkpoint": lambda x: at(x.checkpoint),
+    "first checkpoint below": lambda x: at(x.crossing),
+  }
 
 
 def plus_minus(value: Estimate, digits: int, sign: str = "") -> str:

@@ -51,6 +51,26 @@ REFUSED = {
     ["--root={sweep}", "--common_loss", "--plot=x.png"],
     ["--plot = 'x.png': --common_loss asks for"],
   ),
+  "a figure of the page's": (
+    ["--root={sweep}", "--out={empty}/page", "--plot=x.png"],
+    ["--plot = 'x.png': --out asks for another report"],
+  ),
+  "one of two reports": (
+    ["--root={sweep}", "--out={empty}/page", "--degradation=kl"],
+    ["--degradation = 'kl': --out asks for another report"],
+  ),
+  "no folder around the page's": (
+    ["--root={sweep}", "--out={empty}/no/page"],
+    ["--out = '", "no such folder; make it first"],
+  ),
+  "a file in the place of the page's folder": (
+    ["--root={sweep}", "--out={sweep}/adamw/none-0.1-0/config.json"],
+    ["--out = '", "config.json': ", "give a folder that can be written"],
+  ),
+  "a folder that nothing can be written into": (
+    ["--root={sweep}", "--out=/proc/page"],
+    ["--out = '/proc/page': ", "give a folder that can be written"],
+  ),
   "no folder for a file": (
     ["--root={sweep}", "--overrides={empty}/no/tuned.json"],
     ["--overrides = '", "no such folder"],

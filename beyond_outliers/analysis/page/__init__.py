@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from markupsafe import Markup
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis.page.evidence import gather
-from beyond_outliers.analysis.page.section import Drawing, Section, Table
+from beyond_outliers.analysis.page.section import Drawing, Table
 from beyond_outliers.analysis.page.sections import make_sections
 from beyond_outliers.analysis.page.svg import inlined
+from beyond_outliers.analysis.page.text import NOTHING
 from beyond_outliers.analysis.page.training_sections import every_run
 from beyond_outliers.analysis.plots.style import NO_XML
 from beyond_outliers.types import PathLike
@@ -22,6 +24,9 @@ from beyond_outliers.types import PathLike
 __all__ = ["PAGE", "write_page"]
 
 PAGE = "report.html"
+LONG = 60  # letters of a cell's text that wraps
+NUMBER = re.compile(r"[*]{0,2}[+-]?(\d|inf)")
+NO_NUMBERS = (NOTHING, "", "none", "not finite", "not run", "unknown", "edge of the grid")
 
 
 def write_page(
@@ -32,7 +37,7 @@ def write_page(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> str:
-  """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV, and returns
+  """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV; returns
   the page's path. The same runs give the same bytes.
 
   roots: where the runs were found, as the page is to name them. settings, folders: of cells, see
@@ -92,9 +97,12 @@ def _environment(writer: _Writer) -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.globals |= {"figure": writer.figure, "table_file": writer.table}
-  environment.filters |= {"cell": _cell, "is_number": _is_number}
-  environment.tests |= {"empty_section": Section.empty.fget}
+  environment.globals |= {
+    "column_kinds": _column_kinds,
+    "figure": writer.figure,
+    "table_file": writer.table,
+  }
+  environment.filters["cell"] = _cell
   return environment
 
 
@@ -105,7 +113,13 @@ def _cell(text: str) -> str:
   return text
 
 
-def _is_number(text: str) -> bool:
-  """Whether a cell is aligned as numbers are."""
-  bare = text.removeprefix("**").lstrip("+-−")
-  return bare[:1].isdigit() or bare in ("–", "none", "not finite")
+def _column_kinds(rows: Sequence[Sequence[str]]) -> list[str]:
+  """The class of each column: numbers, which stand right, long text, which wraps, and other."""
+
+  def kind(column: Sequence[str]) -> str:
+    if any(len(text) > LONG for text in column):
+      return "long"
+    numbers = [bool(NUMBER.match(text)) for text in column if text not in NO_NUMBERS]
+    return "n" if numbers and all(numbers) else ""
+
+  return [kind(column) for column in zip(*rows, strict=True)]

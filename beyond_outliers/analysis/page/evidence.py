@@ -11,7 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import pandas as pd
 
@@ -19,12 +19,16 @@ from beyond_outliers import quant
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import along_training, law_points, predictors, scaling_law
 from beyond_outliers.analysis.common_loss import Landing, common_loss
+from beyond_outliers.analysis.landings import LandingComparison, compare_landings
+from beyond_outliers.analysis.ptq_degradation import degradation_cells
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
 from beyond_outliers.errors import ConfigError, Refusal
 from beyond_outliers.types import PathLike
 
 T = TypeVar("T")
+
+INTERVAL = "loss_difference_interval"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,24 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
     return Found(nothing, str(refusal))
 
 
+class Snapshot(runs_lib.Run):
+  """A run whose files are read once, so that all of the report is of one moment of it."""
+
+  manifest = functools.cached_property(runs_lib.Run.manifest.fget)
+  status = functools.cached_property(runs_lib.Run.status.fget)
+  steps = functools.cached_property(runs_lib.Run.steps.fget)
+  identity = functools.cached_property(runs_lib.Run.identity.fget)
+  trained_on = functools.cached_property(runs_lib.Run.trained_on.fget)
+  parameter_counts = functools.cached_property(runs_lib.Run.parameter_counts.fget)
+
+  def metrics(self) -> pd.DataFrame:
+    return self._metrics
+
+  @functools.cached_property
+  def _metrics(self) -> pd.DataFrame:
+    return super().metrics()
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
   """Runs whose losses compare, of one length; and shorter ones, that came to the common loss.
@@ -57,10 +79,15 @@ class Group:
   @property
   def title(self) -> str:
     c = self.runs[0].config
-    counts = attempt(lambda: self.runs[0].parameter_counts, {})
+    return f"{c.size}, {c.steps} steps"
+
+  @property
+  def extent(self) -> str:
+    """Tokens, and tokens a parameter, in words."""
+    c = self.runs[0].config
     tokens = c.steps * c.batch_size * c.context
-    ratio = f", {tokens / counts.value['total']:.3g} a parameter" if counts.value else ""
-    return f"{c.size}, {c.steps} steps ({tokens:.3g} tokens{ratio})"
+    total = parameters(self.runs[0])
+    return f"{tokens:.3g} tokens" + (f", {tokens / total:.3g} a parameter" if total else "")
 
   @property
   def name(self) -> str:
@@ -79,9 +106,7 @@ class Group:
   @functools.cached_property
   def best(self) -> list[runs_lib.Run]:
     """The runs in full precision at each optimizer's best rate, of all seeds."""
-    rates = {
-      t.optimizer: t.learning_rate for t in self.tunings.value if t.recipe == FULL_PRECISION
-    }
+    rates = {t.optimizer: t.learning_rate for t in self.tunings.value if t.recipe == FULL_PRECISION}
     return [
       run
       for run in self.runs
@@ -92,6 +117,16 @@ class Group:
   @functools.cached_property
   def cells(self) -> Found[pd.DataFrame]:
     return self._of_cells(predictors.frame)
+
+  @functools.cached_property
+  def intervals(self) -> dict[tuple[str, str, str], list[float]]:
+    """Of the losses' differences over documents, by run, recipe and method."""
+    rows = self._of_cells(degradation_cells).value
+    if INTERVAL not in rows:
+      return {}
+    rows = rows[rows[INTERVAL].map(lambda pair: isinstance(pair, list) and None not in pair)]
+    keys = zip(rows["run"], rows["recipe"], rows["method"], strict=True)
+    return dict(zip(keys, rows[INTERVAL], strict=True))
 
   @functools.cached_property
   def units(self) -> Found[pd.DataFrame]:
@@ -109,6 +144,13 @@ class Group:
   @functools.cached_property
   def landings(self) -> Found[tuple[float, list[Landing]]]:
     return attempt(lambda: common_loss([*self.runs, *self.shorter]), (float("nan"), []))
+
+  @functools.cached_property
+  def landing_costs(self) -> Found[LandingComparison | None]:
+    every = [*self.runs, *self.shorter]
+    return attempt(
+      lambda: compare_landings(every, settings=self.settings, folders=self.folders), None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +173,24 @@ class Evidence:
   unread: Sequence[str]
   groups: Sequence[Group]
 
+  def roots_of(self, group: Group) -> Sequence[str]:
+    """Folders for a report on one group alone, which the others of the page refuse to mix."""
+    paths = [str(run.path) for run in [*group.runs, *group.shorter]]
+    return self.roots if len(self.groups) < 2 else [os.path.commonpath(paths)]
+
   @functools.cached_property
   def laws(self) -> list[Law]:
-    """A law per data set and tokenizer."""
-    by_data: dict[tuple[str, str], list[runs_lib.Run]] = {}
+    """A law per data set, tokenizer, and ratio of tokens to parameters."""
+    alike: dict[tuple[str, str, str], list[runs_lib.Run]] = {}
     for group in self.groups:
-      data = group.runs[0].trained_on
-      by_data.setdefault((data["fingerprint"], data["tokenizer"]), []).extend(group.runs)
-    return [_law(f"data {data[:12]}", own) for (data, _), own in by_data.items()]
+      data, c = group.runs[0].trained_on, group.runs[0].config
+      tokens, total = c.steps * c.batch_size * c.context, parameters(group.runs[0])
+      ratio = f"{tokens / total:.2g}" if total else "an unknown number of"
+      alike.setdefault((data["fingerprint"], data["tokenizer"], ratio), []).extend(group.runs)
+    return [
+      _law(f"data {data[:12]}, {ratio} tokens a parameter", own)
+      for (data, _, ratio), own in alike.items()
+    ]
 
 
 def _law(title: str, own: Sequence[runs_lib.Run]) -> Law:
@@ -162,7 +214,7 @@ def gather(
 
   settings, folders: of cells, as `predictors.frame` takes them."""
   unread, readable = [], []
-  for run in runs:
+  for run in (Snapshot(run.path) for run in runs):
     check = attempt(lambda run=run: _read(run), None)
     (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
   groups = [
@@ -202,11 +254,12 @@ def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]
       break
     else:
       found.append(([run], why))
-  return sorted(found, key=lambda pair: _width(pair[0][0]))
+  return sorted(found, key=lambda pair: parameters(pair[0][0]))
 
 
-def _width(run: runs_lib.Run) -> int:
-  return run.config.model.blocks * run.config.model.d_model**2
+def parameters(run: runs_lib.Run) -> int:
+  """Of the model, the embedding's included; 0 where its manifest does not say."""
+  return attempt(lambda: run.parameter_counts["total"], 0).value
 
 
 def _by_length(
@@ -231,7 +284,3 @@ def _by_length(
 def recipe_of(run: runs_lib.Run) -> str:
   """The run's recipe in a word."""
   return quant.recipes.name_of(run.config.quant)
-
-
-def counted(runs: Sequence[Any]) -> str:
-  return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"

@@ -66,7 +66,9 @@ class Section:
     return all(part.missing for part in self.parts)
 
 
-def frame_table(name: str, caption: str, frame: pd.DataFrame, shown: Mapping[str, Callable[[Any], str]]) -> Table:
+def frame_table(
+  name: str, caption: str, frame: pd.DataFrame, shown: Mapping[str, Callable[[Any], str]]
+) -> Table:
   """A table whose items are the rows of a frame."""
   return Table(name, caption, shown, list(frame.itertuples(index=False)), frame)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from beyond_outliers.analysis.page import landing_section, law_section, summary
+from beyond_outliers.analysis.page import propagation_sections as propagation
 from beyond_outliers.analysis.page import quantization_sections as quantization
-from beyond_outliers.analysis.page import summary
 from beyond_outliers.analysis.page import training_sections as training
 from beyond_outliers.analysis.page.evidence import Evidence, Group
 from beyond_outliers.analysis.page.section import Part, Section
 
 
 class Row(NamedTuple):
-  """One section: what its heading and its first line say, and what makes its parts, of each group of
-  runs or of all."""
+  """One section: what its heading and its first line say, and what makes its parts, of each group
+  of runs or of all."""
 
   title: str
   question: str
@@ -52,17 +53,17 @@ SECTIONS: dict[str, Row] = {
   "depth": Row(
     "The error along depth",
     "How large is the error behind each unit of the network?",
-    quantization.error_along_depth,
+    propagation.error_along_depth,
   ),
   "parts": Row(
     "What the error is made of",
     "R = A + B + C: how much of a unit's error came in (A), and how much was added (B)?",
-    quantization.error_parts,
+    propagation.error_parts,
   ),
   "gains": Row(
     "Gains and alignment",
     "Does a kind of unit amplify the error that comes in, or dampen it, and why?",
-    quantization.gains,
+    propagation.gains,
   ),
   "predictors": Row(
     "What predicts degradation",
@@ -77,7 +78,7 @@ SECTIONS: dict[str, Row] = {
   "law": Row(
     "Scaling law",
     "What share rho of its parameters does a recipe leave a model, over sizes?",
-    of_all=training.laws,
+    of_all=law_section.laws,
   ),
   "along": Row(
     "Along training",
@@ -87,7 +88,7 @@ SECTIONS: dict[str, Row] = {
   "landings": Row(
     "Landings on the common loss",
     "On which checkpoint does each optimizer come to one loss, and does it matter which?",
-    quantization.landings,
+    landing_section.landings,
   ),
   "left_out": Row(
     "What is missing or was left out",

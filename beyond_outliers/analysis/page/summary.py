@@ -19,13 +19,13 @@ METHODS = 3  # columns of quantization after training: round to nearest, and the
 
 
 def answer(evidence: Evidence, group: Group) -> Part:
-  """One row per optimizer: its loss, what training under each recipe and quantization after training
-  cost, the error at the network's end, and rho."""
+  """One row per optimizer: its loss, what training under each recipe and quantization after
+  training cost, the error at the network's end, and rho."""
   columns = {**_losses(group), **_gaps(group), **_methods(group), **_error(group), **_rho(evidence)}
   optimizers = style.in_order(name for found in columns.values() for name in found)
   if not optimizers:
     why = group.tunings.problem or "no run is done"
-    command = analysis_command(evidence.roots)
+    command = analysis_command(evidence.roots_of(group))
     return Part(group.title, len(group.runs), missing=why, command=command)
   first = next(iter(columns.values()))
   optimizers.sort(key=lambda name: first[name].mean if name in first else math.inf)
@@ -62,9 +62,9 @@ def answer(evidence: Evidence, group: Group) -> Part:
     return text
 
   caption = (
-    "Means over seeds ± standard errors, at each optimizer's best rate in full precision; lowest loss "
-    "first, the least of each column in bold. Losses in nats; QAT: loss of the run under the recipe − "
-    "in full precision; PTQ: of the quantized model − of the model in full precision."
+    "Means over seeds ± standard errors, at each optimizer's best rate in full precision; lowest "
+    "loss first, the least of each column in bold. Losses in nats; QAT: loss of the run under the "
+    "recipe − in full precision; PTQ: of the quantized model − of the model in full precision."
   )
   shown = {"optimizer": lambda row: row[0], **{heading: column(heading) for heading in columns}}
   sentences = [
@@ -147,7 +147,7 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
 
 
 def left_out(evidence: Evidence, made: Sequence[Section]) -> Part:
-  """All that no number is of: runs that cannot be read or are not done, and what the sections say."""
+  """All that no number is of: runs that cannot be read or are not done, and what sections lack."""
   rows = [{"of": "the report", "what": line} for line in evidence.unread]
   for section in made:
     for part in section.parts:

@@ -34,9 +34,10 @@ def inlined(text: str, name: str, title: str) -> Markup:
   root.set("role", "img")
   root.set("aria-label", title)
   # As large as it was drawn on a wide screen, not so small that nobody can read it on a phone.
-  root.set("style", f"max-width: {1.3 * width:.0f}px; min-width: {0.85 * width:.0f}px")
+  # Black is what is filled without a word, so that matplotlib says none.
+  root.set("style", f"fill: {INK}; max-width: {1.3 * width:.0f}px; min-width: {0.85 * width:.0f}px")
   # Escaped as XML, which in this place is HTML too.
-  return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704
+  return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def _attribute(key: str, value: str, name: str) -> str:

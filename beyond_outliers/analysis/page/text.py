@@ -61,6 +61,11 @@ def extremes(values: Mapping[str, float], unit: str) -> str:
   return f"from {finite[least]:+.4f} ({least}) to {finite[most]:+.4f} {unit} ({most})"
 
 
+def field(row: Any, name: str) -> str:
+  """A row's value, as it is."""
+  return str(getattr(row, name))
+
+
 def text_columns(
   frame: pd.DataFrame, styles: Mapping[str, str | None]
 ) -> Mapping[str, Callable[[Any], str]]:

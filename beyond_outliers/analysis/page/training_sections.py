@@ -1,27 +1,23 @@
-"""Sections on what was trained: runs, learning rates, losses, gaps under recipes, scaling laws."""
+"""Sections on what was trained: runs, learning rates, losses, gaps under recipes."""
 
 from __future__ import annotations
 
 import functools
 import math
 
-import numpy as np
 import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, tables
-from beyond_outliers.analysis.page.evidence import Evidence, Group, Law, attempt, counted, recipe_of
+from beyond_outliers.analysis.page.evidence import Evidence, Group, attempt, recipe_of
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
-from beyond_outliers.analysis.page.text import (
-  analysis_command,
-  number,
-  rates,
-  spread,
-  text_columns,
-)
-from beyond_outliers.analysis.statistics import estimate
-from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, final_metric
+from beyond_outliers.analysis.page.text import analysis_command, rates, text_columns
+from beyond_outliers.analysis.tuning import Tuning, final_metric
 
+RUN_COLUMNS = (
+  *("run", "size", "optimizer", "recipe", "learning rate", "seed", "steps", "status", "at step"),
+  *("validation loss", "reason"),
+)
 STATUSES = ("done", "running", "preempted", "diverged", "failed", "not started")
 
 
@@ -58,8 +54,8 @@ def what_was_run(evidence: Evidence, group: Group) -> Part:
   data = group.runs[0].trained_on
   sentences = [
     f"Model of {c.model.blocks} blocks, width {c.model.d_model}, vocabulary {c.model.vocab}; "
-    f"batches of {c.batch_size} windows of {c.context} tokens of {c.data.source}, data "
-    f"{data['fingerprint'][:12]}, tokenizer {data['tokenizer'][:12]}."
+    f"{group.extent}; batches of {c.batch_size} windows of {c.context} tokens of {c.data.source}, "
+    f"data {data['fingerprint'][:12]}, tokenizer {data['tokenizer'][:12]}."
   ]
   if group.apart:
     sentences.append(f"These are a part of their own: {group.apart}.")
@@ -80,28 +76,15 @@ def _sweep(key: dict[str, object], own: pd.DataFrame) -> dict[str, object]:
 
 
 def runs_table(runs: list[runs_lib.Run]) -> pd.DataFrame:
-  """A row per run: run, size, optimizer, recipe, learning rate, seed, steps, status, step, loss,
-  reason."""
+  """A row per run, of RUN_COLUMNS."""
   rows = []
   for run in runs:
     c, status = run.config, run.status
     loss = final_metric(run, "eval/loss")
-    rows.append(
-      {
-        "run": str(run.path),
-        "size": c.size,
-        "optimizer": c.optimizer.name,
-        "recipe": recipe_of(run),
-        "learning rate": c.optimizer.learning_rate,
-        "seed": c.seed,
-        "steps": c.steps,
-        "status": status["status"],
-        "at step": status["step"],
-        "validation loss": loss if math.isfinite(loss) else math.nan,
-        "reason": status["reason"],
-      }
-    )
-  return pd.DataFrame(rows)
+    swept = c.optimizer.name, recipe_of(run), c.optimizer.learning_rate, c.seed, c.steps
+    ended = status["status"], status["step"], loss if math.isfinite(loss) else math.nan
+    rows.append((str(run.path), c.size, *swept, *ended, status["reason"]))
+  return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
 
 
 def _run_columns(frame: pd.DataFrame):
@@ -127,7 +110,7 @@ def every_run(evidence: Evidence) -> Table:
 def tuned_rates(evidence: Evidence, group: Group) -> Part:
   """Each optimizer's best rate and its neighbours, and whether the grid brackets it."""
   found = group.tunings.value
-  command = analysis_command(evidence.roots)
+  command = analysis_command(evidence.roots_of(group))
   if not found:
     return Part(group.title, len(group.runs), missing=group.tunings.problem, command=command)
   numbers = pd.DataFrame(
@@ -139,33 +122,46 @@ def tuned_rates(evidence: Evidence, group: Group) -> Part:
   )
   several = len({t.recipe for t in found}) > 1
   shown = {**({"recipe": lambda t: t.recipe} if several else {}), **tables.TUNING_COLUMNS}
-  caption = "Best learning rate of each sweep, by the mean validation loss over seeds after the last step (nats)."
+  caption = (
+    "Best learning rate of each sweep, by the mean validation loss over seeds after the last step "
+    "(nats)."
+  )
   made = [Table(f"tuning.{group.name}", caption, shown, found, numbers)]
   again = tables.retuned(found)
   if again:
-    caption = "Rates tuned under a recipe against those of full precision; losses under the recipe (nats)."
+    caption = (
+      "Rates tuned under a recipe against those of full precision; losses under the recipe (nats)."
+    )
     frame = pd.DataFrame(
       [
-        {"optimizer": t.optimizer, "recipe": t.recipe, "learning rate": t.learning_rate, "loss": t.loss}
+        {
+          "optimizer": t.optimizer,
+          "recipe": t.recipe,
+          "learning rate": t.learning_rate,
+          "loss": t.loss,
+        }
         for t in again
       ]
     )
     columns = tables.retuning_columns(found)
     made.append(Table(f"retuning.{group.name}", caption, columns, again, frame))
   edges = [
-    f"{t.optimizer} under {t.recipe}: {t.learning_rate:g} lies on the edge of its grid; widen it."
+    f"{t.optimizer} ({t.recipe}) {t.learning_rate:g}"
     for t in found
     if t.at_the_edge and len(t.losses) > 1
   ]
+  sentences = (
+    [f"On the edge of its grid, which is to be widened: {', '.join(edges)}."] if edges else []
+  )
   alone = [f"{t.optimizer} ({t.recipe})" for t in found if len(t.losses) == 1]
   if alone:
-    edges.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
-  return Part(group.title, len(group.runs), edges, tables=made, command=command)
+    sentences.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
+  return Part(group.title, len(group.runs), sentences, tables=made, command=command)
 
 
 def loss_curves(evidence: Evidence, group: Group) -> Part:
   """How the losses fall, and how they depend on the learning rate."""
-  command = analysis_command(evidence.roots, "--plot=curves.png")
+  command = analysis_command(evidence.roots_of(group), "--plot=curves.png")
   drawn = [t for t in group.tunings.value if _has_curve(t)]
   if not any(math.isfinite(t.loss) for t in drawn):
     why = group.tunings.problem or "no learning rate has all its runs done"
@@ -195,7 +191,8 @@ def training_gap(evidence: Evidence, group: Group) -> Part:
       len(group.runs),
       missing=group.gaps.problem
       or "no optimizer has a run done in full precision and one under a recipe with the same seed",
-      command="python -m launch.local --config=configs/adamw_qat.py --root=RUNS --overrides=tuned.json",
+      command="python -m launch.local --config=configs/adamw_qat.py --root=RUNS "
+      "--overrides=tuned.json",
       left_out=left_out,
     )
   numbers = pd.DataFrame(
@@ -228,78 +225,6 @@ def training_gap(evidence: Evidence, group: Group) -> Part:
       )
     ],
     tables=[Table(f"gaps.{group.name}", caption, tables.GAP_COLUMNS, gaps, numbers)],
-    command=analysis_command(evidence.roots, "--gap_plot=gap.png"),
+    command=analysis_command(evidence.roots_of(group), "--gap_plot=gap.png"),
     left_out=left_out,
-  )
-
-
-def laws(evidence: Evidence) -> list[Part]:
-  """A scaling law per data set, over all its sizes."""
-  return [_law_part(law) for law in evidence.laws]
-
-
-def _law_part(law: Law) -> Part:
-  fit, sizes = law.law.value, law.points.get("size", pd.Series(dtype=str)).nunique()
-  command = "python -m launch.local --config=configs/adamw.py:micro --root=RUNS"
-  if fit is None:
-    return Part(
-      law.title, law.runs, missing=law.law.problem, command=command, left_out=law.left_out
-    )
-  rows = pd.DataFrame(
-    [
-      {
-        "parameter": name,
-        "value": value,
-        "profile_low": fit.intervals[name].profile.low,
-        "profile_high": fit.intervals[name].profile.high,
-        "bootstrap_low": fit.intervals[name].bootstrap.low,
-        "bootstrap_high": fit.intervals[name].bootstrap.high,
-        "identified": "yes" if fit.identified[name] else "no",
-      }
-      for name, value in sorted(fit.params.items(), key=lambda item: not item[0].startswith("rho"))
-    ]
-  )
-
-  def interval(kind: str):
-    def text(row) -> str:
-      low, high = getattr(row, f"{kind}_low"), getattr(row, f"{kind}_high")
-      return "none" if math.isnan(low) else f"{low:.4g} to {high:.4g}"
-
-    return text
-
-  percent = f"{100 * fit.confidence:g} %"
-  table = frame_table(
-    f"law.{len(law.title)}",
-    f"L = A / (N rho)^alpha + E, losses in nats; intervals at {percent}.",
-    rows,
-    {
-      "parameter": lambda row: row.parameter,
-      "value": lambda row: f"{row.value:.4g}",
-      "profile": interval("profile"),
-      "bootstrap": interval("bootstrap"),
-      "identified": lambda row: row.identified,
-    },
-  )
-  sentences = [
-    f"{fit.runs} runs of {sizes} size{'s' * (sizes != 1)}; log losses ± {fit.residual:.2g} around the "
-    f"law, ± {number(fit.between_seeds, '.2g')} between seeds. Bootstrap of {fit.resampling}."
-  ]
-  for reason in dict.fromkeys(filter(None, fit.reasons.values())):
-    names = [name for name in fit.params if fit.reasons[name] == reason]
-    sentences.append(f"Not identified: {', '.join(names)}: {reason}.")
-  return Part(
-    law.title,
-    law.runs,
-    sentences,
-    [
-      Drawing(
-        f"law.{len(law.title)}",
-        "Left: runs, and the law through their losses. Right: rho, the share of its parameters "
-        "that a recipe leaves a model.",
-        functools.partial(plots.plot_scaling_law, fit, points=law.points),
-      )
-    ],
-    [table],
-    command="analysis.scaling_law.fit(analysis.law_points.of_runs(runs)[0]), from Python",
-    left_out=[*law.left_out, *fit.left_out],
   )

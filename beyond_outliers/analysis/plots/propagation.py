@@ -24,7 +24,11 @@ from beyond_outliers.types import PathLike
 # Up to so many blocks every unit on the way has its place; beyond, a block is one.
 FEW_BLOCKS = 4
 # The parts of an error, in the palette's colours that no optimizer has.
-PARTS = {"A": ("passed on, A", "#999999"), "B": ("added here, B", "#E69F00"), "C": ("2⟨a, b⟩, C", "#F0E442")}
+PARTS = {
+  "A": ("passed on, A", "#999999"),
+  "B": ("added here, B", "#E69F00"),
+  "C": ("2⟨a, b⟩, C", "#F0E442"),
+}
 ON_THE_WAY = r"layers/\d+/(?:attention|mlp/\w+|\w+_norm|\w+_add)"
 LINEAR = r"layers/\d+/(?:attention|mlp)/(?:q|k|v|o|gate|up|down)"
 
@@ -48,9 +52,11 @@ def plot_error_along_depth(units: pd.DataFrame, path: PathLike = "") -> Figure:
           at, own["mean"], yerr=own["sem"].fillna(0), fmt="o-", markersize=3, linewidth=1,
           color=color_of(name),
         )  # fmt: skip
-      axes.set(title=", ".join(map(label, pair)), ylabel="R = ‖error‖²/‖output‖²")
+      axes.set(title=", ".join(map(label, pair)))
       _mark_blocks(axes, names)
       log_scale(axes, "y")
+    for axes in axes_RxC[:, 0]:
+      axes.set(ylabel="R = ‖error‖²/‖output‖²")
     for axes in axes_RxC.flat[len(pairs) :]:
       axes.set_axis_off()
     optimizer_legend(figure, units["optimizer"])
@@ -77,9 +83,7 @@ def plot_error_parts(units: pd.DataFrame, path: PathLike = "") -> Figure:
     for axes in axes_RxC.flat[len(optimizers) :]:
       axes.set_axis_off()
     figure.suptitle(", ".join(map(label, pair)), fontsize=9.5, x=0.01, ha="left")
-    marks = {
-      text: {"color": color, "linewidth": 6} for text, color in PARTS.values()
-    }
+    marks = {text: {"color": color, "linewidth": 6} for text, color in PARTS.values()}
     optimizer_legend(figure, [], marks)
   return figure
 
@@ -99,8 +103,8 @@ def _stack(axes: Axes, own: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
-  """What kinds of units do to the error that comes in: gain A / R_in (filled; closed form open), and
-  for linear layers the alignment ratio; means over depth and seeds, with the range over depth.
+  """What kinds of units do to the error that comes in: gain A / R_in (filled; closed form open),
+  and of linear layers the alignment ratio; means over depth and seeds, with the range.
 
   Of the first recipe and method among the rows."""
   pair = style.quantizations(units)[0]
@@ -108,8 +112,8 @@ def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
   rows = rows.assign(
     at=rows["name"].str.replace(r"^layers/\d+/?", "", regex=True).replace("", "block")
   )
-  rows = rows[pd.to_numeric(rows["gain"], errors="coerce").notna()]
-  names = list(dict.fromkeys(rows["at"]))
+  known = rows["at"][pd.to_numeric(rows["gain"], errors="coerce").notna()]
+  names = [name for name in dict.fromkeys(rows["at"]) if name in set(known)]
   size = 9, 1.6 + 0.32 * len(names)
   with canvas(path, 1, 2, size, sharey=True) as (figure, (panels,)):
     for column, marker, axes in (
@@ -149,9 +153,7 @@ def _draw_gains(
     color = color_of(optimizer)
     if face is None:
       axes.hlines(at, own.min(), own.max(), color=color, linewidth=1, alpha=0.5)
-    axes.plot(
-      means, at, marker, markersize=4, color=color, markerfacecolor=face or color
-    )
+    axes.plot(means, at, marker, markersize=4, color=color, markerfacecolor=face or color)
 
 
 def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFrame:
@@ -165,8 +167,7 @@ def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFram
 def _offsets(optimizers: pd.Series, spread: float) -> dict[str, float]:
   """Of each optimizer's marks, so that they lie beside each other."""
   names = in_order(optimizers)
-  places = np.linspace(-spread / 2, spread / 2, len(names)) if len(names) > 1 else [0.0]
-  return dict(zip(names, map(float, places), strict=True))
+  return dict(zip(names, style.beside(len(names), spread), strict=True))
 
 
 def _way(units: pd.DataFrame, wanted: str) -> list[str]:
@@ -186,7 +187,10 @@ def _mark_blocks(axes: Axes, names: Sequence[str]) -> None:
   deep = all(len(part) == 1 for part in parts)
   texts = [part[0] if deep else part[-1] for part in parts]
   every = -(-len(texts) // 26)
-  texts = [text if at % every == 0 or deep and not text.isdigit() else "" for at, text in enumerate(texts)]
+  texts = [
+    text if at % every == 0 or (deep and not text.isdigit()) else ""
+    for at, text in enumerate(texts)
+  ]
   axes.set_xticks(range(len(names)), texts, rotation=0 if deep and len(names) < 16 else 90)
   axes.grid(visible=not deep, axis="x", alpha=0.12)
   if deep:

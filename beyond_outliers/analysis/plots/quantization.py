@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from beyond_outliers.analysis.landings import WAYS, LandingComparison
 from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.plots.style import (
   canvas,
@@ -27,7 +28,7 @@ UNITS = {"loss_difference": "loss, quantized − full precision (nats)", "kl": "
 def plot_degradation(
   frame: pd.DataFrame, path: PathLike = "", lost: str = "loss_difference"
 ) -> Figure:
-  """What was lost, by recipe and method, one mark per optimizer: means over seeds ± standard errors,
+  """What was lost, by recipe and method, a mark per optimizer: means over seeds ± standard errors,
   and the seeds as small points. What is not finite stands at the edge, as an arrow.
 
   frame: rows of `predictors.frame`. Rows in order of their means, the cheapest on top."""
@@ -41,13 +42,12 @@ def plot_degradation(
     figure,
     ((axes,),),
   ):
-    spread = np.linspace(-0.33, 0.33, len(optimizers)) if len(optimizers) > 1 else [0.0]
     if style.wide(rows["value"]):
       axes.set_xscale("log")
-    for name, offset in zip(optimizers, spread, strict=True):
+    for name, offset in zip(optimizers, style.beside(len(optimizers), 0.66), strict=True):
       for at, pair in enumerate(pairs):
         own = style.of_quantization(rows[rows["optimizer"] == name], pair)["value"]
-        _draw_row(axes, own, at + float(offset), color_of(name))
+        _draw_row(axes, own, at + offset, color_of(name))
     if axes.get_xscale() == "log":
       log_scale(axes, "x")
     else:
@@ -118,6 +118,8 @@ def _scatter(axes: Axes, rows: pd.DataFrame, predictor: str, lost: str) -> None:
     axes.plot(own[predictor].mean(), own[lost].mean(), "o", color=color_of(name))
   if style.wide(rows[predictor]):
     log_scale(axes, "x")
+  else:
+    axes.locator_params(axis="x", nbins=5)
 
 
 def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: str) -> str:
@@ -132,6 +134,22 @@ def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: 
   return f": {value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def plot_landings(compared: pd.DataFrame, path: PathLike = "", lost: str = "delta") -> Figure:
-  """What quantization costs each optimizer at each landing on the common loss."""
-  raise NotImplementedError
+def plot_landings(compared: LandingComparison, path: PathLike = "") -> Figure:
+  """What quantization costs each optimizer by how it came to the common loss: means over seeds ±
+  standard errors, a line per optimizer. A panel per recipe and method, two at most."""
+  pairs = style.quantizations(compared.means)[:2]
+  ways = [way for way in WAYS if (compared.means["way"] == way).any()]
+  with canvas(path, 1, len(pairs), (4.8 * max(len(pairs), 1.2), 3.6)) as (figure, (axes_C,)):
+    for axes, pair in zip(axes_C, pairs, strict=True):
+      rows = style.of_quantization(compared.means, pair)
+      names = in_order(rows["optimizer"])
+      for name, offset in zip(names, style.beside(len(names), 0.2), strict=True):
+        own = rows[rows["optimizer"] == name].set_index("way").reindex(ways).dropna(subset="value")
+        at = [ways.index(way) + offset for way in own.index]
+        error = own["value_stderr"].fillna(0)
+        axes.errorbar(at, own["value"], yerr=error, fmt="o-", capsize=2, color=color_of(name))
+      axes.set_xticks(range(len(ways)), ways)
+      axes.set(xlim=(-0.4, len(ways) - 0.6), title=", ".join(map(label, pair)))
+    axes_C[0].set(ylabel=UNITS.get(compared.metric, compared.metric))
+    optimizer_legend(figure, compared.means["optimizer"])
+  return figure

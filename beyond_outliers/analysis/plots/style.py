@@ -92,7 +92,9 @@ def color_of(optimizer: str) -> str:
 def in_order(optimizers: Iterable[str]) -> list[str]:
   """Each once, in one order for all figures and tables: that of COLORS, then by name."""
   known = list(COLORS)
-  return sorted(set(optimizers), key=lambda name: (known.index(name) if name in known else 99, name))
+  return sorted(
+    set(optimizers), key=lambda name: (known.index(name) if name in known else 99, name)
+  )
 
 
 def label(name: object) -> str:
@@ -114,17 +116,18 @@ def optimizer_legend(
     for text, style in (others or {}).items()
   ]
   width = figure.get_figwidth()
-  figure.legend(handles=handles, loc="outside lower center", ncols=max(2, int(width / 1.25)))
+  figure.legend(handles=handles, loc="outside lower center", ncols=max(2, int(width / 1.05)))
 
 
 def log_scale(axes: Axes, which: str) -> None:
   """A logarithmic axis with plain numbers at its ticks; which: x or y."""
   axes.set(**{f"{which}scale": "log"})
   axis = axes.xaxis if which == "x" else axes.yaxis
+  axes.autoscale_view()
   low, high = axis.get_view_interval()
-  few = 0 < low < high < 30 * low
-  if few:
-    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+  # Within a decade or two, powers of ten alone would be one tick, or none.
+  subs = (1.0, 2.0, 5.0) if high < 30 * low else (1.0, 3.0) if high < 300 * low else (1.0,)
+  axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
   axis.set_major_formatter(ticker.FuncFormatter(_plain))
   axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -138,6 +141,11 @@ def wide(values: Sequence[float] | np.ndarray | pd.Series) -> bool:
   found = np.asarray(values, float)
   found = found[np.isfinite(found)]
   return bool(len(found) and found.min() > 0 and found.max() > 20 * found.min())
+
+
+def beside(count: int, spread: float) -> list[float]:
+  """Offsets of several marks, so that they lie beside each other."""
+  return np.linspace(-spread / 2, spread / 2, count).tolist() if count > 1 else [0.0]
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:

@@ -15,7 +15,6 @@ from beyond_outliers.analysis.plots.style import (
   MARKERS,
   canvas,
   color_of,
-  in_order,
   label,
   log_scale,
   optimizer_legend,
@@ -61,7 +60,7 @@ def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike = "") -> Figure:
     # figure is about.
     curves.set_ylim(top=min(curves.get_ylim()[1], min(finite) + 4.0))
     rates.set_ylim(min(finite) - 0.1, min(min(finite) + 2.0, max(finite) + 0.1))
-    log_scale(rates, "x")
+    _mark_rates(rates, tunings)
     lines = dict(zip(recipes, [{"linestyle": line} for line in LINES], strict=False))
     optimizer_legend(figure, [t.optimizer for t in tunings], lines if len(recipes) > 1 else None)
   return figure
@@ -87,6 +86,17 @@ def _draw_rates(axes: Axes, t: Tuning, line: str) -> None:
   color, rates, losses = color_of(t.optimizer), list(t.losses), list(t.losses.values())
   axes.plot(rates, losses, "o", linestyle=line, markersize=4, color=color)
   axes.plot([t.learning_rate], [t.loss], "o", markersize=9, fillstyle="none", color=color)
+
+
+def _mark_rates(axes: Axes, tunings: Sequence[Tuning]) -> None:
+  """A logarithmic axis with a tick at every rate, or at some of many."""
+  values = sorted({rate for t in tunings for rate in t.losses})
+  log_scale(axes, "x")
+  if len(values) < 12:
+    axes.set_xticks(
+      values, [f"{value:g}" for value in values], rotation=45 if len(values) > 6 else 0
+    )
+    axes.tick_params(axis="x", which="minor", bottom=False)
 
 
 def plot_qat_gaps(gaps: Sequence[Gap], path: PathLike = "") -> Figure:
@@ -135,8 +145,8 @@ def _draw_estimate(
 
 
 def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
-  """Degradation δ = CE(quantized)/CE − 1 of the checkpoints of runs, over the share of training that
-  is done, above the learning rate at that step over its peak.
+  """Degradation δ = CE(quantized)/CE − 1 of the checkpoints of runs, over the share of training
+  that is done, above the learning rate at that step over its peak.
 
   along: rows of `along_training.frame`; a column of panels per recipe and method, two at most."""
   pairs = style.quantizations(along)[:2]
@@ -144,20 +154,24 @@ def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
   with canvas(path, 2, len(pairs), size, sharex=True, height_ratios=[3, 1]) as (figure, axes):
     for (top, below), pair in zip(axes.T, pairs, strict=True):
       rows = style.of_quantization(along, pair)
-      for name in in_order(rows["optimizer"]):
-        own = rows[rows["optimizer"] == name].sort_values(["seed", "fraction"])
-        for _, one in own.groupby("run", sort=False):
-          top.plot(one["fraction"], 100 * one["delta"], color=color_of(name), alpha=0.25, linewidth=1)
+      for (average, name), own in rows.groupby(["average", "optimizer"], sort=False):
+        color, line = color_of(name), "--" if average else "-"
+        if own["seed"].nunique() > 1:
+          for _, one in own.sort_values("fraction").groupby("run", sort=False):
+            top.plot(one["fraction"], 100 * one["delta"], line, color=color, alpha=0.3, linewidth=1)
         means = own.groupby("fraction")[["delta", "rate"]].mean()
-        top.plot(means.index, 100 * means["delta"], "o-", markersize=3, color=color_of(name))
-        below.plot(means.index, means["rate"], color=color_of(name), linewidth=1)
+        top.plot(means.index, 100 * means["delta"], f"o{line}", markersize=3, color=color)
+        below.plot(means.index, means["rate"], color=color, linewidth=1)
       top.set(title=", ".join(map(label, pair)))
       if style.wide(rows["delta"]):
         log_scale(top, "y")
       below.set(xlabel="share of training", ylim=(-0.05, 1.1))
     axes[0, 0].set(ylabel="δ = CE(quantized)/CE − 1 (%)")
     axes[1, 0].set(ylabel="rate / peak")
-    optimizer_legend(figure, along["optimizer"])
+    averaged = {
+      f"weights averaged, {text}": {"linestyle": "--"} for text in along["average"] if text
+    }
+    optimizer_legend(figure, along["optimizer"], averaged)
   return figure
 
 

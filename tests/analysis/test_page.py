@@ -1,0 +1,234 @@
+"""The page of HTML over runs made by hand: complete, of its own, the same each time, and honest
+about what it lacks."""
+
+import csv
+import html.parser
+import os
+import re
+import shutil
+import subprocess
+import time
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from workdirs import cell, workdir
+
+from beyond_outliers import runs
+from beyond_outliers.analysis import page, plots
+from beyond_outliers.analysis.page.sections import SECTIONS
+from beyond_outliers.analysis.page.svg import inlined
+from configs import adamw, muon, psgd, soap
+
+HOSTILE = """<script>alert("1")</script>&'$x_1^$ \x01"""
+METHOD = "hadamard</text><image href='http://x.y/z'/>$\\frac"
+CHROMIUM = shutil.which("chromium")
+PARTS = ("R", "R_in", "A", "B", "C", "gain", "local")
+OUTLIERS = ("max_to_median", "max_to_mean", "kurtosis", "sqnr")
+
+
+def units(size):
+  """Rows as `propagation.decompose` has them, of two blocks."""
+  inside = {"attention/q": "linear", "attention/o": "linear", "mlp/up": "linear", "": "block"}
+  names = [(f"layers/{b}/{n}".rstrip("/"), kind) for b in range(2) for n, kind in inside.items()]
+  rows = []
+  for at, (name, kind) in enumerate([*names, ("final_norm", "norm"), ("head", "linear")], 1):
+    values = dict(zip(PARTS, (size, 0.1, 0.7 * size, 0.2 * size, 0.1 * size, 0.9), strict=False))
+    ratios = dict.fromkeys(("predicted_gain", "spectral_ratio", "alignment_ratio"), 1.0)
+    values |= ratios if kind == "linear" else dict.fromkeys(ratios)
+    if at == 1:
+      values["gain"] = None  # no error comes in
+    rows.append({"name": name, "kind": kind, **values, "local": 0.1 * at})
+  return rows
+
+
+def sweep(root, size="nano", parameters=(3_934_086, 786_432), **options):
+  """Three optimizers, two seeds, one recipe beside full precision, with cells of all sorts."""
+  for number, module in enumerate((adamw, muon, soap)):
+    for seed in range(2):
+      losses = {20: 6.0, 100: 5.0 + 0.1 * number + 0.01 * seed}
+      losses[200] = losses[100] - 0.5 - 0.2 * (2 - number)
+      shared = {"size": size, "parameters": parameters, "checkpoints": (100, 200), **options}
+      run = workdir(root, module, 0.1, seed, losses, **shared)
+      worse = {step: loss + 0.1 for step, loss in losses.items()}
+      workdir(root, module, 0.1, seed, worse, recipe="quest_w4a4", **shared)
+      for step in (100, 200):
+        loss, cost = losses[step], 0.1 * (number + 1) + 0.01 * seed
+        seen = {f"outliers/{name}/linear": 5.0 - cost for name in OUTLIERS}
+        cell(run, step, "none", "none", {"loss": loss, **seen})
+        for method, share in (("rtn", 1.0), (METHOD, 0.1)):
+          lost = {"loss": loss + share * cost, "loss_difference": share * cost, "kl": cost}
+          lost["loss_difference_interval"] = [0.9 * cost, 1.1 * cost]
+          cell(run, step, "rtn_w4a4", method, lost, R_L=share * cost, units=units(share * cost))
+
+
+class Reader(html.parser.HTMLParser):
+  """The tags of a page, and its text by section."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.text, self.section, self.open = [], {}, "", []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag == "section":
+      self.section = dict(attrs)["id"]
+
+  def handle_data(self, data):
+    self.text[self.section] = self.text.get(self.section, "") + data
+
+
+def written(root, out, **options):
+  out.mkdir(parents=True, exist_ok=True)
+  path = page.write_page(runs.find(root), out, **options)
+  with open(path) as file:
+    return file.read()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp("runs")
+  sweep(root / "nano")
+  hostile = root / HOSTILE
+  workdir(hostile, psgd, 0.1, 0, [6.0, 5.0] * 100, status="diverged")
+  workdir(hostile, psgd, 0.1, 1, [6.0, 5.0], status="running", argument=",steps=200")
+  workdir(root / "small", adamw, 0.1, 0, {20: 6.0, 200: 5.5}, size="0.3m", parameters=(300, 200))
+  workdir(root / "other", adamw, 0.1, 0, {20: 6.0, 200: 5.6}, fingerprint="of other data")
+  broken = workdir(root / "broken", adamw, 0.1, 0, [6.0, 5.0])
+  (broken / "status.json").write_text("{")
+  return root
+
+
+@pytest.fixture(scope="module")
+def report(root, tmp_path_factory):
+  """(the page's text, its folder)."""
+  folder = tmp_path_factory.mktemp("page")
+  began = time.perf_counter()
+  text = written(root, folder)
+  print(f"a report over {len(runs.find(root))} runs: {time.perf_counter() - began:.1f} s")
+  return text, folder
+
+
+def test_without_data_every_section_says_what_is_missing_and_what_makes_it(tmp_path):
+  folder = workdir(tmp_path / "runs", adamw, 0.1, 0, [6.0, 5.0], status="running")
+  (folder / "metrics.jsonl").write_text("")
+  text = written(tmp_path / "runs", tmp_path / "page")
+  found = Reader(text).text
+  assert [key for key in found if key] == [*SECTIONS, "every_run"]
+  for key in SECTIONS.keys() - {"answer", "runs", "tuning", "left_out"}:
+    assert "Missing:" in found[key] and "python -m " in found[key], key
+  assert "running" in found["runs"] and str(folder) in found["left_out"]
+  assert "<svg" not in text and not re.search(r"\bnan\b", text)
+
+
+def test_runs_that_cannot_be_read_are_left_out_by_name(tmp_path):
+  folder = workdir(tmp_path / "runs", adamw, 0.1, 0, [6.0, 5.0])
+  (folder / "manifest.json").write_text("{}")
+  found = Reader(written(tmp_path / "runs", tmp_path / "page")).text
+  assert f"{folder}/manifest.json: lacks" in found["left_out"]
+  assert [key for key in found if key] == [*SECTIONS, "every_run"]
+
+
+def test_a_figure_inside_the_page_has_its_ink_its_paper_and_ids_of_its_own():
+  text = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"
+    width="100pt" height="50pt"><metadata>m</metadata><defs><path id="p" style="stroke: #000000"/>
+    </defs><g clip-path="url(#c)"><use xlink:href="#p" style="fill: #ffffff; stroke: #0072b2"/>
+    <text>&lt;script&gt; id="x" #000000</text></g></svg>"""
+  found = inlined(text, "one", 'a "figure" <b>')
+  assert 'id="one-p"' in found and 'href="#one-p"' in found and "url(#one-c)" in found
+  assert found.startswith("<svg") and 'style="fill: currentColor' in found
+  assert "stroke: currentColor" in found and "fill: var(--paper); stroke: #0072b2" in found
+  assert '&lt;script&gt; id="x" #000000</text>' in found and "<metadata" not in found
+  assert 'aria-label="a &quot;figure&quot; &lt;b&gt;"' in found
+
+
+@pytest.mark.slow
+def test_with_data_no_section_of_the_sweep_is_missing(report):
+  found = Reader(report[0])
+  assert [key for key in found.text if key] == [*SECTIONS, "every_run"]
+  drawn = {key: found.text[key].count("SVG") for key in SECTIONS}
+  figures = ("losses", "degradation", "depth", "parts", "gains", "predictors", "gap", "along")
+  assert all(drawn[key] for key in (*figures, "landings")), drawn
+  assert "0.1200" not in found.text["gap"] and "+0.1000 ± 0.0000" in found.text["gap"]
+  assert "+0.1050 ± 0.0050" in found.text["answer"] and "R_L" in found.text["answer"]
+
+
+@pytest.mark.slow
+def test_runs_that_did_not_end_are_shown_as_such(report):
+  found = Reader(report[0]).text
+  for key in ("runs", "every_run"):
+    assert "diverged" in found[key] and "running" in found[key]
+  assert "diverged at step 200 of 200" in found["left_out"]
+  assert "broken/adamw/none-0.1-0/status.json" in found["left_out"]
+
+
+@pytest.mark.slow
+def test_sizes_and_data_have_parts_of_their_own(report):
+  found = Reader(report[0]).text
+  for key in ("runs", "tuning"):
+    assert "0.3m, 200 steps" in found[key] and "nano, 200 steps" in found[key]
+  assert "data.fingerprint: 'abc'" in found["runs"] and "'of other data'" in found["runs"]
+
+
+@pytest.mark.slow
+def test_the_page_needs_no_other_file_and_no_network(report):
+  text, folder = report
+  files = set(os.listdir(folder))
+  for tag, attributes in Reader(text).tags:
+    assert tag not in ("script", "link", "img", "image", "iframe", "object", "embed"), tag
+    assert not any(name.startswith("on") for name in attributes)
+    for name in ("src", "href", "xlink:href", "srcset"):
+      where = attributes.get(name) or "#"
+      assert where[0] == "#" or where in files or where == "https://arxiv.org/abs/2509.23500"
+  assert not re.search(r"@import|url\((?!#)", text)
+  ids = [attributes["id"] for _, attributes in Reader(text).tags if "id" in attributes]
+  assert len(ids) == len(set(ids))
+
+
+@pytest.mark.slow
+def test_names_are_text_wherever_they_stand(report):
+  text, folder = report
+  assert "alert(" in text and "<script" not in text and "<image" not in text and "\x01" not in text
+  for name in os.listdir(folder):
+    if name.endswith(".svg"):
+      drawn = ElementTree.parse(folder / name)
+      assert not list(drawn.iter("{http://www.w3.org/2000/svg}image"))
+      assert list(drawn.iter("{http://www.w3.org/2000/svg}text")), "text stays text"
+    elif name.endswith(".csv"):
+      with open(folder / name, newline="") as file:
+        rows = list(csv.reader(file))
+      assert rows and all(len(row) == len(rows[0]) for row in rows)
+  assert "$\\frac" in (folder / "degradation.nano_200.svg").read_text()
+
+
+@pytest.mark.slow
+def test_the_same_runs_give_the_same_bytes(report, root, tmp_path):
+  text, folder = report
+  assert written(root, tmp_path / "again") == text
+  for name in os.listdir(folder):
+    assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium, to open the page")
+def test_a_browser_opens_the_page_without_a_complaint(report, tmp_path):
+  options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+  options += ["--no-first-run", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+  address = f"file://{report[1] / page.PAGE}"
+  opened = subprocess.run(
+    [CHROMIUM, *options, "--dump-dom", address], capture_output=True, text=True, timeout=300
+  )
+  assert opened.returncode == 0 and "CONSOLE" not in opened.stderr, opened.stderr
+  found = Reader(opened.stdout).text
+  assert [key for key in found if key] == [*SECTIONS, "every_run"]
+
+
+def test_a_figure_without_a_path_is_drawn_and_not_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  rows = {"optimizer": ["adamw", "muon"], "recipe": "rtn_w4a4", "method": "rtn", "seed": 0}
+  frame = pd.DataFrame({**rows, "loss_difference": [0.1, float("inf")]})
+  figure = plots.plot_degradation(frame)
+  assert figure.axes and not list(tmp_path.iterdir())
+  plots.plot_degradation(frame, tmp_path / "a.png")
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
