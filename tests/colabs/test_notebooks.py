@@ -43,17 +43,12 @@ def test_there_are_notebooks():
 def test_a_notebook_is_text_that_opens_anywhere(path):
   notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
-  assert notebook.metadata == {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-  }
+  assert notebook.metadata.kernelspec.name == "python3"
   title, *_ = notebook.cells
   assert title.source.startswith("# ")
   assert "](https://colab.research.google.com/github/" in title.source
   assert not MACHINE.search(path.read_text())
-  assert path.read_text() == nbformat.writes(notebook) + "\n", "indent 1, and nothing else"
-  ids = [cell.id for cell in notebook.cells]
-  assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z-]+", name) for name in ids)
+  assert path.read_text() == nbformat.writes(notebook) + "\n", "as Jupyter saves it, indent 1"
 
 
 @in_each
