@@ -23,7 +23,7 @@ class ConfigFile(Protocol):
   def get_config(self, arg: str = "") -> Any: ...
 
 
-class Scale(NamedTuple):
+class Example(NamedTuple):
   """How large runs are that are made here, and how many."""
 
   overrides: str  # of config files, behind the size and its steps
@@ -33,15 +33,15 @@ class Scale(NamedTuple):
 
 BYTES = "data.tokenizer=bytes,data.vocab=264,eval.documents=1,checkpoint.keep=8"
 # Rows by what a notebook gives in the place of a folder.
-SCALES = {
+EXAMPLES = {
   # Half a minute a run on two cores.
-  "colab": Scale(
+  "colab": Example(
     f"context=128,batch_size=8,eval.batch_size=64,{BYTES},log.outliers_every=10",
     {"0.6m": 123, "0.3m": 36, "1m": 245},
     6,
   ),
   # For tests: most of it is compiling.
-  "tiny": Scale(
+  "tiny": Example(
     "context=32,batch_size=4,eval.batch_size=256,model.d_head=8,model.unroll=1,eval.every=24,"
     f"checkpoint.every=12,{BYTES},log.outliers_every=12",
     {"0.6m": 24, "0.3m": 10},
@@ -57,20 +57,20 @@ def find_or_train(
   *,
   ladder: Sequence[str] = (),
 ) -> list[runs_lib.Run]:
-  """The runs in the folder `where`; or, for a row of SCALES, a run of each config file under each
+  """The runs in the folder `where`; or, for a row of EXAMPLES, a run of each config file under each
   recipe in runs/<row>, trained on this machine unless it was before.
 
   ladder: recipes of which there is to be a run of every size.
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
-  if where not in SCALES:
+  if where not in EXAMPLES:
     return _find(where)
-  scale = SCALES[where]
+  example = EXAMPLES[where]
   return [
     _trained(where, module.get_config(f"{size},steps={steps},quant.recipe={recipe},{overrides}"))
-    for overrides in [scale.overrides]
+    for overrides in [example.overrides]
     for recipe in recipes
-    for size, steps in list(scale.steps.items())[: None if recipe in ladder else 1]
-    for module in config_files[: scale.most]
+    for size, steps in list(example.steps.items())[: None if recipe in ladder else 1]
+    for module in config_files[: example.most]
   ]
 
 
@@ -78,7 +78,7 @@ def _find(folder: str) -> list[runs_lib.Run]:
   found = runs_lib.find(folder) if epath.Path(folder).exists() else []
   if not found:
     raise WorkdirError(
-      f"{folder} holds no run: give the folder of some, or one of {', '.join(SCALES)}, which makes "
+      f"{folder} holds no run: give the folder of some, or one of {', '.join(EXAMPLES)}, which makes "
       "small ones"
     )
   return found
@@ -100,7 +100,7 @@ def _trained(where: str, given: Any) -> runs_lib.Run:
   return runs_lib.open(path)
 
 
-def evaluate(
+def measure_cells(
   where: str,
   runs: Sequence[runs_lib.Run],
   recipes: Sequence[str],
@@ -113,7 +113,7 @@ def evaluate(
   the last checkpoint or at all. Runs of a folder have the cells that they have.
 
   propagation: decomposes the error of each, too."""
-  if where not in SCALES:
+  if where not in EXAMPLES:
     return
   from beyond_outliers.evaluate.evaluator import Evaluator
   from beyond_outliers.evaluate.job import Job, Progress
@@ -122,7 +122,7 @@ def evaluate(
 
   for run in runs:
     target, progress = RunCheckpoints(run.path), Progress()
-    cells = plan_cells(target, recipes, methods[: SCALES[where].most])
+    cells = plan_cells(target, recipes, methods[: EXAMPLES[where].most])
     evaluator = Evaluator(target, cells, propagation=propagation, say=progress)
     job = Job(target, evaluator, progress)
     if every_checkpoint:

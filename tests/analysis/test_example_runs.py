@@ -21,16 +21,16 @@ def test_runs_of_a_folder_are_read_and_never_evaluated(tmp_path):
   workdir(tmp_path, muon, 0.01, 0, [5.0, 4.0])
   found = example_runs.find_or_train(str(tmp_path), [adamw], ["none"])
   assert [run.config.optimizer.name for run in found] == ["adamw", "muon"]
-  example_runs.evaluate(str(tmp_path), found, ["rtn_w4a4"])  # they have no checkpoint
+  example_runs.measure_cells(str(tmp_path), found, ["rtn_w4a4"])  # they have no checkpoint
   assert not list(tmp_path.rglob("eval"))
 
 
-@pytest.mark.parametrize("name", example_runs.SCALES)
+@pytest.mark.parametrize("name", example_runs.EXAMPLES)
 def test_sizes_have_one_ratio_of_tokens_to_parameters(name):
   """Which the study's law holds at; law_points takes 5 %."""
-  scale, ratios = example_runs.SCALES[name], []
-  for size, steps in scale.steps.items():
-    c = config.resolve(adamw.get_config(f"{size},steps={steps},{scale.overrides}"))
+  example, ratios = example_runs.EXAMPLES[name], []
+  for size, steps in example.steps.items():
+    c = config.resolve(adamw.get_config(f"{size},steps={steps},{example.overrides}"))
     shapes = jax.tree.leaves(transformer.shapes(transformer.Transformer(c.model)))
     parameters = sum(np.prod(x.shape) for x in shapes)
     ratios.append(steps * c.batch_size * c.context / parameters)
