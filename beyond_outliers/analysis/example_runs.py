@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 BYTES = "data.tokenizer=bytes,data.vocab=264,eval.documents=1,checkpoint.keep=8"
 # Rows by what a notebook gives in the place of a folder.
-EXAMPLES = {
+SMALL_RUNS = {
   # Half a minute a run on two cores.
   "colab": Example(
     f"context=128,batch_size=8,eval.batch_size=64,{BYTES},log.outliers_every=10",
@@ -57,14 +57,14 @@ def find_or_train(
   *,
   ladder: Sequence[str] = (),
 ) -> list[runs_lib.Run]:
-  """The runs in the folder `where`; or, for a row of EXAMPLES, a run of each config file under each
+  """The runs in the folder `where`; or, for a row of SMALL_RUNS, a run of each config file under each
   recipe in runs/<row>, trained on this machine unless it was before.
 
   ladder: recipes of which there is to be a run of every size.
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
-  if where not in EXAMPLES:
+  if where not in SMALL_RUNS:
     return _find(where)
-  example = EXAMPLES[where]
+  example = SMALL_RUNS[where]
   return [
     _trained(where, module.get_config(f"{size},steps={steps},quant.recipe={recipe},{overrides}"))
     for overrides in [example.overrides]
@@ -77,9 +77,9 @@ def find_or_train(
 def _find(folder: str) -> list[runs_lib.Run]:
   found = runs_lib.find(folder) if epath.Path(folder).exists() else []
   if not found:
+    rows = ", ".join(SMALL_RUNS)
     raise WorkdirError(
-      f"{folder} holds no run: give the folder of some, or one of {', '.join(EXAMPLES)}, which makes "
-      "small ones"
+      f"{folder} holds no run: give the folder of some, or one of {rows}, which makes small ones"
     )
   return found
 
@@ -113,7 +113,7 @@ def measure_cells(
   the last checkpoint or at all. Runs of a folder have the cells that they have.
 
   propagation: decomposes the error of each, too."""
-  if where not in EXAMPLES:
+  if where not in SMALL_RUNS:
     return
   from beyond_outliers.evaluate.evaluator import Evaluator
   from beyond_outliers.evaluate.job import Job, Progress
@@ -122,7 +122,7 @@ def measure_cells(
 
   for run in runs:
     target, progress = RunCheckpoints(run.path), Progress()
-    cells = plan_cells(target, recipes, methods[: EXAMPLES[where].most])
+    cells = plan_cells(target, recipes, methods[: SMALL_RUNS[where].most])
     evaluator = Evaluator(target, cells, propagation=propagation, say=progress)
     job = Job(target, evaluator, progress)
     if every_checkpoint:

@@ -25,10 +25,10 @@ def test_runs_of_a_folder_are_read_and_never_evaluated(tmp_path):
   assert not list(tmp_path.rglob("eval"))
 
 
-@pytest.mark.parametrize("name", example_runs.EXAMPLES)
+@pytest.mark.parametrize("name", example_runs.SMALL_RUNS)
 def test_sizes_have_one_ratio_of_tokens_to_parameters(name):
   """Which the study's law holds at; law_points takes 5 %."""
-  example, ratios = example_runs.EXAMPLES[name], []
+  example, ratios = example_runs.SMALL_RUNS[name], []
   for size, steps in example.steps.items():
     c = config.resolve(adamw.get_config(f"{size},steps={steps},{example.overrides}"))
     shapes = jax.tree.leaves(transformer.shapes(transformer.Transformer(c.model)))
