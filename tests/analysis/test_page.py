@@ -21,7 +21,7 @@ from beyond_outliers.analysis.page.svg import inlined
 from configs import adamw, muon, psgd, soap
 
 HOSTILE = """<script>alert("1")</script>&'$x_1^$ \x01"""
-METHOD = "hadamard</text><image href='http://x.y/z'/>$\\frac"
+METHOD = "</text><image href='x'/>$\\frac"
 CHROMIUM = shutil.which("chromium")
 PARTS = ("R", "R_in", "A", "B", "C", "gain", "local")
 OUTLIERS = ("max_to_median", "max_to_mean", "kurtosis", "sqnr")
@@ -150,7 +150,8 @@ def test_with_data_no_section_of_the_sweep_is_missing(report):
   drawn = {key: found.text[key].count("SVG") for key in SECTIONS}
   figures = ("losses", "degradation", "depth", "parts", "gains", "predictors", "gap", "along")
   assert all(drawn[key] for key in (*figures, "landings")), drawn
-  assert "0.1200" not in found.text["gap"] and "+0.1000 ± 0.0000" in found.text["gap"]
+  assert "Without psgd, of which no run is done." in found.text["landings"]
+  assert "+0.1000 ± 0.0000" in found.text["gap"]
   assert "+0.1050 ± 0.0050" in found.text["answer"] and "R_L" in found.text["answer"]
 
 

@@ -62,7 +62,7 @@ class _Writer:
   def figure(self, drawing: Drawing) -> dict[str, Any]:
     """Draws a figure's file; returns its name, and the SVG for the page."""
     name = self._file(drawing.name, "svg")
-    drawing.draw(path=self.folder / name)
+    drawing.draw(self.folder / name)
     text = (self.folder / name).read_text()
     return {"file": name, "svg": inlined(text, name.replace(".", "-"), drawing.caption)}
 
@@ -97,11 +97,9 @@ def _environment(writer: _Writer) -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.globals |= {
-    "column_kinds": _column_kinds,
-    "figure": writer.figure,
-    "table_file": writer.table,
-  }
+  environment.globals.update(
+    column_kinds=_column_kinds, figure=writer.figure, table_file=writer.table
+  )
   environment.filters["cell"] = _cell
   return environment
 
@@ -113,7 +111,7 @@ def _cell(text: str) -> str:
   return text
 
 
-def _column_kinds(rows: Sequence[Sequence[str]]) -> list[str]:
+def _column_kinds(rows: Sequence[Sequence[str]], count: int) -> list[str]:
   """The class of each column: numbers, which stand right, long text, which wraps, and other."""
 
   def kind(column: Sequence[str]) -> str:
@@ -122,4 +120,4 @@ def _column_kinds(rows: Sequence[Sequence[str]]) -> list[str]:
     numbers = [bool(NUMBER.match(text)) for text in column if text not in NO_NUMBERS]
     return "n" if numbers and all(numbers) else ""
 
-  return [kind(column) for column in zip(*rows, strict=True)]
+  return [kind([row[at] for row in rows]) for at in range(count)]

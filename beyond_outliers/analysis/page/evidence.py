@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import along_training, law_points, predictors, scaling_law
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.landings import LandingComparison, compare_landings
+from beyond_outliers.analysis.page.snapshot import Snapshot
 from beyond_outliers.analysis.ptq_degradation import degradation_cells
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
@@ -44,24 +46,6 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
     return Found(find())
   except Refusal as refusal:
     return Found(nothing, str(refusal))
-
-
-class Snapshot(runs_lib.Run):
-  """A run whose files are read once, so that all of the report is of one moment of it."""
-
-  manifest = functools.cached_property(runs_lib.Run.manifest.fget)
-  status = functools.cached_property(runs_lib.Run.status.fget)
-  steps = functools.cached_property(runs_lib.Run.steps.fget)
-  identity = functools.cached_property(runs_lib.Run.identity.fget)
-  trained_on = functools.cached_property(runs_lib.Run.trained_on.fget)
-  parameter_counts = functools.cached_property(runs_lib.Run.parameter_counts.fget)
-
-  def metrics(self) -> pd.DataFrame:
-    return self._metrics
-
-  @functools.cached_property
-  def _metrics(self) -> pd.DataFrame:
-    return super().metrics()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +126,27 @@ class Group:
     return attempt(lambda: read(self.best, self.settings, self.folders), pd.DataFrame())
 
   @functools.cached_property
+  def not_landed(self) -> list[str]:
+    """Optimizers of which no learning rate is done in full precision: they have no best loss."""
+    return [
+      t.optimizer
+      for t in self.tunings.value
+      if t.recipe == FULL_PRECISION and not math.isfinite(t.loss)
+    ]
+
+  @functools.cached_property
+  def _landing(self) -> list[runs_lib.Run]:
+    every = [*self.runs, *self.shorter]
+    return [run for run in every if run.config.optimizer.name not in self.not_landed]
+
+  @functools.cached_property
   def landings(self) -> Found[tuple[float, list[Landing]]]:
-    return attempt(lambda: common_loss([*self.runs, *self.shorter]), (float("nan"), []))
+    return attempt(lambda: common_loss(self._landing), (float("nan"), []))
 
   @functools.cached_property
   def landing_costs(self) -> Found[LandingComparison | None]:
-    every = [*self.runs, *self.shorter]
-    return attempt(
-      lambda: compare_landings(every, settings=self.settings, folders=self.folders), None
-    )
+    found = {"settings": self.settings, "folders": self.folders}
+    return attempt(lambda: compare_landings(self._landing, **found), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pandas as pd
 from beyond_outliers.analysis import plots, tables
 from beyond_outliers.analysis.page.evidence import Evidence, Group
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
-from beyond_outliers.analysis.page.text import analysis_command, field, spread
+from beyond_outliers.analysis.page.text import analysis_command, field, listed, spread
+from beyond_outliers.analysis.plots.style import named_rows
 
 KEYS = ("recipe", "method", "way", "optimizer")
 
@@ -43,13 +44,16 @@ def landings(evidence: Evidence, group: Group) -> Part:
       numbers,
     )
   ]
+  without = [f"Without {listed(group.not_landed)}, of which no run is done."] * bool(
+    group.not_landed
+  )
   compared = group.landing_costs
   if compared.value is None or not len(compared.value.means):
     why = compared.problem or "no landing was evaluated, so that its cost is not known"
     return Part(
       group.title,
       len(group.runs) + len(group.shorter),
-      [f"What quantization costs there: {why}."],
+      [*without, f"What quantization costs there: {why}."],
       tables=tables_made,
       command=command,
       left_out=compared.value.missing if compared.value else [],
@@ -71,7 +75,7 @@ def landings(evidence: Evidence, group: Group) -> Part:
   sentences = [
     f"{row.recipe}, {row.method}: from {row.way} to {row.other}, the order of {row.optimizers} "
     + (f"optimizers changes: {row.exchanged}." if row.changes else "optimizers stays.")
-    for row in costs.orders.itertuples(index=False)
+    for row in named_rows(costs.orders)
   ]
   figure = Drawing(
     name,
@@ -82,7 +86,7 @@ def landings(evidence: Evidence, group: Group) -> Part:
   return Part(
     group.title,
     costs.values["run"].nunique(),
-    sentences,
+    [*without, *sentences],
     [figure],
     tables_made,
     command="analysis.landings.compare_landings(runs), from Python",

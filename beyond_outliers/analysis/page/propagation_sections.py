@@ -98,7 +98,7 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
   columns = ["gain", "predicted_gain", "spectral_ratio", "alignment_ratio", "local"]
   means = units.assign(unit=kind).groupby(keys, sort=False)[columns].mean().reset_index()
   means = means[means["gain"].notna()]
-  values = {tuple(row[:4]): row for row in means.itertuples(index=False)}
+  values = {tuple(row[:4]): row for row in style.named_rows(means)}
 
   def text(row: tuple[str, str, str], optimizer: str) -> str:
     value = values.get((*row, optimizer))

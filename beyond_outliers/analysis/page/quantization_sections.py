@@ -68,11 +68,11 @@ def _by_optimizer(
   """A row per recipe and method, a column per optimizer."""
   optimizers = style.in_order(frame["optimizer"])
   means = style.over_seeds(frame, ["recipe", "method", "optimizer"], LOST)
-  cells = {tuple(row[:3]): row for row in means.itertuples(index=False)}
+  cells = {tuple(row[:3]): row for row in style.named_rows(means)}
   best = means.groupby(["recipe", "method"])["mean"].min()
   runs = {
     tuple(row[:3]): row.run
-    for row in frame[["recipe", "method", "optimizer", "run"]].itertuples(index=False)
+    for row in style.named_rows(frame[["recipe", "method", "optimizer", "run"]])
   }
   order = means.groupby(["recipe", "method"])["mean"].mean()
   pairs = sorted(order.index, key=lambda pair: (str(pair[0]), order[pair], str(pair[1])))
@@ -134,7 +134,7 @@ def predictors_of_degradation(evidence: Evidence, group: Group) -> Part:
       "optimizers": lambda row: str(row.optimizers),
       "runs": lambda row: str(row.runs),
     },
-    list(listed.itertuples(index=False)),
+    style.named_rows(listed),
     worth,
   )
   figures = [

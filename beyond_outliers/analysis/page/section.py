@@ -8,6 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from beyond_outliers.analysis.plots.style import named_rows
+from beyond_outliers.types import PathLike
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
@@ -15,7 +18,7 @@ class Drawing:
 
   name: str
   caption: str
-  draw: Callable[[str], Any]
+  draw: Callable[[PathLike], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def frame_table(
   name: str, caption: str, frame: pd.DataFrame, shown: Mapping[str, Callable[[Any], str]]
 ) -> Table:
   """A table whose items are the rows of a frame."""
-  return Table(name, caption, shown, list(frame.itertuples(index=False)), frame)
+  return Table(name, caption, shown, named_rows(frame), frame)
 
 
 def unique(lines: Iterable[str]) -> list[str]:

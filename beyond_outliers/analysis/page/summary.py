@@ -131,7 +131,7 @@ def _error(group: Group) -> dict[str, Column]:
 def _column(means: pd.DataFrame) -> Column:
   return {
     row.optimizer: Estimate(row.mean, row.sem)
-    for row in means.itertuples(index=False)
+    for row in style.named_rows(means)
     if not math.isnan(row.mean)
   }
 
@@ -141,7 +141,7 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
   for law in evidence.laws if len(evidence.laws) == 1 else ():
     fit = law.law.value
     for (optimizer, recipe), rho in fit.rho.items() if fit else ():
-      if recipe != FULL_PRECISION and fit.law == "study":
+      if recipe != FULL_PRECISION and isinstance(rho, float):  # by the study's law
         found.setdefault(f"rho, {recipe}", {})[optimizer] = Estimate(rho, math.nan)
   return found
 

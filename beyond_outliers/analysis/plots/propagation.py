@@ -94,7 +94,7 @@ def _stack(axes: Axes, own: pd.DataFrame, names: Sequence[str]) -> None:
   above, below = np.zeros(len(names)), np.zeros(len(names))
   for part, (_, color) in PARTS.items():
     shares = (pd.to_numeric(own[part], errors="coerce") / R).groupby(own["name"]).mean()
-    values = shares.reindex(names).fillna(0).to_numpy()
+    values = shares.reindex(list(names)).fillna(0).to_numpy()
     bottom = np.where(values < 0, below, above)
     axes.bar(range(len(names)), values, 0.8, bottom=bottom, color=color, linewidth=0)
     above += np.maximum(values, 0)

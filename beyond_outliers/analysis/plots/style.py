@@ -111,10 +111,9 @@ def optimizer_legend(
     Line2D([], [], color=color_of(name), linewidth=3, label=label(name))
     for name in in_order(optimizers)
   ]
-  handles += [
-    Line2D([], [], label=label(text), **{"color": "black", **style})
-    for text, style in (others or {}).items()
-  ]
+  for text, style in (others or {}).items():
+    options: dict[str, Any] = {"color": "black", **style}
+    handles.append(Line2D([], [], label=label(text), **options))
   width = figure.get_figwidth()
   figure.legend(handles=handles, loc="outside lower center", ncols=max(2, int(width / 1.05)))
 
@@ -146,6 +145,11 @@ def wide(values: Sequence[float] | np.ndarray | pd.Series) -> bool:
 def beside(count: int, spread: float) -> list[float]:
   """Offsets of several marks, so that they lie beside each other."""
   return np.linspace(-spread / 2, spread / 2, count).tolist() if count > 1 else [0.0]
+
+
+def named_rows(frame: pd.DataFrame) -> list[Any]:
+  """The rows as named tuples."""
+  return list(frame.itertuples(index=False))
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
