@@ -57,8 +57,8 @@ def find_or_train(
   *,
   ladder: Sequence[str] = (),
 ) -> list[runs_lib.Run]:
-  """The runs in the folder `where`; or, for a row of SMALL_RUNS, a run of each config file under each
-  recipe in runs/<row>, trained on this machine unless it was before.
+  """The runs in the folder `where`; or, for a row of SMALL_RUNS, a run of each config file under
+  each recipe in runs/<row>, trained on this machine unless it was before.
 
   ladder: recipes of which there is to be a run of every size.
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
