@@ -64,13 +64,12 @@ def find_or_train(
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
   if where not in SMALL_RUNS:
     return _find(where)
-  example = SMALL_RUNS[where]
+  overrides, sizes, most = SMALL_RUNS[where]
   return [
     _trained(where, module.get_config(f"{size},steps={steps},quant.recipe={recipe},{overrides}"))
-    for overrides in [example.overrides]
     for recipe in recipes
-    for size, steps in list(example.steps.items())[: None if recipe in ladder else 1]
-    for module in config_files[: example.most]
+    for size, steps in list(sizes.items())[: None if recipe in ladder else 1]
+    for module in config_files[:most]
   ]
 
 
