@@ -37,14 +37,14 @@ SMALL_RUNS = {
   # Half a minute a run on two cores.
   "colab": Example(
     f"context=128,batch_size=8,eval.batch_size=64,{BYTES},log.outliers_every=10",
-    {"0.6m": 123, "0.3m": 36, "1m": 245},
+    {"0.6m": 82, "0.3m": 24, "1m": 163},
     6,
   ),
   # For tests: most of it is compiling.
   "tiny": Example(
     "context=32,batch_size=4,eval.batch_size=256,model.d_head=8,model.unroll=1,eval.every=24,"
     f"checkpoint.every=12,{BYTES},log.outliers_every=12",
-    {"0.6m": 24, "0.3m": 10},
+    {"0.6m": 24, "0.3m": 10, "1m": 48},
     1,
   ),
 }
@@ -55,12 +55,12 @@ def find_or_train(
   config_files: Sequence[ConfigFile],
   recipes: Sequence[str] = ("none",),
   *,
-  ladder: Sequence[str] = (),
+  ladder: bool = False,
 ) -> list[runs_lib.Run]:
   """The runs in the folder `where`; or, for a row of SMALL_RUNS, a run of each config file under
   each recipe in runs/<row>, trained on this machine unless it was before.
 
-  ladder: recipes of which there is to be a run of every size.
+  ladder: of every size, instead of the usual one.
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
   if where not in SMALL_RUNS:
     return _find(where)
@@ -68,7 +68,7 @@ def find_or_train(
   return [
     _trained(where, module.get_config(f"{size},steps={steps},quant.recipe={recipe},{overrides}"))
     for recipe in recipes
-    for size, steps in list(sizes.items())[: None if recipe in ladder else 1]
+    for size, steps in list(sizes.items())[: None if ladder else 1]
     for module in config_files[:most]
   ]
 
