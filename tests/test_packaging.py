@@ -1,4 +1,5 @@
-"""Packaging: an installation holds every module, the configs that benches import, and py.typed."""
+"""Packaging: an installation holds every module, the configs that benches import, and what is
+no code but read by it."""
 
 import pathlib
 
@@ -19,5 +20,8 @@ def test_every_module_is_packaged(monkeypatch):
     for path in (ROOT / package).rglob("*.py")
   }
   assert set(distribution.packages) == {".".join(folder.parts) for folder in folders}
-  assert distribution.package_data == {"beyond_outliers": ["py.typed"]}
-  assert (ROOT / "beyond_outliers" / "py.typed").exists()
+  package = ROOT / "beyond_outliers"
+  data = distribution.package_data["beyond_outliers"]
+  packaged = {path for pattern in data for path in package.glob(pattern)}
+  sources = {path for path in package.rglob("*.*") if path.suffix not in (".py", ".md", ".pyc")}
+  assert packaged == {package / "py.typed", *sources}

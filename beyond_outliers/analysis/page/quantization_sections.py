@@ -85,7 +85,7 @@ def _by_optimizer(
     interval = intervals.get((runs[(*pair, optimizer)], *pair))
     if row.count == 1 and interval:
       shown += f" ({interval[0]:+.4f} to {interval[1]:+.4f})"
-    return f"**{shown}**" if row.mean == best[pair] else shown
+    return f"**{shown}**" if row.mean == best[pair] and len(optimizers) > 1 else shown
 
   columns: dict[str, Callable[[Any], str]] = {
     "recipe": lambda pair: str(pair[0]),
