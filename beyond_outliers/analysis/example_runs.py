@@ -1,0 +1,131 @@
+"""Example runs of notebooks: read where there are some, else made here, small ones.
+
+They are for trying the analysis out. Which of models so small and so briefly trained is ahead says
+nothing of the study's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from etils import epath
+
+from beyond_outliers import config
+from beyond_outliers import runs as runs_lib
+from beyond_outliers.config.sweeps import run_name
+from beyond_outliers.errors import WorkdirError
+
+
+class ConfigFile(Protocol):
+  """A module of configs/."""
+
+  def get_config(self, arg: str = "") -> Any: ...
+
+
+class Example(NamedTuple):
+  """How large runs are that are made here, and how many."""
+
+  overrides: str  # of config files, behind the size and its steps
+  steps: dict[str, int]  # by size, the usual one first: at each as many tokens per parameter
+  most: int  # optimizers, and methods, of those asked for, from the first
+
+
+BYTES = "data.tokenizer=bytes,data.vocab=264,eval.documents=1,checkpoint.keep=8"
+# Rows by what a notebook gives in the place of a folder.
+SMALL_RUNS = {
+  # Half a minute a run on two cores.
+  "colab": Example(
+    f"context=128,batch_size=8,eval.batch_size=64,{BYTES},log.outliers_every=10",
+    {"0.6m": 82, "0.3m": 24, "1m": 163},
+    6,
+  ),
+  # For tests: most of it is compiling.
+  "tiny": Example(
+    "context=32,batch_size=4,eval.batch_size=256,model.d_head=8,model.unroll=1,eval.every=24,"
+    f"checkpoint.every=12,{BYTES},log.outliers_every=12",
+    {"0.6m": 24, "0.3m": 10, "1m": 48},
+    1,
+  ),
+}
+
+
+def find_or_train(
+  where: str,
+  config_files: Sequence[ConfigFile],
+  recipes: Sequence[str] = ("none",),
+  *,
+  ladder: bool = False,
+) -> list[runs_lib.Run]:
+  """The runs in the folder `where`; or, for a row of SMALL_RUNS, a run of each config file under
+  each recipe in runs/<row>, trained on this machine unless it was before.
+
+  ladder: of every size, instead of the usual one.
+  Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
+  if where not in SMALL_RUNS:
+    return _find(where)
+  overrides, sizes, most = SMALL_RUNS[where]
+  return [
+    _trained(where, module.get_config(f"{size},steps={steps},quant.recipe={recipe},{overrides}"))
+    for recipe in recipes
+    for size, steps in list(sizes.items())[: None if ladder else 1]
+    for module in config_files[:most]
+  ]
+
+
+def _find(folder: str) -> list[runs_lib.Run]:
+  found = runs_lib.find(folder) if epath.Path(folder).exists() else []
+  if not found:
+    rows = ", ".join(SMALL_RUNS)
+    raise WorkdirError(
+      f"{folder} holds no run: give the folder of some, or one of {rows}, which makes small ones"
+    )
+  return found
+
+
+def _trained(where: str, given: Any) -> runs_lib.Run:
+  """The run of a configuration, done."""
+  c = config.resolve(given)
+  path = epath.Path(
+    "runs",
+    where,
+    run_name({"optimizer": c.optimizer.name, "recipe": c.quant.recipe, "size": c.size}),
+  )
+  if (path / "config.json").exists() and runs_lib.open(path).status["status"] == "done":
+    return runs_lib.open(path)
+  from beyond_outliers import train  # with all of training, which runs that are there do without
+
+  train.run(c, path, say=print)
+  return runs_lib.open(path)
+
+
+def measure_cells(
+  where: str,
+  runs: Sequence[runs_lib.Run],
+  recipes: Sequence[str],
+  methods: Sequence[str] = ("rtn",),
+  *,
+  every_checkpoint: bool = False,
+  propagation: bool = False,
+) -> None:
+  """Cells of runs that `find_or_train` made: each quantized by every method under every recipe, at
+  the last checkpoint or at all. Runs of a folder have the cells that they have.
+
+  propagation: decomposes the error of each, too."""
+  if where not in SMALL_RUNS:
+    return
+  from beyond_outliers.evaluate.evaluator import Evaluator
+  from beyond_outliers.evaluate.job import Job, Progress
+  from beyond_outliers.evaluate.plan import plan_cells
+  from beyond_outliers.evaluate.target import RunCheckpoints
+
+  for run in runs:
+    target, progress = RunCheckpoints(run.path), Progress()
+    cells = plan_cells(target, recipes, methods[: SMALL_RUNS[where].most])
+    evaluator = Evaluator(target, cells, propagation=propagation, say=progress)
+    job = Job(target, evaluator, progress)
+    if every_checkpoint:
+      job.once(target.steps())
+    else:
+      job.newest()
+    evaluator.close()

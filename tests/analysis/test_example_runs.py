@@ -1,0 +1,37 @@
+"""Runs that notebooks read, or make."""
+
+import jax
+import numpy as np
+import pytest
+from workdirs import workdir
+
+from beyond_outliers import config
+from beyond_outliers.analysis import example_runs
+from beyond_outliers.errors import WorkdirError
+from beyond_outliers.model import transformer
+from configs import adamw, muon
+
+
+def test_runs_of_a_folder_are_read_and_never_evaluated(tmp_path):
+  with pytest.raises(WorkdirError, match=r"holds no run: give the folder of some, or one of colab"):
+    example_runs.find_or_train(str(tmp_path), [adamw])
+  with pytest.raises(WorkdirError, match="colabb holds no run"):
+    example_runs.find_or_train("colabb", [adamw])
+  workdir(tmp_path, adamw, 0.1, 0, [5.0, 4.0])
+  workdir(tmp_path, muon, 0.01, 0, [5.0, 4.0])
+  found = example_runs.find_or_train(str(tmp_path), [adamw], ["none"])
+  assert [run.config.optimizer.name for run in found] == ["adamw", "muon"]
+  example_runs.measure_cells(str(tmp_path), found, ["rtn_w4a4"])  # they have no checkpoint
+  assert not list(tmp_path.rglob("eval"))
+
+
+@pytest.mark.parametrize("name", example_runs.SMALL_RUNS)
+def test_sizes_have_one_ratio_of_tokens_to_parameters(name):
+  """Which the study's law holds at; law_points takes 5 %."""
+  example, ratios = example_runs.SMALL_RUNS[name], []
+  for size, steps in example.steps.items():
+    c = config.resolve(adamw.get_config(f"{size},steps={steps},{example.overrides}"))
+    shapes = jax.tree.leaves(transformer.shapes(transformer.Transformer(c.model)))
+    parameters = sum(np.prod(x.shape) for x in shapes)
+    ratios.append(steps * c.batch_size * c.context / parameters)
+  assert max(ratios) < 1.05 * min(ratios)
