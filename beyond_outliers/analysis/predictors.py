@@ -33,7 +33,7 @@ LEVELS = {
   "runs_": tuple(CORRELATIONS),  # over all runs, those of one optimizer a cluster
   "partial_": ("pearson", "spearman"),  # over optimizers, given the loss in full precision
 }
-PARTS = ("", "_low", "_high", "_p")  # ends of the columns' names
+LIMITS = ("", "_low", "_high", "_p")  # ends of the columns' names
 
 
 def frame(
@@ -165,7 +165,7 @@ def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) ->
     f"{level}{method}{part}": np.nan
     for level, methods in LEVELS.items()
     for method in methods
-    for part in PARTS
+    for part in LIMITS
   }
   if name not in cells or cells[name].isna().all():
     return row | {"reason": f"no cell has {name}"}
@@ -194,7 +194,7 @@ def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) ->
       x, y = of[name].to_numpy(), of[lost].to_numpy()
       found = correlation(x, y, method, given=given, clusters=clusters, confidence=confidence)
       numbers = (found.value, *found.interval, found.p)
-      names = (f"{level}{method}{part}" for part in PARTS)
+      names = (f"{level}{method}{part}" for part in LIMITS)
       row |= dict(zip(names, numbers, strict=True))
       if np.isnan(found.p):
         reasons.append(f"{level}p: {found.p_from}")

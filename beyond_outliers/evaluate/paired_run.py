@@ -118,7 +118,7 @@ def _see_block(blocks, recipes, paths, params, streams, masks, counts_BxL):
   )
   found = {
     path: error_sums(unit, counts_BxL)
-    for path, unit in units.units(calls, q_calls, dict(recipes)).items()
+    for path, unit in units.units_of_block(calls, q_calls, dict(recipes)).items()
     if path in paths
   }
   if any(path.removeprefix("attention/") in units.OPENED for path in paths):

@@ -142,7 +142,7 @@ def _array(result: Any) -> jax.Array:
   return result[0] if isinstance(result, tuple) else result
 
 
-def units(
+def units_of_block(
   calls: dict[str, Call], q_calls: dict[str, Call], recipes: dict[str, LayerRecipe | None]
 ) -> dict[str, Unit]:
   """Units of a block by their paths in it, given its calls in both runs.
