@@ -49,7 +49,7 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class RunGroup:
   """Runs whose losses compare, of one length; and shorter ones, that came to the common loss.
 
   apart: why these are not of the group before; empty for the first."""
@@ -167,9 +167,9 @@ class Evidence:
   roots: Sequence[str]
   runs: Sequence[runs_lib.Run]
   unread: Sequence[str]
-  groups: Sequence[Group]
+  groups: Sequence[RunGroup]
 
-  def roots_of(self, group: Group) -> Sequence[str]:
+  def roots_of(self, group: RunGroup) -> Sequence[str]:
     """Folders for a report on one group alone, which the others of the page refuse to mix."""
     paths = [str(run.path) for run in [*group.runs, *group.shorter]]
     return self.roots if len(self.groups) < 2 else [os.path.commonpath(paths)]
@@ -214,7 +214,7 @@ def gather(
     check = attempt(lambda run=run: _read(run), None)
     (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
   groups = [
-    Group(own, shorter, settings or {}, folders, apart)
+    RunGroup(own, shorter, settings or {}, folders, apart)
     for alike, apart in _alike(readable)
     for own, shorter in _by_length(alike)
   ]

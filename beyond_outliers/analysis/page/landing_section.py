@@ -7,15 +7,15 @@ import functools
 import pandas as pd
 
 from beyond_outliers.analysis import plots, tables
-from beyond_outliers.analysis.page.evidence import Evidence, Group
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
-from beyond_outliers.analysis.page.text import analysis_command, field, listed, spread
+from beyond_outliers.analysis.page.text import analysis_command, field, listed, with_error
 from beyond_outliers.analysis.plots.style import named_rows
 
 KEYS = ("recipe", "method", "way", "optimizer")
 
 
-def landings(evidence: Evidence, group: Group) -> Part:
+def landings(evidence: Evidence, group: RunGroup) -> Part:
   """How each optimizer comes to the common loss, and whether their order depends on it."""
   loss, found = group.landings.value
   command = analysis_command(evidence.roots_of(group), "--common_loss", "--overrides=common.json")
@@ -65,7 +65,7 @@ def landings(evidence: Evidence, group: Group) -> Part:
     },
     "step": lambda row: f"{row.step:d}",
     "loss − common loss": lambda row: f"{row.off:+.4f}",
-    "cost (nats)": lambda row: spread(row.value, row.value_stderr, 4, "+"),
+    "cost (nats)": lambda row: with_error(row.value, row.value_stderr, 4, "+"),
     "place": lambda row: f"{row.place:g}",
   }
   rows = costs.means.sort_values(["recipe", "method", "way", "place"])

@@ -10,14 +10,14 @@ from typing import Any
 import pandas as pd
 
 from beyond_outliers.analysis import plots
-from beyond_outliers.analysis.page.evidence import Evidence, Group
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
 from beyond_outliers.analysis.page.quantization_sections import apart, missing
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
-from beyond_outliers.analysis.page.text import EVALUATE, NOTHING, spread
+from beyond_outliers.analysis.page.text import EVALUATE, NOTHING, with_error
 from beyond_outliers.analysis.plots import style
 
 
-def error_along_depth(evidence: Evidence, group: Group) -> Part:
+def error_along_depth(evidence: Evidence, group: RunGroup) -> Part:
   """How the error grows from the first block to the end of the network."""
   units = group.units.value
   if not len(units):
@@ -50,8 +50,8 @@ def error_along_depth(evidence: Evidence, group: Group) -> Part:
       "recipe": lambda row: str(row.recipe),
       "method": lambda row: str(row.method),
       "optimizer": lambda row: row.optimizer,
-      "R_L, final norm": lambda row: spread(row.final_norm, row.final_norm_se),
-      "R, logits": lambda row: spread(row.head, row.head_se),
+      "R_L, final norm": lambda row: with_error(row.final_norm, row.final_norm_se),
+      "R, logits": lambda row: with_error(row.head, row.head_se),
     },
   )
   figure = Drawing(
@@ -62,7 +62,7 @@ def error_along_depth(evidence: Evidence, group: Group) -> Part:
   return _decomposed(group, [figure], [table])
 
 
-def error_parts(evidence: Evidence, group: Group) -> Part:
+def error_parts(evidence: Evidence, group: RunGroup) -> Part:
   """What part of each unit's error came in, and what part was added."""
   units = group.units.value
   if not len(units):
@@ -76,7 +76,7 @@ def error_parts(evidence: Evidence, group: Group) -> Part:
   return _decomposed(group, figures, [])
 
 
-def gains(evidence: Evidence, group: Group) -> Part:
+def gains(evidence: Evidence, group: RunGroup) -> Part:
   """What kinds of units do to the error that comes in."""
   units = group.units.value
   if not len(units):
@@ -135,7 +135,7 @@ def _per_quantization(
   ]
 
 
-def _decomposed(group: Group, figures: Sequence[Drawing], tables: Sequence[Table]) -> Part:
+def _decomposed(group: RunGroup, figures: Sequence[Drawing], tables: Sequence[Table]) -> Part:
   units = group.units.value
   return Part(
     group.title,
@@ -147,5 +147,5 @@ def _decomposed(group: Group, figures: Sequence[Drawing], tables: Sequence[Table
   )
 
 
-def _undecomposed(group: Group) -> Part:
+def _undecomposed(group: RunGroup) -> Part:
   return missing(group, group.units, "no cell's error was decomposed", f"{EVALUATE} --propagation")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from beyond_outliers.analysis import plots, predictors
 from beyond_outliers.analysis.along_training import jump
-from beyond_outliers.analysis.page.evidence import Evidence, Found, Group, attempt
+from beyond_outliers.analysis.page.evidence import Evidence, Found, RunGroup, attempt
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
 from beyond_outliers.analysis.page.text import (
   EVALUATE,
@@ -18,7 +18,7 @@ from beyond_outliers.analysis.page.text import (
   analysis_command,
   field,
   number,
-  spread,
+  with_error,
 )
 from beyond_outliers.analysis.plots import style
 
@@ -32,7 +32,7 @@ SHOWN = (
 SEVERAL = 3  # recipes and methods that have a figure of their own, at most
 
 
-def degradation(evidence: Evidence, group: Group) -> Part:
+def degradation(evidence: Evidence, group: RunGroup) -> Part:
   """What quantization after training costs each optimizer, by recipe and method."""
   frame = group.cells.value
   measured = frame[pd.to_numeric(frame[LOST], errors="coerce").notna()] if LOST in frame else frame
@@ -81,7 +81,7 @@ def _by_optimizer(
     row = cells.get((*pair, optimizer))
     if row is None:
       return NOTHING
-    shown = spread(row.mean, row.sem, 4, "+")
+    shown = with_error(row.mean, row.sem, 4, "+")
     interval = intervals.get((runs[(*pair, optimizer)], *pair))
     if row.count == 1 and interval:
       shown += f" ({interval[0]:+.4f} to {interval[1]:+.4f})"
@@ -97,7 +97,7 @@ def _by_optimizer(
   return Table(name, caption, columns, pairs, numbers)
 
 
-def predictors_of_degradation(evidence: Evidence, group: Group) -> Part:
+def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
   """What goes with degradation over optimizers: outliers, and the error at the network's end."""
   frame = group.cells.value
   if not len(frame):
@@ -161,7 +161,7 @@ def predictors_of_degradation(evidence: Evidence, group: Group) -> Part:
   )
 
 
-def along_training(evidence: Evidence, group: Group) -> Part:
+def along_training(evidence: Evidence, group: RunGroup) -> Part:
   """How degradation moves along a run, with the learning rate and its cool-down."""
   along = group.along.value
   if not len(along) or along["step"].nunique() < 2:
@@ -178,7 +178,7 @@ def along_training(evidence: Evidence, group: Group) -> Part:
   keys = [key for key in keys if key != "average" or jumps["average"].any()]
 
   def percent(row: Any, name: str) -> str:
-    return spread(100 * getattr(row, name), 100 * getattr(row, f"{name}_stderr"), 2, "+")
+    return with_error(100 * getattr(row, name), 100 * getattr(row, f"{name}_stderr"), 2, "+")
 
   table = frame_table(
     f"along_training.{group.name}",
@@ -209,5 +209,5 @@ def apart(frame: pd.DataFrame) -> list[pd.DataFrame]:
   return [style.of_quantization(frame, pair) for pair in style.quantizations(frame)[:SEVERAL]]
 
 
-def missing(group: Group, found: Found[Any], why: str, command: str) -> Part:
+def missing(group: RunGroup, found: Found[Any], why: str, command: str) -> Part:
   return Part(group.title, len(group.runs), missing=found.problem or why, command=command)

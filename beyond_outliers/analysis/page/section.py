@@ -56,7 +56,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
+class PageSection:
   """A question and its parts, one per group of runs."""
 
   key: str  # of its address in the page, and of its files

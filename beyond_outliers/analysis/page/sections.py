@@ -9,8 +9,8 @@ from beyond_outliers.analysis.page import landing_section, law_section, summary
 from beyond_outliers.analysis.page import propagation_sections as propagation
 from beyond_outliers.analysis.page import quantization_sections as quantization
 from beyond_outliers.analysis.page import training_sections as training
-from beyond_outliers.analysis.page.evidence import Evidence, Group
-from beyond_outliers.analysis.page.section import Part, Section
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
+from beyond_outliers.analysis.page.section import PageSection, Part
 
 
 class Row(NamedTuple):
@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
   title: str
   question: str
-  of_group: Callable[[Evidence, Group], Part] | None = None
+  of_group: Callable[[Evidence, RunGroup], Part] | None = None
   of_all: Callable[[Evidence], list[Part]] | None = None
 
 
@@ -97,7 +97,7 @@ SECTIONS: dict[str, Row] = {
 }
 
 
-def make_sections(evidence: Evidence) -> list[Section]:
+def make_sections(evidence: Evidence) -> list[PageSection]:
   """Every section, its parts by group of runs, smallest models first; the last is of the others."""
   made = []
   for key, row in SECTIONS.items():
@@ -105,5 +105,5 @@ def make_sections(evidence: Evidence) -> list[Section]:
       parts = [row.of_group(evidence, group) for group in evidence.groups]
     else:
       parts = row.of_all(evidence) if row.of_all else [summary.left_out(evidence, made)]
-    made.append(Section(key, row.title, row.question, parts))
+    made.append(PageSection(key, row.title, row.question, parts))
   return made

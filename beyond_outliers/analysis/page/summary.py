@@ -8,17 +8,17 @@ from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.analysis.page.evidence import Evidence, Group
-from beyond_outliers.analysis.page.section import Part, Section, frame_table, unique
-from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, spread
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
+from beyond_outliers.analysis.page.section import PageSection, Part, frame_table, unique
+from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, with_error
 from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.statistics import Estimate, estimate
 from beyond_outliers.analysis.tuning import FULL_PRECISION, final_metric
 
-METHODS = 3  # columns of quantization after training: round to nearest, and the cheapest others
+CHEAPEST = 3  # columns of quantization after training: round to nearest, and the cheapest others
 
 
-def answer(evidence: Evidence, group: Group) -> Part:
+def answer(evidence: Evidence, group: RunGroup) -> Part:
   """One row per optimizer: its loss, what training under each recipe and quantization after
   training cost, the error at the network's end, and rho."""
   columns = {**_losses(group), **_gaps(group), **_methods(group), **_error(group), **_rho(evidence)}
@@ -55,7 +55,7 @@ def answer(evidence: Evidence, group: Group) -> Part:
       if value is None:
         return NOTHING
       sign = "+" if heading.startswith(("QAT", "PTQ")) else ""
-      shown = spread(value.mean, value.stderr, digits, sign)
+      shown = with_error(value.mean, value.stderr, digits, sign)
       least = value.mean == best[heading] and len(found) > 1 and not heading.startswith("rho")
       return f"**{shown}**" if least else shown
 
@@ -88,7 +88,7 @@ def answer(evidence: Evidence, group: Group) -> Part:
 Column = dict[str, Estimate]  # by optimizer
 
 
-def _losses(group: Group) -> dict[str, Column]:
+def _losses(group: RunGroup) -> dict[str, Column]:
   by_optimizer: dict[str, list[float]] = {}
   for run in group.best:
     loss = final_metric(run, "eval/loss")
@@ -98,14 +98,14 @@ def _losses(group: Group) -> dict[str, Column]:
   return {"loss, full precision": found} if found else {}
 
 
-def _gaps(group: Group) -> dict[str, Column]:
+def _gaps(group: RunGroup) -> dict[str, Column]:
   found: dict[str, Column] = {}
   for gap in group.gaps.value[0]:
     found.setdefault(f"QAT, {gap.recipe}", {})[gap.optimizer] = gap.loss
   return found
 
 
-def _methods(group: Group) -> dict[str, Column]:
+def _methods(group: RunGroup) -> dict[str, Column]:
   frame = group.cells.value
   if "loss_difference" not in frame:
     return {}
@@ -115,11 +115,11 @@ def _methods(group: Group) -> dict[str, Column]:
   cheapest = sorted((pair for pair in others if pair[0] == first[0]), key=lambda pair: order[pair])
   return {
     f"PTQ, {recipe}, {method}": _column(style.of_quantization(means, (recipe, method)))
-    for recipe, method in [first, *cheapest[: METHODS - 1]]
+    for recipe, method in [first, *cheapest[: CHEAPEST - 1]]
   }
 
 
-def _error(group: Group) -> dict[str, Column]:
+def _error(group: RunGroup) -> dict[str, Column]:
   frame = group.cells.value
   if "R_L" not in frame or frame["R_L"].isna().all():
     return {}
@@ -146,7 +146,7 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
   return found
 
 
-def left_out(evidence: Evidence, made: Sequence[Section]) -> Part:
+def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
   """All that no number is of: runs that cannot be read or are not done, and what sections lack."""
   rows = [{"of": "the report", "what": line} for line in evidence.unread]
   for section in made:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK, PAPER = "currentColor", "var(--paper)"
 # Of matplotlib's black and white, wherever a style or an attribute has them.
-COLORS = {
+INKS = {
   re.compile(r"#000000(?![0-9a-f])|(?<=: )black\b", re.IGNORECASE): INK,
   re.compile(r"#ffffff(?![0-9a-f])|(?<=: )white\b", re.IGNORECASE): PAPER,
 }
@@ -47,6 +47,6 @@ def _attribute(key: str, value: str, name: str) -> str:
     return f"#{name}-{value[1:]}"
   value = value.replace("url(#", f"url(#{name}-")
   if key in ("style", "fill", "stroke"):
-    for color, ours in COLORS.items():
+    for color, ours in INKS.items():
       value = color.sub(ours, value)
   return value

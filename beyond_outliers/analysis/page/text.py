@@ -31,7 +31,7 @@ def number(value: Any, style: str = ".4f") -> str:
   return f"{found:{style}}" if math.isfinite(found) else "not finite"
 
 
-def spread(mean: Any, stderr: Any, digits: int = 4, sign: str = "") -> str:
+def with_error(mean: Any, stderr: Any, digits: int = 4, sign: str = "") -> str:
   """mean ± standard error, where there is one."""
   if mean is None or math.isnan(mean):
     return NOTHING

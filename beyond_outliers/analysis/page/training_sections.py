@@ -9,7 +9,7 @@ import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, tables
-from beyond_outliers.analysis.page.evidence import Evidence, Group, attempt, recipe_of
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup, attempt, recipe_of
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
 from beyond_outliers.analysis.page.text import analysis_command, rates, text_columns
 from beyond_outliers.analysis.tuning import Tuning, final_metric
@@ -21,7 +21,7 @@ RUN_COLUMNS = (
 STATUSES = ("done", "running", "preempted", "diverged", "failed", "not started")
 
 
-def what_was_run(evidence: Evidence, group: Group) -> Part:
+def what_was_run(evidence: Evidence, group: RunGroup) -> Part:
   """Numbers of runs by optimizer and recipe, and those that are not done, one by one."""
   every = [*group.runs, *group.shorter]
   frame = runs_table(every)
@@ -107,7 +107,7 @@ def every_run(evidence: Evidence) -> Table:
   return frame_table("every_run", "All runs of this report.", frame, _run_columns(frame))
 
 
-def tuned_rates(evidence: Evidence, group: Group) -> Part:
+def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
   """Each optimizer's best rate and its neighbours, and whether the grid brackets it."""
   found = group.tunings.value
   command = analysis_command(evidence.roots_of(group))
@@ -159,7 +159,7 @@ def tuned_rates(evidence: Evidence, group: Group) -> Part:
   return Part(group.title, len(group.runs), sentences, tables=made, command=command)
 
 
-def loss_curves(evidence: Evidence, group: Group) -> Part:
+def loss_curves(evidence: Evidence, group: RunGroup) -> Part:
   """How the losses fall, and how they depend on the learning rate."""
   command = analysis_command(evidence.roots_of(group), "--plot=curves.png")
   drawn = [t for t in group.tunings.value if _has_curve(t)]
@@ -182,7 +182,7 @@ def _has_curve(t: Tuning) -> bool:
   return {"train/loss", "eval/loss"} <= known
 
 
-def training_gap(evidence: Evidence, group: Group) -> Part:
+def training_gap(evidence: Evidence, group: RunGroup) -> Part:
   """What training under a recipe costs each optimizer."""
   gaps, left_out = group.gaps.value
   if not gaps:

@@ -24,7 +24,7 @@ from beyond_outliers.types import PathLike
 # Up to so many blocks every unit on the way has its place; beyond, a block is one.
 FEW_BLOCKS = 4
 # The parts of an error, in the palette's colours that no optimizer has.
-PARTS = {
+ERROR_PARTS = {
   "A": ("passed on, A", "#999999"),
   "B": ("added here, B", "#E69F00"),
   "C": ("2⟨a, b⟩, C", "#F0E442"),
@@ -83,7 +83,7 @@ def plot_error_parts(units: pd.DataFrame, path: PathLike = "") -> Figure:
     for axes in axes_RxC.flat[len(optimizers) :]:
       axes.set_axis_off()
     figure.suptitle(", ".join(map(label, pair)), fontsize=9.5, x=0.01, ha="left")
-    marks = {text: {"color": color, "linewidth": 6} for text, color in PARTS.values()}
+    marks = {text: {"color": color, "linewidth": 6} for text, color in ERROR_PARTS.values()}
     optimizer_legend(figure, [], marks)
   return figure
 
@@ -92,7 +92,7 @@ def _stack(axes: Axes, own: pd.DataFrame, names: Sequence[str]) -> None:
   """Bars of the parts, those below zero downwards."""
   R = pd.to_numeric(own["R"], errors="coerce")
   above, below = np.zeros(len(names)), np.zeros(len(names))
-  for part, (_, color) in PARTS.items():
+  for part, (_, color) in ERROR_PARTS.items():
     shares = (pd.to_numeric(own[part], errors="coerce") / R).groupby(own["name"]).mean()
     values = shares.reindex(list(names)).fillna(0).to_numpy()
     bottom = np.where(values < 0, below, above)
