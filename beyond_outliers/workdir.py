@@ -23,14 +23,9 @@ from etils import epath
 from etils.epath import gpath
 
 from beyond_outliers import config, mesh
+from beyond_outliers.config import sums as file_sums
 from beyond_outliers.config.files import make_folder, read_json
-from beyond_outliers.config.sums import (
-  SUMS,
-  file_sha256,
-  folder_mismatch,
-  replaced,
-  write_folder_sums,
-)
+from beyond_outliers.config.sums import SUMS
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
 
@@ -96,7 +91,7 @@ class Workdir:
 
   def _write(self, name: str, value: Any, durable: bool = True) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
-    with replaced(self.path / name, durable) as temporary:
+    with file_sums.replaced(self.path / name, durable) as temporary:
       temporary.write_text(json.dumps(value, indent=2) + "\n")
 
   def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
@@ -250,8 +245,8 @@ def digest(value: Any) -> str:
 
 def write_sums(directory: epath.Path) -> None:
   """Seals a checkpoint: the SHA-256 of every file in the directory goes into its SUMS."""
-  sums = {name: file_sha256(directory / name) for name in files_below(directory)}
-  write_folder_sums(directory, sums)
+  sums = {name: file_sums.file_sha256(directory / name) for name in files_below(directory)}
+  file_sums.write_folder_sums(directory, sums)
 
 
 def mismatch(directory: epath.Path) -> str:
@@ -260,7 +255,7 @@ def mismatch(directory: epath.Path) -> str:
     logging.warning(
       "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
     )
-  return folder_mismatch(directory)
+  return file_sums.folder_mismatch(directory)
 
 
 def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:

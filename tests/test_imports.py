@@ -42,7 +42,7 @@ DOORS = {
     "quant/storage",
     "ops/tensor_files",
   ),  # readers of other programs' files and of our own, and the one writer of both
-  "jinja2": ("analysis/page/__init__",),
+  "jinja2": ("analysis/page/__init__", "evaluate/harness_tasks", "evaluate/task_code"),
   "matplotlib": tuple(
     f"analysis/plots/{name}" for name in ("propagation", "quantization", "style", "training")
   ),

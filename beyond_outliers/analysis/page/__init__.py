@@ -97,9 +97,8 @@ def _environment(writer: _Writer) -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.globals.update(
-    column_kinds=_column_kinds, figure=writer.figure, table_file=writer.table
-  )
+  functions = {"column_kinds": _column_kinds, "figure": writer.figure, "table_file": writer.table}
+  environment.globals |= functions  # pyrefly: ignore[bad-assignment]  (its globals, as stubs have them)
   environment.filters["cell"] = _cell
   return environment
 

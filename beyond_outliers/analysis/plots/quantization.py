@@ -68,7 +68,9 @@ def _draw_row(axes: Axes, own: pd.Series, at: float, color: str) -> None:
     axes.plot([1.0], [at], ">", color=color, transform=axes.get_yaxis_transform(), clip_on=False)
   if len(finite) > 1:
     axes.plot(finite, [at] * len(finite), ".", markersize=3, color=color, alpha=0.5)
-    axes.errorbar(finite.mean(), at, xerr=float(finite.sem()), fmt="o", capsize=2, color=color)
+    axes.errorbar(
+      finite.mean(), at, xerr=finite.std() / np.sqrt(len(finite)), fmt="o", capsize=2, color=color
+    )
   elif len(finite):
     axes.plot(finite, [at], "o", color=color)
 
