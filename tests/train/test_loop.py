@@ -313,7 +313,8 @@ def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp
 
 
 @pytest.mark.parametrize("number", hooks.STOPS)
-def test_asked_to_stop_a_run_saves_and_gives_the_signals_back(checkpoints, number):
+def test_asked_to_stop_a_run_saves_and_gives_the_signals_back(checkpoints, number, monkeypatch):
+  monkeypatch.setattr(hooks, "_is_ignored_hang_up", lambda number: False)  # tests under nohup
   before = {each: signal.getsignal(each) for each in hooks.STOPS}
   save = make_save(checkpoints, 9)
 
