@@ -215,21 +215,24 @@ class AverageOfRun:
     )
     self._run, self._count = run, 1 if name == "ema" else int(found[1] or c.last)
     self.name = name if name == "ema" else f"last:{self._count}"
+    self._restored: dict[int, list[int]] = {}
 
   def steps(self, step: int) -> list[int]:
     """The checkpoints that the average as of `step` is made of, oldest first: fewer where there are
-    not so many."""
-    return [known for known in self._run.steps if known <= step][-self._count :]
+    not so many. Once it was restored they stay, though the run deletes them."""
+    known = [known for known in self._run.steps if known <= step][-self._count :]
+    return self._restored.get(step, known)
 
   def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> Params:
     """The average as of a checkpoint (the newest intact one), placed on the mesh.
 
     Errors: CheckpointError."""
-    if self.name == "ema":
-      return self._run.restore(mesh, step, "average")[1]
-    newest, params = self._run.restore(mesh, step)
-    earlier = (self._run.restore(mesh, known)[1] for known in self.steps(newest)[-2::-1])
-    mean, _ = params_lib.mean(itertools.chain([params], earlier))
+    newest, params = self._run.restore(mesh, step, "average" if self.name == "ema" else "params")
+    before = [known for known in self._run.steps if known < newest]
+    earlier = before[max(len(before) - self._count + 1, 0) :]
+    each = (self._run.restore(mesh, known)[1] for known in earlier[::-1])
+    mean, _ = params_lib.mean(itertools.chain([params], each))
+    self._restored[newest] = [*earlier, newest]
     return mean
 
 

@@ -140,14 +140,14 @@ class Workdir:
     self.read("wandb.json")
     self.read_rows()
 
-  def check_past(self, checkpoints: list[int]) -> None:
-    """Refusal of a run that had checkpoints and has none: it would begin anew, and drop its rows.
+  def check_past(self) -> None:
+    """Refusal of a run without checkpoints that had some: it would begin anew, and drop its rows.
 
     Errors: WorkdirError."""
     status = self.read("status.json") or {"status": "", "step": 0}
     begun = status.get("first", status["step"])  # of one that runs: where it resumed
     had = status["status"] in ("done", "preempted") or (begun and status["status"] != "diverged")
-    if not checkpoints and (had or list(self.checkpoints.glob("damaged-*"))):
+    if had or any(self.checkpoints.glob("damaged-*")):
       raise WorkdirError(
         f"{self.path} holds a run, {status['status']} at step {status['step']}, and none of its "
         "checkpoints; restore one from a copy, or start in another workdir"
@@ -157,9 +157,9 @@ class Workdir:
     """status: running | done | diverged | preempted | failed."""
     self.write("status.json", _status(status, step, reason))
 
-  def beat(self, step: int, first: int) -> None:
+  def beat(self, step: int, first: int, reason: str = "") -> None:
     """Shows that the run, begun at step `first`, goes on: status running, at a step, now."""
-    self.write("status.json", {**_status("running", step, ""), "first": first}, durable=False)
+    self.write("status.json", {**_status("running", step, reason), "first": first}, durable=False)
 
   def set_failed(self, step: int, reason: str) -> None:
     """Status failed, from any process: the first may be the one that is gone."""

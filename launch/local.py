@@ -127,7 +127,7 @@ class Runner:
     """Exit code; the last, of a command that failed and was started again."""
     for left in range(restarts, -1, -1):
       code = self._run_once(command)
-      if code in FINAL or not left:
+      if code in FINAL or not left or self.asked:
         break
       print(f"exit code {code}: starting it again, {left} left: {' '.join(command)}", flush=True)
     return code

@@ -79,6 +79,19 @@ def test_an_average_of_the_last_checkpoints_is_their_mean(workdir):
   assert runs.AverageOfRun(run, "last:3").steps(2) == [2]
 
 
+@pytest.mark.parametrize("name, steps", [("last:3", [2, 4]), ("last:1", [4])])
+def test_an_average_tells_what_it_was_made_of_though_the_run_deletes_that(
+  workdir, tmp_path, name, steps
+):
+  shutil.copytree(workdir, tmp_path / "run")
+  average = runs.AverageOfRun(runs.open(tmp_path / "run"), name)
+  one = mesh.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
+  average.restore(one, 4)
+  for step in (2, 4):
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+  assert average.steps(4) == steps
+
+
 def test_open(workdir, tiny_config):
   run = runs.open(workdir)
   assert run.config == tiny_config(

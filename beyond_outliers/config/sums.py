@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -77,14 +78,15 @@ def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
   """Another name to write a file under, which takes its place once it is whole; and, durable, on
   the disk, so that a power failure leaves the old or the new."""
   path = pathlib.Path(file)
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
   try:
     yield temporary
     if durable:
       _on_disk(temporary)
     temporary.replace(path)
     if durable:
-      _on_disk(path.parent)
+      with contextlib.suppress(OSError):  # file systems like SMB have no such thing of a folder
+        _on_disk(path.parent)
   finally:
     temporary.unlink(missing_ok=True)
 

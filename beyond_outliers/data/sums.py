@@ -93,10 +93,13 @@ class FileSums:
       if name not in self._pending:
         return
       problem = "contents are not those that were prepared (SHA-256 differs from meta.json's)"
+      remedy = "delete the folder and prepare again"
       try:
         if file_sha256(self._folder / name) == self._described[name]["sha256"]:
           self._pending.discard(name)
           return
       except OSError as error:
         problem = str(error.strerror)
-      self._problem = f"{self._folder / name}: {problem}; delete the folder and prepare again"
+        if not isinstance(error, FileNotFoundError):  # which says nothing of what it holds
+          remedy = "nothing is known to be damaged: give the same command once it can be read"
+      self._problem = f"{self._folder / name}: {problem}; {remedy}"

@@ -254,7 +254,7 @@ class Watchdog:
   stacks-<process>.txt in the workdir, and the status says so."""
 
   def __init__(self, seconds: float, workdir: Workdir, first: int):
-    self._seconds, self._workdir = seconds, workdir
+    self._seconds, self._workdir, self._first = seconds, workdir, first
     self._last = (first, time.monotonic())  # step, and when it ended
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -279,4 +279,4 @@ class Watchdog:
           file.flush()
           faulthandler.dump_traceback(file, all_threads=True)
         reason = f"no step for {self._seconds:g} s; where it stands: {path.name}"
-        self._workdir.set_status("running", step, reason)
+        self._workdir.beat(step, self._first, reason)

@@ -156,8 +156,10 @@ class Peers:
       self._client.key_value_set(
         f"{ENDED}{self._index}", json.dumps({"code": code, "reason": reason}), True
       )
-    self._say(reason)
-    _exit(code)
+    try:
+      self._say(reason)
+    finally:  # a full disk, which may be why the other one ended, has no room for last words
+      _exit(code)
 
   def _say(self, reason: str) -> None:
     print(f"error: {reason}", file=sys.stderr, flush=True)

@@ -44,8 +44,8 @@ def _set_aside(workdir: Workdir, step: int, later: list[int], aside: epath.Path)
   rows = [line for line, row in workdir.read_rows() if row["step"] > step]
   (aside / "metrics.jsonl").write_text("".join(line + "\n" for line in rows))
   status = workdir.path / "status.json"
-  if status.exists():
-    (aside / status.name).write_text(status.read_text())
+  if status.exists():  # it would say that a run that goes on has ended, until that has compiled
+    status.rename(aside / status.name)
   for result in sorted((workdir.path / "eval").glob("*.json")):
     number = re.match(r"(\d+)-", result.name)
     if number and int(number[1]) > step:

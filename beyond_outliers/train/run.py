@@ -8,7 +8,6 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -22,14 +21,12 @@ from beyond_outliers.train.program import Program
 from beyond_outliers.train.run_hooks import (
   RunInputs,
   RunOutputs,
+  check_data,
   fingerprints,
   make_hooks,
   record_of,
 )
 from beyond_outliers.types import Json, PathLike
-
-if TYPE_CHECKING:
-  pass
 
 Say = Callable[[str], None]
 
@@ -89,7 +86,8 @@ def _train(
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
   stack.enter_context(contextlib.closing(inputs.batches))
   stack.enter_context(mesh_lib.use(program.mesh))
-  workdir.check_past(checkpoints.steps())
+  if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
+    workdir.check_past()
   record = record_of(c, inputs.dataset)
   start = initialize.start(program, checkpoints, inputs.batches, record, say)
   first = int(start.state.step)
@@ -119,7 +117,6 @@ def _train(
   workdir.write("config.json", config.to_dict(c))
   workdir.write("manifest.json", manifest)
   workdir.set_status("running", first)
-  run_hooks = make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
   placed = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
   status, step, reason = "done", c.steps, ""
 
@@ -128,13 +125,15 @@ def _train(
 
   stack.enter_context(processes.last_words(fail))
   try:
-    try:
-      loop.fit(train_step, start.state, placed, run_hooks, c.steps)
-    except loop.Stop as stop:
-      status, step, reason = stop.status, stop.step, stop.reason
-    checkpoints.close()  # waits; a write that failed in the background raises here
-    if status == "done":
-      _check_data(inputs.dataset)
+    with contextlib.ExitStack() as working:  # no hook writes a status behind the last one
+      run_hooks = make_hooks(program, eval_step, peak, inputs, outputs, start, working)
+      try:
+        loop.fit(train_step, start.state, placed, run_hooks, c.steps)
+      except loop.Stop as stop:
+        status, step, reason = stop.status, stop.step, stop.reason
+      checkpoints.close()  # waits; a write that failed in the background raises here
+      if status == "done":
+        check_data(inputs.dataset)
   except BaseException as error:
     fail(f"{type(error).__name__}: {error}")
     raise
@@ -156,17 +155,6 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
       dataset, c.data, batch_size=c.eval.batch_size, documents=c.eval.documents, **mine
     ),
   )
-
-
-def _check_data(dataset: data.Dataset) -> None:
-  """Waits until what was read is compared with its sums. Errors: DataError on every process."""
-  problem = ""
-  try:
-    dataset.sums.wait()
-  except data.DataError as error:
-    problem = str(error)
-  if mesh_lib.on_any_process(bool(problem)):
-    raise data.DataError(problem or "another process read damaged data, and says which")
 
 
 def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> list[writers.Writer]:

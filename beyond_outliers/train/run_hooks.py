@@ -47,6 +47,17 @@ def fingerprints(dataset: data.Dataset) -> Json:
   return {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
 
 
+def check_data(dataset: data.Dataset) -> None:
+  """Waits until what was read is compared with its sums. Errors: DataError on every process."""
+  problem = ""
+  try:
+    dataset.sums.wait()
+  except data.DataError as error:
+    problem = str(error)
+  if mesh_lib.on_any_process(bool(problem)):
+    raise data.DataError(problem or "another process read damaged data, and says which")
+
+
 def make_hooks(
   program: Program,
   eval_step: Any,
@@ -88,10 +99,15 @@ def make_hooks(
     made.append(
       hooks.Evaluate(c.log.outliers_every, measure, sinks, clock, **periodic, name="outliers")
     )
+
+  def data_state() -> Json:
+    check_data(inputs.dataset)  # a run that goes on from here must not have seen damaged data
+    return inputs.batches.state()
+
   save = hooks.Save(
     c.checkpoint,
     outputs.checkpoints,
-    inputs.batches.state,
+    data_state,
     clock,
     tokens_per_step=tokens_per_step,
     run=record_of(c, inputs.dataset),

@@ -1,6 +1,10 @@
 """Sums of a folder's files: what differs is named, and a name does not leave the folder."""
 
+import errno
 import json
+import os
+import stat
+import threading
 
 import pytest
 
@@ -57,3 +61,33 @@ def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(folder):
     temporary.write_text("new")
   assert (folder / "a").read_text() == "new"
   assert json.loads((folder / sums.SUMS).read_text()).keys() == {"a", "below/b"}
+
+
+def test_two_threads_that_replace_a_file_do_not_take_it_from_each_other(folder):
+  """As a run and its watchdog, of status.json."""
+
+  def write(text):
+    with sums.replaced(folder / "a") as temporary:
+      temporary.write_text(text)
+
+  with sums.replaced(folder / "a") as temporary:
+    temporary.write_text("one")
+    other = threading.Thread(target=write, args=["two"])
+    other.start()
+    other.join()
+    assert (folder / "a").read_text() == "two"
+  assert (folder / "a").read_text() == "one" and not list(folder.glob("*.tmp"))
+
+
+def test_a_file_system_that_cannot_sync_a_folder_is_written_to(folder, monkeypatch):
+  sync = os.fsync
+
+  def fsync(number):
+    if stat.S_ISDIR(os.fstat(number).st_mode):
+      raise OSError(errno.EINVAL, "Invalid argument")
+    sync(number)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  with sums.replaced(folder / "a") as temporary:
+    temporary.write_text("new")
+  assert (folder / "a").read_text() == "new"

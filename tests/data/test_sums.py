@@ -1,6 +1,7 @@
 """Sums of a prepared dataset: what was altered on the disk is refused, by whatever it is read."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import pickle
@@ -202,3 +203,14 @@ def test_a_description_that_leaves_its_folder_is_refused(make_config, change, pr
   with pytest.raises(DataError) as refused:
     data.open(str(folder))
   assert problem in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(make_config, monkeypatch):
+  folder = prepared(make_config())
+
+  def fail(path):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  monkeypatch.setattr(sums, "file_sha256", fail)
+  with pytest.raises(DataError, match=r"Too many open files; nothing .* damaged: give the same"):
+    data.open(str(folder))

@@ -160,3 +160,12 @@ def test_what_failed_is_started_again_and_what_was_refused_is_not(tmp_path, code
   command = [sys.executable, "-c", f"import os, sys; print(file=open({str(starts)!r}, 'a')); {end}"]
   assert local.Runner().run(command, restarts=2) == code
   assert starts.read_text() == times * "\n"
+
+
+def test_what_ends_as_it_is_asked_to_stop_is_not_said_to_be_started_again(capfd):
+  """As a run that is asked before it can save: it compiles."""
+  runner = local.Runner()
+  runner.asked = True
+  runner._run_once = lambda command: -signal.SIGTERM
+  assert runner.run(["train"], restarts=2) == -signal.SIGTERM
+  assert "starting it again" not in capfd.readouterr().out

@@ -76,6 +76,15 @@ def test_an_error_on_one_ends_the_other(start, tmp_path, failing):
   assert (tmp_path / str(1 - failing)).read_text() == reason
 
 
+def test_an_error_on_one_ends_another_that_cannot_write_its_last_words(start, tmp_path):
+  """On a disk that is full, for instance, which both of them write to."""
+  (tmp_path / "0").mkdir()
+  one, other = start({0: "wait", 1: "fail"})
+  said = wait(one, 1)
+  assert "error: process 1 of 2: OSError" in said and "Traceback" in wait(other, 1)
+  assert said.count("error: ") == 1, "it was JAX that ended it"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
 from beyond_outliers.data import sums
 from beyond_outliers.model.forward import make_forward
-from beyond_outliers.train import describe, loop
+from beyond_outliers.train import describe, hooks, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
@@ -260,6 +261,12 @@ def test_a_run_with_averages_resumes_bitwise(averaged, tmp_path):
   for step in (8, 10):
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
   assert run(c, tmp_path / "cut") == "done"
+  shapes = program_lib.build_program(c, jax.devices()[:1]).state
+  states = [
+    checkpoint.Checkpoints(path / "checkpoints", read_only=True).restore(shapes)[1]
+    for path in (workdir, tmp_path / "cut")
+  ]
+  assert equal(*states) and np.all(states[0].recent.losses > 0), "the window of spikes, too"
   one, other = runs.open(workdir), runs.open(tmp_path / "cut")
   for average in ("", "ema", "last"):
     assert equal(one.params(average=average), other.params(average=average))
@@ -307,6 +314,15 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(finished, cut):
     with pytest.raises(workdir_lib.WorkdirError, match="none of its checkpoints; restore one"):
       run(finished[0], cut)
   assert (cut / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_status_that_a_power_failure_left_empty_is_no_matter_to_a_run_with_checkpoints(
+  finished, tmp_path
+):
+  shutil.copytree(finished[1], tmp_path / "run")
+  (tmp_path / "run" / "status.json").write_text("")
+  assert run(finished[0], tmp_path / "run") == "done"
+  assert runs.open(tmp_path / "run").status["status"] == "done"
 
 
 @pytest.mark.parametrize("config_json", [None, "another's"])
@@ -416,6 +432,55 @@ def test_a_run_on_damaged_data_is_not_done(tiny_config, tmp_path, monkeypatch):
     run(c, tmp_path / "run")
   status = runs.open(tmp_path / "run").status
   assert status["status"] == "failed" and "SHA-256" in status["reason"]
+
+
+@pytest.mark.slow
+def test_no_checkpoint_is_of_damaged_data(tiny_config, tmp_path, monkeypatch):
+  """Or the same command would find nothing left to do, and call the run done."""
+  c = tiny_config(**{"data.directory": tmp_path, "steps": 1, "log.every": 1, "eval.documents": 1})
+  path = pathlib.Path(data.prepare(c.data, log=quiet).directory) / "train-00000.bin"
+  path.write_bytes(path.read_bytes()[:-1] + b"\7")
+  saves, compare, call = threading.Event(), sums.file_sha256, hooks.Save.__call__
+
+  def compare_late(file):
+    return (file.name != path.name or saves.wait(60)) and compare(file)
+
+  def save(self, *args):
+    saves.set()
+    call(self, *args)
+
+  monkeypatch.setattr(sums, "AT_OPENING", 0)
+  monkeypatch.setattr(sums, "file_sha256", compare_late)
+  monkeypatch.setattr(hooks.Save, "__call__", save)
+  for _ in range(2):
+    with pytest.raises(data.DataError, match=r"train-00000.bin: contents are not those that were"):
+      run(c, tmp_path / "run")
+    assert runs.open(tmp_path / "run").steps == []
+    assert runs.open(tmp_path / "run").status["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_no_hook_has_the_last_word_on_the_status(tiny_config, tmp_path, monkeypatch):
+  """Neither a watchdog that speaks late, nor one that does not come into being."""
+  settings = {"steps": 1, "eval.documents": 1, "log.watchdog_seconds": 60}
+  close = hooks.Watchdog.close
+
+  def late(self):
+    workdir_lib.Workdir(tmp_path / "late").beat(1, 0, "no step")
+    close(self)
+
+  def fail(*_):
+    raise MemoryError("no thread")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(hooks.Watchdog, "close", late)
+    assert run(tiny_config(**settings), tmp_path / "late") == "done"
+  assert runs.open(tmp_path / "late").status["status"] == "done"
+  monkeypatch.setattr(hooks.Watchdog, "__init__", fail)
+  with pytest.raises(MemoryError):
+    run(tiny_config(**settings), tmp_path / "none")
+  status = runs.open(tmp_path / "none").status
+  assert (status["status"], status["reason"]) == ("failed", "MemoryError: no thread")
 
 
 def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_path):
