@@ -71,7 +71,23 @@ class RunGroup:
     c = self.runs[0].config
     tokens = c.steps * c.batch_size * c.context
     total = parameters(self.runs[0])
-    return f"{tokens:.3g} tokens" + (f", {tokens / total:.3g} a parameter" if total else "")
+    return f"{tokens:,} tokens" + (f", {tokens / total:.3g} per parameter" if total else "")
+
+  @property
+  def cell_flags(self) -> list[str]:
+    """Of a command, for the cells of this report."""
+    given = {
+      "cells": [os.fspath(folder) for folder in self.folders],
+      "settings": [f"{name}={value}" for name, value in self.settings.items()],
+    }
+    return [f"--{name}={','.join(values)}" for name, values in given.items() if values]
+
+  @property
+  def cell_arguments(self) -> str:
+    """Of a call in Python, for the cells of this report."""
+    folders = [os.fspath(folder) for folder in self.folders]
+    given = {"settings": dict(self.settings), "folders": folders}
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value)
 
   @property
   def name(self) -> str:
@@ -184,7 +200,7 @@ class Evidence:
       ratio = f"{tokens / total:.2g}" if total else "an unknown number of"
       alike.setdefault((data["fingerprint"], data["tokenizer"], ratio), []).extend(group.runs)
     return [
-      _law(f"data {data[:12]}, {ratio} tokens a parameter", own)
+      _law(f"data {data[:12]}, {ratio} tokens per parameter", own)
       for (data, _, ratio), own in alike.items()
     ]
 

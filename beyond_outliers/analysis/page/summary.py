@@ -81,7 +81,7 @@ def answer(evidence: Evidence, group: RunGroup) -> Part:
     len(group.runs),
     sentences,
     tables=[frame_table(f"answer.{group.name}", caption, rows, shown)],
-    command=analysis_command(evidence.roots, "--out=report"),
+    command=analysis_command(evidence.roots, *group.cell_flags, "--out=report"),
   )
 
 
@@ -169,4 +169,5 @@ def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
     [{"what": what, "of": "; ".join(unique(of))} for what, of in by_line.items()]
   )
   shown = {"what": lambda row: row.what, "is not in": lambda row: row.of}
-  return Part(tables=[frame_table("left_out", "", frame, shown)])
+  words = "A cell is one evaluation: of a checkpoint, quantized under a recipe by a method."
+  return Part(sentences=[words], tables=[frame_table("left_out", "", frame, shown)])

@@ -19,8 +19,8 @@ EVALUATE = "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4"
 
 def analysis_command(roots: Sequence[str], *more: str) -> str:
   """The command of another report on the same runs."""
-  root = shlex.quote(f"--root={','.join(roots)}")
-  return " ".join(["python -m beyond_outliers.analysis", root, *more])
+  flags = [shlex.quote(flag) for flag in (f"--root={','.join(roots)}", *more)]
+  return " ".join(["python -m beyond_outliers.analysis", *flags])
 
 
 def number(value: Any, style: str = ".4f") -> str:
