@@ -38,7 +38,8 @@ def landings(evidence: Evidence, group: RunGroup) -> Part:
   tables_made = [
     Table(
       f"common_loss.{group.name}",
-      f"Common loss {loss:.4f} nats, the worst of the optimizers' best losses in full precision.",
+      f"Common loss {loss:.4f} nats, the worst of the optimizers' best losses in full precision; "
+      "and by optimizer validation losses close to it (nats), each at its step.",
       tables.landing_columns(loss),
       found,
       numbers,

@@ -58,7 +58,7 @@ def error_along_depth(evidence: Evidence, group: RunGroup) -> Part:
   figure = Drawing(
     f"error_along_depth.{group.name}",
     "R, the mean over tokens of ‖error‖²/‖output‖², of each layer's, norm's and sum's output from "
-    "the first block to the logits (head), on a logarithmic axis; dotted lines part blocks.",
+    "the first block to the logits (head), on a logarithmic axis; of deep networks that of blocks.",
     functools.partial(plots.plot_error_along_depth, units),
   )
   return _decomposed(group, [figure], [table])
@@ -104,6 +104,7 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
   columns = ["gain", "predicted_gain", "spectral_ratio", "alignment_ratio", "local"]
   means = units.assign(unit=kind).groupby(keys, sort=False)[columns].mean().reset_index()
   means = means[means["gain"].notna()]
+  shown = pd.concat(apart(means)) if len(means) else means
   values = {tuple(row[:4]): row for row in style.named_rows(means)}
 
   def text(row: tuple[str, str, str], optimizer: str) -> str:
@@ -115,7 +116,8 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
 
   return Table(
     name,
-    "Gain A / R_in, means over depth and seeds; in brackets the closed form of linear layers.",
+    "Gain A / R_in, means over depth and seeds; in brackets the closed form of linear layers. The "
+    "file has every method.",
     {
       **{key: functools.partial(_at, place=at) for at, key in enumerate(keys[:3])},
       **{
@@ -123,7 +125,7 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
         for optimizer in style.in_order(means["optimizer"])
       },
     },
-    list(dict.fromkeys(zip(*(means[key] for key in keys[:3]), strict=True))),
+    list(dict.fromkeys(zip(*(shown[key] for key in keys[:3]), strict=True))),
     means,
   )
 

@@ -224,4 +224,7 @@ def apart(frame: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def missing(group: RunGroup, found: Found[Any], why: str, command: str) -> Part:
-  return Part(group.title, len(group.runs), missing=found.problem or why, command=command)
+  """A part without data: why, and what makes it, unless the problem ends with its own command."""
+  told = "python -m " in found.problem
+  why = found.problem or why
+  return Part(group.title, len(group.runs), missing=why, command="" if told else command)

@@ -13,7 +13,7 @@ from beyond_outliers.analysis.page.section import PageSection, Part, frame_table
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, with_error
 from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.statistics import Estimate, estimate
-from beyond_outliers.analysis.tuning import FULL_PRECISION, final_metric
+from beyond_outliers.analysis.tuning import final_metric
 
 CHEAPEST = 3  # columns of quantization after training: round to nearest, and the cheapest others
 
@@ -141,7 +141,7 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
   for law in evidence.laws if len(evidence.laws) == 1 else ():
     fit = law.law.value
     for (optimizer, recipe), rho in fit.rho.items() if fit else ():
-      if recipe != FULL_PRECISION and isinstance(rho, float):  # by the study's law
+      if isinstance(rho, float) and fit.identified.get(f"rho({optimizer}, {recipe})"):
         found.setdefault(f"rho, {recipe}", {})[optimizer] = Estimate(rho, math.nan)
   return found
 
