@@ -247,14 +247,18 @@ def test_one_size_has_no_law_and_its_rho_is_in_no_table(tmp_path):
   assert "all runs are of one size" in found["law"] and "rho" not in found["answer"]
 
 
-def test_commands_name_the_cells_that_the_report_read(tmp_path):
+def test_cells_of_other_folders_are_named_those_of_no_run_too(tmp_path):
   run = workdir(tmp_path / "runs", adamw, 0.1, 0, {100: 5.0, 200: 4.5})
   cell(run, 200, "none", "none", {"loss": 4.5})
   cell(run, 200, "rtn_w4a4", "rtn", {"loss": 4.7, "loss_difference": 0.2})
   (run / "eval").rename(tmp_path / "cells")
-  text = written(tmp_path / "runs", tmp_path / "page", folders=[tmp_path / "cells"])
+  lost = workdir(tmp_path / "lost", muon, 0.1, 0, {100: 5.0, 200: 4.5})
+  cell(lost, 200, "none", "none", {"loss": 4.5})
+  folders = [tmp_path / "cells", lost / "eval"]
+  text = written(tmp_path / "runs", tmp_path / "page", folders=folders)
   for key in ("answer", "degradation"):
     assert f"--cells={tmp_path}/cells" in Reader(text).text[key]
+  assert f"{lost}/eval: 1 of 1 cells are of none of these runs" in Reader(text).text["left_out"]
 
 
 def test_a_panel_has_something_to_compare(tmp_path):

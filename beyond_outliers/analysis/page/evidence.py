@@ -22,7 +22,7 @@ from beyond_outliers.analysis import along_training, law_points, predictors, sca
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.landings import LandingComparison, compare_landings
 from beyond_outliers.analysis.page.snapshot import Snapshot
-from beyond_outliers.analysis.ptq_degradation import degradation_cells
+from beyond_outliers.analysis.ptq_degradation import degradation_cells, without_a_run
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
 from beyond_outliers.errors import ConfigError, Refusal
@@ -178,7 +178,8 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """Runs below `roots`, as the report reads them. unread: runs that cannot be read, in words."""
+  """Runs below `roots`, as the report reads them. unread: in words the runs that cannot be read, and
+  cells of none."""
 
   roots: Sequence[str]
   runs: Sequence[runs_lib.Run]
@@ -229,6 +230,7 @@ def gather(
   for run in (Snapshot(run.path) for run in runs):
     check = attempt(lambda run=run: _read(run), None)
     (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
+  unread += without_a_run(readable, folders)
   groups = [
     RunGroup(own, shorter, settings or {}, folders, apart)
     for alike, apart in _alike(readable)
