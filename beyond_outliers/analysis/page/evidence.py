@@ -178,8 +178,8 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """Runs below `roots`, as the report reads them. unread: in words the runs that cannot be read, and
-  cells of none."""
+  """Runs below `roots`, as the report reads them. unread: in words the runs that cannot be read,
+  and cells of none."""
 
   roots: Sequence[str]
   runs: Sequence[runs_lib.Run]

@@ -140,8 +140,9 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
   found: dict[str, Column] = {}
   for law in evidence.laws if len(evidence.laws) == 1 else ():
     fit = law.law.value
-    for (optimizer, recipe), rho in fit.rho.items() if fit else ():
-      if isinstance(rho, float) and fit.identified.get(f"rho({optimizer}, {recipe})"):
+    rhos, identified = (fit.rho, fit.identified) if fit else ({}, {})
+    for (optimizer, recipe), rho in rhos.items():
+      if isinstance(rho, float) and identified.get(f"rho({optimizer}, {recipe})"):
         found.setdefault(f"rho, {recipe}", {})[optimizer] = Estimate(rho, math.nan)
   return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import io
 import os
@@ -88,7 +89,7 @@ def _write(figure: Figure, path: PathLike) -> None:
 def color_of(optimizer: str) -> str:
   """An optimizer's colour; of one that COLORS has none for, a muted one that its name chooses."""
   hue = zlib.crc32(optimizer.encode(errors="replace")) % 360 / 360
-  return COLORS.get(optimizer) or colors.to_hex(colors.hsv_to_rgb((hue, 0.5, 0.7)))
+  return COLORS.get(optimizer) or colors.to_hex(colorsys.hsv_to_rgb(hue, 0.5, 0.7))
 
 
 def in_order(optimizers: Iterable[str]) -> list[str]:
