@@ -141,8 +141,11 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
   figures = [
     Drawing(
       f"predictors.{group.name}.{at}",
-      "What was lost against each predictor. Large: means over seeds; small: seeds. In brackets "
-      "the 95 % interval of Spearman's coefficient over optimizers.",
+      "What was lost against each predictor, and Spearman's coefficient over optimizers with its "
+      "95 % interval. Large: means over seeds; small: seeds. Outliers are of linear layers' inputs "
+      "(linear) or the residual stream (residual); sqnr, signal to quantization noise, in dB. R_L, "
+      "R_L_logits: R after the final norm, and of the logits; inherited: the share of it that "
+      "came into the last block's last matrix.",
       functools.partial(
         plots.plot_predictors,
         rows,
