@@ -1,11 +1,11 @@
-"""Figures by themselves: what their ticks, legends and colours say."""
+"""Figures by themselves: what their ticks, legends and colours say; and a law's reasons."""
 
 import warnings
 
 import numpy as np
 import pandas as pd
 
-from beyond_outliers.analysis import plots, scaling_law
+from beyond_outliers.analysis import identification, plots, scaling_law
 from beyond_outliers.analysis.plots import style
 
 
@@ -53,3 +53,10 @@ def test_the_figure_of_a_law_says_what_lines_are(tmp_path):
   ]
   ticks = {label.get_text() for label in figure.axes[0].get_xticklabels()}
   assert "1M" in ticks and not any("e+" in tick for tick in ticks)
+
+
+def test_a_reason_names_no_number_of_seeds_that_nobody_trains():
+  cells = pd.DataFrame({"N": [3e5, 1e6, 4e6]})
+  few = identification._wide(1.0, 0.1, 3.0, cells, "study", 2.0)
+  assert few.endswith("or some 9 times the 2 seeds a point")
+  assert "seeds" not in identification._wide(1.0, 0.1, 1e15, cells, "study", 2.0)
