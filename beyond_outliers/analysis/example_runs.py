@@ -29,6 +29,7 @@ class Example(NamedTuple):
   overrides: str  # of config files, behind the size and its steps
   steps: dict[str, int]  # by size, the usual one first: at each as many tokens per parameter
   most: int  # optimizers, and methods, of those asked for, from the first
+  outliers_every: int  # of runs of the usual size in full precision; others do without
 
 
 BYTES = "data.tokenizer=bytes,data.vocab=264,eval.documents=1,checkpoint.keep=8"
@@ -36,16 +37,18 @@ BYTES = "data.tokenizer=bytes,data.vocab=264,eval.documents=1,checkpoint.keep=8"
 SMALL_RUNS = {
   # Half a minute a run on two cores.
   "colab": Example(
-    f"context=128,batch_size=8,eval.batch_size=64,{BYTES},log.outliers_every=10",
+    f"context=128,batch_size=8,eval.batch_size=64,{BYTES}",
     {"0.6m": 82, "0.3m": 24, "1m": 163},
     6,
+    10,
   ),
   # For tests: most of it is compiling.
   "tiny": Example(
     "context=32,batch_size=4,eval.batch_size=256,model.d_head=8,model.unroll=1,eval.every=24,"
-    f"checkpoint.every=12,{BYTES},log.outliers_every=12",
+    f"checkpoint.every=12,{BYTES}",
     {"0.6m": 24, "0.3m": 10, "1m": 48},
     1,
+    12,
   ),
 }
 
@@ -64,13 +67,25 @@ def find_or_train(
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
   if where not in SMALL_RUNS:
     return _find(where)
-  overrides, sizes, most = SMALL_RUNS[where]
+  example = SMALL_RUNS[where]
+  sizes = list(example.steps)
   return [
-    _trained(where, module.get_config(f"{size},steps={steps},quant.recipe={recipe},{overrides}"))
+    _trained(where, module.get_config(_argument(example, size, recipe)))
     for recipe in recipes
-    for size, steps in list(sizes.items())[: None if ladder else 1]
-    for module in config_files[:most]
+    for size in (sizes if ladder else sizes[:1])
+    for module in config_files[: example.most]
   ]
+
+
+def _argument(example: Example, size: str, recipe: str) -> str:
+  """Of config files. Where no notebook reads them, outliers are not measured: it takes longer to
+  compile that than all the rest."""
+  usual = size == next(iter(example.steps)) and recipe == "none"
+  every = example.outliers_every if usual else 0
+  return (
+    f"{size},steps={example.steps[size]},quant.recipe={recipe},log.outliers_every={every},"
+    f"{example.overrides}"
+  )
 
 
 def _find(folder: str) -> list[runs_lib.Run]:

@@ -12,6 +12,7 @@ from beyond_outliers.analysis.law_points import SAME_RATIO
 NEEDED = 3
 # A parameter counts as determined while its interval is no wider than its value.
 WIDEST = 1.0
+MOST = 100  # times as many seeds that a reason still names: nobody trains more
 
 
 def by_design(plan: Design, cells: pd.DataFrame, theta_P: np.ndarray, law: str) -> dict[str, str]:
@@ -94,11 +95,10 @@ def _wide(
     return f"flat profile: all from {low:.3g} up fit as well: {_wider(cells, law)}"
   if low <= 0:
     return f"flat profile: all below {high:.3g} fit as well: {_wider(cells, law)}"
-  times = int(np.ceil(((high - low) / (WIDEST * value)) ** 2))
-  return (
-    f"its interval is {(high - low) / value:.2g} times as wide as its value: {_wider(cells, law)}, "
-    f"or some {times} times the {seeds:.2g} seeds a point"
-  )
+  wide = f"its interval is {(high - low) / value:.2g} times as wide as its value"
+  times = float(np.ceil(((high - low) / (WIDEST * value)) ** 2))
+  more = f", or some {times:.0f} times the {seeds:.2g} seeds a point" if times <= MOST else ""
+  return f"{wide}: {_wider(cells, law)}{more}"
 
 
 def _wider(cells: pd.DataFrame, law: str) -> str:

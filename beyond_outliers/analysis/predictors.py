@@ -155,7 +155,7 @@ def _check_any(
       f"runs: none of {len(runs)} has a quantized cell of its last step with what this needs"
       f"{under}; measure some: {command}"
     )
-  return [f"{run.path}: no such cell of its last step, {run.config.steps}" for run in without]
+  return [f"{run.path}: no cell of its last step, {run.config.steps}, has this" for run in without]
 
 
 def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) -> dict[str, Any]:

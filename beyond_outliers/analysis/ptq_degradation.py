@@ -96,6 +96,17 @@ def find_cells(
   return found
 
 
+def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> list[str]:
+  """In words how many cells of each folder are of none of the runs, where there are any."""
+  known = {name for run in runs for name in (run.identity, run.manifest["time"])}
+  found = []
+  for folder in folders:
+    trained = [cell["settings"].get("trained") for cell in results.ResultStore(folder).cells()]
+    alone = sum(name not in known for name in trained)
+    found += [f"{folder}: {alone} of {len(trained)} cells are of none of these runs"] * (alone > 0)
+  return found
+
+
 def cell_table(found: Sequence[tuple[runs_lib.Run, results.Result]]) -> pd.DataFrame:
   """One row per cell: where it comes from, what it was measured on, step, recipe, method and its
   metrics. Errors: ConfigError for a cell that doesn't say what it was measured of."""

@@ -26,7 +26,7 @@ def _neighbour(t: Tuning, offset: int) -> str:
   rates = sorted(t.losses)
   at = rates.index(t.learning_rate) + offset
   inside = 0 <= at < len(rates)
-  return f"{t.losses[rates[at]]:.4f} at {rates[at]:g}" if inside else "edge of the grid"
+  return f"{decimals(t.losses[rates[at]], 4)} at {rates[at]:g}" if inside else "edge of the grid"
 
 
 def _largest_count(runs: Iterable[runs_lib.Run], metric: str) -> str:
@@ -44,7 +44,7 @@ def _last_count(run: runs_lib.Run, metric: str) -> float:
 TUNING_COLUMNS: dict[str, Callable[[Tuning], str]] = {
   "optimizer": lambda t: t.optimizer,
   "learning rate": lambda t: f"{t.learning_rate:g}",
-  "validation loss": lambda t: f"{t.loss:.4f}",
+  "validation loss": lambda t: decimals(t.loss, 4),
   "next lower rate": lambda t: _neighbour(t, -1),
   "next higher rate": lambda t: _neighbour(t, +1),
   "skipped updates": lambda t: _largest_count(t.best, "skipped"),
@@ -126,7 +126,7 @@ def landing_columns(loss: float) -> dict[str, Callable[[Landing], str]]:
   """Columns of `common_loss_table`."""
 
   def at(point: Point | None) -> str:
-    return f"{point.loss:.4f} at {point.step}" if point else "none"
+    return f"{decimals(point.loss, 4)} at {point.step}" if point else "none"
 
   return {
     "optimizer": lambda x: x.optimizer,
@@ -134,7 +134,7 @@ def landing_columns(loss: float) -> dict[str, Callable[[Landing], str]]:
     "full length": lambda x: at(x.best),
     "steps to the common loss": lambda x: str(x.steps),
     "nearest end of a run": lambda x: at(x.ending),
-    "off by": lambda x: f"{x.ending.loss - loss:+.4f}",
+    "off by": lambda x: decimals(x.ending.loss - loss, 4, "+"),
     "nearest evaluation": lambda x: at(x.evaluation),
     "nearest checkpoint": lambda x: at(x.checkpoint),
     "first checkpoint below": lambda x: at(x.crossing),
@@ -143,8 +143,14 @@ def landing_columns(loss: float) -> dict[str, Callable[[Landing], str]]:
 
 def plus_minus(value: Estimate, digits: int, sign: str = "") -> str:
   """mean ± standard error; the mean alone where one value has no error."""
-  mean = f"{value.mean:{sign}.{digits}f}"
-  return mean if math.isnan(value.stderr) else f"{mean} ± {value.stderr:.{digits}f}"
+  mean = decimals(value.mean, digits, sign)
+  return mean if math.isnan(value.stderr) else f"{mean} ± {decimals(value.stderr, digits)}"
+
+
+def decimals(value: float, digits: int, sign: str = "") -> str:
+  """A number with so many digits behind the point, or a power of ten where it is huge, as losses
+  of runs that went astray are."""
+  return f"{value:{sign}.{digits}f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
 
 
 def markdown_table(columns: Mapping[str, Callable[[Item], str]], items: Iterable[Item]) -> str:

@@ -35,3 +35,12 @@ def test_sizes_have_one_ratio_of_tokens_to_parameters(name):
     parameters = sum(np.prod(x.shape) for x in shapes)
     ratios.append(steps * c.batch_size * c.context / parameters)
   assert max(ratios) < 1.05 * min(ratios)
+
+
+def test_outliers_are_measured_where_a_notebook_reads_them(monkeypatch):
+  """To compile that takes longer than all the rest of so small a run."""
+  made = []
+  monkeypatch.setattr(example_runs, "_trained", lambda where, given: made.append(given))
+  example_runs.find_or_train("tiny", [adamw], ["none", "quest_w4a4"], ladder=True)
+  measured = [(c.size, c.quant.recipe) for c in made if c.log.outliers_every]
+  assert len(made) == 6 and measured == [("0.6m", "none")]

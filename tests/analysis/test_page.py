@@ -10,12 +10,11 @@ import subprocess
 import time
 from xml.etree import ElementTree
 
-import pandas as pd
 import pytest
 from workdirs import cell, workdir
 
 from beyond_outliers import runs
-from beyond_outliers.analysis import page, plots
+from beyond_outliers.analysis import along_training, page, plots
 from beyond_outliers.analysis.page.sections import SECTIONS
 from beyond_outliers.analysis.page.svg import inlined
 from configs import adamw, muon, psgd, soap
@@ -225,11 +224,54 @@ def test_a_browser_opens_the_page_without_a_complaint(report, tmp_path):
   assert [key for key in found if key] == [*SECTIONS, "every_run"]
 
 
-def test_a_figure_without_a_path_is_drawn_and_not_written(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  rows = {"optimizer": ["adamw", "muon"], "recipe": "rtn_w4a4", "method": "rtn", "seed": 0}
-  frame = pd.DataFrame({**rows, "loss_difference": [0.1, float("inf")]})
-  figure = plots.plot_degradation(frame)
-  assert figure.axes and not list(tmp_path.iterdir())
-  plots.plot_degradation(frame, tmp_path / "a.png")
-  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+def test_what_is_not_finite_ends_no_report(tmp_path):
+  """Nor does a huge loss fill the page with digits."""
+  for module, loss in ((adamw, 4.5), (muon, 1e300), (soap, float("inf"))):
+    run = workdir(tmp_path / "runs", module, 0.1, 0, {100: 5.0, 200: loss}, checkpoints=(200,))
+    cell(run, 200, "none", "none", {"loss": 4.5})
+    lost = {"loss": float("inf"), "loss_difference": float("inf")}
+    cell(run, 200, "rtn_w4a4", "rtn", lost, R_L=float("nan"), units=units(float("nan")))
+  found = Reader(written(tmp_path / "runs", tmp_path / "page")).text
+  assert "no error is finite" in found["depth"] and "not finite" in found["degradation"]
+  assert "1e+300" in found["answer"] and not re.search(r"\d{20}", str(found))
+
+
+def test_one_size_has_no_law_and_its_rho_is_in_no_table(tmp_path):
+  """A fit of three seeds converges, to a share that they do not determine."""
+  for module in (adamw, muon):
+    for seed in range(3):
+      for recipe, loss in (("none", 4.5), ("quest_w4a4", 4.6)):
+        losses = {100: 5.0, 200: loss + 0.01 * seed}
+        workdir(tmp_path / "runs", module, 0.1, seed, losses, recipe=recipe)
+  found = Reader(written(tmp_path / "runs", tmp_path / "page")).text
+  assert "all runs are of one size" in found["law"] and "rho" not in found["answer"]
+
+
+def test_cells_of_other_folders_are_named_those_of_no_run_too(tmp_path):
+  run = workdir(tmp_path / "runs", adamw, 0.1, 0, {100: 5.0, 200: 4.5})
+  cell(run, 200, "none", "none", {"loss": 4.5})
+  cell(run, 200, "rtn_w4a4", "rtn", {"loss": 4.7, "loss_difference": 0.2})
+  (run / "eval").rename(tmp_path / "cells")
+  lost = workdir(tmp_path / "lost", muon, 0.1, 0, {100: 5.0, 200: 4.5})
+  cell(lost, 200, "none", "none", {"loss": 4.5})
+  folders = [tmp_path / "cells", lost / "eval"]
+  text = written(tmp_path / "runs", tmp_path / "page", folders=folders)
+  for key in ("answer", "degradation"):
+    assert f"--cells={tmp_path}/cells" in Reader(text).text[key]
+  assert f"{lost}/eval: 1 of 1 cells are of none of these runs" in Reader(text).text["left_out"]
+
+
+def test_a_panel_has_something_to_compare(tmp_path):
+  """Of methods whose cells are of one checkpoint there is no panel along training; of one optimizer
+  no figure at the common loss."""
+  run = workdir(tmp_path / "runs", adamw, 0.1, 0, {100: 5.0, 200: 4.5}, checkpoints=(100, 200))
+  for step, methods in ((100, ["rtn"]), (200, ["rtn", "gptq"])):
+    cell(run, step, "none", "none", {"loss": 5.0})
+    for method in methods:
+      cell(run, step, "rtn_w4a4", method, {"loss": 5.2, "loss_difference": 0.2})
+  found = runs.find(tmp_path / "runs")
+  along = along_training.frame(found)
+  assert set(along["method"]) == {"rtn", "gptq"}
+  assert len(plots.plot_along_training(along).axes) == 2  # delta, and the rate below it
+  text = Reader(written(tmp_path / "runs", tmp_path / "page")).text
+  assert "gptq" not in text["along"] and "SVG" not in text["landings"]

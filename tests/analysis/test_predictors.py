@@ -162,7 +162,7 @@ def test_runs_that_were_not_measured_are_left_out_by_name(tmp_path):
   workdir(tmp_path, soap, 0.1, 0, {260: 4.0}, recipe="quest_w4a4")  # nothing to quantize after it
   early = workdir(tmp_path, psgd, 0.1, 0, {260: 4.0}, status="preempted")
   cell(early, 208, "rtn_w4a4", "rtn", {"loss": 4.5, "loss_difference": 0.5}, R_L=0.1, units=UNITS)
-  left_out = [f"{run}: no such cell of its last step, 260" for run in (early, bare)]
+  left_out = [f"{run}: no cell of its last step, 260, has this" for run in (early, bare)]
   assert predictors.frame(runs.find(tmp_path)).attrs["left_out"] == left_out
   assert predictors.units(runs.find(tmp_path)).attrs["left_out"] == left_out
 

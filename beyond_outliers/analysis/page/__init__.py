@@ -24,7 +24,7 @@ from beyond_outliers.types import PathLike
 __all__ = ["PAGE", "write_page"]
 
 PAGE = "report.html"
-LONG = 60  # letters of a cell's text that wraps
+LONG = 32  # letters of a cell's text that wraps
 NUMBER = re.compile(r"[*]{0,2}[+-]?(\d|inf)")
 NO_NUMBERS = (NOTHING, "", "none", "not finite", "not run", "unknown", "edge of the grid")
 

@@ -22,7 +22,7 @@ from beyond_outliers.analysis import along_training, law_points, predictors, sca
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.landings import LandingComparison, compare_landings
 from beyond_outliers.analysis.page.snapshot import Snapshot
-from beyond_outliers.analysis.ptq_degradation import degradation_cells
+from beyond_outliers.analysis.ptq_degradation import degradation_cells, without_a_run
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
 from beyond_outliers.errors import ConfigError, Refusal
@@ -71,7 +71,23 @@ class RunGroup:
     c = self.runs[0].config
     tokens = c.steps * c.batch_size * c.context
     total = parameters(self.runs[0])
-    return f"{tokens:.3g} tokens" + (f", {tokens / total:.3g} a parameter" if total else "")
+    return f"{tokens:,} tokens" + (f", {tokens / total:.3g} per parameter" if total else "")
+
+  @property
+  def cell_flags(self) -> list[str]:
+    """Of a command, for the cells of this report."""
+    given = {
+      "cells": [os.fspath(folder) for folder in self.folders],
+      "settings": [f"{name}={value}" for name, value in self.settings.items()],
+    }
+    return [f"--{name}={','.join(values)}" for name, values in given.items() if values]
+
+  @property
+  def cell_arguments(self) -> str:
+    """Of a call in Python, for the cells of this report."""
+    folders = [os.fspath(folder) for folder in self.folders]
+    given = {"settings": dict(self.settings), "folders": folders}
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value)
 
   @property
   def name(self) -> str:
@@ -162,7 +178,8 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """Runs below `roots`, as the report reads them. unread: runs that cannot be read, in words."""
+  """Runs below `roots`, as the report reads them. unread: in words the runs that cannot be read,
+  and cells of none."""
 
   roots: Sequence[str]
   runs: Sequence[runs_lib.Run]
@@ -184,7 +201,7 @@ class Evidence:
       ratio = f"{tokens / total:.2g}" if total else "an unknown number of"
       alike.setdefault((data["fingerprint"], data["tokenizer"], ratio), []).extend(group.runs)
     return [
-      _law(f"data {data[:12]}, {ratio} tokens a parameter", own)
+      _law(f"data {data[:12]}, {ratio} tokens per parameter", own)
       for (data, _, ratio), own in alike.items()
     ]
 
@@ -213,6 +230,7 @@ def gather(
   for run in (Snapshot(run.path) for run in runs):
     check = attempt(lambda run=run: _read(run), None)
     (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
+  unread += without_a_run(readable, folders)
   groups = [
     RunGroup(own, shorter, settings or {}, folders, apart)
     for alike, apart in _alike(readable)

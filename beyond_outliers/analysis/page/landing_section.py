@@ -38,7 +38,8 @@ def landings(evidence: Evidence, group: RunGroup) -> Part:
   tables_made = [
     Table(
       f"common_loss.{group.name}",
-      f"Common loss {loss:.4f} nats, the worst of the optimizers' best losses in full precision.",
+      f"Common loss {loss:.4f} nats, the worst of the optimizers' best losses in full precision; "
+      "and by optimizer validation losses close to it (nats), each at its step.",
       tables.landing_columns(loss),
       found,
       numbers,
@@ -49,7 +50,7 @@ def landings(evidence: Evidence, group: RunGroup) -> Part:
   )
   compared = group.landing_costs
   if compared.value is None or not len(compared.value.means):
-    why = compared.problem or "no landing was evaluated, so that its cost is not known"
+    why = compared.problem or "none of these checkpoints was quantized and evaluated"
     return Part(
       group.title,
       len(group.runs) + len(group.shorter),
@@ -70,13 +71,17 @@ def landings(evidence: Evidence, group: RunGroup) -> Part:
   }
   rows = costs.means.sort_values(["recipe", "method", "way", "place"])
   name = f"landings.{group.name}"
-  caption = "What quantization costs at each landing; place 1 is the cheapest."
+  caption = (
+    "What quantization costs each optimizer at the common loss, by its way there; place 1 is the "
+    "cheapest. Loss − common loss: how far from it that model is (nats)."
+  )
   tables_made.append(frame_table(name, caption, rows, columns))
   sentences = [
     f"{row.recipe}, {row.method}: from {row.way} to {row.other}, the order of {row.optimizers} "
     + (f"optimizers changes: {row.exchanged}." if row.changes else "optimizers stays.")
     for row in named_rows(costs.orders)
   ]
+  several = costs.means.groupby(["recipe", "method"])["optimizer"].nunique().max() > 1
   figure = Drawing(
     name,
     "Re-run: trained again for fewer steps, with a cool-down of its own. Nearest: the nearest "
@@ -87,8 +92,8 @@ def landings(evidence: Evidence, group: RunGroup) -> Part:
     group.title,
     costs.values["run"].nunique(),
     [*without, *sentences],
-    [figure],
+    [figure] if several else [],
     tables_made,
-    command="analysis.landings.compare_landings(runs), from Python",
+    command=f"analysis.landings.compare_landings(runs{group.cell_arguments}), from Python",
     left_out=costs.missing,
   )

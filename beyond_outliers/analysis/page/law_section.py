@@ -21,10 +21,9 @@ def laws(evidence: Evidence) -> list[Part]:
 def _law_part(law: Law) -> Part:
   fit, sizes = law.law.value, law.points.get("size", pd.Series(dtype=str)).nunique()
   command = "python -m launch.local --config=configs/adamw.py:2m --root=RUNS"
-  if fit is None:
-    return Part(
-      law.title, law.runs, missing=law.law.problem, command=command, left_out=law.left_out
-    )
+  if fit is None or sizes == 1:
+    why = "all runs are of one size; a law takes three or more" if sizes == 1 else law.law.problem
+    return Part(law.title, law.runs, missing=why, command=command, left_out=law.left_out)
   rows = pd.DataFrame(
     [
       {

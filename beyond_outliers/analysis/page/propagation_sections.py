@@ -7,19 +7,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from beyond_outliers.analysis import plots
 from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
 from beyond_outliers.analysis.page.quantization_sections import apart, missing
-from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
+from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table, unique
 from beyond_outliers.analysis.page.text import EVALUATE, NOTHING, with_error
 from beyond_outliers.analysis.plots import style
 
 
 def error_along_depth(evidence: Evidence, group: RunGroup) -> Part:
   """How the error grows from the first block to the end of the network."""
-  units = group.units.value
+  units = _finite(group.units.value)
   if not len(units):
     return _undecomposed(group)
   ends = units[units["name"].isin(["final_norm", "head"])]
@@ -56,7 +57,8 @@ def error_along_depth(evidence: Evidence, group: RunGroup) -> Part:
   )
   figure = Drawing(
     f"error_along_depth.{group.name}",
-    "R of each unit's output on the way through the network, on a logarithmic axis.",
+    "R, the mean over tokens of ‖error‖²/‖output‖², of each layer's, norm's and sum's output from "
+    "the first block to the logits (head), on a logarithmic axis; of deep networks that of blocks.",
     functools.partial(plots.plot_error_along_depth, units),
   )
   return _decomposed(group, [figure], [table])
@@ -64,13 +66,15 @@ def error_along_depth(evidence: Evidence, group: RunGroup) -> Part:
 
 def error_parts(evidence: Evidence, group: RunGroup) -> Part:
   """What part of each unit's error came in, and what part was added."""
-  units = group.units.value
+  units = _finite(group.units.value)
   if not len(units):
     return _undecomposed(group)
   figures = _per_quantization(
     units,
     f"error_parts.{group.name}",
-    "R = A + B + C of the quantized linear layers (of deep networks: of blocks), as shares of R.",
+    "Shares of R in the quantized linear layers (of deep networks: in blocks). A: the error that "
+    "came in, as the layer passes it on. B: what quantizing the layer itself adds. C: twice the "
+    "inner product of both; below zero where they cancel.",
     plots.plot_error_parts,
   )
   return _decomposed(group, figures, [])
@@ -78,14 +82,16 @@ def error_parts(evidence: Evidence, group: RunGroup) -> Part:
 
 def gains(evidence: Evidence, group: RunGroup) -> Part:
   """What kinds of units do to the error that comes in."""
-  units = group.units.value
+  units = _finite(group.units.value)
   if not len(units):
     return _undecomposed(group)
   figures = _per_quantization(
     units,
     f"gains.{group.name}",
-    "Left: gain of each kind of unit, measured, and by the closed form of linear layers. Right: "
-    "alignment ratio. Means over depth and seeds; lines are the range.",
+    "Left: gain of each kind of layer, by which it multiplies the error that comes in, measured, "
+    "and by the closed form of linear layers. Right: alignment ratio, below 1 where the layer's "
+    "weights pass on less of the error than of the signal. Means over depth and seeds; lines are "
+    "the range.",
     plots.plot_gains,
   )
   return _decomposed(group, figures, [_gain_table(f"gains.{group.name}", units)])
@@ -98,6 +104,7 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
   columns = ["gain", "predicted_gain", "spectral_ratio", "alignment_ratio", "local"]
   means = units.assign(unit=kind).groupby(keys, sort=False)[columns].mean().reset_index()
   means = means[means["gain"].notna()]
+  shown = pd.concat(apart(means)) if len(means) else means
   values = {tuple(row[:4]): row for row in style.named_rows(means)}
 
   def text(row: tuple[str, str, str], optimizer: str) -> str:
@@ -109,7 +116,8 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
 
   return Table(
     name,
-    "Gain A / R_in, means over depth and seeds; in brackets the closed form of linear layers.",
+    "Gain A / R_in, means over depth and seeds; in brackets the closed form of linear layers. The "
+    "file has every method.",
     {
       **{key: functools.partial(_at, place=at) for at, key in enumerate(keys[:3])},
       **{
@@ -117,9 +125,14 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
         for optimizer in style.in_order(means["optimizer"])
       },
     },
-    list(dict.fromkeys(zip(*(means[key] for key in keys[:3]), strict=True))),
+    list(dict.fromkeys(zip(*(shown[key] for key in keys[:3]), strict=True))),
     means,
   )
+
+
+def _finite(units: pd.DataFrame) -> pd.DataFrame:
+  """The rows whose error is."""
+  return units[np.isfinite(pd.to_numeric(units["R"], errors="coerce"))] if len(units) else units
 
 
 def _at(row: Sequence[Any], place: int) -> str:
@@ -136,16 +149,18 @@ def _per_quantization(
 
 
 def _decomposed(group: RunGroup, figures: Sequence[Drawing], tables: Sequence[Table]) -> Part:
-  units = group.units.value
+  units, shown = group.units.value, set(_finite(group.units.value)["run"])
+  broken = [f"{run}: its error is not finite" for run in unique(units["run"]) if run not in shown]
   return Part(
     group.title,
-    units["run"].nunique(),
+    len(shown),
     figures=figures,
     tables=tables,
     command=f"{EVALUATE} --propagation",
-    left_out=units.attrs.get("left_out", []),
+    left_out=[*units.attrs.get("left_out", []), *broken],
   )
 
 
 def _undecomposed(group: RunGroup) -> Part:
-  return missing(group, group.units, "no cell's error was decomposed", f"{EVALUATE} --propagation")
+  why = "no error is finite" if len(group.units.value) else "no cell's error was decomposed"
+  return missing(group, group.units, why, f"{EVALUATE} --propagation")

@@ -29,6 +29,7 @@ SHOWN = (
   *("rms_kurtosis/residual", "outlier_channels/residual", "sqnr/linear"),
   *("R_L", "R_L_logits", "inherited"),
 )
+LEAST = 3  # optimizers of a correlation
 SEVERAL = 3  # recipes and methods that have a figure of their own, at most
 
 
@@ -36,7 +37,8 @@ def degradation(evidence: Evidence, group: RunGroup) -> Part:
   """What quantization after training costs each optimizer, by recipe and method."""
   frame = group.cells.value
   measured = frame[pd.to_numeric(frame[LOST], errors="coerce").notna()] if LOST in frame else frame
-  command = analysis_command(evidence.roots_of(group), f"--degradation={LOST}")
+  flags = f"--degradation={LOST}", *group.cell_flags
+  command = analysis_command(evidence.roots_of(group), *flags)
   if not len(measured):
     return missing(group, group.cells, "no quantized cell", f"{EVALUATE} --methods=rtn,gptq")
   caption = (
@@ -105,8 +107,7 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
   judged = attempt(lambda: predictors.correlations(frame, LOST), pd.DataFrame())
   worth = judged.value
   if not len(worth) or not worth["spearman"].notna().any():
-    why = judged.problem or "; ".join(dict.fromkeys(worth["reason"])) or "no predictor varies"
-    return missing(group, judged, why, f"{EVALUATE} --propagation")
+    return missing(group, judged, _no_correlation(worth), f"{EVALUATE} --propagation")
   worth = worth[worth[["spearman", "pearson"]].notna().any(axis=1)]
   worth = worth.sort_values(
     ["recipe", "method", "spearman"], key=lambda c: -c.abs() if c.name == "spearman" else c
@@ -140,8 +141,11 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
   figures = [
     Drawing(
       f"predictors.{group.name}.{at}",
-      "What was lost against each predictor. Large: means over seeds; small: seeds. In brackets "
-      "the 95 % interval of Spearman's coefficient over optimizers.",
+      "What was lost against each predictor, and Spearman's coefficient over optimizers with its "
+      "95 % interval. Large: means over seeds; small: seeds. Outliers are of linear layers' inputs "
+      "(linear) or the residual stream (residual); sqnr, signal to quantization noise, in dB. R_L, "
+      "R_L_logits: R after the final norm, and of the logits; inherited: the share of it that "
+      "came into the last block's last matrix.",
       functools.partial(
         plots.plot_predictors,
         rows,
@@ -156,9 +160,19 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
     frame["run"].nunique(),
     figures=figures,
     tables=[table],
-    command="analysis.predictors.correlations(analysis.predictors.frame(runs)), from Python",
+    command="analysis.predictors.correlations(analysis.predictors.frame(runs"
+    f"{group.cell_arguments})), from Python",
     left_out=frame.attrs.get("left_out", []),
   )
+
+
+def _no_correlation(worth: pd.DataFrame) -> str:
+  """Why no predictor has a correlation, in one sentence."""
+  most = int(worth["optimizers"].max()) if len(worth) else 0
+  if most < LEAST:
+    there = f"there {'is' if most == 1 else 'are'} {most}"
+    return f"a correlation takes {LEAST} optimizers with cells that were measured alike; {there}"
+  return "; ".join(dict.fromkeys(worth["reason"])) or "no predictor varies"
 
 
 def along_training(evidence: Evidence, group: RunGroup) -> Part:
@@ -169,8 +183,9 @@ def along_training(evidence: Evidence, group: RunGroup) -> Part:
     return missing(group, group.along, why, f"{EVALUATE} --steps=all")
   figure = Drawing(
     f"along_training.{group.name}",
-    "Above: δ of every evaluated checkpoint; thin lines are runs, thick ones means over seeds. "
-    "Below: the learning rate over its peak.",
+    "Above: δ, how much quantization raises the validation loss (CE, cross entropy), of every "
+    "evaluated checkpoint; thin lines are runs, thick ones means over seeds. Below: the learning "
+    "rate over its peak.",
     functools.partial(plots.plot_along_training, along),
   )
   jumps = jump(along)
@@ -180,11 +195,12 @@ def along_training(evidence: Evidence, group: RunGroup) -> Part:
   def percent(row: Any, name: str) -> str:
     return with_error(100 * getattr(row, name), 100 * getattr(row, f"{name}_stderr"), 2, "+")
 
+  known = jumps[jumps["seeds"] > 0]
   table = frame_table(
     f"along_training.{group.name}",
     "δ in percent, means over seeds ± standard errors: mean over the checkpoints at the peak rate, "
     "from the first of these to the last, after the last step, and the jump from the mean to it.",
-    jumps,
+    known,
     {
       **{key: functools.partial(field, name=key) for key in keys},
       "at the peak": functools.partial(percent, name="constant"),
@@ -198,8 +214,9 @@ def along_training(evidence: Evidence, group: RunGroup) -> Part:
     group.title,
     along["run"].nunique(),
     figures=[figure],
-    tables=[table],
-    command="analysis.along_training.jump(analysis.along_training.frame(runs)), from Python",
+    tables=[table] if len(known) else [],
+    command="analysis.along_training.jump(analysis.along_training.frame(runs"
+    f"{group.cell_arguments})), from Python",
     left_out=[reason for reason in jumps["reason"] if reason],
   )
 
@@ -210,4 +227,7 @@ def apart(frame: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def missing(group: RunGroup, found: Found[Any], why: str, command: str) -> Part:
-  return Part(group.title, len(group.runs), missing=found.problem or why, command=command)
+  """A part without data: why, and what makes it, unless the problem ends with its own command."""
+  told = "python -m " in found.problem
+  why = found.problem or why
+  return Part(group.title, len(group.runs), missing=why, command="" if told else command)

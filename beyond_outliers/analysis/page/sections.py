@@ -52,22 +52,22 @@ SECTIONS: dict[str, Row] = {
   ),
   "depth": Row(
     "The error along depth",
-    "How large is the error behind each unit of the network?",
+    "How large is the error of quantization after each layer, norm and sum of the network?",
     propagation.error_along_depth,
   ),
   "parts": Row(
     "What the error is made of",
-    "R = A + B + C: how much of a unit's error came in (A), and how much was added (B)?",
+    "R = A + B + C: how much of a layer's error came in (A), and how much did it add (B)?",
     propagation.error_parts,
   ),
   "gains": Row(
     "Gains and alignment",
-    "Does a kind of unit amplify the error that comes in, or dampen it, and why?",
+    "Does a kind of layer amplify the error that comes in, or dampen it, and why?",
     propagation.gains,
   ),
   "predictors": Row(
     "What predicts degradation",
-    "Do outliers go with it, or the error at the end of the network?",
+    "Do optimizers with larger outliers lose more, or those with a larger error at the end?",
     quantization.predictors_of_degradation,
   ),
   "gap": Row(
@@ -86,8 +86,8 @@ SECTIONS: dict[str, Row] = {
     quantization.along_training,
   ),
   "landings": Row(
-    "Landings on the common loss",
-    "On which checkpoint does each optimizer come to one loss, and does it matter which?",
+    "Models of equal loss",
+    "Trained to one common loss, what do optimizers lose, and does it matter how they came there?",
     landing_section.landings,
   ),
   "left_out": Row(

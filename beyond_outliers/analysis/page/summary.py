@@ -13,7 +13,7 @@ from beyond_outliers.analysis.page.section import PageSection, Part, frame_table
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, with_error
 from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.statistics import Estimate, estimate
-from beyond_outliers.analysis.tuning import FULL_PRECISION, final_metric
+from beyond_outliers.analysis.tuning import final_metric
 
 CHEAPEST = 3  # columns of quantization after training: round to nearest, and the cheapest others
 
@@ -81,7 +81,7 @@ def answer(evidence: Evidence, group: RunGroup) -> Part:
     len(group.runs),
     sentences,
     tables=[frame_table(f"answer.{group.name}", caption, rows, shown)],
-    command=analysis_command(evidence.roots, "--out=report"),
+    command=analysis_command(evidence.roots, *group.cell_flags, "--out=report"),
   )
 
 
@@ -140,8 +140,9 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
   found: dict[str, Column] = {}
   for law in evidence.laws if len(evidence.laws) == 1 else ():
     fit = law.law.value
-    for (optimizer, recipe), rho in fit.rho.items() if fit else ():
-      if recipe != FULL_PRECISION and isinstance(rho, float):  # by the study's law
+    rhos, identified = (fit.rho, fit.identified) if fit else ({}, {})
+    for (optimizer, recipe), rho in rhos.items():
+      if isinstance(rho, float) and identified.get(f"rho({optimizer}, {recipe})"):
         found.setdefault(f"rho, {recipe}", {})[optimizer] = Estimate(rho, math.nan)
   return found
 
@@ -169,4 +170,5 @@ def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
     [{"what": what, "of": "; ".join(unique(of))} for what, of in by_line.items()]
   )
   shown = {"what": lambda row: row.what, "is not in": lambda row: row.of}
-  return Part(tables=[frame_table("left_out", "", frame, shown)])
+  words = "A cell is one evaluation: of a checkpoint, quantized under a recipe by a method."
+  return Part(sentences=[words], tables=[frame_table("left_out", "", frame, shown)])

@@ -12,6 +12,7 @@ import pandas as pd
 from beyond_outliers.analysis.statistics import Estimate
 from beyond_outliers.analysis.tables import plus_minus
 
+MANY = 12  # numbers in one cell of a table
 NOTHING = "–"  # where there is no number
 
 EVALUATE = "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4"
@@ -19,8 +20,8 @@ EVALUATE = "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4"
 
 def analysis_command(roots: Sequence[str], *more: str) -> str:
   """The command of another report on the same runs."""
-  root = shlex.quote(f"--root={','.join(roots)}")
-  return " ".join(["python -m beyond_outliers.analysis", root, *more])
+  flags = [shlex.quote(flag) for flag in (f"--root={','.join(roots)}", *more)]
+  return " ".join(["python -m beyond_outliers.analysis", *flags])
 
 
 def number(value: Any, style: str = ".4f") -> str:
@@ -28,7 +29,9 @@ def number(value: Any, style: str = ".4f") -> str:
   found = pd.to_numeric(value, errors="coerce")
   if found is None or math.isnan(found):
     return NOTHING
-  return f"{found:{style}}" if math.isfinite(found) else "not finite"
+  if not math.isfinite(found):
+    return "not finite"
+  return f"{found:{'.3g' if style.endswith('f') and abs(found) >= 1e6 else style}}"
 
 
 def with_error(mean: Any, stderr: Any, digits: int = 4, sign: str = "") -> str:
@@ -41,7 +44,11 @@ def with_error(mean: Any, stderr: Any, digits: int = 4, sign: str = "") -> str:
 
 
 def rates(values: Iterable[float]) -> str:
-  return ", ".join(f"{value:g}" for value in sorted(set(values)))
+  """Learning rates: each, or how many and from where to where."""
+  found = sorted(set(values))
+  if len(found) > MANY:
+    return f"{found[0]:g} to {found[-1]:g}, {len(found)} rates"
+  return ", ".join(f"{value:g}" for value in found)
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, tables
-from beyond_outliers.analysis.page.evidence import Evidence, RunGroup, attempt, recipe_of
+from beyond_outliers.analysis.page.evidence import (
+  Evidence,
+  RunGroup,
+  attempt,
+  parameters,
+  recipe_of,
+)
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
-from beyond_outliers.analysis.page.text import analysis_command, rates, text_columns
+from beyond_outliers.analysis.page.text import NOTHING, analysis_command, rates, text_columns
 from beyond_outliers.analysis.tuning import Tuning, final_metric
 
 RUN_COLUMNS = (
   *("run", "size", "optimizer", "recipe", "learning rate", "seed", "steps", "status", "at step"),
   *("validation loss", "reason"),
 )
+NEIGHBOURS = ("next lower rate", "next higher rate")  # columns of a sweep of several rates
 STATUSES = ("done", "running", "preempted", "diverged", "failed", "not started")
 
 
@@ -47,15 +56,17 @@ def what_was_run(evidence: Evidence, group: RunGroup) -> Part:
         f"runs_not_done.{group.name}",
         "Runs that are not done. They count as an infinite loss, and are in no mean.",
         unfinished,
-        _run_columns(unfinished),
+        _run_columns(unfinished, evidence.roots),
       )
     )
   c = group.runs[0].config
-  data = group.runs[0].trained_on
+  data, total = group.runs[0].trained_on, parameters(group.runs[0])
   sentences = [
-    f"Model of {c.model.blocks} blocks, width {c.model.d_model}, vocabulary {c.model.vocab}; "
-    f"{group.extent}; batches of {c.batch_size} windows of {c.context} tokens of {c.data.source}, "
-    f"data {data['fingerprint'][:12]}, tokenizer {data['tokenizer'][:12]}."
+    f"Model of {c.model.blocks} blocks, width {c.model.d_model}, vocabulary {c.model.vocab}"
+    + (f", {total:,} parameters" if total else "")
+    + f". Trained on {group.extent}, in batches of {c.batch_size} windows of {c.context} tokens. "
+    f"Data: {c.data.source}, fingerprint {data['fingerprint'][:12]}, tokenizer "
+    f"{data['tokenizer'][:12]}."
   ]
   if group.apart:
     sentences.append(f"These are a part of their own: {group.apart}.")
@@ -87,7 +98,8 @@ def runs_table(runs: list[runs_lib.Run]) -> pd.DataFrame:
   return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
 
 
-def _run_columns(frame: pd.DataFrame):
+def _run_columns(frame: pd.DataFrame, roots: Sequence[str]) -> dict[str, Callable[[Any], str]]:
+  """roots: of the runs; below a single one, runs are named by the rest of their path."""
   styles = {
     **dict.fromkeys(("optimizer", "recipe")),
     **{"learning rate": "g", "seed": "d", "steps": "d", "status": None, "at step": "d"},
@@ -97,14 +109,18 @@ def _run_columns(frame: pd.DataFrame):
     styles.pop("reason")
   if frame["validation loss"].isna().all():
     styles.pop("validation loss")
-  return text_columns(frame, styles)
+  prefix = f"{roots[0].rstrip('/')}/" if len(roots) == 1 else ""
+  named = {"run": lambda row: row.run.removeprefix(prefix)}
+  return {**text_columns(frame, styles), **named}
 
 
 def every_run(evidence: Evidence) -> Table:
   """The full list of runs, which all figures and tables are from."""
   frame = runs_table(list(evidence.runs))
   frame = frame.sort_values(["size", "optimizer", "recipe", "learning rate", "seed", "run"])
-  return frame_table("every_run", "All runs of this report.", frame, _run_columns(frame))
+  return frame_table(
+    "every_run", "All runs of this report.", frame, _run_columns(frame, evidence.roots)
+  )
 
 
 def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
@@ -121,10 +137,15 @@ def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
     ]
   )
   several = len({t.recipe for t in found}) > 1
-  shown = {**({"recipe": lambda t: t.recipe} if several else {}), **tables.TUNING_COLUMNS}
+  shown = {"recipe": lambda t: t.recipe} if several else {}
+  shown |= {name: functools.partial(_tuned, text=of) for name, of in tables.TUNING_COLUMNS.items()}
+  if all(len(t.losses) == 1 for t in found):
+    shown = {name: text for name, text in shown.items() if name not in NEIGHBOURS}
   caption = (
     "Best learning rate of each sweep, by the mean validation loss over seeds after the last step "
-    "(nats)."
+    f"(nats); {NOTHING} where a run is not done, or its loss not finite. Skipped updates: not "
+    "finite. Roots kept: times that a preconditioner kept its old root, as the new one was not "
+    "finite or not exact. Counts and seconds are of the seed with the most."
   )
   made = [Table(f"tuning.{group.name}", caption, shown, found, numbers)]
   again = tables.retuned(found)
@@ -157,6 +178,11 @@ def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
   if alone:
     sentences.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
   return Part(group.title, len(group.runs), sentences, tables=made, command=command)
+
+
+def _tuned(t: Tuning, text: Callable[[Tuning], str]) -> str:
+  """A column's text; an infinite loss, or count, is of a run that has none."""
+  return text(t).replace("inf", NOTHING)
 
 
 def loss_curves(evidence: Evidence, group: RunGroup) -> Part:

@@ -191,11 +191,13 @@ def _mark_blocks(axes: Axes, names: Sequence[str]) -> None:
     text if at % every == 0 or (deep and not text.isdigit()) else ""
     for at, text in enumerate(texts)
   ]
-  axes.set_xticks(range(len(names)), texts, rotation=0 if deep and len(names) < 16 else 90)
-  axes.grid(visible=not deep, axis="x", alpha=0.12)
+  upright = all(text.isdigit() for text in texts) and len(names) < 16
+  axes.set_xticks(range(len(names)), texts, rotation=0 if upright else 90)
+  axes.grid(visible=False, axis="x")
   if deep:
     axes.set_xlabel("block")
     return
+  axes.grid(axis="x", alpha=0.12)
   for at in range(1, len(parts)):
     if parts[at][0] != parts[at - 1][0] and parts[at - 1][0].isdigit():
       axes.axvline(at - 0.5, color="black", linewidth=0.8, linestyle=":")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import io
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from etils import epath
+from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
-from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,7 +32,6 @@ COLORS = {
   "shampoo": "#D55E00",
   "soap": "#009E73",
 }
-OTHER = "#7F7F7F"  # of an optimizer that has none
 LINES = ("-", "--", ":", "-.")  # of the first recipe, the second, ...
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LONGEST = 32  # letters of a name in a figure
@@ -86,7 +87,9 @@ def _write(figure: Figure, path: PathLike) -> None:
 
 
 def color_of(optimizer: str) -> str:
-  return COLORS.get(optimizer, OTHER)
+  """An optimizer's colour; of one that COLORS has none for, a muted one that its name chooses."""
+  hue = zlib.crc32(optimizer.encode(errors="replace")) % 360 / 360
+  return COLORS.get(optimizer) or colors.to_hex(colorsys.hsv_to_rgb(hue, 0.5, 0.7))
 
 
 def in_order(optimizers: Iterable[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,7 +23,7 @@ from beyond_outliers.analysis.plots.style import (
 from beyond_outliers.analysis.qat_gap import Gap
 from beyond_outliers.analysis.scaling_law import ScalingLaw
 from beyond_outliers.analysis.statistics import Estimate, estimate
-from beyond_outliers.analysis.tuning import Tuning
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning
 from beyond_outliers.config.checks import require
 from beyond_outliers.types import PathLike
 
@@ -61,9 +62,15 @@ def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike = "") -> Figure:
     curves.set_ylim(top=min(curves.get_ylim()[1], min(finite) + 4.0))
     rates.set_ylim(min(finite) - 0.1, min(min(finite) + 2.0, max(finite) + 0.1))
     _mark_rates(rates, tunings)
-    lines = dict(zip(recipes, [{"linestyle": line} for line in LINES], strict=False))
+    lines = {
+      _in_words(recipe): {"linestyle": LINES[at % len(LINES)]} for at, recipe in enumerate(recipes)
+    }
     optimizer_legend(figure, [t.optimizer for t in tunings], lines if len(recipes) > 1 else None)
   return figure
+
+
+def _in_words(recipe: str) -> str:
+  return "full precision" if recipe == FULL_PRECISION else recipe
 
 
 def _draw_curve(axes: Axes, t: Tuning, line: str) -> None:
@@ -148,8 +155,11 @@ def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
   """Degradation δ = CE(quantized)/CE − 1 of the checkpoints of runs, over the share of training
   that is done, above the learning rate at that step over its peak.
 
-  along: rows of `along_training.frame`; a column of panels per recipe and method, two at most."""
-  pairs = style.quantizations(along)[:2]
+  along: rows of `along_training.frame`; a column of panels per recipe and method that has several
+    checkpoints, two at most."""
+  steps = along.groupby(["recipe", "method"])["step"].nunique()
+  every = style.quantizations(along)
+  pairs = [pair for pair in every if steps[pair] > 1][:2] or every[:1]
   size = 4.8 * max(len(pairs), 1.3), 4.4
   with canvas(path, 2, len(pairs), size, sharex=True, height_ratios=[3, 1]) as (figure, axes):
     for (top, below), pair in zip(axes.T, pairs, strict=True):
@@ -187,7 +197,12 @@ def plot_scaling_law(
     if points is not None:
       _draw_law(axes[0], law, points)
     _draw_rho(axes[-1], law, pairs)
-    optimizer_legend(figure, [pair[0] for pair in law.rho])
+    recipes = list(dict.fromkeys(recipe for _, recipe in law.rho))
+    marks = {
+      _in_words(recipe): {"marker": MARKERS[at % len(MARKERS)], "linestyle": LINES[at % len(LINES)]}
+      for at, recipe in enumerate(recipes)
+    }
+    optimizer_legend(figure, [pair[0] for pair in law.rho], marks if points is not None else None)
   return figure
 
 
@@ -213,6 +228,7 @@ def _draw_law(axes: Axes, law: ScalingLaw, points: pd.DataFrame) -> None:
   axes.set(xlabel=f"parameters, {counted} the embedding", ylabel="validation loss (nats)")
   axes.set_title("law (lines) and runs (points)")
   log_scale(axes, "x")
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 500k, 1M
 
 
 def _draw_rho(axes: Axes, law: ScalingLaw, pairs: Sequence[tuple[str, str]]) -> None:
@@ -230,5 +246,5 @@ def _draw_rho(axes: Axes, law: ScalingLaw, pairs: Sequence[tuple[str, str]]) -> 
   axes.set_ylim(len(pairs) - 0.5, -0.5)
   axes.set(
     xlabel="rho, the share of its parameters a model makes use of",
-    title=f"profile intervals, {100 * law.confidence:g} %",
+    title=f"rho and its profile interval, {100 * law.confidence:g} %",
   )
