@@ -20,9 +20,23 @@ import jax  # noqa: E402  (the environment comes first)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+import gc  # noqa: E402
 import random  # noqa: E402
 
 import pytest  # noqa: E402
+
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+MANY_MEMORY_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """Every compiled program takes some memory maps, of which Linux allows a process 65,530: a worker
+  that runs hundreds of tests that compile would die of a segmentation fault in the compiler."""
+  yield
+  if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 WORDS = [
   "the",

@@ -14,12 +14,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import small_models
 
 from beyond_outliers import config, data
 from beyond_outliers.config.sums import SUMS
 from beyond_outliers.data import sums as data_sums
 from beyond_outliers.errors import Refusal
-from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.model import hf, transformer
 from beyond_outliers.quant import storage
 
 DATASET = config.Data(
@@ -38,23 +39,11 @@ DATASET = config.Data(
   readers=1,
   prefetch=1,
 )
-LLAMA = config.Model(
-  vocab=16,
-  blocks=1,
-  heads=1,
-  kv_heads=1,
-  d_head=2,
-  d_model=2,
+LLAMA = dataclasses.replace(
+  small_models.MODELS["llama"],
+  **{"vocab": 16, "blocks": 1, "heads": 1, "kv_heads": 1, "d_head": 2, "d_model": 2},
   mlp_hidden=2,
-  norm_eps=1e-6,
-  rope_base=1e4,
   tied=False,
-  init_std=0.02,
-  dtype="float32",
-  attention="blockwise",
-  unroll=1,
-  remat="none",
-  **hf_config.FAMILIES["llama"].switches,
 )
 
 

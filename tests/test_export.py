@@ -15,29 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import small_models
 
 from beyond_outliers import config, export
 from beyond_outliers.model import hf, hf_config, transformer
 from beyond_outliers.quant import RECIPES, LayerRecipe, QuantSpec, Recipe, ptq, qmatrix, quantizers
 
 # 72 numbers of two or four bits fill no whole number of words.
-MODEL = config.Model(
-  vocab=32,
-  blocks=2,
-  heads=4,
-  kv_heads=2,
-  d_head=18,
-  d_model=72,
-  mlp_hidden=72,
-  norm_eps=1e-6,
-  rope_base=500000.0,
-  tied=False,
-  init_std=0.02,
-  dtype="float32",
-  attention="blockwise",
-  unroll=1,
-  remat="none",
-  **hf_config.FAMILIES["llama"].switches,
+MODEL = dataclasses.replace(
+  small_models.MODELS["llama"], vocab=32, d_head=18, d_model=72, mlp_hidden=72, tied=False
 )
 
 

@@ -14,6 +14,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+import small_models
 
 from beyond_outliers import config, data, quant, runs, train
 from beyond_outliers import workdir as workdir_lib
@@ -33,7 +34,7 @@ from beyond_outliers.evaluate import plan as plan_lib
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell, cell_settings, plan_cells
 from beyond_outliers.evaluate.target import HuggingFaceModel, RunCheckpoints
-from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = {
@@ -721,24 +722,8 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
 
 def save_llama(vocab, directory, **arguments):
   """A Llama model of zeros as a Hugging Face directory."""
-  c = config.Model(
-    vocab=vocab,
-    blocks=1,
-    heads=1,
-    kv_heads=1,
-    d_head=2,
-    d_model=2,
-    mlp_hidden=2,
-    norm_eps=1e-6,
-    rope_base=1e4,
-    tied=True,
-    init_std=0.02,
-    dtype="float32",
-    attention="blockwise",
-    unroll=1,
-    remat="none",
-    **hf_config.FAMILIES["llama"].switches,
-  )
+  sizes = {"blocks": 1, "heads": 1, "kv_heads": 1, "d_head": 2, "d_model": 2, "mlp_hidden": 2}
+  c = dataclasses.replace(small_models.MODELS["llama"], vocab=vocab, **sizes)
   model = transformer.Transformer(c)
   params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), transformer.shapes(model))
   hf.save(model, params, directory, **arguments)
