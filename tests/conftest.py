@@ -38,6 +38,7 @@ def few_memory_maps():
     jax.clear_caches()
     gc.collect()
 
+
 WORDS = [
   "the",
   "of",

@@ -48,9 +48,10 @@ def read_meta(directory: str) -> Json:
   if meta["format"] != FORMAT:
     raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; {REMEDY}")
   written = meta.pop("sha256", None)  # older ones have none
-  problem = misfit(meta, META_KINDS) or _problem(meta)
+  problem = misfit(meta, META_KINDS)
   if not problem and written not in (None, meta_sha256(meta)):
     problem = "was altered since it was written (its own SHA-256 differs)"
+  problem = problem or _problem(meta)
   if problem:
     raise DataError(f"{path}: {problem}; {REMEDY}")
   return meta

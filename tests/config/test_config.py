@@ -174,7 +174,7 @@ BAD_ARGUMENTS = {
   "nano,max_gradient_norm=1e999": ("max_gradient_norm = inf", "finite"),
   "nano,spikes.sigmas=-6.0": ("spikes.sigmas = -6.0", "at least 0"),
   "nano,spikes.window=3": ("spikes.window = 3", "at least 4"),
-  "nano,average.decay=1.0": ("average.decay = 1.0", "a decay a step below 1"),
+  "nano,average.decay=1.0": ("average.decay = 1.0", "expected 0 (none), or below 1"),
   "nano,average.decay=-0.1": ("average.decay = -0.1", "expected 0"),
   "nano,average.decay=1e999": ("average.decay = inf", "below 1"),
   "nano,average.last=-1": ("average.last = -1", "at least 0"),

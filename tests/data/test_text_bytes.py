@@ -1,6 +1,7 @@
 """Bits per byte: losses and bytes are of the same text, whatever cuts the validation set."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -184,6 +185,8 @@ def as_version_0_1(dataset, sizes):
     file.write(np.cumsum([0, *sizes], dtype=np.int64).tobytes())
   meta = {key: value for key, value in dataset.meta.items() if key != "first_bytes"}
   meta["splits"]["validation"]["bytes"] = sum(sizes)
+  with open(dataset.path("validation.bytes"), "rb") as file:
+    meta["files"]["validation.bytes"]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
   with open(dataset.path("meta.json"), "w") as file:
     json.dump(meta, file)
   return data.open(dataset.directory)

@@ -243,7 +243,7 @@ def test_a_and_b_are_the_error_as_it_ran(name, recipe, method):
         x = calls[""].result
       runs.append(calls)
     found = {}
-    for path, unit in units.units(*runs, layers).items():
+    for path, unit in units.units_of_block(*runs, layers).items():
       if unit.replay is None:
         continue
       f, fq = unit.replay

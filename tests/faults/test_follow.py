@@ -140,15 +140,16 @@ def test_follows_a_run_that_is_killed_and_resumed_and_is_killed_itself(training,
 # sums and its arrays.
 DELETES = """
 import pathlib, shutil
-from beyond_outliers import checkpoint, cli
+from beyond_outliers import cli
+from beyond_outliers.checkpoint import recovery
 from beyond_outliers.evaluate import __main__ as evaluate
-check = checkpoint.Checkpoints._damage
-def check_and_lose(self, step):
-  verdict = check(self, step)
-  if step == 10:
-    shutil.rmtree(self.directory / "10")
+check = recovery.mismatch
+def check_and_lose(directory):
+  verdict = check(directory)
+  if directory.name == "10":
+    shutil.rmtree(directory)
   return verdict
-checkpoint.Checkpoints._damage = check_and_lose
+recovery.mismatch = check_and_lose
 cli.run_command(evaluate.main)
 """
 
