@@ -154,6 +154,7 @@ def by_depth(path):
 dots = [lambda: Dot(1.0), lambda: Dot(1.0)]
 
 
+@pytest.mark.slow
 def test_depths_that_differ_compute_on_the_same_tree():
   uniform, differing = transformer.Transformer(STUDY), transformer.Transformer(STUDY, by_depth)
   params = random_params(uniform)

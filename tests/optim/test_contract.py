@@ -217,7 +217,16 @@ def follow(tx, params):
   return updates_of
 
 
-@pytest.fixture(scope="module", params=list(optim.OPTIMIZERS))
+SLOW = ("psgd",)  # to compile
+
+
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in optim.OPTIMIZERS
+  ],
+)
 def row(request, tmp_path_factory):
   return Row(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -301,6 +301,7 @@ def test_a_basis_that_is_not_finite_is_refused():
     np.testing.assert_allclose(ours[1], as_still[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_staggered_refreshes_are_dealt_evenly():
   """Seven and two blocks in three steps: three of nine at every step."""
   params = {"many": jnp.zeros((7, 4, 4)), "few": jnp.zeros((2, 3, 3))}
@@ -326,6 +327,7 @@ def test_staggered_at_every_step_is_together():
   np.testing.assert_allclose(staggered["w"], together["w"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does():
   """Staggered: whose turn it is does not depend on how many devices share the blocks."""
   devices = mesh.make_mesh(config.Mesh(2, 2, 2))

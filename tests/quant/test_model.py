@@ -30,10 +30,10 @@ from configs import adamw, shampoo_qat
 # zero, and on which side of it is a matter of float rounding.
 MODEL = dataclasses.replace(STUDY, d_head=128, d_model=128, mlp_hidden=256, attention="plain")
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
-# One of each family in the fast tests.
 # Each program runs once: compiling it is what takes time.
 QUICK = {"xla_backend_optimization_level": 0}
-FAMILIES = ("rtn_w8a8", "quest_w4a4", "lsq_w4a4", "fp8", "nvfp4")
+# Of integers, and of floating point, in the fast tests.
+FAMILIES = ("quest_w4a4", "fp8")
 EVERY = [
   name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow)
   for name in RECIPES

@@ -390,6 +390,7 @@ def test_learns(finished):
   assert opened.metrics()["eval/loss"].dropna().iloc[-1] < 4.5
 
 
+@pytest.mark.slow
 def test_logits_are_float32_and_tokens_stay_in_range(finished):
   opened = runs.open(finished[1])
   batch = next(opened.batches("train"))
@@ -522,6 +523,7 @@ def learned(finished, tiny_config, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
   """2 mean|x| / sqrt(7) (arXiv 1902.08153, section 2.1) of real inputs: those of the first layer
   are the embedding's rows."""
@@ -536,7 +538,8 @@ def test_learned_scales_begin_as_the_first_batch_says(finished, learned):
 
 
 @pytest.mark.parametrize(
-  "recipe", ["none", pytest.param("quest_w4a4", marks=pytest.mark.slow), "lsq_w4a4"]
+  "recipe",
+  ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("quest_w4a4", "lsq_w4a4"))],
 )
 def test_a_warm_start_goes_from_one_recipe_to_another(learned, tiny_config, tmp_path, recipe):
   """From learned scales, which stay behind unless they are learned on; the first loss is that of
