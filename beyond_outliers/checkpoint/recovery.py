@@ -38,10 +38,10 @@ def newest_intact(
   Errors: CheckpointError where all are damaged, or one could not be read now."""
   damaged: dict[int, str] = {}
   for step in steps[::-1]:
-    damage, problem, found = "", "", None
+    found = None
+    damage, problem = _compare(directory / str(step), verify)
     try:
-      damage = _mismatch(directory / str(step), verify)
-      found = None if damage else read(step)
+      found = None if damage or problem else read(step)
     except CheckpointError:  # another structure is no damage
       raise
     except Exception as error:  # Orbax raises all kinds for files that it cannot read
@@ -63,18 +63,16 @@ def newest_intact(
   raise CheckpointError(f"{lead}{each}; restore one from a copy, or start in another workdir")
 
 
-def _mismatch(checkpoint: epath.Path, verify: bool) -> str:
-  """Difference of a checkpoint from its sums, as process 0 finds it; empty if none."""
-  problem, short = "", None
+def _compare(checkpoint: epath.Path, verify: bool) -> tuple[str, str]:
+  """(difference of a checkpoint from its sums, why they could not be compared), as process 0 finds
+  it: all or none go on to read it together."""
+  damage, problem = "", ""
   if verify and jax.process_index() == 0:
     try:
-      problem = mismatch(checkpoint)
+      damage = mismatch(checkpoint)
     except OSError as error:
-      short = error
-  problem = mesh.from_first(problem)
-  if short is not None:
-    raise short
-  return problem
+      problem = reason(error)
+  return mesh.from_first(damage), mesh.from_first(problem)
 
 
 def _is_sound(checkpoint: epath.Path, error: Exception, verify: bool) -> bool:
