@@ -59,11 +59,11 @@ def join(c: config.Distributed, address: str | None, count: int | None, index: i
   _peers = Peers(state.client, state.process_id, state.num_processes)
 
 
-def agree(what: str, mine: Mapping[str, Any]) -> None:
+def agree(what: str, find: Callable[[], Mapping[str, Any]]) -> None:
   """Refusal, on every process, of values that are not those of process 0. what: their name, each
   asked for once. Errors: WorkdirError with the key and both values."""
   if _peers is not None:
-    _peers.agree(what, mine)
+    _peers.agree(what, find())
 
 
 @contextlib.contextmanager
@@ -172,7 +172,7 @@ class Peers:
       now = time.monotonic()
       others = {i: now - when for i, (_, when) in self._beats.items() if i != self._index}
       index = max(others, key=others.__getitem__)
-      if max(others.values()) < 3 * POLL_SECONDS:
+      if self._index != 0 and others[index] < 3 * POLL_SECONDS:
         index = 0  # its service closed a connection: it ended just now
       self._say(
         f"process {index} of {self._count} was killed, stands still or cannot be reached: no sign "

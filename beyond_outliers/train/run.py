@@ -24,7 +24,6 @@ from beyond_outliers.train.run_hooks import (
   check_data,
   fingerprints,
   make_hooks,
-  record_of,
 )
 from beyond_outliers.types import Json, PathLike
 
@@ -46,7 +45,7 @@ def run(
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training."""
   say = say or _print_on_first_process
-  processes.agree("configuration", _deciding(c, path))
+  processes.agree("configuration", lambda: _deciding(c, path))
   program = program_lib.build_program(c, devices)
   say(describe.describe(program))
   if dry_run:
@@ -82,14 +81,13 @@ def _train(
 
   c = program.config
   inputs = _open_inputs(program, say)
-  processes.agree("data", fingerprints(inputs.dataset))
+  processes.agree("data", lambda: fingerprints(inputs.dataset))
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
   stack.enter_context(contextlib.closing(inputs.batches))
   stack.enter_context(mesh_lib.use(program.mesh))
   if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
     workdir.check_past()
-  record = record_of(c, inputs.dataset)
-  start = initialize.start(program, checkpoints, inputs.batches, record, say)
+  start = initialize.start(program, checkpoints, inputs.batches, fingerprints(inputs.dataset), say)
   first = int(start.state.step)
   if first >= c.steps:
     say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")

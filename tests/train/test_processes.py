@@ -21,7 +21,7 @@ patience = config.Distributed(5, 2 if what == "come alone" else 60, 5)
 processes.join(patience, address, 2, int(index))
 try:
   rate = 0.1 if what == "disagree" else 0.003
-  processes.agree("configuration", {"seed": 0, "optimizer.learning_rate": rate})
+  processes.agree("configuration", lambda: {"seed": 0, "optimizer.learning_rate": rate})
   print("joined", flush=True)
   with processes.last_words(pathlib.Path(words).write_text):
     if what == "fail":
@@ -106,3 +106,15 @@ def test_one_that_is_killed_or_stands_still_ends_the_other(start, tmp_path, vict
 def test_one_that_waits_in_vain_says_so(start):
   (alone,) = start({1: "come alone"})
   assert "distributed.initialization_seconds = 2" in wait(alone, 1)
+
+
+def test_the_first_process_never_misses_itself():
+  """Though the other's last sign of life is of just now: JAX may know before it grows old."""
+  program = (
+    "from beyond_outliers.train import processes\n"
+    "processes.Peers._look = lambda self: None\n"
+    "processes.Peers(None, 0, 2).missing()"
+  )
+  process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert process.returncode == 1
+  assert process.stderr.startswith("error: process 1 of 2 was killed"), process.stderr
