@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -12,6 +13,10 @@ from ml_collections import config_flags
 
 from beyond_outliers.config.files import expand_home
 from beyond_outliers.errors import Refusal
+
+# Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
+# that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 flags.disclaim_key_flags()  # they belong to the commands that define them by what is here
 

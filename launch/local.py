@@ -49,7 +49,6 @@ LIST = flags.DEFINE_bool(
 )
 
 ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # ask a run to stop
 PREEMPTED = 42  # exit code of a run that was asked to stop, and of this command
 FINAL = (0, 2, 3, PREEMPTED)  # exit codes after which nothing is started again: done, refused, ...
 
@@ -156,7 +155,7 @@ def launch(argv: list[str]) -> None:
   del argv
   path, _, argument = CONFIG.value.partition(":")
   failed, runner = [], Runner()
-  for number in STOPS:
+  for number in cli.STOP_SIGNALS:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, runner.hand_on)
   sweep = runs(path, WHERE.value, found(OVERRIDES.value, path, argument) if OVERRIDES.value else {})

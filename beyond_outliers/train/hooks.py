@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers import config, hardware
+from beyond_outliers import cli, config, hardware
 from beyond_outliers.train.loop import Clock, Stop, due
 from beyond_outliers.train.program import Statistics
 from beyond_outliers.train.step import TrainState
@@ -24,11 +24,6 @@ from beyond_outliers.writers import Writer
 
 if TYPE_CHECKING:
   from beyond_outliers.checkpoint import Checkpoints
-
-
-# Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
-# that is closed.
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class LogMetrics:
@@ -185,7 +180,7 @@ class Save:
     self._alone = jax.process_count() == 1
     self._previous = {
       number: signal.signal(number, self._ask)
-      for number in STOPS
+      for number in cli.STOP_SIGNALS
       if (self._alone or number != signal.SIGTERM) and not _is_ignored_hang_up(number)
     }
 

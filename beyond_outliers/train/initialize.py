@@ -19,7 +19,7 @@ from beyond_outliers.model import transformer
 from beyond_outliers.model.forward import Forward
 from beyond_outliers.train.program import Program
 from beyond_outliers.train.step import TrainState
-from beyond_outliers.types import Batch, Json, Params
+from beyond_outliers.types import Batch, Json, Params, PathLike
 
 if TYPE_CHECKING:
   from beyond_outliers import data
@@ -41,19 +41,19 @@ def start(
   program: Program,
   checkpoints: Checkpoints,
   batches: data.Batches,
-  record: Json,
+  fingerprints: Json,
   say: Callable[[str], None],
 ) -> Start:
   """From the newest intact checkpoint, from `warm_start`'s parameters, or from fresh ones.
 
-  record: this run's, that of a checkpoint must agree with.
+  fingerprints: of the data; a checkpoint tells of its own.
   Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit, or checkpoints of
     another configuration or other data."""
   c = program.config
   restored = checkpoints.restore(program.state)
   if restored is not None:
     step, state, position, clock = restored
-    _check_record(checkpoints.run_of(step), record, f"{checkpoints.directory / str(step)}")
+    _check_record(checkpoints.run_of(step), c, fingerprints, checkpoints.directory / str(step))
     say(f"resuming from step {step} of {c.steps}")
     return Start(state, position, clock["seconds"])
   state = program.init()
@@ -69,17 +69,17 @@ def start(
   return Start(state._replace(params=params), None, 0.0)
 
 
-def _check_record(saved: Json | None, now: Json, path: str) -> None:
+def _check_record(saved: Json | None, c: config.Config, fingerprints: Json, path: PathLike) -> None:
   """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
   say, which may be lost or another's. Errors: ConfigError."""
   if saved is None:
     return
-  config.check_resumable(config.resolve(saved["config"]), config.resolve(now["config"]))
+  config.check_resumable(config.resolve(saved["config"]), c)
   for key, was in saved["data"].items():
     require(
-      was == now["data"][key],
+      was == fingerprints[key],
       f"data: {key}",
-      now["data"][key],
+      fingerprints[key],
       f"{path} was trained on {was}; restore those data, or start a new workdir",
     )
 

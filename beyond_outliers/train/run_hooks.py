@@ -38,11 +38,6 @@ class RunOutputs(NamedTuple):
   sinks: Sequence[writers.Writer]
 
 
-def record_of(c: config.Config, dataset: data.Dataset) -> Json:
-  """What a checkpoint tells of its run: configuration, and fingerprints of the data."""
-  return {"config": config.to_dict(c), "data": fingerprints(dataset)}
-
-
 def fingerprints(dataset: data.Dataset) -> Json:
   return {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint}
 
@@ -110,7 +105,7 @@ def make_hooks(
     data_state,
     clock,
     tokens_per_step=tokens_per_step,
-    run=record_of(c, inputs.dataset),
+    run={"config": config.to_dict(c), "data": fingerprints(inputs.dataset)},
     **periodic,
   )
   made.append(stack.enter_context(contextlib.closing(save)))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from beyond_outliers import checkpoint, config, optim
+from beyond_outliers import checkpoint, cli, config, optim
 from beyond_outliers.train import hooks, loop, step
 from beyond_outliers.workdir import Workdir
 
@@ -312,10 +312,10 @@ def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp
   assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == [4]
 
 
-@pytest.mark.parametrize("number", hooks.STOPS)
+@pytest.mark.parametrize("number", cli.STOP_SIGNALS)
 def test_asked_to_stop_a_run_saves_and_gives_the_signals_back(checkpoints, number, monkeypatch):
   monkeypatch.setattr(hooks, "_is_ignored_hang_up", lambda number: False)  # tests under nohup
-  before = {each: signal.getsignal(each) for each in hooks.STOPS}
+  before = {each: signal.getsignal(each) for each in cli.STOP_SIGNALS}
   save = make_save(checkpoints, 9)
 
   def asked(state, batch):
