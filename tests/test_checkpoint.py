@@ -20,6 +20,7 @@ from beyond_outliers.errors import WorkdirError
 from beyond_outliers.train import step
 
 OPTIONS = config.Checkpoint(every=1, keep=3, keep_every=0, verify=True)
+TEXTS = {"data": {"batches": 3}, "clock": {"seconds": 3.0, "tokens": 30.0}}  # of checkpoint 3
 
 
 def make_state(scale=1.0, devices=1):
@@ -368,10 +369,10 @@ def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, no_merge
 def test_what_is_read_back_is_compared_with_what_was_saved(saved, change, message):
   expected = params.shapes_by_path(change(make_state(3)))
   with pytest.raises(checkpoint.CheckpointError, match=message):
-    reading.check_readable(saved / "3", "state", expected, "data", "clock")
+    reading.check_readable(saved / "3", "state", expected, TEXTS)
   (saved / "3" / "clock" / "metadata").write_text("{")
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read back"):
-    reading.check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), "clock")
+    reading.check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), TEXTS)
 
 
 def test_arrays_without_elements_and_without_axes_come_back(tmp_path):
