@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from beyond_outliers.config.files import make_folder, standard_json
+from beyond_outliers.config.sums import replaced
 from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.workdir import Workdir
 
@@ -40,9 +41,8 @@ class JsonLines:
   def __init__(self, workdir: Workdir, last_step: int):
     path = workdir.path / "metrics.jsonl"
     kept = [line for line, row in workdir.read_rows() if row["step"] <= last_step]
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    with replaced(path) as temporary:
+      temporary.write_text("".join(line + "\n" for line in kept))
     self._file = path.open("a")
 
   def write(self, row: Row) -> None:

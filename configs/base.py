@@ -94,7 +94,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.checkpoint.every = (c.get_ref("steps") + 3) // 4          # steps; the last step is always saved
   c.checkpoint.keep = 2                      # newest ones kept
   c.checkpoint.keep_every = 0                # and every multiple of this; 0: none
-  c.checkpoint.verify = True                 # SHA-256 of every file, written when saved, checked when restored
+  c.checkpoint.verify = True                 # digests of every array and SHA-256 of every file, made when saved, compared when restored
+  c.checkpoint.every_minutes = 0.0           # and temporary ones, at rows of the log, that the next one replaces; 0: none
 
   c.spikes = config_dict.ConfigDict()        # updates that are skipped since their loss or gradient norm leaps
   c.spikes.sigmas = 0.0                      # to more than so many standard deviations above the mean, such as 6; 0: none is

@@ -33,7 +33,9 @@ FORBIDDEN = {
 }
 # library -> the only modules that import it; ml_collections: configs/ and the commands' flags.
 DOORS = {
-  "orbax": ("checkpoint/checkpoints", "checkpoint/quantized", "checkpoint/reading"),
+  "orbax": tuple(
+    f"checkpoint/{name}" for name in ("checkpoints", "quantized", "reading", "temporary")
+  ),
   "grain": ("data/pipeline", "data/record_windows"),
   "tensorflow_datasets": ("data/tfds",),
   "aqt": ("quant/backends/aqt",),

@@ -1,5 +1,4 @@
-"""What Orbax finds in a checkpoint, compared with what should be there; errors of its readers in one
-line."""
+"""What Orbax finds in a checkpoint, compared with what should be there; errors of its readers."""
 
 from __future__ import annotations
 

@@ -236,9 +236,10 @@ class Checkpoint:
   keep: int
   keep_every: int
   verify: bool
+  every_minutes: float = 0.0
 
   def __post_init__(self):
-    require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=0)
+    require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=0, every_minutes=0)
 
 
 @dataclasses.dataclass(frozen=True)

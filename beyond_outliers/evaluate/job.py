@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import sys
 import time
 import traceback
@@ -12,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from beyond_outliers.config.files import is_locked
 from beyond_outliers.errors import CheckpointError, ConfigError
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell
@@ -60,13 +60,14 @@ def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Reports changes in a run that is followed, to a person. One that was killed looks like one that
-  takes long for a step."""
+  """Reports changes in a run that is followed, to a person. dead: it was killed, for it is silent
+  for longer than its watchdog would be, and no process holds its lock."""
 
   def __init__(self, target: Target, progress: Progress):
     self._target, self._progress = target, progress
     self._status, self._since = "", time.monotonic()
-    self._wrote: float | None = None
+    self._wrote: Any = None
+    self._told = self.dead = False
 
   def look(self) -> None:
     status, wrote = self._target.status(), self._target.last_write()
@@ -74,12 +75,23 @@ class Watch:
       self._progress.line(f"run: {status}")
     if (status, wrote) != (self._status, self._wrote):
       self._status, self._wrote, self._since = status, wrote, time.monotonic()
-    elif time.monotonic() - self._since > SILENCE:
+      self._told = self.dead = False
+    elif time.monotonic() - self._since > SILENCE and not self._told:
       self._progress.line(
         f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
         "end this"
       )
-      self._since = math.inf
+      self._told = True
+    elif not self.dead and status.startswith("running") and self._is_abandoned():
+      self.dead = True
+      self._progress.line(f"run: dead, for no process holds its lock; it was {status}; resume it")
+
+  def _is_abandoned(self) -> bool:
+    origin = self._target.origin
+    # Within it, a run whose step takes for ever says so itself, if it has a watchdog.
+    patience = max(SILENCE, 1.5 * origin["config"]["log"]["watchdog_seconds"])
+    silent = time.monotonic() - self._since
+    return silent > patience and not is_locked(epath.Path(origin["workdir"]) / "lock")
 
 
 class Job:
@@ -89,7 +101,8 @@ class Job:
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
-    self.failed = False  # whether a cell could not be measured of a checkpoint that could be read
+    # Whether a cell could not be measured of a checkpoint that could be read, or the run is dead.
+    self.failed = False
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
@@ -103,7 +116,8 @@ class Job:
     return []
 
   def follow(self, wanted: Collection[int] | None = None) -> None:
-    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are.
+    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are;
+    `failed` then if it is dead.
 
     One that was skipped and then saved anew is tried again."""
     target = self._target
@@ -112,7 +126,9 @@ class Job:
     watch = Watch(target, self._progress)
     while wanted is None or left:
       watch.look()
-      ended = target.ended()  # asked first: what was written until then is in the list
+      ended = (
+        target.ended() or watch.dead
+      )  # asked first: what was written until then is in the list
       steps = [step for step in target.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
       waiting = [
@@ -126,6 +142,7 @@ class Job:
         if self._evaluate(waiting[0], later=waiting[1:]):
           left.discard(waiting[0])
       elif ended:
+        self.failed |= watch.dead
         return
       else:
         time.sleep(self._poll)

@@ -79,8 +79,8 @@ class Target(Protocol):
     """State of the training, in words."""
     ...
 
-  def last_write(self) -> float | None:
-    """Stamp of the training's last write; differs once it wrote something."""
+  def last_write(self) -> Any:
+    """Stamp of the training's last sign of life; differs once it gave another."""
     ...
 
 
@@ -124,9 +124,8 @@ class RunCheckpoints:
     text = f"{status['status']} {since} step {status.get('first', status['step'])}"
     return f"{text}: {status['reason']}" if status["reason"] else text
 
-  def last_write(self) -> float | None:
-    metrics = self._run.path / "metrics.jsonl"
-    return metrics.stat().mtime if metrics.exists() else None
+  def last_write(self) -> str | None:
+    return self._run.status.get("time")
 
 
 class OneCheckpoint(RunCheckpoints):

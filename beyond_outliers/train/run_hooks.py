@@ -106,6 +106,7 @@ def make_hooks(
     clock,
     tokens_per_step=tokens_per_step,
     run={"config": config.to_dict(c), "data": fingerprints(inputs.dataset)},
+    rows_every=c.log.every,
     **periodic,
   )
   made.append(stack.enter_context(contextlib.closing(save)))
