@@ -23,6 +23,10 @@ and how fast zero-shot questions are answered (bench/scoring.py):
 
   python -m beyond_outliers.bench --scoring=nano
 
+and what a run does between its steps (bench/loop.py):
+
+  python -m beyond_outliers.bench --loop=nano            the host's time a step, and of saving
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not
 with another day's.
 """
@@ -36,7 +40,16 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from beyond_outliers import cli, config, optim, quant
-from beyond_outliers.bench import optimizers, propagation, ptq, recipes, scoring, step, update_cost
+from beyond_outliers.bench import (
+  loop,
+  optimizers,
+  propagation,
+  ptq,
+  recipes,
+  scoring,
+  step,
+  update_cost,
+)
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import standard_json
 
@@ -104,6 +117,12 @@ BENCHES: dict[str, Bench] = {
     ("scoring", "repeats"),
     scoring.scoring_table,
     "Time zero-shot scoring with a model of this size.",
+  ),
+  "loop": Bench(
+    loop.measure_loop,
+    ("loop", "repeats"),
+    loop.loop_table,
+    "Time what a run does between its steps, and saving a state of this size.",
   ),
 }
 

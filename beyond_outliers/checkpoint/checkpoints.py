@@ -106,8 +106,7 @@ class Checkpoints:
     arrays = params_lib.without_empty(state)
     texts: dict[str, Any] = {"data": mesh.merged_over_processes(data), "clock": clock}
     texts |= {"run": run} if run else {}
-    if self._verify:
-      texts["digests"] = digests.record(arrays, texts)
+    texts |= {"digests": digests.record(arrays, texts)} if self._verify else {}
     if temporary:
       texts[TEMPORARY] = {"temporary": True}
       self._temporary.add(step)
