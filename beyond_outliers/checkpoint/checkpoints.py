@@ -11,6 +11,7 @@ compared without restoring anything, and tell damage from what cannot be read no
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -248,10 +249,9 @@ class Checkpoints:
     Errors: UnusableError."""
     if not self._verify or not self._has(step, "digests"):
       return
-    try:
+    recorded: Any = None
+    with contextlib.suppress(ValueError):
       recorded = read_text(self.directory / str(step) / "digests")
-    except ValueError:
-      recorded = None
     if misfit(recorded, digests.KINDS):
       raise recovery.UnusableError("its digests are not readable")
     if name := digests.difference(recorded, arrays, texts):

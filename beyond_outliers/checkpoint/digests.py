@@ -38,9 +38,11 @@ def record(arrays: Any, texts: Mapping[str, Any]) -> Json:
 def difference(recorded: Json, arrays: Any, texts: Mapping[str, Any] | None = None) -> str:
   """The first array or text that is not what was recorded, or nothing. arrays: some of those that
   were; texts: all, unless None are compared."""
-  for name in sorted(recorded["texts"].keys() | texts.keys()) if texts is not None else []:
-    if name not in texts or digest(texts[name]) != recorded["texts"].get(name):
-      return name
+  if texts is not None:
+    now = {name: digest(text) for name, text in texts.items()}
+    for name in sorted(recorded["texts"].keys() | now.keys()):
+      if now.get(name) != recorded["texts"].get(name):
+        return name
   for path, found in of_arrays(arrays).items():
     written = recorded["arrays"].get(path)
     if isinstance(found, list) and isinstance(written, list):
@@ -56,8 +58,8 @@ def of_arrays(tree: Any) -> dict[str, Any]:
 
   Where several processes share the arrays, all call this."""
   found = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-  shardings = [x.sharding for x in found.values() if isinstance(x, jax.Array)]
-  meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
+  shardings = (getattr(x, "sharding", None) for x in found.values())
+  meshes: list[Any] = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
   program = _program(mesh.replicated(meshes[0]) if meshes else None)
   sums = jax.device_get(program(found, frozenset(blocks.block_paths(tree))))
   return {
