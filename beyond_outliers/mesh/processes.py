@@ -24,7 +24,8 @@ import jax
 from jax._src import distributed as jax_distributed  # the client has no public name
 
 from beyond_outliers import config
-from beyond_outliers.errors import Refusal, WorkdirError
+from beyond_outliers.config.cluster import Membership
+from beyond_outliers.errors import ConfigError, Refusal, WorkdirError
 
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
@@ -35,26 +36,38 @@ _peers: Peers | None = None  # of this process, once it has joined others
 _why_aborted = ""  # what an abort means until then
 
 
-def join(c: config.Distributed, address: str | None, count: int | None, index: int | None) -> None:
-  """Connects the processes of one run; what is None, JAX detects.
+def join(c: config.Distributed, found: Membership) -> None:
+  """Connects the processes of one run; what is None, JAX finds.
 
-  Ends this process if one does not come within `initialization_seconds`."""
+  Ends this process if one does not come within `initialization_seconds`. Errors: ConfigError where
+  JAX finds none."""
   global _peers, _why_aborted
+  if found.address:
+    what = f"process {found.index} of {found.count} (by {found.source}), which meet"
+    print(f"{what} at {found.address}", file=sys.stderr, flush=True)
   _why_aborted = (
     "the processes did not all come within distributed.initialization_seconds = "
-    f"{c.initialization_seconds}; start all {count or ''} of them"
+    f"{c.initialization_seconds}; start all {found.count or ''} of them"
   )
   libc = ctypes.CDLL(None)
   libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
   libc.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
-  jax.distributed.initialize(
-    address,
-    count,
-    index,
-    initialization_timeout=c.initialization_seconds,
-    heartbeat_timeout_seconds=c.heartbeat_seconds,
-    shutdown_timeout_seconds=c.shutdown_seconds,
-  )
+  try:
+    jax.distributed.initialize(
+      found.address,
+      found.count,
+      found.index,
+      found.devices,
+      cluster_detection_method=None if found.address is None else "deactivate",
+      initialization_timeout=c.initialization_seconds,
+      heartbeat_timeout_seconds=c.heartbeat_seconds,
+      shutdown_timeout_seconds=c.shutdown_seconds,
+    )
+  except ValueError as error:
+    raise ConfigError(
+      f"--distributed: JAX does not find the other processes by {found.source} ({error}); give "
+      "HOST:PORT,COUNT,INDEX"
+    ) from None
   state = jax_distributed.global_state
   _peers = Peers(state.client, state.process_id, state.num_processes)
 

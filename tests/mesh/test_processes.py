@@ -14,11 +14,12 @@ import pytest
 CHILD = """
 import pathlib, sys, time
 from beyond_outliers import config
-from beyond_outliers.train import processes
+from beyond_outliers.config import cluster
+from beyond_outliers.mesh import processes
 
 address, index, words, what = sys.argv[1:]
 patience = config.Distributed(5, 2 if what == "come alone" else 60, 5)
-processes.join(patience, address, 2, int(index))
+processes.join(patience, cluster.Membership("the test", address, 2, int(index)))
 try:
   rate = 0.1 if what == "disagree" else 0.003
   processes.agree("configuration", lambda: {"seed": 0, "optimizer.learning_rate": rate})
@@ -111,7 +112,7 @@ def test_one_that_waits_in_vain_says_so(start):
 def test_the_first_process_never_misses_itself():
   """Though the other's last sign of life is of just now: JAX may know before it grows old."""
   program = (
-    "from beyond_outliers.train import processes\n"
+    "from beyond_outliers.mesh import processes\n"
     "processes.Peers._look = lambda self: None\n"
     "processes.Peers(None, 0, 2).missing()"
   )

@@ -1,4 +1,7 @@
-"""Mesh of devices with three axes, the array axes split along them, and agreement of processes."""
+"""Mesh of devices with three axes, the array axes split along them, and agreement of processes.
+
+How processes come together in the first place: processes.py.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from beyond_outliers.params import path_of
 from beyond_outliers.types import Array, Json
 
 Tree = TypeVar("Tree")
+Plain = TypeVar("Plain")  # what JSON can hold
 
 # Logical name of an array axis -> mesh axes that split it.
 RULES = (
@@ -37,7 +41,8 @@ RULES = (
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A (data, fsdp, model) mesh over all devices.
 
-  Errors: ConfigError when the axes' product is not the device count."""
+  Errors: ConfigError when the axes' product is not the device count, or the slices do not divide
+  the data axis that is to cross them."""
   devices = jax.devices() if devices is None else devices
   sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -46,19 +51,57 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     raise config.ConfigError(
       f"mesh = {axes}: the axes' product must be the number of devices, {len(devices)}"
     )
-  # jax's default axis type is Explicit, on which linen's logical partitioning fails.
-  types = (AxisType.Auto,) * 3
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices == 1:
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
-  # Slices of TPUs are joined by a slower network: only the data axis crosses it.
-  if sizes["data"] % slices:
-    raise config.ConfigError(
-      f"mesh.data = {sizes['data']}: must be a multiple of the number of slices, {slices}"
+  data, *within = sizes.values()
+  slices = _slices(axes.dcn_data, data, devices)
+  # Of physical axes that no mesh axis fits JAX would raise NotImplementedError: it may split them.
+  grids = [
+    mesh_utils.create_device_mesh(
+      (data // len(slices), *within), part, allow_split_physical_axes=True
     )
-  within = (sizes["data"] // slices, sizes["fsdp"], sizes["model"])
-  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
-  return jax.sharding.Mesh(grid, tuple(sizes), axis_types=types)
+    for part in slices
+  ]
+  # The default axis type of jax.make_mesh is Explicit, on which linen's logical partitioning fails.
+  return jax.sharding.Mesh(np.concatenate(grids), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _slices(
+  dcn_data: int, data: int, devices: Sequence[jax.Device]
+) -> Sequence[Sequence[jax.Device]]:
+  """The devices by slice, for a data axis to go over these; all as one where it does not.
+
+  A slice is what a faster network joins than joins slices: a slice of TPUs, or a host of others.
+  Errors: ConfigError where dcn_data cannot be had."""
+  found: dict[Any, list[jax.Device]] = {}
+  for device in devices:
+    found.setdefault(_slice_of(device, dcn_data), []).append(device)
+  slices = [found[key] for key in sorted(found)]
+  count, sizes = len(slices), sorted({len(each) for each in slices})
+  if dcn_data not in (1, -1, count):
+    raise config.ConfigError(
+      f"mesh.dcn_data = {dcn_data}: the devices lie on {count} slices, or hosts; expected {count}, "
+      "-1 for as many as there are, or 1"
+    )
+  if len(sizes) == 1 and data % count == 0:
+    return slices
+  if dcn_data == 1:
+    return [[device for each in slices for device in each]]
+  if len(sizes) > 1:
+    raise config.ConfigError(
+      f"mesh.dcn_data = {dcn_data}: slices of {' and '.join(map(str, sizes))} devices; the data "
+      "axis can go over equal ones only; set it to 1"
+    )
+  raise config.ConfigError(
+    f"mesh.data = {data}: must be a multiple of the number of slices, {count}; or let other axes "
+    "cross them, with mesh.dcn_data=1"
+  )
+
+
+def _slice_of(device: jax.Device, dcn_data: int) -> int:
+  """Number of a device's slice; where devices have none, its process's if slices are wanted."""
+  known = getattr(device, "slice_index", None)
+  if known is None and dcn_data != 1 and device.platform != "tpu":
+    return device.process_index
+  return known or 0
 
 
 @contextlib.contextmanager
@@ -114,26 +157,31 @@ def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
     )
 
 
-def share_of_rows(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
+def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """(index, count): this process's devices hold the index-th of `count` equal shares of a batch.
 
-  A share is consecutive rows.
-
-  Processes that a model axis spans hold the same run. Errors: ConfigError when the devices' rows
-  are not such a run."""
-  indices: Any = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-  held = sorted({row for (part,) in indices.values() for row in range(*part.indices(rows))})
-  if held != list(range(held[0], held[0] + len(held))) or rows % len(held) or held[0] % len(held):
+  Processes that a model axis spans hold the same share. Its rows lie in the global array where the
+  mesh has the devices: neighbours on a torus need not be so in the mesh, and nothing that is
+  computed of a batch depends on the order of its rows.
+  Errors: ConfigError when the processes' devices hold no equal shares."""
+  held: dict[int, set[int]] = {}
+  for place, group in enumerate(mesh.devices.reshape(-1, mesh.shape["model"])):
+    for device in group:
+      held.setdefault(device.process_index, set()).add(place)
+  shares = sorted({tuple(sorted(places)) for places in held.values()})
+  mine = tuple(sorted(held[jax.process_index()]))
+  overlap = sum(map(len, shares)) != len(set().union(*shares))
+  if overlap or len({len(share) for share in shares}) > 1:
     raise config.ConfigError(
       f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are "
       "no equal share of the batch; make mesh.model, or the devices of a process, divide the other"
     )
-  return held[0] // len(held), rows // len(held)
+  return shares.index(mine), len(shares)
 
 
 def put_batch(batch: Tree, mesh: jax.sharding.Mesh, rows: int) -> Tree:
-  """Global arrays of a batch of `rows`: this process's share in numpy in, [rows, L] split over the
-  mesh out. A Batch, or any tree of arrays by rows."""
+  """Global arrays of a batch of `rows`: this process's share in numpy in, or on each process all
+  rows; [rows, L] split over the mesh out. A Batch, or any tree of arrays by rows."""
   sharding = batch_sharding(mesh)
 
   def put(array: Array) -> jax.Array:
@@ -142,13 +190,25 @@ def put_batch(batch: Tree, mesh: jax.sharding.Mesh, rows: int) -> Tree:
   return jax.tree.map(put, batch)
 
 
-def from_first(text: str) -> str:
-  """Process 0's text (its first 1024 bytes) on every process, all of which call this."""
+def replicate(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """A tree of arrays whole on every device. Of several processes each has the same values."""
   if jax.process_count() == 1:
-    return text
-  buffer, encoded = np.zeros(1024, np.uint8), np.frombuffer(text.encode()[:1024], np.uint8)
-  buffer[: encoded.size] = encoded
-  return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="replace")
+    return jax.device_put(tree, replicated(mesh))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x), x.shape), tree
+  )
+
+
+def from_first(value: Plain) -> Plain:
+  """Process 0's value, of types that JSON has, on every process, all of which call this."""
+  if jax.process_count() == 1:
+    return value
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
+  # Few sizes, each of which is compiled once.
+  whole = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
+  whole[: min(text.size, length)] = text[:length]
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(whole))[:length])
 
 
 def on_any_process(condition: bool) -> bool:
