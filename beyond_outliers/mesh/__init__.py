@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -209,6 +209,14 @@ def from_first(value: Plain) -> Plain:
   whole = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
   whole[: min(text.size, length)] = text[:length]
   return json.loads(bytes(multihost_utils.broadcast_one_to_all(whole))[:length])
+
+
+def found_by_first(find: Callable[[], Plain]) -> Plain:
+  """What process 0 finds, such as in a folder that changes, on every process; all call this."""
+  if jax.process_count() == 1:
+    return find()
+  found: Any = find() if jax.process_index() == 0 else None
+  return from_first(found)
 
 
 def on_any_process(condition: bool) -> bool:
