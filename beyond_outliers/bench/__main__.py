@@ -9,6 +9,10 @@ without being run (bench/update_cost.py):
   python -m beyond_outliers.bench --on_paper=760m        FLOPs, state and traffic of a device
   python -m beyond_outliers.bench --collectives=50m      bytes between devices, as compiled
 
+and what whole steps would take on 8, 64 and 256 devices (bench/scaling.py):
+
+  python -m beyond_outliers.bench --scaling=50m --only=shampoo/none/64
+
 and what quantization costs: beside full precision (bench/recipes.py), and after training, method by
 method (bench/ptq.py):
 
@@ -36,7 +40,16 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from beyond_outliers import cli, config, optim, quant
-from beyond_outliers.bench import optimizers, propagation, ptq, recipes, scoring, step, update_cost
+from beyond_outliers.bench import (
+  optimizers,
+  propagation,
+  ptq,
+  recipes,
+  scaling,
+  scoring,
+  step,
+  update_cost,
+)
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import standard_json
 
@@ -50,7 +63,7 @@ class Bench(NamedTuple):
   help: str = ""  # of its flag, which names a size if `measure` takes it, else is a switch
   rows: Collection[str] = ()  # that --only chooses among
   default: Collection[str] = ()  # the rows without --only; all where empty
-  simulates: bool = False  # devices, which nothing may have asked JAX for before
+  simulates: int = 0  # devices, which nothing may have asked JAX for before
 
 
 BENCHES: dict[str, Bench] = {
@@ -68,7 +81,7 @@ BENCHES: dict[str, Bench] = {
     update_cost.on_paper_table,
     "Count what optimizers cost a device at this size.",
     rows=optim.OPTIMIZERS,
-    simulates=True,
+    simulates=max(update_cost.DEVICES),
   ),
   "collectives": Bench(
     update_cost.collectives,
@@ -76,7 +89,15 @@ BENCHES: dict[str, Bench] = {
     update_cost.collectives_table,
     "Compile optimizers' updates of this size for meshes.",
     rows=optim.OPTIMIZERS,
-    simulates=True,
+    simulates=max(update_cost.DEVICES),
+  ),
+  "scaling": Bench(
+    scaling.measure_scaling,
+    ("only", "scaling"),
+    scaling.scaling_table,
+    "Predict a step of this size on many devices from its compiled program.",
+    rows=scaling.ROWS,
+    simulates=max(scaling.MESHES),
   ),
   "recipes": Bench(
     recipes.measure_recipes,
@@ -130,7 +151,7 @@ def main(argv: list[str]) -> None:
   bench = BENCHES[asked]
   _check_flags(asked)
   if bench.simulates:
-    update_cost.simulate_devices()
+    update_cost.simulate_devices(bench.simulates)
   figures = bench.measure(*(_argument(flag, bench) for flag in bench.takes))
   print(json.dumps(standard_json(figures)) if JSON.value else bench.table(figures))
 

@@ -141,3 +141,47 @@ def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp
   for other in others:
     later = range(11, 31)
     np.testing.assert_allclose([other[i] for i in later], [first[i] for i in later], atol=1e-5)
+
+
+def slurm(tasks):
+  """The variables that srun would set for so many tasks on this machine."""
+  names = {
+    "JOB_ID": "1",
+    "STEP_ID": "0",
+    "STEP_NODELIST": "localhost",
+    "STEP_TASKS_PER_NODE": str(tasks),
+    "NODEID": "0",
+    "PROCID": "{index}",
+    "LOCALID": "{index}",
+  }
+  found = {f"SLURM_{name}": value for name, value in names.items()}
+  return {**found, "JAX_COORDINATOR_PORT": str(free_port())}
+
+
+@pytest.mark.slow
+def test_two_tasks_of_slurm_train_and_evaluate_as_one_process_does(tiny, tmp_path):
+  """Each evaluates its rows, and the first writes: cells are to the bit those of one process that
+  has as many devices."""
+  argument = tiny(**{"steps": 4, "checkpoint.every": 4, "model.blocks": 1, "eval.every": 4})
+  run, auto = tmp_path / "run", {"flag": "auto", **slurm(2)}
+  _, said = together(
+    2, 1, "main", f"--config=configs/adamw.py:{argument}", f"--workdir={run}", **auto
+  )
+  assert said.startswith("process 0 of 2 (by Slurm), which meet at localhost:")
+  assert json.loads((run / "manifest.json").read_text())["devices"]["processes"] == 2
+  evaluation = (
+    "evaluate",
+    f"--workdir={run}",
+    "--recipes=rtn_w4a4",
+    "--methods=rtn,gptq",
+    "--json",
+  )
+  alone, _ = together(1, 2, *evaluation, f"--out={tmp_path / 'alone'}")
+  auto = {"flag": "auto", **slurm(2)}
+  pair, _ = together(2, 1, *evaluation, f"--out={tmp_path / 'pair'}", **auto)
+  cells = [json.loads(text)["cells"] for text in (alone, pair)]
+  assert len(cells[0]) == 3
+  for one, other in zip(*cells, strict=True):
+    assert one["metrics"] == other["metrics"] and one["settings"] == other["settings"]
+  names = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("alone", "pair")]
+  assert names[0] == names[1] and len(names[0]) == 3
