@@ -33,7 +33,7 @@ class Mesh:
         value == -1 or value >= 1,
         "mesh." + name,
         value,
-        "expected a count of devices, or -1 for all that remain",
+        "expected a count, or -1 for all that there are",
       )
     sizes = (self.data, self.fsdp, self.model)
     require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all that remain)")
