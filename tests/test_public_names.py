@@ -122,8 +122,8 @@ FLAGS = {
 CONFIG_KEYS = (
   "size seed steps batch_size micro_batches context tokens_per_parameter max_skipped_updates "
   "warm_start mesh.data mesh.fsdp mesh.model mesh.dcn_data data.source data.path data.field "
-  "data.tokenizer data.vocab data.separator data.validation data.mask_documents data.reader data.directory "
-  "data.seed model.vocab model.blocks model.heads model.kv_heads model.d_head model.d_model "
+  "data.tokenizer data.vocab data.separator data.validation data.mask_documents data.reader "
+  "data.directory data.seed model.vocab model.blocks model.heads model.kv_heads model.d_head model.d_model "
   "model.mlp_hidden model.mlp model.norm_placement model.qk_norm model.attention_scale "
   "model.rope_layout model.rope_base model.tied model.dtype model.attention quant.recipe "
   "quant.backend quant.rules.head.paths quant.rules.head.recipe schedule.name schedule.warmup "
