@@ -110,6 +110,8 @@ class Device:
   slice_index: int | None = None
   platform: str = "gpu"
   device_kind: str = "a device"
+  coords: tuple[int, int, int] = (0, 0, 0)
+  core_on_chip: int = 0
 
 
 def cluster(slices, processes, devices, platform="gpu"):
@@ -144,7 +146,8 @@ def test_hosts_are_slices_of_devices_that_have_none():
 
 
 def test_other_axes_cross_slices_where_the_data_axis_does_not_go_over_them():
-  assert grid((1, -1, 1, 1), cluster(2, 1, 8)).shape == (1, 16, 1)
+  devices = cluster(2, 1, 8, "tpu")
+  assert grid((1, -1, 1, 1), devices[::-1])[0, ::8, 0].tolist() == [devices[7], devices[15]]
   assert grid((3, 1, 1, 1), cluster(2, 1, 8)[6:9]).shape == (3, 1, 1), "slices of 2 and 1"
 
 
@@ -166,6 +169,39 @@ def test_slices_that_cannot_be_had_are_refused(axes, devices, reason):
   with pytest.raises(config.ConfigError) as refusal:
     grid(axes, devices)
   assert str(refusal.value).startswith(reason)
+
+
+def torus(kind, *lengths):
+  """A slice of TPUs whose hosts have two by two chips each."""
+  found = []
+  for z, y, x in itertools.product(*map(range, lengths[::-1])):
+    host = (z * lengths[1] // 2 + y // 2) * lengths[0] // 2 + x // 2
+    found.append(Device(len(found), host, None, "tpu", kind, (x, y, z)))
+  return found
+
+
+@pytest.mark.parametrize(
+  "axes", [(-1, 1, 1), (-1, 8, 1), (1, -1, 1), (-1, 4, 2), (-1, 16, 4), (-1, 1, 4)]
+)
+@pytest.mark.parametrize(
+  "devices",
+  [torus("TPU v5 lite", 16, 16, 1), torus("TPU v5 lite", 4, 4, 1), torus("TPU v5", 4, 4, 4)],
+  ids=["v5e-256", "v5e-16", "v5p-128"],
+)
+def test_every_host_of_a_torus_has_a_share_of_any_mesh(monkeypatch, axes, devices):
+  """Its chips are not neighbours in a mesh whose neighbours are so on the torus."""
+  if len(devices) % (axes[1] * axes[2]):
+    return
+  made = grid(axes, devices)
+  layout = types.SimpleNamespace(
+    devices=made, shape=dict(zip(("data", "fsdp", "model"), made.shape, strict=True))
+  )
+  found = set()
+  for host in {device.process_index for device in devices}:
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    found.add(mesh.share_of_rows(layout))
+  (count,) = {count for _, count in found}
+  assert {index for index, _ in found} == set(range(count))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])

@@ -53,13 +53,7 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
     )
   data, *within = sizes.values()
   slices = _slices(axes.dcn_data, data, devices)
-  # Of physical axes that no mesh axis fits JAX would raise NotImplementedError: it may split them.
-  grids = [
-    mesh_utils.create_device_mesh(
-      (data // len(slices), *within), part, allow_split_physical_axes=True
-    )
-    for part in slices
-  ]
+  grids = [_grid((data // len(slices), *within), part) for part in slices]
   # The default axis type of jax.make_mesh is Explicit, on which linen's logical partitioning fails.
   return jax.sharding.Mesh(np.concatenate(grids), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
@@ -94,6 +88,14 @@ def _slices(
     f"mesh.data = {data}: must be a multiple of the number of slices, {count}; or let other axes "
     "cross them, with mesh.dcn_data=1"
   )
+
+
+def _grid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices such that neighbours along an axis are so in the network, where JAX knows how."""
+  if len({getattr(device, "slice_index", None) for device in devices}) > 1:
+    return np.array(devices).reshape(shape)  # JAX knows of one slice
+  # A mesh that no axes of a torus fit it would not lay out, unless it may split these.
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _slice_of(device: jax.Device, dcn_data: int) -> int:
