@@ -114,7 +114,8 @@ FLAGS = {
     "root plot gap_plot common_loss degradation cells settings overrides"
   ),
   "beyond_outliers.bench": (
-    "config json optimizers on_paper collectives scaling recipes ptq scoring tree only repeats"
+    "config json optimizers on_paper collectives scaling compile_for recipes ptq scoring tree only "
+    "repeats"
   ),
   "launch.local": "config root where overrides list",
 }

@@ -93,11 +93,11 @@ BENCHES: dict[str, Bench] = {
   ),
   "scaling": Bench(
     scaling.measure_scaling,
-    ("only", "scaling"),
+    ("only", "scaling", "compile_for"),
     scaling.scaling_table,
     "Predict a step of this size on many devices from its compiled program.",
     rows=scaling.ROWS,
-    simulates=max(scaling.MESHES),
+    simulates=max(scaling.DEVICE_MESHES),
   ),
   "recipes": Bench(
     recipes.measure_recipes,
@@ -140,6 +140,9 @@ ONLY_ROWS = flags.DEFINE_list("only", [], "Rows that are timed or counted; all b
 TREE = flags.DEFINE_enum(
   "tree", "full", list(optimizers.TREES), "Parameters that --optimizers updates."
 )
+COMPILE_FOR = flags.DEFINE_enum(
+  "compile_for", "cpu", ["cpu", *scaling.TOPOLOGIES], "Whose programs --scaling reads."
+)
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 
@@ -160,7 +163,7 @@ def _check_flags(asked: str) -> None:
   """Refusal of flags that would change nothing, and of rows that a bench lacks.
 
   Errors: ConfigError."""
-  for flag in (ONLY_ROWS, TREE, REPEATS):
+  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(
       asked in takers or not flag.present,

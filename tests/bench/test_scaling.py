@@ -24,7 +24,7 @@ def test_a_step_takes_what_its_parts_take():
 
 def test_every_row_is_a_mesh_of_its_devices():
   assert all(
-    data * fsdp * model == devices for devices, (data, fsdp, model) in scaling.MESHES.items()
+    data * fsdp * model == devices for devices, (data, fsdp, model) in scaling.DEVICE_MESHES.items()
   )
   assert len(scaling.ROWS) == 4 * 2 * 3 and set(CHIPS) == {"v5e", "v5p", "H100"}
 
@@ -43,5 +43,6 @@ def test_the_table_has_a_line_a_row():
       for chip in CHIPS
     },
   }
+  assert "8·8·1  no room" in scaling.scaling_table([{**row, "does_not_fit": "no room"}])
   line = scaling.scaling_table([row]).splitlines()[1]
   assert "8·8·1" in line and "data 1, fsdp 3" in line and line.count("4.0–6.0, 25%") == 3

@@ -170,7 +170,7 @@ def test_two_tasks_of_slurm_train_and_evaluate_as_one_process_does(tiny, tmp_pat
   assert said.startswith("process 0 of 2 (by Slurm), which meet at localhost:")
   assert json.loads((run / "manifest.json").read_text())["devices"]["processes"] == 2
   evaluation = (
-    "evaluate",
+    "evaluate.__main__",
     f"--workdir={run}",
     "--recipes=rtn_w4a4",
     "--methods=rtn,gptq",
