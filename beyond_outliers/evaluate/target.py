@@ -110,7 +110,7 @@ class RunCheckpoints:
   # What changes while the run goes on is as process 0 sees it, so that all go the same way.
 
   def steps(self) -> list[int]:
-    return mesh_lib.found_by_first(lambda: self._run.steps)
+    return mesh_lib.from_first(self._run.steps)  # opening them takes all processes
 
   def written(self, step: int) -> list[Any]:
     return mesh_lib.found_by_first(lambda: sorted(map(list, self._run.written(step))))

@@ -76,7 +76,7 @@ def together(processes, devices, *command, notes=os.devnull, flag="", **environm
     )
     for index in range(processes)
   ]
-  said = [process.communicate(timeout=600) for process in started]
+  said = [process.communicate(timeout=1800) for process in started]
   for process, (_, errors) in zip(started, said, strict=True):
     assert process.returncode == 0, errors[-4000:]
   return said[0]
