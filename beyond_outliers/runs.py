@@ -228,7 +228,8 @@ class AverageOfRun:
 
     Errors: CheckpointError."""
     newest, params = self._run.restore(mesh, step, "average" if self.name == "ema" else "params")
-    before = [known for known in self._run.steps if known < newest]
+    known = mesh_lib.from_first(self._run.steps)
+    before = [step for step in known if step < newest]
     earlier = before[max(len(before) - self._count + 1, 0) :]
     each = (self._run.restore(mesh, known)[1] for known in earlier[::-1])
     mean, _ = params_lib.mean(itertools.chain([params], each))

@@ -28,6 +28,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.mesh.data = -1                           # batch split, parameters replicated
   c.mesh.fsdp = 1                            # batch split, parameters and optimizer state split too
   c.mesh.model = 1                           # heads, MLP and vocabulary split
+  # Slices of TPUs, or hosts of GPUs, that the data axis goes over, so that only it crosses their slower network; -1: as many as there are
+  c.mesh.dcn_data = 1                        # 1: no axis minds them
 
   c.distributed = config_dict.ConfigDict()   # with --distributed: patience of several processes with each other
   c.distributed.heartbeat_seconds = 40       # one that gives no sign of life for this long ends the others

@@ -259,7 +259,7 @@ class Checkpoints:
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
     """(step, result of `read`), from the newest intact checkpoint, or from `step` alone."""
-    steps = self.steps()
+    steps = mesh.found_by_first(self.steps)  # others may be deleted meanwhile
     if step not in (None, *steps) or not steps:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"

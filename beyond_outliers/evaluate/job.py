@@ -18,6 +18,7 @@ from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.table import shown
 from beyond_outliers.evaluate.target import Target
+from beyond_outliers.mesh import processes
 from beyond_outliers.types import Params
 
 SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
@@ -30,6 +31,7 @@ class Progress:
 
   def __init__(self, every: float = 30.0):
     self._redraw, self._every = sys.stderr.isatty(), every
+    self._silent = not processes.is_first()
     self._what, self._last = "", time.monotonic()
     self._spent, self._measured = 0.0, 0
 
@@ -37,7 +39,7 @@ class Progress:
     self._what, self._last = what, time.monotonic()
 
   def __call__(self, text: str) -> None:
-    if self._redraw:
+    if self._redraw and not self._silent:
       print(f"\r\x1b[K{self._what} · {text}", end="", file=sys.stderr, flush=True)
     elif time.monotonic() - self._last > self._every:
       self.line(f"{self._what} · {text}")
@@ -48,7 +50,8 @@ class Progress:
     self.line(f"{self._what} · {text} · {seconds:.1f} s · {cells_left} to go, {left} left")
 
   def line(self, text: str) -> None:
-    print(("\r\x1b[K" if self._redraw else "") + text, file=sys.stderr, flush=True)
+    if not self._silent:
+      print(("\r\x1b[K" if self._redraw else "") + text, file=sys.stderr, flush=True)
     self._last = time.monotonic()
 
 
@@ -158,6 +161,7 @@ class Job:
     try:
       params = self._target.params(step)
     except (CheckpointError, OSError) as error:
+      processes.raise_alone(error)
       time.sleep(1.0)  # a deletion under way looks like damage
       gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
@@ -175,6 +179,7 @@ class Job:
     # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
     except Exception as error:
       self._target.text.dataset.sums.check()  # damaged data are every cell's
+      processes.raise_alone(error)
       if not isinstance(error, ConfigError):
         traceback.print_exc()
       self.failed = True

@@ -15,8 +15,9 @@ from beyond_outliers import config, data, hardware, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config import sums as file_sums
+from beyond_outliers.mesh import processes
 from beyond_outliers.model import transformer
-from beyond_outliers.train import describe, initialize, loop, processes, rewind
+from beyond_outliers.train import describe, initialize, loop, rewind
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
 from beyond_outliers.train.run_hooks import (
@@ -158,7 +159,7 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
   c = program.config
   # Several processes: one does the work, the others wait for its lock.
   dataset = data.prepare(c.data, log=say)
-  index, count = mesh_lib.share_of_rows(program.mesh, c.batch_size)
+  index, count = mesh_lib.share_of_rows(program.mesh)
   mine = dict(context=c.context, process_index=index, process_count=count)
   return RunInputs(
     dataset,

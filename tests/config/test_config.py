@@ -146,6 +146,7 @@ BAD_ARGUMENTS = {
   "nano,micro_batches=0": ("micro_batches = 0", "at least 1"),
   "nano,micro_batches=3": ("micro_batches = 3", "batch_size (8)"),
   "nano,mesh.fsdp=0": ("mesh.fsdp = 0", "-1"),
+  "nano,mesh.dcn_data=0": ("mesh.dcn_data = 0", "-1"),
   "nano,mesh.fsdp=-1": ("mesh = (-1, -1, 1)", "only one"),
   "nano,model.heads=2": ("model.kv_heads = 0", "at least 1"),
   "nano,model.heads=4,model.kv_heads=3": ("model.kv_heads = 3", "query heads (4)"),
