@@ -16,15 +16,15 @@ import jax
 from etils import epath
 
 from beyond_outliers import config as config_lib
-from beyond_outliers import data, quant
+from beyond_outliers import data, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Batch, Json, Params, PathLike
-from beyond_outliers.workdir import digest
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -94,6 +94,7 @@ class Run:
 
     if not (self.path / "metrics.jsonl").exists():
       raise workdir_lib.WorkdirError(f"{self.path} has no metrics.jsonl; restore it from a copy")
+    writers.check_last_rows(self._workdir)
     frame = pd.DataFrame([row for _, row in self._workdir.read_rows()])
     # A step that was both logged and evaluated wrote two lines.
     return frame.groupby("step").first() if len(frame) else frame

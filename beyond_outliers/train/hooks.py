@@ -168,10 +168,10 @@ class Save:
     tokens_per_step: int,
     num_steps: int,
     before: Callable[[], None],
-    run: Json | None = None,
+    record: Callable[[], Json] | None = None,
   ):
     self._every, self._checkpoints, self._data_state = options.every, checkpoints, data_state
-    self._run = run
+    self._record = record
     self._clock, self._before = clock, before
     self._tokens, self._num_steps = tokens_per_step, num_steps
     self._asked = False
@@ -203,7 +203,7 @@ class Save:
           state,
           self._data_state(),
           {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
-          self._run,
+          self._record() if self._record else None,
         )
         if preempted:
           self._checkpoints.wait()

@@ -35,6 +35,7 @@ class Start(NamedTuple):
   state: TrainState
   position: Json | None  # of the data; None: at their beginning
   seconds: float  # spent training so far
+  rows: str | None = None  # SHA-256 of metrics.jsonl up to there, where the checkpoint has it
 
 
 def start(
@@ -53,9 +54,10 @@ def start(
   restored = checkpoints.restore(program.state)
   if restored is not None:
     step, state, position, clock = restored
-    _check_record(checkpoints.run_of(step), c, fingerprints, checkpoints.directory / str(step))
+    record = checkpoints.run_of(step)
+    _check_record(record, c, fingerprints, checkpoints.directory / str(step))
     say(f"resuming from step {step} of {c.steps}")
-    return Start(state, position, clock["seconds"])
+    return Start(state, position, clock["seconds"], (record or {}).get("rows"))
   state = program.init()
   if c.warm_start:
     step, params = warm_start_params(c, program.mesh)

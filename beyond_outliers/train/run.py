@@ -89,10 +89,12 @@ def _train(
     workdir.check_past()
   start = initialize.start(program, checkpoints, inputs.batches, fingerprints(inputs.dataset), say)
   first = int(start.state.step)
+  if start.rows is not None and not writers.check_rows(workdir, first, start.rows):
+    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
   if first >= c.steps:
     say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
     checkpoints.close()
-    workdir.set_status("done", first)
+    workdir.set_status("done", first, rows=start.rows or "")
     return "done"
   if start.position is not None:
     inputs.batches.restore(start.position)
@@ -135,7 +137,7 @@ def _train(
   except BaseException as error:
     fail(f"{type(error).__name__}: {error}")
     raise
-  workdir.set_status(status, step, reason)
+  workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
   return status
 

@@ -64,6 +64,7 @@ def make_hooks(
 ) -> list[loop.Hook]:
   """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
   c, sinks = program.config, outputs.sinks
+  settings = config.to_dict(c)
   tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
   log = hooks.LogMetrics(
     c.log.every,
@@ -99,13 +100,18 @@ def make_hooks(
     check_data(inputs.dataset)  # a run that goes on from here must not have seen damaged data
     return inputs.batches.state()
 
+  def record() -> Json:
+    """What a checkpoint tells of its run."""
+    rows = writers.rows_sha256(sinks)
+    return {"config": settings, "data": fingerprints(inputs.dataset), "rows": rows}
+
   save = hooks.Save(
     c.checkpoint,
     outputs.checkpoints,
     data_state,
     clock,
     tokens_per_step=tokens_per_step,
-    run={"config": config.to_dict(c), "data": fingerprints(inputs.dataset)},
+    record=record,
     **periodic,
   )
   made.append(stack.enter_context(contextlib.closing(save)))
