@@ -52,6 +52,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 DATA = dict.fromkeys(("data.directory", "data.fingerprint", "data.tokenizer"), str)
 PARAMETERS = dict.fromkeys(("parameters.total", "parameters.embedding"), int)
+OF_A_START = ("config", "resumed")  # what a resumed run changes in its manifest
 RESTORE = "restore it from a copy, or take another workdir"
 
 
@@ -103,9 +104,14 @@ class Workdir:
     except (FileNotFoundError, NotADirectoryError):
       return None
 
-  def read_config(self) -> config.Config | None:
-    """The configuration of the run, or None when there is no run. Errors: as `read`."""
+  def read_config(self, *, checked: bool = False) -> config.Config | None:
+    """The configuration of the run, or None when there is no run. Errors: as `read`.
+
+    checked: refuses what is not the manifest's, as of a start that was killed in between, too."""
     found = self.read("config.json")
+    expected = (self.read("manifest.json") or {}).get("config") if checked else None
+    if expected not in (None, file_sums.digest(found)):
+      raise WorkdirError(f"{self.path / 'config.json'} is not what manifest.json says; {RESTORE}")
     try:
       return None if found is None else config.resolve(found)
     except config.ConfigError as error:

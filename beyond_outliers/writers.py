@@ -122,11 +122,16 @@ class TensorBoard:
 class Wandb:
   """Weights & Biases (extra: wandb).
 
-  The run's id is kept in the workdir, so that a resumed run goes on in the same one."""
+  The run's id is kept in the workdir, so that a resumed run goes on in the same one. of: the id of
+  this training, in its manifest. Errors: WorkdirError where the workdir has another's."""
 
-  def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any]):
+  def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any], of: str = ""):
     wandb = _optional("wandb", "log.wandb", "wandb")
     known = workdir.read("wandb.json")
+    if known and known.get("of", of) != of:
+      raise WorkdirError(
+        f"{workdir.path / 'wandb.json'} is of another run; remove it, and a new one begins there"
+      )
     self._run = wandb.init(
       project=project,
       name=workdir.path.name,
@@ -135,7 +140,7 @@ class Wandb:
       id=known["id"] if known else None,
       resume="allow",
     )
-    workdir.write("wandb.json", {"id": self._run.id})
+    workdir.write("wandb.json", {"id": self._run.id, "of": of})
 
   def write(self, row: Row) -> None:
     self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])

@@ -97,7 +97,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
   key = next(iter(WHOLE[name]))
   rest = {k: v for k, v in WHOLE[name].items() if k != key}
   for value in (None, [], rest, {**rest, key: []}):
-    workdir.write(name, value)
+    (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(WorkdirError, match=rf"/{name}: .*; restore it from a copy"):
       workdir.read(name)
   if name == "status.json":

@@ -26,6 +26,10 @@ def digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def digest_without(value: Json, *keys: str) -> str:
+  return digest({key: each for key, each in value.items() if key not in keys})
+
+
 def sealed(value: Mapping[str, Any]) -> Json:
   """The object with its own sum, which `unsealed` takes out again."""
   plain = json.loads(json.dumps(value))  # a number that is a key becomes text, and sorts otherwise

@@ -36,6 +36,7 @@ class RunOutputs(NamedTuple):
   workdir: workdir_lib.Workdir
   checkpoints: Checkpoints
   sinks: Sequence[writers.Writer]
+  manifest: Json
 
 
 def fingerprints(dataset: data.Dataset) -> Json:
@@ -103,7 +104,12 @@ def make_hooks(
   def record() -> Json:
     """What a checkpoint tells of its run."""
     rows = writers.rows_sha256(sinks)
-    return {"config": settings, "data": fingerprints(inputs.dataset), "rows": rows}
+    return {
+      "config": settings,
+      "data": fingerprints(inputs.dataset),
+      "manifest": {**outputs.manifest, "resumed": []},
+      "rows": rows,
+    }
 
   save = hooks.Save(
     c.checkpoint,

@@ -16,8 +16,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
-# For the processes to come, before JAX is imported.
-os.environ["PYTHONPATH"] = str(ROOT)
+# Before JAX is imported, here and in the processes to come.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

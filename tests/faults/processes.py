@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import random
@@ -31,7 +32,7 @@ from beyond_outliers.train import loop
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, EVERY, KEEP = 24, 6, 3
 STEP_SECONDS = 0.05
-PATIENCE = 400.0  # seconds, after which a process counts as hanging
+PATIENCE = 900.0  # seconds, after which a process counts as hanging
 SETTINGS = {
   "model.blocks": 1,
   "model.heads": 6,
@@ -50,8 +51,7 @@ SETTINGS = {
   "data.validation": "newest:2",
   "data.readers": 2,
   "max_skipped_updates": 3,
-  "distributed.heartbeat_seconds": 20,
-  "distributed.initialization_seconds": 120,
+  "distributed.heartbeat_seconds": 30,
 }
 # What a row of metrics says of the machine, not of the training.
 OF_THE_MACHINE = ("second", "flops", "peak", "memory")
@@ -101,6 +101,7 @@ class Process:
   def __init__(self, arguments: list[str], log: pathlib.Path, illness: Illness | None = None):
     self._log = log
     log.touch()
+    _serve()
     self._process = _context.Process(target=_train, args=(arguments, str(log), illness))
     self._process.start()
 
@@ -122,6 +123,17 @@ class Process:
       self._process.join()
       raise AssertionError(f"hangs for {seconds:.0f} s: {self.said()[-2000:]}")
     return self._process.exitcode
+
+
+def _serve() -> None:
+  """Starts what the processes are forked from, with this program and no other of the name."""
+  before = os.environ.get("PYTHONPATH")
+  os.environ["PYTHONPATH"] = str(ROOT)
+  try:
+    multiprocessing.forkserver.ensure_running()
+  finally:
+    os.environ.pop("PYTHONPATH")
+    os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
 def _train(arguments: list[str], log: str, illness: Illness | None) -> None:
