@@ -12,6 +12,7 @@ import pickle
 import shutil
 import types
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -251,8 +252,18 @@ def flipped(at):
   return flip
 
 
+def digit_flipped(path, other):
+  """The middle one of a text's digits, by one bit: still a number, and JSON."""
+  content = bytearray(path.read_bytes())
+  digits = [i for i, byte in enumerate(content) if byte in b"2345678"]
+  if digits:
+    content[digits[len(digits) // 2]] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES = {
   **{f"flipped at {at}": flipped(at) for at in (0, 0.6, 1)},
+  "digit flipped": digit_flipped,
   "cut": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
   "emptied": lambda path, other: path.write_bytes(b""),
   "deleted": lambda path, other: path.unlink(),
@@ -308,7 +319,13 @@ def is_same_json(one, other):
     return False
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+SLOW = ("workdir",)  # of many files
+
+
+@pytest.fixture(
+  scope="module",
+  params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FOLDERS],
+)
 def written(request, tmp_path_factory):
   write, read, kinds = FOLDERS[request.param]
   root = tmp_path_factory.mktemp("written")
@@ -320,6 +337,44 @@ def test_every_file_that_is_written_is_of_a_kind_that_is_damaged_here(written):
   found = files(folder)
   assert all(any(fnmatch.fnmatch(name, kind) for kind in kinds) for name in found), found
   assert all(fnmatch.filter(found, kind) for kind in kinds), found
+
+
+# What commands leave that none of them reads.
+NOT_READ = {
+  "run/lock": "says who holds the folder, and counts by being locked",
+  "run/tensorboard/**": "for TensorBoard",
+  "run/profile/**": "for TensorBoard, or Perfetto",
+  "datasets/*.lock": "counts by being locked",
+  "report/**": "for people",
+}
+
+
+@pytest.mark.slow
+def test_every_file_that_commands_leave_is_of_a_kind_that_is_damaged_here(tiny, tmp_path):
+  """Or of one that no command reads."""
+  settings = {"steps": 2, "log.profile_step": 2, "log.profile_steps": 1, "log.tensorboard": True}
+  argument = tiny(**settings, **{"model.blocks": 1, "data.directory": tmp_path / "datasets"})
+  chosen, run, made = f"--config=configs/adamw.py:{argument}", tmp_path / "run", tmp_path / "report"
+  made.mkdir()
+  for name, *flags in (
+    ("main", chosen, f"--workdir={run}"),
+    ("evaluate", f"--workdir={run}", "--recipes=rtn_w4a4", "--documents=1"),
+    ("analysis", f"--root={run}", f"--out={made / 'page'}"),
+  ):
+    ((code, said),), _ = commands.answers(
+      f"{name}.__main__" if name in ("evaluate", "analysis") else name, [flags]
+    )
+    assert code == 0, said
+  kinds = {
+    *NOT_READ,
+    *(f"datasets/*/{kind}" for kind in FOLDERS["dataset, shards"][-1]),
+    *(f"run/{kind}" for kind in FOLDERS["workdir"][-1]),
+  }
+  found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+  unknown = [name for name in found if not any(fnmatch.fnmatch(name, kind) for kind in kinds)]
+  assert not unknown, "rows of FOLDERS or of NOT_READ are missing"
+  unmet = {kind for kind in kinds if not fnmatch.filter(found, kind)}
+  assert unmet <= {"run/wandb.json", "datasets/*/tokenizer.json"}, "nobody leaves these"
 
 
 @pytest.mark.parametrize(

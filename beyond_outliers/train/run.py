@@ -138,7 +138,7 @@ def _train(
       if status == "done":
         check_data(inputs.dataset)
   except BaseException as error:
-    fail(f"{type(error).__name__}: {error}")
+    fail(processes.reason_of(error))
     raise
   workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")

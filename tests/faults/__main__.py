@@ -21,7 +21,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-from tests.faults.faults import FAULTS  # noqa: E402  (the environment comes first)
+from absl import logging  # noqa: E402  (the environment comes first)
+
+from tests.faults.faults import FAULTS  # noqa: E402
 from tests.faults.processes import EVERY  # noqa: E402
 from tests.faults.trial import Result, Suite, Trial  # noqa: E402
 
@@ -61,6 +63,7 @@ def main() -> int:
   parser.add_argument("--only", action="append", choices=list(FAULTS), help="of FAULTS; may recur")
   parser.add_argument("--seed", type=int, default=0)
   flags = parser.parse_args()
+  logging.set_verbosity(logging.ERROR)  # of Orbax, which is used without a manager here
 
   lines = flags.out.with_suffix(".jsonl")
   suite = Suite(flags.out.with_suffix(".work"))

@@ -138,6 +138,7 @@ class Trial:
     began = time.monotonic()
     codes = [None if i == victim and mortal else p.wait() for i, p in enumerate(started)]
     took = time.monotonic() - began
+    self.result.codes.append(codes)
     if victim is not None and mortal:
       started[victim].send(signal.SIGKILL)
       codes[victim] = started[victim].wait()
@@ -147,7 +148,6 @@ class Trial:
         self.note(f"the other ended after {took:.0f} s")
         now = processes.status(self.workdir)
         assert now["status"] != "failed" or f"process {victim} of 2" in now["reason"], now
-    self.result.codes.append(codes)
 
   def run(self) -> Result:
     expected = self.suite.expected(self.kind)

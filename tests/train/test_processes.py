@@ -118,3 +118,22 @@ def test_the_first_process_never_misses_itself():
   process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert process.returncode == 1
   assert process.stderr.startswith("error: process 1 of 2 was killed"), process.stderr
+
+
+def test_a_collective_that_fails_for_want_of_a_process_names_it():
+  """Gloo's error, which comes before JAX misses it, names an address."""
+  program = (
+    "from beyond_outliers.train import processes\n"
+    "import jax\n"
+    "processes.POLL_SECONDS = 0.01\n"
+    "processes.Peers._look = lambda self: None\n"
+    "lost = jax.errors.JaxRuntimeError('Connection reset by peer')\n"
+    "print(processes.reason_of(lost))\n"
+    "processes._peers = processes.Peers(None, 0, 3)\n"
+    "print(processes.reason_of(lost))\n"
+    "print(processes.reason_of(OSError('no space')))"
+  )
+  said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+  alone, lost, own = said.splitlines()
+  assert alone == "JaxRuntimeError: Connection reset by peer" and own == "OSError: no space"
+  assert lost.startswith("process 1 of 3 was killed") and lost.endswith(alone)
