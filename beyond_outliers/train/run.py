@@ -201,16 +201,16 @@ def _manifest(
     before = recorded
   if before is None:  # two may begin in the same second
     return {"id": secrets.token_hex(8), **now, **described, "resumed": []}
-  one, other = (digest_without(each, *workdir_lib.OF_A_START) for each in (before, recorded or {}))
-  if recorded and one != other:
-    raise workdir_lib.WorkdirError(
-      f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint: "
-      f"{workdir_lib.RESTORE}"
-    )
   if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
     raise workdir_lib.WorkdirError(
       f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
       f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new "
       "workdir"
+    )
+  one, other = (digest_without(each, *workdir_lib.OF_A_START) for each in (before, recorded or {}))
+  if recorded and one != other:
+    raise workdir_lib.WorkdirError(
+      f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
+      f"{workdir_lib.RESTORE}"
     )
   return {**before, **described, "resumed": [*before.get("resumed", []), now]}
