@@ -280,7 +280,10 @@ def collect(run: Run, workdir: pathlib.Path, dump: pathlib.Path) -> dict:
   """{part: {name of a thing: the thing}} of what a run left."""
 
   def read(path):
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    found.pop("sha256", None)  # of times, too
+    found.pop("rows", None)
+    return found
 
   texts = [
     (path.name.split(".")[1], normalized(path.read_text()))
@@ -296,7 +299,7 @@ def collect(run: Run, workdir: pathlib.Path, dump: pathlib.Path) -> dict:
     return {"hlo": hlo, "eval": flat(cells)}
   status, manifest = read(workdir / "status.json"), read(workdir / "manifest.json")
   assert status["status"] == "done", status
-  manifest |= dict.fromkeys(OF_A_START, "")
+  manifest |= dict.fromkeys((*OF_A_START, "config"), "")
   (workdir / "manifest.json").write_text(json.dumps(manifest))
   arrays, place = arrays_of(workdir / "checkpoints", SETTINGS["steps"])
   stored = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))

@@ -16,15 +16,15 @@ import jax
 from etils import epath
 
 from beyond_outliers import config as config_lib
-from beyond_outliers import data, quant
+from beyond_outliers import data, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.sums import digest_without
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Batch, Json, Params, PathLike
-from beyond_outliers.workdir import digest
 
 if TYPE_CHECKING:
   import pandas as pd
@@ -51,7 +51,7 @@ class Run:
   @functools.cached_property
   def config(self) -> config_lib.Config:
     """Errors: WorkdirError, as of `manifest` and `status`, for a damaged file."""
-    found = self._workdir.read_config()
+    found = self._workdir.read_config(checked=True)
     assert found is not None  # or this would be no run
     return found
 
@@ -70,7 +70,7 @@ class Run:
   @property
   def identity(self) -> str:
     """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
-    return digest({name: value for name, value in self.manifest.items() if name != "resumed"})
+    return digest_without(self.manifest, *workdir_lib.OF_A_START)
 
   @property
   def status(self) -> Json:
@@ -94,6 +94,7 @@ class Run:
 
     if not (self.path / "metrics.jsonl").exists():
       raise workdir_lib.WorkdirError(f"{self.path} has no metrics.jsonl; restore it from a copy")
+    writers.check_last_rows(self._workdir)
     frame = pd.DataFrame([row for _, row in self._workdir.read_rows()])
     # A step that was both logged and evaluated wrote two lines.
     return frame.groupby("step").first() if len(frame) else frame

@@ -7,7 +7,6 @@ import datetime
 import fcntl
 import functools
 import glob
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -53,6 +52,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 DATA = dict.fromkeys(("data.directory", "data.fingerprint", "data.tokenizer"), str)
 PARAMETERS = dict.fromkeys(("parameters.total", "parameters.embedding"), int)
+OF_A_START = ("config", "resumed")  # what a resumed run changes in its manifest
 RESTORE = "restore it from a copy, or take another workdir"
 
 
@@ -92,7 +92,7 @@ class Workdir:
   def _write(self, name: str, value: Any, durable: bool = True) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
     with file_sums.replaced(self.path / name, durable) as temporary:
-      temporary.write_text(json.dumps(value, indent=2) + "\n")
+      temporary.write_text(json.dumps(file_sums.sealed(value), indent=2) + "\n")
 
   def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
     """The JSON in a file, or None when it isn't there.
@@ -104,9 +104,14 @@ class Workdir:
     except (FileNotFoundError, NotADirectoryError):
       return None
 
-  def read_config(self) -> config.Config | None:
-    """The configuration of the run, or None when there is no run. Errors: as `read`."""
+  def read_config(self, *, checked: bool = False) -> config.Config | None:
+    """The configuration of the run, or None when there is no run. Errors: as `read`.
+
+    checked: refuses what is not the manifest's, as of a start that was killed in between, too."""
     found = self.read("config.json")
+    expected = (self.read("manifest.json") or {}).get("config") if checked else None
+    if expected not in (None, file_sums.digest(found)):
+      raise WorkdirError(f"{self.path / 'config.json'} is not what manifest.json says; {RESTORE}")
     try:
       return None if found is None else config.resolve(found)
     except config.ConfigError as error:
@@ -153,9 +158,9 @@ class Workdir:
         "checkpoints; restore one from a copy, or start in another workdir"
       )
 
-  def set_status(self, status: str, step: int, reason: str = "") -> None:
-    """status: running | done | diverged | preempted | failed."""
-    self.write("status.json", _status(status, step, reason))
+  def set_status(self, status: str, step: int, reason: str = "", rows: str = "") -> None:
+    """status: running | done | diverged | preempted | failed. rows: SHA-256 of metrics.jsonl."""
+    self.write("status.json", {**_status(status, step, reason), **({"rows": rows} if rows else {})})
 
   def beat(self, step: int, first: int, reason: str = "") -> None:
     """Shows that the run, begun at step `first`, goes on: status running, at a step, now."""
@@ -236,11 +241,6 @@ def manifest(extra: Mapping[str, Any]) -> Json:
     },
     **extra,
   }
-
-
-def digest(value: Any) -> str:
-  """SHA-256 of a value of JSON's types, of its keys in any order."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_sums(directory: epath.Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from etils import epath
 
 from beyond_outliers.config.files import make_folder, standard_json
-from beyond_outliers.config.sums import replaced
+from beyond_outliers.config.sums import file_sha256, replaced
 from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.workdir import Workdir
 
@@ -40,17 +42,59 @@ class JsonLines:
 
   def __init__(self, workdir: Workdir, last_step: int):
     path = workdir.path / "metrics.jsonl"
-    kept = [line for line, row in workdir.read_rows() if row["step"] <= last_step]
+    kept = kept_rows(workdir, last_step)
     with replaced(path) as temporary:
-      temporary.write_text("".join(line + "\n" for line in kept))
-    self._file = path.open("a")
+      temporary.write_text(kept)
+    self._file, self._sha256 = path.open("a"), hashlib.sha256(kept.encode())
 
   def write(self, row: Row) -> None:
-    self._file.write(json.dumps(standard_json(row)) + "\n")  # a diverged loss is null
+    line = json.dumps(standard_json(row)) + "\n"  # a diverged loss is null
+    self._sha256.update(line.encode())
+    self._file.write(line)
     self._file.flush()
+
+  def sha256(self) -> str:
+    """Of all rows so far, which are on the disk now: a power failure leaves a checkpoint theirs."""
+    os.fsync(self._file.fileno())
+    return self._sha256.hexdigest()
 
   def close(self) -> None:
     self._file.close()
+
+
+def rows_sha256(sinks: Sequence[Writer]) -> str:
+  """Of the rows that were written so far; empty on processes that write none."""
+  return "".join(sink.sha256() for sink in sinks if isinstance(sink, JsonLines))
+
+
+def kept_rows(workdir: Workdir, last_step: int) -> str:
+  """Lines of metrics.jsonl up to `last_step`. Errors: WorkdirError."""
+  return "".join(line + "\n" for line, row in workdir.read_rows() if row["step"] <= last_step)
+
+
+def check_rows(workdir: Workdir, step: int, sha256: str) -> bool:
+  """Whether there are rows; refusal of others than those that checkpoint `step` was saved with.
+
+  Errors: WorkdirError."""
+  path = workdir.path / "metrics.jsonl"
+  if not path.exists():
+    return False
+  if hashlib.sha256(kept_rows(workdir, step).encode()).hexdigest() != sha256:
+    raise WorkdirError(
+      f"{path}: the rows up to step {step} are not those that were written (checkpoint {step} has "
+      "their SHA-256); restore it from a copy, or move it away to go on without them"
+    )
+  return True
+
+
+def check_last_rows(workdir: Workdir) -> None:
+  """Refusal of rows that are not those with which a run ended. Errors: WorkdirError."""
+  path, rows = workdir.path / "metrics.jsonl", (workdir.read("status.json") or {}).get("rows")
+  if rows not in (None, file_sha256(path)):
+    raise WorkdirError(
+      f"{path} was altered since it was written (status.json has another SHA-256); restore it from "
+      "a copy, or remove the keys rows and sha256 there if that was on purpose"
+    )
 
 
 class TensorBoard:
@@ -77,11 +121,16 @@ class TensorBoard:
 class Wandb:
   """Weights & Biases (extra: wandb).
 
-  The run's id is kept in the workdir, so that a resumed run goes on in the same one."""
+  The run's id is kept in the workdir, so that a resumed run goes on in the same one. of: the id of
+  this training, in its manifest. Errors: WorkdirError where the workdir has another's."""
 
-  def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any]):
+  def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any], of: str = ""):
     wandb = _optional("wandb", "log.wandb", "wandb")
     known = workdir.read("wandb.json")
+    if known and known.get("of", of) != of:
+      raise WorkdirError(
+        f"{workdir.path / 'wandb.json'} is of another run; remove it, and a new one begins there"
+      )
     self._run = wandb.init(
       project=project,
       name=workdir.path.name,
@@ -90,7 +139,7 @@ class Wandb:
       id=known["id"] if known else None,
       resume="allow",
     )
-    workdir.write("wandb.json", {"id": self._run.id})
+    workdir.write("wandb.json", {"id": self._run.id, "of": of})
 
   def write(self, row: Row) -> None:
     self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])

@@ -10,18 +10,26 @@ import json
 import pathlib
 import pickle
 import shutil
+import types
 
+import commands
 import jax
 import numpy as np
 import pytest
 import small_models
 
-from beyond_outliers import config, data
+from beyond_outliers import checkpoint, config, data, runs, workdir, writers
+from beyond_outliers.analysis import report
+from beyond_outliers.config import sums
 from beyond_outliers.config.sums import SUMS
 from beyond_outliers.data import sums as data_sums
-from beyond_outliers.errors import Refusal
+from beyond_outliers.errors import Refusal, WorkdirError
+from beyond_outliers.evaluate import results
 from beyond_outliers.model import hf, transformer
 from beyond_outliers.quant import storage
+from beyond_outliers.train import step as step_lib
+from configs import adamw
+from launch import local
 
 DATASET = config.Data(
   source="jsonl",
@@ -74,6 +82,84 @@ def write_dataset(folder, number, reader):
 
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def state_of(number):
+  zero = np.zeros((), np.int32)
+  kernel = np.full((4, 64), number, np.float32)
+  return step_lib.TrainState(zero, {"kernel": kernel}, {"mu": kernel}, zero, zero)
+
+
+OPTIONS = config.Checkpoint(every=1, keep=1, keep_every=0, verify=True)
+RESULTS = [(2, "rtn_w4a4", "rtn", {"version": 2, "trained": str(i)}) for i in range(2)]
+
+
+def write_workdir(folder, number):
+  """As a run and an evaluation job leave it, without either."""
+  at, c = workdir.Workdir(folder), config.resolve(adamw.get_config(f"nano,steps=2,seed={number}"))
+  settings = config.to_dict(c)
+  fingerprints = {"directory": "x", "fingerprint": str(number), "tokenizer": "x"}
+  manifest = {"id": str(number), "time": "", "config": sums.digest(settings), "resumed": []}
+  manifest["data"] = fingerprints
+  at.write("config.json", settings)
+  at.write("manifest.json", manifest)
+  at.write("wandb.json", {"id": f"run {number}", "of": manifest["id"]})
+  rows = writers.JsonLines(at, 0)
+  for step in (1, 2):
+    rows.write({"step": step, "train/loss": 2.5 + number})
+  record = {"config": settings, "data": fingerprints, "manifest": manifest, "rows": rows.sha256()}
+  checkpoints = checkpoint.Checkpoints(at.checkpoints, OPTIONS)
+  checkpoints.save(2, state_of(number), {"batches": 2}, {"seconds": 1.0, "tokens": 8.0}, record)
+  checkpoints.close()
+  at.set_status("done", 2, "", rows.sha256())
+  rows.close()
+  identity = dict(zip(("step", "recipe", "method", "settings"), RESULTS[number], strict=True))
+  cell = {**identity, "metrics": {"loss": 2.5 + number}, "size_bytes": 4, "tasks": {}}
+  results.ResultStore(folder / "eval").write(*RESULTS[number], cell)
+  return folder
+
+
+def read_workdir(folder):
+  """What readers of a run find, and a start that goes on with it."""
+
+  def refuse(text):
+    raise WorkdirError(text)
+
+  run, at = runs.open(folder), workdir.Workdir(folder)
+  if run.status["status"] == "not started":
+    refuse(f"{folder}: not started, says every table of runs")
+  cell = results.ResultStore(folder / "eval", refuse).read(*RESULTS[0])
+  if cell is None:
+    refuse(f"{folder}: no such result, so that it is measured again")
+  known = at.read("wandb.json")
+  if known is None or known["of"] != run.manifest["id"]:
+    refuse(f"{folder}: wandb.json is none of it, says `Wandb`, or Weights & Biases: a new run")
+  checkpoints = checkpoint.Checkpoints(at.checkpoints, read_only=True)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state_of(0)
+  )
+  step, state, *where = checkpoints.restore(abstract)
+  record = checkpoints.run_of(step)
+  at.check()
+  if not writers.check_rows(at, step, record["rows"]):
+    refuse(f"{folder}: its rows are gone, says the start")
+  arrays = jax.tree.map(lambda x: np.asarray(x).tolist(), state)
+  described = run.config, run.manifest, run.status, run.metrics().to_dict(), known, record
+  return described, cell, step, arrays, where
+
+
+def write_rates(folder, number):
+  folder.mkdir()
+  found = types.SimpleNamespace(
+    optimizer="adamw", overrides={"optimizer.learning_rate": 0.001 + number}
+  )
+  report.write_overrides(folder / "tuned.json", "nano", [found])
+  return folder
+
+
+def read_rates(folder):
+  return local.found(str(folder / "tuned.json"), "configs/adamw.py", "")
 
 
 def read_dataset(folder, reader):
@@ -145,6 +231,15 @@ FOLDERS = {
       SUMS,
     ],
   ),
+  "workdir": (
+    write_workdir,
+    read_workdir,
+    [
+      *("config.json", "manifest.json", "status.json", "metrics.jsonl", "wandb.json"),
+      *("eval/*.json", "checkpoints/**"),
+    ],
+  ),
+  "rates": (write_rates, read_rates, ["tuned.json"]),
 }
 
 
@@ -157,8 +252,18 @@ def flipped(at):
   return flip
 
 
+def digit_flipped(path, other):
+  """The middle one of a text's digits, by one bit: still a number, and JSON."""
+  content = bytearray(path.read_bytes())
+  digits = [i for i, byte in enumerate(content) if byte in b"2345678"]
+  if digits:
+    content[digits[len(digits) // 2]] ^= 1
+    path.write_bytes(content)
+
+
 DAMAGES = {
   **{f"flipped at {at}": flipped(at) for at in (0, 0.6, 1)},
+  "digit flipped": digit_flipped,
   "cut": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
   "emptied": lambda path, other: path.write_bytes(b""),
   "deleted": lambda path, other: path.unlink(),
@@ -185,11 +290,42 @@ def programs(file):
   return pickle.dumps(Touching(file)), npy.getvalue(), npz.getvalue()
 
 
+# A file that a flag names: which one is meant is said by whoever gives it.
+NAMED = {("tuned.json", "replaced")}
+
+
 def files(folder):
-  return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+  """Relative paths; a lock holds nothing that anybody reads."""
+  found = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+  return sorted(str(path.relative_to(folder)) for path in found)
 
 
-@pytest.fixture(scope="module", params=FOLDERS)
+def of_kind(folder, kind):
+  """The files of a kind that are damaged: the first, and of ** all."""
+  return fnmatch.filter(files(folder), kind)[: None if kind.endswith("**") else 1]
+
+
+def counterpart(other, name):
+  """The file in the place of `name`: of the same folder, where Orbax names files by chance."""
+  found = files(other)
+  parent = str(pathlib.PurePath(name).parent)
+  return other / (name if name in found else fnmatch.filter(found, f"{parent}/*")[0])
+
+
+def is_same_json(one, other):
+  try:
+    return json.loads(one.read_bytes()) == json.loads(other.read_bytes())
+  except (ValueError, FileNotFoundError):
+    return False
+
+
+SLOW = ("workdir",)  # of many files
+
+
+@pytest.fixture(
+  scope="module",
+  params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FOLDERS],
+)
 def written(request, tmp_path_factory):
   write, read, kinds = FOLDERS[request.param]
   root = tmp_path_factory.mktemp("written")
@@ -203,6 +339,44 @@ def test_every_file_that_is_written_is_of_a_kind_that_is_damaged_here(written):
   assert all(fnmatch.filter(found, kind) for kind in kinds), found
 
 
+# What commands leave that none of them reads.
+NOT_READ = {
+  "run/lock": "says who holds the folder, and counts by being locked",
+  "run/tensorboard/**": "for TensorBoard",
+  "run/profile/**": "for TensorBoard, or Perfetto",
+  "datasets/*.lock": "counts by being locked",
+  "report/**": "for people",
+}
+
+
+@pytest.mark.slow
+def test_every_file_that_commands_leave_is_of_a_kind_that_is_damaged_here(tiny, tmp_path):
+  """Or of one that no command reads."""
+  settings = {"steps": 2, "log.profile_step": 2, "log.profile_steps": 1, "log.tensorboard": True}
+  argument = tiny(**settings, **{"model.blocks": 1, "data.directory": tmp_path / "datasets"})
+  chosen, run, made = f"--config=configs/adamw.py:{argument}", tmp_path / "run", tmp_path / "report"
+  made.mkdir()
+  for name, *flags in (
+    ("main", chosen, f"--workdir={run}"),
+    ("evaluate", f"--workdir={run}", "--recipes=rtn_w4a4", "--documents=1"),
+    ("analysis", f"--root={run}", f"--out={made / 'page'}"),
+  ):
+    ((code, said),), _ = commands.answers(
+      f"{name}.__main__" if name in ("evaluate", "analysis") else name, [flags]
+    )
+    assert code == 0, said
+  kinds = {
+    *NOT_READ,
+    *(f"datasets/*/{kind}" for kind in FOLDERS["dataset, shards"][-1]),
+    *(f"run/{kind}" for kind in FOLDERS["workdir"][-1]),
+  }
+  found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+  unknown = [name for name in found if not any(fnmatch.fnmatch(name, kind) for kind in kinds)]
+  assert not unknown, "rows of FOLDERS or of NOT_READ are missing"
+  unmet = {kind for kind in kinds if not fnmatch.filter(found, kind)}
+  assert unmet <= {"run/wandb.json", "datasets/*/tokenizer.json"}, "nobody leaves these"
+
+
 @pytest.mark.parametrize(
   "at_opening", [data_sums.AT_OPENING, pytest.param(0, marks=pytest.mark.slow)]
 )
@@ -213,25 +387,25 @@ def test_no_damage_is_silent(written, at_opening, tmp_path, monkeypatch):
   if not at_opening and "meta.json" not in kinds:
     pytest.skip("no dataset")
   sound, silent, unseen = read(folder), [], []
-  for kind in kinds:
-    name = fnmatch.filter(files(folder), kind)[0]
+  for name in [name for kind in kinds for name in of_kind(folder, kind)]:
     for damage, spoil in DAMAGES.items():
       copy = tmp_path / "copy"
       shutil.copytree(folder, copy)
-      spoil(copy / name, other / fnmatch.filter(files(other), kind)[0])
+      spoil(copy / name, counterpart(other, name))
       try:
         if read(copy) != sound:
           silent.append((name, damage))
-        elif (
-          files(copy) != files(folder) or (copy / name).read_bytes() != (folder / name).read_bytes()
-        ):
-          unseen.append((name, damage))
+        elif name not in files(copy) or (copy / name).read_bytes() != (folder / name).read_bytes():
+          unseen.append((name, damage, is_same_json(copy / name, folder / name)))
       except Refusal as error:
         assert "\n" not in str(error) and str(copy) in str(error), (name, damage, str(error))
       shutil.rmtree(copy)
-  assert not silent
-  # Their white space, and a folder without sums, which is one from before there were any.
-  assert {name for name, _ in unseen} <= {"meta.json", SUMS}, unseen
+  assert set(silent) <= NAMED
+  # White space of JSON, and a folder without sums, which is one from before there were any.
+  unseen = [(name, damage) for name, damage, is_same in unseen if not is_same]
+  assert {(pathlib.PurePath(name).name, damage) for name, damage in unseen} <= {
+    (SUMS, "deleted")
+  }, unseen
 
 
 def test_a_pickle_in_the_place_of_a_file_is_not_run(written, tmp_path):

@@ -97,7 +97,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
   key = next(iter(WHOLE[name]))
   rest = {k: v for k, v in WHOLE[name].items() if k != key}
   for value in (None, [], rest, {**rest, key: []}):
-    workdir.write(name, value)
+    (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(WorkdirError, match=rf"/{name}: .*; restore it from a copy"):
       workdir.read(name)
   if name == "status.json":
@@ -152,3 +152,17 @@ def test_rows_that_are_not_there_and_a_folder_in_their_place(tmp_path):
   os.mkdir(tmp_path / "metrics.jsonl")
   with pytest.raises(WorkdirError, match=r"/metrics.jsonl: Is a directory; restore"):
     workdir_lib.Workdir(tmp_path).read_rows()
+
+
+def test_what_is_written_carries_its_own_sum(tmp_path):
+  """Also of what JSON holds otherwise: keys that are numbers, and tuples."""
+  workdir = workdir_lib.Workdir(tmp_path)
+  workdir.write("status.json", {**STATUS, "of": {2: "b", 10: ("a", float("nan"))}})
+  text = (tmp_path / "status.json").read_text()
+  assert workdir.read("status.json")["of"]["2"] == "b" and '"sha256"' in text
+  (tmp_path / "status.json").write_text(text.replace('"b"', '"c"'))
+  with pytest.raises(WorkdirError, match=r"/status.json: was altered .*; restore it from a copy"):
+    workdir.read("status.json")
+  stripped = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+  (tmp_path / "status.json").write_text(json.dumps(stripped))
+  assert workdir.read("status.json")["status"] == "done", "as of an older version, or on purpose"

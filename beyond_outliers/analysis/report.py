@@ -14,6 +14,7 @@ from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.qat_gap import qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, tunings
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
 
@@ -99,7 +100,6 @@ def write_overrides(path: PathLike, size: str, found: Sequence[Settings]) -> Non
   names = [one.optimizer for one in found]
   if len(set(names)) < len(names):
     raise ConfigError(f"{names}: one entry per optimizer; give those of one recipe")
-  text = json.dumps(
-    {"size": size, "overrides": {one.optimizer: one.overrides for one in found}}, indent=1
-  )
+  overrides = {one.optimizer: one.overrides for one in found}
+  text = json.dumps(sealed({"size": size, "overrides": overrides}), indent=1)
   epath.Path(path).write_text(text + "\n")

@@ -163,7 +163,7 @@ def sent(one: Instruction, group: int) -> float:
 def sent_by_axes(program: Iterable[Instruction], shape: Mapping[str, int]) -> dict[str, float]:
   """{"data": ..., "data·fsdp": ...}: bytes that a device sends along axes of a mesh, or along some
   together. shape: the mesh's sizes by axis; devices are numbered as in it."""
-  found: collections.Counter[str] = collections.Counter()
+  found: dict[str, float] = collections.defaultdict(float)
   for one in program:
     if not collective(one):
       continue

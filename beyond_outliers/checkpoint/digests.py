@@ -22,7 +22,7 @@ from beyond_outliers import mesh
 from beyond_outliers.optim import blocks
 from beyond_outliers.params import path_of
 from beyond_outliers.types import Json
-from beyond_outliers.workdir import digest
+from beyond_outliers.config.sums import digest
 
 KINDS = {"arrays": dict, "texts": dict}
 

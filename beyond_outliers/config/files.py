@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from beyond_outliers.config.sums import unsealed
 from beyond_outliers.errors import Refusal
 from beyond_outliers.types import Json, PathLike
 
@@ -29,7 +30,8 @@ def expand_home(path: str) -> str:
 def read_json(
   path: PathLike, refusal: type[Refusal], remedy: str, kinds: Mapping[str, Any] | None = None
 ) -> Json:
-  """The JSON object in a file, with values of these `kinds`; see `misfit`.
+  """The JSON object in a file, with values of these `kinds`; see `misfit`. Its own sum is compared,
+  and left out.
 
   Errors: FileNotFoundError, NotADirectoryError; `refusal` with the file, what is wrong with it, and
   the remedy."""
@@ -43,7 +45,10 @@ def read_json(
   except (ValueError, RecursionError) as error:  # text that is no JSON, or no text, or nested
     problem = f"is not the JSON that was written ({error})"
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}") from None
-  if problem := misfit(value, kinds or {}):
+  problem = misfit(value, {})
+  if not problem:
+    value, problem = unsealed(value)
+  if problem := problem or misfit(value, kinds or {}):
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}")
   return value
 

@@ -1,6 +1,7 @@
-"""SHA-256 sums of a folder's files, and files that are replaced whole.
+"""SHA-256 sums of a folder's files and of JSON objects, and files that are replaced whole.
 
-A file `sha256.json` holds {file: sum}. Other programs' readers of a folder pass over it."""
+A file `sha256.json` holds {file: sum}. Other programs' readers of a folder pass over it. An object
+that is a file of its own holds its sum itself."""
 
 from __future__ import annotations
 
@@ -15,10 +16,37 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.types import PathLike
+from beyond_outliers.types import Json, PathLike
 
 SUMS = "sha256.json"
 STALE = re.compile(r".+\.\d+-\d+\.tmp")  # names of `replaced`: process and thread
+OWN_SUM = "sha256"  # key of an object's own
+
+
+def digest(value: Any) -> str:
+  """SHA-256 of a value of JSON's types, of its keys in any order."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_without(value: Json, *keys: str) -> str:
+  return digest({key: each for key, each in value.items() if key not in keys})
+
+
+def sealed(value: Mapping[str, Any]) -> Json:
+  """The object with its own sum, which `unsealed` takes out again."""
+  plain = json.loads(json.dumps(value))  # a number that is a key becomes text, and sorts otherwise
+  return {**plain, OWN_SUM: digest(plain)}
+
+
+def unsealed(value: Json) -> tuple[Json, str]:
+  """(the object without its own sum, what is wrong with it or nothing); older ones have none."""
+  plain = {key: each for key, each in value.items() if key != OWN_SUM}
+  if value.get(OWN_SUM) in (None, digest(plain)):
+    return plain, ""
+  return plain, (
+    f"was altered since it was written (its own SHA-256 differs; remove the key {OWN_SUM} if that "
+    "was on purpose)"
+  )
 
 
 def file_sha256(path: Any) -> str:

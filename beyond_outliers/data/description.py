@@ -3,8 +3,6 @@ written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from typing import Any
 
@@ -47,19 +45,9 @@ def read_meta(directory: str) -> Json:
     ) from None
   if meta["format"] != FORMAT:
     raise DataError(f"{path}: format {meta['format']}, this version reads {FORMAT}; {REMEDY}")
-  written = meta.pop("sha256", None)  # older ones have none
-  problem = misfit(meta, META_KINDS)
-  if not problem and written not in (None, meta_sha256(meta)):
-    problem = "was altered since it was written (its own SHA-256 differs)"
-  problem = problem or _problem(meta)
-  if problem:
+  if problem := misfit(meta, META_KINDS) or _problem(meta):
     raise DataError(f"{path}: {problem}; {REMEDY}")
   return meta
-
-
-def meta_sha256(meta: Json) -> str:
-  """SHA-256 of the values of a meta.json, but for this sum itself."""
-  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _problem(meta: Json) -> str:

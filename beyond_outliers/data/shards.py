@@ -25,7 +25,7 @@ import pathlib
 
 import numpy as np
 
-from beyond_outliers.config.sums import file_sha256
+from beyond_outliers.config.sums import file_sha256, sealed
 from beyond_outliers.data import description, text_bytes, tokenizers
 from beyond_outliers.data.sums import FileSums
 from beyond_outliers.data.token_stream import TokenStream
@@ -170,7 +170,7 @@ def write_meta(directory: str, meta: Json) -> None:
   }
   meta = {"format": description.FORMAT, **meta, "files": files}
   with open(os.path.join(directory, "meta.json"), "w") as file:
-    json.dump({**meta, "sha256": description.meta_sha256(meta)}, file, indent=1)
+    json.dump(sealed(meta), file, indent=1)
 
 
 def open_dataset(directory: str) -> Dataset:

@@ -56,8 +56,9 @@ class FileSums:
     with self._working:
       self._touched += [name for name in names if name in self._pending]
       if self._touched and self._thread is None:
-        self._thread = threading.Thread(target=self._work, name="sums", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, name="sums", daemon=True)
+        thread.start()  # first: whoever sees it may join it
+        self._thread = thread
 
   def check(self) -> None:
     """Raises what is known by now. Errors: DataError."""

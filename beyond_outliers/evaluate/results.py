@@ -10,7 +10,6 @@ of the model that it was asked of.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -20,9 +19,10 @@ from etils import epath
 
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.files import misfit
+from beyond_outliers.config.files import misfit, read_json
+from beyond_outliers.config.sums import digest
+from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
-from beyond_outliers.workdir import digest
 
 # IDENTITY, and the fields of a cell, or of a task that it was asked.
 Result = dict[str, Any]
@@ -86,15 +86,21 @@ class ResultStore:
 
   def _load(self, path: epath.Path) -> Result | None:
     try:
-      found: Any = json.loads(path.read_text())
-    except ValueError:  # empty or truncated
-      found = None
-    if isinstance(found, dict) and isinstance(found.get("settings"), dict):
-      found = {**found, "settings": {"version": 1, **found["settings"]}}  # the first had no number
-    if not misfit(found, IDENTITY) and (_is_cell(found) or _is_answer(found)):
-      return found
-    self._say(f"{path} holds no result of an evaluation job, and counts for none")
-    return None
+      found: Any = read_json(path, WorkdirError, "it may be removed")
+    except WorkdirError as error:
+      self._say(f"{path} holds no result of an evaluation job, and counts for none ({error})")
+      return None
+    settings = found.get("settings")
+    if isinstance(settings, dict):
+      found["settings"] = {"version": 1, **settings}  # the first had no number
+    if misfit(found, IDENTITY) or not (_is_cell(found) or _is_answer(found)):
+      self._say(f"{path} holds no result of an evaluation job, and counts for none")
+      return None
+    name = file_name(found["step"], found["recipe"], found["method"], settings)
+    if path.name != name and re.search(r"-[0-9a-f]{8}\.json$", path.name):
+      self._say(f"{path} holds the result that belongs in {name}, and counts for none")
+      return None
+    return found
 
 
 def joined(cell: Result, tasks: list[Result]) -> Result:

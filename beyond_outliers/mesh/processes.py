@@ -30,6 +30,7 @@ from beyond_outliers.errors import ConfigError, Refusal, WorkdirError
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
 DAY_MS = 24 * 3600 * 1000  # for one of them prepares the data
+GONE = "was killed, stands still or cannot be reached"
 ALIVE, ENDED, AGREED = "alive/", "ended/", "agreed/"  # folders of the table: one text per process
 
 _peers: Peers | None = None  # of this process, once it has joined others
@@ -102,6 +103,14 @@ def last_words(write: Callable[[str], None]) -> Iterator[None]:
   yield
   if _peers is not None:
     _peers.write = None
+
+
+def reason_of(error: BaseException) -> str:
+  """What ends a run: the error, and the process that is gone where a collective fails for that."""
+  found = f"{type(error).__name__}: {error}"
+  if _peers is None or not isinstance(error, jax.errors.JaxRuntimeError):
+    return found
+  return _peers.without_one(found)
 
 
 def leave(error: BaseException) -> NoReturn:
@@ -194,6 +203,18 @@ class Peers:
     if self.write is not None:
       self.write(reason)
 
+  def without_one(self, found: str) -> str:
+    """What went wrong, behind the name of a process that gives no sign of life, if one doesn't."""
+    time.sleep(4 * POLL_SECONDS)  # its last may be of just now
+    now = time.monotonic()
+    gone = [
+      index
+      for index, (_, when) in self._beats.items()
+      if index != self.index and now - when > 3 * POLL_SECONDS
+    ]
+    # The table is on process 0: without it nobody gives one.
+    return f"process {min(gone)} of {self._count} {GONE}: {found}" if gone else found
+
   def missing(self) -> None:
     """Ends this process because JAX misses one: that whose last beat is oldest."""
     if self._ending.acquire(blocking=False):
@@ -203,8 +224,8 @@ class Peers:
       if self.index != 0 and others[index] < 3 * POLL_SECONDS:
         index = 0  # its service closed a connection: it ended just now
       self._say(
-        f"process {index} of {self._count} was killed, stands still or cannot be reached: no sign "
-        f"of life for {others[index]:.0f} s; look at its log, and start all again"
+        f"process {index} of {self._count} {GONE}: no sign of life for {others[index]:.0f} s; look "
+        "at its log, and start all again"
       )
       _exit(FAILED)
 

@@ -171,11 +171,11 @@ class Save:
     tokens_per_step: int,
     num_steps: int,
     before: Callable[[], None],
-    run: Json | None = None,
+    record: Callable[[], Json] | None = None,
     rows_every: int = 1,
   ):
     self._options, self._checkpoints, self._data_state = options, checkpoints, data_state
-    self._run, self._rows_every, self._saved = run, rows_every, time.monotonic()
+    self._record, self._rows_every, self._saved = record, rows_every, time.monotonic()
     self._clock, self._before = clock, before
     self._tokens, self._num_steps = tokens_per_step, num_steps
     self._asked = False
@@ -207,7 +207,7 @@ class Save:
           state,
           self._data_state(),
           {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
-          self._run,
+          self._record() if self._record else None,
           temporary=not lasting,
         )
         if preempted:

@@ -35,6 +35,7 @@ class Start(NamedTuple):
   state: TrainState
   position: Json | None  # of the data; None: at their beginning
   seconds: float  # spent training so far
+  record: Json | None = None  # what the checkpoint tells of its run; see run_hooks.record
 
 
 def start(
@@ -53,9 +54,11 @@ def start(
   restored = checkpoints.restore(program.state)
   if restored is not None:
     step, state, position, clock = restored
-    _check_record(checkpoints.run_of(step), c, fingerprints, checkpoints.directory / str(step))
+    record = checkpoints.run_of(step)
+    if record is not None:
+      _check_record(record, c, fingerprints, checkpoints.directory / str(step))
     say(f"resuming from step {step} of {c.steps}")
-    return Start(state, position, clock["seconds"])
+    return Start(state, position, clock["seconds"], record)
   state = program.init()
   if c.warm_start:
     step, params = warm_start_params(c, program.mesh)
@@ -69,11 +72,9 @@ def start(
   return Start(state._replace(params=params), None, 0.0)
 
 
-def _check_record(saved: Json | None, c: config.Config, fingerprints: Json, path: PathLike) -> None:
+def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathLike) -> None:
   """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
   say, which may be lost or another's. Errors: ConfigError."""
-  if saved is None:
-    return
   config.check_resumable(config.resolve(saved["config"]), c)
   for key, was in saved["data"].items():
     require(

@@ -14,7 +14,7 @@ import jax
 from beyond_outliers import config, data, hardware, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config import sums as file_sums
+from beyond_outliers.config.sums import digest, digest_without, remove_stale
 from beyond_outliers.mesh import processes
 from beyond_outliers.model import transformer
 from beyond_outliers.train import describe, initialize, loop, rewind
@@ -80,7 +80,7 @@ def _remove_stale(workdir: workdir_lib.Workdir) -> None:
   if jax.process_index() == 0:
     below = [folder for folder in workdir.checkpoints.glob("*") if folder.is_dir()]
     for folder in (workdir.path, *below):
-      file_sums.remove_stale(folder)
+      remove_stale(folder)
 
 
 def _print_on_first_process(text: str) -> None:
@@ -104,14 +104,18 @@ def _train(
     workdir.check_past()
   start = initialize.start(program, checkpoints, inputs.batches, fingerprints(inputs.dataset), say)
   first = int(start.state.step)
+  record = start.record or {}  # none of a checkpoint from before there were any
+  rows = record.get("rows", "")
+  if rows and not writers.check_rows(workdir, first, rows):
+    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
   if first >= c.steps:
     say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
     checkpoints.close()
-    workdir.set_status("done", first)
+    workdir.set_status("done", first, rows=rows)
     return "done"
   if start.position is not None:
     inputs.batches.restore(start.position)
-  manifest = _manifest(program, inputs.dataset, workdir)
+  manifest = _manifest(program, inputs.dataset, workdir, record.get("manifest"), say)
   began = time.perf_counter()
   train_step, eval_step = program.compile()
   say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
@@ -121,10 +125,10 @@ def _train(
     f"entropy of the validation text: {inputs.dataset.unigram_entropy('validation'):.4f} nats · "
     f"workdir: {workdir.path}"
   )
-  sinks = _open_sinks(c, workdir, first)
+  sinks = _open_sinks(c, workdir, first, manifest)
   for sink in sinks:
     stack.callback(sink.close)
-  outputs = RunOutputs(workdir, checkpoints, sinks)
+  outputs = RunOutputs(workdir, checkpoints, sinks, manifest)
 
   # From here on there is a run: what could be refused has been.
   workdir.write("config.json", config.to_dict(c))
@@ -148,9 +152,9 @@ def _train(
       if status == "done":
         check_data(inputs.dataset)
   except BaseException as error:
-    fail(f"{type(error).__name__}: {error}")
+    fail(processes.reason_of(error))
     raise
-  workdir.set_status(status, step, reason)
+  workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
   return status
 
@@ -170,7 +174,9 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
   )
 
 
-def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> list[writers.Writer]:
+def _open_sinks(
+  c: config.Config, workdir: workdir_lib.Workdir, first: int, manifest: Json
+) -> list[writers.Writer]:
   if jax.process_index() != 0:
     return []
   sinks: list[writers.Writer] = [
@@ -181,25 +187,44 @@ def _open_sinks(c: config.Config, workdir: workdir_lib.Workdir, first: int) -> l
   if c.log.tensorboard:
     sinks.append(writers.TensorBoard(workdir.path / "tensorboard", first))
   if c.log.wandb:
-    sinks.append(writers.Wandb(workdir, c.log.wandb, config.to_dict(c)))
+    of = manifest.get("id", "")
+    sinks.append(writers.Wandb(workdir, c.log.wandb, config.to_dict(c), of))
   return sinks
 
 
-def _manifest(program: Program, dataset: data.Dataset, workdir: workdir_lib.Workdir) -> Json:
-  """The first start's manifest; every later start of the workdir is listed under `resumed`."""
+def _manifest(
+  program: Program,
+  dataset: data.Dataset,
+  workdir: workdir_lib.Workdir,
+  recorded: Json | None,
+  say: Say,
+) -> Json:
+  """The first start's manifest; every later start of the workdir is listed under `resumed`.
+
+  recorded: what the checkpoint says that it is. Errors: WorkdirError for another run's."""
   now = workdir_lib.manifest(
     {
       "parameters": transformer.count(program.state.params),
       "data": {"directory": os.path.abspath(dataset.directory), **fingerprints(dataset)},
     }
   )
+  described = {"config": digest(config.to_dict(program.config))}  # of config.json
   before = workdir.read("manifest.json")
-  if before is None:
-    return {"id": secrets.token_hex(8), **now, "resumed": []}  # two may begin in the same second
+  if before is None and recorded:
+    say(f"{workdir.path / 'manifest.json'} is gone; what the checkpoint has of it takes its place")
+    before = recorded
+  if before is None:  # two may begin in the same second
+    return {"id": secrets.token_hex(8), **now, **described, "resumed": []}
   if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
     raise workdir_lib.WorkdirError(
       f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
       f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new "
       "workdir"
     )
-  return {**before, "resumed": [*before.get("resumed", []), now]}
+  one, other = (digest_without(each, *workdir_lib.OF_A_START) for each in (before, recorded or {}))
+  if recorded and one != other:
+    raise workdir_lib.WorkdirError(
+      f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
+      f"{workdir_lib.RESTORE}"
+    )
+  return {**before, **described, "resumed": [*before.get("resumed", []), now]}

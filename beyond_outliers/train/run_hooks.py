@@ -36,6 +36,7 @@ class RunOutputs(NamedTuple):
   workdir: workdir_lib.Workdir
   checkpoints: Checkpoints
   sinks: Sequence[writers.Writer]
+  manifest: Json
 
 
 def fingerprints(dataset: data.Dataset) -> Json:
@@ -64,6 +65,7 @@ def make_hooks(
 ) -> list[loop.Hook]:
   """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
   c, sinks = program.config, outputs.sinks
+  settings = config.to_dict(c)
   tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
   log = hooks.LogMetrics(
     c.log.every,
@@ -99,13 +101,23 @@ def make_hooks(
     check_data(inputs.dataset)  # a run that goes on from here must not have seen damaged data
     return inputs.batches.state()
 
+  def record() -> Json:
+    """What a checkpoint tells of its run."""
+    rows = writers.rows_sha256(sinks)
+    return {
+      "config": settings,
+      "data": fingerprints(inputs.dataset),
+      "manifest": {**outputs.manifest, "resumed": []},
+      "rows": rows,
+    }
+
   save = hooks.Save(
     c.checkpoint,
     outputs.checkpoints,
     data_state,
     clock,
     tokens_per_step=tokens_per_step,
-    run={"config": config.to_dict(c), "data": fingerprints(inputs.dataset)},
+    record=record,
     rows_every=c.log.every,
     **periodic,
   )

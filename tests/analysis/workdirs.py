@@ -4,7 +4,7 @@ import json
 
 from beyond_outliers import config
 from beyond_outliers.evaluate import results
-from beyond_outliers.workdir import digest
+from beyond_outliers.config.sums import digest
 
 
 def workdir(

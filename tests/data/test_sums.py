@@ -214,3 +214,17 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(make_config, monke
   monkeypatch.setattr(sums, "file_sha256", fail)
   with pytest.raises(DataError, match=r"Too many open files; nothing .* damaged: give the same"):
     data.open(str(folder))
+
+
+def test_a_thread_is_seen_once_it_can_be_joined(make_config, large, monkeypatch):
+  """Who waits may look at any moment: here at the one before it starts."""
+  dataset = data.open(str(prepared(make_config())))
+  start = threading.Thread.start
+
+  def start_watched(thread):
+    dataset.sums.wait()
+    start(thread)
+
+  monkeypatch.setattr(threading.Thread, "start", start_watched)
+  dataset.sums.touch("train-00000.bin")
+  dataset.sums.wait()

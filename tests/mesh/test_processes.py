@@ -140,3 +140,22 @@ def test_a_share_of_a_batch_lies_where_the_mesh_has_a_processes_devices(start, m
     ["[[0, 0, 1], [4, 2, 3], [8, 4, 5], [12, 6, 7]]"],
     ["[[2, 8, 9], [6, 10, 11], [10, 12, 13], [14, 14, 15]]"],
   ], said
+
+
+def test_a_collective_that_fails_for_want_of_a_process_names_it():
+  """Gloo's error, which comes before JAX misses it, names an address."""
+  program = (
+    "from beyond_outliers.mesh import processes\n"
+    "import jax\n"
+    "processes.POLL_SECONDS = 0.01\n"
+    "processes.Peers._look = lambda self: None\n"
+    "lost = jax.errors.JaxRuntimeError('Connection reset by peer')\n"
+    "print(processes.reason_of(lost))\n"
+    "processes._peers = processes.Peers(None, 0, 3)\n"
+    "print(processes.reason_of(lost))\n"
+    "print(processes.reason_of(OSError('no space')))"
+  )
+  said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+  alone, lost, own = said.splitlines()
+  assert alone == "JaxRuntimeError: Connection reset by peer" and own == "OSError: no space"
+  assert lost.startswith("process 1 of 3 was killed") and lost.endswith(alone)

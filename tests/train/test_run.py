@@ -406,8 +406,40 @@ def test_other_data_are_refused(finished, cut):
   manifest = json.loads(path.read_text())
   manifest["data"]["fingerprint"] = "0" * 64
   path.write_text(json.dumps(manifest))
+  with pytest.raises(workdir_lib.WorkdirError, match=r"manifest.json: was altered since"):
+    run(c, cut)
+  workdir_lib.Workdir(cut).write("manifest.json", manifest)
   with pytest.raises(workdir_lib.WorkdirError, match="trained on data 0000"):
     run(c, cut)
+
+
+@pytest.mark.slow
+def test_another_runs_manifest_or_rows_are_refused(finished, cut):
+  c, _ = finished
+  at = workdir_lib.Workdir(cut)
+  manifest = at.read("manifest.json")
+  at.write("manifest.json", {**manifest, "id": "another"})
+  with pytest.raises(workdir_lib.WorkdirError, match=r"manifest.json is of another run than"):
+    run(c, cut)
+  at.write("manifest.json", manifest)
+  rows = (cut / "metrics.jsonl").read_text()
+  (cut / "metrics.jsonl").write_text(rows.replace('"train/loss": ', '"train/loss": 1', 1))
+  with pytest.raises(workdir_lib.WorkdirError, match=r"metrics.jsonl: the rows up to step \d+ are"):
+    run(c, cut)
+
+
+@pytest.mark.slow
+def test_a_lost_manifest_comes_back_and_lost_rows_are_told(finished, cut):
+  c, workdir = finished
+  (cut / "manifest.json").unlink()
+  (cut / "metrics.jsonl").unlink()
+  said = []
+  assert run(c, cut, say=said.append) == "done"
+  assert runs.open(cut).identity == runs.open(workdir).identity
+  told = "\n".join(said)
+  assert "manifest.json is gone; what the checkpoint has" in told
+  assert "metrics.jsonl is gone; its rows will begin behind step 4" in told
+  assert equal(runs.open(workdir).params(), runs.open(cut).params())
 
 
 def test_diverged(tiny_config, tmp_path):
