@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 
 
 class Run:
-  """One run by its workdir, read only. Nothing is loaded before it is asked for."""
+  """One run by its workdir, read only. Nothing is loaded before it is asked for.
 
-  def __init__(self, workdir: PathLike):
+  name: what tables and pages call it; its path, unless the workdir is a copy of what has one."""
+
+  def __init__(self, workdir: PathLike, name: str = ""):
     self._workdir = workdir_lib.Workdir(workdir)
+    self.name = name or str(self.path)
     if self._workdir.read("config.json") is None:
       raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
 
@@ -70,7 +73,8 @@ class Run:
   @property
   def identity(self) -> str:
     """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
-    return digest({name: value for name, value in self.manifest.items() if name != "resumed"})
+    known = self.manifest.get("identity")  # of a copy that is not the whole manifest
+    return known or digest({k: value for k, value in self.manifest.items() if k != "resumed"})
 
   @property
   def status(self) -> Json:
