@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-  """One run by its workdir, read only. Nothing is loaded before it is asked for.
-
-  name: what tables and pages call it; its path, unless the workdir is a copy of what has one."""
+  """One run by its workdir, read only; `name` in tables. Nothing is loaded until asked for."""
 
   def __init__(self, workdir: PathLike, name: str = ""):
     self._workdir = workdir_lib.Workdir(workdir)
