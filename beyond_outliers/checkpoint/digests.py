@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from beyond_outliers import mesh
+from beyond_outliers.config.sums import digest
 from beyond_outliers.optim import blocks
 from beyond_outliers.params import path_of
 from beyond_outliers.types import Json
-from beyond_outliers.config.sums import digest
 
-KINDS = {"arrays": dict, "texts": dict}
+RECORD = {"arrays": dict, "texts": dict}
 
 
 def record(arrays: Any, texts: Mapping[str, Any]) -> Json:

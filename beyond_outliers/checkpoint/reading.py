@@ -9,9 +9,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from beyond_outliers import params as params_lib
+from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
-from beyond_outliers.config.sums import digest
 
 
 def check_readable(
