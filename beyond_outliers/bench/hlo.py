@@ -3,7 +3,8 @@
 XLA's cost analysis counts neither.
 
 Read from the text of the per-device HLO. An instruction counts as often as the loops around it run,
-where XLA knows how often that is, else once; of conditionals all branches count.
+where XLA says how often that is or the loop's condition does, else once; of conditionals all
+branches count.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ _BITS = {"pred": 8, "token": 0}  # of one element; other types' names hold it, a
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _OPERAND = re.compile(r"%([\w.\-]+)\)")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] ?\{([^}]+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BELOW = re.compile(r" compare\(.*%([\w.\-]+)\), direction=LT")
+_WHOLE = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 
 # Their computations are of scalars.
 _OF_NUMBERS = (
@@ -112,13 +117,23 @@ def _inside(
       continue
     deeper = loops
     if one.opcode == "while":
-      trips = _TRIPS.search(one.line)
-      deeper = (*loops, int(trips[1]) if trips else None)
+      deeper = (*loops, _trips(computations, one))
     branches = [
       name.strip().lstrip("%") for names in _BRANCHES.findall(one.line) for name in names.split(",")
     ]
     for called in [*_CALLED.findall(one.line), *branches]:
       yield from _inside(computations, called, deeper)
+
+
+def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+  """How often a loop runs; of one that counts from 0 to a constant, as those of scans do, that."""
+  if known := _TRIPS.search(loop.line):
+    return int(known[1])
+  condition = _CONDITION.search(loop.line)
+  inside = computations.get(condition[1], []) if condition else []
+  below = _BELOW.search(inside[-1].line) if inside else None
+  constants = dict(found.groups() for one in inside if (found := _WHOLE.search(one.line)))
+  return int(constants[below[1]]) if below and below[1] in constants else None
 
 
 def collective(one: Instruction) -> str | None:
@@ -136,7 +151,7 @@ def received(program: Iterable[Instruction]) -> int:
 
 def device_groups(one: Instruction) -> np.ndarray | None:
   """[groups, devices]: numbers of the devices among which a collective goes, or pairs of a sender
-  and its receiver; None: all of them."""
+  and its receiver; None: all of them. Errors: ValueError for what is written in no known way."""
   line = one.start or one.line
   if iota := _IOTA.search(line):
     shape, dimensions = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
@@ -144,6 +159,15 @@ def device_groups(one: Instruction) -> np.ndarray | None:
     return numbers.transpose(*map(int, iota[3].split(",")) if iota[3] else ()).reshape(shape)
   if listed := _LISTED.search(line):
     return np.array(json.loads("[" + listed[1].translate(str.maketrans("{}", "[]")) + "]"))
+  if mesh := _MESH.search(line):  # mesh['a'=2,'b'=4] {'b'}
+    sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
+    among = mesh[2].replace(" ", "").split(",")
+    if set(among) <= set(sizes) and len(sizes) == mesh[1].count("="):
+      order = [list(sizes).index(name) for name in sorted(sizes, key=lambda name: name in among)]
+      numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+      return numbers.transpose(order).reshape(-1, math.prod(sizes[name] for name in among))
+  if "replica_groups=" in line and "replica_groups={}" not in line:
+    raise ValueError(f"groups of devices that are not understood: {line.strip()[:300]}")
   return None
 
 

@@ -93,10 +93,13 @@ def losses(workdir):
   return {step: row["train/loss"] for step, row in rows.items()}
 
 
+# Programs of eight devices take minutes to compile otherwise.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
 def restored_elsewhere(argument, tmp_path, first, others, at=10):
   """Trains by `first` = (processes, devices, mesh), and goes on from the checkpoint `at` by each of
   the others; asserts that parameters were the same, and returns the losses of all."""
-  command = ("main", f"--config=configs/shampoo_qat.py:{argument}")
   found = []
   for number, (processes, devices, mesh) in enumerate([first, *others]):
     workdir, notes = tmp_path / str(number), tmp_path / f"{number}.notes"
@@ -108,7 +111,9 @@ def restored_elsewhere(argument, tmp_path, first, others, at=10):
       f"--config.mesh.{name}={size}"
       for name, size in zip(("data", "fsdp", "model"), mesh, strict=True)
     ]
-    together(processes, devices, *command, f"--workdir={workdir}", *axes, *again, notes=notes)
+    command = ("main", f"--config=configs/shampoo_qat.py:{argument}", f"--workdir={workdir}")
+    flags = f"{os.environ['XLA_FLAGS']} {QUICK}"
+    together(processes, devices, *command, *axes, *again, notes=notes, XLA_FLAGS=flags)
     if number:
       assert noted(notes, "restored", at) == noted(tmp_path / "0.notes", "saved", at)
     found.append(losses(workdir))
@@ -132,10 +137,7 @@ def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp
     }
   )
   first, *others = restored_elsewhere(
-    argument,
-    tmp_path,
-    (2, 4, (2, 2, 2)),
-    [(1, 8, (1, 4, 2)), (2, 4, (-1, 1, 1)), (4, 2, (2, 2, 2))],
+    argument, tmp_path, (2, 4, (2, 2, 2)), [(1, 8, (1, 4, 2)), (2, 4, (-1, 1, 1))]
   )
   assert sorted(first) == list(range(1, 31))
   for other in others:
