@@ -35,6 +35,7 @@ def digest_without(value: Json, *keys: str) -> str:
 def sealed(value: Mapping[str, Any]) -> Json:
   """The object with its own sum, which `unsealed` takes out again."""
   plain = json.loads(json.dumps(value))  # a number that is a key becomes text, and sorts otherwise
+  plain.pop(OWN_SUM, None)
   return {**plain, OWN_SUM: digest(plain)}
 
 

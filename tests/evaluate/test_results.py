@@ -88,3 +88,22 @@ def test_scores_come_with_their_standard_error_and_their_examples(tmp_path):
     "examples of 2 none none: piqa 9 of 10 (test)",
     "examples of 2 none rtn: piqa 10 (test, 2 without their beginning)",
   ]
+
+
+def test_an_altered_number_and_a_result_in_anothers_place_count_as_missing(tmp_path):
+  said = []
+  store = results.ResultStore(tmp_path, said.append)
+  for documents in (0, 4):
+    cell = {**CELL, "settings": {**CELL["settings"], "documents": documents}}
+    write(store, cell)
+  one, other = sorted(tmp_path.iterdir())
+  text = one.read_text()
+  one.write_text(text.replace('"loss": 3.5', '"loss": 2.5'))
+  assert len(store.cells()) == 1 and said[-1].startswith(f"{one} holds no result")
+  assert "was altered since it was written" in said[-1]
+  one.write_text(other.read_text())
+  assert len(store.cells()) == 1
+  assert said[-1] == f"{one} holds the result that belongs in {other.name}, and counts for none"
+  one.rename(tmp_path / "a copy.json")
+  (tmp_path / "a copy.json").write_text(text)
+  assert len(store.cells()) == 2, "a name that a person gave"

@@ -141,6 +141,7 @@ def _train(arguments: list[str], log: str, illness: Illness | None) -> None:
   os.dup2(file, 1)
   os.dup2(file, 2)
   os.chdir(ROOT)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though the suite be started by nohup
   hardware.measure_matmul = lambda dtype: 1e12  # a second of work, of which no number is compared
   fit = loop.fit
 

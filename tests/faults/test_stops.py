@@ -1,5 +1,4 @@
-"""Real processes that are killed, asked to stop, or changed in number: what they resume to is the
-run that nothing stopped."""
+"""Real processes that share a workdir, or change in number; those that are hit: test_faults.py."""
 
 import json
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -63,41 +61,6 @@ def wait_for_step(process, workdir, step):
     f"no checkpoint {step}: "
     f"{process.communicate()[0][-3000:] if process.poll() is not None else 'timeout'}"
   )
-
-
-def assert_same(one, other):
-  a, b = runs.open(one), runs.open(other)
-  assert a.steps[-1] == b.steps[-1] == STEPS
-  assert all(
-    jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a.params(), b.params()))
-  )
-  np.testing.assert_array_equal(a.metrics()["train/loss"], b.metrics()["train/loss"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reader", ["shards", "tfds"])
-def test_killed_twice_and_asked_once(argument, tmp_path, reader):
-  """kill -9 twice in a row, then SIGTERM (saves, status preempted, exit code 42): the end is
-  bitwise that of a run left alone."""
-  arg = argument(**{"data.reader": reader})
-  finish(start(arg, tmp_path / "alone"))
-  for step in (20, 80):
-    process = start(arg, tmp_path / "stopped")
-    wait_for_step(process, tmp_path / "stopped", step)
-    process.send_signal(signal.SIGKILL)
-    finish(process, -signal.SIGKILL)
-    assert runs.open(tmp_path / "stopped").steps[-1] < STEPS
-  process = start(arg, tmp_path / "stopped")
-  wait_for_step(process, tmp_path / "stopped", 140)
-  process.send_signal(signal.SIGTERM)
-  assert "resuming from step" in finish(process, 42)
-  stopped = runs.open(tmp_path / "stopped")
-  assert (
-    stopped.status["status"] == "preempted" and stopped.status["step"] == stopped.steps[-1] < STEPS
-  )
-  finish(start(arg, tmp_path / "stopped"))
-  assert stopped.status["status"] == "done"
-  assert_same(tmp_path / "alone", tmp_path / "stopped")
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
