@@ -117,7 +117,14 @@ FLAGS = {
     "config json optimizers on_paper collectives scaling compile_for recipes ptq scoring tree only "
     "repeats"
   ),
-  "launch.local": "config root where overrides list",
+  "launch.local": (
+    "config root where overrides evaluate evaluate_flags report dry_run list restarts parallel "
+    "processes devices"
+  ),
+  "launch.slurm": (
+    "config root where overrides evaluate evaluate_flags report dry_run nodes tasks_per_node "
+    "gpus_per_task parallel lead restarts environment container sbatch evaluate_sbatch"
+  ),
 }
 
 CONFIG_KEYS = (
