@@ -212,7 +212,8 @@ def title(config: str, root: str) -> str:
   path, _, _ = config.partition(":")
   stem, _ = os.path.splitext(os.path.basename(path))
   plain = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")
-  return _with_digest(plain if plain[:1].isalpha() else f"sweep-{plain}", os.path.abspath(root), 30)
+  place = root if "://" in root else os.path.abspath(root)
+  return _with_digest(plain if plain[:1].isalpha() else f"sweep-{plain}", place, 30)
 
 
 def _with_digest(short: str, of: str, longest: int) -> str:
