@@ -82,7 +82,7 @@ def of_flags() -> list[Job]:
     given.overrides,
     given.evaluate,
     given.report,
-    _words(given.evaluate_flags, given.evaluate),
+    _evaluation(given.evaluate_flags, given.evaluate),
   )
 
 
@@ -212,8 +212,16 @@ def title(config: str, root: str) -> str:
   path, _, _ = config.partition(":")
   stem, _ = os.path.splitext(os.path.basename(path))
   plain = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")
-  place = root if "://" in root else os.path.abspath(root)
-  return _with_digest(plain if plain[:1].isalpha() else f"sweep-{plain}", place, 30)
+  return _with_digest(
+    plain if plain[:1].isalpha() else f"sweep-{plain}",
+    root if "://" in root else os.path.abspath(root),
+    30,
+  )
+
+
+def local_folder(config: str, root: str) -> str:
+  """Where a launcher keeps logs and scripts: the root, or for one in an object store runs/TITLE."""
+  return os.path.join("runs", title(config, root)) if "://" in root else root
 
 
 def _with_digest(short: str, of: str, longest: int) -> str:
@@ -221,21 +229,32 @@ def _with_digest(short: str, of: str, longest: int) -> str:
   return f"{short[: longest - 9].strip('-')}-{digest}".lstrip("-")
 
 
-def _words(text: str, evaluate: str) -> list[str]:
-  """The flags in --evaluate_flags. Errors: ConfigError for what no evaluation job takes."""
+def _evaluation(text: str, evaluate: str) -> list[str]:
+  """The flags in --evaluate_flags. Errors: ConfigError for what evaluation jobs would refuse, days
+  later."""
   try:
     words = shlex.split(text)
   except ValueError as error:
     raise ConfigError(f"--evaluate_flags={text}: {error}; close it") from None
-  if words and not evaluate:
+  if not words:
+    return []
+  if not evaluate:
     raise ConfigError(f"--evaluate_flags={text}: of which job? give --evaluate=behind or beside")
-  for word in words:
-    name = word.lstrip("-").partition("=")[0]
-    if not word.startswith("--") or name in ("workdir", "follow", "hf", "checkpoint"):
-      raise ConfigError(
-        f"--evaluate_flags={text}: {word}: expected --flag=value of beyond_outliers.evaluate, but "
-        "for the run and --follow, which the launcher gives"
-      )
+  from beyond_outliers.evaluate import __main__ as command  # whose flags are none of a launcher's
+
+  known = flags.FlagValues()
+  for flag in flags.FLAGS.flags_by_module_dict()[command.__name__]:
+    known[flag.name] = flag
+  try:
+    rest = known(["evaluate", "--workdir=.", *words])[1:]
+  except flags.Error as error:
+    raise ConfigError(f"--evaluate_flags={text}: {error}") from None
+  if rest or known["workdir"].present > 1 or known["follow"].present:
+    raise ConfigError(
+      f"--evaluate_flags={text}: expected --flag=value for each, without --workdir and --follow, "
+      "which the launcher gives"
+    )
+  command.check_cells()
   return words
 
 

@@ -157,15 +157,10 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
   return job.newest()
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  from beyond_outliers.evaluate.evaluator import Evaluator
-  from beyond_outliers.evaluate.job import Job, Progress
-  from beyond_outliers.evaluate.plan import check_names, plan_cells
-  from beyond_outliers.evaluate.table import results_table
+def check_cells() -> None:
+  """Refusal of recipes and methods that cannot be measured. Errors: ConfigError."""
+  from beyond_outliers.evaluate.plan import check_names
 
-  # Names first: a run that --follow waits for may begin tomorrow.
   check_names(RECIPE_NAMES.value, METHOD_NAMES.value)
   require(
     bool(RECIPE_NAMES.value) or not flags.FLAGS["methods"].present,
@@ -173,6 +168,17 @@ def main(argv: list[str]) -> None:
     ",".join(METHOD_NAMES.value),
     "under which recipe? give --recipes too, such as rtn_w4a4",
   )
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  from beyond_outliers.evaluate.evaluator import Evaluator
+  from beyond_outliers.evaluate.job import Job, Progress
+  from beyond_outliers.evaluate.plan import plan_cells
+  from beyond_outliers.evaluate.table import results_table
+
+  check_cells()  # first: a run that --follow waits for may begin tomorrow
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():
