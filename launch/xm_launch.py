@@ -17,7 +17,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -115,6 +115,7 @@ class Queue:
   skip: Callable[[Job], bool]  # what has ended before
   asked: bool = False  # to stop
   failed: list[Job] = dataclasses.field(default_factory=list)
+  _told: set[int] = dataclasses.field(default_factory=set)  # to stop, by process id
 
   async def run(self, experiment: Any, make: Callable[[Job], xm.Job]) -> None:
     free = asyncio.Semaphore(self.parallel)
@@ -136,12 +137,29 @@ class Queue:
     await asyncio.gather(*(one(number, job) for number, job in enumerate(self.listed, 1)))
 
   def stop(self) -> None:
-    """Asks the processes that run here to save, and starts no more. XManager puts each in a session
-    of its own, which a terminal's Ctrl-C does not reach, and its units of local jobs have no stop."""
-    self.asked = True
-    for child in psutil.Process().children():
-      with contextlib.suppress(psutil.NoSuchProcess):
-        child.send_signal(signal.SIGTERM)
+    """Asks the processes that run here to save, again ends them at once, and starts no more. A
+    terminal's Ctrl-C does not reach them, and XManager itself would end their shells alone."""
+    self._told.clear()
+    if not self.asked:
+      self.asked = True
+      self._tell()
+
+  def _tell(self) -> None:
+    """Each process once; also one that is just being started."""
+    for process in _running():
+      if process.pid not in self._told:
+        self._told.add(process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+          process.send_signal(signal.SIGTERM)
+    asyncio.get_running_loop().call_later(1, self._tell)
+
+
+def _running() -> Iterator[psutil.Process]:
+  """The jobs' own processes: children of the shells that XManager starts, where those do not become
+  what they run."""
+  for child in psutil.Process().children():
+    with contextlib.suppress(psutil.NoSuchProcess):
+      yield from child.children() if child.cmdline()[1:2] == ["-c"] else [child]
 
 
 def ended_before(job: Job) -> bool:

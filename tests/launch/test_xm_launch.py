@@ -103,6 +103,7 @@ def written(executor):
   return made.args.to_list(str)
 
 
+@pytest.mark.slow
 def test_arguments_are_the_modules():
   """Of this Python; the image's entry point is `python -m`; Kubernetes puts variables in."""
   assert written(xm_local.Local()) == ["-m", "beyond_outliers.main", *HOSTILE]
@@ -119,6 +120,7 @@ def cloud_job(executor, requirements):
   )
 
 
+@pytest.mark.slow  # as all that import Google's libraries
 @pytest.mark.parametrize("accelerator", xm_launch.ACCELERATORS["vertex"])
 def test_vertex_gets_a_machine_that_has_the_accelerator(accelerator):
   """As XManager makes it, which knows no other machines than these."""
@@ -129,6 +131,7 @@ def test_vertex_gets_a_machine_that_has_the_accelerator(accelerator):
   assert spec["accelerator_count"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerator", xm_launch.ACCELERATORS["kubernetes"])
 def test_kubernetes_gets_a_limit_and_a_label_of_its_nodes(accelerator):
   kubernetes = pytest.importorskip("xmanager.cloud.kubernetes")
@@ -157,6 +160,7 @@ def test_accelerators_that_an_executor_would_drop_are_refused(given):
   assert REFUSED[given] in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_image_is_made_of_the_clone():
   spec = xm_launch.program_of(xm_local.Vertex(), "").executable_spec
   dockerfile = pathlib.Path(spec.dockerfile)
@@ -191,7 +195,7 @@ PROGRAM = """
 import asyncio, json, sys
 from absl import flags
 from launch import jobs, xm_launch
-flags.FLAGS(["x", "--xm_db_yaml_config_path=db.yaml"])
+flags.FLAGS(["x"])
 listed = [jobs.Job(*fields) for fields in json.loads(sys.argv[1])]
 queue = xm_launch.Queue(listed, 2, lambda job: False)
 asyncio.run(xm_launch.run(queue, "sweep", xm_launch.executor_of("local", {}), ""))
@@ -201,9 +205,6 @@ print(json.dumps([[job.name for job in queue.failed], queue.asked]))
 
 def started(folder, listed):
   (folder / "stand_in.py").write_text(STAND_IN)
-  (folder / "db.yaml").write_text(
-    "sql_connector: sqlite\nsql_connection_settings: {backend: sqlite, db_name: xm.sqlite}\n"
-  )
   fields = [[job.name, job.kind, job.module, job.arguments, job.workdir, job.after] for job in listed]
   return subprocess.Popen(
     [sys.executable, "-c", PROGRAM, json.dumps(fields)],
