@@ -48,16 +48,8 @@ case $SLURM_ARRAY_TASK_ID in
 {runs}
   *) echo "there is no task $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
-# The last task of an array has the number of the whole array, too.
-task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
-again() {{
-  if scontrol show job "$task" | grep -q JobState=RUNNING; then
-    echo "exit code $code: queued again"
-    scontrol requeue "$task"
-  fi # else it was cancelled
-}}
 cd -- {clone} || exit 2
-{exports}
+{prelude}
 trap : TERM INT HUP USR1  # what it runs gets them too, and saves: this shell waits for it
 srun --kill-on-bad-exit=0{srun} {command} "${{run[@]}}"
 code=$?
@@ -66,7 +58,15 @@ case $code in
 esac
 exit "$code"
 """
-EXPORTS = """\
+AGAIN = """\
+task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last one's SLURM_JOB_ID is the whole array's
+again() {
+  if scontrol show job "$task" | grep -q JobState=RUNNING; then
+    echo "exit code $code: queued again"
+    scontrol requeue "$task"
+  fi # else it was cancelled
+}"""
+CPUS = """\
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi"""
 ENDS = """\
   42) again ;; # it was asked to stop, and saved
@@ -120,6 +120,11 @@ def _script(same: Sequence[jobs.Job], options: Options) -> str:
   train = job.kind == "train"
   nodes, tasks = (options.nodes, options.tasks_per_node) if train else (1, 1)
   gpus = options.gpus_per_task if train else min(options.gpus_per_task, job.kind == "evaluate")
+  # Ahead of the time limit, to what runs, not to the shell (B:). An evaluation has nothing to save:
+  # it ends, so as to be started again.
+  signal = [f"--signal=USR1@{options.lead}"] if train else []
+  if not train and options.restarts:
+    signal = ["--signal=TERM@60"]
   directives = [
     f"--job-name={options.title}-{job.kind}",
     f"--output={_pattern(os.path.join(options.folder, 'logs'))}/%x_%a.txt",
@@ -128,16 +133,18 @@ def _script(same: Sequence[jobs.Job], options: Options) -> str:
     f"--ntasks-per-node={tasks}",
     *([f"--gpus-per-task={gpus:d}"] if gpus else []),
     "--requeue",
-    *([f"--signal=USR1@{options.lead}"] if train else []),  # without B: to the tasks, not the shell
+    *signal,
     f"--array=0-{len(same) - 1}" + (f"%{options.parallel}" if options.parallel else ""),
     *options.sbatch,
     *(() if train else options.evaluate_sbatch),
   ]
   several = nodes * tasks > 1
   extra = ["--distributed=auto"] if several else []
-  exports = [EXPORTS]
+  prelude = [CPUS]
   if several and gpus:  # JAX would give each task one GPU, by its number on the node
-    exports.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
+    prelude.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
+  if train or options.restarts:
+    prelude.append(AGAIN)
   srun, inside = _container(options)
   ends = [ENDS] if train else []
   failures = shlex.quote(os.path.join(options.folder, "logs", "failures"))
@@ -149,7 +156,7 @@ def _script(same: Sequence[jobs.Job], options: Options) -> str:
       f"  {i}) run=({shlex.join([*each.arguments, *extra])}) ;;" for i, each in enumerate(same)
     ),
     clone=shlex.quote(options.clone),
-    exports="\n".join(exports),
+    prelude="\n".join(prelude),
     srun="".join(f" {shlex.quote(word)}" for word in srun),
     command=shlex.join([*inside, options.python, "-m", job.module]),
     ends="\n".join(ends),

@@ -116,7 +116,14 @@ FLAGS = {
   "beyond_outliers.bench": (
     "config json optimizers on_paper collectives recipes ptq scoring tree only repeats"
   ),
-  "launch.local": "config root where overrides list",
+  "launch.local": (
+    "config root where overrides evaluate evaluate_flags report dry_run list restarts parallel "
+    "processes devices"
+  ),
+  "launch.slurm": (
+    "config root where overrides evaluate evaluate_flags report dry_run nodes tasks_per_node "
+    "gpus_per_task parallel lead restarts environment container sbatch evaluate_sbatch"
+  ),
 }
 
 CONFIG_KEYS = (

@@ -152,7 +152,11 @@ def test_directives(tmp_path):
   assert run_script(made["train"], tmp_path, 0)[1][-1] == "--distributed=auto"
   assert (evaluate["nodes"], evaluate["ntasks-per-node"]) == ("1", "1")
   assert (evaluate["gpus-per-task"], evaluate["time"]) == ("1", "10")
-  assert "gpus-per-task" not in report and "--distributed" not in made["evaluate"]
+  assert (
+    "signal" not in evaluate
+    and "gpus-per-task" not in report
+    and "--distributed" not in made["evaluate"]
+  )
 
 
 @pytest.mark.parametrize("what", ["\\", "\n"])
