@@ -30,7 +30,8 @@ from launch import jobs, remote, tpus
 from launch.jobs import Job
 
 STEPS = ("create", "setup", "run", "delete")
-FINAL = "2 3"  # exit codes after which systemd starts nothing again
+FINAL = (2, 3)  # exit codes after which systemd starts nothing again
+WIDTH = 98  # columns of a line, ahead of the backslash that continues it
 WELL = (0, 3)  # exit codes of a run that has ended: done, diverged
 
 
@@ -81,9 +82,10 @@ def steps(
 ) -> Iterator[Step]:
   """All that has to be done, in order. Errors: ConfigError for an evaluation beside its training:
   a chip is one program's."""
-  yield Step("create", f"ask for {resource.part.accelerator} x {resource.slices}", create(resource))
+  what = f"{resource.part.accelerator} x {resource.slices}"
+  yield Step("create", f"ask for {what}, {resource.processes} hosts", create(resource))
   yield Step("create", "wait until it is there", wait(resource))
-  fetch = "; ".join(_fetch(image))
+  fetch = "\n".join(_fetch(image))
   yield Step("setup", "fetch the image on every host", ssh(resource, fetch))
   for job in in_turn(listed):
     start = _start(job, resource, image, restarts)
@@ -124,7 +126,7 @@ def create(resource: Resource) -> str:
     *([f"--service-account={resource.service_account}"] if resource.service_account else []),
     *(["--spot"] if resource.spot else []),
   )
-  return f"{_state(resource)} 2> /dev/null ||\n  {asked}"
+  return f"{_state(resource)} 2> /dev/null ||\n{asked}"
 
 
 def wait(resource: Resource) -> str:
@@ -151,20 +153,30 @@ def delete(resource: Resource) -> str:
 def ssh(resource: Resource, command: str, everywhere: bool = True) -> str:
   """The command on every host of every slice, or on the first."""
   which = "all" if everywhere else "0"
-  return _gcloud(
-    "ssh", resource, f"--node={which}", f"--worker={which}", f"--command={command}"
-  )
+  reached = _gcloud("ssh", resource, f"--node={which}", f"--worker={which}")
+  return f"{reached} --command={shlex.quote(command)}"
 
 
 def _gcloud(verb: str, resource: Resource, *arguments: str) -> str:
   where = [f"--zone={resource.zone}"]
   where += [f"--project={resource.project}"] if resource.project else []
   words = ["gcloud", "compute", "tpus", "queued-resources", verb, resource.name]
-  return shlex.join([*words, *where, *arguments])
+  return _lines([*words, *where, *arguments])
 
 
 def _state(resource: Resource) -> str:
-  return _gcloud("describe", resource, "--format=value(state.state)")
+  return f"{_gcloud('describe', resource)} --format='value(state.state)'"
+
+
+def _lines(words: Sequence[str], indent: str = "  ") -> str:
+  """Quoted for a shell, on lines of a hundred columns where the words let them."""
+  lines = [shlex.quote(words[0])]
+  for word in map(shlex.quote, words[1:]):
+    if len(lines[-1]) + len(word) > WIDTH:
+      lines.append(f"{indent}{word}")
+    else:
+      lines[-1] += f" {word}"
+  return " \\\n".join(lines)
 
 
 def _fetch(image: str) -> Iterator[str]:
@@ -188,26 +200,29 @@ def _start(job: Job, resource: Resource, image: str, restarts: int) -> str:
   unit = [
     *("sudo", "systemd-run", f"--unit={job.name}"),
     *("--property=Restart=on-failure", "--property=RestartSec=30"),
-    f"--property=RestartPreventExitStatus={FINAL}",
+    *(f"--property=RestartPreventExitStatus={code}" for code in FINAL),
     *("--property=StartLimitIntervalSec=30d", f"--property=StartLimitBurst={restarts + 1}"),
     "--property=TimeoutStopSec=600",
   ]
   name = shlex.quote(job.name)
-  return (
-    f"systemctl is-active --quiet {name} || "
-    f"{{ sudo systemctl reset-failed {name} 2> /dev/null; {shlex.join([*unit, *container])}; }}"
+  return "\n".join(
+    [
+      f"systemctl is-active --quiet {name} || {{",
+      f"  sudo systemctl reset-failed {name} 2> /dev/null",
+      f"  {_lines([*unit, *container], '    ')}",
+      "}",
+    ]
   )
 
 
 def _follow(job: Job) -> str:
   """Its log until it ends, and its exit code: systemd forgets a unit that ended well."""
   name = shlex.quote(job.name)
-  return "; ".join(
+  return "\n".join(
     [
       f"sudo journalctl --unit={name} --follow --output=cat & log=$!",
-      f"while systemctl is-active {name} | grep -Eq '^(active|activating|deactivating)'",
-      "do sleep 10",
-      "done",
+      f"while systemctl is-active {name} | grep -qx -e active -e activating -e deactivating",
+      "do sleep 10; done",
       'sudo kill "$log"',
       f'exit "$(systemctl show {name} --property=ExecMainStatus --value)"',
     ]
