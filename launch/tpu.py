@@ -59,6 +59,7 @@ class Step:
   kind: str  # one of STEPS
   title: str
   command: str
+  job: Job | None = None
 
 
 def define_flags() -> None:
@@ -90,8 +91,9 @@ def steps(
   for job in in_turn(listed):
     start = _start(job, resource, image, restarts)
     everywhere = job.kind != "report"
-    yield Step("run", f"start {job.name}", ssh(resource, start, everywhere))
-    yield Step("run", f"follow {job.name} until it ends", ssh(resource, _follow(job), False))
+    yield Step("run", f"start {job.name}", ssh(resource, start, everywhere), job)
+    follow = ssh(resource, _follow(job), False)
+    yield Step("run", f"follow {job.name} until it ends", follow, job)
   yield Step("delete", "give the slices back", delete(resource))
 
 
@@ -258,8 +260,10 @@ def launch(argv: list[str]) -> None:
     return
   if shutil.which("gcloud") is None:
     raise ConfigError("gcloud: is not installed here; install Google Cloud's command line")
-  failed = []
+  failed: dict[str, str] = {}  # what was done -> the job that did not do it
   for number, step in enumerate(todo, 1):
+    if step.job and step.job.kind == "evaluate" and {*step.job.after} & {*failed.values()}:
+      continue
     print(f"[{number}/{len(todo)}] {step.title}", flush=True)
     try:
       code = subprocess.run(["bash", "-c", step.command]).returncode
@@ -267,7 +271,7 @@ def launch(argv: list[str]) -> None:
       print("asked to stop; what was started goes on; the same command follows it", flush=True)
       sys.exit(jobs.STOPPED)
     if code not in (WELL if step.kind == "run" else (0,)):
-      failed.append(f"{step.title} (exit code {code})")
+      failed[f"{step.title} (exit code {code})"] = step.job.name if step.job else ""
       if step.kind in ("create", "setup"):
         break
   if failed:

@@ -112,7 +112,7 @@ class Queue:
 
   listed: Sequence[Job]
   parallel: int
-  skip: Callable[[Job], bool]  # what has ended before
+  skip: Callable[[Job], bool]  # asked of each when its turn comes
   asked: bool = False  # to stop
   failed: list[Job] = dataclasses.field(default_factory=list)
   _told: set[int] = dataclasses.field(default_factory=set)  # to stop, by process id
@@ -162,8 +162,10 @@ def _running() -> Iterator[psutil.Process]:
       yield from child.children() if child.cmdline()[1:2] == ["-c"] else [child]
 
 
-def ended_before(job: Job) -> bool:
-  return job.kind == "train" and jobs.status_of(job.workdir) in jobs.ENDED
+def left_out(job: Job) -> bool:
+  """A training that has ended; an evaluation behind one that has not."""
+  ended = jobs.status_of(job.workdir) in jobs.ENDED
+  return ended if job.kind == "train" else job.kind == "evaluate" and bool(job.after) and not ended
 
 
 async def run(queue: Queue, title: str, executor: xm.Executor, image: str) -> None:
@@ -192,6 +194,11 @@ def launch(argv: list[str]) -> None:
   local = given.executor == "local"
   if local and given.image:
     raise ConfigError(f"--image={given.image}: jobs that run here need none; leave it out")
+  if local and given.evaluate == "beside":
+    raise ConfigError(
+      "--evaluate=beside: would wait for ever for a run that was refused; give --evaluate=behind, or "
+      "take python -m launch.local"
+    )
   if given.image:
     remote.check_image(given.image)
   if not local:
@@ -204,12 +211,12 @@ def launch(argv: list[str]) -> None:
     return
   executor = executor_of(given.executor, requirements)
   parallel = given.parallel if local else len(listed)
-  queue = Queue(listed, parallel, ended_before if local else lambda job: False)
+  queue = Queue(listed, parallel, left_out if local else lambda job: False)
   asyncio.run(run(queue, jobs.title(given.config, given.root), executor, given.image))
   if queue.asked:
     print("asked to stop; the same command goes on", flush=True)
     sys.exit(jobs.STOPPED)
-  failed = [job for job in queue.failed if not (local and ended_before(job))]
+  failed = [job for job in queue.failed if not (local and job.kind == "train" and left_out(job))]
   if failed:
     sys.exit("not done: " + ", ".join(f"{job.name} ({job.workdir})" for job in failed))
 

@@ -2,8 +2,12 @@
 no value that Kubernetes would read as another."""
 
 import copy
+import os
+import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -12,6 +16,7 @@ from beyond_outliers.errors import ConfigError
 from launch import gke
 from launch.jobs import Job
 
+ROOT = pathlib.Path(__file__).parents[2]
 CLUSTER = gke.Cluster("registry/beyond_outliers:1", "sweep-12345678", claim=("runs", "/mnt/runs"))
 
 # Of JobSet v1alpha2 (api/jobset/v1alpha2/jobset_types.go), the fields of a spec that people write,
@@ -312,3 +317,60 @@ def test_a_claim_is_a_name_and_a_path(text):
   assert gke.parse_claim("runs:/mnt/") == ("runs", "/mnt") and gke.parse_claim("") is None
 
 
+
+
+ARGUMENTS = (
+  *("--config=configs/adamw.py", "--root=gs://bucket/sweep", "--image=registry/x:1"),
+  *("--accelerator=v5litepod-16", "--where=seed=0,optimizer.learning_rate=0.003"),
+)
+
+
+def launch(*arguments, **environment):
+  return subprocess.run(
+    [sys.executable, "-m", "launch.gke", *ARGUMENTS, *arguments],
+    cwd=ROOT,
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_kubectl_gets_what_dry_run_prints(tmp_path):
+  kubectl = tmp_path / "kubectl"
+  kubectl.write_text(f'#!/bin/sh\necho "$@"\ncat > {tmp_path}/applied.yaml\nexit 5\n')
+  kubectl.chmod(0o755)
+  result = launch(PATH=f"{tmp_path}:/usr/bin:/bin")
+  assert (result.returncode, result.stdout) == (5, "apply -f -\n"), result.stderr
+  assert (tmp_path / "applied.yaml").read_text() == launch("--dry_run").stdout
+
+
+REFUSED_FLAGS = {
+  "--image=a b": "--image=a b: expected REGISTRY/NAME:TAG",
+  "--namespace=Runs": "--namespace=Runs: expected small letters, digits and hyphens",
+  "--claim=runs": "--claim=runs: expected NAME:/PATH",
+  "--root=/mnt/runs": "--root=/mnt/runs: is lost with the machine that writes there; give one in a",
+  "--config=tests/conftest.py": "the image has beyond_outliers, configs of the clone",
+  "--evaluate_accelerator=v5p-9": "--evaluate_accelerator=v5p-9: slices of v5p have 8",
+  "--report": "--report: a JobSet does not wait for others; once they are done, python -m",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED_FLAGS)
+def test_a_refusal_is_one_line_before_anything_starts(given):
+  result = launch(given)
+  assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+  assert result.stderr.startswith("error: ") and REFUSED_FLAGS[given] in result.stderr
+
+
+def test_a_root_below_a_claim_is_kept():
+  result = launch("--claim=runs:/mnt/runs", "--root=/mnt/runs/sweep", "--dry_run")
+  (manifest,) = yaml.safe_load_all(result.stdout)
+  spec = pod(replicated(manifest)["run"])
+  assert spec["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}]
+  assert spec["containers"][0]["volumeMounts"] == [{"name": "runs", "mountPath": "/mnt/runs"}]
+  assert launch("--claim=runs:/mnt/runs", "--root=/mnt/runs-2", "--dry_run").returncode == 2
+
+
+def test_without_kubectl_it_says_so():
+  result = launch(PATH="/nowhere")
+  assert result.returncode == 2 and result.stderr.startswith("error: kubectl: is not installed")

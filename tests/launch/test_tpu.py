@@ -65,6 +65,10 @@ def resource(accelerator="v5p-128", slices=1, **more):
   return tpu.Resource("sweep-1", "us-east5-a", tpus.parse(accelerator), slices, **more)
 
 
+def words_of(script):
+  return shlex.split(script.replace("\\\n", " "))
+
+
 def train(*arguments, name="a"):
   return Job(f"train-{name}", "train", "beyond_outliers.main", arguments, f"gs://bucket/{name}")
 
@@ -90,7 +94,7 @@ def test_an_evaluation_beside_its_training_is_refused():
 def test_several_slices_come_and_go_together():
   created = tpu.create(resource(slices=2, project="p", spot=True, service_account="a@b"))
   *_, asked = created.split("||\n")
-  assert shlex.split(asked) == [
+  assert words_of(asked) == [
     *("gcloud", "compute", "tpus", "queued-resources", "create", "sweep-1"),
     *("--zone=us-east5-a", "--project=p", "--accelerator-type=v5p-128"),
     *("--runtime-version=v2-alpha-tpuv5", "--node-count=2", "--node-prefix=sweep-1"),
@@ -118,19 +122,19 @@ def test_values_pass_every_shell_as_they_are(machine):
   assert "--property=Restart=on-failure" in unit  # 42 and 1
 
 
-def test_the_slices_of_a_run_are_said_to_it():
-  (start,) = [
-    step.command
-    for step in tpu.steps([train()], resource(slices=2), IMAGE)
-    if step.title == "start train-a"
-  ]
-  assert "--distributed=auto --config.mesh.dcn_data=2" in start
-  (start,) = [
-    step.command
-    for step in tpu.steps([train()], resource("v5litepod-8"), IMAGE)
-    if step.title == "start train-a"
-  ]
-  assert "--distributed" not in start
+@pytest.mark.parametrize(
+  ("accelerator", "slices", "told"),
+  [
+    ("v5litepod-8", 1, []),
+    ("v5litepod-256", 1, ["--distributed=auto"]),
+    ("v5p-128", 2, ["--distributed=auto", "--config.mesh.dcn_data=2"]),
+  ],
+)
+def test_a_run_is_told_of_other_hosts_and_slices(accelerator, slices, told):
+  every = tpu.steps([train("--x=1")], resource(accelerator, slices), IMAGE)
+  (start,) = [words_of(step.command) for step in every if step.title == "start train-a"]
+  words = words_of(start[-1].removeprefix("--command="))
+  assert words[words.index("--x=1") + 1 :] == [*told, "}"]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -177,8 +181,10 @@ def test_all_steps_run_in_order_and_the_slices_are_given_back(machine):
 @pytest.mark.parametrize(("code", "exit_code"), [(0, 0), (3, 0), (1, 1), (2, 1)])
 def test_a_run_that_failed_is_said_and_the_slices_are_given_back(machine, code, exit_code):
   (machine / "train-learning-rate-0-003-seed-0").write_text(str(code))
-  result = launch()
+  result = launch("--evaluate=behind")
   assert result.returncode == exit_code, result.stderr
+  units = [words[1] for words in calls(machine) if words[0] == "systemd-run"]
+  assert len(units) == (1 if exit_code else 2)  # no evaluation of a run that did not end
   assert (f"until it ends (exit code {code})" in result.stderr) == bool(exit_code)
   assert "delete" in calls(machine)[-1]
 

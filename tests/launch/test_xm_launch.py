@@ -94,6 +94,18 @@ def test_what_ended_before_is_left_out_but_not_its_evaluation():
   assert "train-b" not in names and "eval-b" in names
 
 
+def test_a_run_that_has_ended_is_not_started_and_one_that_has_not_is_not_evaluated(tmp_path):
+  job = Job("train-a", "train", "beyond_outliers.main", (), str(tmp_path))
+  behind = Job("eval-a", "evaluate", "beyond_outliers.evaluate", (), str(tmp_path), ("train-a",))
+  beside = Job("eval-b", "evaluate", "beyond_outliers.evaluate", (), str(tmp_path))
+  for status, out in {"": 2, "failed": 2, "done": 1, "diverged": 1}.items():
+    if status:
+      (tmp_path / "status.json").write_text(json.dumps({"status": status}))
+    assert [xm_launch.left_out(one) for one in (job, behind, beside)] == [
+      *(out == 1, out == 2, False)
+    ]
+
+
 HOSTILE = ["--x=$(id)", "`id`", "'", "a b", "$HOME", "$$", "\\", "line\nbreak", "*", "; exit 9"]
 
 
@@ -255,3 +267,27 @@ def test_a_signal_reaches_the_runs_which_save_and_no_other_is_started(tmp_path):
   (result,) = [json.loads(line) for line in out.splitlines() if line.startswith("[[")]
   assert result == [["train-a"], True], err
   assert (tmp_path / "train-a.ended").exists() and not (tmp_path / "eval-a.started").exists()
+
+
+REFUSED_FLAGS = {
+  "--evaluate=beside": "--evaluate=beside: would wait for ever",
+  "--image=registry/x:1": "--image=registry/x:1: jobs that run here need none",
+  "--executor=vertex": "--root={folder}: is lost with the machine that writes there",
+  "--requirements=a100=8": "--requirements=a100=8: expected for --executor=local none",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED_FLAGS)
+def test_a_refusal_is_one_line_before_anything_starts(tmp_path, given):
+  result = subprocess.run(
+    [
+      *(sys.executable, "-m", "launch.xm_launch", "--config=configs/adamw.py"),
+      *(f"--root={tmp_path}", "--dry_run", given),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+  assert result.stderr.startswith("error: ")
+  assert REFUSED_FLAGS[given].format(folder=tmp_path) in result.stderr
