@@ -1,11 +1,11 @@
-"""Kubernetes launcher: one JobSet for each run of a sweep, on TPU slices or GPUs of Google's engine.
+"""Kubernetes launcher: a JobSet for each run of a sweep, on TPU slices or GPUs of Google's engine.
 
   python -m launch.gke --config=configs/shampoo_qat.py:1.5b --root=gs://BUCKET/shampoo \
     --image=REGISTRY/beyond_outliers:TAG --accelerator=v5litepod-256 --evaluate=behind --dry_run
 
 prints the YAML; without --dry_run it goes to `kubectl apply`. A run that was asked to stop (42)
-starts again, one that was refused (2) or diverged (3) fails for good, and any other failure restarts
-its JobSet, which resumes from the newest checkpoint.
+starts again, one that was refused (2) or diverged (3) fails for good, and any other failure
+restarts its JobSet, which resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -143,9 +143,7 @@ def _job_set(
   most = max([nodes, evaluating], key=lambda n: len(f"{n.slices - 1}-{n.hosts - 1}"))
   name = _name(job, f"-eval-{most.slices - 1}-{most.hosts - 1}-abcde")
   # Of a Job that failed by an exit code that is final; then also the last retry of an evaluation.
-  rules = [
-    {"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
-  ]
+  rules = [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
   replicated = [_replicated("run", name, job, nodes, 0, cluster)]
   if behind is not None:
     rules.append({"name": "evaluation", "action": "FailJobSet", "targetReplicatedJobs": ["eval"]})

@@ -39,7 +39,9 @@ def check_files(config: str, root: str, mounted: Sequence[str] = ()) -> None:
       f"--config={config}: the image has {', '.join(COPIED)} of the clone, as the launcher is "
       "started there; put the file into configs/ and give that path"
     )
-  inside = any(os.path.commonpath([root, folder]) == folder for folder in mounted if root[:1] == "/")
+  inside = any(
+    os.path.commonpath([root, folder]) == folder for folder in mounted if root[:1] == "/"
+  )
   if "://" not in root and not inside:
     raise ConfigError(
       f"--root={root}: is lost with the machine that writes there; give one in a bucket "

@@ -8,8 +8,8 @@ for, the image is fetched on every host, each run is started on all of them as a
 and its log is followed until it ends; at last the slices are given back. Runs outlive this command:
 the same command follows them again. --steps chooses among the steps.
 
-systemd starts a run again that failed or was asked to stop (42), and not one that was refused (2) or
-diverged (3).
+systemd starts a run again that failed or was asked to stop (42), and not one that was refused (2)
+or diverged (3).
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def define_flags() -> None:
   flags.DEFINE_string("project", "", "Project of Google Cloud; gcloud's own if empty.")
   flags.DEFINE_bool("spot", False, "Slices that may be taken away, for less.")
   flags.DEFINE_string(
-    "service_account", "", "Account that may use the bucket and the image; Compute Engine's if empty."
+    "service_account",
+    "",
+    "Account that may use the bucket and the image; Compute Engine's if empty.",
   )
   flags.DEFINE_string("name", "", "Name of the queued resource; the sweep's if empty.")
   flags.DEFINE_integer("restarts", 10, "How often a run is started again.", 0)

@@ -27,7 +27,18 @@ class Kind:
 
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+CUBES = (
+  "2x2x1",
+  "2x2x2",
+  "2x2x4",
+  "2x4x4",
+  "4x4x4",
+  "4x4x8",
+  "4x8x8",
+  "8x8x8",
+  "8x8x16",
+  "8x16x16",
+)
 
 KINDS = {
   "v4": Kind("TPU v4", 32, 2, 4, "tpu-v4-podslice", "tpu-ubuntu2204-base", CUBES),

@@ -80,8 +80,9 @@ def parse_requirements(words: Sequence[str], executor: str) -> dict[str, float]:
 def executor_of(name: str, requirements: dict[str, float]) -> xm.Executor:
   if name == "local":
     return xm_local.Local(experimental_stream_output=True)
+  resources = {xm.ResourceType[name]: amount for name, amount in requirements.items()}
   make = {"vertex": xm_local.Vertex, "kubernetes": xm_local.Kubernetes}[name]
-  return make(requirements=xm.JobRequirements(**requirements))
+  return make(requirements=xm.JobRequirements(resources))
 
 
 def program_of(executor: xm.Executor, image: str) -> xm.Packageable:
@@ -196,8 +197,8 @@ def launch(argv: list[str]) -> None:
     raise ConfigError(f"--image={given.image}: jobs that run here need none; leave it out")
   if local and given.evaluate == "beside":
     raise ConfigError(
-      "--evaluate=beside: would wait for ever for a run that was refused; give --evaluate=behind, or "
-      "take python -m launch.local"
+      "--evaluate=beside: would wait for ever for a run that was refused; give --evaluate=behind, "
+      "or take python -m launch.local"
     )
   if given.image:
     remote.check_image(given.image)

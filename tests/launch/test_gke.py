@@ -22,12 +22,7 @@ CLUSTER = gke.Cluster("registry/beyond_outliers:1", "sweep-12345678", claim=("ru
 # Of JobSet v1alpha2 (api/jobset/v1alpha2/jobset_types.go), the fields of a spec that people write,
 # those of a Job and its Pods are Kubernetes', from its client's models.
 JOB_SET = {
-  "JobSet": {
-    "apiVersion": "str",
-    "kind": "str",
-    "metadata": "V1ObjectMeta",
-    "spec": "JobSetSpec",
-  },
+  "JobSet": {"apiVersion": "str", "kind": "str", "metadata": "V1ObjectMeta", "spec": "JobSetSpec"},
   "JobSetSpec": {
     "replicatedJobs": "list[ReplicatedJob]",
     "network": "object",
@@ -204,8 +199,8 @@ def test_what_is_done_after_each_exit_code(code, run, evaluation):
   assert outcome(manifest, "run", code) == run
   assert outcome(manifest, "eval", code) == evaluation
   for part in replicated(manifest).values():
-    # A policy of exit codes needs Pods that are not restarted in place; a node that is taken away is
-    # no failure.
+    # A policy of exit codes needs Pods that are not restarted in place; a node that is taken away
+    # is no failure.
     assert pod(part)["restartPolicy"] == "Never"
     conditions = [
       condition
@@ -315,8 +310,6 @@ def test_a_claim_is_a_name_and_a_path(text):
   with pytest.raises(ConfigError, match="expected NAME:/PATH"):
     gke.parse_claim(text)
   assert gke.parse_claim("runs:/mnt/") == ("runs", "/mnt") and gke.parse_claim("") is None
-
-
 
 
 ARGUMENTS = (

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHOWN = re.findall(
-  r"^```\w*\n\$ (python -m launch\.\w+ (?:.*\\\n)*.*--dry_run)\n(.*?)^```$",
+  r"^```\w*\n\$ (python -m launch\.\w+ (?:[^\n]*\\\n)*[^\n]*--dry_run)\n(.*?)^```$",
   (ROOT / "launch" / "README.md").read_text(),
   re.MULTILINE | re.DOTALL,
 )

@@ -1,5 +1,5 @@
-"""Queued resources: the commands in their order, values that pass three shells as they are, and what
-happens here when one fails."""
+"""Queued resources: the commands in their order, values that pass three shells as they are, and
+what happens here when one fails."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from launch.jobs import Job
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGE = "us-docker.pkg.dev/project/beyond_outliers:1"
 
-# Stands for gcloud and, as what it is called, for the programs on a TPU's host: notes its words, and
-# does what they would let happen. The code that a unit ended with is in a file of its name.
+# Stands for gcloud and, as what it is called, for the programs on a TPU's host: notes its words,
+# and does what they would let happen. The code that a unit ended with is in a file of its name.
 FAKE = f"""#!{sys.executable}
 import json, os, pathlib, subprocess, sys
 name, words = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
@@ -87,7 +87,7 @@ def test_each_evaluation_runs_right_behind_its_training():
 
 
 def test_an_evaluation_beside_its_training_is_refused():
-  with pytest.raises(ConfigError, match="--evaluate=beside: the chips .* give --evaluate=behind"):
+  with pytest.raises(ConfigError, match=r"--evaluate=beside: the chips .* give --evaluate=behind"):
     list(tpu.steps([train(), evaluation(after=())], resource(), IMAGE))
 
 
@@ -103,12 +103,25 @@ def test_several_slices_come_and_go_together():
   assert "--node-id=sweep-1" in tpu.create(resource())
 
 
-HOSTILE = ["$(id)", "`id`", "'", '"', "a b", "$HOME", "$$", "\\", "line\nbreak", "*", "; exit 9", "&"]
+HOSTILE = [
+  "$(id)",
+  "`id`",
+  "'",
+  '"',
+  "a b",
+  "$HOME",
+  "$$",
+  "\\",
+  "line\nbreak",
+  "*",
+  "; exit 9",
+  "&",
+]
 
 
 def test_values_pass_every_shell_as_they_are(machine):
-  """This one's, the host's, and the unit's, where systemd puts variables in for $NAME, and one $ for
-  two."""
+  """This one's, the host's, and the unit's, where systemd puts variables in for $NAME, and one $
+  for two."""
   job = train(*HOSTILE)
   (start,) = [s for s in tpu.steps([job], resource(), IMAGE) if s.title == "start train-a"]
   subprocess.run(["bash", "-c", start.command], check=True)
@@ -146,9 +159,9 @@ def test_commands_are_sound_to_shellcheck():
     for script in [step.command, *remote]:
       checked = subprocess.run(
         ["shellcheck", "--shell=bash", "--severity=warning", "-"],
-          input=script,
-          capture_output=True,
-          text=True,
+        input=script,
+        capture_output=True,
+        text=True,
       )
       assert checked.returncode == 0, f"{script}\n{checked.stdout}"
 

@@ -1,5 +1,6 @@
 """Slices of TPUs: their hosts and topologies as Google's tables have them."""
 
+import markdown
 import pytest
 
 from beyond_outliers import hardware
@@ -51,3 +52,15 @@ def test_each_kind_has_a_peak_and_one_topology_for_each_number_of_chips(version)
 def test_what_is_no_slice_is_refused_with_those_that_are(accelerator):
   with pytest.raises(ConfigError, match=f"--accelerator={accelerator}: .*(v5p|v5litepod|128)"):
     tpus.parse(accelerator)
+
+
+def test_the_guide_s_table_is_this_one():
+  columns = ("nodes of GKE", "memory a chip", "peak a chip, bfloat16")
+  assert markdown.table_of("launch/README.md", *columns) == [
+    [
+      f"`{kind.label}`",
+      f"{kind.memory} GB",
+      f"{hardware.BFLOAT16_PEAKS[kind.device] / 1e12:.0f} TFLOP/s",
+    ]
+    for kind in tpus.KINDS.values()
+  ]

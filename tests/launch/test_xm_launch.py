@@ -2,6 +2,7 @@
 accelerators that its executors do ask for."""
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import signal
@@ -16,9 +17,9 @@ from launch.jobs import Job
 
 pytest.importorskip("xmanager", reason="the extra launch is not installed")
 
-from xmanager import xm, xm_local, xm_mock  # noqa: E402
+from xmanager import xm, xm_local, xm_mock
 
-from launch import xm_launch  # noqa: E402
+from launch import xm_launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -217,7 +218,7 @@ print(json.dumps([[job.name for job in queue.failed], queue.asked]))
 
 def started(folder, listed):
   (folder / "stand_in.py").write_text(STAND_IN)
-  fields = [[job.name, job.kind, job.module, job.arguments, job.workdir, job.after] for job in listed]
+  fields = [[*dataclasses.astuple(job)] for job in listed]
   return subprocess.Popen(
     [sys.executable, "-c", PROGRAM, json.dumps(fields)],
     cwd=folder,
