@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from beyond_outliers.errors import ConfigError
-from launch import gke
+from launch import gke, jobset
 from launch.jobs import Job
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLUSTER = gke.Cluster("registry/beyond_outliers:1", "sweep-12345678", claim=("runs", "/mnt/runs"))
+CLUSTER = jobset.Cluster(
+  "registry/beyond_outliers:1", "sweep-12345678", claim=("runs", "/mnt/runs")
+)
 
 # Of JobSet v1alpha2 (api/jobset/v1alpha2/jobset_types.go), the fields of a spec that people write,
 # those of a Job and its Pods are Kubernetes', from its client's models.
@@ -102,8 +104,8 @@ def a_job(kind="train", arguments=("--config=configs/soap.py:50m",), after=(), n
 
 def written(listed, accelerator="v5p-128", slices=1, hosts=1, cluster=CLUSTER):
   nodes = gke.parse_nodes(accelerator, slices, hosts)
-  made = gke.manifests(listed, nodes, gke.parse_nodes("v5litepod-4"), cluster)
-  read = list(yaml.safe_load_all(gke.render(made)))
+  made = jobset.manifests(listed, nodes, gke.parse_nodes("v5litepod-4"), cluster)
+  read = list(yaml.safe_load_all(jobset.render(made)))
   assert read == made
   return read
 
@@ -122,7 +124,7 @@ SPREAD = [("v5p-128", 2, 1), ("v5litepod-1", 1, 1), ("nvidia-h100-80gb:8", 1, 4)
 
 @pytest.mark.parametrize(("accelerator", "slices", "hosts"), SPREAD)
 def test_fields_are_those_of_the_published_schemas(accelerator, slices, hosts):
-  everything = gke.Cluster("image", "sweep", 3, "ns", True, "account", "queue", ("runs", "/mnt"))
+  everything = jobset.Cluster("image", "sweep", 3, "ns", True, "account", "queue", ("runs", "/mnt"))
   beside = a_job("evaluate", name="beside")
   made = written([*PAIR, beside], accelerator, slices, hosts, everything)
   assert len(made) == 2
@@ -250,7 +252,7 @@ def test_hostile_values_arrive_as_they_are(value):
   (container,) = pod(replicated(manifest)["run"])["containers"]
   assert [word.replace("$$", "$") for word in container["args"][:2]] == [argument, value]
   assert not re.search(r"(?<!\$)(\$\$)*\$\(", " ".join(container["args"]))
-  for scalar in scalars(yaml.compose(gke.render([manifest]))):
+  for scalar in scalars(yaml.compose(jobset.render([manifest]))):
     assert scalar.style == '"' or scalar.tag.endswith((":int", ":bool")), scalar.value
 
 
@@ -269,11 +271,11 @@ def scalars(node):
 def test_names_fit_and_are_of_their_workdir_alone(name, slices):
   listed = [a_job(name=name), a_job("evaluate", after=(f"train-{name}",), name=name)]
   (manifest,) = written(listed, "v5p-8192", slices)
-  jobset = manifest["metadata"]["name"]
-  assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", jobset) and "--" not in jobset
+  jobset_name = manifest["metadata"]["name"]
+  assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", jobset_name) and "--" not in jobset_name
   for part in replicated(manifest).values():
     hosts = part["template"]["spec"]["completions"]
-    pod_name = f"{jobset}-{part['name']}-{part['replicas'] - 1}-{hosts - 1}-abcde"
+    pod_name = f"{jobset_name}-{part['name']}-{part['replicas'] - 1}-{hosts - 1}-abcde"
     assert len(pod_name) <= 63, pod_name
   elsewhere = [Job(*(*job_fields(listed[0])[:4], f"/mnt/other/{name}"))]
   assert written(elsewhere)[0]["metadata"]["name"] != written(listed[:1])[0]["metadata"]["name"]
