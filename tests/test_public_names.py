@@ -121,6 +121,18 @@ FLAGS = {
     "config root where overrides evaluate evaluate_flags report dry_run list restarts parallel "
     "processes devices"
   ),
+  "launch.gke": (
+    "config root where overrides evaluate evaluate_flags report dry_run image accelerator slices "
+    "hosts evaluate_accelerator restarts spot namespace service_account queue claim"
+  ),
+  "launch.tpu": (
+    "config root where overrides evaluate evaluate_flags report dry_run image accelerator slices "
+    "zone project spot service_account name restarts steps"
+  ),
+  "launch.xm_launch": (
+    "config root where overrides evaluate evaluate_flags report dry_run image executor parallel "
+    "requirements"
+  ),
   "launch.slurm": (
     "config root where overrides evaluate evaluate_flags report dry_run nodes tasks_per_node "
     "gpus_per_task parallel lead restarts environment container sbatch evaluate_sbatch"
