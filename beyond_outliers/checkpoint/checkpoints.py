@@ -252,7 +252,7 @@ class Checkpoints:
     recorded: Any = None
     with contextlib.suppress(ValueError):
       recorded = read_text(self.directory / str(step) / "digests")
-    if misfit(recorded, digests.KINDS):
+    if misfit(recorded, digests.DIGEST_KINDS):
       raise recovery.UnusableError("its digests are not readable")
     if name := digests.difference(recorded, arrays, texts):
       raise recovery.UnusableError(f"{name} is not what was saved: its digest differs")

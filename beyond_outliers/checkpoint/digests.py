@@ -24,7 +24,7 @@ from beyond_outliers.params import path_of
 from beyond_outliers.types import Json
 from beyond_outliers.workdir import digest
 
-KINDS = {"arrays": dict, "texts": dict}
+DIGEST_KINDS = {"arrays": dict, "texts": dict}
 
 
 def record(arrays: Any, texts: Mapping[str, Any]) -> Json:

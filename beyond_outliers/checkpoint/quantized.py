@@ -61,7 +61,7 @@ def load_quantized(directory: PathLike) -> quant.QuantizedModel:
       raise CheckpointError(damaged(reason(error))) from error
   tensors, description = params_lib.leaves_by_path(items.tensors), items.description
   if "digests" in texts:
-    problem = misfit(items.digests, digests.KINDS) or digests.difference(
+    problem = misfit(items.digests, digests.DIGEST_KINDS) or digests.difference(
       items.digests, tensors, {"description": description}
     )
     if problem:
