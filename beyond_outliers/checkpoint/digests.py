@@ -57,18 +57,30 @@ def of_arrays(tree: Any) -> dict[str, Any]:
   """{path: digest} of a tree of arrays, in hexadecimal; of an optimizer's blocks one per block.
 
   Where several processes share the arrays, all call this."""
-  found = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-  shardings = (getattr(x, "sharding", None) for x in found.values())
-  meshes: list[Any] = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
-  program = _program(mesh.replicated(meshes[0]) if meshes else None)
-  sums = jax.device_get(program(found, frozenset(blocks.block_paths(tree))))
+  program, *arguments = _program(tree)
+  sums = jax.device_get(program(*arguments))
   return {
     path: f"{x:08x}" if x.ndim == 0 else [f"{row:08x}" for row in x] for path, x in sums.items()
   }
 
 
+def prepare(tree: Any) -> None:
+  """Compiles what `of_arrays` runs. tree: ShapeDtypeStructs with shardings."""
+  program, *arguments = _program(tree)
+  program.lower(*arguments).compile()  # which jit, asked for the same, does not do again
+
+
+def _program(tree: Any) -> tuple[Any, dict[str, Any], frozenset[str]]:
+  """(a jitted function, its arguments)."""
+  found = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  shardings = (getattr(x, "sharding", None) for x in found.values())
+  meshes: list[Any] = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
+  everywhere = mesh.replicated(meshes[0]) if meshes else None
+  return _jitted(everywhere), found, frozenset(blocks.block_paths(tree))
+
+
 @functools.cache
-def _program(everywhere: NamedSharding | None) -> Any:
+def _jitted(everywhere: NamedSharding | None) -> Any:
   return jax.jit(_sums, static_argnums=1, out_shardings=everywhere)
 
 

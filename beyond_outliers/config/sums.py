@@ -19,7 +19,7 @@ from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
 
 SUMS = "sha256.json"
-STALE = re.compile(r".+\.\d+-\d+\.tmp")  # names of `replaced`: process and thread
+UNFINISHED = re.compile(r".+\.\d+-\d+\.tmp")  # names of `replaced`: process and thread
 OWN_SUM = "sha256"  # key of an object's own
 
 
@@ -126,7 +126,7 @@ def remove_stale(folder: Any) -> None:
   """Removes what writers that were killed left of `replaced` in a folder, in which nobody may be
   writing; of others' files, none. folder: as of `folder_mismatch`."""
   for path in folder.iterdir():
-    if STALE.fullmatch(path.name):
+    if UNFINISHED.fullmatch(path.name):
       path.unlink(missing_ok=True)
 
 

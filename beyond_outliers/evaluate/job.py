@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 import time
 import traceback
@@ -94,7 +95,7 @@ class Watch:
     # Within it, a run whose step takes for ever says so itself, if it has a watchdog.
     patience = max(SILENCE, 1.5 * origin["config"]["log"]["watchdog_seconds"])
     silent = time.monotonic() - self._since
-    return silent > patience and not is_locked(epath.Path(origin["workdir"]) / "lock")
+    return silent > patience and not is_locked(os.path.join(origin["workdir"], "lock"))
 
 
 class Job:

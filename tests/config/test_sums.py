@@ -99,7 +99,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / name).write_text(name)
   with sums.replaced(tmp_path / "b") as living:
     living.write_text("b")
-    assert sums.STALE.fullmatch(living.name), "what is looked for is what is written"
+    assert sums.UNFINISHED.fullmatch(living.name), "what is looked for is what is written"
   sums.remove_stale(tmp_path)
   assert sorted(path.name for path in tmp_path.iterdir()) == [
     "a.1-2.tmp.txt",

@@ -161,7 +161,7 @@ def test_orbax_s_copy_that_is_damaged_is_refused(tmp_path, sums):
     checkpoint.save_quantized(ptq.quantize(model, params, GROUPS), tmp_path / name)
   shutil.rmtree(tmp_path / "a" / "tensors")
   shutil.copytree(tmp_path / "b" / "tensors", tmp_path / "a" / "tensors")
-  message = "does not match its SHA-256 sum" if sums else "kernel/codes is not what was saved"
+  message = "does not match its SHA-256 sum" if sums else "embedding is not what was saved"
   if not sums:
     (tmp_path / "a" / SUMS).unlink()
   with pytest.raises(
