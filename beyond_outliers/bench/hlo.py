@@ -132,7 +132,7 @@ def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int
   condition = _CONDITION.search(loop.line)
   inside = computations.get(condition[1], []) if condition else []
   below = _BELOW.search(inside[-1].line) if inside else None
-  constants = dict(found.groups() for one in inside if (found := _WHOLE.search(one.line)))
+  constants = {found[1]: found[2] for one in inside if (found := _WHOLE.search(one.line))}
   return int(constants[below[1]]) if below and below[1] in constants else None
 
 
@@ -187,7 +187,7 @@ def sent(one: Instruction, group: int) -> float:
 def sent_by_axes(program: Iterable[Instruction], shape: Mapping[str, int]) -> dict[str, float]:
   """{"data": ..., "data·fsdp": ...}: bytes that a device sends along axes of a mesh, or along some
   together. shape: the mesh's sizes by axis; devices are numbered as in it."""
-  found: collections.Counter[str] = collections.Counter()
+  found: dict[str, float] = collections.defaultdict(float)
   for one in program:
     if not collective(one):
       continue
