@@ -127,18 +127,3 @@ def test_what_a_device_does():
 
   total, (_, count) = counted(function, (16, 4, 4), known=[np.int32(1)], devices=8)
   assert total["products"] == 2 * (1 + 2 + 1) * 2 * 4**3 and count == 2
-
-
-def test_literals_within_a_shard_map_are_known():
-  """They carry the mesh of it, under which nothing outside may be computed."""
-  mesh = make_mesh(config.Mesh(8, 1, 1))
-  less = jax.jit(lambda a, b: a - b)
-
-  def local(x):
-    return lax.fori_loop(0, less(np.int32(5), np.int32(2)), lambda _, x: x @ x, x)
-
-  program = jax.make_jaxpr(jax.shard_map(local, mesh=mesh, in_specs=jax.P(), out_specs=jax.P()))(
-    jnp.ones((4, 4))
-  )
-  flops, _ = jaxpr_flops.count_flops(program, [jaxpr_flops.UNKNOWN])
-  assert flops["products"] == 3 * 2 * 4**3
