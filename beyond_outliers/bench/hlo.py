@@ -132,7 +132,7 @@ def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int
   condition = _CONDITION.search(loop.line)
   inside = computations.get(condition[1], []) if condition else []
   below = _BELOW.search(inside[-1].line) if inside else None
-  constants = dict(found.groups() for one in inside if (found := _WHOLE.search(one.line)))
+  constants = {found[1]: found[2] for one in inside if (found := _WHOLE.search(one.line))}
   return int(constants[below[1]]) if below and below[1] in constants else None
 
 

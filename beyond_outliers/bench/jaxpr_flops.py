@@ -78,7 +78,10 @@ def _walk(
   known: dict[Any, Any] = {}
 
   def read(atom: Any) -> Any:
-    return atom.val if isinstance(atom, core.Literal) else known.get(atom, UNKNOWN)
+    if isinstance(atom, core.Literal):
+      # Plain: JAX's own kind remembers the mesh of a shard_map, and is refused outside of it.
+      return np.asarray(atom.val, atom.aval.dtype)  # pyrefly: ignore[missing-attribute]
+    return known.get(atom, UNKNOWN)
 
   def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
     known.update(

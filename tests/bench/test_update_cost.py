@@ -8,16 +8,18 @@ from beyond_outliers.bench import jaxpr_flops, update_cost
 SIZE, D, KV, F, VOCAB = "0.3m", 96, 32, 384, 2048
 
 
-def program(name, devices):
-  ((_, found),) = update_cost.programs(name, SIZE, [(1, devices, 1)])
+def program(name, devices, size=SIZE):
+  ((_, found),) = update_cost.programs(name, size, [(1, devices, 1)])
   return found
 
 
-@pytest.mark.parametrize("devices, of_each_shape", [(1, 2), (8, 1)])
-def test_muon_multiplies_at_every_step(devices, of_each_shape):
+@pytest.mark.parametrize(
+  "devices, size, of_each_shape", [(1, SIZE, 2), (8, SIZE, 1), (8, "0.6m", 1)]
+)
+def test_muon_multiplies_at_every_step(devices, size, of_each_shape):
   """Five times X Xᵀ, its square, and their sum by X. On eight devices one matrix of each shape, or
-  padding, is on each."""
-  mean, costliest = update_cost.flops_of_update(program("muon", devices))
+  padding, is on each; of four blocks a whole one."""
+  mean, costliest = update_cost.flops_of_update(program("muon", devices, size))
   one = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((D, D), (KV, D), (D, F)))
   assert mean["products"] == costliest["products"] == of_each_shape * one
   assert mean["decompositions"] == 0

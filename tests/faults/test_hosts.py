@@ -14,6 +14,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+# Programs of eight devices take minutes to compile otherwise.
+QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 # A command that notes a digest of every parameter as it is saved and restored: $NOTES, kind, step.
 RECORDED = """
 import hashlib, importlib, json, os, sys
@@ -71,6 +74,7 @@ def together(processes, devices, *command, notes=os.devnull, flag="", **environm
         **os.environ,
         "NOTES": str(notes),
         "JAX_NUM_CPU_DEVICES": str(devices),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + QUICK,
         **{name: value.format(index=index) for name, value in environment.items()},
       },
     )
@@ -93,10 +97,6 @@ def losses(workdir):
   return {step: row["train/loss"] for step, row in rows.items()}
 
 
-# Programs of eight devices take minutes to compile otherwise.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
 def restored_elsewhere(argument, tmp_path, first, others, at=10):
   """Trains by `first` = (processes, devices, mesh), and goes on from the checkpoint `at` by each of
   the others; asserts that parameters were the same, and returns the losses of all."""
@@ -112,8 +112,7 @@ def restored_elsewhere(argument, tmp_path, first, others, at=10):
       for name, size in zip(("data", "fsdp", "model"), mesh, strict=True)
     ]
     command = ("main", f"--config=configs/shampoo_qat.py:{argument}", f"--workdir={workdir}")
-    flags = f"{os.environ['XLA_FLAGS']} {QUICK}"
-    together(processes, devices, *command, *axes, *again, notes=notes, XLA_FLAGS=flags)
+    together(processes, devices, *command, *axes, *again, notes=notes)
     if number:
       assert noted(notes, "restored", at) == noted(tmp_path / "0.notes", "saved", at)
     found.append(losses(workdir))
