@@ -38,6 +38,17 @@ def config_flag(*instead: str) -> flags.FlagHolder:
   return holder
 
 
+def distributed_flag() -> flags.FlagHolder:
+  """Defines --distributed, which `config.cluster.membership` reads."""
+  return flags.DEFINE_string(
+    "distributed",
+    "",
+    "One of several processes: 'auto' (found by the variables of JAX, Slurm, Open MPI or a JobSet, "
+    "or by Cloud TPU's metadata), HOST:PORT of process 0 (the rest is found), or "
+    "HOST:PORT,COUNT,INDEX.",
+  )
+
+
 class _PathParser(flags.ArgumentParser):
   syntactic_help = "a path"
 

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,29 @@ BFLOAT16_PEAKS = {
   "NVIDIA H200": 989e12,
   "NVIDIA GH200 480GB": 989e12,
   "NVIDIA B200": 2250e12,
+}
+
+
+class Chip(NamedTuple):
+  """Peaks of a device and its networks, for predictions on paper. Bytes per second are those that
+  it sends while it receives as many."""
+
+  flops: float  # FLOP/s, dense, bfloat16
+  memory: float  # bytes
+  memory_bandwidth: float
+  together: int  # consecutive devices that the faster network joins: a slice, or a host
+  fast: float  # bytes per second within these, of one device along one axis of the mesh
+  slow: float  # beyond
+
+
+# Google's pages on v5e and v5p (docs.cloud.google.com/tpu/docs/v5e, /v5p): ICI of 1,600 and 4,800
+# Gbit/s a chip one way, over two and three axes of a torus; DCN of 6.4 Tbit/s per 256 chips and of
+# 50 Gbit/s a chip. NVIDIA's data sheets of H100 SXM and DGX H100: NVLink of 900 GB/s both ways
+# together, eight GPUs a host, a 400 Gbit/s adapter each.
+CHIPS = {
+  "v5e": Chip(BFLOAT16_PEAKS["TPU v5e"], 16e9, 819e9, 256, 100e9, 3.125e9),
+  "v5p": Chip(BFLOAT16_PEAKS["TPU v5p"], 95 * 2**30, 2765e9, 8960, 200e9, 6.25e9),
+  "H100": Chip(BFLOAT16_PEAKS["NVIDIA H100 80GB HBM3"], 80e9, 3350e9, 8, 450e9, 50e9),
 }
 
 

@@ -11,6 +11,7 @@ import sys
 from absl import app, flags
 
 from beyond_outliers import cli, config
+from beyond_outliers.config.cluster import membership
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
@@ -26,24 +27,20 @@ FROM_STEP = flags.DEFINE_integer(
   "set aside in the workdir. For one start: the same command again would go back again.",
   lower_bound=1,
 )
-DISTRIBUTED = flags.DEFINE_string(
-  "distributed",
-  "",
-  "Several processes: 'auto' (Slurm, TPU pod, Open MPI, as JAX detects them) or "
-  "HOST:PORT,COUNT,INDEX.",
-)
+DISTRIBUTED = cli.distributed_flag()
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   c = config.resolve(CONFIG.value)
-  joining = _address(DISTRIBUTED.value) if DISTRIBUTED.value else None
-  from beyond_outliers import train  # with all of JAX, which --help and a refusal do without
-  from beyond_outliers.train import processes
+  joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
+  # With all of JAX, which --help and a refusal do without.
+  from beyond_outliers import train
+  from beyond_outliers.mesh import processes
 
   if joining is not None:
-    processes.join(c.distributed, *joining)
+    processes.join(c.distributed, joining)
   try:
     status = train.run(
       c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value, from_step=FROM_STEP.value
@@ -51,18 +48,6 @@ def main(argv: list[str]) -> None:
   except BaseException as error:
     processes.leave(error)
   sys.exit(EXIT_CODES[status])
-
-
-def _address(distributed: str) -> tuple[str | None, int | None, int | None]:
-  """(HOST:PORT, count, index) of --distributed, None each for "auto". Errors: ConfigError."""
-  if distributed == "auto":
-    return None, None, None
-  parts = distributed.split(",")
-  if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
-    raise config.ConfigError(
-      f"--distributed = {distributed!r}: expected 'auto' or HOST:PORT,COUNT,INDEX"
-    )
-  return parts[0], int(parts[1]), int(parts[2])
 
 
 def default_workdir(c: config.Config) -> str:

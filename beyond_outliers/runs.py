@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 
 class Run:
-  """One run by its workdir, read only. Nothing is loaded before it is asked for."""
+  """One run by its workdir, read only; `name` in tables. Nothing is loaded until asked for."""
 
-  def __init__(self, workdir: PathLike):
+  def __init__(self, workdir: PathLike, name: str = ""):
     self._workdir = workdir_lib.Workdir(workdir)
+    self.name = name or str(self.path)
     if self._workdir.read("config.json") is None:
       raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
 
@@ -70,7 +71,8 @@ class Run:
   @property
   def identity(self) -> str:
     """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
-    return digest_without(self.manifest, *workdir_lib.OF_A_START)
+    known = self.manifest.get("identity")  # of a copy that is not the whole manifest
+    return known or digest_without(self.manifest, *workdir_lib.OF_A_START)
 
   @property
   def status(self) -> Json:
@@ -229,7 +231,8 @@ class AverageOfRun:
 
     Errors: CheckpointError."""
     newest, params = self._run.restore(mesh, step, "average" if self.name == "ema" else "params")
-    before = [known for known in self._run.steps if known < newest]
+    known = mesh_lib.from_first(self._run.steps)
+    before = [step for step in known if step < newest]
     earlier = before[max(len(before) - self._count + 1, 0) :]
     each = (self._run.restore(mesh, known)[1] for known in earlier[::-1])
     mean, _ = params_lib.mean(itertools.chain([params], each))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from beyond_outliers.config.files import make_folder, standard_json
-from beyond_outliers.config.sums import file_sha256
+from beyond_outliers.config.sums import file_sha256, replaced
 from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.workdir import Workdir
 
@@ -43,9 +43,8 @@ class JsonLines:
   def __init__(self, workdir: Workdir, last_step: int):
     path = workdir.path / "metrics.jsonl"
     kept = kept_rows(workdir, last_step)
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text(kept)
-    temporary.replace(path)
+    with replaced(path) as temporary:
+      temporary.write_text(kept)
     self._file, self._sha256 = path.open("a"), hashlib.sha256(kept.encode())
 
   def write(self, row: Row) -> None:

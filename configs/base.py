@@ -28,6 +28,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.mesh.data = -1                           # batch split, parameters replicated
   c.mesh.fsdp = 1                            # batch split, parameters and optimizer state split too
   c.mesh.model = 1                           # heads, MLP and vocabulary split
+  # Slices of TPUs, or hosts of GPUs, that the data axis goes over, so that only it crosses their slower network; -1: as many as there are
+  c.mesh.dcn_data = 1                        # 1: no axis minds them
 
   c.distributed = config_dict.ConfigDict()   # with --distributed: patience of several processes with each other
   c.distributed.heartbeat_seconds = 40       # one that gives no sign of life for this long ends the others
@@ -94,7 +96,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.checkpoint.every = (c.get_ref("steps") + 3) // 4          # steps; the last step is always saved
   c.checkpoint.keep = 2                      # newest ones kept
   c.checkpoint.keep_every = 0                # and every multiple of this; 0: none
-  c.checkpoint.verify = True                 # SHA-256 of every file, written when saved, checked when restored
+  c.checkpoint.verify = True                 # digests of every array and SHA-256 of every file, made when saved, compared when restored
+  c.checkpoint.every_minutes = 0.0           # and temporary ones, at rows of the log, that the next one replaces; 0: none
 
   c.spikes = config_dict.ConfigDict()        # updates that are skipped since their loss or gradient norm leaps
   c.spikes.sigmas = 0.0                      # to more than so many standard deviations above the mean, such as 6; 0: none is

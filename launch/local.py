@@ -1,4 +1,4 @@
-"""Local launcher: a config file's sweep on this machine, one run after another.
+"""Local launcher: a config file's sweep on this machine, some runs at a time.
 
 The same command goes on where it stopped.
 
@@ -8,179 +8,87 @@ Values found for the optimizer in another sweep replace this one's, with --overr
 
   python -m beyond_outliers.analysis --root=runs/tuning --overrides=tuned.json
   python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo \
-    --overrides=tuned.json
+    --overrides=tuned.json --parallel=2 --evaluate=behind --evaluate_flags=--recipes=rtn_w4a4
 
-Every run is a process of its own in <root>/<what it overrides>; a run that diverges doesn't stop
-the others.
+Every run is a process of its own in <root>/<what it overrides>, or several with --processes; a run
+that diverges doesn't stop the others.
 """
 
 from __future__ import annotations
 
-import ast
-import pathlib
-import runpy
-import signal
-import subprocess
+import os
+import shlex
 import sys
-from typing import Any
 
 from absl import flags
 
 from beyond_outliers import cli
-from beyond_outliers.config import sweeps
-from beyond_outliers.config.files import read_json
-from beyond_outliers.errors import ConfigError, WorkdirError
-
-CONFIG = cli.path_flag(
-  "config", None, "Config file that has a sweep; size and overrides behind a colon.", required=True
-)
-ROOT = cli.path_flag("root", None, "Folder of the workdirs.", required=True)
-WHERE = flags.DEFINE_list(
-  "where", [], "key=value,...: only the runs of the sweep that have these values."
-)
-OVERRIDES = cli.path_flag(
-  "overrides", "", "File of an analysis: values that replace the sweep's, by optimizer."
-)
-RESTARTS = flags.DEFINE_integer(
-  "restarts", 0, "How often a run that failed is started again, from its newest checkpoint.", 0
-)
-LIST = flags.DEFINE_bool(
-  "list", False, "Print the workdirs and what they override, and start nothing."
-)
-
-ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
-PREEMPTED = 42  # exit code of a run that was asked to stop, and of this command
-FINAL = (0, 2, 3, PREEMPTED)  # exit codes after which nothing is started again: done, refused, ...
+from launch import jobs, pool, table
 
 
-def runs(path: str, where: list[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
-  """{run name: overrides} of the sweep in a config file, with the `fixed` values in all. Errors:
-  ConfigError when the file has no sweep, or `where` leaves no run of it."""
-  wanted = dict(map(_condition, where))
-  make_sweep = runpy.run_path(path).get("get_hyper")
-  if make_sweep is None:
-    raise ConfigError(f"--config={path}: has no sweep, get_hyper(h); give one of the files that do")
-  sweep = [{**overrides, **fixed} for overrides in make_sweep(sweeps)]
-  chosen = [
-    overrides
-    for overrides in sweep
-    if all(overrides.get(key) == value for key, value in wanted.items())
-  ]
-  if not chosen:
-    raise ConfigError(
-      f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps "
-      f"{sorted(sweep[0])}"
-    )
-  return {sweeps.run_name(overrides): overrides for overrides in chosen}
-
-
-def _condition(text: str) -> tuple[str, object]:
-  key, _, value = text.partition("=")
-  try:
-    return key, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    raise ConfigError(
-      f"--where={text}: expected key=value, the value as Python has it: seed=0, name='x'"
-    ) from None
-
-
-def found(file: str, path: str, argument: str) -> sweeps.Overrides:
-  """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
-  size, or lacks the optimizer."""
-  remedy = "give what analysis --overrides=FILE wrote"
-  try:
-    saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
-  except (FileNotFoundError, NotADirectoryError):
-    raise ConfigError(f"--overrides={file}: there is no such file; {remedy}") from None
-  c = runpy.run_path(path)["get_config"](argument)
-  if saved["size"] != c.size:
-    raise ConfigError(
-      f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
-    )
-  if c.optimizer.name not in saved["overrides"]:
-    raise ConfigError(
-      f"--overrides={file}: nothing about {c.optimizer.name}; "
-      f"it has {', '.join(saved['overrides'])}"
-    )
-  return saved["overrides"][c.optimizer.name]
-
-
-def status_of(workdir: pathlib.Path) -> str:
-  """Status of a run by its status.json, "not started", or "unreadable"."""
-  try:
-    return read_json(workdir / "status.json", WorkdirError, "", {"status": str})["status"]
-  except (FileNotFoundError, NotADirectoryError):
-    return "not started"
-  except WorkdirError:
-    return "unreadable"
-
-
-class Runner:
-  """Runs commands one after another, and hands on the signals that ask to stop."""
-
-  def __init__(self):
-    self._process: subprocess.Popen | None = None
-    self.asked = False  # to stop
-
-  def run(self, command: list[str], restarts: int = 0) -> int:
-    """Exit code; the last, of a command that failed and was started again."""
-    for left in range(restarts, -1, -1):
-      code = self._run_once(command)
-      if code in FINAL or not left or self.asked:
-        break
-      print(f"exit code {code}: starting it again, {left} left: {' '.join(command)}", flush=True)
-    return code
-
-  def _run_once(self, command: list[str]) -> int:
-    """The command has a process group of its own: a terminal's Ctrl-C comes to it from here, once,
-    and it has all the time that it needs to save."""
-    if self.asked:
-      return PREEMPTED
-    self._process = subprocess.Popen(command, process_group=0)
-    if self.asked:  # while it was being started
-      self._process.terminate()
-    code = self._process.wait()
-    self._process = None
-    return code
-
-  def hand_on(self, number: int, frame: Any) -> None:
-    self.asked = True
-    if self._process is not None:
-      self._process.send_signal(number)
+def define_flags() -> None:
+  jobs.define_flags()
+  flags.DEFINE_integer("parallel", 1, "Runs at a time, each on its own share of the cores.", 1)
+  flags.DEFINE_integer("processes", 1, "Processes of a run, which meet on this machine.", 1)
+  flags.DEFINE_integer(
+    "devices", 0, "Simulated devices of each process, on the CPU; 0: the devices that are there.", 0
+  )
+  flags.DEFINE_integer(
+    "restarts", 0, "How often a run that failed is started again, from its newest checkpoint.", 0
+  )
+  flags.DEFINE_bool(
+    "list", False, "Print the workdirs and what became of them so far, and start nothing."
+  )
 
 
 def launch(argv: list[str]) -> None:
   """Runs the sweep but for runs that ended. Exits with 1 if one is neither done nor diverged, with
   42 if it was asked to stop."""
   del argv
-  path, _, argument = CONFIG.value.partition(":")
-  failed, runner = [], Runner()
-  for number in cli.STOP_SIGNALS:
-    if signal.getsignal(number) is not signal.SIG_IGN:
-      signal.signal(number, runner.hand_on)
-  sweep = runs(path, WHERE.value, found(OVERRIDES.value, path, argument) if OVERRIDES.value else {})
-  for number, (name, overrides) in enumerate(sweep.items(), 1):
-    workdir = pathlib.Path(ROOT.value) / name
-    print(f"[{number}/{len(sweep)}] {workdir}: {status_of(workdir)}", flush=True)
-    if LIST.value or status_of(workdir) in ENDED:
-      continue
-    command = [
-      sys.executable,
-      "-m",
-      "beyond_outliers.main",
-      f"--config={path}:{argument}",
-      f"--workdir={workdir}",
-    ]
-    command += [f"--config.{key}={value}" for key, value in overrides.items()]
-    code = runner.run(command, RESTARTS.value)
-    if runner.asked:
-      print(f"asked to stop; {workdir}: {status_of(workdir)}; the same command goes on", flush=True)
-      sys.exit(PREEMPTED)
-    if status_of(workdir) not in ENDED:
-      failed.append(f"{workdir} (exit code {code})")
+  given = flags.FLAGS
+  listed = jobs.of_flags()
+  if given.list or given.dry_run:
+    for number, job in enumerate(listed, 1):
+      print(f"[{number}/{len(listed)}] {pool.describe(job)}")
+      if given.dry_run:
+        for command in pool.commands_of(job, sys.executable, given.processes):
+          print(f"  {shlex.join(command)}")
+    return
+  simulated = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(given.devices)}
+  # One run after another prints what it has to say; of several nobody could tell whose it is.
+  alone = given.parallel == given.processes == 1 and given.evaluate != "beside"
+  runner = pool.Pool(
+    listed,
+    sys.executable,
+    parallel=given.parallel,
+    processes=given.processes,
+    restarts=given.restarts,
+    logs="" if alone else os.path.join(jobs.local_folder(given.config, given.root), "logs"),
+    environment=simulated if given.devices else None,
+  )
+  pool.catch(runner.hand_on, cli.STOP_SIGNALS)
+  with table.live(runner, not alone) as look:
+    runner.run(look)
+  _end(runner)
+
+
+def _end(runner: pool.Pool) -> None:
+  if runner.asked:
+    for task in runner.tasks:
+      if task.code is not None and task.job.kind == "train" and not pool.well(task):
+        what = pool.describe(task.job)
+        print(f"asked to stop; {what}; the same command goes on", flush=True)
+    sys.exit(jobs.STOPPED)
+  failed = [
+    f"{'' if task.job.kind == 'train' else task.job.kind + ' '}{task.job.workdir} "
+    f"(exit code {task.code})"
+    for task in runner.tasks
+    if not pool.well(task)
+  ]
   if failed:
     sys.exit("not done: " + ", ".join(failed))
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run_command(launch)

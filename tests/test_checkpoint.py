@@ -4,6 +4,7 @@ meshes, the keep policy."""
 import errno
 import json
 import logging
+import re
 import shutil
 
 import jax
@@ -15,11 +16,13 @@ from absl import logging as absl_logging
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, mesh, params, workdir
+from beyond_outliers.checkpoint import checkpoints as checkpoints_module
 from beyond_outliers.checkpoint import reading, recovery
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.train import step
 
 OPTIONS = config.Checkpoint(every=1, keep=3, keep_every=0, verify=True)
+TEXTS = {"data": {"batches": 3}, "clock": {"seconds": 3.0, "tokens": 30.0}}  # of checkpoint 3
 
 
 def make_state(scale=1.0, devices=1):
@@ -135,6 +138,93 @@ def test_damage_is_found_and_the_older_one_used(saved, damage, caplog):
   checkpoints.close()
   again = checkpoint.Checkpoints(saved, read_only=True).restore(shapes(make_state()))
   np.testing.assert_array_equal(again[1].params["kernel"], make_state(7).params["kernel"])
+
+
+def another_state(directory):
+  """Files that are all well, of arrays that are others: what no reader of files notices."""
+  shutil.rmtree(directory / "state")
+  shutil.copytree(directory.parent / "2" / "state", directory / "state")
+
+
+# What may befall a checkpoint 4 between Orbax's commit and the sums, and what names it.
+IN_THE_WINDOW = {
+  "other arrays": (another_state, r"opt_state/mu is not what was saved"),
+  "another position": (
+    lambda directory: (directory / "data" / "metadata").write_text('{"batches": 5}'),
+    "data is not what was saved",
+  ),
+  "no record of the run": (lambda directory: shutil.rmtree(directory / "run"), "run is not what"),
+  "torn digests": (
+    lambda directory: (directory / "digests" / "metadata").write_text('{"arrays'),
+    "its digests are not readable",
+  ),
+}
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["then summed", "then killed"])
+@pytest.mark.parametrize("what", IN_THE_WINDOW)
+def test_what_goes_wrong_before_the_sums_are_made_is_found(
+  saved, what, sealed, monkeypatch, caplog
+):
+  """Sums of wrong files hold; a run that is killed then leaves none."""
+  damage, message = IN_THE_WINDOW[what]
+
+  def write_sums(directory):
+    damage(directory)
+    if sealed:
+      workdir.write_sums(directory)
+
+  monkeypatch.setattr(checkpoints_module, "write_sums", write_sums)
+  checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
+  checkpoints.save(4, make_state(4), {"batches": 4}, {"seconds": 4.0}, {"config": {}})
+  checkpoints.close()
+  assert (saved / "4" / workdir.SUMS).exists() == sealed
+  absl_logging.get_absl_logger().propagate = True
+  if what == "other arrays":
+    reader = checkpoint.Checkpoints(saved, read_only=True)
+    with pytest.raises(checkpoint.CheckpointError, match="4 is damaged: params/kernel is not what"):
+      reader.restore_params(shapes(make_state()).params, 4)
+  with caplog.at_level(logging.WARNING):
+    assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 3
+  assert re.search(message, caplog.text) and [*saved.glob("damaged-4-*")]
+
+
+def test_a_text_that_was_written_wrong_is_told_at_once(saved):
+  written = params.shapes_by_path(make_state(3))
+  reading.check_readable(saved / "3", "state", written, TEXTS)
+  (saved / "3" / "data" / "metadata").write_text('{"batches": 5}')
+  with pytest.raises(checkpoint.CheckpointError, match=r"read back \(data is not what was saved"):
+    reading.check_readable(saved / "3", "state", written, TEXTS)
+
+
+def test_a_checkpoint_without_digests_opens(saved):
+  """As versions before there were any left it, or a run with checkpoint.verify=False."""
+  (saved / "3" / workdir.SUMS).unlink()
+  shutil.rmtree(saved / "3" / "digests")
+  assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 3
+
+
+def test_a_temporary_checkpoint_is_replaced_by_the_next_and_counts_for_none(tmp_path):
+  options = config.Checkpoint(every=10, keep=2, keep_every=0, verify=True, every_minutes=1.0)
+  checkpoints = checkpoint.Checkpoints(tmp_path, options)
+  there = {}
+  for n, is_temporary in ((10, False), (13, True), (17, True), (20, False), (24, True)):
+    if n == 20:  # another process goes on from the temporary one
+      checkpoints.close()
+      checkpoints = checkpoint.Checkpoints(tmp_path, options)
+      assert checkpoints.restore(shapes(make_state()))[0] == 17
+    checkpoints.save(n, make_state(n), {}, {"seconds": 0.0}, temporary=is_temporary)
+    checkpoints.wait()
+    there[n] = checkpoints.steps()
+  assert there == {10: [10], 13: [10, 13], 17: [10, 17], 20: [10, 20], 24: [10, 20, 24]}
+  assert checkpoints.lasting_steps() == [10, 20]
+  checkpoints.save(30, make_state(30), {}, {"seconds": 0.0})
+  checkpoints.save(31, make_state(31), {}, {"seconds": 0.0}, temporary=True)
+  checkpoints.close()
+  assert checkpoints.steps() == [20, 30, 31] and (tmp_path / "31" / workdir.SUMS).exists()
+  reader = checkpoint.Checkpoints(tmp_path, read_only=True)
+  assert reader.steps() == [20, 30], "readers do not see what comes and goes"
+  assert reader.restore_params(shapes(make_state()).params)[0] == 30
 
 
 def test_parameters_that_are_not_finite_count_as_damage_to_a_run(saved, caplog):
@@ -368,10 +458,10 @@ def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, no_merge
 def test_what_is_read_back_is_compared_with_what_was_saved(saved, change, message):
   expected = params.shapes_by_path(change(make_state(3)))
   with pytest.raises(checkpoint.CheckpointError, match=message):
-    reading.check_readable(saved / "3", "state", expected, "data", "clock")
+    reading.check_readable(saved / "3", "state", expected, TEXTS)
   (saved / "3" / "clock" / "metadata").write_text("{")
   with pytest.raises(checkpoint.CheckpointError, match="cannot be read back"):
-    reading.check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), "clock")
+    reading.check_readable(saved / "3", "state", params.shapes_by_path(make_state(3)), TEXTS)
 
 
 def test_arrays_without_elements_and_without_axes_come_back(tmp_path):

@@ -107,23 +107,44 @@ FLAGS = {
   "beyond_outliers.prepare": "config verify",
   "beyond_outliers.evaluate": (
     "workdir hf checkpoint steps recipes methods tasks task_folders calibration data context "
-    "batch_size documents follow poll out json average trust_task_code"
+    "batch_size documents follow poll out json average trust_task_code distributed"
   ),
   "beyond_outliers.evaluate.offline_tasks": "evals to",
   "beyond_outliers.analysis": (
     "root plot gap_plot common_loss degradation cells settings overrides"
   ),
   "beyond_outliers.bench": (
-    "config json optimizers on_paper collectives recipes ptq scoring tree only repeats"
+    "config json optimizers on_paper collectives scaling compile_for recipes ptq scoring tree only "
+    "repeats"
   ),
-  "launch.local": "config root where overrides list",
+  "launch.local": (
+    "config root where overrides evaluate evaluate_flags report dry_run list restarts parallel "
+    "processes devices"
+  ),
+  "launch.gke": (
+    "config root where overrides evaluate evaluate_flags report dry_run image accelerator slices "
+    "hosts evaluate_accelerator restarts spot namespace service_account queue claim"
+  ),
+  "launch.tpu": (
+    "config root where overrides evaluate evaluate_flags report dry_run image accelerator slices "
+    "zone project spot service_account name restarts steps"
+  ),
+  "launch.xm_launch": (
+    "config root where overrides evaluate evaluate_flags report dry_run image executor parallel "
+    "requirements"
+  ),
+  "launch.slurm": (
+    "config root where overrides evaluate evaluate_flags report dry_run nodes tasks_per_node "
+    "gpus_per_task parallel lead restarts environment container sbatch evaluate_sbatch"
+  ),
 }
 
 CONFIG_KEYS = (
   "size seed steps batch_size micro_batches context tokens_per_parameter max_skipped_updates "
-  "warm_start mesh.data mesh.fsdp mesh.model data.source data.path data.field data.tokenizer "
-  "data.vocab data.separator data.validation data.mask_documents data.reader data.directory "
-  "data.seed model.vocab model.blocks model.heads model.kv_heads model.d_head model.d_model "
+  "warm_start mesh.data mesh.fsdp mesh.model mesh.dcn_data data.source data.path data.field "
+  "data.tokenizer data.vocab data.separator data.validation data.mask_documents data.reader "
+  "data.directory data.seed "
+  "model.vocab model.blocks model.heads model.kv_heads model.d_head model.d_model "
   "model.mlp_hidden model.mlp model.norm_placement model.qk_norm model.attention_scale "
   "model.rope_layout model.rope_base model.tied model.dtype model.attention quant.recipe "
   "quant.backend quant.rules.head.paths quant.rules.head.recipe schedule.name schedule.warmup "

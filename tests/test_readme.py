@@ -120,7 +120,7 @@ def test_names_in_flags_are_rows(where):
     if module == "beyond_outliers.bench":
       for flag in ("on_paper", "collectives", "ptq", "scoring"):
         assert given.get(flag, "nano") in config.SIZES, f"{where}: --{flag}={given[flag]}"
-    if module == "launch.local":
+    if module.startswith("launch."):
       path = given["config"].replace("OPTIMIZER", "adamw").partition(":")[0]
       assert "get_hyper" in runpy.run_path(str(ROOT / path)), f"{where}: {path} has no sweep"
 

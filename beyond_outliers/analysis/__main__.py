@@ -6,7 +6,8 @@ Prints each recipe's best learning rates, and where there is more than one recip
 each optimizer. --common_loss prints instead how the optimizers come to one loss, --degradation what
 quantization after training costs them, from the cells of evaluation jobs. --overrides=FILE writes
 the rates, or rates and lengths, for launch.local. --out=FOLDER writes all of it and more as one
-page of HTML, with its figures and tables.
+page of HTML, with its figures and tables. --pack=FILE writes what all of these read into one small
+file, which --root takes in the place of a folder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 from absl import app, flags
 
 from beyond_outliers import cli, runs
-from beyond_outliers.analysis import report
+from beyond_outliers.analysis import packed_runs, report
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import ConfigError
@@ -27,7 +28,10 @@ OUT = cli.path_flag(
   "Write a page of HTML about all of it into this folder, with figures and tables, instead.",
 )
 ROOT = cli.paths_flag(
-  "root", None, "Folders with the workdirs of sweeps, at any depth.", required=True
+  "root",
+  None,
+  "Folders with the workdirs of sweeps, at any depth, or files that --pack wrote.",
+  required=True,
 )
 PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this PNG file.")
 GAP_PLOT = cli.path_flag("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
@@ -50,6 +54,9 @@ SETTINGS = flags.DEFINE_list(
 OVERRIDES = cli.path_flag(
   "overrides", "", "Also write what was found in full precision to this file, for launch.local."
 )
+PACK = cli.path_flag(
+  "pack", "", "Write all that reports read of the runs into this .tar.xz file, instead."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -57,6 +64,9 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   _check_flags()
   found = _find_runs(ROOT.value)
+  if PACK.value:
+    print(packed_runs.pack_runs(found, PACK.value))
+    return
   settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
   if OUT.value:
     from beyond_outliers.analysis import page  # brings Jinja, which no other report needs
@@ -84,6 +94,7 @@ def _check_flags() -> None:
     (COMMON_LOSS, (DEGRADATION, OUT)),
     (DEGRADATION, (OUT,)),
     (OVERRIDES, (DEGRADATION, OUT)),
+    (PACK, (PLOT, GAP_PLOT, COMMON_LOSS, DEGRADATION, OUT, OVERRIDES)),
   ):
     given = [f"--{other.name}" for other in others if other.value]
     require(
@@ -112,14 +123,14 @@ def _check_flags() -> None:
     ",".join(SETTINGS.value),
     "expected name=value,...",
   )
-  for flag in (PLOT, GAP_PLOT, OVERRIDES, OUT):
+  for flag in (PLOT, GAP_PLOT, OVERRIDES, OUT, PACK):
     require(
       os.path.isdir(os.path.dirname(flag.value.rstrip("/")) or "."),
       f"--{flag.name}",
       flag.value,
       "there is no such folder; make it first",
     )
-  for flag in (PLOT, GAP_PLOT, OVERRIDES):
+  for flag in (PLOT, GAP_PLOT, OVERRIDES, PACK):
     require(
       not os.path.isdir(flag.value), f"--{flag.name}", flag.value, "is a folder; name a file in it"
     )
@@ -133,12 +144,12 @@ def _find_runs(roots: list[str]) -> list[runs.Run]:
   Errors: ConfigError where a root does not exist, or none holds a run."""
   for root in roots:
     require(
-      os.path.isdir(root),
+      os.path.isdir(root) or packed_runs.archive_of(root) is not None,
       "--root",
       root,
       "there is no such folder; give those that hold the runs' workdirs",
     )
-  every = (run for root in roots for run in runs.find(root))
+  every = (run for root in roots for run in packed_runs.find_runs(root))
   found = list({os.path.realpath(run.path): run for run in every}.values())
   require(
     bool(found),

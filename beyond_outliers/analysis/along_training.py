@@ -50,7 +50,7 @@ def frame(
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
     in_full_precision = (
-      run.path for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION
+      run.name for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION
     )
     raise ConfigError(
       f"runs: none of {len(runs)} has a quantized cell; measure some, at every checkpoint: "
@@ -60,7 +60,7 @@ def frame(
     )
   joined = ptq_degradation.beside_full_precision(cells)
   ptq_degradation.check_cells(joined, but=VARIES)
-  configs = {str(run.path): run.config for run in runs}
+  configs = {run.name: run.config for run in runs}
   positions = [
     schedule_position(configs[run], step) for run, step in zip(joined.run, joined.step, strict=True)
   ]

@@ -13,6 +13,7 @@ from etils import epath
 
 from beyond_outliers import config
 from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis import packed_runs
 from beyond_outliers.config.sweeps import run_name
 from beyond_outliers.errors import WorkdirError
 
@@ -89,7 +90,8 @@ def _argument(example: Example, size: str, recipe: str) -> str:
 
 
 def _find(folder: str) -> list[runs_lib.Run]:
-  found = runs_lib.find(folder) if epath.Path(folder).exists() else []
+  there = epath.Path(folder).exists() or packed_runs.archive_of(folder)
+  found = packed_runs.find_runs(folder) if there else []
   if not found:
     rows = ", ".join(SMALL_RUNS)
     raise WorkdirError(

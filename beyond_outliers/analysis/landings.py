@@ -73,7 +73,7 @@ def compare_landings(
   missing = [text for landing in landings for text in _not_landed(landing)]
   rows = [row for landing in landings for row in _landed(landing, frame, target)]
   places = pd.DataFrame(rows, columns=PLACE)
-  landed = {str(run.path): run for run in frame.run if str(run.path) in set(places.run)}
+  landed = {run.name: run for run in frame.run if run.name in set(places.run)}
   cells = _quantized(list(landed.values()), metric, settings, folders)
   for way in WAYS:
     ptq_degradation.check_cells(cells.merge(places[places.way == way][["run", "step"]]))
@@ -131,7 +131,7 @@ def _landed(landing: Landing, frame: pd.DataFrame, target: float) -> Iterator[tu
     for run in found:
       position = schedule_position(run.config, point.step)
       name, seed, off = landing.optimizer, run.config.seed, point.loss - target
-      yield way, name, seed, str(run.path), point.step, *position, off
+      yield way, name, seed, run.name, point.step, *position, off
 
 
 def _quantized(

@@ -64,9 +64,9 @@ def of_runs(runs: Sequence[runs_lib.Run]) -> tuple[pd.DataFrame, list[str]]:
     sweep whose rates have no seed in common; WorkdirError for a damaged file of a run."""
   frame = run_frame(runs, but=GROWS)
   left_out = [
-    f"{run.path}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
+    f"{run.name}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
     if run.status["status"] != "done"
-    else f"{run.path}: done, but without a finite eval/loss at step {run.config.steps}"
+    else f"{run.name}: done, but without a finite eval/loss at step {run.config.steps}"
     for run in frame.run[~np.isfinite(frame.loss)]
   ]
   rows = []
@@ -110,7 +110,7 @@ def _point(run: runs_lib.Run, recipe: str, loss: float) -> dict[str, Any]:
   values = (
     *(c.optimizer.name, recipe, c.size, counts["total"], counts["embedding"]),
     *(c.steps * c.batch_size * c.context, loss, c.seed, c.optimizer.learning_rate),
-    *(run.status["status"], trained_on["fingerprint"], trained_on["tokenizer"], str(run.path)),
+    *(run.status["status"], trained_on["fingerprint"], trained_on["tokenizer"], run.name),
   )
   return dict(zip(OF_RUNS, values, strict=True))
 

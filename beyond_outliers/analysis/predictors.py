@@ -144,7 +144,7 @@ def _check_any(
   without = [
     run
     for run in runs
-    if str(run.path) not in having and quant.recipes.name_of(run.config.quant) == FULL_PRECISION
+    if run.name not in having and quant.recipes.name_of(run.config.quant) == FULL_PRECISION
   ]
   if cells.empty:
     under = f" under the settings {dict(settings)}" if settings else ""
@@ -155,7 +155,7 @@ def _check_any(
       f"runs: none of {len(runs)} has a quantized cell of its last step with what this needs"
       f"{under}; measure some: {command}"
     )
-  return [f"{run.path}: no cell of its last step, {run.config.steps}, has this" for run in without]
+  return [f"{run.name}: no cell of its last step, {run.config.steps}, has this" for run in without]
 
 
 def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> 
 def cell_table(found: Sequence[tuple[runs_lib.Run, results.Result]]) -> pd.DataFrame:
   """One row per cell: where it comes from, what it was measured on, step, recipe, method and its
   metrics. Errors: ConfigError for a cell that doesn't say what it was measured of."""
-  rows = [_row(str(run.path), cell) for run, cell in found]
+  rows = [_row(run.name, cell) for run, cell in found]
   return pd.DataFrame(
     rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"]
   )

@@ -58,7 +58,7 @@ def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
   Errors: ConfigError as `tuning.tunings`."""
   frame = run_frame(runs)
   left_out = [
-    f"{run.path}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
+    f"{run.name}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
     for run in frame.run
     if run.status["status"] != "done"
   ]

@@ -124,7 +124,7 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
   for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", *EXTENT]):
     if len(same) > 1:
       raise ConfigError(
-        f"{same.run.iloc[0].path} and {same.run.iloc[1].path} are of one optimizer, recipe, "
+        f"{same.run.iloc[0].name} and {same.run.iloc[1].name} are of one optimizer, recipe, "
         "learning rate, seed and length: leave one out"
       )
   return frame
@@ -162,7 +162,7 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
       first, expected = alike.setdefault(group, (run, values))
       for key, one, other in _differences(expected, values):
         raise ConfigError(
-          f"{key}: {one!r} in {first.path}, {other!r} in {run.path}: these do not compare; "
+          f"{key}: {one!r} in {first.name}, {other!r} in {run.name}: these do not compare; "
           "report on them apart"
         )
 

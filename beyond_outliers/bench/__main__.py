@@ -9,6 +9,10 @@ without being run (bench/update_cost.py):
   python -m beyond_outliers.bench --on_paper=760m        FLOPs, state and traffic of a device
   python -m beyond_outliers.bench --collectives=50m      bytes between devices, as compiled
 
+and what whole steps would take on 8, 64 and 256 devices (bench/scaling.py):
+
+  python -m beyond_outliers.bench --scaling=50m --only=shampoo/none/64
+
 and what quantization costs: beside full precision (bench/recipes.py), and after training, method by
 method (bench/ptq.py):
 
@@ -23,6 +27,10 @@ and how fast zero-shot questions are answered (bench/scoring.py):
 
   python -m beyond_outliers.bench --scoring=nano
 
+and what a run does between its steps (bench/loop.py):
+
+  python -m beyond_outliers.bench --loop=nano            the host's time a step, and of saving
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not
 with another day's.
 """
@@ -36,7 +44,17 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from beyond_outliers import cli, config, optim, quant
-from beyond_outliers.bench import optimizers, propagation, ptq, recipes, scoring, step, update_cost
+from beyond_outliers.bench import (
+  loop,
+  optimizers,
+  propagation,
+  ptq,
+  recipes,
+  scaling,
+  scoring,
+  step,
+  update_cost,
+)
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import standard_json
 
@@ -50,7 +68,7 @@ class Bench(NamedTuple):
   help: str = ""  # of its flag, which names a size if `measure` takes it, else is a switch
   rows: Collection[str] = ()  # that --only chooses among
   default: Collection[str] = ()  # the rows without --only; all where empty
-  simulates: bool = False  # devices, which nothing may have asked JAX for before
+  simulates: int = 0  # devices, which nothing may have asked JAX for before
 
 
 BENCHES: dict[str, Bench] = {
@@ -68,7 +86,7 @@ BENCHES: dict[str, Bench] = {
     update_cost.on_paper_table,
     "Count what optimizers cost a device at this size.",
     rows=optim.OPTIMIZERS,
-    simulates=True,
+    simulates=max(update_cost.DEVICES),
   ),
   "collectives": Bench(
     update_cost.collectives,
@@ -76,7 +94,15 @@ BENCHES: dict[str, Bench] = {
     update_cost.collectives_table,
     "Compile optimizers' updates of this size for meshes.",
     rows=optim.OPTIMIZERS,
-    simulates=True,
+    simulates=max(update_cost.DEVICES),
+  ),
+  "scaling": Bench(
+    scaling.measure_scaling,
+    ("only", "scaling", "compile_for"),
+    scaling.scaling_table,
+    "Predict a step of this size on many devices from its compiled program.",
+    rows=scaling.ROWS,
+    simulates=max(scaling.DEVICE_MESHES),
   ),
   "recipes": Bench(
     recipes.measure_recipes,
@@ -105,6 +131,12 @@ BENCHES: dict[str, Bench] = {
     scoring.scoring_table,
     "Time zero-shot scoring with a model of this size.",
   ),
+  "loop": Bench(
+    loop.measure_loop,
+    ("loop", "repeats"),
+    loop.loop_table,
+    "Time what a run does between its steps, and saving a state of this size.",
+  ),
 }
 
 for _name, _bench in BENCHES.items():
@@ -119,6 +151,9 @@ ONLY_ROWS = flags.DEFINE_list("only", [], "Rows that are timed or counted; all b
 TREE = flags.DEFINE_enum(
   "tree", "full", list(optimizers.TREES), "Parameters that --optimizers updates."
 )
+COMPILE_FOR = flags.DEFINE_enum(
+  "compile_for", "cpu", ["cpu", *scaling.TOPOLOGIES], "Whose programs --scaling reads."
+)
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 
@@ -130,7 +165,7 @@ def main(argv: list[str]) -> None:
   bench = BENCHES[asked]
   _check_flags(asked)
   if bench.simulates:
-    update_cost.simulate_devices()
+    update_cost.simulate_devices(bench.simulates)
   figures = bench.measure(*(_argument(flag, bench) for flag in bench.takes))
   print(json.dumps(standard_json(figures)) if JSON.value else bench.table(figures))
 
@@ -139,7 +174,7 @@ def _check_flags(asked: str) -> None:
   """Refusal of flags that would change nothing, and of rows that a bench lacks.
 
   Errors: ConfigError."""
-  for flag in (ONLY_ROWS, TREE, REPEATS):
+  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(
       asked in takers or not flag.present,

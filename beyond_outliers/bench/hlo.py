@@ -3,16 +3,20 @@
 XLA's cost analysis counts neither.
 
 Read from the text of the per-device HLO. An instruction counts as often as the loops around it run,
-where XLA knows how often that is, else once; of conditionals all branches count.
+where XLA says how often that is or the loop's condition does, else once; of conditionals all
+branches count.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
 
 COLLECTIVES = (
   "all-gather",
@@ -25,11 +29,18 @@ COLLECTIVES = (
 )
 
 _BITS = {"pred": 8, "token": 0}  # of one element; other types' names hold it, as bf16's does
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_OPERAND = re.compile(r"%([\w.\-]+)\)")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] ?\{([^}]+)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BELOW = re.compile(r" compare\(.*%([\w.\-]+)\), direction=LT")
+_WHOLE = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 
 # Their computations are of scalars.
 _OF_NUMBERS = (
@@ -53,6 +64,7 @@ class Instruction:
   line: str
   # How often those around it run, outermost first; None: not known.
   loops: tuple[int | None, ...] = ()
+  start: str = ""  # line of the instruction that an asynchronous one ends
 
   @property
   def times(self) -> int:
@@ -82,13 +94,17 @@ class Instruction:
 def instructions(text: str) -> list[Instruction]:
   """All instructions that the program runs; those of a called computation once per caller."""
   computations, name, entry = {}, "", ""
+  lines: dict[str, str] = {}  # of a computation, by the name of the instruction
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       name = header[2]
-      computations[name] = []
+      computations[name], lines = [], {}
       entry = name if header[1] else entry
     elif found := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line)):
-      computations[name].append(Instruction(found[2], found[1], line))
+      lines[found[1]] = line
+      ended = _OPERAND.search(line) if found[3].endswith("-done") else None
+      start = lines.get(ended[1], "") if ended else ""
+      computations[name].append(Instruction(found[3], found[2], line, start=start))
   return list(_inside(computations, entry, ()))
 
 
@@ -101,13 +117,23 @@ def _inside(
       continue
     deeper = loops
     if one.opcode == "while":
-      trips = _TRIPS.search(one.line)
-      deeper = (*loops, int(trips[1]) if trips else None)
+      deeper = (*loops, _trips(computations, one))
     branches = [
       name.strip().lstrip("%") for names in _BRANCHES.findall(one.line) for name in names.split(",")
     ]
     for called in [*_CALLED.findall(one.line), *branches]:
       yield from _inside(computations, called, deeper)
+
+
+def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+  """How often a loop runs; of one that counts from 0 to a constant, as those of scans do, that."""
+  if known := _TRIPS.search(loop.line):
+    return int(known[1])
+  condition = _CONDITION.search(loop.line)
+  inside = computations.get(condition[1], []) if condition else []
+  below = _BELOW.search(inside[-1].line) if inside else None
+  constants = dict(found.groups() for one in inside if (found := _WHOLE.search(one.line)))
+  return int(constants[below[1]]) if below and below[1] in constants else None
 
 
 def collective(one: Instruction) -> str | None:
@@ -121,6 +147,58 @@ def collective(one: Instruction) -> str | None:
 def received(program: Iterable[Instruction]) -> int:
   """Bytes of the results of all collectives: what a device is sent, its own part included."""
   return sum(one.times * one.bytes for one in program if collective(one))
+
+
+def device_groups(one: Instruction) -> np.ndarray | None:
+  """[groups, devices]: numbers of the devices among which a collective goes, or pairs of a sender
+  and its receiver; None: all of them. Errors: ValueError for what is written in no known way."""
+  line = one.start or one.line
+  if iota := _IOTA.search(line):
+    shape, dimensions = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
+    numbers = np.arange(math.prod(dimensions)).reshape(dimensions)
+    return numbers.transpose(*map(int, iota[3].split(",")) if iota[3] else ()).reshape(shape)
+  if listed := _LISTED.search(line):
+    return np.array(json.loads("[" + listed[1].translate(str.maketrans("{}", "[]")) + "]"))
+  if mesh := _MESH.search(line):  # mesh['a'=2,'b'=4] {'b'}
+    sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
+    among = mesh[2].replace(" ", "").split(",")
+    if set(among) <= set(sizes) and len(sizes) == mesh[1].count("="):
+      order = [list(sizes).index(name) for name in sorted(sizes, key=lambda name: name in among)]
+      numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+      return numbers.transpose(order).reshape(-1, math.prod(sizes[name] for name in among))
+  if "replica_groups=" in line and "replica_groups={}" not in line:
+    raise ValueError(f"groups of devices that are not understood: {line.strip()[:300]}")
+  return None
+
+
+def sent(one: Instruction, group: int) -> float:
+  """Bytes that a device of a group of so many sends for a collective, around a ring: as many as it
+  receives. Of a permutation, what every sender sends."""
+  whole = one.times * one.bytes
+  return {
+    "all-gather": whole * (group - 1) / group,
+    "all-reduce": whole * 2 * (group - 1) / group,
+    "reduce-scatter": whole * (group - 1),  # the result is one share
+    "all-to-all": whole * (group - 1) / group,
+    "ragged-all-to-all": whole * (group - 1) / group,
+  }.get(str(collective(one)), whole)
+
+
+def sent_by_axes(program: Iterable[Instruction], shape: Mapping[str, int]) -> dict[str, float]:
+  """{"data": ..., "data·fsdp": ...}: bytes that a device sends along axes of a mesh, or along some
+  together. shape: the mesh's sizes by axis; devices are numbered as in it."""
+  found: dict[str, float] = collections.defaultdict(float)
+  for one in program:
+    if not collective(one):
+      continue
+    groups = device_groups(one)
+    groups = np.arange(math.prod(shape.values()))[None] if groups is None else groups
+    places = np.stack(np.unravel_index(groups, tuple(shape.values())))  # [axes, groups, devices]
+    crossed = (places != places[..., :1]).any((1, 2))
+    if crossed.any():
+      axes = "·".join(axis for axis, crosses in zip(shape, crossed, strict=True) if crosses)
+      found[axes] += sent(one, groups.shape[1])
+  return dict(found)
 
 
 def decompositions(program: Iterable[Instruction]) -> dict[str, int]:

@@ -40,10 +40,10 @@ COMPILER_OPTIONS: dict[str, Any] = {
 }
 
 
-def simulate_devices() -> None:
-  """Simulates as many devices as any table needs; call before JAX is asked for devices."""
+def simulate_devices(count: int) -> None:
+  """Simulates so many devices; call before JAX is asked for devices."""
   jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_num_cpu_devices", max(DEVICES))
+  jax.config.update("jax_num_cpu_devices", count)
 
 
 def programs(

@@ -1,16 +1,20 @@
-"""Checkpoints of a run, by Orbax, with SHA-256 sums.
+"""Checkpoints of a run, by Orbax, with digests of what they hold and sums of their files.
+
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
-any number of processes), `clock` (training seconds, tokens) and `run` (configuration, fingerprints
-of the data), and sha256.json, the sum of every file, written after Orbax committed and all that was
-to be saved was found in the files.
+any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints of
+the data) and `digests` (digests.py), all committed at once; and sha256.json, the sum of every file,
+written after Orbax committed and all that was to be saved was found in the files. Digests, made of
+the arrays before these are written, tell of what goes wrong until then, too; the sums can be
+compared without restoring anything, and tell damage from what cannot be read now.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +24,11 @@ from etils import epath
 
 from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
-from beyond_outliers.checkpoint import recovery
-from beyond_outliers.checkpoint.reading import check_readable
-from beyond_outliers.config.files import make_folder
+from beyond_outliers.checkpoint import digests, recovery
+from beyond_outliers.checkpoint.reading import check_readable, check_structure, read_text, reason
+from beyond_outliers.checkpoint.temporary import TEMPORARY, ReplaceTemporary, is_temporary
+from beyond_outliers.config.files import make_folder, misfit
 from beyond_outliers.errors import CheckpointError, WorkdirError
-from beyond_outliers.optim import blocks
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import FolderPath, write_sums
 
@@ -33,9 +37,12 @@ logging.get_absl_logger().addFilter(
   lambda record: not record.getMessage().startswith("Given directory is read only")
 )
 
+TEXTS = ("data", "clock", "run", "digests", TEMPORARY)  # items that are JSON
+
 
 class Checkpoints:
-  """Checkpoints directory of one run. `read_only` for everybody but the run itself."""
+  """Checkpoints directory of one run. `read_only` for everybody but the run itself: to them there
+  are no temporary ones."""
 
   def __init__(
     self, directory: PathLike, options: config.Checkpoint | None = None, *, read_only: bool = False
@@ -43,6 +50,7 @@ class Checkpoints:
     self.directory = FolderPath(directory).absolute()  # Orbax merges what a glob of it finds
     self._verify = options is None or options.verify
     self._read_only = read_only
+    self._temporary: set[int] = set()  # steps, of a run
     if read_only:
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
@@ -50,8 +58,10 @@ class Checkpoints:
       make_folder(self.directory, WorkdirError, "give another --workdir")
       newest = ocp.checkpoint_managers.LatestN(options.keep)
       every = ocp.checkpoint_managers.EveryNSteps(options.keep_every or sys.maxsize)
+      lasting = ocp.checkpoint_managers.AnyPreservationPolicy([newest, every])
+      self._temporary |= {step for step in self.steps() if self._is_temporary(step)}
       settings = ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, every]),
+        preservation_policy=ReplaceTemporary(lasting, self._temporary),
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
       )
@@ -60,9 +70,7 @@ class Checkpoints:
       options=settings,
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
-        "data": ocp.JsonCheckpointHandler(),
-        "clock": ocp.JsonCheckpointHandler(),
-        "run": ocp.JsonCheckpointHandler(),
+        **{name: ocp.JsonCheckpointHandler() for name in TEXTS},
       },
     )
     # One thread that writes the sums of a checkpoint once Orbax has committed it.
@@ -71,28 +79,50 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of committed checkpoints, oldest first."""
-    return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.is_dir() else []
+    found = ocp.utils.checkpoint_steps(self.directory) if self.directory.is_dir() else []
+    return sorted(step for step in found if not self._read_only or not self._is_temporary(step))
+
+  def lasting_steps(self) -> list[int]:
+    """Those that the next save does not replace."""
+    return [step for step in self.steps() if not self._is_temporary(step)]
+
+  def _is_temporary(self, step: int) -> bool:
+    return is_temporary(self.directory / str(step))
 
   def save(
-    self, step: int, state: Any, data: Json, clock: dict[str, float], run: Json | None = None
+    self,
+    step: int,
+    state: Any,
+    data: Json,
+    clock: dict[str, float],
+    run: Json | None = None,
+    *,
+    temporary: bool = False,
   ) -> None:
     """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`.
 
-    run: what the run is that saves, so that a checkpoint tells of itself."""
+    run: what the run is that saves, so that a checkpoint tells of itself. temporary: until the next
+    one is saved."""
     self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
+    arrays = params_lib.without_empty(state)
+    texts: dict[str, Any] = {"data": mesh.merged_over_processes(data), "clock": clock}
+    texts |= {"run": run} if run else {}
+    texts |= {"digests": digests.record(arrays, texts)} if self._verify else {}
+    if temporary:
+      texts[TEMPORARY] = {"temporary": True}
+      self._temporary.add(step)
+    else:
+      self._temporary.discard(step)
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(params_lib.without_empty(state)),
-      data=ocp.args.JsonSave(mesh.merged_over_processes(data)),
-      clock=ocp.args.JsonSave(clock),
-      **({"run": ocp.args.JsonSave(run)} if run else {}),
+      state=ocp.args.StandardSave(arrays),
+      **{name: ocp.args.JsonSave(text) for name, text in texts.items()},
     )
     if not self._manager.save(step, args=args, force=True):
       raise CheckpointError(
         f"{self.directory / str(step)}: Orbax did not save it; is another process writing here?"
       )
-    if jax.process_index() == 0:
-      shapes = params_lib.shapes_by_path(params_lib.without_empty(state))
-      self._seals.append(self._sealer.submit(self._seal, self.directory / str(step), shapes))
+    shapes = params_lib.shapes_by_path(arrays)
+    self._seals.append(self._sealer.submit(self._seal, self.directory / str(step), shapes, texts))
 
   def restore(
     self, state: Any, step: int | None = None
@@ -109,12 +139,14 @@ class Checkpoints:
     def read(candidate: int) -> Any:
       self._check_structure(candidate, stored)
       # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
-      # _check_structure has seen the rest.
+      # check_structure has seen the rest.
       arrays, text = ocp.args.StandardRestore(stored, strict=False), ocp.args.JsonRestore()
-      args = ocp.args.Composite(state=arrays, data=text, clock=text)
+      texts = dict.fromkeys(["data", "clock", *["run"] * self._has(candidate, "run")], text)
+      args = ocp.args.Composite(state=arrays, **texts)
       found: Any = self._manager.restore(candidate, args=args)
+      self._compare(candidate, found.state, {name: found[name] for name in texts})
       if not jax.jit(params_lib.all_finite)(found.state["params"]):
-        raise recovery.NotFiniteError("its parameters are not finite")
+        raise recovery.UnusableError("its parameters are not finite")
       return found
 
     if step is None and not self.steps():
@@ -133,7 +165,7 @@ class Checkpoints:
     def read(candidate: int) -> Any:
       self._check_structure(candidate, partial, part=f"{field}/")
       with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(
+        found = reader.restore(
           self.directory / str(candidate) / "state",
           args=ocp.args.PyTreeRestore(
             item=partial,
@@ -141,16 +173,15 @@ class Checkpoints:
             partial_restore=True,
           ),
         )
+      self._compare(candidate, found)
+      return found
 
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored[field], params)
 
   def run_of(self, step: int) -> Json | None:
     """What `save` got as `run`; None of checkpoints that were saved before there was that."""
-    if not (self.directory / str(step) / "run").is_dir():
-      return None
-    items: Any = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-    return items.run
+    return read_text(self.directory / str(step) / "run") if self._has(step, "run") else None
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -158,18 +189,21 @@ class Checkpoints:
     return self._manager.reached_preemption(step)
 
   def check(self) -> None:
-    """Raises what became of checkpoints in the background, as far as it is known by now. Every
-    process asks. Errors: CheckpointError for one that cannot be read back."""
-    errors = [error for seal in self._seals if seal.done() and (error := seal.exception())]
-    if mesh.on_any_process(bool(errors)):
-      raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
+    """Raises what became of checkpoints in the background, as far as this process knows by now.
+
+    Errors: CheckpointError for one that cannot be read back, OSError for one that could not be
+    written."""
+    for seal in self._seals:
+      if seal.done() and not seal.result():  # which raises what sealing did
+        self._wait_for_orbax()
 
   def wait(self) -> None:
-    """Waits until everything begun is written and sealed. Errors of the background writes are
-    raised here, and CheckpointError, see `check`."""
-    self._manager.wait_until_finished()
+    """Waits until everything begun is written and sealed. Errors: as `check`, on every process."""
+    self._wait_for_orbax()
     concurrent.futures.wait(self._seals)
-    self.check()
+    errors = [error for seal in self._seals if (error := seal.exception())]
+    if mesh.on_any_process(bool(errors)):
+      raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
     self._seals.clear()
 
   def close(self) -> None:
@@ -177,23 +211,55 @@ class Checkpoints:
     self._sealer.shutdown()
     self._manager.close()
 
-  def _seal(self, directory: epath.Path, shapes: params_lib.Shapes) -> None:
-    """Sums of a checkpoint that holds arrays of these shapes, once it is committed."""
+  def _wait_for_orbax(self) -> None:
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+      raise OSError(
+        f"{self.directory}: the checkpoint being saved could not be written ({reason(error)}); "
+        "those before it are left: free what is short, and give the same command"
+      ) from error
+
+  def _seal(
+    self, directory: epath.Path, shapes: params_lib.Shapes, texts: Mapping[str, Any]
+  ) -> bool:
+    """Sums of a checkpoint that holds arrays of these shapes, once it is committed. False: it was
+    not, and Orbax knows why."""
     while int(directory.name) not in self.steps():  # until Orbax has committed it
       if not self._manager.is_saving_in_progress() and int(directory.name) not in self.steps():
-        return  # the write failed, as wait() will say
+        return False
       time.sleep(0.02)
+    if jax.process_index() != 0:
+      return True
     try:
-      check_readable(directory, "state", shapes, "data", "clock")
+      check_readable(directory, "state", shapes, texts)
       if self._verify:
         write_sums(directory)
     except (CheckpointError, FileNotFoundError):
       if directory.exists():  # nobody deleted it meanwhile
         raise
+    return True
+
+  def _has(self, step: int, item: str) -> bool:
+    return (self.directory / str(step) / item).is_dir()
+
+  def _compare(self, step: int, arrays: Any, texts: Mapping[str, Any] | None = None) -> None:
+    """Compares what was read with what was to be written, of checkpoints since there are digests.
+
+    Errors: UnusableError."""
+    if not self._verify or not self._has(step, "digests"):
+      return
+    recorded: Any = None
+    with contextlib.suppress(ValueError):
+      recorded = read_text(self.directory / str(step) / "digests")
+    if misfit(recorded, digests.DIGEST_KINDS):
+      raise recovery.UnusableError("its digests are not readable")
+    if name := digests.difference(recorded, arrays, texts):
+      raise recovery.UnusableError(f"{name} is not what was saved: its digest differs")
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
     """(step, result of `read`), from the newest intact checkpoint, or from `step` alone."""
-    steps = self.steps()
+    steps = mesh.found_by_first(self.steps)  # others may be deleted meanwhile
     if step not in (None, *steps) or not steps:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"
@@ -217,17 +283,5 @@ class Checkpoints:
       logging.warning("set aside as %s", target)
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
-    """Refusal of a checkpoint of another structure.
-
-    Orbax would silently cast another dtype and cut another shape, so names, shapes and dtypes are
-    compared first; all, or those below `part`."""
-    have = params_lib.shapes_by_path(self._manager.item_metadata(step)["state"], part)
-    want = params_lib.shapes_by_path(state, part)
-    # Blocks of optimizer state are padded to a multiple of the devices: the padding may differ.
-    for name in have.keys() & want.keys() & blocks.block_paths(state):
-      have[name] = (want[name][0][:1] + have[name][0][1:], have[name][1])
-    if name := params_lib.first_difference(have, want):
-      raise CheckpointError(
-        f"{self.directory / str(step)}: {name} is {have.get(name, 'missing')} in the checkpoint "
-        f"and {want.get(name, 'missing')} in this run; was the model or optimizer changed?"
-      )
+    stored = self._manager.item_metadata(step)["state"]
+    check_structure(self.directory / str(step), stored, state, part)

@@ -1,15 +1,22 @@
-"""What Orbax finds in a checkpoint that was just written, and errors of its readers in one line."""
+"""What Orbax finds in a checkpoint, compared with what should be there; errors of its readers."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 
 from beyond_outliers import params as params_lib
+from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import CheckpointError
+from beyond_outliers.optim import blocks
 
 
-def check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *texts: str) -> None:
+def check_readable(
+  path: epath.Path, item: str, shapes: params_lib.Shapes, texts: Mapping[str, Any]
+) -> None:
   """Refusal of what was just saved where Orbax's own reader does not find it in the files: every
   array of `item`, without the values, and the items `texts`, which are JSON."""
   handler, problem = ocp.StandardCheckpointHandler(), ""
@@ -17,14 +24,34 @@ def check_readable(path: epath.Path, item: str, shapes: params_lib.Shapes, *text
     found = params_lib.shapes_by_path(handler.metadata(path / item).tree)
     if name := params_lib.first_difference(found, shapes):
       problem = f"{name} is {found.get(name, 'missing')}, not {shapes.get(name)}"
-    for text in texts:
-      ocp.JsonCheckpointHandler().restore(path / text)
+    for name, text in texts.items():
+      if digest(read_text(path / name)) != digest(text):
+        problem = f"{name} is not what was saved"
   except Exception as error:  # Orbax and TensorStore raise all kinds
     problem = reason(error)
   if problem:
     raise CheckpointError(
       f"{path}: was saved, and cannot be read back ({problem}); take a folder on another disk"
     )
+
+
+def check_structure(path: epath.Path, stored: Any, state: Any, part: str = "") -> None:
+  """Refusal of a checkpoint whose arrays, all or those below `part`, have other names, shapes or
+  dtypes than a state's: Orbax would cast and cut without a word."""
+  have, want = params_lib.shapes_by_path(stored, part), params_lib.shapes_by_path(state, part)
+  # Blocks of optimizer state are padded to a multiple of the devices: the padding may differ.
+  for name in have.keys() & want.keys() & blocks.block_paths(state):
+    have[name] = (want[name][0][:1] + have[name][0][1:], have[name][1])
+  if name := params_lib.first_difference(have, want):
+    raise CheckpointError(
+      f"{path}: {name} is {have.get(name, 'missing')} in the checkpoint and "
+      f"{want.get(name, 'missing')} in this run; was the model or optimizer changed?"
+    )
+
+
+def read_text(item: epath.Path) -> Any:
+  """An item that is JSON. Errors: ValueError, OSError."""
+  return ocp.JsonCheckpointHandler().restore(item)
 
 
 def reason(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """Which checkpoint a run goes on from: the newest that can be read, and what becomes of others.
 
 A checkpoint is damaged where its files are not those that were summed, where it has no sums and
-cannot be read, or where its parameters are not finite. One whose sums hold is never damaged: what
-cannot be read now, for want of memory, descriptors or a file system that answers, is left alone.
+cannot be read, where what it holds is not what was saved, by its digests, or where its parameters
+are not finite. One whose sums hold, and that cannot be read now, for want of memory, descriptors or
+a file system that answers, is not damaged, and left alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Found = TypeVar("Found")
 SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE)
 
 
-class NotFiniteError(Exception):
-  """Parameters that a run cannot go on from."""
+class UnusableError(Exception):
+  """Contents that a run cannot go on from, though they could be read."""
 
 
 def newest_intact(
@@ -45,7 +46,7 @@ def newest_intact(
     except CheckpointError:  # another structure is no damage
       raise
     except Exception as error:  # Orbax raises all kinds for files that it cannot read
-      if isinstance(error, NotFiniteError) or not _is_sound(directory / str(step), error, verify):
+      if isinstance(error, UnusableError) or not _is_sound(directory / str(step), error, verify):
         damage = reason(error)
       else:
         problem = reason(error)

@@ -1,8 +1,9 @@
 """Files and folders that a person names: the `~` in front of their paths, the JSON in them, and
-whether they can be written; and results as JSON has them."""
+whether they can be written or are locked; and results as JSON has them."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -62,6 +63,18 @@ def make_folder(path: PathLike, refusal: type[Refusal], remedy: str, field: str 
   except OSError as error:
     folder = f"{field} = {os.fspath(path)!r}" if field else os.fspath(path)
     raise refusal(f"{folder}: {error.strerror or error}; {remedy}") from None
+
+
+def is_locked(path: PathLike) -> bool:
+  """Whether a process holds a file's lock; where there is no such file, none does."""
+  try:
+    with open(path, "rb") as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as it is closed
+  except BlockingIOError:
+    return True
+  except OSError:  # a file system without locks has none that is held
+    return False
+  return False
 
 
 def misfit(value: Any, kinds: Mapping[str, Any]) -> str:

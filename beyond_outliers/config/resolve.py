@@ -26,6 +26,7 @@ MAY_CHANGE = (
   "average.last",
   "max_skipped_updates",
   "data.directory",
+  "data.path",  # what it holds has a fingerprint, which is compared
   "data.prefetch",
   "model.remat",
   "model.unroll",

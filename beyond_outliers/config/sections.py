@@ -20,11 +20,12 @@ from beyond_outliers.config.checks import (
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices along each axis of the mesh."""
+  """Devices along each axis of the mesh; `dcn_data`: slices that the data axis goes over."""
 
   data: int
   fsdp: int
   model: int
+  dcn_data: int = 1
 
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
@@ -32,12 +33,10 @@ class Mesh:
         value == -1 or value >= 1,
         "mesh." + name,
         value,
-        "expected a count of devices, or -1 for all that remain",
+        "expected a count, or -1 for all that there are",
       )
-    sizes = dataclasses.astuple(self)
-    require(
-      sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all devices that remain)"
-    )
+    sizes = (self.data, self.fsdp, self.model)
+    require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all that remain)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,9 +235,10 @@ class Checkpoint:
   keep: int
   keep_every: int
   verify: bool
+  every_minutes: float = 0.0
 
   def __post_init__(self):
-    require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=0)
+    require_at_least(self, "checkpoint.", every=1, keep=1, keep_every=0, every_minutes=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
 
 SUMS = "sha256.json"
+STALE = re.compile(r".+\.\d+-\d+\.tmp")  # names of `replaced`: process and thread
 OWN_SUM = "sha256"  # key of an object's own
 
 
@@ -118,6 +120,14 @@ def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
         _on_disk(path.parent)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Any) -> None:
+  """Removes what writers that were killed left of `replaced` in a folder, in which nobody may be
+  writing; of others' files, none. folder: as of `folder_mismatch`."""
+  for path in folder.iterdir():
+    if STALE.fullmatch(path.name):
+      path.unlink(missing_ok=True)
 
 
 def _on_disk(path: pathlib.Path) -> None:

@@ -12,14 +12,16 @@ reads the run. A cell that cannot be measured is reported and left out, and make
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from beyond_outliers import cli
+from beyond_outliers import cli, config
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.cluster import membership
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.evaluate import offline_tasks
 
@@ -85,6 +87,7 @@ FOLLOW = flags.DEFINE_bool(
 )
 POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
 OUT = cli.path_flag("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
+DISTRIBUTED = cli.distributed_flag()
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
 
 
@@ -157,15 +160,10 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
   return job.newest()
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  from beyond_outliers.evaluate.evaluator import Evaluator
-  from beyond_outliers.evaluate.job import Job, Progress
-  from beyond_outliers.evaluate.plan import check_names, plan_cells
-  from beyond_outliers.evaluate.table import results_table
+def check_recipes_and_methods() -> None:
+  """Refusal of recipes and methods that cannot be measured. Errors: ConfigError."""
+  from beyond_outliers.evaluate.plan import check_names
 
-  # Names first: a run that --follow waits for may begin tomorrow.
   check_names(RECIPE_NAMES.value, METHOD_NAMES.value)
   require(
     bool(RECIPE_NAMES.value) or not flags.FLAGS["methods"].present,
@@ -173,6 +171,33 @@ def main(argv: list[str]) -> None:
     ",".join(METHOD_NAMES.value),
     "under which recipe? give --recipes too, such as rtn_w4a4",
   )
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
+  from beyond_outliers.mesh import processes
+
+  if joining is not None:
+    processes.join(config.Distributed(), joining, stops=False)
+  try:
+    failed = evaluate()
+  except BaseException as error:
+    processes.leave(error)
+  if failed:
+    sys.exit(1)
+
+
+def evaluate() -> bool:
+  """Does what the flags say; whether a cell could not be measured."""
+  from beyond_outliers.evaluate.evaluator import Evaluator
+  from beyond_outliers.evaluate.job import Job, Progress
+  from beyond_outliers.evaluate.plan import plan_cells
+  from beyond_outliers.evaluate.table import results_table
+  from beyond_outliers.mesh import processes
+
+  check_recipes_and_methods()  # first: a run that --follow waits for may begin tomorrow
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():
@@ -200,14 +225,15 @@ def main(argv: list[str]) -> None:
     raise CheckpointError(
       f"{target.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
     )
+  if not processes.is_first():
+    return job.failed
   if JSON.value:
     print(json.dumps({"cells": results, "skipped": job.skipped}))
   else:
     print(results_table(results))
     for step, reasons in job.skipped.items():
       print("\n".join(f"step {step} skipped: {reason}" for reason in reasons))
-  if job.failed:
-    sys.exit(1)
+  return job.failed
 
 
 flags.register_multi_flags_validator(

@@ -19,6 +19,7 @@ from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.quantization import CheckpointQuantizer
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.target import Target
+from beyond_outliers.mesh import processes
 from beyond_outliers.types import Json, Params, PathLike
 
 if TYPE_CHECKING:  # needs the extra `eval`
@@ -56,12 +57,14 @@ class Evaluator:
   ):
     self.target, self.cells, self._windows = target, list(cells), calibration_windows
     self._store = results.ResultStore(folder or target.results_folder, warn)
-    # Parameters whole on every device, rows of a batch split over them.
-    mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
+    # Parameters whole on every device of every process, rows of a batch split over them. Each
+    # process reads, and quantizes, a checkpoint itself; the first one writes.
+    mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1))
     mesh_lib.check_batch(mesh, "--batch_size", target.text.batch_size)
     self._quantize = CheckpointQuantizer(target, calibration_windows, say)
     self._metrics, self._propagates = ModelMetrics(target, mesh, say), propagation
-    self._sink = writers.TensorBoard(target.tensorboard, None) if target.tensorboard else None
+    shown = target.tensorboard if jax.process_index() == 0 else None
+    self._sink = writers.TensorBoard(shown, None) if shown else None
     loaded = task_suite.find_tasks(
       tasks, task_folders, target.text.dataset, self._store.path, trust_task_code
     )
@@ -134,6 +137,7 @@ class Evaluator:
         self._write(step, cell, self._task_settings(cell, task), ask(task))
       except Exception as error:  # whatever a task of others raises
         self.target.text.dataset.sums.check()
+        processes.raise_alone(error)
         failed[task.name] = error
     return failed
 

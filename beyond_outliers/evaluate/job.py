@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import sys
 import time
 import traceback
@@ -12,12 +11,14 @@ from typing import Any
 
 from etils import epath
 
+from beyond_outliers.config.files import is_locked
 from beyond_outliers.errors import CheckpointError, ConfigError
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.table import shown
 from beyond_outliers.evaluate.target import Target
+from beyond_outliers.mesh import processes
 from beyond_outliers.types import Params
 
 SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
@@ -30,6 +31,7 @@ class Progress:
 
   def __init__(self, every: float = 30.0):
     self._redraw, self._every = sys.stderr.isatty(), every
+    self._silent = not processes.is_first()
     self._what, self._last = "", time.monotonic()
     self._spent, self._measured = 0.0, 0
 
@@ -37,7 +39,7 @@ class Progress:
     self._what, self._last = what, time.monotonic()
 
   def __call__(self, text: str) -> None:
-    if self._redraw:
+    if self._redraw and not self._silent:
       print(f"\r\x1b[K{self._what} · {text}", end="", file=sys.stderr, flush=True)
     elif time.monotonic() - self._last > self._every:
       self.line(f"{self._what} · {text}")
@@ -48,7 +50,8 @@ class Progress:
     self.line(f"{self._what} · {text} · {seconds:.1f} s · {cells_left} to go, {left} left")
 
   def line(self, text: str) -> None:
-    print(("\r\x1b[K" if self._redraw else "") + text, file=sys.stderr, flush=True)
+    if not self._silent:
+      print(("\r\x1b[K" if self._redraw else "") + text, file=sys.stderr, flush=True)
     self._last = time.monotonic()
 
 
@@ -60,13 +63,14 @@ def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Reports changes in a run that is followed, to a person. One that was killed looks like one that
-  takes long for a step."""
+  """Reports changes in a run that is followed, to a person. dead: it was killed, for it is silent
+  for longer than its watchdog would be, and no process holds its lock."""
 
   def __init__(self, target: Target, progress: Progress):
     self._target, self._progress = target, progress
     self._status, self._since = "", time.monotonic()
-    self._wrote: float | None = None
+    self._wrote: Any = None
+    self._told = self.dead = False
 
   def look(self) -> None:
     status, wrote = self._target.status(), self._target.last_write()
@@ -74,12 +78,23 @@ class Watch:
       self._progress.line(f"run: {status}")
     if (status, wrote) != (self._status, self._wrote):
       self._status, self._wrote, self._since = status, wrote, time.monotonic()
-    elif time.monotonic() - self._since > SILENCE:
+      self._told = self.dead = False
+    elif time.monotonic() - self._since > SILENCE and not self._told:
       self._progress.line(
         f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
         "end this"
       )
-      self._since = math.inf
+      self._told = True
+    elif not self.dead and status.startswith("running") and self._is_abandoned():
+      self.dead = True
+      self._progress.line(f"run: dead, for no process holds its lock; it was {status}; resume it")
+
+  def _is_abandoned(self) -> bool:
+    origin = self._target.origin
+    # Within it, a run whose step takes for ever says so itself, if it has a watchdog.
+    patience = max(SILENCE, 1.5 * origin["config"]["log"]["watchdog_seconds"])
+    silent = time.monotonic() - self._since
+    return silent > patience and not is_locked(epath.Path(origin["workdir"]) / "lock")
 
 
 class Job:
@@ -89,7 +104,8 @@ class Job:
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
-    self.failed = False  # whether a cell could not be measured of a checkpoint that could be read
+    # Whether a cell could not be measured of a checkpoint that could be read, or the run is dead.
+    self.failed = False
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
@@ -103,7 +119,8 @@ class Job:
     return []
 
   def follow(self, wanted: Collection[int] | None = None) -> None:
-    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are.
+    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are;
+    `failed` then if it is dead.
 
     One that was skipped and then saved anew is tried again."""
     target = self._target
@@ -112,7 +129,9 @@ class Job:
     watch = Watch(target, self._progress)
     while wanted is None or left:
       watch.look()
-      ended = target.ended()  # asked first: what was written until then is in the list
+      ended = (
+        target.ended() or watch.dead
+      )  # asked first: what was written until then is in the list
       steps = [step for step in target.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
       waiting = [
@@ -126,6 +145,7 @@ class Job:
         if self._evaluate(waiting[0], later=waiting[1:]):
           left.discard(waiting[0])
       elif ended:
+        self.failed |= watch.dead
         return
       else:
         time.sleep(self._poll)
@@ -141,6 +161,7 @@ class Job:
     try:
       params = self._target.params(step)
     except (CheckpointError, OSError) as error:
+      processes.raise_alone(error)
       time.sleep(1.0)  # a deletion under way looks like damage
       gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
@@ -158,6 +179,7 @@ class Job:
     # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
     except Exception as error:
       self._target.text.dataset.sums.check()  # damaged data are every cell's
+      processes.raise_alone(error)
       if not isinstance(error, ConfigError):
         traceback.print_exc()
       self.failed = True

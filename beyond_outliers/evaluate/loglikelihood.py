@@ -181,9 +181,7 @@ class Scorer:
 
   def _run(self, program: Callable[..., Any], *arrays: np.ndarray) -> Any:
     rows = len(arrays[0])
-    index, count = mesh_lib.share_of_rows(self._mesh, rows)
-    share = slice(index * rows // count, (index + 1) * rows // count)
-    placed = mesh_lib.put_batch([array[share] for array in arrays], self._mesh, rows)
+    placed = mesh_lib.put_batch(arrays, self._mesh, rows)
     with mesh_lib.use(self._mesh):
       return program(self._params, *placed)
 

@@ -14,7 +14,7 @@ from beyond_outliers import data, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import activations, metrics, propagation, steps
 from beyond_outliers.evaluate.plan import SEED, WINDOWS, Cell
-from beyond_outliers.evaluate.target import Target
+from beyond_outliers.evaluate.target import Target, Text
 from beyond_outliers.model.forward import Forward, make_forward
 from beyond_outliers.types import Batch, Json, LanguageModel, Params
 
@@ -27,13 +27,8 @@ class ModelMetrics:
   def __init__(self, target: Target, mesh: jax.sharding.Mesh, say: Callable[[str], None]):
     text = target.text
     self._target, self._mesh, self._say = target, mesh, say
-    self._batches = data.validation_batches(
-      text.dataset,
-      text.section,
-      context=text.context,
-      batch_size=text.batch_size,
-      documents=text.documents,
-    )
+    index, count = mesh_lib.share_of_rows(mesh)
+    self._batches = _batches(text, index, count)
     self._num_bytes = text.dataset.bytes("validation", text.documents)
     self._steps: dict[Cell, Callable[..., Any]] = {}
     self._measure_outliers: Callable[[Params, Params], dict[str, float]] | None = None
@@ -52,7 +47,7 @@ class ModelMetrics:
     step, number = self._step(cell, q), itertools.count(1)
     trees = [params, q.params] if q else [params]
     with mesh_lib.use(self._mesh):
-      placed = [jax.device_put(tree, mesh_lib.replicated(self._mesh)) for tree in trees]
+      placed = [mesh_lib.replicate(tree, self._mesh) for tree in trees]
 
       def of_batch(batch: Batch) -> Any:
         self._say(f"batch {next(number)} of {len(self._batches)}")
@@ -85,7 +80,7 @@ class ModelMetrics:
       self._measure_outliers = activations.on_documents(forward, self._batches, self._mesh)
     trees = (q.params if q else params, params)
     with mesh_lib.use(self._mesh):
-      found = self._measure_outliers(*jax.device_put(trees, mesh_lib.replicated(self._mesh)))
+      found = self._measure_outliers(*mesh_lib.replicate(trees, self._mesh))
     return {f"outliers/{name}": value for name, value in found.items()}
 
   def decompose_error(self, params: Params, q: quant.QuantizedModel) -> Json:
@@ -101,8 +96,21 @@ class ModelMetrics:
 
   def _first_windows(self) -> Iterator[propagation.Tokens]:
     left = WINDOWS
-    for batch in self._batches:
+    for batch in _batches(self._target.text):
       yield jax.tree.map(lambda x, rows=left: x[:rows], dict(batch))
       left -= len(batch["tokens"])
       if left <= 0:
         return
+
+
+def _batches(text: Text, index: int = 0, count: int = 1) -> data.ValidationBatches:
+  """The validation text of one process."""
+  return data.validation_batches(
+    text.dataset,
+    text.section,
+    context=text.context,
+    batch_size=text.batch_size,
+    documents=text.documents,
+    process_index=index,
+    process_count=count,
+  )

@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.files import misfit, read_json
 from beyond_outliers.config.sums import digest
@@ -56,6 +57,10 @@ class ResultStore:
     return self._workdir.path
 
   def read(self, step: int, recipe: str, method: str, settings: Json) -> Result | None:
+    """The result, as process 0 finds it. Every process asks."""
+    return mesh_lib.found_by_first(lambda: self._read(step, recipe, method, settings))
+
+  def _read(self, step: int, recipe: str, method: str, settings: Json) -> Result | None:
     path = self.path / file_name(step, recipe, method, settings)
     found = self._load(path) if path.exists() else None
     return found if found is not None and found["settings"] == settings else None
@@ -64,7 +69,10 @@ class ResultStore:
     self._workdir.write(file_name(step, recipe, method, settings), found)
 
   def cells(self) -> list[Result]:
-    """Every cell with its tasks; see `joined`."""
+    """Every cell with its tasks; see `joined`. As `read`."""
+    return mesh_lib.found_by_first(self._cells)
+
+  def _cells(self) -> list[Result]:
     loaded = (self._load(path) for path in sorted(self.path.glob("*.json")))
     found = [result for result in loaded if result is not None]
     tasks = sorted(

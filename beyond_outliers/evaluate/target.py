@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from beyond_outliers import config, data, quant, runs
+from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import ConfigError
@@ -79,8 +80,8 @@ class Target(Protocol):
     """State of the training, in words."""
     ...
 
-  def last_write(self) -> float | None:
-    """Stamp of the training's last write; differs once it wrote something."""
+  def last_write(self) -> Any:
+    """Stamp of the training's last sign of life; differs once it gave another."""
     ...
 
 
@@ -106,27 +107,28 @@ class RunCheckpoints:
     # Apart from the run's own events, which TensorBoard would take for the same run.
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
 
-  def steps(self) -> list[int]:
-    return self._run.steps
+  # What changes while the run goes on is as process 0 sees it, so that all go the same way.
 
-  def written(self, step: int) -> set[tuple[str, int, int]]:
-    return self._run.written(step)
+  def steps(self) -> list[int]:
+    return mesh_lib.from_first(self._run.steps)  # opening them takes all processes
+
+  def written(self, step: int) -> list[Any]:
+    return mesh_lib.found_by_first(lambda: sorted(map(list, self._run.written(step))))
 
   def params(self, step: int) -> Params:
     return self._run.params(step, average=self.average.name if self.average else "")
 
   def ended(self) -> bool:
-    return self._run.status["status"] in ENDED
+    return mesh_lib.found_by_first(lambda: self._run.status["status"]) in ENDED
 
   def status(self) -> str:
-    status = self._run.status
+    status = mesh_lib.found_by_first(lambda: self._run.status)
     since = "from" if status["status"] == "running" else "at"
     text = f"{status['status']} {since} step {status.get('first', status['step'])}"
     return f"{text}: {status['reason']}" if status["reason"] else text
 
-  def last_write(self) -> float | None:
-    metrics = self._run.path / "metrics.jsonl"
-    return metrics.stat().mtime if metrics.exists() else None
+  def last_write(self) -> str | None:
+    return mesh_lib.found_by_first(lambda: self._run.status.get("time"))
 
 
 class OneCheckpoint(RunCheckpoints):

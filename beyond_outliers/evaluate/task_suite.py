@@ -57,7 +57,7 @@ class TaskSuite:
     def harness_model() -> Any:
       return _harness().harness_model(
         model,
-        jax.device_put(params, mesh_lib.replicated(self._mesh)),
+        mesh_lib.replicate(params, self._mesh),
         self._text.dataset.tokenizer,
         context=self._text.context,
         mesh=self._mesh,
@@ -111,7 +111,7 @@ def find_tasks(
     return []
   made = [folder / "tasks"] if set(names) & offline_tasks.HELD_OUT.keys() else []
   for path in made:
-    offline_tasks.from_held_out(dataset, path)
+    mesh_lib.found_by_first(lambda path=path: offline_tasks.from_held_out(dataset, path))
   return _harness().load_tasks(names, [*folders, *made], trust_code=trust_code)
 
 

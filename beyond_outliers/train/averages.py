@@ -39,7 +39,7 @@ def evaluation_of_last(
   def newest(params: Params) -> Iterator[Params]:
     yield params
     found = 1
-    for step in checkpoints.steps()[::-1]:
+    for step in checkpoints.lasting_steps()[::-1]:
       if found == count:
         return
       try:

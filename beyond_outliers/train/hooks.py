@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers import cli, config, hardware
+from beyond_outliers import cli, config, hardware, mesh
 from beyond_outliers.train.loop import Clock, Stop, due
 from beyond_outliers.train.program import Statistics
 from beyond_outliers.train.step import TrainState
@@ -156,7 +156,10 @@ class Evaluate:
 
 
 class Save:
-  """Checkpoints every `every` steps and after the last; and, asked to stop, one more at once."""
+  """Checkpoints every `every` steps and after the last; asked to stop, one more at once; and
+  temporary ones, at rows of the log, once `every_minutes` have passed since the last of any kind.
+
+  rows_every: steps between rows of the log."""
 
   def __init__(
     self,
@@ -169,9 +172,10 @@ class Save:
     num_steps: int,
     before: Callable[[], None],
     record: Callable[[], Json] | None = None,
+    rows_every: int = 1,
   ):
-    self._every, self._checkpoints, self._data_state = options.every, checkpoints, data_state
-    self._record = record
+    self._options, self._checkpoints, self._data_state = options, checkpoints, data_state
+    self._record, self._rows_every, self._saved = record, rows_every, time.monotonic()
     self._clock, self._before = clock, before
     self._tokens, self._num_steps = tokens_per_step, num_steps
     self._asked = False
@@ -192,10 +196,10 @@ class Save:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the run at once
 
   def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
-    if self._alone:  # several processes would have to agree, every step
-      self._checkpoints.check()
+    self._checkpoints.check()
     preempted = self._asked if self._alone else self._checkpoints.reached_preemption(step)
-    if preempted or due(step, self._every, self._num_steps):
+    lasting = preempted or due(step, self._options.every, self._num_steps)
+    if lasting or self._is_time(step):
       with self._clock.paused(metrics):
         self._before()  # a run resumed from here must not miss the row of this step
         self._checkpoints.save(
@@ -204,11 +208,22 @@ class Save:
           self._data_state(),
           {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
           self._record() if self._record else None,
+          temporary=not lasting,
         )
         if preempted:
           self._checkpoints.wait()
+      self._saved = time.monotonic()
     if preempted and step != self._num_steps:
       raise Stop("preempted", step, "asked to stop (by a signal); the same command resumes")
+
+  def _is_time(self, step: int) -> bool:
+    """Whether a temporary checkpoint is due, by the clock of process 0: the others ask it, so that
+    all save the same step."""
+    minutes = self._options.every_minutes
+    if not minutes or step % self._rows_every:
+      return False
+    late = time.monotonic() - self._saved >= 60 * minutes
+    return bool(mesh.from_first("late" if late else ""))
 
   def close(self) -> None:
     """Gives the signals back."""

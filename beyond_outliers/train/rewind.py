@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from beyond_outliers import mesh, runs
+from beyond_outliers import mesh
 from beyond_outliers.config.checks import require
 from beyond_outliers.workdir import Workdir, mismatch
 
@@ -21,7 +21,9 @@ def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
   go to aside-STEP-TIME/ in the workdir.
   Errors: ConfigError where there is no such checkpoint, or a damaged one; nothing has moved
     then."""
-  known = runs.open(workdir.path).steps if workdir.read("config.json") is not None else []
+  names = [found.name for found in workdir.checkpoints.glob("*")]  # temporary ones, too
+  is_run = workdir.read("config.json") is not None
+  known = sorted(int(name) for name in names if name.isdigit()) if is_run else []
   require(step in known, "--from_step", step, f"{workdir.path} has the checkpoints {known}")
   # Asked by the first process alone, so that nothing moves before all have looked.
   damage = mismatch(workdir.checkpoints / str(step)) if jax.process_index() == 0 else ""

@@ -14,9 +14,10 @@ import jax
 from beyond_outliers import config, data, hardware, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.sums import digest, digest_without
+from beyond_outliers.config.sums import digest, digest_without, remove_stale
+from beyond_outliers.mesh import processes
 from beyond_outliers.model import transformer
-from beyond_outliers.train import describe, initialize, loop, processes, rewind
+from beyond_outliers.train import describe, initialize, loop, rewind
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
 from beyond_outliers.train.run_hooks import (
@@ -29,6 +30,7 @@ from beyond_outliers.train.run_hooks import (
 from beyond_outliers.types import Json, PathLike
 
 Say = Callable[[str], None]
+PLACES = ("data.directory", "data.path")  # keys that decide nothing beside the fingerprints
 
 
 def run(
@@ -57,6 +59,7 @@ def run(
   if before is not None:
     config.check_resumable(before, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
+    _remove_stale(workdir)
     workdir.check()
     if from_step is not None:
       rewind.rewind(workdir, from_step, say)
@@ -64,9 +67,20 @@ def run(
 
 
 def _deciding(c: config.Config, path: PathLike) -> Json:
-  """What the processes of a run must have in common, but for the data."""
+  """What the processes of a run must have in common, but for the data, whose contents they compare
+  then, wherever these lie."""
   settings = config.flatten({**config.to_dict(c), **workdir_lib.code()})
-  return {"--workdir": os.path.abspath(path), **settings}
+  places = dict.fromkeys(PLACES, "")
+  return {"--workdir": os.path.abspath(path), **settings, **places}
+
+
+def _remove_stale(workdir: workdir_lib.Workdir) -> None:
+  """Removes what earlier processes of the run were writing when they were killed; unfinished
+  checkpoints Orbax removes."""
+  if jax.process_index() == 0:
+    below = [folder for folder in workdir.checkpoints.glob("*") if folder.is_dir()]
+    for folder in (workdir.path, *below):
+      remove_stale(folder)
 
 
 def _print_on_first_process(text: str) -> None:
@@ -149,7 +163,7 @@ def _open_inputs(program: Program, say: Say) -> RunInputs:
   c = program.config
   # Several processes: one does the work, the others wait for its lock.
   dataset = data.prepare(c.data, log=say)
-  index, count = mesh_lib.share_of_rows(program.mesh, c.batch_size)
+  index, count = mesh_lib.share_of_rows(program.mesh)
   mine = dict(context=c.context, process_index=index, process_count=count)
   return RunInputs(
     dataset,

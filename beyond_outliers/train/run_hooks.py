@@ -118,6 +118,7 @@ def make_hooks(
     clock,
     tokens_per_step=tokens_per_step,
     record=record,
+    rows_every=c.log.every,
     **periodic,
   )
   made.append(stack.enter_context(contextlib.closing(save)))

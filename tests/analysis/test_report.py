@@ -55,6 +55,14 @@ REFUSED = {
     ["--root={sweep}", "--out={empty}/page", "--plot=x.png"],
     ["--plot = 'x.png': --out asks for another report"],
   ),
+  "a report and a packed file": (
+    ["--root={sweep}", "--out={empty}/page", "--pack={empty}/x.tar.xz"],
+    ["--pack = '", "x.tar.xz': --out asks for another report"],
+  ),
+  "a packed file of another kind": (
+    ["--root={sweep}", "--pack={empty}/x.zip"],
+    ["--pack = ", "x.zip: give a name that ends in .tar.xz"],
+  ),
   "one of two reports": (
     ["--root={sweep}", "--out={empty}/page", "--degradation=kl"],
     ["--degradation = 'kl': --out asks for another report"],

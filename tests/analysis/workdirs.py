@@ -3,8 +3,8 @@
 import json
 
 from beyond_outliers import config
+from beyond_outliers.config.sums import digest
 from beyond_outliers.evaluate import results
-from beyond_outliers.workdir import digest
 
 
 def workdir(

@@ -103,3 +103,83 @@ ENTRY %main.2_spmd (p.0: f32[3]) -> f32[24] {
     ("all-gather", 96),
   ]
   assert hlo.instructions(text)[1].shapes == [(7,), (3,), (5,), (2,), ()]
+
+
+def test_bytes_that_a_device_sends_along_the_axes_of_a_mesh():
+  """Around a ring: of an all-gather all shares but its own, of an all-reduce twice as much."""
+
+  def local(x):
+    x = lax.scan(lambda x, _: (lax.all_gather(x, "fsdp", tiled=True)[2:5] / 2, None), x, None, 5)[0]
+    x = x + lax.psum(x, ("data", "fsdp")) + lax.psum_scatter(jnp.tile(x, 2), "model", tiled=True)
+    swapped = lax.all_to_all(jnp.stack([x, 2 * x]), "data", 0, 0).sum(0)
+    return swapped + lax.ppermute(x, "model", [(0, 1), (1, 0)])
+
+  mesh = make_mesh(config.Mesh(2, 2, 2))
+  everywhere = jax.P(("data", "fsdp", "model"))
+  mapped = jax.shard_map(
+    local, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
+  )
+  program = hlo.instructions(jax.jit(mapped).lower(jnp.ones(24)).compile().as_text())
+  assert hlo.sent_by_axes(program, mesh.shape) == {
+    "fsdp": 5 * 3 * 4,
+    "data·fsdp": 2 * 3 / 4 * 3 * 4,
+    "model": 3 * 4 + 3 * 4,
+    "data": 3 * 4,
+  }
+
+
+@pytest.mark.parametrize(
+  "written, groups",
+  [
+    ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", [[0, 1, 2, 3]]),
+  ],
+)
+def test_the_groups_of_a_collective(written, groups):
+  """An asynchronous one's stand where it starts."""
+  text = f"""
+ENTRY %main (p: f32[3]) -> f32[6] {{
+  %p = f32[3]{{0}} parameter(0)
+  %s = (f32[3]{{0}}, f32[6]{{0}}) all-gather-start(%p), channel_id=1, {written}, dimensions={{0}}
+  ROOT %d = f32[6]{{0}} all-gather-done(%s)
+}}
+"""
+  *_, done = hlo.instructions(text)
+  found = hlo.device_groups(done)
+  assert found is not None and found.tolist() == groups
+
+
+def test_groups_that_are_written_otherwise_are_no_guess():
+  text = """
+ENTRY %main (p: f32[3]) -> f32[6] {
+  ROOT %d = f32[6]{0} all-gather(%p), channel_id=1, replica_groups=mesh['a'=4] {'a':(1)2}
+}
+"""
+  with pytest.raises(ValueError, match="not understood"):
+    hlo.device_groups(hlo.instructions(text)[0])
+
+
+def test_a_loop_whose_condition_says_how_often_it_runs():
+  """As TPU programs have them, which are not annotated."""
+  text = """
+%until (p.1: (s32[], f32[3])) -> pred[] {
+  %n = s32[]{:T(128)} constant(8)
+  %p.1 = (s32[]{:T(128)}, f32[3]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="cond/lt"}
+}
+
+%round (p.2: (s32[], f32[3])) -> (s32[], f32[3]) {
+  %x = f32[3]{0} all-reduce(%p.2), channel_id=1, replica_groups={{0,1}}, to_apply=%sum
+}
+
+ENTRY %main (p: f32[3]) -> f32[3] {
+  %loop = (s32[], f32[3]) while(%start), condition=%until, body=%round
+}
+"""
+  (found,) = [one for one in hlo.instructions(text) if hlo.collective(one)]
+  assert found.loops == (8,) and hlo.sent_by_axes([found], {"data": 2}) == {"data": 8 * 12}

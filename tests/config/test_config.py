@@ -146,6 +146,7 @@ BAD_ARGUMENTS = {
   "nano,micro_batches=0": ("micro_batches = 0", "at least 1"),
   "nano,micro_batches=3": ("micro_batches = 3", "batch_size (8)"),
   "nano,mesh.fsdp=0": ("mesh.fsdp = 0", "-1"),
+  "nano,mesh.dcn_data=0": ("mesh.dcn_data = 0", "-1"),
   "nano,mesh.fsdp=-1": ("mesh = (-1, -1, 1)", "only one"),
   "nano,model.heads=2": ("model.kv_heads = 0", "at least 1"),
   "nano,model.heads=4,model.kv_heads=3": ("model.kv_heads = 3", "query heads (4)"),
@@ -271,11 +272,11 @@ def test_another_run_is_refused_with_the_keys_that_differ(change):
 
 def test_what_does_not_enter_the_numbers_may_change():
   changes = (
-    "mesh.model=1,mesh.fsdp=8,log.every=3,log.wandb=x,checkpoint.keep=9,data.directory=/elsewhere,data.prefetch=1,"
-    "model.remat=full,model.unroll=2,model.attention=plain,average.last=4,max_skipped_updates=20"
+    "mesh.model=1,mesh.fsdp=8,log.every=3,log.wandb=x,checkpoint.keep=9,data.directory=/elsewhere,data.path=/moved/*,"
+    "data.prefetch=1,checkpoint.every_minutes=5,model.remat=full,model.unroll=2,model.attention=plain,average.last=4,max_skipped_updates=20"
   )
   config.check_resumable(named("adamw"), named("adamw", "nano," + changes))
-  assert len(config.differences(named("adamw"), named("adamw", "nano," + changes))) == 11
+  assert len(config.differences(named("adamw"), named("adamw", "nano," + changes))) == 13
   for prefix in config.MAY_CHANGE:
     assert any(
       key == prefix or key.startswith(prefix + ".")

@@ -1,6 +1,7 @@
 """Files that a person names: ~ is the home folder in every key that is a path, and JSON that is not
 what was written is refused by its name."""
 
+import fcntl
 import json
 import math
 import os
@@ -94,3 +95,12 @@ def test_results_are_numbers_that_all_of_json_knows():
     "e": "NaN",
     "f": None,
   }
+
+
+def test_a_lock_is_seen_while_it_is_held_and_not_taken(tmp_path):
+  assert not files.is_locked(tmp_path / "lock") and not list(tmp_path.iterdir())
+  with (tmp_path / "lock").open("w") as held:
+    assert not files.is_locked(tmp_path / "lock")
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert files.is_locked(tmp_path / "lock")
+  assert not files.is_locked(tmp_path / "lock")

@@ -91,3 +91,19 @@ def test_a_file_system_that_cannot_sync_a_folder_is_written_to(folder, monkeypat
   with sums.replaced(folder / "a") as temporary:
     temporary.write_text("new")
   assert (folder / "a").read_text() == "new"
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+  names = ["status.json.123-456.tmp", "sha256.json.7-8.tmp", "mine.tmp", "a.1-2.tmp.txt", "a.json"]
+  for name in names:
+    (tmp_path / name).write_text(name)
+  with sums.replaced(tmp_path / "b") as living:
+    living.write_text("b")
+    assert sums.STALE.fullmatch(living.name), "what is looked for is what is written"
+  sums.remove_stale(tmp_path)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    "a.1-2.tmp.txt",
+    "a.json",
+    "b",
+    "mine.tmp",
+  ]

@@ -643,14 +643,19 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
 
   status("running", 1)
   assert look() == "run: running from step 1" and look() is None
-  os.utime(tmp_path / "run" / "metrics.jsonl", (5, 5))
-  assert look() is None and look() is None and look() is None, "it wrote something"
+  later = {**json.loads((tmp_path / "run" / "status.json").read_text()), "time": "later"}
+  (tmp_path / "run" / "status.json").write_text(json.dumps(later))
+  assert look() is None and look() is None and look() is None, "its heart beat"
   assert (
     look(1.0).startswith(
       "run: running from step 1, and silent for 30 minutes; if it was killed, resume"
     )
     and look() is None
   )
+  hour = config.to_dict(target._run.config)["log"]["watchdog_seconds"]
+  with workdir_lib.Workdir(tmp_path / "run").lock():
+    assert look(1.5 * hour) is None and not watch.dead, "it may take long for a step"
+  assert look(0).startswith("run: dead, for no process holds its lock") and watch.dead
   status("preempted", 2, "asked to stop")
   assert look() == "run: preempted at step 2: asked to stop" and not target.ended()
   status("running", 2)

@@ -58,7 +58,7 @@ OF_THE_MACHINE = ("second", "flops", "peak", "memory")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-  [__name__, "beyond_outliers.train.processes", "beyond_outliers.checkpoint"]
+  [__name__, "beyond_outliers.mesh.processes", "beyond_outliers.checkpoint"]
 )
 
 

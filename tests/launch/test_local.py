@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,6 +92,14 @@ REFUSED = {
   "no overrides": (["--overrides=nobody.json"], "--overrides=nobody.json: there is no such file"),
   "torn overrides": (["--overrides={folder}/torn.json"], "torn.json: is not the JSON that was"),
   "a home that nobody has": (["--root=~nouser/runs"], "--root=~nouser/runs: ~ is no user's home"),
+  "evaluation of nothing": (
+    ["--evaluate_flags=--recipes=rtn_w4a4"],
+    "of which job? give --evaluate",
+  ),
+  "a flag of nobody": (["--evaluate=behind", "--evaluate_flags=--typo=1"], "flag 'typo'"),
+  "a recipe": (["--evaluate=beside", "--evaluate_flags=--recipes=typo"], "'typo': unknown recipe"),
+  "another run": (["--evaluate=behind", "--evaluate_flags=--workdir=x"], "the launcher gives"),
+  "a quote": (["--evaluate=behind", "--evaluate_flags=--recipes='a"], "No closing quotation"),
 }
 
 
@@ -124,21 +133,26 @@ time.sleep(1)
 pathlib.Path(sys.argv[1], "saved").write_text(str(len(asked)))
 sys.exit(42)
 """
-LAUNCHER = f"""
+LAUNCHER = """
 import signal, sys
-from launch import local
-runner = local.Runner()
-signal.signal(signal.SIGINT, runner.hand_on)
-code = runner.run([sys.executable, "-c", {RUN!r}, sys.argv[1]])
-assert runner.asked and runner.run(["would", "fail"]) == 42
-sys.exit(code)
+from launch import jobs, pool
+made = [jobs.Job(name, "train", "saving_run", (sys.argv[1],), sys.argv[1]) for name in ("a", "b")]
+runner = pool.Pool(made, sys.executable)
+pool.catch(runner.hand_on, (signal.SIGINT,))
+runner.run()
+assert runner.asked and runner.tasks[1].code is None
+sys.exit(runner.tasks[0].code)
 """
 
 
 @pytest.mark.parametrize("group", [True, False], ids=["of a terminal", "to the launcher alone"])
 def test_ctrl_c_reaches_a_run_once_and_is_waited_for(tmp_path, group):
+  (tmp_path / "saving_run.py").write_text(RUN)
   process = subprocess.Popen(
-    [sys.executable, "-c", LAUNCHER, str(tmp_path)], cwd=ROOT, start_new_session=True
+    [sys.executable, "-c", LAUNCHER, str(tmp_path)],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    start_new_session=True,
   )
   try:
     while not (tmp_path / "started").exists():
@@ -151,28 +165,53 @@ def test_ctrl_c_reaches_a_run_once_and_is_waited_for(tmp_path, group):
   assert (tmp_path / "saved").read_text() == "1"
 
 
-def of_launcher(*lines):
-  """What a program prints that imports the launcher: in this one its flags may be another's."""
-  program = "\n".join(["from launch import local", *lines])
-  return subprocess.run(
-    [sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-  ).stdout
-
-
-@pytest.mark.parametrize("code, times", [(1, 3), (-signal.SIGKILL, 3), (2, 1), (3, 1), (42, 1)])
-def test_what_failed_is_started_again_and_what_was_refused_is_not(tmp_path, code, times):
-  starts = tmp_path / "starts"
-  end = f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
-  command = [sys.executable, "-c", f"import os, sys; print(file=open({str(starts)!r}, 'a')); {end}"]
-  of_launcher(f"local.Runner().run({command!r}, restarts=2)")
-  assert starts.read_text() == times * "\n"
-
-
-def test_what_ends_as_it_is_asked_to_stop_is_not_said_to_be_started_again():
-  """As a run that is asked before it can save: it compiles."""
-  said = of_launcher(
-    "runner = local.Runner()",
-    "runner.asked, runner._run_once = True, lambda command: -15",
-    "assert runner.run(['train'], restarts=2) == -15",
+def test_a_dry_run_prints_what_a_shell_would_take(tmp_path):
+  """Jobs with their commands, processes of a run included."""
+  root = tmp_path / "it's $(here)"
+  result = launch(
+    "--config=configs/soap.py",
+    f"--root={root}",
+    "--where=seed=0,optimizer.learning_rate=0.003",
+    "--evaluate=behind",
+    "--report",
+    "--processes=2",
+    "--dry_run",
   )
-  assert "starting it again" not in said
+  lines = result.stdout.splitlines()
+  assert [line for line in lines if line.startswith("[")] == [
+    f"[1/3] {root}/learning_rate=0.003,seed=0: not started",
+    f"[2/3] {root}/learning_rate=0.003,seed=0: evaluation",
+    f"[3/3] {root}: report",
+  ]
+  commands = [shlex.split(line) for line in lines if line.startswith("  ")]
+  assert [command[2] for command in commands] == [
+    *2 * ["beyond_outliers.main"],
+    "beyond_outliers.evaluate",
+    "beyond_outliers.analysis",
+  ]
+  assert f"--workdir={root}/learning_rate=0.003,seed=0" in commands[1]
+  assert [command[-1].split(",")[1:] for command in commands[:2]] == [["2", "0"], ["2", "1"]]
+  assert not root.exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_with_evaluation_and_report(tiny, tmp_path):
+  """Two processes with two devices each; then evaluated, and reported."""
+  result = launch(
+    f"--config=configs/adamw.py:{tiny(steps=2)},mesh.fsdp=2",
+    f"--root={tmp_path / 'runs'}",
+    "--where=seed=0,optimizer.learning_rate=0.0003",
+    "--processes=2",
+    "--devices=2",
+    "--restarts=2",  # on a busy machine processes may miss each other (Gloo waits for 30 s)
+    "--evaluate=behind",
+    "--evaluate_flags=--documents=2",
+    "--report",
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  (workdir,) = (path for path in (tmp_path / "runs").iterdir() if (path / "status.json").exists())
+  devices = json.loads((workdir / "manifest.json").read_text())["devices"]
+  assert (devices["count"], devices["processes"]) == (4, 2)
+  assert list((workdir / "eval").glob("2-none-*.json"))
+  assert (tmp_path / "runs/report/report.html").exists()
+  assert (tmp_path / "runs/logs/train-learning-rate-0-0003-seed-0.txt").exists()

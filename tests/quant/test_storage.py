@@ -3,6 +3,7 @@ its grid needs."""
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,24 @@ def test_orbax_holds_the_same(name, tmp_path):
   assert_same(checkpoint.load_quantized(tmp_path / "a"), q)
   with pytest.raises(checkpoint.CheckpointError, match="no quantized model"):
     checkpoint.load_quantized(tmp_path / "b")
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "digests alone"])
+def test_orbax_s_copy_that_is_damaged_is_refused(tmp_path, sums):
+  """A file of a copy; without sums, tensors that lie there as they should, and are another's."""
+  for name, seed in (("a", 0), ("b", 1)):
+    model = transformer.Transformer(MODEL, dot_general_for(GROUPS))
+    params = transformer.init(model, seed)
+    checkpoint.save_quantized(ptq.quantize(model, params, GROUPS), tmp_path / name)
+  shutil.rmtree(tmp_path / "a" / "tensors")
+  shutil.copytree(tmp_path / "b" / "tensors", tmp_path / "a" / "tensors")
+  message = "does not match its SHA-256 sum" if sums else "kernel/codes is not what was saved"
+  if not sums:
+    (tmp_path / "a" / SUMS).unlink()
+  with pytest.raises(
+    checkpoint.CheckpointError, match=f"/a is damaged: .*{message}.*copy it again"
+  ):
+    checkpoint.load_quantized(tmp_path / "a")
 
 
 def test_smoothing_and_other_types_are_kept(tmp_path):

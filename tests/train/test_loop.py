@@ -2,10 +2,13 @@
 early."""
 
 import concurrent.futures
+import dataclasses
+import errno
 import json
 import os
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -259,15 +262,18 @@ def checkpoints(tmp_path):
   made.close()
 
 
-def make_save(checkpoints, num_steps, before=lambda: None, clock=None):
+def make_save(
+  checkpoints, num_steps, before=lambda: None, clock=None, options=OPTIONS, rows_every=1
+):
   return hooks.Save(
-    OPTIONS,
+    options,
     checkpoints,
     lambda: {"batches": 7},
     clock or loop.Clock(3.0),
     tokens_per_step=100,
     num_steps=num_steps,
     before=before,
+    rows_every=rows_every,
   )
 
 
@@ -310,6 +316,47 @@ def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp
   finally:
     save.close()
   assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == [4]
+
+
+def test_a_full_disk_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+  async def fail(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", fail)
+  checkpoints, taken = checkpoint.Checkpoints(tmp_path, OPTIONS), []
+  save = make_save(checkpoints, 9)
+
+  def step(state, batch):
+    taken.append(int(state.step) + 1)
+    concurrent.futures.wait(checkpoints._seals)
+    return train_step(state, batch)
+
+  try:
+    with pytest.raises(
+      OSError, match=r"could not be written \(.*No space left on device.*those be"
+    ):
+      loop.fit(step, start(), iter([1.0] * 9), [save], 9)
+  finally:
+    save.close()
+  assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == []
+
+
+def test_temporary_checkpoints_come_by_time_at_rows_of_the_log(monkeypatch):
+  """Those that come by steps are never temporary, and put the next one off."""
+  now, saved = [0.0], {}
+  monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
+  keep = types.SimpleNamespace(
+    check=lambda: None, save=lambda step, *_, temporary: saved.update({step: temporary})
+  )
+  options = dataclasses.replace(OPTIONS, every=20, every_minutes=0.5)
+  save = make_save(keep, 50, options=options, rows_every=3)
+  try:
+    for step in range(1, 51):
+      now[0] += 4.0  # thirty seconds are eight steps
+      save(step, start(step), {})
+  finally:
+    save.close()
+  assert saved == {9: True, 18: True, 20: False, 30: True, 39: True, 40: False, 48: True, 50: False}
 
 
 @pytest.mark.parametrize("number", cli.STOP_SIGNALS)

@@ -5,7 +5,9 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from beyond_outliers.train import describe, hooks, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
+
+run_lib = sys.modules["beyond_outliers.train.run"]  # train.run is the function
 
 # Of this file's run, written down when gradients and AdamW had been checked against their
 # references.
@@ -140,6 +144,65 @@ def test_resume_is_bitwise(finished, cut):
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
   assert losses(cut) == losses(workdir)
   assert len(runs.open(cut).manifest["resumed"]) == 1
+
+
+@pytest.mark.slow
+def test_from_a_temporary_checkpoint_it_goes_on_bitwise(finished, tmp_path, monkeypatch):
+  """Killed after step 8, it goes on from 6, the last row of the log; at the end none is left."""
+  c, workdir = finished
+  often = dataclasses.replace(c.checkpoint, every=10, every_minutes=1e-9)
+  c = dataclasses.replace(c, checkpoint=often, log=dataclasses.replace(c.log, every=3))
+  fit = loop.fit
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      loop,
+      "fit",
+      lambda step, state, batches, around, end: fit(
+        step, state, batches, [*around, killed_behind(8)], end
+      ),
+    )
+    with pytest.raises(ZeroDivisionError):
+      run(c, tmp_path / "killed")
+  assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["6"]
+  assert runs.open(tmp_path / "killed").steps == []
+  said = []
+  assert run(c, tmp_path / "killed", say=said.append) == "done"
+  assert "resuming from step 6 of 10" in said
+  assert runs.open(tmp_path / "killed").steps == [10]
+  assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["10"]
+  assert equal(runs.open(workdir).params(), runs.open(tmp_path / "killed").params())
+
+
+def killed_behind(last):
+  """A hook that lets the checkpoints so far be written, and ends the run."""
+
+  def hook(step, state, metrics):
+    if step == last:
+      time.sleep(1.0)
+      raise ZeroDivisionError
+
+  return hook
+
+
+def test_where_the_data_lie_is_no_matter_to_the_processes_of_a_run(tiny_config, tmp_path):
+  c = tiny_config()
+  moved = dataclasses.replace(c.data, directory="/other", path="/elsewhere/*.txt")
+  assert run_lib._deciding(c, tmp_path) == run_lib._deciding(
+    dataclasses.replace(c, data=moved), tmp_path
+  )
+  assert run_lib._deciding(c, tmp_path) != run_lib._deciding(
+    dataclasses.replace(c, seed=c.seed + 1), tmp_path
+  )
+
+
+def test_under_the_lock_what_killed_processes_were_writing_is_removed(tmp_path):
+  workdir = workdir_lib.Workdir(tmp_path)
+  workdir.set_status("running", 4)
+  (workdir.checkpoints / "4").mkdir(parents=True)
+  for folder, name in ((workdir.path, "status.json"), (workdir.checkpoints / "4", "sha256.json")):
+    (folder / f"{name}.17-18.tmp").write_text("{")
+  run_lib._remove_stale(workdir)
+  assert not list(tmp_path.rglob("*.tmp")) and workdir.read("status.json")["step"] == 4
 
 
 @pytest.mark.slow

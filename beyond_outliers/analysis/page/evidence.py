@@ -188,7 +188,7 @@ class Evidence:
 
   def roots_of(self, group: RunGroup) -> Sequence[str]:
     """Folders for a report on one group alone, which the others of the page refuse to mix."""
-    paths = [str(run.path) for run in [*group.runs, *group.shorter]]
+    paths = [run.name for run in [*group.runs, *group.shorter]]
     return self.roots if len(self.groups) < 2 else [os.path.commonpath(paths)]
 
   @functools.cached_property
@@ -227,7 +227,7 @@ def gather(
 
   settings, folders: of cells, as `predictors.frame` takes them."""
   unread, readable = [], []
-  for run in (Snapshot(run.path) for run in runs):
+  for run in (Snapshot(run.path, run.name) for run in runs):
     check = attempt(lambda run=run: _read(run), None)
     (unread.append(_with_path(run, check.problem)) if check.problem else readable.append(run))
   unread += without_a_run(readable, folders)
@@ -236,7 +236,7 @@ def gather(
     for alike, apart in _alike(readable)
     for own, shorter in _by_length(alike)
   ]
-  named = roots or [os.path.commonpath([str(run.path) for run in runs])] if runs else roots
+  named = roots or [os.path.commonpath([run.name for run in runs])] if runs else roots
   return Evidence(named, readable, unread, groups)
 
 
@@ -248,7 +248,7 @@ def _read(run: runs_lib.Run) -> None:
 
 
 def _with_path(run: runs_lib.Run, problem: str) -> str:
-  return problem if str(run.path) in problem else f"{run.path}: {problem}"
+  return problem if run.name in problem else f"{run.name}: {problem}"
 
 
 def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]:

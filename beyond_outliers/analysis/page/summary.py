@@ -158,8 +158,8 @@ def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
   told = " ".join(row["what"] for row in rows)
   for run in evidence.runs:
     status = run.status
-    if status["status"] != "done" and str(run.path) not in told:
-      what = f"{run.path}: {status['status']} at step {status['step']} of {run.config.steps}"
+    if status["status"] != "done" and run.name not in told:
+      what = f"{run.name}: {status['status']} at step {status['step']} of {run.config.steps}"
       rows.append({"of": "all means", "what": what})
   if not rows:
     return Part(sentences=["Nothing is missing, and nothing was left out."])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def runs_table(runs: list[runs_lib.Run]) -> pd.DataFrame:
     loss = final_metric(run, "eval/loss")
     swept = c.optimizer.name, recipe_of(run), c.optimizer.learning_rate, c.seed, c.steps
     ended = status["status"], status["step"], loss if math.isfinite(loss) else math.nan
-    rows.append((str(run.path), c.size, *swept, *ended, status["reason"]))
+    rows.append((run.name, c.size, *swept, *ended, status["reason"]))
   return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
 
 
@@ -109,7 +110,7 @@ def _run_columns(frame: pd.DataFrame, roots: Sequence[str]) -> dict[str, Callabl
     styles.pop("reason")
   if frame["validation loss"].isna().all():
     styles.pop("validation loss")
-  prefix = f"{roots[0].rstrip('/')}/" if len(roots) == 1 else ""
+  prefix = f"{os.path.abspath(roots[0])}/" if len(roots) == 1 else ""
   named = {"run": lambda row: row.run.removeprefix(prefix)}
   return {**text_columns(frame, styles), **named}
 

@@ -13,21 +13,31 @@ import pytest
 # argv: address, index, file for last words, what it does. Each shows on stdout that it has joined.
 CHILD = """
 import pathlib, sys, time
-from beyond_outliers import config
-from beyond_outliers.train import processes
+import jax, numpy as np
+from beyond_outliers import config, mesh
+from beyond_outliers.config import cluster
+from beyond_outliers.mesh import processes
 
 address, index, words, what = sys.argv[1:]
 patience = config.Distributed(5, 2 if what == "come alone" else 60, 5)
-processes.join(patience, address, 2, int(index))
+processes.join(patience, cluster.Membership("the test", address, 2, int(index)))
 try:
   rate = 0.1 if what == "disagree" else 0.003
   processes.agree("configuration", lambda: {"seed": 0, "optimizer.learning_rate": rate})
   print("joined", flush=True)
   with processes.last_words(pathlib.Path(words).write_text):
+    if what == "hold rows":
+      grid = np.array(jax.devices()).reshape(2, -1).T.reshape(-1, 1, 1)  # by turns one of each
+      made = jax.sharding.Mesh(grid, ("data", "fsdp", "model"))
+      index, count = mesh.share_of_rows(made)
+      batch = mesh.put_batch(np.arange(16).reshape(count, -1)[index], made, 16)
+      shards = sorted(batch.addressable_shards, key=lambda shard: shard.index[0].start)
+      print([[shard.index[0].start, *shard.data.tolist()] for shard in shards])
+      sys.exit()
     if what == "fail":
       raise OSError(27, "File too large")
     time.sleep(120)
-except BaseException as error:
+except Exception as error:
   processes.leave(error)
 """
 
@@ -111,7 +121,7 @@ def test_one_that_waits_in_vain_says_so(start):
 def test_the_first_process_never_misses_itself():
   """Though the other's last sign of life is of just now: JAX may know before it grows old."""
   program = (
-    "from beyond_outliers.train import processes\n"
+    "from beyond_outliers.mesh import processes\n"
     "processes.Peers._look = lambda self: None\n"
     "processes.Peers(None, 0, 2).missing()"
   )
@@ -120,10 +130,22 @@ def test_the_first_process_never_misses_itself():
   assert process.stderr.startswith("error: process 1 of 2 was killed"), process.stderr
 
 
+@pytest.mark.slow
+def test_a_share_of_a_batch_lies_where_the_mesh_has_a_processes_devices(start, monkeypatch):
+  """As on a torus, where the devices of a host are not neighbours in the mesh."""
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+  said = [process.communicate(timeout=200) for process in start({0: "hold rows", 1: "hold rows"})]
+  held = [out.splitlines()[-1:] for out, _ in said]
+  assert held == [
+    ["[[0, 0, 1], [4, 2, 3], [8, 4, 5], [12, 6, 7]]"],
+    ["[[2, 8, 9], [6, 10, 11], [10, 12, 13], [14, 14, 15]]"],
+  ], said
+
+
 def test_a_collective_that_fails_for_want_of_a_process_names_it():
   """Gloo's error, which comes before JAX misses it, names an address."""
   program = (
-    "from beyond_outliers.train import processes\n"
+    "from beyond_outliers.mesh import processes\n"
     "import jax\n"
     "processes.POLL_SECONDS = 0.01\n"
     "processes.Peers._look = lambda self: None\n"

@@ -24,7 +24,8 @@ import jax
 from jax._src import distributed as jax_distributed  # the client has no public name
 
 from beyond_outliers import config
-from beyond_outliers.errors import Refusal, WorkdirError
+from beyond_outliers.config.cluster import Membership
+from beyond_outliers.errors import ConfigError, Refusal, WorkdirError
 
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
@@ -36,28 +37,55 @@ _peers: Peers | None = None  # of this process, once it has joined others
 _why_aborted = ""  # what an abort means until then
 
 
-def join(c: config.Distributed, address: str | None, count: int | None, index: int | None) -> None:
-  """Connects the processes of one run; what is None, JAX detects.
+def join(c: config.Distributed, found: Membership, *, stops: bool = True) -> None:
+  """Connects the processes of one run; what is None, JAX finds.
 
-  Ends this process if one does not come within `initialization_seconds`."""
+  stops: whether they will ask, every step, if one got SIGTERM; else that ends it.
+
+  Ends this process if one does not come within `initialization_seconds`. Errors: ConfigError where
+  JAX finds none."""
   global _peers, _why_aborted
+  if found.address:
+    what = f"process {found.index} of {found.count} (by {found.source}), which meet"
+    print(f"{what} at {found.address}", file=sys.stderr, flush=True)
   _why_aborted = (
     "the processes did not all come within distributed.initialization_seconds = "
-    f"{c.initialization_seconds}; start all {count or ''} of them"
+    f"{c.initialization_seconds}; start all {found.count or ''} of them"
   )
   libc = ctypes.CDLL(None)
   libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
   libc.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
-  jax.distributed.initialize(
-    address,
-    count,
-    index,
-    initialization_timeout=c.initialization_seconds,
-    heartbeat_timeout_seconds=c.heartbeat_seconds,
-    shutdown_timeout_seconds=c.shutdown_seconds,
-  )
+  jax.config.update("jax_enable_preemption_service", stops)
+  try:
+    jax.distributed.initialize(
+      found.address,
+      found.count,
+      found.index,
+      found.devices,
+      cluster_detection_method=None if found.address is None else "deactivate",
+      initialization_timeout=c.initialization_seconds,
+      heartbeat_timeout_seconds=c.heartbeat_seconds,
+      shutdown_timeout_seconds=c.shutdown_seconds,
+    )
+  except ValueError as error:
+    raise ConfigError(
+      f"--distributed: JAX does not find the other processes by {found.source} ({error}); give "
+      "HOST:PORT,COUNT,INDEX"
+    ) from None
   state = jax_distributed.global_state
   _peers = Peers(state.client, state.process_id, state.num_processes)
+
+
+def is_first() -> bool:
+  """Whether this is the process that speaks and writes; asks JAX for no device."""
+  return _peers is None or _peers.index == 0
+
+
+def raise_alone(error: Exception) -> None:
+  """Raises an error that can have come to this one of several processes alone, such as no memory:
+  the others stand in a collective that nobody else will enter. What is refused, is by all."""
+  if _peers is not None and not isinstance(error, Refusal):
+    raise error
 
 
 def agree(what: str, find: Callable[[], Mapping[str, Any]]) -> None:
@@ -103,7 +131,7 @@ class Peers:
   """This process among the others, with a thread that looks whether one has ended."""
 
   def __init__(self, client: Any, index: int, count: int):
-    self._client, self._index, self._count = client, index, count
+    self._client, self.index, self._count = client, index, count
     self.write: Callable[[str], None] | None = None
     self._beats = dict.fromkeys(range(count), ("", time.monotonic()))  # and when they last changed
     self._ending = threading.Lock()  # held from when this process ends
@@ -111,13 +139,13 @@ class Peers:
 
   def agree(self, what: str, mine: Mapping[str, Any]) -> None:
     text = json.dumps(mine, sort_keys=True, default=str)
-    self._client.key_value_set(f"{AGREED}{what}/{self._index}", text)
+    self._client.key_value_set(f"{AGREED}{what}/{self.index}", text)
     first = self._client.blocking_key_value_get(f"{AGREED}{what}/0", DAY_MS)
     if text != first:
       theirs, ours = json.loads(first), json.loads(text)
       key = next(k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k))
       raise WorkdirError(
-        f"{key}: {theirs.get(key)!r} on process 0, {ours.get(key)!r} on process {self._index}: the "
+        f"{key}: {theirs.get(key)!r} on process 0, {ours.get(key)!r} on process {self.index}: the "
         "processes of one run must be started alike; nothing was trained"
       )
     self._client.wait_at_barrier(f"{AGREED}{what}", DAY_MS)
@@ -126,10 +154,10 @@ class Peers:
     self._ending.acquire()
     with contextlib.suppress(Exception):  # the table may be gone
       self._client.key_value_set(
-        f"{ENDED}{self._index}", json.dumps({"code": code, "reason": reason}), True
+        f"{ENDED}{self.index}", json.dumps({"code": code, "reason": reason}), True
       )
       # The table ends with process 0: the others need time to read it.
-      for _ in range(5 if self._index == 0 else 0):
+      for _ in range(5 if self.index == 0 else 0):
         if len(self._client.key_value_dir_get(ENDED)) == self._count:
           break
         time.sleep(POLL_SECONDS)
@@ -141,7 +169,7 @@ class Peers:
       time.sleep(POLL_SECONDS)
       beat += 1
       try:
-        self._client.key_value_set(f"{ALIVE}{self._index}", str(beat), True)
+        self._client.key_value_set(f"{ALIVE}{self.index}", str(beat), True)
         alive, ended = (
           {_index(key): text for key, text in self._client.key_value_dir_get(folder)}
           for folder in (ALIVE, ENDED)
@@ -153,7 +181,7 @@ class Peers:
         if text != self._beats[index][0]:
           self._beats[index] = (text, now)
       for index, text in sorted(ended.items()):
-        if index != self._index:
+        if index != self.index:
           found = json.loads(text)
           self._end(found["code"], f"process {index} of {self._count}: {found['reason']}")
 
@@ -163,7 +191,7 @@ class Peers:
       return
     with contextlib.suppress(Exception):
       self._client.key_value_set(
-        f"{ENDED}{self._index}", json.dumps({"code": code, "reason": reason}), True
+        f"{ENDED}{self.index}", json.dumps({"code": code, "reason": reason}), True
       )
     try:
       self._say(reason)
@@ -182,7 +210,7 @@ class Peers:
     gone = [
       index
       for index, (_, when) in self._beats.items()
-      if index != self._index and now - when > 3 * POLL_SECONDS
+      if index != self.index and now - when > 3 * POLL_SECONDS
     ]
     # The table is on process 0: without it nobody gives one.
     return f"process {min(gone)} of {self._count} {GONE}: {found}" if gone else found
@@ -191,9 +219,9 @@ class Peers:
     """Ends this process because JAX misses one: that whose last beat is oldest."""
     if self._ending.acquire(blocking=False):
       now = time.monotonic()
-      others = {i: now - when for i, (_, when) in self._beats.items() if i != self._index}
+      others = {i: now - when for i, (_, when) in self._beats.items() if i != self.index}
       index = max(others, key=others.__getitem__)
-      if self._index != 0 and others[index] < 3 * POLL_SECONDS:
+      if self.index != 0 and others[index] < 3 * POLL_SECONDS:
         index = 0  # its service closed a connection: it ended just now
       self._say(
         f"process {index} of {self._count} {GONE}: no sign of life for {others[index]:.0f} s; look "

@@ -1,0 +1,243 @@
+"""Mesh of devices with three axes, the array axes split along them, and agreement of processes.
+
+How processes come together in the first place: processes.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from beyond_outliers import config
+from beyond_outliers.params import path_of
+from beyond_outliers.types import Array, Json
+
+Tree = TypeVar("Tree")
+Plain = TypeVar("Plain")  # what JSON can hold
+
+# Logical name of an array axis -> mesh axes that split it.
+RULES = (
+  ("batch", ("data", "fsdp")),
+  ("length", None),
+  ("layers", None),
+  ("embed", "fsdp"),  # parameters' model width; activations name theirs None
+  ("heads", "model"),
+  ("kv_heads", "model"),
+  ("mlp", "model"),
+  ("vocab", "model"),
+  ("vector", None),
+)
+
+
+def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+  """A (data, fsdp, model) mesh over all devices.
+
+  Errors: ConfigError when the axes' product is not the device count, or the slices do not divide
+  the data axis that is to cross them."""
+  devices = jax.devices() if devices is None else devices
+  sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+  if math.prod(sizes.values()) != len(devices):
+    raise config.ConfigError(
+      f"mesh = {axes}: the axes' product must be the number of devices, {len(devices)}"
+    )
+  data, *within = sizes.values()
+  slices = _slices(axes.dcn_data, data, devices)
+  grids = [_grid((data // len(slices), *within), part) for part in slices]
+  # The default axis type of jax.make_mesh is Explicit, on which linen's logical partitioning fails.
+  return jax.sharding.Mesh(np.concatenate(grids), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _slices(
+  dcn_data: int, data: int, devices: Sequence[jax.Device]
+) -> Sequence[Sequence[jax.Device]]:
+  """The devices by slice, for a data axis to go over these; all as one where it does not.
+
+  A slice is what a faster network joins than joins slices: a slice of TPUs, or a host of others.
+  Errors: ConfigError where dcn_data cannot be had."""
+  found: dict[Any, list[jax.Device]] = {}
+  for device in devices:
+    found.setdefault(_slice_of(device, dcn_data), []).append(device)
+  slices = [found[key] for key in sorted(found)]
+  count, sizes = len(slices), sorted({len(each) for each in slices})
+  if dcn_data not in (1, -1, count):
+    raise config.ConfigError(
+      f"mesh.dcn_data = {dcn_data}: the devices lie on {count} slices, or hosts; expected {count}, "
+      "-1 for as many as there are, or 1"
+    )
+  if len(sizes) == 1 and data % count == 0:
+    return slices
+  if dcn_data == 1:
+    return [[device for each in slices for device in each]]
+  if len(sizes) > 1:
+    raise config.ConfigError(
+      f"mesh.dcn_data = {dcn_data}: slices of {' and '.join(map(str, sizes))} devices; the data "
+      "axis can go over equal ones only; set it to 1"
+    )
+  raise config.ConfigError(
+    f"mesh.data = {data}: must be a multiple of the number of slices, {count}; or let other axes "
+    "cross them, with mesh.dcn_data=1"
+  )
+
+
+def _grid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices such that neighbours along an axis are so in the network, where JAX knows how."""
+  if len({getattr(device, "slice_index", None) for device in devices}) > 1:
+    return np.array(devices).reshape(shape)  # JAX knows of one slice
+  # A mesh that no axes of a torus fit it would not lay out, unless it may split these.
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _slice_of(device: jax.Device, dcn_data: int) -> int:
+  """Number of a device's slice; where devices have none, its process's if slices are wanted."""
+  known = getattr(device, "slice_index", None)
+  if known is None and dcn_data != 1 and device.platform != "tpu":
+    return device.process_index
+  return known or 0
+
+
+@contextlib.contextmanager
+def use(mesh: jax.sharding.Mesh):
+  """Context in which all that is traced sees the mesh and the rules."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield mesh
+
+
+def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+  """NamedShardings for abstract parameters with logical axis names (`nn.Partitioned` boxes).
+
+  Errors: ConfigError naming the parameter when a mesh axis does not divide the array axis that it
+    splits."""
+  specs = nn.get_partition_spec(boxed)
+  tree = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+  shapes = jax.eval_shape(nn.unbox, boxed)  # traced, so that it may happen inside `use`
+  for (path, sharding), leaf in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes), strict=True
+  ):
+    try:
+      sharding.shard_shape(leaf.shape)
+    except ValueError:
+      raise config.ConfigError(
+        f"mesh = {dict(mesh.shape)}: parameter {path_of(path)} of shape {leaf.shape} cannot be "
+        f"split as {sharding.spec}; choose mesh axes that divide it"
+      ) from None
+  return tree
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+  """ShapeDtypeStructs that say where each array lives."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Rows of a batch are split over data and fsdp; each model group sees the same rows."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
+  """Refusal of a batch of `rows` that the mesh does not divide. Errors: ConfigError."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % ways:
+    raise config.ConfigError(
+      f"{field} = {rows}: must be a multiple of mesh.data · mesh.fsdp = {ways}"
+    )
+
+
+def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+  """(index, count): this process's devices hold the index-th of `count` equal shares of a batch.
+
+  Processes that a model axis spans hold the same share. Its rows lie in the global array where the
+  mesh has the devices: neighbours on a torus need not be so in the mesh, and nothing that is
+  computed of a batch depends on the order of its rows.
+  Errors: ConfigError when the processes' devices hold no equal shares."""
+  held: dict[int, set[int]] = {}
+  for place, group in enumerate(mesh.devices.reshape(-1, mesh.shape["model"])):
+    for device in group:
+      held.setdefault(device.process_index, set()).add(place)
+  shares = sorted({tuple(sorted(places)) for places in held.values()})
+  mine = tuple(sorted(held[jax.process_index()]))
+  overlap = sum(map(len, shares)) != len(set().union(*shares))
+  if overlap or len({len(share) for share in shares}) > 1:
+    raise config.ConfigError(
+      f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are "
+      "no equal share of the batch; make mesh.model, or the devices of a process, divide the other"
+    )
+  return shares.index(mine), len(shares)
+
+
+def put_batch(batch: Tree, mesh: jax.sharding.Mesh, rows: int) -> Tree:
+  """Global arrays of a batch of `rows`: this process's share in numpy in, or on each process all
+  rows; [rows, L] split over the mesh out. A Batch, or any tree of arrays by rows."""
+  sharding = batch_sharding(mesh)
+
+  def put(array: Array) -> jax.Array:
+    return jax.make_array_from_process_local_data(sharding, array, (rows, *array.shape[1:]))
+
+  return jax.tree.map(put, batch)
+
+
+def replicate(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """A tree of arrays whole on every device. Of several processes each has the same values."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, replicated(mesh))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x), x.shape), tree
+  )
+
+
+def from_first(value: Plain) -> Plain:
+  """Process 0's value, of types that JSON has, on every process, all of which call this."""
+  if jax.process_count() == 1:
+    return value
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
+  # Few sizes, each of which is compiled once.
+  whole = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
+  whole[: min(text.size, length)] = text[:length]
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(whole))[:length])
+
+
+def found_by_first(find: Callable[[], Plain]) -> Plain:
+  """What process 0 finds, such as in a folder that changes, on every process; all call this."""
+  if jax.process_count() == 1:
+    return find()
+  found: Any = find() if jax.process_index() == 0 else None
+  return from_first(found)
+
+
+def on_any_process(condition: bool) -> bool:
+  """True on every process if the condition holds on one of them; all call this."""
+  if jax.process_count() == 1:
+    return condition
+  return bool(multihost_utils.process_allgather(np.array(condition)).any())
+
+
+def merged_over_processes(mine: Json) -> Json:
+  """One dictionary of every process's, whole on each of them; dictionaries in it are merged too."""
+  if jax.process_count() == 1:
+    return mine
+  text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array(text.size))
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: text.size] = text
+  whole: Json = {}
+  for row, length in zip(multihost_utils.process_allgather(padded), lengths, strict=True):
+    for key, value in json.loads(bytes(row[:length])).items():
+      whole[key] = {**whole[key], **value} if isinstance(value, dict) and key in whole else value
+  return whole

@@ -1,0 +1,269 @@
+"""Jobs of a sweep: what every launcher starts, from a config file, its sweep and the shared flags.
+
+A job is a module, its arguments and the names of those that it waits for. Where it runs, on how
+many devices, and after which exit codes again, is the launcher's.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import hashlib
+import os
+import re
+import runpy
+import shlex
+from collections.abc import Iterable, Sequence
+
+from absl import flags
+
+from beyond_outliers import cli
+from beyond_outliers.config import sweeps
+from beyond_outliers.config.files import read_json
+from beyond_outliers.errors import ConfigError, WorkdirError
+
+NAME_LENGTH = 52  # what Kubernetes leaves of 63 to names that it makes others of
+ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
+STOPPED = 42  # exit code of a run that was asked to stop, and of a launcher
+FINAL = (0, 2, 3, STOPPED)  # exit codes of what has not failed: done, refused, diverged, ...
+
+flags.disclaim_key_flags()  # they belong to the launcher that defines them
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One command of a sweep."""
+
+  name: str  # unique in its list; at most 52 of [a-z0-9-], a letter first, and no hyphen last
+  kind: str  # train | evaluate | report
+  module: str  # what `python -m` runs
+  arguments: tuple[str, ...]  # of the module, unquoted
+  workdir: str  # of its run; the root, of the report
+  after: tuple[str, ...] = ()  # names of the jobs whose end it waits for, however they end
+
+
+def define_flags() -> None:
+  """Defines the flags that all launchers share. Each calls it where it runs, so that a program may
+  import several."""
+  cli.path_flag(
+    "config",
+    None,
+    "Config file that has a sweep; size and overrides behind a colon.",
+    required=True,
+  )
+  cli.path_flag("root", None, "Folder of the workdirs.", required=True)
+  flags.DEFINE_list(
+    "where", [], "key=value,...: only the runs of the sweep that have these values."
+  )
+  cli.path_flag(
+    "overrides", "", "File of an analysis: values that replace the sweep's, by optimizer."
+  )
+  flags.DEFINE_enum(
+    "evaluate",
+    "",
+    ["", "behind", "beside"],
+    "An evaluation job for each run: behind it, once it has ended, or beside it, with --follow.",
+  )
+  flags.DEFINE_string(
+    "evaluate_flags", "", "Flags of the evaluation jobs: '--recipes=rtn_w4a4 --methods=rtn,gptq'."
+  )
+  flags.DEFINE_bool("report", False, "A report, ROOT/report, once all others have ended.")
+  flags.DEFINE_bool("dry_run", False, "Print what would be done, and start nothing.")
+
+
+def of_flags() -> list[Job]:
+  """The jobs that the shared flags describe. Errors: ConfigError, as `describe`."""
+  given = flags.FLAGS
+  return describe(
+    given.config,
+    given.root,
+    given.where,
+    given.overrides,
+    given.evaluate,
+    given.report,
+    _evaluation(given.evaluate_flags, given.evaluate),
+  )
+
+
+def describe(
+  config: str,
+  root: str,
+  where: Sequence[str] = (),
+  overrides: str = "",
+  evaluate: str = "",
+  report: bool = False,
+  evaluate_flags: Sequence[str] = (),
+) -> list[Job]:
+  """Jobs of the sweep in a config file: trainings, then evaluations, then the report.
+
+  config: the file; size and overrides behind a colon, as `main` has them. where: "key=value"s.
+  overrides: the file of an analysis. evaluate: "" none, "behind" each training's end, or "beside"
+  it (--follow). Errors: ConfigError, as `runs` and `found`."""
+  path, _, argument = config.partition(":")
+  fixed = found(overrides, path, argument) if overrides else {}
+  names = short_names(runs(path, (), fixed))  # of all: those of some runs are the same
+  trainings, evaluations = [], []
+  for run, values in runs(path, where, fixed).items():
+    workdir = os.path.join(root, run)
+    settings = (f"--config={path}:{argument}", f"--workdir={workdir}", *_flags_of(values))
+    train = Job(f"train-{names[run]}", "train", "beyond_outliers.main", settings, workdir)
+    trainings.append(train)
+    beside = evaluate == "beside"
+    evaluations.append(
+      Job(
+        f"eval-{names[run]}",
+        "evaluate",
+        "beyond_outliers.evaluate",
+        (f"--workdir={workdir}", *(("--follow",) if beside else ()), *evaluate_flags),
+        workdir,
+        () if beside else (train.name,),
+      )
+    )
+  listed = trainings + (evaluations if evaluate else [])
+  if report:
+    page = (f"--root={root}", f"--out={os.path.join(root, 'report')}")
+    others = tuple(job.name for job in listed)
+    listed.append(Job("report", "report", "beyond_outliers.analysis", page, root, others))
+  return listed
+
+
+def runs(path: str, where: Sequence[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
+  """{run name: overrides} of the sweep in a config file, with the `fixed` values in all.
+
+  Errors: ConfigError when the file has no sweep, `where` leaves no run of it, or two runs that
+  differ have one name."""
+  wanted = dict(map(_condition, where))
+  make_sweep = runpy.run_path(path).get("get_hyper")
+  if make_sweep is None:
+    raise ConfigError(f"--config={path}: has no sweep, get_hyper(h); give one of the files that do")
+  chosen: dict[str, sweeps.Overrides] = {}
+  swept: set[str] = set()
+  for values in make_sweep(sweeps):
+    values = {**values, **fixed}
+    swept |= values.keys()
+    if any(values.get(key) != value for key, value in wanted.items()):
+      continue
+    name = sweeps.run_name(values)
+    if set(_flags_of(chosen.setdefault(name, values))) != set(_flags_of(values)):
+      raise ConfigError(
+        f"--config={path}: its sweep has two runs for the folder {name}: {chosen[name]} and "
+        f"{values}; give them values that differ in letters or digits"
+      )
+  if not chosen:
+    raise ConfigError(
+      f"--where={','.join(where)}: no run of {path}'s sweep has these values; it sweeps "
+      f"{sorted(swept)}"
+    )
+  return chosen
+
+
+def _flags_of(values: sweeps.Overrides) -> list[str]:
+  return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def _condition(text: str) -> tuple[str, object]:
+  key, _, value = text.partition("=")
+  try:
+    return key, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    raise ConfigError(
+      f"--where={text}: expected key=value, the value as Python has it: seed=0, name='x'"
+    ) from None
+
+
+def found(file: str, path: str, argument: str) -> sweeps.Overrides:
+  """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
+  size, or lacks the optimizer."""
+  remedy = "give what analysis --overrides=FILE wrote"
+  try:
+    saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
+  except (FileNotFoundError, NotADirectoryError):
+    raise ConfigError(f"--overrides={file}: there is no such file; {remedy}") from None
+  c = runpy.run_path(path)["get_config"](argument)
+  if saved["size"] != c.size:
+    raise ConfigError(
+      f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
+    )
+  if c.optimizer.name not in saved["overrides"]:
+    raise ConfigError(
+      f"--overrides={file}: nothing about {c.optimizer.name}; "
+      f"it has {', '.join(saved['overrides'])}"
+    )
+  return saved["overrides"][c.optimizer.name]
+
+
+def short_names(run_names: Iterable[str]) -> dict[str, str]:
+  """{run name: one of [a-z0-9-] that no other has}, with a digest where it had to lose letters or
+  would be another's."""
+  longest = NAME_LENGTH - len("train-")
+  plain = {name: re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") for name in run_names}
+  often = collections.Counter(plain.values())
+  return {
+    name: short
+    if 0 < len(short) <= longest and often[short] == 1
+    else _with_digest(short, name, longest)
+    for name, short in plain.items()
+  }
+
+
+def title(config: str, root: str) -> str:
+  """A name of the sweep itself, such as soap-qat-1f3a90c2, for engines where others have theirs."""
+  path, _, _ = config.partition(":")
+  stem, _ = os.path.splitext(os.path.basename(path))
+  plain = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")
+  return _with_digest(
+    plain if plain[:1].isalpha() else f"sweep-{plain}",
+    root if "://" in root else os.path.abspath(root),
+    30,
+  )
+
+
+def local_folder(config: str, root: str) -> str:
+  """Where a launcher keeps logs and scripts: the root, or for one in an object store runs/TITLE."""
+  return os.path.join("runs", title(config, root)) if "://" in root else root
+
+
+def _with_digest(short: str, of: str, longest: int) -> str:
+  digest = hashlib.sha256(of.encode()).hexdigest()[:8]
+  return f"{short[: longest - 9].strip('-')}-{digest}".lstrip("-")
+
+
+def _evaluation(text: str, evaluate: str) -> list[str]:
+  """The flags in --evaluate_flags. Errors: ConfigError for what evaluation jobs would refuse, days
+  later."""
+  try:
+    words = shlex.split(text)
+  except ValueError as error:
+    raise ConfigError(f"--evaluate_flags={text}: {error}; close it") from None
+  if not words:
+    return []
+  if not evaluate:
+    raise ConfigError(f"--evaluate_flags={text}: of which job? give --evaluate=behind or beside")
+  from beyond_outliers.evaluate import __main__ as command  # whose flags are none of a launcher's
+
+  known = flags.FlagValues()
+  for flag in flags.FLAGS.flags_by_module_dict()[command.__name__]:
+    known[flag.name] = flag
+  try:
+    rest = known(["evaluate", "--workdir=.", *words])[1:]
+  except flags.Error as error:
+    raise ConfigError(f"--evaluate_flags={text}: {error}") from None
+  if rest or known["workdir"].present > 1 or known["follow"].present:
+    raise ConfigError(
+      f"--evaluate_flags={text}: expected --flag=value for each, without --workdir and --follow, "
+      "which the launcher gives"
+    )
+  command.check_recipes_and_methods()
+  return words
+
+
+def status_of(workdir: str) -> str:
+  """Status of a run by its status.json, "not started", or "unreadable"."""
+  try:
+    file = os.path.join(workdir, "status.json")
+    return read_json(file, WorkdirError, "", {"status": str})["status"]
+  except (FileNotFoundError, NotADirectoryError):
+    return "not started"
+  except WorkdirError:
+    return "unreadable"
