@@ -25,7 +25,6 @@ from beyond_outliers import config, mesh
 from beyond_outliers.config import sums as file_sums
 from beyond_outliers.config.files import make_folder, read_json
 from beyond_outliers.config.sums import SUMS
-from beyond_outliers.config.sums import digest as digest
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
 
