@@ -82,7 +82,7 @@ def few_descriptors(trial: Trial) -> None:
   assert not list((trial.workdir / "checkpoints").glob("damaged-*")), "sound ones were set aside"
 
 
-def nan_in_the_optimizer(trial: Trial) -> None:
+def nan_in_a_moment(trial: Trial) -> None:
   """Where the run is said to have diverged, it goes back to before."""
   step, leaf = trial.draw.randrange(EVERY + 2, STEPS), trial.draw.random()
   trial.note(f"in front of step {step}, array {leaf:.3f}")
@@ -183,7 +183,7 @@ FAULTS = {
   "SIGUSR1": Fault(signalled(signal.SIGUSR1)),
   "full disk": Fault(full_disk),
   "few descriptors": Fault(few_descriptors),
-  "NaN in the optimizer's state": Fault(nan_in_the_optimizer),
+  "NaN in a moment": Fault(nan_in_a_moment),
   "bit flipped in the newest checkpoint": Fault(of_the_newest_checkpoint(flip), damages=True),
   "file cut in the newest checkpoint": Fault(of_the_newest_checkpoint(cut), damages=True),
   "file deleted in the newest checkpoint": Fault(of_the_newest_checkpoint(delete), damages=True),

@@ -14,6 +14,7 @@ import multiprocessing.forkserver
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import socket
@@ -91,8 +92,8 @@ class Illness(NamedTuple):
 
   file_bytes: int = 0  # no file may be longer, as on a full disk
   descriptors: int = 0  # no more may be open
-  nan_step: int = 0  # the optimizer's state gets a NaN in front of this step
-  leaf: float = 0.0  # in which of its arrays, as a fraction of them
+  nan_step: int = 0  # a moment of the optimizer gets a NaN in front of this step
+  leaf: float = 0.0  # which of these arrays, as a fraction of them
 
 
 class Process:
@@ -170,9 +171,14 @@ def _train(arguments: list[str], log: str, illness: Illness | None) -> None:
 
 
 def _with_nan(state, fraction):
-  leaves, structure = jax.tree.flatten(state.opt_state)
-  numbers = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
-  chosen = numbers[int(fraction * len(numbers))]
+  named, structure = jax.tree_util.tree_flatten_with_path(state.opt_state)
+  leaves = [leaf for _, leaf in named]
+  moments = [
+    i
+    for i, (path, leaf) in enumerate(named)
+    if leaf.size and re.search(r"moment|\b[mn]u\b", jax.tree_util.keystr(path))
+  ]
+  chosen = moments[int(fraction * len(moments))]
   spoil = jax.jit(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), out_shardings=leaves[chosen].sharding)
   leaves[chosen] = spoil(leaves[chosen])
   return state._replace(opt_state=structure.unflatten(leaves))

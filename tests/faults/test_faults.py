@@ -14,7 +14,7 @@ ROUNDS = {
   "kill -9 of process 1 of two": 0,
   "SIGTERM": 0,
   "full disk": 0,
-  "NaN in the optimizer's state": 0,
+  "NaN in a moment": 0,
   "bit flipped in the newest checkpoint": 0,
   "another run's file, or all, in its place": 0,
   "damage of every checkpoint": 0,
