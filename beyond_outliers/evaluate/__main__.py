@@ -157,7 +157,7 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
   return job.newest()
 
 
-def check_cells() -> None:
+def check_measured() -> None:
   """Refusal of recipes and methods that cannot be measured. Errors: ConfigError."""
   from beyond_outliers.evaluate.plan import check_names
 
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> None:
   from beyond_outliers.evaluate.plan import plan_cells
   from beyond_outliers.evaluate.table import results_table
 
-  check_cells()  # first: a run that --follow waits for may begin tomorrow
+  check_measured()  # first: a run that --follow waits for may begin tomorrow
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():
