@@ -254,7 +254,7 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
       f"--evaluate_flags={text}: expected --flag=value for each, without --workdir and --follow, "
       "which the launcher gives"
     )
-  command.check_recipes_and_methods()
+  command.check_measured()
   return words
 
 

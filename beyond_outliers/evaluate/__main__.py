@@ -160,7 +160,7 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
   return job.newest()
 
 
-def check_recipes_and_methods() -> None:
+def check_measured() -> None:
   """Refusal of recipes and methods that cannot be measured. Errors: ConfigError."""
   from beyond_outliers.evaluate.plan import check_names
 
@@ -197,7 +197,7 @@ def evaluate() -> bool:
   from beyond_outliers.evaluate.table import results_table
   from beyond_outliers.mesh import processes
 
-  check_recipes_and_methods()  # first: a run that --follow waits for may begin tomorrow
+  check_measured()  # first: a run that --follow waits for may begin tomorrow
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():
