@@ -54,7 +54,6 @@ def launch(argv: list[str]) -> None:
         for command in pool.commands_of(job, sys.executable, given.processes):
           print(f"  {shlex.join(command)}")
     return
-  simulated = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(given.devices)}
   # One run after another prints what it has to say; of several nobody could tell whose it is.
   alone = given.parallel == given.processes == 1 and given.evaluate != "beside"
   runner = pool.Pool(
@@ -64,12 +63,24 @@ def launch(argv: list[str]) -> None:
     processes=given.processes,
     restarts=given.restarts,
     logs="" if alone else os.path.join(jobs.local_folder(given.config, given.root), "logs"),
-    environment=simulated if given.devices else None,
+    environment=simulated(given.devices) if given.devices else None,
   )
   pool.catch(runner.hand_on, cli.STOP_SIGNALS)
   with table.live(runner, not alone) as look:
     runner.run(look)
   _end(runner)
+
+
+def simulated(devices: int) -> dict[str, str]:
+  """Variables of a process that has so many simulated devices, on the CPU."""
+  # Without this schedule devices start collectives in any order, on threads of which there are too
+  # few: they wait for each other for ever, sooner on a busy machine.
+  ordered = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+  return {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "XLA_FLAGS": f"{ordered} {os.environ.get('XLA_FLAGS', '')}".rstrip(),
+  }
 
 
 def _end(runner: pool.Pool) -> None:

@@ -19,18 +19,17 @@ TAIL_BYTES = 1 << 16  # of metrics.jsonl, which hold its last rows
 @contextlib.contextmanager
 def live(runner: pool.Pool, wanted: bool) -> Iterator[Callable[[], None]]:
   """Context in which a table of what runs is on the terminal, below the lines that the pool says;
-  what it yields redraws it. Elsewhere, or without rich (extra: launch), it does nothing."""
-  try:
-    from rich.console import Console
-    from rich.live import Live
-  except ImportError:
-    wanted = False
+  what it yields redraws it. Elsewhere it does nothing."""
   if not wanted or not sys.stdout.isatty():
     yield lambda: None
     return
+  from rich.console import Console  # which flax brings
+  from rich.live import Live
+
   console, drawn = Console(), 0.0
   with Live(console=console, auto_refresh=False, transient=True) as shown:
-    runner.say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+    plain = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+    runner.say = lambda text: console.print(text, **plain)
 
     def look() -> None:
       nonlocal drawn
@@ -62,7 +61,7 @@ def summary(tasks: list[pool.Task]) -> str:
 
 def rows(tasks: list[pool.Task]) -> list[tuple[str, ...]]:
   """A row for each job that runs: name, step, loss, tokens a second, time."""
-  found = []
+  found: list[tuple[str, ...]] = []
   for task in tasks:
     if task.running:
       spent = datetime.timedelta(seconds=round(time.monotonic() - task.began))

@@ -175,6 +175,22 @@ def test_shares_of_cores(monkeypatch):
   assert pool.shares_of_cores(1) == [set()] and pool.shares_of_cores(6) == 6 * [set()]
 
 
+def test_a_terminal_shows_a_table_of_what_runs_below_the_lines(made, monkeypatch, capsys):
+  job, _ = made
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  said = []
+  runner = pool.Pool([job("train-:smile:[b]")], sys.executable, say=said.append)
+  with table.live(runner, True) as look:
+    runner.run(look)
+  shown = capsys.readouterr().out
+  assert "/:smile:[b]: not started" in shown and "1 running" in shown and said == []
+  assert table.summary(runner.tasks) == "1 over, 0 of them failed · 0 running · 0 to go"
+  other = pool.Pool([], sys.executable, say=said.append)
+  with table.live(other, False):
+    other.say("as it was")
+  assert said == ["as it was"]
+
+
 def test_rows_of_the_table_are_what_the_run_wrote_last(tmp_path):
   assert table.progress(str(tmp_path)) == ("", "", "")
   (tmp_path / "config.json").write_text(json.dumps({"steps": 40}))
