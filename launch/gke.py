@@ -59,7 +59,8 @@ def parse_nodes(
       )
     if slices > 1:
       raise ConfigError(f"--slices={slices}: are of TPUs; of hosts with GPUs give --hosts={slices}")
-    return Nodes({"cloud.google.com/gke-accelerator": name}, "nvidia.com/gpu", int(count), hosts)
+    selector = {"cloud.google.com/gke-accelerator": name}
+    return Nodes(selector, "nvidia.com/gpu", int(count), hosts, environment=_asked("cuda"))
   if hosts > 1:
     raise ConfigError(
       f"--hosts={hosts}: are of GPUs; those of a slice follow from {flag}={accelerator}"
@@ -69,9 +70,12 @@ def parse_nodes(
     "cloud.google.com/gke-tpu-accelerator": part.kind.label,
     "cloud.google.com/gke-tpu-topology": part.topology,
   }
-  # JAX goes on without TPUs that do not start, unless they are asked for.
-  asked = {"JAX_PLATFORMS": "tpu,cpu"}
-  return Nodes(selector, "google.com/tpu", part.chips, part.hosts, slices, asked)
+  return Nodes(selector, "google.com/tpu", part.chips, part.hosts, slices, _asked("tpu"))
+
+
+def _asked(platform: str) -> dict[str, str]:
+  """JAX goes on without a platform that does not start, unless it is asked for."""
+  return {"JAX_PLATFORMS": f"{platform},cpu"}
 
 
 def parse_claim(text: str) -> tuple[str, str] | None:

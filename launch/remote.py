@@ -17,6 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent  # what the image is made of
 # Folders of it that launch/Dockerfile copies, and that a config file may lie in.
 COPIED = ("beyond_outliers", "configs")
 
+flags.disclaim_key_flags()  # they belong to the launcher that defines them
+
 
 def define_image(required: bool) -> None:
   flags.DEFINE_string(
