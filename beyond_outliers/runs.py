@@ -16,11 +16,12 @@ import jax
 from etils import epath
 
 from beyond_outliers import config as config_lib
-from beyond_outliers import data, quant
+from beyond_outliers import data, quant, stores
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.checks import require
+from beyond_outliers.data.moved import find_dataset
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Batch, Json, Params, PathLike
@@ -33,12 +34,16 @@ if TYPE_CHECKING:
 
 
 class Run:
-  """One run by its workdir, read only. Nothing is loaded before it is asked for."""
+  """One run by its workdir, read only. Nothing is loaded before it is asked for.
+
+  Of an address in a store `path` is a copy here, made anew whenever it is asked for what changes."""
 
   def __init__(self, workdir: PathLike):
-    self._workdir = workdir_lib.Workdir(workdir)
+    self._copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None
+    self._folder = workdir_lib.Workdir(self._copy.folder if self._copy else workdir)
+    self.address = self._copy.address if self._copy else str(self.path)  # by which others find it
     if self._workdir.read("config.json") is None:
-      raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
+      raise workdir_lib.WorkdirError(f"{self.address} holds no run: it has no config.json")
 
   def __repr__(self) -> str:
     status, step = self.status["status"], self.status["step"]
@@ -46,7 +51,18 @@ class Run:
 
   @property
   def path(self) -> epath.Path:
-    return self._workdir.path
+    return self._folder.path
+
+  @property
+  def _workdir(self) -> workdir_lib.Workdir:
+    if self._copy:
+      self._copy.refresh()
+    return self._folder
+
+  def publish(self) -> None:
+    """Uploads what evaluation jobs wrote into `path`, if that is a copy. Errors: StoreError."""
+    if self._copy:
+      self._copy.publish()
 
   @functools.cached_property
   def config(self) -> config_lib.Config:
@@ -80,11 +96,13 @@ class Run:
   @property
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, oldest first."""
-    return self._checkpoints.steps()
+    return self._copy.steps() if self._copy else self._checkpoints.steps()
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
     """(name, bytes, time) of a checkpoint's files: others once it was saved anew."""
-    return workdir_lib.stamps(self._workdir.checkpoints / str(step))
+    if self._copy:
+      return self._copy.stamps(step)
+    return workdir_lib.stamps(self._folder.checkpoints / str(step))
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row per logged or evaluated step, with `step` as the index.
@@ -92,7 +110,7 @@ class Run:
     Errors: WorkdirError."""
     import pandas as pd  # takes a while, and a warm start opens runs too
 
-    if not (self.path / "metrics.jsonl").exists():
+    if not (self._workdir.path / "metrics.jsonl").exists():
       raise workdir_lib.WorkdirError(f"{self.path} has no metrics.jsonl; restore it from a copy")
     frame = pd.DataFrame([row for _, row in self._workdir.read_rows()])
     # A step that was both logged and evaluated wrote two lines.
@@ -130,7 +148,9 @@ class Run:
     """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh; or another
     field of the state that is like them.
 
-    Errors: CheckpointError."""
+    Errors: CheckpointError, StoreError."""
+    if self._copy:
+      self._copy.fetch_checkpoint(step)
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
     return self._checkpoints.restore_params(
       mesh_lib.placed(transformer.shapes(self.model), shardings), step, field
@@ -151,7 +171,7 @@ class Run:
     """What the run was trained on, where it was then or where it was moved with the run.
 
     Errors: DataError."""
-    return _find_dataset(self.trained_on, self.path)
+    return find_dataset(self.trained_on, self.path)
 
   @property
   def tokenizer(self) -> Any:
@@ -188,7 +208,7 @@ class Run:
   def _checkpoints(self) -> Checkpoints:
     from beyond_outliers import checkpoint  # Orbax takes a second, and many only read numbers
 
-    return checkpoint.Checkpoints(self._workdir.checkpoints, read_only=True)
+    return checkpoint.Checkpoints(self._folder.checkpoints, read_only=True)
 
 
 class AverageOfRun:
@@ -243,8 +263,11 @@ def open(workdir: PathLike) -> Run:
 
 def find(root: PathLike) -> list[Run]:
   """Every run in a folder and the folders below it, by path; each once, if links lead to it too.
+  Of an address in a store, every run below it.
 
   Errors: WorkdirError for a folder that cannot be read."""
+  if stores.is_address(root):
+    return [Run(address) for address in stores.addresses_below(os.fspath(root))]
   found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
   while pending:
     folder = pending.pop()
@@ -266,33 +289,3 @@ def find(root: PathLike) -> list[Run]:
     pending = [entry.path for entry in below if entry.is_symlink()] + pending
     pending += [entry.path for entry in below if not entry.is_symlink()]
   return sorted(found, key=lambda run: str(run.path))
-
-
-def _find_dataset(recorded: Json, workdir: epath.Path) -> data.Dataset:
-  """The dataset of a manifest: the path that it holds, or the same below the workdir or a folder
-  above that, by fingerprint."""
-  path = recorded["directory"]
-  *_, parent, name = ("", *os.path.normpath(path).split(os.sep))
-  tails = dict.fromkeys([os.path.join(parent, name), name] if os.path.isabs(path) else [path, name])
-  moved = [os.path.join(folder, tail) for folder in (workdir, *workdir.parents) for tail in tails]
-  others = []
-  for place in dict.fromkeys([os.path.abspath(path), *moved]):
-    if os.path.isfile(os.path.join(place, "meta.json")):
-      try:
-        found = data.open(place)
-      except DataError as error:
-        others.append(str(error))
-        continue
-      if found.fingerprint == recorded["fingerprint"]:
-        return found
-      others.append(f"{place} holds data {found.fingerprint[:12]}")
-  raise DataError(
-    "; ".join(
-      [
-        f"{workdir}: the run was trained on data {recorded['fingerprint'][:12]}, and they are "
-        f"neither {os.path.abspath(path)} nor {' or '.join(tails)} in that folder or one above it",
-        *others,
-        "restore them, or give the folder of others (evaluate --data)",
-      ]
-    )
-  )

@@ -15,7 +15,7 @@ import os
 
 from absl import app, flags
 
-from beyond_outliers import cli, runs
+from beyond_outliers import cli, runs, stores
 from beyond_outliers.analysis import report
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder
@@ -27,7 +27,10 @@ OUT = cli.path_flag(
   "Write a page of HTML about all of it into this folder, with figures and tables, instead.",
 )
 ROOT = cli.paths_flag(
-  "root", None, "Folders with the workdirs of sweeps, at any depth.", required=True
+  "root",
+  None,
+  "Folders with the workdirs of sweeps, at any depth, or addresses in stores.",
+  required=True,
 )
 PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this PNG file.")
 GAP_PLOT = cli.path_flag("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
@@ -132,8 +135,9 @@ def _find_runs(roots: list[str]) -> list[runs.Run]:
 
   Errors: ConfigError where a root does not exist, or none holds a run."""
   for root in roots:
+    stores.check_address(root)
     require(
-      os.path.isdir(root),
+      stores.is_address(root) or os.path.isdir(root),
       "--root",
       root,
       "there is no such folder; give those that hold the runs' workdirs",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from beyond_outliers import cli
+from beyond_outliers import cli, stores
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.evaluate import offline_tasks
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.target import Target, TextOptions
 
-WORKDIR = cli.path_flag("workdir", None, "Folder of a run.")
+WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
 CHECKPOINT = cli.path_flag("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
 AVERAGE = flags.DEFINE_string(
@@ -92,7 +92,6 @@ def open_target(progress: Progress) -> Target:
   """The target that the flags name. Errors: ConfigError, WorkdirError, DataError."""
   from beyond_outliers.evaluate.job import wait_for_run
   from beyond_outliers.evaluate.target import HuggingFaceModel, OneCheckpoint, RunCheckpoints
-  from beyond_outliers.workdir import Workdir
 
   options: TextOptions = {
     "dataset": DATA.value or "",
@@ -121,7 +120,7 @@ def open_target(progress: Progress) -> Target:
     return OneCheckpoint(CHECKPOINT.value, AVERAGE.value, **options)
   workdir = str(WORKDIR.value)
   if FOLLOW.value:
-    wait_for_run(Workdir(workdir).path, progress, POLL.value)
+    wait_for_run(workdir, progress, POLL.value)
   return RunCheckpoints(workdir, AVERAGE.value, **options)
 
 
@@ -160,6 +159,8 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  for address in (WORKDIR.value, CHECKPOINT.value):
+    stores.check_address(address or "")
   from beyond_outliers.evaluate.evaluator import Evaluator
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.plan import check_names, plan_cells

@@ -55,7 +55,7 @@ class Evaluator:
     warn: Callable[[str], None] = results.warn,
   ):
     self.target, self.cells, self._windows = target, list(cells), calibration_windows
-    self._store = results.ResultStore(folder or target.results_folder, warn)
+    self._store, self._warn = results.ResultStore(folder or target.results_folder, warn), warn
     # Parameters whole on every device, rows of a batch split over them.
     mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1), jax.local_devices())
     mesh_lib.check_batch(mesh, "--batch_size", target.text.batch_size)
@@ -120,8 +120,10 @@ class Evaluator:
     return result
 
   def close(self) -> None:
+    """Errors: StoreError of results that could not be uploaded."""
     if self._sink:
       self._sink.close()
+    self.target.publish()
 
   def _ask_tasks(
     self, step: int, cell: Cell, params: Params, q: quant.QuantizedModel | None
@@ -192,3 +194,7 @@ class Evaluator:
       **workdir_lib.manifest({}),
     }
     self._store.write(step, cell.row, cell.method, settings, result)
+    try:
+      self.target.publish()
+    except OSError as error:
+      self._warn(f"{error}; the result is in {self._store.path}, to be uploaded later")

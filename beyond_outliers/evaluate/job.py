@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import sys
 import time
 import traceback
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from etils import epath
-
+from beyond_outliers import stores
 from beyond_outliers.errors import CheckpointError, ConfigError
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.table import shown
 from beyond_outliers.evaluate.target import Target
-from beyond_outliers.types import Params
+from beyond_outliers.types import Params, PathLike
+from beyond_outliers.workdir import Workdir
 
 SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
 RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in which a run writes them
@@ -52,10 +53,19 @@ class Progress:
     self._last = time.monotonic()
 
 
-def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
-  if not all((workdir / name).exists() for name in RECORDS):
-    progress.line(f"waiting for a run in {workdir}")
-  while not all((workdir / name).exists() for name in RECORDS):
+def wait_for_run(workdir: PathLike, progress: Progress, poll: float) -> None:
+  """Errors: WorkdirError."""
+  copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None
+  folder = Workdir(copy.folder if copy else workdir).path
+
+  def has_begun() -> bool:
+    if copy:
+      copy.refresh()
+    return all((folder / name).exists() for name in RECORDS)
+
+  if not has_begun():
+    progress.line(f"waiting for a run in {copy.address if copy else folder}")
+  while not has_begun():
     time.sleep(poll)
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from beyond_outliers import config, data, quant, runs
+from beyond_outliers import config, data, quant, runs, stores
 from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
 from beyond_outliers.errors import ConfigError
@@ -83,6 +83,10 @@ class Target(Protocol):
     """Stamp of the training's last write; differs once it wrote something."""
     ...
 
+  def publish(self) -> None:
+    """Has what was written into `results_folder` taken to where it belongs. Errors: StoreError."""
+    ...
+
 
 class RunCheckpoints:
   """A run's checkpoints, as they land, or an average of its parameters as of these.
@@ -95,13 +99,13 @@ class RunCheckpoints:
     recipe = quant.recipes.from_config(run.config.quant)
     self._run = run
     self.average = runs.AverageOfRun(run, average) if average else None
-    self.name = str(run.path)
+    self.name = run.address
     self.model = run.model.clone(dot_general_for=None)
     self.recipe = quant.recipes.name_of(run.config.quant)
     self.trained_under = recipe if recipe.quantizes else None
     self.text = _text_of_run(run, **options)
     self.identity = run.identity
-    self.origin: Json = {"workdir": str(run.path), "config": config.to_dict(run.config)}
+    self.origin: Json = {"workdir": run.address, "config": config.to_dict(run.config)}
     self.results_folder = run.path / "eval"
     # Apart from the run's own events, which TensorBoard would take for the same run.
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
@@ -128,21 +132,26 @@ class RunCheckpoints:
     metrics = self._run.path / "metrics.jsonl"
     return metrics.stat().mtime if metrics.exists() else None
 
+  def publish(self) -> None:
+    self._run.publish()
+
 
 class OneCheckpoint(RunCheckpoints):
   """One checkpoint of a run, RUN/checkpoints/N. Options and errors: as RunCheckpoints."""
 
   def __init__(self, directory: PathLike, average: str = "", **options: Unpack[TextOptions]):
-    path = epath.Path(os.path.abspath(directory))
+    path = os.fspath(directory)
+    path = path.rstrip("/") if stores.is_address(path) else os.path.abspath(path)
+    run, folder, name = (["", "", *path.rsplit("/", 2)])[-3:]
     require(
-      path.name.isdigit() and path.parent.name == "checkpoints",
+      name.isdigit() and folder == "checkpoints",
       "--checkpoint",
       str(directory),
       "expected RUN/checkpoints/N in the folder of its run, whose config.json "
       "says what model it is",
     )
-    super().__init__(path.parent.parent, average, **options)
-    self._step = int(path.name)
+    super().__init__(run or "/", average, **options)
+    self._step = int(name)
 
   def steps(self) -> list[int]:
     return [step for step in super().steps() if step == self._step]
@@ -214,6 +223,9 @@ class HuggingFaceModel:
 
   def last_write(self) -> None:
     return None
+
+  def publish(self) -> None:
+    pass
 
 
 def _text_of_run(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from beyond_outliers import config, data, hardware, writers
+from beyond_outliers import config, data, hardware, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.model import transformer
@@ -41,9 +41,11 @@ def run(
 ) -> str:
   """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
 
+  path: a folder, or the address of a store, of which a folder here is the mirror (stores/).
   from_step: go back to this checkpoint first, and set aside what came later (rewind.py).
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
-    training."""
+    training. StoreError at the end, of a store that has not got all of it.
+  """
   say = say or _print_on_first_process
   processes.agree("configuration", lambda: _deciding(c, path))
   program = program_lib.build_program(c, devices)
@@ -51,11 +53,12 @@ def run(
   if dry_run:
     say(describe.describe_compiled(program))
     return "done"
-  workdir = workdir_lib.Workdir(path)
-  before = workdir.read_config()
-  if before is not None:
-    config.check_resumable(before, c)
+  workdir = workdir_lib.Workdir(stores.spool(path))
+  _check_resumable(workdir, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
+    if stores.is_address(path):
+      _mirror(os.fspath(path), workdir, c, stack, say)
+      _check_resumable(workdir, c)  # of what was fetched
     workdir.check()
     if from_step is not None:
       rewind.rewind(workdir, from_step, say)
@@ -65,7 +68,44 @@ def run(
 def _deciding(c: config.Config, path: PathLike) -> Json:
   """What the processes of a run must have in common, but for the data."""
   settings = config.flatten({**config.to_dict(c), **workdir_lib.code()})
-  return {"--workdir": os.path.abspath(path), **settings}
+  return {"--workdir": path if stores.is_address(path) else os.path.abspath(path), **settings}
+
+
+def _check_resumable(workdir: workdir_lib.Workdir, c: config.Config) -> None:
+  before = workdir.read_config()
+  if before is not None:
+    config.check_resumable(before, c)
+
+
+def _mirror(
+  address: str,
+  workdir: workdir_lib.Workdir,
+  c: config.Config,
+  stack: contextlib.ExitStack,
+  say: Say,
+) -> None:
+  """Mirrors the workdir until the stack is closed: the first process does, for all.
+
+  Errors: WorkdirError on every process."""
+  problem = ""
+  token = workdir.path / ".seen.tmp"
+  if jax.process_index() == 0:
+    try:
+      stack.enter_context(
+        stores.mirrored(address, workdir.path, sealed=c.checkpoint.verify, say=say)
+      )
+      token.write_text(secrets.token_hex(8))
+    except workdir_lib.WorkdirError as error:
+      problem = str(error)
+  problem = mesh_lib.from_first(problem)
+  if problem:
+    raise workdir_lib.WorkdirError(problem)
+  expected = mesh_lib.from_first(token.read_text() if jax.process_index() == 0 else "")
+  if mesh_lib.on_any_process(not token.exists() or token.read_text() != expected):
+    raise workdir_lib.WorkdirError(
+      f"{address}: its folder {workdir.path} is not the same on all processes; set "
+      "BEYOND_OUTLIERS_CACHE to a folder that all of them share"
+    )
 
 
 def _print_on_first_process(text: str) -> None:
