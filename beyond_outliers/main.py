@@ -18,7 +18,7 @@ CONFIG = cli.config_flag()
 WORKDIR = cli.path_flag(
   "workdir",
   None,
-  "Folder of the run, or s3://BUCKET/PATH or gs://BUCKET/PATH; by default runs/<config>-<size>. The "
+  "Folder of the run, s3://BUCKET/PATH or gs://BUCKET/PATH; by default runs/<config>-<size>. The "
   "same command resumes.",
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")

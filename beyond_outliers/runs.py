@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Run:
   """One run by its workdir, read only. Nothing is loaded before it is asked for.
 
-  Of an address in a store `path` is a copy here, made anew whenever it is asked for what changes."""
+  Of an address in a store `path` is a copy here, brought up to date as it is asked."""
 
   def __init__(self, workdir: PathLike):
     self._copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None

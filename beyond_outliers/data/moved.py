@@ -16,7 +16,11 @@ def find_dataset(recorded: Json, workdir: PathLike) -> data.Dataset:
   path = recorded["directory"]
   *_, parent, name = ("", *os.path.normpath(path).split(os.sep))
   tails = dict.fromkeys([os.path.join(parent, name), name] if os.path.isabs(path) else [path, name])
-  moved = [os.path.join(folder, tail) for folder in (workdir, *workdir.parents) for tail in tails]
+  moved = [
+    os.path.join(folder, tail)
+    for folder in (workdir, *pathlib.Path(workdir).parents)
+    for tail in tails
+  ]
   others = []
   for place in dict.fromkeys([os.path.abspath(path), *moved]):
     if os.path.isfile(os.path.join(place, "meta.json")):

@@ -123,7 +123,11 @@ class Evaluator:
     """Errors: StoreError of results that could not be uploaded."""
     if self._sink:
       self._sink.close()
-    self.target.publish()
+    self._publish()
+
+  def _publish(self) -> None:
+    if self.target.run:
+      self.target.run.publish()
 
   def _ask_tasks(
     self, step: int, cell: Cell, params: Params, q: quant.QuantizedModel | None
@@ -195,6 +199,6 @@ class Evaluator:
     }
     self._store.write(step, cell.row, cell.method, settings, result)
     try:
-      self.target.publish()
+      self._publish()
     except OSError as error:
       self._warn(f"{error}; the result is in {self._store.path}, to be uploaded later")

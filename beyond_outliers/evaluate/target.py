@@ -50,6 +50,7 @@ class Target(Protocol):
 
   name: str
   model: transformer.Transformer  # in full precision
+  run: runs.Run | None  # whose checkpoints they are
   average: runs.AverageOfRun | None  # in the place of the run's parameters
   recipe: str  # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None  # the same with the run's rules; None if nothing was quantized
@@ -83,10 +84,6 @@ class Target(Protocol):
     """Stamp of the training's last write; differs once it wrote something."""
     ...
 
-  def publish(self) -> None:
-    """Has what was written into `results_folder` taken to where it belongs. Errors: StoreError."""
-    ...
-
 
 class RunCheckpoints:
   """A run's checkpoints, as they land, or an average of its parameters as of these.
@@ -97,7 +94,7 @@ class RunCheckpoints:
   def __init__(self, workdir: PathLike, average: str = "", **options: Unpack[TextOptions]):
     run = runs.open(workdir)
     recipe = quant.recipes.from_config(run.config.quant)
-    self._run = run
+    self.run = run
     self.average = runs.AverageOfRun(run, average) if average else None
     self.name = run.address
     self.model = run.model.clone(dot_general_for=None)
@@ -111,38 +108,35 @@ class RunCheckpoints:
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
 
   def steps(self) -> list[int]:
-    return self._run.steps
+    return self.run.steps
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    return self._run.written(step)
+    return self.run.written(step)
 
   def params(self, step: int) -> Params:
-    return self._run.params(step, average=self.average.name if self.average else "")
+    return self.run.params(step, average=self.average.name if self.average else "")
 
   def ended(self) -> bool:
-    return self._run.status["status"] in ENDED
+    return self.run.status["status"] in ENDED
 
   def status(self) -> str:
-    status = self._run.status
+    status = self.run.status
     since = "from" if status["status"] == "running" else "at"
     text = f"{status['status']} {since} step {status.get('first', status['step'])}"
     return f"{text}: {status['reason']}" if status["reason"] else text
 
   def last_write(self) -> float | None:
-    metrics = self._run.path / "metrics.jsonl"
+    metrics = self.run.path / "metrics.jsonl"
     return metrics.stat().mtime if metrics.exists() else None
-
-  def publish(self) -> None:
-    self._run.publish()
 
 
 class OneCheckpoint(RunCheckpoints):
   """One checkpoint of a run, RUN/checkpoints/N. Options and errors: as RunCheckpoints."""
 
   def __init__(self, directory: PathLike, average: str = "", **options: Unpack[TextOptions]):
-    path = os.fspath(directory)
-    path = path.rstrip("/") if stores.is_address(path) else os.path.abspath(path)
-    run, folder, name = (["", "", *path.rsplit("/", 2)])[-3:]
+    found = os.fspath(directory).rstrip("/")
+    path = found if stores.is_address(found) else os.path.abspath(found or "/")
+    run, folder, name = ["", "", *path.rsplit("/", 2)][-3:]
     require(
       name.isdigit() and folder == "checkpoints",
       "--checkpoint",
@@ -186,7 +180,7 @@ class HuggingFaceModel:
     self._params = params
     self.name = directory
     self.model = model
-    self.average = None
+    self.run = self.average = None
     self.recipe = "none"
     self.trained_under = None
     self.text = Text(
@@ -223,9 +217,6 @@ class HuggingFaceModel:
 
   def last_write(self) -> None:
     return None
-
-  def publish(self) -> None:
-    pass
 
 
 def _text_of_run(

@@ -1,5 +1,5 @@
-"""A copy here of what a store has of a run, for whoever reads it: small files first, checkpoints once
-they are asked for; and what evaluation jobs make of them on its way back."""
+"""A copy here of what a store has of a run, for whoever reads it: small files first, checkpoints
+once they are asked for; and the way back of what evaluation jobs make of them."""
 
 from __future__ import annotations
 

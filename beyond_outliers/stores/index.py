@@ -57,7 +57,7 @@ def decode(content: bytes, where: str) -> Index:
     return Index(str(found["id"]), str(found["previous"]), files)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise WorkdirError(
-      f"{where} is not the index that was written ({error}); restore it from a version of the object"
+      f"{where} is not the index that was written ({error}); restore an older version of it"
     ) from None
 
 
@@ -131,7 +131,7 @@ def fetch(store: Store, folder: pathlib.Path, files: dict[str, Stamp]) -> None:
       store.download(name, temporary)
       os.utime(temporary, ns=(files[name][1], files[name][1]))
 
-  for name, error in each(fetch_one, files).items():
+  for error in each(fetch_one, files).values():
     if not isinstance(error, FileNotFoundError):
       raise error
 

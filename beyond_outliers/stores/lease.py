@@ -144,7 +144,7 @@ def _name(holder: Json) -> str:
 
 
 def _machine() -> str:
-  """Of this boot of this machine, and this namespace of process numbers: containers have their own."""
+  """This boot of this machine, and the namespace of process numbers: containers have their own."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,8 +1,9 @@
 """Objects of a store below an address, s3://BUCKET/PATH or gs://BUCKET/PATH. The only import of
 obstore.
 
-Which server and whose account comes from the environment, as obstore documents it: AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL ..., GOOGLE_APPLICATION_CREDENTIALS ..., or the machine's own account."""
+Which server and whose account comes from the environment, as obstore documents it:
+AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and others, or the machine's own
+account."""
 
 from __future__ import annotations
 
@@ -54,6 +55,11 @@ def parse_address(address: str) -> tuple[str, ...]:
   """(scheme, bucket, folders...). Errors: WorkdirError."""
   scheme, _, rest = address.partition("://")
   parts = rest.rstrip("/").split("/")
+  if "@" in parts[0]:  # and what is said of it is not to be in a log
+    raise WorkdirError(
+      f"{scheme}://...@{parts[0].rpartition('@')[2]}: an address takes no user and no key; "
+      "credentials are taken from the environment"
+    )
   if scheme not in SCHEMES:
     raise WorkdirError(
       f"{address}: no store that is known; expected a folder, or s3://BUCKET/PATH or gs://BUCKET/PATH"
@@ -62,10 +68,8 @@ def parse_address(address: str) -> tuple[str, ...]:
     raise WorkdirError(
       f"{address}: expected {scheme}://BUCKET/PATH, of names without '..' and empty ones"
     )
-  if "@" in parts[0] or any(character in rest for character in "?#%"):
-    raise WorkdirError(
-      f"{address}: takes no user, '?', '#' or '%'; credentials are taken from the environment"
-    )
+  if any(character in rest for character in "?#%"):
+    raise WorkdirError(f"{address}: an address takes no '?', '#' or '%'; choose another name")
   return (scheme, *parts)
 
 
@@ -95,11 +99,9 @@ def open_store(address: str) -> Store:
   from obstore import store as backends
 
   retries: Any = {"max_retries": 4, "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS)}
-  endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
   try:
     backend = backends.from_url(
       f"{scheme}://{bucket}",
-      config={"endpoint": endpoint} if scheme == "s3" and endpoint else None,
       client_options={"allow_http": True, "connect_timeout": "5s", "timeout": "120s"},
       retry_config=retries,
     )
