@@ -47,7 +47,7 @@ class Run:
 
   def __repr__(self) -> str:
     status, step = self.status["status"], self.status["step"]
-    return f"Run({str(self.path)!r}, {status} at step {step} of {self.config.steps})"
+    return f"Run({self.address!r}, {status} at step {step} of {self.config.steps})"
 
   @property
   def path(self) -> epath.Path:

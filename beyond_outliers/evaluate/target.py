@@ -50,7 +50,7 @@ class Target(Protocol):
 
   name: str
   model: transformer.Transformer  # in full precision
-  run: runs.Run | None  # whose checkpoints they are
+  run: Any  # whose checkpoints they are, a runs.Run, or None
   average: runs.AverageOfRun | None  # in the place of the run's parameters
   recipe: str  # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None  # the same with the run's rules; None if nothing was quantized
@@ -180,7 +180,8 @@ class HuggingFaceModel:
     self._params = params
     self.name = directory
     self.model = model
-    self.run = self.average = None
+    self.run = None
+    self.average = None
     self.recipe = "none"
     self.trained_under = None
     self.text = Text(
