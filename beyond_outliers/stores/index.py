@@ -66,7 +66,7 @@ def in_store(store: Store) -> Index:
   return EMPTY if found is None else decode(found[0], f"{store.address}/{INDEX}")
 
 
-def in_folder(folder: pathlib.Path) -> Index:
+def last_of(folder: pathlib.Path) -> Index:
   """The index that the folder last wrote or read; a damaged one counts for none."""
   try:
     return decode((folder / INDEX).read_bytes(), str(folder / INDEX))
@@ -131,12 +131,12 @@ def fetch(store: Store, folder: pathlib.Path, files: dict[str, Stamp]) -> None:
       store.download(name, temporary)
       os.utime(temporary, ns=(files[name][1], files[name][1]))
 
-  for error in each(fetch_one, files).values():
+  for error in attempts(fetch_one, files).values():
     if not isinstance(error, FileNotFoundError):
       raise error
 
 
-def each(do: Callable[[str], None], names: Iterable[str]) -> dict[str, OSError]:
+def attempts(do: Callable[[str], None], names: Iterable[str]) -> dict[str, OSError]:
   """Does it of every name, some at once; returns the errors."""
   failed: dict[str, OSError] = {}
 

@@ -70,7 +70,7 @@ class Mirror:
   def begin(self) -> None:
     """Makes the folder what the store has, or keeps it where it is as new or newer: nobody else has
     written there since this folder did. What is otherwise not uploaded is set aside."""
-    theirs, ours = index_lib.in_store(self._store), index_lib.in_folder(self._folder)
+    theirs, ours = index_lib.in_store(self._store), index_lib.last_of(self._folder)
     if not theirs.id and self._store.read("config.json") is not None:
       raise WorkdirError(
         f"{self._store.address} holds a run without {index_lib.INDEX}, which was copied there; "
@@ -184,8 +184,8 @@ class Mirror:
       self._known[name] = have[name]  # what changes meanwhile has another time, and comes again
 
     last = [name for name in names if name == "status.json"]
-    failed = index_lib.each(upload, [name for name in names if name not in last])
-    failed |= index_lib.each(upload, last if not failed else [])
+    failed = index_lib.attempts(upload, [name for name in names if name not in last])
+    failed |= index_lib.attempts(upload, last if not failed else [])
     problems = [error for error in failed.values() if not isinstance(error, FileNotFoundError)]
     gone = {step_of(name) for name in failed} - {None}
     if gone:  # deleted meanwhile (checkpoint.keep)

@@ -54,11 +54,12 @@ def run(
     say(describe.describe_compiled(program))
     return "done"
   workdir = workdir_lib.Workdir(stores.spool(path))
-  _check_resumable(workdir, c)
+  if not stores.is_address(path):
+    _check_resumable(workdir, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
     if stores.is_address(path):
       _mirror(os.fspath(path), workdir, c, stack, say)
-      _check_resumable(workdir, c)  # of what was fetched
+      _check_resumable(workdir, c)
     workdir.check()
     if from_step is not None:
       rewind.rewind(workdir, from_step, say)

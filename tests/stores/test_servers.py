@@ -29,9 +29,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 # The server looks at whose request it is, and at no signature.
-S3_ACCOUNT = (
-  "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
-)
+SCOPE = "x/20260101/us-east-1/s3/aws4_request"
+S3_ACCOUNT = f"AWS4-HMAC-SHA256 Credential={SCOPE}, SignedHeaders=host, Signature=0"
 
 
 class Quiet(WSGIRequestHandler):
