@@ -75,7 +75,7 @@ class Workdir:
     found = FolderPath(os.path.abspath(os.path.expanduser(path)))
     if "://" in f"{path} {found}":  # etils takes /gs, too, for gs://
       raise WorkdirError(
-        f"workdir {path}: is no folder, and one is needed here; give a mounted one, in another "
+        f"workdir {path}: is no folder, as is needed here; give a mounted folder, in another "
         "place than /gs, /s3, /az or /hf (--workdir takes s3://BUCKET/PATH and gs://BUCKET/PATH)"
       )
     self.path = found
