@@ -86,6 +86,8 @@ class Mirror:
       name: stamp for name, stamp in theirs.files.items() if ours.files.get(name) == stamp
     }
     self._known |= self._fetch_shared(have)
+    if not theirs.id:  # so that what is there from now on is known for a mirror's
+      self._write_index({}, new=True)
 
   def _replace(self, have: dict[str, Stamp], theirs: Index, ours: Index) -> dict[str, Stamp]:
     """Makes the folder what the store has; returns what it has then."""
@@ -194,14 +196,14 @@ class Mirror:
     if problems:
       raise StoreError(str(problems[0]))
 
-  def _write_index(self, have: dict[str, Stamp]) -> None:
+  def _write_index(self, have: dict[str, Stamp], new: bool = False) -> None:
     partial = {step_of(name) for name in self._new(have)} - {None}
     files = {
       name: stamp
       for name, stamp in self._known.items()
       if name in have and not is_shared(name) and step_of(name) not in partial
     }
-    if files == self._index.files:
+    if files == self._index.files and not new:
       return
     index = self._index.after(files)
     index_lib.keep(self._folder, index)  # first: `begin` takes the one before for its own, too

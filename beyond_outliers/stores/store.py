@@ -128,9 +128,7 @@ class Store:
       with self._told():
         found = obstore.get(self._backend, self._key(name))
         return bytes(found.bytes()), _tag(found.meta)
-    except FileNotFoundError as error:
-      if "NoSuchBucket" in str(error):
-        raise StoreError(f"{self.address}: {_meaning(error)}") from None
+    except FileNotFoundError:
       return None
 
   def write(self, name: str, content: bytes, replaces: str | None = "any") -> str:
@@ -145,14 +143,14 @@ class Store:
       assert replaces is not None
       e_tag, _, version = replaces.partition(" ")
       mode = {"e_tag": e_tag, **({"version": version} if version else {})}
-    with self._told():
+    with self._told(writes=True):
       return _tag(obstore.put(self._backend, self._key(name), content, mode=mode))
 
   def upload(self, name: str, path: pathlib.Path) -> None:
     """Errors: FileNotFoundError of a file that is gone."""
     import obstore
 
-    with path.open("rb") as file, self._told():
+    with path.open("rb") as file, self._told(writes=True):
       obstore.put(self._backend, self._key(name), file)
 
   def download(self, name: str, path: pathlib.Path) -> None:
@@ -185,14 +183,18 @@ class Store:
     return f"{self._prefix}/{name}" if self._prefix else name
 
   @contextlib.contextmanager
-  def _told(self) -> Iterator[None]:
-    """Errors of the library in one line."""
+  def _told(self, writes: bool = False) -> Iterator[None]:
+    """Errors of the library in one line. A bucket that is gone is no object that is."""
     from obstore import exceptions
 
     try:
       yield
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
       raise ChangedError(f"{self.address}: {_meaning(error)}") from None
+    except FileNotFoundError as error:
+      if not writes and "NoSuchBucket" not in str(error):
+        raise
+      raise StoreError(f"{self.address}: {_meaning(error)}") from None
     except exceptions.BaseError as error:
       raise StoreError(f"{self.address}: {_meaning(error)}") from None
 

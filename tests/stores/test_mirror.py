@@ -206,6 +206,14 @@ def test_parts_that_a_killed_process_left_are_swept_and_nothing_else(mirrored, s
   assert {"notes.txt", "eval/2-none.json"} <= store.sizes().keys()
 
 
+def test_what_was_killed_before_its_first_index_goes_on(mirrored, store, tmp_path, said):
+  mirror_of(store, tmp_path / "here", said)
+  store.write("config.json", b"uploaded, when it was killed")
+  with mirrored(tmp_path / "there"):
+    write(tmp_path / "there", "config.json", "anew")
+  assert store.read("config.json")[0] == b"anew"
+
+
 def test_a_run_that_was_copied_there_by_hand_is_not_written_over(mirrored, store, tmp_path):
   store.write("config.json", b"{}")
   refused = pytest.raises(WorkdirError, match=r"holds a run without mirror\.json")
@@ -319,6 +327,22 @@ def test_the_newest_sound_checkpoint_is_fetched(store, tmp_path, said):
   assert {path.name for path in (tmp_path / "copy/checkpoints").iterdir()} == {"2", "4"}
   assert not list((tmp_path / "copy").glob(".fetching-*"))
   assert len(copy.stamps(2)) == 3 and not copy.stamps(3)
+
+
+def test_a_reader_goes_on_with_what_it_has_while_the_store_is_away(
+  store, tmp_path, said, monkeypatch
+):
+  write_checkpoint(tmp_path / "run", 2)
+  mirror_of(store, tmp_path / "run", said).push()
+  copy = Copy(ADDRESS, store, tmp_path / "copy")
+
+  def fail(name):
+    raise StoreError("the server does not answer")
+
+  monkeypatch.setattr(store, "read", fail)
+  assert copy.steps() == [2]
+  with pytest.raises(WorkdirError, match="does not answer"):
+    Copy(ADDRESS, store, tmp_path / "other")
 
 
 BAD = {

@@ -19,12 +19,13 @@ pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 pytest.importorskip("moto", reason="moto comes with the extra `test`")
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from obstore.store import from_url
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from beyond_outliers import runs, stores
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
-from beyond_outliers.stores.store import ChangedError, open_store
+from beyond_outliers.stores.store import ChangedError, Store, StoreError, open_store
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,6 +33,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 # The server looks at whose request it is, and at no signature.
 SCOPE = "x/20260101/us-east-1/s3/aws4_request"
 S3_ACCOUNT = f"AWS4-HMAC-SHA256 Credential={SCOPE}, SignedHeaders=host, Signature=0"
+
+
+PLAIN: dict = {"allow_http": True}
 
 
 class Quiet(WSGIRequestHandler):
@@ -127,6 +131,23 @@ def test_objects_and_conditions(scheme, tmp_path):
   assert store.sizes().keys() == {"eval/empty", "eval/large"}
   with pytest.raises(FileNotFoundError):
     store.download("x", tmp_path / "back")
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_bucket_that_is_gone_is_no_file_that_is(scheme, tmp_path):
+  """What cannot be uploaded must not count as deleted here."""
+  gone = Store(f"{scheme}://gone/run", from_url(f"{scheme}://gone", client_options=PLAIN), "run")
+  (tmp_path / "x").write_text("x")
+  for attempt in (
+    lambda: gone.upload("x", tmp_path / "x"),
+    lambda: gone.write("x", b"x"),
+    lambda: gone.read("x"),
+    lambda: gone.download("x", tmp_path / "y"),
+  ):
+    with pytest.raises(StoreError, match="no such bucket"):
+      attempt()
+  with pytest.raises(FileNotFoundError):
+    gone.upload("y", tmp_path / "never")
 
 
 REFUSALS = {
