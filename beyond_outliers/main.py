@@ -10,14 +10,17 @@ import sys
 
 from absl import app, flags
 
-from beyond_outliers import cli, config
+from beyond_outliers import cli, config, stores
 from beyond_outliers.config.cluster import membership
 
 EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
 
 CONFIG = cli.config_flag()
 WORKDIR = cli.path_flag(
-  "workdir", None, "Folder of the run; by default runs/<config>-<size>. The same command resumes."
+  "workdir",
+  None,
+  "Folder of the run, s3://BUCKET/PATH or gs://BUCKET/PATH; by default runs/<config>-<size>. The "
+  "same command resumes.",
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
 FROM_STEP = flags.DEFINE_integer(
@@ -34,6 +37,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   c = config.resolve(CONFIG.value)
+  stores.check_address(WORKDIR.value or "")
   joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
   # With all of JAX, which --help and a refusal do without.
   from beyond_outliers import train

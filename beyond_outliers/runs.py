@@ -16,12 +16,13 @@ import jax
 from etils import epath
 
 from beyond_outliers import config as config_lib
-from beyond_outliers import data, quant, writers
+from beyond_outliers import data, quant, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import digest_without
+from beyond_outliers.data.moved import find_dataset
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Batch, Json, Params, PathLike
@@ -33,21 +34,36 @@ if TYPE_CHECKING:
 
 
 class Run:
-  """One run by its workdir, read only; `name` in tables. Nothing is loaded until asked for."""
+  """One run by its workdir, read only. Nothing is loaded before it is asked for.
+
+  name: in tables, and by which others find it. Of an address in a store `path` is a copy here,
+  brought up to date as it is asked."""
 
   def __init__(self, workdir: PathLike, name: str = ""):
-    self._workdir = workdir_lib.Workdir(workdir)
-    self.name = name or str(self.path)
+    self._copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None
+    self._folder = workdir_lib.Workdir(self._copy.folder if self._copy else workdir)
+    self.name = name or (self._copy.address if self._copy else str(self.path))
     if self._workdir.read("config.json") is None:
-      raise workdir_lib.WorkdirError(f"{self.path} holds no run: it has no config.json")
+      raise workdir_lib.WorkdirError(f"{self.name} holds no run: it has no config.json")
 
   def __repr__(self) -> str:
     status, step = self.status["status"], self.status["step"]
-    return f"Run({str(self.path)!r}, {status} at step {step} of {self.config.steps})"
+    return f"Run({self.name!r}, {status} at step {step} of {self.config.steps})"
 
   @property
   def path(self) -> epath.Path:
-    return self._workdir.path
+    return self._folder.path
+
+  @property
+  def _workdir(self) -> workdir_lib.Workdir:
+    if self._copy:
+      self._copy.refresh()
+    return self._folder
+
+  def publish(self) -> None:
+    """Uploads what evaluation jobs wrote into `path`, if that is a copy. Errors: StoreError."""
+    if self._copy:
+      self._copy.publish()
 
   @functools.cached_property
   def config(self) -> config_lib.Config:
@@ -82,11 +98,13 @@ class Run:
   @property
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, oldest first."""
-    return self._checkpoints.steps()
+    return self._copy.steps() if self._copy else self._checkpoints.steps()
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
     """(name, bytes, time) of a checkpoint's files: others once it was saved anew."""
-    return workdir_lib.stamps(self._workdir.checkpoints / str(step))
+    if self._copy:
+      return self._copy.stamps(step)
+    return workdir_lib.stamps(self._folder.checkpoints / str(step))
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row per logged or evaluated step, with `step` as the index.
@@ -94,7 +112,7 @@ class Run:
     Errors: WorkdirError."""
     import pandas as pd  # takes a while, and a warm start opens runs too
 
-    if not (self.path / "metrics.jsonl").exists():
+    if not (self._workdir.path / "metrics.jsonl").exists():
       raise workdir_lib.WorkdirError(f"{self.path} has no metrics.jsonl; restore it from a copy")
     writers.check_last_rows(self._workdir)
     frame = pd.DataFrame([row for _, row in self._workdir.read_rows()])
@@ -133,7 +151,9 @@ class Run:
     """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh; or another
     field of the state that is like them.
 
-    Errors: CheckpointError."""
+    Errors: CheckpointError, StoreError."""
+    if self._copy:
+      self._copy.fetch_checkpoint(step)
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
     return self._checkpoints.restore_params(
       mesh_lib.placed(transformer.shapes(self.model), shardings), step, field
@@ -154,7 +174,7 @@ class Run:
     """What the run was trained on, where it was then or where it was moved with the run.
 
     Errors: DataError."""
-    return _find_dataset(self.trained_on, self.path)
+    return find_dataset(self.trained_on, self.path)
 
   @property
   def tokenizer(self) -> Any:
@@ -191,7 +211,7 @@ class Run:
   def _checkpoints(self) -> Checkpoints:
     from beyond_outliers import checkpoint  # Orbax takes a second, and many only read numbers
 
-    return checkpoint.Checkpoints(self._workdir.checkpoints, read_only=True)
+    return checkpoint.Checkpoints(self._folder.checkpoints, read_only=True)
 
 
 class AverageOfRun:
@@ -247,8 +267,11 @@ def open(workdir: PathLike) -> Run:
 
 def find(root: PathLike) -> list[Run]:
   """Every run in a folder and the folders below it, by path; each once, if links lead to it too.
+  Of an address in a store, every run below it.
 
   Errors: WorkdirError for a folder that cannot be read."""
+  if stores.is_address(root):
+    return [Run(address) for address in stores.addresses_below(os.fspath(root))]
   found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
   while pending:
     folder = pending.pop()
@@ -270,33 +293,3 @@ def find(root: PathLike) -> list[Run]:
     pending = [entry.path for entry in below if entry.is_symlink()] + pending
     pending += [entry.path for entry in below if not entry.is_symlink()]
   return sorted(found, key=lambda run: str(run.path))
-
-
-def _find_dataset(recorded: Json, workdir: epath.Path) -> data.Dataset:
-  """The dataset of a manifest: the path that it holds, or the same below the workdir or a folder
-  above that, by fingerprint."""
-  path = recorded["directory"]
-  *_, parent, name = ("", *os.path.normpath(path).split(os.sep))
-  tails = dict.fromkeys([os.path.join(parent, name), name] if os.path.isabs(path) else [path, name])
-  moved = [os.path.join(folder, tail) for folder in (workdir, *workdir.parents) for tail in tails]
-  others = []
-  for place in dict.fromkeys([os.path.abspath(path), *moved]):
-    if os.path.isfile(os.path.join(place, "meta.json")):
-      try:
-        found = data.open(place)
-      except DataError as error:
-        others.append(str(error))
-        continue
-      if found.fingerprint == recorded["fingerprint"]:
-        return found
-      others.append(f"{place} holds data {found.fingerprint[:12]}")
-  raise DataError(
-    "; ".join(
-      [
-        f"{workdir}: the run was trained on data {recorded['fingerprint'][:12]}, and they are "
-        f"neither {os.path.abspath(path)} nor {' or '.join(tails)} in that folder or one above it",
-        *others,
-        "restore them, or give the folder of others (evaluate --data)",
-      ]
-    )
-  )

@@ -75,8 +75,8 @@ class Workdir:
     found = FolderPath(os.path.abspath(os.path.expanduser(path)))
     if "://" in f"{path} {found}":  # etils takes /gs, too, for gs://
       raise WorkdirError(
-        f"workdir {path}: object stores cannot append to metrics.jsonl; give a mounted folder "
-        "(gcsfuse, for gs://), in another place than /gs, /s3, /az or /hf"
+        f"workdir {path}: is no folder, as is needed here; give a mounted folder, in another "
+        "place than /gs, /s3, /az or /hf (--workdir takes s3://BUCKET/PATH and gs://BUCKET/PATH)"
       )
     self.path = found
 

@@ -96,7 +96,11 @@ def test_a_run_is_opened(folder, expected, name, optimizer, recipe, step):
   params = run.params()
   check_sums(params, name)
   logits = np.asarray(run.model.apply({"params": params}, expected["tokens"]))[:, LAST]
-  np.testing.assert_allclose(logits, expected[f"{name}/logits"], atol=1e-5)
+  # In 4 bits another version of XLA rounds a few activations to the next code, which moves the
+  # logits as much as parameters that differ by 2e-7 do: by 0.09.
+  written_by = jax.__version__.startswith("0.10.")
+  atol = 1e-5 if recipe == "none" or written_by else 0.2
+  np.testing.assert_allclose(logits, expected[f"{name}/logits"], atol=atol)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "beyond_outliers"
 # Each tier may import from its own packages and modules, and from those before it.
 TIERS = (
   ("errors", "types"),
-  ("config", "params", "ops", "hardware", "data", "cli"),
+  ("config", "params", "ops", "hardware", "data", "cli", "stores"),
   ("mesh", "quant", "optim"),
   ("model", "workdir"),
   ("checkpoint", "writers", "export"),
@@ -29,6 +29,7 @@ FORBIDDEN = {
   "data": ("jax", "flax", "ops"),
   "config": ("jax", "flax", "numpy"),
   "cli": ("jax", "orbax", "grain", "data"),
+  "stores": ("jax", "numpy", "data"),
   "evaluate/metrics": ("jax", "flax", "checkpoint"),
 }
 # library -> the only modules that import it; ml_collections: configs/ and the commands' flags.
@@ -49,6 +50,7 @@ DOORS = {
     f"analysis/plots/{name}" for name in ("propagation", "quantization", "style", "training")
   ),
   "ml_collections": ("cli", "main"),
+  "obstore": ("stores/store",),
   "lm_eval": (
     "evaluate/harness",
     "evaluate/harness_lm",

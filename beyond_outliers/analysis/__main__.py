@@ -16,7 +16,7 @@ import os
 
 from absl import app, flags
 
-from beyond_outliers import cli, runs
+from beyond_outliers import cli, runs, stores
 from beyond_outliers.analysis import packed_runs, report
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder
@@ -30,7 +30,8 @@ OUT = cli.path_flag(
 ROOT = cli.paths_flag(
   "root",
   None,
-  "Folders with the workdirs of sweeps, at any depth, or files that --pack wrote.",
+  "Folders with the workdirs of sweeps, at any depth, addresses of such in stores, or files that "
+  "--pack wrote.",
   required=True,
 )
 PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this PNG file.")
@@ -143,8 +144,9 @@ def _find_runs(roots: list[str]) -> list[runs.Run]:
 
   Errors: ConfigError where a root does not exist, or none holds a run."""
   for root in roots:
+    stores.check_address(root)
     require(
-      os.path.isdir(root) or packed_runs.archive_of(root) is not None,
+      stores.is_address(root) or os.path.isdir(root) or packed_runs.archive_of(root) is not None,
       "--root",
       root,
       "there is no such folder; give those that hold the runs' workdirs",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags
 
-from beyond_outliers import cli, config
+from beyond_outliers import cli, config, stores
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.cluster import membership
 from beyond_outliers.errors import CheckpointError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.target import Target, TextOptions
 
-WORKDIR = cli.path_flag("workdir", None, "Folder of a run.")
+WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
 CHECKPOINT = cli.path_flag("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
 AVERAGE = flags.DEFINE_string(
@@ -95,7 +95,6 @@ def open_target(progress: Progress) -> Target:
   """The target that the flags name. Errors: ConfigError, WorkdirError, DataError."""
   from beyond_outliers.evaluate.job import wait_for_run
   from beyond_outliers.evaluate.target import HuggingFaceModel, OneCheckpoint, RunCheckpoints
-  from beyond_outliers.workdir import Workdir
 
   options: TextOptions = {
     "dataset": DATA.value or "",
@@ -124,7 +123,7 @@ def open_target(progress: Progress) -> Target:
     return OneCheckpoint(CHECKPOINT.value, AVERAGE.value, **options)
   workdir = str(WORKDIR.value)
   if FOLLOW.value:
-    wait_for_run(Workdir(workdir).path, progress, POLL.value)
+    wait_for_run(workdir, progress, POLL.value)
   return RunCheckpoints(workdir, AVERAGE.value, **options)
 
 
@@ -198,6 +197,8 @@ def evaluate() -> bool:
   from beyond_outliers.mesh import processes
 
   check_measured()  # first: a run that --follow waits for may begin tomorrow
+  for address in (WORKDIR.value, CHECKPOINT.value):
+    stores.check_address(address or "")
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():

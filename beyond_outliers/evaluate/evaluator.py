@@ -56,7 +56,7 @@ class Evaluator:
     warn: Callable[[str], None] = results.warn,
   ):
     self.target, self.cells, self._windows = target, list(cells), calibration_windows
-    self._store = results.ResultStore(folder or target.results_folder, warn)
+    self._store, self._warn = results.ResultStore(folder or target.results_folder, warn), warn
     # Parameters whole on every device of every process, rows of a batch split over them. Each
     # process reads, and quantizes, a checkpoint itself; the first one writes.
     mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1))
@@ -123,8 +123,14 @@ class Evaluator:
     return result
 
   def close(self) -> None:
+    """Errors: StoreError of results that could not be uploaded."""
     if self._sink:
       self._sink.close()
+    self._publish()
+
+  def _publish(self) -> None:
+    if self.target.run:
+      self.target.run.publish()
 
   def _ask_tasks(
     self, step: int, cell: Cell, params: Params, q: quant.QuantizedModel | None
@@ -196,3 +202,7 @@ class Evaluator:
       **workdir_lib.manifest({}),
     }
     self._store.write(step, cell.row, cell.method, settings, result)
+    try:
+      self._publish()
+    except OSError as error:
+      self._warn(f"{error}; the result is in {self._store.path}, to be uploaded later")

@@ -10,8 +10,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from etils import epath
-
+from beyond_outliers import stores
 from beyond_outliers.config.files import is_locked
 from beyond_outliers.errors import CheckpointError, ConfigError
 from beyond_outliers.evaluate.evaluator import Evaluator
@@ -20,7 +19,8 @@ from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.table import shown
 from beyond_outliers.evaluate.target import Target
 from beyond_outliers.mesh import processes
-from beyond_outliers.types import Params
+from beyond_outliers.types import Params, PathLike
+from beyond_outliers.workdir import Workdir
 
 SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
 RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in which a run writes them
@@ -56,10 +56,19 @@ class Progress:
     self._last = time.monotonic()
 
 
-def wait_for_run(workdir: epath.Path, progress: Progress, poll: float) -> None:
-  if not all((workdir / name).exists() for name in RECORDS):
-    progress.line(f"waiting for a run in {workdir}")
-  while not all((workdir / name).exists() for name in RECORDS):
+def wait_for_run(workdir: PathLike, progress: Progress, poll: float) -> None:
+  """Errors: WorkdirError."""
+  copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None
+  folder = Workdir(copy.folder if copy else workdir).path
+
+  def has_begun() -> bool:
+    if copy:
+      copy.refresh()
+    return all((folder / name).exists() for name in RECORDS)
+
+  if not has_begun():
+    progress.line(f"waiting for a run in {copy.address if copy else folder}")
+  while not has_begun():
     time.sleep(poll)
 
 
@@ -94,8 +103,9 @@ class Watch:
     origin = self._target.origin
     # Within it, a run whose step takes for ever says so itself, if it has a watchdog.
     patience = max(SILENCE, 1.5 * origin["config"]["log"]["watchdog_seconds"])
-    silent = time.monotonic() - self._since
-    return silent > patience and not is_locked(os.path.join(origin["workdir"], "lock"))
+    if time.monotonic() - self._since <= patience or stores.is_address(origin["workdir"]):
+      return False
+    return not is_locked(os.path.join(origin["workdir"], "lock"))
 
 
 class Job:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from beyond_outliers import config, data, quant, runs
+from beyond_outliers import config, data, quant, runs, stores
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
@@ -51,6 +51,7 @@ class Target(Protocol):
 
   name: str
   model: transformer.Transformer  # in full precision
+  run: Any  # whose checkpoints they are, a runs.Run, or None
   average: runs.AverageOfRun | None  # in the place of the run's parameters
   recipe: str  # that it was trained under, by quant.recipes.name_of
   trained_under: quant.Recipe | None  # the same with the run's rules; None if nothing was quantized
@@ -94,15 +95,15 @@ class RunCheckpoints:
   def __init__(self, workdir: PathLike, average: str = "", **options: Unpack[TextOptions]):
     run = runs.open(workdir)
     recipe = quant.recipes.from_config(run.config.quant)
-    self._run = run
+    self.run = run
     self.average = runs.AverageOfRun(run, average) if average else None
-    self.name = str(run.path)
+    self.name = run.name
     self.model = run.model.clone(dot_general_for=None)
     self.recipe = quant.recipes.name_of(run.config.quant)
     self.trained_under = recipe if recipe.quantizes else None
     self.text = _text_of_run(run, **options)
     self.identity = run.identity
-    self.origin: Json = {"workdir": str(run.path), "config": config.to_dict(run.config)}
+    self.origin: Json = {"workdir": run.name, "config": config.to_dict(run.config)}
     self.results_folder = run.path / "eval"
     # Apart from the run's own events, which TensorBoard would take for the same run.
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
@@ -110,41 +111,43 @@ class RunCheckpoints:
   # What changes while the run goes on is as process 0 sees it, so that all go the same way.
 
   def steps(self) -> list[int]:
-    return mesh_lib.from_first(self._run.steps)  # opening them takes all processes
+    return mesh_lib.from_first(self.run.steps)  # opening them takes all processes
 
   def written(self, step: int) -> list[Any]:
-    return mesh_lib.found_by_first(lambda: sorted(map(list, self._run.written(step))))
+    return mesh_lib.found_by_first(lambda: sorted(map(list, self.run.written(step))))
 
   def params(self, step: int) -> Params:
-    return self._run.params(step, average=self.average.name if self.average else "")
+    return self.run.params(step, average=self.average.name if self.average else "")
 
   def ended(self) -> bool:
-    return mesh_lib.found_by_first(lambda: self._run.status["status"]) in ENDED
+    return mesh_lib.found_by_first(lambda: self.run.status["status"]) in ENDED
 
   def status(self) -> str:
-    status = mesh_lib.found_by_first(lambda: self._run.status)
+    status = mesh_lib.found_by_first(lambda: self.run.status)
     since = "from" if status["status"] == "running" else "at"
     text = f"{status['status']} {since} step {status.get('first', status['step'])}"
     return f"{text}: {status['reason']}" if status["reason"] else text
 
   def last_write(self) -> str | None:
-    return mesh_lib.found_by_first(lambda: self._run.status.get("time"))
+    return mesh_lib.found_by_first(lambda: self.run.status.get("time"))
 
 
 class OneCheckpoint(RunCheckpoints):
   """One checkpoint of a run, RUN/checkpoints/N. Options and errors: as RunCheckpoints."""
 
   def __init__(self, directory: PathLike, average: str = "", **options: Unpack[TextOptions]):
-    path = epath.Path(os.path.abspath(directory))
+    found = os.fspath(directory).rstrip("/")
+    path = found if stores.is_address(found) else os.path.abspath(found or "/")
+    run, folder, name = ["", "", *path.rsplit("/", 2)][-3:]
     require(
-      path.name.isdigit() and path.parent.name == "checkpoints",
+      name.isdigit() and folder == "checkpoints",
       "--checkpoint",
       str(directory),
       "expected RUN/checkpoints/N in the folder of its run, whose config.json "
       "says what model it is",
     )
-    super().__init__(path.parent.parent, average, **options)
-    self._step = int(path.name)
+    super().__init__(run or "/", average, **options)
+    self._step = int(name)
 
   def steps(self) -> list[int]:
     return [step for step in super().steps() if step == self._step]
@@ -179,6 +182,7 @@ class HuggingFaceModel:
     self._params = params
     self.name = directory
     self.model = model
+    self.run = None
     self.average = None
     self.recipe = "none"
     self.trained_under = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from beyond_outliers import config, data, hardware, writers
+from beyond_outliers import config, data, hardware, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.sums import digest, digest_without, remove_stale
@@ -44,9 +44,11 @@ def run(
 ) -> str:
   """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
 
+  path: a folder, or the address of a store, of which a folder here is the mirror (stores/).
   from_step: go back to this checkpoint first, and set aside what came later (rewind.py).
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
-    training."""
+    training. StoreError at the end, of a store that has not got all of it.
+  """
   say = say or _print_on_first_process
   processes.agree("configuration", lambda: _deciding(c, path))
   program = program_lib.build_program(c, devices)
@@ -54,12 +56,14 @@ def run(
   if dry_run:
     say(describe.describe_compiled(program))
     return "done"
-  workdir = workdir_lib.Workdir(path)
-  before = workdir.read_config()
-  if before is not None:
-    config.check_resumable(before, c)
+  workdir = workdir_lib.Workdir(stores.spool(path))
+  if not stores.is_address(path):
+    _check_resumable(workdir, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
     _remove_stale(workdir)
+    if stores.is_address(path):
+      _mirror(os.fspath(path), workdir, c, stack, say)
+      _check_resumable(workdir, c)
     workdir.check()
     if from_step is not None:
       rewind.rewind(workdir, from_step, say)
@@ -71,7 +75,8 @@ def _deciding(c: config.Config, path: PathLike) -> Json:
   then, wherever these lie."""
   settings = config.flatten({**config.to_dict(c), **workdir_lib.code()})
   places = dict.fromkeys(PLACES, "")
-  return {"--workdir": os.path.abspath(path), **settings, **places}
+  workdir = path if stores.is_address(path) else os.path.abspath(path)
+  return {"--workdir": workdir, **settings, **places}
 
 
 def _remove_stale(workdir: workdir_lib.Workdir) -> None:
@@ -81,6 +86,43 @@ def _remove_stale(workdir: workdir_lib.Workdir) -> None:
     below = [folder for folder in workdir.checkpoints.glob("*") if folder.is_dir()]
     for folder in (workdir.path, *below):
       remove_stale(folder)
+
+
+def _check_resumable(workdir: workdir_lib.Workdir, c: config.Config) -> None:
+  before = workdir.read_config()
+  if before is not None:
+    config.check_resumable(before, c)
+
+
+def _mirror(
+  address: str,
+  workdir: workdir_lib.Workdir,
+  c: config.Config,
+  stack: contextlib.ExitStack,
+  say: Say,
+) -> None:
+  """Mirrors the workdir until the stack is closed: the first process does, for all.
+
+  Errors: WorkdirError on every process."""
+  problem = ""
+  token = workdir.path / ".seen.tmp"
+  if jax.process_index() == 0:
+    try:
+      stack.enter_context(
+        stores.mirrored(address, workdir.path, sealed=c.checkpoint.verify, say=say)
+      )
+      token.write_text(secrets.token_hex(8))
+    except workdir_lib.WorkdirError as error:
+      problem = str(error)
+  problem = mesh_lib.from_first(problem)
+  if problem:
+    raise workdir_lib.WorkdirError(problem)
+  expected = mesh_lib.from_first(token.read_text() if jax.process_index() == 0 else "")
+  if mesh_lib.on_any_process(not token.exists() or token.read_text() != expected):
+    raise workdir_lib.WorkdirError(
+      f"{address}: its folder {workdir.path} is not the same on all processes; set "
+      "BEYOND_OUTLIERS_CACHE to a folder that all of them share"
+    )
 
 
 def _print_on_first_process(text: str) -> None:

@@ -1,0 +1,140 @@
+"""A copy here of what a store has of a run, for whoever reads it: small files first, checkpoints
+once they are asked for; and the way back of what evaluation jobs make of them."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import time
+
+from absl import logging
+
+from beyond_outliers.config import sums
+from beyond_outliers.errors import WorkdirError
+from beyond_outliers.stores import index as index_lib
+from beyond_outliers.stores.index import INDEX, Stamp, is_shared, step_of
+from beyond_outliers.stores.store import Store, StoreError, cache_folder, open_store
+
+REFRESH_SECONDS = 5.0  # what is asked for again within these is not looked for in the store
+
+
+class Copy:
+  """The run at an address, as it is now, in `folder`. Several processes may share the folder.
+
+  Errors: WorkdirError, at the making; then OSError."""
+
+  def __init__(self, address: str, store: Store | None = None, folder: pathlib.Path | None = None):
+    self.address = address
+    self._store = store or open_store(address)
+    self.folder = folder or cache_folder("copies", address)
+    self._index, self._looked = index_lib.EMPTY, -REFRESH_SECONDS
+    self._published: dict[str, Stamp] = {}  # files of evaluation jobs that the store has
+    self._told = False
+    try:
+      self._refresh()
+    except OSError as error:
+      raise WorkdirError(str(error)) from None
+
+  def refresh(self) -> None:
+    """Fetches what is new, but for checkpoints, and drops what is gone. A store that cannot be
+    reached is told of, and asked again the next time."""
+    if time.monotonic() - self._looked < REFRESH_SECONDS:
+      return
+    try:
+      self._refresh()
+      self._told = False
+    except StoreError as error:
+      if not self._told:
+        logging.warning("%s; what was there before counts until it answers", error)
+      self._told, self._looked = True, time.monotonic()
+
+  def _refresh(self) -> None:
+    index = index_lib.in_store(self._store)
+    have = index_lib.scan(self.folder, sealed=False)
+    for step in {step_of(name) for name in have} - {None, *self._steps_of(index)}:
+      shutil.rmtree(self.folder / f"checkpoints/{step}", ignore_errors=True)
+    small = {name: stamp for name, stamp in index.files.items() if step_of(name) is None}
+    for name in have:
+      if name not in small and not is_shared(name) and step_of(name) is None:
+        (self.folder / name).unlink(missing_ok=True)
+    lacking = {name: stamp for name, stamp in small.items() if have.get(name) != stamp}
+    index_lib.fetch(self._store, self.folder, lacking)
+    self._fetch_shared(have)
+    self._index, self._looked = index, time.monotonic()
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints that the store has."""
+    self.refresh()
+    return sorted(self._steps_of(self._index))
+
+  def stamps(self, step: int) -> set[tuple[str, int, int]]:
+    """(name, bytes, time in nanoseconds) of a checkpoint's files."""
+    self.refresh()
+    files = self._index.files
+    return {(name, *files[name]) for name in files if step_of(name) == step}
+
+  def fetch_checkpoint(self, step: int | None) -> None:
+    """Fetches a checkpoint: of a step, or the newest whose files are those that were summed."""
+    for candidate in self.steps()[::-1] if step is None else [step]:
+      self._fetch_step(candidate)
+      if not sums.folder_mismatch(self.folder / f"checkpoints/{candidate}"):
+        return
+
+  def _fetch_step(self, step: int) -> None:
+    """A part of a checkpoint is never seen where others look for it."""
+    wanted = {name: stamp for name, stamp in self._index.files.items() if step_of(name) == step}
+    have = index_lib.scan(self.folder, sealed=False)
+    if all(have.get(name) == stamp for name, stamp in wanted.items()):
+      return
+    coming = self.folder / f".fetching-{step}-{time.time_ns()}"
+    target = self.folder / f"checkpoints/{step}"
+    try:
+      index_lib.fetch(self._store, coming, wanted)
+      shutil.rmtree(target, ignore_errors=True)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      if (coming / f"checkpoints/{step}").exists():  # or it was deleted, meanwhile
+        (coming / f"checkpoints/{step}").rename(target)
+    finally:
+      shutil.rmtree(coming, ignore_errors=True)
+
+  def publish(self) -> None:
+    """Uploads what evaluation jobs wrote into the folder and the store has not got."""
+    have = index_lib.scan(self.folder, sealed=False)
+    new = [
+      name for name, stamp in have.items() if is_shared(name) and self._published.get(name) != stamp
+    ]
+    for name in new:
+      self._store.upload(name, self.folder / name)
+      self._published[name] = have[name]
+
+  def _fetch_shared(self, have: dict[str, Stamp]) -> None:
+    """Fetches what other jobs wrote; what this one wrote since it last published stays."""
+    sizes = {
+      n: size for folder in index_lib.SHARED for n, size in self._store.sizes(folder).items()
+    }
+    now = time.time_ns()
+    other = {
+      name: (size, now)
+      for name, size in sizes.items()
+      if name not in have
+      or (size != have[name][0] and self._published.get(name) in (None, have[name]))
+    }
+    index_lib.fetch(self._store, self.folder, other)
+    found = index_lib.scan(self.folder, sealed=False)
+    self._published |= {
+      name: found[name] for name, size in sizes.items() if name in found and found[name][0] == size
+    }
+
+  def _steps_of(self, index: index_lib.Index) -> set[int]:
+    return {step for name in index.files if (step := step_of(name)) is not None}
+
+
+def addresses_below(root: str) -> list[str]:
+  """Addresses of the runs below an address, by name. Errors: WorkdirError."""
+  try:
+    names = open_store(root).sizes()
+  except StoreError as error:
+    raise WorkdirError(str(error)) from None
+  root = root.rstrip("/")
+  found = [name for name in names if name == INDEX or name.endswith(f"/{INDEX}")]
+  return sorted(f"{root}/{name.removesuffix(INDEX)}".rstrip("/") for name in found)

@@ -1,0 +1,209 @@
+"""Objects of a store below an address, s3://BUCKET/PATH or gs://BUCKET/PATH. The only import of
+obstore.
+
+Which server and whose account comes from the environment, as obstore documents it:
+AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and others, or the machine's own
+account."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from beyond_outliers.errors import WorkdirError
+from beyond_outliers.types import PathLike
+
+SCHEMES = ("s3", "gs")
+RETRY_SECONDS = 30.0
+# Words of an error -> what it means to a person; the first that is found.
+CREDENTIALS = (
+  "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for s3, or "
+  "GOOGLE_APPLICATION_CREDENTIALS, for gs, or take a machine with an account of its own"
+)
+MEANINGS = {
+  "NoSuchBucket": "there is no such bucket",
+  "169.254.169.254": CREDENTIALS,
+  "metadata.google.internal": CREDENTIALS,
+  "Unauthenticated": CREDENTIALS,
+  "401 Unauthorized": CREDENTIALS,
+  "403 Forbidden": "access is denied to this account",
+  "InvalidAccessKeyId": "access is denied to this account",
+  "kind: Connect": "the server cannot be reached",
+  "kind: Timeout": "the server does not answer",
+}
+
+
+class StoreError(OSError):
+  """A store that did not do what was asked, for want of a network, of rights, or of space."""
+
+
+class ChangedError(StoreError):
+  """An object that somebody else has made, or changed, in the meantime."""
+
+
+def is_address(path: PathLike) -> bool:
+  """Whether this is an address such as s3://BUCKET/PATH, and no folder."""
+  return "://" in os.fspath(path)
+
+
+def parse_address(address: str) -> tuple[str, ...]:
+  """(scheme, bucket, folders...). Errors: WorkdirError."""
+  scheme, _, rest = address.partition("://")
+  parts = rest.rstrip("/").split("/")
+  if "@" in parts[0]:  # and what is said of it is not to be in a log
+    raise WorkdirError(
+      f"{scheme}://...@{parts[0].rpartition('@')[2]}: an address takes no user and no key; "
+      "credentials are taken from the environment"
+    )
+  if scheme not in SCHEMES:
+    raise WorkdirError(
+      f"{address}: no store that is known; expected a folder, or s3://BUCKET/PATH or gs://BUCKET/PATH"
+    )
+  if len(parts) < 2 or any(part in ("", ".", "..") or "\\" in part for part in parts):
+    raise WorkdirError(
+      f"{address}: expected {scheme}://BUCKET/PATH, of names without '..' and empty ones"
+    )
+  if any(character in rest for character in "?#%"):
+    raise WorkdirError(f"{address}: an address takes no '?', '#' or '%'; choose another name")
+  return (scheme, *parts)
+
+
+def check_address(path: PathLike) -> None:
+  """Refusal of an address that can be none, or where the library is missing; of no folder. Asks no
+  server. Errors: WorkdirError."""
+  if is_address(path):
+    parse_address(os.fspath(path))
+    if importlib.util.find_spec("obstore") is None:
+      raise WorkdirError(
+        f"{os.fspath(path)}: needs obstore; pip install 'beyond_outliers[stores]', or give a folder"
+      )
+
+
+def cache_folder(kind: str, address: str) -> pathlib.Path:
+  """Where what belongs to an address lies on this machine; kind: of what."""
+  base = os.environ.get("BEYOND_OUTLIERS_CACHE") or os.path.join(
+    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "beyond_outliers"
+  )
+  return pathlib.Path(os.path.abspath(base), kind, *parse_address(address))
+
+
+def open_store(address: str) -> Store:
+  """The store, once it has answered. Errors: WorkdirError in one line."""
+  check_address(address)
+  scheme, bucket, *folders = parse_address(address)
+  from obstore import store as backends
+
+  retries: Any = {"max_retries": 4, "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS)}
+  try:
+    backend = backends.from_url(
+      f"{scheme}://{bucket}",
+      client_options={"allow_http": True, "connect_timeout": "5s", "timeout": "120s"},
+      retry_config=retries,
+    )
+    store = Store(address, backend, "/".join(folders))
+    store.read("mirror.json")
+  except StoreError as error:
+    raise WorkdirError(f"{error}; nothing was begun") from None
+  except Exception as error:  # of a malformed key, or variable of the environment
+    raise WorkdirError(f"{address}: {_meaning(error)}; nothing was begun") from None
+  return store
+
+
+class Store:
+  """Objects below a prefix of a backend of obstore. Errors of all methods: StoreError."""
+
+  def __init__(self, address: str, backend: Any, prefix: str = ""):
+    self.address, self._backend, self._prefix = address, backend, prefix
+
+  def read(self, name: str) -> tuple[bytes, str] | None:
+    """(content, tag) of an object, or None; the tag differs once the content does."""
+    import obstore
+
+    try:
+      with self._told():
+        found = obstore.get(self._backend, self._key(name))
+        return bytes(found.bytes()), _tag(found.meta)
+    except FileNotFoundError:
+      return None
+
+  def write(self, name: str, content: bytes, replaces: str | None = "any") -> str:
+    """Writes an object whole; returns its tag. replaces: the tag that it must have had, None: that
+    there must be none; "any" asks for nothing.
+
+    Errors: ChangedError."""
+    import obstore
+
+    mode: Any = "overwrite" if replaces == "any" else "create"
+    if replaces not in (None, "any"):
+      assert replaces is not None
+      e_tag, _, version = replaces.partition(" ")
+      mode = {"e_tag": e_tag, **({"version": version} if version else {})}
+    with self._told(writes=True):
+      return _tag(obstore.put(self._backend, self._key(name), content, mode=mode))
+
+  def upload(self, name: str, path: pathlib.Path) -> None:
+    """Errors: FileNotFoundError of a file that is gone."""
+    import obstore
+
+    with path.open("rb") as file, self._told(writes=True):
+      obstore.put(self._backend, self._key(name), file)
+
+  def download(self, name: str, path: pathlib.Path) -> None:
+    """Errors: FileNotFoundError of an object that is gone."""
+    import obstore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with self._told():
+      found = obstore.get(self._backend, self._key(name))
+      with path.open("wb") as file:
+        for chunk in found.stream():
+          file.write(chunk)
+
+  def sizes(self, below: str = "") -> dict[str, int]:
+    """Bytes by name of all objects, or of those in a folder."""
+    import obstore
+
+    start = f"{self._prefix}/" if self._prefix else ""
+    with self._told():
+      listed = obstore.list(self._backend, f"{start}{below}".rstrip("/") or None)
+      return {meta["path"].removeprefix(start): meta["size"] for chunk in listed for meta in chunk}
+
+  def delete(self, names: Sequence[str]) -> None:
+    import obstore
+
+    with self._told(), contextlib.suppress(FileNotFoundError):
+      obstore.delete(self._backend, [self._key(name) for name in names])
+
+  def _key(self, name: str) -> str:
+    return f"{self._prefix}/{name}" if self._prefix else name
+
+  @contextlib.contextmanager
+  def _told(self, writes: bool = False) -> Iterator[None]:
+    """Errors of the library in one line. A bucket that is gone is no object that is."""
+    from obstore import exceptions
+
+    try:
+      yield
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+      raise ChangedError(f"{self.address}: {_meaning(error)}") from None
+    except FileNotFoundError as error:
+      if not writes and "NoSuchBucket" not in str(error):
+        raise
+      raise StoreError(f"{self.address}: {_meaning(error)}") from None
+    except exceptions.BaseError as error:
+      raise StoreError(f"{self.address}: {_meaning(error)}") from None
+
+
+def _tag(meta: Any) -> str:
+  return f"{meta['e_tag']} {meta['version'] or ''}".rstrip()
+
+
+def _meaning(error: Exception) -> str:
+  text = str(error)
+  first = (text.splitlines() or [type(error).__name__])[0][:200]
+  return next((meaning for words, meaning in MEANINGS.items() if words in text), first)
