@@ -75,7 +75,10 @@ def start(
 def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathLike) -> None:
   """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
   say, which may be lost or another's. Errors: ConfigError."""
-  config.check_resumable(config.resolve(saved["config"]), c)
+  try:
+    config.check_resumable(config.resolve(saved["config"]), c)
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
   for key, was in saved["data"].items():
     require(
       was == fingerprints[key],
