@@ -113,7 +113,7 @@ def _train(
   manifest = _manifest(program, inputs.dataset, workdir)
   began = time.perf_counter()
   train_step, eval_step = program.compile()
-  checkpoints.prepare(program.state)
+  checkpoints.precompile(program.state)
   say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
   peak, peak_source = hardware.peak_flops(c.model.dtype)
   say(
