@@ -89,10 +89,10 @@ class Checkpoints:
   def _is_temporary(self, step: int) -> bool:
     return is_temporary(self.directory / str(step))
 
-  def prepare(self, state: Any) -> None:
+  def precompile(self, state: Any) -> None:
     """Compiles what the first `save` would. state: as of `restore`."""
     if self._verify:
-      digests.prepare(params_lib.without_empty(state))
+      digests.precompile(params_lib.without_empty(state))
 
   def save(
     self,

@@ -64,7 +64,7 @@ def of_arrays(tree: Any) -> dict[str, Any]:
   }
 
 
-def prepare(tree: Any) -> None:
+def precompile(tree: Any) -> None:
   """Compiles what `of_arrays` runs. tree: ShapeDtypeStructs with shardings."""
   program, *arguments = _program(tree)
   program.lower(*arguments).compile()  # which jit, asked for the same, does not do again

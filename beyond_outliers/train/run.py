@@ -160,7 +160,7 @@ def _train(
   manifest = _manifest(program, inputs.dataset, workdir, record.get("manifest"), say)
   began = time.perf_counter()
   train_step, eval_step = program.compile()
-  checkpoints.prepare(program.state)
+  checkpoints.precompile(program.state)
   say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
   peak, peak_source = hardware.peak_flops(c.model.dtype)
   say(
