@@ -12,7 +12,7 @@ from absl import logging
 from beyond_outliers.config import sums
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
-from beyond_outliers.stores.index import INDEX, Stamp, is_shared, step_of
+from beyond_outliers.stores.index import INDEX, TEMPORARY_STEP, Stamp, is_shared, step_of
 from beyond_outliers.stores.store import Store, StoreError, cache_folder, open_store
 
 REFRESH_SECONDS = 5.0  # what is asked for again within these is not looked for in the store
@@ -126,7 +126,8 @@ class Copy:
     }
 
   def _steps_of(self, index: index_lib.Index) -> set[int]:
-    return {step for name in index.files if (step := step_of(name)) is not None}
+    temporary = {int(found[1]) for found in map(TEMPORARY_STEP.match, index.files) if found}
+    return {step for name in index.files if (step := step_of(name)) is not None} - temporary
 
 
 def addresses_below(root: str) -> list[str]:

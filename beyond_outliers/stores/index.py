@@ -25,6 +25,8 @@ from beyond_outliers.stores.store import Store
 INDEX, LEASE = "mirror.json", "lease.json"
 SHARED = ("eval", "tensorboard/eval")
 STEP = re.compile(r"checkpoints/(\d+)/")
+# In a checkpoint that readers do not see; see checkpoint/temporary.py.
+TEMPORARY_STEP = re.compile(r"checkpoints/(\d+)/temporary/")
 AT_ONCE = 8  # objects under way
 
 Stamp = tuple[int, int]  # bytes, and nanoseconds of the last change

@@ -161,6 +161,9 @@ def _train(
   began = time.perf_counter()
   train_step, eval_step = program.compile()
   checkpoints.precompile(program.state)
+  # One may have found in a cache what another compiles for minutes: on CPUs the first collective
+  # fails after half of one.
+  processes.agree("steps are compiled", dict)
   say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
   peak, peak_source = hardware.peak_flops(c.model.dtype)
   say(

@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 
+from beyond_outliers.config import cluster
 from beyond_outliers.errors import ConfigError
 from launch import gke, jobset
 from launch.jobs import Job
@@ -223,14 +224,13 @@ def test_an_evaluation_waits_for_its_training_or_has_a_jobset_of_its_own():
 
 def test_pods_of_a_jobset_find_each_other():
   """As --distributed=auto reads their environment."""
-  membership = pytest.importorskip("beyond_outliers.config.cluster")
   (manifest,) = written([a_job()], "nvidia-h100-80gb:8", hosts=4)
   name, run = manifest["metadata"]["name"], replicated(manifest)["run"]
   (container,) = pod(run)["containers"]
   assert container["resources"] == {"limits": {"nvidia.com/gpu": "8"}}
   environment = {one["name"]: one.get("value", "0") for one in container["env"]}
   environment["JOB_COMPLETION_INDEX"] = "3"  # as Kubernetes adds it to an indexed Job
-  found = membership.CLUSTERS["Kubernetes"][1](environment, "Kubernetes")
+  found = cluster.CLUSTERS["Kubernetes"][1](environment, "Kubernetes")
   assert (found.count, found.index) == (4, 3)
   assert found.address.startswith(f"{name}-run-0-0.{name}:")
 

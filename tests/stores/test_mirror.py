@@ -13,6 +13,7 @@ pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 from obstore.store import MemoryStore
 
 from beyond_outliers import stores
+from beyond_outliers.checkpoint.temporary import TEMPORARY
 from beyond_outliers.config import sums
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
@@ -135,6 +136,22 @@ def test_a_checkpoint_appears_once_all_of_it_is_there(store, tmp_path, said):
   store.broken = ()
   mirror.push()
   assert copy.steps() == [2] and store.read("status.json") is not None
+
+
+def test_readers_do_not_see_a_temporary_checkpoint_and_the_run_does(
+  mirrored, store, tmp_path, said
+):
+  mirror, copy = mirror_of(store, tmp_path / "here", said), Copy(ADDRESS, store, tmp_path / "copy")
+  for step in (2, 3):
+    write_checkpoint(tmp_path / "here", step)
+  write(tmp_path / "here/checkpoints/3", f"{TEMPORARY}/metadata")
+  mirror.push()
+  assert copy.steps() == [2]
+  copy.fetch_checkpoint(None)
+  assert [path.name for path in (tmp_path / "copy/checkpoints").iterdir()] == ["2"]
+  with mirrored(tmp_path / "elsewhere"):
+    names = {path.name for path in (tmp_path / "elsewhere/checkpoints").iterdir()}
+  assert names == {"2", "3"}
 
 
 def test_what_is_deleted_here_is_deleted_there(store, tmp_path, said):
