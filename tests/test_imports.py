@@ -292,4 +292,4 @@ def test_every_module_fits_a_screenful_of_attention():
 
 def test_the_listing_of_the_package_is_its_architecture():
   modules = {module for module in MODULES if "/" not in module}
-  assert len(modules) <= 12 and len({part_of(module) for module in MODULES} - modules) <= 12
+  assert len(modules) <= 12 and len({part_of(module) for module in MODULES} - modules) <= 13

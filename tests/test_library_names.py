@@ -86,4 +86,4 @@ def test_only_one_module_takes_what_jax_does_not_publish():
     if path.is_relative_to(ROOT / "beyond_outliers")
     and any("._src" in name for name in names_in(ast.parse(path.read_text())))
   ]
-  assert users == ["beyond_outliers/train/processes.py"]
+  assert users == ["beyond_outliers/mesh/processes.py"]

@@ -1,5 +1,4 @@
-"""Targets of an evaluation job: a run's checkpoints, one of them, or a Hugging Face directory; each
-with the text that it is evaluated on."""
+"""Targets of an evaluation job: what it evaluates, with the text that it is evaluated on."""
 
 from __future__ import annotations
 
@@ -101,8 +100,7 @@ class RunCheckpoints:
     self.model = run.model.clone(dot_general_for=None)
     self.recipe = quant.recipes.name_of(run.config.quant)
     self.trained_under = recipe if recipe.quantizes else None
-    self.text = _text_of_run(run, **options)
-    self.identity = run.identity
+    self.text, self.identity = _text_of_run(run, **options), run.identity
     self.origin: Json = {"workdir": run.name, "config": config.to_dict(run.config)}
     self.results_folder = run.path / "eval"
     # Apart from the run's own events, which TensorBoard would take for the same run.

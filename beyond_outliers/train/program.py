@@ -89,6 +89,7 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
     optimizer.tx,
     optimizer.schedules,
     seed=c.seed,
+    shardings=param_shardings,
     micro_batches=c.micro_batches,
     average_decay=c.average.decay,
     max_gradient_norm=c.max_gradient_norm,

@@ -96,6 +96,7 @@ def make_train_step(
   schedules: Mapping[str, optax.Schedule],
   *,
   seed: int,
+  shardings: Params | None = None,
   micro_batches: int = 1,
   average_decay: float = 0.0,
   max_gradient_norm: float = 0.0,
@@ -105,7 +106,8 @@ def make_train_step(
   parameters that it led to are not finite, or if it leaps (spikes.py), parameters and optimizer
   state stay as they were, and it is counted.
 
-  average_decay: of the state's moving average, if it has one. max_gradient_norm: to which a longer
+  shardings: of the parameters, and so of their gradient; None: on one device. average_decay: of the
+    state's moving average, if it has one. max_gradient_norm: to which a longer
     gradient is scaled down; 0: none is. spike_sigmas: of what leaps, if the state has a window.
   Metrics, scalars: train/loss (nats), gradient_norm (as it was), skipped (so far, not finite),
     spikes (so far, if they are skipped), skipped_in_a_row (both), lr/<group> (of this update)."""
@@ -115,6 +117,10 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
     (value, _), grads = value_and_grad(state.params, batch, rng)
+    if shardings is not None:
+      # Or the way in which optimizers deal blocks of it spreads back into the model, where XLA (of
+      # jaxlib 0.10.2) then computes another loss on meshes with all three axes.
+      grads = jax.lax.with_sharding_constraint(grads, shardings)
     gradient_norm = optax.tree.norm(grads)
     grads, _ = clip.update(grads, clip.init(state.params))
 
