@@ -176,7 +176,7 @@ def test_runs_are_found_below_an_address():
     store.write("config.json", b"{}")
   found = stores.addresses_below("s3://bucket/sweep/")
   assert found == ["s3://bucket/sweep/a", "s3://bucket/sweep/b/c"]
-  assert [run.address for run in runs.find("s3://bucket/sweep")] == found
+  assert [run.name for run in runs.find("s3://bucket/sweep")] == found
   with pytest.raises(WorkdirError, match="s3://bucket/nothing holds no run"):
     runs.open("s3://bucket/nothing")
 
