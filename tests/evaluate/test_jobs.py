@@ -19,7 +19,7 @@ import small_models
 from beyond_outliers import config, data, quant, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
-from beyond_outliers.config.sums import SUMS
+from beyond_outliers.config.sums import SUMS, unsealed
 from beyond_outliers.data import sums, tfds, tokenizers
 from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import (
@@ -161,7 +161,7 @@ def files(workdir, step, recipe, method):
 def test_a_cell_is_read_alone(measured):
   run, evaluator, found = measured
   (path,) = files(run.path, 2, "rtn_w4a4", "gptq")
-  written = json.loads(path.read_text())
+  written, _ = unsealed(json.loads(path.read_text()))
   assert {**written, "tasks": {}, "seconds": {**written["seconds"], "tasks": 0}} == found["gptq"]
   assert config.resolve(written["source"]["config"]) == run.config
   assert written["settings"]["data"] == run.manifest["data"]["fingerprint"]
@@ -643,8 +643,8 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
 
   status("running", 1)
   assert look() == "run: running from step 1" and look() is None
-  later = {**json.loads((tmp_path / "run" / "status.json").read_text()), "time": "later"}
-  (tmp_path / "run" / "status.json").write_text(json.dumps(later))
+  later = {**workdir_lib.Workdir(tmp_path / "run").read("status.json"), "time": "later"}
+  workdir_lib.Workdir(tmp_path / "run").write("status.json", later)
   assert look() is None and look() is None and look() is None, "its heart beat"
   assert (
     look(1.0).startswith(
@@ -652,7 +652,7 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
     )
     and look() is None
   )
-  hour = config.to_dict(target._run.config)["log"]["watchdog_seconds"]
+  hour = config.to_dict(target.run.config)["log"]["watchdog_seconds"]
   with workdir_lib.Workdir(tmp_path / "run").lock():
     assert look(1.5 * hour) is None and not watch.dead, "it may take long for a step"
   assert look(0).startswith("run: dead, for no process holds its lock") and watch.dead
@@ -798,7 +798,10 @@ REFUSED = {
     ["--workdir={run}", "--documents=1", "--out={begun}/config.json"],
     ["begun/config.json: File exists", "--out"],
   ),
-  "an object store": (["--workdir=gs://bucket/run", "--follow"], ["gs://bucket/run", "mounted"]),
+  "an object store": (
+    ["--workdir=az://bucket/run", "--follow"],
+    ["az://bucket/run", "expected a folder, or s3:"],
+  ),
   "no dataset": (["--hf={run}"], ["--data = ", "tokenizer.json"]),
   "no Hugging Face directory": (["--hf={empty}", "--data={own}"], ["--hf = ", "config.json"]),
   "windows longer than the model's": (
