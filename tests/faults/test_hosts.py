@@ -121,8 +121,8 @@ def restored_elsewhere(argument, tmp_path, first, others, at=10):
 
 @pytest.mark.slow
 def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp_path):
-  """Under four bits, with Shampoo, whose blocks are dealt anew to the devices. In another order sums
-  round some activations to the next code, so that the losses are near, not equal."""
+  """Under four bits, with Shampoo, whose blocks are dealt anew to the devices. Sums in another
+  order round some activations to the next code, so that the losses are near, not equal."""
   argument = tiny(
     **{
       "steps": 12,
