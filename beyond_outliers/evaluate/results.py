@@ -96,7 +96,8 @@ class ResultStore:
     if misfit(found, IDENTITY) or not (_is_cell(found) or _is_answer(found)):
       self._say(f"{path} holds no result of an evaluation job, and counts for none")
       return None
-    name = file_name(found["step"], found["recipe"], found["method"], settings)
+    row = found["recipe"].partition(",")[0]  # of one with a run's rules, which Cell.row leaves out
+    name = file_name(found["step"], row, found["method"], settings)
     if path.name != name and re.search(r"-[0-9a-f]{8}\.json$", path.name):
       self._say(f"{path} holds the result that belongs in {name}, and counts for none")
       return None
