@@ -9,6 +9,7 @@ from workdirs import workdir
 
 from beyond_outliers import config, runs
 from beyond_outliers.analysis import report, tuning
+from beyond_outliers.config.sums import unsealed
 from configs import adamw, muon
 
 # what is wrong -> (arguments, what the one line on stderr holds); {sweep}, {other}, {empty} are
@@ -120,7 +121,8 @@ def test_what_was_found_is_written_for_the_launcher(tmp_path):
     workdir(tmp_path, module, rate, 0, [6.0, 3.0 + rate])
   found = tuning.tunings(runs.find(tmp_path))
   report.write_overrides(tmp_path / "tuned.json", "nano", found)
-  assert json.loads((tmp_path / "tuned.json").read_text()) == {
+  written, _ = unsealed(json.loads((tmp_path / "tuned.json").read_text()))
+  assert written == {
     "size": "nano",
     "overrides": {
       "muon": {"optimizer.learning_rate": 0.1},
