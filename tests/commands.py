@@ -2,6 +2,7 @@
 its own."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -43,6 +44,36 @@ def answers(name, commands, after=""):
   )
   assert process.returncode == 0, process.stderr
   return json.loads(process.stdout)
+
+
+def start(module, *flags, **environment):
+  """A command in a process of its own, with these variables on top of this one's."""
+  return subprocess.Popen(
+    [sys.executable, "-m", module, *flags],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env={**os.environ, **environment},
+  )
+
+
+def finish(process, expected=0, timeout=240):
+  """All that a started command has said, once it has ended with this exit code."""
+  output, _ = process.communicate(timeout=timeout)
+  assert process.returncode == expected, output[-3000:]
+  return output
+
+
+def run(module, *flags, **environment):
+  """A command that has ended, with what it said on stdout and on stderr."""
+  return subprocess.run(
+    [sys.executable, "-m", module, *flags],
+    cwd=ROOT,
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
+  )
 
 
 FLAGS_SCRIPT = """

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.config.files import make_folder, read_json
+from beyond_outliers.config.files import cache_root, make_folder, read_json
 from beyond_outliers.config.sums import digest, replaced, sealed
 from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.types import Json, PathLike
@@ -56,12 +56,13 @@ def archive_of(root: PathLike) -> pathlib.Path | None:
 
 
 def find_runs(root: PathLike) -> list[runs_lib.Run]:
-  """The runs below a folder, or in a packed file or a folder of it, such as `ladder.tar.xz/0.3m`.
+  """The runs below a folder or an address in a store, or in a packed file or a folder of it, such
+  as `ladder.tar.xz/0.3m`.
 
   Errors: WorkdirError for a folder or a file that cannot be read."""
   path, archive = pathlib.Path(os.path.abspath(os.path.expanduser(root))), archive_of(root)
   if archive is None:
-    return runs_lib.find(path)
+    return runs_lib.find(root)
   opened = _opened(str(archive))
   found = runs_lib.find(os.path.join(opened, path.relative_to(archive)))
   return [
@@ -109,9 +110,8 @@ def _without_places(value: Any, places: Mapping[str, str]) -> Any:
 def _opened(path: str) -> str:
   """The folder that a packed file is opened into, in the user's cache, once for all."""
   content = pathlib.Path(path).read_bytes()
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  parent = os.path.join(cache, "beyond_outliers", "packed_runs")
-  make_folder(parent, WorkdirError, "set XDG_CACHE_HOME to a folder that can be written")
+  parent = os.path.join(cache_root(), "packed_runs")
+  make_folder(parent, WorkdirError, "set BEYOND_OUTLIERS_CACHE to a folder that can be written")
   name = os.path.basename(path).removesuffix(SUFFIX)
   folder = os.path.join(parent, f"{name}-{hashlib.sha256(content).hexdigest()[:12]}")
   if os.path.isdir(folder):

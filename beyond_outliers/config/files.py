@@ -65,6 +65,13 @@ def make_folder(path: PathLike, refusal: type[Refusal], remedy: str, field: str 
     raise refusal(f"{folder}: {error.strerror or error}; {remedy}") from None
 
 
+def cache_root() -> str:
+  """Where copies of what lies elsewhere are kept: BEYOND_OUTLIERS_CACHE, else below the user's."""
+  users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  found = os.environ.get("BEYOND_OUTLIERS_CACHE") or os.path.join(users, "beyond_outliers")
+  return os.path.abspath(found)
+
+
 def is_locked(path: PathLike) -> bool:
   """Whether a process holds a file's lock; where there is no such file, none does."""
   try:

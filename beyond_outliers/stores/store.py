@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from beyond_outliers.config.files import cache_root
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import PathLike
 
@@ -86,10 +87,7 @@ def check_address(path: PathLike) -> None:
 
 def cache_folder(kind: str, address: str) -> pathlib.Path:
   """Where what belongs to an address lies on this machine; kind: of what."""
-  base = os.environ.get("BEYOND_OUTLIERS_CACHE") or os.path.join(
-    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "beyond_outliers"
-  )
-  return pathlib.Path(os.path.abspath(base), kind, *parse_address(address))
+  return pathlib.Path(cache_root(), kind, *parse_address(address))
 
 
 def open_store(address: str) -> Store:

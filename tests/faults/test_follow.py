@@ -1,7 +1,6 @@
 """An evaluation job beside a real training process, through all that can happen to either."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 
 from beyond_outliers import runs
@@ -19,20 +19,11 @@ pytestmark = pytest.mark.slow
 
 
 def start(module, *flags, **settings):
-  return subprocess.Popen(
-    [sys.executable, "-m", f"beyond_outliers.{module}", *flags],
-    cwd=ROOT,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    env={**os.environ, **settings},
-  )
+  return commands.start(f"beyond_outliers.{module}", *flags, **settings)
 
 
 def finish(process, expected=0):
-  output, _ = process.communicate(timeout=900)
-  assert process.returncode == expected, output[-3000:]
-  return output
+  return commands.finish(process, expected, timeout=900)
 
 
 def wait_until(condition, *processes):

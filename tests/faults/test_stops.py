@@ -1,14 +1,12 @@
 """Real processes that share a workdir, or change in number; those that are hit: test_faults.py."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
+import commands
 import numpy as np
 import pytest
 
@@ -27,21 +25,9 @@ def argument(tiny):
 
 def start(argument, workdir, *flags, **environment):
   config = f"--config=configs/adamw.py:{argument}"
-  command = [sys.executable, "-m", "beyond_outliers.main", config, f"--workdir={workdir}", *flags]
-  return subprocess.Popen(
-    command,
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env={**os.environ, **environment},
+  return commands.start(
+    "beyond_outliers.main", config, f"--workdir={workdir}", *flags, **environment
   )
-
-
-def finish(process, expected=0):
-  output, _ = process.communicate(timeout=240)
-  assert process.returncode == expected, output[-3000:]
-  return output
 
 
 def wait_for_step(process, workdir, step):
@@ -67,7 +53,7 @@ def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
   process = start(argument(), tmp_path / "run")
   wait_for_step(process, tmp_path / "run", 20)
   process.send_signal(signal.SIGSTOP)
-  second = finish(start(argument(), tmp_path / "run"), 2)
+  second = commands.finish(start(argument(), tmp_path / "run"), 2)
   assert f"is in use by process {process.pid}" in second
   process.kill()
   process.communicate()
@@ -81,7 +67,7 @@ def test_two_processes_agree_to_stop_and_one_goes_on(argument, tmp_path, reader)
   arg = argument(
     **{"data.reader": reader, "optimizer.learning_rate": 1e-4}
   )  # low: rounding must not grow into chaos
-  finish(start(arg, tmp_path / "alone"))
+  commands.finish(start(arg, tmp_path / "alone"))
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -90,11 +76,11 @@ def test_two_processes_agree_to_stop_and_one_goes_on(argument, tmp_path, reader)
   wait_for_step(pair[0], workdir, 60)
   pair[1].send_signal(signal.SIGTERM)
   for process in pair:
-    finish(process, 42)
+    commands.finish(process, 42)
   status = json.loads((workdir / "status.json").read_text())
   assert status["status"] == "preempted"
   assert runs.open(workdir).manifest["devices"]["processes"] == 2
-  assert f"resuming from step {status['step']} of {STEPS}" in finish(start(arg, workdir))
+  assert f"resuming from step {status['step']} of {STEPS}" in commands.finish(start(arg, workdir))
   one, two = runs.open(tmp_path / "alone"), runs.open(workdir)
   # Sums run in another order over two processes: equal up to that, not bitwise.
   np.testing.assert_allclose(two.metrics()["train/loss"], one.metrics()["train/loss"], rtol=1e-4)

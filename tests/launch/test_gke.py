@@ -2,13 +2,11 @@
 no value that Kubernetes would read as another."""
 
 import copy
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
+import commands
 import pytest
 import yaml
 
@@ -321,13 +319,7 @@ ARGUMENTS = (
 
 
 def launch(*arguments, **environment):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.gke", *ARGUMENTS, *arguments],
-    cwd=ROOT,
-    env={**os.environ, **environment},
-    capture_output=True,
-    text=True,
-  )
+  return commands.run("launch.gke", *ARGUMENTS, *arguments, **environment)
 
 
 def test_kubectl_gets_what_dry_run_prints(tmp_path):

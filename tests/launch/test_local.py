@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.local", *arguments], cwd=ROOT, capture_output=True, text=True
-  )
+  return commands.run("launch.local", *arguments)
 
 
 def test_it_lists_the_sweep_of_a_config_file(tmp_path):

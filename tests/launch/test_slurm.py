@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import commands
 import pytest
 
 from beyond_outliers.errors import ConfigError
@@ -235,13 +236,7 @@ def test_scripts_please_shellcheck(tmp_path, changes):
 
 
 def launch(*arguments, **environment):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.slurm", *arguments],
-    cwd=ROOT,
-    env={**os.environ, **environment},
-    capture_output=True,
-    text=True,
-  )
+  return commands.run("launch.slurm", *arguments, **environment)
 
 
 def test_a_dry_run_is_a_script_that_would_submit(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import commands
 import pytest
 
 from beyond_outliers.errors import ConfigError
@@ -173,12 +174,7 @@ ARGUMENTS = (
 
 
 def launch(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.tpu", *ARGUMENTS, *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  return commands.run("launch.tpu", *ARGUMENTS, *arguments)
 
 
 def test_all_steps_run_in_order_and_the_slices_are_given_back(machine):

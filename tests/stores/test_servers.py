@@ -5,14 +5,12 @@ A real server of either was not asked."""
 
 import hashlib
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import commands
 import pytest
 
 pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
@@ -23,6 +21,7 @@ from obstore.store import from_url
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from beyond_outliers import runs, stores
+from beyond_outliers.analysis import packed_runs
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
 from beyond_outliers.stores.store import ChangedError, Store, StoreError, open_store
@@ -177,25 +176,9 @@ def test_runs_are_found_below_an_address():
   found = stores.addresses_below("s3://bucket/sweep/")
   assert found == ["s3://bucket/sweep/a", "s3://bucket/sweep/b/c"]
   assert [run.name for run in runs.find("s3://bucket/sweep")] == found
+  assert [run.name for run in packed_runs.find_runs("s3://bucket/sweep")] == found, "as of analyses"
   with pytest.raises(WorkdirError, match="s3://bucket/nothing holds no run"):
     runs.open("s3://bucket/nothing")
-
-
-def command(module, *flags, **environment):
-  return subprocess.Popen(
-    [sys.executable, "-m", f"beyond_outliers.{module}", *flags],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env={**os.environ, **environment},
-  )
-
-
-def finish(process, expected=0):
-  output, _ = process.communicate(timeout=240)
-  assert process.returncode == expected, output[-3000:]
-  return output
 
 
 @pytest.mark.slow
@@ -204,7 +187,9 @@ def test_a_run_that_is_killed_goes_on_elsewhere(tiny, tmp_path):
   every = {"checkpoint.every": 500, "eval.every": 10**6, "log.every": 100}
   config = tiny(**{"steps": 10**6, "eval.documents": 4, **every})
   flags = f"--config=configs/adamw.py:{config}", "--workdir=s3://bucket/killed"
-  process = command("main", *flags, BEYOND_OUTLIERS_CACHE=str(tmp_path / "one"))
+  process = commands.start(
+    "beyond_outliers.main", *flags, BEYOND_OUTLIERS_CACHE=str(tmp_path / "one")
+  )
   store, deadline = open_store("s3://bucket/killed"), time.monotonic() + 200
   while not any(map(index_lib.step_of, index_lib.in_store(store).files)):
     assert time.monotonic() < deadline and process.poll() is None, "nothing was uploaded"
@@ -214,16 +199,22 @@ def test_a_run_that_is_killed_goes_on_elsewhere(tiny, tmp_path):
   left = stores.Copy("s3://bucket/killed", store, tmp_path / "left")
   newest = left.steps()[-1]
   assert newest >= 500 and store.read("lease.json") is not None
-  process = command("main", *flags, BEYOND_OUTLIERS_CACHE=str(tmp_path / "two"))
+  process = commands.start(
+    "beyond_outliers.main", *flags, BEYOND_OUTLIERS_CACHE=str(tmp_path / "two")
+  )
   begun = next(line for line in process.stdout if "/1000000 · loss" in line)
   first = int(begun.split("/")[0].split()[-1])
   process.send_signal(signal.SIGTERM)
-  finish(process, expected=42)
+  commands.finish(process, expected=42)
   assert newest < first <= newest + 100, "it went on from what the store had"
   assert store.read("lease.json") is None
   run = runs.open("s3://bucket/killed")
   assert run.status["status"] == "preempted" and run.steps[-1] == run.status["step"] >= first
   assert run.metrics().index[-1] <= run.status["step"]
   place = {"BEYOND_OUTLIERS_CACHE": str(tmp_path / "three")}
-  finish(command("evaluate", "--workdir=s3://bucket/killed", "--recipes=rtn_w4a4", **place))
+  commands.finish(
+    commands.start(
+      "beyond_outliers.evaluate", "--workdir=s3://bucket/killed", "--recipes=rtn_w4a4", **place
+    )
+  )
   assert len(store.sizes("eval")) == 2
