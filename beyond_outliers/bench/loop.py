@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers import checkpoint, config, writers
+from beyond_outliers import config, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.train import hooks, loop
@@ -55,6 +55,8 @@ def measure_loop(size: str, repeats: int) -> Json:
 def _host_seconds(folder: pathlib.Path, every: int, repeats: int) -> float:
   """Seconds a step that the main thread works, in the loop with the hooks of every run, and rows
   every so many steps."""
+  from beyond_outliers import checkpoint  # Orbax takes a second, which other benches do without
+
   workdir = Workdir(folder)
   workdir.set_status("running", 0)
   sinks = [writers.JsonLines(workdir, 0), writers.Heartbeat(workdir, 0)]
@@ -99,6 +101,8 @@ def _host_seconds(folder: pathlib.Path, every: int, repeats: int) -> float:
 def _save_seconds(state: TrainState, folder: pathlib.Path, repeats: int) -> Json:
   """Medians of seconds for which `save` and the wait before it keep a run waiting, of checkpoints
   in turn with digests and sums and without; and how many bytes a state has."""
+  from beyond_outliers import checkpoint
+
   keepers = {
     name: checkpoint.Checkpoints(folder / name, config.Checkpoint(1, 1, 0, verify))
     for name, verify in (("whole", True), ("bare", False))

@@ -175,6 +175,8 @@ def check_measured() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  for address in (WORKDIR.value, CHECKPOINT.value):
+    stores.check_address(address or "")
   joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
   from beyond_outliers.mesh import processes
 
@@ -197,8 +199,6 @@ def evaluate() -> bool:
   from beyond_outliers.mesh import processes
 
   check_measured()  # first: a run that --follow waits for may begin tomorrow
-  for address in (WORKDIR.value, CHECKPOINT.value):
-    stores.check_address(address or "")
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():

@@ -107,8 +107,8 @@ def make_train_step(
   state stay as they were, and it is counted.
 
   shardings: of the parameters, and so of their gradient; None: on one device. average_decay: of the
-    state's moving average, if it has one. max_gradient_norm: to which a longer
-    gradient is scaled down; 0: none is. spike_sigmas: of what leaps, if the state has a window.
+    state's moving average, if it has one. max_gradient_norm: to which a longer gradient is scaled
+    down; 0: none is. spike_sigmas: of what leaps, if the state has a window.
   Metrics, scalars: train/loss (nats), gradient_norm (as it was), skipped (so far, not finite),
     spikes (so far, if they are skipped), skipped_in_a_row (both), lr/<group> (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
