@@ -258,6 +258,13 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
   return words
 
 
+def left_out(job: Job) -> bool:
+  """Whether there is nothing to start: of a training that has ended, and of an evaluation behind
+  one that has not."""
+  ended = status_of(job.workdir) in ENDED
+  return ended if job.kind == "train" else job.kind == "evaluate" and bool(job.after) and not ended
+
+
 def status_of(workdir: str) -> str:
   """Status of a run by its status.json, "not started", or "unreadable"."""
   try:

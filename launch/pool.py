@@ -94,13 +94,11 @@ class Pool:
     # What was trained is evaluated before more is trained; a training takes along what follows it.
     task = min(ready, key=lambda task: ("evaluate", "train", "report").index(task.job.kind))
     self._say_status(task)
-    if task.job.kind == "train" and jobs.status_of(task.job.workdir) in jobs.ENDED:
-      task.over = True
-    elif task.job.after and task.job.kind == "evaluate" and not self._trained(task):
-      self.say(f"{task.job.workdir}: is not evaluated, as it is neither done nor diverged")
-      task.over = True
-    else:
+    task.over = jobs.left_out(task.job)
+    if not task.over:
       self._start(task, free[0])
+    elif task.job.kind == "evaluate":
+      self.say(f"{task.job.workdir}: is not evaluated, as it is neither done nor diverged")
     return True
 
   def _may(self, task: Task) -> bool:
@@ -117,9 +115,6 @@ class Pool:
 
   def _followers(self, training: Task) -> list[Task]:
     return [task for task in self.tasks if self._training(task) is training]
-
-  def _trained(self, task: Task) -> bool:
-    return jobs.status_of(task.job.workdir) in jobs.ENDED
 
   def _say_status(self, task: Task) -> None:
     number = f"[{self.tasks.index(task) + 1}/{len(self.tasks)}]"

@@ -163,12 +163,6 @@ def _running() -> Iterator[psutil.Process]:
       yield from child.children() if child.cmdline()[1:2] == ["-c"] else [child]
 
 
-def left_out(job: Job) -> bool:
-  """A training that has ended; an evaluation behind one that has not."""
-  ended = jobs.status_of(job.workdir) in jobs.ENDED
-  return ended if job.kind == "train" else job.kind == "evaluate" and bool(job.after) and not ended
-
-
 async def run(queue: Queue, title: str, executor: xm.Executor, image: str) -> None:
   """The experiment, until its last job has ended."""
   loop = asyncio.get_running_loop()
@@ -212,12 +206,14 @@ def launch(argv: list[str]) -> None:
     return
   executor = executor_of(given.executor, requirements)
   parallel = given.parallel if local else len(listed)
-  queue = Queue(listed, parallel, left_out if local else lambda job: False)
+  queue = Queue(listed, parallel, jobs.left_out if local else lambda job: False)
   asyncio.run(run(queue, jobs.title(given.config, given.root), executor, given.image))
   if queue.asked:
     print("asked to stop; the same command goes on", flush=True)
     sys.exit(jobs.STOPPED)
-  failed = [job for job in queue.failed if not (local and job.kind == "train" and left_out(job))]
+  failed = [
+    job for job in queue.failed if not (local and job.kind == "train" and jobs.left_out(job))
+  ]
   if failed:
     sys.exit("not done: " + ", ".join(f"{job.name} ({job.workdir})" for job in failed))
 

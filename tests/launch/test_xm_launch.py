@@ -19,7 +19,7 @@ pytest.importorskip("xmanager", reason="the extra launch is not installed")
 
 from xmanager import xm, xm_local, xm_mock
 
-from launch import xm_launch
+from launch import jobs, xm_launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -102,9 +102,7 @@ def test_a_run_that_has_ended_is_not_started_and_one_that_has_not_is_not_evaluat
   for status, out in {"": 2, "failed": 2, "done": 1, "diverged": 1}.items():
     if status:
       (tmp_path / "status.json").write_text(json.dumps({"status": status}))
-    assert [xm_launch.left_out(one) for one in (job, behind, beside)] == [
-      *(out == 1, out == 2, False)
-    ]
+    assert [jobs.left_out(one) for one in (job, behind, beside)] == [*(out == 1, out == 2, False)]
 
 
 HOSTILE = ["--x=$(id)", "`id`", "'", "a b", "$HOME", "$$", "\\", "line\nbreak", "*", "; exit 9"]

@@ -297,11 +297,10 @@ def test_checkpoints_come_at_their_steps_and_after_the_last(checkpoints, device)
   assert data == {"batches": 7} and clock == {"seconds": 19.0, "tokens": 800.0}
 
 
-def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
-  async def skip(*args, **kwargs):
-    pass
-
-  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
+def steps_of_a_save_that_goes_wrong(tmp_path, monkeypatch, merge, refused):
+  """The steps until `refused`, and the checkpoints, of a run whose first is written with `merge` in
+  the place of Orbax's."""
+  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", merge)
   checkpoints, taken = checkpoint.Checkpoints(tmp_path, OPTIONS), []
   save = make_save(checkpoints, 9)
 
@@ -311,34 +310,33 @@ def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp
     return train_step(state, batch)
 
   try:
-    with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
+    with refused:
       loop.fit(step, start(), iter([1.0] * 9), [save], 9)
   finally:
     save.close()
-  assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == [4]
+  return taken, checkpoints.steps()
+
+
+def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+  async def skip(*args, **kwargs):
+    pass
+
+  refused = pytest.raises(
+    checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"
+  )
+  taken, saved = steps_of_a_save_that_goes_wrong(tmp_path, monkeypatch, skip, refused)
+  assert taken == [1, 2, 3, 4, 5] and saved == [4]
 
 
 def test_a_full_disk_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
   async def fail(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", fail)
-  checkpoints, taken = checkpoint.Checkpoints(tmp_path, OPTIONS), []
-  save = make_save(checkpoints, 9)
-
-  def step(state, batch):
-    taken.append(int(state.step) + 1)
-    concurrent.futures.wait(checkpoints._seals)
-    return train_step(state, batch)
-
-  try:
-    with pytest.raises(
-      OSError, match=r"could not be written \(.*No space left on device.*those be"
-    ):
-      loop.fit(step, start(), iter([1.0] * 9), [save], 9)
-  finally:
-    save.close()
-  assert taken == [1, 2, 3, 4, 5] and checkpoints.steps() == []
+  refused = pytest.raises(
+    OSError, match=r"could not be written \(.*No space left on device.*those be"
+  )
+  taken, saved = steps_of_a_save_that_goes_wrong(tmp_path, monkeypatch, fail, refused)
+  assert taken == [1, 2, 3, 4, 5] and saved == []
 
 
 def test_temporary_checkpoints_come_by_time_at_rows_of_the_log(monkeypatch):
