@@ -6,10 +6,10 @@
   int-quantized      integer weights and inputs     weight int8 [O, K]
   float-quantized    e4m3                           weight float8_e4m3fn [O, K]
 
-each with weight_scale, float32: [O, 1], [O, groups], or [1]. In float32 weights are read back
-exactly; transformers rounds scales to the type that it loads a model in. Inputs are quantized by
-the engine, whose rule no field says; `check_exportable` lets the rules pass that an engine
-computes too:
+each with weight_scale, float32: [O, 1], [O, groups], or [1]. Packed codes take 2, 4 or 8 bits, and
+codes of three bits four. In float32 weights are read back exactly; transformers rounds scales to
+the type that it loads a model in. Inputs are quantized by the engine, whose rule no field says;
+`check_exportable` lets the rules pass that an engine computes too:
 
   transformers, by compressed-       integers: largest magnitude / ((2^bits - 1) / 2),
     tensors 0.20, in float32           all 2^bits levels
@@ -26,6 +26,7 @@ Legend: K inputs (contraction), O outputs.
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,7 +43,8 @@ from beyond_outliers.types import Json, PathLike
 
 # Grids that lie within the integers of their bits, zero included.
 INTEGERS = ("symmetric", "twos_complement", "ternary")
-PACKED_BITS = (2, 4, 8)  # others straddle words, about which versions of the layout disagree
+# Others straddle words, about which versions of the layout disagree: the next of these holds them.
+PACKED_BITS = (2, 4, 8)
 WIDE = ("float32", "float64")  # in which compressed-tensors scales inputs as this program does
 
 
@@ -152,12 +154,6 @@ def _check_layer(path: str, layer: LayerRecipe, dtype: str) -> None:
     w.granularity,
     "not written; take 'channel', 'group' or 'tensor', or keep the model by its save()",
   )
-  require(
-    _format(layer) != "pack-quantized" or _bits(w) in PACKED_BITS,
-    f"{path}: weights.bits",
-    w.bits,
-    f"not packed; take {', '.join(map(str, PACKED_BITS))}, or keep the model by its save()",
-  )
   if x is not None:
     _check_activations(path, w, x, dtype)
 
@@ -199,9 +195,12 @@ def _format(layer: LayerRecipe) -> str:
   return "pack-quantized" if layer.activations is None else "int-quantized"
 
 
-def _bits(spec: QuantSpec) -> int:
-  """Bits of an integer that holds the codes."""
-  return 2 if spec.grid == "ternary" else int(spec.bits)
+def _bits(layer: LayerRecipe) -> int:
+  """Bits of the integers that hold the codes of a layer's weights."""
+  assert layer.weights is not None  # `_check_layer` saw to it
+  bits = math.ceil(layer.weights.bits)  # ternary: two
+  packed = _format(layer) == "pack-quantized"
+  return next(width for width in PACKED_BITS if width >= bits) if packed else bits
 
 
 def _module(entry: hf.Entry) -> str:
@@ -220,12 +219,7 @@ def _config(layers: dict[str, LayerRecipe | None]) -> Json:
     if layer is not None:
       kinds.setdefault(layer, []).append(name)
   groups = {
-    f"group_{i}": {
-      "targets": ["Linear"] if len(kinds) == 1 else names,
-      "weights": _arguments(layer.weights, dynamic=False),
-      "input_activations": _arguments(layer.activations, dynamic=True),
-      "output_activations": None,
-    }
+    f"group_{i}": _group(layer, ["Linear"] if len(kinds) == 1 else names)
     for i, (layer, names) in enumerate(kinds.items())
   }
   return {
@@ -238,12 +232,21 @@ def _config(layers: dict[str, LayerRecipe | None]) -> Json:
   }
 
 
-def _arguments(spec: QuantSpec | None, dynamic: bool) -> Json | None:
-  if spec is None:
-    return None
+def _group(layer: LayerRecipe, targets: list[str]) -> Json:
+  w, x = layer.weights, layer.activations
+  assert w is not None  # `_check_layer` saw to it
+  return {
+    "targets": targets,
+    "weights": _arguments(w, _bits(layer), dynamic=False),
+    "input_activations": x and _arguments(x, math.ceil(x.bits), dynamic=True),
+    "output_activations": None,
+  }
+
+
+def _arguments(spec: QuantSpec, bits: int, dynamic: bool) -> Json:
   group = {"group_size": spec.group} if spec.granularity == "group" else {}
   return {
-    "num_bits": _bits(spec),
+    "num_bits": bits,
     "type": "float" if spec.grid == "e4m3" else "int",
     "symmetric": True,
     "strategy": spec.granularity,
@@ -271,7 +274,7 @@ def _tensors(
   scale = hf.tensor(leaf.scale, entry)
   scale = scale[:, :: scale.shape[1] // groups]
   if _format(layer) == "pack-quantized":
-    yield f"{_module(entry)}.weight_packed", _pack(codes_OxK, _bits(spec))
+    yield f"{_module(entry)}.weight_packed", _pack(codes_OxK, _bits(layer))
     yield f"{_module(entry)}.weight_shape", np.array(codes_OxK.shape, np.int64)
   else:
     yield entry.name, codes_OxK

@@ -52,10 +52,19 @@ WRITTEN = {
     recipe(QuantSpec(2, "twos_complement", granularity="tensor")),
     "pack-quantized",
   ),
+  "int4, int3, int2": (
+    rules(
+      ("head", None),
+      ("layers/0/.*", RECIPES["int3_w3a16"].default),
+      ("layers/1/mlp/.*", RECIPES["int2_w2a16"].default),
+      (".*", RECIPES["int4_w4a16"].default),
+    ),
+    "pack-quantized",
+  ),
+  "int4_w4a4": (RECIPES["int4_w4a4"], "int-quantized"),
   "ternary": (recipe(QuantSpec(1.585, "ternary")), "pack-quantized"),
   "eight bits": (recipe(QuantSpec(8)), "pack-quantized"),
   "rtn_w8a8": (RECIPES["rtn_w8a8"], "int-quantized"),
-  "W4A4": (recipe(QuantSpec(4), edge(4)), "int-quantized"),
   "W8A8": (recipe(QuantSpec(8), edge(8, "tensor")), "int-quantized"),
   "fp8": (RECIPES["fp8"], "float-quantized"),
   "a block left whole": (
@@ -241,6 +250,14 @@ def test_inputs_get_the_codes_of_the_package_of_the_layout(name):
       np.testing.assert_allclose(x[other], halfway[other], rtol=3e-7)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matrices_get_the_numbers_of_the_package_of_the_layout(bits):
+  """One scale per output: as its inputs have one per token."""
+  spec = RECIPES[f"int{bits}_w{bits}a{bits}"].weights
+  q = quantizers.quantize_array(jnp.asarray(GOLDEN["x"].T), spec, 0)
+  np.testing.assert_array_equal(quantizers.dequantize(q).T, GOLDEN[f"int{bits}_token"])
+
+
 def test_inputs_that_an_engine_rounds_to_bfloat16_are_refused():
   """There the largest magnitude over 7.5 is rounded to eight bits, and so are its multiples."""
   with pytest.raises(config.ConfigError, match="in bfloat16 the engine rounds scales and inputs"):
@@ -329,7 +346,6 @@ def test_the_package_of_the_layout_reads_the_same(written):
       recipe(QuantSpec(4, "e2m1")),
       "weights.grid = 'e2m1': not written; .* keep the model by its save",
     ),
-    (RECIPES["rtn_w3a16"], "weights.bits = 3: not packed; take 2, 4, 8"),
     (
       recipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token")),
       "activations.grid = 'unsigned': not written",

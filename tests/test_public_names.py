@@ -92,7 +92,8 @@ HYPERPARAMETERS = {
 }
 
 RECIPES = (
-  "none rtn_w8a8 rtn_w4a4 rtn_w4a16 rtn_w3a16 rtn_w2a16 rtn_w4a16_g128 quest_w1a1 quest_w2a2 "
+  "none rtn_w8a8 rtn_w4a4 rtn_w4a16 rtn_w3a16 rtn_w2a16 rtn_w4a16_g128 int8_w8a8 int4_w4a4 "
+  "int4_w4a16 int3_w3a16 int2_w2a16 int4_w4a16_g128 quest_w1a1 quest_w2a2 "
   "quest_w3a3 quest_w4a4 quest_w8a8 quest_w1.58a1.58 quest_w4a16 lsq_w4a4 lsq_w4a4_unsigned fp8 "
   "mxfp4 nvfp4 int8_gradients"
 )

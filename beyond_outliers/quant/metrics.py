@@ -59,7 +59,7 @@ def operand_sums(
   """(sums over x, its codes). axis: the contraction axis of the product. scale: a learned one."""
   x = rotations.rotate(x.astype(jnp.promote_types(x.dtype, jnp.float32)), spec.rotation, axis)
   scale = quantizers.scale_of(x, spec, axis) if scale is None else scale.astype(x.dtype)
-  v, grid = quantizers.in_units(x, scale), spec.levels
+  v, grid = quantizers.in_units(x, scale, spec), spec.levels
   codes, saved = quantizers.encode(v, spec, None)
   error = quantizers.dequantize(quantizers.Quantized(codes, scale)) - x
   clipped = ~within_levels(v, grid)

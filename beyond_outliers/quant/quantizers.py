@@ -84,21 +84,25 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return scale
 
 
-def in_units(x: jax.Array, scale: jax.Array) -> jax.Array:
+def in_units(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
   """Values in units of their scale."""
+  if divides(spec):
+    return quotient(x.astype(scale.dtype), spread(scale, x.shape))
   # Times the reciprocal: cheaper than a division, and how AQT scales.
   return x.astype(scale.dtype) * spread(reciprocal(scale), x.shape)
+
+
+def divides(spec: QuantSpec) -> bool:
+  """Whether values are divided by their scale, and not multiplied by its reciprocal: where the
+  largest may lie halfway between two codes, the last bit decides (scales.absmax_edge)."""
+  return spec.scale == "absmax_edge" and has_ties(spec.levels)
 
 
 def forward(
   x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None
 ) -> tuple[Quantized, Saved]:
   """Values to codes, without their rotation."""
-  if spec.scale == "absmax_edge" and has_ties(spec.levels):
-    v = quotient(x.astype(scale.dtype), spread(scale, x.shape))
-  else:
-    v = in_units(x, scale)
-  codes, saved = encode(v, spec, key)
+  codes, saved = encode(in_units(x, scale, spec), spec, key)
   return Quantized(codes, _telling(scale, x) if spec.scale == "learned" else scale), saved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -132,14 +133,22 @@ def _but_the_head(layer: LayerRecipe) -> Recipe:
   return Recipe((("head", None), (".*", layer)))
 
 
-def _round_to_nearest(weights: int, activations: int | None, group: int = 0) -> LayerRecipe:
-  """Round to nearest, symmetric absmax.
-
-  One scale per output channel (or group of weights) and per token (activations)."""
+def _integers(
+  grid: str, scale: str, weights: int, activations: int | None, group: int = 0
+) -> LayerRecipe:
+  """One scale per output channel (or group of weights) and per token (activations)."""
+  of_weights = "group" if group else "channel"
   return LayerRecipe(
-    QuantSpec(weights, granularity="group", group=group) if group else QuantSpec(weights),
-    QuantSpec(activations, granularity="token") if activations else None,
+    QuantSpec(weights, grid, scale, of_weights, group),
+    QuantSpec(activations, grid, scale, "token") if activations else None,
   )
+
+
+# The study's: at four bits -7 to 7, absmax/7.
+_round_to_nearest = functools.partial(_integers, "symmetric", "absmax")
+# What engines call symmetric integers, as compressed-tensors, llm-compressor and torchao scale
+# them: at four bits -8 to 7, absmax/7.5.
+_served = functools.partial(_integers, "twos_complement", "absmax_edge")
 
 
 def _quest(weights: float, activations: float | None) -> LayerRecipe:
@@ -173,6 +182,12 @@ RECIPES: dict[str, Recipe] = {
   "rtn_w3a16": _but_the_head(_round_to_nearest(3, None)),
   "rtn_w2a16": _but_the_head(_round_to_nearest(2, None)),
   "rtn_w4a16_g128": _but_the_head(_round_to_nearest(4, None, group=128)),
+  "int8_w8a8": _but_the_head(_served(8, 8)),
+  "int4_w4a4": _but_the_head(_served(4, 4)),
+  "int4_w4a16": _but_the_head(_served(4, None)),
+  "int3_w3a16": _but_the_head(_served(3, None)),
+  "int2_w2a16": _but_the_head(_served(2, None)),
+  "int4_w4a16_g128": _but_the_head(_served(4, None, group=128)),
   **{f"quest_w{b}a{b}": _but_the_head(_quest(b, b)) for b in (1, 2, 3, 4, 8)},
   "quest_w1.58a1.58": _but_the_head(_quest(1.585, 1.585)),
   "quest_w4a16": _but_the_head(_quest(4, None)),

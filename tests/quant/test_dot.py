@@ -2,6 +2,7 @@
 other on every recipe."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +176,9 @@ def test_what_aqt_cannot_express_goes_through_jax():
     for name, recipe in RECIPES.items()
     if recipe.default and not aqt_backend.expresses(recipe.default)
   }
-  assert unable == {"rtn_w4a16_g128", "lsq_w4a4", "lsq_w4a4_unsigned", "mxfp4", "nvfp4"}
+  integers = {name for name in RECIPES if re.match(r"int\d_w", name)}
+  others = {"rtn_w4a16_g128", "lsq_w4a4", "lsq_w4a4_unsigned", "mxfp4", "nvfp4"}
+  assert unable == integers | others
   for name, recipe in RECIPES.items():
     made = dot_general_for(recipe, "aqt")("layers/0/mlp/up")
     assert (made().backend if made else None) == (
@@ -183,8 +186,8 @@ def test_what_aqt_cannot_express_goes_through_jax():
     )
 
 
-@pytest.mark.parametrize("name", ["rtn_w4a16_g128", "mxfp4", "nvfp4"])
-def test_blocks_multiply_as_fake_quantized_operands(name):
+@pytest.mark.parametrize("name", ["rtn_w4a16_g128", "mxfp4", "nvfp4", "int4_w4a4"])
+def test_what_aqt_cannot_express_multiplies_as_fake_quantized_operands(name):
   x, w, g = problem()
   layer = RECIPES[name].default
 

@@ -79,6 +79,7 @@ def test_four_bits_of_quest_on_normal_numbers(operand, axis):
 SPECS = {
   "quest": QUEST.weights,
   "rtn": RTN.weights,
+  "int4": RECIPES["int4_w4a4"].weights,
   "lsq": RECIPES["lsq_w4a4"].weights,
   "fp8": RECIPES["fp8"].weights,
   "mxfp4": RECIPES["mxfp4"].weights,

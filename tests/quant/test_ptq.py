@@ -108,6 +108,19 @@ def test_inputs_that_are_always_zero_leave_their_rows_rounded_alone():
   )
 
 
+def test_rows_that_nothing_compensates_get_the_codes_of_rounding_to_nearest():
+  """Also where the largest number of a channel is negative, halfway between two codes."""
+  w, spec = jnp.asarray(DRAW.normal(size=(8, 512)), jnp.float32), RECIPES["int4_w4a16"].weights
+  assert np.mean(np.min(w, 0) < -np.max(w, 0)) > 0.4
+
+  @jax.jit
+  def both(w, gram):
+    scale = quantizers.scale_of(w, spec, 0)
+    return [each(w, scale, spec, gram).codes for each in (gptq.gptq, gptq.round_to_nearest)]
+
+  np.testing.assert_array_equal(*both(w, jnp.eye(8)))
+
+
 @pytest.mark.parametrize("alpha", [0.5, 0.75])
 def test_smoothquant_is_the_papers_equation(alpha):
   x, w = correlated(200, 32), DRAW.normal(size=(32, 8)).astype(np.float32)
@@ -494,6 +507,13 @@ def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, m
   ):
     with pytest.raises(ConfigError, match=message):
       call()
+
+
+@pytest.mark.parametrize("name", ["rtn_w4a16", "int4_w4a16"])
+def test_a_methods_scale_replaces_that_of_every_grid_of_integers(name):
+  for method in ("rtn_mse", "gptq_mse", "hadamard_mse", "hadamard+gptq_mse"):
+    layer = ptq.METHODS[method].layer(RECIPES[name].default)
+    assert (layer.weights.scale, layer.weights.grid) == ("mse", RECIPES[name].weights.grid)
 
 
 def test_what_goes_together_is_not_refused():

@@ -3,12 +3,22 @@ before any work."""
 
 import re
 
+import jax
+import numpy as np
 import pytest
 
 from beyond_outliers import config
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.model import linears
-from beyond_outliers.quant import RECIPES, LayerRecipe, LinearShape, QuantSpec, Recipe, recipes
+from beyond_outliers.quant import (
+  RECIPES,
+  LayerRecipe,
+  LinearShape,
+  QuantSpec,
+  Recipe,
+  quantizers,
+  recipes,
+)
 from configs import adamw
 
 W4 = LayerRecipe(QuantSpec(4))
@@ -37,6 +47,12 @@ BITS = {
   "rtn_w3a16": (3, None),
   "rtn_w2a16": (2, None),
   "rtn_w4a16_g128": (4, None),
+  "int8_w8a8": (8, 8),
+  "int4_w4a4": (4, 4),
+  "int4_w4a16": (4, None),
+  "int3_w3a16": (3, None),
+  "int2_w2a16": (2, None),
+  "int4_w4a16_g128": (4, None),
   "quest_w1a1": (1, 1),
   "quest_w2a2": (2, 2),
   "quest_w3a3": (3, 3),
@@ -63,6 +79,54 @@ def test_named_recipes_are_what_their_names_say():
     said = re.search(r"_w([\d.]+)a([\d.]+)", name)
     assert said is None or found == tuple(meant.get(b, float(b)) for b in said.groups()), name
   assert {name: actual.get(name) for name in BITS} == BITS
+
+
+def served_integers(rows, bits, group):
+  """(codes, scales) of symmetric integers as compressed-tensors 0.20, llm-compressor 0.14 and
+  torchao 0.18 find them, in float32: calculate_qparams, whose scales are not zero, and quantize."""
+  blocks = rows.reshape(len(rows), -1, group)
+  largest = np.maximum(abs(np.minimum(blocks.min(-1), 0)), abs(np.maximum(blocks.max(-1), 0)))
+  scale = largest / np.float32((2**bits - 1) / 2)
+  scale = np.where(scale == 0, np.finfo(np.float32).eps, scale)
+  lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  codes = np.rint(np.clip(blocks / scale[..., None], lowest, highest))
+  return codes.reshape(rows.shape), scale
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if re.match(r"int\d_w", name)])
+def test_integers_are_those_that_engines_serve(name):
+  """Every code and scale: of long tails and normal numbers, of ties, of zeros, of one number that
+  is huge; and a number that is not finite shows."""
+  draw = np.random.default_rng(0)
+  bits, width = int(name[3]), 256
+  ties = np.resize(np.arange(2**bits) - np.float32((2**bits - 1) / 2), width)  # halves, scale one
+  huge = draw.standard_normal(width)
+  huge[9] = 3e37
+  rows = np.float32(
+    [
+      *draw.standard_t(3, (60, width)),
+      *draw.standard_normal((500, width)),
+      *(ties, -ties, np.minimum(ties, 0), huge, -huge, np.zeros(width), 1e-30 * ties),
+      np.repeat([0, 1], width // 2),  # zeros that are a group
+    ]
+  )
+  assert (rows.min(1) < -rows.max(1)).mean() > 0.4  # whose largest number lies halfway
+  jitted = jax.jit(quantizers.quantize_array, static_argnums=(1, 2))
+  for spec in (RECIPES[name].weights, RECIPES[name].activations):
+    if spec is None:
+      continue
+    codes, scale = served_integers(rows, bits, spec.group or width)
+    assert (codes.min(), codes.max()) == (spec.levels.lowest, spec.levels.largest)
+    for quantize in (quantizers.quantize_array, jitted):
+      ours_codes, ours_scale = map(np.asarray, quantize(rows, spec, 1))
+      np.testing.assert_array_equal(ours_codes, codes)
+      zero = ours_scale == 0
+      np.testing.assert_array_equal(ours_scale[~zero], scale[~zero])
+      assert not rows.reshape(*zero.shape, -1)[zero].any()
+    for number in (np.nan, np.inf, -np.inf):
+      spoiled = rows.copy()
+      spoiled[1, 3] = number
+      assert np.isnan(jitted(spoiled, spec, 1).scale[1, 0])
 
 
 def test_the_first_rule_that_matches_the_whole_path_decides():

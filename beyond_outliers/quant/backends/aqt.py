@@ -11,6 +11,8 @@ backward pass. Of a spec it takes
     estimator or rounding
   granularities group, mx, nv, nv_token    cannot: scales are constant along the contraction
   learned scales                           cannot: its backward pass has no gradient for them
+  twos_complement, absmax_edge             cannot: it multiplies by reciprocals, which round twice,
+                                           and of a halfway largest number the last bit decides
 
 Upstream names Qwix as AQT's successor; a module like this one for it would be another row of
 dot.BACKENDS.
@@ -47,7 +49,12 @@ def expresses(layer: LayerRecipe) -> bool:
   """Whether AQT can multiply under this recipe: see the table above."""
   specs = (layer.weights, layer.activations, layer.gradients)
   return all(
-    spec is None or (GRANULARITIES[spec.granularity].block is None and spec.scale != "learned")
+    spec is None
+    or not (
+      GRANULARITIES[spec.granularity].block is not None
+      or spec.scale == "learned"
+      or quantizers.divides(spec)
+    )
     for spec in specs
   )
 

@@ -19,7 +19,6 @@ from jax import lax
 from beyond_outliers.ops import linalg
 from beyond_outliers.quant import quantizers
 from beyond_outliers.quant.quantizers import Quantized
-from beyond_outliers.quant.scales import reciprocal
 from beyond_outliers.quant.spec import QuantSpec
 
 ROWS_A_BLOCK = 128  # between two updates of all that follow: a matter of speed alone
@@ -90,7 +89,9 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
 
     def of_row(row, carry):
       w_BxO, codes_BxO, errors_BxO = carry
-      codes, _ = quantizers.encode(w_BxO[row] * reciprocal(scale_BxO[row]), spec, None)
+      codes, _ = quantizers.encode(
+        quantizers.in_units(w_BxO[row], scale_BxO[row], spec), spec, None
+      )
       error = (w_BxO[row] - codes.astype(scale_BxO.dtype) * scale_BxO[row]) / u_BxB[row, row]
       later = jnp.where(jnp.arange(size) > row, u_BxB[row], 0)
       return (

@@ -13,6 +13,9 @@ from beyond_outliers.quant.ptq.gptq import DAMPING, ROUNDERS, Rounder
 from beyond_outliers.quant.ptq.smoothing import ALPHA, SMOOTHINGS, Smoothing
 from beyond_outliers.quant.spec import LayerRecipe
 
+# Scales that a recipe has when it asks for no other, which a method may replace by its own.
+ABSMAX = ("absmax", "absmax_edge")
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -20,7 +23,7 @@ class Method:
 
   rounding: row of ROUNDERS.
   smoothing: row of SMOOTHINGS, or "".
-  scale: row of SCALES, in the place of the recipe's "absmax", or "".
+  scale: row of SCALES, in the place of the recipe's if that is one of ABSMAX, or "".
   rotation: row of ROTATIONS, in the place of the recipe's "none", or "".
   fused: rotations that can be fused into weights are (rotation_fusion.py); the rest are online.
   sequential: a block sees the outputs of the blocks before it once these are quantized, else those
@@ -74,7 +77,7 @@ class Method:
     if layer is None or not (layer.weights or layer.activations):
       return None
     w, x = layer.weights, layer.activations
-    if self.scale and w and w.scale == "absmax":
+    if self.scale and w and w.scale in ABSMAX:
       w = dataclasses.replace(w, scale=self.scale)
     rotation = "none" if rotated else self.rotation if layer.rotation == "none" else ""
     if rotation:
