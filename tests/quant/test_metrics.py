@@ -47,16 +47,12 @@ def params_of(model, seed=1):
   return jax.tree_util.tree_map_with_path(number, transformer.shapes(model))
 
 
-# Each program runs once: compiling it is what takes time.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
 def measured(recipe, params=None, before=None, c=MODEL, backend="jax"):
   model = transformer.Transformer(c, dot_general_for(recipe, backend))
   params = params_of(model) if params is None else params
   before = jax.tree.map(lambda x: 1.01 * x + 0.01, params) if before is None else before
   quant_statistics = make_quant_statistics(make_forward(model, False), c, recipe)
-  found = jax.jit(quant_statistics, compiler_options=QUICK)(params, before, BATCH)
+  found = jax.jit(quant_statistics)(params, before, BATCH)
   return {name: float(value) for name, value in found.items()}
 
 
@@ -229,7 +225,6 @@ def test_scanned_unrolled_and_sharded_are_one(name):
       of_all = jax.jit(
         make_quant_statistics(make_forward(model, False), wide, recipe),
         in_shardings=(shardings, shardings, None),
-        compiler_options=QUICK,
       )
       sharded = {key: float(value) for key, value in of_all(params, before, BATCH).items()}
   kinds = [*linears.linear_paths(MODEL), "head"]

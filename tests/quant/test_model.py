@@ -30,8 +30,6 @@ from configs import adamw, shampoo_qat
 # zero, and on which side of it is a matter of float rounding.
 MODEL = dataclasses.replace(STUDY, d_head=128, d_model=128, mlp_hidden=256, attention="plain")
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
-# Each program runs once: compiling it is what takes time.
-QUICK = {"xla_backend_optimization_level": 0}
 # Of integers, and of floating point, in the fast tests.
 FAMILIES = ("quest_w4a4", "fp8")
 EVERY = [
@@ -69,7 +67,7 @@ def loss_and_grads(model, params, key=None, tokens=TOKENS):
       scores.reshape(-1, scores.shape[-1]), tokens[:, 1:].reshape(-1)
     ).mean()
 
-  return jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK)(params)
+  return jax.jit(jax.value_and_grad(loss_fn))(params)
 
 
 def assert_trees_near(actual, expected, tolerance=1e-5):
