@@ -34,8 +34,8 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_finish():
-  """Tracing makes objects by the hundred thousand, and Python looks for cycles among them, and among
-  all that has been imported, every 700: a quarter of the time."""
+  """Tracing makes objects by the hundred thousand, and Python looks for cycles among them, and
+  among all that has been imported, every 700: a quarter of the time."""
   gc.collect()
   gc.freeze()
   gc.set_threshold(20_000, 20, 20)

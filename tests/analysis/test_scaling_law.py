@@ -171,8 +171,8 @@ FOUR = dict(sizes=[SIZES[i] for i in (0, 1, 3, 5)], noise=0.005)
 
 @pytest.mark.slow
 def test_coverage_of_the_intervals():
-  """Law_intervals has more of it, and .93 to .96 of 200 draws of these. Fewer lie within what chance
-  makes of .945, one time in 200 on either side."""
+  """Of 200 draws they are .93 to .96, says law_intervals. Fewer lie within what chance makes of
+  .945, one time in 200 on either side."""
   draws = int(os.environ.get("DRAWS", 100))
   found = coverage(draws, **FOUR)
   print({f"{name}, {kind}": share for (name, kind), share in found.items()})

@@ -208,7 +208,8 @@ SLOW = ["lsq_w4a4", "rtn_w8a8", "fp8", "mxfp4", "nvfp4", "quest_w1.58a1.58", "in
   "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_scanned_unrolled_and_sharded_are_one(name):
-  """In float64, as in test_model.py. And no device ever holds another's weights."""
+  """In float64, as in test_model.py: unrolled and rematerialised on one device, scanned on eight.
+  And no device ever holds another's weights."""
   recipe, wide = (
     Recipe(((".*", RECIPES[name].default),)),
     dataclasses.replace(MODEL, dtype="float64"),
@@ -219,8 +220,7 @@ def test_scanned_unrolled_and_sharded_are_one(name):
   params = params_of(model)
   before = jax.tree.map(lambda x: 1.01 * x + 0.01, params)
   with jax.enable_x64(True):
-    expected = measured(recipe, params, before, wide)
-    unrolled = measured(recipe, params, before, dataclasses.replace(wide, unroll=0, remat="full"))
+    expected = measured(recipe, params, before, dataclasses.replace(wide, unroll=0, remat="full"))
     with mesh_lib.use(mesh):
       of_all = jax.jit(
         make_quant_statistics(make_forward(model, False), wide, recipe),
@@ -235,9 +235,7 @@ def test_scanned_unrolled_and_sharded_are_one(name):
     for value in ("sqnr", "masked", "clipped")
   } | {f"quant/weights/crossed/{kind}" for kind in kinds} | {"quant/weights/crossed"}
   assert all(map(np.isfinite, expected.values()))
-  assert unrolled == pytest.approx(expected, rel=1e-4, abs=1e-6) and sharded == pytest.approx(
-    expected, rel=1e-4, abs=1e-6
-  )
+  assert sharded == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
   with mesh_lib.use(mesh):
     of_weights = jax.jit(
