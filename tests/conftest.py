@@ -33,6 +33,24 @@ import random  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_configure(config):
+  config.option.loadscopereorder = False  # of pytest-xdist; the order is made here
+
+
+def pytest_collection_modifyitems(items):
+  """Files of slow tests first, then those of many, so that at the end no worker is left alone with
+  a long one."""
+  files = {}
+  for item in items:
+    files.setdefault(item.path, []).append(item.get_closest_marker("slow") is not None)
+
+  def rank(item):
+    slow = files[item.path]
+    return -sum(slow) / len(slow), -len(slow), str(item.path)
+
+  items.sort(key=rank)
+
+
 def pytest_collection_finish():
   """Tracing makes objects by the hundred thousand, and Python looks for cycles among them, and
   among all that has been imported, every 700: a quarter of the time."""
@@ -58,7 +76,7 @@ def few_memory_maps():
 @pytest.fixture
 def optimized():
   """Programs that are compiled in this test are compiled as they are for users' runs."""
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
