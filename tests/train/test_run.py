@@ -674,7 +674,7 @@ def test_a_model_axis_that_would_cut_heads_is_refused(tiny_config):
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_nano_learns_english(tmp_path):
-  """The README's run on a quarter of the tokens: half a nat under what knowing each token's
+  """The README's run on a quarter of the tokens: 0.6 nats under what knowing each token's
   frequency is worth, and so by those before it."""
   c = config.resolve(
     adamw.get_config(
@@ -685,4 +685,4 @@ def test_nano_learns_english(tmp_path):
   opened = runs.open(tmp_path / "nano")
   unigram = opened.dataset.unigram_entropy("validation")
   assert 6 < unigram < 6.5
-  assert opened.metrics()["eval/loss"].dropna().iloc[-1] < unigram - 0.5
+  assert opened.metrics()["eval/loss"].dropna().iloc[-1] < unigram - 0.6
