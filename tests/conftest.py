@@ -12,9 +12,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # By default XLA:CPU starts all-reduces that don't depend on each other in any order, each device in
 # its own, on threads of which there are too few for all of them: devices wait for each other for
 # ever, sooner on a busy machine. This schedule orders them.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-)
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
+).strip()
+# Programs of tests run a few times, on little: compiling them is what takes time, and these two
+# leave an eighth of it. Tests that compute for long take the fixture `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  (the environment comes first)
 
@@ -24,6 +31,33 @@ import gc  # noqa: E402
 import random  # noqa: E402
 
 import pytest  # noqa: E402
+
+
+def pytest_configure(config):
+  config.option.loadscopereorder = False  # of pytest-xdist; the order is made here
+
+
+def pytest_collection_modifyitems(items):
+  """Files of slow tests first, then those of many, so that at the end no worker is left alone with
+  a long one."""
+  files = {}
+  for item in items:
+    files.setdefault(item.path, []).append(item.get_closest_marker("slow") is not None)
+
+  def rank(item):
+    slow = files[item.path]
+    return -sum(slow) / len(slow), -len(slow), str(item.path)
+
+  items.sort(key=rank)
+
+
+def pytest_collection_finish():
+  """Tracing makes objects by the hundred thousand, and Python looks for cycles among them, and
+  among all that has been imported, every 700: a quarter of the time."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
+
 
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")
 MANY_MEMORY_MAPS = 15_000
@@ -37,6 +71,15 @@ def few_memory_maps():
   if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def optimized():
+  """Programs that are compiled in this test are compiled as they are for users' runs."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 WORDS = [

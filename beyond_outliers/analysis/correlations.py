@@ -56,8 +56,8 @@ def correlation(
     by pearson, near it by spearman.
 
   What few pairs are worth: how often the 95 % interval holds .8 (.786 by ranks), the correlation of
-  the normal numbers that n pairs are drawn from, 500 times, by `python -m pytest -s
-  tests/analysis/test_correlations.py -k coverage`:
+  the normal numbers that n pairs are drawn from, 500 times, by `DRAWS=500 python -m
+  pytest -s tests/analysis/test_correlations.py -k coverage`:
 
        n   pearson: bca  percentile   spearman: bca  percentile
        6           .936        .880            .938        .942

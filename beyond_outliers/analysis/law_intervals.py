@@ -12,8 +12,8 @@ mean over the parameters, and the least and largest of them.
     6 sizes, 3 seeds, .003; of three optimizers                .93 (.93 to .96)    .95 (.93 to .96)
     two_term, 4 sizes at 4 ratios, 3 seeds, .003               .95 (.94 to .96)    .95 (.93 to .99)
 
-`python -m pytest -s tests/analysis/test_scaling_law.py -k coverage` prints the first row, its
-function `coverage` with other arguments the others. Where the law does not hold, profiles widen
+`DRAWS=200 python -m pytest -s tests/analysis/test_scaling_law.py -k coverage` prints the first row,
+its function `coverage` with other arguments the others. Where the law does not hold, profiles widen
 with the residuals; the bootstrap does not, since it draws seeds around their own mean.
 
 Legend: M runs, P parameters, as in huber_regression.

@@ -28,8 +28,11 @@ def test_types_of_products_for_other_devices(name, dtype, expected, backend):
 
 @pytest.mark.parametrize("backend", quant.BACKENDS)
 def test_four_bits_take_at_most_half_as_much_memory_again(backend):
-  """Forward and backward, on CPU, as it is scheduled outside of tests."""
-  scheduled = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT"}
+  """Forward and backward, on CPU, as it is scheduled and fused outside of tests."""
+  scheduled = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_DEFAULT",
+    "xla_cpu_use_fusion_emitters": True,
+  }
   ours, base = (
     jax.jit(linear_layer.with_gradients(layer).apply, compiler_options=scheduled)
     .lower(layer.params, *linear_layer.operands("float32"))

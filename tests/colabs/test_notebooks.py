@@ -80,7 +80,6 @@ def test_a_notebook_runs_from_top_to_bottom(path, folder, monkeypatch):
   pytest.importorskip("matplotlib", reason="pip install -e '.[report]'")
   monkeypatch.setenv("BEYOND_OUTLIERS_RUNS", "tiny")
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  monkeypatch.delenv("XLA_FLAGS", raising=False)
   notebook = nbformat.read(path, as_version=4)
   where = {"metadata": {"path": str(folder)}}
   nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()

@@ -14,9 +14,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Programs of eight devices take minutes to compile otherwise.
-QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 # A command that notes a digest of every parameter as it is saved and restored: $NOTES, kind, step.
 RECORDED = """
 import hashlib, importlib, json, os, sys
@@ -74,7 +71,6 @@ def together(processes, devices, *command, notes=os.devnull, flag="", **environm
         **os.environ,
         "NOTES": str(notes),
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + QUICK,
         **{name: value.format(index=index) for name, value in environment.items()},
       },
     )

@@ -57,7 +57,7 @@ def parameters(grid):
 def compiled(function, *inputs, like):
   """What each device runs, all branches together. Outputs lie like the inputs `like`."""
   lowered = jax.jit(function, out_shardings=jax.tree.map(lambda x: x.sharding, like)).lower(*inputs)
-  return hlo.instructions(lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+  return hlo.instructions(lowered.compile().as_text())
 
 
 def update_of(name, arguments):

@@ -28,11 +28,6 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KEYS = ("w1", "w2", "b", "emb")
 MATRIX = Axes(fan_in=(1,), fan_out=(0,))
 AXES = {"w1": MATRIX, "w2": MATRIX, "emb": MATRIX, "b": Axes(fan_out=(0,))}
-# Programs that run for milliseconds: a quarter of the compiler's time.
-jit = functools.partial(
-  jax.jit,
-  compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
 
 DECAYS = dict(b1=0.9, b2=0.95, grafting_b2=0.95, weight_decay=0.1)
 OFTEN = dict(grafting="adam", precondition_frequency=5, block_size=64, eps=1e-4)
@@ -89,7 +84,7 @@ def trajectory(tx, dtype, keys=KEYS):
     params = optax.apply_updates(params, updates)
     return (params, state), params
 
-  _, after = jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
+  _, after = jax.jit(lambda p, g: jax.lax.scan(step, (p, tx.init(p)), g))(params, gradients)
   return {
     number: {key: np.asarray(after[key][number - 1], np.float64) for key in keys}
     for number in (1, 2, 5, 10, 11, 20, 30)
@@ -170,7 +165,7 @@ def follow(tx, gradients, state=None):
 
 def run(gradients, **hyper):
   """The same of a program of its own, in numpy."""
-  return jax.device_get(jit(functools.partial(follow, scale_by_shampoo(**hyper)))(gradients))
+  return jax.device_get(jax.jit(functools.partial(follow, scale_by_shampoo(**hyper)))(gradients))
 
 
 def noise(shapes, steps, seed=0, dtype=np.float32):
@@ -419,7 +414,7 @@ def refusing():
     )
 
   start = make(0.1).init({"w": jnp.zeros((3, 4, 6))})
-  program = jit(lambda state, max_residual: follow(make(max_residual), gradients, state))
+  program = jax.jit(lambda state, max_residual: follow(make(max_residual), gradients, state))
   return gradients["w"], start, lambda state, limit: jax.device_get(program(state, limit))
 
 
@@ -670,7 +665,7 @@ def test_the_studys_eps_does_no_harm(hyper):
   """1e-10, far below what float32 leaves of a zero eigenvalue: grafting bounds what the noise can
   do."""
   rate = optax.cosine_decay_schedule(0.03, STEPS)
-  train = jit(
+  train = jax.jit(
     lambda eps: regression()(
       shampoo(
         rate,
@@ -726,8 +721,8 @@ def test_eight_devices_update_as_one_does(hyper):
   }
   gradients, tx = jax.device_put(gradients, shardings), scale_by_shampoo(mesh=mesh, **hyper)
   of_state = optim.Optimizer(tx, None, {}, gradients).state_shardings(shardings)
-  init = jit(tx.init, out_shardings=of_state)
-  update = jit(
+  init = jax.jit(tx.init, out_shardings=of_state)
+  update = jax.jit(
     lambda g, state, limit: scale_by_shampoo(mesh=mesh, max_residual=limit, **hyper).update(
       g, state
     )

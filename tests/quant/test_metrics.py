@@ -47,16 +47,12 @@ def params_of(model, seed=1):
   return jax.tree_util.tree_map_with_path(number, transformer.shapes(model))
 
 
-# Each program runs once: compiling it is what takes time.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
 def measured(recipe, params=None, before=None, c=MODEL, backend="jax"):
   model = transformer.Transformer(c, dot_general_for(recipe, backend))
   params = params_of(model) if params is None else params
   before = jax.tree.map(lambda x: 1.01 * x + 0.01, params) if before is None else before
   quant_statistics = make_quant_statistics(make_forward(model, False), c, recipe)
-  found = jax.jit(quant_statistics, compiler_options=QUICK)(params, before, BATCH)
+  found = jax.jit(quant_statistics)(params, before, BATCH)
   return {name: float(value) for name, value in found.items()}
 
 
@@ -213,7 +209,8 @@ SLOW = ["lsq_w4a4", "rtn_w8a8", "fp8", "mxfp4", "nvfp4", "quest_w1.58a1.58", "in
   "name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_scanned_unrolled_and_sharded_are_one(name):
-  """In float64, as in test_model.py. And no device ever holds another's weights."""
+  """In float64, as in test_model.py: unrolled and rematerialised on one device, scanned on eight.
+  And no device ever holds another's weights."""
   recipe, wide = (
     Recipe(((".*", RECIPES[name].default),)),
     dataclasses.replace(MODEL, dtype="float64"),
@@ -224,13 +221,11 @@ def test_scanned_unrolled_and_sharded_are_one(name):
   params = params_of(model)
   before = jax.tree.map(lambda x: 1.01 * x + 0.01, params)
   with jax.enable_x64(True):
-    expected = measured(recipe, params, before, wide)
-    unrolled = measured(recipe, params, before, dataclasses.replace(wide, unroll=0, remat="full"))
+    expected = measured(recipe, params, before, dataclasses.replace(wide, unroll=0, remat="full"))
     with mesh_lib.use(mesh):
       of_all = jax.jit(
         make_quant_statistics(make_forward(model, False), wide, recipe),
         in_shardings=(shardings, shardings, None),
-        compiler_options=QUICK,
       )
       sharded = {key: float(value) for key, value in of_all(params, before, BATCH).items()}
   kinds = [*linears.linear_paths(MODEL), "head"]
@@ -241,9 +236,7 @@ def test_scanned_unrolled_and_sharded_are_one(name):
     for value in ("sqnr", "masked", "clipped")
   } | {f"quant/weights/crossed/{kind}" for kind in kinds} | {"quant/weights/crossed"}
   assert all(map(np.isfinite, expected.values()))
-  assert unrolled == pytest.approx(expected, rel=1e-4, abs=1e-6) and sharded == pytest.approx(
-    expected, rel=1e-4, abs=1e-6
-  )
+  assert sharded == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
   with mesh_lib.use(mesh):
     of_weights = jax.jit(

@@ -672,12 +672,17 @@ def test_a_model_axis_that_would_cut_heads_is_refused(tiny_config):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_nano_learns_english(tmp_path):
-  """The README's run, a little shorter: a nat under what knowing each token's frequency is
-  worth."""
-  c = config.resolve(adamw.get_config(f"nano,steps=240,data.directory={tmp_path}"))
+  """The README's run on a quarter of the tokens: 0.6 nats under what knowing each token's
+  frequency is worth, and so by those before it."""
+  c = config.resolve(
+    adamw.get_config(
+      f"nano,steps=240,context=64,eval.every=240,eval.documents=3,data.directory={tmp_path}"
+    )
+  )
   assert run(c, tmp_path / "nano") == "done"
   opened = runs.open(tmp_path / "nano")
   unigram = opened.dataset.unigram_entropy("validation")
   assert 6 < unigram < 6.5
-  assert opened.metrics()["eval/loss"].dropna().iloc[-1] < unigram - 1.0
+  assert opened.metrics()["eval/loss"].dropna().iloc[-1] < unigram - 0.6
