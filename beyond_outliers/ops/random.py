@@ -23,9 +23,10 @@ _PARITY = 0x1BD11BDA
 
 def uniform(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
   """jax.random.uniform of [0, 1)."""
+  settings: Any = jax.config  # whose attributes type checkers don't see
   written_out = (
     str(jax.random.key_impl(key)) == "threefry2x32"
-    and jax.config.jax_threefry_partitionable
+    and settings.jax_threefry_partitionable
     and jnp.dtype(dtype) == jnp.float32
     and math.prod(shape) < 2**32
   )
