@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from beyond_outliers.config.checks import require
+from beyond_outliers.ops import random
 from beyond_outliers.quant import rotations
 from beyond_outliers.quant.estimators import ESTIMATORS
 from beyond_outliers.quant.scales import (
@@ -124,7 +125,7 @@ def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Ar
 
 
 def _round_stochastically(key: jax.Array, v: jax.Array) -> jax.Array:
-  return jnp.floor(v + jax.random.uniform(key, v.shape, v.dtype))
+  return jnp.floor(v + random.uniform(key, v.shape, v.dtype))
 
 
 def backward(saved: Saved, g: jax.Array) -> jax.Array:
