@@ -1,8 +1,8 @@
 """Log-likelihoods and greedy continuations of token sequences, in few compiled shapes, as the
 harness's tasks ask for them.
 
-Legend: R rows of a batch, L their length, S scored positions of a row, C of these that the head sees
-at once, D model width, V vocabulary.
+Legend: R rows of a batch, L their length, S scored positions of a row, C of these that the head
+sees at once, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Scorer:
     """Scores of pairs: the continuation's log-probability in nats, and whether all its tokens are
     the model's first choices.
 
-    A pair of more than context + 1 tokens loses its beginning. Equal pairs are scored once, and what
-    several begin with is read once (packing.py). Errors: ConfigError for a continuation that is
-    empty, or alone longer than the context."""
+    A pair of more than context + 1 tokens loses its beginning. Equal pairs are scored once, and
+    what several begin with is read once (packing.py). Errors: ConfigError for a continuation that
+    is empty, or alone longer than the context."""
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
         raise ConfigError(
@@ -203,12 +203,10 @@ def score(model, params, tokens_RxL, positions_RxL, segment_ids_RxLx2, sources_R
     x_RxCxD = jnp.take_along_axis(x_RxLxD, sources_RxC[..., None], axis=1)
     logits_RxCxV = model.apply({"params": params}, x_RxCxD, method="logits")
     nll = loss.cross_entropy(loss.flat_logits(logits_RxCxV), targets_RxC.reshape(-1))
-    first_RxC = jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
+    new = nll.reshape(R, C), jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
     return tuple(
-      jax.lax.dynamic_update_slice_in_dim(
-        x_RxS, new.reshape(R, C).astype(x_RxS.dtype), i * C, axis=1
-      )
-      for x_RxS, new in zip(found, (nll, first_RxC), strict=True)
+      jax.lax.dynamic_update_slice_in_dim(x_RxS, x_RxC.astype(x_RxS.dtype), i * C, axis=1)
+      for x_RxS, x_RxC in zip(found, new, strict=True)
     )
 
   asked = jnp.sum(jnp.any(sources_RxS >= 0, axis=0))
