@@ -23,7 +23,6 @@ from beyond_outliers.model import transformer
 from beyond_outliers.types import Json
 
 QUESTIONS, CHOICES = 64, 4
-BATCH_TOKENS = 8192
 
 
 def measure_scoring(size: str, repeats: int) -> Json:
@@ -33,10 +32,9 @@ def measure_scoring(size: str, repeats: int) -> Json:
   model, draw = transformer.Transformer(c.model), np.random.default_rng(c.seed)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
   pairs = questions(draw, c.model.vocab, c.context)
-  tokens_RxL = draw.integers(
-    0, c.model.vocab, (max(1, BATCH_TOKENS // c.context), c.context)
-  ).astype(np.int32)
-  scorer = loglikelihood.Scorer(model, params, context=c.context, batch_tokens=BATCH_TOKENS)
+  scorer = loglikelihood.Scorer(model, params, context=c.context)
+  rows = max(1, scorer.batch_tokens // c.context)
+  tokens_RxL = draw.integers(0, c.model.vocab, (rows, c.context)).astype(np.int32)
   forward = jax.jit(lambda params: model.apply({"params": params}, tokens_RxL))
   scored = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
   (first,) = hardware.seconds_of(lambda: scorer.score(pairs), 1)  # compiles, as the next does

@@ -26,6 +26,8 @@ from beyond_outliers.types import LanguageModel, Params
 
 SHORTEST = 16  # the smallest bucket of lengths
 SHORTEST_ROW = 256  # of several texts
+BATCH_TOKENS = 8192
+BATCH_TOKENS_OF_CPU = 1024  # whose caches hold no more: of nano, 8192 take twice as long a token
 CHUNKS = 16  # parts that the scored positions of a row go through the head in
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
 NOT_FINITE = -1  # stands for the token that follows logits of which some are NaN or infinite
@@ -42,7 +44,7 @@ class Scorer:
   """A model behind a few compiled programs: one per length of rows.
 
   context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
-  included. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
+  included; by default as many as suit it. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
   it; by default the first device. ids: those that greedy continuations are made of, by default all;
   of a vocabulary that is padded above the tokenizer's, the tokenizer's. Probabilities are those of
   the softmax over the whole vocabulary, padding included, as in training.
@@ -56,11 +58,13 @@ class Scorer:
     *,
     context: int,
     mesh: jax.sharding.Mesh | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     ids: Sequence[int] | np.ndarray | None = None,
   ):
     self.context = context
-    self._params, self._batch_tokens = params, batch_tokens
+    self._params = params
+    on_cpu = jax.default_backend() == "cpu"
+    self.batch_tokens = batch_tokens or (BATCH_TOKENS_OF_CPU if on_cpu else BATCH_TOKENS)
     self._mesh = mesh or mesh_lib.make_mesh(config.Mesh(1, 1, 1), jax.local_devices()[:1])
     self._ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
     everywhere = mesh_lib.replicated(self._mesh)  # so that each process can read all
@@ -167,7 +171,7 @@ class Scorer:
       return program(self._params, *placed)
 
   def _rows(self, length: int) -> int:
-    return max(1, self._batch_tokens // length) * self._ways
+    return max(1, self.batch_tokens // length) * self._ways
 
   def _row_length(self, tokens: int) -> int:
     """Of rows that hold several texts."""
