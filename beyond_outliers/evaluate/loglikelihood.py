@@ -27,7 +27,7 @@ from beyond_outliers.types import LanguageModel, Params
 SHORTEST = 16  # the smallest bucket of lengths
 SHORTEST_ROW = 256  # of several texts
 BATCH_TOKENS = 8192
-BATCH_TOKENS_OF_CPU = 1024  # whose caches hold no more: of nano, 8192 take twice as long a token
+CPU_BATCH_TOKENS = 1024  # what its caches hold: a token of nano takes twice as long among 8192
 CHUNKS = 16  # parts that the scored positions of a row go through the head in
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
 NOT_FINITE = -1  # stands for the token that follows logits of which some are NaN or infinite
@@ -44,10 +44,11 @@ class Scorer:
   """A model behind a few compiled programs: one per length of rows.
 
   context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
-  included; by default as many as suit it. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
-  it; by default the first device. ids: those that greedy continuations are made of, by default all;
-  of a vocabulary that is padded above the tokenizer's, the tokenizer's. Probabilities are those of
-  the softmax over the whole vocabulary, padding included, as in training.
+  included; by default as many as suit the device. mesh: its data and fsdp axes split the rows, and
+  the parameters must have been placed on it; by default the first device. ids: those that greedy
+  continuations are made of, by default all; of a vocabulary that is padded above the tokenizer's,
+  the tokenizer's. Probabilities are those of the softmax over the whole vocabulary, padding
+  included, as in training.
 
   Every process of a run makes the same calls and gets the same results."""
 
@@ -63,10 +64,10 @@ class Scorer:
   ):
     self.context = context
     self._params = params
-    on_cpu = jax.default_backend() == "cpu"
-    self.batch_tokens = batch_tokens or (BATCH_TOKENS_OF_CPU if on_cpu else BATCH_TOKENS)
     self._mesh = mesh or mesh_lib.make_mesh(config.Mesh(1, 1, 1), jax.local_devices()[:1])
     self._ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+    on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+    self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
     everywhere = mesh_lib.replicated(self._mesh)  # so that each process can read all
     self._score = jax.jit(functools.partial(score, model), out_shardings=everywhere)
     all_ids = np.arange(model.config.vocab)
