@@ -20,7 +20,7 @@ from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import packing
-from beyond_outliers.evaluate.packing import Text
+from beyond_outliers.evaluate.packing import ScoredText
 from beyond_outliers.model import loss
 from beyond_outliers.types import LanguageModel, Params
 
@@ -88,7 +88,7 @@ class Scorer:
           f"score after {len(context)}; expected at least one of each, and no more than fit"
         )
     asked = [
-      Text((*context, *continuation)[-(self.context + 1) :], len(continuation))
+      ScoredText((*context, *continuation)[-(self.context + 1) :], len(continuation))
       for context, continuation in pairs
     ]
     texts = sorted(set(asked))
@@ -99,9 +99,9 @@ class Scorer:
     return [results[text] for text in asked]
 
   def _scores(
-    self, texts: Sequence[Text], rows: Sequence[packing.Row]
-  ) -> dict[Text, tuple[float, bool]]:
-    results: dict[Text, tuple[float, bool]] = {}
+    self, texts: Sequence[ScoredText], rows: Sequence[packing.PackedRow]
+  ) -> dict[ScoredText, tuple[float, bool]]:
+    results: dict[ScoredText, tuple[float, bool]] = {}
 
     def collect(batch, outputs):
       nll_RxS, first_RxS = map(np.asarray, outputs)
@@ -110,7 +110,7 @@ class Scorer:
         results[texts[number]] = log_p, bool(first_RxS[row, places].all())
 
     started = None  # a batch is fetched once the next one runs
-    for batch in packing.batches(texts, rows, self._rows):
+    for batch in packing.packed_batches(texts, rows, self._rows):
       running = batch, self._run(self._score, *batch.arrays)
       if started:
         collect(*started)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Text(NamedTuple):
+class ScoredText(NamedTuple):
   """Tokens, of which the last few are scored, each from those before it."""
 
   tokens: tuple[int, ...]
@@ -42,7 +42,7 @@ class Tree:
     """Places that it takes of its row: of tokens, or of scored positions where these are more."""
     return max(self.tokens, self.scored)
 
-  def take(self, number: int, text: Text, shared: int) -> bool:
+  def take(self, number: int, text: ScoredText, shared: int) -> bool:
     """Adds a text that there is room for; False if there is none."""
     tokens, scored = self.tokens + len(text.read) - shared, self.scored + text.scored
     if max(tokens, scored) > self.length:
@@ -52,7 +52,7 @@ class Tree:
     return True
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
   """Trees beside one another in a row."""
 
   length: int
@@ -63,7 +63,7 @@ class Row(NamedTuple):
     return sum(tree.scored for tree in self.trees)
 
 
-class Batch(NamedTuple):
+class PackedBatch(NamedTuple):
   """Rows as arrays; those at the end may be empty."""
 
   members: list[tuple[int, int, slice]]  # number of a text, its row, its scored positions there
@@ -78,32 +78,32 @@ class Batch(NamedTuple):
     return self[1:]
 
 
-def packed(texts: Sequence[Text], length_of: Callable[[int], int]) -> list[Row]:
+def packed(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list[PackedRow]:
   """Rows of texts that are sorted. length_of: tokens -> length of the rows for so many."""
-  rows: list[Row] = []
+  rows: list[PackedRow] = []
   room: list[tuple[int, int]] = []  # places left in a row, and its number; ascending
   for tree in sorted(_trees(texts, length_of), key=lambda x: (x.length, x.size), reverse=True):
     # The row that it fills best, of those that it fits in.
     i = bisect.bisect_left(room, (tree.size, 0))
     left, number = room.pop(i) if i < len(room) else (tree.length, len(rows))
     if number == len(rows):
-      rows.append(Row(tree.length, []))
+      rows.append(PackedRow(tree.length, []))
     rows[number].trees.append(tree)
     bisect.insort(room, (left - tree.size, number))
   return rows
 
 
-def alone(texts: Sequence[Text], length_of: Callable[[int], int]) -> list[Row]:
+def alone(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list[PackedRow]:
   """Every text in a row by itself."""
   trees = (_seedling(number, text, length_of) for number, text in enumerate(texts))
-  return [Row(tree.length, [tree]) for tree in trees]
+  return [PackedRow(tree.length, [tree]) for tree in trees]
 
 
-def _seedling(number: int, text: Text, length_of: Callable[[int], int]) -> Tree:
+def _seedling(number: int, text: ScoredText, length_of: Callable[[int], int]) -> Tree:
   return Tree(length_of(len(text.read)), [(number, 0)], len(text.read), text.scored)
 
 
-def _trees(texts: Sequence[Text], length_of: Callable[[int], int]) -> list[Tree]:
+def _trees(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list[Tree]:
   """Texts go on from the one before if they share all that comes before what is scored, or half of
   it all, as examples of a task may before their questions."""
   trees: list[Tree] = []
@@ -122,9 +122,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
   return next(differ, min(len(a), len(b)))
 
 
-def batches(
-  texts: Sequence[Text], rows: Sequence[Row], rows_of: Callable[[int], int]
-) -> Iterator[Batch]:
+def packed_batches(
+  texts: Sequence[ScoredText], rows: Sequence[PackedRow], rows_of: Callable[[int], int]
+) -> Iterator[PackedBatch]:
   """All rows, the longest first, and of these those with the most to score; the last of a length go
   with the next shorter ones. rows_of: length -> rows of a batch."""
   rest = sorted(rows, key=lambda row: (row.length, row.scored), reverse=True)
@@ -134,7 +134,7 @@ def batches(
     del rest[:count]
 
 
-def _batch(texts: Sequence[Text], rows: Sequence[Row], count: int) -> Batch:
+def _batch(texts: Sequence[ScoredText], rows: Sequence[PackedRow], count: int) -> PackedBatch:
   length = rows[0].length
   tokens_RxL, positions_RxL, targets_RxS = np.zeros((3, count, length), np.int32)
   # A token of the padding attends to itself alone.
@@ -157,4 +157,6 @@ def _batch(texts: Sequence[Text], rows: Sequence[Row], count: int) -> Batch:
         targets_RxS[r, here] = text.tokens[len(text.tokens) - text.scored :]
         members.append((number, r, here))
         scored = here.stop
-  return Batch(members, tokens_RxL, positions_RxL, segment_ids_RxLx2, sources_RxS, targets_RxS)
+  return PackedBatch(
+    members, tokens_RxL, positions_RxL, segment_ids_RxLx2, sources_RxS, targets_RxS
+  )

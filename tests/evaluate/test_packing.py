@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers.evaluate import packing
-from beyond_outliers.evaluate.packing import Text
+from beyond_outliers.evaluate.packing import ScoredText
 
 LENGTH, ROWS = 32, 4
 
@@ -24,16 +24,16 @@ def texts():
     context = tuple(draw.integers(0, 9, draw.integers(1, 20)).tolist())
     for _ in range(draw.integers(2, 6)):
       choice = tuple(draw.integers(0, 9, draw.choice([1, 1, 2, 3, 8])).tolist())
-      found |= {Text(context + choice, len(choice)), Text((*context, *choice, 3), 1)}
+      found |= {ScoredText(context + choice, len(choice)), ScoredText((*context, *choice, 3), 1)}
   shots = tuple(draw.integers(0, 9, 24).tolist())
-  found |= {Text((*shots, i, i + 1, 7), 1) for i in range(5)} | {Text((4,) * 65, 64)}
+  found |= {ScoredText((*shots, i, i + 1, 7), 1) for i in range(5)} | {ScoredText((4,) * 65, 64)}
   return sorted(found)
 
 
 def test_a_scored_token_sees_its_own_text_and_nothing_else(texts):
   rows = packing.packed(texts, length_of)
   seen = collections.Counter()
-  for batch in packing.batches(texts, rows, lambda length: ROWS):
+  for batch in packing.packed_batches(texts, rows, lambda length: ROWS):
     length = batch.tokens_RxL.shape[1]
     assert all(x.shape[:2] == (ROWS, length) for x in batch.arrays) and length in (32, 64)
     for number, row, places in batch.members:
@@ -51,11 +51,11 @@ def test_a_scored_token_sees_its_own_text_and_nothing_else(texts):
 
 
 def test_contexts_and_examples_before_questions_are_read_once():
-  choices = [Text((1, 2, 3, 4, choice), 1) for choice in range(6)]
+  choices = [ScoredText((1, 2, 3, 4, choice), 1) for choice in range(6)]
   ((tree,),) = (row.trees for row in packing.packed(choices, length_of))
   assert (tree.tokens, tree.scored) == (4, 6)
   shots = tuple(range(16))
-  questions = [Text((*shots, i, i + 1, choice), 1) for i in range(5) for choice in (7, 8)]
+  questions = [ScoredText((*shots, i, i + 1, choice), 1) for i in range(5) for choice in (7, 8)]
   ((tree,),) = (row.trees for row in packing.packed(questions, length_of))
   assert (tree.tokens, tree.scored) == (16 + 5 * 2, 10)
 
