@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypedDict
@@ -12,7 +13,9 @@ from beyond_outliers.data import tokenizers
 from beyond_outliers.data.document import Document, checked_ids
 from beyond_outliers.errors import DataError
 
-ENCODE_AT_ONCE = 4 << 20  # characters, or ids, handed to the tokenizer's threads
+# Characters, or ids, handed to the tokenizer's threads: few, for a library may hold a hundred bytes
+# of each.
+ENCODE_AT_ONCE = (1 << 17) * (os.cpu_count() or 1)
 REPORT_SECONDS = 10.0
 
 
@@ -37,7 +40,7 @@ def tokenized(
   tokenizer: tokenizers.Tokenizer,
   log: Callable[[str], None],
 ) -> Iterator[Tokenized]:
-  """Documents' token ids, in order, encoded a few megabytes at a time; progress goes to `log`."""
+  """Documents' token ids, in order, encoded a batch at a time; progress goes to `log`."""
   began = reported = time.monotonic()
   count = num_bytes = 0
   for batch in _batches(stream):

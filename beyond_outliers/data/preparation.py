@@ -140,8 +140,7 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
     log(f"prepare: using {dataset.directory}; its tokenizer {file} is not here to compare with")
   elif (
     cfg.tokenizer != "sentencepiece"
-    and (configured := tokenizers.load(cfg.tokenizer, **_named_eot(cfg)).fingerprint)
-    != tokenizer.fingerprint
+    and (configured := tokenizers.fingerprint(cfg.tokenizer)) != tokenizer.fingerprint
   ):
     raise DataError(
       f"data.tokenizer = {cfg.tokenizer!r}: now has fingerprint {configured[:12]}, "

@@ -20,10 +20,14 @@ class SentencePiece(Tokenizer):
 
   stored = "sentencepiece:{directory}/tokenizer.model"
 
+  @staticmethod
+  def read_files(argument):
+    return {"tokenizer.model": read_file(argument)}
+
   def __init__(self, file: str):
     import sentencepiece
 
-    super().__init__({"tokenizer.model": read_file(file)})
+    super().__init__(self.read_files(file))
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=self._files["tokenizer.model"])
     except RuntimeError as error:

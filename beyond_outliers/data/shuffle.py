@@ -33,10 +33,12 @@ def shuffled(
   ]
   _scatter(documents, paths, np.random.default_rng([seed, 0]))
   for bucket, (ids_path, sizes_path) in enumerate(paths):
-    ids, sizes = np.fromfile(ids_path, np.uint32), np.fromfile(sizes_path, np.int64).reshape(-1, 2)
-    ends = np.cumsum(sizes[:, 0])
-    for i in np.random.default_rng([seed, 1, bucket]).permutation(len(sizes)):
-      yield ids[ends[i] - sizes[i, 0] : ends[i]], int(sizes[i, 1])
+    sizes = np.fromfile(sizes_path, np.int64).reshape(-1, 2)
+    starts = np.cumsum(sizes[:, 0]) - sizes[:, 0]
+    with open(ids_path, "rb") as ids:
+      for i in np.random.default_rng([seed, 1, bucket]).permutation(len(sizes)):
+        ids.seek(4 * starts[i])
+        yield np.fromfile(ids, np.uint32, sizes[i, 0]), int(sizes[i, 1])
   shutil.rmtree(folder)
 
 

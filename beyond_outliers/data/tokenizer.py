@@ -12,6 +12,22 @@ import numpy as np
 from beyond_outliers.errors import DataError
 
 
+def _bytes_of_characters() -> dict[str, int]:
+  """The byte that each character of a byte-level BPE's vocabulary stands for."""
+  printable = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("\u00a1"), ord("\u00ac") + 1),
+    *range(ord("\u00ae"), 256),
+  ]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {
+    chr(256 + n): byte for n, byte in enumerate(others)
+  }
+
+
+BYTE_OF = _bytes_of_characters()
+
+
 class Tokenizer:
   """Text to token ids and back.
 
@@ -31,10 +47,19 @@ class Tokenizer:
   def __init__(self, files: dict[str, bytes]):
     self.special = {}
     self._files = files  # name in a dataset's folder -> content
-    digest = hashlib.sha256(self.stored.encode())
+    self.fingerprint = self.fingerprint_of(files)
+
+  @staticmethod
+  def read_files(argument: str) -> dict[str, bytes]:
+    """The files that a tokenizer is made of, by their names in a dataset's folder."""
+    raise NotImplementedError
+
+  @classmethod
+  def fingerprint_of(cls, files: dict[str, bytes]) -> str:
+    digest = hashlib.sha256(cls.stored.encode())
     for name, content in sorted(files.items()):
       digest.update(name.encode() + b"\0" + content)
-    self.fingerprint = digest.hexdigest()
+    return digest.hexdigest()
 
   @functools.cached_property
   def ids(self) -> Sequence[int]:

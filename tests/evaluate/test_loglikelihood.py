@@ -122,22 +122,53 @@ def test_scores_do_not_depend_on_batches_order_or_devices(pairs):
   )
 
 
+def test_choices_are_scored_as_if_alone_by_one_program(directly):
+  """Some are asked twice; after one token all is NaN."""
+  model, params = olmo2()
+  params["embedding"] = params["embedding"].at[63].set(jnp.nan)
+  draw, asked = np.random.default_rng(3), []
+  for _ in range(20):
+    context = draw.integers(0, 63, draw.integers(1, 12)).tolist()
+    choices = [draw.integers(0, 63, n).tolist() for n in draw.integers(1, 12, draw.integers(1, 5))]
+    asked += [loglikelihood.Pair(context, choice) for choice in [*choices, choices[0]]]
+  broken = loglikelihood.Pair([1, 63, 2], [3])
+  scorer, given = loglikelihood.Scorer(model, params, context=CONTEXT, batch_tokens=512), []
+  scorer._run = lambda program, *arrays, run=scorer._run: (
+    given.append(arrays),
+    run(program, *arrays),
+  )[1]
+  got = scorer.score(asked)
+  assert_close(got, [directly(model, params, pair) for pair in asked])
+  assert scorer._score._cache_size() == 1
+  tokens, unique = sum(tokens.size for tokens, *_ in given), {(*a, 99, *b) for a, b in asked}
+  assert tokens < sum(map(len, unique))
+  assert sum((sources >= 0).sum() for *_, sources, _ in given) == sum(
+    len(key) - key.index(99) - 1 for key in unique
+  )
+  (nan, first), *others = scorer.score([broken, *asked])
+  assert np.isnan(nan) and not first
+  assert_close(others, got)
+
+
 def test_few_programs_and_no_logits_that_nobody_asked_for():
   model, params = olmo2()
-  draw = np.random.default_rng(3)
-  scorer = loglikelihood.Scorer(model, params, context=256)
-  assert {scorer._length(n) for n in range(1, 257)} == {12, 16, 24, 32, 48, 64, 96, 128, 192, 256}
-  # 16 rows of 32 tokens, 4 of them scored.
-  jaxpr = jax.make_jaxpr(lambda *arrays: loglikelihood.score(model, params, *arrays, columns=4))(
-    *(draw.integers(0, 4, (16, n)) for n in (32, 4, 4))
+  scorer = loglikelihood.Scorer(model, params, context=2048)
+  assert {scorer._row_length(n) for n in range(1, 2049)} == {256, 512, 1024, 2048}
+  # 4 rows of 32 tokens; 2 of 32 positions go through the head at once, if they are asked for.
+  jaxpr = jax.make_jaxpr(lambda *arrays: loglikelihood.score(model, params, *arrays))(
+    *(np.zeros((4, 32, *rest), int) for rest in ((), (), (2,), (), ()))
   )
   wide = {
-    variable.aval.size
-    for equation in jaxpr.eqns
-    for variable in equation.outvars
-    if variable.aval.shape[-1:] == (64,)
+    variable.aval.size for variable in _outputs(jaxpr.jaxpr) if variable.aval.shape[-1:] == (64,)
   }
-  assert max(wide) == 16 * 4 * 64
+  assert max(wide) == 4 * 2 * 64
+
+
+def _outputs(jaxpr):
+  for equation in jaxpr.eqns:
+    yield from equation.outvars
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from _outputs(inner)
 
 
 @pytest.mark.parametrize("batch_tokens", [48, 8192])

@@ -1,6 +1,8 @@
 """Every implementation against a loop over heads and rows in float64 NumPy, on lengths around the
 block's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,18 @@ def test_keeps_the_type_and_its_precision(name, dtype, tolerance):
   for a, b in zip(ours, naive(q, k, v, segments, g), strict=True):
     assert a.dtype == dtype
     assert np.linalg.norm(np.asarray(a, np.float64) - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_segments_that_go_on_from_one_are_as_if_each_stood_behind_it_alone(name):
+  q, k, v, _, _ = problem(8)
+  # A context of three tokens, two that go on from it, of two and one, and another text of two.
+  tree = np.repeat(np.array([[0, 2], [1, 1], [2, 2], [3, 3]], np.int32), [3, 2, 1, 2], axis=0)
+  attend = jax.jit(functools.partial(attention.attention, implementation=name))
+  y = attend(*map(np.float32, (q, k, v)), np.broadcast_to(tree, (B, 8, 2)))
+  for path in ([0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7]):
+    alone, *_ = naive(q[:, path], k[:, path], v[:, path], None, np.zeros_like(q[:, path]))
+    np.testing.assert_allclose(y[:, path], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
