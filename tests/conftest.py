@@ -20,7 +20,8 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 ).strip()
 # Programs of tests run a few times, on little: compiling them is what takes time, and these two
-# leave an eighth of it. Tests that compute for long take the fixture `optimized`.
+# leave an eighth of it. Tests that compute for long, or that compare the bits of two programs, take
+# the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  (the environment comes first)
@@ -75,8 +76,9 @@ def few_memory_maps():
 
 @pytest.fixture
 def optimized():
-  """Programs that are compiled in this test are compiled as they are for users' runs."""
+  """All programs of this test are optimized as they are for users."""
   before = jax.config.read("jax_disable_most_optimizations")
+  jax.clear_caches()
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", before)

@@ -38,11 +38,12 @@ def expected():
 
 
 def command(folder, module, *arguments):
-  """(stdout, stderr) of a command of today's code, on one device."""
+  """(stdout, stderr) of a command of today's code, on one device, compiled as for users."""
+  plain = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
   process = subprocess.run(
     [sys.executable, "-m", f"beyond_outliers.{module}", *arguments],
     cwd=folder,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    env={**os.environ, **plain, "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
     timeout=400,
@@ -77,6 +78,7 @@ def check_sums(tree, name):
     assert np.asarray(found[path], np.float64).sum() == pytest.approx(total, rel=1e-12), path
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
   ("name", "optimizer", "recipe", "step"),
   [("adamw", "adamw", "none", 4), ("shampoo_qat", "shampoo", "quest_w4a4", 2)],

@@ -239,6 +239,7 @@ def test_a_recipe_that_rotates_is_not_rotated_twice():
   )
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("recipe", ["rtn_w4a4", "rtn_w4a16_g128", "mxfp4", "quest_w4a4"])
 def test_rounding_to_nearest_is_what_training_under_the_recipe_computes(recipe):
   model, params = plain(heads=4, d_model=128, mlp_hidden=256)
