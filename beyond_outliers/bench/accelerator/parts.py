@@ -1,0 +1,41 @@
+"""The check's parts: what each measures, how it is shown, and for how long it may keep the chip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from beyond_outliers.bench.accelerator import (
+  ceilings,
+  correctness,
+  memory,
+  quantization,
+  resume,
+  updates,
+  utilization,
+)
+from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
+
+SCALES = ("full", "tiny")  # of models and arrays; tiny: the whole check in half a minute on a CPU
+
+
+class Part(NamedTuple):
+  """One part, measured in a process of its own."""
+
+  rows: Callable[[str, Found], Rows]  # (row of SCALES, what rows so far gave) -> those that follow
+  cells: Callable[[Found, Mapping[str, Found]], Cells]  # (its figures, those of parts by name)
+  seconds: int  # of eight minutes, that parts before it leave to it; what these don't take, it has
+  xla_flags: str = ""
+
+
+PARTS: dict[str, Part] = {
+  "ceilings": Part(ceilings.rows, ceilings.cells, 20),
+  "correctness": Part(correctness.rows, correctness.cells, 70),
+  "utilization": Part(utilization.rows, utilization.cells, 130),
+  "updates": Part(updates.rows, updates.cells, 85),
+  "recipes": Part(quantization.recipe_rows, quantization.recipe_cells, 70),
+  "memory": Part(memory.rows, memory.cells, 25),
+  "evaluation": Part(quantization.evaluation_rows, quantization.evaluation_cells, 50),
+  # Without it XLA sums what is scattered, as the embedding's gradient, in any order on a GPU.
+  "resume": Part(resume.rows, resume.cells, 30, "--xla_gpu_deterministic_ops=true"),
+}
