@@ -4,7 +4,7 @@
 
 A part's figures are in DIR/<part>.json, written anew after each row, so that what breaks one row,
 kills one part or is stopped by the clock loses nothing else. The same command goes on with what is
-missing, failed or was stopped; figures of other code, other versions or other GPUs are refused.
+missing, failed or was stopped; figures of other code, other versions or other GPUs are made anew.
 This process never asks JAX for devices: a GPU's memory is one process's, and parts are forked from
 here, where all is imported, one after the other.
 """
@@ -54,7 +54,7 @@ def measure_accelerator(
   """{part: its file} of all that are in the folder, once these parts are measured.
 
   scale: row of SCALES; None: full on an accelerator, tiny on a CPU. minutes: for all parts
-    together. Errors: ConfigError without a folder, or for one with figures of something else."""
+    together. Errors: ConfigError without a folder, or for one that holds other files."""
   if out is None:
     raise ConfigError("--out: the folder that --accelerator writes its figures to; give --out=DIR")
   require(math.isfinite(minutes) and minutes > 0, "--minutes", minutes, "expected more than 0")
@@ -97,7 +97,8 @@ def gpus() -> list[str]:
 
 
 def _read(folder: pathlib.Path, name: str, identity: Mapping[str, Any]) -> Json:
-  """A part's file, or nothing. Errors: ConfigError for one that is damaged or of something else."""
+  """A part's file, or nothing where there is none of this `identity`. Errors: ConfigError for one
+  that is damaged."""
   path = folder / f"{name}.json"
   remedy = "give another --out, or remove the file"
   try:
@@ -106,13 +107,9 @@ def _read(folder: pathlib.Path, name: str, identity: Mapping[str, Any]) -> Json:
     return {}
   except (OSError, ValueError) as error:
     raise ConfigError(f"{path}: is not the JSON that was written ({error}); {remedy}") from None
-  problem = misfit(file, {"status": str, "identity": dict, "rows": dict})
-  for key, value in identity.items():
-    if not problem and file["identity"].get(key) != value:
-      problem = f"is of other {key} than this command's"
-  if problem:
+  if problem := misfit(file, {"status": str, "reason": str, "identity": dict, "rows": dict}):
     raise ConfigError(f"{path}: {problem}; {remedy}")
-  return file
+  return file if file["identity"] == identity else {}
 
 
 def _run(folder: pathlib.Path, name: str, part: Part, identity: Json, seconds: float) -> None:
@@ -141,7 +138,8 @@ def _measure(folder: pathlib.Path, name: str, part: Part, identity: Json, deadli
   begun = time.monotonic()
   if not any(name in os.environ for name in FRACTIONS):
     os.environ[FRACTIONS[0]] = MEMORY_FRACTION
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}"
+  # Stripped: what begins with a blank XLA takes for a file's name.
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   device = describe_device()

@@ -12,14 +12,14 @@ import jax
 from beyond_outliers import hardware
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
-from beyond_outliers.bench.accelerator.utilization import STARTS, Setting
+from beyond_outliers.bench.accelerator.utilization import STARTS, TINY, Setting
 from beyond_outliers.bench.recipes import random_batch
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.train import describe
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
-SIZES = {"full": ("125m", "350m"), "tiny": tuple(STARTS["tiny"])}
+SIZES = {"full": ("125m", "350m"), "tiny": (TINY,)}
 
 
 def rows(scale: str, found: Found) -> Rows:

@@ -11,7 +11,7 @@ from beyond_outliers import hardware, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import ptq, recipes
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
-from beyond_outliers.bench.accelerator.utilization import STARTS
+from beyond_outliers.bench.accelerator.utilization import TINY
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.evaluate import steps
 from beyond_outliers.model import transformer
@@ -19,7 +19,6 @@ from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
-TINY = next(iter(STARTS["tiny"]))
 # Of configs/adamw.py: loss and gradients of one micro-batch.
 STEPS = {"full": "350m,batch_size=8,model.attention=fused", "tiny": f"{TINY},batch_size=1"}
 RECIPES = {

@@ -13,14 +13,14 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers.bench.accelerator import nano
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
+from beyond_outliers.bench.accelerator.utilization import TINY
 from beyond_outliers.types import Json
 
 STEPS = 6
-SMALL = "model.d_head=8,model.blocks=1,context=32"
 # What of nano is trained; the losses of the first are recorded.
 RUNS = {
   "full": {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"},
-  "tiny": {"nano, small": SMALL},
+  "tiny": {"small": TINY.partition(",")[2]},
 }
 
 

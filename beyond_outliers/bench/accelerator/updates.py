@@ -25,7 +25,7 @@ from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json, Params
 
-SIZES = {"full": "760m", "tiny": "nano,model.d_head=8,context=32,model.blocks=1"}
+SIZES = {"full": "760m", "tiny": utilization.TINY}
 TOKENS = 524_288  # of the study's step
 AIM = 0.1  # Shampoo's step over AdamW's
 MILD = "optimizer.block_size=1024"
@@ -41,7 +41,7 @@ ROWS = {
   "soap": ("soap", ""),
   "shampoo": ("shampoo", ""),
 }
-TINY_ROWS = ("adamw", "shampoo, newton, blocks of 1024")
+TINY_ROWS = ("adamw", "muon")
 
 
 def rows(scale: str, found: Found) -> Rows:

@@ -24,6 +24,7 @@ from beyond_outliers.train import describe
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
+TINY = "nano,model.d_head=8,context=32,model.blocks=1,data.vocab=256"
 PARTS = 8  # micro-batches a step
 AIM = 0.5
 AIMED_AT = ("350m", "760m")
@@ -50,7 +51,7 @@ STARTS = {
     "125m": Setting("fused", "none", 32),
     "50m": Setting("fused", "none", 32),
   },
-  "tiny": {"nano,model.d_head=8,context=32,model.blocks=1": Setting("blockwise", "none", 1)},
+  "tiny": {TINY: Setting("blockwise", "none", 1)},
 }
 # Windows as multiples of those that the best setting has so far.
 ALTERNATIVES: dict[str, dict[str, tuple[Any, ...]]] = {
