@@ -37,14 +37,13 @@ PRODUCTS = {
   "full": [(2048, 1536, 6144), (33, 65, 17), (8, 2**18, 16)],
   "tiny": [(33, 65, 17), (8, 2**18, 16)],
 }
-NANO_STEPS = {"full": nano.STEPS, "tiny": 3}
 
 
 def rows(scale: str, found: Found) -> Rows:
   del found
   for shape in PRODUCTS[scale]:
     yield f"int8 product {'×'.join(map(str, shape))}", functools.partial(_int8_product, *shape)
-  yield f"nano, {NANO_STEPS[scale]} steps", functools.partial(_nano, NANO_STEPS[scale])
+  yield f"nano, {nano.STEPS} steps", functools.partial(_nano, scale)
   for recipe in LAYERS[scale]:
     yield f"layer {recipe}", functools.partial(_layer, recipe)
   for how in attention.IMPLEMENTATIONS:
@@ -129,10 +128,10 @@ def _int8_product(T: int, K: int, N: int) -> Json:
   return _verdict(golden.relative_error(np.float64(ours), exact), tolerance)
 
 
-def _nano(steps: int) -> Json:
-  expected, tolerance = nano.recorded()
-  _, losses = nano.train(nano.nano_program(), steps)
-  error = float(np.abs(np.subtract(losses, expected[:steps])).max())
+def _nano(scale: str) -> Json:
+  expected, tolerance = nano.recorded(scale)
+  _, losses = nano.train(nano.nano_program(scale), nano.STEPS)
+  error = float(np.abs(np.subtract(losses, expected)).max())
   return _verdict(error, tolerance, losses=losses)
 
 

@@ -16,22 +16,24 @@ import jax
 import numpy as np
 
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.bench.accelerator.utilization import TINY
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.step import TrainState
 from beyond_outliers.types import Json
 
 RECORDED = pathlib.Path(__file__).with_name("nano_losses.json")
+MODELS = {"full": "nano", "tiny": TINY}
 STEPS = 20
-# At the study's rate the losses of the first steps rise, and rounding is amplified ten thousandfold.
+# At the study's rate the first losses rise, and rounding is amplified to tenths.
 RATE = 3e-4
 ROUNDINGS = 20  # so many times what rounding did on the CPU may another machine be off
 
 
-def nano_program(change: str = "") -> program_lib.Program:
-  """configs/adamw.py at nano, on one device. change: "key=value,..."."""
+def nano_program(scale: str, change: str = "") -> program_lib.Program:
+  """configs/adamw.py at nano, or what stands for it, on one device. change: "key=value,..."."""
   rate = f"optimizer.learning_rate={RATE}"
-  c = study_config("adamw", ",".join(filter(None, ("nano", rate, change))))
+  c = study_config("adamw", ",".join(filter(None, (MODELS[scale], rate, change))))
   return program_lib.build_program(c, jax.devices()[:1])
 
 
@@ -71,23 +73,19 @@ def train(
   return state, [float(loss) for loss in losses]
 
 
-def recorded() -> tuple[list[float], float]:
+def recorded(scale: str) -> tuple[list[float], float]:
   """(the CPU's losses, how far another machine's may be from them)."""
-  found: Json = json.loads(RECORDED.read_text())
+  found = json.loads(RECORDED.read_text())[scale]
   return found["losses"], ROUNDINGS * found["rounding"]
 
 
-def _record() -> Json:
-  _, losses = train(nano_program(), STEPS)
+def _record(scale: str) -> Json:
+  _, losses = train(nano_program(scale), STEPS)
   with jax.enable_x64(True):
-    _, exact = train(nano_program("model.dtype=float64"), STEPS)
-  return {
-    "command": "JAX_PLATFORMS=cpu python -m beyond_outliers.bench.accelerator.nano",
-    "jax": jax.__version__,
-    "losses": losses,
-    "rounding": float(np.abs(np.subtract(losses, exact)).max()),
-  }
+    _, exact = train(nano_program(scale, "model.dtype=float64"), STEPS)
+  rounding = float(np.abs(np.subtract(losses, exact)).max())
+  return {"jax": jax.__version__, "losses": losses, "rounding": rounding}
 
 
 if __name__ == "__main__":
-  print(json.dumps(_record(), indent=1))
+  print(json.dumps({scale: _record(scale) for scale in MODELS}, indent=1))

@@ -13,37 +13,34 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers.bench.accelerator import nano
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
-from beyond_outliers.bench.accelerator.utilization import TINY
 from beyond_outliers.types import Json
 
 STEPS = 6
-# What of nano is trained; the losses of the first are recorded.
-RUNS = {
-  "full": {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"},
-  "tiny": {"small": TINY.partition(",")[2]},
-}
+# row -> what differs from nano, whose losses are recorded.
+ROWS = {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"}
 
 
 def rows(scale: str, found: Found) -> Rows:
   del found
-  for name, change in RUNS[scale].items():
-    yield name, functools.partial(_resume, change)
+  for name, change in ROWS.items():
+    if scale == "full" or not change:
+      yield name, functools.partial(_resume, scale, change)
 
 
-def _resume(change: str) -> Json:
+def _resume(scale: str, change: str) -> Json:
   """STEPS steps at once, and half of them with a checkpoint between two programs."""
   from beyond_outliers import checkpoint  # Orbax takes a second, which other parts do without
 
-  whole, losses = nano.train(nano.nano_program(change), STEPS)
+  whole, losses = nano.train(nano.nano_program(scale, change), STEPS)
   expected = jax.device_get(whole)
   del whole
-  first, _ = nano.train(nano.nano_program(change), STEPS // 2)
+  first, _ = nano.train(nano.nano_program(scale, change), STEPS // 2)
   with tempfile.TemporaryDirectory() as folder:
     keep = checkpoint.Checkpoints(pathlib.Path(folder, "N"), config.Checkpoint(1, 1, 0, True))
     keep.save(STEPS // 2, first, {}, {"seconds": 0.0})
     keep.wait()
     del first
-    program = nano.nano_program(change)
+    program = nano.nano_program(scale, change)
     found = keep.restore(program.state)
     keep.close()
   assert found
@@ -52,7 +49,7 @@ def _resume(change: str) -> Json:
   differing = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in leaves)
   figures: Json = {"arrays_that_differ": differing, "losses": losses, "right": not differing}
   if not change:
-    recorded, tolerance = nano.recorded()
+    recorded, tolerance = nano.recorded(scale)
     error = float(np.abs(np.subtract(losses, recorded[:STEPS])).max())
     figures |= {"error": error, "tolerance": tolerance}
     figures["right"] &= error <= tolerance
