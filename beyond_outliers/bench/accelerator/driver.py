@@ -148,7 +148,7 @@ def _measure(folder: pathlib.Path, name: str, part: Part, identity: Json, deadli
   rows = {
     row: figures
     for row, figures in before.get("rows", {}).items()
-    if before["device"] == device and not any(key in figures for key in UNMEASURED)
+    if before["device"] == device and not _wrong(figures)
   }
   file: Json = {
     "part": name,
