@@ -14,7 +14,7 @@ from beyond_outliers.bench.accelerator import driver, nano, parts, utilization
 MADE_UP = """
 import json, os, pathlib, signal, sys, time
 from beyond_outliers.bench.accelerator import driver
-from beyond_outliers.bench.accelerator.parts import Part
+from beyond_outliers.bench.accelerator.parts import CheckPart
 
 folder = pathlib.Path(sys.argv[1])
 mended = folder / "mended"
@@ -44,7 +44,7 @@ def part(*measures):
   def rows(scale, found):
     for number, measure in enumerate(measures):
       yield f"row {number}", measure
-  return Part(rows, cells, 1)
+  return CheckPart(rows, cells, 1)
 
 PARTS = {
   "right": part(lambda: count("right")),
@@ -120,7 +120,7 @@ def setting(size, windows, mfu, **change):
 
 
 def test_the_search_goes_on_from_the_best_so_far():
-  rows, found, order = utilization.rows("full", found := {}), found, []
+  rows, found, order = utilization.part_rows("full", found := {}), found, []
   for name, _ in rows:
     size, attention, _, windows = name.split("/")
     order.append(name)
@@ -174,7 +174,7 @@ def test_time_of_parts_is_that_of_the_whole():
 
 def test_recorded_losses_are_far_from_chance_and_rounding_is_small():
   for scale in parts.SCALES:
-    losses, tolerance = nano.recorded(scale)
+    losses, tolerance = nano.recorded_losses(scale)
     assert len(losses) == nano.STEPS and losses[0] - losses[-1] > 10 * tolerance > 0
 
 

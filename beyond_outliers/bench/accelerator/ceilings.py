@@ -15,7 +15,7 @@ COPIED_BYTES = {"full": 2**32, "tiny": 2**26}
 DTYPES = ("bfloat16", "float32")
 
 
-def rows(scale: str, found: Found) -> Rows:
+def part_rows(scale: str, found: Found) -> Rows:
   del found
   for dtype in DTYPES:
     yield f"product/{dtype}", functools.partial(_product, dtype)

@@ -39,7 +39,7 @@ PRODUCTS = {
 }
 
 
-def rows(scale: str, found: Found) -> Rows:
+def part_rows(scale: str, found: Found) -> Rows:
   del found
   for shape in PRODUCTS[scale]:
     yield f"int8 product {'×'.join(map(str, shape))}", functools.partial(_int8_product, *shape)
@@ -129,7 +129,7 @@ def _int8_product(T: int, K: int, N: int) -> Json:
 
 
 def _nano(scale: str) -> Json:
-  expected, tolerance = nano.recorded(scale)
+  expected, tolerance = nano.recorded_losses(scale)
   _, losses = nano.train(nano.nano_program(scale), nano.STEPS)
   error = float(np.abs(np.subtract(losses, expected)).max())
   return _verdict(error, tolerance, losses=losses)

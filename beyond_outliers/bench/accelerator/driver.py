@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from beyond_outliers import cli
-from beyond_outliers.bench.accelerator.parts import PARTS, Part
+from beyond_outliers.bench.accelerator.parts import PARTS, CheckPart
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, misfit, standard_json
 from beyond_outliers.config.sums import replaced
@@ -49,7 +49,7 @@ def measure_accelerator(
   out: str | None,
   scale: str | None,
   minutes: float,
-  parts: Mapping[str, Part] = PARTS,
+  parts: Mapping[str, CheckPart] = PARTS,
 ) -> Json:
   """{part: its file} of all that are in the folder, once these parts are measured.
 
@@ -72,7 +72,7 @@ def measure_accelerator(
   return {name: file for name, file in files.items() if file}
 
 
-def _seconds(parts: Mapping[str, Part]) -> int:
+def _seconds(parts: Mapping[str, CheckPart]) -> int:
   return sum(part.seconds for part in parts.values())
 
 
@@ -112,7 +112,7 @@ def _read(folder: pathlib.Path, name: str, identity: Mapping[str, Any]) -> Json:
   return file if file["identity"] == identity else {}
 
 
-def _run(folder: pathlib.Path, name: str, part: Part, identity: Json, seconds: float) -> None:
+def _run(folder: pathlib.Path, name: str, part: CheckPart, identity: Json, seconds: float) -> None:
   """One part in a process of its own, which is killed when its time is up."""
   print(f"{name}: {max(seconds, 0):.0f} s at most", file=sys.stderr, flush=True)
   if seconds <= 0:
@@ -133,7 +133,9 @@ def _run(folder: pathlib.Path, name: str, part: Part, identity: Json, seconds: f
     _write(folder, name, {**file, "status": "killed", "reason": reason})
 
 
-def _measure(folder: pathlib.Path, name: str, part: Part, identity: Json, deadline: float) -> None:
+def _measure(
+  folder: pathlib.Path, name: str, part: CheckPart, identity: Json, deadline: float
+) -> None:
   """Measures one part's rows, in a process that has not asked for devices so far."""
   begun = time.monotonic()
   if not any(name in os.environ for name in FRACTIONS):
@@ -231,7 +233,7 @@ def failures(files: Mapping[str, Json]) -> bool:
   return any(file["status"] in ("failed", "killed") for file in files.values())
 
 
-def accelerator_table(files: Mapping[str, Json], parts: Mapping[str, Part] = PARTS) -> str:
+def accelerator_table(files: Mapping[str, Json], parts: Mapping[str, CheckPart] = PARTS) -> str:
   """One line per result, beside its aim; and what did not run, with the reason."""
   measured = {
     name: {

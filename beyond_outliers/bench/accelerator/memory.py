@@ -22,7 +22,7 @@ from beyond_outliers.types import Json
 SIZES = {"full": ("125m", "350m"), "tiny": (TINY,)}
 
 
-def rows(scale: str, found: Found) -> Rows:
+def part_rows(scale: str, found: Found) -> Rows:
   del found
   for size in SIZES[scale]:
     yield size.partition(",")[0], functools.partial(_measure, size, STARTS[scale][size])

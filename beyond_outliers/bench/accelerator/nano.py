@@ -73,7 +73,7 @@ def train(
   return state, [float(loss) for loss in losses]
 
 
-def recorded(scale: str) -> tuple[list[float], float]:
+def recorded_losses(scale: str) -> tuple[list[float], float]:
   """(the CPU's losses, how far another machine's may be from them)."""
   found = json.loads(RECORDED.read_text())[scale]
   return found["losses"], ROUNDINGS * found["rounding"]

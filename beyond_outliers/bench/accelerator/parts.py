@@ -19,7 +19,7 @@ from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 SCALES = ("full", "tiny")  # of models and arrays; tiny: the whole check in half a minute on a CPU
 
 
-class Part(NamedTuple):
+class CheckPart(NamedTuple):
   """One part, measured in a process of its own."""
 
   rows: Callable[[str, Found], Rows]  # (row of SCALES, what rows so far gave) -> those that follow
@@ -28,14 +28,14 @@ class Part(NamedTuple):
   xla_flags: str = ""
 
 
-PARTS: dict[str, Part] = {
-  "ceilings": Part(ceilings.rows, ceilings.cells, 20),
-  "correctness": Part(correctness.rows, correctness.cells, 70),
-  "utilization": Part(utilization.rows, utilization.cells, 130),
-  "updates": Part(updates.rows, updates.cells, 85),
-  "recipes": Part(quantization.recipe_rows, quantization.recipe_cells, 70),
-  "memory": Part(memory.rows, memory.cells, 25),
-  "evaluation": Part(quantization.evaluation_rows, quantization.evaluation_cells, 50),
+PARTS: dict[str, CheckPart] = {
+  "ceilings": CheckPart(ceilings.part_rows, ceilings.cells, 20),
+  "correctness": CheckPart(correctness.part_rows, correctness.cells, 70),
+  "utilization": CheckPart(utilization.part_rows, utilization.cells, 130),
+  "updates": CheckPart(updates.part_rows, updates.cells, 85),
+  "recipes": CheckPart(quantization.recipe_rows, quantization.recipe_cells, 70),
+  "memory": CheckPart(memory.part_rows, memory.cells, 25),
+  "evaluation": CheckPart(quantization.evaluation_rows, quantization.evaluation_cells, 50),
   # Without it XLA sums what is scattered, as the embedding's gradient, in any order on a GPU.
-  "resume": Part(resume.rows, resume.cells, 30, "--xla_gpu_deterministic_ops=true"),
+  "resume": CheckPart(resume.part_rows, resume.cells, 30, "--xla_gpu_deterministic_ops=true"),
 }

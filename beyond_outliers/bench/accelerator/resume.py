@@ -20,7 +20,7 @@ STEPS = 6
 ROWS = {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"}
 
 
-def rows(scale: str, found: Found) -> Rows:
+def part_rows(scale: str, found: Found) -> Rows:
   del found
   for name, change in ROWS.items():
     if scale == "full" or not change:
@@ -49,7 +49,7 @@ def _resume(scale: str, change: str) -> Json:
   differing = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in leaves)
   figures: Json = {"arrays_that_differ": differing, "losses": losses, "right": not differing}
   if not change:
-    recorded, tolerance = nano.recorded(scale)
+    recorded, tolerance = nano.recorded_losses(scale)
     error = float(np.abs(np.subtract(losses, recorded[:STEPS])).max())
     figures |= {"error": error, "tolerance": tolerance}
     figures["right"] &= error <= tolerance

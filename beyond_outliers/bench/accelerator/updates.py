@@ -44,7 +44,7 @@ ROWS = {
 TINY_ROWS = ("adamw", "muon")
 
 
-def rows(scale: str, found: Found) -> Rows:
+def part_rows(scale: str, found: Found) -> Rows:
   del found
   for name, (optimizer, settings) in ROWS.items():
     if scale == "full" or name in TINY_ROWS:

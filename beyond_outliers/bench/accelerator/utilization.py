@@ -61,7 +61,7 @@ ALTERNATIVES: dict[str, dict[str, tuple[Any, ...]]] = {
 REPEATS = {"full": 3, "tiny": 1}
 
 
-def rows(scale: str, found: Found) -> Rows:
+def part_rows(scale: str, found: Found) -> Rows:
   """Each size's first setting; then, from the best so far, one change at a time."""
   starts, repeats = STARTS[scale], REPEATS[scale]
 
