@@ -51,9 +51,9 @@ def cells(found: Found, others: Mapping[str, Found]) -> Cells:
   shown = []
   for name, row in found.items():
     predicted, measured = row["predicted_bytes"], row["measured_bytes"]
-    figure = f"predicted {predicted / 2**20:,.0f} MiB"
+    figure = f"predicted {predicted / 2**20:,.1f} MiB"
     if measured:
-      figure += f", measured {measured / 2**20:,.0f}: {measured / predicted:.2f} times"
+      figure += f", measured {measured / 2**20:,.1f}: {measured / predicted:.2f} times"
     else:
       figure += ", and a CPU's process has no counter of its own"
     shown.append((f"step of {name}", figure, ""))

@@ -41,7 +41,7 @@ ROWS = {
   "soap": ("soap", ""),
   "shampoo": ("shampoo", ""),
 }
-TINY_ROWS = ("adamw", "muon")
+TINY_ROWS = ("adamw",)
 
 
 def part_rows(scale: str, found: Found) -> Rows:
