@@ -8,7 +8,17 @@ import sys
 import commands
 import pytest
 
-from beyond_outliers.bench.accelerator import driver, nano, parts, utilization
+from beyond_outliers import quant
+from beyond_outliers.bench.accelerator import (
+  correctness,
+  driver,
+  nano,
+  parts,
+  quantization,
+  updates,
+  utilization,
+)
+from beyond_outliers.bench.study_configs import study_config
 
 # Runs made-up parts in a process that has not asked for devices, twice, and prints both tables.
 MADE_UP = """
@@ -221,3 +231,19 @@ def test_the_whole_command_at_tiny_models(tmp_path):
   assert "× cpu" in title and head.split() == ["part", "what", "figure", "aim"]
   assert [line.split()[0] for line in lines if line[0] != " "] == list(parts.PARTS)
   assert "MISSED" not in process.stdout
+
+
+def test_all_that_is_measured_resolves():
+  """At full scale, where nothing here runs it."""
+  for size, start in utilization.STARTS["full"].items():
+    for field, values in utilization.ALTERNATIVES["full"].items():
+      for value in values:
+        changed = int(start.windows * value) if field == "windows" else value
+        argument = start._replace(**{field: changed}).argument(size)
+        assert study_config("adamw", argument).size == size
+  for optimizer, settings in updates.ROWS.values():
+    c = study_config(optimizer, f"760m,{settings}".rstrip(","))
+    assert c.optimizer.groups["hidden"].optimizer.name == optimizer
+  for argument in (quantization.STEPS["full"], f"125m,{quantization.EVALUATED['full']}"):
+    assert study_config("adamw", argument).model.attention == "fused"
+  assert {*quantization.RECIPES["full"], *correctness.LAYERS["full"]} <= quant.RECIPES.keys()

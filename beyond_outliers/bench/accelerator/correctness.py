@@ -123,9 +123,9 @@ def _int8_product(T: int, K: int, N: int) -> Json:
   draw = np.random.default_rng(0)
   a_TxK, b_KxN = (draw.integers(-128, 128, shape, np.int8) for shape in ((T, K), (K, N)))
   ours = jax.jit(lambda a, b: int_dot.dot_codes(a, b, 1, 0, jnp.int8))(a_TxK, b_KxN)
-  exact = np.float64(a_TxK) @ np.float64(b_KxN)
+  exact = a_TxK.astype(np.float64) @ b_KxN.astype(np.float64)
   tolerance = 0.0 if K <= int_dot.LONGEST else 1e-6
-  return _verdict(golden.relative_error(np.float64(ours), exact), tolerance)
+  return _verdict(golden.relative_error(ours, exact), tolerance)
 
 
 def _nano(scale: str) -> Json:

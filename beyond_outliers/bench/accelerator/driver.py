@@ -142,7 +142,7 @@ def _measure(
     os.environ[FRACTIONS[0]] = MEMORY_FRACTION
   # Stripped: what begins with a blank XLA takes for a file's name.
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
-  if not jax.config.jax_compilation_cache_dir:
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   device = describe_device()
   scale = identity["scale"] or ("tiny" if device["platform"] == "cpu" else "full")
