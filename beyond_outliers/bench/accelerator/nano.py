@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from beyond_outliers import cli
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.accelerator.utilization import TINY
 from beyond_outliers.bench.study_configs import study_config
@@ -87,5 +88,10 @@ def _record(scale: str) -> Json:
   return {"jax": jax.__version__, "losses": losses, "rounding": rounding}
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+  del argv
   print(json.dumps({scale: _record(scale) for scale in MODELS}, indent=1))
+
+
+if __name__ == "__main__":
+  cli.run_command(main)
