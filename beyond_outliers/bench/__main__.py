@@ -61,7 +61,7 @@ from beyond_outliers.bench import (
   update_cost,
 )
 from beyond_outliers.bench.accelerator import driver as accelerator
-from beyond_outliers.bench.accelerator.parts import PARTS, SCALES
+from beyond_outliers.bench.accelerator.parts import CHECK_PARTS, CHECK_SCALES
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import standard_json
 
@@ -150,7 +150,7 @@ BENCHES: dict[str, Bench] = {
     ("only", "out", "scale", "minutes"),
     accelerator.accelerator_table,
     "Check an accelerator: whether it is right, and how near to its peak.",
-    rows=PARTS,
+    rows=CHECK_PARTS,
     failed=accelerator.failures,
   ),
 }
@@ -173,7 +173,10 @@ COMPILE_FOR = flags.DEFINE_enum(
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
 OUT = cli.path_flag("out", None, "Folder of --accelerator's figures, one file a part.")
 SCALE = flags.DEFINE_enum(
-  "scale", None, list(SCALES), "Of --accelerator's models; full, and tiny on a CPU, by default."
+  "scale",
+  None,
+  list(CHECK_SCALES),
+  "Of --accelerator's models; full, and tiny on a CPU, by default.",
 )
 MINUTES = flags.DEFINE_float("minutes", 8, "For all parts of --accelerator together.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")

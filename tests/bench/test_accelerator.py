@@ -166,7 +166,7 @@ def test_aims_are_met_or_missed():
   shown = {
     what: (figure, aim)
     for name in found
-    for what, figure, aim in parts.PARTS[name].cells(found[name], found)
+    for what, figure, aim in parts.CHECK_PARTS[name].cells(found[name], found)
   }
   assert shown["760m, best of 2: fused, remat none, 8 windows"] == (
     "MFU 46.0%, 57% of the product; 200,000 tokens/s",
@@ -179,11 +179,11 @@ def test_aims_are_met_or_missed():
 
 
 def test_time_of_parts_is_that_of_the_whole():
-  assert sum(part.seconds for part in parts.PARTS.values()) == 8 * 60
+  assert sum(part.seconds for part in parts.CHECK_PARTS.values()) == 8 * 60
 
 
 def test_recorded_losses_are_far_from_chance_and_rounding_is_small():
-  for scale in parts.SCALES:
+  for scale in parts.CHECK_SCALES:
     losses, tolerance = nano.recorded_losses(scale)
     assert len(losses) == nano.STEPS and losses[0] - losses[-1] > 10 * tolerance > 0
 
@@ -223,13 +223,13 @@ def test_the_whole_command_at_tiny_models(tmp_path):
   assert process.returncode == 0, process.stdout + process.stderr
   assert (tmp_path / "ceilings.json").read_bytes() == before
   files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-  assert files.keys() == parts.PARTS.keys()
+  assert files.keys() == parts.CHECK_PARTS.keys()
   for file in files.values():
     assert file["status"] == "done" and file["scale"] == "tiny" and file["rows"]
     assert file["device"]["platform"] == "cpu" and "--accelerator" in file["command"]
   title, head, *lines = process.stdout.splitlines()
   assert "× cpu" in title and head.split() == ["part", "what", "figure", "aim"]
-  assert [line.split()[0] for line in lines if line[0] != " "] == list(parts.PARTS)
+  assert [line.split()[0] for line in lines if line[0] != " "] == list(parts.CHECK_PARTS)
   assert "MISSED" not in process.stdout
 
 
@@ -241,9 +241,9 @@ def test_all_that_is_measured_resolves():
         changed = int(start.windows * value) if field == "windows" else value
         argument = start._replace(**{field: changed}).argument(size)
         assert study_config("adamw", argument).size == size
-  for optimizer, settings in updates.ROWS.values():
+  for optimizer, settings in updates.TIMED_UPDATES.values():
     c = study_config(optimizer, f"760m,{settings}".rstrip(","))
     assert c.optimizer.groups["hidden"].optimizer.name == optimizer
-  for argument in (quantization.STEPS["full"], f"125m,{quantization.EVALUATED['full']}"):
+  for argument in (quantization.QUANTIZED_STEPS["full"], f"125m,{quantization.EVALUATED['full']}"):
     assert study_config("adamw", argument).model.attention == "fused"
-  assert {*quantization.RECIPES["full"], *correctness.LAYERS["full"]} <= quant.RECIPES.keys()
+  assert {*quantization.STEP_RECIPES["full"], *correctness.LAYERS["full"]} <= quant.RECIPES.keys()

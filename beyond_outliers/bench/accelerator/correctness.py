@@ -33,7 +33,7 @@ LAYERS = {"full": ("quest_w4a4", "rtn_w8a8", "fp8", "mxfp4", "nvfp4"), "tiny": (
 LAYER_TOLERANCE, ATTENTION_TOLERANCE = 1e-3, 1e-2
 ATTENTION = {"full": (2, 1024, 6, 2, 128), "tiny": (1, 64, 3, 1, 16)}  # B, L, H, K, Dh
 # T, K, O of int8 products: of a layer, odd, and longer than int32 holds at once.
-PRODUCTS = {
+INT8_SHAPES = {
   "full": [(2048, 1536, 6144), (33, 65, 17), (8, 2**18, 16)],
   "tiny": [(33, 65, 17), (8, 2**18, 16)],
 }
@@ -41,7 +41,7 @@ PRODUCTS = {
 
 def part_rows(scale: str, found: Found) -> Rows:
   del found
-  for shape in PRODUCTS[scale]:
+  for shape in INT8_SHAPES[scale]:
     yield f"int8 product {'×'.join(map(str, shape))}", functools.partial(_int8_product, *shape)
   yield f"nano, {nano.STEPS} steps", functools.partial(_nano, scale)
   for recipe in LAYERS[scale]:

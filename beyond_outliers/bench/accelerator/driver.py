@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from beyond_outliers import cli
-from beyond_outliers.bench.accelerator.parts import PARTS, CheckPart
+from beyond_outliers.bench.accelerator.parts import CHECK_PARTS, CheckPart
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, misfit, standard_json
 from beyond_outliers.config.sums import replaced
@@ -49,11 +49,11 @@ def measure_accelerator(
   out: str | None,
   scale: str | None,
   minutes: float,
-  parts: Mapping[str, CheckPart] = PARTS,
+  parts: Mapping[str, CheckPart] = CHECK_PARTS,
 ) -> Json:
   """{part: its file} of all that are in the folder, once these parts are measured.
 
-  scale: row of SCALES; None: full on an accelerator, tiny on a CPU. minutes: for all parts
+  scale: row of CHECK_SCALES; None: full on an accelerator, tiny on a CPU. minutes: for all parts
     together. Errors: ConfigError without a folder, or for one that holds other files."""
   if out is None:
     raise ConfigError("--out: the folder that --accelerator writes its figures to; give --out=DIR")
@@ -233,7 +233,9 @@ def failures(files: Mapping[str, Json]) -> bool:
   return any(file["status"] in ("failed", "killed") for file in files.values())
 
 
-def accelerator_table(files: Mapping[str, Json], parts: Mapping[str, CheckPart] = PARTS) -> str:
+def accelerator_table(
+  files: Mapping[str, Json], parts: Mapping[str, CheckPart] = CHECK_PARTS
+) -> str:
   """One line per result, beside its aim; and what did not run, with the reason."""
   measured = {
     name: {

@@ -19,12 +19,12 @@ from beyond_outliers.train import describe
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
-SIZES = {"full": ("125m", "350m"), "tiny": (TINY,)}
+ASCENDING = {"full": ("125m", "350m"), "tiny": (TINY,)}
 
 
 def part_rows(scale: str, found: Found) -> Rows:
   del found
-  for size in SIZES[scale]:
+  for size in ASCENDING[scale]:
     yield size.partition(",")[0], functools.partial(_measure, size, STARTS[scale][size])
 
 

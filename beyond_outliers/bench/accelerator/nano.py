@@ -24,7 +24,7 @@ from beyond_outliers.train.step import TrainState
 from beyond_outliers.types import Json
 
 RECORDED = pathlib.Path(__file__).with_name("nano_losses.json")
-MODELS = {"full": "nano", "tiny": TINY}
+TRAINED = {"full": "nano", "tiny": TINY}
 STEPS = 20
 # At the study's rate the first losses rise, and rounding is amplified to tenths.
 RATE = 3e-4
@@ -34,7 +34,7 @@ ROUNDINGS = 50  # so many times what rounding did on the CPU may another machine
 def nano_program(scale: str, change: str = "") -> program_lib.Program:
   """configs/adamw.py at nano, or what stands for it, on one device. change: "key=value,..."."""
   rate = f"optimizer.learning_rate={RATE}"
-  c = study_config("adamw", ",".join(filter(None, (MODELS[scale], rate, change))))
+  c = study_config("adamw", ",".join(filter(None, (TRAINED[scale], rate, change))))
   return program_lib.build_program(c, jax.devices()[:1])
 
 
@@ -90,7 +90,7 @@ def _record(scale: str) -> Json:
 
 def main(argv: list[str]) -> None:
   del argv
-  print(json.dumps({scale: _record(scale) for scale in MODELS}, indent=1))
+  print(json.dumps({scale: _record(scale) for scale in TRAINED}, indent=1))
 
 
 if __name__ == "__main__":

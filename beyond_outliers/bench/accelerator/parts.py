@@ -16,19 +16,24 @@ from beyond_outliers.bench.accelerator import (
 )
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 
-SCALES = ("full", "tiny")  # of models and arrays; tiny: the whole check in half a minute on a CPU
+CHECK_SCALES = (
+  "full",
+  "tiny",
+)  # of models and arrays; tiny: the whole check in half a minute on a CPU
 
 
 class CheckPart(NamedTuple):
   """One part, measured in a process of its own."""
 
-  rows: Callable[[str, Found], Rows]  # (row of SCALES, what rows so far gave) -> those that follow
+  rows: Callable[
+    [str, Found], Rows
+  ]  # (row of CHECK_SCALES, what rows so far gave) -> those that follow
   cells: Callable[[Found, Mapping[str, Found]], Cells]  # (its figures, those of parts by name)
   seconds: int  # of eight minutes, that parts before it leave to it; what these don't take, it has
   xla_flags: str = ""
 
 
-PARTS: dict[str, CheckPart] = {
+CHECK_PARTS: dict[str, CheckPart] = {
   "ceilings": CheckPart(ceilings.part_rows, ceilings.cells, 20),
   "correctness": CheckPart(correctness.part_rows, correctness.cells, 70),
   "utilization": CheckPart(utilization.part_rows, utilization.cells, 130),

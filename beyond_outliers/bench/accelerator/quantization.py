@@ -20,22 +20,25 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
 # Of configs/adamw.py: loss and gradients of one micro-batch.
-STEPS = {"full": "350m,batch_size=8,model.attention=fused", "tiny": f"{TINY},batch_size=1"}
-RECIPES = {
+QUANTIZED_STEPS = {
+  "full": "350m,batch_size=8,model.attention=fused",
+  "tiny": f"{TINY},batch_size=1",
+}
+STEP_RECIPES = {
   "full": ("quest_w4a4", "rtn_w8a8", "fp8", "nvfp4", "mxfp4", "int8_gradients"),
   "tiny": ("quest_w4a4",),
 }
 AIMS = {"quest_w4a4": 1.3}
-MODELS = {"full": "125m", "tiny": TINY}  # that are quantized and evaluated
-METHODS = {"full": ("rtn", "gptq"), "tiny": ("rtn",)}
+EVALUATED_MODELS = {"full": "125m", "tiny": TINY}  # that are quantized and evaluated
+TIMED_METHODS = {"full": ("rtn", "gptq"), "tiny": ("rtn",)}
 EVALUATED = {"full": "batch_size=32,model.attention=fused", "tiny": "batch_size=1"}
-REPEATS = {"full": 5, "tiny": 1}
+CALLS = {"full": 5, "tiny": 1}
 
 
 def recipe_rows(scale: str, found: Found) -> Rows:
   del found
-  for name in RECIPES[scale]:
-    yield name, functools.partial(recipes.measure_model, STEPS[scale], name, REPEATS[scale])
+  for name in STEP_RECIPES[scale]:
+    yield name, functools.partial(recipes.measure_model, QUANTIZED_STEPS[scale], name, CALLS[scale])
 
 
 def recipe_cells(found: Found, others: Mapping[str, Found]) -> Cells:
@@ -51,9 +54,9 @@ def recipe_cells(found: Found, others: Mapping[str, Found]) -> Cells:
 
 def evaluation_rows(scale: str, found: Found) -> Rows:
   del found
-  model = MODELS[scale]
-  yield "evaluation", functools.partial(_evaluate, f"{model},{EVALUATED[scale]}", REPEATS[scale])
-  for method in METHODS[scale]:
+  model = EVALUATED_MODELS[scale]
+  yield "evaluation", functools.partial(_evaluate, f"{model},{EVALUATED[scale]}", CALLS[scale])
+  for method in TIMED_METHODS[scale]:
     yield method, functools.partial(_quantize, model, method)
 
 

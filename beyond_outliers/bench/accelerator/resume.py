@@ -17,12 +17,12 @@ from beyond_outliers.types import Json
 
 STEPS = 6
 # row -> what differs from nano, whose losses are recorded.
-ROWS = {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"}
+RESUMED = {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"}
 
 
 def part_rows(scale: str, found: Found) -> Rows:
   del found
-  for name, change in ROWS.items():
+  for name, change in RESUMED.items():
     if scale == "full" or not change:
       yield name, functools.partial(_resume, scale, change)
 

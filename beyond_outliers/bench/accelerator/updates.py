@@ -25,13 +25,13 @@ from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json, Params
 
-SIZES = {"full": "760m", "tiny": utilization.TINY}
+UPDATED = {"full": "760m", "tiny": utilization.TINY}
 TOKENS = 524_288  # of the study's step
 AIM = 0.1  # Shampoo's step over AdamW's
 MILD = "optimizer.block_size=1024"
 
 # row -> (optimizer, its settings), those with an aim first and the longest last.
-ROWS = {
+TIMED_UPDATES = {
   "adamw": ("adamw", ""),
   "shampoo, newton, blocks of 1024": ("shampoo", f"{MILD},optimizer.root=newton"),
   "muon": ("muon", ""),
@@ -41,14 +41,14 @@ ROWS = {
   "soap": ("soap", ""),
   "shampoo": ("shampoo", ""),
 }
-TINY_ROWS = ("adamw",)
+TINY_UPDATES = ("adamw",)
 
 
 def part_rows(scale: str, found: Found) -> Rows:
   del found
-  for name, (optimizer, settings) in ROWS.items():
-    if scale == "full" or name in TINY_ROWS:
-      argument = ",".join(filter(None, (SIZES[scale], settings)))
+  for name, (optimizer, settings) in TIMED_UPDATES.items():
+    if scale == "full" or name in TINY_UPDATES:
+      argument = ",".join(filter(None, (UPDATED[scale], settings)))
       yield name, functools.partial(measure_update, optimizer, argument)
 
 
@@ -97,7 +97,7 @@ def _late(x: jax.Array) -> jax.Array:
 
 def cells(found: Found, others: Mapping[str, Found]) -> Cells:
   """Each as a share of the model's step, at the best speed that was found for it."""
-  best = utilization.best_of(others.get("utilization", {}), SIZES["full"])
+  best = utilization.best_of(others.get("utilization", {}), UPDATED["full"])
   shown = []
   for name, row in found.items():
     seconds = row["amortised_seconds"]

@@ -1,7 +1,7 @@
 """MFU of training steps, by attention, rematerialisation and windows at a time: a search.
 
-Every setting is a whole step of configs/adamw.py as the trainer compiles it, over PARTS micro-
-batches, on one device. The study's step has more of these for one update, so it is a little faster.
+Every setting is a whole step of configs/adamw.py as the trainer compiles it, of MICRO_BATCHES, on
+one device. The study's step has more of these for one update, so it is a little faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
 TINY = "nano,model.d_head=8,context=32,model.blocks=1,data.vocab=256"
-PARTS = 8  # micro-batches a step
+MICRO_BATCHES = 8  # micro-batches a step
 AIM = 0.5
 AIMED_AT = ("350m", "760m")
 
@@ -58,12 +58,12 @@ ALTERNATIVES: dict[str, dict[str, tuple[Any, ...]]] = {
   "full": {"windows": (2, 0.5), "attention": ("blockwise", "plain"), "remat": ("dots", "full")},
   "tiny": {},
 }
-REPEATS = {"full": 3, "tiny": 1}
+TIMED_STEPS = {"full": 3, "tiny": 1}
 
 
 def part_rows(scale: str, found: Found) -> Rows:
   """Each size's first setting; then, from the best so far, one change at a time."""
-  starts, repeats = STARTS[scale], REPEATS[scale]
+  starts, repeats = STARTS[scale], TIMED_STEPS[scale]
 
   def row(size: str, setting: Setting) -> tuple[str, Callable[[], Json]]:
     measure = functools.partial(measure_setting, size, setting, repeats)
@@ -83,8 +83,8 @@ def part_rows(scale: str, found: Found) -> Rows:
 
 def measure_setting(size: str, setting: Setting, repeats: int) -> Json:
   """Seconds of a step, its memory, and its share of the peak."""
-  argument = setting._replace(windows=setting.windows * PARTS).argument(size)
-  c = study_config("adamw", f"{argument},micro_batches={PARTS}")
+  argument = setting._replace(windows=setting.windows * MICRO_BATCHES).argument(size)
+  c = study_config("adamw", f"{argument},micro_batches={MICRO_BATCHES}")
   program = program_lib.build_program(c, jax.devices()[:1])
   with mesh_lib.use(program.mesh):
     start = time.perf_counter()
