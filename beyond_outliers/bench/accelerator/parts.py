@@ -16,18 +16,15 @@ from beyond_outliers.bench.accelerator import (
 )
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 
-CHECK_SCALES = (
-  "full",
-  "tiny",
-)  # of models and arrays; tiny: the whole check in half a minute on a CPU
+# Of models and arrays; tiny: the whole check in a minute or two on a CPU.
+CHECK_SCALES = ("full", "tiny")
 
 
 class CheckPart(NamedTuple):
   """One part, measured in a process of its own."""
 
-  rows: Callable[
-    [str, Found], Rows
-  ]  # (row of CHECK_SCALES, what rows so far gave) -> those that follow
+  # (row of CHECK_SCALES, what rows so far gave) -> those that follow
+  rows: Callable[[str, Found], Rows]
   cells: Callable[[Found, Mapping[str, Found]], Cells]  # (its figures, those of parts by name)
   seconds: int  # of eight minutes, that parts before it leave to it; what these don't take, it has
   xla_flags: str = ""
