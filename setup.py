@@ -41,7 +41,9 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["beyond_outliers", "beyond_outliers.*", "configs"]),
-  package_data={"beyond_outliers": ["py.typed", "analysis/page/report.*"]},
+  package_data={
+    "beyond_outliers": ["py.typed", "analysis/page/report.*", "bench/accelerator/*.json"]
+  },
   install_requires=[
     "jax>=0.10.2,<0.13",
     "flax>=0.12.8,<0.13",

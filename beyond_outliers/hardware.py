@@ -76,7 +76,8 @@ def measure_matmul(dtype: str, repeats: int = 5) -> float:
   On an accelerator the matrices are large and several products run in one program, or the dispatch
   would be measured."""
   width, products = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
-  x = jnp.ones((width, width), dtype)
+  # Not ones or zeros, on which a GPU is faster than on data; products keep their size.
+  x = (jax.random.normal(jax.random.key(0), (width, width)) / width**0.5).astype(dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
 
   @jax.jit
@@ -93,6 +94,21 @@ def measure_matmul(dtype: str, repeats: int = 5) -> float:
 
   multiply(x, x).block_until_ready()
   return products * 2 * width**3 / min(seconds_of(lambda: multiply(x, x), repeats))
+
+
+def measure_copy(count: int, repeats: int = 5) -> float:
+  """Bytes per second, read and written together, of copies of `count` bytes on one device: best of
+  `repeats`, each of several copies."""
+  x, copies = jax.random.normal(jax.random.key(0), (count // 4,)), 4
+  copy = jax.jit(jnp.copy)
+
+  def several():
+    for _ in range(copies - 1):
+      copy(x)
+    return copy(x)
+
+  several()
+  return copies * 2 * x.nbytes / min(seconds_of(several, repeats))
 
 
 def seconds_of(call: Callable[[], Any], count: int) -> list[float]:

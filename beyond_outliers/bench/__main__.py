@@ -31,6 +31,10 @@ and what a run does between its steps (bench/loop.py):
 
   python -m beyond_outliers.bench --loop=nano            the host's time a step, and of saving
 
+and whether an accelerator is right, and how near to its peak (bench/accelerator/):
+
+  python -m beyond_outliers.bench --accelerator --out=DIR
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not
 with another day's.
 """
@@ -38,6 +42,7 @@ with another day's.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -55,6 +60,8 @@ from beyond_outliers.bench import (
   step,
   update_cost,
 )
+from beyond_outliers.bench.accelerator import driver as accelerator
+from beyond_outliers.bench.accelerator.parts import CHECK_PARTS, CHECK_SCALES
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import standard_json
 
@@ -69,6 +76,7 @@ class Bench(NamedTuple):
   rows: Collection[str] = ()  # that --only chooses among
   default: Collection[str] = ()  # the rows without --only; all where empty
   simulates: int = 0  # devices, which nothing may have asked JAX for before
+  failed: Callable[[Any], bool] | None = None  # whether figures tell of a failure: exit code 1
 
 
 BENCHES: dict[str, Bench] = {
@@ -137,6 +145,14 @@ BENCHES: dict[str, Bench] = {
     loop.loop_table,
     "Time what a run does between its steps, and saving a state of this size.",
   ),
+  "accelerator": Bench(
+    accelerator.measure_accelerator,
+    ("only", "out", "scale", "minutes"),
+    accelerator.accelerator_table,
+    "Check an accelerator: whether it is right, and how near to its peak.",
+    rows=CHECK_PARTS,
+    failed=accelerator.failures,
+  ),
 }
 
 for _name, _bench in BENCHES.items():
@@ -155,6 +171,14 @@ COMPILE_FOR = flags.DEFINE_enum(
   "compile_for", "cpu", ["cpu", *scaling.TOPOLOGIES], "Whose programs --scaling reads."
 )
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
+OUT = cli.path_flag("out", None, "Folder of --accelerator's figures, one file a part.")
+SCALE = flags.DEFINE_enum(
+  "scale",
+  None,
+  list(CHECK_SCALES),
+  "Of --accelerator's models; full, and tiny on a CPU, by default.",
+)
+MINUTES = flags.DEFINE_float("minutes", 8, "For all parts of --accelerator together.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 
 
@@ -168,13 +192,15 @@ def main(argv: list[str]) -> None:
     update_cost.simulate_devices(bench.simulates)
   figures = bench.measure(*(_argument(flag, bench) for flag in bench.takes))
   print(json.dumps(standard_json(figures)) if JSON.value else bench.table(figures))
+  if bench.failed and bench.failed(figures):
+    sys.exit(1)
 
 
 def _check_flags(asked: str) -> None:
   """Refusal of flags that would change nothing, and of rows that a bench lacks.
 
   Errors: ConfigError."""
-  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS):
+  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS, OUT, SCALE, MINUTES):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(
       asked in takers or not flag.present,

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from beyond_outliers import hardware, quant
-from beyond_outliers.analysis import propagation
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Json
@@ -26,6 +25,8 @@ WINDOWS = 8
 def measure_propagation(size: str) -> Json:
   """Seconds of both forwards and of each analysis, the first time, with compiling, and the second;
   and the process's peak memory after each. Random weights and tokens."""
+  from beyond_outliers.analysis import propagation  # brings pandas, which other benches do without
+
   c = study_config("adamw", f"{size},model.dtype=float32")
   model = transformer.Transformer(c.model)
   params = jax.jit(lambda: transformer.init(model, c.seed))()

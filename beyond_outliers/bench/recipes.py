@@ -124,35 +124,41 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compi
 
 
 def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[Json]:
-  """Rows of the models' table: loss and gradients; no recipe changes the rest of the step."""
-  plain = _program(name, "none")
-  base = _loss_and_gradients(plain)
-  with mesh_lib.use(plain.mesh):
-    params = transformer.init(plain.model, plain.config.seed)
-    arguments = params, _random_batch(plain), jax.random.key(0)
-  rows = []
+  """Rows of the models' table."""
+  rows, model = [], MODELS[name]
   for recipe in recipes:
-    program = _program(name, recipe)
-    compiled, c = _loss_and_gradients(program), program.config
-    row = {
-      "model": name,
-      "recipe": recipe,
-      "dtype": c.model.dtype,
-      "tokens": c.batch_size * c.context,
-    }
-    with mesh_lib.use(program.mesh):
-      times = by_turns(
-        functools.partial(base, *arguments),
-        functools.partial(compiled, *arguments),
-        min(repeats, MODELS[name].repeats),
-      )
-    rows.append(row | times | memory(compiled, base))
+    row = measure_model(model.argument, recipe, min(repeats, model.repeats))
+    rows.append({"model": name, **row})
     _say(rows[-1])
   return rows
 
 
-def _program(name: str, recipe: str) -> program_lib.Program:
-  c = study_config("adamw", f"{MODELS[name].argument},quant.recipe={recipe}")
+def measure_model(argument: str, recipe: str, repeats: int) -> Json:
+  """Loss and gradients of configs/adamw.py under a recipe, beside full precision; no recipe changes
+  the rest of the step."""
+  base, arguments = _plain(argument)
+  program = _program(argument, recipe)
+  compiled, c = _loss_and_gradients(program), program.config
+  with mesh_lib.use(program.mesh):
+    times = by_turns(
+      functools.partial(base, *arguments), functools.partial(compiled, *arguments), repeats
+    )
+  row = {"recipe": recipe, "dtype": c.model.dtype, "tokens": c.batch_size * c.context}
+  return row | times | memory(compiled, base)
+
+
+@functools.lru_cache(1)
+def _plain(argument: str) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
+  """(loss and gradients in full precision, what they are of)."""
+  program = _program(argument, "none")
+  with mesh_lib.use(program.mesh):
+    params = transformer.init(program.model, program.config.seed)
+    arguments = params, random_batch(program), jax.random.key(0)
+  return _loss_and_gradients(program), arguments
+
+
+def _program(argument: str, recipe: str) -> program_lib.Program:
+  c = study_config("adamw", f"{argument},quant.recipe={recipe}")
   return program_lib.build_program(c, jax.devices()[:1])
 
 
@@ -167,7 +173,8 @@ def _loss_and_gradients(program: program_lib.Program) -> jax.stages.Compiled:
     )
 
 
-def _random_batch(program: program_lib.Program) -> dict[str, jax.Array]:
+def random_batch(program: program_lib.Program) -> dict[str, jax.Array]:
+  """A batch of a program's shapes, of random tokens that all count."""
   draw, vocab = np.random.default_rng(0), program.config.model.vocab
   return {
     name: jnp.asarray(

@@ -129,9 +129,17 @@ def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
   if segment_ids_BxL is not None:
     mask = _of_segment(segment_ids_BxL, segment_ids_BxL)[:, None]
   kernel = "cudnn" if jax.default_backend() == "gpu" and q_BxLxHxDh.dtype.itemsize == 2 else "xla"
-  return jax.nn.dot_product_attention(
-    q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask=mask, scale=1.0, is_causal=True, implementation=kernel
-  )
+  # float32 is float32 on TPU and GPU too.
+  with jax.default_matmul_precision("highest" if q_BxLxHxDh.dtype.itemsize >= 4 else None):
+    return jax.nn.dot_product_attention(
+      q_BxLxHxDh,
+      k_BxLxKxDh,
+      v_BxLxKxDh,
+      mask=mask,
+      scale=1.0,
+      is_causal=True,
+      implementation=kernel,
+    )
 
 
 IMPLEMENTATIONS = {"plain": plain, "blockwise": blockwise, "fused": fused}

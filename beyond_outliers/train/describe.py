@@ -59,16 +59,8 @@ def describe_compiled(program: Program) -> str:
   c = program.config
   with mesh_lib.use(program.mesh):
     compiled, compiled_evaluation = program.compile()
-  average = program.state.average
-  memory, evaluation_memory = compiled.memory_analysis(), compiled_evaluation.memory_analysis()
-  classes = {
-    "parameters": shard_bytes(program.state.params),
-    "optimizer state": shard_bytes(program.state.opt_state),
-    **({} if average is None else {"moving average": shard_bytes(average)}),
-    "batch": shard_bytes(program.batch),
-    "activations, gradients, temporaries": memory.temp_size_in_bytes,
-    "outputs that reuse no input": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-  }
+  classes = memory_classes(program, compiled)
+  evaluation_memory = compiled_evaluation.memory_analysis()
   model_flops = c.batch_size * c.context * transformer.flops_per_token(c.model, c.context)
   lines = [
     f"FLOPs per step: {model_flops:.4g} by the model's formula, all devices together; "
@@ -85,6 +77,20 @@ def describe_compiled(program: Program) -> str:
     f"{evaluation_memory.temp_size_in_bytes / 2**20:,.1f} MiB"
   )
   return "\n".join(lines)
+
+
+def memory_classes(program: Program, compiled: jax.stages.Compiled) -> dict[str, int]:
+  """Bytes on each device by class of buffer, while the compiled train step runs."""
+  average, memory = program.state.average, compiled.memory_analysis()
+  assert memory is not None
+  return {
+    "parameters": shard_bytes(program.state.params),
+    "optimizer state": shard_bytes(program.state.opt_state),
+    **({} if average is None else {"moving average": shard_bytes(average)}),
+    "batch": shard_bytes(program.batch),
+    "activations, gradients, temporaries": memory.temp_size_in_bytes,
+    "outputs that reuse no input": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+  }
 
 
 def shard_bytes(tree: Any) -> int:

@@ -153,3 +153,18 @@ def test_unknown_name_is_refused_with_the_choice():
     ValueError, match=r"model.attention = 'flash': expected one of 'plain', 'blockwise', 'fused'"
   ):
     attention.attention(*(jnp.zeros((1, 1, 1, 1)),) * 3, implementation="flash")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_float32_on_accelerators_too(name):
+  """Where nothing is said, GPUs multiply in TF32 and TPUs in bfloat16 passes."""
+  q, k = (jax.ShapeDtypeStruct((1, 16, heads, Dh), jnp.float32) for heads in (H, K))
+
+  def gradients(q, k, v):
+    return jax.grad(lambda q: attention.attention(q, k, v, implementation=name).sum())(q)
+
+  traced = jax.jit(gradients).trace(q, k, k)
+  for platform in ("cuda", "tpu"):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)

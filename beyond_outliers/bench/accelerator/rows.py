@@ -1,0 +1,11 @@
+"""Types that the check's parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from beyond_outliers.types import Json
+
+Found = Mapping[str, Json]  # figures by row
+Rows = Iterator[tuple[str, Callable[[], Json]]]  # name, and what measures it
+Cells = list[tuple[str, str, str]]  # what, figure, aim: lines of the table
