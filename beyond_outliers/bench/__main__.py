@@ -31,6 +31,10 @@ and what a run does between its steps (bench/loop.py):
 
   python -m beyond_outliers.bench --loop=nano            the host's time a step, and of saving
 
+and how our steps compare with those of other libraries (bench/peers.py):
+
+  python -m beyond_outliers.bench --peers --only=50m_bfloat16
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not
 with another day's.
 """
@@ -38,6 +42,7 @@ with another day's.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -47,6 +52,7 @@ from beyond_outliers import cli, config, optim, quant
 from beyond_outliers.bench import (
   loop,
   optimizers,
+  peers,
   propagation,
   ptq,
   recipes,
@@ -137,6 +143,13 @@ BENCHES: dict[str, Bench] = {
     loop.loop_table,
     "Time what a run does between its steps, and saving a state of this size.",
   ),
+  "peers": Bench(
+    peers.measure_peers,
+    ("only", "repeats", "peer_python"),
+    peers.peers_table,
+    "Time steps and optimizers by turns with those of JAX written out and of torch.",
+    rows=peers.ROWS,
+  ),
 }
 
 for _name, _bench in BENCHES.items():
@@ -155,6 +168,9 @@ COMPILE_FOR = flags.DEFINE_enum(
   "compile_for", "cpu", ["cpu", *scaling.TOPOLOGIES], "Whose programs --scaling reads."
 )
 REPEATS = flags.DEFINE_integer("repeats", 8, "Timed repeats of everything.", lower_bound=1)
+PEER_PYTHON = flags.DEFINE_string(
+  "peer_python", sys.executable, "Interpreter whose torch --peers compares with."
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 
 
@@ -174,7 +190,7 @@ def _check_flags(asked: str) -> None:
   """Refusal of flags that would change nothing, and of rows that a bench lacks.
 
   Errors: ConfigError."""
-  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS):
+  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS, PEER_PYTHON):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(
       asked in takers or not flag.present,
