@@ -29,6 +29,7 @@ from beyond_outliers import cli
 from beyond_outliers.bench import optimizers
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS
+from beyond_outliers.config.files import standard_json
 from beyond_outliers.types import Json
 
 
@@ -76,6 +77,7 @@ OPTIMIZERS = {
   family.replace(" ", "_"): [name for name, row in TIMED_OPTIMIZERS.items() if row.family == family]
   for family in dict.fromkeys(row.family for row in TIMED_OPTIMIZERS.values())
 }
+HEAD = ("", "seconds", "ours / theirs", "of CPU time", "MiB", "ours / theirs", "loss")
 ROWS = (*STEPS, *OPTIMIZERS)
 
 
@@ -90,7 +92,7 @@ def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
       figures = measure_steps(STEPS[name], repeats, peer_python)
     else:
       figures = optimizers.measure_optimizers(OPTIMIZERS[name], "full", repeats)
-    print(f"{name}: done", file=sys.stderr, flush=True)
+    print(f"{name}: {json.dumps(standard_json(figures))}", file=sys.stderr, flush=True)
     result["rows"][name] = figures
   return result
 
@@ -117,7 +119,7 @@ def measure_steps(row: Steps, rounds: int, peer_python: str) -> Json:
         running[name] = _start(row, contender, peer_python, os.path.join(folder, name))
       for name, process in list(running.items()):
         if not _ready(process):  # compiling by turns would take longer
-          del running[name]
+          running.pop(name).wait()
           found[name] = {"failed": _last_line(os.path.join(folder, name))}
       taken = alternate(running, rounds)
     finally:
@@ -196,9 +198,7 @@ def peers_table(result: Mapping[str, Any]) -> str:
     lines.append(
       f"{name}, load {row['load']:.1f}; ours / theirs: median [least … largest] of rounds"
     )
-    cells: list[Sequence[str]] = [
-      ("", "seconds", "ours / theirs", "of CPU time", "MiB", "ours / theirs", "loss")
-    ]
+    cells: list[Sequence[str]] = [HEAD]
     for contender, figures in row["contenders"].items():
       if "failed" in figures:
         cells.append((f"  {contender}", f"failed: {figures['failed']}", *[""] * 5))
