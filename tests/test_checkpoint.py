@@ -235,7 +235,7 @@ def test_parameters_that_are_not_finite_count_as_damage_to_a_run(saved, caplog):
   absl_logging.get_absl_logger().propagate = True
   with caplog.at_level(logging.WARNING):
     assert checkpoints.restore(shapes(make_state()))[0] == 3
-  assert "its parameters are not finite" in caplog.text and checkpoints.steps() == [2, 3]
+  assert "opt_state/mu is not finite" in caplog.text and checkpoints.steps() == [2, 3]
   checkpoints.close()
 
 

@@ -94,6 +94,10 @@ class Checkpoints:
     if self._verify:
       digests.precompile(params_lib.without_empty(state))
 
+  def first_not_finite(self, state: Any) -> str:
+    """Path of an array that keeps a state from being saved, since it is not finite, or nothing."""
+    return digests.first_not_finite(params_lib.without_empty(state))
+
   def save(
     self,
     step: int,
@@ -134,8 +138,8 @@ class Checkpoints:
   ) -> tuple[int, Any, Json, dict[str, float]] | None:
     """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None without one.
 
-    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint, or one whose parameters
-    are not finite, is set aside, as damaged-N-..., with a message (left in place when read-only or
+    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint, or one that holds what
+    is not finite, is set aside, as damaged-N-..., with a message (left in place when read-only or
     asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is
     stored has other shapes, types or names than `state`."""
@@ -150,8 +154,8 @@ class Checkpoints:
       args = ocp.args.Composite(state=arrays, **texts)
       found: Any = self._manager.restore(candidate, args=args)
       self._compare(candidate, found.state, {name: found[name] for name in texts})
-      if not jax.jit(params_lib.all_finite)(found.state["params"]):
-        raise recovery.UnusableError("its parameters are not finite")
+      if path := digests.first_not_finite(found.state):
+        raise recovery.UnusableError(f"{path} is not finite")
       return found
 
     if step is None and not self.steps():

@@ -4,6 +4,8 @@ The sums of a checkpoint's files say that they are those that were committed; th
 with the arrays, that what is read is what was to be written. A digest is a sum over all elements,
 modulo 2^32, of a hash of an element's bits and its place: the same on every mesh, whatever the
 order, and never the same where one element differs; where more do, but for one case in 2^32.
+
+What is not finite is neither saved nor gone on from.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from jax.sharding import NamedSharding
 
 from beyond_outliers import mesh
 from beyond_outliers.config.sums import digest
-from beyond_outliers.optim import blocks
+from beyond_outliers.optim import blocks, metrics
 from beyond_outliers.params import path_of
 from beyond_outliers.types import Json
 
@@ -57,31 +59,51 @@ def of_arrays(tree: Any) -> dict[str, Any]:
   """{path: digest} of a tree of arrays, in hexadecimal; of an optimizer's blocks one per block.
 
   Where several processes share the arrays, all call this."""
-  program, *arguments = _program(tree)
-  sums = jax.device_get(program(*arguments))
+  sums = _run(_sums, tree, frozenset(blocks.block_paths(tree)))
   return {
     path: f"{x:08x}" if x.ndim == 0 else [f"{row:08x}" for row in x] for path, x in sums.items()
   }
 
 
+def first_not_finite(tree: Any) -> str:
+  """Path of the first array with a NaN or an infinity, or nothing; what an optimizer's state tells
+  of its roots may hold one. Where several processes share the arrays, all call this."""
+  flags = _run(_are_finite, tree, frozenset(metrics.paths_of_state(tree)))
+  return min((path for path, finite in flags.items() if not finite), default="")
+
+
 def precompile(tree: Any) -> None:
-  """Compiles what `of_arrays` runs. tree: ShapeDtypeStructs with shardings."""
-  program, *arguments = _program(tree)
-  program.lower(*arguments).compile()  # which jit, asked for the same, does not do again
+  """Compiles what both run. tree: ShapeDtypeStructs with shardings."""
+  for function, paths in ((_sums, blocks.block_paths), (_are_finite, metrics.paths_of_state)):
+    program, found = _program(function, tree)
+    # jit, asked for the same, does not compile it again.
+    program.lower(found, frozenset(paths(tree))).compile()
 
 
-def _program(tree: Any) -> tuple[Any, dict[str, Any], frozenset[str]]:
-  """(a jitted function, its arguments)."""
+def _run(function: Any, tree: Any, paths: frozenset[str]) -> dict[str, Any]:
+  program, found = _program(function, tree)
+  return jax.device_get(program(found, paths))
+
+
+def _program(function: Any, tree: Any) -> tuple[Any, dict[str, Any]]:
+  """(the function, jitted, its first argument: arrays by path)."""
   found = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   shardings = (getattr(x, "sharding", None) for x in found.values())
   meshes: list[Any] = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
-  everywhere = mesh.replicated(meshes[0]) if meshes else None
-  return _jitted(everywhere), found, frozenset(blocks.block_paths(tree))
+  return _jitted(function, mesh.replicated(meshes[0]) if meshes else None), found
 
 
 @functools.cache
-def _jitted(everywhere: NamedSharding | None) -> Any:
-  return jax.jit(_sums, static_argnums=1, out_shardings=everywhere)
+def _jitted(function: Any, everywhere: NamedSharding | None) -> Any:
+  return jax.jit(function, static_argnums=1, out_shardings=everywhere)
+
+
+def _are_finite(found: Mapping[str, jax.Array], left_out: frozenset[str]) -> dict[str, jax.Array]:
+  return {
+    path: jnp.isfinite(x).all()
+    for path, x in found.items()
+    if path not in left_out and jnp.issubdtype(x.dtype, jnp.inexact)
+  }
 
 
 def _sums(found: Mapping[str, jax.Array], in_blocks: frozenset[str]) -> dict[str, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from beyond_outliers.ops.extremes import max_magnitude, max_or_nan
 from beyond_outliers.optim import blocks
 from beyond_outliers.optim.axes import AxesTree, leaves
 from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
+from beyond_outliers.params import path_of
 from beyond_outliers.types import Metrics, Params
 
 # Field of a bucket's state -> how the values of all blocks become one.
@@ -23,11 +25,22 @@ def of_state(opt_state: Any) -> Metrics:
   roots/kept: refused so far, since not finite or of too large a residual. roots/age: of the oldest
   in use, steps. roots/residual, roots/condition: the largest, of the last ones computed."""
   found: dict[str, list[jax.Array]] = {}
+  for field, _, x in _kept_in(opt_state):
+    found.setdefault(field, []).append(REDUCTIONS[field](x))
+  return {f"roots/{field}": REDUCTIONS[field](jnp.stack(values)) for field, values in found.items()}
+
+
+def paths_of_state(opt_state: Any) -> list[str]:
+  """Paths of what `of_state` reads: of arrays that nothing else depends on."""
+  return [path for _, path, _ in _kept_in(opt_state)]
+
+
+def _kept_in(opt_state: Any) -> Iterator[tuple[str, str, Any]]:
+  """(field, path, array) of the arrays that are metrics."""
   for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
     field = getattr(path[-1], "name", None)
     if field in REDUCTIONS and blocks.belongs_to_blocks(path) and x.size:
-      found.setdefault(field, []).append(REDUCTIONS[field](x))
-  return {f"roots/{field}": REDUCTIONS[field](jnp.stack(values)) for field, values in found.items()}
+      yield field, path_of(path), x
 
 
 def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:

@@ -202,6 +202,9 @@ class Save:
     if lasting or self._is_time(step):
       with self._clock.paused(metrics):
         self._before()  # a run resumed from here must not miss the row of this step
+        if path := self._checkpoints.first_not_finite(state):
+          reason = f"{path} is not finite, and is not saved; --from_step goes back to before"
+          raise Stop("diverged", step, reason)
         self._checkpoints.save(
           step,
           state,

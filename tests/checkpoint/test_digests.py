@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beyond_outliers import config, mesh
+from beyond_outliers import config, mesh, optim
+from beyond_outliers import params as params_lib
 from beyond_outliers.checkpoint import digests
 from beyond_outliers.optim import blockwise
 
@@ -64,6 +65,28 @@ def test_one_element_never_goes_unnoticed():
   (zeros,) = digests.of_arrays(blockwise.first_state({"9": 0 * rows})._replace(count=None)).values()
   moved = {(int(a, 16) - int(b, 16)) % 2**32 for a, b in zip(found, zeros, strict=True)}
   assert len(moved) == 256
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+@pytest.mark.parametrize("name", ["shampoo", "soap", "psgd"])
+def test_what_is_not_finite_is_found_but_in_what_is_told_of_roots(name, value):
+  params = {"w": jnp.ones((4, 6), jnp.bfloat16)}
+  state = {"params": params, "opt_state": optim.OPTIMIZERS[name](1e-2).init(params)}
+  assert digests.first_not_finite(state) == ""
+  broken = []
+  leaves, tree = jax.tree.flatten(state)
+  for i, x in enumerate(leaves):
+    if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact):
+      changed = [*leaves[:i], x.at[(-1,) * x.ndim].set(value), *leaves[i + 1 :]]
+      broken.append(digests.first_not_finite(tree.unflatten(changed)))
+  found = sorted(path for path in broken if path)
+  everything = {
+    params_lib.path_of(path)
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+    if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)
+  }
+  told = {path for path in everything if path.endswith(("/residual", "/condition"))}
+  assert found == sorted(everything - told) and "params/w" in found
 
 
 @pytest.mark.parametrize("devices", [2, 8])

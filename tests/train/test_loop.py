@@ -297,6 +297,25 @@ def test_checkpoints_come_at_their_steps_and_after_the_last(checkpoints, device)
   assert data == {"batches": 7} and clock == {"seconds": 19.0, "tokens": 800.0}
 
 
+def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(checkpoints):
+  """Not even of a state whose parameters are: the run ends, and goes on from the one before."""
+
+  def break_down(state, batch):
+    state, metrics = train_step(state, batch)
+    moment = jnp.where(jnp.arange(3) == batch, jnp.nan, 0.0)
+    return state._replace(opt_state={"mu": moment}), metrics
+
+  save = make_save(checkpoints, 9)
+  begun = start()._replace(opt_state={"mu": jnp.zeros(3)})
+  try:
+    with pytest.raises(loop.Stop, match="opt_state/mu is not finite, and is not saved") as stop:
+      loop.fit(break_down, begun, iter([9.0] * 5 + [1.0] * 4), [save], 9)
+  finally:
+    save.close()
+  checkpoints.wait()
+  assert (stop.value.status, stop.value.step, checkpoints.steps()) == ("diverged", 8, [4])
+
+
 def steps_of_a_save_that_goes_wrong(tmp_path, monkeypatch, merge, refused):
   """The steps until `refused`, and the checkpoints, of a run whose first is written with `merge` in
   the place of Orbax's."""
@@ -344,7 +363,9 @@ def test_temporary_checkpoints_come_by_time_at_rows_of_the_log(monkeypatch):
   now, saved = [0.0], {}
   monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
   keep = types.SimpleNamespace(
-    check=lambda: None, save=lambda step, *_, temporary: saved.update({step: temporary})
+    check=lambda: None,
+    first_not_finite=lambda state: "",
+    save=lambda step, *_, temporary: saved.update({step: temporary}),
   )
   options = dataclasses.replace(OPTIONS, every=20, every_minutes=0.5)
   save = make_save(keep, 50, options=options, rows_every=3)
