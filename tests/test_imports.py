@@ -57,7 +57,7 @@ DOORS = {
     "evaluate/harness_tasks",
     "evaluate/task_code",
   ),
-  "torch": ("bench/torch_optimizers", "bench/contender_torch"),
+  "torch": ("bench/torch_optimizers", "bench/contenders/torch_step"),
   "pytorch_optimizer": ("bench/torch_optimizers",),
   "tensorflow": (),
   "clu": (),

@@ -34,7 +34,7 @@ from beyond_outliers.types import Json
 
 
 class Contender(NamedTuple):
-  """One program of a row: a module of this folder, and how it runs the step."""
+  """One program of a row: a module of contenders/, and how it runs the step."""
 
   module: str
   recipe: str = "none"
@@ -54,17 +54,17 @@ class Steps(NamedTuple):
 ROOT = str(pathlib.Path(__file__).parents[2])
 
 PLAIN = {
-  "ours": Contender("contender_ours"),
-  "bare JAX": Contender("contender_bare"),
-  "torch eager": Contender("contender_torch"),
-  "torch.compile": Contender("contender_torch", compiled=True),
+  "ours": Contender("ours"),
+  "bare JAX": Contender("bare"),
+  "torch eager": Contender("torch_step"),
+  "torch.compile": Contender("torch_step", compiled=True),
 }
 QUEST = {
-  "ours": Contender("contender_ours", "quest_w4a4"),
-  "ours, plain": Contender("contender_ours"),
-  "torch eager": Contender("contender_torch", "quest_w4a4"),
-  "torch.compile": Contender("contender_torch", "quest_w4a4", compiled=True),
-  "torch.compile, plain": Contender("contender_torch", compiled=True),
+  "ours": Contender("ours", "quest_w4a4"),
+  "ours, plain": Contender("ours"),
+  "torch eager": Contender("torch_step", "quest_w4a4"),
+  "torch.compile": Contender("torch_step", "quest_w4a4", compiled=True),
+  "torch.compile, plain": Contender("torch_step", compiled=True),
 }
 
 STEPS = {
@@ -165,10 +165,10 @@ def _start(row: Steps, contender: Contender, peer_python: str, errors: str) -> A
     **{"batch_size": row.batch_size, "context": c.context, "compiled": contender.compiled},
     "model": dataclasses.asdict(c.model),
   }
-  python = peer_python if contender.module == "contender_torch" else sys.executable
+  python = peer_python if contender.module == "torch_step" else sys.executable
   with open(errors, "w") as stderr:
     return subprocess.Popen(
-      [python, "-m", f"beyond_outliers.bench.{contender.module}", json.dumps(asked)],
+      [python, "-m", f"beyond_outliers.bench.contenders.{contender.module}", json.dumps(asked)],
       env={**os.environ, "PYTHONPATH": ROOT} if python != sys.executable else None,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,

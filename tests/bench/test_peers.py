@@ -42,7 +42,7 @@ def test_ratios_are_of_the_same_round():
 
 def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
   """Not by an exception, after the others have compiled for minutes."""
-  row = peers.Steps("nano", 2, "float32", {"torch": peers.Contender("contender_torch")})
+  row = peers.Steps("nano", 2, "float32", {"torch": peers.Contender("torch_step")})
   python = tmp_path / "python"
   python.write_text("#!/bin/sh\necho a reason >&2\necho the last >&2\nexit 1\n")
   python.chmod(0o755)
@@ -55,7 +55,7 @@ def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["contender_ours", "contender_bare"])
+@pytest.mark.parametrize("module", ["ours", "bare"])
 def test_our_contenders_take_the_same_step(module):
   """A loss near ln 2048, that falls."""
   row = peers.Steps("nano", 2, "float32", {"ours": peers.Contender(module)})

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beyond_outliers.bench.contender import serve
+from beyond_outliers.bench.contenders import serve
 
 
 def bare_params(m: Any, key: jax.Array) -> Any:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers.bench.contender import serve
+from beyond_outliers.bench.contenders import serve
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.train import program as program_lib
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from beyond_outliers.bench.contender import serve
+from beyond_outliers.bench.contenders import serve
 
 BLOCK = 128  # of the Hadamard rotation
 # Scale of 16 levels in units of the root mean square, to lose least of a Gaussian (arXiv

@@ -1,4 +1,4 @@
-"""A program that is timed beside others: it takes one step whenever it is told to.
+"""Programs that are timed beside each other: each takes one step whenever it is told to.
 
 Of the standard library alone, for peers run in interpreters that may have nothing of ours.
 """
