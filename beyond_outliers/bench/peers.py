@@ -127,7 +127,7 @@ def measure_steps(row: Steps, rounds: int, peer_python: str) -> Json:
         process.stdin.close()
         process.wait()
   for name, steps in taken.items():
-    found[name] = summary(steps, taken.get("ours"))
+    found[name] = figures_of(steps, taken.get("ours"))
   return {"contenders": {name: found[name] for name in row.contenders}, "load": os.getloadavg()[0]}
 
 
@@ -142,7 +142,7 @@ def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:
   return taken
 
 
-def summary(steps: Sequence[Json], ours: Sequence[Json] | None) -> Json:
+def figures_of(steps: Sequence[Json], ours: Sequence[Json] | None) -> Json:
   """Figures of one contender from those of its rounds and of ours."""
   figures: Json = {
     "seconds": statistics.median(step["seconds"] for step in steps),

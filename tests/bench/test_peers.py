@@ -33,11 +33,11 @@ def test_ratios_are_of_the_same_round():
   """Both twice as slow in the second: the ratio does not see it, that of medians would."""
   ours = [figures(1.0), figures(2.0), figures(1.2, memory=300)]
   theirs = [figures(2.0), figures(4.0), figures(2.0, memory=200)]
-  found = peers.summary(theirs, ours)
+  found = peers.figures_of(theirs, ours)
   assert found["ratio"] == pytest.approx([0.5, 0.5, 0.6])
   assert found["cpu_ratio"] == pytest.approx([0.5, 0.5, 0.6])
   assert (found["seconds"], found["memory_bytes"], found["memory_ratio"]) == (2.0, 200, 1.5)
-  assert "ratio" not in peers.summary(theirs, None), "ours did not run"
+  assert "ratio" not in peers.figures_of(theirs, None), "ours did not run"
 
 
 def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
@@ -48,7 +48,7 @@ def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
   python.chmod(0o755)
   assert peers.measure_steps(row, 6, str(python))["contenders"] == {"torch": {"failed": "the last"}}
   table = peers.peers_table({"machine": peers.machine(), "rows": {"50m_float32": {
-    "contenders": {"torch": {"failed": "the last"}, "ours": peers.summary([figures(1.0)], None)},
+    "contenders": {"torch": {"failed": "the last"}, "ours": peers.figures_of([figures(1.0)], None)},
     "load": 0.0,
   }}})  # fmt: skip
   assert "failed: the last" in table and "ours" in table
