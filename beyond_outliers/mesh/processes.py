@@ -47,7 +47,7 @@ def join(c: config.Distributed, found: Membership, *, stops: bool = True) -> Non
   global _peers, _why_aborted
   if found.address:
     what = f"process {found.index} of {found.count} (by {found.source}), which meet"
-    print(f"{what} at {found.address}", file=sys.stderr, flush=True)
+    _tell(f"{what} at {found.address}\n")
   _why_aborted = (
     "the processes did not all come within distributed.initialization_seconds = "
     f"{c.initialization_seconds}; start all {found.count or ''} of them"
@@ -120,9 +120,9 @@ def leave(error: BaseException) -> NoReturn:
   if _peers is None:
     raise error
   if isinstance(error, Refusal):
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    _tell(f"error: {error}\n")
   else:
-    traceback.print_exception(error)
+    _tell("".join(traceback.format_exception(error)))
   name = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
   _peers.leave(REFUSED if isinstance(error, Refusal) else FAILED, f"{name}{error}")
 
@@ -195,11 +195,11 @@ class Peers:
       )
     try:
       self._say(reason)
-    finally:  # a full disk, which may be why the other one ended, has no room for last words
+    finally:
       _exit(code)
 
   def _say(self, reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    _tell(f"error: {reason}\n")
     if self.write is not None:
       self.write(reason)
 
@@ -234,9 +234,15 @@ def _index(key: str) -> int:
   return int(key.rpartition("/")[-1])
 
 
+def _tell(text: str) -> None:
+  """Says it, if there is room: a full disk, which may be why a process ends, has none."""
+  with contextlib.suppress(OSError):
+    print(text, end="", file=sys.stderr, flush=True)
+
+
 def _exit(code: int) -> NoReturn:
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   os._exit(code)  # without JAX's barrier, at which nobody would come
 
 
@@ -246,6 +252,6 @@ def _aborted(number: int) -> None:
   try:
     if _peers is not None:
       _peers.missing()
-    print(f"error: {_why_aborted}", file=sys.stderr, flush=True)
+    _tell(f"error: {_why_aborted}\n")
   finally:
     os._exit(FAILED)

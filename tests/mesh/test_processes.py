@@ -2,6 +2,7 @@
 
 They are real processes, which join but do not train."""
 
+import pathlib
 import signal
 import socket
 import subprocess
@@ -50,12 +51,17 @@ def start(tmp_path):
     port = free.getsockname()[1]
   started = []
 
-  def start(what):
+  def start(what, errors=subprocess.PIPE):
     for index, each in what.items():
       words = str(tmp_path / str(index))
       arguments = [f"127.0.0.1:{port}", str(index), words, each]
       started.append(
-        subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=-1, stderr=-1, text=True)
+        subprocess.Popen(
+          [sys.executable, "-c", CHILD, *arguments],
+          stdout=subprocess.PIPE,
+          stderr=errors,
+          text=True,
+        )
       )
     return started
 
@@ -93,6 +99,14 @@ def test_an_error_on_one_ends_another_that_cannot_write_its_last_words(start, tm
   said = wait(one, 1)
   assert "error: process 1 of 2: OSError" in said and "Traceback" in wait(other, 1)
   assert said.count("error: ") == 1, "it was JAX that ended it"
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_an_error_ends_both_where_nothing_can_be_said(start, tmp_path):
+  with open("/dev/full", "w") as full:
+    pair = start({0: "fail", 1: "wait"}, errors=full)
+  assert [process.wait(60) for process in pair] == [1, 1]
+  assert "process 0 of 2: OSError" in (tmp_path / "1").read_text(), "it was JAX that ended it"
 
 
 @pytest.mark.slow
