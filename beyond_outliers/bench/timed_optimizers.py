@@ -1,6 +1,6 @@
 """The optimizers whose steps are timed: all of this package, and each family's peers on PyPI.
 
-Rows of a family do the same work; see bench/peers.py.
+Rows of a family do the same work; see bench/torch_optimizers.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers import optim
-from beyond_outliers.bench import peers
-from beyond_outliers.bench.peers import EMBEDDING, RATE, Arrays, TorchSteps
+from beyond_outliers.bench import torch_optimizers
+from beyond_outliers.bench.torch_optimizers import EMBEDDING, RATE, Arrays, TorchSteps
 
 
 class JaxSteps:
@@ -140,10 +140,10 @@ TIMED_OPTIMIZERS: dict[str, TimedOptimizer] = {
   "adamw": TimedOptimizer("adamw", _adamw),
   "optax_adamw": TimedOptimizer("adamw", lambda: optax.adamw(RATE, weight_decay=0.0), peer="optax"),
   "torch_adamw": _torch(
-    "adamw", lambda parameters: peers.torch_adamw(parameters, foreach=True), peer="torch"
+    "adamw", lambda parameters: torch_optimizers.torch_adamw(parameters, foreach=True), peer="torch"
   ),
   "torch_adamw_fused": _torch(
-    "adamw", lambda parameters: peers.torch_adamw(parameters, fused=True), peer="torch"
+    "adamw", lambda parameters: torch_optimizers.torch_adamw(parameters, fused=True), peer="torch"
   ),
   "muon_float32": TimedOptimizer("muon float32", lambda: _muon(ns_dtype="float32")),
   "muon_float32_gram": TimedOptimizer(
@@ -151,20 +151,20 @@ TIMED_OPTIMIZERS: dict[str, TimedOptimizer] = {
   ),
   "optax_muon": TimedOptimizer("muon float32", _optax_muon, peer="optax"),
   "muon": TimedOptimizer("muon bfloat16", _muon),
-  "torch_muon": _torch("muon bfloat16", peers.torch_muon, peer="torch"),
+  "torch_muon": _torch("muon bfloat16", torch_optimizers.torch_muon, peer="torch"),
   "scion": TimedOptimizer("scion bfloat16", _scion),
-  "torch_scion": _torch("scion bfloat16", peers.torch_scion),
+  "torch_scion": _torch("scion bfloat16", torch_optimizers.torch_scion),
   "psgd": TimedOptimizer("psgd", _psgd, period=10),
   "psgd_without_cache": TimedOptimizer("psgd", lambda: _psgd(cache=False), period=10),
-  "torch_kron": _torch("psgd", peers.torch_kron, period=10),
+  "torch_kron": _torch("psgd", torch_optimizers.torch_kron, period=10),
   "shampoo": TimedOptimizer("shampoo", _shampoo, period=20),
   "shampoo_staggered": TimedOptimizer("shampoo", lambda: _shampoo(refresh="staggered"), period=20),
   "shampoo_packed": TimedOptimizer(
     "shampoo", lambda: _shampoo(refresh="staggered", packed=True), period=20
   ),
-  "torch_dash": _torch("shampoo", peers.torch_dash, period=20),
-  "torch_shampoo": _torch("shampoo", peers.torch_shampoo, period=20),
+  "torch_dash": _torch("shampoo", torch_optimizers.torch_dash, period=20),
+  "torch_shampoo": _torch("shampoo", torch_optimizers.torch_shampoo, period=20),
   "soap": TimedOptimizer("soap", _soap, period=10),
   "soap_staggered": TimedOptimizer("soap", lambda: _soap(refresh="staggered"), period=10),
-  "torch_soap": _torch("soap", peers.torch_soap, period=10),
+  "torch_soap": _torch("soap", torch_optimizers.torch_soap, period=10),
 }

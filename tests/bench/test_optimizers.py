@@ -8,8 +8,8 @@ import pytest
 
 from beyond_outliers import optim
 from beyond_outliers.bench import optimizers
-from beyond_outliers.bench.peers import EMBEDDING
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, WITHOUT_PEER, TimedOptimizer
+from beyond_outliers.bench.torch_optimizers import EMBEDDING
 
 M, N, V = 32, 96, 160
 TINY = {"square": (M, M), "tall": (N, M), EMBEDDING: (V, M)}

@@ -1,0 +1,63 @@
+"""Steps by turns: who takes one when, what is made of the times, what cannot start."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from beyond_outliers.bench import peers
+
+
+def figures(seconds, memory=100):
+  return {"seconds": seconds, "cpu_seconds": seconds / 2, "memory_bytes": memory, "loss": 1.0}
+
+
+class Told:
+  """A contender that notes when it is told to step."""
+
+  def __init__(self, name, log):
+    told = [name]
+    self.stdin = types.SimpleNamespace(write=lambda text: log.append((*told, text)), flush=list)
+    self.stdout = types.SimpleNamespace(readline=lambda: json.dumps(figures(1.0)) + "\n")
+
+
+def test_every_second_round_goes_backwards_and_one_runs_at_a_time():
+  log = []
+  taken = peers.alternate({name: Told(name, log) for name in "abc"}, 3)
+  assert log == [(name, "go\n") for name in "abccbaabc"]
+  assert {name: len(steps) for name, steps in taken.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_ratios_are_of_the_same_round():
+  """Both twice as slow in the second: the ratio does not see it, that of medians would."""
+  ours = [figures(1.0), figures(2.0), figures(1.2, memory=300)]
+  theirs = [figures(2.0), figures(4.0), figures(2.0, memory=200)]
+  found = peers.figures_of(theirs, ours)
+  assert found["ratio"] == pytest.approx([0.5, 0.5, 0.6])
+  assert found["cpu_ratio"] == pytest.approx([0.5, 0.5, 0.6])
+  assert (found["seconds"], found["memory_bytes"], found["memory_ratio"]) == (2.0, 200, 1.5)
+  assert "ratio" not in peers.figures_of(theirs, None), "ours did not run"
+
+
+def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
+  """Not by an exception, after the others have compiled for minutes."""
+  row = peers.Steps("nano", 2, "float32", {"torch": peers.Contender("torch_step")})
+  python = tmp_path / "python"
+  python.write_text("#!/bin/sh\necho a reason >&2\necho the last >&2\nexit 1\n")
+  python.chmod(0o755)
+  assert peers.measure_steps(row, 6, str(python))["contenders"] == {"torch": {"failed": "the last"}}
+  table = peers.peers_table({"machine": peers.machine(), "rows": {"50m_float32": {
+    "contenders": {"torch": {"failed": "the last"}, "ours": peers.figures_of([figures(1.0)], None)},
+    "load": 0.0,
+  }}})  # fmt: skip
+  assert "failed: the last" in table and "ours" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["ours", "bare"])
+def test_our_contenders_take_the_same_step(module):
+  """A loss near ln 2048, that falls."""
+  row = peers.Steps("nano", 2, "float32", {"ours": peers.Contender(module)})
+  found = peers.measure_steps(row, 2, sys.executable)["contenders"]["ours"]
+  assert found["ratio"] == [1.0, 1.0, 1.0] and 4.0 < found["loss"] < 7.6, found
