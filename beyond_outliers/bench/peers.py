@@ -67,7 +67,7 @@ QUEST = {
   "torch.compile, plain": Contender("torch_step", compiled=True),
 }
 
-STEPS = {
+STEP_ROWS = {
   "50m_float32": Steps("50m", 2, "float32", PLAIN),
   "50m_bfloat16": Steps("50m", 2, "bfloat16", PLAIN),
   "quest_w4a4_float32": Steps("50m", 2, "float32", QUEST),
@@ -78,7 +78,7 @@ OPTIMIZERS = {
   for family in dict.fromkeys(row.family for row in TIMED_OPTIMIZERS.values())
 }
 HEAD = ("", "seconds", "ours / theirs", "of CPU time", "MiB", "ours / theirs", "loss")
-ROWS = (*STEPS, *OPTIMIZERS)
+ROWS = (*STEP_ROWS, *OPTIMIZERS)
 
 
 def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
@@ -88,8 +88,8 @@ def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
   peer_python: the interpreter that torch's contenders run in."""
   result: Json = {"machine": machine(), "rows": {}}
   for name in names:
-    if name in STEPS:
-      figures = measure_steps(STEPS[name], repeats, peer_python)
+    if name in STEP_ROWS:
+      figures = measure_steps(STEP_ROWS[name], repeats, peer_python)
     else:
       figures = optimizers.measure_optimizers(OPTIMIZERS[name], "full", repeats)
     print(f"{name}: {json.dumps(standard_json(figures))}", file=sys.stderr, flush=True)

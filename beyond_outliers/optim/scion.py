@@ -106,7 +106,7 @@ def initialize(
       point_SxMxN = NORMS[norm](noise_SxMxN, leaf, _is_normalized(h))
     else:
       u, _, v = jnp.linalg.svd(noise_SxMxN, full_matrices=False)
-      point_SxMxN = _spectral_scale(h, leaf) * u @ v
+      point_SxMxN = jnp.matmul(_spectral_scale(h, leaf) * u, v, precision="highest")
     return leaf.join(scale * point_SxMxN).astype(x.dtype)
 
   flat, structure = jax.tree.flatten(params)
