@@ -54,9 +54,6 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "soap": soap,
 }
 
-# Rows that work element by element: an update costs a sweep through memory and no more.
-ELEMENTWISE = {"adamw"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -67,7 +64,6 @@ class Optimizer:
   schedules: Mapping[str, optax.Schedule]  # by group label
   shapes: Any  # a tree like the parameters, abstract
   axes: Any = None  # likewise, of Axes
-  elementwise: bool = False  # whether the rows of all its groups are
 
   def step_metrics(self, opt_state: Any, update: Params) -> Metrics:
     """Metrics of the state and of the change of the parameters that a step made (metrics.py)."""
@@ -122,13 +118,12 @@ def build(
   Errors: ConfigError when a parameter has no group or a group no parameter."""
   labels = groups.labels(params, optimizer.groups)
   used = set(jax.tree.leaves(labels))
-  schedules, transforms, names = {}, {}, set()
+  schedules, transforms = {}, {}
   for label, group in optimizer.groups.items():
     if label not in used:
       continue
     hyperparameters = dataclasses.asdict(group.optimizer)
     name, peak = hyperparameters.pop("name"), hyperparameters.pop("learning_rate")
-    names.add(name)
     schedules[label] = SCHEDULES[schedule.name](schedule, peak, num_steps)
     # What is None in the config is left to the optimizer.
     given = {key: value for key, value in hyperparameters.items() if value is not None}
@@ -139,5 +134,4 @@ def build(
     schedules,
     jax.eval_shape(lambda tree: tree, params),
     axes,
-    names <= ELEMENTWISE,
   )

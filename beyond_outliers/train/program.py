@@ -94,7 +94,6 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
     average_decay=c.average.decay,
     max_gradient_norm=c.max_gradient_norm,
     spike_sigmas=c.spikes.sigmas,
-    elementwise=optimizer.elementwise,
   )
   return Program(
     config=c,

@@ -15,7 +15,6 @@ import optax
 from beyond_outliers import params as params_lib
 from beyond_outliers.model import loss
 from beyond_outliers.model.forward import Forward
-from beyond_outliers.ops.outline import outlined_call
 from beyond_outliers.train import averages, spikes
 from beyond_outliers.types import Batch, Metrics, Params
 
@@ -102,7 +101,6 @@ def make_train_step(
   average_decay: float = 0.0,
   max_gradient_norm: float = 0.0,
   spike_sigmas: float = 0.0,
-  elementwise: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """train_step(state, batch) -> (state, metrics): one update. If the loss, the gradient or the
   parameters that it led to are not finite, or if it leaps (spikes.py), parameters and optimizer
@@ -110,24 +108,11 @@ def make_train_step(
 
   shardings: of the parameters, and so of their gradient; None: on one device. average_decay: of the
     state's moving average, if it has one. max_gradient_norm: to which a longer gradient is scaled
-    down; 0: none is. spike_sigmas: of what leaps, if the state has a window. elementwise: whether
-    `tx` works element by element: then it is cheaper done twice, once to see whether its result is
-    finite and once in place, than kept beside the state until that is known.
+    down; 0: none is. spike_sigmas: of what leaps, if the state has a window.
   Metrics, scalars: train/loss (nats), gradient_norm (as it was), skipped (so far, not finite),
     spikes (so far, if they are skipped), skipped_in_a_row (both), lr/<group> (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
   clip = optax.clip_by_global_norm(max_gradient_norm) if max_gradient_norm else optax.identity()
-
-  def update(params: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-  def finite_after(params: Params, opt_state: Any, grads: Params) -> tuple[jax.Array]:
-    return (params_lib.all_finite(update(params, opt_state, grads)[0]),)
-
-  def keep(params: Params, opt_state: Any, grads: Params) -> tuple[Params, Any]:
-    del grads
-    return params, opt_state
 
   def train_step(state: TrainState, batch: Batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
@@ -139,13 +124,9 @@ def make_train_step(
     gradient_norm = optax.tree.norm(grads)
     grads, _ = clip.update(grads, clip.init(state.params))
 
-    operands, updated = (state.params, state.opt_state, grads), None
-    if elementwise:
-      (finite,) = outlined_call(finite_after, *operands)
-    else:
-      updated = update(*operands)
-      finite = params_lib.all_finite(updated[0])
-    finite &= jnp.isfinite(value) & jnp.isfinite(gradient_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & params_lib.all_finite(params)
     updates_done = state.step - state.skipped  # skipped ones don't move the schedules
     good, recent = finite, state.recent
     if recent is not None:
@@ -155,12 +136,11 @@ def make_train_step(
       recent = spikes.after_update(
         recent, updates_done, value, gradient_norm, good, skipped=finite & leaps
       )
-    if updated is None:
-      params, opt_state = jax.lax.cond(good, update, keep, *operands)
-    else:
-      params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), updated, operands[:2]
-      )
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(good, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
     rates = {
       f"lr/{label}": jnp.asarray(schedule(updates_done), jnp.float32)
       for label, schedule in schedules.items()

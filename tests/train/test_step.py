@@ -150,11 +150,6 @@ NAN, INF, HUGE = GOOD | {"factor": np.nan}, GOOD | {"factor": np.inf}, GOOD | {"
 SICK_LOSS, SICK_GRADIENT = GOOD | {"added": np.nan}, GOOD | {"sick": 1.0}
 
 
-# Whether the optimizer is known to work element by element: then the step asks first and updates in
-# place.
-EITHER_WAY = pytest.mark.parametrize("elementwise", [False, True])
-
-
 def toy_start(tx, **options):
   state = step.init_state({"w": jnp.array([1.0, -2.0, 3.0])}, tx)
   return jax.jit(step.make_train_step(toy_loss, tx, {}, seed=0, **options)), state
@@ -168,9 +163,8 @@ def batch_of(kind):
   "bad, finite_loss",
   [(NAN, False), (INF, False), (HUGE, False), (SICK_LOSS, False), (SICK_GRADIENT, True)],
 )
-@EITHER_WAY
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_loss, elementwise):
-  train_step, state = toy_start(optax.adamw(0.1), elementwise=elementwise)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_loss):
+  train_step, state = toy_start(optax.adamw(0.1))
   state, metrics = train_step(state, batch_of(GOOD))
   assert np.isfinite(float(metrics["gradient_norm"])) and metrics["skipped"] == 0
   before = state
@@ -185,13 +179,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad, finite_lo
 
 
 @pytest.mark.parametrize("sick", ["a step that overflows", "a moment that is not a number"])
-@EITHER_WAY
-def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_are(
-  sick, elementwise
-):
+def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_are(sick):
   rates = jnp.array([0.1, jnp.inf, 0.1])
   tx = optax.adam(lambda count: rates[count] if sick == "a step that overflows" else 0.1)
-  train_step, state = toy_start(tx, elementwise=elementwise)
+  train_step, state = toy_start(tx)
   state, _ = train_step(state, batch_of(GOOD))
   if sick == "a moment that is not a number":
     moments = state.opt_state[0]
@@ -202,25 +193,6 @@ def test_an_update_that_is_not_finite_changes_nothing_though_loss_and_gradient_a
   assert np.isfinite([float(metrics["train/loss"]), float(metrics["gradient_norm"])]).all()
   assert_same_bits((state.params, state.opt_state), (before.params, before.opt_state))
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
-
-
-def test_an_elementwise_update_keeps_no_second_state_in_memory():
-  """Only the gradient; else new parameters and moments wait beside the old ones until all of them
-  are known to be finite."""
-
-  def loss_fn(params, batch, rng):
-    del rng
-    return jnp.sum(params["w"] ** 2 * batch["x"]), {"weight": jnp.ones(())}
-
-  tx, x = optax.adamw(0.1), jax.ShapeDtypeStruct((512, 512), jnp.float32)
-  state = jax.eval_shape(lambda params: step.init_state(params, tx), {"w": x})
-
-  def trees_of_temporaries(elementwise):
-    train_step = step.make_train_step(loss_fn, tx, {}, seed=0, elementwise=elementwise)
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, {"x": x}).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / (4 * x.size)
-
-  assert trees_of_temporaries(True) < 1.1 and trees_of_temporaries(False) > 2.9
 
 
 def test_skipped_updates_are_counted_and_a_good_one_ends_the_row():
