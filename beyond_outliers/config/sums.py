@@ -41,9 +41,14 @@ def sealed(value: Mapping[str, Any]) -> Json:
 
 def unsealed(value: Json) -> tuple[Json, str]:
   """(the object without its own sum, what is wrong with it or nothing); older ones have none."""
-  plain = {key: each for key, each in value.items() if key != OWN_SUM}
-  if value.get(OWN_SUM) in (None, digest(plain)):
+  # The sum comes last: under another name it is one whose name was altered.
+  name = OWN_SUM if OWN_SUM in value else next(reversed(value), OWN_SUM)
+  plain = {key: each for key, each in value.items() if key != name}
+  holds = value.get(name) == digest(plain)
+  if name == OWN_SUM and (holds or value.get(name) is None):
     return plain, ""
+  if name != OWN_SUM and not holds:
+    return value, ""
   return plain, (
     f"was altered since it was written (its own SHA-256 differs; remove the key {OWN_SUM} if that "
     "was on purpose)"

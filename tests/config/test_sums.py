@@ -45,6 +45,21 @@ def test_sums_that_are_none_are_refused(folder, content):
   assert sums.folder_mismatch(folder) == "sha256.json is not readable"
 
 
+@pytest.mark.parametrize("value", [{"a": 1, "b": {"c": [2.5, None]}}, {}])
+def test_a_sealed_object_is_told_from_an_altered_one_and_an_older_one_is_taken(value):
+  sealed = json.dumps(sums.sealed(value))
+  assert sums.unsealed(json.loads(sealed)) == (value, "") == sums.unsealed(value)
+  for place in range(len(sealed)):
+    for bit in range(8):
+      content = bytearray(sealed.encode())
+      content[place] ^= 1 << bit
+      try:
+        found = json.loads(content)
+      except ValueError:
+        continue
+      assert not isinstance(found, dict) or sums.unsealed(found)[1], content
+
+
 def test_a_name_stays_in_its_folder():
   assert all(map(sums.stays_inside, ("a", "a/b", "a..b", "{directory}/x", "...")))
   outside = ("", ".", "/", "/a", "..", "../a", "a/../../b", "a/..", None, 3, ["a"])
