@@ -132,6 +132,7 @@ def test_the_past_does_not_see_the_future_nor_a_window_the_others(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_rules_that_treat_depths_differently_run_over_the_same_parameters():
   """The first block's weights rounded to four bits: by a rule, and beforehand."""
   w4 = LayerRecipe(QuantSpec(4))

@@ -60,8 +60,18 @@ def outputs(layer, dtype):
   return every, served
 
 
+# Unless programs are optimized, two of them differ in the last bit of a scale of these.
+IN_THE_LAST_BIT = ("quest_w1a1", "quest_w1.58a1.58")
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.usefixtures("optimized")] * (name in IN_THE_LAST_BIT))
+    for name in EVERY
+  ],
+)
 def test_a_layer_is_the_same_however_it_runs(name, dtype):
   """To the bit where codes are multiplied as integers, and to float rounding elsewhere."""
   layer = RECIPES[name].default

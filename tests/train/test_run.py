@@ -285,6 +285,7 @@ def averaged(tiny_config, tmp_path_factory):
   return c, workdir
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 def test_averages_are_evaluated_beside_the_parameters_and_change_nothing(finished, averaged):
   _, workdir = averaged
