@@ -285,13 +285,20 @@ def averaged(tiny_config, tmp_path_factory):
   return c, workdir
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
-def test_averages_are_evaluated_beside_the_parameters_and_change_nothing(finished, averaged):
+@pytest.mark.usefixtures("optimized")
+def test_averages_change_nothing(tiny_config, tmp_path):
+  for name, settings in (("plain", {}), ("averaged", AVERAGES)):
+    assert run(tiny_config(**{"checkpoint.every": 4, **settings}), tmp_path / name) == "done"
+  plain, averaged = (runs.open(tmp_path / name) for name in ("plain", "averaged"))
+  assert losses(tmp_path / "averaged") == losses(tmp_path / "plain")
+  assert equal(averaged.params(), plain.params())
+
+
+@pytest.mark.slow
+def test_averages_are_evaluated_beside_the_parameters(finished, averaged):
   _, workdir = averaged
   opened = runs.open(workdir)
-  assert losses(workdir) == losses(finished[1])
-  assert equal(opened.params(), runs.open(finished[1]).params())
   rows = opened.metrics()
   assert rows["spikes"].dropna().eq(0).all() and "spikes" not in runs.open(finished[1]).metrics()
   names = [name for name in rows if name.startswith("eval/") and "/" not in name[5:]]
