@@ -6,7 +6,6 @@ Any key of the config is also a flag: --config.optimizer.learning_rate=3e-3.
 from __future__ import annotations
 
 import os
-import sys
 
 from absl import app, flags
 
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> None:
     )
   except BaseException as error:
     processes.leave(error)
-  sys.exit(EXIT_CODES[status])
+  processes.end(EXIT_CODES[status])
 
 
 def default_workdir(c: config.Config) -> str:

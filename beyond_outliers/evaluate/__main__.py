@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -186,8 +185,7 @@ def main(argv: list[str]) -> None:
     failed = evaluate()
   except BaseException as error:
     processes.leave(error)
-  if failed:
-    sys.exit(1)
+  processes.end(1 if failed else 0)
 
 
 def evaluate() -> bool:

@@ -127,6 +127,15 @@ def leave(error: BaseException) -> NoReturn:
   _peers.leave(REFUSED if isinstance(error, Refusal) else FAILED, f"{name}{error}")
 
 
+def end(code: int) -> NoReturn:
+  """Ends this process, whose work is done, once the others' is, while Python can still say what
+  JAX would abort it for."""
+  if _peers is None:
+    sys.exit(code)
+  sys.stdout.flush()
+  _peers.end(code)
+
+
 class Peers:
   """This process among the others, with a thread that looks whether one has ended."""
 
@@ -161,6 +170,12 @@ class Peers:
         if len(self._client.key_value_dir_get(ENDED)) == self._count:
           break
         time.sleep(POLL_SECONDS)
+    _exit(code)
+
+  def end(self, code: int) -> NoReturn:
+    self._ending.acquire()
+    with contextlib.suppress(Exception):  # of another that did not come to the end in time
+      jax.distributed.shutdown()
     _exit(code)
 
   def _look(self) -> None:
@@ -243,7 +258,7 @@ def _tell(text: str) -> None:
 def _exit(code: int) -> NoReturn:
   with contextlib.suppress(OSError):
     sys.stdout.flush()
-  os._exit(code)  # without JAX's barrier, at which nobody would come
+  os._exit(code)  # without JAX's barrier, at which nobody would come, or which is behind
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)

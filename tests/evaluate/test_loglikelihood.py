@@ -2,6 +2,7 @@
 devices."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_few_programs_and_no_logits_that_nobody_asked_for():
 def _outputs(jaxpr):
   for equation in jaxpr.eqns:
     yield from equation.outvars
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from _outputs(inner)
 
 

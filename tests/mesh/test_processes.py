@@ -35,6 +35,10 @@ try:
       shards = sorted(batch.addressable_shards, key=lambda shard: shard.index[0].start)
       print([[shard.index[0].start, *shard.data.tolist()] for shard in shards])
       sys.exit()
+    if what.startswith("end"):
+      time.sleep(2 if what == "end later" else 0)
+      print("done")
+      processes.end(42)
     if what == "fail":
       raise OSError(27, "File too large")
     time.sleep(120)
@@ -81,6 +85,14 @@ def test_processes_that_were_started_otherwise_are_refused(start):
   one, other = start({0: "wait", 1: "disagree"})
   difference = "optimizer.learning_rate: 0.003 on process 0, 0.1 on process 1"
   assert difference in wait(other, 2) and difference in wait(one, 2)
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_one_that_is_done_waits_for_the_others(start, later):
+  pair = start({later: "end later", 1 - later: "end"})
+  for process in pair:
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 42 and said == "joined\ndone\n", errors
 
 
 @pytest.mark.parametrize("failing", [0, 1])
