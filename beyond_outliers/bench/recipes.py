@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from beyond_outliers import cli, hardware, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import linear_layer
+from beyond_outliers.bench.random_steps import random_batch
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
 from beyond_outliers.quant.backends import aqt as aqt_backend
@@ -171,18 +170,6 @@ def _loss_and_gradients(program: program_lib.Program) -> jax.stages.Compiled:
       program.batch,
       jax.eval_shape(lambda: jax.random.key(0)),
     )
-
-
-def random_batch(program: program_lib.Program) -> dict[str, jax.Array]:
-  """A batch of a program's shapes, of random tokens that all count."""
-  draw, vocab = np.random.default_rng(0), program.config.model.vocab
-  return {
-    name: jnp.asarray(
-      draw.integers(0, vocab, x.shape) if name in ("tokens", "targets") else np.ones(x.shape),
-      x.dtype,
-    )
-    for name, x in program.batch.items()
-  }
 
 
 def measure_recipes(names: Sequence[str], repeats: int) -> Json:

@@ -154,12 +154,7 @@ def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, ja
   with mesh_lib.use(program.mesh):
     update = jax.make_jaxpr(program.optimizer.tx.update)(params, state, params)
   unknown = [jaxpr_flops.UNKNOWN] * len(jax.tree.leaves(params))
-  counts = [
-    np.asarray(STEADY, x.dtype)
-    if x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
-    else jaxpr_flops.UNKNOWN
-    for x in jax.tree.leaves(state)
-  ]
+  counts = [late(x, jaxpr_flops.UNKNOWN) for x in jax.tree.leaves(state)]
   each = []
   for _ in range(program.config.optimizer.period):
     of_step, outputs = jaxpr_flops.count_flops(
@@ -171,6 +166,12 @@ def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, ja
     {kind: sum(of_step[kind] for of_step in each) / len(each) for kind in jaxpr_flops.KINDS}
   )
   return mean, max(each, key=jaxpr_flops.Flops.total)
+
+
+def late(x: Any, other: Any) -> Any:
+  """A leaf of an optimizer's state as late in a run: STEADY of a counter, `other` of another."""
+  counts = x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+  return np.asarray(STEADY, x.dtype) if counts else other
 
 
 COLLECTIVES_HEAD = (

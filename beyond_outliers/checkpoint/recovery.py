@@ -1,8 +1,8 @@
 """Which checkpoint a run goes on from: the newest that can be read, and what becomes of others.
 
 A checkpoint is damaged where its files are not those that were summed, where it has no sums and
-cannot be read, where what it holds is not what was saved, by its digests, or where its parameters
-are not finite. One whose sums hold, and that cannot be read now, for want of memory, descriptors or
+cannot be read, where what it holds is not what was saved, by its digests, or where that is not
+finite. One whose sums hold, and that cannot be read now, for want of memory, descriptors or
 a file system that answers, is not damaged, and left alone.
 """
 

@@ -31,7 +31,7 @@ import jax
 from beyond_outliers import cli
 from beyond_outliers.bench.accelerator.parts import CHECK_PARTS, CheckPart
 from beyond_outliers.config.checks import require
-from beyond_outliers.config.files import make_folder, misfit, standard_json
+from beyond_outliers.config.files import make_folder, read_json, standard_json
 from beyond_outliers.config.sums import replaced
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json
@@ -99,16 +99,12 @@ def gpus() -> list[str]:
 def _read(folder: pathlib.Path, name: str, identity: Mapping[str, Any]) -> Json:
   """A part's file, or nothing where there is none of this `identity`. Errors: ConfigError for one
   that is damaged."""
-  path = folder / f"{name}.json"
+  kinds = {"status": str, "reason": str, "identity": dict, "rows": dict}
   remedy = "give another --out, or remove the file"
   try:
-    file = json.loads(path.read_bytes())
+    file = read_json(folder / f"{name}.json", ConfigError, remedy, kinds)
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError) as error:
-    raise ConfigError(f"{path}: is not the JSON that was written ({error}); {remedy}") from None
-  if problem := misfit(file, {"status": str, "reason": str, "identity": dict, "rows": dict}):
-    raise ConfigError(f"{path}: {problem}; {remedy}")
   return file if file["identity"] == identity else {}
 
 

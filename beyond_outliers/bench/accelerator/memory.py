@@ -13,7 +13,7 @@ from beyond_outliers import hardware
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 from beyond_outliers.bench.accelerator.utilization import STARTS, TINY, Setting
-from beyond_outliers.bench.recipes import random_batch
+from beyond_outliers.bench.random_steps import steps_of
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.train import describe
 from beyond_outliers.train import program as program_lib
@@ -34,10 +34,7 @@ def _measure(size: str, setting: Setting) -> Json:
   with mesh_lib.use(program.mesh):
     compiled = program.train_step.lower(program.state, program.batch).compile()
     classes = describe.memory_classes(program, compiled)
-    state, batch = program.init(), random_batch(program)
-    for _ in range(2):
-      state, metrics = compiled(state, batch)
-      jax.block_until_ready(metrics)
+    hardware.seconds_of(steps_of(program, compiled), 2)
   return {
     "setting": setting,
     "predicted_bytes": sum(classes.values()),

@@ -12,6 +12,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import ptq, recipes
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 from beyond_outliers.bench.accelerator.utilization import TINY
+from beyond_outliers.bench.random_steps import random_batch
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.evaluate import steps
 from beyond_outliers.model import transformer
@@ -72,7 +73,7 @@ def _evaluate(argument: str, repeats: int) -> Json:
   c = study_config("adamw", argument)
   program = program_lib.build_program(c, jax.devices()[:1])
   with mesh_lib.use(program.mesh):
-    params, batch = transformer.init(program.model, c.seed), recipes.random_batch(program)
+    params, batch = transformer.init(program.model, c.seed), random_batch(program)
     q = quant.quantized(program.model, params, quant.RECIPES[ptq.RECIPE])
     quantized = jax.jit(steps.make_eval_step(make_forward(q.model, c.data.mask_documents)))
     seconds = {

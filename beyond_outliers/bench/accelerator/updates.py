@@ -13,14 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from beyond_outliers import hardware
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.accelerator import utilization
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 from beyond_outliers.bench.study_configs import study_config
-from beyond_outliers.bench.update_cost import STEADY
+from beyond_outliers.bench.update_cost import late
 from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json, Params
@@ -61,7 +60,7 @@ def measure_update(optimizer: str, argument: str) -> Json:
     params = transformer.init(program.model, c.seed)
     gradients = jax.jit(_random_like)(params)
     update = jax.jit(tx.update, donate_argnums=1)
-    state = jax.tree.map(_late, jax.jit(tx.init)(params))
+    state = jax.tree.map(lambda x: jnp.asarray(late(x, x)), jax.jit(tx.init)(params))
 
     def step() -> Any:
       nonlocal state
@@ -87,12 +86,6 @@ def _random_like(params: Params) -> Params:
   keys = jax.random.split(jax.random.key(0), len(leaves))
   draws = [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
   return jax.tree.unflatten(tree, draws)
-
-
-def _late(x: jax.Array) -> jax.Array:
-  """A leaf of a state as late in a run: counters stand at STEADY."""
-  counts = x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
-  return jnp.asarray(np.asarray(STEADY, x.dtype)) if counts else x
 
 
 def cells(found: Found, others: Mapping[str, Found]) -> Cells:

@@ -7,7 +7,6 @@ one device. The study's step has more of these for one update, so it is a little
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import jax
 from beyond_outliers import hardware
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
-from beyond_outliers.bench.recipes import random_batch
+from beyond_outliers.bench.random_steps import steps_of
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
 from beyond_outliers.train import describe
@@ -90,14 +89,8 @@ def measure_setting(size: str, setting: Setting, repeats: int) -> Json:
     start = time.perf_counter()
     compiled = program.train_step.lower(program.state, program.batch).compile()
     compile_seconds = time.perf_counter() - start
-    state, batch = program.init(), random_batch(program)
-    times = []
-    for _ in range(1 + repeats):
-      start = time.perf_counter()
-      state, metrics = compiled(state, batch)
-      jax.block_until_ready(metrics)
-      times.append(time.perf_counter() - start)
-  seconds, tokens = statistics.median(times[1:]), c.batch_size * c.context
+    seconds = hardware.median_seconds(steps_of(program, compiled), repeats)
+  tokens = c.batch_size * c.context
   flops = tokens * transformer.flops_per_token(c.model, c.context) / seconds
   peak, source = hardware.peak_flops(c.model.dtype)
   return {
