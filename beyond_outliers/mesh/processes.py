@@ -108,7 +108,9 @@ def last_words(write: Callable[[str], None]) -> Iterator[None]:
 def reason_of(error: BaseException) -> str:
   """What ends a run: the error, and the process that is gone where a collective fails for that."""
   found = f"{type(error).__name__}: {error}"
-  if _peers is None or not isinstance(error, jax.errors.JaxRuntimeError):
+  # A collective that fails comes as ValueError where its result is read rather than awaited.
+  collective = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+  if _peers is None or not collective or isinstance(error, Refusal):
     return found
   return _peers.without_one(found)
 

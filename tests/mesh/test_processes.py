@@ -176,12 +176,15 @@ def test_a_collective_that_fails_for_want_of_a_process_names_it():
     "processes.POLL_SECONDS = 0.01\n"
     "processes.Peers._look = lambda self: None\n"
     "lost = jax.errors.JaxRuntimeError('Connection reset by peer')\n"
+    "read = ValueError('UNKNOWN: Gloo AllGather failed')  # where a result is read\n"
     "print(processes.reason_of(lost))\n"
     "processes._peers = processes.Peers(None, 0, 3)\n"
     "print(processes.reason_of(lost))\n"
+    "print(processes.reason_of(read))\n"
     "print(processes.reason_of(OSError('no space')))"
   )
   said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-  alone, lost, own = said.splitlines()
+  alone, lost, read, own = said.splitlines()
   assert alone == "JaxRuntimeError: Connection reset by peer" and own == "OSError: no space"
   assert lost.startswith("process 1 of 3 was killed") and lost.endswith(alone)
+  assert read.startswith("process 1 of 3 was killed") and read.endswith("AllGather failed")
