@@ -1,19 +1,18 @@
-"""Our train step beside its peers': bare JAX, torch eager and torch.compile; optimizers beside
-theirs.
+"""Our work beside its peers': train steps beside bare JAX and torch, preparing beside tokenizers'
+libraries, scoring beside lm-eval, GPTQ beside llm-compressor; optimizers beside theirs.
 
-  python -m beyond_outliers.bench --peers [--only=50m_bfloat16,adamw] [--repeats=8] [--json]
+  python -m beyond_outliers.bench --peers [--only=50m_bfloat16,gptq,adamw] [--repeats=8] [--json]
 
-Every contender of a row of steps is a program of its own, which waits to be told to take one. All
-take one in each round, in alternating order, and a ratio is the median over rounds: what else the
-machine does slows all of them. CPU seconds tell less of it still. `taskset -c 0` in front measures
-one core. torch may be installed elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a
-C++ compiler.
+Every contender of a row is a program of its own, which does the work once, with all that is
+compiled, and then waits to be told to do it again. All do in each round, in alternating order, and
+a ratio is the median over rounds: what else the machine does slows all of them. CPU seconds tell
+less of it still. `taskset -c 0` in front measures one core. torch and what needs it may be
+installed elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a C++ compiler.
 Rows of optimizers are those of `bench --optimizers`, one process after the other, on one core.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -23,73 +22,34 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from beyond_outliers import cli
-from beyond_outliers.bench import optimizers
-from beyond_outliers.bench.study_configs import study_config
+from beyond_outliers.bench import optimizers, peer_rows
+from beyond_outliers.bench.peer_rows import Contender, Row
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS
 from beyond_outliers.config.files import standard_json
 from beyond_outliers.types import Json
 
-
-class Contender(NamedTuple):
-  """One program of a row: a module of contenders/, and how it runs the step."""
-
-  module: str
-  recipe: str = "none"
-  compiled: bool = False  # torch's
-
-
-class Steps(NamedTuple):
-  """A row whose contenders alternate. The first is ours, which the others' ratios are of."""
-
-  size: str
-  batch_size: int
-  dtype: str
-  contenders: Mapping[str, Contender]
-
-
 # Where another interpreter finds the contender: the clone.
 ROOT = str(pathlib.Path(__file__).parents[2])
-
-PLAIN = {
-  "ours": Contender("ours"),
-  "bare JAX": Contender("bare"),
-  "torch eager": Contender("torch_step"),
-  "torch.compile": Contender("torch_step", compiled=True),
-}
-QUEST = {
-  "ours": Contender("ours", "quest_w4a4"),
-  "ours, plain": Contender("ours"),
-  "torch eager": Contender("torch_step", "quest_w4a4"),
-  "torch.compile": Contender("torch_step", "quest_w4a4", compiled=True),
-  "torch.compile, plain": Contender("torch_step", compiled=True),
-}
-
-STEP_ROWS = {
-  "50m_float32": Steps("50m", 2, "float32", PLAIN),
-  "50m_bfloat16": Steps("50m", 2, "bfloat16", PLAIN),
-  "quest_w4a4_float32": Steps("50m", 2, "float32", QUEST),
-  "quest_w4a4_bfloat16": Steps("50m", 2, "bfloat16", QUEST),
-}
 OPTIMIZERS = {
   family.replace(" ", "_"): [name for name, row in TIMED_OPTIMIZERS.items() if row.family == family]
   for family in dict.fromkeys(row.family for row in TIMED_OPTIMIZERS.values())
 }
-HEAD = ("", "seconds", "ours / theirs", "of CPU time", "MiB", "ours / theirs", "loss")
-ROWS = (*STEP_ROWS, *OPTIMIZERS)
+HEAD = ("", "seconds", "ours / theirs", "of CPU time", "first", "", "MiB", "", "result")
+ROWS = (*peer_rows.ROWS, *OPTIMIZERS)
 
 
 def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
-  """All figures, by row: of steps {contender: figures or {"failed": why}}, of optimizers what
-  `measure_optimizers` returns.
+  """All figures, by row: of pieces of work {contender: figures or {"failed": why}}, of optimizers
+  what `measure_optimizers` returns.
 
-  peer_python: the interpreter that torch's contenders run in."""
+  peer_python: the interpreter of contenders that import nothing of ours."""
   result: Json = {"machine": machine(), "rows": {}}
   for name in names:
-    if name in STEP_ROWS:
-      figures = measure_steps(STEP_ROWS[name], repeats, peer_python)
+    if name in peer_rows.ROWS:
+      figures = measure_row(peer_rows.ROWS[name], repeats, peer_python)
     else:
       figures = optimizers.measure_optimizers(OPTIMIZERS[name], "full", repeats)
     print(f"{name}: {json.dumps(standard_json(figures))}", file=sys.stderr, flush=True)
@@ -107,27 +67,35 @@ def machine() -> Json:
   return {"processor": name, "cores": cores, "load": os.getloadavg()[0]}
 
 
-def measure_steps(row: Steps, rounds: int, peer_python: str) -> Json:
+def measure_row(row: Row, rounds: int, peer_python: str) -> Json:
   """{"contenders": {name: figures}, "load": at the end}.
 
-  `ratio` and `cpu_ratio`, of ours to theirs: the median, least and largest over the rounds."""
+  `first` is the first time, each contender alone. `ratio` and `cpu_ratio`, of ours to theirs: the
+  median, least and largest over the rounds."""
   with tempfile.TemporaryDirectory() as folder:
+    asked = row.inputs(pathlib.Path(folder))
     running: dict[str, Any] = {}
+    first: dict[str, Json] = {}
     found: Json = {}
     try:
       for name, contender in row.contenders.items():
-        running[name] = _start(row, contender, peer_python, os.path.join(folder, name))
-      for name, process in list(running.items()):
-        if not _ready(process):  # compiling by turns would take longer
+        errors = os.path.join(folder, name)
+        process = _start(contender, asked, peer_python, errors)
+        running[name] = process
+        line = _figures(process)
+        if line is None:
           running.pop(name).wait()
-          found[name] = {"failed": _last_line(os.path.join(folder, name))}
+          found[name] = {"failed": _last_line(errors)}
+        else:
+          first[name] = line
       taken = alternate(running, rounds)
     finally:
       for process in running.values():
         process.stdin.close()
         process.wait()
-  for name, steps in taken.items():
-    found[name] = figures_of(steps, taken.get("ours"))
+  for name, times in taken.items():
+    ours = (first["ours"], taken["ours"]) if "ours" in taken else None
+    found[name] = figures_of(first[name], times, ours)
   return {"contenders": {name: found[name] for name in row.contenders}, "load": os.getloadavg()[0]}
 
 
@@ -138,37 +106,39 @@ def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:
     for name in list(running)[:: -1 if number % 2 else 1]:
       running[name].stdin.write("go\n")
       running[name].stdin.flush()
-      taken[name].append(json.loads(running[name].stdout.readline()))
+      taken[name].append(_figures(running[name]))
   return taken
 
 
-def figures_of(steps: Sequence[Json], ours: Sequence[Json] | None) -> Json:
-  """Figures of one contender from those of its rounds and of ours."""
+def figures_of(
+  first: Json, times: Sequence[Json], ours: tuple[Json, Sequence[Json]] | None
+) -> Json:
+  """Figures of one contender from those of its first time and of its rounds, and ours."""
   figures: Json = {
-    "seconds": statistics.median(step["seconds"] for step in steps),
-    "cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps),
-    "memory_bytes": max(step["memory_bytes"] for step in steps),
-    "loss": steps[-1]["loss"],
+    "seconds": statistics.median(each["seconds"] for each in times),
+    "cpu_seconds": statistics.median(each["cpu_seconds"] for each in times),
+    "first_seconds": first["seconds"],
+    "memory_bytes": times[-1]["memory_bytes"],
+    "result": times[-1]["result"],
   }
   if ours is not None:
+    our_first, our_times = ours
     for ratio, figure in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
-      all_rounds = [one[figure] / other[figure] for one, other in zip(ours, steps, strict=True)]
+      all_rounds = [
+        one[figure] / other[figure] for one, other in zip(our_times, times, strict=True)
+      ]
       figures[ratio] = [statistics.median(all_rounds), min(all_rounds), max(all_rounds)]
-    figures["memory_ratio"] = max(s["memory_bytes"] for s in ours) / figures["memory_bytes"]
+    figures["first_ratio"] = our_first["seconds"] / first["seconds"]
+    figures["memory_ratio"] = our_times[-1]["memory_bytes"] / figures["memory_bytes"]
   return figures
 
 
-def _start(row: Steps, contender: Contender, peer_python: str, errors: str) -> Any:
-  c = study_config("adamw", f"{row.size},batch_size={row.batch_size},micro_batches=1")
-  asked = {
-    **{"size": row.size, "dtype": row.dtype, "recipe": contender.recipe},
-    **{"batch_size": row.batch_size, "context": c.context, "compiled": contender.compiled},
-    "model": dataclasses.asdict(c.model),
-  }
-  python = peer_python if contender.module == "torch_step" else sys.executable
+def _start(contender: Contender, asked: Json, peer_python: str, errors: str) -> Any:
+  python = peer_python if contender.elsewhere else sys.executable
+  told = json.dumps({**asked, **contender.told})
   with open(errors, "w") as stderr:
     return subprocess.Popen(
-      [python, "-m", f"beyond_outliers.bench.contenders.{contender.module}", json.dumps(asked)],
+      [python, "-m", f"beyond_outliers.bench.contenders.{contender.module}", told],
       env={**os.environ, "PYTHONPATH": ROOT} if python != sys.executable else None,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -177,8 +147,12 @@ def _start(row: Steps, contender: Contender, peer_python: str, errors: str) -> A
     )
 
 
-def _ready(process: Any) -> bool:
-  return any(line == "ready\n" for line in iter(process.stdout.readline, ""))
+def _figures(process: Any) -> Json | None:
+  """The next figures that it prints, behind what its libraries print; None once it has ended."""
+  for line in iter(process.stdout.readline, ""):
+    if line.startswith('{"seconds"'):
+      return json.loads(line)
+  return None
 
 
 def _last_line(path: str) -> str:
@@ -201,7 +175,7 @@ def peers_table(result: Mapping[str, Any]) -> str:
     cells: list[Sequence[str]] = [HEAD]
     for contender, figures in row["contenders"].items():
       if "failed" in figures:
-        cells.append((f"  {contender}", f"failed: {figures['failed']}", *[""] * 5))
+        cells.append((f"  {contender}", f"failed: {figures['failed']}", *[""] * (len(HEAD) - 2)))
       else:
         cells.append((f"  {contender}", *_cells(figures)))
     lines += cli.aligned(cells)
@@ -214,12 +188,16 @@ def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
       return ""
     return "{:.2f} [{:.2f} … {:.2f}]".format(*figures[ratio])
 
-  memory = f"{figures['memory_ratio']:.2f}" if "memory_ratio" in figures else ""
+  def once(ratio: str) -> str:
+    return f"× {figures[ratio]:.2f}" if ratio in figures else ""
+
   return (
     f"{figures['seconds']:.2f}",
     multiple("ratio"),
     multiple("cpu_ratio"),
+    f"{figures['first_seconds']:.1f}",
+    once("first_ratio"),
     f"{figures['memory_bytes'] / 2**20:,.0f}",
-    memory,
-    f"{figures['loss']:.3f}",
+    once("memory_ratio"),
+    f"{figures['result']:,.3f}",
   )

@@ -1,16 +1,18 @@
 """Steps by turns: who takes one when, what is made of the times, what cannot start."""
 
 import json
+import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
-from beyond_outliers.bench import peers
+from beyond_outliers.bench import peer_rows, peers
 
 
 def figures(seconds, memory=100):
-  return {"seconds": seconds, "cpu_seconds": seconds / 2, "memory_bytes": memory, "loss": 1.0}
+  return {"seconds": seconds, "cpu_seconds": seconds / 2, "memory_bytes": memory, "result": 1.0}
 
 
 class Told:
@@ -33,31 +35,56 @@ def test_ratios_are_of_the_same_round():
   """Both twice as slow in the second: the ratio does not see it, that of medians would."""
   ours = [figures(1.0), figures(2.0), figures(1.2, memory=300)]
   theirs = [figures(2.0), figures(4.0), figures(2.0, memory=200)]
-  found = peers.figures_of(theirs, ours)
+  found = peers.figures_of(figures(8.0), theirs, (figures(6.0), ours))
   assert found["ratio"] == pytest.approx([0.5, 0.5, 0.6])
   assert found["cpu_ratio"] == pytest.approx([0.5, 0.5, 0.6])
+  assert (found["first_seconds"], found["first_ratio"]) == (8.0, 0.75)
   assert (found["seconds"], found["memory_bytes"], found["memory_ratio"]) == (2.0, 200, 1.5)
-  assert "ratio" not in peers.figures_of(theirs, None), "ours did not run"
+  assert "ratio" not in peers.figures_of(figures(8.0), theirs, None), "ours did not run"
+
+
+def row_of(told, **contenders):
+  """Of contenders of one kind, which are told what no file holds."""
+  return peer_rows.Row(lambda folder: told, contenders)
 
 
 def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
   """Not by an exception, after the others have compiled for minutes."""
-  row = peers.Steps("nano", 2, "float32", {"torch": peers.Contender("torch_step")})
+  row = row_of({}, torch=peer_rows.torch_step("none", False))
   python = tmp_path / "python"
   python.write_text("#!/bin/sh\necho a reason >&2\necho the last >&2\nexit 1\n")
   python.chmod(0o755)
-  assert peers.measure_steps(row, 6, str(python))["contenders"] == {"torch": {"failed": "the last"}}
+  assert peers.measure_row(row, 6, str(python))["contenders"] == {"torch": {"failed": "the last"}}
+  ours = peers.figures_of(figures(1.0), [figures(1.0)], None)
   table = peers.peers_table({"machine": peers.machine(), "rows": {"50m_float32": {
-    "contenders": {"torch": {"failed": "the last"}, "ours": peers.figures_of([figures(1.0)], None)},
-    "load": 0.0,
+    "contenders": {"torch": {"failed": "the last"}, "ours": ours}, "load": 0.0,
   }}})  # fmt: skip
   assert "failed: the last" in table and "ours" in table
 
 
+def test_memory_is_not_that_of_the_program_that_started_it():
+  """As Linux counts it in ru_maxrss."""
+  held = np.ones(50_000_000)
+  program = "from beyond_outliers.bench import contenders; print(contenders.peak_memory())"
+  said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+  assert 0 < int(said.stdout) < held.nbytes
+
+
+@pytest.mark.slow
+def test_preparing_gives_as_many_tokens_as_the_library(tmp_path):
+  """The ids themselves are compared in tests/data; here both must do the same work."""
+  told = peer_rows.speeches(tmp_path, "sentencepiece")
+  lines = (tmp_path / "documents.jsonl").read_text().splitlines(keepends=True)
+  (tmp_path / "documents.jsonl").write_text("".join(lines[:12]))
+  found = peers.measure_row(row_of(told, **peer_rows.ENCODING), 1, sys.executable)["contenders"]
+  assert found["ours"]["result"] == found["the library"]["result"] > 10_000, found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["ours", "bare"])
-def test_our_contenders_take_the_same_step(module):
+def test_our_contenders_take_the_same_step(module, tmp_path):
   """A loss near ln 2048, that falls."""
-  row = peers.Steps("nano", 2, "float32", {"ours": peers.Contender(module)})
-  found = peers.measure_steps(row, 2, sys.executable)["contenders"]["ours"]
-  assert found["ratio"] == [1.0, 1.0, 1.0] and 4.0 < found["loss"] < 7.6, found
+  told = peer_rows.a_step(tmp_path, size="nano", dtype="float32")
+  row = row_of(told, ours=peer_rows.Contender(module, {"recipe": "none"}))
+  found = peers.measure_row(row, 2, sys.executable)["contenders"]["ours"]
+  assert found["ratio"] == [1.0, 1.0, 1.0] and 4.0 < found["result"] < 7.6, found

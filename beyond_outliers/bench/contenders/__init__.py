@@ -1,4 +1,4 @@
-"""Programs that are timed beside each other: each takes one step whenever it is told to.
+"""Programs that are timed beside each other: each does its work once whenever it is told to.
 
 Of the standard library alone, for peers run in interpreters that may have nothing of ours.
 """
@@ -6,27 +6,40 @@ Of the standard library alone, for peers run in interpreters that may have nothi
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
 
 
-def serve(step: Callable[[], float]) -> None:
-  """Answers every line of stdin with one step, waited for: a line of JSON with its seconds, CPU
-  seconds, loss, and the most memory that the process has held so far, in bytes.
+def serve(work: Callable[[], float]) -> None:
+  """Does it once, with all that the first time needs, and again for every line of stdin. Prints
+  `once`'s figures of each time as a line of JSON.
 
-  step: -> loss. One is taken before the first line, which says that it is ready."""
-  step()  # which compiles, and touches memory for the first time
-  print("ready", flush=True)
+  work: waits for what it does; -> a number that all who do the same work must agree on."""
+  print(json.dumps(once(work)), flush=True)
   for _ in sys.stdin:
-    start, cpu_start = time.perf_counter(), time.process_time()
-    loss = step()
-    figures = {
-      "seconds": time.perf_counter() - start,
-      "cpu_seconds": time.process_time() - cpu_start,
-      "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-      * (1 if sys.platform == "darwin" else 1024),
-      "loss": loss,
-    }
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(once(work)), flush=True)
+
+
+def once(work: Callable[[], float]) -> dict[str, float]:
+  """Seconds, CPU seconds, what came of it, and the most memory that the process has held so far, in
+  bytes."""
+  start, cpu_start = time.perf_counter(), time.process_time()
+  result = work()
+  return {
+    "seconds": time.perf_counter() - start,
+    "cpu_seconds": time.process_time() - cpu_start,
+    "memory_bytes": peak_memory(),
+    "result": result,
+  }
+
+
+def peak_memory() -> int:
+  """The most that this process has held, in bytes."""
+  if os.path.exists("/proc/self/status"):  # ru_maxrss has what the process held that started it
+    with open("/proc/self/status") as lines:
+      return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024

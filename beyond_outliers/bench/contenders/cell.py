@@ -1,0 +1,33 @@
+"""Contender of bench/peers.py: a cell of an evaluation job, as its results land on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+
+from beyond_outliers.bench.contenders import serve
+from beyond_outliers.evaluate import evaluator, target
+from beyond_outliers.evaluate.plan import Cell
+
+CELL = Cell("rtn_w4a4", "rtn")
+
+
+def main(model: str, dataset: str, context: int) -> None:
+  """Serves cells, quantized and measured anew. The result is the quantized model's loss in nats."""
+  found = target.HuggingFaceModel(model, dataset=dataset, context=context)
+  with tempfile.TemporaryDirectory() as folder:
+    job = evaluator.Evaluator(found, [CELL], folder)
+
+    def work() -> float:
+      shutil.rmtree(folder)
+      job.make_folder()
+      return job.measure(0, found.params(0), CELL)["metrics"]["loss"]
+
+    serve(work)
+
+
+if __name__ == "__main__":
+  asked = json.loads(sys.argv[1])
+  main(asked["model"], asked["dataset"], asked["context"])

@@ -1,0 +1,44 @@
+"""Contender of bench/peers.py: GPTQ of a model's linear layers to four bits in groups of 128."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import numpy as np
+import optax
+
+from beyond_outliers import quant
+from beyond_outliers.bench.contenders import serve
+from beyond_outliers.model import hf
+
+RECIPE = "int4_w4a16_g128"
+
+
+def main(model: str, windows: str) -> None:
+  """Serves quantized models, of all windows but the last. The result is the Kullback–Leibler
+  divergence on that in nats."""
+  full, params = hf.load(model)
+  *calibration, held_out = ({"tokens": window[None]} for window in np.load(windows))
+
+  def log_probabilities(model, params):
+    logits = model.apply({"params": params}, held_out["tokens"])
+    return jax.nn.log_softmax(logits)
+
+  def work() -> float:
+    q = quant.ptq.quantize(full, params, quant.RECIPES[RECIPE], "gptq", calibration)
+    return float(compare(q))
+
+  expected = jax.jit(log_probabilities, static_argnums=0)(full, params)
+
+  def compare(q):
+    found = jax.jit(log_probabilities, static_argnums=0)(q.model, q.params)
+    return optax.losses.kl_divergence_with_log_targets(found, expected).mean()
+
+  serve(work)
+
+
+if __name__ == "__main__":
+  asked = json.loads(sys.argv[1])
+  main(asked["model"], asked["windows"])

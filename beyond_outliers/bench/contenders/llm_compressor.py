@@ -1,0 +1,68 @@
+"""Contender of bench/peers.py: llm-compressor's GPTQ under the same grid, on the same windows.
+
+Imports llm-compressor, transformers and torch, and numpy: `--peer_python` runs it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from typing import Any
+
+import datasets
+import llmcompressor
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor.modifiers.quantization import GPTQModifier
+
+from beyond_outliers.bench.contenders import serve
+
+
+def grid() -> QuantizationScheme:
+  weights = QuantizationArgs(
+    num_bits=4, type="int", symmetric=True, strategy="group", group_size=128
+  )
+  return QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+def main(model: str, windows: str) -> None:
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  full: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+  *calibration, held_out = np.load(windows).tolist()
+  asked = datasets.Dataset.from_dict(
+    {"input_ids": calibration, "attention_mask": [[1] * len(window) for window in calibration]}
+  )
+  # Asked for; the windows are token ids.
+  none = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, ""))
+
+  @torch.no_grad()
+  def log_probabilities(model: Any) -> Any:
+    return model(torch.tensor([held_out])).logits.log_softmax(-1)
+
+  expected = log_probabilities(full)
+
+  def work() -> float:
+    quantized = copy.deepcopy(full)
+    llmcompressor.oneshot(
+      model=quantized,
+      processor=transformers.PreTrainedTokenizerFast(tokenizer_object=none, eos_token=""),
+      dataset=asked,
+      recipe=[GPTQModifier(config_groups={"all": grid()}, ignore=["lm_head"])],
+      max_seq_length=len(held_out),
+      num_calibration_samples=len(calibration),
+      shuffle_calibration_samples=False,
+      batch_size=1,
+    )
+    found = log_probabilities(quantized)
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+  serve(work)
+
+
+if __name__ == "__main__":
+  asked = json.loads(sys.argv[1])
+  main(asked["model"], asked["windows"])

@@ -1,0 +1,36 @@
+"""Contender of bench/peers.py: preparation of a dataset from lines of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+
+from beyond_outliers.bench.contenders import serve
+from beyond_outliers.bench.study_configs import study_config
+from beyond_outliers.data import preparation
+
+
+def main(documents: str, tokenizer: str) -> None:
+  """Serves the documents' tokens on disk. The result is their number without separators."""
+  c = dataclasses.replace(
+    study_config("adamw", "nano").data, source="jsonl", path=documents, tokenizer=tokenizer
+  )
+
+  def work() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+      dataset = preparation.prepare(dataclasses.replace(c, directory=folder), log=_quiet)
+      counts = dataset.meta["splits"].values()
+      return sum(split["tokens"] - split["documents"] for split in counts)
+
+  serve(work)
+
+
+def _quiet(text: str) -> None:
+  """stdout is for figures."""
+
+
+if __name__ == "__main__":
+  asked = json.loads(sys.argv[1])
+  main(asked["documents"], asked["tokenizer"])

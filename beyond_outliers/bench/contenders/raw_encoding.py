@@ -1,0 +1,46 @@
+"""Contender of bench/peers.py: a tokenizer's library alone, which encodes lines of JSON and counts.
+
+It keeps, checks and writes nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from beyond_outliers.bench.contenders import serve
+
+AT_ONCE = 64  # documents
+
+
+def texts(file: str) -> Iterator[list[str]]:
+  with open(file) as lines:
+    found = (json.loads(line)["text"] for line in lines)
+    while batch := list(itertools.islice(found, AT_ONCE)):
+      yield batch
+
+
+def counter(tokenizer: str) -> Callable[[list[str]], int]:
+  """Number of tokens of some texts, by as many threads as there are cores."""
+  kind, file = tokenizer.split(":", 1)
+  if kind == "sentencepiece":
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=file)
+    return lambda batch: sum(map(len, pieces.encode(batch, return_type="numpy", num_threads=-1)))
+  import tokenizers
+
+  model: Any = tokenizers.Tokenizer.from_file(file)
+  return lambda batch: sum(map(len, model.encode_batch_fast(batch)))
+
+
+def main(documents: str, tokenizer: str) -> None:
+  count = counter(tokenizer)
+  serve(lambda: sum(map(count, texts(documents))))
+
+
+if __name__ == "__main__":
+  asked = json.loads(sys.argv[1])
+  main(asked["documents"], asked["tokenizer"])

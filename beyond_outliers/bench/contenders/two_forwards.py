@@ -1,0 +1,51 @@
+"""Contender of bench/peers.py: the forward passes that a cell of an evaluation job cannot do
+without, of the model and of the quantized one, with their losses and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import optax
+
+from beyond_outliers import data, quant
+from beyond_outliers.bench.contenders import serve
+from beyond_outliers.bench.contenders.cell import CELL
+from beyond_outliers.evaluate import target
+
+
+def main(model: str, dataset: str, context: int) -> None:
+  found = target.HuggingFaceModel(model, dataset=dataset, context=context)
+  params = found.params(0)
+  q = quant.ptq.quantize(found.model, params, quant.RECIPES[CELL.recipe], CELL.method)
+  text = found.text
+  batches = list(
+    data.validation_batches(
+      text.dataset, text.section, context=text.context, batch_size=text.batch_size
+    )
+  )
+
+  @jax.jit
+  def losses(params, quantized, batch):
+    both = (found.model, params), (q.model, quantized)
+    return [
+      (
+        optax.softmax_cross_entropy_with_integer_labels(
+          model.apply({"params": params}, batch["tokens"]), batch["targets"]
+        )
+        * batch["weights"]
+      ).sum()
+      for model, params in both
+    ]
+
+  def work() -> float:
+    sums = [losses(params, q.params, batch)[1] for batch in batches]
+    return float(sum(sums)) / sum(batch["weights"].sum() for batch in batches)
+
+  serve(work)
+
+
+if __name__ == "__main__":
+  asked = json.loads(sys.argv[1])
+  main(asked["model"], asked["dataset"], asked["context"])
