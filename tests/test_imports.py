@@ -52,12 +52,16 @@ DOORS = {
   "ml_collections": ("cli", "main"),
   "obstore": ("stores/store",),
   "lm_eval": (
+    "bench/contenders/lm_eval_score",
     "evaluate/harness",
     "evaluate/harness_lm",
     "evaluate/harness_tasks",
     "evaluate/task_code",
   ),
-  "torch": ("bench/torch_optimizers", "bench/contenders/torch_step"),
+  "torch": (
+    "bench/torch_optimizers",
+    *(f"bench/contenders/{name}" for name in ("torch_step", "lm_eval_score", "llm_compressor")),
+  ),
   "pytorch_optimizer": ("bench/torch_optimizers",),
   "tensorflow": (),
   "clu": (),

@@ -35,7 +35,7 @@ and whether an accelerator is right, and how near to its peak (bench/accelerator
 
   python -m beyond_outliers.bench --accelerator --out=DIR
 
-and how our steps compare with those of other libraries (bench/peers.py):
+and how our work compares with that of other libraries (bench/peers.py):
 
   python -m beyond_outliers.bench --peers --only=50m_bfloat16
 
@@ -162,7 +162,7 @@ BENCHES: dict[str, Bench] = {
     peers.measure_peers,
     ("only", "repeats", "peer_python"),
     peers.peers_table,
-    "Time steps and optimizers by turns with those of JAX written out and of torch.",
+    "Time our work by turns with that of other libraries.",
     rows=peers.ROWS,
   ),
 }
@@ -192,7 +192,9 @@ SCALE = flags.DEFINE_enum(
 )
 MINUTES = flags.DEFINE_float("minutes", 8, "For all parts of --accelerator together.")
 PEER_PYTHON = flags.DEFINE_string(
-  "peer_python", sys.executable, "Interpreter whose torch --peers compares with."
+  "peer_python",
+  sys.executable,
+  "Interpreter of what --peers compares with and imports nothing of ours.",
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of a table.")
 

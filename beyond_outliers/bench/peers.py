@@ -25,8 +25,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from beyond_outliers import cli
-from beyond_outliers.bench import optimizers, peer_rows
-from beyond_outliers.bench.peer_rows import Contender, Row
+from beyond_outliers.bench import optimizers, peer_works
+from beyond_outliers.bench.peer_works import Contender, Work
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS
 from beyond_outliers.config.files import standard_json
 from beyond_outliers.types import Json
@@ -38,7 +38,7 @@ OPTIMIZERS = {
   for family in dict.fromkeys(row.family for row in TIMED_OPTIMIZERS.values())
 }
 HEAD = ("", "seconds", "ours / theirs", "of CPU time", "first", "", "MiB", "", "result")
-ROWS = (*peer_rows.ROWS, *OPTIMIZERS)
+ROWS = (*peer_works.WORKS, *OPTIMIZERS)
 
 
 def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
@@ -48,8 +48,8 @@ def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
   peer_python: the interpreter of contenders that import nothing of ours."""
   result: Json = {"machine": machine(), "rows": {}}
   for name in names:
-    if name in peer_rows.ROWS:
-      figures = measure_row(peer_rows.ROWS[name], repeats, peer_python)
+    if name in peer_works.WORKS:
+      figures = measure_work(peer_works.WORKS[name], repeats, peer_python)
     else:
       figures = optimizers.measure_optimizers(OPTIMIZERS[name], "full", repeats)
     print(f"{name}: {json.dumps(standard_json(figures))}", file=sys.stderr, flush=True)
@@ -67,18 +67,18 @@ def machine() -> Json:
   return {"processor": name, "cores": cores, "load": os.getloadavg()[0]}
 
 
-def measure_row(row: Row, rounds: int, peer_python: str) -> Json:
+def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
   """{"contenders": {name: figures}, "load": at the end}.
 
   `first` is the first time, each contender alone. `ratio` and `cpu_ratio`, of ours to theirs: the
   median, least and largest over the rounds."""
   with tempfile.TemporaryDirectory() as folder:
-    asked = row.inputs(pathlib.Path(folder))
+    asked = work.inputs(pathlib.Path(folder))
     running: dict[str, Any] = {}
     first: dict[str, Json] = {}
     found: Json = {}
     try:
-      for name, contender in row.contenders.items():
+      for name, contender in work.contenders.items():
         errors = os.path.join(folder, name)
         process = _start(contender, asked, peer_python, errors)
         running[name] = process
@@ -96,7 +96,7 @@ def measure_row(row: Row, rounds: int, peer_python: str) -> Json:
   for name, times in taken.items():
     ours = (first["ours"], taken["ours"]) if "ours" in taken else None
     found[name] = figures_of(first[name], times, ours)
-  return {"contenders": {name: found[name] for name in row.contenders}, "load": os.getloadavg()[0]}
+  return {"contenders": {name: found[name] for name in work.contenders}, "load": os.getloadavg()[0]}
 
 
 def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from beyond_outliers.bench import peer_rows, peers
+from beyond_outliers.bench import peer_works, peers
 
 
 def figures(seconds, memory=100):
@@ -43,18 +43,18 @@ def test_ratios_are_of_the_same_round():
   assert "ratio" not in peers.figures_of(figures(8.0), theirs, None), "ours did not run"
 
 
-def row_of(told, **contenders):
+def work_of(told, **contenders):
   """Of contenders of one kind, which are told what no file holds."""
-  return peer_rows.Row(lambda folder: told, contenders)
+  return peer_works.Work(lambda folder: told, contenders)
 
 
 def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
   """Not by an exception, after the others have compiled for minutes."""
-  row = row_of({}, torch=peer_rows.torch_step("none", False))
+  work = work_of({}, torch=peer_works.torch_step("none", False))
   python = tmp_path / "python"
   python.write_text("#!/bin/sh\necho a reason >&2\necho the last >&2\nexit 1\n")
   python.chmod(0o755)
-  assert peers.measure_row(row, 6, str(python))["contenders"] == {"torch": {"failed": "the last"}}
+  assert peers.measure_work(work, 6, str(python))["contenders"] == {"torch": {"failed": "the last"}}
   ours = peers.figures_of(figures(1.0), [figures(1.0)], None)
   table = peers.peers_table({"machine": peers.machine(), "rows": {"50m_float32": {
     "contenders": {"torch": {"failed": "the last"}, "ours": ours}, "load": 0.0,
@@ -73,10 +73,10 @@ def test_memory_is_not_that_of_the_program_that_started_it():
 @pytest.mark.slow
 def test_preparing_gives_as_many_tokens_as_the_library(tmp_path):
   """The ids themselves are compared in tests/data; here both must do the same work."""
-  told = peer_rows.speeches(tmp_path, "sentencepiece")
+  told = peer_works.speeches(tmp_path, "sentencepiece")
   lines = (tmp_path / "documents.jsonl").read_text().splitlines(keepends=True)
   (tmp_path / "documents.jsonl").write_text("".join(lines[:12]))
-  found = peers.measure_row(row_of(told, **peer_rows.ENCODING), 1, sys.executable)["contenders"]
+  found = peers.measure_work(work_of(told, **peer_works.ENCODING), 1, sys.executable)["contenders"]
   assert found["ours"]["result"] == found["the library"]["result"] > 10_000, found
 
 
@@ -84,7 +84,7 @@ def test_preparing_gives_as_many_tokens_as_the_library(tmp_path):
 @pytest.mark.parametrize("module", ["ours", "bare"])
 def test_our_contenders_take_the_same_step(module, tmp_path):
   """A loss near ln 2048, that falls."""
-  told = peer_rows.a_step(tmp_path, size="nano", dtype="float32")
-  row = row_of(told, ours=peer_rows.Contender(module, {"recipe": "none"}))
-  found = peers.measure_row(row, 2, sys.executable)["contenders"]["ours"]
+  told = peer_works.a_step(tmp_path, size="nano", dtype="float32")
+  work = work_of(told, ours=peer_works.Contender(module, {"recipe": "none"}))
+  found = peers.measure_work(work, 2, sys.executable)["contenders"]["ours"]
   assert found["ratio"] == [1.0, 1.0, 1.0] and 4.0 < found["result"] < 7.6, found

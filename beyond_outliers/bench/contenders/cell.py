@@ -11,19 +11,19 @@ from beyond_outliers.bench.contenders import serve
 from beyond_outliers.evaluate import evaluator, target
 from beyond_outliers.evaluate.plan import Cell
 
-CELL = Cell("rtn_w4a4", "rtn")
+RTN = Cell("rtn_w4a4", "rtn")
 
 
 def main(model: str, dataset: str, context: int) -> None:
   """Serves cells, quantized and measured anew. The result is the quantized model's loss in nats."""
   found = target.HuggingFaceModel(model, dataset=dataset, context=context)
   with tempfile.TemporaryDirectory() as folder:
-    job = evaluator.Evaluator(found, [CELL], folder)
+    job = evaluator.Evaluator(found, [RTN], folder)
 
     def work() -> float:
       shutil.rmtree(folder)
       job.make_folder()
-      return job.measure(0, found.params(0), CELL)["metrics"]["loss"]
+      return job.measure(0, found.params(0), RTN)["metrics"]["loss"]
 
     serve(work)
 

@@ -20,7 +20,8 @@ def main(model: str, windows: str) -> None:
   """Serves quantized models, of all windows but the last. The result is the Kullback–Leibler
   divergence on that in nats."""
   full, params = hf.load(model)
-  *calibration, held_out = ({"tokens": window[None]} for window in np.load(windows))
+  with open(windows) as file:
+    *calibration, held_out = ({"tokens": np.array([window])} for window in json.load(file))
 
   def log_probabilities(model, params):
     logits = model.apply({"params": params}, held_out["tokens"])

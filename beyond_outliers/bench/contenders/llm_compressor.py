@@ -1,6 +1,6 @@
 """Contender of bench/peers.py: llm-compressor's GPTQ under the same grid, on the same windows.
 
-Imports llm-compressor, transformers and torch, and numpy: `--peer_python` runs it."""
+Imports llm-compressor, transformers and torch: `--peer_python` runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import llmcompressor
-import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -32,7 +31,8 @@ def grid() -> QuantizationScheme:
 def main(model: str, windows: str) -> None:
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   full: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-  *calibration, held_out = np.load(windows).tolist()
+  with open(windows) as file:
+    *calibration, held_out = json.load(file)
   asked = datasets.Dataset.from_dict(
     {"input_ids": calibration, "attention_mask": [[1] * len(window) for window in calibration]}
   )

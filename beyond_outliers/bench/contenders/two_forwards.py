@@ -11,18 +11,18 @@ import optax
 
 from beyond_outliers import data, quant
 from beyond_outliers.bench.contenders import serve
-from beyond_outliers.bench.contenders.cell import CELL
+from beyond_outliers.bench.contenders.cell import RTN
 from beyond_outliers.evaluate import target
 
 
 def main(model: str, dataset: str, context: int) -> None:
   found = target.HuggingFaceModel(model, dataset=dataset, context=context)
   params = found.params(0)
-  q = quant.ptq.quantize(found.model, params, quant.RECIPES[CELL.recipe], CELL.method)
+  q = quant.ptq.quantize(found.model, params, quant.RECIPES[RTN.recipe], RTN.method)
   text = found.text
   batches = list(
     data.validation_batches(
-      text.dataset, text.section, context=text.context, batch_size=text.batch_size
+      text.dataset, text.section, context=text.context, batch_size=text.batch_size, documents=0
     )
   )
 

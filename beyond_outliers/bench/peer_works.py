@@ -1,4 +1,4 @@
-"""Rows of bench/peers.py: pieces of work, what they are done on, and who does them."""
+"""Rows of bench/peers.py: works, what they are done on, and who does them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Contender(NamedTuple):
   elsewhere: bool = False
 
 
-class Row(NamedTuple):
+class Work(NamedTuple):
   """A piece of work. The first contender is ours, which the others' ratios are of.
 
   inputs: makes, in a folder, what all contenders read, and returns what they are told of it."""
@@ -112,9 +112,9 @@ def calibration(folder: pathlib.Path) -> Json:
   """16,384 tokens, and some more to compare the models on."""
   c = llama(folder, "50m")
   draw = np.random.default_rng(c.seed)
-  windows = draw.integers(0, c.model.vocab, (17, c.context)).astype(np.int32)
-  np.save(folder / "windows.npy", windows)
-  return {"model": str(folder / "model"), "windows": str(folder / "windows.npy")}
+  windows = draw.integers(0, c.model.vocab, (17, c.context))
+  (folder / "windows.json").write_text(json.dumps(windows.tolist()))
+  return {"model": str(folder / "model"), "windows": str(folder / "windows.json")}
 
 
 def validation_text(folder: pathlib.Path) -> Json:
@@ -126,26 +126,26 @@ def validation_text(folder: pathlib.Path) -> Json:
 
 ENCODING = {"ours": Contender("prepare"), "the library": Contender("raw_encoding")}
 
-ROWS = {
+WORKS = {
   **{
-    f"50m_{dtype}": Row(functools.partial(a_step, size="50m", dtype=dtype), PLAIN)
+    f"50m_{dtype}": Work(functools.partial(a_step, size="50m", dtype=dtype), PLAIN)
     for dtype in ("float32", "bfloat16")
   },
   **{
-    f"quest_w4a4_{dtype}": Row(functools.partial(a_step, size="50m", dtype=dtype), QUEST)
+    f"quest_w4a4_{dtype}": Work(functools.partial(a_step, size="50m", dtype=dtype), QUEST)
     for dtype in ("float32", "bfloat16")
   },
-  "prepare_huggingface": Row(functools.partial(speeches, tokenizer="huggingface"), ENCODING),
-  "prepare_sentencepiece": Row(functools.partial(speeches, tokenizer="sentencepiece"), ENCODING),
-  "scoring": Row(
+  "prepare_huggingface": Work(functools.partial(speeches, tokenizer="huggingface"), ENCODING),
+  "prepare_sentencepiece": Work(functools.partial(speeches, tokenizer="sentencepiece"), ENCODING),
+  "scoring": Work(
     some_questions,
     {"ours": Contender("score"), "lm-eval": Contender("lm_eval_score", elsewhere=True)},
   ),
-  "gptq": Row(
+  "gptq": Work(
     calibration,
     {"ours": Contender("gptq"), "llm-compressor": Contender("llm_compressor", elsewhere=True)},
   ),
-  "cell": Row(
+  "cell": Work(
     validation_text, {"ours": Contender("cell"), "two forwards": Contender("two_forwards")}
   ),
 }
