@@ -52,8 +52,9 @@ def correlation(
     for pearson, percentile for ranks, of which resamples take few values.
   p is exact up to EXACT_UP_TO pairs, or clusters: the share of all n! pairings with a coefficient
     as large, twice the smaller of both sides (scipy.stats.permutation_test). With more, scipy's own
-    of the method. With `given`, Student's t with n - 3 degrees of freedom: exact for normal values
-    by pearson, near it by spearman.
+    of the method. With `given`, by spearman, the pairings are of y's residuals, which are regressed
+    again (Freedman and Lane 1983); else Student's t with n - 3 degrees of freedom, exact for normal
+    values by pearson, near it by spearman.
 
   What few pairs are worth: how often the 95 % interval holds .8 (.786 by ranks), the correlation of
   the normal numbers that n pairs are drawn from, 500 times, by `DRAWS=500 python -m
@@ -154,12 +155,18 @@ def _p_value(
   """(p, how it was found)."""
   x, y, *given = columns
   groups = [np.array([row]) for row in range(len(x))] if clusters is None else _rows(clusters)
+  value_of, what = coefficient.statistic, "pairings"
   if given:
     if clusters is not None:
       return math.nan, "none: of clusters, given a covariate"
-    freedom = len(x) - 3
-    t = found * math.sqrt(freedom / max(1 - found**2, 1e-300))
-    return float(2 * stats.t.sf(abs(t), freedom)), f"Student's t, {freedom} degrees of freedom"
+    if value_of is not _spearman or len(x) > EXACT_UP_TO:
+      freedom = len(x) - 3
+      t = found * math.sqrt(freedom / max(1 - found**2, 1e-300))
+      return float(2 * stats.t.sf(abs(t), freedom)), f"Student's t, {freedom} degrees of freedom"
+    # Of ranks t says of a perfect order that it cannot be by chance, whatever the number of pairs.
+    x, y, z = (stats.rankdata(column) for column in columns)
+    y, given = y - np.polyval(np.polyfit(z, y, 1), z), [z]
+    value_of, what = _pearson, "pairings of residuals"
   if len({len(rows) for rows in groups}) > 1:
     return math.nan, "none: clusters are not of one size"
   if len(groups) > EXACT_UP_TO and clusters is None:
@@ -169,7 +176,10 @@ def _p_value(
   def statistic(order, axis):
     picked = rows[order.astype(int)]  # [..., groups, rows of each]
     paired = y[picked].reshape(*order.shape[:-1], -1)
-    return coefficient.statistic(np.broadcast_to(x[rows].ravel(), paired.shape), paired)
+    x_again, *given_again = (
+      np.broadcast_to(column[rows].ravel(), paired.shape) for column in (x, *given)
+    )
+    return value_of(x_again, paired, *given_again)
 
   test = stats.permutation_test(
     (np.arange(len(groups)),),
@@ -182,7 +192,7 @@ def _p_value(
   )
   exact = len(groups) <= EXACT_UP_TO
   count = f"all {math.factorial(len(groups))}" if exact else f"{RESAMPLES} random"
-  return float(test.pvalue), f"{count} pairings" + ("" if clusters is None else " of clusters")
+  return float(test.pvalue), f"{count} {what}" + ("" if clusters is None else " of clusters")
 
 
 def _rows(clusters: Sequence[Any]) -> list[np.ndarray]:

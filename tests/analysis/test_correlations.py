@@ -66,6 +66,28 @@ def test_p_of_a_partial_correlation_is_that_of_the_regression():
   assert correlation(X, Y, "pearson", given=Z).p == pytest.approx(expected)
 
 
+def test_p_of_a_partial_correlation_of_ranks_counts_pairings_of_residuals():
+  """So that a perfect order of five is worth what it is: one in sixty, not 1e-300."""
+  x, y, z = np.array([[1, 2, 3, 4, 5], [2, 1, 3, 5, 4], [1, 3, 2, 5, 4]], float)
+  design = np.stack([np.ones(5), z], axis=1)
+
+  def rest(v):
+    return v - design @ np.linalg.lstsq(design, v)[0]
+
+  residuals = rest(y)
+  values = [
+    np.corrcoef(rest(x), rest(residuals[list(order)]))[0, 1]
+    for order in itertools.permutations(range(5))
+  ]
+  found = correlation(x, y, "spearman", given=z)
+  side = np.mean(np.array(values) * np.sign(found.value) >= abs(found.value) - 1e-9)
+  assert (
+    found.p == pytest.approx(min(2 * side, 1)) and found.p_from == "all 120 pairings of residuals"
+  )
+  perfect = correlation(x, x**3, "spearman", given=z)
+  assert perfect.value == 1 and perfect.p >= 2 / 120
+
+
 @pytest.mark.parametrize("interval", ["percentile", "bca"])
 def test_clusters_of_equal_rows_count_once(interval):
   """An optimizer's seeds that all say the same add nothing; rows drawn one by one would."""

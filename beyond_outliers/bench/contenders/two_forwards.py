@@ -41,7 +41,7 @@ def main(model: str, dataset: str, context: int) -> None:
 
   def work() -> float:
     sums = [losses(params, q.params, batch)[1] for batch in batches]
-    return float(sum(sums)) / sum(batch["weights"].sum() for batch in batches)
+    return float(sum(sums) / sum(batch["weights"].sum() for batch in batches))
 
   serve(work)
 
