@@ -17,8 +17,8 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, mesh, params, workdir
 from beyond_outliers.checkpoint import checkpoints as checkpoints_module
-from beyond_outliers.checkpoint import reading, recovery
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.checkpoint import digests, reading, recovery
+from beyond_outliers.errors import NotFiniteError, WorkdirError
 from beyond_outliers.train import step
 
 OPTIONS = config.Checkpoint(every=1, keep=3, keep_every=0, verify=True)
@@ -227,10 +227,16 @@ def test_a_temporary_checkpoint_is_replaced_by_the_next_and_counts_for_none(tmp_
   assert reader.restore_params(shapes(make_state()).params)[0] == 30
 
 
-def test_parameters_that_are_not_finite_count_as_damage_to_a_run(saved, caplog):
-  """As runs of earlier versions left them: the older ones are sound."""
+def test_what_is_not_finite_is_not_saved_and_counts_as_damage_to_a_run(saved, caplog, monkeypatch):
+  """Runs of earlier versions left it: the older ones are sound."""
   checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
-  checkpoints.save(4, make_state(np.nan), {}, {"seconds": 4.0})
+  broken = (4, make_state(np.nan), {}, {"seconds": 4.0})
+  with pytest.raises(NotFiniteError, match="opt_state/mu is not finite, and is not saved"):
+    checkpoints.save(*broken)
+  examine = digests.examine
+  with monkeypatch.context() as earlier:
+    earlier.setattr(digests, "examine", lambda tree: examine(tree)._replace(not_finite=""))
+    checkpoints.save(*broken)
   checkpoints.wait()
   absl_logging.get_absl_logger().propagate = True
   with caplog.at_level(logging.WARNING):

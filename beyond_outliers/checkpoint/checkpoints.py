@@ -28,7 +28,7 @@ from beyond_outliers.checkpoint import digests, recovery
 from beyond_outliers.checkpoint.reading import check_readable, check_structure, read_text, reason
 from beyond_outliers.checkpoint.temporary import TEMPORARY, ReplaceTemporary, is_temporary
 from beyond_outliers.config.files import make_folder, misfit
-from beyond_outliers.errors import CheckpointError, WorkdirError
+from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import FolderPath, write_sums
 
@@ -91,12 +91,7 @@ class Checkpoints:
 
   def precompile(self, state: Any) -> None:
     """Compiles what the first `save` would. state: as of `restore`."""
-    if self._verify:
-      digests.precompile(params_lib.without_empty(state))
-
-  def first_not_finite(self, state: Any) -> str:
-    """Path of an array that keeps a state from being saved, since it is not finite, or nothing."""
-    return digests.first_not_finite(params_lib.without_empty(state))
+    digests.precompile(params_lib.without_empty(state))
 
   def save(
     self,
@@ -108,15 +103,19 @@ class Checkpoints:
     *,
     temporary: bool = False,
   ) -> None:
-    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`.
+    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`, and
+    NotFiniteError, on every process.
 
     run: what the run is that saves, so that a checkpoint tells of itself. temporary: until the next
     one is saved."""
     self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
     arrays = params_lib.without_empty(state)
+    contents = digests.examine(arrays)
+    if contents.not_finite:
+      raise NotFiniteError(f"{contents.not_finite} is not finite, and is not saved")
     texts: dict[str, Any] = {"data": mesh.merged_over_processes(data), "clock": clock}
     texts |= {"run": run} if run else {}
-    texts |= {"digests": digests.record(arrays, texts)} if self._verify else {}
+    texts |= {"digests": digests.record(contents.digests, texts)} if self._verify else {}
     if temporary:
       texts[TEMPORARY] = {"temporary": True}
       self._temporary.add(step)
@@ -153,9 +152,10 @@ class Checkpoints:
       texts = dict.fromkeys(["data", "clock", *["run"] * self._has(candidate, "run")], text)
       args = ocp.args.Composite(state=arrays, **texts)
       found: Any = self._manager.restore(candidate, args=args)
-      self._compare(candidate, found.state, {name: found[name] for name in texts})
-      if path := digests.first_not_finite(found.state):
-        raise recovery.UnusableError(f"{path} is not finite")
+      contents = digests.examine(found.state)
+      self._compare(candidate, contents, {name: found[name] for name in texts})
+      if contents.not_finite:
+        raise recovery.UnusableError(f"{contents.not_finite} is not finite")
       return found
 
     if step is None and not self.steps():
@@ -182,7 +182,7 @@ class Checkpoints:
             partial_restore=True,
           ),
         )
-      self._compare(candidate, found)
+      self._compare(candidate, digests.examine(found))
       return found
 
     found, restored = self._newest_intact(step, read)
@@ -252,7 +252,9 @@ class Checkpoints:
   def _has(self, step: int, item: str) -> bool:
     return (self.directory / str(step) / item).is_dir()
 
-  def _compare(self, step: int, arrays: Any, texts: Mapping[str, Any] | None = None) -> None:
+  def _compare(
+    self, step: int, contents: digests.Contents, texts: Mapping[str, Any] | None = None
+  ) -> None:
     """Compares what was read with what was to be written, of checkpoints since there are digests.
 
     Errors: UnusableError."""
@@ -263,7 +265,7 @@ class Checkpoints:
       recorded = read_text(self.directory / str(step) / "digests")
     if misfit(recorded, digests.DIGEST_KINDS):
       raise recovery.UnusableError("its digests are not readable")
-    if name := digests.difference(recorded, arrays, texts):
+    if name := digests.difference(recorded, contents.digests, texts):
       raise recovery.UnusableError(f"{name} is not what was saved: its digest differs")
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
