@@ -197,6 +197,15 @@ def test_a_text_that_was_written_wrong_is_told_at_once(saved):
     reading.check_readable(saved / "3", "state", written, TEXTS)
 
 
+def test_a_checkpoint_is_of_the_step_that_it_was_saved_as(saved):
+  """Renamed by hand it would be gone on from, and evaluated, as of another step."""
+  (saved / "3").rename(saved / "7")
+  reader = checkpoint.Checkpoints(saved, read_only=True)
+  with pytest.raises(checkpoint.CheckpointError, match="7 is damaged: it was saved as 3, and ren"):
+    reader.restore_params(shapes(make_state()).params, 7)
+  assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 2
+
+
 def test_a_checkpoint_without_digests_opens(saved):
   """As versions before there were any left it, or a run with checkpoint.verify=False."""
   (saved / "3" / workdir.SUMS).unlink()

@@ -2,10 +2,10 @@
 
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
 any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints of
-the data) and `digests` (digests.py), all committed at once; and sha256.json, the sum of every file,
-written after Orbax committed and all that was to be saved was found in the files. Digests, made of
-the arrays before these are written, tell of what goes wrong until then, too; the sums can be
-compared without restoring anything, and tell damage from what cannot be read now.
+the data) and `digests`, all committed at once; and sha256.json, the sum of every file, written
+after Orbax committed and all that was to be saved was found in the files. Digests, made of the
+arrays before these are written, tell of what goes wrong until then, too; the sums can be compared
+without restoring anything, and tell damage from what cannot be read now.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ class Checkpoints:
     """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`, and
     NotFiniteError, on every process.
 
-    run: what the run is that saves, so that a checkpoint tells of itself. temporary: until the next
-    one is saved."""
+    run: what the run is, so that a checkpoint tells of itself. temporary: until the next save."""
     self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
     arrays = params_lib.without_empty(state)
     contents = digests.examine(arrays)
@@ -115,7 +114,8 @@ class Checkpoints:
       raise NotFiniteError(f"{contents.not_finite} is not finite, and is not saved")
     texts: dict[str, Any] = {"data": mesh.merged_over_processes(data), "clock": clock}
     texts |= {"run": run} if run else {}
-    texts |= {"digests": digests.record(contents.digests, texts)} if self._verify else {}
+    if self._verify:
+      texts["digests"] = {"step": step, **digests.record(contents.digests, texts)}
     if temporary:
       texts[TEMPORARY] = {"temporary": True}
       self._temporary.add(step)
@@ -265,6 +265,8 @@ class Checkpoints:
       recorded = read_text(self.directory / str(step) / "digests")
     if misfit(recorded, digests.DIGEST_KINDS):
       raise recovery.UnusableError("its digests are not readable")
+    if recorded.get("step", step) != step:  # not there before it was recorded
+      raise recovery.UnusableError(f"it was saved as {recorded['step']}, and renamed")
     if name := digests.difference(recorded, contents.digests, texts):
       raise recovery.UnusableError(f"{name} is not what was saved: its digest differs")
 

@@ -104,6 +104,7 @@ def _examined(
   return {path: _examine(x, by_row=path in in_blocks) for path, x in found.items()}
 
 
+@functools.partial(jax.jit, static_argnames="by_row")  # many are alike, and traced once
 def _examine(x: jax.Array, *, by_row: bool) -> tuple[jax.Array, jax.Array]:
   """(uint32, whether something is not finite); by_row: one for every index of the first axis."""
   words = _words(x)
