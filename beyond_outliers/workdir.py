@@ -127,7 +127,7 @@ class Workdir:
     except (FileNotFoundError, NotADirectoryError):
       return []
     except OSError as error:
-      raise WorkdirError(f"{path}: {error.strerror}; {RESTORE}") from None
+      raise WorkdirError(f"{path}: {error.strerror or error}; {RESTORE}") from None
     for number, line in enumerate(lines, 1):
       try:
         row = json.loads(line)
@@ -196,7 +196,7 @@ class Workdir:
       file = open(self.path / "lock", "a+")
     except OSError as error:
       raise WorkdirError(
-        f"{self.path / 'lock'}: {error.strerror}; remove it, or give another --workdir"
+        f"{self.path / 'lock'}: {error.strerror or error}; remove it, or give another --workdir"
       ) from None
     with file:
       try:
