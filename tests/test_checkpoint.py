@@ -206,6 +206,15 @@ def test_a_checkpoint_is_of_the_step_that_it_was_saved_as(saved):
   assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 2
 
 
+def test_folders_of_other_names_beside_them_are_no_checkpoints(saved):
+  """Orbax takes those that end in _ and a number for steps: a person has set them aside."""
+  for name in ("old_30", "3_1", "_7", "007", "3~"):
+    shutil.copytree(saved / "3", saved / name)
+  checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
+  assert checkpoints.steps() == [1, 2, 3] and checkpoints.restore(shapes(make_state()))[0] == 3
+  checkpoints.close()
+
+
 def test_a_checkpoint_without_digests_opens(saved):
   """As versions before there were any left it, or a run with checkpoint.verify=False."""
   (saved / "3" / workdir.SUMS).unlink()

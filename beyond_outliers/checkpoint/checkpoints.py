@@ -24,8 +24,7 @@ from etils import epath
 
 from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
-from beyond_outliers.checkpoint import digests, recovery
-from beyond_outliers.checkpoint.reading import check_readable, check_structure, read_text, reason
+from beyond_outliers.checkpoint import digests, reading, recovery
 from beyond_outliers.checkpoint.temporary import TEMPORARY, ReplaceTemporary, is_temporary
 from beyond_outliers.config.files import make_folder, misfit
 from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
@@ -79,7 +78,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of committed checkpoints, oldest first."""
-    found = ocp.utils.checkpoint_steps(self.directory) if self.directory.is_dir() else []
+    found = reading.committed_steps(self.directory)
     return sorted(step for step in found if not self._read_only or not self._is_temporary(step))
 
   def lasting_steps(self) -> list[int]:
@@ -190,7 +189,7 @@ class Checkpoints:
 
   def run_of(self, step: int) -> Json | None:
     """What `save` got as `run`; None of checkpoints that were saved before there was that."""
-    return read_text(self.directory / str(step) / "run") if self._has(step, "run") else None
+    return reading.read_text(self.directory / str(step) / "run") if self._has(step, "run") else None
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -225,8 +224,9 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore raise all kinds
       raise OSError(
-        f"{self.directory}: the checkpoint being saved could not be written ({reason(error)}); "
-        "those before it are left: free what is short, and give the same command"
+        f"{self.directory}: the checkpoint being saved could not be written "
+        f"({reading.reason(error)}); those before it are left: free what is short, and give the "
+        "same command"
       ) from error
 
   def _seal(
@@ -241,7 +241,7 @@ class Checkpoints:
     if jax.process_index() != 0:
       return True
     try:
-      check_readable(directory, "state", shapes, texts)
+      reading.check_readable(directory, "state", shapes, texts)
       if self._verify:
         write_sums(directory)
     except (CheckpointError, FileNotFoundError):
@@ -262,7 +262,7 @@ class Checkpoints:
       return
     recorded: Any = None
     with contextlib.suppress(ValueError):
-      recorded = read_text(self.directory / str(step) / "digests")
+      recorded = reading.read_text(self.directory / str(step) / "digests")
     if misfit(recorded, digests.DIGEST_KINDS):
       raise recovery.UnusableError("its digests are not readable")
     if recorded.get("step", step) != step:  # not there before it was recorded
@@ -297,4 +297,4 @@ class Checkpoints:
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
     stored = self._manager.item_metadata(step)["state"]
-    check_structure(self.directory / str(step), stored, state, part)
+    reading.check_structure(self.directory / str(step), stored, state, part)
