@@ -118,8 +118,10 @@ def _end_when_asked(reader: int) -> None:
   while True:
     (number,) = os.read(reader, 1)
     if signal.getsignal(number) is _asked:
-      print("asked to stop ahead of the first step; the same command starts again", file=sys.stderr)
-      os._exit(STOPPED)
+      try:
+        print("asked to stop with no step under way; the same command goes on", file=sys.stderr)
+      finally:
+        os._exit(STOPPED)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -106,7 +106,6 @@ def last_words(write: Callable[[str], None]) -> Iterator[None]:
     _peers.write = None
 
 
-@functools.cache  # it takes seconds to find out
 def reason_of(error: BaseException) -> str:
   """What ends a run: the error, and the process that is gone where a collective fails for that."""
   found = f"{type(error).__name__}: {error}"
@@ -228,6 +227,7 @@ class Peers:
     if self.write is not None:
       self.write(reason)
 
+  @functools.cache  # noqa: B019  (there is one of it; and it takes seconds to find out)
   def without_one(self, found: str) -> str:
     """What went wrong, behind the name of a process that gives no sign of life, if one doesn't."""
     time.sleep(4 * POLL_SECONDS)  # its last may be of just now
