@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from beyond_outliers.errors import Refusal
 # Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
 # that is closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOPPED = 42  # exit code of what was
 
 flags.disclaim_key_flags()  # they belong to the commands that define them by what is here
 
@@ -82,6 +84,44 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     app.run(main, flags_parser=_parse)
   except Refusal as refusal:
     _refuse(str(refusal))
+
+
+def end_when_asked() -> None:
+  """Has `STOP_SIGNALS` end this process at once, with exit code 42, until a run takes them: there
+  is nothing to save. By a thread, since no handler of Python's runs while XLA compiles."""
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  for number in STOP_SIGNALS:
+    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it
+      signal.signal(number, _asked)
+  threading.Thread(target=_end_when_asked, args=(reader,), name="signals", daemon=True).start()
+
+
+def ask_all_when_asked() -> None:
+  """As `end_when_asked` of one of several processes, which stop together behind the first step:
+  JAX, which they have joined, waits for SIGTERM."""
+  for number in STOP_SIGNALS:
+    if signal.getsignal(number) is _asked and number != signal.SIGTERM:
+      signal.signal(number, _ask_all)
+
+
+def _asked(number: int, frame: Any) -> None:
+  """Leaves it to the thread, which gets the number, too."""
+
+
+def _ask_all(number: int, frame: Any) -> None:
+  signal.raise_signal(signal.SIGTERM)
+
+
+def _end_when_asked(reader: int) -> None:
+  while True:
+    (number,) = os.read(reader, 1)
+    if signal.getsignal(number) is _asked:
+      try:
+        print("asked to stop with no step under way; the same command goes on", file=sys.stderr)
+      finally:
+        os._exit(STOPPED)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

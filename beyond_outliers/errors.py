@@ -23,5 +23,9 @@ class CheckpointError(Refusal, RuntimeError):
   """A checkpoint that is missing, damaged, or of another structure."""
 
 
+class NotFiniteError(Refusal, ArithmeticError):
+  """A state that holds a NaN or an infinity, which no checkpoint is made of."""
+
+
 class TaskError(Refusal, RuntimeError):
   """A task that could not be asked of a model."""

@@ -12,7 +12,7 @@ from absl import app, flags
 from beyond_outliers import cli, config, stores
 from beyond_outliers.config.cluster import membership
 
-EXIT_CODES = {"done": 0, "diverged": 3, "preempted": 42}
+EXIT_CODES = {"done": 0, "diverged": 3, "preempted": cli.STOPPED}
 
 CONFIG = cli.config_flag()
 WORKDIR = cli.path_flag(
@@ -35,6 +35,7 @@ DISTRIBUTED = cli.distributed_flag()
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  cli.end_when_asked()
   c = config.resolve(CONFIG.value)
   stores.check_address(WORKDIR.value or "")
   joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> None:
 
   if joining is not None:
     processes.join(c.distributed, joining)
+    cli.ask_all_when_asked()
   try:
     status = train.run(
       c, WORKDIR.value or default_workdir(c), dry_run=DRY_RUN.value, from_step=FROM_STEP.value

@@ -288,7 +288,7 @@ def find(root: PathLike) -> list[Run]:
       raise workdir_lib.WorkdirError(
         f"{folder}: {error.strerror}; give folders of runs that can be read"
       ) from None
-    below = [entry for entry in entries if entry.is_dir()]
+    below = [entry for entry in entries if os.path.isdir(entry.path)]  # no link to itself
     # Links last, so that a run has the name of its own folder.
     pending = [entry.path for entry in below if entry.is_symlink()] + pending
     pending += [entry.path for entry in below if not entry.is_symlink()]

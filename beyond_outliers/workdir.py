@@ -23,25 +23,15 @@ from etils.epath import gpath
 
 from beyond_outliers import config, mesh
 from beyond_outliers.config import sums as file_sums
-from beyond_outliers.config.files import make_folder, read_json
+from beyond_outliers.config.files import is_elsewhere, make_folder, read_json
 from beyond_outliers.config.sums import SUMS
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json, PathLike
 
 PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "tensorflow-datasets",
-  "ml-collections",
-  "aqtp",
-  "sentencepiece",
-  "numpy",
+  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets"),
+  *("ml-collections", "aqtp", "sentencepiece", "numpy"),
 )
-
 
 # Values without which a file is not what was written; of the manifest, DATA and PARAMETERS where
 # they're needed.
@@ -79,6 +69,7 @@ class Workdir:
         "place than /gs, /s3, /az or /hf (--workdir takes s3://BUCKET/PATH and gs://BUCKET/PATH)"
       )
     self.path = found
+    self._held: int | None = None  # the folder, open, while this process holds it
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -90,6 +81,11 @@ class Workdir:
       self._write(name, value, durable)
 
   def _write(self, name: str, value: Any, durable: bool = True) -> None:
+    if self._held is not None and is_elsewhere(self._held, self.path):
+      raise WorkdirError(
+        f"{self.path} was moved or removed under its run, which ends; give the same command once "
+        "it is back"
+      )
     self.path.mkdir(parents=True, exist_ok=True)
     with file_sums.replaced(self.path / name, durable) as temporary:
       temporary.write_text(json.dumps(file_sums.sealed(value), indent=2) + "\n")
@@ -127,7 +123,7 @@ class Workdir:
     except (FileNotFoundError, NotADirectoryError):
       return []
     except OSError as error:
-      raise WorkdirError(f"{path}: {error.strerror}; {RESTORE}") from None
+      raise WorkdirError(f"{path}: {error.strerror or error}; {RESTORE}") from None
     for number, line in enumerate(lines, 1):
       try:
         row = json.loads(line)
@@ -196,7 +192,7 @@ class Workdir:
       file = open(self.path / "lock", "a+")
     except OSError as error:
       raise WorkdirError(
-        f"{self.path / 'lock'}: {error.strerror}; remove it, or give another --workdir"
+        f"{self.path / 'lock'}: {error.strerror or error}; remove it, or give another --workdir"
       ) from None
     with file:
       try:
@@ -210,7 +206,12 @@ class Workdir:
       file.truncate(0)
       file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
       file.flush()
-      yield
+      self._held = os.open(self.path, os.O_RDONLY)
+      try:
+        yield
+      finally:
+        os.close(self._held)
+        self._held = None
 
 
 def _status(status: str, step: int, reason: str) -> Json:

@@ -17,8 +17,8 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, mesh, params, workdir
 from beyond_outliers.checkpoint import checkpoints as checkpoints_module
-from beyond_outliers.checkpoint import reading, recovery
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.checkpoint import digests, reading, recovery
+from beyond_outliers.errors import NotFiniteError, WorkdirError
 from beyond_outliers.train import step
 
 OPTIONS = config.Checkpoint(every=1, keep=3, keep_every=0, verify=True)
@@ -197,6 +197,24 @@ def test_a_text_that_was_written_wrong_is_told_at_once(saved):
     reading.check_readable(saved / "3", "state", written, TEXTS)
 
 
+def test_a_checkpoint_is_of_the_step_that_it_was_saved_as(saved):
+  """Renamed by hand it would be gone on from, and evaluated, as of another step."""
+  (saved / "3").rename(saved / "7")
+  reader = checkpoint.Checkpoints(saved, read_only=True)
+  with pytest.raises(checkpoint.CheckpointError, match="7 is damaged: it was saved as 3, and ren"):
+    reader.restore_params(shapes(make_state()).params, 7)
+  assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 2
+
+
+def test_folders_of_other_names_beside_them_are_no_checkpoints(saved):
+  """Orbax takes those that end in _ and a number for steps: a person has set them aside."""
+  for name in ("old_30", "3_1", "_7", "007", "3~"):
+    shutil.copytree(saved / "3", saved / name)
+  checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
+  assert checkpoints.steps() == [1, 2, 3] and checkpoints.restore(shapes(make_state()))[0] == 3
+  checkpoints.close()
+
+
 def test_a_checkpoint_without_digests_opens(saved):
   """As versions before there were any left it, or a run with checkpoint.verify=False."""
   (saved / "3" / workdir.SUMS).unlink()
@@ -227,10 +245,16 @@ def test_a_temporary_checkpoint_is_replaced_by_the_next_and_counts_for_none(tmp_
   assert reader.restore_params(shapes(make_state()).params)[0] == 30
 
 
-def test_parameters_that_are_not_finite_count_as_damage_to_a_run(saved, caplog):
-  """As runs of earlier versions left them: the older ones are sound."""
+def test_what_is_not_finite_is_not_saved_and_counts_as_damage_to_a_run(saved, caplog, monkeypatch):
+  """Runs of earlier versions left it: the older ones are sound."""
   checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
-  checkpoints.save(4, make_state(np.nan), {}, {"seconds": 4.0})
+  broken = (4, make_state(np.nan), {}, {"seconds": 4.0})
+  with pytest.raises(NotFiniteError, match="opt_state/mu is not finite, and is not saved"):
+    checkpoints.save(*broken)
+  examine = digests.examine
+  with monkeypatch.context() as earlier:
+    earlier.setattr(digests, "examine", lambda tree: examine(tree)._replace(not_finite=""))
+    checkpoints.save(*broken)
   checkpoints.wait()
   absl_logging.get_absl_logger().propagate = True
   with caplog.at_level(logging.WARNING):

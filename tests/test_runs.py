@@ -254,6 +254,7 @@ def test_find_takes_each_run_once_by_its_own_name(recorded, tmp_path):
   (project / "a_link").symlink_to(project / "runs")
   (project / "runs" / "latest").symlink_to(project / "runs" / "one")
   (project / "round").symlink_to(project)
+  (project / "itself").symlink_to("itself")
   shutil.copytree(project / "runs" / "one", project / "runs" / "backup~")
   found = [str(run.path) for run in runs.find(project)]
   assert found == [str(project / "runs" / name) for name in ("backup~", "one")]

@@ -3,6 +3,7 @@ one line before anything else begins."""
 
 import json
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -73,6 +74,25 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   refused = pytest.raises(WorkdirError, match=r": Permission denied; give another --workdir")
   with refused, workdir_lib.Workdir(tmp_path).lock():
     pass
+
+
+@pytest.mark.parametrize("what", ["moved", "removed", "another's"])
+def test_a_folder_that_is_moved_under_its_run_ends_it(tmp_path, what):
+  """It would go on, with its rows in one place and its checkpoints in another, or nowhere."""
+  workdir = workdir_lib.Workdir(tmp_path / "run")
+  with pytest.raises(WorkdirError, match="run was moved or removed under its run"), workdir.lock():
+    workdir.set_status("running", 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    if what == "removed":
+      shutil.rmtree(tmp_path / "moved")
+    elif what == "another's":
+      (tmp_path / "run").mkdir()
+    workdir.set_status("running", 2)
+  assert not (tmp_path / "run" / "status.json").exists()
+  if what == "moved":
+    (tmp_path / "moved").rename(tmp_path / "run")
+    with workdir.lock():
+      workdir.set_status("running", 3)
 
 
 def test_a_folder_in_the_place_of_the_lock_is_refused(tmp_path):

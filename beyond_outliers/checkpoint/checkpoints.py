@@ -2,10 +2,10 @@
 
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
 any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints of
-the data) and `digests` (digests.py), all committed at once; and sha256.json, the sum of every file,
-written after Orbax committed and all that was to be saved was found in the files. Digests, made of
-the arrays before these are written, tell of what goes wrong until then, too; the sums can be
-compared without restoring anything, and tell damage from what cannot be read now.
+the data) and `digests`, all committed at once; and sha256.json, the sum of every file, written
+after Orbax committed and all that was to be saved was found in the files. Digests, made of the
+arrays before these are written, tell of what goes wrong until then, too; the sums can be compared
+without restoring anything, and tell damage from what cannot be read now.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from etils import epath
 
 from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
-from beyond_outliers.checkpoint import digests, recovery
-from beyond_outliers.checkpoint.reading import check_readable, check_structure, read_text, reason
+from beyond_outliers.checkpoint import digests, reading, recovery
 from beyond_outliers.checkpoint.temporary import TEMPORARY, ReplaceTemporary, is_temporary
 from beyond_outliers.config.files import make_folder, misfit
-from beyond_outliers.errors import CheckpointError, WorkdirError
+from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import FolderPath, write_sums
 
@@ -79,7 +78,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of committed checkpoints, oldest first."""
-    found = ocp.utils.checkpoint_steps(self.directory) if self.directory.is_dir() else []
+    found = reading.committed_steps(self.directory)
     return sorted(step for step in found if not self._read_only or not self._is_temporary(step))
 
   def lasting_steps(self) -> list[int]:
@@ -91,12 +90,7 @@ class Checkpoints:
 
   def precompile(self, state: Any) -> None:
     """Compiles what the first `save` would. state: as of `restore`."""
-    if self._verify:
-      digests.precompile(params_lib.without_empty(state))
-
-  def first_not_finite(self, state: Any) -> str:
-    """Path of an array that keeps a state from being saved, since it is not finite, or nothing."""
-    return digests.first_not_finite(params_lib.without_empty(state))
+    digests.precompile(params_lib.without_empty(state))
 
   def save(
     self,
@@ -108,15 +102,19 @@ class Checkpoints:
     *,
     temporary: bool = False,
   ) -> None:
-    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`.
+    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`, and
+    NotFiniteError, on every process.
 
-    run: what the run is that saves, so that a checkpoint tells of itself. temporary: until the next
-    one is saved."""
+    run: what the run is, so that a checkpoint tells of itself. temporary: until the next save."""
     self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
     arrays = params_lib.without_empty(state)
+    contents = digests.examine(arrays)
+    if contents.not_finite:
+      raise NotFiniteError(f"{contents.not_finite} is not finite, and is not saved")
     texts: dict[str, Any] = {"data": mesh.merged_over_processes(data), "clock": clock}
     texts |= {"run": run} if run else {}
-    texts |= {"digests": digests.record(arrays, texts)} if self._verify else {}
+    if self._verify:
+      texts["digests"] = {"step": step, **digests.record(contents.digests, texts)}
     if temporary:
       texts[TEMPORARY] = {"temporary": True}
       self._temporary.add(step)
@@ -153,9 +151,10 @@ class Checkpoints:
       texts = dict.fromkeys(["data", "clock", *["run"] * self._has(candidate, "run")], text)
       args = ocp.args.Composite(state=arrays, **texts)
       found: Any = self._manager.restore(candidate, args=args)
-      self._compare(candidate, found.state, {name: found[name] for name in texts})
-      if path := digests.first_not_finite(found.state):
-        raise recovery.UnusableError(f"{path} is not finite")
+      contents = digests.examine(found.state)
+      self._compare(candidate, contents, {name: found[name] for name in texts})
+      if contents.not_finite:
+        raise recovery.UnusableError(f"{contents.not_finite} is not finite")
       return found
 
     if step is None and not self.steps():
@@ -182,7 +181,7 @@ class Checkpoints:
             partial_restore=True,
           ),
         )
-      self._compare(candidate, found)
+      self._compare(candidate, digests.examine(found))
       return found
 
     found, restored = self._newest_intact(step, read)
@@ -190,7 +189,7 @@ class Checkpoints:
 
   def run_of(self, step: int) -> Json | None:
     """What `save` got as `run`; None of checkpoints that were saved before there was that."""
-    return read_text(self.directory / str(step) / "run") if self._has(step, "run") else None
+    return reading.read_text(self.directory / str(step) / "run") if self._has(step, "run") else None
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -225,8 +224,9 @@ class Checkpoints:
       self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore raise all kinds
       raise OSError(
-        f"{self.directory}: the checkpoint being saved could not be written ({reason(error)}); "
-        "those before it are left: free what is short, and give the same command"
+        f"{self.directory}: the checkpoint being saved could not be written "
+        f"({reading.reason(error)}); those before it are left: free what is short, and give the "
+        "same command"
       ) from error
 
   def _seal(
@@ -241,7 +241,7 @@ class Checkpoints:
     if jax.process_index() != 0:
       return True
     try:
-      check_readable(directory, "state", shapes, texts)
+      reading.check_readable(directory, "state", shapes, texts)
       if self._verify:
         write_sums(directory)
     except (CheckpointError, FileNotFoundError):
@@ -252,7 +252,9 @@ class Checkpoints:
   def _has(self, step: int, item: str) -> bool:
     return (self.directory / str(step) / item).is_dir()
 
-  def _compare(self, step: int, arrays: Any, texts: Mapping[str, Any] | None = None) -> None:
+  def _compare(
+    self, step: int, contents: digests.Contents, texts: Mapping[str, Any] | None = None
+  ) -> None:
     """Compares what was read with what was to be written, of checkpoints since there are digests.
 
     Errors: UnusableError."""
@@ -260,10 +262,12 @@ class Checkpoints:
       return
     recorded: Any = None
     with contextlib.suppress(ValueError):
-      recorded = read_text(self.directory / str(step) / "digests")
+      recorded = reading.read_text(self.directory / str(step) / "digests")
     if misfit(recorded, digests.DIGEST_KINDS):
       raise recovery.UnusableError("its digests are not readable")
-    if name := digests.difference(recorded, arrays, texts):
+    if recorded.get("step", step) != step:  # not there before it was recorded
+      raise recovery.UnusableError(f"it was saved as {recorded['step']}, and renamed")
+    if name := digests.difference(recorded, contents.digests, texts):
       raise recovery.UnusableError(f"{name} is not what was saved: its digest differs")
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
@@ -293,4 +297,4 @@ class Checkpoints:
 
   def _check_structure(self, step: int, state: Any, part: str = "") -> None:
     stored = self._manager.item_metadata(step)["state"]
-    check_structure(self.directory / str(step), stored, state, part)
+    reading.check_structure(self.directory / str(step), stored, state, part)

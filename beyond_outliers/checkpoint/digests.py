@@ -5,7 +5,7 @@ with the arrays, that what is read is what was to be written. A digest is a sum 
 modulo 2^32, of a hash of an element's bits and its place: the same on every mesh, whatever the
 order, and never the same where one element differs; where more do, but for one case in 2^32.
 
-What is not finite is neither saved nor gone on from.
+The same pass finds what is not finite, which is neither saved nor gone on from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +29,34 @@ from beyond_outliers.types import Json
 DIGEST_KINDS = {"arrays": dict, "texts": dict}
 
 
-def record(arrays: Any, texts: Mapping[str, Any]) -> Json:
-  """What a checkpoint of these arrays and of texts, which are JSON, keeps to be compared with."""
-  return {
-    "arrays": of_arrays(arrays),
-    "texts": {name: digest(text) for name, text in texts.items()},
-  }
+class Contents(NamedTuple):
+  """What one pass over the bits of a tree of arrays tells.
+
+  digests: {path: digest}, in hexadecimal; of an optimizer's blocks one per block. not_finite: path
+  of the first array with a NaN or an infinity, or nothing; what an optimizer's state tells of its
+  roots may hold one."""
+
+  digests: dict[str, str | list[str]]
+  not_finite: str
 
 
-def difference(recorded: Json, arrays: Any, texts: Mapping[str, Any] | None = None) -> str:
-  """The first array or text that is not what was recorded, or nothing. arrays: some of those that
-  were; texts: all, unless None are compared."""
+def record(of_arrays: Mapping[str, Any], texts: Mapping[str, Any]) -> Json:
+  """What a checkpoint of arrays with these digests and of texts, which are JSON, keeps to be
+  compared with."""
+  return {"arrays": dict(of_arrays), "texts": {name: digest(text) for name, text in texts.items()}}
+
+
+def difference(
+  recorded: Json, of_arrays: Mapping[str, Any], texts: Mapping[str, Any] | None = None
+) -> str:
+  """The first array or text that is not what was recorded, or nothing. of_arrays: digests of some
+  of those that were; texts: all, unless None are compared."""
   if texts is not None:
     now = {name: digest(text) for name, text in texts.items()}
     for name in sorted(recorded["texts"].keys() | now.keys()):
       if now.get(name) != recorded["texts"].get(name):
         return name
-  for path, found in of_arrays(arrays).items():
+  for path, found in of_arrays.items():
     written = recorded["arrays"].get(path)
     if isinstance(found, list) and isinstance(written, list):
       # Behind the blocks that both hold, padding was cut or grown.
@@ -55,69 +66,62 @@ def difference(recorded: Json, arrays: Any, texts: Mapping[str, Any] | None = No
   return ""
 
 
-def of_arrays(tree: Any) -> dict[str, Any]:
-  """{path: digest} of a tree of arrays, in hexadecimal; of an optimizer's blocks one per block.
-
-  Where several processes share the arrays, all call this."""
-  sums = _run(_sums, tree, frozenset(blocks.block_paths(tree)))
-  return {
-    path: f"{x:08x}" if x.ndim == 0 else [f"{row:08x}" for row in x] for path, x in sums.items()
+def examine(tree: Any) -> Contents:
+  """Where several processes share the arrays, all call this."""
+  program, found, in_blocks = _program(tree)
+  examined = jax.device_get(program(found, in_blocks))
+  digests = {
+    path: f"{x:08x}" if x.ndim == 0 else [f"{row:08x}" for row in x]
+    for path, (x, _) in examined.items()
   }
-
-
-def first_not_finite(tree: Any) -> str:
-  """Path of the first array with a NaN or an infinity, or nothing; what an optimizer's state tells
-  of its roots may hold one. Where several processes share the arrays, all call this."""
-  flags = _run(_are_finite, tree, frozenset(metrics.paths_of_state(tree)))
-  return min((path for path, finite in flags.items() if not finite), default="")
+  bad = {path for path, (_, flags) in examined.items() if flags.any()}
+  return Contents(digests, min(bad.difference(metrics.paths_of_state(tree)), default=""))
 
 
 def precompile(tree: Any) -> None:
-  """Compiles what both run. tree: ShapeDtypeStructs with shardings."""
-  for function, paths in ((_sums, blocks.block_paths), (_are_finite, metrics.paths_of_state)):
-    program, found = _program(function, tree)
-    # jit, asked for the same, does not compile it again.
-    program.lower(found, frozenset(paths(tree))).compile()
+  """Compiles what `examine` runs. tree: ShapeDtypeStructs with shardings."""
+  program, found, in_blocks = _program(tree)
+  program.lower(found, in_blocks).compile()  # jit, asked for the same, does not compile it again
 
 
-def _run(function: Any, tree: Any, paths: frozenset[str]) -> dict[str, Any]:
-  program, found = _program(function, tree)
-  return jax.device_get(program(found, paths))
-
-
-def _program(function: Any, tree: Any) -> tuple[Any, dict[str, Any]]:
-  """(the function, jitted, its first argument: arrays by path)."""
+def _program(tree: Any) -> tuple[Any, dict[str, Any], frozenset[str]]:
+  """(_examined, jitted, its arguments: arrays by path, paths of those in blocks)."""
   found = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   shardings = (getattr(x, "sharding", None) for x in found.values())
   meshes: list[Any] = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
-  return _jitted(function, mesh.replicated(meshes[0]) if meshes else None), found
+  everywhere = mesh.replicated(meshes[0]) if meshes else None
+  return _jitted(everywhere), found, frozenset(blocks.block_paths(tree))
 
 
 @functools.cache
-def _jitted(function: Any, everywhere: NamedSharding | None) -> Any:
-  return jax.jit(function, static_argnums=1, out_shardings=everywhere)
+def _jitted(everywhere: NamedSharding | None) -> Any:
+  return jax.jit(_examined, static_argnums=1, out_shardings=everywhere)
 
 
-def _are_finite(found: Mapping[str, jax.Array], left_out: frozenset[str]) -> dict[str, jax.Array]:
-  return {
-    path: jnp.isfinite(x).all()
-    for path, x in found.items()
-    if path not in left_out and jnp.issubdtype(x.dtype, jnp.inexact)
-  }
+def _examined(
+  found: Mapping[str, jax.Array], in_blocks: frozenset[str]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+  return {path: _examine(x, by_row=path in in_blocks) for path, x in found.items()}
 
 
-def _sums(found: Mapping[str, jax.Array], in_blocks: frozenset[str]) -> dict[str, jax.Array]:
-  return {path: _sum(x, by_row=path in in_blocks) for path, x in found.items()}
-
-
-def _sum(x: jax.Array, *, by_row: bool) -> jax.Array:
-  """uint32; by_row: one for every index of the first axis."""
+@functools.partial(jax.jit, static_argnames="by_row")  # many are alike, and traced once
+def _examine(x: jax.Array, *, by_row: bool) -> tuple[jax.Array, jax.Array]:
+  """(uint32, whether something is not finite); by_row: one for every index of the first axis."""
   words = _words(x)
   place = np.uint32(zlib.crc32(str(x.dtype).encode()))
   for axis, length in enumerate(words.shape):
     along = _hash(jax.lax.iota(jnp.uint32, length) + np.uint32(axis << 28))
     place = place + jnp.expand_dims(along, [i for i in range(words.ndim) if i != axis])
-  return jnp.sum(_hash(words + place), range(by_row, words.ndim), dtype=jnp.uint32)
+  bad = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
+  bad = jnp.broadcast_to(jnp.expand_dims(bad, range(bad.ndim, words.ndim)), words.shape)
+  # One reduction: XLA makes one loop of it, on CPUs of a fourth of the time of the sum alone.
+  return jax.lax.reduce(
+    (_hash(words + place), bad), (np.uint32(0), np.False_), _merged, range(by_row, words.ndim)
+  )
+
+
+def _merged(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
+  return one[0] + other[0], one[1] | other[1]
 
 
 def _hash(x: jax.Array) -> jax.Array:

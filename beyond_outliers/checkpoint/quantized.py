@@ -26,7 +26,7 @@ def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
     raise CheckpointError(f"{directory}: is there already; remove it or choose another")
   tensors, description = quant.storage.pack_model(q)
   texts = {"description": description}
-  texts["digests"] = digests.record(tensors, texts)
+  texts["digests"] = digests.record(digests.examine(tensors).digests, texts)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
     writer.save(
       directory,
@@ -62,7 +62,7 @@ def load_quantized(directory: PathLike) -> quant.QuantizedModel:
   tensors, description = params_lib.leaves_by_path(items.tensors), items.description
   if "digests" in texts:
     problem = misfit(items.digests, digests.DIGEST_KINDS) or digests.difference(
-      items.digests, tensors, {"description": description}
+      items.digests, digests.examine(tensors).digests, {"description": description}
     )
     if problem:
       raise CheckpointError(damaged(f"{problem} is not what was saved: its digest differs"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,14 @@ from beyond_outliers import params as params_lib
 from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
+
+STEP = re.compile(r"0|[1-9][0-9]*")  # name of a committed checkpoint's folder
+
+
+def committed_steps(directory: epath.Path) -> list[int]:
+  """Steps of the checkpoints in a folder; of other folders there, such as a copy `old_24`, none."""
+  found = directory.iterdir() if directory.is_dir() else ()
+  return [int(path.name) for path in found if STEP.fullmatch(path.name) and path.is_dir()]
 
 
 def check_readable(

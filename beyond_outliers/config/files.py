@@ -84,6 +84,16 @@ def is_locked(path: PathLike) -> bool:
   return False
 
 
+def is_elsewhere(opened: int, path: PathLike) -> bool:
+  """Whether what was opened at a path no longer lies there; no, where nobody can tell now."""
+  try:
+    return not os.path.samestat(os.stat(path), os.fstat(opened))
+  except (FileNotFoundError, NotADirectoryError):
+    return True
+  except OSError:
+    return False
+
+
 def misfit(value: Any, kinds: Mapping[str, Any]) -> str:
   """Why a value read from JSON is no object with values of these `kinds`, {dotted key: type};
   empty if it is one."""

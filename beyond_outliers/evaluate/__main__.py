@@ -220,7 +220,7 @@ def evaluate() -> bool:
   evaluated = evaluate_steps(job, steps)
   evaluator.close()
   results = evaluator.results(evaluated)
-  if not results:
+  if not results and not job.failed:
     raise CheckpointError(
       f"{target.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
     )
@@ -229,7 +229,8 @@ def evaluate() -> bool:
   if JSON.value:
     print(json.dumps({"cells": results, "skipped": job.skipped}))
   else:
-    print(results_table(results))
+    if results:
+      print(results_table(results))
     for step, reasons in job.skipped.items():
       print("\n".join(f"step {step} skipped: {reason}" for reason in reasons))
   return job.failed

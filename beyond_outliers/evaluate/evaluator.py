@@ -93,8 +93,8 @@ class Evaluator:
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
     """Measures one cell, or its tasks that are missing, and writes them.
 
-    Errors: TaskError once all else is written; DataError for damaged data; any that a method
-    raises."""
+    Errors: TaskError once all else is written; DataError for damaged data; WriteError; any that a
+    method raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)
@@ -140,11 +140,13 @@ class Evaluator:
     ask, failed = self._suite.asked_of(model, model_params), {}
     for task in self._tasks_missing(step, cell):
       try:
-        self._write(step, cell, self._task_settings(cell, task), ask(task))
+        scores = ask(task)
       except Exception as error:  # whatever a task of others raises
         self.target.text.dataset.sums.check()
         processes.raise_alone(error)
         failed[task.name] = error
+      else:
+        self._write(step, cell, self._task_settings(cell, task), scores)
     return failed
 
   def _show_on_tensorboard(self, step: int, cell: Cell, result: Result) -> None:

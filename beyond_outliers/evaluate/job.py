@@ -15,7 +15,7 @@ from beyond_outliers.config.files import is_locked
 from beyond_outliers.errors import CheckpointError, ConfigError
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell
-from beyond_outliers.evaluate.results import Result
+from beyond_outliers.evaluate.results import Result, WriteError
 from beyond_outliers.evaluate.table import shown
 from beyond_outliers.evaluate.target import Target
 from beyond_outliers.mesh import processes
@@ -110,7 +110,7 @@ class Watch:
 
 class Job:
   """Checkpoint after checkpoint of a target through an `Evaluator`; those that cannot be read are
-  reported and left alone. Errors: DataError for damaged data."""
+  reported and left alone. Errors: DataError for damaged data; WriteError."""
 
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
@@ -187,6 +187,8 @@ class Job:
     start = time.perf_counter()
     try:
       result = self._evaluator.measure(step, params, cell)
+    except WriteError:
+      raise
     # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
     except Exception as error:
       self._target.text.dataset.sums.check()  # damaged data are every cell's

@@ -44,6 +44,10 @@ def warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
+class WriteError(OSError):
+  """A result that could not be written: no other could be, either."""
+
+
 class ResultStore:
   """Results of any models, in one folder.
 
@@ -66,7 +70,15 @@ class ResultStore:
     return found if found is not None and found["settings"] == settings else None
 
   def write(self, step: int, recipe: str, method: str, settings: Json, found: Result) -> None:
-    self._workdir.write(file_name(step, recipe, method, settings), found)
+    """Errors: WriteError."""
+    name = file_name(step, recipe, method, settings)
+    try:
+      self._workdir.write(name, found)
+    except OSError as error:
+      raise WriteError(
+        f"{self.path / name} could not be written ({error.strerror or error}); what is measured is "
+        "in that folder: free what is short, and give the same command"
+      ) from error
 
   def cells(self) -> list[Result]:
     """Every cell with its tasks; see `joined`. As `read`."""
@@ -87,6 +99,8 @@ class ResultStore:
   def _load(self, path: epath.Path) -> Result | None:
     try:
       found: Any = read_json(path, WorkdirError, "it may be removed")
+    except FileNotFoundError:  # gone since it was listed
+      return None
     except WorkdirError as error:
       self._say(f"{path} holds no result of an evaluation job, and counts for none ({error})")
       return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -108,11 +109,16 @@ def last_words(write: Callable[[str], None]) -> Iterator[None]:
 def reason_of(error: BaseException) -> str:
   """What ends a run: the error, and the process that is gone where a collective fails for that."""
   found = f"{type(error).__name__}: {error}"
-  # A collective that fails comes as ValueError where its result is read rather than awaited.
-  collective = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
-  if _peers is None or not collective or isinstance(error, Refusal):
-    return found
-  return _peers.without_one(found)
+  return _peers.without_one(found) if _peers is not None and _may_be_of_another(error) else found
+
+
+def _may_be_of_another(error: BaseException | None) -> bool:
+  """Whether it, or what it was raised from, can be a collective or a barrier that fails: awaited,
+  it comes as JaxRuntimeError, as ValueError where a result is read, from Orbax as TimeoutError."""
+  kinds = jax.errors.JaxRuntimeError | ValueError | TimeoutError
+  if error is None or isinstance(error, Refusal):
+    return False
+  return isinstance(error, kinds) or _may_be_of_another(error.__cause__)
 
 
 def leave(error: BaseException) -> NoReturn:
@@ -123,10 +129,11 @@ def leave(error: BaseException) -> NoReturn:
     raise error
   if isinstance(error, Refusal):
     _tell(f"error: {error}\n")
-  else:
-    _tell("".join(traceback.format_exception(error)))
-  name = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
-  _peers.leave(REFUSED if isinstance(error, Refusal) else FAILED, f"{name}{error}")
+    _peers.leave(REFUSED, str(error))
+  _tell("".join(traceback.format_exception(error)))
+  reason = reason_of(error)
+  _tell(f"error: {reason}\n")
+  _peers.leave(FAILED, reason)
 
 
 def end(code: int) -> NoReturn:
@@ -220,6 +227,7 @@ class Peers:
     if self.write is not None:
       self.write(reason)
 
+  @functools.cache  # noqa: B019  (there is one of it; and it takes seconds to find out)
   def without_one(self, found: str) -> str:
     """What went wrong, behind the name of a process that gives no sign of life, if one doesn't."""
     time.sleep(4 * POLL_SECONDS)  # its last may be of just now

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from beyond_outliers import cli, config, hardware, mesh
+from beyond_outliers.errors import NotFiniteError
 from beyond_outliers.train.loop import Clock, Stop, due
 from beyond_outliers.train.program import Statistics
 from beyond_outliers.train.step import TrainState
@@ -202,17 +203,18 @@ class Save:
     if lasting or self._is_time(step):
       with self._clock.paused(metrics):
         self._before()  # a run resumed from here must not miss the row of this step
-        if path := self._checkpoints.first_not_finite(state):
-          reason = f"{path} is not finite, and is not saved; --from_step goes back to before"
-          raise Stop("diverged", step, reason)
-        self._checkpoints.save(
-          step,
-          state,
-          self._data_state(),
-          {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
-          self._record() if self._record else None,
-          temporary=not lasting,
-        )
+        try:
+          self._checkpoints.save(
+            step,
+            state,
+            self._data_state(),
+            {"seconds": self._clock.seconds(), "tokens": float(step * self._tokens)},
+            self._record() if self._record else None,
+            temporary=not lasting,
+          )
+        except NotFiniteError as error:
+          reason = f"{error}; --from_step goes back to before"
+          raise Stop("diverged", step, reason) from error
         if preempted:
           self._checkpoints.wait()
       self._saved = time.monotonic()

@@ -14,8 +14,12 @@ DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int32", "int8", "int4", "uint
 VALUES = np.random.default_rng(0).normal(scale=3.0, size=(8, 16))
 
 
+def of_arrays(tree):
+  return digests.examine(tree).digests
+
+
 def of(x):
-  (found,) = digests.of_arrays({"x": x}).values()
+  (found,) = of_arrays({"x": x}).values()
   return found
 
 
@@ -61,8 +65,8 @@ def test_one_element_never_goes_unnoticed():
   rows = np.zeros((256, 9), np.uint8)
   rows[:, 4] = np.arange(256)
   # The difference of a row's digest from that of zeros is of this element alone.
-  (found,) = digests.of_arrays(blockwise.first_state({"9": rows})._replace(count=None)).values()
-  (zeros,) = digests.of_arrays(blockwise.first_state({"9": 0 * rows})._replace(count=None)).values()
+  (found,) = of_arrays(blockwise.first_state({"9": rows})._replace(count=None)).values()
+  (zeros,) = of_arrays(blockwise.first_state({"9": 0 * rows})._replace(count=None)).values()
   moved = {(int(a, 16) - int(b, 16)) % 2**32 for a, b in zip(found, zeros, strict=True)}
   assert len(moved) == 256
 
@@ -72,13 +76,13 @@ def test_one_element_never_goes_unnoticed():
 def test_what_is_not_finite_is_found_but_in_what_is_told_of_roots(name, value):
   params = {"w": jnp.ones((4, 6), jnp.bfloat16)}
   state = {"params": params, "opt_state": optim.OPTIMIZERS[name](1e-2).init(params)}
-  assert digests.first_not_finite(state) == ""
+  assert digests.examine(state).not_finite == ""
   broken = []
   leaves, tree = jax.tree.flatten(state)
   for i, x in enumerate(leaves):
     if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact):
       changed = [*leaves[:i], x.at[(-1,) * x.ndim].set(value), *leaves[i + 1 :]]
-      broken.append(digests.first_not_finite(tree.unflatten(changed)))
+      broken.append(digests.examine(tree.unflatten(changed)).not_finite)
   found = sorted(path for path in broken if path)
   everything = {
     params_lib.path_of(path)
@@ -94,20 +98,35 @@ def test_it_is_the_same_on_every_mesh(devices):
   tree = {"w": jnp.asarray(VALUES, jnp.float32), "count": jnp.int32(7)}
   grid = mesh.make_mesh(config.Mesh(1, devices // 2, 2), jax.devices()[:devices])
   split = jax.sharding.NamedSharding(grid, jax.sharding.PartitionSpec("fsdp", "model"))
-  placed = jax.device_put(tree, {"w": split, "count": mesh.replicated(grid)})
-  assert digests.of_arrays(placed) == digests.of_arrays(tree)
+  where = {"w": split, "count": mesh.replicated(grid)}
+  assert digests.examine(jax.device_put(tree, where)) == digests.examine(tree)
+  broken = {**tree, "w": tree["w"].at[6, 3].set(jnp.inf)}
+  assert digests.examine(jax.device_put(broken, where)) == digests.examine(broken)
+  assert digests.examine(broken).not_finite == "w"
 
 
 def test_of_blocks_the_padding_may_differ_and_nothing_else():
   def state(blocks):
     return {"opt_state": blockwise.first_state({"16": jnp.asarray(blocks)})}
 
-  recorded = digests.record(state(VALUES), {})
+  recorded = digests.record(of_arrays(state(VALUES)), {})
   padded = np.concatenate([VALUES, np.ones((3, 16))])
-  assert not digests.difference(recorded, state(padded))
-  assert not digests.difference(recorded, state(VALUES[:6])), "were the last two padding"
+  assert not digests.difference(recorded, of_arrays(state(padded)))
+  assert not digests.difference(recorded, of_arrays(state(VALUES[:6]))), "were the last two padding"
   padded[5, 3] += 1
-  assert digests.difference(recorded, state(padded)) == "opt_state/blocks/16"
+  assert digests.difference(recorded, of_arrays(state(padded))) == "opt_state/blocks/16"
+
+
+def test_it_is_what_it_was_when_older_checkpoints_were_written():
+  tree = {
+    "opt_state": blockwise.first_state({"16": jnp.arange(24, dtype=jnp.float32).reshape(2, 3, 4)}),
+    "w": jnp.arange(12, dtype=jnp.bfloat16).reshape(3, 4),
+  }
+  assert of_arrays(tree) == {
+    "opt_state/blocks/16": ["289b9c31", "e6e25631"],
+    "opt_state/count": "4418f2e9",
+    "w": "ad419ed6",
+  }
 
 
 def test_texts_are_compared_as_json_and_none_may_be_missing():

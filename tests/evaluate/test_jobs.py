@@ -602,6 +602,23 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   assert next(events, None) is None
 
 
+def test_a_result_that_cannot_be_written_ends_the_job():
+  """On a full disk, for instance, what is measured next would be lost, too."""
+  cells, measured = [Cell("none", "none"), Cell("rtn_w4a4", "rtn")], []
+
+  def measure(step, params, cell):
+    measured.append(cell)
+    raise results.WriteError("no space")
+
+  target = types.SimpleNamespace(params=lambda step: {})
+  evaluator = types.SimpleNamespace(
+    make_folder=lambda: None, missing=lambda step: cells, measure=measure
+  )
+  with pytest.raises(results.WriteError):
+    job_lib.Job(target, evaluator, job_lib.Progress()).once([1])
+  assert measured == cells[:1]
+
+
 def test_following_ends_once_the_steps_that_are_wanted_are_done():
   """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and
   one comes later."""

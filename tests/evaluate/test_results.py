@@ -1,9 +1,12 @@
 """Files of results: what is no result is named once, and counts as missing."""
 
+import contextlib
 import json
+import pathlib
 
 import pytest
 
+from beyond_outliers import workdir
 from beyond_outliers.evaluate import results, table
 
 IDENTITY = ("step", "recipe", "method", "settings")
@@ -88,6 +91,20 @@ def test_scores_come_with_their_standard_error_and_their_examples(tmp_path):
     "examples of 2 none none: piqa 9 of 10 (test)",
     "examples of 2 none rtn: piqa 10 (test, 2 without their beginning)",
   ]
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_a_disk_that_is_full_is_told_with_the_file_and_the_remedy(tmp_path, monkeypatch):
+  store = results.ResultStore(tmp_path)
+  full = contextlib.nullcontext(pathlib.Path("/dev/full"))
+  monkeypatch.setattr(workdir.file_sums, "replaced", lambda *_: full)
+  with pytest.raises(results.WriteError, match=rf"{tmp_path}/2-none-.*No space .*the same command"):
+    write(store, CELL)
+
+
+def test_a_file_that_is_gone_since_it_was_listed_is_no_result(tmp_path):
+  (tmp_path / "1-none-none-01234567.json").symlink_to("nowhere")
+  assert results.ResultStore(tmp_path).cells() == []
 
 
 def test_an_altered_number_and_a_result_in_anothers_place_count_as_missing(tmp_path):

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src import compiler, distributed
 
 from beyond_outliers import cli, hardware
 from beyond_outliers.train import loop
@@ -144,6 +145,7 @@ def _train(arguments: list[str], log: str, illness: Illness | None) -> None:
   os.chdir(ROOT)
   signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though the suite be started by nohup
   hardware.measure_matmul = lambda dtype: 1e12  # a second of work, of which no number is compared
+  compiler._cache_write = _write_of_every_process
   fit = loop.fit
 
   def slow_fit(step_fn, state, batches, hooks, num_steps):
@@ -170,6 +172,20 @@ def _train(arguments: list[str], log: str, illness: Illness | None) -> None:
     cli.run_command(main.main)
   finally:
     atexit._run_exitfuncs()  # which a forked process leaves out
+
+
+_write = compiler._cache_write
+
+
+def _write_of_every_process(*compiled):
+  """JAX lets process 0 alone write into the cache of compiled programs, under names that on CPUs
+  are those of one process."""
+  state = distributed.global_state
+  number, state.process_id = state.process_id, 0
+  try:
+    _write(*compiled)
+  finally:
+    state.process_id = number
 
 
 def _with_nan(state, fraction):

@@ -4,13 +4,15 @@ import json
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import commands
 import numpy as np
 import pytest
 
-from beyond_outliers import runs
+from beyond_outliers import cli, runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 300
@@ -57,6 +59,28 @@ def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
   assert f"is in use by process {process.pid}" in second
   process.kill()
   process.communicate()
+
+
+# What a process does before it trains: it computes in C for minutes, as where XLA compiles.
+STARTING = """
+import hashlib
+from beyond_outliers import cli
+
+cli.end_when_asked()
+print("starting", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+@pytest.mark.parametrize("number", cli.STOP_SIGNALS)
+def test_asked_to_stop_before_it_trains_a_run_ends_at_once(number):
+  process = subprocess.Popen(
+    [sys.executable, "-c", STARTING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "starting\n"
+  process.send_signal(number)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 42 and said.count("\n") == 1 and "asked to stop" in said
 
 
 @pytest.mark.slow

@@ -175,16 +175,23 @@ def test_a_collective_that_fails_for_want_of_a_process_names_it():
     "import jax\n"
     "processes.POLL_SECONDS = 0.01\n"
     "processes.Peers._look = lambda self: None\n"
-    "lost = jax.errors.JaxRuntimeError('Connection reset by peer')\n"
-    "read = ValueError('UNKNOWN: Gloo AllGather failed')  # where a result is read\n"
-    "print(processes.reason_of(lost))\n"
+    "reset = 'Connection reset by peer'\n"
+    "barrier, unwritten = TimeoutError('a barrier'), OSError('could not be written')\n"
+    "unwritten.__cause__ = barrier  # Orbax's, of a save\n"
+    "print(processes.reason_of(jax.errors.JaxRuntimeError(reset)))\n"
     "processes._peers = processes.Peers(None, 0, 3)\n"
-    "print(processes.reason_of(lost))\n"
-    "print(processes.reason_of(read))\n"
-    "print(processes.reason_of(OSError('no space')))"
+    "print(processes.reason_of(OSError('no space')))\n"
+    "print(processes.reason_of(jax.errors.JaxRuntimeError(reset)))\n"
+    "print(processes.reason_of(ValueError('Gloo AllGather failed')))  # where a result is read\n"
+    "print(processes.reason_of(barrier))\n"
+    "print(processes.reason_of(unwritten), flush=True)\n"
+    "processes.leave(ValueError('in an evaluation'))"
   )
-  said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-  alone, lost, read, own = said.splitlines()
+  ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  alone, own, *lost = ended.stdout.splitlines()
   assert alone == "JaxRuntimeError: Connection reset by peer" and own == "OSError: no space"
-  assert lost.startswith("process 1 of 3 was killed") and lost.endswith(alone)
-  assert read.startswith("process 1 of 3 was killed") and read.endswith("AllGather failed")
+  lost.append(ended.stderr.splitlines()[-1].removeprefix("error: "))
+  assert [each.startswith("process 1 of 3 was killed") for each in lost] == 5 * [True], lost
+  ends = [alone, "AllGather failed", ": a barrier", "could not be written", "in an evaluation"]
+  assert all(each.endswith(end) for each, end in zip(lost, ends, strict=True)), lost
+  assert ended.returncode == 1

@@ -363,9 +363,7 @@ def test_temporary_checkpoints_come_by_time_at_rows_of_the_log(monkeypatch):
   now, saved = [0.0], {}
   monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
   keep = types.SimpleNamespace(
-    check=lambda: None,
-    first_not_finite=lambda state: "",
-    save=lambda step, *_, temporary: saved.update({step: temporary}),
+    check=lambda: None, save=lambda step, *_, temporary: saved.update({step: temporary})
   )
   options = dataclasses.replace(OPTIONS, every=20, every_minutes=0.5)
   save = make_save(keep, 50, options=options, rows_every=3)
