@@ -56,13 +56,14 @@ code=$?
 case $code in
 {ends}
 esac
-exit "$code"
+{last}exit "$code"
 """
 AGAIN = """\
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last one's SLURM_JOB_ID is the whole array's
 again() {
   if scontrol show job "$task" | grep -q JobState=RUNNING; then
     echo "exit code $code: queued again"
+    queued=yes
     scontrol requeue "$task"
   fi # else it was cancelled
 }"""
@@ -71,6 +72,14 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPU
 ENDS = """\
   42) again ;; # it was asked to stop, and saved
   3) code=0 ;; # it diverged, which is a result: what waits for it may go on"""
+ALONE = """\
+case $code${{queued:-}} in
+  0 | 42 | *yes) ;;
+  *) # the evaluation beside it would wait for more
+    squeue --me --noheader --array --format=%i --name={evaluations} |
+      grep "_$SLURM_ARRAY_TASK_ID\\$" | xargs --no-run-if-empty scancel ;;
+esac
+"""
 RESTART = """\
   0 | 2) ;;
   *)
@@ -82,7 +91,11 @@ RESTART = """\
 def scripts(listed: Sequence[jobs.Job], options: Options) -> dict[str, str]:
   """{kind: batch script of all jobs of that kind, an array with a task for each}."""
   kinds = dict.fromkeys(job.kind for job in listed)
-  return {kind: _script([job for job in listed if job.kind == kind], options) for kind in kinds}
+  beside = any(job.kind == "evaluate" and not job.after for job in listed)
+  return {
+    kind: _script([job for job in listed if job.kind == kind], options, kind == "train" and beside)
+    for kind in kinds
+  }
 
 
 def submissions(listed: Sequence[jobs.Job], ended: Collection[str]) -> list[Submission]:
@@ -115,7 +128,8 @@ def command(submission: Submission, options: Options, ids: Sequence[str]) -> lis
   return [*words, os.path.join(options.folder, "slurm", f"{submission.kind}.sh")]
 
 
-def _script(same: Sequence[jobs.Job], options: Options) -> str:
+def _script(same: Sequence[jobs.Job], options: Options, followed: bool) -> str:
+  """followed: there is an evaluation beside each, in a task of the same number."""
   job = same[0]
   train = job.kind == "train"
   nodes, tasks = (options.nodes, options.tasks_per_node) if train else (1, 1)
@@ -160,6 +174,7 @@ def _script(same: Sequence[jobs.Job], options: Options) -> str:
     srun="".join(f" {shlex.quote(word)}" for word in srun),
     command=shlex.join([*inside, options.python, "-m", job.module]),
     ends="\n".join(ends),
+    last=ALONE.format(evaluations=shlex.quote(f"{options.title}-evaluate")) if followed else "",
   )
 
 
