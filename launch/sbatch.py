@@ -63,8 +63,8 @@ task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last one's SLURM_JOB_ID is
 again() {
   if scontrol show job "$task" | grep -q JobState=RUNNING; then
     echo "exit code $code: queued again"
-    queued=yes
     scontrol requeue "$task"
+    exit "$code"
   fi # else it was cancelled
 }"""
 CPUS = """\
@@ -73,8 +73,8 @@ ENDS = """\
   42) again ;; # it was asked to stop, and saved
   3) code=0 ;; # it diverged, which is a result: what waits for it may go on"""
 ALONE = """\
-case $code${{queued:-}} in
-  0 | 42 | *yes) ;;
+case $code in
+  0 | 42) ;;
   *) # the evaluation beside it would wait for more
     squeue --me --noheader --array --format=%i --name={evaluations} |
       grep "_$SLURM_ARRAY_TASK_ID\\$" | xargs --no-run-if-empty scancel ;;
@@ -86,6 +86,9 @@ RESTART = """\
     failures={failures}_$task
     echo "$code" >> "$failures"
     if [ "$(wc -l < "$failures")" -le {restarts} ]; then again; fi ;;"""
+
+
+ENROOT_SCHEMES = ("dockerd", "podman")  # which Apptainer has not
 
 
 def scripts(listed: Sequence[jobs.Job], options: Options) -> dict[str, str]:
@@ -200,10 +203,16 @@ def _container(options: Options) -> tuple[list[str], list[str]]:
   image, seen = options.container, (options.clone, options.folder)
   if not image:
     return [], []
+  scheme, separator, _ = image.partition("://")
+  apptainer = image.endswith(".sif") or (separator and scheme not in ENROOT_SCHEMES)
+  # In pyxis's mounts, which are lines of an fstab, spaces separate fields.
+  separators, forbidden = (", and :", "[,:]") if apptainer else (", : and spaces", r"[,:\s]")
   for path in seen:
-    if re.search("[,:]", path):
-      raise ConfigError(f"--container: {path} cannot be seen in it; take a path without , and :")
-  if image.endswith(".sif") or "://" in image:
+    if re.search(forbidden, path):
+      raise ConfigError(
+        f"--container: {path} cannot be seen in it; take a path without {separators}"
+      )
+  if apptainer:
     binds = [word for path in seen for word in ("--bind", path)]
     return [], ["apptainer", "exec", "--nv", *binds, "--pwd", options.clone, image]
   mounts = ",".join(f"{path}:{path}" for path in seen)

@@ -12,7 +12,7 @@ import commands
 import pytest
 
 from beyond_outliers.errors import ConfigError
-from launch import jobs, sbatch
+from launch import jobs, sbatch, slurm
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOSTILE = "a b'c\"d$(touch pwned)\n`touch pwned`;é\\n*"
@@ -192,15 +192,23 @@ def test_in_a_container_of_apptainer(tmp_path, image):
 
 
 def test_in_a_container_of_pyxis(tmp_path):
-  given = options(tmp_path, folder="/a b", container="nvcr.io#nvidia/jax:1")
+  given = options(tmp_path, folder="/a", container="nvcr.io#nvidia/jax:1")
   _, arguments, _ = run_script(sbatch.scripts(sweep(), given)["train"], tmp_path, 0)
   assert arguments[1:4] == [
     "--container-image=nvcr.io#nvidia/jax:1",
-    f"--container-mounts={tmp_path}:{tmp_path},/a b:/a b",
+    f"--container-mounts={tmp_path}:{tmp_path},/a:/a",
     f"--container-workdir={tmp_path}",
   ]
-  with pytest.raises(ConfigError, match="without , and :"):
-    sbatch.scripts(sweep(), options(tmp_path, folder="/a,b", container="x"))
+  for folder in ("/a,b", "/a b"):
+    with pytest.raises(ConfigError, match="without , : and spaces"):
+      sbatch.scripts(sweep(), options(tmp_path, folder=folder, container="dockerd://x"))
+
+
+def test_an_image_in_a_file_is_no_name_of_a_registry(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "jax.sqsh").touch()
+  assert slurm._image("jax.sqsh") == str(tmp_path / "jax.sqsh")
+  assert slurm._image("nvcr.io#nvidia/jax:1") == "nvcr.io#nvidia/jax:1"
 
 
 def test_what_waits_for_what(tmp_path):
