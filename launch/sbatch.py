@@ -56,7 +56,7 @@ code=$?
 case $code in
 {ends}
 esac
-exit "$code"
+{last}exit "$code"
 """
 AGAIN = """\
 task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # the last one's SLURM_JOB_ID is the whole array's
@@ -64,6 +64,7 @@ again() {
   if scontrol show job "$task" | grep -q JobState=RUNNING; then
     echo "exit code $code: queued again"
     scontrol requeue "$task"
+    exit "$code"
   fi # else it was cancelled
 }"""
 CPUS = """\
@@ -71,6 +72,14 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPU
 ENDS = """\
   42) again ;; # it was asked to stop, and saved
   3) code=0 ;; # it diverged, which is a result: what waits for it may go on"""
+ALONE = """\
+case $code in
+  0 | 42) ;;
+  *) # the evaluation beside it would wait for more
+    squeue --me --noheader --array --format=%i --name={evaluations} |
+      grep "_$SLURM_ARRAY_TASK_ID\\$" | xargs --no-run-if-empty scancel ;;
+esac
+"""
 RESTART = """\
   0 | 2) ;;
   *)
@@ -79,10 +88,17 @@ RESTART = """\
     if [ "$(wc -l < "$failures")" -le {restarts} ]; then again; fi ;;"""
 
 
+ENROOT_SCHEMES = ("dockerd", "podman")  # which Apptainer has not
+
+
 def scripts(listed: Sequence[jobs.Job], options: Options) -> dict[str, str]:
   """{kind: batch script of all jobs of that kind, an array with a task for each}."""
   kinds = dict.fromkeys(job.kind for job in listed)
-  return {kind: _script([job for job in listed if job.kind == kind], options) for kind in kinds}
+  beside = any(job.kind == "evaluate" and not job.after for job in listed)
+  return {
+    kind: _script([job for job in listed if job.kind == kind], options, kind == "train" and beside)
+    for kind in kinds
+  }
 
 
 def submissions(listed: Sequence[jobs.Job], ended: Collection[str]) -> list[Submission]:
@@ -115,7 +131,8 @@ def command(submission: Submission, options: Options, ids: Sequence[str]) -> lis
   return [*words, os.path.join(options.folder, "slurm", f"{submission.kind}.sh")]
 
 
-def _script(same: Sequence[jobs.Job], options: Options) -> str:
+def _script(same: Sequence[jobs.Job], options: Options, followed: bool) -> str:
+  """followed: there is an evaluation beside each, in a task of the same number."""
   job = same[0]
   train = job.kind == "train"
   nodes, tasks = (options.nodes, options.tasks_per_node) if train else (1, 1)
@@ -160,6 +177,7 @@ def _script(same: Sequence[jobs.Job], options: Options) -> str:
     srun="".join(f" {shlex.quote(word)}" for word in srun),
     command=shlex.join([*inside, options.python, "-m", job.module]),
     ends="\n".join(ends),
+    last=ALONE.format(evaluations=shlex.quote(f"{options.title}-evaluate")) if followed else "",
   )
 
 
@@ -185,10 +203,16 @@ def _container(options: Options) -> tuple[list[str], list[str]]:
   image, seen = options.container, (options.clone, options.folder)
   if not image:
     return [], []
+  scheme, separator, _ = image.partition("://")
+  apptainer = image.endswith(".sif") or (separator and scheme not in ENROOT_SCHEMES)
+  # In pyxis's mounts, which are lines of an fstab, spaces separate fields.
+  separators, forbidden = (", and :", "[,:]") if apptainer else (", : and spaces", r"[,:\s]")
   for path in seen:
-    if re.search("[,:]", path):
-      raise ConfigError(f"--container: {path} cannot be seen in it; take a path without , and :")
-  if image.endswith(".sif") or "://" in image:
+    if re.search(forbidden, path):
+      raise ConfigError(
+        f"--container: {path} cannot be seen in it; take a path without {separators}"
+      )
+  if apptainer:
     binds = [word for path in seen for word in ("--bind", path)]
     return [], ["apptainer", "exec", "--nv", *binds, "--pwd", options.clone, image]
   mounts = ",".join(f"{path}:{path}" for path in seen)

@@ -57,7 +57,7 @@ def launch(argv: list[str]) -> None:
     lead=given.lead,
     restarts=given.restarts,
     python=_python(given.environment, given.container),
-    container=given.container,
+    container=_image(given.container),
     sbatch=_options("sbatch", given.sbatch),
     evaluate_sbatch=_options("evaluate_sbatch", given.evaluate_sbatch),
   )
@@ -77,6 +77,11 @@ def _python(environment: str, container: str) -> str:
   if environment:
     return os.path.join(os.path.abspath(environment), "bin", "python")
   return "python" if container else sys.executable
+
+
+def _image(container: str) -> str:
+  """A file with its whole path: pyxis takes names without a slash ahead for those of a registry."""
+  return os.path.abspath(container) if os.path.isfile(container) else container
 
 
 def _options(flag: str, text: str) -> tuple[str, ...]:

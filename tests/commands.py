@@ -4,6 +4,7 @@ its own."""
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -44,6 +45,12 @@ def answers(name, commands, after=""):
   )
   assert process.returncode == 0, process.stderr
   return json.loads(process.stdout)
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
 
 
 def start(module, *flags, **environment):

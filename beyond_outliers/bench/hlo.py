@@ -32,7 +32,10 @@ _BITS = {"pred": 8, "token": 0}  # of one element; other types' names hold it, a
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _OPERAND = re.compile(r"%([\w.\-]+)\)")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]+)\] ?\{([^}]+)\}")
+_MESH = re.compile(
+  r"replica_groups=mesh\[([^\]]+)\]"
+  r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]+)\}"
+)
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -154,21 +157,30 @@ def device_groups(one: Instruction) -> np.ndarray | None:
   and its receiver; None: all of them. Errors: ValueError for what is written in no known way."""
   line = one.start or one.line
   if iota := _IOTA.search(line):
-    shape, dimensions = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
-    numbers = np.arange(math.prod(dimensions)).reshape(dimensions)
-    return numbers.transpose(*map(int, iota[3].split(",")) if iota[3] else ()).reshape(shape)
+    return _transposed(iota[2], iota[3]).reshape(_integers(iota[1]))
   if listed := _LISTED.search(line):
     return np.array(json.loads("[" + listed[1].translate(str.maketrans("{}", "[]")) + "]"))
-  if mesh := _MESH.search(line):  # mesh['a'=2,'b'=4] {'b'}
+  if mesh := _MESH.search(line):  # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
     sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
-    among = mesh[2].replace(" ", "").split(",")
+    among = mesh[4].replace(" ", "").split(",")
     if set(among) <= set(sizes) and len(sizes) == mesh[1].count("="):
       order = [list(sizes).index(name) for name in sorted(sizes, key=lambda name: name in among)]
-      numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+      shape = tuple(sizes.values())
+      numbers = _transposed(mesh[2] or str(math.prod(shape)), mesh[3]).reshape(shape)
       return numbers.transpose(order).reshape(-1, math.prod(sizes[name] for name in among))
   if "replica_groups=" in line and "replica_groups={}" not in line:
     raise ValueError(f"groups of devices that are not understood: {line.strip()[:300]}")
   return None
+
+
+def _integers(written: str) -> tuple[int, ...]:
+  return tuple(map(int, written.split(",")))
+
+
+def _transposed(shape: str, order: str | None) -> np.ndarray:
+  """Devices numbered in an array of `shape`, whose axes are then in `order`."""
+  numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+  return numbers.transpose(_integers(order)) if order else numbers
 
 
 def sent(one: Instruction, group: int) -> float:

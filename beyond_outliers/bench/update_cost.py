@@ -37,6 +37,8 @@ STEADY = 4000  # a step long after the first
 COMPILER_OPTIONS: dict[str, Any] = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
+  # Which starts a compiler of its own for every fusion: of big programs most of the time.
+  "xla_cpu_use_fusion_emitters": False,
 }
 
 

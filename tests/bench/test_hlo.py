@@ -137,6 +137,8 @@ def test_bytes_that_a_device_sends_along_the_axes_of_a_mesh():
     ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=1,'b'=4], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2, 1, 3]]),
   ],
 )
 def test_the_groups_of_a_collective(written, groups):

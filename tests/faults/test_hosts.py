@@ -5,10 +5,10 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
+import commands
 import numpy as np
 import pytest
 
@@ -47,16 +47,10 @@ cli.run_command(importlib.import_module("beyond_outliers." + sys.argv.pop(1)).ma
 """
 
 
-def free_port():
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    return free.getsockname()[1]
-
-
 def together(processes, devices, *command, notes=os.devnull, flag="", **environment):
   """Output of process 0 of so many processes with so many devices; {index} stands in environments
   and in the flag --distributed, by default of this machine's."""
-  flag = flag or f"127.0.0.1:{free_port()},{processes},{{index}}"
+  flag = flag or f"127.0.0.1:{commands.free_port()},{processes},{{index}}"
   started = [
     subprocess.Popen(
       [
@@ -107,7 +101,7 @@ def restored_elsewhere(argument, tmp_path, first, others, at=10):
       f"--config.mesh.{name}={size}"
       for name, size in zip(("data", "fsdp", "model"), mesh, strict=True)
     ]
-    command = ("main", f"--config=configs/shampoo_qat.py:{argument}", f"--workdir={workdir}")
+    command = ("main", f"--config=configs/shampoo.py:{argument}", f"--workdir={workdir}")
     together(processes, devices, *command, *axes, *again, notes=notes)
     if number:
       assert noted(notes, "restored", at) == noted(tmp_path / "0.notes", "saved", at)
@@ -117,8 +111,9 @@ def restored_elsewhere(argument, tmp_path, first, others, at=10):
 
 @pytest.mark.slow
 def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp_path):
-  """Under four bits, with Shampoo, whose blocks are dealt anew to the devices. Sums in another
-  order round some activations to the next code, so that the losses are near, not equal."""
+  """With Shampoo, whose blocks are dealt anew to the devices, in full precision: others sum in
+  another order, and of four bits some activations round to the next code then. Roots, from step 20
+  on, make up to 6e-4 of it: factors of few gradients have eigenvalues below float32's rounding."""
   argument = tiny(
     **{
       "steps": 12,
@@ -127,8 +122,8 @@ def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp
       "model.blocks": 1,
       "model.heads": 4,
       "model.kv_heads": 2,
-      "model.d_head": 64,  # two rotation blocks of 128 numbers, one for each device of a model axis
-      "optimizer.learning_rate": 1e-4,
+      "model.d_head": 64,
+      "optimizer.learning_rate": 1e-3,
       "eval.every": 12,
     }
   )
@@ -136,7 +131,7 @@ def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp
   assert sorted(first) == list(range(1, 13))
   for other in others:
     np.testing.assert_allclose(
-      [other[i] for i in (11, 12)], [first[i] for i in (11, 12)], atol=5e-3
+      [other[i] for i in (11, 12)], [first[i] for i in (11, 12)], atol=1e-5
     )
 
 
@@ -152,7 +147,7 @@ def slurm(tasks):
     "LOCALID": "{index}",
   }
   found = {f"SLURM_{name}": value for name, value in names.items()}
-  return {**found, "JAX_COORDINATOR_PORT": str(free_port())}
+  return {**found, "JAX_COORDINATOR_PORT": str(commands.free_port())}
 
 
 @pytest.mark.slow

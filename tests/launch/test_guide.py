@@ -34,4 +34,4 @@ def test_what_is_shown_is_what_it_prints(command, output):
 
 def test_launchers_that_render_are_shown():
   launchers = {command.split()[2] for command, _ in SHOWN}
-  assert {"launch.gke", "launch.tpu"} <= launchers
+  assert {"launch.gke", "launch.slurm", "launch.tpu"} <= launchers

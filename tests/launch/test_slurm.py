@@ -1,5 +1,6 @@
 """Slurm's scripts, as Bash and sbatch take them, with stand-ins for srun and scontrol."""
 
+import dataclasses
 import os
 import pathlib
 import shlex
@@ -11,7 +12,7 @@ import commands
 import pytest
 
 from beyond_outliers.errors import ConfigError
-from launch import jobs, sbatch
+from launch import jobs, sbatch, slurm
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOSTILE = "a b'c\"d$(touch pwned)\n`touch pwned`;é\\n*"
@@ -120,6 +121,19 @@ def test_what_fails_is_requeued_as_often_as_asked_and_what_is_stopped_always(tmp
   assert run_script(never, tmp_path, 1, 1) == (1, run_script(never, tmp_path, 1, 1)[1], [])
 
 
+@pytest.mark.parametrize("code, asked", [(0, ""), (3, ""), (42, ""), (2, "9_2"), (137, "9_2")])
+def test_a_training_that_fails_ends_the_evaluation_beside_it(tmp_path, code, asked):
+  """Which would wait for its checkpoints, on a node, until its time is up."""
+  listed = jobs.describe("configs/soap.py", "r", ["seed=0"], evaluate="beside")
+  tools = tmp_path / "tools"
+  tools.mkdir()
+  (tools / "squeue").write_text("#!/bin/bash\nprintf '9_%s\\n' 0 1 2 12\n")
+  (tools / "scancel").write_text(f'#!/bin/bash\nprintf %s "$*" > {tmp_path}/cancelled\n')
+  run_script(sbatch.scripts(listed, options(tmp_path))["train"], tmp_path, 2, code)
+  cancelled = tmp_path / "cancelled"
+  assert (cancelled.read_text() if cancelled.exists() else "") == asked
+
+
 def test_directives(tmp_path):
   made = sbatch.scripts(
     sweep(),
@@ -178,15 +192,23 @@ def test_in_a_container_of_apptainer(tmp_path, image):
 
 
 def test_in_a_container_of_pyxis(tmp_path):
-  given = options(tmp_path, folder="/a b", container="nvcr.io#nvidia/jax:1")
+  given = options(tmp_path, folder="/a", container="nvcr.io#nvidia/jax:1")
   _, arguments, _ = run_script(sbatch.scripts(sweep(), given)["train"], tmp_path, 0)
   assert arguments[1:4] == [
     "--container-image=nvcr.io#nvidia/jax:1",
-    f"--container-mounts={tmp_path}:{tmp_path},/a b:/a b",
+    f"--container-mounts={tmp_path}:{tmp_path},/a:/a",
     f"--container-workdir={tmp_path}",
   ]
-  with pytest.raises(ConfigError, match="without , and :"):
-    sbatch.scripts(sweep(), options(tmp_path, folder="/a,b", container="x"))
+  for folder in ("/a,b", "/a b"):
+    with pytest.raises(ConfigError, match="without , : and spaces"):
+      sbatch.scripts(sweep(), options(tmp_path, folder=folder, container="dockerd://x"))
+
+
+def test_an_image_in_a_file_is_no_name_of_a_registry(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "jax.sqsh").touch()
+  assert slurm._image("jax.sqsh") == str(tmp_path / "jax.sqsh")
+  assert slurm._image("nvcr.io#nvidia/jax:1") == "nvcr.io#nvidia/jax:1"
 
 
 def test_what_waits_for_what(tmp_path):
@@ -224,7 +246,8 @@ def test_what_waits_for_what(tmp_path):
 @pytest.mark.skipif(not SHELLCHECK, reason="no shellcheck: apt-get install shellcheck")
 @pytest.mark.parametrize("changes", [{}, {"restarts": 1, "gpus_per_task": 8, "nodes": 2}])
 def test_scripts_please_shellcheck(tmp_path, changes):
-  for kind, script in sbatch.scripts(sweep(), options(tmp_path, **changes)).items():
+  listed = [dataclasses.replace(job, after=()) if changes else job for job in sweep()]
+  for kind, script in sbatch.scripts(listed, options(tmp_path, **changes)).items():
     found = subprocess.run(
       # Without the hint that single quotes keep what is in them from being expanded: so they do.
       [str(SHELLCHECK), "--shell=bash", "--exclude=SC2016", "-"],

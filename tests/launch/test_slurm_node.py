@@ -127,6 +127,34 @@ def test_each_end_has_its_consequence(node, tmp_path):
   assert said()[-1][0] == "report" and not (tmp_path / "pwned").exists()
 
 
+def test_an_evaluation_beside_ends_with_a_training_that_was_refused(node, tmp_path):
+  """The other's goes on until it has all."""
+  (tmp_path / "program.py").write_text(PROGRAM)
+  for name in ("logs", "slurm"):
+    (tmp_path / name).mkdir()
+  events = tmp_path / "events"
+  listed = [
+    jobs.Job(f"{kind}-{i}", kind, "program", (f"{kind}-{i}", do, str(events)), f"w{i}")
+    for kind, does in (("train", "20"), ("evaluate", ("wait", "0")))
+    for i, do in enumerate(does)
+  ]
+  given = sbatch.Options(
+    *(str(tmp_path), str(tmp_path), "beside"),
+    python=sys.executable,
+    sbatch=("--begin=now+4",),
+    evaluate_sbatch=("--begin=now",),
+  )
+  for kind, text in sbatch.scripts(listed, given).items():
+    (tmp_path / "slurm" / f"{kind}.sh").write_text(text)
+  for submission in sbatch.submissions(listed, ()):
+    ask(*sbatch.command(submission, given, ()))
+  wait_for(queue_is_empty, 100)
+  told = [json.loads(line)[:2] for line in events.read_text().splitlines()]
+  assert [what for name, what in told if name == "evaluate-0"] == ["start", "saved"]
+  assert [what for name, what in told if name == "evaluate-1"] == ["start", "end"]
+  assert ["train-0", "end"] in told and ["train-1", "end"] in told
+
+
 def test_a_sweep_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(node, tiny, tmp_path):
   """Two runs with evaluations behind them; both are stopped, and Slurm starts them again. The last
   checkpoint equals that of an undisturbed run, to the bit."""
