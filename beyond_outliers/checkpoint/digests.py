@@ -67,8 +67,8 @@ def difference(
 
 
 def examine(tree: Any) -> Contents:
-  """The digests of a tree of arrays, and what in it is not finite. Where several processes share the
-  arrays, all call this."""
+  """The digests of a tree of arrays, and what in it is not finite. Where several processes share
+  the arrays, all call this."""
   program, found, in_blocks = _program(tree)
   examined = jax.device_get(program(found, in_blocks))
   digests = {
