@@ -60,8 +60,7 @@ def token_losses(
 
   rng: of what the model draws in training, such as stochastic rounding."""
   rngs = None if rng is None else dict.fromkeys(stack.STREAMS, rng)
-  logits_TxV = flat_logits(forward(params, batch, rngs=rngs))
-  return cross_entropy(logits_TxV, batch["targets"].reshape(-1)).reshape(batch["targets"].shape)
+  return forward(params, batch, rngs=rngs, method="losses", targets_BxL=batch["targets"])
 
 
 def flat_logits(logits_BxLxV: jax.Array) -> jax.Array:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from beyond_outliers import config
 from beyond_outliers.model import layers, linears
+from beyond_outliers.model.loss import cross_entropy, flat_logits
 from beyond_outliers.model.stack import Stack, dot_generals_at
 from beyond_outliers.ops import dot
-from beyond_outliers.params import LAYERS, Axes
+from beyond_outliers.ops.linear_cross_entropy import linear_cross_entropy
+from beyond_outliers.params import KERNEL, LAYERS, Axes
 from beyond_outliers.types import Params
 
 
@@ -101,6 +103,26 @@ class Transformer(nn.Module):
     table = layers.as_operand(self.table(), dtype)
     y = self.head_dot_general(rows, table, (((1,), (1,)), ((), ())))
     return y.reshape(*x_BxLxD.shape[:-1], self.config.vocab).astype(layers.at_least_float32(dtype))
+
+  def losses(self, tokens_BxL, segment_ids=None, positions=None, *, targets_BxL):
+    """Negative log-likelihood in nats of every target, [B, L], float32 at least. The logits of a
+    head that is not quantized never exist as a whole."""
+    x_BxLxD, targets_T = self.hidden(tokens_BxL, segment_ids, positions), targets_BxL.reshape(-1)
+    if self.dot_general_for is not None and self.dot_general_for("head") is not None:
+      nll_T = cross_entropy(flat_logits(self.logits(x_BxLxD)), targets_T)
+    else:
+      dtype = jnp.dtype(self.config.dtype)
+      weights, axis = (
+        (self.table(), 0) if self.config.tied else (self.head.get_variable("params", KERNEL), 1)
+      )
+      nll_T = linear_cross_entropy(
+        x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(dtype),
+        layers.as_operand(weights, dtype),
+        targets_T,
+        axis,
+        nn.logical_to_mesh_axes(("batch", "vocab")),
+      )
+    return nll_T.reshape(targets_BxL.shape)
 
 
 def init(model: Transformer, seed: int) -> Params:

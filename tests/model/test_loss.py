@@ -1,15 +1,19 @@
 """Cross entropy against float64 NumPy."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from beyond_outliers.model import loss
+from beyond_outliers import quant
+from beyond_outliers.model import loss, transformer
+from beyond_outliers.ops import linear_cross_entropy
 
 T, V = 16, 64
 
@@ -96,3 +100,23 @@ def test_the_divergence_is_that_of_numpy_and_nothing_where_both_agree():
   np.testing.assert_array_equal(
     divergence(jnp.bfloat16(p), jnp.bfloat16(p)), np.zeros(T, np.float32)
   )
+
+
+@pytest.mark.parametrize("head", ["tied", "untied", "quantized"])
+def test_a_model_s_losses_are_those_of_its_logits(head, monkeypatch):
+  monkeypatch.setattr(linear_cross_entropy, "widest", lambda: 24)  # of 64
+  c = dataclasses.replace(small_models.STUDY, tied=head != "untied", blocks=1)
+  recipe = quant.Recipe(rules=(("head", quant.RECIPES["rtn_w8a8"].default), (".*", None)))
+  dot_general_for = quant.dot_general_for(recipe) if head == "quantized" else None
+  model = transformer.Transformer(c, dot_general_for)
+  tokens = jnp.asarray(small_models.tokens(0)["tokens"])
+  targets = jnp.roll(tokens, -1, 1)
+
+  @jax.jit
+  def both(params):
+    losses = model.apply({"params": params}, tokens, method="losses", targets_BxL=targets)
+    logits = model.apply({"params": params}, tokens)
+    return losses, loss.cross_entropy(loss.flat_logits(logits), targets.reshape(-1))
+
+  losses, expected = both(transformer.init(model, 0))
+  np.testing.assert_allclose(losses.reshape(-1), expected, rtol=1e-5, atol=1e-5)
