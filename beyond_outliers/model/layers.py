@@ -55,6 +55,11 @@ class Linear(nn.Module):
   def __call__(self, x):
     init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+    if hasattr(kernel, "astype"):
+      # Whole along what splits its storage alone: XLA would rather gather all devices' activations,
+      # which are more, for its gradient.
+      whole = tuple(axis if axis != "embed" else None for axis in self.axes)
+      kernel = nn.with_logical_constraint(kernel, whole)
     dot_general = self.dot_general_cls() if self.dot_general_cls else dot.dot_general
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     y = dot_general(rows, as_operand(kernel, self.dtype), (((1,), (0,)), ((), ())))

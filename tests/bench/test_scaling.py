@@ -3,7 +3,9 @@
 import pytest
 
 from beyond_outliers.bench import scaling
+from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.hardware import CHIPS, Chip
+from beyond_outliers.model import transformer
 
 
 def test_a_step_takes_what_its_parts_take():
@@ -47,3 +49,16 @@ def test_the_table_has_a_line_a_row():
   assert refused.split()[3:] == ["8·8·1", "no", "room"]
   line = scaling.scaling_table([row]).splitlines()[1]
   assert "8·8·1" in line and "data 1, fsdp 3" in line and line.count("4.0–6.0, 25%") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["none", "quest_w4a4"])
+def test_along_fsdp_parameters_are_sent_and_no_activations(recipe):
+  """Once forward, once backward, and their gradient as an all-reduce, per part of the batch."""
+  (row,) = scaling.measure_scaling([f"adamw/{recipe}/8"], "50m", "cpu")
+  c = study_config("adamw", "50m")
+  model = transformer.Transformer(c.model)
+  size = 4 * transformer.count(transformer.shapes(model))["total"]
+  parts = c.batch_size // (8 * scaling.WINDOWS)
+  assert set(row["sent_bytes"]) == {"fsdp"}
+  assert size < row["sent_bytes"]["fsdp"] < 4 * size * parts
