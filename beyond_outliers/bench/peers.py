@@ -106,7 +106,9 @@ def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:
     for name in list(running)[:: -1 if number % 2 else 1]:
       running[name].stdin.write("go\n")
       running[name].stdin.flush()
-      taken[name].append(_figures(running[name]))
+      if (figures := _figures(running[name])) is None:
+        raise RuntimeError(f"the contender {name!r} ended before its last round")
+      taken[name].append(figures)
   return taken
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import jax
 import optax
@@ -26,18 +27,14 @@ def main(model: str, dataset: str, context: int) -> None:
     )
   )
 
+  def loss(model: Any, params: Any, batch: Any) -> jax.Array:
+    logits = model.apply({"params": params}, batch["tokens"])
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return (nll * batch["weights"]).sum()
+
   @jax.jit
   def losses(params, quantized, batch):
-    both = (found.model, params), (q.model, quantized)
-    return [
-      (
-        optax.softmax_cross_entropy_with_integer_labels(
-          model.apply({"params": params}, batch["tokens"]), batch["targets"]
-        )
-        * batch["weights"]
-      ).sum()
-      for model, params in both
-    ]
+    return loss(found.model, params, batch), loss(q.model, quantized, batch)
 
   def work() -> float:
     sums = [losses(params, q.params, batch)[1] for batch in batches]
