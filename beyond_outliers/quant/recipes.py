@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from absl import logging
-
 from beyond_outliers import config
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
@@ -23,7 +21,6 @@ class LinearShape(NamedTuple):
 
   width: int
   shards: int = 1  # devices that it is split over
-  gathered: int = 1  # devices that it is gathered from, of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +74,14 @@ class Recipe:
   def check(self, shapes: Mapping[str, LinearShape]) -> None:
     """Whether the rules fit a model, given all its linear layers by path.
 
-    Blocks that reach over devices which weights are gathered from are said in the log.
     Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not
       divide a width or a shard's."""
     used = set()
-    costly: dict[str, None] = {}
     for path, shape in shapes.items():
       used.add(self.rule(path))
       layer = self.layer(path)
       if layer is not None:
-        costly |= _check_blocks(path, layer, shape)
+        _check_blocks(path, layer, shape)
     for i, (paths, _) in enumerate(self.rules):
       require(
         i in used,
@@ -95,15 +90,11 @@ class Recipe:
         "no linear layer is left for this rule; the model has "
         + ", ".join(sorted({at_any_depth(path) for path in shapes})),
       )
-    if costly:
-      logging.warning(
-        "mesh.fsdp cuts %s: devices exchange float32 there beside codes", "; ".join(costly)
-      )
 
 
-def _check_blocks(path: str, layer: LayerRecipe, shape: LinearShape) -> dict[str, None]:
-  """The blocks that reach over devices which weights are gathered from: in words, once each."""
-  width, shards, gathered = shape
+def _check_blocks(path: str, layer: LayerRecipe, shape: LinearShape) -> None:
+  """Errors: ConfigError for blocks that do not divide the width, or a shard's."""
+  width, shards = shape
   blocks = {}
   for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
     if spec is not None:
@@ -121,11 +112,6 @@ def _check_blocks(path: str, layer: LayerRecipe, shape: LinearShape) -> dict[str
       f"{path} sums over {width} numbers, {width // shards} on each device: no multiple of the "
       f"blocks of {block} of {name}; take a smaller mesh.model",
     )
-  return {
-    f"{name} in blocks of {block}, with {width // gathered} on each device": None
-    for name, block in blocks.items()
-    if "activations" not in name and width // gathered % block
-  }
 
 
 def _but_the_head(layer: LayerRecipe) -> Recipe:

@@ -131,9 +131,7 @@ def _check_splits(c: config.Config, mesh: jax.sharding.Mesh, recipe: quant.Recip
     )
   recipe.check(
     {
-      path: quant.LinearShape(
-        width, *((mesh.shape["model"], 1) if split else (1, mesh.shape["fsdp"]))
-      )
+      path: quant.LinearShape(width, mesh.shape["model"] if split else 1)
       for path, (width, split) in linears.contractions(c.model).items()
     }
   )

@@ -211,18 +211,3 @@ def test_blocks_that_a_shard_would_cut_are_refused():
 def test_a_rule_that_is_no_regular_expression_is_refused():
   with pytest.raises(ConfigError, match=r"quant.rules: 'layers/\(' is not a regular expression"):
     Recipe((("layers/(", None),))
-
-
-@pytest.mark.parametrize(
-  "width,gathered,told", [(768, 8, True), (1024, 8, False), (768, 2, False), (768, 1, False)]
-)
-def test_blocks_that_reach_over_devices_are_said(caplog, width, gathered, told):
-  """QuEST's rotation at the study's width, on eight devices: 96 numbers on each."""
-  RECIPES["quest_w4a4"].check(
-    {"head": LinearShape(width), "layers/0/mlp/up": LinearShape(width, 1, gathered)}
-  )
-  assert (
-    ("the rotation in blocks of 128, with 96 on each device" in caplog.text)
-    == told
-    == bool(caplog.records)
-  )
