@@ -39,6 +39,14 @@ def as_operand(weights, dtype):
   return weights.astype(jnp.promote_types(weights.dtype, dtype))
 
 
+def whole(weights, axes):
+  """Weights whole along "embed", which splits their storage alone: XLA would rather gather all
+  devices' activations, which are more, for their gradient. A quantized matrix as it is."""
+  if not hasattr(weights, "astype"):
+    return weights
+  return nn.with_logical_constraint(weights, tuple(a if a != "embed" else None for a in axes))
+
+
 class Linear(nn.Module):
   """x @ kernel, without bias.
 
@@ -55,14 +63,11 @@ class Linear(nn.Module):
   def __call__(self, x):
     init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-    if hasattr(kernel, "astype"):
-      # Whole along what splits its storage alone: XLA would rather gather all devices' activations,
-      # which are more, for its gradient.
-      whole = tuple(axis if axis != "embed" else None for axis in self.axes)
-      kernel = nn.with_logical_constraint(kernel, whole)
     dot_general = self.dot_general_cls() if self.dot_general_cls else dot.dot_general
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = dot_general(rows, as_operand(kernel, self.dtype), (((1,), (0,)), ((), ())))
+    y = dot_general(
+      rows, as_operand(whole(kernel, self.axes), self.dtype), (((1,), (0,)), ((), ()))
+    )
     return y.reshape(*x.shape[:-1], self.features)
 
 

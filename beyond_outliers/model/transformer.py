@@ -92,7 +92,7 @@ class Transformer(nn.Module):
 
   def table(self):
     """The embedding [V, D], gathered over fsdp: XLA partitions badly a look-up in split rows."""
-    return nn.with_logical_constraint(self.embedding, ("vocab", None))
+    return layers.whole(self.embedding, ("vocab", "embed"))
 
   def logits(self, x_BxLxD):
     """The head on what `hidden` returns, or on any [..., D]."""
