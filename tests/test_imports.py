@@ -60,7 +60,7 @@ DOORS = {
   ),
   "torch": (
     "bench/torch_optimizers",
-    *(f"bench/contenders/{name}" for name in ("torch_step", "lm_eval_score", "llm_compressor")),
+    *(f"bench/contenders/{name}" for name in ("torch_step", "hugging_face", "llm_compressor")),
   ),
   "pytorch_optimizer": ("bench/torch_optimizers",),
   "tensorflow": (),

@@ -29,5 +29,4 @@ def main(model: str, dataset: str, context: int) -> None:
 
 
 if __name__ == "__main__":
-  asked = json.loads(sys.argv[1])
-  main(asked["model"], asked["dataset"], asked["context"])
+  main(**json.loads(sys.argv[1]))

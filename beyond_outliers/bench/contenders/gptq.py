@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 
@@ -23,23 +24,19 @@ def main(model: str, windows: str) -> None:
   with open(windows) as file:
     *calibration, held_out = ({"tokens": np.array([window])} for window in json.load(file))
 
+  @functools.partial(jax.jit, static_argnums=0)
   def log_probabilities(model, params):
-    logits = model.apply({"params": params}, held_out["tokens"])
-    return jax.nn.log_softmax(logits)
+    return jax.nn.log_softmax(model.apply({"params": params}, held_out["tokens"]))
+
+  expected = log_probabilities(full, params)
 
   def work() -> float:
     q = quant.ptq.quantize(full, params, quant.RECIPES[RECIPE], "gptq", calibration)
-    return float(compare(q))
-
-  expected = jax.jit(log_probabilities, static_argnums=0)(full, params)
-
-  def compare(q):
-    found = jax.jit(log_probabilities, static_argnums=0)(q.model, q.params)
-    return optax.losses.kl_divergence_with_log_targets(found, expected).mean()
+    found = log_probabilities(q.model, q.params)
+    return float(optax.losses.kl_divergence_with_log_targets(found, expected).mean())
 
   serve(work)
 
 
 if __name__ == "__main__":
-  asked = json.loads(sys.argv[1])
-  main(asked["model"], asked["windows"])
+  main(**json.loads(sys.argv[1]))

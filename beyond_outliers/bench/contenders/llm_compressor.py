@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from typing import Any
 
 import datasets
 import llmcompressor
-import tokenizers
 import torch
-import transformers
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor.modifiers.quantization import GPTQModifier
 
 from beyond_outliers.bench.contenders import serve
+from beyond_outliers.bench.contenders.hugging_face import load, no_tokenizer
 
 
 def grid() -> QuantizationScheme:
@@ -29,15 +27,12 @@ def grid() -> QuantizationScheme:
 
 
 def main(model: str, windows: str) -> None:
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  full: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+  full = load(model)
   with open(windows) as file:
     *calibration, held_out = json.load(file)
   asked = datasets.Dataset.from_dict(
     {"input_ids": calibration, "attention_mask": [[1] * len(window) for window in calibration]}
   )
-  # Asked for; the windows are token ids.
-  none = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, ""))
 
   @torch.no_grad()
   def log_probabilities(model: Any) -> Any:
@@ -49,7 +44,7 @@ def main(model: str, windows: str) -> None:
     quantized = copy.deepcopy(full)
     llmcompressor.oneshot(
       model=quantized,
-      processor=transformers.PreTrainedTokenizerFast(tokenizer_object=none, eos_token=""),
+      processor=no_tokenizer(),
       dataset=asked,
       recipe=[GPTQModifier(config_groups={"all": grid()}, ignore=["lm_head"])],
       max_seq_length=len(held_out),
@@ -64,5 +59,4 @@ def main(model: str, windows: str) -> None:
 
 
 if __name__ == "__main__":
-  asked = json.loads(sys.argv[1])
-  main(asked["model"], asked["windows"])
+  main(**json.loads(sys.argv[1]))

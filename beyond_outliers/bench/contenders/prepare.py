@@ -32,5 +32,4 @@ def _quiet(text: str) -> None:
 
 
 if __name__ == "__main__":
-  asked = json.loads(sys.argv[1])
-  main(asked["documents"], asked["tokenizer"])
+  main(**json.loads(sys.argv[1]))

@@ -42,5 +42,4 @@ def main(documents: str, tokenizer: str) -> None:
 
 
 if __name__ == "__main__":
-  asked = json.loads(sys.argv[1])
-  main(asked["documents"], asked["tokenizer"])
+  main(**json.loads(sys.argv[1]))

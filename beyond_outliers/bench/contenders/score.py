@@ -20,5 +20,4 @@ def main(model: str, context: int, pairs: str) -> None:
 
 
 if __name__ == "__main__":
-  asked = json.loads(sys.argv[1])
-  main(asked["model"], asked["context"], asked["pairs"])
+  main(**json.loads(sys.argv[1]))
