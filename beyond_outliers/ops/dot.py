@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beyond_outliers.ops.outline import materialized_transpose
+from beyond_outliers.ops.int_dot import dot_codes
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
@@ -25,51 +25,46 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
   float32 kernel uncast, and its gradient keeps its float32 sums. The result is at least float32
   unless preferred_element_type says otherwise: on CPU a bfloat16 result halves the speed, elsewhere
   XLA fuses the cast that follows.
-  Errors: ValueError for a narrow product of other shapes."""
+  Errors: ValueError for other shapes."""
   narrow = min(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
-  if narrow.itemsize >= 4:
-    wide = jnp.promote_types(lhs.dtype, rhs.dtype)
-    # Whoever asks for float32 gets it: by default TPUs take bfloat16 passes, recent GPUs TF32.
-    precision = precision or lax.Precision.HIGHEST
-    return lax.dot_general(
-      lhs.astype(wide), rhs.astype(wide), dimension_numbers, precision, preferred_element_type
-    )
-  out = jnp.dtype(preferred_element_type or jnp.float32)
+  operands = narrow if narrow.itemsize < 4 else jnp.promote_types(lhs.dtype, rhs.dtype)
+  out = jnp.dtype(preferred_element_type or jnp.promote_types(operands, jnp.float32))
+  # Whoever asks for float32 gets it: by default TPUs take bfloat16 passes, recent GPUs TF32.
+  precision = precision or (lax.Precision.HIGHEST if operands.itemsize >= 4 else None)
   (lhs_sum, rhs_sum), batch = dimension_numbers
   if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_sum) != (1,) or any(map(len, batch)):
     raise ValueError(
       f"dimension_numbers = {dimension_numbers} of {lhs.shape} and {rhs.shape}: expected two "
       "matrices, summed over the last axis of the first: reshape the inputs to [tokens, features]"
     )
-  return _narrow_dot(lhs, rhs, tuple(rhs_sum), precision, narrow, out)
+  return _dot(lhs, rhs, tuple(rhs_sum), precision, operands, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _narrow_dot(lhs_TxI, rhs, rhs_sum, precision, narrow, out):
-  numbers = (((1,), rhs_sum), ((), ()))
-  return lax.dot_general(lhs_TxI.astype(narrow), rhs.astype(narrow), numbers, precision, out)
+def _dot(lhs_TxI, rhs, rhs_sum, precision, operands, out):
+  return _forward(lhs_TxI, rhs, rhs_sum, precision, operands, out)[0]
 
 
-def _forward(lhs_TxI, rhs, rhs_sum, precision, narrow, out):
+def _forward(lhs_TxI, rhs, rhs_sum, precision, operands, out):
   # Residuals are arrays: these carry the types.
   types = jnp.zeros((0,), lhs_TxI.dtype), jnp.zeros((0,), rhs.dtype)
-  lhs_TxI, rhs = lhs_TxI.astype(narrow), rhs.astype(narrow)
-  # Not _narrow_dot again: a rematerialisation policy knows a product when it sees one, but not
-  # inside a rule of ours.
+  lhs_TxI, rhs = lhs_TxI.astype(operands), rhs.astype(operands)
+  # Not _dot again: a rematerialisation policy knows a product when it sees one, but not inside a
+  # rule of ours.
   y_TxO = lax.dot_general(lhs_TxI, rhs, (((1,), rhs_sum), ((), ())), precision, out)
   return y_TxO, (lhs_TxI, rhs, *types)
 
 
-def _backward(rhs_sum, precision, narrow, out, residuals, g_TxO):
+def _backward(rhs_sum, precision, operands, out, residuals, g_TxO):
   del out
   lhs_TxI, rhs, lhs_type, rhs_type = residuals
-  g_TxO = g_TxO.astype(narrow)
+  g_TxO = g_TxO.astype(operands)
   numbers = (((1,), (1 - rhs_sum[0],)), ((), ()))
-  lhs_bar = lax.dot_general(g_TxO, rhs, numbers, precision, jnp.float32)
+  total = jnp.promote_types(operands, jnp.float32)
+  lhs_bar = lax.dot_general(g_TxO, rhs, numbers, precision, total)
   first, second = (lhs_TxI, g_TxO) if rhs_sum == (0,) else (g_TxO, lhs_TxI)
-  first, numbers = materialized_transpose(first), (((1,), (0,)), ((), ()))
-  rhs_bar = lax.dot_general(first, second, numbers, precision, jnp.float32)
+  rhs_bar = dot_codes(first, second, 0, 0, operands)
   return lhs_bar.astype(lhs_type.dtype), rhs_bar.astype(rhs_type.dtype)
 
 
-_narrow_dot.defvjp(_forward, _backward)
+_dot.defvjp(_forward, _backward)

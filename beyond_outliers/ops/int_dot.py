@@ -21,6 +21,10 @@ def dot_codes(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) 
 
   Sums of int8 products that may be too long for int32 are exact in parts, and these add up in
   float32."""
+  if a_axis == b_axis == 0 and a.shape[1] > b.shape[1]:
+    # A gradient of weights: CPUs are faster by a fifth, and up to three times, with the narrower
+    # matrix first.
+    return materialized_transpose(dot_codes(b, a, 0, 0, dtype))
   a, b, dtype = a.astype(dtype), b.astype(dtype), jnp.dtype(dtype)
   length = a.shape[a_axis]
   if dtype == jnp.int8 and length > LONGEST:

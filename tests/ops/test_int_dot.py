@@ -1,5 +1,7 @@
 """Products of codes: whole numbers, however the operands lie and whatever type multiplies them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,16 @@ def test_either_axis_of_either_operand(axes, dtype):
   laid = a.T if axes[0] == 0 else a, b if axes[1] == 0 else b.T
   y = jax.jit(lambda a, b: dot_codes(a, b, *axes, dtype))(*laid)
   np.testing.assert_array_equal(y, a @ b)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("widths", [(48, 16), (16, 48)])
+def test_the_compiled_product_of_a_gradient_has_the_narrower_matrix_first(widths, dtype):
+  """XLA would fold an ordinary transpose of the result back into the product."""
+  a, b = (jnp.ones((64, width), dtype) for width in widths)
+  compiled = jax.jit(lambda a, b: dot_codes(a, b, 0, 0, dtype)).lower(a, b).compile()
+  products = re.findall(r"f32\[(\d+),(\d+)\]\S* dot\(", compiled.as_text())
+  assert products == [("16", "48")]
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (1, 1)])

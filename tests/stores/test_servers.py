@@ -218,3 +218,41 @@ def test_a_run_that_is_killed_goes_on_elsewhere(tiny, tmp_path):
     )
   )
   assert len(store.sizes("eval")) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_and_a_cache(tiny, tmp_path):
+  """Each has a half of the parameters. One process goes on with what they left, from a cache of its
+  own, and a job that follows them has a third."""
+  settings = {"steps": 400, "checkpoint.every": 100, "eval.every": 400, "log.every": 10}
+  address, config = "s3://bucket/pair", f"--config=configs/adamw.py:{tiny(**settings)}"
+  train = "beyond_outliers.main", config, f"--workdir={address}"
+  shared, port = str(tmp_path / "shared"), commands.free_port()
+  pair = [
+    commands.start(
+      *(*train, "--config.mesh.fsdp=2", f"--distributed=127.0.0.1:{port},2,{index}"),
+      BEYOND_OUTLIERS_CACHE=shared,
+    )
+    for index in range(2)
+  ]
+  store, deadline = open_store(address), time.monotonic() + 200
+  while not any(map(index_lib.step_of, index_lib.in_store(store).files)):
+    assert time.monotonic() < deadline and pair[0].poll() is None, "nothing was uploaded"
+    time.sleep(0.1)
+  follower = commands.start(
+    *("beyond_outliers.evaluate", f"--workdir={address}", "--recipes=rtn_w8a8", "--follow"),
+    BEYOND_OUTLIERS_CACHE=str(tmp_path / "evaluation"),
+  )
+  pair[1].send_signal(signal.SIGTERM)
+  for process in pair:
+    commands.finish(process, expected=42)
+  stopped = runs.open(address).status["step"]
+  assert 100 <= stopped < 400
+  alone = commands.start(*train, BEYOND_OUTLIERS_CACHE=str(tmp_path / "alone"))
+  begun = next(line for line in commands.finish(alone).splitlines() if "/400 · loss" in line)
+  assert int(begun.split("/")[0].split()[-1]) > stopped, "it went on from what they left"
+  commands.finish(follower)
+  run = runs.open(address)
+  assert run.status["status"] == "done" and run.steps[-1] == 400
+  assert sorted(set(run.metrics().index)) == list(range(10, 401, 10))
+  assert any(name.startswith("eval/400-rtn_w8a8") for name in store.sizes("eval"))
