@@ -118,10 +118,18 @@ def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
 
 
 def _backward(backend, w_axis, layer, pullback, g_TxO):
+  """Gradients of (x, w, scales, options). That of a learned scale needs its operand's."""
   del backend, w_axis, layer
-  x_bar = outlined_call(lambda pullback, g_TxO: pullback(g_TxO)[:1], pullback, g_TxO)
-  others = outlined_call(lambda pullback, g_TxO: pullback(g_TxO)[1:], pullback, g_TxO)
-  return *x_bar, *others, None
+
+  def of_operand(index, pullback, g_TxO):
+    *operands, scales = pullback(g_TxO)
+    return operands[index], None if scales is None else scales[index]
+
+  (x_bar, x_scale_bar), (w_bar, w_scale_bar) = (
+    outlined_call(functools.partial(of_operand, index), pullback, g_TxO) for index in range(2)
+  )
+  learned = x_scale_bar is not None or w_scale_bar is not None
+  return x_bar, w_bar, (x_scale_bar, w_scale_bar) if learned else None, None
 
 
 # The forward pass and either gradient are calls of their own: else XLA:CPU keeps rotated values in

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 # Rounds to whole numbers, by a rule (nearest, stochastic) that is the quantizer's.
 ToInteger = Callable[[jax.Array], jax.Array]
@@ -57,7 +58,7 @@ class Float:
   mantissa_bits: int
   lowest_exponent: int  # of a value that is not subnormal
   largest: float
-  name: str  # the type of the codes
+  name: str  # of the type
 
   @property
   def lowest(self) -> float:
@@ -69,15 +70,29 @@ class Float:
 
   @property
   def dtype(self) -> Any:
+    """Dtype of the codes in memory: a byte each, since CPUs take ten times as long to convert to
+    float4."""
+    return jnp.float8_e4m3fn if self.name == "float4_e2m1fn" else self.stored
+
+  @property
+  def stored(self) -> Any:
+    """Dtype of the codes in files."""
     return jnp.dtype(self.name)
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
     """The value of this format nearest to `v`.
 
     Not a cast, which some devices make by way of float16, rounding twice."""
-    exponent = jnp.maximum(jnp.frexp(v)[1] - 1, self.lowest_exponent)
-    quantum = jnp.ldexp(jnp.ones_like(v), exponent - self.mantissa_bits)
+    power = jnp.clip(_power_of_two_below(v), 2.0**self.lowest_exponent, 2.0**self.largest_exponent)
+    quantum = power * 2.0**-self.mantissa_bits
     return jnp.clip(to_integer(v / quantum) * quantum, self.lowest, self.largest)
+
+
+def _power_of_two_below(v: jax.Array) -> jax.Array:
+  """2^floor(log2 |v|), which is `v` without its mantissa; zero of subnormal values."""
+  bits = jnp.dtype(f"uint{8 * v.dtype.itemsize}")
+  exponent = lax.bitcast_convert_type(jnp.asarray(jnp.inf, v.dtype), bits)
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(v, bits) & exponent, v.dtype)
 
 
 Grid = Uniform | Float

@@ -207,11 +207,11 @@ def _pack_matrix(weight: QuantizedMatrix, spec: QuantSpec | None) -> dict[str, n
   if spec is None:
     parts = {"codes": codes_KxO, "scale": scale}
   else:
-    codes_KxO, grid = codes_KxO.astype(spec.levels.dtype), spec.levels
+    grid = spec.levels
     if isinstance(grid, Uniform):
       digits = (codes_KxO.astype(np.int32) - grid.lowest) // grid.gap
     else:
-      digits = codes_KxO.view(np.uint8)
+      digits = codes_KxO.astype(grid.stored).view(np.uint8)
     parts = {"codes": pack_digits(digits, spec.bits), **pack_scale(scale, spec.granularity)}
   return parts if weight.smooth is None else {**parts, "smooth": np.asarray(weight.smooth)}
 
@@ -229,7 +229,7 @@ def _unpack_matrix(
   if isinstance(grid, Uniform):
     codes = digits.astype(np.int32) * grid.gap + grid.lowest
   else:
-    codes = digits.view(grid.dtype)
+    codes = digits.view(grid.stored)
   return codes.astype(grid.dtype), scale, smooth
 
 
