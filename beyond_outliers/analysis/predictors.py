@@ -3,7 +3,7 @@ end, beside what was lost (arXiv 2509.23500, sections 4 and 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ def frame(
   runs: Sequence[runs_lib.Run],
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
+  *,
+  but: Collection[str] = (),
 ) -> pd.DataFrame:
   """A row per cell quantized after training, of its run's last step.
 
@@ -50,12 +52,13 @@ def frame(
   error R_L at the final norm, R_L_logits, and inherited, which `evaluate --propagation` measures.
   attrs["left_out"]: in words the runs in full precision that have no such cell: at other steps they
   would stand elsewhere in the schedule.
-  settings, folders: see `ptq_degradation.degradation_cells`.
+  settings, folders: see `ptq_degradation.degradation_cells`. but: what runs of one optimizer may
+  differ in: ("learning_rate",) for whole sweeps.
   Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
   cells = ptq_degradation.cell_table(_at_the_end(runs, settings, folders))
   left_out = _check_any(runs, cells[cells.method != "none"], settings)
   joined = ptq_degradation.beside_full_precision(cells)
-  ptq_degradation.check_cells(joined)
+  ptq_degradation.check_cells(joined, but)
   for prefix in PREFIXES:
     joined = joined.rename(columns=lambda name, prefix=prefix: name.removeprefix(prefix))
   names = list(map(str, joined))

@@ -19,6 +19,32 @@ def test_a_figure_without_a_path_is_drawn_and_not_written(tmp_path, monkeypatch)
   assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_ring_is_at_the_rate_of_the_least_loss_in_every_panel():
+  frame = pd.DataFrame(
+    [
+      ("adamw", 0.1, "a", "rtn", 4.09, 0.15),
+      ("adamw", 0.3, "b", "rtn", 4.07, 2.77),
+      ("adamw", 1.0, "c", "rtn", 4.30, np.inf),
+      ("muon", 0.01, "d", "rtn", 4.03, 0.2),
+      ("muon", 0.03, "e", "rtn", 4.06, 0.1),
+    ],
+    columns=[
+      "optimizer",
+      "learning_rate",
+      "run",
+      "method",
+      "full_precision_loss",
+      "loss_difference",
+    ],
+  ).assign(recipe="rtn_w4a4")
+  figure = plots.plot_by_learning_rate(frame)
+  for axes in figure.axes:
+    rings = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert rings == [[0.3], [0.01]]
+  lost = figure.axes[1].lines[0]
+  assert lost.get_ydata().tolist() == [0.15, 2.77], "what is not finite has no point"
+
+
 def test_a_deep_network_has_a_tick_per_block_that_none_covers(tmp_path):
   rows = [
     {"name": name, "R": 0.1, "recipe": "rtn_w4a4", "method": "rtn", "optimizer": "adamw"}

@@ -9,6 +9,7 @@ from beyond_outliers.analysis.plots.propagation import (
   plot_gains,
 )
 from beyond_outliers.analysis.plots.quantization import (
+  plot_by_learning_rate,
   plot_degradation,
   plot_landings,
   plot_predictors,
@@ -24,6 +25,7 @@ from beyond_outliers.analysis.plots.training import (
 __all__ = [
   "COLORS",
   "plot_along_training",
+  "plot_by_learning_rate",
   "plot_degradation",
   "plot_error_along_depth",
   "plot_error_parts",

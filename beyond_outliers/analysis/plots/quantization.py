@@ -136,6 +136,38 @@ def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: 
   return f": {value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def plot_by_learning_rate(
+  frame: pd.DataFrame, path: PathLike = "", lost: str = "loss_difference"
+) -> Figure:
+  """The loss in full precision by learning rate, and what was lost, a panel per recipe and method:
+  a line per optimizer, means over seeds, with a ring at the rate of its least loss.
+
+  frame: rows of `predictors.frame` with `but=("learning_rate",)`."""
+  pairs = style.quantizations(frame)
+  panels = [("full_precision_loss", frame.drop_duplicates("run"), "loss, full precision (nats)")]
+  for pair in pairs:
+    title = f"{', '.join(map(label, pair))}: {UNITS.get(lost, lost)}"
+    panels.append((lost, style.of_quantization(frame, pair), title))
+  best = {}
+  with canvas(path, 1, len(panels), (3.3 * len(panels), 3.6)) as (figure, (axes_C,)):
+    for axes, (column, rows, title) in zip(axes_C, panels, strict=True):
+      means = style.over_seeds(rows, ["optimizer", "learning_rate"], column)
+      means = means[np.isfinite(means["mean"])].sort_values("learning_rate")
+      for name in in_order(means["optimizer"]):
+        own = means[means["optimizer"] == name].set_index("learning_rate")["mean"]
+        best.setdefault(name, own.idxmin())  # of the first panel
+        axes.plot(own.index, own, ".-", color=color_of(name))
+        ring = own[own.index == best[name]]
+        axes.plot(ring.index, ring, "o", markersize=9, fillstyle="none", color=color_of(name))
+      axes.set_title(title, fontsize=8)
+      axes.set_xlabel("learning rate")
+      log_scale(axes, "x")
+      if style.wide(means["mean"]):
+        log_scale(axes, "y")
+    optimizer_legend(figure, frame["optimizer"])
+  return figure
+
+
 def plot_landings(compared: LandingComparison, path: PathLike = "") -> Figure:
   """What quantization costs each optimizer by how it came to the common loss: means over seeds ±
   standard errors, a line per optimizer. A panel per recipe and method, two at most."""
