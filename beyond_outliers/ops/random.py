@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
@@ -36,6 +37,15 @@ def uniform(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> j
   # 23 random bits behind the exponent of one: [1, 2).
   bits = ((first ^ second) >> 9) | jnp.uint32(0x3F800000)
   return lax.bitcast_convert_type(bits, jnp.float32) - 1
+
+
+def normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+  """jax.random.normal: by the inverse of the normal distribution, of numbers in (-1, 1)."""
+  if jnp.dtype(dtype) != jnp.float32:
+    return jax.random.normal(key, shape, dtype)
+  least = np.nextafter(np.float32(-1), np.float32(0))
+  u = jnp.maximum(least, uniform(key, shape) * (np.float32(1) - least) + least)
+  return np.float32(math.sqrt(2)) * lax.erf_inv(u)
 
 
 def _positions(shape: Sequence[int]) -> jax.Array:

@@ -29,6 +29,7 @@ import optax
 
 from beyond_outliers.config import optimizers
 from beyond_outliers.config.hyperparameters import official
+from beyond_outliers.ops import random
 from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.optim import blocks, blockwise, factory
 from beyond_outliers.optim.axes import AxesTree, matrix_mask
@@ -82,7 +83,7 @@ class PsgdClock(NamedTuple):
 
 def normal(key: jax.Array, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   del count
-  return jax.random.normal(key, shape)
+  return random.normal(key, shape)
 
 
 @factory.arguments_of(_Psgd, without=("learning_rate", "weight_decay"))

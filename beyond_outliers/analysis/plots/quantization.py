@@ -143,14 +143,12 @@ def plot_by_learning_rate(
   a line per optimizer, means over seeds, with a ring at the rate of its least loss.
 
   frame: rows of `predictors.frame` with `but=("learning_rate",)`."""
-  pairs = style.quantizations(frame)
-  panels = [("full_precision_loss", frame.drop_duplicates("run"), "loss, full precision (nats)")]
-  for pair in pairs:
-    title = f"{', '.join(map(label, pair))}: {UNITS.get(lost, lost)}"
-    panels.append((lost, style.of_quantization(frame, pair), title))
-  best = {}
-  with canvas(path, 1, len(panels), (3.3 * len(panels), 3.6)) as (figure, (axes_C,)):
-    for axes, (column, rows, title) in zip(axes_C, panels, strict=True):
+  panels = [("full_precision_loss", "in full precision", frame.drop_duplicates("run"))]
+  for pair in style.quantizations(frame):
+    panels.append((lost, ", ".join(map(label, pair)), style.of_quantization(frame, pair)))
+  best: dict[str, float] = {}
+  with canvas(path, 1, len(panels), (3.0 * len(panels), 3.4)) as (figure, (axes_C,)):
+    for axes, (column, title, rows) in zip(axes_C, panels, strict=True):
       means = style.over_seeds(rows, ["optimizer", "learning_rate"], column)
       means = means[np.isfinite(means["mean"])].sort_values("learning_rate")
       for name in in_order(means["optimizer"]):
@@ -159,11 +157,13 @@ def plot_by_learning_rate(
         axes.plot(own.index, own, ".-", color=color_of(name))
         ring = own[own.index == best[name]]
         axes.plot(ring.index, ring, "o", markersize=9, fillstyle="none", color=color_of(name))
-      axes.set_title(title, fontsize=8)
-      axes.set_xlabel("learning rate")
+      axes.set(title=title, xlabel="learning rate")
       log_scale(axes, "x")
-      if style.wide(means["mean"]):
+      if column == lost and means["mean"].min() > 0:
         log_scale(axes, "y")
+    axes_C[0].set_ylabel("loss (nats)")
+    if len(panels) > 1:
+      axes_C[1].set_ylabel(UNITS.get(lost, lost))
     optimizer_legend(figure, frame["optimizer"])
   return figure
 
