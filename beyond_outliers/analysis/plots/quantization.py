@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,8 +83,8 @@ def plot_predictors(
   lost: str = "loss_difference",
   predictors: Sequence[str] = (),
 ) -> Figure:
-  """What was lost against each predictor: means over seeds by optimizer, the seeds as small points,
-  and the rank correlation over optimizers with its interval.
+  """What was lost against each predictor: means over seeds by optimizer and learning rate, seeds as
+  small points, and the rank correlation over optimizers with its interval.
 
   Of the first recipe and method among the rows. predictors: columns of the frame; by default those
   of `correlations`."""
@@ -112,12 +113,12 @@ def _predictors(correlations: pd.DataFrame | None) -> list[str]:
 
 
 def _scatter(axes: Axes, rows: pd.DataFrame, predictor: str, lost: str) -> None:
-  for name in in_order(rows["optimizer"]):
-    own = rows[rows["optimizer"] == name][[predictor, lost]].apply(pd.to_numeric, errors="coerce")
+  for (name, _), sweep in rows.groupby(["optimizer", "learning_rate"]):
+    own, color = sweep[[predictor, lost]].apply(pd.to_numeric, errors="coerce"), color_of(str(name))
     own = own[np.isfinite(own).all(axis=1)]
     if len(own) > 1:
-      axes.plot(own[predictor], own[lost], ".", markersize=3, alpha=0.5, color=color_of(name))
-    axes.plot(own[predictor].mean(), own[lost].mean(), "o", color=color_of(name))
+      axes.plot(own[predictor], own[lost], ".", markersize=3, alpha=0.5, color=color)
+    axes.plot(own[predictor].mean(), own[lost].mean(), "o", color=color)
   if style.wide(rows[predictor]):
     log_scale(axes, "x")
   else:
@@ -146,7 +147,7 @@ def plot_by_learning_rate(
   panels = [("full_precision_loss", "in full precision", frame.drop_duplicates("run"))]
   for pair in style.quantizations(frame):
     panels.append((lost, ", ".join(map(label, pair)), style.of_quantization(frame, pair)))
-  best: dict[str, float] = {}
+  best: dict[str, Any] = {}
   with canvas(path, 1, len(panels), (3.0 * len(panels), 3.4)) as (figure, (axes_C,)):
     for axes, (column, title, rows) in zip(axes_C, panels, strict=True):
       means = style.over_seeds(rows, ["optimizer", "learning_rate"], column)
