@@ -3,9 +3,10 @@
 import pathlib
 import re
 
+import markdown
 import pytest
 
-from beyond_outliers.analysis import packed_runs, predictors
+from beyond_outliers.analysis import packed_runs, predictors, qat_gap
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUMBER = r"([+-]?\d+\.\d+)"
@@ -19,7 +20,7 @@ def test_the_table_of_quantization_after_training_is_of_the_packed_runs():
   by_method = frame.set_index(["optimizer", "method", "seed"]).groupby(level=[0, 1])
   mean, error = by_method.mean(numeric_only=True), by_method.sem(numeric_only=True)
   text = (ROOT / "colabs" / "README.md").read_text()
-  section = text[text.index("## Do outliers predict") :]
+  section = text[text.index("## Do outliers predict") :].split("\n## ")[0]
   rows = re.findall(rf"^\| (\w+) \| {NUMBER} ± {NUMBER} \| (.*) \|$", section, re.MULTILINE)
   assert [row[0] for row in rows] == ["psgd", "soap", "muon", "shampoo", "scion", "adamw"]
   for name, loss, loss_error, others in rows:
@@ -34,37 +35,122 @@ def test_the_table_of_quantization_after_training_is_of_the_packed_runs():
     assert said[11:] == pytest.approx(outliers, abs=6e-3)
 
 
-def test_the_table_at_twenty_tokens_a_parameter_is_of_the_packed_runs():
+def numbers(text):
+  return [float(number) for number in re.findall(NUMBER, text)]
+
+
+def with_errors(values):
+  """[mean, standard error] over seeds."""
+  return [values.mean(), values.std(ddof=1) / len(values) ** 0.5]
+
+
+@pytest.fixture(scope="module")
+def ladder():
+  """(runs at twenty tokens a parameter, the guide's table and correlations of them)."""
   runs = packed_runs.find_runs(ROOT / "colabs" / "results" / "ladder.tar.xz")
-  quest = {
-    (run.config.optimizer.name, run.config.optimizer.learning_rate): run
-    for run in runs
-    if run.config.quant.recipe == "quest_w4a4" and run.config.seed == 0
-  }
-  frame = predictors.frame([run for run in runs if run.config.quant.recipe == "none"])
-  frame = frame[frame.recipe == "rtn_w4a4"]
-  of = frame[frame.seed == 0].set_index(["optimizer", "method"])
-  text = (ROOT / "colabs" / "README.md").read_text()
-  section = text[text.index("## Does that hold at twenty tokens") :].split("\n## ")[0]
-  rows = re.findall(r"^\| (\w+) \| (\d+\.\d{4} \| .*) \|$", section, re.MULTILINE)
-  assert len(rows) == 6
-  for name, numbers in rows:
-    one = of.loc[name, "rtn"]
-    trained = quest[name, one.learning_rate].metrics()["eval/loss"].dropna().iloc[-1]
-    found = [one.full_precision_loss, trained - one.full_precision_loss]
+  assert {run.status["status"] for run in runs} == {"done"}
+  section = markdown.read("colabs/README.md").split("## Does that hold at twenty tokens")[1]
+  return runs, *[table.rows for table in markdown.tables(section.split("\n## ")[0])]
+
+
+@pytest.fixture(scope="module")
+def at_tuned_rates(ladder):
+  runs = [run for run in ladder[0] if run.config.quant.recipe == "none"]
+  frame = predictors.frame([run for run in runs if list(run.path.glob("eval/*"))])
+  return frame[frame.recipe == "rtn_w4a4"]
+
+
+def test_the_table_at_twenty_tokens_a_parameter_is_of_the_packed_runs(ladder, at_tuned_rates):
+  gaps = {gap.optimizer: gap for gap in qat_gap.qat_gaps(ladder[0])[0]}
+  assert {row[0] for row in ladder[1]} == set(gaps) and len(gaps) == 6
+  for name, loss, trained, *of_methods, max_to_median, kurtosis in ladder[1]:
+    of = at_tuned_rates[at_tuned_rates.optimizer == name].set_index("method").sort_values("seed")
+    one, gap = of.loc[["rtn"]], gaps[name]
+    assert set(one.learning_rate) == {gap.rates[0]} == {gap.rates[1]}, "one rate on both sides"
+    found = [*with_errors(one.full_precision_loss), *with_errors(gap.losses[1] - gap.losses[0])]
     for method in METHODS:
-      found += [of.loss_difference[name, method], of.R_L[name, method]]
-    said = [float(number) for number in re.findall(NUMBER, numbers)]
-    assert said[:8] == pytest.approx(found, abs=6e-5), name
-    assert said[8:] == pytest.approx(
-      [one["max_to_median/linear"], one["kurtosis/linear"]], abs=6e-3
-    )
-  coefficients = re.findall(
-    rf"^\| (\w+) \| (\w+) \| {NUMBER} .* \| {NUMBER} \(.* \|$", section, re.MULTILINE
-  )
+      found += [*with_errors(of.loss_difference[[method]]), of.R_L[[method]].mean()]
+    said = numbers(" ".join([loss, trained, *of_methods]))
+    assert said == pytest.approx(found, abs=6e-5), name
+    outliers = [one["max_to_median/linear"].mean(), one["kurtosis/linear"].mean()]
+    assert numbers(f"{max_to_median} {kurtosis}") == pytest.approx(outliers, abs=6e-3)
+
+
+def test_correlations_at_twenty_tokens_a_parameter_are_of_the_packed_runs(ladder, at_tuned_rates):
   columns = {"R_L": "R_L", "MMR": "max_to_median/linear", "kurtosis": "kurtosis/linear"}
-  assert len(coefficients) == len(METHODS) * len(columns)
-  for method, name, *said in coefficients:
-    pair = of.xs(method, level="method")[["loss_difference", columns[name]]]
+  means = at_tuned_rates.groupby(["method", "optimizer"]).mean(numeric_only=True)
+  assert len(ladder[2]) == len(METHODS) * len(columns)
+  for method, name, pearson, _, spearman, *_ in ladder[2]:
+    pair = means.loc[method][["loss_difference", columns[name]]]
     found = [pair.corr(kind).iloc[0, 1] for kind in ("pearson", "spearman")]
-    assert [float(value) for value in said] == pytest.approx(found, abs=6e-3), (method, name)
+    said = [numbers(pearson)[0], numbers(spearman)[0]]
+    assert said == pytest.approx(found, abs=6e-3), (method, name)
+
+
+def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(ladder):
+  losses = {
+    (run.config.optimizer.name, run.config.quant.recipe, run.config.optimizer.learning_rate): run
+    for run in ladder[0]
+    if run.config.seed == 0
+  }
+  (table,) = [
+    table
+    for table in markdown.tables(markdown.read("colabs/README.md"))
+    if table.header[:3] == ["optimizer", "", "0.001"]
+  ]
+  said = {
+    (name, {"full precision": "none"}.get(arm, arm.strip("`")), float(rate)): numbers(cell)[0]
+    for name, arm, *cells in table.rows
+    for rate, cell in zip(table.header[2:], cells, strict=True)
+    if cell
+  }
+  found = {key: run.metrics()["eval/loss"].dropna().iloc[-1] for key, run in losses.items()}
+  assert said == pytest.approx(found, abs=6e-5)
+
+
+def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
+  packed = packed_runs.find_runs(ROOT / "colabs" / "results" / "rates.tar.xz")
+  runs = [run for run in packed if "/groups/" not in run.name]
+  frame = predictors.frame(runs, but=("learning_rate",))
+  frame = frame[(frame.recipe == "rtn_w4a4") & frame.method.isin(["rtn", "hadamard"])]
+  of = frame.set_index(["optimizer", "learning_rate", "method"])
+  text = markdown.read("colabs/README.md")
+  columns = "optimizer", "rate", "full precision", "rtn", "hadamard", "MMR of linear inputs"
+  rows = markdown.table_of("colabs/README.md", *columns)
+  assert len(rows) == len(runs)
+  for name, rate, *cells in rows:
+    rtn, hadamard = (of.loc[name, float(rate), method] for method in ("rtn", "hadamard"))
+    assert numbers(" ".join(cells[:3])) == pytest.approx(
+      [rtn.full_precision_loss, rtn.loss_difference, hadamard.loss_difference], abs=6e-5
+    )
+    assert numbers(cells[3])[0] == pytest.approx(rtn["max_to_median/linear"], abs=6e-3)
+  ranks = [
+    frame[frame.method == method][["loss_difference", "R_L"]].corr("spearman").iloc[0, 1]
+    for method in ("rtn", "hadamard")
+  ]
+  said = re.search(rf"Spearman {NUMBER} \(rtn\) and {NUMBER}\s\(hadamard", text)
+  assert said and [float(value) for value in said.groups()] == pytest.approx(ranks, abs=6e-3)
+  screen = re.search(rf"Spearman {NUMBER}\)", markdown.read("README.md"))
+  assert screen and float(screen[1]) == pytest.approx(ranks[1], abs=6e-3)
+
+
+def test_what_groups_of_parameters_do_is_of_the_packed_runs():
+  found = {}
+  for run in packed_runs.find_runs(ROOT / "colabs" / "results" / "rates.tar.xz"):
+    groups = run.config.optimizer.groups
+    rates = (groups[of].optimizer.learning_rate for of in ("hidden", "embedding", "vector"))
+    cells = predictors.frame([run]).query("recipe == 'rtn_w4a4'").set_index("method")
+    found[run.config.optimizer.name, *rates] = cells
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "hidden matrices", "embedding", "gains"),
+    *("full precision", "rtn", "hadamard", "MMR of linear inputs"),
+  )
+  assert len(rows) >= 9
+  for name, hidden, embedding, gains, *cells in rows:
+    of = found[name, float(hidden), float(embedding), float(gains)]
+    assert numbers(" ".join(cells[:3])) == pytest.approx(
+      [of.full_precision_loss["rtn"], *of.loss_difference[["rtn", "hadamard"]]], abs=6e-5
+    )
+    outliers = of["max_to_median/linear"]["rtn"]
+    assert numbers(cells[3])[0] == pytest.approx(outliers, abs=6e-3)
