@@ -110,11 +110,12 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
 
 def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
   packed = packed_runs.find_runs(ROOT / "colabs" / "results" / "rates.tar.xz")
-  runs = [run for run in packed if "/groups/" not in run.name]
+  in_turn = [run for run in packed if "/groups/" not in run.name]
+  runs = [run for run in in_turn if run.config.seed == 0]
   frame = predictors.frame(runs, but=("learning_rate",))
   frame = frame[(frame.recipe == "rtn_w4a4") & frame.method.isin(["rtn", "hadamard"])]
   of = frame.set_index(["optimizer", "learning_rate", "method"])
-  text = markdown.read("colabs/README.md")
+  text = markdown.read("colabs/README.md").split("## How much of what quantization costs")[1]
   columns = "optimizer", "rate", "full precision", "rtn", "hadamard", "MMR of linear inputs"
   rows = markdown.table_of("colabs/README.md", *columns)
   assert len(rows) == len(runs)
@@ -130,13 +131,26 @@ def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
   ]
   said = re.search(rf"Spearman {NUMBER} \(rtn\) and {NUMBER}\s\(hadamard", text)
   assert said and [float(value) for value in said.groups()] == pytest.approx(ranks, abs=6e-3)
+  adamw = predictors.frame(
+    [run for run in in_turn if run.config.optimizer.learning_rate in (0.1, 0.3)],
+    but=("learning_rate",),
+  ).query("optimizer == 'adamw' and recipe == 'rtn_w4a4'")
+  means = adamw.groupby(["method", "learning_rate"]).mean(numeric_only=True)
+  assert set(adamw.groupby("learning_rate").seed.nunique()) == {2}
+  losses, rounded, rotated = re.search(
+    r"two seeds (.+?)\) and lose (.+?) nats when .+?, (.+?) behind", text.replace("\n", " ")
+  ).groups()
+  assert numbers(losses) == pytest.approx([*means.full_precision_loss["rtn"]], abs=6e-5)
+  assert numbers(rounded) == pytest.approx([*means.loss_difference["rtn"]], abs=6e-5)
+  assert numbers(rotated) == pytest.approx([*means.loss_difference["hadamard"]], abs=6e-5)
   screen = re.search(rf"Spearman {NUMBER}\)", markdown.read("README.md"))
   assert screen and float(screen[1]) == pytest.approx(ranks[1], abs=6e-3)
 
 
 def test_what_groups_of_parameters_do_is_of_the_packed_runs():
   found = {}
-  for run in packed_runs.find_runs(ROOT / "colabs" / "results" / "rates.tar.xz"):
+  packed = packed_runs.find_runs(ROOT / "colabs" / "results" / "rates.tar.xz")
+  for run in (run for run in packed if run.config.seed == 0):
     groups = run.config.optimizer.groups
     rates = (groups[of].optimizer.learning_rate for of in ("hidden", "embedding", "vector"))
     cells = predictors.frame([run]).query("recipe == 'rtn_w4a4'").set_index("method")
