@@ -81,14 +81,14 @@ class PsgdClock(NamedTuple):
   correction: jax.Array  # of the bias of averages
 
 
-def normal(key: jax.Array, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def drawn(key: jax.Array, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   del count
   return random.normal(key, shape)
 
 
 @factory.arguments_of(_Psgd, without=("learning_rate", "weight_decay"))
 def scale_by_psgd(
-  h: _Psgd, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None, probes: Probes = normal
+  h: _Psgd, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None, probes: Probes = drawn
 ) -> optax.GradientTransformation:
   """PSGD's direction, to be subtracted.
 
@@ -111,7 +111,7 @@ def psgd(
   they are, and is counted. State, bytes per element of an m x n block in float32: 4 + 8 (m² + n²) /
   mn, 4 + 4 (m² + n²) / mn without cache; without the terms of axes that have a diagonal factor."""
   return optax.chain(
-    _direction(h, axes, mesh, normal),
+    _direction(h, axes, mesh, drawn),
     optax.add_decayed_weights(h.weight_decay, matrix_mask(axes)),
     optax.scale_by_learning_rate(h.learning_rate),
   )

@@ -106,6 +106,15 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
   }
   found = {key: run.metrics()["eval/loss"].dropna().iloc[-1] for key, run in losses.items()}
   assert said == pytest.approx(found, abs=6e-5)
+  of = {
+    (run.config.quant.recipe, run.config.seed): run.metrics()["eval/loss"].dropna().iloc[-1]
+    for run in ladder[0]
+    if run.config.optimizer.name == "adamw" and run.config.optimizer.learning_rate == 0.1
+  }
+  pays = re.search(rf"AdamW pays {NUMBER} and\s{NUMBER} nats", table.section)
+  assert pays and [float(value) for value in pays.groups()] == pytest.approx(
+    [of["quest_w4a4", seed] - of["none", seed] for seed in range(2)], abs=6e-5
+  )
 
 
 def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():

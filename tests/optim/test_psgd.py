@@ -20,8 +20,7 @@ from beyond_outliers import config, optim
 from beyond_outliers.mesh import make_mesh
 from beyond_outliers.optim.axes import matrix_mask
 from beyond_outliers.optim.linalg import chunks, triangular
-from beyond_outliers.optim.psgd import normal as normal_probes
-from beyond_outliers.optim.psgd import psgd, scale_by_psgd
+from beyond_outliers.optim.psgd import drawn, psgd, scale_by_psgd
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KEYS = ("w1", "w2", "b", "emb")
@@ -329,7 +328,7 @@ def test_blocks_are_worked_on_a_few_at_a_time(monkeypatch):
   gradients = [{"w": jnp.asarray(normal(t, 3, 4, 6))} for t in range(2)]
   together = run(gradients)[-1]
   monkeypatch.setattr(chunks, "CHUNK", 2 * 24)
-  map_matrices = run(gradients, probes=lambda *args: normal_probes(*args))[-1]  # another program
+  map_matrices = run(gradients, probes=lambda *args: drawn(*args))[-1]  # another program
   for x, y in zip(jax.tree.leaves(map_matrices), jax.tree.leaves(together), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -392,7 +391,7 @@ def test_random_numbers_follow_from_seed_and_step():
 
   def probe(key, count, shape):
     jax.debug.callback(lambda x: seen.append(tuple(x.tolist())), jax.random.key_data(key))
-    return normal_probes(key, count, shape)
+    return drawn(key, count, shape)
 
   run([{"u": jnp.ones(3), "v": jnp.ones(2), "w": jnp.ones(3)}] * 2, probes=probe)
   jax.effects_barrier()
