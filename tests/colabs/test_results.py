@@ -7,6 +7,8 @@ import markdown
 import pytest
 
 from beyond_outliers.analysis import packed_runs, predictors, qat_gap
+from beyond_outliers.analysis.statistics import estimate
+from beyond_outliers.analysis.tuning import final_metric
 
 ROOT = pathlib.Path(__file__).parents[2]
 NUMBER = r"([+-]?\d+\.\d+)"
@@ -39,11 +41,6 @@ def numbers(text):
   return [float(number) for number in re.findall(NUMBER, text)]
 
 
-def with_errors(values):
-  """[mean, standard error] over seeds."""
-  return [values.mean(), values.std(ddof=1) / len(values) ** 0.5]
-
-
 @pytest.fixture(scope="module")
 def ladder():
   """(runs at twenty tokens a parameter, the guide's table and correlations of them)."""
@@ -67,9 +64,9 @@ def test_the_table_at_twenty_tokens_a_parameter_is_of_the_packed_runs(ladder, at
     of = at_tuned_rates[at_tuned_rates.optimizer == name].set_index("method").sort_values("seed")
     one, gap = of.loc[["rtn"]], gaps[name]
     assert set(one.learning_rate) == {gap.rates[0]} == {gap.rates[1]}, "one rate on both sides"
-    found = [*with_errors(one.full_precision_loss), *with_errors(gap.losses[1] - gap.losses[0])]
+    found = [*estimate(one.full_precision_loss), *gap.loss]
     for method in METHODS:
-      found += [*with_errors(of.loss_difference[[method]]), of.R_L[[method]].mean()]
+      found += [*estimate(of.loss_difference[[method]]), of.R_L[[method]].mean()]
     said = numbers(" ".join([loss, trained, *of_methods]))
     assert said == pytest.approx(found, abs=6e-5), name
     outliers = [one["max_to_median/linear"].mean(), one["kurtosis/linear"].mean()]
@@ -89,9 +86,11 @@ def test_correlations_at_twenty_tokens_a_parameter_are_of_the_packed_runs(ladder
 
 def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(ladder):
   losses = {
-    (run.config.optimizer.name, run.config.quant.recipe, run.config.optimizer.learning_rate): run
+    (
+      *(run.config.optimizer.name, run.config.quant.recipe),
+      *(run.config.optimizer.learning_rate, run.config.seed),
+    ): final_metric(run, "eval/loss")
     for run in ladder[0]
-    if run.config.seed == 0
   }
   (table,) = [
     table
@@ -104,17 +103,28 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
     for rate, cell in zip(table.header[2:], cells, strict=True)
     if cell
   }
-  found = {key: run.metrics()["eval/loss"].dropna().iloc[-1] for key, run in losses.items()}
+  found = {key[:-1]: loss for key, loss in losses.items() if key[-1] == 0}
   assert said == pytest.approx(found, abs=6e-5)
-  of = {
-    (run.config.quant.recipe, run.config.seed): run.metrics()["eval/loss"].dropna().iloc[-1]
-    for run in ladder[0]
-    if run.config.optimizer.name == "adamw" and run.config.optimizer.learning_rate == 0.1
-  }
   pays = re.search(rf"AdamW pays {NUMBER} and\s{NUMBER} nats", table.section)
-  assert pays and [float(value) for value in pays.groups()] == pytest.approx(
-    [of["quest_w4a4", seed] - of["none", seed] for seed in range(2)], abs=6e-5
+  assert pays and numbers(pays[0]) == pytest.approx(
+    [
+      losses["adamw", "quest_w4a4", 0.1, seed] - losses["adamw", "none", 0.1, seed]
+      for seed in (0, 1)
+    ],
+    abs=6e-5,
   )
+
+
+def test_what_formats_and_methods_cost_is_of_the_packed_runs(ladder):
+  runs = [run for run in ladder[0] if run.config.quant.recipe == "none" and run.config.seed == 0]
+  frame = predictors.frame([run for run in runs if list(run.path.glob("eval/*"))])
+  of = frame.set_index(["recipe", "method", "optimizer"]).loss_difference
+  section = markdown.read("colabs/README.md").split("## Which format and which method")[1]
+  table = markdown.tables(section)[0]
+  assert len(table.rows) == 16
+  for recipe, method, *cells in table.rows:
+    found = of[recipe.strip("`"), method.strip("`")][table.header[2:]]
+    assert numbers(" ".join(cells)) == pytest.approx([*found], abs=6e-5), (recipe, method)
 
 
 def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
@@ -139,7 +149,7 @@ def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
     for method in ("rtn", "hadamard")
   ]
   said = re.search(rf"Spearman {NUMBER} \(rtn\) and {NUMBER}\s\(hadamard", text)
-  assert said and [float(value) for value in said.groups()] == pytest.approx(ranks, abs=6e-3)
+  assert said and numbers(said[0]) == pytest.approx(ranks, abs=6e-3)
   adamw = predictors.frame(
     [run for run in in_turn if run.config.optimizer.learning_rate in (0.1, 0.3)],
     but=("learning_rate",),
