@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.model.mlp_hidden = c.model.get_ref("d_model") * 4         # width inside the MLP
   c.model.mlp = "relu2"                      # relu2: down(relu(up x)²) | swiglu: down(silu(gate x) · up x)
   c.model.norm_placement = "post"            # post: x + norm(f(x)) | pre: x + f(norm(x))
+  c.model.norm_gain = "channel"            # of every RMSNorm: channel: one a feature | single: one, with which rotations commute
   c.model.norm_eps = 1.1920928955078125e-07  # of every RMSNorm: float32's machine epsilon
   c.model.qk_norm = "l2"                     # l2: after RoPE, a head, no gain | rms: before RoPE, whole projection | none
   c.model.attention_scale = "learned"        # learned: one scalar per head, from sqrt(d_head) | rsqrt: 1/sqrt(d_head)

@@ -77,6 +77,7 @@ class Model:
   attention: str
   unroll: int
   remat: str
+  norm_gain: str = "channel"
 
   def __post_init__(self):
     require_at_least(self, "model.", vocab=2, blocks=1, heads=1, kv_heads=1, d_head=2, d_model=1)
@@ -86,6 +87,7 @@ class Model:
       "model.",
       mlp=("relu2", "swiglu"),
       norm_placement=("post", "pre"),
+      norm_gain=("channel", "single"),
       qk_norm=("l2", "rms", "none"),
       attention_scale=("learned", "rsqrt"),
       rope_layout=("interleaved", "half"),

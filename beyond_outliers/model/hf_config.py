@@ -21,7 +21,12 @@ class Family(NamedTuple):
   names: Mapping[str, str]  # path of ours -> name of theirs; {} stands for the depth
 
 
-_SWITCHES = {"mlp": "swiglu", "attention_scale": "rsqrt", "rope_layout": "half"}
+_SWITCHES = {
+  "mlp": "swiglu",
+  "norm_gain": "channel",
+  "attention_scale": "rsqrt",
+  "rope_layout": "half",
+}
 _NAMES = {
   "embedding": "model.embed_tokens.weight",
   "layers/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",

@@ -72,17 +72,25 @@ class Linear(nn.Module):
 
 
 class RmsNorm(nn.Module):
-  """x / sqrt(mean x² + eps) · gain, over the last axis, in at least float32."""
+  """x / sqrt(mean x² + eps) · gain, over the last axis, in at least float32.
+
+  per_channel: a gain per feature; or a single one, as in arXiv 2506.19697."""
 
   eps: float
+  per_channel: bool = True
 
   @nn.compact
   def __call__(self, x):
     init = nn.with_logical_partitioning(nn.initializers.ones, ("vector",))
-    gain: Any = self.param("gain", init, (x.shape[-1],), jnp.float32)
+    gain: Any = self.param("gain", init, (x.shape[-1] if self.per_channel else 1,), jnp.float32)
     x = x.astype(at_least_float32(x.dtype))
     inverse_rms = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
     return x * inverse_rms * gain.astype(x.dtype)
+
+
+def rms_norm(c: config.Model, name: str | None = None) -> RmsNorm:
+  """The model's norm."""
+  return RmsNorm(c.norm_eps, c.norm_gain == "channel", name=name)
 
 
 class Add(nn.Module):
@@ -164,7 +172,7 @@ class Attention(nn.Module):
     k = linear("k", c.kv_heads * c.d_head, ("embed", "kv_heads"))(x_BxLxD)
     v = linear("v", c.kv_heads * c.d_head, ("embed", "kv_heads"))(x_BxLxD)
     if c.qk_norm == "rms":
-      q, k = RmsNorm(c.norm_eps, name="q_norm")(q), RmsNorm(c.norm_eps, name="k_norm")(k)
+      q, k = rms_norm(c, "q_norm")(q), rms_norm(c, "k_norm")(k)
 
     scale_H: Any = None
     if c.attention_scale == "learned":
@@ -212,8 +220,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
     c = self.config
-    attention_norm = RmsNorm(c.norm_eps, name="attention_norm")
-    mlp_norm = RmsNorm(c.norm_eps, name="mlp_norm")
+    attention_norm = rms_norm(c, "attention_norm")
+    mlp_norm = rms_norm(c, "mlp_norm")
     attend = Attention(c, self.dot_generals, name="attention")
     mlp = Mlp(c, self.dot_generals, name="mlp")
     attention_add, mlp_add = Add(name="attention_add"), Add(name="mlp_add")

@@ -47,7 +47,7 @@ class Transformer(nn.Module):
     init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
     self.embedding = self.param("embedding", init, (c.vocab, c.d_model), jnp.float32)
     self.layers = Stack(c, self.dot_general_for)
-    self.final_norm = layers.RmsNorm(c.norm_eps)
+    self.final_norm = layers.rms_norm(c)
     head_cls = self.dot_general_for("head") if self.dot_general_for else None
     if c.tied:
       self.head_dot_general = head_cls() if head_cls else dot.dot_general

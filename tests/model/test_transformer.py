@@ -13,7 +13,7 @@ import small_models
 
 from beyond_outliers import config
 from beyond_outliers.model import attention, linears, loss, stack, transformer
-from beyond_outliers.params import Axes
+from beyond_outliers.params import Axes, leaves_by_path
 from configs import adamw
 
 STUDY = dataclasses.replace(
@@ -114,6 +114,23 @@ def test_a_token_sees_no_later_one(architecture):
   for changed, after in zip(each, logits, strict=True):
     np.testing.assert_allclose(after[:, :changed], before[:, :changed], atol=1e-5)
     assert (np.abs(after - before)[:, changed:].max(axis=(0, 2)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_single_gain_is_the_same_gain_for_every_feature(architecture):
+  single = transformer.Transformer(
+    dataclasses.replace(ARCHITECTURES[architecture], norm_gain="single")
+  )
+  params, whole = random_params(single), transformer.Transformer(ARCHITECTURES[architecture])
+  spread = jax.tree.map(
+    lambda leaf, shape: jnp.broadcast_to(leaf, shape.shape), params, transformer.shapes(whole)
+  )
+  norms = [path for path in leaves_by_path(params) if path.endswith("norm/gain")]
+  assert len(norms) == (5 if architecture == "olmo2" else 3)
+  assert all(leaves_by_path(params)[path].shape[-1] == 1 for path in norms)
+  np.testing.assert_allclose(
+    single.apply({"params": params}, TOKENS), whole.apply({"params": spread}, TOKENS), rtol=1e-6
+  )
 
 
 def test_positions_count_by_their_distance():

@@ -196,6 +196,8 @@ def test_what_prepares_a_matrix_leaves_the_product_as_it_was(name):
     {"norm_placement": "pre"},
     {"norm_placement": "pre", "tied": False, "mlp": "swiglu"},
     {"heads": 3, "d_head": 24, "d_model": 72, "norm_placement": "pre"},
+    {"norm_gain": "single"},
+    {"norm_gain": "single", "norm_placement": "pre", "tied": False, "mlp": "swiglu"},
   ],
   ids=str,
 )
@@ -213,9 +215,11 @@ def test_fused_rotations_leave_the_function_as_it_was(change):
   )
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
-def test_fused_rotations_leave_out_those_at_run_time_that_they_replace(placement):
-  model, params = plain(norm_placement=placement)
+@pytest.mark.parametrize(
+  "placement, gain", [("pre", "channel"), ("post", "channel"), ("post", "single")]
+)
+def test_fused_rotations_leave_out_those_at_run_time_that_they_replace(placement, gain):
+  model, params = plain(norm_placement=placement, norm_gain=gain)
   recipe = ptq.quantize(model, params, W4A4, "quarot").recipe
   online = {
     path.split("/", 2)[-1]
@@ -224,7 +228,7 @@ def test_fused_rotations_leave_out_those_at_run_time_that_they_replace(placement
   }
   assert online == (
     {"mlp/down"}
-    if placement == "pre"
+    if placement == "pre" or gain == "single"
     else {"mlp/down", "mlp/up", "attention/q", "attention/k", "attention/v"}
   )
 

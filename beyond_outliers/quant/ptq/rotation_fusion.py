@@ -6,10 +6,12 @@ The architecture decides what can be rotated for free:
 
   the values of every head, from v to o    always: attention only mixes them over tokens
   the residual stream, from each matrix    where norms stand before their blocks: a norm's input is
-    that writes to it to each that reads   rotated, and its gain goes into the matrices behind it
+    that writes to it to each that reads   rotated, and its gain goes into the matrices behind it;
+                                           and where every norm has a single gain, which commutes
+                                           with a rotation (arXiv 2506.19697)
 
-Where norms stand behind (the study's, OLMo2), their gains scale what is added to the stream,
-feature by feature: a rotated stream would need rotated gains, which are no gains. There the inputs
+Where norms with a gain per feature stand behind (the study's, OLMo2), these scale what is added to
+the stream: a rotated stream would need rotated gains, which are no gains. There the inputs
 of q, k, v, up and gate have to be rotated online, and so has that of down everywhere,
 behind a nonlinearity. The paper also rotates o's inputs across heads online; not so here.
 
@@ -29,7 +31,7 @@ from beyond_outliers.params import kernel_path, leaves_by_path, with_leaves
 from beyond_outliers.quant import rotations
 from beyond_outliers.types import LanguageModel, Params
 
-# Of each norm: the matrices that read the stream behind it, and the one that writes to it.
+# Of each part of a block: the matrices that read the stream, and the one that writes to it.
 STREAM_READERS = {"attention": ("q", "k", "v"), "mlp": ("up", "gate")}
 STREAM_WRITERS = {"attention": "o", "mlp": "down"}
 
@@ -38,15 +40,15 @@ def fuse(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params, f
   """(model, parameters, linear layers whose inputs now are rotated), the same function as before.
 
   Their paths are those within a block, and `head`. A tied head is parted from the embedding where
-  the stream is rotated: the last norm's gain goes into it alone."""
+  the last norm's gains go into it alone."""
   c = model.config
   params, rotated = _with_rotated_values(params, c.d_head), {"attention/o"}
-  if c.norm_placement == "pre":
-    params = _with_rotated_stream(params, c)
-    rotated |= {f"{part}/{name}" for part, names in STREAM_READERS.items() for name in names}
-    rotated |= {"head"}
-    model = model.clone(config=dataclasses.replace(c, tied=False))
-  return model, params, frozenset(rotated)
+  if c.norm_gain == "channel" and c.norm_placement == "pre":
+    params, c = _without_gains(params, c), dataclasses.replace(c, tied=False)
+  elif c.norm_gain == "channel":
+    return model, params, frozenset(rotated)
+  rotated |= {f"{part}/{name}" for part, names in STREAM_READERS.items() for name in names}
+  return model.clone(config=c), _with_rotated_stream(params, c), frozenset(rotated | {"head"})
 
 
 def _with_rotated_values(params: Params, d_head: int) -> Params:
@@ -59,27 +61,34 @@ def _with_rotated_values(params: Params, d_head: int) -> Params:
   return with_leaves(params, {v_path: v, o_path: o})
 
 
+def _without_gains(params: Params, c: config.Model) -> Params:
+  """The gains in the matrices behind them, and 1 in the norms."""
+  leaves = leaves_by_path(params)
+  head, gain = params["embedding"].T if c.tied else leaves["head/kernel"], leaves["final_norm/gain"]
+  moved = {"head/kernel": gain[:, None] * head, "final_norm/gain": jnp.ones_like(gain)}
+  for part, path in _readers(leaves):
+    norm = f"layers/{part}_norm/gain"
+    moved[path] = leaves[norm][..., None] * leaves[path]
+    moved[norm] = jnp.ones_like(leaves[norm])
+  return with_leaves(params, moved)
+
+
 def _with_rotated_stream(params: Params, c: config.Model) -> Params:
   r_DxD, leaves = orthogonal(c.d_model), leaves_by_path(params)
-
-  def reads(kernel, gain):
-    return _product(r_DxD.T, gain[..., None] * kernel)
-
-  head, gain = params["embedding"].T if c.tied else leaves["head/kernel"], leaves["final_norm/gain"]
-  rotated = {
-    "embedding": _product(params["embedding"], r_DxD),
-    "head/kernel": reads(head, gain),
-    "final_norm/gain": jnp.ones_like(gain),
-  }
-  for part, names in STREAM_READERS.items():
-    norm = f"layers/{part}_norm/gain"
-    for name in names:
-      path = kernel_path(f"layers/{part}/{name}")
-      if path in leaves:  # not all have a gate
-        rotated[path] = reads(leaves[path], leaves[norm])
-    path = kernel_path(f"layers/{part}/{STREAM_WRITERS[part]}")
-    rotated |= {path: _product(leaves[path], r_DxD), norm: jnp.ones_like(leaves[norm])}
+  rotated = {"embedding": _product(params["embedding"], r_DxD)}
+  reading = [path for _, path in _readers(leaves)] + ([] if c.tied else ["head/kernel"])
+  rotated |= {path: _product(r_DxD.T, leaves[path]) for path in reading}
+  for part, name in STREAM_WRITERS.items():
+    path = kernel_path(f"layers/{part}/{name}")
+    rotated[path] = _product(leaves[path], r_DxD)
   return with_leaves(params, rotated)
+
+
+def _readers(leaves) -> list[tuple[str, str]]:
+  """(part of a block, path) of each kernel there that reads the stream; not all have a gate."""
+  named = [(part, name) for part, names in STREAM_READERS.items() for name in names]
+  paths = [(part, kernel_path(f"layers/{part}/{name}")) for part, name in named]
+  return [(part, path) for part, path in paths if path in leaves]
 
 
 def _product(a, b):
