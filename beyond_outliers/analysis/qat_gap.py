@@ -4,6 +4,7 @@ beyond that of the same run in full precision."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis.statistics import Estimate, estimate
+from beyond_outliers.analysis.statistics import Comparison, Estimate, compare_differences, estimate
 from beyond_outliers.analysis.tuning import (
   FULL_PRECISION,
   Tuning,
@@ -79,6 +80,30 @@ def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
       left_out += alone
       gaps += [gap] if gap else []
   return sorted(gaps, key=lambda gap: (gap.recipe, gap.loss.mean)), left_out
+
+
+def compare_gaps(gaps: Sequence[Gap]) -> list[tuple[str, Comparison]]:
+  """(recipe, whether seeds tell a gap from none, or two optimizers' gaps from each other), by
+  recipe, the surest first.
+
+  Gaps of one seed are left out, and pairs that share fewer than two. Holm's procedure is over a
+  recipe's gaps, and by itself over its pairs."""
+  found = []
+  for recipe in dict.fromkeys(gap.recipe for gap in gaps):
+    paid = {
+      gap.optimizer: dict(zip(gap.seeds, gap.losses[1] - gap.losses[0], strict=True))
+      for gap in gaps
+      if gap.recipe == recipe
+    }
+    alone = {name: [*of.values()] for name, of in paid.items()}
+    pairs = {
+      f"{a} - {b}": [paid[a][seed] - paid[b][seed] for seed in paid[a] if seed in paid[b]]
+      for b, a in itertools.combinations(paid, 2)
+    }
+    for family in (alone, pairs):
+      several = {name: values for name, values in family.items() if len(values) > 1}
+      found += [(recipe, one) for one in compare_differences(several)] if several else []
+  return found
 
 
 def _pair(frame: pd.DataFrame, full: Tuning, under: Tuning) -> tuple[Gap | None, list[str]]:

@@ -11,12 +11,14 @@ from etils import epath
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, ptq_degradation, tables
 from beyond_outliers.analysis.common_loss import Landing, common_loss
-from beyond_outliers.analysis.qat_gap import qat_gaps
+from beyond_outliers.analysis.qat_gap import compare_gaps, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, tunings
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
+
+COMPARED = "gaps against none and each other, paired by seed, Student's t after Holm"
 
 
 class Settings(Protocol):
@@ -66,6 +68,8 @@ def _print_rates(recipe: str, found: Sequence[Tuning]) -> None:
 def _print_gaps(runs: Sequence[runs_lib.Run], found: Sequence[Tuning], gap_plot: PathLike) -> None:
   gaps, left_out = qat_gaps(runs)
   print(f"full precision against recipe\n\n{tables.qat_gap_table(gaps)}\n")
+  if compared := compare_gaps(gaps):
+    print(f"{COMPARED}\n\n{tables.gap_comparison_table(compared)}\n")
   if any(len(t.losses) > 1 for t in found if t.recipe != FULL_PRECISION):
     print(f"learning rates tuned under a recipe\n\n{tables.retuning_table(found)}\n")
   print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")

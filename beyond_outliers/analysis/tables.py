@@ -11,7 +11,7 @@ import numpy as np
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis.common_loss import Landing, Point
 from beyond_outliers.analysis.qat_gap import Gap
-from beyond_outliers.analysis.statistics import Estimate, estimate
+from beyond_outliers.analysis.statistics import Comparison, Estimate, estimate
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning
 
 Item = TypeVar("Item")
@@ -113,6 +113,22 @@ GAP_COLUMNS: dict[str, Callable[[Gap], str]] = {
   "gap, bits per byte": _gap_bits,
   "gap, %": lambda gap: plus_minus(gap.percent, 2, "+"),
   "seeds": lambda gap: str(len(gap.seeds)),
+}
+
+
+def gap_comparison_table(compared: Iterable[tuple[str, Comparison]]) -> str:
+  """Gaps, and differences of two optimizers' gaps, with intervals and p after Holm."""
+  return markdown_table(GAP_COMPARISON_COLUMNS, compared)
+
+
+GAP_COMPARISON_COLUMNS: dict[str, Callable[[tuple[str, Comparison]], str]] = {
+  "recipe": lambda row: row[0],
+  "gap": lambda row: row[1].name,
+  "nats": lambda row: f"{row[1].value:+.4f}",
+  "95 % interval": lambda row: " … ".join(f"{end:+.4f}" for end in row[1].interval),
+  "p": lambda row: f"{row[1].p:.3f}",
+  "seeds": lambda row: str(row[1].n),
+  "told apart": lambda row: "no" if row[1].tie else "yes",
 }
 
 

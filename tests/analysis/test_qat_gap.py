@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from workdirs import workdir
 
 from beyond_outliers import runs
@@ -69,11 +70,37 @@ def test_both_sides_have_the_rate_of_full_precision(pairs):
   assert "| soap | quest_w4a4 | 0.01, then 0.03 |" in tables.qat_gap_table(list(found.values()))
 
 
+def test_gaps_are_told_from_none_and_from_each_other_by_seeds_they_share(pairs):
+  """p of the paired t test after Holm, of two gaps and apart from them of one pair."""
+  for seed in (0, 1):
+    workdir(pairs, soap, 0.01, seed, {260: PLAIN[seed] - 0.4})
+    cost = (0.33, 0.29)[seed]
+    workdir(pairs, soap, 0.01, seed, {260: PLAIN[seed] - 0.4 + cost}, recipe="quest_w4a4")
+  compared = qat_gap.compare_gaps(qat_gap.qat_gaps(runs.find(pairs))[0])
+  assert {recipe for recipe, _ in compared} == {"quest_w4a4"}
+  by_name = {one.name: one for _, one in compared}
+  names = ["muon", "adamw", "soap", "adamw - muon", "soap - muon", "soap - adamw"]
+  assert list(by_name) == names, "smallest p first"
+  p = stats.ttest_1samp(COST, 0).pvalue
+  assert by_name["adamw"].p == pytest.approx(2 * p) and by_name["adamw"].n == 3
+  assert by_name["adamw"].value == pytest.approx(0.3) and not by_name["adamw"].tie
+  assert by_name["adamw - muon"].value == pytest.approx(0.2)
+  assert by_name["adamw - muon"].p == pytest.approx(3 * stats.ttest_1samp(COST - 0.1, 0).pvalue)
+  assert by_name["soap - adamw"].n == 2, "the seeds that both have"
+  assert by_name["soap - adamw"].value == pytest.approx(np.mean([0.33, 0.29] - COST[:2]))
+  assert by_name["soap - adamw"].tie
+  table = tables.gap_comparison_table(compared).splitlines()
+  assert table[3].startswith("| quest_w4a4 | adamw | +0.3000 | +0.") and table[3].endswith(
+    "| yes |"
+  )
+
+
 def test_one_seed_has_no_standard_error_and_recipes_stay_apart(tmp_path):
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.0})
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.1}, recipe="rtn_w8a8")
   workdir(tmp_path, adamw, 0.1, 0, {260: 4.5}, recipe="quest_w4a4")
   found, _ = qat_gap.qat_gaps(runs.find(tmp_path))
+  assert qat_gap.compare_gaps(found) == []
   assert [(gap.recipe, round(gap.loss.mean, 6)) for gap in found] == [
     ("quest_w4a4", 0.5),
     ("rtn_w8a8", 0.1),

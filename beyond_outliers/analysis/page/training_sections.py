@@ -21,6 +21,7 @@ from beyond_outliers.analysis.page.evidence import (
 )
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, rates, text_columns
+from beyond_outliers.analysis.qat_gap import Gap, compare_gaps
 from beyond_outliers.analysis.tuning import Tuning, final_metric
 
 RUN_COLUMNS = (
@@ -251,7 +252,28 @@ def training_gap(evidence: Evidence, group: RunGroup) -> Part:
         functools.partial(plots.plot_qat_gaps, gaps),
       )
     ],
-    tables=[Table(f"gaps.{group.name}", caption, tables.GAP_COLUMNS, gaps, numbers)],
+    tables=[
+      Table(f"gaps.{group.name}", caption, tables.GAP_COLUMNS, gaps, numbers),
+      *_compared_gaps(group.name, gaps),
+    ],
     command=analysis_command(evidence.roots_of(group), "--gap_plot=gap.png"),
     left_out=left_out,
   )
+
+
+def _compared_gaps(name: str, gaps: Sequence[Gap]) -> list[Table]:
+  """None where all gaps are of one seed."""
+  compared = compare_gaps(gaps)
+  numbers = pd.DataFrame(
+    [
+      (recipe, one.name, one.value, *one.interval, one.p, one.n, not one.tie)
+      for recipe, one in compared
+    ],
+    columns=["recipe", "gap", "nats", "low", "high", "p", "seeds", "told apart"],
+  )
+  caption = (
+    "Which gaps seeds tell from none, and from each other: paired by seed, intervals and p of "
+    "Student's t after Holm's correction, over the gaps and over the pairs."
+  )
+  columns = tables.GAP_COMPARISON_COLUMNS
+  return [Table(f"gaps_compared.{name}", caption, columns, compared, numbers)] if compared else []
