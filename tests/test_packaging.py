@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_module_is_packaged(monkeypatch):
-  pytest.importorskip("setuptools")
+  pytest.importorskip("setuptools", reason="builds the package")
   from distutils.core import run_setup
 
   monkeypatch.chdir(ROOT)
@@ -30,7 +30,7 @@ def test_every_module_is_packaged(monkeypatch):
 
 
 def test_the_versions_that_were_tested_are_within_the_bounds(monkeypatch):
-  pytest.importorskip("setuptools")
+  pytest.importorskip("setuptools", reason="builds the package")
   from distutils.core import run_setup
 
   monkeypatch.chdir(ROOT)

@@ -220,7 +220,7 @@ def test_a_row_with_what_is_not_known_can_still_be_shown(terminal):
 
 
 def test_tensorboard_gets_every_number_under_its_name_and_step(tmp_path):
-  pytest.importorskip("tensorboardX")
+  pytest.importorskip("tensorboardX", reason="needs the extra 'tensorboard'")
   from tensorboardX.proto import event_pb2
 
   writer = writers.TensorBoard(epath.Path(tmp_path), 7)

@@ -32,7 +32,7 @@ def test_state_is_counted_to_the_byte(name, expected):
   state."""
   peer = TIMED_OPTIMIZERS[name].peer
   if peer:
-    pytest.importorskip(peer.replace("-", "_"))
+    pytest.importorskip(peer.replace("-", "_"), reason="needs the extra 'peers'")
   figures = optimizers.measure_optimizer(TIMED_OPTIMIZERS[name], TINY, repeats=1)
   excess = figures["state_bytes_per_parameter"] * PARAMETERS - expected * PARAMETERS
   assert 0 <= excess < 50

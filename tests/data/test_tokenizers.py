@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from beyond_outliers.data import tokenizers
 from beyond_outliers.data.gpt2 import GPT2_FILES
@@ -64,7 +65,7 @@ PIECES += ["<|endoftext|>", "</s>", "<s>", "<unk>", "<0x41>", "the", "Th", "\uff
 
 @pytest.fixture(scope="module")
 def huggingface(speeches, tmp_path_factory):
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   model = library.Tokenizer(library.models.BPE())
   model.pre_tokenizer, model.decoder = (
     library.pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -86,8 +87,8 @@ def huggingface(speeches, tmp_path_factory):
 def sentencepiece_with_prefix(speeches, tmp_path_factory):
   """Puts a space before a text, as Llama's and Mistral's do; and has a piece for a private-use
   character, which then stands in for nothing."""
-  library, model = pytest.importorskip("sentencepiece"), io.BytesIO()
-  library.SentencePieceTrainer.train(
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(speeches[0].splitlines()),
     model_writer=model,
     model_type="bpe",
@@ -106,7 +107,7 @@ def sentencepiece_with_prefix(speeches, tmp_path_factory):
 
 def wordpiece(file, end="[SEP]"):
   """Lower case, without accents: what it decodes is not what it was given."""
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   words = ["[UNK]", end, "elan", "vital", "fi", "##nal", "."]
   vocabulary = {word: i for i, word in enumerate(words)}
   model = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -122,7 +123,7 @@ def wordpiece(file, end="[SEP]"):
 
 def llama(file):
   """A byte-fallback BPE as in Llama 2's tokenizer.json."""
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
   pieces += ["▁", "t", "h", "e", "▁t", "▁th", "▁the"]
   merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
@@ -149,7 +150,7 @@ def llama(file):
 
 @pytest.fixture(scope="module")
 def gpt2():
-  pytest.importorskip("tiktoken")
+  pytest.importorskip("tiktoken", reason="needs the extra 'hf'")
   try:
     return tokenizers.load(f"gpt2:{GPT2_DIR}")
   except DataError as error:
@@ -221,8 +222,8 @@ def test_the_first_token_of_a_normalized_text_stands_for_source_bytes(tmp_path, 
 
 
 def test_the_first_piece_of_a_normalized_text_stands_for_source_bytes(tmp_path):
-  library, model = pytest.importorskip("sentencepiece"), io.BytesIO()
-  library.SentencePieceTrainer.train(
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(["elan vital"] * 50),
     model_writer=model,
     vocab_size=20,
@@ -241,7 +242,7 @@ def test_the_first_piece_of_a_normalized_text_stands_for_source_bytes(tmp_path):
 
 
 def test_an_end_that_the_file_calls_no_special_token_is_text_in_texts(huggingface, tmp_path):
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   model = library.Tokenizer.from_buffer(huggingface._files["tokenizer.json"])
   model.add_tokens(["<|endoftext|>", "<|im_end|>"])
   model.save(str(tmp_path / "tokenizer.json"))
@@ -328,7 +329,7 @@ def test_ids_that_have_a_token(sentencepiece, huggingface, tmp_path):
 def test_what_a_hugging_face_directory_puts_before_texts(
   huggingface, tmp_path, adds, settings, expected
 ):
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   model = library.Tokenizer.from_buffer(huggingface._files["tokenizer.json"])
   single, pair = ("<s> $A </s>", "<s> $A $B") if adds else ("$A </s>", "$A $B")
   model.post_processor = library.processors.Sequence(
@@ -376,7 +377,7 @@ def test_gpt2_gives_gpt2s_ids(gpt2):
   ],
 )
 def test_what_cannot_be_opened_is_refused(tmp_path, name, message):
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   files = {file: tmp_path / file for file in ("bad", "empty", "no_tokens")}
   files["bad"].write_text("{}")
   files["empty"].write_text("")
@@ -386,7 +387,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path, name, message):
 
 
 def test_gpt2_files_of_another_vocabulary_are_refused(tmp_path):
-  pytest.importorskip("tiktoken")
+  pytest.importorskip("tiktoken", reason="needs the extra 'hf'")
   for name in GPT2_FILES:
     (tmp_path / name).write_text(json.dumps({"a": 0}))
   with pytest.raises(DataError, match=r"encoder.json is not GPT-2's"):

@@ -723,7 +723,7 @@ def test_a_hugging_face_directory(workdir, tiny_config, tmp_path):
   assert as_it_is["tokens"] == len(losses) and rounded["kl"] < 1e-2
   assert len(files(tmp_path, 0, "rtn_w8a8", "rtn")) == 1
 
-  library = pytest.importorskip("tokenizers")
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
   tokenizer = library.Tokenizer(
     library.models.BPE({token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}, [])

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import harness, offline_tasks, task_code

@@ -135,7 +135,7 @@ def cloud_job(executor, requirements):
 @pytest.mark.parametrize("accelerator", xm_launch.ACCELERATORS["vertex"])
 def test_vertex_gets_a_machine_that_has_the_accelerator(accelerator):
   """As XManager makes it, which knows no other machines than these."""
-  vertex = pytest.importorskip("xmanager.cloud.vertex")
+  vertex = pytest.importorskip("xmanager.cloud.vertex", reason="needs the extra 'launch'")
   spec = vertex.get_machine_spec(cloud_job("vertex", [f"{accelerator}=8"]))
   families = {"a100": "a2-", "l4_24th": "g2-", "tpu_v2": "cloud-tpu", "tpu_v3": "cloud-tpu"}
   assert spec["machine_type"].startswith(families.get(accelerator, "n1-"))
@@ -145,7 +145,7 @@ def test_vertex_gets_a_machine_that_has_the_accelerator(accelerator):
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerator", xm_launch.ACCELERATORS["kubernetes"])
 def test_kubernetes_gets_a_limit_and_a_label_of_its_nodes(accelerator):
-  kubernetes = pytest.importorskip("xmanager.cloud.kubernetes")
+  kubernetes = pytest.importorskip("xmanager.cloud.kubernetes", reason="needs the extra 'launch'")
   executor = cloud_job("kubernetes", [f"{accelerator}=2", "ram=16"]).executor
   limits = kubernetes.requirements_from_executor(executor).limits
   assert limits["nvidia.com/gpu"] == "2" and int(limits["memory"]) == 16 * 2**30
