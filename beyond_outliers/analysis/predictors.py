@@ -22,7 +22,7 @@ from beyond_outliers.evaluate.outlier_metrics import METRICS
 from beyond_outliers.types import PathLike
 
 KEYS = ("optimizer", "seed", "run", "recipe", "method", "step", "learning_rate", "average")
-ERRORS = ("R_L", "R_L_logits", "inherited")
+ERRORS = ("R_L", "R_L_centred", "R_L_logits", "inherited")
 GIVEN = "full_precision_loss"
 # Prefixes in a table of cells that are left out here.
 PREFIXES = (ptq_degradation.OUTLIERS, "propagation/")
@@ -49,7 +49,8 @@ def frame(
   (loss / full_precision_loss - 1); full_precision_loss; then predictors: outliers of the checkpoint
   in full precision, by the names of its cell without `outliers/` (`max_to_median/linear`, the MMR
   of linear layers' inputs; also of `residual`, `activation` and `weights`), and of the cell's own
-  error R_L at the final norm, R_L_logits, and inherited, which `evaluate --propagation` measures.
+  error R_L at the final norm, R_L_centred, R_L_logits, and inherited, which `evaluate
+  --propagation` measures.
   attrs["left_out"]: in words the runs in full precision that have no such cell: at other steps they
   would stand elsewhere in the schedule.
   settings, folders: see `ptq_degradation.degradation_cells`. but: what runs of one optimizer may

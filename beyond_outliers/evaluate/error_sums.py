@@ -2,7 +2,7 @@
 
 Sums are kept by window, so that standard errors over windows cost nothing.
 
-Legend: B windows, L length, F features, S sums.
+Legend: B windows, L length, F features.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = (
 # Numerators over ‖f(h)‖². `predicted` is A where the error passes through W + E/2.
 NUMERATORS = ("R", "A", "B", "C", "local", "predicted")
 
-Sums = dict[str, Any]  # {numerator, or "R_in", "out", "in": [B]} by kind of mean
+Sums = dict[str, Any]  # {numerator, or "R_in", "out", "in": [B]} by kind of mean; and of `_centre`
 
 
 def error_sums(unit: Unit, counts_BxL: jax.Array) -> dict[str, Sums]:
@@ -48,7 +48,14 @@ def error_sums(unit: Unit, counts_BxL: jax.Array) -> dict[str, Sums]:
     token[of] = jnp.sum(has_BxL, axis=1).astype(batch[of].dtype)
     for name in names:
       token[name] = _sum(squares[name] / jnp.where(has_BxL, squares[of], 1), has_BxL)
-  return {"token": token, "batch": batch}
+  return {"token": token, "batch": batch | _centre(unit, counts_BxL)}
+
+
+def _centre(unit: Unit, counts_BxL: jax.Array) -> Sums:
+  """What the mean of the outputs over tokens is made of: their sum [B, F], and how many [B]."""
+  h = _wide(unit.output)
+  total_BxF = jnp.sum(h, axis=1, where=counts_BxL[..., None])
+  return {"total": total_BxF, "tokens": jnp.sum(counts_BxL, axis=1).astype(h.dtype)}
 
 
 def _squares(unit: Unit) -> dict[str, jax.Array]:
@@ -104,13 +111,22 @@ def columns(sums: dict[str, Sums], spectral_ratio: float) -> dict[str, float]:
   """{column: value}, with `_se` and with the prefix `batch_`, of a unit's sums by window.
 
   spectral_ratio: NaN for what is no linear layer. `_se`: standard errors over windows, by the
-  jackknife; NaN for one window. Gains are NaN where no error comes in."""
+  jackknife; NaN for one window. Gains are NaN where no error comes in. R_centred: see `centred`."""
   found = {}
   for kind, prefix in (("token", ""), ("batch", "batch_")):
     values, errors = jackknife(sums[kind], lambda total: _ratios(total, spectral_ratio))
     for i, name in enumerate(COLUMNS):
       found[f"{prefix}{name}"], found[f"{prefix}{name}_se"] = float(values[i]), float(errors[i])
-  return found
+  value, error = jackknife(sums["batch"], centred)
+  return found | {"R_centred": float(value), "R_centred_se": float(error)}
+
+
+def centred(total: Sums) -> np.ndarray:
+  """‖f^q(hq) − f(h)‖² / ‖f(h) − its mean over tokens‖², of sums over all tokens.
+
+  What all tokens have in common tells none from another, but makes R small where it is large."""
+  common = np.sum(total["total"] ** 2, axis=-1) / total["tokens"]
+  return total["R"] / (total["out"] - common)
 
 
 def jackknife(
@@ -118,9 +134,9 @@ def jackknife(
 ) -> tuple[np.ndarray, np.ndarray]:
   """(statistic of the totals, its standard error over windows).
 
-  statistic: of totals [B] each to [..., B]."""
+  statistic: of totals, [B] or [B, F] each, to [..., B]."""
   wide = {name: np.asarray(x_B, np.float64) for name, x_B in by_window.items()}
-  totals = {name: x_B.sum(keepdims=True) for name, x_B in wide.items()}
+  totals = {name: x_B.sum(0, keepdims=True) for name, x_B in wide.items()}
   windows = len(next(iter(wide.values())))
   with np.errstate(divide="ignore", invalid="ignore"):  # NaN says what is to be said
     value = statistic(totals)[..., 0]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.evaluate.error_sums import columns, jackknife
+from beyond_outliers.evaluate.error_sums import centred, columns, jackknife
 from beyond_outliers.evaluate.paired_run import PairedRun, Windows
 from beyond_outliers.params import at_any_depth
 from beyond_outliers.quant import QuantizedModel
@@ -51,7 +51,8 @@ def decompose(
   mask_documents: bool = False,
 ) -> pd.DataFrame:
   """Table of one row a unit, in the order in which they run: name, kind, COLUMNS, a `_se` of each,
-  and all these again with the prefix `batch_` (error_sums.py says what they are).
+  and all these again with the prefix `batch_` (error_sums.py says what they are); and R_centred,
+  R against what differs between tokens.
 
   Columns without prefix are means over tokens of the ratio at each; `batch_` ones are ratios of
   sums over all tokens (Frobenius norms). gain is A / R_in of either, so that a token weighs in it
@@ -90,35 +91,41 @@ def final_error(
   batches: Iterable[Tokens],
   at: str = "final_norm",
   *,
+  centre: bool = False,
   mask_documents: bool = False,
 ) -> tuple[float, float]:
   """(R_L, its standard error over windows): the error at the end of the network, in two forwards.
 
-  It is R of `decompose` in the row of the final norm, or with at="logits" in the head's. A cheap
-  one takes few and short windows; the standard error says what that costs.
+  It is R of `decompose` in the row of the final norm, or with at="logits" in the head's; with
+  `centre` it is R_centred there. A cheap one takes few and short windows; the standard error says
+  what that costs.
   Errors: ConfigError, as there."""
   require(at in ("final_norm", "logits"), "at", at, "expected 'final_norm' or 'logits'")
   run = paired(model, params, quantized)
   found = [
-    run.final_sums(batch, at)["token"]
+    run.final_sums(batch, at)["batch" if centre else "token"]
     for batch in windows(batches, model.config.vocab, mask_documents)
   ]
   by_window = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
-  value, error = jackknife(by_window, lambda total: total["R"] / total["out"])
+  value, error = jackknife(
+    by_window, centred if centre else lambda total: total["R"] / total["out"]
+  )
   return float(value), float(error)
 
 
 def summary(table: pd.DataFrame) -> Json:
   """What an evaluation job keeps of a whole table of `decompose`.
 
-  scores: of `propagation`, R_L at the final norm and at the logits, with standard errors, and
-  `inherited`, A's share of R behind the last block's last matrix. largest_gain: by kind of unit.
-  units: the rows, without `batch_` columns."""
+  scores: of `propagation`, R_L at the final norm and at the logits, and R_centred at the former,
+  with standard errors, and `inherited`, A's share of R behind the last block's last matrix.
+  largest_gain: by kind of unit. units: the rows, without `batch_` columns."""
   rows: Any = table.set_index("name")
   last = rows[rows.index.str.endswith("mlp/down")].iloc[-1]
   scores = {
     "R_L": rows.loc["final_norm", "R"],
     "R_L_stderr": rows.loc["final_norm", "R_se"],
+    "R_L_centred": rows.loc["final_norm", "R_centred"],
+    "R_L_centred_stderr": rows.loc["final_norm", "R_centred_se"],
     "R_L_logits": rows.loc["head", "R"],
     "R_L_logits_stderr": rows.loc["head", "R_se"],
     "inherited": last["A"] / last["R"],

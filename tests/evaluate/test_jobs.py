@@ -421,6 +421,9 @@ def test_propagation_is_added_to_the_cells_that_quantize(workdir, quantized_work
   value, error = propagation.final_error(target.model, params, q, batches)
   scores = rounded["tasks"]["propagation"]
   np.testing.assert_allclose((scores["R_L"], scores["R_L_stderr"]), (value, error), rtol=1e-4)
+  found = propagation.final_error(target.model, params, q, batches, centre=True)
+  said = [scores["R_L_centred"], scores["R_L_centred_stderr"]]
+  np.testing.assert_allclose(said, found, rtol=1e-4)
   units = {unit["name"]: unit for unit in rounded["units"]}
   down = units["layers/0/mlp/down"]
   assert scores["inherited"] == down["A"] / down["R"] and 0 < scores["inherited"] < 1

@@ -191,6 +191,8 @@ def test_identities(name, recipe, method):
   for unit, at in (("final_norm", "final_norm"), ("head", "logits")):
     value, error = final_error(model, params, q, TEXT, at)
     np.testing.assert_allclose(rows.loc[unit, ["R", "R_se"]], (value, error), rtol=2e-4)
+    found = final_error(model, params, q, TEXT, at, centre=True)
+    np.testing.assert_allclose(rows.loc[unit, ["R_centred", "R_centred_se"]], found, rtol=2e-4)
   # What one unit returns is what the next takes: attention opened is attention as a unit.
   for depth in (0, 1):
     at = f"layers/{depth}/attention"
@@ -332,6 +334,27 @@ def test_the_closed_form_is_far_off_where_little_error_comes_into_rounding():
     gains = np.array([row["batch_gain"] for row in rows])
     assert abs(gains.mean() - measured) < 2 * gains.std() / 20**0.5
     assert abs(np.mean([row["batch_predicted_gain"] for row in rows]) - 1) < 0.01
+
+
+def test_an_error_is_also_against_what_differs_between_tokens():
+  """Against numpy in float64; what is added to all tokens changes R, and not R_centred."""
+  draw = np.random.default_rng(0)
+  h, error = draw.normal(size=(3, 8, 5)), 0.1 * draw.normal(size=(3, 8, 5))
+  counts = np.ones((3, 8), bool)
+  counts[1, 6:] = False
+  rows = []
+  for common in (0.0, 2.0):
+    of_unit = Unit((), (), jnp.asarray(h + common), jnp.asarray(h + common + error))
+    rows.append(columns(jax.device_get(error_sums(of_unit, jnp.asarray(counts))), np.nan))
+  tokens, errors = h[counts], error[counts]
+  expected = np.sum(errors**2) / np.sum((tokens - tokens.mean(0)) ** 2)
+  assert [row["R_centred"] for row in rows] == pytest.approx([expected] * 2, rel=1e-5)
+  assert rows[1]["batch_R"] < rows[0]["batch_R"] / 4
+  without = [np.delete(h, i, 0)[np.delete(counts, i, 0)] for i in range(3)]
+  errors = [np.delete(error, i, 0)[np.delete(counts, i, 0)] for i in range(3)]
+  each = [np.sum(e**2) / np.sum((x - x.mean(0)) ** 2) for x, e in zip(without, errors, strict=True)]
+  spread = np.sqrt(2 / 3 * np.sum((np.array(each) - np.mean(each)) ** 2))
+  assert rows[0]["R_centred_se"] == pytest.approx(spread, rel=1e-4), "jackknife over windows"
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():

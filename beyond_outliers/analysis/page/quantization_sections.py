@@ -27,7 +27,7 @@ LOST = "loss_difference"
 SHOWN = (
   *("max_to_median/linear", "max_to_mean/linear", "kurtosis/linear"),
   *("rms_kurtosis/residual", "outlier_channels/residual", "sqnr/linear"),
-  *("R_L", "R_L_logits", "inherited"),
+  *("R_L", "R_L_centred", "inherited"),
 )
 LEAST = 3  # optimizers of a correlation
 SEVERAL = 3  # recipes and methods that have a figure of their own, at most
@@ -143,9 +143,9 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
       f"predictors.{group.name}.{at}",
       "What was lost against each predictor, and Spearman's coefficient over optimizers with its "
       "95 % interval. Large: means over seeds; small: seeds. Outliers are of linear layers' inputs "
-      "(linear) or the residual stream (residual); sqnr, signal to quantization noise, in dB. R_L, "
-      "R_L_logits: R after the final norm, and of the logits; inherited: the share of it that "
-      "came into the last block's last matrix.",
+      "(linear) or the residual stream (residual); sqnr, signal to quantization noise, in dB. R_L: "
+      "R after the final norm; R_L_centred: the same against what differs between tokens; "
+      "inherited: the share of it that came into the last block's last matrix.",
       functools.partial(
         plots.plot_predictors,
         rows,
