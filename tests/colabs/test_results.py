@@ -6,7 +6,7 @@ import re
 import markdown
 import pytest
 
-from beyond_outliers.analysis import packed_runs, predictors, qat_gap
+from beyond_outliers.analysis import along_training, packed_runs, predictors, qat_gap
 from beyond_outliers.analysis.statistics import estimate
 from beyond_outliers.analysis.tuning import final_metric
 
@@ -44,7 +44,7 @@ def numbers(text):
 @pytest.fixture(scope="module")
 def ladder():
   """(runs at twenty tokens a parameter, the guide's table and correlations of them)."""
-  runs = packed_runs.find_runs(ROOT / "colabs" / "results" / "ladder.tar.xz")
+  runs = packed_runs.find_runs(ROOT / "colabs" / "results" / "ladder.tar.xz" / "0.3m")
   assert {run.status["status"] for run in runs} == {"done"}
   section = markdown.read("colabs/README.md").split("## Does that hold at twenty tokens")[1]
   return runs, *[table.rows for table in markdown.tables(section.split("\n## ")[0])]
@@ -67,6 +67,7 @@ def test_the_table_at_twenty_tokens_a_parameter_is_of_the_packed_runs(ladder, at
     found = [*estimate(one.full_precision_loss), *gap.loss]
     for method in METHODS:
       found += [*estimate(of.loss_difference[[method]]), of.R_L[[method]].mean()]
+    found.append(of.R_L_centred[["hadamard"]].mean())
     said = numbers(" ".join([loss, trained, *of_methods]))
     assert said == pytest.approx(found, abs=6e-5), name
     outliers = [one["max_to_median/linear"].mean(), one["kurtosis/linear"].mean()]
@@ -74,7 +75,8 @@ def test_the_table_at_twenty_tokens_a_parameter_is_of_the_packed_runs(ladder, at
 
 
 def test_correlations_at_twenty_tokens_a_parameter_are_of_the_packed_runs(ladder, at_tuned_rates):
-  columns = {"R_L": "R_L", "MMR": "max_to_median/linear", "kurtosis": "kurtosis/linear"}
+  columns = {"R_L": "R_L", "R_L centred": "R_L_centred"}
+  columns |= {"MMR": "max_to_median/linear", "kurtosis": "kurtosis/linear"}
   means = at_tuned_rates.groupby(["method", "optimizer"]).mean(numeric_only=True)
   assert len(ladder[2]) == len(METHODS) * len(columns)
   for method, name, pearson, _, spearman, *_ in ladder[2]:
@@ -150,6 +152,12 @@ def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
   ]
   said = re.search(rf"Spearman {NUMBER} \(rtn\) and {NUMBER}\s\(hadamard", text)
   assert said and numbers(said[0]) == pytest.approx(ranks, abs=6e-3)
+  ranks = [
+    frame[frame.method == method][["loss_difference", "R_L_centred"]].corr("spearman").iloc[0, 1]
+    for method in ("rtn", "hadamard")
+  ]
+  said = re.search(rf"R_L_centred {NUMBER} and {NUMBER} \(", text)
+  assert said and numbers(said[0]) == pytest.approx(ranks, abs=6e-3)
   adamw = predictors.frame(
     [run for run in in_turn if run.config.optimizer.learning_rate in (0.1, 0.3)],
     but=("learning_rate",),
@@ -162,8 +170,16 @@ def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
   assert numbers(losses) == pytest.approx([*means.full_precision_loss["rtn"]], abs=6e-5)
   assert numbers(rounded) == pytest.approx([*means.loss_difference["rtn"]], abs=6e-5)
   assert numbers(rotated) == pytest.approx([*means.loss_difference["hadamard"]], abs=6e-5)
-  screen = re.search(rf"Spearman {NUMBER}\)", markdown.read("README.md"))
-  assert screen and float(screen[1]) == pytest.approx(ranks[1], abs=6e-3)
+  rotated = frame[frame.method == "hadamard"]
+  found = [
+    rotated[[name, "loss_difference"]].dropna().corr("spearman").iloc[0, 1]
+    for name in ("R_L", "R_L_centred", "max_to_median/linear")
+  ]
+  screen = re.search(
+    rf"Spearman {NUMBER},.+?R_L_centred\) by {NUMBER}, outliers by {NUMBER}\.",
+    markdown.read("README.md").replace("\n", " "),
+  )
+  assert screen and numbers(" ".join(screen.groups())) == pytest.approx(found, abs=6e-3)
 
 
 def test_what_groups_of_parameters_do_is_of_the_packed_runs():
@@ -187,3 +203,87 @@ def test_what_groups_of_parameters_do_is_of_the_packed_runs():
     )
     outliers = of["max_to_median/linear"]["rtn"]
     assert numbers(cells[3])[0] == pytest.approx(outliers, abs=6e-3)
+
+
+NORMS = {"study": "ladder.tar.xz/0.3m/none", "before": "variants.tar.xz/pre_norm"}
+NORMS["single gain"] = "variants.tar.xz/single_gain"
+
+
+def test_what_norms_do_is_of_the_packed_runs():
+  of = {}
+  for norms, place in NORMS.items():
+    runs = packed_runs.find_runs(ROOT / "colabs" / "results" / place)
+    if norms == "study":
+      runs += packed_runs.find_runs(ROOT / "colabs" / "results" / "rates.tar.xz" / "none")
+      named = {run.name.partition(".tar.xz/")[2].partition("none/")[2]: run for run in runs}
+      runs = list(named.values())  # once each
+    frame = predictors.frame(
+      [run for run in runs if list(run.path.glob("eval/*"))], but=("learning_rate",)
+    )
+    for key, cells in frame.query("recipe == 'rtn_w4a4'").groupby(["optimizer", "learning_rate"]):
+      of[norms, *key] = cells.set_index("method")
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("norms", "optimizer", "learning rate", "full precision", "rtn", "hadamard"),
+    *("MMR of linear inputs", "seeds"),
+  )
+  assert len(rows) >= 13
+  for norms, name, rate, full, rtn, hadamard, outliers, seeds in rows:
+    cells = of[norms, name, float(rate.strip("*"))]
+    assert len(cells.loc[["rtn"]]) == int(seeds)
+    found = [estimate(cells.full_precision_loss[["rtn"]])]
+    found += [estimate(cells.loss_difference[[method]]) for method in ("rtn", "hadamard")]
+    for said, value in zip((full, rtn, hadamard), found, strict=True):
+      expected = [*value][: 1 if seeds == "1" else 2]
+      assert numbers(said) == pytest.approx(expected, abs=6e-5), (norms, name, rate)
+    mean = cells["max_to_median/linear"][["rtn"]].mean()
+    assert numbers(outliers)[0] == pytest.approx(mean, abs=6e-3)
+
+
+def test_what_four_bits_in_training_cost_is_of_the_packed_runs(ladder):
+  compared = {one.name: one for _, one in qat_gap.compare_gaps(qat_gap.qat_gaps(ladder[0])[0])}
+  rows = markdown.table_of("colabs/README.md", "gap", "nats", "95 % interval", "p", "told apart")
+  assert len(rows) >= 7
+  for name, value, interval, p, apart in rows:
+    of = compared[name]
+    assert [*numbers(value), *numbers(interval)] == pytest.approx(
+      [of.value, *of.interval], abs=6e-5
+    )
+    assert float(p) == pytest.approx(of.p, abs=6e-4) and apart == ("no" if of.tie else "yes")
+
+
+def test_what_four_bits_cost_along_training_is_of_the_packed_runs():
+  runs = packed_runs.find_runs(ROOT / "colabs" / "results" / "variants.tar.xz" / "along")
+  of = along_training.frame(runs).set_index(["optimizer", "method", "average", "step"])
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "method", "step 515", "step 1133, the last at the peak rate"),
+    *("step 1442, the last", "averaged, step 1133", "averaged, step 1442"),
+    *("quantized, nats", "averaged and quantized"),
+  )
+  assert len(rows) == 6
+  for name, method, *cells in rows:
+    at = [("", 515), ("", 1133), ("", 1442), ("ema", 1133), ("ema", 1442)]
+    deltas = [100 * of.delta[name, method, *place] for place in at]
+    assert numbers(" ".join(cells[:5])) == pytest.approx(deltas, abs=6e-3), (name, method)
+    quantized = [of.quantized_loss[name, method, average, 1442] for average in ("", "ema")]
+    assert numbers(" ".join(cells[5:])) == pytest.approx(quantized, abs=6e-5), (name, method)
+
+
+def test_what_four_bits_cost_by_length_is_of_the_packed_runs():
+  packed, of = ROOT / "colabs" / "results" / "ladder.tar.xz", {}
+  for place in ("0.3m_at_10", "0.3m", "0.3m_at_40"):
+    for run in packed_runs.find_runs(packed / place):
+      c = run.config
+      key = c.optimizer.name, c.optimizer.learning_rate, c.tokens_per_parameter, c.seed
+      of[c.quant.recipe, *key] = final_metric(run, "eval/loss")
+  rates = {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "tokens per parameter", "full precision, nats", "`quest_w4a4`", "gap"),
+  )
+  assert len(rows) == 9
+  for name, tokens, *cells in rows:
+    key = name, rates[name], int(tokens), 0
+    full, under = (of[recipe, *key] for recipe in ("none", "quest_w4a4"))
+    assert numbers(" ".join(cells)) == pytest.approx([full, under, under - full], abs=6e-5)
