@@ -15,7 +15,7 @@ from beyond_outliers import config, data, hardware, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.sums import digest, digest_without, remove_stale
-from beyond_outliers.mesh import processes
+from beyond_outliers.mesh import jax_settings, processes
 from beyond_outliers.model import transformer
 from beyond_outliers.train import describe, initialize, loop, rewind
 from beyond_outliers.train import program as program_lib
@@ -92,6 +92,7 @@ def _check_resumable(workdir: workdir_lib.Workdir, c: config.Config) -> None:
   before = workdir.read_config()
   if before is not None:
     config.check_resumable(before, c)
+    jax_settings.check_recorded(workdir.read("manifest.json") or {})
 
 
 def _mirror(
@@ -273,4 +274,7 @@ def _manifest(
       f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
       f"{workdir_lib.RESTORE}"
     )
+  jax_settings.check_recorded(before)
+  for difference in jax_settings.other_compiler_flags(before):
+    say(difference)
   return {**before, **described, "resumed": [*before.get("resumed", []), now]}

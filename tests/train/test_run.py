@@ -18,6 +18,7 @@ from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
 from beyond_outliers.data import sums
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import describe, hooks, loop
 from beyond_outliers.train import program as program_lib
@@ -193,6 +194,12 @@ def test_where_the_data_lie_is_no_matter_to_the_processes_of_a_run(tiny_config, 
   assert run_lib._deciding(c, tmp_path) != run_lib._deciding(
     dataclasses.replace(c, seed=c.seed + 1), tmp_path
   )
+
+
+def test_processes_of_a_run_have_the_same_settings_of_jax(tiny_config, tmp_path):
+  mine = run_lib._deciding(tiny_config(), tmp_path)
+  with jax.default_matmul_precision("float32"):
+    assert run_lib._deciding(tiny_config(), tmp_path) != mine
 
 
 def test_under_the_lock_what_killed_processes_were_writing_is_removed(tmp_path):
@@ -419,6 +426,33 @@ def test_other_data_are_refused(finished, cut):
   workdir_lib.Workdir(cut).write("manifest.json", manifest)
   with pytest.raises(workdir_lib.WorkdirError, match="trained on data 0000"):
     run(c, cut)
+
+
+def test_settings_of_jax_that_decide_numbers_stay_those_of_the_run(finished, cut):
+  """They are refused before --from_step moves anything, and where the checkpoint alone tells them;
+  a run from before they were recorded goes on under any."""
+  c, _ = finished
+  refused = r"jax_threefry_partitionable = False: the run was trained under True"
+  with jax.threefry_partitionable(False):
+    with pytest.raises(workdir_lib.WorkdirError, match=refused):
+      run(c, cut, from_step=4)
+    assert not list(cut.glob("aside-*"))
+    at = workdir_lib.Workdir(cut)
+    manifest = at.read("manifest.json")
+    (cut / "manifest.json").unlink()
+    with pytest.raises(workdir_lib.WorkdirError, match=refused):
+      run(c, cut)
+    older = {key: each for key, each in manifest.items() if key not in ("jax", "compiler_flags")}
+    jax_settings.check_recorded(older)
+    with pytest.raises(workdir_lib.WorkdirError, match=refused):
+      jax_settings.check_recorded({**older, "resumed": [older, manifest]})
+
+
+def test_other_flags_of_the_compiler_are_said(finished, cut, monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--an_option=1")
+  said = []
+  assert run(finished[0], cut, say=said.append) == "done"
+  assert any("LIBTPU_INIT_ARGS = '--an_option=1': the run was trained under ''" in x for x in said)
 
 
 @pytest.mark.slow
