@@ -200,6 +200,9 @@ def _train(
         check_data(inputs.dataset)
   except BaseException as error:
     fail(processes.reason_of(error))
+    if isinstance(error, Exception) and jax.process_count() == 1:  # of several, one may never come
+      with contextlib.suppress(Exception):
+        checkpoints.wait()  # for what can still be written, which `processes.leave` does not
     raise
   workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
