@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
+from beyond_outliers.config.checks import MINIMUM, check_own_number, require, unknown_key
 from beyond_outliers.config.files import expand_home
 from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
@@ -52,7 +52,7 @@ def resolve(config: Any) -> Config:
   require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
   # First, because values of the sections are derived from these.
   for field in MINIMUM:
-    check_minimum(field, config.get(field))
+    check_own_number(field, config.get(field))
   return _build(Config, _plain(config), "")
 
 
