@@ -31,7 +31,7 @@ MAY_CHANGE = (
   "model.remat",
   "model.unroll",
   "model.attention",
-  "micro_batches",
+  "micro_batches",  # but where gradients are quantized: train/initialize.py
   "eval.batch_size",
 )
 

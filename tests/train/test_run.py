@@ -20,7 +20,7 @@ from beyond_outliers.analysis import outliers
 from beyond_outliers.data import sums
 from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model.forward import make_forward
-from beyond_outliers.train import describe, hooks, loop
+from beyond_outliers.train import describe, hooks, initialize, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
@@ -382,6 +382,19 @@ def test_what_may_change_does(finished, tiny_config, cut):
   other = tiny_config(**{"checkpoint.every": 3, "log.every": 2, "mesh.fsdp": 1})
   assert run(other, cut) == "done"
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
+
+
+def test_micro_batches_stay_where_gradients_are_quantized(finished, cut, tiny_config):
+  """Over the tokens of one, by draws for one."""
+  options = {"checkpoint.every": 4, "checkpoint.keep": 5, "quant.recipe": "int8_gradients"}
+  c = dataclasses.replace(finished[0], quant=tiny_config(**options).quant)
+  initialize.check_same_run(finished[0], dataclasses.replace(finished[0], micro_batches=2))
+  (cut / "config.json").write_text(json.dumps(config.to_dict(c)))
+  (cut / "manifest.json").unlink()
+  with pytest.raises(
+    config.ConfigError, match=r"micro_batches = 2: the workdir's run has 1, .* as"
+  ):
+    run(dataclasses.replace(c, micro_batches=2), cut)
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(finished, cut):
