@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from beyond_outliers.config.checks import require
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json
 
@@ -21,15 +22,25 @@ DEFAULTS: Json = {
   "jax_default_matmul_precision": None,  # of float32 on GPUs and TPUs
   "jax_numpy_dtype_promotion": "standard",
 }
+REFUSED: Json = {
+  "jax_disable_jit": True,
+  "jax_numpy_dtype_promotion": "strict",
+  "jax_numpy_rank_promotion": "raise",
+}
 # Variables that hold flags of the compiler, most of which decide no number.
 COMPILER = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def deciding() -> Json:
   """{setting: its value now} of `DEFAULTS`."""
-  settings: Any = jax.config  # whose attributes type checkers don't see
-  values = {name: getattr(settings, name) for name in DEFAULTS}
-  return {name: getattr(value, "value", value) for name, value in values.items()}  # of enums
+  return {name: _value(name) for name in DEFAULTS}
+
+
+def check_usable() -> None:
+  """Refusal of settings under which no program can be compiled here. Errors: ConfigError."""
+  for name, refused in REFUSED.items():
+    value = _value(name)
+    require(value != refused, name, value, f"programs are not written for it; unset {name.upper()}")
 
 
 def changed() -> Json:
@@ -64,6 +75,12 @@ def other_compiler_flags(manifest: Json) -> list[str]:
     for name, was in _recorded(manifest, "compiler_flags").items()
     if name in now and now[name] != was
   ]
+
+
+def _value(name: str) -> Any:
+  settings: Any = jax.config  # whose attributes type checkers don't see
+  value = getattr(settings, name)
+  return getattr(value, "value", value)  # of an enum
 
 
 def _recorded(manifest: Json, key: str) -> Mapping[str, Any]:

@@ -49,6 +49,7 @@ def run(
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training. StoreError at the end, of a store that has not got all of it.
   """
+  jax_settings.check_usable()
   say = say or _print_on_first_process
   processes.agree("configuration", lambda: _deciding(c, path))
   program = program_lib.build_program(c, devices)
@@ -185,7 +186,8 @@ def _train(
   status, step, reason = "done", c.steps, ""
 
   def fail(reason: str) -> None:
-    workdir.set_failed(max([first, *checkpoints.steps()]), reason)
+    with contextlib.suppress(OSError):  # it may be what ends the run
+      workdir.set_failed(max([first, *checkpoints.steps()]), reason)
 
   stack.enter_context(processes.last_words(fail))
   try:

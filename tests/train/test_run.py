@@ -461,6 +461,20 @@ def test_settings_of_jax_that_decide_numbers_stay_those_of_the_run(finished, cut
       jax_settings.check_recorded({**older, "resumed": [older, manifest]})
 
 
+@pytest.mark.parametrize(
+  "setting,said",
+  [
+    (jax.disable_jit, "jax_disable_jit = True"),
+    (lambda: jax.numpy_dtype_promotion("strict"), "jax_numpy_dtype_promotion = 'strict'"),
+    (lambda: jax.numpy_rank_promotion("raise"), "jax_numpy_rank_promotion = 'raise'"),
+  ],
+)
+def test_settings_that_no_program_is_written_for_are_refused(tiny_config, tmp_path, setting, said):
+  with setting(), pytest.raises(config.ConfigError, match=rf"{said}: .*; unset JAX_"):
+    run(tiny_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def test_other_flags_of_the_compiler_are_said(finished, cut, monkeypatch):
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--an_option=1")
   said = []
@@ -495,6 +509,16 @@ def test_a_lost_manifest_comes_back_and_lost_rows_are_told(finished, cut):
   assert "manifest.json is gone; what the checkpoint has" in told
   assert "metrics.jsonl is gone; its rows will begin behind step 4" in told
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_what_ends_a_run(finished, cut, monkeypatch):
+  def fail(*arguments):
+    raise OSError("read-only")
+
+  monkeypatch.setattr(workdir_lib.Workdir, "set_failed", fail)
+  monkeypatch.setattr(loop, "fit", lambda *arguments: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    run(finished[0], cut)
 
 
 def test_diverged(tiny_config, tmp_path):
