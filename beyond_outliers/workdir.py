@@ -26,6 +26,7 @@ from beyond_outliers.config import sums as file_sums
 from beyond_outliers.config.files import is_elsewhere, make_folder, read_json
 from beyond_outliers.config.sums import SUMS
 from beyond_outliers.errors import WorkdirError
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json, PathLike
 
 PACKAGES = (
@@ -33,8 +34,7 @@ PACKAGES = (
   *("ml-collections", "aqtp", "sentencepiece", "numpy"),
 )
 
-# Values without which a file is not what was written; of the manifest, DATA and PARAMETERS where
-# they're needed.
+# Values without which a file is not what was written; DATA and PARAMETERS where they're needed.
 REQUIRED: dict[str, dict[str, Any]] = {
   "manifest.json": {"time": str},
   "status.json": {"status": str, "step": int},
@@ -91,9 +91,8 @@ class Workdir:
       temporary.write_text(json.dumps(file_sums.sealed(value), indent=2) + "\n")
 
   def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
-    """The JSON in a file, or None when it isn't there.
-
-    Errors: WorkdirError for a damaged one, or one without values of these `kinds`."""
+    """The JSON in a file, or None when it isn't there. Errors: WorkdirError for a damaged one, or
+    one without values of these `kinds`."""
     try:
       kinds = {**REQUIRED.get(name, {}), **(kinds or {})}
       return read_json(self.path / name, WorkdirError, RESTORE, kinds)
@@ -219,11 +218,12 @@ def _status(status: str, step: int, reason: str) -> Json:
 
 
 def code() -> Json:
-  """What computes: git commit, version of Python and of the packages that decide numbers."""
+  """What computes: git commit, versions and JAX's settings that decide numbers."""
   return {
     "git": _git(),
     "python": sys.version.split()[0],
     "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    "jax": jax_settings.deciding(),
   }
 
 
@@ -234,6 +234,7 @@ def manifest(extra: Mapping[str, Any]) -> Json:
     "time": _now(),
     "host": socket.gethostname(),
     **code(),
+    "compiler_flags": jax_settings.compiler_flags(),
     "devices": {
       "kind": jax.devices()[0].device_kind,
       "count": jax.device_count(),
@@ -260,8 +261,7 @@ def mismatch(directory: epath.Path) -> str:
 
 
 def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
-  """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
-  once it is gone."""
+  """(name, bytes, seconds) of a checkpoint's files: others if saved anew, none once it is gone."""
   try:
     found = [(name, (directory / name).stat()) for name in files_below(directory)]
   except FileNotFoundError:

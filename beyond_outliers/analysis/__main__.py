@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
     else report.print_tuning(found, PLOT.value, GAP_PLOT.value)
   )
   if OVERRIDES.value:
+    report.check_ended(found)
     report.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
 
 

@@ -8,11 +8,12 @@ from typing import Protocol
 
 from etils import epath
 
+from beyond_outliers import quant
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, ptq_degradation, tables
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.qat_gap import compare_gaps, qat_gaps
-from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, tunings
+from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, not_done, tunings
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
@@ -48,6 +49,8 @@ def print_tuning(
   )
   for recipe in recipes:
     _print_rates(recipe, [t for t in found if t.recipe == recipe])
+  if said := not_done(runs):
+    print("\n".join([*said, ""]))
   if len(recipes) > 1:
     _print_gaps(runs, found, gap_plot)
   if plot:
@@ -81,6 +84,8 @@ def print_common_loss(runs: Sequence[runs_lib.Run]) -> list[Landing]:
   """The common loss of the optimizers in full precision, and the lengths of runs that end at it."""
   loss, landings = common_loss(runs)
   print(f"common loss: {loss:.4f} nats\n\n{tables.common_loss_table(landings, loss)}")
+  if said := not_done(runs):
+    print("\n".join(["", *said]))
   return landings
 
 
@@ -95,6 +100,16 @@ def print_degradation(
   See `ptq_degradation.degradation_cells`."""
   cells = ptq_degradation.degradation_cells(runs, settings, folders)
   print(ptq_degradation.degradation_table(cells, metric))
+
+
+def check_ended(runs: Sequence[runs_lib.Run]) -> None:
+  """Refusal to write what is found of runs in full precision while one may still end otherwise.
+
+  Errors: ConfigError."""
+  own = [run for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION]
+  if said := not_done(own, "diverged"):
+    more = f" ({len(said)} such runs)" if len(said) > 1 else ""
+    raise ConfigError(f"--overrides: {said[0]}{more}; finish it, or leave its folder out")
 
 
 def write_overrides(path: PathLike, size: str, found: Sequence[Settings]) -> None:

@@ -139,6 +139,17 @@ def final_metric(run: runs_lib.Run, metric: str) -> float:
   return value if math.isfinite(value) else math.inf
 
 
+def not_done(runs: Sequence[runs_lib.Run], *but: str) -> list[str]:
+  """What to say of each run that counts as infinite since it is not done, nor of status `but`."""
+  found = [(run, run.status) for run in runs]
+  return [
+    f"{run.name}: {status['status']} at step {status['step']} of {run.config.steps}, counts as "
+    "infinite"
+    for run, status in found
+    if status["status"] not in ("done", *but)
+  ]
+
+
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
   """Refusal of runs that cannot be compared.
 

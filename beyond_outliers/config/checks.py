@@ -19,6 +19,7 @@ MINIMUM = dict(
   tokens_per_parameter=0,
   max_skipped_updates=1,
 )
+LARGEST_SEED = 2**32 - 1  # of JAX's keys, which take no more bits of one
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
@@ -61,9 +62,15 @@ def require_fraction(section: Any, prefix: str, *names: str) -> None:
     require(0 <= value <= 1, prefix + name, value, "expected a fraction, 0 to 1")
 
 
-def check_minimum(field: str, value: Any) -> None:
-  """A run's own number against MINIMUM."""
+def check_own_number(field: str, value: Any) -> None:
+  """A run's own number against MINIMUM, and a seed against the largest."""
   bound = MINIMUM.get(field)
+  require(
+    field != "seed" or not isinstance(value, int) or value <= LARGEST_SEED,
+    field,
+    value,
+    f"expected at most {LARGEST_SEED}, as many as keys of random numbers can hold",
+  )
   require(
     bound is None or not isinstance(value, int) or value >= bound,
     field,

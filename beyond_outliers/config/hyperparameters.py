@@ -25,12 +25,16 @@ def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = 
   return dataclasses.field(metadata=metadata)
 
 
-def at_least(bound: float, hint: str = "", *, infinite: bool = False) -> Rule:
+def at_least(
+  bound: float, hint: str = "", *, infinite: bool = False, most: float = math.inf
+) -> Rule:
   """Rule: a finite number of at least `bound`. infinite: infinity, as no limit, is allowed."""
 
   def rule(value: float) -> str | None:
     if not math.isfinite(value) and not (infinite and value == math.inf):
       return "expected a finite number"
+    if value > most:
+      return f"expected at most {most}{hint}"
     return None if value >= bound else f"expected at least {bound}{hint}"
 
   return rule

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from beyond_outliers.config.checks import LARGEST_SEED
 from beyond_outliers.config.hyperparameters import (
   Section,
   above_zero,
@@ -153,7 +154,7 @@ class Psgd(Section):
   )
   weight_decay: float = official(0.0, "decoupled, of matrices only", at_least(0))
   cache: bool = official(True, "keep QᵀQ between updates: twice their state, half the products")
-  seed: int = official(0, "of V and of balancing", at_least(0))
+  seed: int = official(0, "of V and of balancing", at_least(0, most=LARGEST_SEED))
 
   @property
   def period(self) -> int:

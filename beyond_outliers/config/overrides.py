@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from beyond_outliers.config.checks import check_minimum, require, unknown_key
+from beyond_outliers.config.checks import check_own_number, require, unknown_key
 from beyond_outliers.config.sections import QuantRule
 from beyond_outliers.config.sizes import SIZES
 from beyond_outliers.errors import ConfigError
@@ -36,7 +36,7 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
 
   Errors: ConfigError with the nearest key, or the expected type."""
   for key, value in overrides.items():
-    check_minimum(key, value)
+    check_own_number(key, value)
     node, *rest = config, *key.split(".")
     for depth, name in enumerate(rest):
       known = node.keys() if hasattr(node, "keys") else ()

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from beyond_outliers.config.checks import MINIMUM, check_minimum, require, unknown_key
+from beyond_outliers.config.checks import MINIMUM, check_own_number, require, unknown_key
 from beyond_outliers.config.files import expand_home
 from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
@@ -31,7 +31,7 @@ MAY_CHANGE = (
   "model.remat",
   "model.unroll",
   "model.attention",
-  "micro_batches",
+  "micro_batches",  # but where gradients are quantized: train/initialize.py
   "eval.batch_size",
 )
 
@@ -52,7 +52,7 @@ def resolve(config: Any) -> Config:
   require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
   # First, because values of the sections are derived from these.
   for field in MINIMUM:
-    check_minimum(field, config.get(field))
+    check_own_number(field, config.get(field))
   return _build(Config, _plain(config), "")
 
 

@@ -123,8 +123,10 @@ def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
     if durable:
       with contextlib.suppress(OSError):  # file systems like SMB have no such thing of a folder
         _on_disk(path.parent)
-  finally:
-    temporary.unlink(missing_ok=True)
+  except BaseException:
+    with contextlib.suppress(OSError):  # where nothing can be written any more, nor removed
+      temporary.unlink(missing_ok=True)
+    raise
 
 
 def remove_stale(folder: Any) -> None:

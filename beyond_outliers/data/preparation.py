@@ -56,6 +56,11 @@ SHAPING = (
 
 def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
   """Opens the dataset of the data section, preparing it first if need be. Errors: DataError."""
+  if cfg.source == "sotu" and cfg.path:
+    raise DataError(
+      f"data.path = {cfg.path!r}: source 'sotu' has its own texts and reads none there; set "
+      "data.source to what these files are, or leave data.path empty"
+    )
   directory = dataset_directory(cfg)
   if not os.path.isdir(directory):
     _make_folder(cfg.directory, directory)

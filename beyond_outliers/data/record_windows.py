@@ -49,7 +49,7 @@ class RecordWindows:
       raise DataError(
         f"data.readers = {cfg.readers}: more than the {described['count']} training documents"
       )
-    path = shards.in_folder(described["path"], dataset.directory)
+    path = shards.in_folder(described["path"], str(dataset.sums.folder))
     tfds.split_files(path)  # refuses a file that is missing
     folder = described["path"].removeprefix("{directory}/")
     dataset.sums.touch(*(name for name in dataset.meta["files"] if name.startswith(f"{folder}/")))

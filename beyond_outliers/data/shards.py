@@ -147,7 +147,7 @@ class Dataset:
       raise DataError(
         f"{self.directory}: the {split} documents are TFDS records; set data.reader = 'tfds'"
       )
-    return TokenStream(self.directory, split, self.meta["dtype"], shards, self.sums)
+    return TokenStream(str(self.sums.folder), split, self.meta["dtype"], shards, self.sums)
 
   def path(self, name: str) -> str:
     return os.path.join(self.directory, name)
@@ -177,7 +177,9 @@ def open_dataset(directory: str) -> Dataset:
   """Opens a prepared folder. Errors: DataError naming what is missing, truncated, altered or not of
   this tokenizer.
 
-  The smallest files are compared with their sums now, others once they are read; see `FileSums`."""
+  The smallest files are compared with their sums now, others once they are read; see `FileSums`. A
+  link that leads to the folder may lead to another from here on."""
+  given, directory = directory, os.path.realpath(directory)
   meta = description.read_meta(directory)
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
@@ -205,7 +207,7 @@ def open_dataset(directory: str) -> Dataset:
       f"{meta['tokenizer']['fingerprint'][:12]}: the file was replaced; delete the folder and "
       "prepare again"
     )
-  return Dataset(directory, meta, tokenizer, sums)
+  return Dataset(given, meta, tokenizer, sums)
 
 
 def in_folder(stored: str, directory: str) -> str:
@@ -217,4 +219,4 @@ def verify(dataset: Dataset) -> None:
   """Compares all files' SHA-256 with meta.json's, also those that were before. Errors: DataError
   naming the first difference."""
   files = dataset.meta["files"]
-  FileSums(dataset.directory, files).verify(files)
+  FileSums(str(dataset.sums.folder), files).verify(files)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import pathlib
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from beyond_outliers.config.sums import file_sha256
 from beyond_outliers.errors import DataError
@@ -17,23 +18,38 @@ from beyond_outliers.types import Json
 AT_OPENING = 16 * 2**20  # bytes, of the smallest files: some hundredths of a second
 
 
+class Stamp(NamedTuple):
+  """What tells a file from one that took its place. Some mounts number a file anew every time."""
+
+  device: int
+  inode: int
+  size: int
+  mtime_ns: int
+
+  @classmethod
+  def of(cls, found: os.stat_result) -> Stamp:
+    return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 class FileSums:
-  """Files of a dataset's folder, each compared once with its SHA-256.
+  """Files of a dataset's folder, each compared with its SHA-256 once, and again if another is found
+  in its place.
 
-  described: {file: {bytes, sha256}}, as meta.json has it. A thread compares the files that `touch`
-  names; a difference that was found is raised by every `check` that follows."""
+  described: {file: {bytes, sha256}}, as meta.json has it. verified: those that were compared. A
+  thread compares the files that `touch` and `opened` name; a difference that was found is raised by
+  every `check` that follows."""
 
-  def __init__(self, directory: str, described: Json):
-    self._folder, self._described = pathlib.Path(directory), described
+  def __init__(self, directory: str, described: Json, verified: Mapping[str, Stamp] | None = None):
+    self.folder, self._described = pathlib.Path(directory), described
     self._locks = {name: threading.Lock() for name in described}
-    self._pending = set(described)
-    self._touched: collections.deque[str] = collections.deque()
+    self._verified = dict(verified or {})
+    self._touched: collections.deque[tuple[str, Stamp | None]] = collections.deque()
     self._working = threading.Lock()  # over what is touched, and the thread
     self._thread: threading.Thread | None = None
     self._problem = ""
 
   def __reduce__(self) -> Any:
-    return FileSums, (str(self._folder), {name: self._described[name] for name in self._pending})
+    return FileSums, (str(self.folder), self._described, dict(self._verified))
 
   def verify_smallest(self) -> None:
     """Errors: as `verify`."""
@@ -47,14 +63,26 @@ class FileSums:
   def verify(self, names: Iterable[str]) -> None:
     """Compares these files now. Errors: DataError naming the first that differs."""
     for name in names:
-      if name in self._pending:
+      if self._is_pending(name):
         self._compare(name)
         self.check()
 
   def touch(self, *names: str) -> None:
     """Has the thread compare these files: they are being read."""
+    self._begin([(name, None) for name in names])
+
+  def opened(self, name: str, stamp: Stamp) -> None:
+    """As `touch`, of one that was just opened; one in the place of another that was compared is
+    compared now. Errors: as `verify`."""
+    if self._verified.get(name, stamp) != stamp:
+      del self._verified[name]
+      self._compare(name, stamp)
+      self.check()
+    self._begin([(name, stamp)])
+
+  def _begin(self, opened: Iterable[tuple[str, Stamp | None]]) -> None:
     with self._working:
-      self._touched += [name for name in names if name in self._pending]
+      self._touched += [each for each in opened if self._is_pending(each[0])]
       if self._touched and self._thread is None:
         thread = threading.Thread(target=self._work, name="sums", daemon=True)
         thread.start()  # first: whoever sees it may join it
@@ -86,21 +114,30 @@ class FileSums:
         if self._problem or not self._touched:
           self._thread = None
           return
-        name = self._touched.popleft()
-      self._compare(name)
+        name, stamp = self._touched.popleft()
+      self._compare(name, stamp)
 
-  def _compare(self, name: str) -> None:
+  def _is_pending(self, name: str) -> bool:
+    return name in self._described and name not in self._verified
+
+  def _compare(self, name: str, opened: Stamp | None = None) -> None:
+    """opened: what is being read under this name."""
     with self._locks[name]:  # nobody reads a file twice: who comes second waits
-      if name not in self._pending:
+      if not self._is_pending(name):
         return
       problem = "contents are not those that were prepared (SHA-256 differs from meta.json's)"
       remedy = "delete the folder and prepare again"
       try:
-        if file_sha256(self._folder / name) == self._described[name]["sha256"]:
-          self._pending.discard(name)
-          return
+        before = Stamp.of(os.stat(self.folder / name))
+        if file_sha256(self.folder / name) == self._described[name]["sha256"]:
+          after = Stamp.of(os.stat(self.folder / name))
+          if before[2:] == after[2:] == (opened or after)[2:]:
+            self._verified[name] = before
+            return
+          problem = "was replaced while it was read"
+          remedy = "nothing is known to be damaged: give the same command"
       except OSError as error:
         problem = str(error.strerror)
         if not isinstance(error, FileNotFoundError):  # which says nothing of what it holds
           remedy = "nothing is known to be damaged: give the same command once it can be read"
-      self._problem = f"{self._folder / name}: {problem}; {remedy}"
+      self._problem = f"{self.folder / name}: {problem}; {remedy}"

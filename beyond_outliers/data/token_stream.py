@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from beyond_outliers.data.sums import FileSums
+from beyond_outliers.data.sums import FileSums, Stamp
 from beyond_outliers.errors import DataError
 
 OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
@@ -42,9 +42,9 @@ class TokenStream:
 
   def _memory_map(self, name: str, dtype: Any) -> np.ndarray:
     """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
-    self.sums.touch(name)
-    with _readable(os.path.join(self._directory, name)) as path:
-      return np.asarray(np.memmap(path, dtype, "r"))
+    with _readable(os.path.join(self._directory, name)) as path, open(path, "rb") as file:
+      self.sums.opened(name, Stamp.of(os.fstat(file.fileno())))
+      return np.asarray(np.memmap(file, dtype, "r"))
 
   def _size(self, name: str) -> int:
     with _readable(os.path.join(self._directory, name)) as path:

@@ -11,6 +11,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import metrics, results
 from beyond_outliers.evaluate.target import Target
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Json
 
@@ -137,4 +138,5 @@ def _model_settings(target: Target, cell: Cell, calibration_windows: int) -> Jso
     "seed": SEED,
     "calibration_windows": calibration_windows if cell.calibrated else 0,
     "calibration_data": text.dataset.fingerprint if cell.calibrated else None,
+    **jax_settings.changed(),  # such as the precision of products
   }

@@ -122,18 +122,22 @@ def _may_be_of_another(error: BaseException | None) -> bool:
 
 
 def leave(error: BaseException) -> NoReturn:
-  """Ends this process by an error, once the others know; of a single process the error is raised.
+  """Ends this process by an error, once the others know; one of a single process that was
+  interrupted is raised.
 
-  Without this JAX would wait at its exit for processes that wait in a collective."""
-  if _peers is None:
+  Without this JAX would wait at its exit for processes that wait in a collective, and Python for
+  Orbax's threads, which wait minutes for a folder that could not be made."""
+  if _peers is None and not isinstance(error, Exception):
     raise error
   if isinstance(error, Refusal):
-    _tell(f"error: {error}\n")
-    _peers.leave(REFUSED, str(error))
-  _tell("".join(traceback.format_exception(error)))
-  reason = reason_of(error)
+    code, reason = REFUSED, str(error)
+  else:
+    _tell("".join(traceback.format_exception(error)))
+    code, reason = FAILED, reason_of(error)
   _tell(f"error: {reason}\n")
-  _peers.leave(FAILED, reason)
+  if _peers is not None:
+    _peers.leave(code, reason)
+  _exit(code)
 
 
 def end(code: int) -> NoReturn:

@@ -57,6 +57,16 @@ class Recipe:
   def quantizes(self) -> bool:
     return any(layer is not None for _, layer in self.rules)
 
+  @property
+  def sees_batches(self) -> bool:
+    """Whether numbers depend on which tokens are in a batch together: gradients have scales over
+    these, and stochastic rounding draws per batch."""
+    layers = [layer for _, layer in self.rules if layer is not None]
+    forward = [spec for layer in layers for spec in (layer.weights, layer.activations) if spec]
+    return any(layer.gradients for layer in layers) or any(
+      spec.rounding == "stochastic" for spec in forward
+    )
+
   def layer(self, path: str) -> LayerRecipe | None:
     """The recipe of the layer at `path`. Errors: ConfigError when no rule matches."""
     return self.rules[self.rule(path)][1]

@@ -15,7 +15,7 @@ from beyond_outliers import config, data, hardware, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.sums import digest, digest_without, remove_stale
-from beyond_outliers.mesh import processes
+from beyond_outliers.mesh import jax_settings, processes
 from beyond_outliers.model import transformer
 from beyond_outliers.train import describe, initialize, loop, rewind
 from beyond_outliers.train import program as program_lib
@@ -49,6 +49,7 @@ def run(
   Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
     training. StoreError at the end, of a store that has not got all of it.
   """
+  jax_settings.check_usable()
   say = say or _print_on_first_process
   processes.agree("configuration", lambda: _deciding(c, path))
   program = program_lib.build_program(c, devices)
@@ -91,7 +92,8 @@ def _remove_stale(workdir: workdir_lib.Workdir) -> None:
 def _check_resumable(workdir: workdir_lib.Workdir, c: config.Config) -> None:
   before = workdir.read_config()
   if before is not None:
-    config.check_resumable(before, c)
+    initialize.check_same_run(before, c)
+    jax_settings.check_recorded(workdir.read("manifest.json") or {})
 
 
 def _mirror(
@@ -184,7 +186,8 @@ def _train(
   status, step, reason = "done", c.steps, ""
 
   def fail(reason: str) -> None:
-    workdir.set_failed(max([first, *checkpoints.steps()]), reason)
+    with contextlib.suppress(OSError):  # it may be what ends the run
+      workdir.set_failed(max([first, *checkpoints.steps()]), reason)
 
   stack.enter_context(processes.last_words(fail))
   try:
@@ -199,6 +202,9 @@ def _train(
         check_data(inputs.dataset)
   except BaseException as error:
     fail(processes.reason_of(error))
+    if isinstance(error, Exception) and jax.process_count() == 1:  # of several, one may never come
+      with contextlib.suppress(Exception):
+        checkpoints.wait()  # for what can still be written, which `processes.leave` does not
     raise
   workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
@@ -273,4 +279,7 @@ def _manifest(
       f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
       f"{workdir_lib.RESTORE}"
     )
+  jax_settings.check_recorded(before)
+  for difference in jax_settings.other_compiler_flags(before):
+    say(difference)
   return {**before, **described, "resumed": [*before.get("resumed", []), now]}

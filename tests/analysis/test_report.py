@@ -21,7 +21,7 @@ REFUSED = {
   ),
   "no runs": (["--root={empty}"], ["--root = '", "empty': holds no run"]),
   "runs that do not compare": (
-    ["--root={sweep},{other}"],
+    ["--root={sweep},{other}/adamw"],
     ["model.blocks: 2 in", "3 in", "report on them apart"],
   ),
   "no run done": (
@@ -98,8 +98,13 @@ def told(tmp_path_factory):
   given = [
     [argument.format(**folders) for argument in arguments] for arguments, _ in REFUSED.values()
   ]
-  answers, _ = commands.answers("analysis.__main__", [*given, [f"--root={folders['sweep']}"]])
-  return dict(zip([*REFUSED, "nothing"], answers, strict=True))
+  running = folders["other"] / "under way"
+  for rate, status in ((0.1, "done"), (0.3, "running"), (1.0, "failed")):
+    workdir(running, adamw, rate, 0, [6.0, 4.0], status=status)
+  tuned = f"--overrides={root / 'tuned.json'}"
+  asked = [[f"--root={folders['sweep']}", tuned], [f"--root={running}", tuned]]
+  answers, _ = commands.answers("analysis.__main__", [*given, *asked])
+  return dict(zip([*REFUSED, "nothing", "under way"], answers, strict=True))
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -114,6 +119,19 @@ def test_a_refusal_is_one_line_of_the_command(told, what):
 def test_a_report(told):
   code, said = told["nothing"]
   assert code == 0 and "learning rates, recipe none" in said and "| adamw | 0.1 | 4.5000 |" in said
+
+
+def test_runs_that_are_not_done_are_told_and_no_rates_written_meanwhile(told):
+  assert "muon/none-0.1-0: diverged at step 2 of 2, counts as infinite" in told["nothing"][1]
+  code, said = told["under way"]
+  running = "none-0.3-0: running at step 2 of 2, counts as infinite"
+  assert (
+    f"{running}\n" in said and "none-1.0-0: failed at step 2 of 2, counts as infinite\n" in said
+  )
+  last = said.splitlines()[-1]
+  assert (
+    code == 2 and last.startswith("error: --overrides: ") and f"{running} (2 such runs)" in last
+  )
 
 
 def test_what_was_found_is_written_for_the_launcher(tmp_path):

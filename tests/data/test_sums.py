@@ -11,7 +11,7 @@ import pytest
 from corpus import quiet
 
 from beyond_outliers import data
-from beyond_outliers.data import sums
+from beyond_outliers.data import sums, token_stream
 from beyond_outliers.errors import DataError
 
 NAMED = r"{}: contents are not those that were prepared \(SHA-256 differs from meta.json's\)"
@@ -27,6 +27,13 @@ def flip(path, at=None):
   content = bytearray(pathlib.Path(path).read_bytes())
   content[len(content) // 2 if at is None else at] ^= 1
   pathlib.Path(path).write_bytes(content)
+
+
+def replace(path):
+  """Another file of the same contents."""
+  copy = path.with_name("copy")
+  copy.write_bytes(path.read_bytes())
+  copy.rename(path)
 
 
 def train(dataset, cfg):
@@ -127,6 +134,49 @@ def test_a_stream_in_another_process_compares_what_was_not_compared_yet(make_con
   copy = pickle.loads(pickle.dumps(dataset.stream("validation")))
   with pytest.raises(DataError, match=NAMED.format("validation-00000.bin")):
     copy.verify()
+
+
+def test_a_file_in_the_place_of_another_is_compared_before_it_is_read(make_config, monkeypatch):
+  """Shards that were closed, since there are many, are opened again by name."""
+  monkeypatch.setattr(token_stream, "OPEN_SHARDS", 1)
+  folder = prepared(make_config())
+  stream = pickle.loads(pickle.dumps(data.open(str(folder)).stream("train")))
+
+  def read():
+    ends = stream.read(0, 10), stream.read(len(stream) - 10, len(stream))
+    return [end.tolist() for end in ends]
+
+  before = read()
+  replace(folder / "train-00000.bin")
+  assert read() == before, "a copy"
+  flip(folder / "train-00000.bin")
+  with pytest.raises(DataError, match=NAMED.format("train-00000.bin")):
+    read()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_file_that_is_replaced_before_it_was_compared_is_told(make_config, monkeypatch):
+  folder, finish = prepared(make_config()), threading.Event()
+  compare = sums.file_sha256
+  monkeypatch.setattr(sums, "file_sha256", lambda path: finish.wait(60) and compare(path))
+  dataset = data.open(str(folder))
+  dataset.stream("train").read(0, 10)
+  replace(folder / "train-00000.bin")
+  finish.set()
+  with pytest.raises(DataError, match=r"train-00000.bin: was replaced while it was read; nothing"):
+    dataset.sums.wait()
+
+
+def test_a_link_to_the_dataset_may_lead_elsewhere_once_it_is_open(make_config, tmp_path):
+  one, other = (prepared(make_config(directory=str(tmp_path / name))) for name in "ab")
+  flip(other / "train-00000.bin", 0)
+  (tmp_path / "link").symlink_to(one)
+  dataset = data.open(str(tmp_path / "link"))
+  (tmp_path / "link").unlink()
+  (tmp_path / "link").symlink_to(other)
+  assert dataset.directory == str(tmp_path / "link")
+  expected = data.open(str(one)).stream("train")
+  assert dataset.stream("train").read(0, 99).tolist() == expected.read(0, 99).tolist()
 
 
 # ---- the description

@@ -286,6 +286,8 @@ def test_only_what_the_settings_change_is_measured_again(measured, workdir, monk
   assert [cell.method for cell in again(windows=8).missing(2)] == ["gptq"]
   assert again(documents=2).missing(2) == again(context=16).missing(2) == evaluator.cells
   assert again(batch_size=16).missing(2) == []
+  with jax.default_matmul_precision("float32"):
+    assert again().missing(2) == evaluator.cells
   monkeypatch.setattr(plan_lib, "VERSION", plan_lib.VERSION + 1)
   assert again().missing(2) == evaluator.cells
 

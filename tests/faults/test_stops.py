@@ -51,6 +51,34 @@ def wait_for_step(process, workdir, step):
   )
 
 
+READ_ONLY = f"""
+import errno, os
+from beyond_outliers import cli, main
+
+makedirs = os.makedirs
+
+def refuse(path, **options):
+  if os.path.basename(path).startswith("{STEPS}.orbax"):
+    raise OSError(errno.EROFS, "Read-only file system", path)
+  makedirs(path, **options)
+
+os.makedirs = refuse
+cli.run_command(main.main)
+"""
+
+
+def test_a_checkpoint_that_cannot_begin_ends_the_run_with_its_reason(argument, tmp_path):
+  """Orbax's threads, which wait five minutes for its folder, do not hold the process up."""
+  flags = f"--config=configs/adamw.py:{argument()}", f"--workdir={tmp_path / 'run'}"
+  command = [sys.executable, "-c", READ_ONLY, *flags]
+  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+  last = ended.stderr.splitlines()[-1]
+  assert ended.returncode == 1 and last.startswith("error: OSError: "), ended.stderr
+  assert "could not be written ([Errno 30] Read-only" in last
+  status = json.loads((tmp_path / "run" / "status.json").read_text())
+  assert (status["status"], status["step"]) == ("failed", STEPS - 20) and status["reason"] in last
+
+
 def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
   process = start(argument(), tmp_path / "run")
   wait_for_step(process, tmp_path / "run", 20)

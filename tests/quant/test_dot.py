@@ -301,6 +301,18 @@ def test_integer_products_are_exact(bits):
   )
 
 
+@pytest.mark.parametrize(
+  "name", ["rtn_w4a4", "quest_w4a4", "mxfp4", "nvfp4", "fp8", "int8_gradients"]
+)
+def test_a_recipe_says_whether_its_gradients_depend_on_how_a_batch_is_cut(name):
+  x, w, g = problem()
+  _, _, whole = forward_and_gradients(x, w, g, RECIPES[name].default, "jax")
+  halves = zip(np.split(x, 2), np.split(g, 2), strict=True)
+  parts = [forward_and_gradients(x, w, g, RECIPES[name].default, "jax")[2] for x, g in halves]
+  differ = np.max(np.abs(sum(parts) - whole)) > 1e-5 * np.max(np.abs(whole))
+  assert differ == RECIPES[name].sees_batches
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_gradients_are_unbiased(backend):
   x, w, g = problem()

@@ -18,8 +18,9 @@ from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
 from beyond_outliers.data import sums
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model.forward import make_forward
-from beyond_outliers.train import describe, hooks, loop
+from beyond_outliers.train import describe, hooks, initialize, loop
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from configs import adamw
@@ -193,6 +194,12 @@ def test_where_the_data_lie_is_no_matter_to_the_processes_of_a_run(tiny_config, 
   assert run_lib._deciding(c, tmp_path) != run_lib._deciding(
     dataclasses.replace(c, seed=c.seed + 1), tmp_path
   )
+
+
+def test_processes_of_a_run_have_the_same_settings_of_jax(tiny_config, tmp_path):
+  mine = run_lib._deciding(tiny_config(), tmp_path)
+  with jax.default_matmul_precision("float32"):
+    assert run_lib._deciding(tiny_config(), tmp_path) != mine
 
 
 def test_under_the_lock_what_killed_processes_were_writing_is_removed(tmp_path):
@@ -377,6 +384,19 @@ def test_what_may_change_does(finished, tiny_config, cut):
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
 
 
+def test_micro_batches_stay_where_gradients_are_quantized(finished, cut, tiny_config):
+  """Over the tokens of one, by draws for one."""
+  options = {"checkpoint.every": 4, "checkpoint.keep": 5, "quant.recipe": "int8_gradients"}
+  c = dataclasses.replace(finished[0], quant=tiny_config(**options).quant)
+  initialize.check_same_run(finished[0], dataclasses.replace(finished[0], micro_batches=2))
+  (cut / "config.json").write_text(json.dumps(config.to_dict(c)))
+  (cut / "manifest.json").unlink()
+  with pytest.raises(
+    config.ConfigError, match=r"micro_batches = 2: the workdir's run has 1, .* as"
+  ):
+    run(dataclasses.replace(c, micro_batches=2), cut)
+
+
 def test_a_run_that_lost_its_checkpoints_does_not_begin_anew(finished, cut):
   """Nor does it drop its rows, however often the command is given."""
   rows = (cut / "metrics.jsonl").read_bytes()
@@ -421,6 +441,47 @@ def test_other_data_are_refused(finished, cut):
     run(c, cut)
 
 
+def test_settings_of_jax_that_decide_numbers_stay_those_of_the_run(finished, cut):
+  """They are refused before --from_step moves anything, and where the checkpoint alone tells them;
+  a run from before they were recorded goes on under any."""
+  c, _ = finished
+  refused = r"jax_threefry_partitionable = False: the run was trained under True"
+  with jax.threefry_partitionable(False):
+    with pytest.raises(workdir_lib.WorkdirError, match=refused):
+      run(c, cut, from_step=4)
+    assert not list(cut.glob("aside-*"))
+    at = workdir_lib.Workdir(cut)
+    manifest = at.read("manifest.json")
+    (cut / "manifest.json").unlink()
+    with pytest.raises(workdir_lib.WorkdirError, match=refused):
+      run(c, cut)
+    older = {key: each for key, each in manifest.items() if key not in ("jax", "compiler_flags")}
+    jax_settings.check_recorded(older)
+    with pytest.raises(workdir_lib.WorkdirError, match=refused):
+      jax_settings.check_recorded({**older, "resumed": [older, manifest]})
+
+
+@pytest.mark.parametrize(
+  "setting,said",
+  [
+    (jax.disable_jit, "jax_disable_jit = True"),
+    (lambda: jax.numpy_dtype_promotion("strict"), "jax_numpy_dtype_promotion = 'strict'"),
+    (lambda: jax.numpy_rank_promotion("raise"), "jax_numpy_rank_promotion = 'raise'"),
+  ],
+)
+def test_settings_that_no_program_is_written_for_are_refused(tiny_config, tmp_path, setting, said):
+  with setting(), pytest.raises(config.ConfigError, match=rf"{said}: .*; unset JAX_"):
+    run(tiny_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_other_flags_of_the_compiler_are_said(finished, cut, monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--an_option=1")
+  said = []
+  assert run(finished[0], cut, say=said.append) == "done"
+  assert any("LIBTPU_INIT_ARGS = '--an_option=1': the run was trained under ''" in x for x in said)
+
+
 @pytest.mark.slow
 def test_another_runs_manifest_or_rows_are_refused(finished, cut):
   c, _ = finished
@@ -448,6 +509,16 @@ def test_a_lost_manifest_comes_back_and_lost_rows_are_told(finished, cut):
   assert "manifest.json is gone; what the checkpoint has" in told
   assert "metrics.jsonl is gone; its rows will begin behind step 4" in told
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_what_ends_a_run(finished, cut, monkeypatch):
+  def fail(*arguments):
+    raise OSError("read-only")
+
+  monkeypatch.setattr(workdir_lib.Workdir, "set_failed", fail)
+  monkeypatch.setattr(loop, "fit", lambda *arguments: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    run(finished[0], cut)
 
 
 def test_diverged(tiny_config, tmp_path):

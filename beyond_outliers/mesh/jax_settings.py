@@ -1,0 +1,89 @@
+"""JAX's own settings, which environment variables change: those that decide numbers are recorded
+with a run, and compared when it is resumed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from beyond_outliers.config.checks import require
+from beyond_outliers.errors import WorkdirError
+from beyond_outliers.types import Json
+
+# What decides numbers beyond the order of float sums, by its default.
+DEFAULTS: Json = {
+  "jax_enable_x64": False,
+  "jax_default_prng_impl": "threefry2x32",
+  "jax_threefry_partitionable": True,
+  "jax_random_seed_offset": 0,
+  "jax_default_matmul_precision": None,  # of float32 on GPUs and TPUs
+  "jax_numpy_dtype_promotion": "standard",
+}
+REFUSED: Json = {
+  "jax_disable_jit": True,
+  "jax_numpy_dtype_promotion": "strict",
+  "jax_numpy_rank_promotion": "raise",
+}
+# Variables that hold flags of the compiler, most of which decide no number.
+COMPILER = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+def deciding() -> Json:
+  """{setting: its value now} of `DEFAULTS`."""
+  return {name: _value(name) for name in DEFAULTS}
+
+
+def check_usable() -> None:
+  """Refusal of settings under which no program can be compiled here. Errors: ConfigError."""
+  for name, refused in REFUSED.items():
+    value = _value(name)
+    require(value != refused, name, value, f"programs are not written for it; unset {name.upper()}")
+
+
+def changed() -> Json:
+  """`deciding`, without those that have their defaults."""
+  return {name: value for name, value in deciding().items() if value != DEFAULTS[name]}
+
+
+def compiler_flags() -> Json:
+  return {name: os.environ.get(name, "") for name in COMPILER}
+
+
+def check_recorded(manifest: Json) -> None:
+  """Refusal to resume a run under settings that are not those it was trained under; one from before
+  they were recorded takes any, until it is resumed.
+
+  Errors: WorkdirError with the setting, both values and the remedy."""
+  now = deciding()
+  for name, was in _recorded(manifest, "jax").items():
+    if name in now and now[name] != was:
+      raise WorkdirError(
+        f"{name} = {now[name]!r}: the run was trained under {was!r} (manifest.json), and other "
+        f"numbers would follow; set or unset {name.upper()} as it was, or give another --workdir"
+      )
+
+
+def other_compiler_flags(manifest: Json) -> list[str]:
+  """What to say of compiler flags that are not those that the run was trained under."""
+  now = compiler_flags()
+  return [
+    f"{name} = {now[name]!r}: the run was trained under {was!r}; it goes on, and its numbers may "
+    "differ from here on"
+    for name, was in _recorded(manifest, "compiler_flags").items()
+    if name in now and now[name] != was
+  ]
+
+
+def _value(name: str) -> Any:
+  settings: Any = jax.config  # whose attributes type checkers don't see
+  value = getattr(settings, name)
+  return getattr(value, "value", value)  # of an enum
+
+
+def _recorded(manifest: Json, key: str) -> Mapping[str, Any]:
+  """What the first start that recorded the key has of it, or nothing."""
+  starts = [manifest, *manifest.get("resumed", [])]
+  return next((start[key] for start in starts if key in start), {})
