@@ -244,9 +244,16 @@ def manifest(extra: Mapping[str, Any]) -> Json:
   }
 
 
+def identity_of(manifest: Json) -> str:
+  """Digest of a training, from its manifest: unlike any other's, and the same once it resumed."""
+  known = manifest.get("identity")  # of a copy that is not the whole manifest
+  return known or file_sums.digest_without(manifest, *OF_A_START)
+
+
 def write_sums(directory: epath.Path) -> None:
   """Seals a checkpoint: the SHA-256 of every file in the directory goes into its SUMS."""
-  sums = {name: file_sums.file_sha256(directory / name) for name in files_below(directory)}
+  names = file_sums.files_below(directory)
+  sums = {name: file_sums.file_sha256(directory / name) for name in names}
   file_sums.write_folder_sums(directory, sums)
 
 
@@ -263,22 +270,10 @@ def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
   """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
   once it is gone."""
   try:
-    found = [(name, (directory / name).stat()) for name in files_below(directory)]
+    found = [(name, (directory / name).stat()) for name in file_sums.files_below(directory)]
   except FileNotFoundError:
     return set()
   return {(name, file.length, file.mtime) for name, file in found}
-
-
-def files_below(directory: epath.Path) -> list[str]:
-  """Relative paths of all files but the sums."""
-  found, pending = [], [directory]
-  while pending:
-    for entry in pending.pop().iterdir():
-      if entry.is_dir():
-        pending.append(entry)
-      elif not entry.name.startswith(SUMS):
-        found.append(str(entry.relative_to(directory)))
-  return sorted(found)
 
 
 def _now() -> str:

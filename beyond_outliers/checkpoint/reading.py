@@ -13,6 +13,7 @@ from beyond_outliers import params as params_lib
 from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.optim import blocks
+from beyond_outliers.types import Json
 
 STEP = re.compile(r"0|[1-9][0-9]*")  # name of a committed checkpoint's folder
 
@@ -61,6 +62,13 @@ def check_structure(path: epath.Path, stored: Any, state: Any, part: str = "") -
 def read_text(item: epath.Path) -> Any:
   """An item that is JSON. Errors: ValueError, OSError."""
   return ocp.JsonCheckpointHandler().restore(item)
+
+
+def read_run(checkpoint: epath.Path) -> Json | None:
+  """What a checkpoint tells of its run; None of those saved before there was that.
+
+  Errors: as `read_text`."""
+  return read_text(checkpoint / "run") if (checkpoint / "run").is_dir() else None
 
 
 def reason(error: Exception) -> str:

@@ -95,6 +95,18 @@ def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
   return ""
 
 
+def files_below(folder: Any) -> list[str]:
+  """Relative paths of all files of a folder but its sums. folder: as of `folder_mismatch`."""
+  found, pending = [], [folder]
+  while pending:
+    for entry in pending.pop().iterdir():
+      if entry.is_dir():
+        pending.append(entry)
+      elif not entry.name.startswith(SUMS):
+        found.append(str(entry.relative_to(folder)))
+  return sorted(found)
+
+
 def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> None:
   """Refusal of a model's files, all by default, that are not those that were written: where this
   program wrote them, their sums lie beside them. Errors: ConfigError."""

@@ -26,7 +26,8 @@ from beyond_outliers.evaluate import offline_tasks
 
 if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --help does without
   from beyond_outliers.evaluate.job import Job, Progress
-  from beyond_outliers.evaluate.target import Target, TextOptions
+  from beyond_outliers.evaluate.target import Target
+  from beyond_outliers.evaluate.text import TextOptions
 
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")

@@ -110,7 +110,10 @@ class Watch:
 
 class Job:
   """Checkpoint after checkpoint of a target through an `Evaluator`; those that cannot be read are
-  reported and left alone. Errors: DataError for damaged data; WriteError."""
+  reported and left alone.
+
+  Errors: DataError for damaged data; WriteError; WorkdirError where another training has taken the
+  target's place."""
 
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
@@ -139,6 +142,7 @@ class Job:
     left = {step for step in wanted or () if self._evaluator.missing(step)}
     watch = Watch(target, self._progress)
     while wanted is None or left:
+      target.check()
       watch.look()
       ended = (
         target.ended() or watch.dead
@@ -174,6 +178,7 @@ class Job:
     except (CheckpointError, OSError) as error:
       processes.raise_alone(error)
       time.sleep(1.0)  # a deletion under way looks like damage
+      self._target.check()
       gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False

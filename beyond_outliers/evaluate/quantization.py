@@ -10,7 +10,8 @@ import numpy as np
 
 from beyond_outliers import data, quant
 from beyond_outliers.evaluate.plan import SEED, Cell
-from beyond_outliers.evaluate.target import Target, Text
+from beyond_outliers.evaluate.target import Target
+from beyond_outliers.evaluate.text import Text
 from beyond_outliers.types import Params
 
 

@@ -21,6 +21,7 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.config.sums import SUMS, unsealed
 from beyond_outliers.data import sums, tfds, tokenizers
+from beyond_outliers.errors import WorkdirError
 from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import (
   offline_tasks,
@@ -605,6 +606,33 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   assert next(events, None) is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("follow", [False, True])
+def test_another_training_in_the_runs_folder_ends_the_job(
+  follow, workdir, quantized_workdir, tmp_path
+):
+  """Instead of its checkpoints being measured as the first one's: it begins while step 1 is."""
+  folder, measured = tmp_path / "run", []
+  shutil.copytree(workdir, folder)
+  target = RunCheckpoints(folder)
+
+  def measure(step, params, cell):
+    measured.append(step)
+    shutil.rmtree(folder)
+    shutil.copytree(quantized_workdir, folder)
+    return {"metrics": {"loss": 1.0}}
+
+  evaluator = types.SimpleNamespace(
+    make_folder=lambda: None,
+    missing=lambda step: [Cell("none", "none")] * (step not in measured),
+    measure=measure,
+  )
+  job = job_lib.Job(target, evaluator, job_lib.Progress(), POLL)
+  with pytest.raises(WorkdirError, match=r"run holds another training \([0-9a-f]{12}\) than when"):
+    job.follow() if follow else job.once([1, 2])
+  assert measured == [1]
+
+
 def test_a_result_that_cannot_be_written_ends_the_job():
   """On a full disk, for instance, what is measured next would be lost, too."""
   cells, measured = [Cell("none", "none"), Cell("rtn_w4a4", "rtn")], []
@@ -633,6 +661,7 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     params=lambda step: {},
     status=lambda: "running from step 0",
     last_write=lambda: len(there),
+    check=lambda: None,
   )
 
   def measure(step, params, cell):
