@@ -6,7 +6,8 @@
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
 Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only
-reads the run. A cell that cannot be measured is reported and left out, and makes the exit code 1.
+reads the run. A cell that cannot be measured, or that is gone, is reported and left out, and makes
+the exit code 1.
 """
 
 from __future__ import annotations
@@ -218,13 +219,14 @@ def evaluate() -> bool:
     warn=progress.line,
   )
   job = Job(target, evaluator, progress, POLL.value)
-  evaluated = evaluate_steps(job, steps)
+  counted = evaluate_steps(job, steps)
   evaluator.close()
-  results = evaluator.results(evaluated)
-  if not results and not job.failed:
+  results = evaluator.results(counted)
+  if not results and not job.failed and not job.evaluated:
     raise CheckpointError(
       f"{target.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
     )
+  job.check_results(counted or ())
   if not processes.is_first():
     return job.failed
   if JSON.value:

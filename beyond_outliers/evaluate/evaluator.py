@@ -11,8 +11,8 @@ import jax
 from beyond_outliers import config, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.files import make_folder, standard_json
-from beyond_outliers.errors import TaskError, WorkdirError
+from beyond_outliers.config.files import standard_json
+from beyond_outliers.errors import TaskError
 from beyond_outliers.evaluate import plan, results, table, task_suite
 from beyond_outliers.evaluate.model_metrics import ModelMetrics
 from beyond_outliers.evaluate.plan import Cell
@@ -81,8 +81,8 @@ class Evaluator:
     ]
 
   def make_folder(self) -> None:
-    """Makes the folder of the results. Errors: WorkdirError where they cannot be written."""
-    make_folder(self._store.path, WorkdirError, "give another folder as --out")
+    """Makes the folder of the results. Errors: as `ResultStore.make_folder`."""
+    self._store.make_folder()
 
   def results(self, steps: Sequence[int] | None = None) -> list[Result]:
     """The cells that are there, of these steps or of all, by step."""

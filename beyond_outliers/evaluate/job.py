@@ -118,8 +118,11 @@ class Job:
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
-    # Whether a cell could not be measured of a checkpoint that could be read, or the run is dead.
+    # Whether a cell could not be measured of a checkpoint that could be read, or is lacking, or the
+    # run is dead.
     self.failed = False
+    self.evaluated: set[int] = set()  # steps that could be read, or lacked nothing
+    self._told: set[tuple[int, Cell]] = set()  # that could not be measured
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
@@ -165,11 +168,24 @@ class Job:
       else:
         time.sleep(self._poll)
 
+  def check_results(self, asked: Collection[int]) -> None:
+    """Tells of cells that are not there, of steps that were asked for or evaluated; `failed`
+    then."""
+    for step in sorted({*asked, *self.evaluated}):
+      missing = self._evaluator.missing(step)
+      self.failed |= bool(missing)
+      if missing and step not in {*self.evaluated, *self.skipped}:
+        self._skip(step, "there was no such checkpoint")
+      for cell in missing if step in self.evaluated else ():
+        if (step, cell) not in self._told:
+          self._skip(step, f"{cell.recipe}, {cell.method}: its result is gone since it was written")
+
   def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
     """Evaluates one checkpoint; False if it could not be read."""
     missing = self._evaluator.missing(step)
     self.skipped.pop(step, None)
     if not missing:
+      self.evaluated.add(step)
       return True
     self._evaluator.make_folder()
     self._progress.begin(f"step {step}")
@@ -182,6 +198,7 @@ class Job:
       gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False
+    self.evaluated.add(step)
     to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
     for i, cell in enumerate(missing, 1):
       self._measure(step, params, cell, to_go - i)
@@ -201,6 +218,7 @@ class Job:
       if not isinstance(error, ConfigError):
         traceback.print_exc()
       self.failed = True
+      self._told.add((step, cell))
       reason = " ".join(str(error).split())
       self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {reason}")
     else:

@@ -674,8 +674,14 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     missing=lambda step: [Cell("none", "none")] * (step not in measured),
     measure=measure,
   )
-  job_lib.Job(target, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
-  assert measured == {1, 5, 9}
+  job = job_lib.Job(target, evaluator, job_lib.Progress(), POLL)
+  job.follow([1, 5, 9])
+  job.check_results([1, 5, 9])
+  assert measured == {1, 5, 9} and not job.failed and not job.skipped
+  measured.remove(9)
+  job.check_results([1, 5, 9, 12])
+  gone = "none, none: its result is gone since it was written"
+  assert job.failed and job.skipped == {9: [gone], 12: ["there was no such checkpoint"]}
 
 
 def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):

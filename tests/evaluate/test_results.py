@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -100,6 +101,27 @@ def test_a_disk_that_is_full_is_told_with_the_file_and_the_remedy(tmp_path, monk
   monkeypatch.setattr(workdir.file_sums, "replaced", lambda *_: full)
   with pytest.raises(results.WriteError, match=rf"{tmp_path}/2-none-.*No space .*the same command"):
     write(store, CELL)
+
+
+@pytest.mark.parametrize("what", ["moved", "removed", "another's"])
+def test_results_are_not_parted_where_their_folder_is_moved(tmp_path, what):
+  """Nor is a folder made where a run was moved away."""
+  run, elsewhere = tmp_path / "run", tmp_path / "moved"
+  store = results.ResultStore(run / "eval")
+  write(store, CELL)
+  run.rename(elsewhere)
+  if what == "removed":
+    shutil.rmtree(elsewhere)
+  if what == "another's":
+    (run / "eval").mkdir(parents=True)
+  for again in (store.make_folder, lambda: write(store, CELL)):
+    with pytest.raises(results.WriteError, match=r"run/eval was moved or removed .* same command"):
+      again()
+  assert run.exists() == (what == "another's") and not list(run.rglob("*.json"))
+  if what == "moved":
+    elsewhere.rename(run)
+    write(store, {**CELL, "step": 3})
+    assert [cell["step"] for cell in store.cells()] == [2, 3]
 
 
 def test_a_file_that_is_gone_since_it_was_listed_is_no_result(tmp_path):
