@@ -29,3 +29,11 @@ class NotFiniteError(Refusal, ArithmeticError):
 
 class TaskError(Refusal, RuntimeError):
   """A task that could not be asked of a model."""
+
+
+def remedy_for(error: OSError, remedy: str) -> str:
+  """The remedy where there is no such file. Of one that cannot be read now, for want of permission
+  or because a disk does not answer, nothing is known that speaks for removing or replacing it."""
+  if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+    return remedy
+  return "nothing is known to be damaged: give the same command once it can be read"

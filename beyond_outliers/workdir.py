@@ -25,7 +25,7 @@ from beyond_outliers import config, mesh
 from beyond_outliers.config import sums as file_sums
 from beyond_outliers.config.files import is_elsewhere, make_folder, read_json
 from beyond_outliers.config.sums import SUMS
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import WorkdirError, remedy_for
 from beyond_outliers.types import Json, PathLike
 
 PACKAGES = (
@@ -123,7 +123,9 @@ class Workdir:
     except (FileNotFoundError, NotADirectoryError):
       return []
     except OSError as error:
-      raise WorkdirError(f"{path}: {error.strerror or error}; {RESTORE}") from None
+      raise WorkdirError(
+        f"{path}: {error.strerror or error}; {remedy_for(error, RESTORE)}"
+      ) from None
     for number, line in enumerate(lines, 1):
       try:
         row = json.loads(line)
@@ -191,9 +193,8 @@ class Workdir:
     try:
       file = open(self.path / "lock", "a+")
     except OSError as error:
-      raise WorkdirError(
-        f"{self.path / 'lock'}: {error.strerror or error}; remove it, or give another --workdir"
-      ) from None
+      remedy = remedy_for(error, "remove it, or give another --workdir")
+      raise WorkdirError(f"{self.path / 'lock'}: {error.strerror or error}; {remedy}") from None
     with file:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

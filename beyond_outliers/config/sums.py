@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError, remedy_for
 from beyond_outliers.types import Json, PathLike
 
 SUMS = "sha256.json"
@@ -110,15 +110,13 @@ def files_below(folder: Any) -> list[str]:
 def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> None:
   """Refusal of a model's files, all by default, that are not those that were written: where this
   program wrote them, their sums lie beside them. Errors: ConfigError."""
+  remedy = f"fetch the whole model again, or remove {SUMS} if it was changed on purpose"
   try:
     problem = folder_mismatch(folder, files)
   except OSError as error:
-    problem = f"{error.filename}: {error.strerror}"
+    problem, remedy = f"{error.filename}: {error.strerror}", remedy_for(error, remedy)
   if problem:
-    raise ConfigError(
-      f"{folder}: {problem}; fetch the whole model again, or remove {SUMS} if it was changed on "
-      "purpose"
-    )
+    raise ConfigError(f"{folder}: {problem}; {remedy}")
 
 
 @contextlib.contextmanager

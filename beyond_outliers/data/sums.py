@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from beyond_outliers.config.sums import file_sha256
+from beyond_outliers.data import description
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
@@ -94,13 +95,12 @@ class FileSums:
       if name not in self._pending:
         return
       problem = "contents are not those that were prepared (SHA-256 differs from meta.json's)"
-      remedy = "delete the folder and prepare again"
+      remedy = description.REMEDY
       try:
         if file_sha256(self._folder / name) == self._described[name]["sha256"]:
           self._pending.discard(name)
           return
       except OSError as error:
         problem = str(error.strerror)
-        if not isinstance(error, FileNotFoundError):  # which says nothing of what it holds
-          remedy = "nothing is known to be damaged: give the same command once it can be read"
+        remedy = description.remedy_in(str(self._folder), error)
       self._problem = f"{self._folder / name}: {problem}; {remedy}"

@@ -120,7 +120,7 @@ class ResultStore:
     except FileNotFoundError:  # gone since it was listed
       return None
     except WorkdirError as error:
-      self._say(f"{path} holds no result of an evaluation job, and counts for none ({error})")
+      self._say(f"{path} holds no result that can be read, and counts for none ({error})")
       return None
     settings = found.get("settings")
     if isinstance(settings, dict):

@@ -1,6 +1,7 @@
 """Files of results: what is no result is named once, and counts as missing."""
 
 import contextlib
+import errno
 import json
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import shutil
 import pytest
 
 from beyond_outliers import workdir
+from beyond_outliers.config import files
 from beyond_outliers.evaluate import results, table
 
 IDENTITY = ("step", "recipe", "method", "settings")
@@ -122,6 +124,20 @@ def test_results_are_not_parted_where_their_folder_is_moved(tmp_path, what):
     elsewhere.rename(run)
     write(store, {**CELL, "step": 3})
     assert [cell["step"] for cell in store.cells()] == [2, 3]
+
+
+def test_a_result_that_cannot_be_read_now_is_not_to_be_removed(tmp_path, monkeypatch):
+  said = []
+  store = results.ResultStore(tmp_path, said.append)
+  write(store, CELL)
+
+  def fail(*arguments):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(files, "open", fail, raising=False)
+  assert store.cells() == [] and len(said) == 1
+  assert "Permission denied; nothing is known to be damaged" in said[0]
+  assert "removed" not in said[0]
 
 
 def test_a_file_that_is_gone_since_it_was_listed_is_no_result(tmp_path):
