@@ -260,19 +260,20 @@ def write_sums(directory: epath.Path) -> None:
 
 def mismatch(directory: epath.Path) -> str:
   """The first difference of a directory's files from its SUMS, or nothing, also without any."""
+  found = file_sums.folder_mismatch(directory)  # first: it tells what cannot be read
   if not (directory / SUMS).exists():
     logging.warning(
       "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
     )
-  return file_sums.folder_mismatch(directory)
+  return found
 
 
 def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
   """(name, bytes, time in seconds) of a checkpoint's files: others once it was saved anew, none
-  once it is gone."""
+  once it is gone or cannot be read."""
   try:
     found = [(name, (directory / name).stat()) for name in file_sums.files_below(directory)]
-  except FileNotFoundError:
+  except OSError:
     return set()
   return {(name, file.length, file.mtime) for name, file in found}
 

@@ -50,6 +50,7 @@ class Checkpoints:
     self._read_only = read_only
     self._temporary: set[int] = set()  # steps, of a run
     if read_only:
+      self.steps()  # which refuses what cannot be listed
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
       assert options is not None  # only a reader goes without

@@ -26,7 +26,11 @@ from beyond_outliers.workdir import SUMS, identity_of, mismatch
 Found = TypeVar("Found")
 
 # Errors of the system that say nothing of a file.
-SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE)
+SHORT = (
+  *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE),
+  *(errno.EACCES, errno.EPERM),
+)
+SHORT_OF = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # the same, of TensorStore
 
 
 class UnusableError(Exception):
@@ -117,5 +121,5 @@ def _is_sound(checkpoint: epath.Path, error: Exception, verify: bool) -> bool:
   """Whether a checkpoint whose reader raised is none the worse for it."""
   if verify and (checkpoint / SUMS).exists():
     return True  # the sums hold
-  short = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+  short = isinstance(error, MemoryError) or any(word in str(error) for word in SHORT_OF)
   return short or (isinstance(error, OSError) and error.errno in SHORT)

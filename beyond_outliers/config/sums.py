@@ -139,8 +139,14 @@ def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
 
 def remove_stale(folder: Any) -> None:
   """Removes what writers that were killed left of `replaced` in a folder, in which nobody may be
-  writing; of others' files, none. folder: as of `folder_mismatch`."""
-  for path in folder.iterdir():
+  writing; of others' files, none. One that cannot be listed is left to whoever will read it.
+
+  folder: as of `folder_mismatch`."""
+  try:
+    found = list(folder.iterdir())
+  except OSError:
+    return
+  for path in found:
     if UNFINISHED.fullmatch(path.name):
       path.unlink(missing_ok=True)
 

@@ -129,9 +129,12 @@ class Job:
       self._evaluate(step, later=steps[i + 1 :])
 
   def newest(self) -> list[int]:
-    """The steps that were evaluated: the newest one, or the one before it where that is damaged."""
-    for step in self._target.steps()[::-1]:
+    """The steps that were evaluated: the newest one, or where that cannot be read the one before
+    it, which was not asked for; `failed` then."""
+    steps = self._target.steps()
+    for step in steps[::-1]:
       if self._evaluate(step):
+        self.failed |= step != steps[-1]
         return [step]
     return []
 

@@ -21,7 +21,7 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.config.sums import SUMS, unsealed
 from beyond_outliers.data import sums, tfds, tokenizers
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import CheckpointError, WorkdirError
 from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import (
   offline_tasks,
@@ -648,6 +648,28 @@ def test_a_result_that_cannot_be_written_ends_the_job():
   with pytest.raises(results.WriteError):
     job_lib.Job(target, evaluator, job_lib.Progress()).once([1])
   assert measured == cells[:1]
+
+
+def test_the_newest_step_gives_way_to_the_one_before_it_and_fails():
+  """It was the one that was asked for."""
+
+  def params(step):
+    if step == 9:
+      raise CheckpointError("checkpoints/9 could not be read now")
+    return {}
+
+  for steps, found in (([1, 2], 2), ([1, 2, 9], 2), ([9], None)):
+    target = types.SimpleNamespace(
+      params=params, steps=functools.partial(list, steps), check=lambda: None
+    )
+    evaluator = types.SimpleNamespace(
+      make_folder=lambda: None,
+      missing=lambda step: [Cell("none", "none")],
+      measure=lambda *arguments: {"metrics": {"loss": 1.0}},
+    )
+    job = job_lib.Job(target, evaluator, job_lib.Progress())
+    assert job.newest() == ([found] if found else [])
+    assert (job.failed, [*job.skipped]) == (steps == [1, 2, 9], [9] if 9 in steps else [])
 
 
 def test_following_ends_once_the_steps_that_are_wanted_are_done():
