@@ -176,6 +176,9 @@ def check_measured() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  cli.end_when_asked(
+    "asked to stop; what was measured stays, the same command goes on", cli.killed_by
+  )
   for address in (WORKDIR.value, CHECKPOINT.value):
     stores.check_address(address or "")
   joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None

@@ -23,7 +23,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.files import is_elsewhere, make_folder, misfit, read_json
 from beyond_outliers.config.sums import digest
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import Failure, WorkdirError
 from beyond_outliers.types import Json, PathLike
 
 # IDENTITY, and the fields of a cell, or of a task that it was asked.
@@ -46,7 +46,7 @@ def warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-class WriteError(OSError):
+class WriteError(Failure):
   """A result that could not be written: no other could be, either."""
 
 

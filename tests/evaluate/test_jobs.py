@@ -8,6 +8,9 @@ import json
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 import types
 
 import commands
@@ -948,6 +951,21 @@ def test_a_refusal_is_one_line_and_exit_code_2(told, what):
   *_, line = errors.splitlines()
   assert line.startswith("error: ")
   assert all(part in line for part in REFUSED[what][1]), line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_says_so_in_one_line(number, tmp_path):
+  job = subprocess.Popen(
+    [sys.executable, "-m", "beyond_outliers.evaluate", f"--workdir={tmp_path}/run", "--follow"],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert job.stderr.readline() == f"waiting for a run in {tmp_path}/run\n"
+  job.send_signal(number)
+  _, said = job.communicate(timeout=60)
+  assert said == "asked to stop; what was measured stays, the same command goes on\n"
+  assert job.returncode == 128 + number
 
 
 def test_what_could_not_be_measured_makes_the_exit_code_1(told):
