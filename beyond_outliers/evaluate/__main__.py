@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --
   from beyond_outliers.evaluate.target import Target
   from beyond_outliers.evaluate.text import TextOptions
 
+DAY = 86400.0  # seconds
+
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
 CHECKPOINT = cli.path_flag("checkpoint", None, "One checkpoint, RUN/checkpoints/N.")
@@ -86,7 +88,7 @@ DOCUMENTS = flags.DEFINE_integer(
 FOLLOW = flags.DEFINE_bool(
   "follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done."
 )
-POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
+POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.")
 OUT = cli.path_flag("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
 DISTRIBUTED = cli.distributed_flag()
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
@@ -246,6 +248,10 @@ flags.register_multi_flags_validator(
   ["workdir", "hf", "checkpoint"],
   lambda values: sum(map(bool, values.values())) == 1,
   "expected one of --workdir, --hf, --checkpoint",
+)
+
+flags.register_validator(
+  "poll", lambda value: 0.01 <= value <= DAY, f"expected 0.01 to {DAY:.0f} seconds"
 )
 
 if __name__ == "__main__":

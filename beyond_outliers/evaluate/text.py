@@ -11,6 +11,8 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
 from beyond_outliers.types import Json
 
+LONGER = 16  # times the windows of training: the model is for no longer ones, nor is memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -51,6 +53,10 @@ def text_of_run(
     f"its tokenizer is {opened.tokenizer.fingerprint[:12]}, and the run was trained with "
     f"{trained_on['tokenizer'][:12]}; prepare the documents with the run's tokenizer",
   )
+  remedy = (
+    f"the run was trained on windows of {c.context} tokens; take {LONGER * c.context} at most"
+  )
+  require(context <= LONGER * c.context, "--context", context, remedy)
   return Text(
     opened,
     dataclasses.replace(c.data, reader=_reader_of(opened)),

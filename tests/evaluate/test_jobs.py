@@ -850,6 +850,21 @@ REFUSED = {
     ["--workdir={run}", "--recipes=rtn_w4a5"],
     ["--recipes = 'rtn_w4a5'", "did you mean 'rtn_w4a"],
   ),
+  "a recipe that is not one": (
+    ["--workdir={run}", "--recipes=nope"],
+    ["--recipes = 'nope'", "unknown recipe; expected one of rtn_w8a8"],
+  ),
+  "more calibration than there is": (
+    ["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gptq", "--calibration=100000000"],
+    ["--calibration = 100000000", "windows of 32 tokens; take fewer"],
+  ),
+  "windows far beyond the run's": (
+    ["--workdir={run}", "--context=9999999"],
+    ["--context = 9999999", "was trained on windows of 32 tokens; take 512 at most"],
+  ),
+  "no number of seconds": (["--workdir={run}", "--poll=nan"], ["--poll", "0.01 to 86400 seconds"]),
+  "seconds before now": (["--workdir={run}", "--poll=-1"], ["--poll", "0.01 to 86400 seconds"]),
+  "seconds without end": (["--workdir={run}", "--poll=inf"], ["--poll", "0.01 to 86400 seconds"]),
   "a method": (
     ["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gtpq"],
     ["--methods = 'gtpq'", "did you mean 'gptq'"],

@@ -78,6 +78,15 @@ def test_what_is_no_result_counts_as_missing(text, tmp_path):
   assert store.read(*(CELL[name] for name in IDENTITY)) is None and len(said) == 2
 
 
+def test_an_average_of_fewer_checkpoints_than_its_name_says_is_told(tmp_path):
+  cells = [
+    {**CELL, "tasks": {}, "settings": {"average": name}, "averaged": steps}
+    for name, steps in (("last:9", [1, 2]), ("last:9", [1, 2]), ("last:2", [1, 2]), ("ema", [2]))
+  ]
+  *rows, below = table.results_table(cells).splitlines()
+  assert len(rows) == 5 and below == "step 2: last:9 is the mean of 2, of the steps 1, 2"
+
+
 def test_scores_come_with_their_standard_error_and_their_examples(tmp_path):
   store = results.ResultStore(tmp_path)
   write(store, CELL)
