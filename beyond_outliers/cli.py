@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beyond_outliers.config.files import expand_home
-from beyond_outliers.errors import Refusal
+from beyond_outliers.errors import Failure, Refusal
 
 # Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
 # that is closed.
@@ -79,23 +79,34 @@ def paths_flag(name: str, default: list[str] | None, help: str, **options: Any) 
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-  """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2."""
+  """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2, a failure with 1,
+  Ctrl-C with 130."""
   try:
     app.run(main, flags_parser=_parse)
   except Refusal as refusal:
     _refuse(str(refusal))
+  except Failure as failure:
+    print(f"error: {failure}", file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt:  # of a command that does not `end_when_asked`
+    print("stopped", file=sys.stderr)
+    sys.exit(killed_by(signal.SIGINT))
 
 
-def end_when_asked() -> None:
-  """Has `STOP_SIGNALS` end this process at once, with exit code 42, until a run takes them: there
-  is nothing to save. By a thread, since no handler of Python's runs while XLA compiles."""
+def end_when_asked(
+  saying: str = "asked to stop with no step under way; the same command goes on",
+  code: Callable[[int], int] = lambda number: STOPPED,
+) -> None:
+  """Has `STOP_SIGNALS` end this process at once, until a run takes them: there is nothing to save.
+  By a thread, since no handler of Python's runs while XLA compiles. code: of exit, by signal."""
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   for number in STOP_SIGNALS:
     if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it
       signal.signal(number, _asked)
-  threading.Thread(target=_end_when_asked, args=(reader,), name="signals", daemon=True).start()
+  arguments = (reader, saying, code)
+  threading.Thread(target=_end_when_asked, args=arguments, name="signals", daemon=True).start()
 
 
 def ask_all_when_asked() -> None:
@@ -114,14 +125,20 @@ def _ask_all(number: int, frame: Any) -> None:
   signal.raise_signal(signal.SIGTERM)
 
 
-def _end_when_asked(reader: int) -> None:
+def killed_by(number: int) -> int:
+  """Exit code of a process that a signal ends, as shells have it."""
+  return 128 + number
+
+
+def _end_when_asked(reader: int, saying: str, code: Callable[[int], int]) -> None:
   while True:
     (number,) = os.read(reader, 1)
     if signal.getsignal(number) is _asked:
       try:
-        print("asked to stop with no step under way; the same command goes on", file=sys.stderr)
+        redraw = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress
+        print(redraw + saying, file=sys.stderr, flush=True)
       finally:
-        os._exit(STOPPED)
+        os._exit(code(number))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

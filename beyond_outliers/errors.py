@@ -1,4 +1,5 @@
-"""Refusals: errors for the person who gave the command, printed as one line with exit code 2."""
+"""Errors for the person who gave the command, printed as one line: refusals, with exit code 2, and
+failures, with 1."""
 
 from __future__ import annotations
 
@@ -29,3 +30,17 @@ class NotFiniteError(Refusal, ArithmeticError):
 
 class TaskError(Refusal, RuntimeError):
   """A task that could not be asked of a model."""
+
+
+class Failure(OSError):
+  """Work that cannot go on though the command was right, on a full disk for instance. The message
+  says all that a person can use: it is printed as one line, without a traceback, with exit code 1.
+  """
+
+
+def remedy_for(error: OSError, remedy: str) -> str:
+  """The remedy where there is no such file. Of one that cannot be read now, for want of permission
+  or because a disk does not answer, nothing is known that speaks for removing or replacing it."""
+  if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+    return remedy
+  return "nothing is known to be damaged: give the same command once it can be read"

@@ -21,7 +21,6 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.checks import require
-from beyond_outliers.config.sums import digest_without
 from beyond_outliers.data.moved import find_dataset
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
@@ -68,6 +67,7 @@ class Run:
   @functools.cached_property
   def config(self) -> config_lib.Config:
     """Errors: WorkdirError, as of `manifest` and `status`, for a damaged file."""
+    _ = self._known  # with it, so that both are of one training
     found = self._workdir.read_config(checked=True)
     assert found is not None  # or this would be no run
     return found
@@ -87,8 +87,20 @@ class Run:
   @property
   def identity(self) -> str:
     """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
-    known = self.manifest.get("identity")  # of a copy that is not the whole manifest
-    return known or digest_without(self.manifest, *workdir_lib.OF_A_START)
+    return self._known or workdir_lib.identity_of(self.manifest)
+
+  @functools.cached_property
+  def _known(self) -> str:
+    """The identity when it was first asked for; empty where there was no manifest."""
+    found = self._workdir.read("manifest.json")
+    return workdir_lib.identity_of(found) if found else ""
+
+  def replaced_by(self) -> str:
+    """Identity of another training that began in the folder since this one was opened, or
+    nothing."""
+    found = self._workdir.read("manifest.json")
+    now = workdir_lib.identity_of(found) if found else ""
+    return now if now not in ("", self.identity) else ""
 
   @property
   def status(self) -> Json:
@@ -151,12 +163,12 @@ class Run:
     """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh; or another
     field of the state that is like them.
 
-    Errors: CheckpointError, StoreError."""
+    Errors: CheckpointError, also for one that another training saved here; StoreError."""
     if self._copy:
       self._copy.fetch_checkpoint(step)
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
     return self._checkpoints.restore_params(
-      mesh_lib.placed(transformer.shapes(self.model), shardings), step, field
+      mesh_lib.placed(transformer.shapes(self.model), shardings), step, field, self._known
     )
 
   @property
@@ -224,18 +236,10 @@ class AverageOfRun:
     c, found = run.config.average, re.fullmatch(r"ema|last(?::([1-9]\d*))?", name)
     require(found is not None, "average", name, "expected 'ema', 'last' or 'last:COUNT'")
     assert found is not None
-    require(
-      name != "ema" or c.decay > 0,
-      "average",
-      name,
-      f"{run.path} kept none (average.decay = 0); 'last:COUNT' needs none",
-    )
-    require(
-      name != "last" or c.last > 0,
-      "average",
-      name,
-      f"of how many checkpoints? {run.path} has average.last = 0; say 'last:COUNT'",
-    )
+    remedy = f"{run.path} kept none (average.decay = 0); 'last:COUNT' needs none"
+    require(name != "ema" or c.decay > 0, "average", name, remedy)
+    remedy = f"of how many checkpoints? {run.path} has average.last = 0; say 'last:COUNT'"
+    require(name != "last" or c.last > 0, "average", name, remedy)
     self._run, self._count = run, 1 if name == "ema" else int(found[1] or c.last)
     self.name = name if name == "ema" else f"last:{self._count}"
     self._restored: dict[int, list[int]] = {}

@@ -25,7 +25,7 @@ from beyond_outliers import config, mesh
 from beyond_outliers.config import sums as file_sums
 from beyond_outliers.config.files import is_elsewhere, make_folder, read_json
 from beyond_outliers.config.sums import SUMS
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import WorkdirError, remedy_for
 from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json, PathLike
 
@@ -122,7 +122,9 @@ class Workdir:
     except (FileNotFoundError, NotADirectoryError):
       return []
     except OSError as error:
-      raise WorkdirError(f"{path}: {error.strerror or error}; {RESTORE}") from None
+      raise WorkdirError(
+        f"{path}: {error.strerror or error}; {remedy_for(error, RESTORE)}"
+      ) from None
     for number, line in enumerate(lines, 1):
       try:
         row = json.loads(line)
@@ -190,9 +192,8 @@ class Workdir:
     try:
       file = open(self.path / "lock", "a+")
     except OSError as error:
-      raise WorkdirError(
-        f"{self.path / 'lock'}: {error.strerror or error}; remove it, or give another --workdir"
-      ) from None
+      remedy = remedy_for(error, "remove it, or give another --workdir")
+      raise WorkdirError(f"{self.path / 'lock'}: {error.strerror or error}; {remedy}") from None
     with file:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,40 +246,36 @@ def manifest(extra: Mapping[str, Any]) -> Json:
   }
 
 
+def identity_of(manifest: Json) -> str:
+  """Digest of a training, from its manifest: unlike any other's, and the same once it resumed."""
+  known = manifest.get("identity")  # of a copy that is not the whole manifest
+  return known or file_sums.digest_without(manifest, *OF_A_START)
+
+
 def write_sums(directory: epath.Path) -> None:
   """Seals a checkpoint: the SHA-256 of every file in the directory goes into its SUMS."""
-  sums = {name: file_sums.file_sha256(directory / name) for name in files_below(directory)}
+  names = file_sums.files_below(directory)
+  sums = {name: file_sums.file_sha256(directory / name) for name in names}
   file_sums.write_folder_sums(directory, sums)
 
 
 def mismatch(directory: epath.Path) -> str:
   """The first difference of a directory's files from its SUMS, or nothing, also without any."""
+  found = file_sums.folder_mismatch(directory)  # first: it tells what cannot be read
   if not (directory / SUMS).exists():
     logging.warning(
       "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
     )
-  return file_sums.folder_mismatch(directory)
+  return found
 
 
 def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
-  """(name, bytes, seconds) of a checkpoint's files: others if saved anew, none once it is gone."""
+  """(name, bytes, seconds) of a checkpoint's files: others if saved anew, none if unreadable."""
   try:
-    found = [(name, (directory / name).stat()) for name in files_below(directory)]
-  except FileNotFoundError:
+    found = [(name, (directory / name).stat()) for name in file_sums.files_below(directory)]
+  except OSError:
     return set()
   return {(name, file.length, file.mtime) for name, file in found}
-
-
-def files_below(directory: epath.Path) -> list[str]:
-  """Relative paths of all files but the sums."""
-  found, pending = [], [directory]
-  while pending:
-    for entry in pending.pop().iterdir():
-      if entry.is_dir():
-        pending.append(entry)
-      elif not entry.name.startswith(SUMS):
-        found.append(str(entry.relative_to(directory)))
-  return sorted(found)
 
 
 def _now() -> str:

@@ -90,6 +90,7 @@ def check_rows(workdir: Workdir, step: int, sha256: str) -> bool:
 def check_last_rows(workdir: Workdir) -> None:
   """Refusal of rows that are not those with which a run ended. Errors: WorkdirError."""
   path, rows = workdir.path / "metrics.jsonl", (workdir.read("status.json") or {}).get("rows")
+  workdir.read_rows()  # which refuses what cannot be read
   if rows not in (None, file_sha256(path)):
     raise WorkdirError(
       f"{path} was altered since it was written (status.json has another SHA-256); restore it from "

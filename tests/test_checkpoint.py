@@ -4,6 +4,7 @@ meshes, the keep policy."""
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 
@@ -13,11 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import logging as absl_logging
+from etils import epath
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from beyond_outliers import checkpoint, config, mesh, params, workdir
 from beyond_outliers.checkpoint import checkpoints as checkpoints_module
 from beyond_outliers.checkpoint import digests, reading, recovery
+from beyond_outliers.config import sums as file_sums
 from beyond_outliers.errors import NotFiniteError, WorkdirError
 from beyond_outliers.train import step
 
@@ -289,6 +292,8 @@ def test_all_damaged_is_an_error_and_none_is_none(saved, tmp_path):
     (ValueError("a file system that does not answer"), True),
     (MemoryError(), False),
     (OSError(errno.EMFILE, "Too many open files"), False),
+    (PermissionError(errno.EACCES, "Permission denied"), False),
+    (ValueError("PERMISSION_DENIED: Error opening a file"), False),
   ],
 )
 def test_what_cannot_be_read_now_is_left_alone(saved, monkeypatch, error, sums):
@@ -311,6 +316,21 @@ def test_no_descriptors_for_the_sums_is_no_damage(saved, monkeypatch):
   monkeypatch.setattr(recovery, "mismatch", fail)
   with pytest.raises(checkpoint.CheckpointError, match=r"/3 could not be read .*Too many"):
     checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))
+
+
+def test_folders_that_cannot_be_listed_now_are_told_in_one_line(saved, monkeypatch):
+  """All checkpoints, or one, which is not looked through for what killed writers left."""
+
+  def fail(path):
+    raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+  monkeypatch.setattr(os, "listdir", fail)
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"/checkpoints: Permission denied; nothing is k"
+  ):
+    checkpoint.Checkpoints(saved, read_only=True)
+  file_sums.remove_stale(epath.Path(saved) / "3")
+  assert workdir.stamps(epath.Path(saved) / "3") == set()
 
 
 def test_a_checkpoint_tells_what_run_it_is_of(tmp_path):

@@ -12,7 +12,9 @@ import commands
 import pytest
 from absl import flags
 
-from beyond_outliers import cli
+from beyond_outliers import cli, stores
+from beyond_outliers.errors import Failure
+from beyond_outliers.evaluate import results
 
 # what is wrong -> (arguments of main, what its one line on stderr holds)
 REFUSED = {
@@ -86,6 +88,27 @@ def test_a_refusal_is_one_line_and_exit_code_2(told, what):
   (line,) = errors.splitlines()
   assert line.startswith("error: ") and "\\" not in line
   assert all(part in line for part in REFUSED[what][1]), line
+
+
+@pytest.mark.parametrize(
+  "error, code, line",
+  [
+    (Failure("2-none.json: No space left on device"), 1, "error: 2-none.json: No space left on"),
+    (KeyboardInterrupt(), 130, "stopped"),
+  ],
+)
+def test_a_failure_and_ctrl_c_are_one_line(error, code, line, capsys, monkeypatch):
+  """Of a full disk no traceback says more."""
+
+  def fail(*_, **__):
+    raise error
+
+  monkeypatch.setattr(cli.app, "run", fail)
+  with pytest.raises(SystemExit) as ended:
+    cli.run_command(print)
+  (said,) = capsys.readouterr().err.splitlines()
+  assert ended.value.code == code and said.startswith(line)
+  assert issubclass(results.WriteError, Failure) and issubclass(stores.StoreError, Failure)
 
 
 def test_a_workdir_is_named_after_config_and_size(told):

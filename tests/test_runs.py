@@ -53,6 +53,27 @@ def test_records_without_younger_sections_still_open(workdir):
   assert config.resolve(recorded) == run.config
 
 
+@pytest.mark.parametrize("average", ["", "last:2"])
+def test_checkpoints_of_another_training_are_refused(workdir, tmp_path, average):
+  """One that began in the folder since it was opened, or whose manifest or checkpoints are not its
+  own; of an earlier version, whose checkpoints do not say whose they are, all open."""
+  folder = tmp_path / "run"
+  shutil.copytree(workdir, folder)
+  mine, manifest = runs.open(folder), workdir_lib.Workdir(folder).read("manifest.json")
+  first, _ = mine.identity, mine.params(average=average)
+  workdir_lib.Workdir(folder).write("manifest.json", {**manifest, "id": "another"})
+  other = runs.open(folder)
+  assert mine.identity == first != other.identity and not other.replaced_by()
+  assert mine.replaced_by() == other.identity
+  told = rf"checkpoints/4 is of the run {first[:12]}, and .* that of {other.identity[:12]} when it"
+  with pytest.raises(checkpoint.CheckpointError, match=told):
+    other.params(average=average)
+  for step in ("2", "4"):
+    shutil.rmtree(folder / "checkpoints" / step / "run")
+    (folder / "checkpoints" / step / "sha256.json").unlink()
+  other.params(average=average)
+
+
 @pytest.mark.parametrize(
   ("name", "problem"),
   [

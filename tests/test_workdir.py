@@ -1,6 +1,7 @@
 """Folder of a run: where it cannot be, and files in it that are not what was written, are told in
 one line before anything else begins."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from etils import epath
 
 from beyond_outliers import workdir as workdir_lib
+from beyond_outliers import writers
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.evaluate import results
 
@@ -74,6 +76,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
   refused = pytest.raises(WorkdirError, match=r": Permission denied; give another --workdir")
   with refused, workdir_lib.Workdir(tmp_path).lock():
     pass
+
+
+def test_records_that_cannot_be_read_now_are_not_called_damaged(tmp_path, monkeypatch):
+  """Of config.json and its like config.files tells."""
+  workdir = workdir_lib.Workdir(tmp_path / "run")
+  workdir.write("status.json", {"status": "done", "step": 1, "rows": "0"})
+  (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+
+  def fail(path):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(type(workdir.path), "read_bytes", fail)
+  for read in (workdir.read_rows, lambda: writers.check_last_rows(workdir)):
+    with pytest.raises(WorkdirError, match=r"metrics.jsonl: Permission denied; nothing is known"):
+      read()
 
 
 @pytest.mark.parametrize("what", ["moved", "removed", "another's"])

@@ -11,7 +11,6 @@ without restoring anything, and tell damage from what cannot be read now.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
 from beyond_outliers.checkpoint import digests, reading, recovery
 from beyond_outliers.checkpoint.temporary import TEMPORARY, ReplaceTemporary, is_temporary
-from beyond_outliers.config.files import make_folder, misfit
+from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import FolderPath, write_sums
@@ -51,6 +50,7 @@ class Checkpoints:
     self._read_only = read_only
     self._temporary: set[int] = set()  # steps, of a run
     if read_only:
+      self.steps()  # which refuses what cannot be listed
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
       assert options is not None  # only a reader goes without
@@ -163,11 +163,12 @@ class Checkpoints:
     return found, params_lib.with_empty(restored.state, state), restored.data, restored.clock
 
   def restore_params(
-    self, params: Params, step: int | None = None, field: str = "params"
+    self, params: Params, step: int | None = None, field: str = "params", identity: str = ""
   ) -> tuple[int, Params]:
     """(step, parameters) alone, or the `average`, another field of the state that is like them; on
-    any mesh. params: a tree of ShapeDtypeStructs with shardings.
-    Errors: as `restore`, and CheckpointError when there is no checkpoint."""
+    any mesh. params: a tree of ShapeDtypeStructs with shardings. identity: of the run that is to
+    have saved them, where it is known.
+    Errors: as `restore`, and CheckpointError when there is none, or it is another run's."""
     partial = {field: params_lib.without_empty(params)}
 
     def read(candidate: int) -> Any:
@@ -182,6 +183,7 @@ class Checkpoints:
           ),
         )
       self._compare(candidate, digests.examine(found))
+      recovery.check_run(self.directory / str(candidate), identity)  # last: what was read is its
       return found
 
     found, restored = self._newest_intact(step, read)
@@ -189,7 +191,7 @@ class Checkpoints:
 
   def run_of(self, step: int) -> Json | None:
     """What `save` got as `run`; None of checkpoints that were saved before there was that."""
-    return reading.read_text(self.directory / str(step) / "run") if self._has(step, "run") else None
+    return reading.read_run(self.directory / str(step))
 
   def reached_preemption(self, step: int) -> bool:
     """True once the processes of a distributed run have agreed to stop after this step; every
@@ -255,20 +257,9 @@ class Checkpoints:
   def _compare(
     self, step: int, contents: digests.Contents, texts: Mapping[str, Any] | None = None
   ) -> None:
-    """Compares what was read with what was to be written, of checkpoints since there are digests.
-
-    Errors: UnusableError."""
-    if not self._verify or not self._has(step, "digests"):
-      return
-    recorded: Any = None
-    with contextlib.suppress(ValueError):
-      recorded = reading.read_text(self.directory / str(step) / "digests")
-    if misfit(recorded, digests.DIGEST_KINDS):
-      raise recovery.UnusableError("its digests are not readable")
-    if recorded.get("step", step) != step:  # not there before it was recorded
-      raise recovery.UnusableError(f"it was saved as {recorded['step']}, and renamed")
-    if name := digests.difference(recorded, contents.digests, texts):
-      raise recovery.UnusableError(f"{name} is not what was saved: its digest differs")
+    """Errors: UnusableError for what differs from the digests, of checkpoints since there are."""
+    if self._verify and self._has(step, "digests"):
+      recovery.compare_contents(self.directory / str(step), contents, texts)
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
     """(step, result of `read`), from the newest intact checkpoint, or from `step` alone."""

@@ -11,15 +11,24 @@ from etils import epath
 
 from beyond_outliers import params as params_lib
 from beyond_outliers.config.sums import digest
-from beyond_outliers.errors import CheckpointError
+from beyond_outliers.errors import CheckpointError, remedy_for
 from beyond_outliers.optim import blocks
+from beyond_outliers.types import Json
 
 STEP = re.compile(r"0|[1-9][0-9]*")  # name of a committed checkpoint's folder
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
-  """Steps of the checkpoints in a folder; of other folders there, such as a copy `old_24`, none."""
-  found = directory.iterdir() if directory.is_dir() else ()
+  """Steps of the checkpoints in a folder; of other folders there, such as a copy `old_24`, none.
+
+  Errors: CheckpointError for a folder that cannot be listed now."""
+  try:
+    found = list(directory.iterdir()) if directory.is_dir() else []
+  except FileNotFoundError:  # removed meanwhile
+    return []
+  except OSError as error:
+    problem = f"{error.strerror}; {remedy_for(error, 'give the folder of a run')}"
+    raise CheckpointError(f"{directory}: {problem}") from None
   return [int(path.name) for path in found if STEP.fullmatch(path.name) and path.is_dir()]
 
 
@@ -61,6 +70,13 @@ def check_structure(path: epath.Path, stored: Any, state: Any, part: str = "") -
 def read_text(item: epath.Path) -> Any:
   """An item that is JSON. Errors: ValueError, OSError."""
   return ocp.JsonCheckpointHandler().restore(item)
+
+
+def read_run(checkpoint: epath.Path) -> Json | None:
+  """What a checkpoint tells of its run; None of those saved before there was that.
+
+  Errors: as `read_text`."""
+  return read_text(checkpoint / "run") if (checkpoint / "run").is_dir() else None
 
 
 def reason(error: Exception) -> str:

@@ -8,22 +8,29 @@ a file system that answers, is not damaged, and left alone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
 
 from beyond_outliers import mesh
-from beyond_outliers.checkpoint.reading import reason
+from beyond_outliers.checkpoint import digests
+from beyond_outliers.checkpoint.reading import read_run, read_text, reason
+from beyond_outliers.config.files import misfit
 from beyond_outliers.errors import CheckpointError
-from beyond_outliers.workdir import SUMS, mismatch
+from beyond_outliers.workdir import SUMS, identity_of, mismatch
 
 Found = TypeVar("Found")
 
 # Errors of the system that say nothing of a file.
-SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE)
+SHORT = (
+  *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE),
+  *(errno.EACCES, errno.EPERM),
+)
+SHORT_OF = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # the same, of TensorStore
 
 
 class UnusableError(Exception):
@@ -64,6 +71,40 @@ def newest_intact(
   raise CheckpointError(f"{lead}{each}; restore one from a copy, or start in another workdir")
 
 
+def compare_contents(
+  checkpoint: epath.Path, contents: digests.Contents, texts: Mapping[str, Any] | None = None
+) -> None:
+  """Compares what was read with what was to be written. texts: as of `digests.difference`.
+
+  Errors: UnusableError."""
+  recorded: Any = None
+  with contextlib.suppress(ValueError):
+    recorded = read_text(checkpoint / "digests")
+  if misfit(recorded, digests.DIGEST_KINDS):
+    raise UnusableError("its digests are not readable")
+  if recorded.get("step", int(checkpoint.name)) != int(checkpoint.name):  # the first had none
+    raise UnusableError(f"it was saved as {recorded['step']}, and renamed")
+  if name := digests.difference(recorded, contents.digests, texts):
+    raise UnusableError(f"{name} is not what was saved: its digest differs")
+
+
+def check_run(checkpoint: epath.Path, identity: str) -> None:
+  """Refusal of a checkpoint of another run than that of this identity; if it is empty, of none.
+
+  Errors: CheckpointError; UnusableError where what it tells of its run cannot be read."""
+  try:
+    record: Any = read_run(checkpoint)
+  except ValueError:
+    raise UnusableError("what it tells of its run is not readable") from None
+  if not identity or misfit(record, {"manifest": dict}):  # the first told less
+    return
+  if (found := identity_of(record["manifest"])) != identity:
+    raise CheckpointError(
+      f"{checkpoint} is of the run {found[:12]}, and its folder was that of {identity[:12]} when "
+      "it was opened; if another training has begun there, give the same command again"
+    )
+
+
 def _compare(checkpoint: epath.Path, verify: bool) -> tuple[str, str]:
   """(difference of a checkpoint from its sums, why they could not be compared), as process 0 finds
   it: all or none go on to read it together."""
@@ -80,5 +121,5 @@ def _is_sound(checkpoint: epath.Path, error: Exception, verify: bool) -> bool:
   """Whether a checkpoint whose reader raised is none the worse for it."""
   if verify and (checkpoint / SUMS).exists():
     return True  # the sums hold
-  short = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+  short = isinstance(error, MemoryError) or any(word in str(error) for word in SHORT_OF)
   return short or (isinstance(error, OSError) and error.errno in SHORT)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from beyond_outliers.config.sums import unsealed
-from beyond_outliers.errors import Refusal
+from beyond_outliers.errors import Refusal, remedy_for
 from beyond_outliers.types import Json, PathLike
 
 
@@ -34,14 +34,15 @@ def read_json(
   and left out.
 
   Errors: FileNotFoundError, NotADirectoryError; `refusal` with the file, what is wrong with it, and
-  the remedy."""
+  the remedy, unless it cannot be read now; see `remedy_for`."""
   try:
     with open(path, "rb") as file:
       value = json.loads(file.read())
   except (FileNotFoundError, NotADirectoryError):
     raise
   except OSError as error:
-    raise refusal(f"{os.fspath(path)}: {error.strerror}; {remedy}") from None
+    remedy = remedy_for(error, remedy)
+    raise refusal(f"{os.fspath(path)}: {error.strerror or error}; {remedy}") from None
   except (ValueError, RecursionError) as error:  # text that is no JSON, or no text, or nested
     problem = f"is not the JSON that was written ({error})"
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}") from None

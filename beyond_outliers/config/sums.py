@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError, remedy_for
 from beyond_outliers.types import Json, PathLike
 
 SUMS = "sha256.json"
@@ -95,18 +95,28 @@ def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
   return ""
 
 
+def files_below(folder: Any) -> list[str]:
+  """Relative paths of all files of a folder but its sums. folder: as of `folder_mismatch`."""
+  found, pending = [], [folder]
+  while pending:
+    for entry in pending.pop().iterdir():
+      if entry.is_dir():
+        pending.append(entry)
+      elif not entry.name.startswith(SUMS):
+        found.append(str(entry.relative_to(folder)))
+  return sorted(found)
+
+
 def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> None:
   """Refusal of a model's files, all by default, that are not those that were written: where this
   program wrote them, their sums lie beside them. Errors: ConfigError."""
+  remedy = f"fetch the whole model again, or remove {SUMS} if it was changed on purpose"
   try:
     problem = folder_mismatch(folder, files)
   except OSError as error:
-    problem = f"{error.filename}: {error.strerror}"
+    problem, remedy = f"{error.filename}: {error.strerror}", remedy_for(error, remedy)
   if problem:
-    raise ConfigError(
-      f"{folder}: {problem}; fetch the whole model again, or remove {SUMS} if it was changed on "
-      "purpose"
-    )
+    raise ConfigError(f"{folder}: {problem}; {remedy}")
 
 
 @contextlib.contextmanager
@@ -131,8 +141,14 @@ def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
 
 def remove_stale(folder: Any) -> None:
   """Removes what writers that were killed left of `replaced` in a folder, in which nobody may be
-  writing; of others' files, none. folder: as of `folder_mismatch`."""
-  for path in folder.iterdir():
+  writing; of others' files, none. One that cannot be listed is left to whoever will read it.
+
+  folder: as of `folder_mismatch`."""
+  try:
+    found = list(folder.iterdir())
+  except OSError:
+    return
+  for path in found:
     if UNFINISHED.fullmatch(path.name):
       path.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from beyond_outliers.config.files import misfit, read_json
 from beyond_outliers.config.sums import stays_inside
-from beyond_outliers.errors import DataError
+from beyond_outliers.errors import DataError, remedy_for
 from beyond_outliers.types import Json
 
 FORMAT = 1  # of a dataset's folder; a change makes old ones unreadable by name
@@ -30,6 +30,14 @@ META_KINDS = {
     for name, kind in SPLIT_KINDS.items()
   },
 }
+
+
+def remedy_in(directory: str, error: OSError) -> str:
+  """The remedy for a file of a dataset's folder that cannot be read; where the folder is gone with
+  it, or not mounted, nothing is known to be damaged, either."""
+  if not os.path.exists(os.path.join(directory, "meta.json")):
+    return f"all of {directory} is gone or not mounted: give the same command once it is back"
+  return remedy_for(error, REMEDY)
 
 
 def read_meta(directory: str) -> Json:

@@ -183,9 +183,11 @@ def open_dataset(directory: str) -> Dataset:
   meta = description.read_meta(directory)
   for name, expected in meta["files"].items():
     file = os.path.join(directory, name)
-    if not os.path.isfile(file):
-      raise DataError(f"{file} is missing; delete the folder and prepare again")
-    size = os.path.getsize(file)
+    try:
+      size = os.path.getsize(file)
+    except OSError as error:
+      remedy = description.remedy_in(directory, error)
+      raise DataError(f"{file}: {error.strerror}; {remedy}") from None
     if size != expected["bytes"]:
       raise DataError(
         f"{file} has {size} bytes, meta.json says {expected['bytes']}; delete the folder and "

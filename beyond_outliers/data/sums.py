@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from beyond_outliers.config.sums import file_sha256
+from beyond_outliers.data import description
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
@@ -126,7 +127,7 @@ class FileSums:
       if not self._is_pending(name):
         return
       problem = "contents are not those that were prepared (SHA-256 differs from meta.json's)"
-      remedy = "delete the folder and prepare again"
+      remedy = description.REMEDY
       try:
         before = Stamp.of(os.stat(self.folder / name))
         if file_sha256(self.folder / name) == self._described[name]["sha256"]:
@@ -138,6 +139,5 @@ class FileSums:
           remedy = "nothing is known to be damaged: give the same command"
       except OSError as error:
         problem = str(error.strerror)
-        if not isinstance(error, FileNotFoundError):  # which says nothing of what it holds
-          remedy = "nothing is known to be damaged: give the same command once it can be read"
+        remedy = description.remedy_in(str(self.folder), error)
       self._problem = f"{self.folder / name}: {problem}; {remedy}"

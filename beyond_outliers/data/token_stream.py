@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from beyond_outliers.data import description
 from beyond_outliers.data.sums import FileSums, Stamp
 from beyond_outliers.errors import DataError
 
@@ -42,12 +43,12 @@ class TokenStream:
 
   def _memory_map(self, name: str, dtype: Any) -> np.ndarray:
     """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
-    with _readable(os.path.join(self._directory, name)) as path, open(path, "rb") as file:
+    with _readable(self._directory, name) as path, open(path, "rb") as file:
       self.sums.opened(name, Stamp.of(os.fstat(file.fileno())))
       return np.asarray(np.memmap(file, dtype, "r"))
 
   def _size(self, name: str) -> int:
-    with _readable(os.path.join(self._directory, name)) as path:
+    with _readable(self._directory, name) as path:
       return os.path.getsize(path)
 
   def __len__(self) -> int:
@@ -92,9 +93,11 @@ class TokenStream:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[str]:
-  """Makes a DataError of a file that has vanished since it was seen."""
+def _readable(directory: str, name: str) -> Iterator[str]:
+  """Makes a DataError of a file that has vanished since it was seen, or cannot be read."""
+  path = os.path.join(directory, name)
   try:
     yield path
   except OSError as error:
-    raise DataError(f"{path}: {error.strerror}; delete the folder and prepare again") from None
+    remedy = description.remedy_in(directory, error)
+    raise DataError(f"{path}: {error.strerror}; {remedy}") from None

@@ -6,7 +6,8 @@
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
 Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only
-reads the run. A cell that cannot be measured is reported and left out, and makes the exit code 1.
+reads the run. A cell that cannot be measured, or that is gone, is reported and left out, and makes
+the exit code 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from beyond_outliers.evaluate import offline_tasks
 
 if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --help does without
   from beyond_outliers.evaluate.job import Job, Progress
-  from beyond_outliers.evaluate.target import Target, TextOptions
+  from beyond_outliers.evaluate.target import Target
+  from beyond_outliers.evaluate.text import TextOptions
+
+DAY = 86400.0  # seconds
 
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
@@ -84,7 +88,7 @@ DOCUMENTS = flags.DEFINE_integer(
 FOLLOW = flags.DEFINE_bool(
   "follow", False, "Evaluate checkpoints as they land, until the run ends or all --steps are done."
 )
-POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.", lower_bound=0.01)
+POLL = flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the run.")
 OUT = cli.path_flag("out", None, "Folder of the results; by default eval/ in --workdir or --hf.")
 DISTRIBUTED = cli.distributed_flag()
 JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object instead of a table.")
@@ -174,6 +178,9 @@ def check_measured() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  cli.end_when_asked(
+    "asked to stop; what was measured stays, the same command goes on", cli.killed_by
+  )
   for address in (WORKDIR.value, CHECKPOINT.value):
     stores.check_address(address or "")
   joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
@@ -217,13 +224,14 @@ def evaluate() -> bool:
     warn=progress.line,
   )
   job = Job(target, evaluator, progress, POLL.value)
-  evaluated = evaluate_steps(job, steps)
+  counted = evaluate_steps(job, steps)
   evaluator.close()
-  results = evaluator.results(evaluated)
-  if not results and not job.failed:
+  results = evaluator.results(counted)
+  if not results and not job.failed and not job.evaluated:
     raise CheckpointError(
       f"{target.name}: no checkpoint could be evaluated: {job.skipped or 'the run left none'}"
     )
+  job.check_results(counted or ())
   if not processes.is_first():
     return job.failed
   if JSON.value:
@@ -240,6 +248,10 @@ flags.register_multi_flags_validator(
   ["workdir", "hf", "checkpoint"],
   lambda values: sum(map(bool, values.values())) == 1,
   "expected one of --workdir, --hf, --checkpoint",
+)
+
+flags.register_validator(
+  "poll", lambda value: 0.01 <= value <= DAY, f"expected 0.01 to {DAY:.0f} seconds"
 )
 
 if __name__ == "__main__":

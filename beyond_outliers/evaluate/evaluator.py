@@ -11,12 +11,12 @@ import jax
 from beyond_outliers import config, quant, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.files import make_folder, standard_json
-from beyond_outliers.errors import TaskError, WorkdirError
+from beyond_outliers.config.files import standard_json
+from beyond_outliers.errors import TaskError
 from beyond_outliers.evaluate import plan, results, table, task_suite
 from beyond_outliers.evaluate.model_metrics import ModelMetrics
 from beyond_outliers.evaluate.plan import Cell
-from beyond_outliers.evaluate.quantization import CheckpointQuantizer
+from beyond_outliers.evaluate.quantization import CheckpointQuantizer, check_calibration
 from beyond_outliers.evaluate.results import Result
 from beyond_outliers.evaluate.target import Target
 from beyond_outliers.mesh import processes
@@ -38,8 +38,8 @@ class Evaluator:
     methods look at. propagation: decomposes the error of
     every cell that quantizes (propagation.py), too. say: takes progress. warn: takes
     broken files, and examples that tasks leave out.
-  Errors: ConfigError for a batch that the devices cannot split, and as
-    `task_suite.find_tasks`."""
+  Errors: ConfigError for a batch that the devices cannot split, and for more calibration windows
+    than there are; and as `task_suite.find_tasks`."""
 
   def __init__(
     self,
@@ -61,6 +61,8 @@ class Evaluator:
     # process reads, and quantizes, a checkpoint itself; the first one writes.
     mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1))
     mesh_lib.check_batch(mesh, "--batch_size", target.text.batch_size)
+    if any(cell.calibrated for cell in cells):
+      check_calibration(target.text, calibration_windows)
     self._quantize = CheckpointQuantizer(target, calibration_windows, say)
     self._metrics, self._propagates = ModelMetrics(target, mesh, say), propagation
     shown = target.tensorboard if jax.process_index() == 0 else None
@@ -81,8 +83,8 @@ class Evaluator:
     ]
 
   def make_folder(self) -> None:
-    """Makes the folder of the results. Errors: WorkdirError where they cannot be written."""
-    make_folder(self._store.path, WorkdirError, "give another folder as --out")
+    """Makes the folder of the results. Errors: as `ResultStore.make_folder`."""
+    self._store.make_folder()
 
   def results(self, steps: Sequence[int] | None = None) -> list[Result]:
     """The cells that are there, of these steps or of all, by step."""

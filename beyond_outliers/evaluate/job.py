@@ -110,22 +110,31 @@ class Watch:
 
 class Job:
   """Checkpoint after checkpoint of a target through an `Evaluator`; those that cannot be read are
-  reported and left alone. Errors: DataError for damaged data; WriteError."""
+  reported and left alone.
+
+  Errors: DataError for damaged data; WriteError; WorkdirError where another training has taken the
+  target's place."""
 
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
     self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
-    # Whether a cell could not be measured of a checkpoint that could be read, or the run is dead.
+    # Whether a cell could not be measured of a checkpoint that could be read, or is lacking, or the
+    # run is dead.
     self.failed = False
+    self.evaluated: set[int] = set()  # steps that could be read, or lacked nothing
+    self._told: set[tuple[int, Cell]] = set()  # that could not be measured
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
       self._evaluate(step, later=steps[i + 1 :])
 
   def newest(self) -> list[int]:
-    """The steps that were evaluated: the newest one, or the one before it where that is damaged."""
-    for step in self._target.steps()[::-1]:
+    """The steps that were evaluated: the newest one, or where that cannot be read the one before
+    it, which was not asked for; `failed` then."""
+    steps = self._target.steps()
+    for step in steps[::-1]:
       if self._evaluate(step):
+        self.failed |= step != steps[-1]
         return [step]
     return []
 
@@ -139,6 +148,7 @@ class Job:
     left = {step for step in wanted or () if self._evaluator.missing(step)}
     watch = Watch(target, self._progress)
     while wanted is None or left:
+      target.check()
       watch.look()
       ended = (
         target.ended() or watch.dead
@@ -161,11 +171,24 @@ class Job:
       else:
         time.sleep(self._poll)
 
+  def check_results(self, asked: Collection[int]) -> None:
+    """Tells of cells that are not there, of steps that were asked for or evaluated; `failed`
+    then."""
+    for step in sorted({*asked, *self.evaluated}):
+      missing = self._evaluator.missing(step)
+      self.failed |= bool(missing)
+      if missing and step not in {*self.evaluated, *self.skipped}:
+        self._skip(step, "there was no such checkpoint")
+      for cell in missing if step in self.evaluated else ():
+        if (step, cell) not in self._told:
+          self._skip(step, f"{cell.recipe}, {cell.method}: its result is gone since it was written")
+
   def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
     """Evaluates one checkpoint; False if it could not be read."""
     missing = self._evaluator.missing(step)
     self.skipped.pop(step, None)
     if not missing:
+      self.evaluated.add(step)
       return True
     self._evaluator.make_folder()
     self._progress.begin(f"step {step}")
@@ -174,9 +197,11 @@ class Job:
     except (CheckpointError, OSError) as error:
       processes.raise_alone(error)
       time.sleep(1.0)  # a deletion under way looks like damage
+      self._target.check()
       gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
       return False
+    self.evaluated.add(step)
     to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
     for i, cell in enumerate(missing, 1):
       self._measure(step, params, cell, to_go - i)
@@ -196,6 +221,7 @@ class Job:
       if not isinstance(error, ConfigError):
         traceback.print_exc()
       self.failed = True
+      self._told.add((step, cell))
       reason = " ".join(str(error).split())
       self._skip(step, f"{cell.recipe}, {cell.method}: {type(error).__name__}: {reason}")
     else:

@@ -14,7 +14,8 @@ from beyond_outliers import data, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import activations, metrics, propagation, steps
 from beyond_outliers.evaluate.plan import SEED, WINDOWS, Cell
-from beyond_outliers.evaluate.target import Target, Text
+from beyond_outliers.evaluate.target import Target
+from beyond_outliers.evaluate.text import Text
 from beyond_outliers.model.forward import Forward, make_forward
 from beyond_outliers.types import Batch, Json, LanguageModel, Params
 

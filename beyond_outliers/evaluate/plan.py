@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from beyond_outliers import quant
-from beyond_outliers.config.checks import require
+from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import metrics, results
 from beyond_outliers.evaluate.target import Target
@@ -45,14 +45,11 @@ class Cell(NamedTuple):
 
 def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
   """Refusal of unknown recipes and methods. Errors: ConfigError."""
+  known = [name for name in quant.RECIPES if name != "none"]
   for name in recipes:
-    require(
-      name != "none",
-      "--recipes",
-      name,
-      "the model as it was trained is evaluated anyway; leave it out",
-    )
-    quant.recipes.recipe_named(name, "--recipes")
+    remedy = "the model as it was trained is evaluated anyway; leave it out"
+    require(name != "none", "--recipes", name, remedy)
+    require(name in known, "--recipes", name, f"unknown recipe; {nearest(name, known, cutoff=0.5)}")
   for name in methods:
     quant.ptq.method_named(name, "--methods")
 

@@ -9,8 +9,11 @@ from collections.abc import Callable
 import numpy as np
 
 from beyond_outliers import data, quant
+from beyond_outliers.config.checks import require
+from beyond_outliers.data.windows import num_windows
 from beyond_outliers.evaluate.plan import SEED, Cell
-from beyond_outliers.evaluate.target import Target, Text
+from beyond_outliers.evaluate.target import Target
+from beyond_outliers.evaluate.text import Text
 from beyond_outliers.types import Params
 
 
@@ -41,6 +44,15 @@ class CheckpointQuantizer:
   @functools.cached_property
   def _calibration(self) -> list[dict[str, np.ndarray]]:
     return calibration_batches(self._target.text, self._windows)
+
+
+def check_calibration(text: Text, windows: int) -> None:
+  """Refusal of more windows than there are of training data, where these tell how many tokens they
+  have: they would be the same ones again. Errors: ConfigError."""
+  tokens = text.dataset.meta["splits"]["train"]["tokens"]
+  known = windows if tokens is None else num_windows(tokens, text.context)
+  remedy = f"the training data have {known} windows of {text.context} tokens; take fewer"
+  require(windows <= known, "--calibration", windows, remedy)
 
 
 def calibration_batches(text: Text, windows: int) -> list[dict[str, np.ndarray]]:

@@ -10,8 +10,10 @@ of the model that it was asked of.
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +21,9 @@ from etils import epath
 
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.files import misfit, read_json
+from beyond_outliers.config.files import is_elsewhere, make_folder, misfit, read_json
 from beyond_outliers.config.sums import digest
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import Failure, WorkdirError
 from beyond_outliers.types import Json, PathLike
 
 # IDENTITY, and the fields of a cell, or of a task that it was asked.
@@ -44,7 +46,7 @@ def warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-class WriteError(OSError):
+class WriteError(Failure):
   """A result that could not be written: no other could be, either."""
 
 
@@ -55,10 +57,25 @@ class ResultStore:
 
   def __init__(self, path: PathLike, say: Callable[[str], None] = warn):
     self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
+    self._held: int | None = None  # the folder, open, once this store has made it
 
   @property
   def path(self) -> epath.Path:
     return self._workdir.path
+
+  def make_folder(self) -> None:
+    """Makes the folder, once. Errors: WorkdirError where nothing can be written into it; WriteError
+    where it, or one above it, was moved or removed since: another in its place would have a part of
+    the results."""
+    if self._held is None:
+      make_folder(self.path, WorkdirError, "give another folder as --out")
+      self._held = os.open(self.path, os.O_RDONLY)
+      weakref.finalize(self, os.close, self._held)
+    elif is_elsewhere(self._held, self.path):
+      raise WriteError(
+        f"{self.path} was moved or removed while this job wrote into it, which ends; give the same "
+        "command once it is back, or for where it is now"
+      )
 
   def read(self, step: int, recipe: str, method: str, settings: Json) -> Result | None:
     """The result, as process 0 finds it. Every process asks."""
@@ -70,8 +87,9 @@ class ResultStore:
     return found if found is not None and found["settings"] == settings else None
 
   def write(self, step: int, recipe: str, method: str, settings: Json, found: Result) -> None:
-    """Errors: WriteError."""
+    """Errors: as `make_folder`, and WriteError."""
     name = file_name(step, recipe, method, settings)
+    self.make_folder()
     try:
       self._workdir.write(name, found)
     except OSError as error:
@@ -102,7 +120,7 @@ class ResultStore:
     except FileNotFoundError:  # gone since it was listed
       return None
     except WorkdirError as error:
-      self._say(f"{path} holds no result of an evaluation job, and counts for none ({error})")
+      self._say(f"{path} holds no result that can be read, and counts for none ({error})")
       return None
     settings = found.get("settings")
     if isinstance(settings, dict):

@@ -23,8 +23,9 @@ def scalars(cell: Result) -> dict[str, float]:
 
 def results_table(cells: Sequence[Result]) -> str:
   """One line per cell, scores of tasks with their standard errors; below it, over how many examples
-  these are. The difference of the loss is to the same parameters in full precision, with its
-  interval; a run that was trained quantized has no others, which a line below says."""
+  these are, and of how few checkpoints an average is. The difference of the loss is to the same
+  parameters in full precision, with its interval; a run that was trained quantized has no others,
+  which a line below says."""
   names = (name for cell in cells for name in results.task_scores(cell))
   accuracies = [name for name in dict.fromkeys(names) if "stderr" not in name]
   titles = (
@@ -32,6 +33,7 @@ def results_table(cells: Sequence[Result]) -> str:
     *("bits per byte", "KL", "agreement", "MiB", *accuracies, "seconds"),
   )
   lines = cli.aligned([titles, *(_row(cell, accuracies) for cell in cells)])
+  lines += dict.fromkeys(line for line in map(_of_fewer, cells) if line)
   if any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells):
     lines.append(OWN_REFERENCE)
   return "\n".join([*lines, *_examples(cells)])
@@ -40,6 +42,16 @@ def results_table(cells: Sequence[Result]) -> str:
 def shown(value: float | None, style: str = ".4f") -> str:
   """Formatted value; empty where it was not finite."""
   return "" if value is None else format(value, style)
+
+
+def _of_fewer(cell: Result) -> str:
+  """Of which checkpoints an average of the last COUNT is, where there were not so many."""
+  name, steps = cell["settings"].get("average", ""), cell.get("averaged", [])
+  count = name.partition(":")[2]  # of `ema` none
+  if not count or len(steps) >= int(count):
+    return ""
+  of = ", ".join(map(str, steps))
+  return f"step {cell['step']}: {name} is the mean of {len(steps)}, of the steps {of}"
 
 
 def _examples(cells: Sequence[Result]) -> list[str]:

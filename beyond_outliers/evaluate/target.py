@@ -5,44 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Protocol, Unpack
 
 import jax
 import numpy as np
 from etils import epath
 
-from beyond_outliers import config, data, quant, runs, stores
+from beyond_outliers import config, quant, runs, stores
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.config.checks import require
-from beyond_outliers.data import tokenizers
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError, WorkdirError
+from beyond_outliers.evaluate.text import Text, TextOptions, dataset_for, section_of, text_of_run
 from beyond_outliers.model import hf, transformer
 from beyond_outliers.types import Json, Params, PathLike
 
 WINDOW = 1024  # tokens, of a model that no run describes
 ENDED = ("done", "diverged", "failed")  # what was preempted is started again, by schedulers too
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """Validation documents, how they are cut into batches of windows, and how a text begins."""
-
-  dataset: data.Dataset
-  section: config.Data
-  context: int
-  batch_size: int
-  documents: int  # of the validation split; 0: all
-  prefix: int  # token that stands before a text without context, as between training documents
-  bos: bool  # whether it stands before every text, as before every training document
-
-
-class TextOptions(TypedDict, total=False):
-  """Options that replace what a target's own text would be."""
-
-  dataset: str  # folder of a prepared one; "": the target's own
-  context: int  # tokens per window; 0: the target's own
-  batch_size: int  # windows at once; 0: the target's own
-  documents: int | None  # of the validation split, 0: all; None: the target's own
 
 
 class Target(Protocol):
@@ -84,6 +62,10 @@ class Target(Protocol):
     """Stamp of the training's last sign of life; differs once it gave another."""
     ...
 
+  def check(self) -> None:
+    """Errors: WorkdirError where another training has taken its place."""
+    ...
+
 
 class RunCheckpoints:
   """A run's checkpoints, as they land, or an average of its parameters as of these.
@@ -100,7 +82,7 @@ class RunCheckpoints:
     self.model = run.model.clone(dot_general_for=None)
     self.recipe = quant.recipes.name_of(run.config.quant)
     self.trained_under = recipe if recipe.quantizes else None
-    self.text, self.identity = _text_of_run(run, **options), run.identity
+    self.text, self.identity = text_of_run(run, **options), run.identity
     self.origin: Json = {"workdir": run.name, "config": config.to_dict(run.config)}
     self.results_folder = run.path / "eval"
     # Apart from the run's own events, which TensorBoard would take for the same run.
@@ -128,6 +110,13 @@ class RunCheckpoints:
 
   def last_write(self) -> str | None:
     return mesh_lib.found_by_first(lambda: self.run.status.get("time"))
+
+  def check(self) -> None:
+    if other := mesh_lib.found_by_first(self.run.replaced_by):
+      raise WorkdirError(
+        f"{self.name} holds another training ({other[:12]}) than when this job began "
+        f"({self.identity[:12]}), which ends; give the same command for the one that is there now"
+      )
 
 
 class OneCheckpoint(RunCheckpoints):
@@ -162,7 +151,7 @@ class HuggingFaceModel:
   dataset's is taken for it, and puts nothing before a text."""
 
   def __init__(self, directory: str, **options: Unpack[TextOptions]):
-    dataset, bos = _dataset_for(directory, options.get("dataset", ""))
+    dataset, bos = dataset_for(directory, options.get("dataset", ""))
     try:
       longest = hf.longest_window(directory)
       context = options.get("context") or min(WINDOW, longest)
@@ -186,7 +175,7 @@ class HuggingFaceModel:
     self.trained_under = None
     self.text = Text(
       dataset,
-      _section_of(dataset, model.config.vocab),
+      section_of(dataset, model.config.vocab),
       context,
       options.get("batch_size") or 8,
       options.get("documents") or 0,
@@ -219,77 +208,8 @@ class HuggingFaceModel:
   def last_write(self) -> None:
     return None
 
-
-def _text_of_run(
-  run: runs.Run,
-  *,
-  dataset: str = "",
-  context: int = 0,
-  batch_size: int = 0,
-  documents: int | None = None,
-) -> Text:
-  c, trained_on = run.config, run.trained_on
-  opened = data.open(dataset) if dataset else run.dataset
-  require(
-    opened.tokenizer.fingerprint == trained_on["tokenizer"],
-    "--data",
-    opened.directory,
-    f"its tokenizer is {opened.tokenizer.fingerprint[:12]}, and the run was trained with "
-    f"{trained_on['tokenizer'][:12]}; prepare the documents with the run's tokenizer",
-  )
-  return Text(
-    opened,
-    dataclasses.replace(c.data, reader=_reader_of(opened)),
-    context or c.context,
-    batch_size or c.eval.batch_size,
-    c.eval.documents if documents is None else documents,
-    # Of what the run was trained on, whatever it is evaluated on: --data may name documents that
-    # were parted otherwise.
-    prefix=getattr(opened.tokenizer, c.data.separator),
-    bos=c.data.separator == "bos",
-  )
-
-
-def _dataset_for(directory: str, dataset: str) -> tuple[data.Dataset, int | None]:
-  """(dataset, token that the directory's tokenizer puts before a text, if any)."""
-  own = os.path.join(directory, "tokenizer.json")
-  require(
-    bool(dataset),
-    "--data",
-    dataset,
-    "give the folder of documents that python -m beyond_outliers.prepare made with "
-    f"data.tokenizer=huggingface:{own}",
-  )
-  opened = data.open(dataset)
-  if not os.path.exists(own):
-    return opened, None
-  expected, found = tokenizers.load(f"huggingface:{own}").fingerprint, opened.tokenizer.fingerprint
-  require(
-    found == expected,
-    "--data",
-    dataset,
-    f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the documents with "
-    f"data.tokenizer=huggingface:{own}",
-  )
-  return opened, tokenizers.added_bos(directory)
-
-
-def _section_of(dataset: data.Dataset, vocab: int) -> config.Data:
-  """The data section of a model that no run describes."""
-  settings: Json = {
-    **dataset.meta["settings"],
-    "reader": _reader_of(dataset),
-    "directory": os.path.dirname(dataset.directory),
-    "vocab": vocab,
-    "mask_documents": False,
-    "readers": 8,
-    "prefetch": 4,
-  }
-  return config.Data(**settings)
-
-
-def _reader_of(dataset: data.Dataset) -> str:
-  return "shards" if dataset.meta["records"] is None else "tfds"
+  def check(self) -> None:
+    pass
 
 
 def _fingerprint(model: transformer.Transformer, params: Params) -> str:

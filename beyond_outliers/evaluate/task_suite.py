@@ -15,7 +15,7 @@ from beyond_outliers import data
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import offline_tasks
-from beyond_outliers.evaluate.target import Text
+from beyond_outliers.evaluate.text import Text
 from beyond_outliers.types import Json, LanguageModel, Params
 
 if TYPE_CHECKING:  # needs the extra `eval`

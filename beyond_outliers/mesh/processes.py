@@ -26,7 +26,7 @@ from jax._src import distributed as jax_distributed  # the client has no public 
 
 from beyond_outliers import config
 from beyond_outliers.config.cluster import Membership
-from beyond_outliers.errors import ConfigError, Refusal, WorkdirError
+from beyond_outliers.errors import ConfigError, Failure, Refusal, WorkdirError
 
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
@@ -108,7 +108,7 @@ def last_words(write: Callable[[str], None]) -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
   """What ends a run: the error, and the process that is gone where a collective fails for that."""
-  found = f"{type(error).__name__}: {error}"
+  found = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
   return _peers.without_one(found) if _peers is not None and _may_be_of_another(error) else found
 
 
@@ -132,7 +132,8 @@ def leave(error: BaseException) -> NoReturn:
   if isinstance(error, Refusal):
     code, reason = REFUSED, str(error)
   else:
-    _tell("".join(traceback.format_exception(error)))
+    if not isinstance(error, Failure):
+      _tell("".join(traceback.format_exception(error)))
     code, reason = FAILED, reason_of(error)
   _tell(f"error: {reason}\n")
   if _peers is not None:

@@ -35,7 +35,7 @@ from beyond_outliers import config
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import make_folder, read_json
 from beyond_outliers.config.sums import check_folder, file_sha256, replaced, write_folder_sums
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError, remedy_for
 from beyond_outliers.ops.tensor_files import repeated_name, write_tensors
 from beyond_outliers.params import (
   at_depth,
@@ -182,7 +182,8 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
     repeated = repeated_name(directory / TENSORS)
   # AttributeError: of types that numpy does not have.
   except (OSError, AttributeError, safetensors.SafetensorError) as error:
-    raise ConfigError(f"{directory / TENSORS}: {error}; {REMEDY}") from None
+    remedy = remedy_for(error, REMEDY) if isinstance(error, OSError) else REMEDY
+    raise ConfigError(f"{directory / TENSORS}: {error}; {remedy}") from None
   require(not repeated, str(directory / TENSORS), repeated, f"stands twice in it; {REMEDY}")
   return tensors, description
 

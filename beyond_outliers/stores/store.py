@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from beyond_outliers.config.files import cache_root
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import Failure, WorkdirError
 from beyond_outliers.types import PathLike
 
 SCHEMES = ("s3", "gs")
@@ -39,7 +39,7 @@ MEANINGS = {
 }
 
 
-class StoreError(OSError):
+class StoreError(Failure):
   """A store that did not do what was asked, for want of a network, of rights, or of space."""
 
 

@@ -11,6 +11,7 @@ from etils import epath
 
 from beyond_outliers import mesh
 from beyond_outliers.config.checks import require
+from beyond_outliers.errors import remedy_for
 from beyond_outliers.workdir import Workdir, mismatch
 
 
@@ -26,9 +27,9 @@ def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
   known = sorted(int(name) for name in names if name.isdigit()) if is_run else []
   require(step in known, "--from_step", step, f"{workdir.path} has the checkpoints {known}")
   # Asked by the first process alone, so that nothing moves before all have looked.
-  damage = mismatch(workdir.checkpoints / str(step)) if jax.process_index() == 0 else ""
-  damage = mesh.from_first(damage)
-  require(not damage, "--from_step", step, f"that checkpoint is damaged: {damage}; take another")
+  problem = _problem(workdir.checkpoints / str(step)) if jax.process_index() == 0 else ""
+  problem = mesh.from_first(problem)
+  require(not problem, "--from_step", step, problem)
   later = [found for found in known if found > step]
   aside = workdir.path / f"aside-{step}-{time.time_ns()}"
   if jax.process_index() == 0:
@@ -37,6 +38,15 @@ def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
     f"going back to step {step}: checkpoints {later} and all that is later are in "
     f"{workdir.path / mesh.from_first(aside.name)}"
   )
+
+
+def _problem(checkpoint: epath.Path) -> str:
+  """Why a checkpoint cannot be gone back to, or nothing."""
+  try:
+    damage = mismatch(checkpoint)
+  except OSError as error:
+    return f"that checkpoint: {error}; {remedy_for(error, 'take another')}"
+  return f"that checkpoint is damaged: {damage}; take another" if damage else ""
 
 
 def _set_aside(workdir: Workdir, step: int, later: list[int], aside: epath.Path) -> None:

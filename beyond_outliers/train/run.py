@@ -14,7 +14,7 @@ import jax
 from beyond_outliers import config, data, hardware, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.sums import digest, digest_without, remove_stale
+from beyond_outliers.config.sums import digest, remove_stale
 from beyond_outliers.mesh import jax_settings, processes
 from beyond_outliers.model import transformer
 from beyond_outliers.train import describe, initialize, loop, rewind
@@ -273,8 +273,7 @@ def _manifest(
       f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new "
       "workdir"
     )
-  one, other = (digest_without(each, *workdir_lib.OF_A_START) for each in (before, recorded or {}))
-  if recorded and one != other:
+  if recorded and workdir_lib.identity_of(recorded) != workdir_lib.identity_of(before):
     raise workdir_lib.WorkdirError(
       f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
       f"{workdir_lib.RESTORE}"

@@ -1,6 +1,7 @@
 """Files that a person names: ~ is the home folder in every key that is a path, and JSON that is not
 what was written is refused by its name."""
 
+import errno
 import fcntl
 import json
 import math
@@ -69,6 +70,22 @@ def test_json_that_was_not_written_is_refused(tmp_path, content, problem):
     files.read_json(path, DataError, "copy it again", {"a.b": int})
   text = str(refused.value)
   assert text.startswith(f"{path}: {problem}") and text.endswith("; copy it again")
+
+
+def test_json_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+  """Nor is anybody told to remove or to replace it."""
+  (tmp_path / "x.json").write_text("{}")
+
+  def fail(*arguments):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(files, "open", fail, raising=False)
+  with pytest.raises(DataError) as refused:
+    files.read_json(tmp_path / "x.json", DataError, "delete the folder")
+  assert str(refused.value) == (
+    f"{tmp_path / 'x.json'}: Permission denied; nothing is known to be damaged: give the same "
+    "command once it can be read"
+  )
 
 
 def test_json_that_is_not_there_is_told_apart(tmp_path):

@@ -357,7 +357,7 @@ def test_missing_short_and_damaged_files_are_refused(make_config):
   ):
     data.prepare(cfg, log=quiet)
   path.unlink()
-  with pytest.raises(DataError, match=r"train-00001.bin is missing"):
+  with pytest.raises(DataError, match=r"train-00001.bin: No such file .*; delete the folder and"):
     data.prepare(cfg, log=quiet)
   path.write_bytes(whole)
   data.verify(data.prepare(cfg, log=quiet))

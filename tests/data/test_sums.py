@@ -266,6 +266,20 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(make_config, monke
     data.open(str(folder))
 
 
+@pytest.mark.usefixtures("large")
+def test_a_folder_that_is_gone_or_not_mounted_is_not_called_damaged(make_config):
+  """Whoever reads it then, in whatever way, is told to bring it back, not to prepare it again."""
+  folder = prepared(make_config())
+  dataset = data.open(str(folder))
+  stream = dataset.stream("validation")
+  folder.rename(folder.with_name("elsewhere"))
+  folder.mkdir()  # where it was mounted
+  reads = (lambda: dataset.stream("train"), lambda: stream.document(0), lambda: stream.verify())
+  for read in reads:
+    with pytest.raises(DataError, match=r"No such file .*; all of .* is gone or not mounted: give"):
+      read()
+
+
 def test_a_thread_is_seen_once_it_can_be_joined(make_config, large, monkeypatch):
   """Who waits may look at any moment: here at the one before it starts."""
   dataset = data.open(str(prepared(make_config())))

@@ -8,6 +8,9 @@ import json
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 import types
 
 import commands
@@ -21,6 +24,7 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.config.sums import SUMS, unsealed
 from beyond_outliers.data import sums, tfds, tokenizers
+from beyond_outliers.errors import CheckpointError, WorkdirError
 from beyond_outliers.evaluate import job as job_lib
 from beyond_outliers.evaluate import (
   offline_tasks,
@@ -607,6 +611,33 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   assert next(events, None) is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("follow", [False, True])
+def test_another_training_in_the_runs_folder_ends_the_job(
+  follow, workdir, quantized_workdir, tmp_path
+):
+  """Instead of its checkpoints being measured as the first one's: it begins while step 1 is."""
+  folder, measured = tmp_path / "run", []
+  shutil.copytree(workdir, folder)
+  target = RunCheckpoints(folder)
+
+  def measure(step, params, cell):
+    measured.append(step)
+    shutil.rmtree(folder)
+    shutil.copytree(quantized_workdir, folder)
+    return {"metrics": {"loss": 1.0}}
+
+  evaluator = types.SimpleNamespace(
+    make_folder=lambda: None,
+    missing=lambda step: [Cell("none", "none")] * (step not in measured),
+    measure=measure,
+  )
+  job = job_lib.Job(target, evaluator, job_lib.Progress(), POLL)
+  with pytest.raises(WorkdirError, match=r"run holds another training \([0-9a-f]{12}\) than when"):
+    job.follow() if follow else job.once([1, 2])
+  assert measured == [1]
+
+
 def test_a_result_that_cannot_be_written_ends_the_job():
   """On a full disk, for instance, what is measured next would be lost, too."""
   cells, measured = [Cell("none", "none"), Cell("rtn_w4a4", "rtn")], []
@@ -624,6 +655,28 @@ def test_a_result_that_cannot_be_written_ends_the_job():
   assert measured == cells[:1]
 
 
+def test_the_newest_step_gives_way_to_the_one_before_it_and_fails():
+  """It was the one that was asked for."""
+
+  def params(step):
+    if step == 9:
+      raise CheckpointError("checkpoints/9 could not be read now")
+    return {}
+
+  for steps, found in (([1, 2], 2), ([1, 2, 9], 2), ([9], None)):
+    target = types.SimpleNamespace(
+      params=params, steps=functools.partial(list, steps), check=lambda: None
+    )
+    evaluator = types.SimpleNamespace(
+      make_folder=lambda: None,
+      missing=lambda step: [Cell("none", "none")],
+      measure=lambda *arguments: {"metrics": {"loss": 1.0}},
+    )
+    job = job_lib.Job(target, evaluator, job_lib.Progress())
+    assert job.newest() == ([found] if found else [])
+    assert (job.failed, [*job.skipped]) == (steps == [1, 2, 9], [9] if 9 in steps else [])
+
+
 def test_following_ends_once_the_steps_that_are_wanted_are_done():
   """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and
   one comes later."""
@@ -635,6 +688,7 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     params=lambda step: {},
     status=lambda: "running from step 0",
     last_write=lambda: len(there),
+    check=lambda: None,
   )
 
   def measure(step, params, cell):
@@ -647,8 +701,14 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     missing=lambda step: [Cell("none", "none")] * (step not in measured),
     measure=measure,
   )
-  job_lib.Job(target, evaluator, job_lib.Progress(), POLL).follow([1, 5, 9])
-  assert measured == {1, 5, 9}
+  job = job_lib.Job(target, evaluator, job_lib.Progress(), POLL)
+  job.follow([1, 5, 9])
+  job.check_results([1, 5, 9])
+  assert measured == {1, 5, 9} and not job.failed and not job.skipped
+  measured.remove(9)
+  job.check_results([1, 5, 9, 12])
+  gone = "none, none: its result is gone since it was written"
+  assert job.failed and job.skipped == {9: [gone], 12: ["there was no such checkpoint"]}
 
 
 def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
@@ -792,6 +852,21 @@ REFUSED = {
     ["--workdir={run}", "--recipes=rtn_w4a5"],
     ["--recipes = 'rtn_w4a5'", "did you mean 'rtn_w4a"],
   ),
+  "a recipe that is not one": (
+    ["--workdir={run}", "--recipes=nope"],
+    ["--recipes = 'nope'", "unknown recipe; expected one of rtn_w8a8"],
+  ),
+  "more calibration than there is": (
+    ["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gptq", "--calibration=100000000"],
+    ["--calibration = 100000000", "windows of 32 tokens; take fewer"],
+  ),
+  "windows far beyond the run's": (
+    ["--workdir={run}", "--context=9999999"],
+    ["--context = 9999999", "was trained on windows of 32 tokens; take 512 at most"],
+  ),
+  "no number of seconds": (["--workdir={run}", "--poll=nan"], ["--poll", "0.01 to 86400 seconds"]),
+  "seconds before now": (["--workdir={run}", "--poll=-1"], ["--poll", "0.01 to 86400 seconds"]),
+  "seconds without end": (["--workdir={run}", "--poll=inf"], ["--poll", "0.01 to 86400 seconds"]),
   "a method": (
     ["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gtpq"],
     ["--methods = 'gtpq'", "did you mean 'gptq'"],
@@ -893,6 +968,21 @@ def test_a_refusal_is_one_line_and_exit_code_2(told, what):
   *_, line = errors.splitlines()
   assert line.startswith("error: ")
   assert all(part in line for part in REFUSED[what][1]), line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_says_so_in_one_line(number, tmp_path):
+  job = subprocess.Popen(
+    [sys.executable, "-m", "beyond_outliers.evaluate", f"--workdir={tmp_path}/run", "--follow"],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert job.stderr.readline() == f"waiting for a run in {tmp_path}/run\n"
+  job.send_signal(number)
+  _, said = job.communicate(timeout=60)
+  assert said == "asked to stop; what was measured stays, the same command goes on\n"
+  assert job.returncode == 128 + number
 
 
 def test_what_could_not_be_measured_makes_the_exit_code_1(told):

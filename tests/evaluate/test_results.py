@@ -1,12 +1,15 @@
 """Files of results: what is no result is named once, and counts as missing."""
 
 import contextlib
+import errno
 import json
 import pathlib
+import shutil
 
 import pytest
 
 from beyond_outliers import workdir
+from beyond_outliers.config import files
 from beyond_outliers.evaluate import results, table
 
 IDENTITY = ("step", "recipe", "method", "settings")
@@ -75,6 +78,15 @@ def test_what_is_no_result_counts_as_missing(text, tmp_path):
   assert store.read(*(CELL[name] for name in IDENTITY)) is None and len(said) == 2
 
 
+def test_an_average_of_fewer_checkpoints_than_its_name_says_is_told(tmp_path):
+  cells = [
+    {**CELL, "tasks": {}, "settings": {"average": name}, "averaged": steps}
+    for name, steps in (("last:9", [1, 2]), ("last:9", [1, 2]), ("last:2", [1, 2]), ("ema", [2]))
+  ]
+  *rows, below = table.results_table(cells).splitlines()
+  assert len(rows) == 5 and below == "step 2: last:9 is the mean of 2, of the steps 1, 2"
+
+
 def test_scores_come_with_their_standard_error_and_their_examples(tmp_path):
   store = results.ResultStore(tmp_path)
   write(store, CELL)
@@ -100,6 +112,41 @@ def test_a_disk_that_is_full_is_told_with_the_file_and_the_remedy(tmp_path, monk
   monkeypatch.setattr(workdir.file_sums, "replaced", lambda *_: full)
   with pytest.raises(results.WriteError, match=rf"{tmp_path}/2-none-.*No space .*the same command"):
     write(store, CELL)
+
+
+@pytest.mark.parametrize("what", ["moved", "removed", "another's"])
+def test_results_are_not_parted_where_their_folder_is_moved(tmp_path, what):
+  """Nor is a folder made where a run was moved away."""
+  run, elsewhere = tmp_path / "run", tmp_path / "moved"
+  store = results.ResultStore(run / "eval")
+  write(store, CELL)
+  run.rename(elsewhere)
+  if what == "removed":
+    shutil.rmtree(elsewhere)
+  if what == "another's":
+    (run / "eval").mkdir(parents=True)
+  for again in (store.make_folder, lambda: write(store, CELL)):
+    with pytest.raises(results.WriteError, match=r"run/eval was moved or removed .* same command"):
+      again()
+  assert run.exists() == (what == "another's") and not list(run.rglob("*.json"))
+  if what == "moved":
+    elsewhere.rename(run)
+    write(store, {**CELL, "step": 3})
+    assert [cell["step"] for cell in store.cells()] == [2, 3]
+
+
+def test_a_result_that_cannot_be_read_now_is_not_to_be_removed(tmp_path, monkeypatch):
+  said = []
+  store = results.ResultStore(tmp_path, said.append)
+  write(store, CELL)
+
+  def fail(*arguments):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(files, "open", fail, raising=False)
+  assert store.cells() == [] and len(said) == 1
+  assert "Permission denied; nothing is known to be damaged" in said[0]
+  assert "removed" not in said[0]
 
 
 def test_a_file_that_is_gone_since_it_was_listed_is_no_result(tmp_path):

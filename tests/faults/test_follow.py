@@ -173,11 +173,12 @@ def test_what_disappears_or_is_damaged_is_reported_and_skipped(alone, tmp_path):
   assert steps_of(workdir) == [20, 30, *steps_of(alone)], "a job never touches the run's files"
   assert not list(checkpoints.glob("damaged-*"))
 
-  # The newest by default: what is damaged gives way to the one before it; all damaged is an error.
+  # The newest by default: what is damaged gives way to the one before it, which was not asked for;
+  # all damaged is an error.
   shutil.rmtree(checkpoints / str(STEPS))
   shutil.copytree(checkpoints / "20", checkpoints / str(STEPS))
   shutil.rmtree(workdir / "eval")
-  finish(start("evaluate", f"--workdir={workdir}", "--documents=1"))
+  finish(start("evaluate", f"--workdir={workdir}", "--documents=1"), 1)
   assert evaluated(workdir) == [steps_of(alone)[-2]]
   output = finish(start("evaluate", f"--workdir={workdir}", "--steps=20"), 2)
   assert (

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from beyond_outliers import config, runs
+from beyond_outliers.train import rewind as rewind_lib
 from beyond_outliers.train.rewind import rewind
 from beyond_outliers.workdir import Workdir, write_sums
 from configs import adamw
@@ -59,6 +60,16 @@ def test_a_step_without_a_checkpoint_is_refused(workdir, step):
   with pytest.raises(config.ConfigError, match=rf"--from_step = {step}: .* \[4, 8, 12\]"):
     rewind(workdir, step, pytest.fail)
   assert contents(workdir.path) == before
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(workdir, monkeypatch):
+  def fail(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(rewind_lib, "mismatch", fail)
+  told = r"--from_step = 8: that checkpoint: .*Permission denied.*; nothing is known to be damaged"
+  with pytest.raises(config.ConfigError, match=told):
+    rewind(workdir, 8, pytest.fail)
 
 
 def test_a_damaged_checkpoint_and_a_folder_without_a_run_are_refused(workdir, tmp_path):

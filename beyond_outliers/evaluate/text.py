@@ -1,0 +1,112 @@
+"""Validation text of an evaluation job: a run's own, or another dataset's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TypedDict
+
+from beyond_outliers import config, data, runs
+from beyond_outliers.config.checks import require
+from beyond_outliers.data import tokenizers
+from beyond_outliers.types import Json
+
+LONGER = 16  # times the windows of training: the model is for no longer ones, nor is memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Validation documents, how they are cut into batches of windows, and how a text begins."""
+
+  dataset: data.Dataset
+  section: config.Data
+  context: int
+  batch_size: int
+  documents: int  # of the validation split; 0: all
+  prefix: int  # token that stands before a text without context, as between training documents
+  bos: bool  # whether it stands before every text, as before every training document
+
+
+class TextOptions(TypedDict, total=False):
+  """Options that replace what a target's own text would be."""
+
+  dataset: str  # folder of a prepared one; "": the target's own
+  context: int  # tokens per window; 0: the target's own
+  batch_size: int  # windows at once; 0: the target's own
+  documents: int | None  # of the validation split, 0: all; None: the target's own
+
+
+def text_of_run(
+  run: runs.Run,
+  *,
+  dataset: str = "",
+  context: int = 0,
+  batch_size: int = 0,
+  documents: int | None = None,
+) -> Text:
+  c, trained_on = run.config, run.trained_on
+  opened = data.open(dataset) if dataset else run.dataset
+  require(
+    opened.tokenizer.fingerprint == trained_on["tokenizer"],
+    "--data",
+    opened.directory,
+    f"its tokenizer is {opened.tokenizer.fingerprint[:12]}, and the run was trained with "
+    f"{trained_on['tokenizer'][:12]}; prepare the documents with the run's tokenizer",
+  )
+  remedy = (
+    f"the run was trained on windows of {c.context} tokens; take {LONGER * c.context} at most"
+  )
+  require(context <= LONGER * c.context, "--context", context, remedy)
+  return Text(
+    opened,
+    dataclasses.replace(c.data, reader=_reader_of(opened)),
+    context or c.context,
+    batch_size or c.eval.batch_size,
+    c.eval.documents if documents is None else documents,
+    # Of what the run was trained on, whatever it is evaluated on: --data may name documents that
+    # were parted otherwise.
+    prefix=getattr(opened.tokenizer, c.data.separator),
+    bos=c.data.separator == "bos",
+  )
+
+
+def dataset_for(directory: str, dataset: str) -> tuple[data.Dataset, int | None]:
+  """(dataset, token that the directory's tokenizer puts before a text, if any)."""
+  own = os.path.join(directory, "tokenizer.json")
+  require(
+    bool(dataset),
+    "--data",
+    dataset,
+    "give the folder of documents that python -m beyond_outliers.prepare made with "
+    f"data.tokenizer=huggingface:{own}",
+  )
+  opened = data.open(dataset)
+  if not os.path.exists(own):
+    return opened, None
+  expected, found = tokenizers.load(f"huggingface:{own}").fingerprint, opened.tokenizer.fingerprint
+  require(
+    found == expected,
+    "--data",
+    dataset,
+    f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the documents with "
+    f"data.tokenizer=huggingface:{own}",
+  )
+  return opened, tokenizers.added_bos(directory)
+
+
+def section_of(dataset: data.Dataset, vocab: int) -> config.Data:
+  """The data section of a model that no run describes."""
+  settings: Json = {
+    **dataset.meta["settings"],
+    "reader": _reader_of(dataset),
+    "directory": os.path.dirname(dataset.directory),
+    "vocab": vocab,
+    "mask_documents": False,
+    "readers": 8,
+    "prefetch": 4,
+  }
+  return config.Data(**settings)
+
+
+def _reader_of(dataset: data.Dataset) -> str:
+  return "shards" if dataset.meta["records"] is None else "tfds"
