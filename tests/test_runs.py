@@ -265,7 +265,7 @@ def test_a_run_that_ended_before_it_began_can_be_told(recorded):
     _ = run.trained_on
   (place / "manifest.json").unlink()
   with pytest.raises(workdir_lib.WorkdirError, match=r"no manifest.json: .*; start it again"):
-    _ = run.identity
+    _ = runs.open(place).identity
 
 
 def test_find_takes_each_run_once_by_its_own_name(recorded, tmp_path):
