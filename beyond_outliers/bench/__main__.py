@@ -46,7 +46,6 @@ with another day's.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -192,7 +191,6 @@ SCALE = flags.DEFINE_enum(
   "Of --accelerator's models; full, and tiny on a CPU, by default.",
 )
 MINUTES = flags.DEFINE_float("minutes", 8, "For all parts of --accelerator together.")
-flags.register_validator("minutes", lambda value: 0 < value < math.inf, "expected a finite number")
 PEER_PYTHON = flags.DEFINE_string(
   "peer_python",
   sys.executable,
