@@ -92,14 +92,15 @@ class Run:
   @functools.cached_property
   def _known(self) -> str:
     """The identity when it was first asked for; empty where there was no manifest."""
+    return self._identity_now()
+
+  def _identity_now(self) -> str:
     found = self._workdir.read("manifest.json")
     return workdir_lib.identity_of(found) if found else ""
 
   def replaced_by(self) -> str:
-    """Identity of another training that began in the folder since this one was opened, or
-    nothing."""
-    found = self._workdir.read("manifest.json")
-    now = workdir_lib.identity_of(found) if found else ""
+    """Identity of another training that began in the folder since it was opened, or nothing."""
+    now = self._identity_now()
     return now if now not in ("", self.identity) else ""
 
   @property

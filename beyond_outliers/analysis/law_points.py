@@ -17,6 +17,7 @@ from beyond_outliers.analysis.tuning import (
   SHAPE,
   Tuning,
   run_frame,
+  standing,
   study_rate,
   tunings_of,
 )
@@ -64,7 +65,7 @@ def of_runs(runs: Sequence[runs_lib.Run]) -> tuple[pd.DataFrame, list[str]]:
     sweep whose rates have no seed in common; WorkdirError for a damaged file of a run."""
   frame = run_frame(runs, but=GROWS)
   left_out = [
-    f"{run.name}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
+    standing(run)
     if run.status["status"] != "done"
     else f"{run.name}: done, but without a finite eval/loss at step {run.config.steps}"
     for run in frame.run[~np.isfinite(frame.loss)]

@@ -18,6 +18,7 @@ from beyond_outliers.analysis.tuning import (
   Tuning,
   final_metric,
   run_frame,
+  standing,
   study_rate,
   tunings_of,
 )
@@ -58,11 +59,7 @@ def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
   full precision; where a recipe was not trained at that rate, the best it was trained at.
   Errors: ConfigError as `tuning.tunings`."""
   frame = run_frame(runs)
-  left_out = [
-    f"{run.name}: {run.status['status']} at step {run.status['step']} of {run.config.steps}"
-    for run in frame.run
-    if run.status["status"] != "done"
-  ]
+  left_out = [standing(run) for run in frame.run if run.status["status"] != "done"]
   # A rate is chosen by the seeds common to all rates; the gap has all seeds there are at that rate.
   tunings = {(t.recipe, t.optimizer): t for t in tunings_of(frame)}
   gaps = []

@@ -141,13 +141,14 @@ def final_metric(run: runs_lib.Run, metric: str) -> float:
 
 def not_done(runs: Sequence[runs_lib.Run], *but: str) -> list[str]:
   """What to say of each run that counts as infinite since it is not done, nor of status `but`."""
-  found = [(run, run.status) for run in runs]
-  return [
-    f"{run.name}: {status['status']} at step {status['step']} of {run.config.steps}, counts as "
-    "infinite"
-    for run, status in found
-    if status["status"] not in ("done", *but)
-  ]
+  counted = [run for run in runs if run.status["status"] not in ("done", *but)]
+  return [f"{standing(run)}, counts as infinite" for run in counted]
+
+
+def standing(run: runs_lib.Run) -> str:
+  """In words how far a run has come."""
+  status = run.status
+  return f"{run.name}: {status['status']} at step {status['step']} of {run.config.steps}"
 
 
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:

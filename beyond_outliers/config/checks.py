@@ -20,6 +20,7 @@ MINIMUM = dict(
   max_skipped_updates=1,
 )
 LARGEST_SEED = 2**32 - 1  # of JAX's keys, which take no more bits of one
+MAXIMUM = {"seed": (LARGEST_SEED, "as many as keys of random numbers can hold")}
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
@@ -63,20 +64,12 @@ def require_fraction(section: Any, prefix: str, *names: str) -> None:
 
 
 def check_own_number(field: str, value: Any) -> None:
-  """A run's own number against MINIMUM, and a seed against the largest."""
-  bound = MINIMUM.get(field)
-  require(
-    field != "seed" or not isinstance(value, int) or value <= LARGEST_SEED,
-    field,
-    value,
-    f"expected at most {LARGEST_SEED}, as many as keys of random numbers can hold",
-  )
-  require(
-    bound is None or not isinstance(value, int) or value >= bound,
-    field,
-    value,
-    f"expected at least {bound}",
-  )
+  """A run's own number against MINIMUM and MAXIMUM."""
+  if not isinstance(value, int):
+    return
+  least, (most, why) = MINIMUM.get(field, value), MAXIMUM.get(field, (value, ""))
+  require(value <= most, field, value, f"expected at most {most}, {why}")
+  require(value >= least, field, value, f"expected at least {least}")
 
 
 def unknown_key(path: str, name: str, known: Collection[str]) -> str:

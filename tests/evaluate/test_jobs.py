@@ -49,6 +49,17 @@ SHAPE = {
   "log.outliers_every": 2,
 }
 POLL = 0.125
+
+
+def measures_once(measured, measure):
+  """An evaluator of one cell a step, which is missing until `measured` has the step."""
+  return types.SimpleNamespace(
+    make_folder=lambda: None,
+    missing=lambda step: [Cell("none", "none")] * (step not in measured),
+    measure=measure,
+  )
+
+
 PLAN = (["rtn_w4a4"], ["rtn", "gptq"])
 
 
@@ -599,13 +610,12 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   watched = RunCheckpoints(tmp_path / "run")
   monkeypatch.setattr(watched, "ended", lambda: bool(ended))
   monkeypatch.setattr(watched, "params", params)
-  cell = Cell("none", "none")
-  evaluator = types.SimpleNamespace(
-    make_folder=lambda: None,
-    missing=lambda step: [cell] * (step not in measured),
-    measure=lambda step, *rest: measured.append(step) or {"metrics": {"loss": 1.0}},
-  )
-  job = job_lib.Job(watched, evaluator, job_lib.Progress(), POLL)
+
+  def measure(step, params, cell):
+    measured.append(step)
+    return {"metrics": {"loss": 1.0}}
+
+  job = job_lib.Job(watched, measures_once(measured, measure), job_lib.Progress(), POLL)
   job.follow()
   assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
   assert next(events, None) is None
@@ -627,12 +637,7 @@ def test_another_training_in_the_runs_folder_ends_the_job(
     shutil.copytree(quantized_workdir, folder)
     return {"metrics": {"loss": 1.0}}
 
-  evaluator = types.SimpleNamespace(
-    make_folder=lambda: None,
-    missing=lambda step: [Cell("none", "none")] * (step not in measured),
-    measure=measure,
-  )
-  job = job_lib.Job(target, evaluator, job_lib.Progress(), POLL)
+  job = job_lib.Job(target, measures_once(measured, measure), job_lib.Progress(), POLL)
   with pytest.raises(WorkdirError, match=r"run holds another training \([0-9a-f]{12}\) than when"):
     job.follow() if follow else job.once([1, 2])
   assert measured == [1]
@@ -696,12 +701,7 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
     there.append(9)
     return {"metrics": {"loss": 1.0}}
 
-  evaluator = types.SimpleNamespace(
-    make_folder=lambda: None,
-    missing=lambda step: [Cell("none", "none")] * (step not in measured),
-    measure=measure,
-  )
-  job = job_lib.Job(target, evaluator, job_lib.Progress(), POLL)
+  job = job_lib.Job(target, measures_once(measured, measure), job_lib.Progress(), POLL)
   job.follow([1, 5, 9])
   job.check_results([1, 5, 9])
   assert measured == {1, 5, 9} and not job.failed and not job.skipped

@@ -13,7 +13,7 @@ from beyond_outliers.analysis.page.section import PageSection, Part, frame_table
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, with_error
 from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.statistics import Estimate, estimate
-from beyond_outliers.analysis.tuning import final_metric
+from beyond_outliers.analysis.tuning import final_metric, standing
 
 CHEAPEST = 3  # columns of quantization after training: round to nearest, and the cheapest others
 
@@ -157,10 +157,8 @@ def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
       rows += [{"of": of, "what": line} for line in lines]
   told = " ".join(row["what"] for row in rows)
   for run in evidence.runs:
-    status = run.status
-    if status["status"] != "done" and run.name not in told:
-      what = f"{run.name}: {status['status']} at step {status['step']} of {run.config.steps}"
-      rows.append({"of": "all means", "what": what})
+    if run.status["status"] != "done" and run.name not in told:
+      rows.append({"of": "all means", "what": standing(run)})
   if not rows:
     return Part(sentences=["Nothing is missing, and nothing was left out."])
   by_line: dict[str, list[str]] = {}
