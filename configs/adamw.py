@@ -5,7 +5,7 @@
 """
 from configs import base
 
-LEARNING_RATE = {"nano": 1e-1}               # best of the sweep below; other sizes take the default
+LEARNING_RATE = {"nano": 1e-1, "0.3m": 3e-1} # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 3e-3
 
 
@@ -17,4 +17,4 @@ def get_config(arg: str = ""):
 
 
 def get_hyper(h):
-  return h.product([h.sweep("optimizer.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]), h.sweep("seed", range(3))])
+  return h.product([h.sweep("optimizer.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]), h.sweep("seed", range(3))])

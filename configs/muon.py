@@ -5,7 +5,7 @@
 """
 from configs import base
 
-LEARNING_RATE = {"nano": 1e-2}               # best of the sweep below; other sizes take the default
+LEARNING_RATE = {"nano": 1e-2, "0.3m": 1e-2} # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 3e-2
 
 

@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from configs import base
 
-LEARNING_RATE = {"nano": 1e-3}               # best of the sweep below; other sizes take the default
+LEARNING_RATE = {"nano": 1e-3, "0.3m": 3e-3} # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 1e-3
 
 

@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from configs import base
 
-LEARNING_RATE = {"nano": 3e-2}               # best of the sweep below; other sizes take the default
+LEARNING_RATE = {"nano": 3e-2, "0.3m": 1e-1} # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 3e-2
 
 

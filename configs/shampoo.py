@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from configs import base
 
-LEARNING_RATE = {"nano": 1e-3}               # best of the sweep below; other sizes take the default
+LEARNING_RATE = {"nano": 1e-3, "0.3m": 3e-2} # best of the sweep below; other sizes take the default
 DEFAULT_LEARNING_RATE = 3e-3
 
 
@@ -45,4 +45,4 @@ def get_config(arg: str = ""):
 
 
 def get_hyper(h):
-  return h.product([h.sweep("optimizer.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]), h.sweep("seed", range(3))])
+  return h.product([h.sweep("optimizer.learning_rate", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]), h.sweep("seed", range(3))])

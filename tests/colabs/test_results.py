@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 
 import markdown
 import pytest
@@ -107,6 +108,12 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
   }
   found = {key[:-1]: loss for key, loss in losses.items() if key[-1] == 0}
   assert said == pytest.approx(found, abs=6e-5)
+  for name in {name for name, *_ in found}:
+    full_precision = {
+      rate: loss for (n, arm, rate), loss in found.items() if (n, arm) == (name, "none")
+    }
+    configured = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["LEARNING_RATE"]["0.3m"]
+    assert configured == min(full_precision, key=full_precision.get), name
   pays = re.search(rf"AdamW pays {NUMBER} and\s{NUMBER} nats", table.section)
   assert pays and numbers(pays[0]) == pytest.approx(
     [

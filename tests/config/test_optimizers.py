@@ -58,7 +58,8 @@ def test_a_sweep_has_five_rates_a_factor_of_root_ten_apart_around_the_chosen_one
   assert len(rates) >= 5
   for lower, higher in itertools.pairwise(rates):
     assert 2.9 < higher / lower < 3.4
-  assert get_config(path.stem).optimizer.learning_rate in rates[1:-1]
+  for size in ("nano", "0.3m"):  # those that were tuned
+    assert get_config(path.stem, size).optimizer.learning_rate in rates[1:-1], size
 
 
 def test_choices_are_those_of_the_tables():

@@ -63,7 +63,7 @@ def test_jobs_of_a_sweep_wait_for_each_other(tmp_path):
   )
   assert report.after == (train.name, evaluate.name) and report.workdir == str(tmp_path)
   beside = [job for job in jobs.describe(*arguments, evaluate="beside") if job.kind == "evaluate"]
-  assert len(beside) == 5 and all(job.after == () and "--follow" in job.arguments for job in beside)
+  assert len(beside) == 6 and all(job.after == () and "--follow" in job.arguments for job in beside)
   assert {job.kind for job in jobs.describe(*arguments)} == {"train"}
 
 

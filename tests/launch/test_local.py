@@ -27,9 +27,9 @@ def test_it_lists_the_sweep_of_a_config_file(tmp_path):
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   assert (
-    len(lines) == 5
-    and f"[3/5] {done}: done" in lines
-    and sum("not started" in line for line in lines) == 4
+    len(lines) == 6
+    and f"[2/6] {done}: done" in lines
+    and sum("not started" in line for line in lines) == 5
   )
 
 

@@ -238,8 +238,8 @@ def test_what_waits_for_what(tmp_path):
   assert commands(sweep(evaluate=False), {"w0", "w1", "w2"}) == [["--array=0%2", script("report")]]
   beside = jobs.describe("configs/soap.py", "r", ["seed=0"], evaluate="beside")
   assert commands(beside) == [
-    ["--array=0,1,2,3,4%2", script("train")],
-    ["--array=0,1,2,3,4%2", script("evaluate")],
+    ["--array=0,1,2,3,4,5%2", script("train")],
+    ["--array=0,1,2,3,4,5%2", script("evaluate")],
   ]
 
 
