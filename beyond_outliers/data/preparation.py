@@ -14,15 +14,17 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers.config.files import make_folder
+from beyond_outliers.config.sums import file_sha256
 from beyond_outliers.data import (
   description,
   shards,
@@ -153,17 +155,28 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
       "file, or delete the folder to prepare again"
     )
   try:
-    found = _describe(splits.input_files(cfg))
+    inputs = splits.input_files(cfg)
+    found = _describe(inputs)
   except DataError as error:  # prepared data outlive their source
     log(f"prepare: using {dataset.directory}; its source is not here to compare with ({error})")
     return
-  made_from = dataset.meta["inputs"]
+  made_from = dict(dataset.meta["inputs"])
+  content = made_from.pop("content", None)  # which older datasets don't know
+  differ = f"data.path = {cfg.path!r}: the files differ from those that {dataset.directory} was"
+  remedy = "restore them, or delete the folder to prepare again"
   if found != made_from:
     raise DataError(
-      f"data.path = {cfg.path!r}: the files differ from those that {dataset.directory} was made "
-      f"from ({found['files']} files of {found['bytes']} bytes now, {made_from['files']} of "
-      f"{made_from['bytes']} then); restore them, or delete the folder to prepare again"
+      f"{differ} made from ({found['files']} files of {found['bytes']} bytes now, "
+      f"{made_from['files']} of {made_from['bytes']} then); {remedy}"
     )
+  meta, changed = dataset.path("meta.json"), _last_change(inputs)
+  if content is None or changed < os.stat(meta).st_mtime_ns:
+    return
+  log(f"prepare: source touched since {dataset.directory} was made; comparing its contents")
+  if _content(inputs) != content:
+    raise DataError(f"{differ} made from (as many bytes, and other contents); {remedy}")
+  with contextlib.suppress(OSError):  # of a folder that can only be read
+    os.utime(meta, ns=(changed + 1, changed + 1))
 
 
 def _check_vocab(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> None:
@@ -183,6 +196,16 @@ def _describe(files: dict[str, int]) -> Json:
   }
 
 
+def _content(files: Iterable[str]) -> str:
+  sums = [file_sha256(pathlib.Path(file)) for file in files]
+  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def _last_change(files: Iterable[str]) -> int:
+  """Nanoseconds of the youngest; not the times of contents, which a copy may bring along."""
+  return max(os.stat(file).st_ctime_ns for file in files)
+
+
 def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   """Writes everything but meta.json, and returns that."""
   inputs = splits.input_files(cfg)
@@ -191,6 +214,8 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
     f"{dataset_directory(cfg)}"
   )
   in_place = _in_place(cfg)
+  # What stays in a TFDS dataset is not read here, and may be much.
+  content, changed = {} if in_place else {"content": _content(inputs)}, _last_change(inputs)
   tokenizer = _tokenizer(cfg, in_place, directory, log)
   _check_vocab(tokenizer, cfg)
   separator = _separator(tokenizer, cfg)
@@ -212,9 +237,14 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   counts = {"train": train, "validation": validation.close()}
   if not validation.documents:
     raise splits.empty_split(cfg, "validation")
+  if _last_change(inputs) != changed:
+    raise DataError(
+      f"data.path = {cfg.path!r}: a file was changed while it was read; prepare again when nothing "
+      "writes there"
+    )
   return {
     "settings": {**_settings(cfg), "vocab": cfg.vocab},
-    "inputs": _describe(inputs),
+    "inputs": {**_describe(inputs), **content},
     "tokenizer": {
       "name": cfg.tokenizer,
       "stored": tokenizer.stored,

@@ -464,6 +464,41 @@ def test_changed_source_files_are_refused_and_vanished_ones_are_not(
   assert "its source is not here to compare with" in said[0]
 
 
+def test_contents_of_the_same_length_are_compared_where_a_file_was_touched(make_config):
+  cfg, said = make_config(), []
+  dataset = data.prepare(cfg, log=quiet)
+  source = pathlib.Path(cfg.path)
+  text, times = source.read_bytes(), os.stat(source)
+  source.write_bytes(text)  # the same again
+  for _ in range(2):
+    data.prepare(cfg, log=said.append)
+  assert len(said) == 1 and "comparing its contents" in said[0], "once, and not in every start"
+  source.write_bytes(text.replace(b"e", b"o", 1))
+  os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps times does
+  for _ in range(2):
+    with pytest.raises(DataError, match=r"differ from .* other contents\); restore them"):
+      data.prepare(cfg, log=quiet)
+  meta = pathlib.Path(dataset.path("meta.json"))  # as older versions wrote it
+  described = json.loads(meta.read_text())
+  del described["inputs"]["content"], described["sha256"]
+  meta.write_text(json.dumps(described))
+  os.utime(meta, (0, 0))
+  data.prepare(cfg, log=quiet)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(make_config, monkeypatch):
+  cfg, open_split = make_config(), splits.split_documents
+
+  def meanwhile(cfg):
+    yield from open_split(cfg)
+    os.utime(cfg.path)
+
+  monkeypatch.setattr(splits, "split_documents", meanwhile)
+  with pytest.raises(DataError, match=r"data.path = .*: a file was changed while it was read"):
+    data.prepare(cfg, log=quiet)
+  assert not [name for name in os.listdir(cfg.directory) if not name.endswith(".lock")]
+
+
 @pytest.mark.parametrize("tokenizer, vocab", [("bytes", 258), ("sentencepiece", 320)])
 @pytest.mark.parametrize("reader", ["shards", "tfds"])
 def test_an_empty_split_is_refused(make_config, reader, tokenizer, vocab):
