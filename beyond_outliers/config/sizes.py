@@ -6,6 +6,7 @@ SIZES = {
   # Below the study. nano is for trying things out: minutes on a laptop. The ladder is for scaling
   # laws on one machine.
   "nano": dict(blocks=2, heads=3, d_head=128, vocab=2048, context=256, batch_size=8, steps=260),
+  "0.1m": dict(blocks=1, heads=3, d_head=16, vocab=2048, context=256, batch_size=16),
   "0.3m": dict(blocks=1, heads=3, d_head=32, vocab=2048, context=256, batch_size=16),
   "0.6m": dict(blocks=4, heads=3, d_head=32, vocab=2048, context=256, batch_size=16),
   "1m": dict(blocks=2, heads=6, d_head=32, vocab=2048, context=256, batch_size=16),

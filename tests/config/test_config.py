@@ -23,6 +23,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("
 # still that size.
 PARAMETERS = {
   "nano": (3.93e6, 0.01),
+  "0.1m": (0.12e6, 0.05),
   "0.3m": (0.3e6, 0.25),
   "0.6m": (0.6e6, 0.25),
   "1m": (1e6, 0.25),
