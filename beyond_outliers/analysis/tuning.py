@@ -11,6 +11,7 @@ import pandas as pd
 from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json
 
 FULL_PRECISION = "none"
@@ -155,8 +156,8 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
   """Refusal of runs that cannot be compared.
 
   but: what of COMPARED, or below it, may differ.
-  Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, or in
-  one optimizer's settings."""
+  Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, in
+  JAX's settings that decide numbers, or in one optimizer's settings."""
   if not runs:
     raise ConfigError("no runs: give the folder that holds their workdirs")
   alike: dict[str, tuple[runs_lib.Run, Json]] = {}
@@ -168,6 +169,7 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
     compared = {
       **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
       **{key: flat[key] for key in keys},
+      **jax_settings.changed_in(run.manifest),
     }
     settings = {key: value for key, value in flat.items() if _below(key, ["optimizer"])}
     for group, values in (("", compared), (run.config.optimizer.name, settings)):

@@ -48,6 +48,12 @@ def changed() -> Json:
   return {name: value for name, value in deciding().items() if value != DEFAULTS[name]}
 
 
+def changed_in(manifest: Json) -> Json:
+  """`changed` of a run, by what was recorded with it."""
+  recorded = _recorded(manifest, "jax")
+  return {name: value for name, value in recorded.items() if value != DEFAULTS.get(name)}
+
+
 def compiler_flags() -> Json:
   return {name: os.environ.get(name, "") for name in COMPILER}
 

@@ -121,6 +121,10 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
     ({"argument": ",steps=100"}, "steps: 2 in .*, 100 in"),
     ({"argument": ",model.blocks=3"}, "model.blocks: 2 in .*, 3 in"),
     ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .*: these do not compare"),
+    (
+      {"jax": {"jax_enable_x64": False, "jax_random_seed_offset": 7}},
+      "jax_random_seed_offset: None in .*, 7 in .*: these do not compare",
+    ),
     ({}, "are of one optimizer, recipe, learning rate, seed and length"),
   ],
 )

@@ -21,11 +21,13 @@ def workdir(
   checkpoints=(),
   size="nano",
   parameters=(3_934_086, 786_432),
+  jax=None,
 ):
   """losses: of training, from step 1, with the validation loss half a nat above the last; or {step:
   validation loss}.
 
   A loss may be None, as one that was not finite is written. parameters: (in all, of the embedding).
+  jax: its settings, as a start recorded them.
   Returns the folder."""
   folder = root / module.__name__.split(".")[-1] / f"{recipe}-{rate}-{seed}"
   folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,8 @@ def workdir(
     "parameters": dict(zip(("total", "embedding"), parameters, strict=True)),
     "data": {"directory": "datasets/x", "fingerprint": fingerprint, "tokenizer": tokenizer},
   }
+  if jax is not None:
+    manifest["resumed"] = [{"jax": jax}]
   (folder / "manifest.json").write_text(json.dumps(manifest))
   (folder / "status.json").write_text(json.dumps({"status": status, "step": steps}))
   for step in checkpoints:
