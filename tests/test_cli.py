@@ -111,6 +111,15 @@ def test_a_failure_and_ctrl_c_are_one_line(error, code, line, capsys, monkeypatc
   assert issubclass(results.WriteError, Failure) and issubclass(stores.StoreError, Failure)
 
 
+@pytest.mark.parametrize("module, flag", [("evaluate", "--workdir=none"), ("bench", "--loop=nano")])
+def test_settings_of_jax_that_no_program_is_written_for_are_refused(module, flag):
+  """As in a training (tests/train/test_run.py)."""
+  refused = commands.run(f"beyond_outliers.{module}", flag, JAX_DISABLE_JIT="1")
+  assert refused.returncode == 2, refused.stderr
+  (line,) = refused.stderr.splitlines()
+  assert line.startswith("error: jax_disable_jit = True: ")
+
+
 def test_a_workdir_is_named_after_config_and_size(told):
   assert told["workdirs"] == ["runs/adamw-nano", "runs/adamw-0.3m", "runs/adamw-50m"]
 

@@ -69,6 +69,7 @@ from beyond_outliers.bench.accelerator import driver as accelerator
 from beyond_outliers.bench.accelerator.parts import CHECK_PARTS, CHECK_SCALES
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import standard_json
+from beyond_outliers.mesh import jax_settings
 
 
 class Bench(NamedTuple):
@@ -205,6 +206,7 @@ def main(argv: list[str]) -> None:
   asked = next(name for name in BENCHES if flags.FLAGS[name].value)
   bench = BENCHES[asked]
   _check_flags(asked)
+  jax_settings.check_usable()
   if bench.simulates:
     update_cost.simulate_devices(bench.simulates)
   figures = bench.measure(*(_argument(flag, bench) for flag in bench.takes))

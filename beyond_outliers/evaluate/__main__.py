@@ -201,9 +201,10 @@ def evaluate() -> bool:
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.plan import plan_cells
   from beyond_outliers.evaluate.table import results_table
-  from beyond_outliers.mesh import processes
+  from beyond_outliers.mesh import jax_settings, processes
 
-  check_measured()  # first: a run that --follow waits for may begin tomorrow
+  jax_settings.check_usable()  # first: a run that --follow waits for may begin tomorrow
+  check_measured()
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():
