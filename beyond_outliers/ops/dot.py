@@ -63,7 +63,7 @@ def _backward(rhs_sum, precision, operands, out, residuals, g_TxO):
   total = jnp.promote_types(operands, jnp.float32)
   lhs_bar = lax.dot_general(g_TxO, rhs, numbers, precision, total)
   first, second = (lhs_TxI, g_TxO) if rhs_sum == (0,) else (g_TxO, lhs_TxI)
-  rhs_bar = dot_codes(first, second, 0, 0, operands)
+  rhs_bar = dot_codes(first, second, 0, 0, operands, precision)
   return lhs_bar.astype(lhs_type.dtype), rhs_bar.astype(rhs_type.dtype)
 
 

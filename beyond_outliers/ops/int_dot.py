@@ -15,16 +15,20 @@ from beyond_outliers.ops.outline import materialized_transpose
 LONGEST = 2**31 // 128**2 - 1
 
 
-def dot_codes(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
+def dot_codes(
+  a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any, precision: Any = None
+) -> jax.Array:
   """The product of two matrices, summed over these axes, with operands in `dtype`: int8 in int32,
   others in float32 or wider.
+
+  precision: as lax.dot_general's; None: that of `dtype`.
 
   Sums of int8 products that may be too long for int32 are exact in parts, and these add up in
   float32."""
   if a_axis == b_axis == 0 and a.shape[1] > b.shape[1]:
     # A gradient of weights: CPUs are faster by a fifth, and up to three times, with the narrower
     # matrix first.
-    return materialized_transpose(dot_codes(b, a, 0, 0, dtype))
+    return materialized_transpose(dot_codes(b, a, 0, 0, dtype, precision))
   a, b, dtype = a.astype(dtype), b.astype(dtype), jnp.dtype(dtype)
   length = a.shape[a_axis]
   if dtype == jnp.int8 and length > LONGEST:
@@ -34,7 +38,8 @@ def dot_codes(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: Any) 
   if a_axis == 0 and dtype.itemsize < 4:
     a, a_axis = materialized_transpose(a), 1
   # Whoever asks for float32 gets it: by default TPUs take bfloat16 passes, recent GPUs TF32.
-  precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else None
+  if precision is None and dtype.itemsize >= 4:
+    precision = lax.Precision.HIGHEST
   total = jnp.int32 if dtype == jnp.int8 else jnp.promote_types(dtype, jnp.float32)
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision, total)
 

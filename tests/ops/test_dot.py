@@ -88,6 +88,15 @@ def test_every_product_of_a_step_is_narrow(numbers, shape):
   ), products
 
 
+@pytest.mark.parametrize("asked, used", [(None, "HIGHEST"), (lax.Precision.HIGH, "HIGH")])
+@pytest.mark.parametrize("numbers,shape", CASES)
+def test_a_precision_is_that_of_all_three_products(numbers, shape, asked, used):
+  operands = map(jnp.asarray, problem(shape, np.float32))
+  compute = jax.jit(lambda x, w, g: forward_and_gradients(x, w, g, numbers, precision=asked))
+  text = compute.lower(*operands).as_text()
+  assert re.findall(r"precision = \[(\w+), (\w+)\]", text) == [(used, used)] * 3
+
+
 def test_result_type_can_be_asked_for():
   x, w, g = problem((24, 32))
   y, dx, _ = forward_and_gradients(
