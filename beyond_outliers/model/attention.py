@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 # L queries make at most so many blocks of at least so many: neither the products nor the program
 # get out of hand.
@@ -160,7 +159,9 @@ def _blocks(L):
 
 def _mask(start, end, segment_ids_BxL):
   """Which keys 0..end the queries start..end see: broadcasts to [B, K, G, S, E]."""
-  causal_SxE = np.arange(start, end)[:, None] >= np.arange(end)
+  # Computed where it is used: a constant of L² would lie in the program, on every device.
+  query, key = (jax.lax.broadcasted_iota(jnp.int32, (end - start, end), axis) for axis in (0, 1))
+  causal_SxE = query + start >= key
   if segment_ids_BxL is None:
     return causal_SxE[None, None, None]
   same_BxSxE = _of_segment(segment_ids_BxL[:, start:end], segment_ids_BxL[:, :end])

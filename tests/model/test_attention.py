@@ -2,6 +2,7 @@
 block's."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,15 @@ def test_blockwise_never_holds_all_scores(monkeypatch):
   )
   assert "16x64xf32" in text  # a block of 16 queries by 64 keys
   assert "64x64xf32" not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_mask_lies_in_the_program(name):
+  """It would be L² bytes of every program, on every device."""
+  q, k = (jax.ShapeDtypeStruct((1, 512, heads, Dh), jnp.float32) for heads in (H, K))
+  lowered = jax.jit(forward_and_gradients, static_argnums=0).lower(name, q, k, k, None, q)
+  constants = re.findall(r"stablehlo.constant dense<(.*?)>", lowered.as_text())
+  assert constants and max(map(len, constants)) < 100
 
 
 def test_fused_refuses_float64_rather_than_lose_precision():
