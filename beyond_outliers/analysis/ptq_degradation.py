@@ -16,7 +16,7 @@ import pandas as pd
 
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import tables
-from beyond_outliers.analysis.statistics import Estimate
+from beyond_outliers.analysis.statistics import Comparison, Estimate, compare_pairs
 from beyond_outliers.analysis.tuning import FULL_PRECISION
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.config.files import misfit
@@ -197,18 +197,27 @@ def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digi
   )
 
 
+def compare_optimizers(
+  found: pd.DataFrame, metric: str = "loss_difference"
+) -> list[tuple[str, str, Comparison]]:
+  """(recipe, method, whether seeds tell two optimizers apart), of each recipe and method after
+  Holm's correction over its pairs, the surest first.
+
+  found: cells that `check_cells` accepts. A metric that is not finite is no value."""
+  measured = found[(found.method != "none") & np.isfinite(found[metric].astype(float))]
+  compared = []
+  for (recipe, method), cells in measured.groupby(["recipe", "method"]):
+    paid = {str(name): of.set_index("seed")[metric] for name, of in cells.groupby("optimizer")}
+    pairs = compare_pairs({name: of.to_dict() for name, of in paid.items()})
+    compared += [(recipe, method, one) for one in pairs]
+  return compared
+
+
 def _check_metric(metric: str, measured: pd.DataFrame) -> None:
-  known = [
-    str(name)
-    for name in measured.select_dtypes("number")
-    if name not in (*ORIGIN, *MEASURED_ON, "step")
-  ]
-  require(
-    bool(known),
-    "--degradation",
-    metric,
-    f"these runs have no cell of a recipe; measure some: {evaluation_command()}",
-  )
+  others = (*ORIGIN, *MEASURED_ON, "step")
+  known = [str(name) for name in measured.select_dtypes("number") if name not in others]
+  remedy = f"these runs have no cell of a recipe; measure some: {evaluation_command()}"
+  require(bool(known), "--degradation", metric, remedy)
   require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
 
 
@@ -230,11 +239,8 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
     for name, rows in measured.groupby(within) if within else [("all", measured)]:
       values = rows[key].unique().tolist()
       if len(values) > 1:
-        remedy = (
-          f"or choose by --settings={key}={values[0]}"
-          if key in MEASURED_ON
-          else "or make the cells, of one"
-        )
+        choice = f"choose by --settings={key}={values[0]}"
+        remedy = f"or {choice if key in MEASURED_ON else 'make the cells, of one'}"
         raise ConfigError(
           f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}"
         )

@@ -4,7 +4,6 @@ beyond that of the same run in full precision."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,7 +11,13 @@ import numpy as np
 import pandas as pd
 
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis.statistics import Comparison, Estimate, compare_differences, estimate
+from beyond_outliers.analysis.statistics import (
+  Comparison,
+  Estimate,
+  compare_differences,
+  compare_pairs,
+  estimate,
+)
 from beyond_outliers.analysis.tuning import (
   FULL_PRECISION,
   Tuning,
@@ -92,14 +97,9 @@ def compare_gaps(gaps: Sequence[Gap]) -> list[tuple[str, Comparison]]:
       for gap in gaps
       if gap.recipe == recipe
     }
-    alone = {name: [*of.values()] for name, of in paid.items()}
-    pairs = {
-      f"{a} - {b}": [paid[a][seed] - paid[b][seed] for seed in paid[a] if seed in paid[b]]
-      for b, a in itertools.combinations(paid, 2)
-    }
-    for family in (alone, pairs):
-      several = {name: values for name, values in family.items() if len(values) > 1}
-      found += [(recipe, one) for one in compare_differences(several)] if several else []
+    alone = {name: [*of.values()] for name, of in paid.items() if len(of) > 1}
+    of_none = compare_differences(alone) if alone else []
+    found += [(recipe, one) for one in (*of_none, *compare_pairs(paid))]
   return found
 
 

@@ -19,7 +19,7 @@ from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
 
-COMPARED = "gaps against none and each other, paired by seed, Student's t after Holm"
+PAIRED = "paired by seed, Student's t after Holm"
 
 
 class Settings(Protocol):
@@ -72,7 +72,9 @@ def _print_gaps(runs: Sequence[runs_lib.Run], found: Sequence[Tuning], gap_plot:
   gaps, left_out = qat_gaps(runs)
   print(f"full precision against recipe\n\n{tables.qat_gap_table(gaps)}\n")
   if compared := compare_gaps(gaps):
-    print(f"{COMPARED}\n\n{tables.gap_comparison_table(compared)}\n")
+    print(
+      f"gaps against none and each other, {PAIRED}\n\n{tables.gap_comparison_table(compared)}\n"
+    )
   if any(len(t.losses) > 1 for t in found if t.recipe != FULL_PRECISION):
     print(f"learning rates tuned under a recipe\n\n{tables.retuning_table(found)}\n")
   print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
@@ -100,6 +102,11 @@ def print_degradation(
   See `ptq_degradation.degradation_cells`."""
   cells = ptq_degradation.degradation_cells(runs, settings, folders)
   print(ptq_degradation.degradation_table(cells, metric))
+  compared = ptq_degradation.compare_optimizers(cells, metric)
+  if apart := [row for row in compared if not row[-1].tie]:
+    print(f"\npairs, {PAIRED}\n\n{tables.ptq_comparison_table(apart)}")
+  if alike := len(compared) - len(apart):
+    print(f"\n{alike} of {len(compared)} pairs are not told apart")
 
 
 def check_ended(runs: Sequence[runs_lib.Run]) -> None:

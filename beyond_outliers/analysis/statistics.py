@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -150,3 +151,15 @@ def compare_differences(
       )
     )
   return judged
+
+
+def compare_pairs(values: Mapping[str, Mapping[int, float]]) -> list[Comparison]:
+  """Which of several things their seeds tell apart: every pair, paired by seed, the surest first.
+
+  values: by name, a value per seed. Pairs that share fewer than two seeds are left out."""
+  pairs = {
+    f"{a} - {b}": [values[a][seed] - values[b][seed] for seed in values[a] if seed in values[b]]
+    for b, a in itertools.combinations(values, 2)
+  }
+  several = {name: differences for name, differences in pairs.items() if len(differences) > 1}
+  return compare_differences(several) if several else []

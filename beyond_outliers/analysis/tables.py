@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -121,14 +121,30 @@ def gap_comparison_table(compared: Iterable[tuple[str, Comparison]]) -> str:
   return markdown_table(GAP_COMPARISON_COLUMNS, compared)
 
 
+def ptq_comparison_table(compared: Iterable[tuple[str, str, Comparison]]) -> str:
+  """Differences of two optimizers' costs after training, with intervals and p after Holm."""
+  return markdown_table(PTQ_COMPARISON_COLUMNS, compared)
+
+
+# Of rows that end with a Comparison.
+_COMPARISON_COLUMNS: dict[str, Callable[[Any], str]] = {
+  "95 % interval": lambda row: " … ".join(f"{end:+.4f}" for end in row[-1].interval),
+  "p": lambda row: f"{row[-1].p:.3f}",
+  "seeds": lambda row: str(row[-1].n),
+  "told apart": lambda row: "no" if row[-1].tie else "yes",
+}
 GAP_COMPARISON_COLUMNS: dict[str, Callable[[tuple[str, Comparison]], str]] = {
   "recipe": lambda row: row[0],
   "gap": lambda row: row[1].name,
   "nats": lambda row: f"{row[1].value:+.4f}",
-  "95 % interval": lambda row: " … ".join(f"{end:+.4f}" for end in row[1].interval),
-  "p": lambda row: f"{row[1].p:.3f}",
-  "seeds": lambda row: str(row[1].n),
-  "told apart": lambda row: "no" if row[1].tie else "yes",
+  **_COMPARISON_COLUMNS,
+}
+PTQ_COMPARISON_COLUMNS: dict[str, Callable[[tuple[str, str, Comparison]], str]] = {
+  "recipe": lambda row: row[0],
+  "method": lambda row: row[1],
+  "pair": lambda row: row[2].name,
+  "difference": lambda row: f"{row[2].value:+.4f}",
+  **_COMPARISON_COLUMNS,
 }
 
 

@@ -4,10 +4,11 @@ import json
 import math
 
 import pytest
+from scipy import stats
 
 from beyond_outliers import config, runs
-from beyond_outliers.analysis import ptq_degradation
-from configs import adamw, muon
+from beyond_outliers.analysis import ptq_degradation, tables
+from configs import adamw, muon, psgd, soap
 
 TIME = "2026-11-23T05:00:00+00:00"
 
@@ -91,6 +92,27 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
   assert higher[2].startswith("| rtn_w4a4 | gptq | **0.6 ± 0.0**") and higher[3].startswith(
     "| rtn_w4a4 | rtn | 0.5 ± 0.0"
   )
+
+
+def test_optimizers_are_told_apart_by_the_seeds_they_share(tmp_path):
+  """By the paired t test after Holm, within a recipe and method; one seed tells nothing, and one
+  that broke is no difference."""
+  for seed, (one, other) in enumerate([(0.30, 0.10), (0.41, 0.20), (0.49, 0.30), (None, 0.10)]):
+    workdir(tmp_path, adamw, seed, {("rtn_w4a4", "rtn"): one, ("rtn_w4a4", "gptq"): 0.1})
+    workdir(tmp_path, muon, seed, {("rtn_w4a4", "rtn"): other})
+  for seed, cost in enumerate([0.3, 0.3]):
+    workdir(tmp_path, soap, seed, {("rtn_w4a4", "rtn"): cost})
+  workdir(tmp_path, psgd, 0, {("rtn_w4a4", "rtn"): 0.3})
+  found = ptq_degradation.degradation_cells(runs.find(tmp_path))
+  compared = ptq_degradation.compare_optimizers(found)
+  assert {row[:2] for row in compared} == {("rtn_w4a4", "rtn")}
+  assert [(row[2].name, row[2].n) for row in compared] == [
+    *(("muon - adamw", 3), ("soap - muon", 2), ("soap - adamw", 2))
+  ]
+  sure, *others = (row[2] for row in compared)
+  assert sure.value == pytest.approx(-0.2) and not sure.tie and all(one.tie for one in others)
+  assert sure.p == pytest.approx(3 * stats.ttest_rel([0.3, 0.41, 0.49], [0.1, 0.2, 0.3]).pvalue)
+  assert tables.ptq_comparison_table(compared).splitlines()[2].endswith("| 3 | yes |")
 
 
 def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):

@@ -73,15 +73,30 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("notebooks")
 
 
-@pytest.mark.slow
-@in_each
-def test_a_notebook_runs_from_top_to_bottom(path, folder, monkeypatch):
+def execute(path, folder, runs, monkeypatch):
+  """A notebook on these runs, from top to bottom; the last cell draws."""
   nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[test]'")
   pytest.importorskip("matplotlib", reason="pip install -e '.[report]'")
-  monkeypatch.setenv("BEYOND_OUTLIERS_RUNS", "tiny")
+  monkeypatch.setenv("BEYOND_OUTLIERS_RUNS", runs)
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   notebook = nbformat.read(path, as_version=4)
   where = {"metadata": {"path": str(folder)}}
   nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
   *_, figure = notebook.cells
   assert any("image/png" in output.get("data", {}) for output in figure.outputs)
+
+
+@pytest.mark.slow
+@in_each
+def test_a_notebook_runs_from_top_to_bottom(path, folder, monkeypatch):
+  execute(path, folder, "tiny", monkeypatch)
+
+
+@pytest.mark.slow
+@in_each
+def test_a_notebook_runs_on_the_results_of_a_clone_that_it_names(path, folder, monkeypatch):
+  named = re.search(r"\"colabs/(results/.*?)\"", nbformat.read(path, as_version=4).cells[2].source)
+  if named is None:
+    assert path.stem == "run_and_checkpoints", "which opens a checkpoint"
+    return
+  execute(path, folder, str(ROOT / "colabs" / named[1]), monkeypatch)

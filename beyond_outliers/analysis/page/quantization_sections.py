@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.analysis import plots, predictors
+from beyond_outliers.analysis import plots, predictors, tables
 from beyond_outliers.analysis.along_training import jump
 from beyond_outliers.analysis.page.evidence import Evidence, Found, RunGroup, attempt
 from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
@@ -21,6 +21,7 @@ from beyond_outliers.analysis.page.text import (
   with_error,
 )
 from beyond_outliers.analysis.plots import style
+from beyond_outliers.analysis.ptq_degradation import compare_optimizers
 
 LOST = "loss_difference"
 # Predictors that have a panel: of linear layers' inputs, of the residual stream, and the error.
@@ -55,10 +56,32 @@ def degradation(evidence: Evidence, group: RunGroup) -> Part:
         functools.partial(plots.plot_degradation, measured),
       )
     ],
-    tables=[_by_optimizer(f"degradation.{group.name}", caption, measured, group.intervals)],
+    tables=[
+      _by_optimizer(f"degradation.{group.name}", caption, measured, group.intervals),
+      *_compared_optimizers(group.name, measured),
+    ],
     command=command,
     left_out=frame.attrs.get("left_out", []),
   )
+
+
+def _compared_optimizers(name: str, measured: pd.DataFrame) -> list[Table]:
+  """The pairs that are told apart, if there are any; all are among the numbers."""
+  compared = compare_optimizers(measured, LOST)
+  apart = [row for row in compared if not row[-1].tie]
+  numbers = pd.DataFrame(
+    [
+      (recipe, method, one.name, one.value, *one.interval, one.p, one.n, not one.tie)
+      for recipe, method, one in compared
+    ],
+    columns=["recipe", "method", "pair", LOST, "low", "high", "p", "seeds", "told apart"],
+  )
+  caption = (
+    f"The {len(apart)} of {len(compared)} pairs of optimizers that seeds tell apart: paired by "
+    "seed, intervals and p of Student's t after Holm's correction over a method's pairs."
+  )
+  columns = tables.PTQ_COMPARISON_COLUMNS
+  return [Table(f"degradation_compared.{name}", caption, columns, apart, numbers)] if apart else []
 
 
 def _by_optimizer(
