@@ -5,9 +5,17 @@ import re
 import runpy
 
 import markdown
+import numpy as np
 import pytest
+from scipy import stats
 
-from beyond_outliers.analysis import along_training, packed_runs, predictors, qat_gap
+from beyond_outliers.analysis import (
+  along_training,
+  packed_runs,
+  predictors,
+  ptq_degradation,
+  qat_gap,
+)
 from beyond_outliers.analysis.statistics import estimate
 from beyond_outliers.analysis.tuning import final_metric
 
@@ -134,6 +142,33 @@ def test_what_formats_and_methods_cost_is_of_the_packed_runs(ladder):
   for recipe, method, *cells in table.rows:
     found = of[recipe.strip("`"), method.strip("`")][table.header[2:]]
     assert numbers(" ".join(cells)) == pytest.approx([*found], abs=6e-5), (recipe, method)
+  costs = np.array([numbers(" ".join(cells)) for _, _, *cells in table.rows])
+  agreements = stats.spearmanr(costs.T)[0][np.triu_indices(16, 1)]
+  ordered = np.argsort(costs)[:, :2]
+  two = sum({table.header[2 + i] for i in row} == {"scion", "shampoo"} for row in ordered)
+  said = re.search(
+    rf"mean Spearman of {NUMBER} \(least\s{NUMBER}\).+cheapest two in (\w+)\.", section
+  )
+  assert said and numbers(" ".join(said.groups()[:2])) == pytest.approx(
+    [agreements.mean(), agreements.min()], abs=6e-3
+  )
+  assert (said[3], two) == ("twelve", 12)
+
+
+def test_which_optimizers_seeds_tell_apart_is_of_the_packed_runs(at_tuned_rates):
+  compared = ptq_degradation.compare_optimizers(at_tuned_rates)
+  apart = {one.name: (method, one) for _, method, one in compared if not one.tie}
+  assert {method for method, _ in apart.values()} == {"hadamard"}
+  text = markdown.read("colabs/README.md").replace("\n", " ")
+  said = re.search(
+    rf"Muon from PSGD, {NUMBER}, p (\.\d+) .+?Shampoo, {NUMBER}, p (\.\d+); SOAP from Shampoo, "
+    rf"{NUMBER}, p (\.\d+)\)",
+    text,
+  )
+  assert said and len(apart) == 3
+  pairs = [apart[name][1] for name in ("psgd - muon", "shampoo - muon", "soap - shampoo")]
+  expected = [number for one in pairs for number in (abs(one.value), one.p)]
+  assert [float(number) for number in said.groups()] == pytest.approx(expected, abs=6e-4)
 
 
 def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
@@ -165,6 +200,13 @@ def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
   ]
   said = re.search(rf"R_L_centred {NUMBER} and {NUMBER} \(", text)
   assert said and numbers(said[0]) == pytest.approx(ranks, abs=6e-3)
+  rotated = frame[(frame.method == "hadamard") & (frame["max_to_median/linear"] < 14)]
+  assert len(rotated) == len(runs) - 1, "without AdamW at 0.3"
+  logs = np.log(rotated.loss_difference)
+  between = logs.groupby(rotated.optimizer).transform("mean").var(ddof=0) / logs.var(ddof=0)
+  shares = re.search(r"(\d+) % of the variance .+? and (\d+) % between", text.replace("\n", " "))
+  assert shares and int(shares[1]) == round(100 * between) == 100 - int(shares[2])
+  assert f"{shares[1]} % of the variance of the log cost" in markdown.read("colabs/README.md")
   adamw = predictors.frame(
     [run for run in in_turn if run.config.optimizer.learning_rate in (0.1, 0.3)],
     but=("learning_rate",),
@@ -183,7 +225,7 @@ def test_what_quantization_costs_by_learning_rate_is_of_the_packed_runs():
     for name in ("R_L", "R_L_centred", "max_to_median/linear")
   ]
   screen = re.search(
-    rf"Spearman {NUMBER},.+?R_L_centred\) by {NUMBER}, outliers by {NUMBER}\.",
+    rf"Spearman {NUMBER},.+?R_L_centred, devised here\) by {NUMBER}, outliers by {NUMBER} \(",
     markdown.read("README.md").replace("\n", " "),
   )
   assert screen and numbers(" ".join(screen.groups())) == pytest.approx(found, abs=6e-3)
