@@ -50,7 +50,7 @@ class Copy:
 
   def _refresh(self) -> None:
     index = index_lib.in_store(self._store)
-    have = index_lib.scan(self.folder, sealed=False)
+    have = index_lib.scan(self.folder)
     for step in {step_of(name) for name in have} - {None, *self._steps_of(index)}:
       shutil.rmtree(self.folder / f"checkpoints/{step}", ignore_errors=True)
     small = {name: stamp for name, stamp in index.files.items() if step_of(name) is None}
@@ -83,7 +83,7 @@ class Copy:
   def _fetch_step(self, step: int) -> None:
     """A part of a checkpoint is never seen where others look for it."""
     wanted = {name: stamp for name, stamp in self._index.files.items() if step_of(name) == step}
-    have = index_lib.scan(self.folder, sealed=False)
+    have = index_lib.scan(self.folder)
     if all(have.get(name) == stamp for name, stamp in wanted.items()):
       return
     coming = self.folder / f".fetching-{step}-{time.time_ns()}"
@@ -99,7 +99,7 @@ class Copy:
 
   def publish(self) -> None:
     """Uploads what evaluation jobs wrote into the folder and the store has not got."""
-    have = index_lib.scan(self.folder, sealed=False)
+    have = index_lib.scan(self.folder)
     new = [
       name for name, stamp in have.items() if is_shared(name) and self._published.get(name) != stamp
     ]
@@ -120,7 +120,7 @@ class Copy:
       or (size != have[name][0] and self._published.get(name) in (None, have[name]))
     }
     index_lib.fetch(self._store, self.folder, other)
-    found = index_lib.scan(self.folder, sealed=False)
+    found = index_lib.scan(self.folder)
     self._published |= {
       name: found[name] for name, size in sizes.items() if name in found and found[name][0] == size
     }

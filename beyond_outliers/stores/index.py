@@ -63,9 +63,14 @@ def decode(content: bytes, where: str) -> Index:
     ) from None
 
 
-def in_store(store: Store) -> Index:
+def read(store: Store) -> tuple[Index, str | None]:
+  """(the store's index, its tag), or (EMPTY, None)."""
   found = store.read(INDEX)
-  return EMPTY if found is None else decode(found[0], f"{store.address}/{INDEX}")
+  return (decode(found[0], f"{store.address}/{INDEX}"), found[1]) if found else (EMPTY, None)
+
+
+def in_store(store: Store) -> Index:
+  return read(store)[0]
 
 
 def last_of(folder: pathlib.Path) -> Index:
@@ -91,11 +96,16 @@ def step_of(name: str) -> int | None:
   return int(found[1]) if found else None
 
 
-def scan(folder: pathlib.Path, *, sealed: bool) -> dict[str, Stamp]:
-  """Stamps by name of all files but the lock, the index and temporaries. sealed: no checkpoint that
-  lacks its sums, or a file of these."""
+def steps_of(names: Iterable[str]) -> set[int]:
+  return {step for step in map(step_of, names) if step is not None}
+
+
+def scan(folder: pathlib.Path) -> dict[str, Stamp]:
+  """Stamps by name of all files but the lock, the index and temporaries.
+
+  Errors: OSError of what cannot be listed, which must not pass for what is not there."""
   found: dict[str, Stamp] = {}
-  for base, folders, files in os.walk(folder):
+  for base, folders, files in os.walk(folder, onerror=_raise_but_missing):
     folders[:] = [name for name in folders if not _is_temporary(name)]
     for name in files:
       path = pathlib.Path(base, name)
@@ -105,9 +115,17 @@ def scan(folder: pathlib.Path, *, sealed: bool) -> dict[str, Stamp]:
         except FileNotFoundError:  # deleted since, or a link to nothing
           continue
         found[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
-  steps = {step for name in found if (step := step_of(name)) is not None}
-  partial = {step for step in steps if sealed and not _is_whole(folder, step, found)}
-  return {name: stamp for name, stamp in found.items() if step_of(name) not in partial}
+  return found
+
+
+def whole_steps(folder: pathlib.Path, found: dict[str, Stamp]) -> set[int]:
+  """Steps of the checkpoints that have their sums, and every file of these. Errors: OSError."""
+  return {step for step in steps_of(found) if _is_whole(folder, step, found)}
+
+
+def _raise_but_missing(error: OSError) -> None:
+  if not isinstance(error, FileNotFoundError):  # deleted since
+    raise error
 
 
 def _is_temporary(name: str) -> bool:
@@ -117,9 +135,9 @@ def _is_temporary(name: str) -> bool:
 def _is_whole(folder: pathlib.Path, step: int, found: dict[str, Stamp]) -> bool:
   try:
     named = json.loads((folder / f"checkpoints/{step}" / sums.SUMS).read_bytes())
-  except (OSError, ValueError):
+  except (FileNotFoundError, ValueError):
     return False
-  return all(f"checkpoints/{step}/{name}" in found for name in named)
+  return isinstance(named, dict) and all(f"checkpoints/{step}/{name}" in found for name in named)
 
 
 def fetch(store: Store, folder: pathlib.Path, files: dict[str, Stamp]) -> None:

@@ -26,10 +26,18 @@ from beyond_outliers.types import Json
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
 
+# Renews the lease, unless it was within so many seconds. Errors: StoreError, TakenError.
+Hold = Callable[[float], None]
+
+
+class TakenError(StoreError):
+  """A lease that is another's by now."""
+
 
 @contextlib.contextmanager
-def leased(store: Store, lost: Callable[[str], None], say: Callable[[str], None]) -> Iterator[None]:
-  """Holds the store's workdir. lost: gets the reason, in a thread, once another took it.
+def leased(store: Store, lost: Callable[[str], None], say: Callable[[str], None]) -> Iterator[Hold]:
+  """Holds the store's workdir; yields what makes sure that it still does. lost: gets the reason, in
+  any thread, once another took it.
 
   Waits for a holder that gives no sign of life, up to STALE_SECONDS.
   Errors: WorkdirError when another one holds it, StoreError."""
@@ -37,20 +45,26 @@ def leased(store: Store, lost: Callable[[str], None], say: Callable[[str], None]
   lease.acquire(say)
   ended = threading.Event()
 
+  def hold(within: float) -> None:
+    taken = lease.renew(within)
+    if taken:
+      reason = f"{store.address} was taken over by {taken}"
+      lost(reason)
+      raise TakenError(reason)
+
   def renew() -> None:
     while not ended.wait(RENEW_SECONDS):
       try:
-        taken = lease.renew()
+        hold(0.0)
+      except TakenError:
+        return
       except StoreError:  # as uploads will tell; the lease stands until somebody wants it
         continue
-      if taken:
-        lost(f"{store.address} was taken over by {taken}")
-        return
 
   thread = threading.Thread(target=renew, name="lease", daemon=True)
   thread.start()
   try:
-    yield
+    yield hold
   finally:
     ended.set()
     thread.join()
@@ -62,6 +76,7 @@ class _Lease:
   def __init__(self, store: Store):
     self._store, self._tag, self._beat = store, "", 0
     self._id = secrets.token_hex(8)
+    self._lock, self._renewed = threading.Lock(), time.monotonic()
 
   def acquire(self, say: Callable[[str], None]) -> None:
     while True:
@@ -76,17 +91,22 @@ class _Lease:
       except ChangedError:
         continue  # another one was faster
 
-  def renew(self) -> str:
-    """Returns who has taken it, if somebody has."""
-    try:
-      self._tag = self._store.write(LEASE, self._mine(), replaces=self._tag)
-    except ChangedError:
-      found = self._store.read(LEASE)
-      holder = _parsed(found[0]) if found else {}
-      if found is None or holder.get("id") != self._id:
-        return _name(holder)
-      self._tag = found[1]  # what was written while its answer was lost
-    return ""
+  def renew(self, within: float) -> str:
+    """Returns who has taken it, if somebody has. within: seconds for which the last time does."""
+    with self._lock:
+      began = time.monotonic()
+      if began - self._renewed < within:
+        return ""
+      try:
+        self._tag = self._store.write(LEASE, self._mine(), replaces=self._tag)
+      except ChangedError:
+        found = self._store.read(LEASE)
+        holder = _parsed(found[0]) if found else {}
+        if found is None or holder.get("id") != self._id:
+          return _name(holder)
+        self._tag = found[1]  # what was written while its answer was lost
+      self._renewed = began
+      return ""
 
   def release(self) -> None:
     found = self._store.read(LEASE)

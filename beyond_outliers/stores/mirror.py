@@ -11,10 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 
 from beyond_outliers.errors import WorkdirError
+from beyond_outliers.stores import fetching, retention
 from beyond_outliers.stores import index as index_lib
-from beyond_outliers.stores.index import Index, Stamp, is_shared, step_of
-from beyond_outliers.stores.lease import leased
-from beyond_outliers.stores.store import Store, StoreError, cache_folder, is_address, open_store
+from beyond_outliers.stores.index import Stamp, is_shared, step_of, steps_of
+from beyond_outliers.stores.lease import STALE_SECONDS, Hold, leased
+from beyond_outliers.stores.store import (
+  ChangedError,
+  Store,
+  StoreError,
+  cache_folder,
+  is_address,
+  open_store,
+)
 from beyond_outliers.types import PathLike
 
 Say = Callable[[str], None]
@@ -42,8 +50,7 @@ def mirrored(
   mirror = Mirror(store, pathlib.Path(folder), sealed=sealed, say=say)
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(leased(store, mirror.lose, say))
-      mirror.begin()
+      mirror.begin(stack.enter_context(leased(store, mirror.lose, say)))
     except OSError as error:
       raise WorkdirError(f"{error}; nothing was begun") from None
     thread = threading.Thread(target=mirror.run, name="mirror", daemon=True)
@@ -63,54 +70,42 @@ class Mirror:
   def __init__(self, store: Store, folder: pathlib.Path, *, sealed: bool, say: Say):
     self._store, self._folder, self._sealed, self._say = store, folder, sealed, say
     self._known: dict[str, Stamp] = {}  # what the store has of the folder
-    self._index = index_lib.EMPTY
+    self._index = self._sent = index_lib.EMPTY  # the store's; the one that was last sent there
+    self._tag: str | None = None  # of the store's
+    self._hold: Hold = lambda within: None
     self._lost, self._told = "", False
     self._ended = threading.Event()
 
-  def begin(self) -> None:
+  def begin(self, hold: Hold | None = None) -> None:
     """Makes the folder what the store has, or keeps it where it is as new or newer: nobody else has
-    written there since this folder did. What is otherwise not uploaded is set aside."""
-    theirs, ours = index_lib.in_store(self._store), index_lib.last_of(self._folder)
+    written there since this folder did. What is otherwise not uploaded is set aside, and what the
+    folder lacks is fetched. hold: of the lease."""
+    self._hold = hold or self._hold
+    (theirs, self._tag), ours = index_lib.read(self._store), index_lib.last_of(self._folder)
     if not theirs.id and self._store.read("config.json") is not None:
       raise WorkdirError(
         f"{self._store.address} holds a run without {index_lib.INDEX}, which was copied there; "
         "copy it to a folder, or give another --workdir"
       )
-    have = index_lib.scan(self._folder, sealed=False)
+    fetch = fetching.Fetching(self._store, self._folder, self._say)
+    have = index_lib.scan(self._folder)
+    aside: list[str] = []
     if theirs.id not in (ours.id, ours.previous):
-      have = self._replace(have, theirs, ours)
+      have = fetch.replace(have, theirs, ours)
       ours = theirs
       index_lib.keep(self._folder, theirs)
-    self._index = theirs
+    else:
+      aside = retention.set_aside(have, theirs.files, self._whole(have))
+      have = fetch.complete(have, theirs, aside)
+    self._index = self._sent = theirs
     self._known = {
-      name: stamp for name, stamp in theirs.files.items() if ours.files.get(name) == stamp
+      name: stamp
+      for name, stamp in theirs.files.items()
+      if stamp in (ours.files.get(name), have.get(name)) and (name in have or name in aside)
     }
-    self._known |= self._fetch_shared(have)
+    self._known |= fetch.shared(have)
     if not theirs.id:  # so that what is there from now on is known for a mirror's
       self._write_index({}, new=True)
-
-  def _replace(self, have: dict[str, Stamp], theirs: Index, ours: Index) -> dict[str, Stamp]:
-    """Makes the folder what the store has; returns what it has then."""
-    mine = {name for name, stamp in have.items() if ours.files.get(name) != stamp}
-    if not theirs.id or any(not is_shared(name) for name in mine):
-      self._set_aside()
-      have = {}
-    self._say(f"fetching {self._store.address} to {self._folder}")
-    for name in have.keys() - theirs.files.keys():
-      if not is_shared(name):
-        (self._folder / name).unlink(missing_ok=True)
-    lacking = {name: stamp for name, stamp in theirs.files.items() if have.get(name) != stamp}
-    index_lib.fetch(self._store, self._folder, lacking)
-    # Of a process that ended before it could write the index that names them.
-    named = {step_of(name) for name in theirs.files}
-    orphans = [
-      name
-      for name in self._store.sizes("checkpoints")
-      if step_of(name) is not None and step_of(name) not in named
-    ]
-    if orphans:
-      self._store.delete(orphans)
-    return index_lib.scan(self._folder, sealed=False)
 
   def run(self) -> None:
     """Pushes now and then, until `end`."""
@@ -121,15 +116,16 @@ class Mirror:
     """Pushes the rest. Errors: StoreError with what is not uploaded."""
     self._ended.set()
     thread.join()
-    self._sealed = False  # what has no sums by now will have none
-    problem = self._try()
+    problem = self._try(last=True)
     for _ in range(TRIES - 1):
       if not problem or self._lost:
         break
       time.sleep(WAIT_SECONDS)
-      problem = self._try()
+      problem = self._try(last=True)
     if problem:
-      left = self._new(index_lib.scan(self._folder, sealed=False))
+      left: list[str] = []
+      with contextlib.suppress(OSError):  # it may be what the problem is
+        left = self._new(index_lib.scan(self._folder))
       names = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
       remedy = "" if self._lost else "; once the store can be written, the same command uploads it"
       raise StoreError(
@@ -137,34 +133,73 @@ class Mirror:
       )
 
   def lose(self, reason: str) -> None:
-    """Ends the uploads, and asks the run to stop: another one has the store."""
+    """Ends the uploads, and asks the run to stop: another one has the store, or the folder is not
+    what it was."""
+    if self._lost:
+      return
     self._lost = reason
     self._say(f"warning: {reason}; this run stops, and what it wrote stays in {self._folder}")
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not self._ended.is_set():
+      os.kill(os.getpid(), signal.SIGTERM)
 
-  def push(self) -> None:
-    """Uploads what is new: checkpoints, and the index that makes them appear; then the rest, the
-    status last, so that a run that says it is done has its last checkpoint. Errors: StoreError."""
+  def push(self, last: bool = False) -> None:
+    """Uploads what is new, then the index that makes its checkpoints appear, so that these have
+    their rows; then the status, so that a run that says it is done has its last checkpoint. Deletes
+    what the run has let go of. last: what has no sums by now will have none.
+
+    Errors: StoreError, OSError of a folder that cannot be read."""
     if self._lost:
       raise StoreError(self._lost)
-    have = index_lib.scan(self._folder, sealed=self._sealed)
+    found, whole, aside = self._look()
+    partial = set() if last else steps_of(found) - whole
+    have = {name: stamp for name, stamp in found.items() if step_of(name) not in partial}
     new = self._new(have)
-    steps = [name for name in new if step_of(name) is not None]
-    for names in (steps, sorted(set(new) - set(steps), key=lambda name: name == "status.json")):
-      if names:
-        self._upload(names, have)
-        self._write_index(have)
-    self._write_index(have)
-    gone = [name for name in self._known if name not in have]
-    if gone:
-      self._store.delete(gone)
-      for name in gone:
+    if new or aside:
+      self._check_held()
+    if aside:  # before the rows, which may have been cut to those of an older checkpoint
+      self._write_index({n: s for n, s in self._index.files.items() if n not in aside})
+      self._delete(aside)
+    for names in ([n for n in new if n != "status.json"], [n for n in new if n == "status.json"]):
+      self._upload(names, have)
+      newest = max(steps_of(have) & whole, default=-1)  # uploaded by now
+      gone = retention.superseded(found, self._known, newest)
+      self._write_index(self._files(have, gone))
+      self._delete(gone)
+
+  def _look(self) -> tuple[dict[str, Stamp], set[int], list[str]]:
+    """(what the folder has, its whole checkpoints, what of the known it has set aside). A folder
+    that has lost some of a run says nothing of what the store should have. Errors: StoreError then,
+    for good."""
+    missing = ""
+    for wait in (0.0, WAIT_SECONDS):  # the run may be moving it
+      if missing:
+        time.sleep(wait)
+      found = index_lib.scan(self._folder)
+      whole = self._whole(found)
+      aside = retention.set_aside(found, self._known, whole)
+      missing = retention.lost(found, self._known.keys() - set(aside))
+      if not missing:
+        return found, whole, aside
+    self.lose(
+      f"{self._folder} has lost {missing} while it was in use; {self._store.address} keeps what it "
+      "has, and the same command fetches it"
+    )
+    raise StoreError(self._lost)
+
+  def _whole(self, found: dict[str, Stamp]) -> set[int]:
+    """Steps of whole checkpoints, as far as can be told of those without sums."""
+    return index_lib.whole_steps(self._folder, found) if self._sealed else steps_of(found)
+
+  def _delete(self, names: list[str]) -> None:
+    if names:
+      self._store.delete(names)
+      for name in names:
         del self._known[name]
 
-  def _try(self) -> str:
+  def _try(self, last: bool = False) -> str:
     """`push`; returns why it failed, which is said once for each time that the store goes."""
     try:
-      self.push()
+      self.push(last)
     except OSError as error:
       if not self._told and not self._lost:
         self._say(f"warning: {error}; goes on in {self._folder}, to be uploaded later")
@@ -182,49 +217,53 @@ class Mirror:
     """Errors: StoreError, once all that can be uploaded is."""
 
     def upload(name: str) -> None:
+      self._hold(STALE_SECONDS / 2)  # nobody takes over sooner
       self._store.upload(name, self._folder / name)
       self._known[name] = have[name]  # what changes meanwhile has another time, and comes again
 
-    last = [name for name in names if name == "status.json"]
-    failed = index_lib.attempts(upload, [name for name in names if name not in last])
-    failed |= index_lib.attempts(upload, last if not failed else [])
+    failed = index_lib.attempts(upload, names)
     problems = [error for error in failed.values() if not isinstance(error, FileNotFoundError)]
-    gone = {step_of(name) for name in failed} - {None}
-    if gone:  # deleted meanwhile (checkpoint.keep)
-      for name in [name for name in have if step_of(name) in gone]:
-        del have[name]
+    gone = steps_of(failed)
+    for name in [name for name in have if step_of(name) in gone]:
+      del have[name]  # deleted meanwhile (checkpoint.keep)
     if problems:
-      raise StoreError(str(problems[0]))
+      raise problems[0]
 
-  def _write_index(self, have: dict[str, Stamp], new: bool = False) -> None:
-    partial = {step_of(name) for name in self._new(have)} - {None}
-    files = {
+  def _files(self, have: dict[str, Stamp], gone: list[str]) -> dict[str, Stamp]:
+    """Those of the index: a checkpoint that is not whole here is named as it was."""
+    here = steps_of(have)
+    return {
       name: stamp
       for name, stamp in self._known.items()
-      if name in have and not is_shared(name) and step_of(name) not in partial
+      if not is_shared(name)
+      and name not in gone
+      and (step_of(name) in (None, *here) or name in self._index.files)
     }
+
+  def _write_index(self, files: dict[str, Stamp], new: bool = False) -> None:
     if files == self._index.files and not new:
       return
+    self._check_held()
     index = self._index.after(files)
     index_lib.keep(self._folder, index)  # first: `begin` takes the one before for its own, too
-    self._store.write(index_lib.INDEX, index.encoded())
-    self._index = index
+    self._sent = index
+    try:
+      self._tag = self._store.write(index_lib.INDEX, index.encoded(), replaces=self._tag)
+      self._index = index
+    except ChangedError:
+      self._check_held()
+      if self._index is not index:
+        raise
 
-  def _fetch_shared(self, have: dict[str, Stamp]) -> dict[str, Stamp]:
-    """What evaluation jobs left in the store, so that a run that goes back can set it aside."""
-    names = [name for folder in index_lib.SHARED for name in self._store.sizes(folder)]
-    now = time.time_ns()
-    index_lib.fetch(self._store, self._folder, {n: (0, now) for n in names if n not in have})
-    found = index_lib.scan(self._folder, sealed=False)
-    return {name: found[name] for name in names if name in found}
-
-  def _set_aside(self) -> None:
-    aside = self._folder.with_name(f"{self._folder.name}.aside-{time.time_ns()}")
-    aside.mkdir()
-    for entry in self._folder.iterdir():
-      if entry.name != "lock":
-        entry.rename(aside / entry.name)
-    self._say(
-      f"warning: {self._store.address} was written, or emptied, elsewhere since; what "
-      f"{self._folder} had is in {aside}"
-    )
+  def _check_held(self) -> None:
+    """Errors: StoreError where the store is another's by now, by its lease or by its index."""
+    self._hold(0.0)
+    try:
+      theirs, self._tag = index_lib.read(self._store)
+    except WorkdirError:  # none that a mirror wrote
+      theirs = index_lib.EMPTY
+    if theirs.id not in (self._index.id, self._sent.id):
+      self.lose(f"{self._store.address} was written, or emptied, elsewhere meanwhile")
+      raise StoreError(self._lost)
+    if theirs.id == self._sent.id:  # of which the answer may have been lost
+      self._index = self._sent

@@ -10,85 +10,15 @@ import pytest
 
 pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 
-from obstore.store import MemoryStore
+from run_folders import ADDRESS, mirror_of, texts, write, write_checkpoint
 
 from beyond_outliers import stores
 from beyond_outliers.checkpoint.temporary import TEMPORARY
-from beyond_outliers.config import sums
 from beyond_outliers.errors import WorkdirError
-from beyond_outliers.stores import index as index_lib
 from beyond_outliers.stores import lease as lease_lib
 from beyond_outliers.stores import mirror as mirror_lib
 from beyond_outliers.stores.copies import Copy
-from beyond_outliers.stores.store import ChangedError, Store, StoreError
-
-ADDRESS = "s3://bucket/run"
-
-
-class Failing(Store):
-  """A store that fails wherever an object's name begins with one of `broken`."""
-
-  broken: tuple[str, ...] = ()
-
-  def upload(self, name, path):
-    if name.startswith(self.broken):
-      raise StoreError(f"{self.address}: the server does not answer")
-    super().upload(name, path)
-
-
-@pytest.fixture
-def store():
-  return Failing(ADDRESS, MemoryStore(), "run")
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-  """No waiting: what a thread does every few seconds the tests do themselves."""
-  monkeypatch.setattr(mirror_lib, "WAIT_SECONDS", 0.0)
-  monkeypatch.setattr(mirror_lib, "PUSH_SECONDS", 3600.0)
-  monkeypatch.setattr(lease_lib, "STALE_SECONDS", 0.05)
-  monkeypatch.setattr("beyond_outliers.stores.copies.REFRESH_SECONDS", -1.0)
-
-
-@pytest.fixture
-def said():
-  return []
-
-
-@pytest.fixture
-def mirrored(store, said):
-  def begin(folder, **options):
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {"sealed": True, "say": said.append, "store": store, **options}
-    return stores.mirrored(ADDRESS, folder, **options)
-
-  return begin
-
-
-def mirror_of(store, folder, said, sealed=True):
-  folder.mkdir(parents=True, exist_ok=True)
-  mirror = mirror_lib.Mirror(store, folder, sealed=sealed, say=said.append)
-  mirror.begin()
-  return mirror
-
-
-def write(folder, name, text="{}"):
-  (folder / name).parent.mkdir(parents=True, exist_ok=True)
-  (folder / name).write_text(text)
-
-
-def write_checkpoint(folder, step, text="x", sealed=True):
-  write(folder, f"checkpoints/{step}/state/d/array", text)
-  write(folder, f"checkpoints/{step}/clock/metadata", text)
-  if sealed:
-    directory = folder / "checkpoints" / str(step)
-    names = ("state/d/array", "clock/metadata")
-    sums.write_folder_sums(directory, {n: sums.file_sha256(directory / n) for n in names})
-
-
-def texts(folder):
-  """What a folder holds, but for what is its own."""
-  return {name: (folder / name).read_text() for name in index_lib.scan(folder, sealed=False)}
+from beyond_outliers.stores.store import ChangedError, StoreError
 
 
 def test_a_run_that_moves_finds_all_that_it_left(mirrored, store, tmp_path):

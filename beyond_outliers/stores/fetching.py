@@ -1,0 +1,93 @@
+"""What a run that begins fetches of its store, and what it keeps of its folder."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable, Collection
+
+from beyond_outliers.stores import index as index_lib
+from beyond_outliers.stores import retention
+from beyond_outliers.stores.index import Index, Stamp, is_shared, step_of, steps_of
+from beyond_outliers.stores.store import Store
+
+
+class Fetching:
+  """A store, and the folder that is to have the same. `have` is what the folder has; methods return
+  what it has then. Errors of all: OSError."""
+
+  def __init__(self, store: Store, folder: pathlib.Path, say: Callable[[str], None]):
+    self._store, self._folder, self._say = store, folder, say
+
+  def complete(
+    self, have: dict[str, Stamp], theirs: Index, aside: Collection[str]
+  ) -> dict[str, Stamp]:
+    """Fetches what the folder had, and has lost or has a part of. aside: what it has set aside."""
+
+    def is_lacking(name: str, stamp: Stamp) -> bool:
+      size, time_of_change = have.get(name, (-1, 0))
+      return size != stamp[0] and time_of_change <= stamp[1] and name not in aside
+
+    lacking = {name: stamp for name, stamp in theirs.files.items() if is_lacking(name, stamp)}
+    if not lacking:
+      return have
+    self._say(f"fetching {len(lacking)} files of {self._store.address} that {self._folder} lacks")
+    index_lib.fetch(self._store, self._folder, lacking)
+    return index_lib.scan(self._folder)
+
+  def replace(self, have: dict[str, Stamp], theirs: Index, ours: Index) -> dict[str, Stamp]:
+    """Makes the folder what the store has. ours: what the folder was when it had the same."""
+    mine = {name for name, stamp in have.items() if ours.files.get(name) != stamp}
+    if not theirs.id or any(not is_shared(name) for name in mine):
+      self._set_aside()
+      have = {}
+    self._say(f"fetching {self._store.address} to {self._folder}")
+    for name in have.keys() - theirs.files.keys():
+      if not is_shared(name):
+        (self._folder / name).unlink(missing_ok=True)
+    lacking = {name: stamp for name, stamp in theirs.files.items() if have.get(name) != stamp}
+    index_lib.fetch(self._store, self._folder, lacking)
+    # Of a process that ended before it could write the index that names them.
+    named = steps_of(theirs.files)
+    orphans = [
+      name
+      for name in self._store.sizes("checkpoints")
+      if (step := step_of(name)) is not None and step not in named
+    ]
+    if orphans:
+      self._store.delete(orphans)
+    return index_lib.scan(self._folder)
+
+  def shared(self, have: dict[str, Stamp]) -> dict[str, Stamp]:
+    """Fetches what evaluation jobs left in the store, so that a run that goes back can set it
+    aside; returns what the store has of it. What a process set aside that ended before it could
+    delete it in the store is where it was set aside."""
+    names = [name for folder in index_lib.SHARED for name in self._store.sizes(folder)]
+    aside = {
+      place: stamp
+      for name, stamp in have.items()
+      if (place := retention.place_of(name)) in names
+      and place not in have
+      and self._has_now(place, (self._folder / name).read_bytes())
+    }
+    now = time.time_ns()
+    lacking = {name: (0, now) for name in names if name not in have and name not in aside}
+    index_lib.fetch(self._store, self._folder, lacking)
+    found = index_lib.scan(self._folder)
+    return {name: found[name] for name in names if name in found} | aside
+
+  def _has_now(self, name: str, content: bytes) -> bool:
+    """Whether the store has this; another job may have made another since."""
+    found = self._store.read(name)
+    return found is not None and found[0] == content
+
+  def _set_aside(self) -> None:
+    aside = self._folder.with_name(f"{self._folder.name}.aside-{time.time_ns()}")
+    aside.mkdir()
+    for entry in self._folder.iterdir():
+      if entry.name != "lock":
+        entry.rename(aside / entry.name)
+    self._say(
+      f"warning: {self._store.address} was written, or emptied, elsewhere since; what "
+      f"{self._folder} had is in {aside}"
+    )
