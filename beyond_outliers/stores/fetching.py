@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 from beyond_outliers.stores import index as index_lib
 from beyond_outliers.stores import retention
-from beyond_outliers.stores.index import Index, Stamp, is_shared, step_of, steps_of
+from beyond_outliers.stores.index import Index, Stamp, is_shared, step_of, steps_named
 from beyond_outliers.stores.store import Store
 
 
@@ -48,7 +48,7 @@ class Fetching:
     lacking = {name: stamp for name, stamp in theirs.files.items() if have.get(name) != stamp}
     index_lib.fetch(self._store, self._folder, lacking)
     # Of a process that ended before it could write the index that names them.
-    named = steps_of(theirs.files)
+    named = steps_named(theirs.files)
     orphans = [
       name
       for name in self._store.sizes("checkpoints")

@@ -96,7 +96,7 @@ def step_of(name: str) -> int | None:
   return int(found[1]) if found else None
 
 
-def steps_of(names: Iterable[str]) -> set[int]:
+def steps_named(names: Iterable[str]) -> set[int]:
   return {step for step in map(step_of, names) if step is not None}
 
 
@@ -120,7 +120,7 @@ def scan(folder: pathlib.Path) -> dict[str, Stamp]:
 
 def whole_steps(folder: pathlib.Path, found: dict[str, Stamp]) -> set[int]:
   """Steps of the checkpoints that have their sums, and every file of these. Errors: OSError."""
-  return {step for step in steps_of(found) if _is_whole(folder, step, found)}
+  return {step for step in steps_named(found) if _is_whole(folder, step, found)}
 
 
 def _raise_but_missing(error: OSError) -> None:

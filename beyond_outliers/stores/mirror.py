@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import fetching, retention
 from beyond_outliers.stores import index as index_lib
-from beyond_outliers.stores.index import Stamp, is_shared, step_of, steps_of
+from beyond_outliers.stores.index import Stamp, is_shared, step_of, steps_named
 from beyond_outliers.stores.lease import STALE_SECONDS, Hold, leased
 from beyond_outliers.stores.store import (
   ChangedError,
@@ -151,7 +151,7 @@ class Mirror:
     if self._lost:
       raise StoreError(self._lost)
     found, whole, aside = self._look()
-    partial = set() if last else steps_of(found) - whole
+    partial = set() if last else steps_named(found) - whole
     have = {name: stamp for name, stamp in found.items() if step_of(name) not in partial}
     new = self._new(have)
     if new or aside:
@@ -161,7 +161,7 @@ class Mirror:
       self._delete(aside)
     for names in ([n for n in new if n != "status.json"], [n for n in new if n == "status.json"]):
       self._upload(names, have)
-      newest = max(steps_of(have) & whole, default=-1)  # uploaded by now
+      newest = max(steps_named(have) & whole, default=-1)  # uploaded by now
       gone = retention.superseded(found, self._known, newest)
       self._write_index(self._files(have, gone))
       self._delete(gone)
@@ -188,7 +188,7 @@ class Mirror:
 
   def _whole(self, found: dict[str, Stamp]) -> set[int]:
     """Steps of whole checkpoints, as far as can be told of those without sums."""
-    return index_lib.whole_steps(self._folder, found) if self._sealed else steps_of(found)
+    return index_lib.whole_steps(self._folder, found) if self._sealed else steps_named(found)
 
   def _delete(self, names: list[str]) -> None:
     if names:
@@ -223,7 +223,7 @@ class Mirror:
 
     failed = index_lib.attempts(upload, names)
     problems = [error for error in failed.values() if not isinstance(error, FileNotFoundError)]
-    gone = steps_of(failed)
+    gone = steps_named(failed)
     for name in [name for name in have if step_of(name) in gone]:
       del have[name]  # deleted meanwhile (checkpoint.keep)
     if problems:
@@ -231,7 +231,7 @@ class Mirror:
 
   def _files(self, have: dict[str, Stamp], gone: list[str]) -> dict[str, Stamp]:
     """Those of the index: a checkpoint that is not whole here is named as it was."""
-    here = steps_of(have)
+    here = steps_named(have)
     return {
       name: stamp
       for name, stamp in self._known.items()

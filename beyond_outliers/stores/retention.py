@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from beyond_outliers.stores.index import Stamp, step_of, steps_of
+from beyond_outliers.stores.index import Stamp, step_of, steps_named
 
 ASIDE = re.compile(r"aside-[^/]+/((?:checkpoints|eval)/.+|status\.json)")  # by train/rewind.py
 DAMAGED = re.compile(r"checkpoints/damaged-(\d+)-[^/]+/(.+)")  # by checkpoint/checkpoints.py
@@ -42,7 +42,7 @@ def superseded(found: Mapping[str, Stamp], known: Mapping[str, Stamp], newest: i
   lacks some of its files is no such: it is being deleted, or damaged.
 
   newest: step of the newest whole checkpoint that the store has."""
-  here = steps_of(found)
+  here = steps_named(found)
   return [
     name
     for name in known
@@ -54,7 +54,7 @@ def lost(found: Mapping[str, Stamp], known: Collection[str]) -> str:
   """What of a run the folder has no more, though no run deletes it; or nothing."""
   if "config.json" in known and "config.json" not in found:
     return "config.json"
-  here = steps_of(found)
+  here = steps_named(found)
   damaged = {int(match[1]) for match in map(DAMAGED.match, found) if match}
-  gone = [step for step in steps_of(known) - here - damaged if step > max(here, default=-1)]
+  gone = [step for step in steps_named(known) - here - damaged if step > max(here, default=-1)]
   return f"checkpoint {max(gone)}" if gone else ""

@@ -151,15 +151,15 @@ def test_an_older_checkpoint_stays_until_a_newer_one_is_in_the_store(run, store)
   shutil.rmtree(folder / "checkpoints/4")
   write_checkpoint(folder, 6, sealed=False)  # as Orbax commits it, and deletes those before
   mirror.push()
-  assert index_lib.steps_of(in_store(store)) == {2, 4}
+  assert index_lib.steps_named(in_store(store)) == {2, 4}
   write_checkpoint(folder, 6)
   store.broken = ("checkpoints/6/clock",)
   with pytest.raises(StoreError):
     mirror.push()
-  assert index_lib.steps_of(in_store(store)) == {2, 4}
+  assert index_lib.steps_named(in_store(store)) == {2, 4}
   store.broken = ()
   mirror.push()
-  assert index_lib.steps_of(store.sizes()) == index_lib.steps_of(in_store(store)) == {6}
+  assert index_lib.steps_named(store.sizes()) == index_lib.steps_named(in_store(store)) == {6}
 
 
 def test_a_checkpoint_that_lacks_a_file_stays_in_the_store_beside_a_newer_one(run, store):
@@ -179,7 +179,7 @@ def test_without_sums_only_whole_checkpoints_leave(store, tmp_path, said):
   (folder / "checkpoints/4/state/d/array").unlink()
   shutil.rmtree(folder / "checkpoints/2")
   mirror.push()
-  assert len(in_store(store)) == 2 and index_lib.steps_of(in_store(store)) == {4}
+  assert len(in_store(store)) == 2 and index_lib.steps_named(in_store(store)) == {4}
 
 
 def test_what_a_run_set_aside_leaves_the_store_and_comes_back_to_no_start(
@@ -195,7 +195,7 @@ def test_what_a_run_set_aside_leaves_the_store_and_comes_back_to_no_start(
   # Killed before it was uploaded; and then, once more, when some of it was.
   with mirrored(folder):
     assert not (folder / "eval/4-none.json").exists() and not (folder / "checkpoints/4").exists()
-  assert index_lib.steps_of(store.sizes()) == {2} and not store.sizes("eval")
+  assert index_lib.steps_named(store.sizes()) == {2} and not store.sizes("eval")
   assert status is not None and store.read("status.json") is None
   with mirrored(tmp_path / "there"):
     assert "aside-2-1/checkpoints/4/state/d/array" in texts(tmp_path / "there"), "nothing is lost"
@@ -210,10 +210,10 @@ def test_a_damaged_checkpoint_that_is_the_only_one_stays_in_the_store(run, store
   mirror, folder = run
   rename(folder, "checkpoints/4", "checkpoints/damaged-4-1")
   mirror.push()
-  assert index_lib.steps_of(store.sizes()) == {2}
+  assert index_lib.steps_named(store.sizes()) == {2}
   rename(folder, "checkpoints/2", "checkpoints/damaged-2-2")
   mirror.push()
-  assert index_lib.steps_of(in_store(store)) == {2}
+  assert index_lib.steps_named(in_store(store)) == {2}
 
 
 class Killed(Store):
