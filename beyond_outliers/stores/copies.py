@@ -12,7 +12,15 @@ from absl import logging
 from beyond_outliers.config import sums
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
-from beyond_outliers.stores.index import INDEX, TEMPORARY_STEP, Stamp, is_shared, step_of
+from beyond_outliers.stores.index import (
+  INDEX,
+  TEMPORARY_STEP,
+  Stamp,
+  is_shared,
+  step_of,
+  steps_named,
+)
+from beyond_outliers.stores.retention import is_set_aside
 from beyond_outliers.stores.store import Store, StoreError, cache_folder, open_store
 
 REFRESH_SECONDS = 5.0  # what is asked for again within these is not looked for in the store
@@ -28,7 +36,6 @@ class Copy:
     self._store = store or open_store(address)
     self.folder = folder or cache_folder("copies", address)
     self._index, self._looked = index_lib.EMPTY, -REFRESH_SECONDS
-    self._published: dict[str, Stamp] = {}  # files of evaluation jobs that the store has
     self._told = False
     try:
       self._refresh()
@@ -49,17 +56,22 @@ class Copy:
       self._told, self._looked = True, time.monotonic()
 
   def _refresh(self) -> None:
+    published = index_lib.last_of(self.folder).files  # before the store is listed
     index = index_lib.in_store(self._store)
     have = index_lib.scan(self.folder)
-    for step in {step_of(name) for name in have} - {None, *self._steps_of(index)}:
+    for step in steps_named(have) - self._steps_of(index):
       shutil.rmtree(self.folder / f"checkpoints/{step}", ignore_errors=True)
-    small = {name: stamp for name, stamp in index.files.items() if step_of(name) is None}
+    small = {
+      name: stamp
+      for name, stamp in index.files.items()
+      if step_of(name) is None and not is_set_aside(name)
+    }
     for name in have:
       if name not in small and not is_shared(name) and step_of(name) is None:
         (self.folder / name).unlink(missing_ok=True)
     lacking = {name: stamp for name, stamp in small.items() if have.get(name) != stamp}
     index_lib.fetch(self._store, self.folder, lacking)
-    self._fetch_shared(have)
+    self._keep(published, self._fetch_shared(have, published))
     self._index, self._looked = index, time.monotonic()
 
   def steps(self) -> list[int]:
@@ -99,35 +111,43 @@ class Copy:
 
   def publish(self) -> None:
     """Uploads what evaluation jobs wrote into the folder and the store has not got."""
-    have = index_lib.scan(self.folder)
-    new = [
-      name for name, stamp in have.items() if is_shared(name) and self._published.get(name) != stamp
-    ]
+    published = index_lib.last_of(self.folder).files
+    have = {n: stamp for n, stamp in index_lib.scan(self.folder).items() if is_shared(n)}
+    new = {name: stamp for name, stamp in have.items() if published.get(name) != stamp}
     for name in new:
       self._store.upload(name, self.folder / name)
-      self._published[name] = have[name]
+    self._keep(published, {**published, **new})
 
-  def _fetch_shared(self, have: dict[str, Stamp]) -> None:
-    """Fetches what other jobs wrote; what this one wrote since it last published stays."""
+  def _keep(self, before: dict[str, Stamp], published: dict[str, Stamp]) -> None:
+    """Remembers what the store has of evaluation jobs, so that what is gone there is known for
+    that, by later processes, too; and that this folder is a copy's, to those around it."""
+    if published != before or not (self.folder / INDEX).exists():
+      self.folder.mkdir(parents=True, exist_ok=True)
+      index_lib.keep(self.folder, index_lib.EMPTY.after(published))
+
+  def _fetch_shared(self, have: dict[str, Stamp], published: dict[str, Stamp]) -> dict[str, Stamp]:
+    """Fetches what other jobs wrote, and drops what was published and is gone from the store; what
+    this job wrote since it last published stays. Returns what is published then."""
     sizes = {
       n: size for folder in index_lib.SHARED for n, size in self._store.sizes(folder).items()
     }
+    for name, stamp in published.items():
+      if name not in sizes and have.get(name) == stamp:
+        (self.folder / name).unlink(missing_ok=True)
     now = time.time_ns()
     other = {
       name: (size, now)
       for name, size in sizes.items()
-      if name not in have
-      or (size != have[name][0] and self._published.get(name) in (None, have[name]))
+      if name not in have or (size != have[name][0] and published.get(name) in (None, have[name]))
     }
     index_lib.fetch(self._store, self.folder, other)
     found = index_lib.scan(self.folder)
-    self._published |= {
-      name: found[name] for name, size in sizes.items() if name in found and found[name][0] == size
-    }
+    same = {n: found[n] for n, size in sizes.items() if n in found and found[n][0] == size}
+    return {name: stamp for name, stamp in published.items() if name in sizes} | same
 
   def _steps_of(self, index: index_lib.Index) -> set[int]:
     temporary = {int(found[1]) for found in map(TEMPORARY_STEP.match, index.files) if found}
-    return {step for name in index.files if (step := step_of(name)) is not None} - temporary
+    return steps_named(index.files) - temporary
 
 
 def addresses_below(root: str) -> list[str]:

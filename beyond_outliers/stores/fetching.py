@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable, Collection
 
+from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
 from beyond_outliers.stores import retention
-from beyond_outliers.stores.index import Index, Stamp, is_shared, step_of, steps_named
-from beyond_outliers.stores.store import Store
+from beyond_outliers.stores.index import INDEX, Index, Stamp, is_shared, step_of, steps_named
+from beyond_outliers.stores.store import DeniedError, Store
+
+
+def check_alone(store: Store) -> None:
+  """Refusal of an address in that of another run, or around it: each would have the files of both.
+
+  Errors: WorkdirError, StoreError."""
+  found = [f"{store.address}/{name}" for name in store.sizes() if name.endswith(f"/{INDEX}")]
+  for outer in store.above():
+    with contextlib.suppress(DeniedError):  # of an account that has no more than its folder
+      found += [f"{outer.address}/{INDEX}"] if outer.read(INDEX) else []
+  if found:
+    other = found[0].removesuffix(f"/{INDEX}")
+    raise WorkdirError(
+      f"{store.address}: {other} holds a run, and one of the two lies in the other; give another "
+      "--workdir"
+    )
 
 
 class Fetching:
@@ -31,7 +49,10 @@ class Fetching:
     lacking = {name: stamp for name, stamp in theirs.files.items() if is_lacking(name, stamp)}
     if not lacking:
       return have
-    self._say(f"fetching {len(lacking)} files of {self._store.address} that {self._folder} lacks")
+    self._say(
+      f"fetching {len(lacking)} files of {self._store.address} that {self._folder} lacks; what is "
+      "to go for good must go there, too"
+    )
     index_lib.fetch(self._store, self._folder, lacking)
     return index_lib.scan(self._folder)
 
@@ -39,8 +60,13 @@ class Fetching:
     """Makes the folder what the store has. ours: what the folder was when it had the same."""
     mine = {name for name, stamp in have.items() if ours.files.get(name) != stamp}
     if not theirs.id or any(not is_shared(name) for name in mine):
-      self._set_aside()
+      whole = [entry for entry in self._folder.iterdir() if entry.name != "lock"]
+      self._set_aside([entry for entry in whole if not any(entry.rglob(INDEX))])  # of another run
       have = {}
+    else:
+      # What the other one set aside, or a job on this folder alone has made.
+      names = self._shared_names()
+      self._set_aside([self._folder / n for n in have if is_shared(n) and n not in names])
     self._say(f"fetching {self._store.address} to {self._folder}")
     for name in have.keys() - theirs.files.keys():
       if not is_shared(name):
@@ -62,7 +88,7 @@ class Fetching:
     """Fetches what evaluation jobs left in the store, so that a run that goes back can set it
     aside; returns what the store has of it. What a process set aside that ended before it could
     delete it in the store is where it was set aside."""
-    names = [name for folder in index_lib.SHARED for name in self._store.sizes(folder)]
+    names = self._shared_names()
     aside = {
       place: stamp
       for name, stamp in have.items()
@@ -81,13 +107,18 @@ class Fetching:
     found = self._store.read(name)
     return found is not None and found[0] == content
 
-  def _set_aside(self) -> None:
+  def _shared_names(self) -> list[str]:
+    return [name for folder in index_lib.SHARED for name in self._store.sizes(folder)]
+
+  def _set_aside(self, paths: list[pathlib.Path]) -> None:
+    if not paths:
+      return
     aside = self._folder.with_name(f"{self._folder.name}.aside-{time.time_ns()}")
-    aside.mkdir()
-    for entry in self._folder.iterdir():
-      if entry.name != "lock":
-        entry.rename(aside / entry.name)
+    for path in paths:
+      target = aside / path.relative_to(self._folder)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      path.rename(target)
     self._say(
       f"warning: {self._store.address} was written, or emptied, elsewhere since; what "
-      f"{self._folder} had is in {aside}"
+      f"{self._folder} had, and the store has not, is in {aside}"
     )

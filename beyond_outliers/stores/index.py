@@ -2,7 +2,8 @@
 
 The store has the index in an object of its own, written once all that it names is there: that
 object is replaced whole, as no number of objects can be, and makes a checkpoint appear at once. The
-folder keeps the index that it last wrote or read.
+folder keeps the index that it last wrote or read; a reader's copy one of the files of evaluation
+jobs that it knows the store to have.
 
 Files of evaluation jobs (`is_shared`) are in no index: any number of jobs write them, each file is
 whole by itself, and what the store lists of them counts."""
@@ -101,11 +102,15 @@ def steps_named(names: Iterable[str]) -> set[int]:
 
 
 def scan(folder: pathlib.Path) -> dict[str, Stamp]:
-  """Stamps by name of all files but the lock, the index and temporaries.
+  """Stamps by name of all files but the lock, the index, temporaries and those of other runs, whose
+  folders lie in this one where their addresses do.
 
   Errors: OSError of what cannot be listed, which must not pass for what is not there."""
   found: dict[str, Stamp] = {}
   for base, folders, files in os.walk(folder, onerror=_raise_but_missing):
+    if INDEX in files and pathlib.Path(base) != folder:
+      folders.clear()
+      continue
     folders[:] = [name for name in folders if not _is_temporary(name)]
     for name in files:
       path = pathlib.Path(base, name)

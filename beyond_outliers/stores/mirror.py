@@ -81,6 +81,7 @@ class Mirror:
     written there since this folder did. What is otherwise not uploaded is set aside, and what the
     folder lacks is fetched. hold: of the lease."""
     self._hold = hold or self._hold
+    fetching.check_alone(self._store)
     (theirs, self._tag), ours = index_lib.read(self._store), index_lib.last_of(self._folder)
     if not theirs.id and self._store.read("config.json") is not None:
       raise WorkdirError(

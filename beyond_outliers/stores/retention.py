@@ -22,6 +22,11 @@ def place_of(name: str) -> str:
   return f"checkpoints/{match[1]}/{match[2]}" if match else ""
 
 
+def is_set_aside(name: str) -> bool:
+  """Whether it is in a folder of what a run set aside, which is no matter of readers."""
+  return name.startswith("aside-") or bool(DAMAGED.match(name))
+
+
 def set_aside(
   found: Mapping[str, Stamp], known: Mapping[str, Stamp], whole: Collection[int]
 ) -> list[str]:

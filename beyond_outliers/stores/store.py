@@ -43,6 +43,10 @@ class StoreError(Failure):
   """A store that did not do what was asked, for want of a network, of rights, or of space."""
 
 
+class DeniedError(StoreError):
+  """What this account may not do."""
+
+
 class ChangedError(StoreError):
   """An object that somebody else has made, or changed, in the meantime."""
 
@@ -117,6 +121,13 @@ class Store:
 
   def __init__(self, address: str, backend: Any, prefix: str = ""):
     self.address, self._backend, self._prefix = address, backend, prefix
+
+  def above(self) -> Iterator[Store]:
+    """Those that it lies in, without the bucket itself."""
+    address, prefix = self.address.rstrip("/"), self._prefix
+    while "/" in prefix:
+      address, prefix = address.rpartition("/")[0], prefix.rpartition("/")[0]
+      yield Store(address, self._backend, prefix)
 
   def read(self, name: str) -> tuple[bytes, str] | None:
     """(content, tag) of an object, or None; the tag differs once the content does."""
@@ -193,6 +204,8 @@ class Store:
       if not writes and "NoSuchBucket" not in str(error):
         raise
       raise StoreError(f"{self.address}: {_meaning(error)}") from None
+    except exceptions.PermissionDeniedError as error:
+      raise DeniedError(f"{self.address}: {_meaning(error)}") from None
     except exceptions.BaseError as error:
       raise StoreError(f"{self.address}: {_meaning(error)}") from None
 
