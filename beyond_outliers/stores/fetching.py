@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Collection
 
@@ -71,6 +72,8 @@ class Fetching:
     for name in have.keys() - theirs.files.keys():
       if not is_shared(name):
         (self._folder / name).unlink(missing_ok=True)
+    for step in steps_named(have) - steps_named(theirs.files):
+      shutil.rmtree(self._folder / f"checkpoints/{step}", ignore_errors=True)  # empty by now
     lacking = {name: stamp for name, stamp in theirs.files.items() if have.get(name) != stamp}
     index_lib.fetch(self._store, self._folder, lacking)
     # Of a process that ended before it could write the index that names them.

@@ -287,6 +287,7 @@ def test_results_that_were_set_aside_elsewhere_come_back_from_no_folder(
   store.write("eval/2-none.json", b"of a job")
   with mirrored(folder):
     assert [path.name for path in (folder / "eval").iterdir()] == ["2-none.json"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
   assert store.sizes("eval").keys() == {"eval/2-none.json"}
   (aside,) = tmp_path.glob("run.aside-*")
   assert texts(aside) == {"eval/4-none.json": "of a job"}
