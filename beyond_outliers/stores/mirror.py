@@ -123,6 +123,9 @@ class Mirror:
         break
       time.sleep(WAIT_SECONDS)
       problem = self._try(last=True)
+    if not problem and not self._index.files:  # a start that failed leaves no run behind
+      with contextlib.suppress(StoreError):
+        self._store.delete([index_lib.INDEX])
     if problem:
       left: list[str] = []
       with contextlib.suppress(OSError):  # it may be what the problem is

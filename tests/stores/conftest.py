@@ -2,7 +2,7 @@
 nothing."""
 
 import pytest
-from run_folders import ADDRESS, Failing
+from run_folders import ADDRESS, Failing, mirror_of, write, write_checkpoint
 
 from beyond_outliers import stores
 from beyond_outliers.stores import lease as lease_lib
@@ -38,3 +38,15 @@ def mirrored(store, said):
     return stores.mirrored(ADDRESS, folder, **options)
 
   return begin
+
+
+@pytest.fixture
+def run(store, tmp_path, said):
+  """(mirror, folder) of a run with the checkpoints 2 and 4, all uploaded."""
+  mirror, folder = mirror_of(store, tmp_path / "run", said), tmp_path / "run"
+  for name in ("config.json", "manifest.json", "metrics.jsonl", "status.json"):
+    write(folder, name)
+  for step in (2, 4):
+    write_checkpoint(folder, step, str(step))
+  mirror.push()
+  return mirror, folder

@@ -43,3 +43,8 @@ def write_checkpoint(folder, step, text="x", sealed=True):
 def texts(folder):
   """What a folder holds, but for what is its own."""
   return {name: (folder / name).read_text() for name in index_lib.scan(folder)}
+
+
+def rename(folder, old, new):
+  (folder / new).parent.mkdir(parents=True, exist_ok=True)
+  (folder / old).rename(folder / new)

@@ -48,6 +48,20 @@ def test_a_run_in_anothers_address_is_refused(stores_by_name, tmp_path, said, fi
   train(stores_by_name[first], tmp_path / first, said)
 
 
+def test_a_start_that_failed_is_in_no_runs_way(stores_by_name, tmp_path, said):
+  outer, inner = (stores_by_name[name] for name in NAMES)
+  (tmp_path / "exp").mkdir()
+  options = {"sealed": True, "say": said.append, "store": outer}
+  for _ in range(2):
+    with (
+      pytest.raises(ZeroDivisionError),
+      stores.mirrored(outer.address, tmp_path / "exp", **options),
+    ):
+      raise ZeroDivisionError
+  assert not outer.sizes() and not said
+  train(inner, tmp_path / "run", said)
+
+
 def test_an_account_that_sees_only_its_own_folder_is_not_refused(
   stores_by_name, tmp_path, said, monkeypatch
 ):

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 
-from run_folders import ADDRESS, mirror_of, texts, write, write_checkpoint
+from run_folders import ADDRESS, mirror_of, rename, texts, write, write_checkpoint
 
 from beyond_outliers.stores import index as index_lib
 from beyond_outliers.stores import mirror as mirror_lib
@@ -23,26 +23,9 @@ def stopped(monkeypatch):
   return signals
 
 
-@pytest.fixture
-def run(store, tmp_path, said):
-  """(mirror, folder) of a run with the checkpoints 2 and 4, all uploaded."""
-  mirror, folder = mirror_of(store, tmp_path / "run", said), tmp_path / "run"
-  for name in ("config.json", "manifest.json", "metrics.jsonl", "status.json"):
-    write(folder, name)
-  for step in (2, 4):
-    write_checkpoint(folder, step, str(step))
-  mirror.push()
-  return mirror, folder
-
-
 def in_store(store):
   """What whoever reads the store would find, by the index."""
   return {name for name in index_lib.in_store(store).files if name in store.sizes()}
-
-
-def rename(folder, old, new):
-  (folder / new).parent.mkdir(parents=True, exist_ok=True)
-  (folder / old).rename(folder / new)
 
 
 @pytest.mark.parametrize(
@@ -252,28 +235,6 @@ def test_a_checkpoint_appears_with_the_rows_that_it_knows(tmp_path, said):
   assert Copy(ADDRESS, store, tmp_path / "copy").steps() == []
 
 
-def test_results_that_were_set_aside_come_back_from_no_copy(run, mirrored, store, tmp_path):
-  _, folder = run
-  address, (one, two) = ADDRESS, (tmp_path / "one", tmp_path / "two")
-  job = Copy(address, store, one)
-  for name in ("eval/2-none.json", "eval/4-none.json"):
-    write(one, name, "of a job")
-  job.publish()
-  Copy(address, store, two)  # has them from the store
-  with mirrored(folder):
-    rename(folder, "eval/4-none.json", "aside-2-1/eval/4-none.json")
-    rename(folder, "checkpoints/4", "aside-2-1/checkpoints/4")
-  write(two, "eval/4-rtn.json", "of another job, not yet published")
-  for place in (one, two, one):  # later processes
-    job = Copy(address, store, place)
-    job.publish()
-    assert "eval/4-none.json" not in {*store.sizes(), *texts(place)}
-  assert store.sizes("eval").keys() == {"eval/2-none.json", "eval/4-rtn.json"}
-  write(one, "eval/4-none.json", "of the new step 4")
-  Copy(address, store, one).publish()
-  assert store.read("eval/4-none.json")[0] == b"of the new step 4"
-
-
 def test_results_that_were_set_aside_elsewhere_come_back_from_no_folder(
   run, mirrored, store, tmp_path
 ):
@@ -291,14 +252,3 @@ def test_results_that_were_set_aside_elsewhere_come_back_from_no_folder(
   assert store.sizes("eval").keys() == {"eval/2-none.json"}
   (aside,) = tmp_path.glob("run.aside-*")
   assert texts(aside) == {"eval/4-none.json": "of a job"}
-
-
-def test_a_copy_has_nothing_of_what_was_set_aside(run, store, tmp_path):
-  mirror, folder = run
-  rename(folder, "checkpoints/4", "checkpoints/damaged-4-1")
-  write(folder, "aside-2-1/metrics.jsonl")
-  mirror.push()
-  copy = Copy(ADDRESS, store, tmp_path / "copy")
-  copy.fetch_checkpoint(None)
-  assert not [name for name in texts(copy.folder) if "aside" in name or "damaged" in name]
-  assert copy.steps() == [2]
