@@ -1,12 +1,61 @@
-"""What readers and evaluation jobs have of a run that went back."""
+"""What readers and evaluation jobs have of a run: what is whole, and nothing that was set aside."""
 
 import pytest
 
 pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 
-from run_folders import ADDRESS, rename, texts, write
+from run_folders import ADDRESS, mirror_of, rename, texts, write, write_checkpoint
 
+from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores.copies import Copy
+from beyond_outliers.stores.store import StoreError
+
+
+def test_results_of_evaluation_jobs_go_both_ways(store, tmp_path, said):
+  mirror = mirror_of(store, tmp_path / "run", said)
+  one, two = (Copy(ADDRESS, store, tmp_path / name) for name in ("one", "two"))
+  write(tmp_path / "one", "eval/a.json", "of one")
+  one.publish()
+  two.refresh()
+  assert texts(tmp_path / "two") == {"eval/a.json": "of one"}
+  write(tmp_path / "two", "tensorboard/eval/events", "of two")
+  two.publish()
+  write(tmp_path / "run", "config.json")
+  mirror.push()
+  one.refresh()
+  assert texts(tmp_path / "one").keys() == {"eval/a.json", "tensorboard/eval/events", "config.json"}
+  write(tmp_path / "two", "tensorboard/eval/events", "of two, and more")
+  two.refresh()
+  assert texts(tmp_path / "two")["tensorboard/eval/events"].endswith("more"), "not yet published"
+
+
+def test_the_newest_sound_checkpoint_is_fetched(store, tmp_path, said):
+  mirror = mirror_of(store, tmp_path / "run", said)
+  for step in (2, 4):
+    write_checkpoint(tmp_path / "run", step)
+  mirror.push()
+  store.write("checkpoints/4/state/d/array", b"y")
+  copy = Copy(ADDRESS, store, tmp_path / "copy")
+  copy.fetch_checkpoint(None)
+  assert {path.name for path in (tmp_path / "copy/checkpoints").iterdir()} == {"2", "4"}
+  assert not list((tmp_path / "copy").glob(".fetching-*"))
+  assert len(copy.stamps(2)) == 3 and not copy.stamps(3)
+
+
+def test_a_reader_goes_on_with_what_it_has_while_the_store_is_away(
+  store, tmp_path, said, monkeypatch
+):
+  write_checkpoint(tmp_path / "run", 2)
+  mirror_of(store, tmp_path / "run", said).push()
+  copy = Copy(ADDRESS, store, tmp_path / "copy")
+
+  def fail(name):
+    raise StoreError("the server does not answer")
+
+  monkeypatch.setattr(store, "read", fail)
+  assert copy.steps() == [2]
+  with pytest.raises(WorkdirError, match="does not answer"):
+    Copy(ADDRESS, store, tmp_path / "other")
 
 
 def test_results_that_were_set_aside_come_back_from_no_copy(run, mirrored, store, tmp_path):
