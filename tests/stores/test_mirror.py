@@ -13,7 +13,7 @@ pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 from obstore.store import MemoryStore
 
 from beyond_outliers import stores
-from beyond_outliers.checkpoint.temporary import TEMPORARY
+from beyond_outliers.checkpoint.retention import TEMPORARY
 from beyond_outliers.config import sums
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import index as index_lib
