@@ -180,6 +180,10 @@ class Checkpoints:
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored[field], params)
 
+  def reload(self) -> None:
+    """Looks anew which checkpoints there are, once others than this moved some."""
+    self._manager.reload()
+
   def run_of(self, step: int) -> Json | None:
     """What `save` got as `run`; None of checkpoints that were saved before there was that."""
     return reading.read_run(self.directory / str(step))
@@ -262,14 +266,17 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"
       )
+    remedy = "restore one from a copy, or start in another workdir"
+    if step is not None:
+      steps, remedy = [step], "restore it from a copy, or take another step"
     found, result, damaged = recovery.newest_intact(
-      self.directory, steps if step is None else [step], read, verify=self._verify
+      self.directory, steps, read, remedy, verify=self._verify
     )
     for each, damage in damaged.items():
       self._set_aside(each, damage)
     if damaged and not self._read_only:
       mesh.from_first("renamed")
-      self._manager.reload()
+      self.reload()
     return found, result
 
   def _set_aside(self, step: int, damage: str) -> None:
