@@ -10,6 +10,7 @@ import glob
 import importlib.metadata
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 DATA = dict.fromkeys(("data.directory", "data.fingerprint", "data.tokenizer"), str)
 PARAMETERS = dict.fromkeys(("parameters.total", "parameters.embedding"), int)
+ASIDE = re.compile(r"aside-(\d+)-\d+")  # folder of what came after a step that a run went back to
 OF_A_START = ("config", "resumed")  # what a resumed run changes in its manifest
 RESTORE = "restore it from a copy, or take another workdir"
 

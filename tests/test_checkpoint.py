@@ -462,8 +462,7 @@ def test_a_folder_of_any_name_gives_back_what_was_saved_in_it(tmp_path, name):
   np.testing.assert_array_equal(by_orbax.state["params"]["kernel"], make_state(2).params["kernel"])
 
 
-@pytest.fixture
-def no_merge(monkeypatch):
+def skip_merge(monkeypatch):
   """Orbax leaves the parts of a checkpoint that each process wrote as they are, without a word."""
 
   async def skip(*args, **kwargs):
@@ -472,7 +471,8 @@ def no_merge(monkeypatch):
   monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
 
 
-def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, no_merge):
+def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, monkeypatch):
+  skip_merge(monkeypatch)
   checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
   checkpoints.save(4, make_state(4), {"batches": 4}, {"seconds": 4.0})
   with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
@@ -482,6 +482,40 @@ def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, no_merge
     checkpoints.save(5, make_state(5), {"batches": 5}, {"seconds": 5.0})
   assert not (saved / "4" / workdir.SUMS).exists() and not (saved / "5").exists()
   assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 3
+
+
+@pytest.mark.parametrize("temporary", [(), (3,), (2, 3), (1, 2), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("every", [0, 3])
+def test_none_is_deleted_before_the_next_is_proven(tmp_path, monkeypatch, temporary, every):
+  """Were only the newest kept, one that cannot be read back would be all that is left."""
+  options = config.Checkpoint(every=1, keep=1, keep_every=every, verify=True, every_minutes=1.0)
+  checkpoints, sealed_before = checkpoint.Checkpoints(tmp_path, options), []
+
+  def save(n):
+    checkpoints.save(n, make_state(n), {}, {"seconds": 0.0}, temporary=n in temporary)
+    checkpoints.wait()
+
+  def write_sums(directory):
+    sealed_before.append(sorted(int(path.parent.name) for path in tmp_path.glob("*/sha256.json")))
+    workdir.write_sums(directory)
+
+  monkeypatch.setattr(checkpoints_module, "write_sums", write_sums)
+  save(1)
+  save(2)
+  left = [1, 2] if 2 in temporary and 1 not in temporary else [2]
+  assert sealed_before == [[], [1]] and checkpoints.steps() == left
+  with monkeypatch.context() as fault:
+    skip_merge(fault)
+    with pytest.raises(checkpoint.CheckpointError, match="/3: was saved, and cannot be read back"):
+      save(3)
+  assert checkpoints.steps() == [*left, 3]
+  checkpoints = checkpoint.Checkpoints(tmp_path, options)  # the same command again
+  restored, state, *_ = checkpoints.restore(shapes(make_state()))
+  assert restored == 2
+  np.testing.assert_array_equal(state.params["kernel"], make_state(2).params["kernel"])
+  save(3)
+  lasting = [n for n in (1, 2) if n in left and n not in temporary]
+  assert checkpoints.steps() == ([*lasting[-1:], 3] if 3 in temporary else [3])
 
 
 @pytest.mark.parametrize(

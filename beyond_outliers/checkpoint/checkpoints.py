@@ -11,7 +11,6 @@ without restoring anything, and tell damage from what cannot be read now.
 from __future__ import annotations
 
 import concurrent.futures
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from etils import epath
 from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
 from beyond_outliers.checkpoint import digests, reading, recovery
-from beyond_outliers.checkpoint.temporary import TEMPORARY, ReplaceTemporary, is_temporary
+from beyond_outliers.checkpoint.retention import TEMPORARY, delete_replaced, is_temporary
 from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
 from beyond_outliers.types import Json, Params, PathLike
@@ -46,23 +45,18 @@ class Checkpoints:
     self, directory: PathLike, options: config.Checkpoint | None = None, *, read_only: bool = False
   ):
     self.directory = FolderPath(directory).absolute()  # Orbax merges what a glob of it finds
+    self._options, self._read_only = options, read_only
     self._verify = options is None or options.verify
-    self._read_only = read_only
-    self._temporary: set[int] = set()  # steps, of a run
     if read_only:
       self.steps()  # which refuses what cannot be listed
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
       assert options is not None  # only a reader goes without
       make_folder(self.directory, WorkdirError, "give another --workdir")
-      newest = ocp.checkpoint_managers.LatestN(options.keep)
-      every = ocp.checkpoint_managers.EveryNSteps(options.keep_every or sys.maxsize)
-      lasting = ocp.checkpoint_managers.AnyPreservationPolicy([newest, every])
-      self._temporary |= {step for step in self.steps() if self._is_temporary(step)}
+      # Orbax would delete older ones as soon as it committed the next: `_seal` does, once that is
+      # found to be readable.
       settings = ocp.CheckpointManagerOptions(
-        preservation_policy=ReplaceTemporary(lasting, self._temporary),
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
+        max_to_keep=None, cleanup_tmp_directories=True, enable_async_checkpointing=True
       )
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -106,7 +100,7 @@ class Checkpoints:
     NotFiniteError, on every process.
 
     run: what the run is, so that a checkpoint tells of itself. temporary: until the next save."""
-    self.wait()  # as Orbax does; and its keep policy deletes nothing that is still being summed
+    self.wait()  # as Orbax does; and nothing is deleted that is still being summed
     arrays = params_lib.without_empty(state)
     contents = digests.examine(arrays)
     if contents.not_finite:
@@ -117,9 +111,6 @@ class Checkpoints:
       texts["digests"] = {"step": step, **digests.record(contents.digests, texts)}
     if temporary:
       texts[TEMPORARY] = {"temporary": True}
-      self._temporary.add(step)
-    else:
-      self._temporary.discard(step)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(arrays),
       **{name: ocp.args.JsonSave(text) for name, text in texts.items()},
@@ -189,6 +180,10 @@ class Checkpoints:
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored[field], params)
 
+  def reload(self) -> None:
+    """Looks anew which checkpoints there are, once others than this moved some."""
+    self._manager.reload()
+
   def run_of(self, step: int) -> Json | None:
     """What `save` got as `run`; None of checkpoints that were saved before there was that."""
     return reading.read_run(self.directory / str(step))
@@ -234,8 +229,9 @@ class Checkpoints:
   def _seal(
     self, directory: epath.Path, shapes: params_lib.Shapes, texts: Mapping[str, Any]
   ) -> bool:
-    """Sums of a checkpoint that holds arrays of these shapes, once it is committed. False: it was
-    not, and Orbax knows why."""
+    """Sums of a checkpoint that holds arrays of these shapes, once it is committed; then those that
+    it replaces are deleted. False: it was not committed, and Orbax knows why."""
+    assert self._options is not None  # of a reader, which saves nothing
     while int(directory.name) not in self.steps():  # until Orbax has committed it
       if not self._manager.is_saving_in_progress() and int(directory.name) not in self.steps():
         return False
@@ -249,6 +245,8 @@ class Checkpoints:
     except (CheckpointError, FileNotFoundError):
       if directory.exists():  # nobody deleted it meanwhile
         raise
+    else:
+      delete_replaced(directory, self.steps(), self._options)
     return True
 
   def _has(self, step: int, item: str) -> bool:
@@ -268,14 +266,17 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"
       )
+    remedy = "restore one from a copy, or start in another workdir"
+    if step is not None:
+      steps, remedy = [step], "restore it from a copy, or take another step"
     found, result, damaged = recovery.newest_intact(
-      self.directory, steps if step is None else [step], read, verify=self._verify
+      self.directory, steps, read, remedy, verify=self._verify
     )
     for each, damage in damaged.items():
       self._set_aside(each, damage)
     if damaged and not self._read_only:
       mesh.from_first("renamed")
-      self._manager.reload()
+      self.reload()
     return found, result
 
   def _set_aside(self, step: int, damage: str) -> None:

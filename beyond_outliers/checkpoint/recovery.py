@@ -38,11 +38,17 @@ class UnusableError(Exception):
 
 
 def newest_intact(
-  directory: epath.Path, steps: list[int], read: Callable[[int], Found], *, verify: bool
+  directory: epath.Path,
+  steps: list[int],
+  read: Callable[[int], Found],
+  remedy: str,
+  *,
+  verify: bool,
 ) -> tuple[int, Found, dict[int, str]]:
   """(step, what `read` made of it, {newer step: its damage}) of the newest of `steps`, ascending.
 
   Every process calls this: one that cannot read what the others can takes all of them along.
+  remedy: for a person, where all are damaged.
   Errors: CheckpointError where all are damaged, or one could not be read now."""
   damaged: dict[int, str] = {}
   for step in steps[::-1]:
@@ -68,7 +74,7 @@ def newest_intact(
     damaged[step] = damage or "another process cannot read it"
   each = "; ".join(f"{directory / str(step)} is damaged: {why}" for step, why in damaged.items())
   lead = "every checkpoint is damaged: " if len(damaged) > 1 else ""
-  raise CheckpointError(f"{lead}{each}; restore one from a copy, or start in another workdir")
+  raise CheckpointError(f"{lead}{each}; {remedy}")
 
 
 def compare_contents(

@@ -95,8 +95,8 @@ class Evaluator:
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
     """Measures one cell, or its tasks that are missing, and writes them.
 
-    Errors: TaskError once all else is written; DataError for damaged data; WriteError; any that a
-    method raises."""
+    Errors: TaskError once all else is written; DataError for damaged data; WriteError; GoneError
+    where `params` are the target's no longer; any that a method raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)
@@ -197,6 +197,7 @@ class Evaluator:
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
     self.target.text.dataset.sums.wait()  # no result of damaged data is kept
+    self.target.check_read(step)  # nor one that would count for other parameters
     result = {
       "step": step,
       **cell._asdict(),

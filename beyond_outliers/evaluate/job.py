@@ -17,7 +17,7 @@ from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell
 from beyond_outliers.evaluate.results import Result, WriteError
 from beyond_outliers.evaluate.table import shown
-from beyond_outliers.evaluate.target import Target
+from beyond_outliers.evaluate.target import GoneError, Target
 from beyond_outliers.mesh import processes
 from beyond_outliers.types import Params, PathLike
 from beyond_outliers.workdir import Workdir
@@ -184,7 +184,7 @@ class Job:
           self._skip(step, f"{cell.recipe}, {cell.method}: its result is gone since it was written")
 
   def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
-    """Evaluates one checkpoint; False if it could not be read."""
+    """Evaluates one checkpoint; False if it could not be read, or was gone before its results."""
     missing = self._evaluator.missing(step)
     self.skipped.pop(step, None)
     if not missing:
@@ -204,7 +204,12 @@ class Job:
     self.evaluated.add(step)
     to_go = len(missing) + sum(len(self._evaluator.missing(other)) for other in later)
     for i, cell in enumerate(missing, 1):
-      self._measure(step, params, cell, to_go - i)
+      try:
+        self._measure(step, params, cell, to_go - i)
+      except GoneError as error:  # and so are the other cells; it may come anew
+        self.evaluated.discard(step)
+        self._skip(step, f"{error}: the result is dropped")
+        return False
     return True
 
   def _measure(self, step: int, params: Params, cell: Cell, to_go: int) -> None:
@@ -212,7 +217,7 @@ class Job:
     start = time.perf_counter()
     try:
       result = self._evaluator.measure(step, params, cell)
-    except WriteError:
+    except (WriteError, GoneError):
       raise
     # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
     except Exception as error:

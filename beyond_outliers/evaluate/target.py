@@ -14,13 +14,18 @@ from etils import epath
 from beyond_outliers import config, quant, runs, stores
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.config.checks import require
-from beyond_outliers.errors import ConfigError, WorkdirError
+from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
 from beyond_outliers.evaluate.text import Text, TextOptions, dataset_for, section_of, text_of_run
 from beyond_outliers.model import hf, transformer
 from beyond_outliers.types import Json, Params, PathLike
+from beyond_outliers.workdir import ASIDE
 
 WINDOW = 1024  # tokens, of a model that no run describes
 ENDED = ("done", "diverged", "failed")  # what was preempted is started again, by schedulers too
+
+
+class GoneError(CheckpointError):
+  """A checkpoint that was read, and in whose place the run has another one, or will have."""
 
 
 class Target(Protocol):
@@ -48,6 +53,10 @@ class Target(Protocol):
 
   def params(self, step: int) -> Params:
     """Parameters of a step. Errors: CheckpointError, OSError."""
+    ...
+
+  def check_read(self, step: int) -> None:
+    """Errors: GoneError where the parameters last read of a step are no longer the training's."""
     ...
 
   def ended(self) -> bool:
@@ -87,6 +96,8 @@ class RunCheckpoints:
     self.results_folder = run.path / "eval"
     # Apart from the run's own events, which TensorBoard would take for the same run.
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
+    # The step that was last read -> its files then, and what `_turns_before` it found.
+    self._read: dict[int, tuple[list[Any], list[str]]] = {}
 
   # What changes while the run goes on is as process 0 sees it, so that all go the same way.
 
@@ -97,7 +108,30 @@ class RunCheckpoints:
     return mesh_lib.found_by_first(lambda: sorted(map(list, self.run.written(step))))
 
   def params(self, step: int) -> Params:
+    self._read = {step: (self.written(step), self._turns_before(step))}
     return self.run.params(step, average=self.average.name if self.average else "")
+
+  def check_read(self, step: int) -> None:
+    if step not in self._read:  # the parameters come from elsewhere
+      return
+    was, turns = self._read[step]
+    now = self.written(step)
+    # One that has been sealed since, or is being deleted, has files that it had.
+    is_another = was and now and not any(file in was for file in now)
+    # checkpoint.keep never deletes the newest.
+    is_missing = max(mesh_lib.from_first(self.run.steps), default=-1) < step
+    if is_another or is_missing or not set(self._turns_before(step)) <= set(turns):
+      raise GoneError("the run went back to before it, or saved it anew, while it was measured")
+
+  def _turns_before(self, step: int) -> list[str]:
+    """Folders into which the run has set what came after an earlier step aside (train/rewind.py):
+    by them a step is known to be another's though that is deleted, too, by now."""
+
+    def find() -> list[str]:
+      found = [(path.name, ASIDE.fullmatch(path.name)) for path in self.run.path.glob("aside-*")]
+      return sorted(name for name, aside in found if aside and int(aside[1]) < step)
+
+    return mesh_lib.found_by_first(find)
 
   def ended(self) -> bool:
     return mesh_lib.found_by_first(lambda: self.run.status["status"]) in ENDED
@@ -198,6 +232,9 @@ class HuggingFaceModel:
 
   def params(self, step: int) -> Params:
     return self._params
+
+  def check_read(self, step: int) -> None:
+    pass
 
   def ended(self) -> bool:
     return True

@@ -26,7 +26,7 @@ from beyond_outliers.stores.store import Store
 INDEX, LEASE = "mirror.json", "lease.json"
 SHARED = ("eval", "tensorboard/eval")
 STEP = re.compile(r"checkpoints/(\d+)/")
-# In a checkpoint that readers do not see; see checkpoint/temporary.py.
+# In a checkpoint that readers do not see; see checkpoint/retention.py.
 TEMPORARY_STEP = re.compile(r"checkpoints/(\d+)/temporary/")
 AT_ONCE = 8  # objects under way
 

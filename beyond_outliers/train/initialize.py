@@ -44,14 +44,15 @@ def start(
   batches: data.Batches,
   fingerprints: Json,
   say: Callable[[str], None],
+  step: int | None = None,
 ) -> Start:
   """From the newest intact checkpoint, from `warm_start`'s parameters, or from fresh ones.
 
-  fingerprints: of the data; a checkpoint tells of its own.
+  fingerprints: of the data; a checkpoint tells of its own. step: from that checkpoint or none.
   Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit, or checkpoints of
     another configuration or other data."""
   c = program.config
-  restored = checkpoints.restore(program.state)
+  restored = checkpoints.restore(program.state, step)
   if restored is not None:
     step, state, position, clock = restored
     record = checkpoints.run_of(step)

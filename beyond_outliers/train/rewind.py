@@ -15,22 +15,26 @@ from beyond_outliers.errors import remedy_for
 from beyond_outliers.workdir import Workdir, mismatch
 
 
-def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
-  """Makes `step` the newest checkpoint of a workdir, whose lock is held.
+def check_step(workdir: Workdir, step: int) -> None:
+  """Refusal of a step that a run cannot go back to, as far as its checkpoint's files tell: whether
+  it can be restored is known once it is, and only then may `rewind` move what came later.
 
-  Later checkpoints, results of evaluation jobs on them, later rows of metrics.jsonl and the status
-  go to aside-STEP-TIME/ in the workdir.
-  Errors: ConfigError where there is no such checkpoint, or a damaged one; nothing has moved
-    then."""
-  names = [found.name for found in workdir.checkpoints.glob("*")]  # temporary ones, too
-  is_run = workdir.read("config.json") is not None
-  known = sorted(int(name) for name in names if name.isdigit()) if is_run else []
+  Errors: ConfigError where there is no such checkpoint, or a damaged one."""
+  known = _known(workdir) if workdir.read("config.json") is not None else []
   require(step in known, "--from_step", step, f"{workdir.path} has the checkpoints {known}")
-  # Asked by the first process alone, so that nothing moves before all have looked.
+  # Asked by the first process alone, for all.
   problem = _problem(workdir.checkpoints / str(step)) if jax.process_index() == 0 else ""
   problem = mesh.from_first(problem)
   require(not problem, "--from_step", step, problem)
-  later = [found for found in known if found > step]
+
+
+def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
+  """Makes `step`, which was restored, the newest checkpoint of a workdir, whose lock is held.
+
+  Later checkpoints, results of evaluation jobs on them, later rows of metrics.jsonl and the status
+  go to aside-STEP-TIME/ in the workdir."""
+  # As the first process finds them, which then moves them.
+  later = mesh.from_first([found for found in _known(workdir) if found > step])
   aside = workdir.path / f"aside-{step}-{time.time_ns()}"
   if jax.process_index() == 0:
     _set_aside(workdir, step, later, aside)
@@ -38,6 +42,11 @@ def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
     f"going back to step {step}: checkpoints {later} and all that is later are in "
     f"{workdir.path / mesh.from_first(aside.name)}"
   )
+
+
+def _known(workdir: Workdir) -> list[int]:
+  names = [found.name for found in workdir.checkpoints.glob("*")]  # temporary ones, too
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def _problem(checkpoint: epath.Path) -> str:

@@ -67,8 +67,8 @@ def run(
       _check_resumable(workdir, c)
     workdir.check()
     if from_step is not None:
-      rewind.rewind(workdir, from_step, say)
-    return _train(program, workdir, stack, say)
+      rewind.check_step(workdir, from_step)
+    return _train(program, workdir, from_step, stack, say)
 
 
 def _deciding(c: config.Config, path: PathLike) -> Json:
@@ -133,7 +133,11 @@ def _print_on_first_process(text: str) -> None:
 
 
 def _train(
-  program: Program, workdir: workdir_lib.Workdir, stack: contextlib.ExitStack, say: Say
+  program: Program,
+  workdir: workdir_lib.Workdir,
+  from_step: int | None,
+  stack: contextlib.ExitStack,
+  say: Say,
 ) -> str:
   """`run` under the workdir's lock. What is open goes onto the stack."""
   from beyond_outliers import checkpoint  # Orbax takes a second, which a dry run does without
@@ -146,12 +150,16 @@ def _train(
   stack.enter_context(mesh_lib.use(program.mesh))
   if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
     workdir.check_past()
-  start = initialize.start(program, checkpoints, inputs.batches, fingerprints(inputs.dataset), say)
+  of_data = fingerprints(inputs.dataset)
+  start = initialize.start(program, checkpoints, inputs.batches, of_data, say, from_step)
   first = int(start.state.step)
   record = start.record or {}  # none of a checkpoint from before there were any
   rows = record.get("rows", "")
   if rows and not writers.check_rows(workdir, first, rows):
     say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
+  if from_step is not None:  # which is restored by now: what comes after it may be set aside
+    rewind.rewind(workdir, from_step, say)
+    checkpoints.reload()
   if first >= c.steps:
     say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
     checkpoints.close()

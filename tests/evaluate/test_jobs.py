@@ -37,7 +37,12 @@ from beyond_outliers.evaluate import (
 from beyond_outliers.evaluate import plan as plan_lib
 from beyond_outliers.evaluate.evaluator import Evaluator
 from beyond_outliers.evaluate.plan import Cell, cell_settings, plan_cells
-from beyond_outliers.evaluate.target import HuggingFaceModel, RunCheckpoints
+from beyond_outliers.evaluate.target import (
+  GoneError,
+  HuggingFaceModel,
+  OneCheckpoint,
+  RunCheckpoints,
+)
 from beyond_outliers.model import hf, transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -619,6 +624,119 @@ def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   job.follow()
   assert read == [1, 2, 2, 2] and measured == [1, 2] and not job.skipped
   assert next(events, None) is None
+
+
+def go_back(run, to=1):
+  """As --from_step leaves a run of two checkpoints."""
+  aside = run / f"aside-{to}-17"
+  (aside / "checkpoints").mkdir(parents=True)
+  if to < 2:
+    (run / "checkpoints" / "2").rename(aside / "checkpoints" / "2")
+
+
+def save(run, step):
+  """Another checkpoint of a step."""
+  shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+  shutil.copytree(run / "checkpoints" / "1", run / "checkpoints" / str(step))
+  for path in (run / "checkpoints" / str(step)).rglob("*"):
+    os.utime(path, times=2 * (os.stat(path).st_mtime + 100,))
+
+
+def seal(run):
+  (run / "checkpoints" / "2" / SUMS).write_text("{}")
+
+
+# What becomes of checkpoint 2 while it is measured -> (how, whether it is gone).
+MEANWHILE = {
+  "nothing": ([], False),
+  "it is sealed": ([seal], False),
+  "the next is saved": ([lambda run: save(run, 3)], False),
+  "it is half deleted, as others are kept": (
+    [lambda run: save(run, 3), lambda run: shutil.rmtree(run / "checkpoints" / "2" / "state")],
+    False,
+  ),
+  "it is deleted, as others are kept": (
+    [lambda run: save(run, 3), lambda run: shutil.rmtree(run / "checkpoints" / "2")],
+    False,
+  ),
+  "the run goes back to it": ([lambda run: go_back(run, 2)], False),
+  "the run goes back to before it": ([go_back], True),
+  "and saves it anew": ([go_back, lambda run: save(run, 2)], True),
+  "and is past it, and has deleted it": ([go_back, lambda run: save(run, 3)], True),
+  "it is set aside, as damaged": (
+    [lambda run: (run / "checkpoints" / "2").rename(run / "checkpoints" / "damaged-2-17")],
+    True,
+  ),
+  "and saved anew": ([lambda run: save(run, 2)], True),
+}
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_parameters_that_are_the_runs_no_longer_are_told(what, workdir, tmp_path, monkeypatch):
+  """And those of a checkpoint that was deleted in its turn still are."""
+  run, (events, gone) = tmp_path / "run", MEANWHILE[what]
+  shutil.copytree(workdir, run)
+  targets = [RunCheckpoints(run), OneCheckpoint(run / "checkpoints" / "2", average="last:2")]
+  for target in targets:
+    target.check_read(2)
+    monkeypatch.setattr(target.run, "params", lambda step, average: {})
+    target.params(2)
+  for event in events:
+    event(run)
+  for target in targets:
+    if gone:
+      with pytest.raises(GoneError, match="went back to before it, or saved it anew"):
+        target.check_read(2)
+    else:
+      target.check_read(2)
+    target.params(1)
+    target.check_read(2)  # of which no parameters are around
+
+
+@pytest.mark.parametrize(
+  "last, done",
+  [("metrics", []), ("task", ["metrics"]), ("propagation", ["metrics", "task", "metrics"])],
+)
+def test_what_is_measured_of_a_checkpoint_that_is_gone_is_dropped(
+  last, done, workdir, tmp_path, monkeypatch
+):
+  """It would count for the one that takes its place, and that would not be measured."""
+  run, measured = tmp_path / "run", []
+  shutil.copytree(workdir, run, ignore=shutil.ignore_patterns("eval"))
+  target = RunCheckpoints(run)
+  evaluator = Evaluator(target, [Cell("none", "none"), Cell("rtn_w4a4", "rtn")], propagation=True)
+
+  def measure(part, found):
+    measured.append(part)
+    if part == last and measured.count(last) == 1:
+      go_back(run)
+    return found
+
+  def metrics(cell, params, q):
+    return measure("metrics", {"loss": 1.0})
+
+  scores = {"scores": {}, "seconds": 1.0}
+  metrics.decompose_error = lambda params, q: measure("propagation", scores)
+  task = types.SimpleNamespace(name="piqa", content="of it")
+  suite = types.SimpleNamespace(
+    tasks=[task], asked_of=lambda model, params: lambda task: measure("task", scores)
+  )
+  q = types.SimpleNamespace(model=None, params={}, size_bytes=1, fallbacks=())
+  monkeypatch.setattr(target.run, "params", lambda step, average: {})
+  monkeypatch.setattr(evaluator, "_metrics", metrics)
+  monkeypatch.setattr(evaluator, "_suite", suite)
+  monkeypatch.setattr(
+    evaluator, "_quantize", lambda params, cell: q if cell.method == "rtn" else None
+  )
+  job = job_lib.Job(target, evaluator, job_lib.Progress())
+  assert job.newest() == [1] and job.failed
+  assert measured[: len(done) + 1] == [*done, last], "and no other part is measured"
+  assert len([path for path in (run / "eval").iterdir() if path.name[0] == "2"]) == len(done)
+  (reason,) = job.skipped[2]
+  assert reason.endswith("while it was measured: the result is dropped")
+  save(run, 2)
+  job.once([2])
+  assert not job.skipped and not evaluator.missing(2) and job.evaluated == {1, 2}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 from run_folders import ADDRESS, mirror_of, texts, write, write_checkpoint
 
 from beyond_outliers import stores
-from beyond_outliers.checkpoint.temporary import TEMPORARY
+from beyond_outliers.checkpoint.retention import TEMPORARY
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.stores import lease as lease_lib
 from beyond_outliers.stores import mirror as mirror_lib

@@ -7,7 +7,7 @@ import pytest
 
 from beyond_outliers import config, runs
 from beyond_outliers.train import rewind as rewind_lib
-from beyond_outliers.train.rewind import rewind
+from beyond_outliers.train.rewind import check_step, rewind
 from beyond_outliers.workdir import Workdir, write_sums
 from configs import adamw
 
@@ -58,7 +58,7 @@ def test_what_came_later_is_set_aside_and_nothing_is_lost(workdir):
 def test_a_step_without_a_checkpoint_is_refused(workdir, step):
   before = contents(workdir.path)
   with pytest.raises(config.ConfigError, match=rf"--from_step = {step}: .* \[4, 8, 12\]"):
-    rewind(workdir, step, pytest.fail)
+    check_step(workdir, step)
   assert contents(workdir.path) == before
 
 
@@ -69,14 +69,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(workdir, mon
   monkeypatch.setattr(rewind_lib, "mismatch", fail)
   told = r"--from_step = 8: that checkpoint: .*Permission denied.*; nothing is known to be damaged"
   with pytest.raises(config.ConfigError, match=told):
-    rewind(workdir, 8, pytest.fail)
+    check_step(workdir, 8)
 
 
 def test_a_damaged_checkpoint_and_a_folder_without_a_run_are_refused(workdir, tmp_path):
   (workdir.checkpoints / "8" / "array").write_text("9")
   before = contents(workdir.path)
   with pytest.raises(config.ConfigError, match=r"--from_step = 8: that checkpoint is damaged: arr"):
-    rewind(workdir, 8, pytest.fail)
+    check_step(workdir, 8)
   assert contents(workdir.path) == before
   with pytest.raises(config.ConfigError, match=r"--from_step = 8: .* has the checkpoints \[\]"):
-    rewind(Workdir(tmp_path / "none"), 8, pytest.fail)
+    check_step(Workdir(tmp_path / "none"), 8)
