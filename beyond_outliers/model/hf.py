@@ -116,7 +116,8 @@ def save(
   shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
     index.
   Errors: ConfigError for an architecture that neither family has, parameters of another model or
-  that are no floats, and a directory that already holds one."""
+  that are no floats, `like` of another vocabulary or other widths, and a directory that already
+  holds a model."""
   check_floats(params)
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   given = hf_config.given(context, bos_token_id, eos_token_id)
@@ -144,7 +145,7 @@ def description(
   Errors: ConfigError."""
   origin = model.origin if like is None else like
   if origin is None:
-    return hf_config.to_json(model.config, dtype, {}, given), {}
+    return hf_config.to_json(model.config, dtype, None, given), {}
   source = pathlib.Path(origin)
   require(
     (source / hf_files.CONFIG).is_file(),
@@ -156,9 +157,11 @@ def description(
   fields = hf_files.json_object(source / hf_files.CONFIG)
   beside = hf_files.companions(source)
   tokens = {name: value for name, value in given.items() if name in hf_config.TOKENS}
-  if tokens and hf_files.GENERATION in beside:  # whose tokens go before those of config.json
+  if hf_files.GENERATION in beside:  # whose tokens go before those of config.json
     generation = {**hf_files.json_object(source / hf_files.GENERATION), **tokens}
-    beside[hf_files.GENERATION] = hf_files.as_json(generation)
+    hf_config.check_tokens(model.config, generation, f"like: {hf_files.GENERATION}: ")
+    if tokens:
+      beside[hf_files.GENERATION] = hf_files.as_json(generation)
   return hf_config.to_json(model.config, dtype, fields, given), beside
 
 

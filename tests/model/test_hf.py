@@ -648,6 +648,62 @@ def test_a_model_without_origin_takes_what_a_directory_holds(source, written, tm
   assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"vocab_size": 128256}, "vocab_size = 128256: the model has 32; give the directory of such a"),
+    ({"vocab_size": ...}, "vocab_size = None: the model has 32"),
+    ({"hidden_size": 32}, "hidden_size = 32: the model has 16"),
+    ({"head_dim": ...}, "head_dim = 4: the model has 6"),
+    ({"intermediate_size": 8}, "intermediate_size = 8: the model has 24"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads = 4: the model has 2"),
+    ({"model_type": ...}, "model_type = None: the model is 'olmo2'"),
+    ({"mlp_bias": True}, "mlp_bias = True: not supported, only False is"),
+    ({"sliding_window": 4096}, "sliding_window = 4096: not supported"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: not supported"),
+    ({"pretraining_tp": 2}, "pretraining_tp = 2: not supported"),
+    ({"bos_token_id": 32}, "bos_token_id = 32: expected ids of tokens, 0 to 31; correct it there"),
+    ({"pad_token_id": -1}, "pad_token_id = -1: expected ids of tokens"),
+  ],
+)
+def test_nothing_is_kept_of_another_model(changes, message, source, copy, written, tmp_path):
+  """Its tokens would end this one's texts; and what `load` refuses could not be read again."""
+  _, model, params = written
+  copy[1](**changes)
+  with pytest.raises(config.ConfigError, match=f"^like: {message}"):
+    hf.save(model, params, tmp_path / "b", like=source)
+  assert not (tmp_path / "b").exists()
+
+
+def test_tokens_and_positions_of_a_source_are_checked_unless_others_are_given(
+  source, copy, written, tmp_path
+):
+  _, model, params = written
+  copy[1](eos_token_id=128001, max_position_embeddings="4096")
+  with pytest.raises(config.ConfigError, match="max_position_embeddings = '4096': expected int"):
+    hf.save(model, params, tmp_path / "b", like=source)
+  with pytest.raises(config.ConfigError, match="like: eos_token_id = 128001: expected ids"):
+    hf.save(model, params, tmp_path / "b", like=source, context=64)
+  (source / "generation_config.json").write_text('{"eos_token_id": [7, 128009]}')
+  copy[1](eos_token_id=7)
+  with pytest.raises(
+    config.ConfigError, match=r"like: generation_config.json: eos_token_id = \[7, 128009\]: exp"
+  ):
+    hf.save(model, params, tmp_path / "b", like=source, context=64)
+  assert not (tmp_path / "b").exists()
+  copy[1](eos_token_id=128001)
+  hf.save(model, params, tmp_path / "b", like=source, context=64, eos_token_id=5)
+  assert_same(hf.load(tmp_path / "b")[1], params)
+
+
+def test_a_model_that_lost_blocks_is_still_that_of_its_source(source, tmp_path):
+  model, params = hf.load(source)
+  params = {**params, "layers": jax.tree.map(lambda x: x[:2], params["layers"])}
+  fewer = model.clone(config=dataclasses.replace(model.config, blocks=2))
+  hf.save(fewer, params, tmp_path / "b")
+  assert_same(hf.load(tmp_path / "b")[1], params)
+
+
 def test_a_source_that_is_gone_is_named(source, tmp_path):
   model, params = hf.load(source)
   shutil.rmtree(source)
