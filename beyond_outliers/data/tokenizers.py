@@ -125,7 +125,8 @@ class HuggingFace(Tokenizer):
   def prepended_id(self) -> int | None:
     """Of the file's post-processor."""
     encoding = self._model.encode("a", add_special_tokens=True)
-    return encoding.ids[0] if encoding.special_tokens_mask[0] else None
+    # Of some vocabularies "a" is nothing.
+    return encoding.ids[0] if encoding.ids and encoding.special_tokens_mask[0] else None
 
   def id_of(self, token: str) -> int | None:
     return self._model.token_to_id(token)

@@ -191,10 +191,10 @@ def given(
 def _check_given(c: config.Model, given: Mapping[str, Any]) -> None:
   if POSITIONS in given:
     _field(given, POSITIONS, int)
-  check_tokens(c, given)
+  check_token_ids(c, given)
 
 
-def check_tokens(c: config.Model, fields: Mapping[str, Any], prefix: str = "") -> None:
+def check_token_ids(c: config.Model, fields: Mapping[str, Any], prefix: str = "") -> None:
   """Refusal of TOKENS that the model does not know. Errors: ConfigError."""
   for name, value in _present(fields).items():
     if name in TOKENS:
@@ -220,7 +220,7 @@ def _check_source(
   _check_only(source, ONLY, "like: ")
   own = {name: value for name, value in source.items() if name not in given}
   positions(own)
-  check_tokens(c, own, "like: ")
+  check_token_ids(c, own, "like: ")
 
 
 def _model_type(c: config.Model) -> str:

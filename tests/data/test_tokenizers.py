@@ -349,6 +349,12 @@ def test_what_a_hugging_face_directory_puts_before_texts(
     tokenizers.added_bos(str(tmp_path))
 
 
+def test_a_vocabulary_that_knows_no_letter_puts_nothing_before_texts(tmp_path):
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
+  library.Tokenizer(library.models.BPE({"日": 0, "本": 1}, [])).save(f"{tmp_path}/tokenizer.json")
+  assert tokenizers.added_bos(str(tmp_path)) is None
+
+
 @pytest.mark.parametrize("settings", ['{"add_bos', "[]", '{"bos_token": {}}', "\x00"])
 def test_damaged_settings_of_a_hugging_face_directory_are_refused(huggingface, tmp_path, settings):
   huggingface.save(str(tmp_path))

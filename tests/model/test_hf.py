@@ -16,6 +16,7 @@ import safetensors.numpy
 from beyond_outliers import config, mesh
 from beyond_outliers.config.sums import SUMS
 from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.params import subtree, with_leaves
 
 TOKENS = np.arange(12).reshape(2, 6) * 5 % 32
 
@@ -389,6 +390,18 @@ def test_a_tied_model_may_come_with_its_head(stored, copy):
   )
 
 
+@pytest.mark.parametrize("whose", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+  ("stored", "named"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8")]
+)
+def test_a_tied_head_of_a_type_that_numpy_has_not_is_refused_by_name(stored, named, whose, copy):
+  directory, change_config, change_tensors = copy
+  change_config(tie_word_embeddings=True)
+  change_tensors(lambda tensors: {**tensors, whose: tensors[whose].astype(stored)})
+  with pytest.raises(config.ConfigError, match=rf"{whose} is of type {named}, expected one of"):
+    hf.load(directory)
+
+
 def test_one_layer_more_in_the_files_is_refused(copy):
   directory, change_config, _ = copy
   change_config(num_hidden_layers=2)
@@ -556,6 +569,36 @@ def test_types_that_no_such_directory_has_are_not_written(dtype, written, tmp_pa
   with pytest.raises(config.ConfigError, match=r"^params: embedding = '.*': expected an array of"):
     hf.save(model, bad, tmp_path / "a")
   assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("path", ["embedding", "layers/attention/q/kernel"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_written(bad, path, written, tmp_path):
+  _, model, params = written
+  leaf = subtree(params, path).at[(1,) * subtree(params, path).ndim].set(bad)
+  with pytest.raises(config.ConfigError, match=f"^params: {path} = 'not finite': NaN or infinity"):
+    hf.save(model, with_leaves(params, {path: leaf}), tmp_path / "a")
+  assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e300])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_finite_is_refused_by_name(name, bad, stored, copy):
+  """Also what becomes so in the type that it is asked in."""
+  directory, _, change_tensors = copy
+
+  def change(tensors):
+    with np.errstate(over="ignore"):
+      values = tensors[name].astype(np.float64)
+      values[-1] = bad
+      return {**tensors, name: values.astype(stored)}
+
+  change_tensors(change)
+  message = rf"{name} = 'not finite': NaN, or beyond float32; choose another checkpoint"
+  with pytest.raises(config.ConfigError, match=message):
+    hf.load(directory)
 
 
 def test_parameters_of_another_model_are_not_written(written, tmp_path):
