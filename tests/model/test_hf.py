@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from beyond_outliers import config, mesh
 from beyond_outliers.config.sums import SUMS
-from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.model import hf, hf_config, hf_files, transformer
 from beyond_outliers.params import subtree, with_leaves
 
 TOKENS = np.arange(12).reshape(2, 6) * 5 % 32
@@ -789,6 +789,19 @@ def test_nothing_is_overwritten(written):
   directory, model, params = written
   with pytest.raises(ValueError, match=r"already holds config.json, model.safetensors"):
     hf.save(model, params, directory)
+
+
+@pytest.mark.parametrize("name", hf_files.COMPANIONS)
+def test_nothing_is_written_beside_what_another_model_left(name, written, tmp_path):
+  """It would count as this one's: the tokens of generation_config.json go before config.json's."""
+  _, model, params = written
+  (tmp_path / name).write_text("{}")
+  (tmp_path / "README.md").write_text("what is no part of a model stays")
+  with pytest.raises(config.ConfigError, match=f"already holds {name}; remove them or choose"):
+    hf.save(model, params, tmp_path, eos_token_id=3)
+  assert {path.name for path in tmp_path.iterdir()} == {name, "README.md"}
+  (tmp_path / name).unlink()
+  hf.save(model, params, tmp_path, eos_token_id=3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
