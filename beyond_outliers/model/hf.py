@@ -152,13 +152,14 @@ def description(
   )
   fields = hf_files.json_object(source / hf_files.CONFIG)
   beside = hf_files.companions(source)
+  described = hf_config.to_json(model.config, dtype, fields, given)
   tokens = {name: value for name, value in given.items() if name in hf_config.TOKENS}
   if hf_files.GENERATION in beside:  # whose tokens go before those of config.json
     generation = {**hf_files.json_object(source / hf_files.GENERATION), **tokens}
     hf_config.check_token_ids(model.config, generation, f"like: {hf_files.GENERATION}: ")
     if tokens:
       beside[hf_files.GENERATION] = hf_files.as_json(generation)
-  return hf_config.to_json(model.config, dtype, fields, given), beside
+  return described, beside
 
 
 def entries(family: hf_config.Family, c: config.Model) -> list[Entry]:
