@@ -295,6 +295,19 @@ def test_what_generation_needs_goes_with_the_model(tmp_path):
   assert (fields["eos_token_id"], fields["max_position_embeddings"]) == ([2, 3], 128)
 
 
+def test_nothing_is_kept_of_what_took_the_place_of_a_models_origin(tmp_path):
+  model = transformer.Transformer(MODEL)
+  hf.save(model, fresh(model), tmp_path / "a", eos_token_id=7)
+  q = ptq.quantize(*hf.load(tmp_path / "a"), RECIPES["rtn_w4a16"])
+  (tmp_path / "a").rename(tmp_path / "moved")
+  other = transformer.Transformer(dataclasses.replace(MODEL, vocab=64))
+  hf.save(other, fresh(other), tmp_path / "a", eos_token_id=60)
+  with pytest.raises(config.ConfigError, match=r"like: vocab_size = 64: the model has 32; give"):
+    export.compressed_tensors(q, tmp_path / "b")
+  assert not (tmp_path / "b").exists()
+  export.compressed_tensors(q, tmp_path / "b", like=tmp_path / "moved")
+
+
 def test_the_package_of_the_layout_reads_the_same(written):
   """Its own configuration classes and its own unpacking, where it is installed."""
   pytest.importorskip("compressed_tensors", reason="pip install -c constraints.txt -e '.[peers]'")

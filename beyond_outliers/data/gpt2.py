@@ -18,6 +18,7 @@ GPT2_FILES = {  # SHA-256 of OpenAI's release
   "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
   "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+OTHER_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # for Hugging Face
 # Unicode's White_Space, as tiktoken's pattern has it; Python's \s takes some separators in too.
 _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_RUNS = re.compile(f"(?<!{_SPACE}){_SPACE}{{1000,}}")  # tiktoken panics at a million
@@ -35,7 +36,7 @@ class Gpt2(Tokenizer):
   @staticmethod
   def read_files(argument):
     directory = argument or _package_folder()
-    return {name: read_file(os.path.join(directory, name)) for name in GPT2_FILES}
+    return {name: read_file(_file(directory, name)) for name in GPT2_FILES}
 
   def __init__(self, directory: str):
     try:
@@ -48,8 +49,8 @@ class Gpt2(Tokenizer):
       found = hashlib.sha256(self._files[name]).hexdigest()
       if found != expected:
         raise DataError(
-          f"data.tokenizer: {os.path.join(directory, name)} is not GPT-2's (SHA-256 {found}, "
-          f"expected {expected})"
+          f"data.tokenizer: {_file(directory, name)} is not GPT-2's (SHA-256 {found}, expected "
+          f"{expected}); another's is read out of a tokenizer.json, by 'huggingface:FILE'"
         )
     self.special = {"<|endoftext|>": self.END}
     self._model = tiktoken.Encoding(
@@ -82,6 +83,12 @@ class Gpt2(Tokenizer):
 
   def num_bytes(self, ids):
     return len(self.decode_bytes(np.asarray(ids)[np.asarray(ids) != self.END]))
+
+
+def _file(directory: str, name: str) -> str:
+  """One of GPT2_FILES, under its other name where it is only there under that."""
+  own, other = (os.path.join(directory, each) for each in (name, OTHER_NAMES[name]))
+  return other if os.path.exists(other) and not os.path.exists(own) else own
 
 
 def _at_long_runs(text: str) -> list[str]:

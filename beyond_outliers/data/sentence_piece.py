@@ -41,6 +41,10 @@ class SentencePiece(Tokenizer):
     pieces = np.array([self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
     self._byte_pieces = pieces if all(map(self._model.is_byte, pieces.tolist())) else None
 
+  @property
+  def prepended_id(self):
+    return self.bos  # a default of transformers' LlamaTokenizer
+
   def encode_batch(self, texts):
     # A U+2581 of the text survives only as the three bytes that a character without a piece is.
     if self._byte_pieces is None or not any(LOWER_BLOCK in text for text in texts):

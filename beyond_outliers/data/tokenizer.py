@@ -82,6 +82,16 @@ class Tokenizer:
     names = list(self.special)
     return (", ".join(names[:20]) or "of which it has none") + (", ..." if names[20:] else "")
 
+  @property
+  def prepended_id(self) -> int | None:
+    """The id that transformers puts before a text where a directory's settings do not say, and that
+    `encode` leaves to the trainer; None if it puts none."""
+    return None
+
+  def id_of(self, token: str) -> int | None:
+    """The id of a token by its name, of a special one at least; None if there is none."""
+    return self.special.get(token)
+
   def encode(self, text: str) -> np.ndarray:
     return self.encode_batch([text])[0]
 

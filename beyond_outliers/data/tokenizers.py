@@ -22,6 +22,13 @@ from beyond_outliers.errors import DataError
 # vocabulary has is taken.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
+# Files that a Hugging Face directory's tokenizer is made of, by kind; the first that are there are
+# its own, for transformers too.
+OWN_FILES = {
+  "huggingface": ("tokenizer.json",),
+  "sentencepiece": ("tokenizer.model",),
+  "gpt2": ("vocab.json", "merges.txt"),
+}
 
 
 class Bytes(Tokenizer):
@@ -116,10 +123,10 @@ class HuggingFace(Tokenizer):
 
   @property
   def prepended_id(self) -> int | None:
-    """The id that the file's post-processor puts before a text, which `encode` leaves to the
-    trainer; None if it puts none."""
+    """Of the file's post-processor."""
     encoding = self._model.encode("a", add_special_tokens=True)
-    return encoding.ids[0] if encoding.special_tokens_mask[0] else None
+    # Of some vocabularies "a" is nothing.
+    return encoding.ids[0] if encoding.ids and encoding.special_tokens_mask[0] else None
 
   def id_of(self, token: str) -> int | None:
     return self._model.token_to_id(token)
@@ -189,13 +196,24 @@ def _kind_of(name: str) -> tuple[Any, str]:
   return TOKENIZERS[kind], argument
 
 
-def added_bos(directory: str) -> int | None:
-  """The id that a Hugging Face directory's tokenizer puts before every text; None if it puts none.
+def own_of(directory: str) -> str:
+  """What `load` takes for a Hugging Face directory's own tokenizer; empty where it has none of the
+  kinds that are known here."""
+  for kind, names in OWN_FILES.items():
+    files = [os.path.join(directory, name) for name in names]
+    if all(map(os.path.exists, files)):
+      return f"{kind}:{files[0] if len(files) == 1 else directory}"
+  return ""
 
-  As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said,
-  tokenizer.json's post-processor.
+
+def added_bos(directory: str) -> int | None:
+  """The id that a Hugging Face directory's own tokenizer puts before every text; None if it puts
+  none.
+
+  As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said, the
+  tokenizer's `prepended_id`.
   Errors: DataError for a token to be put that the vocabulary lacks."""
-  tokenizer = HuggingFace(os.path.join(directory, "tokenizer.json"))
+  tokenizer = load(own_of(directory))
   settings_file = os.path.join(directory, "tokenizer_config.json")
   try:
     settings = json.loads(read_file(settings_file)) if os.path.exists(settings_file) else {}
@@ -212,6 +230,6 @@ def added_bos(directory: str) -> int | None:
   found = tokenizer.id_of(name) if isinstance(name, str) else None
   if found is None:
     raise DataError(
-      f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in tokenizer.json"
+      f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in the vocabulary"
     )
   return found

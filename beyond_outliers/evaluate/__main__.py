@@ -115,7 +115,7 @@ def open_target(progress: Progress) -> Target:
       HF.value,
       "holds one model; leave --follow and --steps out",
     )
-    return HuggingFaceModel(HF.value, **options)
+    return HuggingFaceModel(HF.value, warn=progress.line, **options)
   if CHECKPOINT.value:
     require(
       not FOLLOW.value and not STEPS.value,

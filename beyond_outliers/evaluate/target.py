@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any, Protocol, Unpack
 
 import jax
@@ -15,6 +16,7 @@ from beyond_outliers import config, quant, runs, stores
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
+from beyond_outliers.evaluate import results
 from beyond_outliers.evaluate.text import Text, TextOptions, dataset_for, section_of, text_of_run
 from beyond_outliers.model import hf, transformer
 from beyond_outliers.types import Json, Params, PathLike
@@ -182,10 +184,16 @@ class HuggingFaceModel:
 
   Errors: DataError, ConfigError for what hf.load refuses, windows longer than the model's
   positions, and a dataset of another tokenizer than the directory's; where that holds none, the
-  dataset's is taken for it, and puts nothing before a text."""
+  dataset's is taken for it, puts nothing before a text, and `warn` is told."""
 
-  def __init__(self, directory: str, **options: Unpack[TextOptions]):
-    dataset, bos = dataset_for(directory, options.get("dataset", ""))
+  def __init__(
+    self,
+    directory: str,
+    *,
+    warn: Callable[[str], None] = results.warn,
+    **options: Unpack[TextOptions],
+  ):
+    dataset, bos = dataset_for(directory, options.get("dataset", ""), warn)
     try:
       longest = hf.longest_window(directory)
       context = options.get("context") or min(WINDOW, longest)

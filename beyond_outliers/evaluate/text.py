@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import TypedDict
 
 from beyond_outliers import config, data, runs
@@ -70,26 +71,35 @@ def text_of_run(
   )
 
 
-def dataset_for(directory: str, dataset: str) -> tuple[data.Dataset, int | None]:
-  """(dataset, token that the directory's tokenizer puts before a text, if any)."""
-  own = os.path.join(directory, "tokenizer.json")
+def dataset_for(
+  directory: str, dataset: str, warn: Callable[[str], None]
+) -> tuple[data.Dataset, int | None]:
+  """(dataset, token that the directory's tokenizer puts before a text, if any).
+
+  warn: takes what is not known of the two."""
+  own = tokenizers.own_of(directory)
+  remedy = f"data.tokenizer={own or f'huggingface:{directory}/tokenizer.json'}"
   require(
     bool(dataset),
     "--data",
     dataset,
-    "give the folder of documents that python -m beyond_outliers.prepare made with "
-    f"data.tokenizer=huggingface:{own}",
+    f"give the folder of documents that python -m beyond_outliers.prepare made with {remedy}",
   )
   opened = data.open(dataset)
-  if not os.path.exists(own):
+  if not own:
+    # A model of the same number of tokens would get a loss, of whatever its ids stand for.
+    warn(
+      f"{directory}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: the "
+      f"tokenizer of {dataset} was taken, and is not known to be the model's"
+    )
     return opened, None
-  expected, found = tokenizers.load(f"huggingface:{own}").fingerprint, opened.tokenizer.fingerprint
+  expected, found = tokenizers.fingerprint(own), opened.tokenizer.fingerprint
   require(
     found == expected,
     "--data",
     dataset,
     f"its tokenizer is {found[:12]}, and the model's {expected[:12]}; prepare the documents with "
-    f"data.tokenizer=huggingface:{own}",
+    f"{remedy}",
   )
   return opened, tokenizers.added_bos(directory)
 

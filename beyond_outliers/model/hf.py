@@ -22,16 +22,12 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import check_folder
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import shardings
-from beyond_outliers.model import hf_config, hf_files, transformer
+from beyond_outliers.model import hf_config, hf_files, hf_tensors, transformer
 from beyond_outliers.model.hf_files import INDEX, SINGLE
-from beyond_outliers.params import check_floats, is_kernel, is_stacked, path_of
+from beyond_outliers.params import all_finite, check_floats, is_kernel, is_stacked, path_of
 from beyond_outliers.types import Json, Params, PathLike
 
 __all__ = ["INDEX", "SINGLE", "Entry", "description", "entries", "load", "save", "tensor"]
-
-DTYPES = ("F64", "F32", "F16", "BF16")
-PREFIX, HEAD, EMBEDDING = "model.", "lm_head.weight", "model.embed_tokens.weight"
-COMPARED = 2**22  # numbers of a head and an embedding at once
 
 Reader = Callable[[tuple[slice, ...]], np.ndarray]
 
@@ -59,7 +55,7 @@ def load(
   plainest value: blockwise attention, no unrolling, no remat. The model keeps the directory as its
   `origin`.
   Errors: ConfigError for what config.json asks of the model and it can't do, for tensors that don't
-    fit, and for files that are not those that `save` wrote there."""
+    fit or are not finite in dtype, and for files that are not those that `save` wrote there."""
   directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
   if jax.dtypes.canonicalize_dtype(dtype) != dtype:
     raise ConfigError(
@@ -69,7 +65,7 @@ def load(
   check_folder(directory)
   family, c = hf_config.read_config(directory / hf_files.CONFIG, dtype.name)
   with contextlib.ExitStack() as stack:
-    tensors = _of_family(hf_files.open_tensors(directory, stack))
+    tensors = hf_tensors.of_family(hf_files.open_tensors(directory, stack))
     require(
       c.blocks <= len(tensors),
       f"{directory / hf_files.CONFIG}: num_hidden_layers",
@@ -77,16 +73,16 @@ def load(
       f"the files hold {len(tensors)} tensors; check it against them",
     )
     if c.tied:
-      tensors = _without_head(directory, tensors)
+      tensors = hf_tensors.without_head(directory, tensors)
     model = transformer.Transformer(c, origin=os.path.abspath(directory))
     boxed = transformer.boxed_shapes(model)
     leaves, treedef = jax.tree.flatten(nn.unbox(boxed))
     places = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(boxed, mesh))
     expected = entries(family, c)
-    _check_tensors(directory, tensors, expected)
+    hf_tensors.check_tensors(directory, tensors, {entry.name: entry.shape for entry in expected})
     sources = collections.defaultdict(list)
     for entry in expected:
-      sources[entry.path].append(tensors[entry.name])
+      sources[entry.path].append((f"{directory}: {entry.name}", tensors[entry.name]))
     return model, treedef.unflatten(
       _place(_reader(path, sources[path], shape, dtype), shape, place)
       for (path, shape), place in zip(_shapes(c).items(), places, strict=True)
@@ -116,7 +112,8 @@ def save(
   shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
     index.
   Errors: ConfigError for an architecture that neither family has, parameters of another model or
-  that are no floats, and a directory that already holds one."""
+  that are no finite floats, `like` of another vocabulary or other widths, and a directory that
+  already holds a model."""
   check_floats(params)
   leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
   given = hf_config.given(context, bos_token_id, eos_token_id)
@@ -144,7 +141,7 @@ def description(
   Errors: ConfigError."""
   origin = model.origin if like is None else like
   if origin is None:
-    return hf_config.to_json(model.config, dtype, {}, given), {}
+    return hf_config.to_json(model.config, dtype, None, given), {}
   source = pathlib.Path(origin)
   require(
     (source / hf_files.CONFIG).is_file(),
@@ -155,11 +152,14 @@ def description(
   )
   fields = hf_files.json_object(source / hf_files.CONFIG)
   beside = hf_files.companions(source)
+  described = hf_config.to_json(model.config, dtype, fields, given)
   tokens = {name: value for name, value in given.items() if name in hf_config.TOKENS}
-  if tokens and hf_files.GENERATION in beside:  # whose tokens go before those of config.json
+  if hf_files.GENERATION in beside:  # whose tokens go before those of config.json
     generation = {**hf_files.json_object(source / hf_files.GENERATION), **tokens}
-    beside[hf_files.GENERATION] = hf_files.as_json(generation)
-  return hf_config.to_json(model.config, dtype, fields, given), beside
+    hf_config.check_token_ids(model.config, generation, f"like: {hf_files.GENERATION}: ")
+    if tokens:
+      beside[hf_files.GENERATION] = hf_files.as_json(generation)
+  return described, beside
 
 
 def entries(family: hf_config.Family, c: config.Model) -> list[Entry]:
@@ -181,63 +181,6 @@ def _shapes(c: config.Model) -> dict[str, tuple[int, ...]]:
   return {path_of(keys): leaf.shape for keys, leaf in leaves}
 
 
-def _of_family(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """The tensors by the names of a model with a head; saved without one they have no PREFIX."""
-  if any(name.startswith(PREFIX) for name in tensors):
-    return dict(tensors)
-  return {name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()}
-
-
-def _without_head(directory: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """The tensors of a tied model but a head that equals the embedding: some are published so."""
-  if HEAD in tensors and EMBEDDING in tensors:
-    require(
-      _equal(tensors[HEAD], tensors[EMBEDDING]),
-      f"{directory}: {HEAD}",
-      f"not {EMBEDDING}",
-      "config.json ties the two (tie_word_embeddings); set it to false there to have both, or "
-      f"remove {HEAD}",
-    )
-  return {name: tensor for name, tensor in tensors.items() if name != HEAD}
-
-
-def _equal(a: Any, b: Any) -> bool:
-  """Whether two matrices of files have the same numbers, in whatever types."""
-  shape = a.get_shape()
-  if shape != b.get_shape() or len(shape) != 2:
-    return False
-  rows = max(1, COMPARED // max(1, shape[1]))
-  cuts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
-  return all(np.array_equal(a[cut], b[cut]) for cut in cuts)
-
-
-def _check_tensors(
-  directory: pathlib.Path, tensors: Mapping[str, Any], expected: Sequence[Entry]
-) -> None:
-  shapes = {entry.name: entry.shape for entry in expected}
-  missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
-  for problem, names in (("missing", missing), ("not of this model", unexpected)):
-    if names:
-      listed = ", ".join(sorted(names)[:4])
-      listed += f" and {len(names) - 4} more" if len(names) > 4 else ""
-      raise ConfigError(
-        f"directory = '{directory}': tensors {problem}: {listed}; "
-        "check config.json against the files"
-      )
-  for name, shape in shapes.items():
-    found, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
-    if found != shape:
-      raise ConfigError(
-        f"directory = '{directory}': {name} has shape {found}, config.json makes it {shape}; "
-        "check config.json against the files"
-      )
-    if dtype not in DTYPES:
-      raise ConfigError(
-        f"directory = '{directory}': {name} is of type {dtype}, expected one of "
-        f"{', '.join(DTYPES)}; choose a checkpoint that is not quantized"
-      )
-
-
 def _check_params(c: config.Model, leaves: Mapping[str, Any]) -> None:
   expected, found = _shapes(c), {path: leaf.shape for path, leaf in leaves.items()}
   for path in sorted(expected.keys() | found.keys()):
@@ -246,17 +189,30 @@ def _check_params(c: config.Model, leaves: Mapping[str, Any]) -> None:
       raise ConfigError(
         f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed"
       )
+  for path, leaf in leaves.items():  # `load` would not read it again
+    remedy = "NaN or infinity; take another checkpoint"
+    require(bool(all_finite(leaf)), f"params: {path}", "not finite", remedy)
 
 
-def _reader(path: str, sources: Sequence[Any], shape: tuple[int, ...], dtype: np.dtype) -> Reader:
-  """index -> that part of our parameter, reading only the parts of the tensors that hold it."""
+def _reader(
+  path: str, sources: Sequence[tuple[str, Any]], shape: tuple[int, ...], dtype: np.dtype
+) -> Reader:
+  """index -> that part of our parameter, reading only the parts of the tensors that hold it.
 
-  def one(source, index):
-    return source[index[::-1]].T if is_kernel(path) else source[index]
+  sources: (name for messages, tensor)."""
+
+  def one(named, index):
+    name, source = named
+    part = source[index[::-1]].T if is_kernel(path) else source[index]
+    with np.errstate(over="ignore"):  # told below
+      part = part.astype(dtype, copy=False)
+    remedy = f"NaN, or beyond {dtype.name}; choose another checkpoint, or a wider dtype"
+    require(bool(np.isfinite(part).all()), name, "not finite", remedy)
+    return part
 
   def read(index):
     if not is_stacked(path):
-      return one(sources[0], index).astype(dtype)
+      return one(sources[0], index)
     depths, *within = index
     sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
     parts = np.empty(sizes, dtype)

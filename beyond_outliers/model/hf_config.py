@@ -100,8 +100,12 @@ ROPE_ONLY = {"rope_type": "default", "type": "default", "partial_rotary_factor":
 
 
 # Fields of a source that a copy leaves out: other names of what `to_json` writes, and code.
-NOT_KEPT = ("dtype", "rope_scaling", "auto_map", "quantization_config")
+NOT_KEPT = ("dtype", "rope_scaling", "auto_map", "quantization_config", "compression_config")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# In what a source must be the model, beside its family. Not in all: since it was loaded, blocks may
+# have been dropped, or the head untied.
+SAME = ("vocab", "heads", "kv_heads", "d_model", "d_head", "mlp_hidden")
+ANOTHER = "give the directory of such a model as like, or save model.clone(origin=None)"
 
 
 def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
@@ -142,29 +146,30 @@ def _read_fields(fields: dict[str, Any], dtype: str) -> tuple[Family, config.Mod
 
 
 def to_json(
-  c: config.Model, dtype: str, source: Mapping[str, Any], given: Mapping[str, Any]
+  c: config.Model, dtype: str, source: Mapping[str, Any] | None, given: Mapping[str, Any]
 ) -> Json:
   """The fields of config.json.
 
   source: of the config.json that the model comes from, kept where this program has no say. given:
   POSITIONS and TOKENS in the place of the source's.
-  Errors: ConfigError when no family has the model's switches, or transformers not its widths; for a
-  source of another family, and values that the model cannot have."""
+  Errors: ConfigError when no family has the model's switches, or transformers not its widths; for
+  the source of another model, and values that the model cannot have."""
   model_type = _model_type(c)
   if c.d_model % c.heads:
     raise config.ConfigError(
       f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), "
       "even where model.d_head says otherwise"
     )
-  like = source.get("model_type", model_type)
-  require(like == model_type, "like: model_type", like, f"the model is {model_type!r}")
   _check_given(c, given)
+  kept = {name: value for name, value in (source or {}).items() if name not in NOT_KEPT}
+  if source is not None:
+    _check_source(c, model_type, _present(kept), given)
   # Tokens that nobody names are none: left out, transformers' defaults would hold. Those of a
   # source that leaves them out do.
-  general = {**(source or dict.fromkeys(TOKENS)), **given}
+  general = {**(kept or dict.fromkeys(TOKENS)), **given}
   fixed = {name: ONLY[name] for name in ("hidden_act", "attention_bias", "attention_dropout")}
   return {
-    **{name: value for name, value in source.items() if name not in NOT_KEPT},
+    **kept,
     "architectures": [FAMILIES[model_type].architecture],
     "model_type": model_type,
     **{theirs: getattr(c, ours) for ours, theirs, _ in FIELDS},
@@ -184,13 +189,38 @@ def given(
 
 
 def _check_given(c: config.Model, given: Mapping[str, Any]) -> None:
-  for name, value in given.items():
-    if name == POSITIONS:
-      _field(given, name, int)
-      continue
-    ids = value if isinstance(value, Sequence) else [value]
-    known = all(type(i) is int and 0 <= i < c.vocab for i in ids)
-    require(known and bool(ids), name, value, f"expected ids of tokens, 0 to {c.vocab - 1}")
+  if POSITIONS in given:
+    _field(given, POSITIONS, int)
+  check_token_ids(c, given)
+
+
+def check_token_ids(c: config.Model, fields: Mapping[str, Any], prefix: str = "") -> None:
+  """Refusal of TOKENS that the model does not know. Errors: ConfigError."""
+  for name, value in _present(fields).items():
+    if name in TOKENS:
+      ids = value if isinstance(value, Sequence) else [value]
+      known = all(type(i) is int and 0 <= i < c.vocab for i in ids)
+      remedy = f"; correct it there, or {ANOTHER}" if prefix else ""
+      expected = f"expected ids of tokens, 0 to {c.vocab - 1}{remedy}"
+      require(known and bool(ids), prefix + name, value, expected)
+
+
+def _check_source(
+  c: config.Model, model_type: str, source: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+  """Refusal of what would be kept of another model: its tokens would end this one's texts, and
+  `read_config` refuse what was written."""
+  like = source.get("model_type")
+  require(like == model_type, "like: model_type", like, f"the model is {model_type!r}; {ANOTHER}")
+  for ours, theirs, _ in FIELDS:
+    if ours in SAME:
+      has, absent = getattr(c, ours), ABSENT.get(theirs, lambda fields: None)
+      value = source[theirs] if theirs in source else absent(source)
+      require(value == has, f"like: {theirs}", value, f"the model has {has}; {ANOTHER}")
+  _check_only(source, ONLY, "like: ")
+  own = {name: value for name, value in source.items() if name not in given}
+  positions(own)
+  check_token_ids(c, own, "like: ")
 
 
 def _model_type(c: config.Model) -> str:

@@ -122,12 +122,13 @@ def write_directory(
   """Writes tensors made lazily, one file at a time in memory; the files `beside` them; the SHA-256
   sums of all, which other programs pass over; and, last, `described` as config.json.
 
-  Errors: ConfigError for a directory that already holds such files, or cannot be written."""
+  Errors: ConfigError for a directory that already holds files of a model, or cannot be written."""
   make_folder(directory, ConfigError, "choose another", "directory")
+  # Whichever of COMPANIONS are written: what lies beside a model counts as its own.
   taken = sorted(
     path.name
     for path in directory.iterdir()
-    if path.name == CONFIG or path.name in beside or ".safetensors" in path.name
+    if path.name in (CONFIG, *COMPANIONS) or ".safetensors" in path.name
   )
   if taken:
     raise ConfigError(

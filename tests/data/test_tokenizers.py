@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from beyond_outliers.data import tokenizers
-from beyond_outliers.data.gpt2 import GPT2_FILES
+from beyond_outliers.data.gpt2 import GPT2_FILES, OTHER_NAMES
 from beyond_outliers.errors import DataError
 
 GPT2_DIR = os.environ.get(
@@ -349,6 +349,12 @@ def test_what_a_hugging_face_directory_puts_before_texts(
     tokenizers.added_bos(str(tmp_path))
 
 
+def test_a_vocabulary_that_knows_no_letter_puts_nothing_before_texts(tmp_path):
+  library = pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
+  library.Tokenizer(library.models.BPE({"日": 0, "本": 1}, [])).save(f"{tmp_path}/tokenizer.json")
+  assert tokenizers.added_bos(str(tmp_path)) is None
+
+
 @pytest.mark.parametrize("settings", ['{"add_bos', "[]", '{"bos_token": {}}', "\x00"])
 def test_damaged_settings_of_a_hugging_face_directory_are_refused(huggingface, tmp_path, settings):
   huggingface.save(str(tmp_path))
@@ -384,6 +390,40 @@ def test_what_cannot_be_opened_is_refused(tmp_path, name, message):
   library.Tokenizer(library.models.BPE()).save(str(files["no_tokens"]))
   with pytest.raises(DataError, match=message):
     tokenizers.load(name.format(**files))
+
+
+def test_a_directorys_own_tokenizer(sentencepiece, tmp_path):
+  """The first that transformers would take; SentencePiece models put bos unless settings say no."""
+  assert tokenizers.own_of(str(tmp_path)) == ""
+  (tmp_path / "vocab.json").write_text("{}")
+  assert tokenizers.own_of(str(tmp_path)) == "", "vocab.json alone is no byte-level BPE's"
+  (tmp_path / "merges.txt").write_text("")
+  assert tokenizers.own_of(str(tmp_path)) == f"gpt2:{tmp_path}"
+  sentencepiece.save(str(tmp_path))
+  own = tokenizers.own_of(str(tmp_path))
+  assert own == f"sentencepiece:{tmp_path}/tokenizer.model"
+  assert tokenizers.fingerprint(own) == sentencepiece.fingerprint
+  assert tokenizers.added_bos(str(tmp_path)) == sentencepiece.bos
+  settings = {"add_bos_token": True, "bos_token": "</s>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  assert tokenizers.added_bos(str(tmp_path)) == sentencepiece.eot
+  (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+  assert tokenizers.added_bos(str(tmp_path)) is None
+  (tmp_path / "tokenizer.json").write_text("{}")
+  assert tokenizers.own_of(str(tmp_path)) == f"huggingface:{tmp_path}/tokenizer.json"
+
+
+def test_gpt2_files_by_the_names_of_hugging_face_are_the_same(tmp_path):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "b").mkdir()
+  for name, other in OTHER_NAMES.items():
+    (tmp_path / "a" / name).write_text(name)
+    (tmp_path / "b" / other).write_text(name)
+  one, same = (tokenizers.fingerprint(f"gpt2:{tmp_path}/{name}") for name in "ab")
+  assert one == same
+  pytest.importorskip("tiktoken", reason="needs the extra 'hf'")
+  with pytest.raises(DataError, match=r"b/vocab.json is not GPT-2's .*'huggingface:FILE'"):
+    tokenizers.load(f"gpt2:{tmp_path}/b")
 
 
 def test_gpt2_files_of_another_vocabulary_are_refused(tmp_path):

@@ -15,7 +15,8 @@ import safetensors.numpy
 
 from beyond_outliers import config, mesh
 from beyond_outliers.config.sums import SUMS
-from beyond_outliers.model import hf, hf_config, transformer
+from beyond_outliers.model import hf, hf_config, hf_files, transformer
+from beyond_outliers.params import subtree, with_leaves
 
 TOKENS = np.arange(12).reshape(2, 6) * 5 % 32
 
@@ -389,6 +390,18 @@ def test_a_tied_model_may_come_with_its_head(stored, copy):
   )
 
 
+@pytest.mark.parametrize("whose", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+  ("stored", "named"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8")]
+)
+def test_a_tied_head_of_a_type_that_numpy_has_not_is_refused_by_name(stored, named, whose, copy):
+  directory, change_config, change_tensors = copy
+  change_config(tie_word_embeddings=True)
+  change_tensors(lambda tensors: {**tensors, whose: tensors[whose].astype(stored)})
+  with pytest.raises(config.ConfigError, match=rf"{whose} is of type {named}, expected one of"):
+    hf.load(directory)
+
+
 def test_one_layer_more_in_the_files_is_refused(copy):
   directory, change_config, _ = copy
   change_config(num_hidden_layers=2)
@@ -558,6 +571,36 @@ def test_types_that_no_such_directory_has_are_not_written(dtype, written, tmp_pa
   assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("path", ["embedding", "layers/attention/q/kernel"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_written(bad, path, written, tmp_path):
+  _, model, params = written
+  leaf = subtree(params, path).at[(1,) * subtree(params, path).ndim].set(bad)
+  with pytest.raises(config.ConfigError, match=f"^params: {path} = 'not finite': NaN or infinity"):
+    hf.save(model, with_leaves(params, {path: leaf}), tmp_path / "a")
+  assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e300])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_finite_is_refused_by_name(name, bad, stored, copy):
+  """Also what becomes so in the type that it is asked in."""
+  directory, _, change_tensors = copy
+
+  def change(tensors):
+    with np.errstate(over="ignore"):
+      values = tensors[name].astype(np.float64)
+      values[-1] = bad
+      return {**tensors, name: values.astype(stored)}
+
+  change_tensors(change)
+  message = rf"{name} = 'not finite': NaN, or beyond float32; choose another checkpoint"
+  with pytest.raises(config.ConfigError, match=message):
+    hf.load(directory)
+
+
 def test_parameters_of_another_model_are_not_written(written, tmp_path):
   _, model, params = written
   with pytest.raises(
@@ -648,6 +691,62 @@ def test_a_model_without_origin_takes_what_a_directory_holds(source, written, tm
   assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"vocab_size": 128256}, "vocab_size = 128256: the model has 32; give the directory of such a"),
+    ({"vocab_size": ...}, "vocab_size = None: the model has 32"),
+    ({"hidden_size": 32}, "hidden_size = 32: the model has 16"),
+    ({"head_dim": ...}, "head_dim = 4: the model has 6"),
+    ({"intermediate_size": 8}, "intermediate_size = 8: the model has 24"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads = 4: the model has 2"),
+    ({"model_type": ...}, "model_type = None: the model is 'olmo2'"),
+    ({"mlp_bias": True}, "mlp_bias = True: not supported, only False is"),
+    ({"sliding_window": 4096}, "sliding_window = 4096: not supported"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: not supported"),
+    ({"pretraining_tp": 2}, "pretraining_tp = 2: not supported"),
+    ({"bos_token_id": 32}, "bos_token_id = 32: expected ids of tokens, 0 to 31; correct it there"),
+    ({"pad_token_id": -1}, "pad_token_id = -1: expected ids of tokens"),
+  ],
+)
+def test_nothing_is_kept_of_another_model(changes, message, source, copy, written, tmp_path):
+  """Its tokens would end this one's texts; and what `load` refuses could not be read again."""
+  _, model, params = written
+  copy[1](**changes)
+  with pytest.raises(config.ConfigError, match=f"^like: {message}"):
+    hf.save(model, params, tmp_path / "b", like=source)
+  assert not (tmp_path / "b").exists()
+
+
+def test_tokens_and_positions_of_a_source_are_checked_unless_others_are_given(
+  source, copy, written, tmp_path
+):
+  _, model, params = written
+  copy[1](eos_token_id=128001, max_position_embeddings="4096")
+  with pytest.raises(config.ConfigError, match="max_position_embeddings = '4096': expected int"):
+    hf.save(model, params, tmp_path / "b", like=source)
+  with pytest.raises(config.ConfigError, match="like: eos_token_id = 128001: expected ids"):
+    hf.save(model, params, tmp_path / "b", like=source, context=64)
+  (source / "generation_config.json").write_text('{"eos_token_id": [7, 128009]}')
+  copy[1](eos_token_id=7)
+  with pytest.raises(
+    config.ConfigError, match=r"like: generation_config.json: eos_token_id = \[7, 128009\]: exp"
+  ):
+    hf.save(model, params, tmp_path / "b", like=source, context=64)
+  assert not (tmp_path / "b").exists()
+  copy[1](eos_token_id=128001)
+  hf.save(model, params, tmp_path / "b", like=source, context=64, eos_token_id=5)
+  assert_same(hf.load(tmp_path / "b")[1], params)
+
+
+def test_a_model_that_lost_blocks_is_still_that_of_its_source(source, tmp_path):
+  model, params = hf.load(source)
+  params = {**params, "layers": jax.tree.map(lambda x: x[:2], params["layers"])}
+  fewer = model.clone(config=dataclasses.replace(model.config, blocks=2))
+  hf.save(fewer, params, tmp_path / "b")
+  assert_same(hf.load(tmp_path / "b")[1], params)
+
+
 def test_a_source_that_is_gone_is_named(source, tmp_path):
   model, params = hf.load(source)
   shutil.rmtree(source)
@@ -690,6 +789,19 @@ def test_nothing_is_overwritten(written):
   directory, model, params = written
   with pytest.raises(ValueError, match=r"already holds config.json, model.safetensors"):
     hf.save(model, params, directory)
+
+
+@pytest.mark.parametrize("name", hf_files.COMPANIONS)
+def test_nothing_is_written_beside_what_another_model_left(name, written, tmp_path):
+  """It would count as this one's: the tokens of generation_config.json go before config.json's."""
+  _, model, params = written
+  (tmp_path / name).write_text("{}")
+  (tmp_path / "README.md").write_text("what is no part of a model stays")
+  with pytest.raises(config.ConfigError, match=f"already holds {name}; remove them or choose"):
+    hf.save(model, params, tmp_path, eos_token_id=3)
+  assert {path.name for path in tmp_path.iterdir()} == {name, "README.md"}
+  (tmp_path / name).unlink()
+  hf.save(model, params, tmp_path, eos_token_id=3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -271,6 +271,40 @@ def test_what_is_refused(tmp_path):
     q.save(description_file)
 
 
+def replaced(name, value):
+  return lambda tensors: {**tensors, name: value}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      lambda tensors: {name: x for name, x in tensors.items() if name != "final_norm/gain"},
+      'tensors do not fit the model .Could not find parameter named "gain" in scope "/final_norm"',
+    ),
+    (replaced("final_norm/gain", np.ones(15, np.float32)), "do not fit the model .*shape .15,"),
+    (
+      replaced("final_norm/gain", np.ones(128, np.int8)),
+      "params: final_norm/gain = 'int8': expected an array of float64",
+    ),
+    (
+      replaced("embedding", np.full((64, 128), np.inf, np.float32)),
+      "params: embedding = 'not finite'",
+    ),
+    (
+      replaced("layers/1/mlp/up/kernel/scale", np.full((1, 160), np.nan, np.float32)),
+      "params: layers/1/mlp/up/kernel/scale = 'not finite'",
+    ),
+  ],
+)
+def test_tensors_that_do_not_fit_the_model_are_refused(change, message):
+  q = ptq.quantize(*fresh(RECIPES["rtn_w4a16"]), RECIPES["rtn_w4a16"])
+  tensors, description = storage.pack_model(q)
+  assert tensors["layers/1/mlp/up/kernel/scale"].shape == (1, 160)
+  with pytest.raises(config.ConfigError, match=message):
+    ptq.restored(change(tensors), description)
+
+
 def test_a_folder_of_any_name_gives_back_the_model(tmp_path, monkeypatch):
   """Beside one that matches it as a pattern; or what was lost is told at once."""
   q = ptq.quantize(*fresh(RECIPES["rtn_w4a16"]), RECIPES["rtn_w4a16"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.params import at_depth, check_floats, is_stacked, leaves_by_path
+from beyond_outliers.params import FLOATS, at_depth, check_floats, is_stacked, leaves_by_path
 from beyond_outliers.quant.ptq.calibration import Batch, Inputs
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.types import Array, Params
@@ -56,6 +56,19 @@ def check_parameters(params: Params) -> None:
       "not finite",
       "NaN or infinity, which a code would hide; take another checkpoint",
     )
+
+
+def check_quantized(params: Params) -> None:
+  """The same of a quantized model's, scales among them."""
+  leaves = leaves_by_path(params)
+  matrices = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedMatrix)}
+  parts = {
+    f"{path}/{name}": part
+    for path, matrix in matrices.items()
+    for name, part in matrix._asdict().items()
+    if part is not None and (name != "codes" or part.dtype.name in FLOATS)  # which are values
+  }
+  check_parameters({**leaves, **parts})
 
 
 def check_inputs(path: str, inputs: Inputs) -> None:

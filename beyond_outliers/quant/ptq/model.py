@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import flax.errors
+import jax
 import numpy as np
 
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.params import leaves_by_path, parent, stack_path
 from beyond_outliers.quant import qmatrix, storage
 from beyond_outliers.quant.dot import dot_general_for
+from beyond_outliers.quant.ptq.checks import check_quantized
 from beyond_outliers.quant.ptq.fallback import Fallback
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.recipes import Recipe
@@ -50,13 +53,22 @@ def load(directory: PathLike) -> QuantizedModel:
 
 
 def restored(tensors: Mapping[str, np.ndarray], description: Json) -> QuantizedModel:
-  """The model that `storage.pack_model` took apart."""
+  """The model that `storage.pack_model` took apart.
+
+  Errors: ConfigError, also for parameters that it cannot be applied to, or no finite floats."""
   model, params, recipe, method = storage.unpack_model(tensors, description)
   try:
     fallbacks = tuple(Fallback(**each) for each in description.get("fallbacks", ()))
   except TypeError as error:
     raise ConfigError(f"fallbacks: {error}; {storage.REMEDY}") from None
-  return QuantizedModel(serving(model, params, recipe), params, recipe, method, fallbacks)
+  model = serving(model, params, recipe)
+  check_quantized(params)
+  try:
+    jax.eval_shape(model.apply, {"params": params}, np.zeros((1, 1), np.int32))
+  except (flax.errors.FlaxError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise ConfigError(f"the tensors do not fit the model ({reason}); {storage.REMEDY}") from error
+  return QuantizedModel(model, params, recipe, method, fallbacks)
 
 
 def serving(model: LanguageModel, params: Params, recipe: Recipe) -> LanguageModel:
