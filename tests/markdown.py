@@ -77,10 +77,17 @@ def commands(text: str) -> list[str]:
   return [re.split(r"\s+#|\s{2,}", line)[0].strip() for line in lines]
 
 
-def links(text: str) -> list[str]:
-  """Targets in the repository, without anchors."""
+def links(text: str) -> list[tuple[str, str]]:
+  """(target in the repository, the guide itself if empty; heading in it, or nothing)."""
   targets = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text))
-  return [target.split("#")[0] for target in targets if "://" not in target and target[0] != "#"]
+  return [(*target.split("#"), "")[:2] for target in targets if "://" not in target]
+
+
+def anchors(text: str) -> set[str]:
+  """What links to the headings are called on GitHub."""
+  headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+  named = [re.sub(r"\]\([^)]*\)", "", heading).lower() for heading in headings]
+  return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in named}
 
 
 def _cells(line: str) -> list[str]:

@@ -76,8 +76,11 @@ def test_every_folder_of_code_that_people_change_has_a_guide():
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_links_lead_somewhere(guide):
-  here = (ROOT / guide).parent
-  broken = [link for link in markdown.links(markdown.read(guide)) if not (here / link).exists()]
+  here, broken = ROOT / guide, []
+  for target, heading in markdown.links(markdown.read(guide)):
+    there = here.parent / target if target else here
+    if not there.exists() or (heading and heading not in markdown.anchors(there.read_text())):
+      broken.append(f"{target}#{heading}")
   assert not broken, f"{guide} links to what is not there: {broken}"
 
 

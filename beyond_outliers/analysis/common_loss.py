@@ -15,6 +15,7 @@ from beyond_outliers import config
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, run_frame, tunings_of
 from beyond_outliers.errors import ConfigError
+from beyond_outliers.evaluate import results
 from beyond_outliers.types import Json
 
 
@@ -30,7 +31,7 @@ class Landing:
   """One optimizer's ways to the common loss.
 
   Losses are validation losses in nats, means over seeds. Checkpoints are those that all seeds of
-  the full length still have."""
+  the full length have, or had when they were evaluated."""
 
   optimizer: str
   learning_rate: float
@@ -140,10 +141,15 @@ def _evaluations(t: Tuning) -> list[Point]:
 
 
 def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
-  """Checkpoints that all of the best runs still have."""
-  saved = set.intersection(*(set(run.steps) for run in t.best))
+  """Checkpoints that all of the best runs have, or had when they were evaluated, as cells say."""
+  saved = set.intersection(*(set(run.steps) | _evaluated(run) for run in t.best))
   steps, losses = zip(*evaluations, strict=True)
   return [Point(step, float(np.interp(step, steps, losses))) for step in saved]
+
+
+def _evaluated(run: runs_lib.Run) -> set[int]:
+  cells = results.ResultStore(run.path / "eval").cells()
+  return {cell["step"] for cell in cells if cell["settings"].get("trained") == run.identity}
 
 
 def _expected_endings(

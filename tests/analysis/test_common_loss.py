@@ -1,7 +1,7 @@
 """The common loss of optimizers whose curves are known, and the steps that lead to it."""
 
 import pytest
-from workdirs import workdir
+from workdirs import cell, workdir
 
 from beyond_outliers import config, runs
 from beyond_outliers.analysis import tables
@@ -55,6 +55,16 @@ def test_a_checkpoint_between_evaluations_has_a_loss_between_theirs(tmp_path):
   assert muons.checkpoint == pytest.approx((96, 4.75)) and adamws.checkpoint == pytest.approx(
     (256, 4.0)
   )
+
+
+def test_a_checkpoint_that_was_evaluated_counts_though_it_is_gone(tmp_path):
+  """As in runs that were packed; its cells say what it costs. Not that of another training."""
+  workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256", checkpoints=(256,))
+  run = workdir(tmp_path, muon, 0.1, 0, curve(3.0), argument=",steps=256")
+  cell(run, 128)
+  cell(run, 160, trained="another")
+  muons, _ = common_loss(runs.find(tmp_path))[1]
+  assert muons.checkpoint == pytest.approx((128, 4.25)) and muons.crossing is None
 
 
 def test_the_first_checkpoint_below_the_common_loss(tmp_path):

@@ -11,10 +11,13 @@ from scipy import stats
 
 from beyond_outliers.analysis import (
   along_training,
+  landings,
+  law_points,
   packed_runs,
   predictors,
   ptq_degradation,
   qat_gap,
+  scaling_law,
 )
 from beyond_outliers.analysis.statistics import estimate
 from beyond_outliers.analysis.tuning import final_metric
@@ -310,19 +313,23 @@ def test_what_four_bits_cost_along_training_is_of_the_packed_runs():
     *("step 1442, the last", "averaged, step 1133", "averaged, step 1442"),
     *("quantized, nats", "averaged and quantized"),
   )
-  assert len(rows) == 6
+  assert len(rows) == 12
+  faster = 0
   for name, method, *cells in rows:
+    averages = ["", "ema"] if cells[-1] else [""]
     at = [("", 515), ("", 1133), ("", 1442), ("ema", 1133), ("ema", 1442)]
-    deltas = [100 * of.delta[name, method, *place] for place in at]
+    deltas = [100 * of.delta[name, method, *place] for place in at if place[0] in averages]
     assert numbers(" ".join(cells[:5])) == pytest.approx(deltas, abs=6e-3), (name, method)
-    quantized = [of.quantized_loss[name, method, average, 1442] for average in ("", "ema")]
+    quantized = [of.quantized_loss[name, method, average, 1442] for average in averages]
     assert numbers(" ".join(cells[5:])) == pytest.approx(quantized, abs=6e-5), (name, method)
+    faster += (deltas[2] - deltas[1]) / 309 > (deltas[1] - deltas[0]) / 618
+  assert faster == 9 and "in nine of the twelve rows" in markdown.read("colabs/README.md")
 
 
 def test_what_four_bits_cost_by_length_is_of_the_packed_runs():
-  packed, of = ROOT / "colabs" / "results" / "ladder.tar.xz", {}
-  for place in ("0.3m_at_10", "0.3m", "0.3m_at_40"):
-    for run in packed_runs.find_runs(packed / place):
+  results, of = ROOT / "colabs" / "results", {}
+  for place in ("lengths.tar.xz/10", "ladder.tar.xz/0.3m", "lengths.tar.xz/40"):
+    for run in packed_runs.find_runs(results / place):
       c = run.config
       key = c.optimizer.name, c.optimizer.learning_rate, c.tokens_per_parameter, c.seed
       of[c.quant.recipe, *key] = final_metric(run, "eval/loss")
@@ -336,3 +343,66 @@ def test_what_four_bits_cost_by_length_is_of_the_packed_runs():
     key = name, rates[name], int(tokens), 0
     full, under = (of[recipe, *key] for recipe in ("none", "quest_w4a4"))
     assert numbers(" ".join(cells)) == pytest.approx([full, under, under - full], abs=6e-5)
+
+
+@pytest.fixture(scope="module")
+def points():
+  return law_points.of_runs(packed_runs.find_runs(ROOT / "colabs" / "results" / "ladder.tar.xz"))[0]
+
+
+def test_what_four_bits_cost_by_size_is_of_the_packed_runs(points):
+  seed = points[points.seed == 0].set_index(["optimizer", "recipe", "size"])
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "size", "rate", "full precision, nats", "under `quest_w4a4`", "gap"),
+  )
+  assert len(rows) == 9
+  for name, size, rate, *cells in rows:
+    full, under = (seed.loc[(name, recipe, size)] for recipe in ("none", "quest_w4a4"))
+    assert full.learning_rate == under.learning_rate == float(rate), (name, size)
+    found = [full.loss, under.loss, under.loss - full.loss]
+    assert numbers(" ".join(cells)) == pytest.approx(found, abs=6e-5), (name, size)
+
+
+@pytest.mark.slow
+def test_what_four_bits_leave_of_a_model_s_parameters_is_of_the_packed_runs(points):
+  several = points[points.groupby("optimizer")["size"].transform("nunique") > 2]
+  own = scaling_law.fit(several, shared=())
+  laws = own, scaling_law.fit(several, shared=("E",)), scaling_law.fit(points)
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "sizes", "ρ, A, α, E its own (the study's fit)", "ρ, A and α its own"),
+    *("ρ, A its own", "the study's ρ"),
+  )
+  assert len(rows) == 6
+  for name, sizes, *cells, _ in rows:
+    rho = f"rho({name}, quest_w4a4)"
+    for law, cell in zip(laws, cells, strict=True):
+      assert bool(cell) == (rho in law.params), (name, cell)
+      if cell:
+        expected = [law.params[rho], *law.intervals[rho].profile]
+        assert numbers(cell) == pytest.approx(expected, abs=1.1e-2), name
+        assert law.identified[rho], name
+    assert int(sizes) == points[points.optimizer == name]["size"].nunique()
+  said = re.search(
+    r"ρ of AdamW (.+?), Shampoo (.+?), Muon (.+?);", markdown.read("colabs/README.md")
+  )
+  expected = [own.params[f"rho({name}, quest_w4a4)"] for name in ("adamw", "shampoo", "muon")]
+  assert said and [numbers(text)[0] for text in said.groups()] == pytest.approx(expected, abs=6e-3)
+
+
+def test_what_rounding_costs_at_a_common_loss_is_of_the_packed_runs():
+  packed = ROOT / "colabs" / "results" / "variants.tar.xz"
+  runs = [run for place in ("along", "common") for run in packed_runs.find_runs(packed / place)]
+  compared = landings.compare_landings(runs)
+  assert compared.missing == []
+  of = compared.means.set_index(["optimizer", "way", "method"])
+  rows = markdown.table_of(
+    "colabs/README.md", *("optimizer", "way", "step", "loss less the common one", "rtn", "hadamard")
+  )
+  assert len(rows) == len(of) / 2
+  for name, way, step, *cells in rows:
+    rtn, hadamard = (of.loc[name, way, method] for method in ("rtn", "hadamard"))
+    found = [rtn.off, rtn.value, hadamard.value]
+    assert int(step) == rtn.step
+    assert numbers(" ".join(cells)) == pytest.approx(found, abs=6e-5), (name, way)
