@@ -125,6 +125,17 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
     }
     configured = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["LEARNING_RATE"]["0.3m"]
     assert configured == min(full_precision, key=full_precision.get), name
+  least = {}
+  for (name, arm, _), loss in found.items():
+    least[name, arm] = min(loss, least.get((name, arm), loss))
+  own = {name: least[name, "quest_w4a4"] - least[name, "none"] for name, _ in least}
+  said = re.search(
+    rf"AdamW pays {NUMBER} nats, Scion {NUMBER}, PSGD {NUMBER}, Shampoo {NUMBER}, SOAP {NUMBER} "
+    rf"and Muon {NUMBER}\.",
+    table.section.replace("\n", " "),
+  )
+  in_turn = [own[name] for name in ("adamw", "scion", "psgd", "shampoo", "soap", "muon")]
+  assert said and [float(one) for one in said.groups()] == pytest.approx(in_turn, abs=6e-5)
   pays = re.search(rf"AdamW pays {NUMBER} and\s{NUMBER} nats", table.section)
   assert pays and numbers(pays[0]) == pytest.approx(
     [
