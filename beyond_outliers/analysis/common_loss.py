@@ -148,8 +148,8 @@ def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
 
 
 def _evaluated(run: runs_lib.Run) -> set[int]:
-  cells = results.ResultStore(run.path / "eval").cells()
-  return {cell["step"] for cell in cells if cell["settings"].get("trained") == run.identity}
+  cells, itself = results.ResultStore(run.path / "eval").cells(), results.names_of(run)
+  return {cell["step"] for cell in cells if cell["settings"].get("trained") in itself}
 
 
 def _expected_endings(

@@ -98,7 +98,7 @@ def find_cells(
 
 def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> list[str]:
   """In words how many cells of each folder are of none of the runs, where there are any."""
-  known = {name for run in runs for name in (run.identity, run.manifest["time"])}
+  known = {name for run in runs for name in results.names_of(run)}
   found = []
   for folder in folders:
     trained = [cell["settings"].get("trained") for cell in results.ResultStore(folder).cells()]
@@ -257,8 +257,7 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
 def _of_run(
   run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]
 ) -> list[results.Result]:
-  # Earlier versions told trainings apart by their time.
-  itself = (run.identity, run.manifest["time"])
+  itself = results.names_of(run)
   found = [
     cell
     for cell in [*shared, *results.ResultStore(run.path / "eval").cells()]

@@ -15,7 +15,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -25,6 +25,9 @@ from beyond_outliers.config.files import is_elsewhere, make_folder, misfit, read
 from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import Failure, WorkdirError
 from beyond_outliers.types import Json, PathLike
+
+if TYPE_CHECKING:
+  from beyond_outliers import runs as runs_lib
 
 # IDENTITY, and the fields of a cell, or of a task that it was asked.
 Result = dict[str, Any]
@@ -134,6 +137,11 @@ class ResultStore:
       self._say(f"{path} holds the result that belongs in {name}, and counts for none")
       return None
     return found
+
+
+def names_of(run: runs_lib.Run) -> tuple[str, str]:
+  """What cells call the training of a run: its identity; those of earlier versions its time."""
+  return run.identity, run.manifest["time"]
 
 
 def joined(cell: Result, tasks: list[Result]) -> Result:

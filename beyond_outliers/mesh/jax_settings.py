@@ -45,13 +45,12 @@ def check_usable() -> None:
 
 def changed() -> Json:
   """`deciding`, without those that have their defaults."""
-  return {name: value for name, value in deciding().items() if value != DEFAULTS[name]}
+  return _not_default(deciding())
 
 
 def changed_in(manifest: Json) -> Json:
   """`changed` of a run, by what was recorded with it."""
-  recorded = _recorded(manifest, "jax")
-  return {name: value for name, value in recorded.items() if value != DEFAULTS.get(name)}
+  return _not_default(_recorded(manifest, "jax"))
 
 
 def compiler_flags() -> Json:
@@ -81,6 +80,10 @@ def other_compiler_flags(manifest: Json) -> list[str]:
     for name, was in _recorded(manifest, "compiler_flags").items()
     if name in now and now[name] != was
   ]
+
+
+def _not_default(settings: Mapping[str, Any]) -> Json:
+  return {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}
 
 
 def _value(name: str) -> Any:

@@ -26,6 +26,14 @@ def at_once(monkeypatch):
 
 
 @pytest.fixture
+def stopped(monkeypatch):
+  """Signals that a mirror sends to its process, which does not get them."""
+  signals = []
+  monkeypatch.setattr(mirror_lib.os, "kill", lambda pid, number: signals.append(number))
+  return signals
+
+
+@pytest.fixture
 def said():
   return []
 

@@ -10,17 +10,10 @@ pytest.importorskip("obstore", reason="obstore comes with the extra `stores`")
 from run_folders import ADDRESS, mirror_of, rename, texts, write, write_checkpoint
 
 from beyond_outliers.stores import index as index_lib
-from beyond_outliers.stores import mirror as mirror_lib
 from beyond_outliers.stores.copies import Copy
 from beyond_outliers.stores.store import Store, StoreError
 
-
-@pytest.fixture(autouse=True)
-def stopped(monkeypatch):
-  """Signals that a mirror sends to its process."""
-  signals = []
-  monkeypatch.setattr(mirror_lib.os, "kill", lambda pid, number: signals.append(number))
-  return signals
+pytestmark = pytest.mark.usefixtures("stopped")
 
 
 def in_store(store):

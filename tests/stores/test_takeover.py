@@ -15,11 +15,7 @@ from beyond_outliers.stores.store import StoreError
 OTHER = json.dumps({"id": "other", "host": "elsewhere", "pid": 1, "time": "then"}).encode()
 
 
-@pytest.fixture(autouse=True)
-def stopped(monkeypatch):
-  signals = []
-  monkeypatch.setattr(mirror_lib.os, "kill", lambda pid, number: signals.append(number))
-  return signals
+pytestmark = pytest.mark.usefixtures("stopped")
 
 
 def objects(store):

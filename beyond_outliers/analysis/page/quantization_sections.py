@@ -11,7 +11,13 @@ import pandas as pd
 from beyond_outliers.analysis import plots, predictors, tables
 from beyond_outliers.analysis.along_training import jump
 from beyond_outliers.analysis.page.evidence import Evidence, Found, RunGroup, attempt
-from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
+from beyond_outliers.analysis.page.section import (
+  Drawing,
+  Part,
+  Table,
+  comparison_numbers,
+  frame_table,
+)
 from beyond_outliers.analysis.page.text import (
   EVALUATE,
   NOTHING,
@@ -69,13 +75,7 @@ def _compared_optimizers(name: str, measured: pd.DataFrame) -> list[Table]:
   """The pairs that are told apart, if there are any; all are among the numbers."""
   compared = compare_optimizers(measured, LOST)
   apart = [row for row in compared if not row[-1].tie]
-  numbers = pd.DataFrame(
-    [
-      (recipe, method, one.name, one.value, *one.interval, one.p, one.n, not one.tie)
-      for recipe, method, one in compared
-    ],
-    columns=["recipe", "method", "pair", LOST, "low", "high", "p", "seeds", "told apart"],
-  )
+  numbers = comparison_numbers(["recipe", "method", "pair", LOST], compared)
   caption = (
     f"The {len(apart)} of {len(compared)} pairs of optimizers that seeds tell apart: paired by "
     "seed, intervals and p of Student's t after Holm's correction over a method's pairs."

@@ -76,5 +76,18 @@ def frame_table(
   return Table(name, caption, shown, named_rows(frame), frame)
 
 
+def comparison_numbers(names: Sequence[str], compared: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
+  """What the CSV file of comparisons holds, a row each, that ends with its `Comparison`.
+
+  names: of the columns before, of the comparison's name and of its value."""
+  return pd.DataFrame(
+    [
+      (*keys, one.name, one.value, *one.interval, one.p, one.n, not one.tie)
+      for *keys, one in compared
+    ],
+    columns=[*names, "low", "high", "p", "seeds", "told apart"],
+  )
+
+
 def unique(lines: Iterable[str]) -> list[str]:
   return list(dict.fromkeys(lines))

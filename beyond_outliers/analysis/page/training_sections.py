@@ -19,7 +19,13 @@ from beyond_outliers.analysis.page.evidence import (
   parameters,
   recipe_of,
 )
-from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table
+from beyond_outliers.analysis.page.section import (
+  Drawing,
+  Part,
+  Table,
+  comparison_numbers,
+  frame_table,
+)
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, rates, text_columns
 from beyond_outliers.analysis.qat_gap import Gap, compare_gaps
 from beyond_outliers.analysis.tuning import Tuning, final_metric, not_done
@@ -266,13 +272,7 @@ def training_gap(evidence: Evidence, group: RunGroup) -> Part:
 def _compared_gaps(name: str, gaps: Sequence[Gap]) -> list[Table]:
   """None where all gaps are of one seed."""
   compared = compare_gaps(gaps)
-  numbers = pd.DataFrame(
-    [
-      (recipe, one.name, one.value, *one.interval, one.p, one.n, not one.tie)
-      for recipe, one in compared
-    ],
-    columns=["recipe", "gap", "nats", "low", "high", "p", "seeds", "told apart"],
-  )
+  numbers = comparison_numbers(["recipe", "gap", "nats"], compared)
   caption = (
     "Which gaps seeds tell from none, and from each other: paired by seed, intervals and p of "
     "Student's t after Holm's correction, over the gaps and over the pairs."
