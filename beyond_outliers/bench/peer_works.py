@@ -81,7 +81,8 @@ def speeches(folder: pathlib.Path, tokenizer: str) -> Json:
 
     file = folder / "tokenizer.json"
     model = tokenizers.ByteLevelBPETokenizer()
-    model.train_from_iterator(texts, vocab_size=8192, show_progress=False)
+    ends = ["<|endoftext|>"]  # which divides documents
+    model.train_from_iterator(texts, 8192, show_progress=False, special_tokens=ends)
     model.save(str(file))
   return {"documents": str(folder / "documents.jsonl"), "tokenizer": f"{tokenizer}:{file}"}
 

@@ -13,6 +13,7 @@ Rows of optimizers are those of `bench --optimizers`, one process after the othe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -89,9 +90,13 @@ def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
         else:
           first[name] = line
       taken = alternate(running, rounds)
+      for name in running.keys() - taken.keys():
+        running[name].wait()
+        found[name] = {"failed": _last_line(os.path.join(folder, name))}
     finally:
       for process in running.values():
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+          process.stdin.close()
         process.wait()
   for name, times in taken.items():
     ours = (first["ours"], taken["ours"]) if "ours" in taken else None
@@ -100,16 +105,23 @@ def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
 
 
 def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:
-  """The figures of every round by contender. Every second round goes backwards."""
+  """The figures of every round by contender, but for those that end before their last. Every second
+  round goes backwards."""
   taken: dict[str, list[Json]] = {name: [] for name in running}
   for number in range(rounds):
-    for name in list(running)[:: -1 if number % 2 else 1]:
-      running[name].stdin.write("go\n")
-      running[name].stdin.flush()
-      if (figures := _figures(running[name])) is None:
-        raise RuntimeError(f"the contender {name!r} ended before its last round")
-      taken[name].append(figures)
+    for name in list(taken)[:: -1 if number % 2 else 1]:
+      if (figures := _next_round(running[name])) is None:
+        del taken[name]
+      else:
+        taken[name].append(figures)
   return taken
+
+
+def _next_round(process: Any) -> Json | None:
+  with contextlib.suppress(BrokenPipeError):
+    process.stdin.write("go\n")
+    process.stdin.flush()
+  return _figures(process)
 
 
 def figures_of(

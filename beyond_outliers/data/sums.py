@@ -34,7 +34,7 @@ class Stamp(NamedTuple):
 
 class FileSums:
   """Files of a dataset's folder, each compared with its SHA-256 once, and again if another is found
-  in its place.
+  in its place, or if it was written to since.
 
   described: {file: {bytes, sha256}}, as meta.json has it. verified: those that were compared. A
   thread compares the files that `touch` and `opened` name; a difference that was found is raised by
@@ -64,6 +64,7 @@ class FileSums:
   def verify(self, names: Iterable[str]) -> None:
     """Compares these files now. Errors: DataError naming the first that differs."""
     for name in names:
+      self._forget_altered(name)
       if self._is_pending(name):
         self._compare(name)
         self.check()
@@ -76,7 +77,7 @@ class FileSums:
     """As `touch`, of one that was just opened; one in the place of another that was compared is
     compared now. Errors: as `verify`."""
     if self._verified.get(name, stamp) != stamp:
-      del self._verified[name]
+      self._verified.pop(name, None)
       self._compare(name, stamp)
       self.check()
     self._begin([(name, stamp)])
@@ -95,10 +96,12 @@ class FileSums:
       raise DataError(self._problem)
 
   def wait(self) -> None:
-    """Waits until all that was touched is compared. Errors: DataError."""
+    """Waits until all that was touched is compared, also what was altered since. Errors:
+    DataError."""
     if thread := self._thread:
       thread.join()
     self.check()
+    self.verify(list(self._verified))
 
   @contextlib.contextmanager
   def blamed(self) -> Iterator[None]:
@@ -117,6 +120,15 @@ class FileSums:
           return
         name, stamp = self._touched.popleft()
       self._compare(name, stamp)
+
+  def _forget_altered(self, name: str) -> None:
+    """Has a file compared again that was written to. One that took its place does not matter to
+    those who have the old one open."""
+    known = self._verified.get(name)
+    with contextlib.suppress(OSError):
+      now = Stamp.of(os.stat(self.folder / name))
+      if known and now[:2] == known[:2] and now != known:
+        self._verified.pop(name, None)
 
   def _is_pending(self, name: str) -> bool:
     return name in self._described and name not in self._verified

@@ -1,5 +1,6 @@
 """Steps by turns: who takes one when, what is made of the times, what cannot start."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -29,6 +30,23 @@ def test_every_second_round_goes_backwards_and_one_runs_at_a_time():
   taken = peers.alternate({name: Told(name, log) for name in "abc"}, 3)
   assert log == [(name, "go\n") for name in "abccbaabc"]
   assert {name: len(steps) for name, steps in taken.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_one_that_ends_early_is_left_out_and_the_others_go_on(tmp_path):
+  """Behind minutes of compiling, its failure costs no other's figures."""
+  steps = (
+    "import sys\nprint('x')\nfor number, _ in enumerate(sys.stdin):\n  if number == {}: 1 / 0\n"
+  )
+  line = f"  print({json.dumps(json.dumps(figures(1.0)))}, flush=True)\n"
+  pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+  running = {
+    name: subprocess.Popen([sys.executable, "-c", steps.format(last) + line], **pipes)
+    for name, last in (("whole", -1), ("brief", 1))
+  }
+  taken = peers.alternate(running, 3)
+  assert {name: len(times) for name, times in taken.items()} == {"whole": 3}
+  for process in running.values():
+    process.communicate()
 
 
 def test_ratios_are_of_the_same_round():
@@ -71,9 +89,12 @@ def test_memory_is_not_that_of_the_program_that_started_it():
 
 
 @pytest.mark.slow
-def test_preparing_gives_as_many_tokens_as_the_library(tmp_path):
+@pytest.mark.parametrize("tokenizer", ["huggingface", "sentencepiece"])
+def test_preparing_gives_as_many_tokens_as_the_library(tmp_path, tokenizer):
   """The ids themselves are compared in tests/data; here both must do the same work."""
-  told = peer_works.speeches(tmp_path, "sentencepiece")
+  if tokenizer == "huggingface":
+    pytest.importorskip("tokenizers", reason="the extra hf is not installed")
+  told = peer_works.speeches(tmp_path, tokenizer)
   lines = (tmp_path / "documents.jsonl").read_text().splitlines(keepends=True)
   (tmp_path / "documents.jsonl").write_text("".join(lines[:12]))
   found = peers.measure_work(work_of(told, **peer_works.ENCODING), 1, sys.executable)["contenders"]
@@ -88,3 +109,16 @@ def test_our_contenders_take_the_same_step(module, tmp_path):
   work = work_of(told, ours=peer_works.Contender(module, {"recipe": "none"}))
   found = peers.measure_work(work, 2, sys.executable)["contenders"]["ours"]
   assert found["ratio"] == [1.0, 1.0, 1.0] and 4.0 < found["result"] < 7.6, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scoring", "cell"])
+def test_ours_does_the_work_again(name, monkeypatch):
+  prepare = peer_works.preparation.prepare
+  brief = dict(validation="newest:1")
+  monkeypatch.setattr(
+    peer_works.preparation, "prepare", lambda c: prepare(dataclasses.replace(c, **brief))
+  )
+  row = peer_works.WORKS[name]
+  row = row._replace(contenders={"ours": row.contenders["ours"]})
+  assert "ratio" in peers.measure_work(row, 2, sys.executable)["contenders"]["ours"]

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import pickle
 import threading
@@ -123,6 +124,47 @@ def test_files_that_vanish_or_are_cut_while_they_are_read_are_refused(make_confi
   path.write_bytes(path.read_bytes()[:-2])
   with pytest.raises(DataError, match=NAMED.format(path.name)):
     stream.verify()
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train.starts"])
+@pytest.mark.parametrize("change", [flip, lambda path: os.truncate(path, 100)])
+def test_a_file_that_is_written_to_while_it_trains_ends_training(make_config, name, change):
+  """Behind the end of a file that was cut, the last page of its map holds zeros."""
+  cfg = make_config()
+  folder = prepared(cfg)
+  dataset = data.open(str(folder))
+  batches = train(dataset, cfg)
+  next(batches)
+  dataset.sums.wait()
+  change(folder / name)
+  with pytest.raises(DataError, match=NAMED.format(name)):
+    dataset.sums.wait()  # as every checkpoint does
+  batches.close()
+
+
+def test_a_validation_file_that_is_written_to_is_told_with_its_batches(make_config):
+  cfg = make_config()
+  folder = prepared(cfg)
+  batches = validation(data.open(str(folder)), cfg)
+  list(batches)
+  os.truncate(folder / "validation-00000.bin", 10)
+  with pytest.raises(DataError, match=NAMED.format("validation-00000.bin")):
+    list(batches)
+
+
+def test_an_open_file_may_vanish_be_replaced_or_written_anew_with_the_same(make_config):
+  cfg = make_config()
+  folder = prepared(cfg)
+  dataset = data.open(str(folder))
+  batches = train(dataset, cfg)
+  next(batches)
+  (folder / "train.bytes").unlink()
+  replace(folder / "train.starts")
+  path = folder / "train-00000.bin"
+  path.write_bytes(path.read_bytes())
+  dataset.sums.wait()
+  next(batches)
+  batches.close()
 
 
 @pytest.mark.usefixtures("large")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import pathlib
 import sys
 import tempfile
 
@@ -19,10 +19,11 @@ def main(model: str, dataset: str, context: int) -> None:
   found = target.HuggingFaceModel(model, dataset=dataset, context=context)
   with tempfile.TemporaryDirectory() as folder:
     job = evaluator.Evaluator(found, [RTN], folder)
+    job.make_folder()
 
     def work() -> float:
-      shutil.rmtree(folder)
-      job.make_folder()
+      for result in pathlib.Path(folder).iterdir():
+        result.unlink()
       return job.measure(0, found.params(0), RTN)["metrics"]["loss"]
 
     serve(work)

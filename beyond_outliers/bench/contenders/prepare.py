@@ -11,12 +11,13 @@ from beyond_outliers.bench.contenders import serve
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.data import preparation
 
+VOCAB = 8192  # no tokenizer of bench/peer_works.py has more
+
 
 def main(documents: str, tokenizer: str) -> None:
   """Serves the documents' tokens on disk. The result is their number without separators."""
-  c = dataclasses.replace(
-    study_config("adamw", "nano").data, source="jsonl", path=documents, tokenizer=tokenizer
-  )
+  given = dict(source="jsonl", path=documents, tokenizer=tokenizer, vocab=VOCAB)
+  c = dataclasses.replace(study_config("adamw", "nano").data, **given)
 
   def work() -> float:
     with tempfile.TemporaryDirectory() as folder:
