@@ -41,7 +41,7 @@ def measure_step(c: config.Config, repeats: int) -> Json:
 
   with mesh_lib.use(program.mesh):
     start = time.perf_counter()
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = program.compile_train_step()
     figures["compile_seconds"] = time.perf_counter() - start
     figures["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
 

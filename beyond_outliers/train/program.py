@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from beyond_outliers import config, optim, quant
+from beyond_outliers import config, hardware, optim, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import steps
 from beyond_outliers.model import linears, transformer
@@ -48,12 +48,16 @@ class Program:
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, self.state))()
 
+  def compile_train_step(self) -> Any:
+    """The train step, compiled for the shapes of this run. Call under `mesh.use`."""
+    compiled = self.train_step.lower(self.state, self.batch).compile()
+    hardware.return_freed_memory()
+    return compiled
+
   def compile(self) -> tuple[Any, Any]:
     """(train step, evaluation step), compiled for the shapes of this run. Call under `mesh.use`."""
-    return (
-      self.train_step.lower(self.state, self.batch).compile(),
-      self.eval_step.lower(self.state.params, self.eval_batch).compile(),
-    )
+    eval_step = self.eval_step.lower(self.state.params, self.eval_batch).compile()
+    return self.compile_train_step(), eval_step
 
 
 def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:

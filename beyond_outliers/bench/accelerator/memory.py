@@ -32,7 +32,7 @@ def _measure(size: str, setting: Setting) -> Json:
   c = study_config("adamw", setting.argument(size))
   program = program_lib.build_program(c, jax.devices()[:1])
   with mesh_lib.use(program.mesh):
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = program.compile_train_step()
     classes = describe.memory_classes(program, compiled)
     hardware.seconds_of(steps_of(program, compiled), 2)
   return {

@@ -87,7 +87,7 @@ def measure_setting(size: str, setting: Setting, repeats: int) -> Json:
   program = program_lib.build_program(c, jax.devices()[:1])
   with mesh_lib.use(program.mesh):
     start = time.perf_counter()
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = program.compile_train_step()
     compile_seconds = time.perf_counter() - start
     seconds = hardware.median_seconds(steps_of(program, compiled), repeats)
   tokens = c.batch_size * c.context

@@ -21,7 +21,7 @@ def main(size: str, dtype: str, recipe: str, batch_size: int) -> None:
   c = study_config(config_of, given if recipe == "none" else f"{given},quant.recipe={recipe}")
   program = program_lib.build_program(c, jax.devices()[:1])
   with mesh_lib.use(program.mesh):
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = program.compile_train_step()
     step = steps_of(program, compiled)
     serve(lambda: float(jax.block_until_ready(step())["train/loss"]))
 
