@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 
@@ -13,17 +14,19 @@ from beyond_outliers.bench.random_steps import steps_of
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.train import program as program_lib
 
+AS_THE_OTHERS = "optimizer.learning_rate=1e-3,schedule.name=constant,schedule.warmup=0"
+
 
 def main(size: str, dtype: str, recipe: str, batch_size: int) -> None:
   """Serves steps of a size at this batch size on random tokens."""
   config_of = "adamw" if recipe == "none" else "adamw_qat"
-  given = f"{size},batch_size={batch_size},micro_batches=1,model.dtype={dtype}"
+  given = f"{size},batch_size={batch_size},micro_batches=1,model.dtype={dtype},{AS_THE_OTHERS}"
   c = study_config(config_of, given if recipe == "none" else f"{given},quant.recipe={recipe}")
   program = program_lib.build_program(c, jax.devices()[:1])
+  # Compiled in the first step, as the others do.
+  step = functools.cache(lambda: steps_of(program, program.compile_train_step()))
   with mesh_lib.use(program.mesh):
-    compiled = program.compile_train_step()
-    step = steps_of(program, compiled)
-    serve(lambda: float(jax.block_until_ready(step())["train/loss"]))
+    serve(lambda: float(jax.block_until_ready(step()())["train/loss"]))
 
 
 if __name__ == "__main__":
