@@ -356,6 +356,44 @@ def test_what_four_bits_cost_by_length_is_of_the_packed_runs():
     assert numbers(" ".join(cells)) == pytest.approx([full, under, under - full], abs=6e-5)
 
 
+def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
+  results = ROOT / "colabs" / "results"
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "size", "tokens per parameter", "full precision, nats", "rtn", "gptq"),
+    *("hadamard", "R_L_centred, hadamard"),
+  )
+  places = {
+    ("0.1m", "20"): ("ladder.tar.xz/0.1m", {"adamw": 0.1, "muon": 0.003, "shampoo": 0.1}),
+    ("0.3m", "20"): ("ladder.tar.xz/0.3m", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
+    ("0.6m", "20"): ("ladder.tar.xz/0.6m", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03}),
+    ("0.3m", "10"): ("lengths.tar.xz/10", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
+    ("0.3m", "40"): ("lengths.tar.xz/40", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
+  }
+  frames = {}
+  for key, (place, rates) in places.items():
+    configs = {run: run.config for run in packed_runs.find_runs(results / place)}
+    tuned = [
+      run
+      for run, c in configs.items()
+      if (c.quant.recipe, c.seed) == ("none", 0)
+      and c.optimizer.learning_rate == rates.get(c.optimizer.name)
+    ]
+    frame = predictors.frame(tuned)
+    frames[key] = frame[frame.recipe == "rtn_w4a4"].set_index(["optimizer", "method"])
+  assert len(rows) == 15
+  costs, errors = [], []
+  for name, size, tokens, *cells in rows:
+    of = frames[size, tokens].loc[name]
+    found = [of.full_precision_loss.rtn, *of.loss_difference[["rtn", "gptq", "hadamard"]]]
+    found.append(of.R_L_centred.hadamard)
+    assert numbers(" ".join(cells)) == pytest.approx(found, abs=6e-5), (name, size, tokens)
+    costs.append(found[3])
+    errors.append(found[4])
+  said = markdown.read("colabs/README.md").split("over these fifteen by")[1].split(";")[0]
+  assert numbers(said) == pytest.approx([stats.spearmanr(costs, errors).statistic], abs=6e-3)
+
+
 @pytest.fixture(scope="module")
 def points():
   return law_points.of_runs(packed_runs.find_runs(ROOT / "colabs" / "results" / "ladder.tar.xz"))[0]
