@@ -23,6 +23,7 @@ from etils import epath
 from beyond_outliers import config, mesh
 from beyond_outliers import params as params_lib
 from beyond_outliers.checkpoint import digests, reading, recovery
+from beyond_outliers.checkpoint.handlers import telling
 from beyond_outliers.checkpoint.retention import TEMPORARY, delete_replaced, is_temporary
 from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
@@ -47,6 +48,7 @@ class Checkpoints:
     self.directory = FolderPath(directory).absolute()  # Orbax merges what a glob of it finds
     self._options, self._read_only = options, read_only
     self._verify = options is None or options.verify
+    self._errors: list[Exception] = []  # of what this process writes in the background
     if read_only:
       self.steps()  # which refuses what cannot be listed
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
@@ -62,8 +64,8 @@ class Checkpoints:
       self.directory,
       options=settings,
       item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        **{name: ocp.JsonCheckpointHandler() for name in TEXTS},
+        "state": telling(ocp.StandardCheckpointHandler(), self._errors),
+        **{name: telling(ocp.JsonCheckpointHandler(), self._errors) for name in TEXTS},
       },
     )
     # One thread that writes the sums of a checkpoint once Orbax has committed it.
@@ -198,9 +200,8 @@ class Checkpoints:
 
     Errors: CheckpointError for one that cannot be read back, OSError for one that could not be
     written."""
-    for seal in self._seals:
-      if seal.done() and not seal.result():  # which raises what sealing did
-        self._wait_for_orbax()
+    if self._errors or any(seal.done() and not seal.result() for seal in self._seals):
+      self._wait_for_orbax()  # or a result has raised what sealing did
 
   def wait(self) -> None:
     """Waits until everything begun is written and sealed. Errors: as `check`, on every process."""
@@ -218,6 +219,10 @@ class Checkpoints:
 
   def _wait_for_orbax(self) -> None:
     try:
+      while self._manager.is_saving_in_progress():
+        if self._errors and jax.process_count() > 1:
+          raise self._errors[0]  # at once: Orbax waits for others, which wait for this one
+        time.sleep(0.01)
       self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore raise all kinds
       raise OSError(

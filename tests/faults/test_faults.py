@@ -13,7 +13,7 @@ ROUNDS = {
   "kill -9 inside a save": 0,
   "kill -9 of process 1 of two": 0,
   "SIGTERM": 0,
-  "full disk": 0,
+  "full disk": 12,  # of process 1 of two
   "NaN in a moment": 0,
   "bit flipped in the newest checkpoint": 0,
   "another run's file, or all, in its place": 0,
