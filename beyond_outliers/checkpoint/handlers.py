@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 
 class _Watched:
   """A write under way, whose error goes into `errors`, too."""
 
-  def __init__(self, future: ocp.future.Future, errors: list[Exception]):
+  def __init__(self, future: Any, errors: list[Exception]):
     self._future, self._errors = future, errors
 
   def result(self, timeout: float | None = None) -> Any:
