@@ -54,6 +54,7 @@ SETTINGS = {
   "data.readers": 2,
   "max_skipped_updates": 3,
   "distributed.heartbeat_seconds": 30,
+  "distributed.initialization_seconds": 60,
 }
 # What a row of metrics says of the machine, not of the training.
 OF_THE_MACHINE = ("second", "flops", "peak", "memory")
