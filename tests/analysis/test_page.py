@@ -15,8 +15,10 @@ from workdirs import cell, workdir
 
 from beyond_outliers import runs
 from beyond_outliers.analysis import along_training, page, plots
+from beyond_outliers.analysis.page.evidence import RunGroup
 from beyond_outliers.analysis.page.sections import SECTIONS
 from beyond_outliers.analysis.page.svg import inlined
+from beyond_outliers.analysis.page.task_section import scored_tasks
 from configs import adamw, muon, psgd, soap
 
 HOSTILE = """<script>alert("1")</script>&'$x_1^$ \x01"""
@@ -119,6 +121,25 @@ def test_without_data_every_section_says_what_is_missing_and_what_makes_it(tmp_p
     assert "Missing:" in found[key] and "python -m " in found[key], key
   assert "running" in found["runs"] and str(folder) in found["left_out"]
   assert "<svg" not in text and not re.search(r"\bnan\b", text)
+
+
+def test_scores_of_tasks_are_means_over_seeds_and_one_seed_has_its_error_over_examples(tmp_path):
+  def scores(accuracy):
+    return {"last_word": {"acc": accuracy, "acc_stderr": 0.05, "perplexity": 2e3}}
+
+  for seed, accuracy in enumerate((0.2, 0.4)):
+    cell(workdir(tmp_path, adamw, 0.1, seed, [5.0, 4.0]), 2, tasks=scores(accuracy))
+  run = workdir(tmp_path, muon, 0.1, 0, [5.0, 4.0])
+  cell(run, 2, tasks=scores(0.3))
+  lost = {"loss": 4.1, "loss_difference": 0.1}
+  cell(run, 2, "rtn_w4a4", "rtn", lost, R_L=0.1, tasks=scores(0.1))
+  part = scored_tasks(None, RunGroup(runs.find(tmp_path), [], {}, []))
+  assert part.runs == 3 and [table.rows() for table in part.tables] == [
+    [
+      ["none", "none", "last_word/acc", "0.3000 ± 0.1000", "0.3000 ± 0.0500"],
+      ["rtn_w4a4", "rtn", "last_word/acc", "–", "0.1000 ± 0.0500"],
+    ]
+  ]
 
 
 def test_runs_that_cannot_be_read_are_left_out_by_name(tmp_path):

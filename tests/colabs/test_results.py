@@ -169,6 +169,30 @@ def test_what_formats_and_methods_cost_is_of_the_packed_runs(ladder):
   assert (said[3], two) == ("twelve", 12)
 
 
+def test_what_models_answer_is_of_the_packed_runs(ladder):
+  full = [run for run in ladder[0] if (run.config.quant.recipe, run.config.seed) == ("none", 0)]
+  found = ptq_degradation.degradation_cells(full)
+  found = found[found["study/acc_norm"].notna()].set_index("optimizer")
+  scores = {f"{task}_olmo/acc_norm" for task in ("piqa", "hellaswag", "arc_easy")}
+  assert len(found) == 6 and scores < set(found)
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "bits per byte", "study: mean of the next three", "PIQA", "HellaSwag"),
+    *("ARC-Easy", "`continuation`", "`last_word`", "its perplexity"),
+  )
+  names = "study", "piqa_olmo", "hellaswag_olmo", "arc_easy_olmo", "continuation"
+  accuracies = [*(f"{name}/acc_norm" for name in names), "last_word/acc"]
+  assert rows[0][0] == "chance" and {row[0] for row in rows[1:]} == set(found.index)
+  for name, bits, *cells in rows[1:]:
+    of = found.loc[name]
+    assert float(bits) == pytest.approx(of.bits_per_byte, abs=6e-5)
+    told = [number for score in accuracies for number in (of[score], of[f"{score}_stderr"])]
+    assert numbers(" ".join(cells[:-1])) == pytest.approx(told, abs=6e-5)
+    said = [float(number) for number in cells[-1].replace(",", "").split("±")]
+    perplexity = [of["last_word/perplexity"], of["last_word/perplexity_stderr"]]
+    assert said == pytest.approx(perplexity, abs=0.6)
+
+
 def test_which_optimizers_seeds_tell_apart_is_of_the_packed_runs(at_tuned_rates):
   compared = ptq_degradation.compare_optimizers(at_tuned_rates)
   apart = {one.name: (method, one) for _, method, one in compared if not one.tie}

@@ -30,8 +30,6 @@ from beyond_outliers.types import PathLike
 
 T = TypeVar("T")
 
-INTERVAL = "loss_difference_interval"
-
 
 @dataclasses.dataclass(frozen=True)
 class Found(Generic[T]):
@@ -119,14 +117,9 @@ class RunGroup:
     return self._of_cells(predictors.frame)
 
   @functools.cached_property
-  def intervals(self) -> dict[tuple[str, str, str], list[float]]:
-    """Of the losses' differences over documents, by run, recipe and method."""
-    rows = self._of_cells(degradation_cells).value
-    if INTERVAL not in rows:
-      return {}
-    rows = rows[rows[INTERVAL].map(lambda pair: isinstance(pair, list) and None not in pair)]
-    keys = zip(rows["run"], rows["recipe"], rows["method"], strict=True)
-    return dict(zip(keys, rows[INTERVAL], strict=True))
+  def measured(self) -> Found[pd.DataFrame]:
+    """Every cell, also of the models as they were trained, which `cells` has none of."""
+    return self._of_cells(degradation_cells)
 
   @functools.cached_property
   def units(self) -> Found[pd.DataFrame]:

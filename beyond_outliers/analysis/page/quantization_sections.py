@@ -30,6 +30,7 @@ from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.ptq_degradation import compare_optimizers
 
 LOST = "loss_difference"
+INTERVAL = "loss_difference_interval"
 # Predictors that have a panel: of linear layers' inputs, of the residual stream, and the error.
 SHOWN = (
   *("max_to_median/linear", "max_to_mean/linear", "kurtosis/linear"),
@@ -63,7 +64,9 @@ def degradation(evidence: Evidence, group: RunGroup) -> Part:
       )
     ],
     tables=[
-      _by_optimizer(f"degradation.{group.name}", caption, measured, group.intervals),
+      _by_optimizer(
+        f"degradation.{group.name}", caption, measured, _intervals(group.measured.value)
+      ),
       *_compared_optimizers(group.name, measured),
     ],
     command=command,
@@ -82,6 +85,15 @@ def _compared_optimizers(name: str, measured: pd.DataFrame) -> list[Table]:
   )
   columns = tables.PTQ_COMPARISON_COLUMNS
   return [Table(f"degradation_compared.{name}", caption, columns, apart, numbers)] if apart else []
+
+
+def _intervals(cells: pd.DataFrame) -> dict[tuple[str, str, str], list[float]]:
+  """Of the losses' differences over documents, by run, recipe and method."""
+  if INTERVAL not in cells:
+    return {}
+  rows = cells[cells[INTERVAL].map(lambda pair: isinstance(pair, list) and None not in pair)]
+  keys = zip(rows["run"], rows["recipe"], rows["method"], strict=True)
+  return dict(zip(keys, rows[INTERVAL], strict=True))
 
 
 def _by_optimizer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from beyond_outliers.analysis.page import landing_section, law_section, summary
+from beyond_outliers.analysis.page import landing_section, law_section, summary, task_section
 from beyond_outliers.analysis.page import propagation_sections as propagation
 from beyond_outliers.analysis.page import quantization_sections as quantization
 from beyond_outliers.analysis.page import training_sections as training
@@ -49,6 +49,11 @@ SECTIONS: dict[str, Row] = {
     "Quantization after training (PTQ)",
     "What does it cost, by recipe, method and optimizer?",
     quantization.degradation,
+  ),
+  "tasks": Row(
+    "Tasks",
+    "What do models score at tasks, as they were trained and quantized?",
+    task_section.scored_tasks,
   ),
   "depth": Row(
     "The error along depth",

@@ -1,0 +1,85 @@
+"""Section on tasks: what models score, as they were trained and quantized."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
+from beyond_outliers.analysis.page.section import Part, Table
+from beyond_outliers.analysis.page.text import EVALUATE, NOTHING, with_error
+from beyond_outliers.analysis.plots import style
+from beyond_outliers.evaluate.plan import PROPAGATION
+
+KEYS = ["recipe", "method", "score"]  # of a row
+STDERR = "_stderr"  # how the errors' names end: over examples
+
+
+def scored_tasks(evidence: Evidence, group: RunGroup) -> Part:
+  """Scores of every task by recipe, method and optimizer."""
+  del evidence
+  found = _scores(group.measured.value)
+  if not len(found):
+    why = group.measured.problem or "no task was evaluated"
+    return Part(group.title, len(group.runs), missing=why, command=f"{EVALUATE} --tasks=last_word")
+  caption = (
+    "Means over seeds ± standard errors; of one seed ± the error over examples. none: as trained. "
+    "A guess is right in 0.5 of questions with two choices, and 0.25 of those with four."
+  )
+  return Part(
+    group.title,
+    found["run"].nunique(),
+    tables=[_by_optimizer(f"tasks.{group.name}", caption, found)],
+    command=f"{EVALUATE} --tasks=study --task_folders=tasks",
+  )
+
+
+def _scores(cells: pd.DataFrame) -> pd.DataFrame:
+  """A row per cell and score: recipe, method, score, optimizer, seed, run, value, stderr."""
+  names = [name for name in map(str, cells) if "/" in name and f"{name}{STDERR}" in cells]
+  parts = [
+    cells.assign(score=name, value=cells[name], stderr=cells[f"{name}{STDERR}"])
+    for name in names
+    if name.split("/")[0] != PROPAGATION
+  ]
+  kept = [*KEYS, "optimizer", "seed", "run", "value", "stderr"]
+  found = pd.concat(parts)[kept] if parts else pd.DataFrame(columns=kept)
+  return found.dropna(subset="value")
+
+
+def _by_optimizer(name: str, caption: str, found: pd.DataFrame) -> Table:
+  """A row per recipe, method and score, a column per optimizer."""
+  means = {tuple(row[:4]): row for row in style.named_rows(_means(found))}
+  rows = found[KEYS].drop_duplicates().itertuples(index=False, name=None)
+
+  def text(row: tuple[str, str, str], optimizer: str) -> str:
+    cell = means.get((*row, optimizer))
+    if cell is None:
+      return NOTHING
+    return with_error(cell.mean, cell.error, 0 if cell.mean >= 1000 else 4)
+
+  columns: dict[str, Callable[[Any], str]] = {
+    "recipe": lambda row: row[0],
+    "method": lambda row: row[1],
+    "score": lambda row: row[2],
+    **{
+      optimizer: functools.partial(text, optimizer=optimizer)
+      for optimizer in style.in_order(found["optimizer"])
+    },
+  }
+  return Table(name, caption, columns, sorted(rows, key=_order), found)
+
+
+def _means(found: pd.DataFrame) -> pd.DataFrame:
+  """KEYS, optimizer, mean, error: over seeds, of one seed over examples."""
+  by_cell = found.groupby([*KEYS, "optimizer"], sort=False)
+  means = by_cell.agg(mean=("value", "mean"), sem=("value", "sem"), stderr=("stderr", "first"))
+  return means.assign(error=means["sem"].fillna(means["stderr"])).reset_index()
+
+
+def _order(row: tuple[str, str, str]) -> tuple[bool, str, str, str]:
+  """The models as they were trained first."""
+  return row[0] != "none", row[2].split("/")[0], *row[:2]
