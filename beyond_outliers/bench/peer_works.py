@@ -36,10 +36,12 @@ class Contender(NamedTuple):
 class Work(NamedTuple):
   """A piece of work. The first contender is ours, which the others' ratios are of.
 
-  inputs: makes, in a folder, what all contenders read, and returns what they are told of it."""
+  inputs: makes, in a folder, what all contenders read, and returns what they are told of it.
+  rounds: at most, where one takes long."""
 
   inputs: Inputs
   contenders: Mapping[str, Contender]
+  rounds: int = 1000
 
 
 def torch_step(recipe: str, compiled: bool) -> Contender:
@@ -145,8 +147,11 @@ WORKS = {
   "gptq": Work(
     calibration,
     {"ours": Contender("gptq"), "llm-compressor": Contender("llm_compressor", elsewhere=True)},
+    rounds=3,
   ),
   "cell": Work(
-    validation_text, {"ours": Contender("cell"), "two forwards": Contender("two_forwards")}
+    validation_text,
+    {"ours": Contender("cell"), "two forwards": Contender("two_forwards")},
+    rounds=4,
   ),
 }

@@ -89,7 +89,7 @@ def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
           found[name] = {"failed": _last_line(errors)}
         else:
           first[name] = line
-      taken = alternate(running, rounds)
+      taken = alternate(running, min(rounds, work.rounds))
       for name in running.keys() - taken.keys():
         running[name].wait()
         found[name] = {"failed": _last_line(os.path.join(folder, name))}

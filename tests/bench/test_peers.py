@@ -61,6 +61,14 @@ def test_ratios_are_of_the_same_round():
   assert "ratio" not in peers.figures_of(figures(8.0), theirs, None), "ours did not run"
 
 
+def test_a_piece_of_work_that_takes_long_is_done_in_few_rounds(monkeypatch):
+  log = []
+  monkeypatch.setattr(peers, "alternate", lambda running, rounds: log.append(rounds) or {})
+  for most in (3, 10):
+    peers.measure_work(peer_works.Work(lambda folder: {}, {}, rounds=most), 6, sys.executable)
+  assert log == [3, 6]
+
+
 def work_of(told, **contenders):
   """Of contenders of one kind, which are told what no file holds."""
   return peer_works.Work(lambda folder: told, contenders)
