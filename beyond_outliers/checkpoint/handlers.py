@@ -6,7 +6,20 @@ disk is full waits for the others, which wait for its part, until Orbax gives up
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+
+@contextlib.contextmanager
+def _noted(errors: list[Exception]) -> Iterator[None]:
+  try:
+    yield
+  except TimeoutError:
+    raise  # of who waits: it is not at its end
+  except Exception as error:
+    errors.append(error)
+    raise
 
 
 class _Watched:
@@ -16,24 +29,25 @@ class _Watched:
     self._future, self._errors = future, errors
 
   def result(self, timeout: float | None = None) -> Any:
-    try:
+    with _noted(self._errors):
       return self._future.result(timeout)
-    except TimeoutError:
-      raise  # it is not at its end
-    except Exception as error:
-      self._errors.append(error)
-      raise
 
   def cancel(self) -> bool | None:
     return self._future.cancel()
 
 
 def telling(handler: Any, errors: list[Exception]) -> Any:
-  """The handler; `errors` gets those of its writes in the background."""
-  save = handler.async_save
+  """The handler; `errors` gets those of its writes in the background, and of what process 0 does
+  once all have written."""
+  save, finalize = handler.async_save, handler.finalize
 
   async def async_save(*args: Any, **kwargs: Any) -> list[_Watched]:
     return [_Watched(future, errors) for future in await save(*args, **kwargs) or ()]
 
-  handler.async_save = async_save  # of this one: Orbax knows handlers by their class
+  def finalized(*args: Any, **kwargs: Any) -> None:
+    with _noted(errors):
+      finalize(*args, **kwargs)
+
+  # Of this one: Orbax knows handlers by their class.
+  handler.async_save, handler.finalize = async_save, finalized
   return handler

@@ -79,6 +79,42 @@ def test_a_checkpoint_that_cannot_begin_ends_the_run_with_its_reason(argument, t
   assert (status["status"], status["step"]) == ("failed", STEPS - 20) and status["reason"] in last
 
 
+# Process 0 puts together what all have written, and has no room for it.
+FULL = """
+import errno
+import orbax.checkpoint as ocp
+from beyond_outliers import cli, main
+
+def full(self, directory, **options):
+  raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+
+ocp.StandardCheckpointHandler.finalize = full
+cli.run_command(main.main)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_the_first_cannot_put_a_checkpoint_together(argument, tmp_path):
+  """At once: Orbax would have them wait for each other for 20 minutes."""
+  flags = f"--config=configs/adamw.py:{argument()}", f"--workdir={tmp_path / 'run'}"
+  address = f"127.0.0.1:{commands.free_port()}"
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", FULL, *flags, f"--distributed={address},2,{index}"],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  said = [process.communicate(timeout=400)[0] for process in pair]
+  assert [process.returncode for process in pair] == [1, 1], said
+  assert "could not be written ([Errno 28] No space left on device" in said[0]
+  assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+  assert "process 0 of 2" in said[1], said[1]
+
+
 def test_a_second_run_in_the_same_workdir_is_refused(argument, tmp_path):
   process = start(argument(), tmp_path / "run")
   wait_for_step(process, tmp_path / "run", 20)
