@@ -26,7 +26,7 @@ from jax._src import distributed as jax_distributed  # the client has no public 
 
 from beyond_outliers import config
 from beyond_outliers.config import cluster
-from beyond_outliers.errors import ConfigError, Failure, Refusal, WorkdirError
+from beyond_outliers.errors import ConfigError, DataError, Failure, Refusal, WorkdirError
 
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
@@ -86,8 +86,9 @@ def is_first() -> bool:
 
 def raise_alone(error: Exception) -> None:
   """Raises an error that can have come to this one of several processes alone, such as no memory:
-  the others stand in a collective that nobody else will enter. What is refused, is by all."""
-  if _peers is not None and not isinstance(error, Refusal):
+  the others stand in a collective that nobody else will enter. What is refused, is by all, but for
+  data, which each reads itself."""
+  if _peers is not None and (isinstance(error, DataError) or not isinstance(error, Refusal)):
     raise error
 
 

@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from beyond_outliers import config
 from beyond_outliers.config import cluster
-from beyond_outliers.errors import Failure
+from beyond_outliers.errors import DataError, Failure
+from beyond_outliers.mesh import processes
 
 # argv: address, index, file for last words, what it does. Each shows on stdout that it has joined.
 CHILD = """
@@ -140,6 +142,17 @@ def test_a_folder_that_is_not_the_same_on_all_processes_is_refused(start, tmp_pa
   assert code == 0 or all("is not the same folder on all processes" in each for each in said)
   folder = tmp_path / ("0" if code else "both")
   assert list(folder.iterdir()) == [], "what it was found by is left"
+
+
+def test_what_one_process_alone_may_have_met_is_raised(monkeypatch):
+  """Data among it: each reads its own. With what is refused by all of them they go on."""
+  damaged, unfit = DataError("its file is gone"), config.ConfigError("a method")
+  processes.raise_alone(damaged)  # of a single process
+  monkeypatch.setattr(processes, "_peers", "some")
+  processes.raise_alone(unfit)
+  for error in (damaged, MemoryError()):
+    with pytest.raises(type(error)):
+      processes.raise_alone(error)
 
 
 def test_an_error_on_one_ends_another_that_cannot_write_its_last_words(start, tmp_path):
