@@ -221,23 +221,24 @@ def _status(status: str, step: int, reason: str) -> Json:
 
 
 def code() -> Json:
-  """What computes: git commit, versions and JAX's settings that decide numbers."""
+  """What computes: git commit, modules, versions, JAX's settings and flags of its compiler."""
   return {
     "git": _git(),
+    "sources": file_sums.package_sha256(),
     "python": sys.version.split()[0],
     "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     "jax": jax_settings.deciding(),
+    "compiler_flags": jax_settings.compiler_flags(),
   }
 
 
 def manifest(extra: Mapping[str, Any]) -> Json:
-  """Provenance of a run: git commit, versions, devices, command, time and host; then `extra`."""
+  """Provenance of a run: `code`, devices, command, time and host; then `extra`."""
   return {
     "command": [os.path.basename(sys.executable), *sys.argv],
     "time": _now(),
     "host": socket.gethostname(),
     **code(),
-    "compiler_flags": jax_settings.compiler_flags(),
     "devices": {
       "kind": jax.devices()[0].device_kind,
       "count": jax.device_count(),

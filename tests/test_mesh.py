@@ -145,6 +145,13 @@ def test_hosts_are_slices_of_devices_that_have_none():
   assert (grid((2, 4, 1, -1), mixed) == placed).all()
 
 
+def test_processes_of_unlike_numbers_of_devices_are_refused(monkeypatch):
+  """Among which JAX broadcasts nothing."""
+  monkeypatch.setattr(jax, "devices", lambda: [*cluster(None, 2, 4), Device(9, 1)])
+  with pytest.raises(config.ConfigError, match="4 of process 0, 5 of process 1"):
+    mesh.make_mesh(config.Mesh(-1, 9, 1))
+
+
 def test_other_axes_cross_slices_where_the_data_axis_does_not_go_over_them():
   devices = cluster(2, 1, 8, "tpu")
   assert grid((1, -1, 1, 1), devices[::-1])[0, ::8, 0].tolist() == [devices[7], devices[15]]

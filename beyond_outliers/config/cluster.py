@@ -9,11 +9,14 @@ which a pod needs a library and a permission.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import pathlib
 import re
+import socket
 from collections.abc import Callable, Mapping
 
-from beyond_outliers.errors import ConfigError
+from beyond_outliers.errors import ConfigError, Failure
 
 Environment = Mapping[str, str]
 
@@ -63,6 +66,22 @@ def membership(text: str, environment: Environment) -> Membership:
     f"--distributed = {text!r}: nothing here says how many processes there are and which this one "
     f"is; looked for {looked_for}; start by srun, mpirun or a JobSet, or give HOST:PORT,COUNT,INDEX"
   )
+
+
+def check_free(address: str) -> None:
+  """Failure where process 0 cannot listen at the port of an address: JAX's service would crash, or
+  share it with that of another run, whose processes it ends so."""
+  port = int(address.rpartition(":")[-1])
+  both = socket.has_dualstack_ipv6()  # of which JAX listens on both, too
+  family = socket.AF_INET6 if both else socket.AF_INET
+  try:
+    socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+  except OSError as error:
+    if error.errno is not None and error.errno in (errno.EADDRINUSE, errno.EACCES):
+      raise Failure(
+        f"{address}, where the processes of a run meet: process 0 cannot listen at port {port} "
+        f"({os.strerror(error.errno)}); take another, or end what is there"
+      ) from None
 
 
 def _checked(found: Membership) -> Membership:

@@ -6,6 +6,7 @@ that is a file of its own holds its sum itself."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -59,6 +60,14 @@ def file_sha256(path: Any) -> str:
   """path: of the library pathlib, or of one like it."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def package_sha256() -> str:
+  """Of all modules of this package, as they lie on this machine."""
+  package = pathlib.Path(__file__).parents[1]
+  modules = sorted(package.rglob("*.py"))
+  return digest({str(module.relative_to(package)): file_sha256(module) for module in modules})
 
 
 def stays_inside(name: Any) -> bool:

@@ -29,8 +29,11 @@ if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.target import Target
   from beyond_outliers.evaluate.text import TextOptions
+  from beyond_outliers.types import Json
 
 DAY = 86400.0  # seconds
+# Flags that name where a process finds things, and which of several it is.
+PLACES = ("workdir", "hf", "checkpoint", "data", "task_folders", "out", "distributed")
 
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
 HF = cli.path_flag("hf", None, "Hugging Face directory of an OLMo2 or Llama model; needs --data.")
@@ -205,6 +208,7 @@ def evaluate() -> bool:
 
   jax_settings.check_usable()  # first: a run that --follow waits for may begin tomorrow
   check_measured()
+  processes.agree("command", _deciding)
   progress = Progress()
   target = open_target(progress)
   if not FOLLOW.value and not target.steps():
@@ -243,6 +247,16 @@ def evaluate() -> bool:
     for step, reasons in job.skipped.items():
       print("\n".join(f"step {step} skipped: {reason}" for reason in reasons))
   return job.failed
+
+
+def _deciding() -> Json:
+  """What the processes of a job must have in common, but for what they find at the PLACES, which
+  they compare then."""
+  from beyond_outliers import workdir
+
+  own = flags.FLAGS.get_flags_for_module(flags.FLAGS.find_module_defining_flag(JSON.name))
+  given = {f"--{flag.name}": flag.value for flag in own if flag.name not in PLACES}
+  return config.flatten({**given, **workdir.code()})
 
 
 flags.register_multi_flags_validator(

@@ -71,6 +71,15 @@ class Evaluator:
       tasks, task_folders, target.text.dataset, self._store.path, trust_task_code
     )
     self._suite = task_suite.TaskSuite(loaded, target.text, mesh, say, warn)
+    processes.agree("contents", lambda: self._contents(loaded))
+
+  def _contents(self, tasks: Sequence[LoadedTask]) -> Json:
+    """What the processes of a job must have in common, wherever it lies."""
+    return {
+      "the model of --workdir, --checkpoint or --hf": self.target.identity,
+      "the data of --data or the run": self.target.text.dataset.fingerprint,
+      **{f"--tasks: {task.name}": task.content for task in tasks},
+    }
 
   def missing(self, step: int) -> list[Cell]:
     """Cells that lack their metrics, a task, or the propagation of their error."""

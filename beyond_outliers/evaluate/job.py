@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import stores
 from beyond_outliers.config.files import is_locked
 from beyond_outliers.errors import CheckpointError, ConfigError
@@ -84,28 +85,33 @@ class Watch:
 
   def look(self) -> None:
     status, wrote = self._target.status(), self._target.last_write()
+    # By the clock of process 0, and the lock as it sees it, so that all go the same way.
+    silent = mesh_lib.found_by_first(lambda: time.monotonic() - self._since)
     if status != self._status:
       self._progress.line(f"run: {status}")
     if (status, wrote) != (self._status, self._wrote):
       self._status, self._wrote, self._since = status, wrote, time.monotonic()
       self._told = self.dead = False
-    elif time.monotonic() - self._since > SILENCE and not self._told:
+    elif silent > SILENCE and not self._told:
       self._progress.line(
         f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
         "end this"
       )
       self._told = True
-    elif not self.dead and status.startswith("running") and self._is_abandoned():
+    elif not self.dead and status.startswith("running") and self._is_abandoned(silent):
       self.dead = True
       self._progress.line(f"run: dead, for no process holds its lock; it was {status}; resume it")
 
-  def _is_abandoned(self) -> bool:
+  def _is_abandoned(self, silent: float) -> bool:
     origin = self._target.origin
     # Within it, a run whose step takes for ever says so itself, if it has a watchdog.
     patience = max(SILENCE, 1.5 * origin["config"]["log"]["watchdog_seconds"])
-    if time.monotonic() - self._since <= patience or stores.is_address(origin["workdir"]):
+    if silent <= patience:
       return False
-    return not is_locked(os.path.join(origin["workdir"], "lock"))
+    workdir = origin["workdir"]
+    return mesh_lib.found_by_first(
+      lambda: not stores.is_address(workdir) and not is_locked(os.path.join(workdir, "lock"))
+    )
 
 
 class Job:

@@ -5,9 +5,13 @@ How processes come together in the first place: processes.py.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
+import os
+import secrets
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,11 +22,14 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from beyond_outliers import config
+from beyond_outliers.errors import WorkdirError
 from beyond_outliers.params import path_of
 from beyond_outliers.types import Array, Json
 
 Tree = TypeVar("Tree")
 Plain = TypeVar("Plain")  # what JSON can hold
+
+SEEN_SECONDS = 10.0  # until a file is seen by all, where file systems take their time
 
 # Logical name of an array axis -> mesh axes that split it.
 RULES = (
@@ -41,9 +48,9 @@ RULES = (
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A (data, fsdp, model) mesh over all devices.
 
-  Errors: ConfigError when the axes' product is not the device count, or the slices do not divide
-  the data axis that is to cross them."""
-  devices = jax.devices() if devices is None else devices
+  Errors: ConfigError when the axes' product is not the device count, the slices do not divide the
+  data axis that is to cross them, or processes have unlike numbers of devices."""
+  devices = _all_devices() if devices is None else devices
   sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}
   fixed = math.prod(size for size in sizes.values() if size != -1)
   sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
@@ -56,6 +63,20 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
   grids = [_grid((data // len(slices), *within), part) for part in slices]
   # The default axis type of jax.make_mesh is Explicit, on which linen's logical partitioning fails.
   return jax.sharding.Mesh(np.concatenate(grids), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _all_devices() -> Sequence[jax.Device]:
+  """Errors: ConfigError where processes have unlike numbers: JAX would not let them agree on
+  anything."""
+  devices = jax.devices()
+  held = collections.Counter(device.process_index for device in devices)
+  few, many = min(held, key=held.__getitem__), max(held, key=held.__getitem__)
+  if held[few] != held[many]:
+    raise config.ConfigError(
+      f"devices: {held[few]} of process {few}, {held[many]} of process {many}; give all processes "
+      "of a run as many"
+    )
+  return devices
 
 
 def _slices(
@@ -226,6 +247,31 @@ def on_any_process(condition: bool) -> bool:
   if jax.process_count() == 1:
     return condition
   return bool(multihost_utils.process_allgather(np.array(condition)).any())
+
+
+def check_shared(folder: Any, remedy: str) -> None:
+  """Refusal of a folder that is not the same on all processes, though its path is: the first could
+  write there, and the others wait for ever for what it wrote. All call this.
+
+  folder: a path of the library pathlib, or of one like it. Errors: WorkdirError."""
+  if jax.process_count() == 1:
+    return
+  # Under a new name, which no client of a file system remembers not to have found.
+  token = folder / from_first(f".seen.{os.getpid()}-{secrets.randbits(64)}.tmp")
+  if jax.process_index() == 0:
+    token.touch()
+  from_first("written")
+  deadline = time.monotonic() + SEEN_SECONDS
+  while not (seen := token.exists()) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  missed = on_any_process(not seen)
+  if jax.process_index() == 0:
+    token.unlink()
+  if missed:
+    raise WorkdirError(
+      f"{folder} is not the same folder on all processes: one does not see what process 0 writes "
+      f"there; {remedy}"
+    )
 
 
 def merged_over_processes(mine: Json) -> Json:

@@ -25,8 +25,8 @@ import jax
 from jax._src import distributed as jax_distributed  # the client has no public name
 
 from beyond_outliers import config
-from beyond_outliers.config.cluster import Membership
-from beyond_outliers.errors import ConfigError, Failure, Refusal, WorkdirError
+from beyond_outliers.config import cluster
+from beyond_outliers.errors import ConfigError, DataError, Failure, Refusal, WorkdirError
 
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
@@ -38,17 +38,19 @@ _peers: Peers | None = None  # of this process, once it has joined others
 _why_aborted = ""  # what an abort means until then
 
 
-def join(c: config.Distributed, found: Membership, *, stops: bool = True) -> None:
+def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True) -> None:
   """Connects the processes of one run; what is None, JAX finds.
 
   stops: whether they will ask, every step, if one got SIGTERM; else that ends it.
 
   Ends this process if one does not come within `initialization_seconds`. Errors: ConfigError where
-  JAX finds none."""
+  JAX finds none; Failure where process 0 cannot listen."""
   global _peers, _why_aborted
   if found.address:
     what = f"process {found.index} of {found.count} (by {found.source}), which meet"
     _tell(f"{what} at {found.address}\n")
+    if found.index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+      cluster.check_free(found.address)
   _why_aborted = (
     "the processes did not all come within distributed.initialization_seconds = "
     f"{c.initialization_seconds}; start all {found.count or ''} of them"
@@ -84,8 +86,9 @@ def is_first() -> bool:
 
 def raise_alone(error: Exception) -> None:
   """Raises an error that can have come to this one of several processes alone, such as no memory:
-  the others stand in a collective that nobody else will enter. What is refused, is by all."""
-  if _peers is not None and not isinstance(error, Refusal):
+  the others stand in a collective that nobody else will enter. What is refused, is by all, but for
+  data, which each reads itself."""
+  if _peers is not None and (isinstance(error, DataError) or not isinstance(error, Refusal)):
     raise error
 
 
@@ -132,9 +135,10 @@ def leave(error: BaseException) -> NoReturn:
   if isinstance(error, Refusal):
     code, reason = REFUSED, str(error)
   else:
+    # First: another that ends this process meanwhile says what there is to say.
+    code, reason = FAILED, reason_of(error)
     if not isinstance(error, Failure):
       _tell("".join(traceback.format_exception(error)))
-    code, reason = FAILED, reason_of(error)
   _tell(f"error: {reason}\n")
   if _peers is not None:
     _peers.leave(code, reason)
@@ -169,7 +173,7 @@ class Peers:
       key = next(k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k))
       raise WorkdirError(
         f"{key}: {theirs.get(key)!r} on process 0, {ours.get(key)!r} on process {self.index}: the "
-        "processes of one run must be started alike; nothing was trained"
+        "processes of one run must be started alike; nothing was done"
       )
     self._client.wait_at_barrier(f"{AGREED}{what}", DAY_MS)
 
@@ -253,9 +257,11 @@ class Peers:
       index = max(others, key=others.__getitem__)
       if self.index != 0 and others[index] < 3 * POLL_SECONDS:
         index = 0  # its service closed a connection: it ended just now
+      silent = f"no sign of life for {others[index]:.0f} s"
+      if others[index] < 3 * POLL_SECONDS:
+        silent = "it ended just now, or another was started in its place"
       self._say(
-        f"process {index} of {self._count} {GONE}: no sign of life for {others[index]:.0f} s; look "
-        "at its log, and start all again"
+        f"process {index} of {self._count} {GONE}: {silent}; look at its log, and start all again"
       )
       _exit(FAILED)
 

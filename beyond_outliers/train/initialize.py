@@ -15,6 +15,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
+from beyond_outliers.mesh import processes
 from beyond_outliers.model import transformer
 from beyond_outliers.model.forward import Forward
 from beyond_outliers.train.program import Program
@@ -112,6 +113,7 @@ def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, P
   Errors: ConfigError when there is no run or checkpoint, or when it is of another model."""
   try:
     source = runs.open(c.warm_start)
+    processes.agree("warm_start", lambda: {f"warm_start = {c.warm_start!r}": source.identity})
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
     step, found = source.restore(mesh)

@@ -51,7 +51,8 @@ def run(
   """
   jax_settings.check_usable()
   say = say or _print_on_first_process
-  processes.agree("configuration", lambda: _deciding(c, path))
+  flags = {"--from_step": from_step, "--dry_run": dry_run}
+  processes.agree("configuration", lambda: {**flags, **_deciding(c, path)})
   program = program_lib.build_program(c, devices)
   say(describe.describe(program))
   if dry_run:
@@ -62,6 +63,8 @@ def run(
     _check_resumable(workdir, c)
   with workdir.lock(), contextlib.ExitStack() as stack:
     _remove_stale(workdir)
+    where = "BEYOND_OUTLIERS_CACHE" if stores.is_address(path) else "--workdir"
+    mesh_lib.check_shared(workdir.path, f"set {where} to a folder that all of them see")
     if stores.is_address(path):
       _mirror(os.fspath(path), workdir, c, stack, say)
       _check_resumable(workdir, c)
@@ -107,24 +110,16 @@ def _mirror(
 
   Errors: WorkdirError on every process."""
   problem = ""
-  token = workdir.path / ".seen.tmp"
   if jax.process_index() == 0:
     try:
       stack.enter_context(
         stores.mirrored(address, workdir.path, sealed=c.checkpoint.verify, say=say)
       )
-      token.write_text(secrets.token_hex(8))
     except workdir_lib.WorkdirError as error:
       problem = str(error)
   problem = mesh_lib.from_first(problem)
   if problem:
     raise workdir_lib.WorkdirError(problem)
-  expected = mesh_lib.from_first(token.read_text() if jax.process_index() == 0 else "")
-  if mesh_lib.on_any_process(not token.exists() or token.read_text() != expected):
-    raise workdir_lib.WorkdirError(
-      f"{address}: its folder {workdir.path} is not the same on all processes; set "
-      "BEYOND_OUTLIERS_CACHE to a folder that all of them share"
-    )
 
 
 def _print_on_first_process(text: str) -> None:
@@ -144,13 +139,13 @@ def _train(
 
   c = program.config
   inputs = _open_inputs(program, say)
-  processes.agree("data", lambda: fingerprints(inputs.dataset))
+  of_data = fingerprints(inputs.dataset)
+  processes.agree("data", lambda: {f"data: {key}": each for key, each in of_data.items()})
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
   stack.enter_context(contextlib.closing(inputs.batches))
   stack.enter_context(mesh_lib.use(program.mesh))
   if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
     workdir.check_past()
-  of_data = fingerprints(inputs.dataset)
   start = initialize.start(program, checkpoints, inputs.batches, of_data, say, from_step)
   first = int(start.state.step)
   record = start.record or {}  # none of a checkpoint from before there were any

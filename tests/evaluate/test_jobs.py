@@ -829,6 +829,32 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
   assert job.failed and job.skipped == {9: [gone], 12: ["there was no such checkpoint"]}
 
 
+def test_processes_that_follow_a_run_take_it_for_dead_together(tmp_path, monkeypatch):
+  """By the clock of the first, and the lock as it sees it: whoever ended alone would leave the
+  others waiting."""
+  now, first, told = [0.0], [], []
+  monkeypatch.setattr(job_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+  monkeypatch.setattr(job_lib.mesh_lib, "found_by_first", lambda find: first.pop(0))
+  origin = {"workdir": str(tmp_path), "config": {"log": {"watchdog_seconds": 0}}}
+  target = types.SimpleNamespace(
+    status=lambda: "running from step 1", last_write=lambda: "now", origin=origin
+  )
+  watch = job_lib.Watch(target, types.SimpleNamespace(line=told.append))
+
+  def look(silent, *abandoned):
+    first[:] = [silent, *abandoned]
+    watch.look()
+    assert not first, "it went another way than the first"
+    return watch.dead
+
+  look(0.0)
+  now[0] = 9 * job_lib.SILENCE
+  assert not look(1.0), "so long only by this one's clock"
+  look(2 * job_lib.SILENCE)
+  assert not look(2 * job_lib.SILENCE, False), "whose lock is held"
+  assert look(2 * job_lib.SILENCE, True) and len(told) == 3
+
+
 def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch):
   shutil.copytree(workdir, tmp_path / "run")
   status, now, told = workdir_lib.Workdir(tmp_path / "run").set_status, [0.0], []

@@ -11,6 +11,11 @@ import time
 
 import pytest
 
+from beyond_outliers import config
+from beyond_outliers.config import cluster
+from beyond_outliers.errors import DataError, Failure
+from beyond_outliers.mesh import processes
+
 # argv: address, index, file for last words, what it does. Each shows on stdout that it has joined.
 CHILD = """
 import pathlib, sys, time
@@ -39,6 +44,16 @@ try:
       time.sleep(2 if what == "end later" else 0)
       print("done")
       processes.end(42)
+    if what.startswith("share"):
+      folder = pathlib.Path(words).parent / ("both" if what == "share" else index)
+      folder.mkdir(exist_ok=True)
+      mesh.SEEN_SECONDS = 0.5
+      mesh.check_shared(folder, "set --workdir to another")
+      processes.end(0)
+    if what == "lose the other":
+      raise jax.errors.JaxRuntimeError("Gloo: Connection reset by peer")
+    if what == "refuse":
+      raise config.ConfigError("the workdir cannot be written")
     if what == "fail":
       raise OSError(27, "File too large")
     time.sleep(120)
@@ -52,10 +67,10 @@ def start(tmp_path):
   """start({index: what it does}) -> the processes of a pair, by index."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    unused = free.getsockname()[1]
   started = []
 
-  def start(what, errors=subprocess.PIPE):
+  def start(what, errors=subprocess.PIPE, port=unused):
     for index, each in what.items():
       words = str(tmp_path / str(index))
       arguments = [f"127.0.0.1:{port}", str(index), words, each]
@@ -102,6 +117,42 @@ def test_an_error_on_one_ends_the_other(start, tmp_path, failing):
   wait(pair[1], 1)
   reason = f"process {failing} of 2: OSError: [Errno 27] File too large"
   assert (tmp_path / str(1 - failing)).read_text() == reason
+
+
+def test_a_refusal_ends_another_whose_collective_fails_for_it_in_one_line(start):
+  one, other = start({0: "lose the other", 1: "refuse"})
+  assert wait(other, 2).endswith("error: the workdir cannot be written\n")
+  said = wait(one, 2)
+  assert "error: process 1 of 2: the workdir" in said and "Traceback" not in said, said
+
+
+def test_a_port_that_another_listens_at_is_refused_without_a_crash(start):
+  """JAX's service either crashes there or shares the port, and the other run's processes end."""
+  with socket.create_server(("", 0), reuse_port=True) as taken:  # as of another run
+    with pytest.raises(Failure, match="cannot listen at port"):
+      cluster.check_free(f"here:{taken.getsockname()[1]}")
+    (one,) = start({0: "wait"}, port=taken.getsockname()[1])
+    assert "Address already in use" in wait(one, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, code", [("share", 0), ("share not", 2)])
+def test_a_folder_that_is_not_the_same_on_all_processes_is_refused(start, tmp_path, what, code):
+  said = [wait(process, code) for process in start({0: what, 1: what})]
+  assert code == 0 or all("is not the same folder on all processes" in each for each in said)
+  folder = tmp_path / ("0" if code else "both")
+  assert list(folder.iterdir()) == [], "what it was found by is left"
+
+
+def test_what_one_process_alone_may_have_met_is_raised(monkeypatch):
+  """Data among it: each reads its own. With what is refused by all of them they go on."""
+  damaged, unfit = DataError("its file is gone"), config.ConfigError("a method")
+  processes.raise_alone(damaged)  # of a single process
+  monkeypatch.setattr(processes, "_peers", "some")
+  processes.raise_alone(unfit)
+  for error in (damaged, MemoryError()):
+    with pytest.raises(type(error)):
+      processes.raise_alone(error)
 
 
 def test_an_error_on_one_ends_another_that_cannot_write_its_last_words(start, tmp_path):
