@@ -35,7 +35,7 @@ GONE = "was killed, stands still or cannot be reached"
 ALIVE, ENDED, AGREED = "alive/", "ended/", "agreed/"  # folders of the table: one text per process
 
 _peers: Peers | None = None  # of this process, once it has joined others
-_why_aborted = ""  # what an abort means until then
+_wait = 0.0, ""  # until when it waits for them, and what an abort means then
 
 
 def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True) -> None:
@@ -45,15 +45,16 @@ def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True
 
   Ends this process if one does not come within `initialization_seconds`. Errors: ConfigError where
   JAX finds none; Failure where process 0 cannot listen."""
-  global _peers, _why_aborted
+  global _peers, _wait
   if found.address:
     what = f"process {found.index} of {found.count} (by {found.source}), which meet"
     _tell(f"{what} at {found.address}\n")
     if found.index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
       cluster.check_free(found.address)
-  _why_aborted = (
+  _wait = (
+    time.monotonic() + c.initialization_seconds,
     "the processes did not all come within distributed.initialization_seconds = "
-    f"{c.initialization_seconds}; start all {found.count or ''} of them"
+    f"{c.initialization_seconds}; start all {found.count or ''} of them",
   )
   libc = ctypes.CDLL(None)
   libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
@@ -288,6 +289,8 @@ def _aborted(number: int) -> None:
   try:
     if _peers is not None:
       _peers.missing()
-    _tell(f"error: {_why_aborted}\n")
+    until, late = _wait
+    early = "JAX ended this process as it met the others, and says why above; start all again"
+    _tell(f"error: {early if time.monotonic() < until else late}\n")
   finally:
     os._exit(FAILED)

@@ -246,3 +246,15 @@ def test_a_collective_that_fails_for_want_of_a_process_names_it():
   ends = [alone, "AllGather failed", ": a barrier", "could not be written", "in an evaluation"]
   assert all(each.endswith(end) for each, end in zip(lost, ends, strict=True)), lost
   assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("until, said", [("float('inf')", "says why above"), ("0", "late")])
+def test_an_abort_while_they_meet_is_put_down_to_the_others_only_once_time_is_up(until, said):
+  program = f"""
+from beyond_outliers.mesh import processes
+
+processes._wait = {until}, "late"
+processes._aborted(6)
+"""
+  ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert (ended.returncode, ended.stderr.count("\n")) == (1, 1) and said in ended.stderr, ended
