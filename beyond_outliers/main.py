@@ -62,4 +62,5 @@ def default_workdir(c: config.Config) -> str:
 
 
 if __name__ == "__main__":
+  cli.take_huge_pages()
   cli.run_command(main)

@@ -170,3 +170,24 @@ def test_every_flag_that_is_a_path_is_one_of_those():
           calls.append(ast.unparse(node.func))
   assert calls.count("config_flags.DEFINE_config_file") == 1 and len(calls) >= 16
   assert set(calls) == {"cli.path_flag", "cli.paths_flag", "config_flags.DEFINE_config_file"}
+
+
+def test_a_command_takes_huge_pages_once_and_where_linux_leaves_them_to_it(monkeypatch, tmp_path):
+  started = []
+  monkeypatch.setattr(cli, "HUGE_PAGES", tmp_path / "enabled")
+  monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
+  command = [sys.executable, "-m", "beyond_outliers.main", "--dry_run"]
+  monkeypatch.setattr(sys, "orig_argv", command)
+  monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+  cli.take_huge_pages()  # no such file: another system
+  for mode in ("[always] madvise never", "always madvise [never]", "always [madvise] never"):
+    assert not started
+    cli.HUGE_PAGES.write_text(mode)
+    cli.take_huge_pages()
+  assert started == [command]
+  assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+  cli.take_huge_pages()
+  monkeypatch.delenv("GLIBC_TUNABLES")
+  monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", "a program of somebody else's"])
+  cli.take_huge_pages()
+  assert started == [command]

@@ -243,4 +243,5 @@ def _argument(flag: str, bench: Bench) -> Any:
 
 
 if __name__ == "__main__":
+  cli.take_huge_pages()
   cli.run_command(main)

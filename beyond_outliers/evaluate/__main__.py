@@ -270,4 +270,5 @@ flags.register_validator(
 )
 
 if __name__ == "__main__":
+  cli.take_huge_pages()
   cli.run_command(main)
