@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from beyond_outliers import config
+from beyond_outliers.bench.contenders.prepare import VOCAB
 from beyond_outliers.bench.scoring import questions
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.data import documents, preparation, tokenizer_training
@@ -41,7 +43,7 @@ class Work(NamedTuple):
 
   inputs: Inputs
   contenders: Mapping[str, Contender]
-  rounds: int = 1000
+  rounds: int = sys.maxsize
 
 
 def torch_step(recipe: str, compiled: bool) -> Contender:
@@ -84,7 +86,7 @@ def speeches(folder: pathlib.Path, tokenizer: str) -> Json:
     file = folder / "tokenizer.json"
     model = tokenizers.ByteLevelBPETokenizer()
     ends = ["<|endoftext|>"]  # which divides documents
-    model.train_from_iterator(texts, 8192, show_progress=False, special_tokens=ends)
+    model.train_from_iterator(texts, VOCAB, show_progress=False, special_tokens=ends)
     model.save(str(file))
   return {"documents": str(folder / "documents.jsonl"), "tokenizer": f"{tokenizer}:{file}"}
 

@@ -81,23 +81,18 @@ def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
     try:
       for name, contender in work.contenders.items():
         errors = os.path.join(folder, name)
-        process = _start(contender, asked, peer_python, errors)
-        running[name] = process
-        line = _figures(process)
-        if line is None:
-          running.pop(name).wait()
-          found[name] = {"failed": _last_line(errors)}
-        else:
+        running[name] = _start(contender, asked, peer_python, errors)
+        if line := _figures(running[name]):
           first[name] = line
-      taken = alternate(running, min(rounds, work.rounds))
-      for name in running.keys() - taken.keys():
-        running[name].wait()
-        found[name] = {"failed": _last_line(os.path.join(folder, name))}
+      started = {name: running[name] for name in first}
+      taken = alternate(started, min(rounds, work.rounds))
     finally:
       for process in running.values():
         with contextlib.suppress(BrokenPipeError):
           process.stdin.close()
         process.wait()
+    for name in work.contenders.keys() - taken.keys():
+      found[name] = {"failed": _last_line(os.path.join(folder, name))}
   for name, times in taken.items():
     ours = (first["ours"], taken["ours"]) if "ours" in taken else None
     found[name] = figures_of(first[name], times, ours)

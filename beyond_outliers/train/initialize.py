@@ -113,7 +113,7 @@ def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, P
   Errors: ConfigError when there is no run or checkpoint, or when it is of another model."""
   try:
     source = runs.open(c.warm_start)
-    processes.agree("warm_start", lambda: {f"warm_start = {c.warm_start!r}": source.identity})
+    processes.agree("warm_start", lambda: {"the run": source.identity})
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
     step, found = source.restore(mesh)

@@ -75,9 +75,9 @@ def _by_optimizer(name: str, caption: str, found: pd.DataFrame) -> Table:
 
 def _means(found: pd.DataFrame) -> pd.DataFrame:
   """KEYS, optimizer, mean, error: over seeds, of one seed over examples."""
-  by_cell = found.groupby([*KEYS, "optimizer"], sort=False)
-  means = by_cell.agg(mean=("value", "mean"), sem=("value", "sem"), stderr=("stderr", "first"))
-  return means.assign(error=means["sem"].fillna(means["stderr"])).reset_index()
+  by = [*KEYS, "optimizer"]
+  means = style.over_seeds(found, by, "value").merge(found.drop_duplicates(by)[[*by, "stderr"]])
+  return means.assign(error=means["sem"].fillna(means["stderr"]))
 
 
 def _order(row: tuple[str, str, str]) -> tuple[bool, str, str, str]:

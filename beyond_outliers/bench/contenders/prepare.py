@@ -11,7 +11,7 @@ from beyond_outliers.bench.contenders import serve
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.data import preparation
 
-VOCAB = 8192  # no tokenizer of bench/peer_works.py has more
+VOCAB = 8192  # of the larger tokenizer
 
 
 def main(documents: str, tokenizer: str) -> None:
