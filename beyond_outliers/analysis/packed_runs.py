@@ -38,7 +38,9 @@ def pack_runs(runs: Sequence[runs_lib.Run], path: PathLike) -> str:
   files = 0
   with (
     replaced(path) as temporary,
-    tarfile.open(temporary, "w:xz", format=tarfile.PAX_FORMAT, preset=9) as archive,
+    tarfile.open(
+      temporary, "w:xz", format=tarfile.PAX_FORMAT, preset=9 | lzma.PRESET_EXTREME
+    ) as archive,
   ):
     for run, folder in sorted(zip(runs, folders, strict=True), key=lambda pair: pair[1]):
       for name, text in _contents(run, folder):
