@@ -16,18 +16,17 @@ from beyond_outliers.types import Json
 
 FULL_PRECISION = "none"
 
-# What runs must agree on before their losses are set side by side, besides their data and each
-# optimizer's own settings.
-COMPARED = (
-  "size",
-  "steps",
-  "batch_size",
-  "context",
-  "warm_start",
-  "model",
-  "schedule",
-  "data.mask_documents",
-  "eval.documents",
+# What runs may differ in whose losses are set side by side. All else of a config they have in
+# common, and so whatever is added to one.
+MAY_DIFFER = (
+  *config.MAY_CHANGE,  # decide no more than the order of float sums
+  "seed",  # means are over seeds
+  "optimizer",  # is compared; two runs of one differ in no more than the rate that is swept
+  "quant",  # likewise: two runs of one recipe have it in common
+  "tokens_per_parameter",  # what `steps`, which is compared, was derived from
+  "eval.every",  # the losses in tables are those after the last step
+  "average",  # training does not see it
+  "data.validation",  # may name files, wherever they lie: the dataset's fingerprint tells
 )
 # Of the model: what makes it larger. All else of `model` are switches of the architecture.
 SHAPE = ("blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden")
@@ -103,7 +102,7 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
   """One row per run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite
   if not done), size, shape (of the model, as SHAPE), batch_size, steps, run.
 
-  but: what of COMPARED, or below it, may differ.
+  but: config keys, or sections, that may differ beside MAY_DIFFER.
   Errors: ConfigError for runs that do not compare, or that are one run twice."""
   check_comparable(runs, but)
   rows = [
@@ -155,30 +154,38 @@ def standing(run: runs_lib.Run) -> str:
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
   """Refusal of runs that cannot be compared.
 
-  but: what of COMPARED, or below it, may differ.
-  Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, in
-  JAX's settings that decide numbers, or in one optimizer's settings."""
+  but: config keys, or sections, that may differ beside MAY_DIFFER.
+  Errors: ConfigError when there are no runs, or two differ in data, in more of their configs than
+    they may, in JAX's settings that decide numbers, or in one optimizer's or recipe's settings."""
   if not runs:
     raise ConfigError("no runs: give the folder that holds their workdirs")
   alike: dict[str, tuple[runs_lib.Run, Json]] = {}
   for run in runs:
-    flat = config.flatten(config.to_dict(run.config))
-    keys = {
-      key for key in flat if _below(key, COMPARED) and not _below(key, [*but, *config.MAY_CHANGE])
-    }
-    compared = {
-      **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
-      **{key: flat[key] for key in keys},
-      **jax_settings.changed_in(run.manifest),
-    }
-    settings = {key: value for key, value in flat.items() if _below(key, ["optimizer"])}
-    for group, values in (("", compared), (run.config.optimizer.name, settings)):
+    for group, values in in_common(run, but).items():
       first, expected = alike.setdefault(group, (run, values))
       for key, one, other in _differences(expected, values):
         raise ConfigError(
           f"{key}: {one!r} in {first.name}, {other!r} in {run.name}: these do not compare; "
           "report on them apart"
         )
+
+
+def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
+  """What a run has in common with those it compares with: with all; with those of its optimizer;
+  and with those of its recipe."""
+  c = run.config
+  flat = config.flatten(config.to_dict(c))
+  with_all = {
+    **{key: value for key, value in flat.items() if not _below(key, [*but, *MAY_DIFFER])},
+    # Fingerprints; of the tokenizer, too, which the config may name by its file.
+    **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
+    **jax_settings.changed_in(run.manifest),
+  }
+  own = {"optimizer": c.optimizer.name, "quant": quant.recipes.name_of(c.quant)}
+  return {"": with_all} | {
+    f"{section} {name}": {key: value for key, value in flat.items() if _below(key, [section])}
+    for section, name in own.items()
+  }
 
 
 def _differences(

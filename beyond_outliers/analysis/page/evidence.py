@@ -251,7 +251,7 @@ def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]
   for run in runs:
     why = ""
     for group, _ in found:
-      one_of_each = {other.config.optimizer.name: other for other in group}
+      one_of_each = {(other.config.optimizer.name, recipe_of(other)): other for other in group}
       try:
         check_comparable([*one_of_each.values(), run], but=("steps",))
       except ConfigError as refusal:
