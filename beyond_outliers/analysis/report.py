@@ -101,12 +101,14 @@ def print_degradation(
 
   See `ptq_degradation.degradation_cells`."""
   cells = ptq_degradation.degradation_cells(runs, settings, folders)
-  print(ptq_degradation.degradation_table(cells, metric))
+  print(tables.degradation_table(cells, metric))
   compared = ptq_degradation.compare_optimizers(cells, metric)
   if apart := [row for row in compared if not row[-1].tie]:
     print(f"\npairs, {PAIRED}\n\n{tables.ptq_comparison_table(apart)}")
   if alike := len(compared) - len(apart):
     print(f"\n{alike} of {len(compared)} pairs are not told apart")
+  if said := cells.attrs["left_out"]:
+    print("\n".join(["", *said]))
 
 
 def check_ended(runs: Sequence[runs_lib.Run]) -> None:

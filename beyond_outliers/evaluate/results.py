@@ -146,11 +146,16 @@ def names_of(run: runs_lib.Run) -> tuple[str, str]:
 
 def joined(cell: Result, tasks: list[Result]) -> Result:
   """The cell with `tasks`: {name: the model's scores}; of a group or tag, its members are among
-  them. The last one counts.
+  them. The last one counts; all are in `answers`, each with the hash of what was asked.
 
   And with `examples`: {name: over how many these are}, where the tasks counted them; and with
   `largest_gain` and `units` of the error's propagation, where that was asked for."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
+  answers = [
+    (name, task["settings"].get("content", ""), metrics)
+    for task in tasks
+    for name, metrics in task["scores"].items()
+  ]
   examples = {name: counts for task in tasks for name, counts in task.get("examples", {}).items()}
   propagation = {
     name: task[name] for task in tasks for name in ("largest_gain", "units") if name in task
@@ -159,6 +164,7 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
   return {
     **cell,
     "tasks": {**cell.get("tasks", {}), **scores},
+    "answers": [*((name, "", of) for name, of in cell.get("tasks", {}).items()), *answers],
     **({"examples": examples} if examples else {}),
     **propagation,
     "seconds": {"tasks": spent, **cell.get("seconds", {})},
