@@ -13,7 +13,13 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, ptq_degradation, tables
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.qat_gap import compare_gaps, qat_gaps
-from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, not_done, tunings
+from beyond_outliers.analysis.tuning import (
+  FULL_PRECISION,
+  Tuning,
+  judged_without,
+  not_done,
+  tunings,
+)
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
@@ -49,7 +55,7 @@ def print_tuning(
   )
   for recipe in recipes:
     _print_rates(recipe, [t for t in found if t.recipe == recipe])
-  if said := not_done(runs):
+  if said := [*judged_without(found), *not_done(runs)]:
     print("\n".join([*said, ""]))
   if len(recipes) > 1:
     _print_gaps(runs, found, gap_plot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -43,6 +43,7 @@ class Tuning:
   recipe: str
   losses: dict[float, float]  # by learning rate, ascending; infinite where a run did not finish
   best: tuple[runs_lib.Run, ...]  # the runs, one per seed, at the best rate
+  unjudged: tuple[int, ...] = ()  # seeds that not all rates have, whose runs are in no mean
 
   @property
   def learning_rate(self) -> float:
@@ -86,8 +87,19 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
       for rate in sorted(set(judged.rate))
     }
     best = judged[judged.rate == min(losses, key=losses.__getitem__)].sort_values("seed")
-    found.append(Tuning(str(name), str(recipe), losses, tuple(best.run)))
+    others = tuple(sorted({int(seed) for seed in sweep.seed} - common))
+    found.append(Tuning(str(name), str(recipe), losses, tuple(best.run), others))
   return sorted(found, key=lambda t: (t.recipe != FULL_PRECISION, t.recipe, t.loss))
+
+
+def judged_without(tunings: Iterable[Tuning]) -> list[str]:
+  """What to say of seeds that not all rates of a sweep have."""
+  return [
+    f"{t.optimizer} ({t.recipe}): its rates are judged by the seeds that all have, without "
+    f"{', '.join(map(str, t.unjudged))}"
+    for t in tunings
+    if t.unjudged
+  ]
 
 
 def study_rate(under: Tuning, full: Tuning | None) -> float:

@@ -38,6 +38,9 @@ def test_rates_are_compared_on_common_seeds_alone(sweep, tmp_path):
     adamws.losses == pytest.approx({0.01: 5.6, 0.03: 4.6, 0.1: 5.1, 0.3: 4.55})
     and adamws.learning_rate == 0.3
   )
+  assert tuning.judged_without([adamws]) == [
+    "adamw (none): its rates are judged by the seeds that all have, without 0"
+  ]
   workdir(tmp_path / "other", adamw, 1.0, 7, [6.0, 4.0])
   with pytest.raises(config.ConfigError, match=r"adamw: the rates .* have no seed in common"):
     tuning.tunings([*sweep, *runs.find(tmp_path / "other")])
