@@ -280,25 +280,19 @@ def test_a_misspelt_setting_is_named_and_so_are_cells_of_other_runs(tmp_path, ca
     printed(without, capsys, folders=[others])
 
 
-def asked(folder, content, accuracy, time="2026-11-23T05:00:00+00:00"):
-  """A cell with the scores of a task whose questions have this hash."""
-  settings = {"step": 200, "recipe": "rtn_w4a4", "method": "rtn"}
-  cells = (json.loads(path.read_text()) for path in folder.glob("eval/*.json"))
-  (measured,) = (cell["settings"] for cell in cells if "metrics" in cell)
-  task = {"task": "piqa", "content": content}
-  settings["settings"] = {k: v for k, v in measured.items() if k != "resamples"} | task
-  found = {"scores": {"piqa": {"acc": accuracy}}, "seconds": 1.0, "time": time}
-  name = ptq_degradation.results.file_name(*settings.values())
-  (folder / "eval" / name).write_text(json.dumps({**settings, **found}))
+def asked(folder, content, accuracy):
+  """The same cell with the scores of a task whose questions have this hash."""
+  metrics, scores = {"loss": 5.0, "loss_difference": 0.2}, {"piqa": {"acc": accuracy}}
+  workdirs.cell(folder, 200, "rtn_w4a4", "rtn", metrics, tasks=scores, content=content)
 
 
 def test_unlike_questions_under_one_name_are_columns_of_their_own(tmp_path, capsys):
-  """Of two runs, and of one that was asked both, whichever was the last."""
+  """Of two runs, and of one that was asked both."""
   one, other = quantized(tmp_path, 0), quantized(tmp_path, 1)
   asked(one, "a" * 64, 0.2)
   asked(other, "a" * 64, 0.4)
   assert "**0.3000 ± 0.1000**" in printed(tmp_path, capsys, metric="piqa/acc")
-  asked(one, "b" * 64, 0.9, time="2026-11-24T05:00:00+00:00")
+  asked(one, "b" * 64, 0.9)
   cells = ptq_degradation.degradation_cells(runs.find(tmp_path)).set_index("seed")
   assert cells["piqa@aaaaaaaa/acc"].to_dict() == {0: 0.2, 1: 0.4}
   assert cells["piqa@bbbbbbbb/acc"][0] == 0.9 and "piqa/acc" not in cells
