@@ -33,11 +33,11 @@ SOURCE = {
   **{"source.config.optimizer.name": str, "source.config.optimizer.learning_rate": int | float},
 }
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
-SETTINGS = [
+MEASURED_ON = [
   *("version", "data", "tokenizer", "context", "documents", "mask_documents"),
   *("calibration_windows", "average"),
+  *jax_settings.DEFAULTS,  # of which a cell has those that were changed
 ]
-MEASURED_ON = [*SETTINGS, "jax"]  # the last: its own settings that decide numbers, if not default
 # Of those, what a cell has in common with that of the model as it was trained.
 SAME_TEXT = [name for name in MEASURED_ON if name != "calibration_windows"]
 PLACE = "step / steps"  # where in its run a cell is, as refusals name it
@@ -86,7 +86,7 @@ def find_cells(
     )
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
   every = {run: _of_run(run, shared) for run in runs}
-  known = set(SETTINGS).union(*(cell["settings"] for cells in every.values() for cell in cells))
+  known = set(MEASURED_ON).union(*(cell["settings"] for cells in every.values() for cell in cells))
   for name in settings or {}:
     require(name in known, "--settings", name, f"no cell has it; {nearest(name, sorted(known))}")
   # Cells of averaged parameters only where they are asked for.
@@ -211,13 +211,11 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
       continue
     cells = measured.assign(**{PLACE: measured.step / measured.steps})
     for name, rows in cells.groupby(within) if within else [("all", cells)]:
-      values = rows[key].unique().tolist()
+      values = sorted(rows[key].unique().tolist(), key=str)
       if len(values) > 1:
         choice = f"choose by --settings={key}={values[0]}"
-        remedy = f"or {choice if key in SETTINGS else 'make the cells, of one'}"
-        raise ConfigError(
-          f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}"
-        )
+        remedy = f"or {choice if key in MEASURED_ON else 'make the cells, of one'}"
+        raise ConfigError(f"{name}: the cells have {key} = {values}; give the runs, {remedy}")
   for (optimizer, seed, recipe, method, *_), rows in measured.groupby(
     ["optimizer", "seed", "recipe", "method", *but]
   ):
@@ -272,7 +270,7 @@ def _row(run: str, cell: Json, unlike: Collection[str]) -> Json:
   """unlike: tasks whose questions are not those of all cells.
 
   Errors: ConfigError for a cell that doesn't say what it was measured of."""
-  if problem := misfit({"jax": {}, **cell}, {**SOURCE, "jax": dict}):
+  if problem := misfit(cell, SOURCE):
     which = f"step {cell['step']}, {cell['recipe']}, {cell['method']}"
     raise ConfigError(f"{run}: the cell of {which} {problem}; remove it and evaluate it again")
   c = cell["source"]["config"]
@@ -285,11 +283,9 @@ def _row(run: str, cell: Json, unlike: Collection[str]) -> Json:
   }
   numbers = {**cell["metrics"], **scores}
   measured = {name: math.inf if value is None else value for name, value in numbers.items()}
-  changed = jax_settings.changed_in(cell)
   return {
     **dict(zip(ORIGIN, values, strict=True)),
     **{name: cell[name] for name in ("step", "recipe", "method", "size_bytes")},
     **measured,
     **{name: cell["settings"].get(name, "") for name in MEASURED_ON},
-    "jax": ", ".join(f"{name}={value}" for name, value in sorted(changed.items())),
   }

@@ -24,6 +24,7 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.files import is_elsewhere, make_folder, misfit, read_json
 from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import Failure, WorkdirError
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json, PathLike
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def _same_model(cell: Result, task: Result) -> bool:
   ours, theirs = (
     {
       "average": "",  # which is a setting only of what was measured of one
+      **jax_settings.DEFAULTS,  # likewise, of what was measured under others
       **result["settings"],
       **{name: result[name] for name in ("step", "recipe", "method")},
     }

@@ -243,12 +243,19 @@ def recorded(folder, **fields):
   path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_cells_under_other_settings_of_jax_are_refused(tmp_path, capsys):
-  recorded(quantized(tmp_path), jax={"jax_enable_x64": False})
-  assert "+0.2000" in printed(tmp_path, capsys)
-  recorded(quantized(tmp_path, 1), jax={"jax_enable_x64": True})
-  with pytest.raises(config.ConfigError, match=r"jax = \['', 'jax_enable_x64=True'\]; give"):
+def test_cells_under_other_settings_of_jax_are_refused_or_chosen(tmp_path, capsys):
+  """And so are scores of tasks: those under other settings are of no other cell."""
+  one = quantized(tmp_path)
+  quantized(tmp_path, 1, cost=0.4, jax_enable_x64=True)
+  with pytest.raises(
+    config.ConfigError, match=r"have jax_enable_x64 = \['', True\]; .*--settings=jax_enable_x64="
+  ):
     printed(tmp_path, capsys)
+  assert "+0.4000" in printed(tmp_path, capsys, {"jax_enable_x64": "True"})
+  under = {"content": "a" * 64, "jax_enable_x64": True, "tasks": {"piqa": {"acc": 0.9}}}
+  workdirs.cell(one, 200, "rtn_w4a4", "rtn", {"loss": 5.1, "loss_difference": 0.3}, **under)
+  scores = ptq_degradation.degradation_cells(runs.find(one))["piqa/acc"]
+  assert sorted(scores.isna()) == [False, True]
 
 
 def test_an_average_of_fewer_checkpoints_than_it_says_is_left_out(tmp_path, capsys):
