@@ -129,7 +129,7 @@ def cell_table(found: Sequence[tuple[runs_lib.Run, results.Result]]) -> pd.DataF
 
   Errors: ConfigError for a cell that doesn't say what it was measured of."""
   named: dict[str, set[str]] = {}
-  for name, content, _ in (answer for _, cell in found for answer in cell["answers"]):
+  for name, content, _ in (answer for _, cell in found for answer in cell.get("answers", ())):
     named.setdefault(name, set()).add(content)
   unlike = {name for name, contents in named.items() if len(contents) > 1}
   rows = [_row(run.name, cell, unlike) for run, cell in found]
@@ -277,8 +277,8 @@ def _row(run: str, cell: Json, unlike: Collection[str]) -> Json:
   optimizer = c["optimizer"]
   values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
   scores = {
-    f"{name}@{content[:8]}/{score}" if name in unlike else f"{name}/{score}": value
-    for name, content, metrics in cell["answers"]
+    f"{name}@{content[:8] or 'unknown'}/{score}" if name in unlike else f"{name}/{score}": value
+    for name, content, metrics in cell.get("answers", ())
     for score, value in metrics.items()
   }
   numbers = {**cell["metrics"], **scores}

@@ -152,7 +152,8 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
   And with `examples`: {name: over how many these are}, where the tasks counted them; and with
   `largest_gain` and `units` of the error's propagation, where that was asked for."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
-  answers = [
+  answers = [(name, "", metrics) for name, metrics in cell.get("tasks", {}).items()]  # of the first
+  answers += [
     (name, task["settings"].get("content", ""), metrics)
     for task in tasks
     for name, metrics in task["scores"].items()
@@ -165,7 +166,7 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
   return {
     **cell,
     "tasks": {**cell.get("tasks", {}), **scores},
-    "answers": [*((name, "", of) for name, of in cell.get("tasks", {}).items()), *answers],
+    **({"answers": answers} if answers else {}),
     **({"examples": examples} if examples else {}),
     **propagation,
     "seconds": {"tasks": spent, **cell.get("seconds", {})},
