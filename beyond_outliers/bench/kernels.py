@@ -13,12 +13,12 @@ from beyond_outliers import hardware
 from beyond_outliers.ops import linalg
 
 WIDTH = 1024  # of products: two operands and the result stay in the cache
-PRODUCTS = {"float32": f"matmul {WIDTH}", "bfloat16": f"matmul {WIDTH} bfloat16"}
+MATMULS = {"float32": f"matmul {WIDTH}", "bfloat16": f"matmul {WIDTH} bfloat16"}
 
 # name -> () -> a call
 KERNELS: dict[str, Callable[[], Callable[[], Any]]] = {
-  PRODUCTS["float32"]: lambda: _kernel(lambda x: jnp.matmul(x, x, precision="highest"), WIDTH),
-  PRODUCTS["bfloat16"]: lambda: _kernel(
+  MATMULS["float32"]: lambda: _kernel(lambda x: jnp.matmul(x, x, precision="highest"), WIDTH),
+  MATMULS["bfloat16"]: lambda: _kernel(
     lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32), WIDTH, jnp.bfloat16
   ),
   "eigh 768": lambda: _kernel(linalg.eigh, 768),
@@ -51,7 +51,7 @@ def measure_kernels(repeats: int) -> dict[str, float]:
 
 def product_rate(dtype: str, repeats: int) -> float:
   """FLOP/s of a product of `dtype`, from the median of its seconds."""
-  return 2 * WIDTH**3 / hardware.median_seconds(KERNELS[PRODUCTS[dtype]](), repeats)
+  return 2 * WIDTH**3 / hardware.median_seconds(KERNELS[MATMULS[dtype]](), repeats)
 
 
 def update_bandwidth(repeats: int, count: int = 2**28) -> float:

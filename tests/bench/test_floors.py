@@ -99,7 +99,7 @@ def test_the_longer_of_products_and_bytes_counts(monkeypatch):
   assert floors.floor_seconds(tx, params, 1, 1) == pytest.approx(20 * M * N / 1e3, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", kernels.PRODUCTS)
+@pytest.mark.parametrize("dtype", kernels.MATMULS)
 def test_rates_are_of_what_is_called(monkeypatch, dtype):
   called = []
 
