@@ -5,7 +5,7 @@ A floor is of an algorithm as its program has it, here on a CPU: with so many it
 by halves where they are by halves, a decomposition of each block when it is due. Another algorithm
 may need fewer.
 
-In a step's seconds are the longer of two, as if each hid the other whole:
+A step's floor is the longer of two, as if each hid the other whole:
   products at the rate of the library's alone (`kernels.product_rate`), in each dtype its own, and
     decompositions and triangular solves in the seconds that the library's kernel takes alone, at
     each of the shapes that occur;
@@ -13,8 +13,9 @@ In a step's seconds are the longer of two, as if each hid the other whole:
     step renews of the state read and written, gradients read.
 
 Arithmetic on single numbers takes nothing, nor does what a step only reads of the state, such as
-roots between refreshes. The one side on which it errs: of a stack of which a step renews some
-matrices, as staggered refreshes do, all bytes count.
+roots between refreshes. It is no strict bound in two ways: of a stack of which a step renews some
+matrices, as staggered refreshes do, all bytes count; and products of another size may be faster
+than the one whose rate is taken. Times are medians, as the step's own are.
 """
 
 from __future__ import annotations

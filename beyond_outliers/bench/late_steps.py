@@ -16,6 +16,8 @@ STEADY = 4000  # a step long after the first
 
 
 class LateStep(NamedTuple):
+  """One step of a period, counted."""
+
   flops: jaxpr_flops.Flops
   renewed: list[bool]  # of each leaf of the state, whether it isn't handed back as it came
 

@@ -74,7 +74,7 @@ def test_adamw_is_as_long_as_its_bytes(monkeypatch, bandwidth, expected):
 
 
 def test_kernels_are_timed_alone_and_a_floor_is_the_mean_over_a_period(monkeypatch):
-  """Every product a second, every decomposition three, bytes nothing."""
+  """Each decomposition three seconds, products and bytes nothing."""
   timed = []
 
   def three_seconds(call, repeats):
