@@ -124,14 +124,17 @@ class Run:
   def digest(self, step: int) -> str:
     """Of the parameters in a checkpoint, as it is now: another one once they are others. Empty
     where it has none (checkpoint.verify=False), or is gone."""
-    from beyond_outliers.checkpoint import digests  # with Orbax
-
-    name = f"checkpoints/{step}/{digests.FILE}"
+    name, text = f"checkpoints/{step}/digests/metadata", b""
     if self._copy:
-      return digests.of_params(self._copy.read(name))
-    with contextlib.suppress(OSError):
-      return digests.of_params((self.path / name).read_bytes())
-    return ""
+      text = self._copy.read(name)
+    else:
+      with contextlib.suppress(OSError):
+        text = (self.path / name).read_bytes()
+    if not text:
+      return ""
+    from beyond_outliers.checkpoint import digests  # with Orbax, which a report can do without
+
+    return digests.of_params(text)
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row per logged or evaluated step, with `step` as the index.

@@ -28,9 +28,6 @@ from beyond_outliers.params import path_of
 from beyond_outliers.types import Json
 
 DIGEST_KINDS = {"arrays": dict, "texts": dict}
-FILE = (
-  "digests/metadata"  # of a checkpoint: what `record` made, as Orbax names an item that is JSON
-)
 
 
 class Contents(NamedTuple):
@@ -51,8 +48,8 @@ def record(of_arrays: Mapping[str, Any], texts: Mapping[str, Any]) -> Json:
 
 
 def of_params(text: bytes) -> str:
-  """One digest of the parameters of a run's checkpoint, from the text of its FILE; none from what
-  is no such text."""
+  """One digest of the parameters of a run's checkpoint, from the text of what `record` made; none
+  from another text."""
   try:
     arrays = json.loads(text)["arrays"]
     found = {path: each for path, each in arrays.items() if path.startswith("params/")}
