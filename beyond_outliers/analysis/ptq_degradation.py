@@ -257,12 +257,10 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
 def _of_run(
   run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]
 ) -> list[results.Result]:
-  itself = results.names_of(run)
   found = [
     cell
-    for cell in [*shared, *results.ResultStore(run.path / "eval").cells()]
-    if cell["settings"].get("trained") in itself
-    and all(str(cell["settings"].get(name, "")) == str(value) for name, value in settings.items())
+    for cell in results.of_run(run, [*shared, *results.ResultStore(run.path / "eval").cells()])
+    if all(str(cell["settings"].get(name, "")) == str(value) for name, value in settings.items())
   ]
   # One that lies in several folders is one, as its name says.
   identity = ("step", "recipe", "method", "settings")
