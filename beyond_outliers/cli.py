@@ -21,7 +21,10 @@ from beyond_outliers.errors import Failure, Refusal
 # that is closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = 42  # exit code of what was
+TELL_SECONDS = 3.0
 HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")  # who takes them
+
+_tell: Callable[[int, str], None] | None = None  # of one of several processes
 
 flags.disclaim_key_flags()  # they belong to the commands that define them by what is here
 
@@ -125,6 +128,13 @@ def end_when_asked(
   threading.Thread(target=_end_when_asked, args=arguments, name="signals", daemon=True).start()
 
 
+def tell_when_asked(tell: Callable[[int, str], None]) -> None:
+  """As `end_when_asked` of one of several processes, which end together: before this one does,
+  `tell` gets the exit code and the saying, for as long as TELL_SECONDS."""
+  global _tell
+  _tell = tell
+
+
 def ask_all_when_asked() -> None:
   """As `end_when_asked` of one of several processes, which stop together behind the first step:
   JAX, which they have joined, waits for SIGTERM."""
@@ -153,6 +163,10 @@ def _end_when_asked(reader: int, saying: str, code: Callable[[int], int]) -> Non
       try:
         redraw = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress
         print(redraw + saying, file=sys.stderr, flush=True)
+        if _tell is not None:
+          telling = threading.Thread(target=_tell, args=(code(number), saying), daemon=True)
+          telling.start()
+          telling.join(TELL_SECONDS)  # the one that it speaks to may stand still
       finally:
         os._exit(code(number))
 

@@ -5,6 +5,7 @@ Importing this loads neither Orbax, nor Grain, nor pandas: each comes with the f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -21,6 +22,7 @@ from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import params as params_lib
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.files import folders_with
 from beyond_outliers.data.moved import find_dataset
 from beyond_outliers.errors import DataError
 from beyond_outliers.model import transformer
@@ -118,6 +120,21 @@ class Run:
     if self._copy:
       return self._copy.stamps(step)
     return workdir_lib.stamps(self._folder.checkpoints / str(step))
+
+  def digest(self, step: int) -> str:
+    """Of the parameters in a checkpoint, as it is now: another one once they are others. Empty
+    where it has none (checkpoint.verify=False), or is gone."""
+    name, text = f"checkpoints/{step}/digests/metadata", b""
+    if self._copy:
+      text = self._copy.read(name)
+    else:
+      with contextlib.suppress(OSError):
+        text = (self.path / name).read_bytes()
+    if not text:
+      return ""
+    from beyond_outliers.checkpoint import digests  # with Orbax, which a report can do without
+
+    return digests.of_params(text)
 
   def metrics(self) -> pd.DataFrame:
     """metrics.jsonl, one row per logged or evaluated step, with `step` as the index.
@@ -277,24 +294,6 @@ def find(root: PathLike) -> list[Run]:
   Errors: WorkdirError for a folder that cannot be read."""
   if stores.is_address(root):
     return [Run(address) for address in stores.addresses_below(os.fspath(root))]
-  found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
-  while pending:
-    folder = pending.pop()
-    real = os.path.realpath(folder)
-    if real in seen:
-      continue
-    seen.add(real)
-    if all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "manifest.json")):
-      found.append(Run(folder))
-      continue
-    try:
-      entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-      raise workdir_lib.WorkdirError(
-        f"{folder}: {error.strerror}; give folders of runs that can be read"
-      ) from None
-    below = [entry for entry in entries if os.path.isdir(entry.path)]  # no link to itself
-    # Links last, so that a run has the name of its own folder.
-    pending = [entry.path for entry in below if entry.is_symlink()] + pending
-    pending += [entry.path for entry in below if not entry.is_symlink()]
+  names = ("config.json", "manifest.json")
+  found = map(Run, folders_with(names, root, workdir_lib.WorkdirError))
   return sorted(found, key=lambda run: str(run.path))

@@ -148,8 +148,9 @@ def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
 
 
 def _evaluated(run: runs_lib.Run) -> set[int]:
-  cells, itself = results.ResultStore(run.path / "eval").cells(), results.names_of(run)
-  return {cell["step"] for cell in cells if cell["settings"].get("trained") in itself}
+  return {
+    cell["step"] for cell in results.of_run(run, results.ResultStore(run.path / "eval").cells())
+  }
 
 
 def _expected_endings(

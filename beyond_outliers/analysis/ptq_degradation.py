@@ -250,15 +250,12 @@ def _elsewhere(runs: Sequence[runs_lib.Run], cells: pd.DataFrame) -> list[str]:
 
 
 def _of_run(run: runs_lib.Run, shared: Sequence[results.Result]) -> list[results.Result]:
-  itself = results.names_of(run)
-  found = [
-    cell
-    for cell in [*shared, *results.ResultStore(run.path / "eval").cells()]
-    if cell["settings"].get("trained") in itself
-  ]
+  every = [*shared, *results.ResultStore(run.path / "eval").cells()]
   # One that lies in several folders is one, as its name says.
   identity = ("step", "recipe", "method", "settings")
-  by_name = {results.file_name(*(cell[of] for of in identity)): cell for cell in found}
+  by_name = {
+    results.file_name(*(cell[of] for of in identity)): cell for cell in results.of_run(run, every)
+  }
   return list(by_name.values())
 
 

@@ -7,6 +7,7 @@ followed, and loops go round as often as they would.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,10 +39,10 @@ _ONE_A_NUMBER = frozenset(
 )
 
 
-class Flops(dict[str, float]):
+class Flops(dict[Any, float]):
   """FLOPs by kind."""
 
-  def __missing__(self, kind: str) -> float:
+  def __missing__(self, kind: Any) -> float:
     return 0.0
 
   def total(self) -> float:
@@ -49,28 +50,65 @@ class Flops(dict[str, float]):
 
 
 class Unknown:
-  """Placeholder of an array whose values are not known."""
+  """Placeholder of an array whose values are not known. One of one's own comes out again where the
+  program hands on what it was given."""
 
 
 UNKNOWN = Unknown()
 _LARGEST_KNOWN = 1024  # elements; of larger arrays none is known
 
 
+def equation_flops(eqn: Any) -> tuple[str, float]:
+  """(kind, FLOPs) of an equation that holds no program."""
+  name, shapes = eqn.primitive.name, [atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)]
+  if name == "dot_general":
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return "products", 2 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
+  if name == "triangular_solve":
+    return "decompositions", math.prod(shapes[-1]) * shapes[0][-1]
+  if name in _OVER_CUBE:
+    return "decompositions", _OVER_CUBE[name] * math.prod(shapes[0]) * shapes[0][-1]
+  if name in _ONE_A_NUMBER and jax.dtypes.issubdtype(eqn.invars[0].aval.dtype, np.inexact):
+    return "others", max(map(math.prod, shapes))
+  return "others", 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Count:
+  """What a walk counts, and how."""
+
+  flops: Flops  # so far
+  weight: float  # of what comes: how often it runs, over the devices that share it
+  platform: str | None
+  cost: Callable[[Any], tuple[Any, float]]
+
+  def add(self, eqn: Any) -> None:
+    kind, amount = self.cost(eqn)
+    self.flops[kind] += self.weight * amount
+
+
 def count_flops(
-  program: core.ClosedJaxpr, inputs: Sequence[Any], devices: int = 1
+  program: core.ClosedJaxpr,
+  inputs: Sequence[Any],
+  devices: int = 1,
+  *,
+  platform: str | None = None,
+  cost: Callable[[Any], tuple[Any, float]] = equation_flops,
 ) -> tuple[Flops, list[Any]]:
   """(FLOPs on one device, the outputs). Inputs and outputs are flat, with UNKNOWN for what is not
   known or not small.
 
   What stands in a shard_map is one device's; what stands outside is taken to be shared by all
   `devices`. Where a branch is not known the costliest counts, and a loop that nobody knows the end
-  of goes round once. Of branches by platform that of none in particular counts."""
+  of goes round once. Of branches by platform that of `platform` counts, by default that of none in
+  particular.
+  cost: (kind, FLOPs) of an equation that holds no program."""
   flops = Flops()
-  return flops, _walk(program, inputs, flops, 1 / devices)
+  return flops, _walk(program, inputs, _Count(flops, 1 / devices, platform, cost))
 
 
 def _walk(
-  program: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Any], flops: Flops, weight: float
+  program: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Any], count: _Count
 ) -> list[Any]:
   jaxpr, constants = (
     (program.jaxpr, program.consts) if isinstance(program, core.ClosedJaxpr) else (program, ())
@@ -93,17 +131,16 @@ def _walk(
   write(jaxpr.constvars, constants)
   write(jaxpr.invars, inputs)
   for eqn in jaxpr.eqns:
-    write(eqn.outvars, _evaluate(eqn, [read(atom) for atom in eqn.invars], flops, weight))
+    write(eqn.outvars, _evaluate(eqn, [read(atom) for atom in eqn.invars], count))
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _evaluate(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
+def _evaluate(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
   name = eqn.primitive.name
   if name in _NESTED:
-    return _NESTED[name](eqn, inputs, flops, weight)
-  kind, amount = _cost(eqn)
-  flops[kind] += weight * amount
-  if any(x is UNKNOWN for x in inputs) or any(
+    return _NESTED[name](eqn, inputs, count)
+  count.add(eqn)
+  if any(isinstance(x, Unknown) for x in inputs) or any(
     math.prod(v.aval.shape) > _LARGEST_KNOWN for v in eqn.outvars
   ):
     return [UNKNOWN] * len(eqn.outvars)
@@ -111,65 +148,65 @@ def _evaluate(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[
   return list(values) if eqn.primitive.multiple_results else [values]
 
 
-def _call(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
+def _call(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
   program = next(
     value for value in eqn.params.values() if isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
   )
-  return _walk(program, inputs, flops, weight)
+  return _walk(program, inputs, count)
 
 
-def _shard_map(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
+def _shard_map(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
   """Inside, an array is known if it is the same on all devices."""
-  del weight
   alike = [
     x if not any(spec) else UNKNOWN for x, spec in zip(inputs, eqn.params["in_specs"], strict=True)
   ]
-  outputs = _walk(eqn.params["jaxpr"], alike, flops, 1.0)
+  outputs = _walk(eqn.params["jaxpr"], alike, dataclasses.replace(count, weight=1.0))
   return [
     x if not any(spec) else UNKNOWN
     for x, spec in zip(outputs, eqn.params["out_specs"], strict=True)
   ]
 
 
-def _cond(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
+def _cond(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
   index, *rest = inputs
-  if index is not UNKNOWN:
-    return _walk(eqn.params["branches"][int(index)], rest, flops, weight)
+  if not isinstance(index, Unknown):
+    return _walk(eqn.params["branches"][int(index)], rest, count)
   each = [Flops() for _ in eqn.params["branches"]]
   for branch, of_branch in zip(eqn.params["branches"], each, strict=True):
-    _walk(branch, rest, of_branch, weight)
+    _walk(branch, rest, dataclasses.replace(count, flops=of_branch))
   for kind, amount in max(each, key=Flops.total).items():
-    flops[kind] += amount
+    count.flops[kind] += amount
   return [UNKNOWN] * len(eqn.outvars)
 
 
-def _scan(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
+def _scan(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
   fixed = eqn.params["num_consts"]
   _walk(
     eqn.params["jaxpr"],
     inputs[:fixed] + [UNKNOWN] * (len(inputs) - fixed),
-    flops,
-    weight * eqn.params["length"],
+    dataclasses.replace(count, weight=count.weight * eqn.params["length"]),
   )
   return [UNKNOWN] * len(eqn.outvars)
 
 
-def _while(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
+def _while(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
   end = eqn.params["cond_nconsts"]
   start = end + eqn.params["body_nconsts"]
   of_condition, of_body, carry = inputs[:end], inputs[end:start], inputs[start:]
   while True:
-    (goes_on,) = _walk(eqn.params["cond_jaxpr"], of_condition + carry, flops, weight)
-    if goes_on is not UNKNOWN and not goes_on:
+    (goes_on,) = _walk(eqn.params["cond_jaxpr"], of_condition + carry, count)
+    if not isinstance(goes_on, Unknown) and not goes_on:
       return carry
-    carry = _walk(eqn.params["body_jaxpr"], of_body + carry, flops, weight)
-    if goes_on is UNKNOWN:
+    carry = _walk(eqn.params["body_jaxpr"], of_body + carry, count)
+    if isinstance(goes_on, Unknown):
       return [UNKNOWN] * len(carry)
 
 
-def _platform_index(eqn: Any, inputs: list[Any], flops: Flops, weight: float) -> list[Any]:
-  del inputs, flops, weight
-  return [np.int32(eqn.params["platforms"].index(None))]
+def _platform_index(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
+  del inputs
+  platforms = eqn.params["platforms"]
+  named = (i for i, names in enumerate(platforms) if names and count.platform in names)
+  return [np.int32(next(named, platforms.index(None)))]
 
 
 _NESTED: dict[str, Callable[..., list[Any]]] = {
@@ -182,18 +219,3 @@ _NESTED: dict[str, Callable[..., list[Any]]] = {
     ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"), _call
   ),
 }
-
-
-def _cost(eqn: Any) -> tuple[str, float]:
-  """(kind, FLOPs) of an equation that holds no program."""
-  name, shapes = eqn.primitive.name, [atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)]
-  if name == "dot_general":
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return "products", 2 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
-  if name == "triangular_solve":
-    return "decompositions", math.prod(shapes[-1]) * shapes[0][-1]
-  if name in _OVER_CUBE:
-    return "decompositions", _OVER_CUBE[name] * math.prod(shapes[0]) * shapes[0][-1]
-  if name in _ONE_A_NUMBER and jax.dtypes.issubdtype(eqn.invars[0].aval.dtype, np.inexact):
-    return "others", max(map(math.prod, shapes))
-  return "others", 0

@@ -16,18 +16,15 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from beyond_outliers import hardware
-from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, TimedOptimizer
+from beyond_outliers.bench import floors, kernels
+from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, JaxSteps, TimedOptimizer
 from beyond_outliers.bench.torch_optimizers import EMBEDDING
 from beyond_outliers.config.files import standard_json
-from beyond_outliers.ops import linalg
 from beyond_outliers.types import Json
 
 # Steps that are not timed: memory is touched for the first time, the first bases are found.
@@ -37,7 +34,7 @@ FIGURES = ("ordinary_seconds", "slowest_seconds", "amortised_seconds")
 HEAD = (
   *("ordinary", "× best"),
   *("slowest", "× best"),
-  *("amortised", "× best"),
+  *("amortised", "× best", "floor", "× floor"),
   *("slow/ord", "state B/p", "compile s"),
 )
 
@@ -61,34 +58,14 @@ TREES: dict[str, Shapes] = {
   "small": transformer_tree(768, squares=2, others=1),
 }
 
-# What libraries' kernels take, which no optimizer that calls them can beat.
-KERNELS: dict[str, Callable[[], Callable[[], Any]]] = {
-  "matmul 1024": lambda: _kernel(lambda x: jnp.matmul(x, x, precision="highest"), 1024),
-  "matmul 1024 bfloat16": lambda: _kernel(
-    lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32), 1024, jnp.bfloat16
-  ),
-  "eigh 768": lambda: _kernel(linalg.eigh, 768),
-  "eigh 1024": lambda: _kernel(linalg.eigh, 1024),
-  "qr 768": lambda: _kernel(linalg.qr, 768),
-  "qr 2304": lambda: _kernel(linalg.qr, 2304),
-}
-
-
-def _kernel(
-  function: Callable[[jax.Array], Any], width: int, dtype: Any = jnp.float32
-) -> Callable[[], Any]:
-  """Call of a kernel on a stack of one symmetric matrix."""
-  x = np.random.default_rng(0).standard_normal((1, width, 2 * width), np.float32)
-  stack, compiled = jnp.asarray(x @ x.mT / width, dtype), jax.jit(function)
-  return lambda: compiled(stack)
-
 
 def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json:
   """Figures of one row, measured in this process: seconds, bytes.
 
   At least `repeats` steps, in whole periods, are timed. Each step of a period has the median
   of its times: ordinary is the median of a period, slowest its largest, amortised its mean.
-  Compiling includes tracing.
+  Compiling includes tracing. Rows of this package have the floor of an amortised step
+  (bench/floors.py), too.
   Errors: FloatingPointError for parameters that aren't finite in the end: their time is worth
     nothing."""
   draw = np.random.default_rng(0)
@@ -96,7 +73,8 @@ def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json
   def tree(scale: float) -> dict[str, np.ndarray]:
     return {name: scale * draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
-  steps = row.steps(row.make, tree(0.02), [tree(0.01) for _ in range(GRADIENTS)])
+  params = tree(0.02)
+  steps = row.steps(row.make, params, [tree(0.01) for _ in range(GRADIENTS)])
   for number in range(WARM_UP):
     steps.step(number)
   periods = -(-repeats // row.period)
@@ -106,18 +84,19 @@ def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json
   if not steps.finite():
     raise FloatingPointError("the parameters are not finite")
   of_steps = np.median(times, axis=0)
+  ours = row.steps is JaxSteps and not row.peer
   return {
     "ordinary_seconds": float(np.median(of_steps)),
     "slowest_seconds": float(of_steps.max()),
     "amortised_seconds": float(of_steps.mean()),
     "compile_seconds": steps.compile_seconds,
     "state_bytes_per_parameter": steps.state_bytes / sum(map(math.prod, shapes.values())),
+    **(
+      {"floor_seconds": floors.floor_seconds(row.make(), params, row.period, repeats)}
+      if ours
+      else {}
+    ),
   }
-
-
-def measure_kernels(repeats: int) -> dict[str, float]:
-  """Median seconds of every kernel, in this process."""
-  return {name: hardware.median_seconds(make(), repeats) for name, make in KERNELS.items()}
 
 
 def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
@@ -182,7 +161,7 @@ def print_figures(name: str, tree: str, repeats: str) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   print(
     json.dumps(
-      measure_kernels(int(repeats))
+      kernels.measure_kernels(int(repeats))
       if name == "kernels"
       else measure_optimizer(TIMED_OPTIMIZERS[name], TREES[tree], int(repeats))
     )
@@ -200,12 +179,13 @@ def best_of_peers(rows: Mapping[str, Mapping[str, Any]], family: str) -> dict[st
 
 
 def optimizers_table(result: Mapping[str, Any]) -> str:
-  """Milliseconds of a step by family, and each as a multiple of the best peer's."""
-  kernels = [f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()]
+  """Milliseconds of a step by family, each as a multiple of the best peer's; and ours of the floor
+  of an amortised step."""
+  alone = [f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()]
   lines = [
     f"tree {result['tree']}: {result['parameters']:,} parameters · one core · ms per step",
     "with " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-    "kernels: " + " · ".join(kernels),
+    "kernels: " + " · ".join(alone),
     "",
     _line("", HEAD),
   ]
@@ -226,14 +206,15 @@ def _line(name: str, cells: Iterable[str]) -> str:
 
 
 def _cells(row: Mapping[str, Any], best: Mapping[str, float]) -> list[str]:
-  """Under HEAD; nothing in the columns of the best peer where there is none."""
+  """Under HEAD; nothing in the columns of the best peer or of the floor where there is none."""
   cells = []
   for figure in FIGURES:
     multiple = f"{row[figure] / best[figure]:.2f}" if best else ""
     cells += [f"{1e3 * row[figure]:,.1f}", multiple]
-  compiled = row["compile_seconds"]
+  floor, compiled = row.get("floor_seconds"), row["compile_seconds"]
   return [
     *cells,
+    *([f"{1e3 * floor:,.1f}", f"{row['amortised_seconds'] / floor:.2f}"] if floor else ["", ""]),
     f"{row['slowest_seconds'] / row['ordinary_seconds']:.2f}",
     f"{row['state_bytes_per_parameter']:.2f}",
     "" if compiled is None else f"{compiled:.1f}",

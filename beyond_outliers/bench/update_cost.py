@@ -15,12 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from beyond_outliers import cli, config
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench import hlo, jaxpr_flops
+from beyond_outliers.bench.late_steps import late_steps
 from beyond_outliers.bench.study_configs import study_config
 from beyond_outliers.model import transformer
 from beyond_outliers.train import describe
@@ -31,7 +30,6 @@ Mesh = tuple[int, int, int]  # devices along data, fsdp and model
 
 DEVICES = (1, 8, 64)  # of on_paper: parameters and state are split over all of them (fsdp)
 MESHES = ((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1))  # of collectives
-STEADY = 4000  # a step long after the first
 
 # The program's text is wanted, not its speed.
 COMPILER_OPTIONS: dict[str, Any] = {
@@ -155,25 +153,14 @@ def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, ja
   params, state = program.state.params, program.state.opt_state
   with mesh_lib.use(program.mesh):
     update = jax.make_jaxpr(program.optimizer.tx.update)(params, state, params)
-  unknown = [jaxpr_flops.UNKNOWN] * len(jax.tree.leaves(params))
-  counts = [late(x, jaxpr_flops.UNKNOWN) for x in jax.tree.leaves(state)]
-  each = []
-  for _ in range(program.config.optimizer.period):
-    of_step, outputs = jaxpr_flops.count_flops(
-      update, [*unknown, *counts, *unknown], program.mesh.size
-    )
-    counts = outputs[len(unknown) :]
-    each.append(of_step)
+  each = [
+    step.flops
+    for step in late_steps(update, state, program.config.optimizer.period, program.mesh.size)
+  ]
   mean = jaxpr_flops.Flops(
     {kind: sum(of_step[kind] for of_step in each) / len(each) for kind in jaxpr_flops.KINDS}
   )
   return mean, max(each, key=jaxpr_flops.Flops.total)
-
-
-def late(x: Any, other: Any) -> Any:
-  """A leaf of an optimizer's state as late in a run: STEADY of a counter, `other` of another."""
-  counts = x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
-  return np.asarray(STEADY, x.dtype) if counts else other
 
 
 COLLECTIVES_HEAD = (

@@ -11,6 +11,7 @@ The same pass finds what is not finite, which is neither saved nor gone on from.
 from __future__ import annotations
 
 import functools
+import json
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -44,6 +45,17 @@ def record(of_arrays: Mapping[str, Any], texts: Mapping[str, Any]) -> Json:
   """What a checkpoint of arrays with these digests and of texts, which are JSON, keeps to be
   compared with."""
   return {"arrays": dict(of_arrays), "texts": {name: digest(text) for name, text in texts.items()}}
+
+
+def of_params(text: bytes) -> str:
+  """One digest of the parameters of a run's checkpoint, from the text of what `record` made; none
+  from another text."""
+  try:
+    arrays = json.loads(text)["arrays"]
+    found = {path: each for path, each in arrays.items() if path.startswith("params/")}
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return ""
+  return digest(found) if found else ""
 
 
 def difference(

@@ -9,7 +9,7 @@ import math
 import os
 import reprlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from beyond_outliers.config.sums import unsealed
@@ -52,6 +52,30 @@ def read_json(
   if problem := problem or misfit(value, kinds or {}):
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}")
   return value
+
+
+def folders_with(names: Sequence[str], root: PathLike, refusal: type[Refusal]) -> list[str]:
+  """The outermost folders in `root`, itself among them, that have files of these names; each once,
+  if links lead to it too. Errors: `refusal` for one that cannot be read."""
+  found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
+  while pending:
+    folder = pending.pop()
+    real = os.path.realpath(folder)
+    if real in seen:
+      continue
+    seen.add(real)
+    if all(os.path.exists(os.path.join(folder, name)) for name in names):
+      found.append(folder)
+      continue
+    try:
+      entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+      raise refusal(f"{folder}: {error.strerror}; give folders of runs that can be read") from None
+    below = [entry for entry in entries if os.path.isdir(entry.path)]  # no link to itself
+    # Links last, so that a folder is found by its own name.
+    pending = [entry.path for entry in below if entry.is_symlink()] + pending
+    pending += [entry.path for entry in below if not entry.is_symlink()]
+  return found
 
 
 def make_folder(path: PathLike, refusal: type[Refusal], remedy: str, field: str = "") -> None:

@@ -191,6 +191,7 @@ def main(argv: list[str]) -> None:
 
   if joining is not None:
     processes.join(config.Distributed(), joining, stops=False)
+    cli.tell_when_asked(processes.tell)
   try:
     failed = evaluate()
   except BaseException as error:

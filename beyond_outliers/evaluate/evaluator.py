@@ -179,17 +179,21 @@ class Evaluator:
     return plan.propagation_settings(self.target, cell, self._windows)
 
   def _read_propagation(self, step: int, cell: Cell) -> Result | None:
-    return self._store.read(step, cell.row, cell.method, self._propagation_settings(cell))
+    return self._found(step, cell, self._propagation_settings(cell))
 
   def _propagation_missing(self, step: int, cell: Cell) -> bool:
     quantizes = cell.method != "none" or self.target.trained_under is not None
     return self._propagates and quantizes and self._read_propagation(step, cell) is None
 
   def _read(self, step: int, cell: Cell) -> Result | None:
-    return self._store.read(step, cell.row, cell.method, self._settings(cell))
+    return self._found(step, cell, self._settings(cell))
 
   def _read_task(self, step: int, cell: Cell, task: LoadedTask) -> Result | None:
-    return self._store.read(step, cell.row, cell.method, self._task_settings(cell, task))
+    return self._found(step, cell, self._task_settings(cell, task))
+
+  def _found(self, step: int, cell: Cell, settings: Json) -> Result | None:
+    digest = self.target.digest(step)  # a run that went back may have made the step anew
+    return self._store.read(step, cell.row, cell.method, settings, digest)
 
   def _tasks_missing(self, step: int, cell: Cell) -> list[LoadedTask]:
     return [task for task in self._suite.tasks if self._read_task(step, cell, task) is None]
@@ -206,12 +210,13 @@ class Evaluator:
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
     self.target.text.dataset.sums.wait()  # no result of damaged data is kept
-    self.target.check_read(step)  # nor one that would count for other parameters
+    digest = self.target.check_read(step)  # nor one that would count for other parameters
     result = {
       "step": step,
       **cell._asdict(),
       **standard_json(found),
       "settings": settings,
+      **({results.PARAMETERS: digest} if digest else {}),
       "source": self.target.origin,
       **workdir_lib.manifest({}),
     }

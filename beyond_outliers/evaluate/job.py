@@ -148,7 +148,7 @@ class Job:
     """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are;
     `failed` then if it is dead.
 
-    One that was skipped and then saved anew is tried again."""
+    One that was saved anew is looked at again."""
     target = self._target
     seen: dict[int, Any] = {}  # step -> its files when it was read
     left = {step for step in wanted or () if self._evaluator.missing(step)}
@@ -161,11 +161,7 @@ class Job:
       )  # asked first: what was written until then is in the list
       steps = [step for step in target.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
-      waiting = [
-        step
-        for step in steps
-        if step not in seen or (step in self.skipped and target.written(step) != seen[step])
-      ]
+      waiting = [step for step in steps if step not in seen or target.written(step) != seen[step]]
       if waiting:
         # One per turn: others may be deleted meanwhile.
         seen[waiting[0]] = target.written(waiting[0])

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
@@ -38,6 +38,7 @@ CELL = {"metrics": dict, "metrics.loss": NUMBER, "size_bytes": int}
 ASKED = {"scores": dict, "seconds": float | int, "time": str}
 COUNTS = {"split": str, "scored": int, "left_out": int, "truncated": int}
 TASK = "task"  # the setting that only tasks have
+PARAMETERS = "parameters"  # the digest of those that were measured, where their checkpoint has one
 
 
 def file_name(step: int, recipe: str, method: str, settings: Json) -> str:
@@ -48,6 +49,9 @@ def file_name(step: int, recipe: str, method: str, settings: Json) -> str:
 
 def warn(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
+
+
+_warn_once = functools.cache(warn)
 
 
 class WriteError(Failure):
@@ -81,14 +85,24 @@ class ResultStore:
         "command once it is back, or for where it is now"
       )
 
-  def read(self, step: int, recipe: str, method: str, settings: Json) -> Result | None:
-    """The result, as process 0 finds it. Every process asks."""
-    return mesh_lib.found_by_first(lambda: self._read(step, recipe, method, settings))
+  def read(
+    self, step: int, recipe: str, method: str, settings: Json, digest: str = ""
+  ) -> Result | None:
+    """The result, as process 0 finds it. Every process asks. digest: of the parameters that it is
+    to be of, where they have one."""
+    return mesh_lib.found_by_first(lambda: self._read(step, recipe, method, settings, digest))
 
-  def _read(self, step: int, recipe: str, method: str, settings: Json) -> Result | None:
+  def _read(
+    self, step: int, recipe: str, method: str, settings: Json, digest: str
+  ) -> Result | None:
     path = self.path / file_name(step, recipe, method, settings)
     found = self._load(path) if path.exists() else None
-    return found if found is not None and found["settings"] == settings else None
+    if found is None or found["settings"] != settings:
+      return None
+    if not is_of(found, digest):
+      self._say(f"{path} is of other parameters than step {step} has now, and counts for none")
+      return None
+    return found
 
   def write(self, step: int, recipe: str, method: str, settings: Json, found: Result) -> None:
     """Errors: as `make_folder`, and WriteError."""
@@ -140,9 +154,31 @@ class ResultStore:
     return found
 
 
+def is_of(found: Result, digest: str) -> bool:
+  """Whether a result is of the parameters with this digest; it is where one of both is unknown."""
+  return digest in ("", found.get(PARAMETERS, digest))
+
+
 def names_of(run: runs_lib.Run) -> tuple[str, str]:
   """What cells call the training of a run: its identity; those of earlier versions its time."""
   return run.identity, run.manifest["time"]
+
+
+def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
+  """Those of the cells that are of a run, and of the parameters that its checkpoints have now; what
+  is of others, which a run that went back has left, is told once."""
+  itself, found = names_of(run), []
+  for cell in cells:
+    if cell["settings"].get("trained") in itself:
+      if is_of(cell, run.digest(cell["step"])):
+        found.append(cell)
+      else:
+        which = "step {step}, {recipe}, {method}".format_map(cell)
+        _warn_once(
+          f"{run.name}: the cell of {which} is of other parameters than that step has now, and "
+          "counts for none; evaluate it again"
+        )
+  return found
 
 
 def joined(cell: Result, tasks: list[Result]) -> Result:

@@ -57,8 +57,15 @@ class Target(Protocol):
     """Parameters of a step. Errors: CheckpointError, OSError."""
     ...
 
-  def check_read(self, step: int) -> None:
-    """Errors: GoneError where the parameters last read of a step are no longer the training's."""
+  def digest(self, step: int) -> str:
+    """Of the parameters that a step has now, empty where it is not known: by it a result is known
+    for one of others."""
+    ...
+
+  def check_read(self, step: int) -> str:
+    """The digest of the parameters last read of a step, empty where it is not known.
+
+    Errors: GoneError where these are no longer the training's."""
     ...
 
   def ended(self) -> bool:
@@ -98,8 +105,8 @@ class RunCheckpoints:
     self.results_folder = run.path / "eval"
     # Apart from the run's own events, which TensorBoard would take for the same run.
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
-    # The step that was last read -> its files then, and what `_turns_before` it found.
-    self._read: dict[int, tuple[list[Any], list[str]]] = {}
+    # The step that was last read -> its files then, its digest, and what `_turns_before` it found.
+    self._read: dict[int, tuple[list[Any], str, list[str]]] = {}
 
   # What changes while the run goes on is as process 0 sees it, so that all go the same way.
 
@@ -110,13 +117,16 @@ class RunCheckpoints:
     return mesh_lib.found_by_first(lambda: sorted(map(list, self.run.written(step))))
 
   def params(self, step: int) -> Params:
-    self._read = {step: (self.written(step), self._turns_before(step))}
+    self._read = {step: (self.written(step), self.digest(step), self._turns_before(step))}
     return self.run.params(step, average=self.average.name if self.average else "")
 
-  def check_read(self, step: int) -> None:
+  def digest(self, step: int) -> str:
+    return mesh_lib.found_by_first(lambda: self.run.digest(step))
+
+  def check_read(self, step: int) -> str:
     if step not in self._read:  # the parameters come from elsewhere
-      return
-    was, turns = self._read[step]
+      return ""
+    was, digest, turns = self._read[step]
     now = self.written(step)
     # One that has been sealed since, or is being deleted, has files that it had.
     is_another = was and now and not any(file in was for file in now)
@@ -124,6 +134,7 @@ class RunCheckpoints:
     is_missing = max(mesh_lib.from_first(self.run.steps), default=-1) < step
     if is_another or is_missing or not set(self._turns_before(step)) <= set(turns):
       raise GoneError("the run went back to before it, or saved it anew, while it was measured")
+    return digest
 
   def _turns_before(self, step: int) -> list[str]:
     """Folders into which the run has set what came after an earlier step aside (train/rewind.py):
@@ -241,8 +252,11 @@ class HuggingFaceModel:
   def params(self, step: int) -> Params:
     return self._params
 
-  def check_read(self, step: int) -> None:
-    pass
+  def digest(self, step: int) -> str:
+    return ""  # it is in the identity
+
+  def check_read(self, step: int) -> str:
+    return ""
 
   def ended(self) -> bool:
     return True

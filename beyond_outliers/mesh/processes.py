@@ -133,17 +133,22 @@ def leave(error: BaseException) -> NoReturn:
   Orbax's threads, which wait minutes for a folder that could not be made."""
   if _peers is None and not isinstance(error, Exception):
     raise error
-  if isinstance(error, Refusal):
-    code, reason = REFUSED, str(error)
-  else:
-    # First: another that ends this process meanwhile says what there is to say.
-    code, reason = FAILED, reason_of(error)
-    if not isinstance(error, Failure):
-      _tell("".join(traceback.format_exception(error)))
+  refused = isinstance(error, Refusal)
+  code, reason = (REFUSED, str(error)) if refused else (FAILED, reason_of(error))
+  if _peers is not None:
+    _peers.ending.acquire()  # what ends this process meanwhile says what there is to say
+  if not isinstance(error, Refusal | Failure):
+    _tell("".join(traceback.format_exception(error)))
   _tell(f"error: {reason}\n")
   if _peers is not None:
-    _peers.leave(code, reason)
+    _peers.tell(code, reason)
   _exit(code)
+
+
+def tell(code: int, reason: str) -> None:
+  """Has the other processes end, for that reason and with that exit code, as this one will."""
+  if _peers is not None and _peers.ending.acquire(blocking=False):
+    _peers.tell(code, reason)
 
 
 def end(code: int) -> NoReturn:
@@ -162,7 +167,7 @@ class Peers:
     self._client, self.index, self._count = client, index, count
     self.write: Callable[[str], None] | None = None
     self._beats = dict.fromkeys(range(count), ("", time.monotonic()))  # and when they last changed
-    self._ending = threading.Lock()  # held from when this process ends
+    self.ending = threading.Lock()  # held from when this process ends
     threading.Thread(target=self._look, name="peers", daemon=True).start()
 
   def agree(self, what: str, mine: Mapping[str, Any]) -> None:
@@ -178,21 +183,18 @@ class Peers:
       )
     self._client.wait_at_barrier(f"{AGREED}{what}", DAY_MS)
 
-  def leave(self, code: int, reason: str) -> NoReturn:
-    self._ending.acquire()
+  def tell(self, code: int, reason: str) -> None:
+    ended = json.dumps({"code": code, "reason": reason})
     with contextlib.suppress(Exception):  # the table may be gone
-      self._client.key_value_set(
-        f"{ENDED}{self.index}", json.dumps({"code": code, "reason": reason}), True
-      )
+      self._client.key_value_set(f"{ENDED}{self.index}", ended, True)
       # The table ends with process 0: the others need time to read it.
       for _ in range(5 if self.index == 0 else 0):
         if len(self._client.key_value_dir_get(ENDED)) == self._count:
           break
         time.sleep(POLL_SECONDS)
-    _exit(code)
 
   def end(self, code: int) -> NoReturn:
-    self._ending.acquire()
+    self.ending.acquire()
     with contextlib.suppress(Exception):  # of another that did not come to the end in time
       jax.distributed.shutdown()
     _exit(code)
@@ -221,15 +223,12 @@ class Peers:
 
   def _end(self, code: int, reason: str) -> None:
     """Ends this process because of another, unless it is about to end anyway."""
-    if not self._ending.acquire(blocking=False):
+    if not self.ending.acquire(blocking=False):
       return
-    with contextlib.suppress(Exception):
-      self._client.key_value_set(
-        f"{ENDED}{self.index}", json.dumps({"code": code, "reason": reason}), True
-      )
     try:
       self._say(reason)
     finally:
+      self.tell(code, reason)
       _exit(code)
 
   def _say(self, reason: str) -> None:
@@ -252,7 +251,7 @@ class Peers:
 
   def missing(self) -> None:
     """Ends this process because JAX misses one: that whose last beat is oldest."""
-    if self._ending.acquire(blocking=False):
+    if self.ending.acquire(blocking=False):
       now = time.monotonic()
       others = {i: now - when for i, (_, when) in self._beats.items() if i != self.index}
       index = max(others, key=others.__getitem__)
@@ -290,7 +289,7 @@ def _aborted(number: int) -> None:
     if _peers is not None:
       _peers.missing()
     until, late = _wait
-    early = "JAX ended this process as it met the others, and says why above; start all again"
+    early = "JAX ended this process, and says why above; start all again"
     _tell(f"error: {early if time.monotonic() < until else late}\n")
   finally:
     os._exit(FAILED)

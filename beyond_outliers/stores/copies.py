@@ -37,6 +37,7 @@ class Copy:
     self.folder = folder or cache_folder("copies", address)
     self._index, self._looked = index_lib.EMPTY, -REFRESH_SECONDS
     self._told = False
+    self._texts: dict[str, tuple[Stamp, bytes]] = {}  # what `read` has found
     try:
       self._refresh()
     except OSError as error:
@@ -84,6 +85,21 @@ class Copy:
     self.refresh()
     files = self._index.files
     return {(name, *files[name]) for name in files if step_of(name) == step}
+
+  def read(self, name: str) -> bytes:
+    """A small file of a checkpoint, which is not fetched for it; nothing where there is none, or
+    the store, of which `refresh` has told then, gives no answer."""
+    self.refresh()
+    stamp = self._index.files.get(name)
+    if stamp is None:
+      return b""
+    if self._texts.get(name, (None,))[0] != stamp:
+      try:
+        found = self._store.read(name)
+      except StoreError:
+        return b""
+      self._texts[name] = stamp, found[0] if found else b""
+    return self._texts[name][1]
 
   def fetch_checkpoint(self, step: int | None) -> None:
     """Fetches a checkpoint: of a step, or the newest whose files are those that were summed."""

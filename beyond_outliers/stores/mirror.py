@@ -72,6 +72,7 @@ class Mirror:
     self._known: dict[str, Stamp] = {}  # what the store has of the folder
     self._index = self._sent = index_lib.EMPTY  # the store's; the one that was last sent there
     self._tag: str | None = None  # of the store's
+    self._tags: dict[str, str | None] = {}  # of what every holder uploads anew
     self._hold: Hold = lambda within: None
     self._lost, self._told = "", False
     self._ended = threading.Event()
@@ -196,6 +197,7 @@ class Mirror:
 
   def _delete(self, names: list[str]) -> None:
     if names:
+      self._hold(STALE_SECONDS / 2)  # whoever took over may have made some of the same names
       self._store.delete(names)
       for name in names:
         del self._known[name]
@@ -221,8 +223,11 @@ class Mirror:
     """Errors: StoreError, once all that can be uploaded is."""
 
     def upload(name: str) -> None:
-      self._hold(STALE_SECONDS / 2)  # nobody takes over sooner
-      self._store.upload(name, self._folder / name)
+      if step_of(name) is None:
+        self._replace(name)
+      else:  # which its sums guard
+        self._hold(STALE_SECONDS / 2)  # nobody takes over sooner
+        self._store.upload(name, self._folder / name)
       self._known[name] = have[name]  # what changes meanwhile has another time, and comes again
 
     failed = index_lib.attempts(upload, names)
@@ -232,6 +237,20 @@ class Mirror:
       del have[name]  # deleted meanwhile (checkpoint.keep)
     if problems:
       raise problems[0]
+
+  def _replace(self, name: str) -> None:
+    """Uploads a file in the place of what it was when it was last looked at: what comes late, of a
+    process that stood still as another one took over, takes nothing from that."""
+    path = self._folder / name
+    if name not in self._tags:
+      self._tags[name] = self._store.tag(name)  # before the lease is known to be held
+    self._hold(STALE_SECONDS / 2)
+    try:
+      self._tags[name] = self._store.upload(name, path, self._tags[name])
+    except ChangedError:  # or it is one's own, of which the answer was lost
+      self._tags[name] = self._store.tag(name)
+      self._check_held()
+      self._tags[name] = self._store.upload(name, path, self._tags[name])
 
   def _files(self, have: dict[str, Stamp], gone: list[str]) -> dict[str, Stamp]:
     """Those of the index: a checkpoint that is not whole here is named as it was."""

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from beyond_outliers.config.files import cache_root
 from beyond_outliers.errors import Failure, WorkdirError
@@ -140,7 +140,17 @@ class Store:
     except FileNotFoundError:
       return None
 
-  def write(self, name: str, content: bytes, replaces: str | None = "any") -> str:
+  def tag(self, name: str) -> str | None:
+    """The tag of an object, or None."""
+    import obstore
+
+    try:
+      with self._told():
+        return _tag(obstore.head(self._backend, self._key(name)))
+    except FileNotFoundError:
+      return None
+
+  def write(self, name: str, content: bytes | BinaryIO, replaces: str | None = "any") -> str:
     """Writes an object whole; returns its tag. replaces: the tag that it must have had, None: that
     there must be none; "any" asks for nothing.
 
@@ -155,12 +165,12 @@ class Store:
     with self._told(writes=True):
       return _tag(obstore.put(self._backend, self._key(name), content, mode=mode))
 
-  def upload(self, name: str, path: pathlib.Path) -> None:
-    """Errors: FileNotFoundError of a file that is gone."""
-    import obstore
+  def upload(self, name: str, path: pathlib.Path, replaces: str | None = "any") -> str:
+    """As `write`; a large file goes in parts, unless a condition is asked for.
 
-    with path.open("rb") as file, self._told(writes=True):
-      obstore.put(self._backend, self._key(name), file)
+    Errors: FileNotFoundError of a file that is gone."""
+    with path.open("rb") as file:
+      return self.write(name, file if replaces == "any" else file.read(), replaces)
 
   def download(self, name: str, path: pathlib.Path) -> None:
     """Errors: FileNotFoundError of an object that is gone."""

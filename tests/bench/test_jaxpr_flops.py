@@ -104,6 +104,29 @@ def test_what_is_known_decides(step, products):
   assert x is jaxpr_flops.UNKNOWN and following == step + 1
 
 
+@pytest.mark.parametrize("platform, products", [(None, 1), ("cpu", 2), ("cuda", 1)])
+def test_the_branch_of_a_platform_counts(platform, products):
+  def function(x):
+    return lax.platform_dependent(x, cpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+  program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((4, 4), jnp.float32))
+  total, _ = jaxpr_flops.count_flops(program, [jaxpr_flops.UNKNOWN], platform=platform)
+  assert total["products"] == products * 2 * 4**3
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_what_is_handed_on_is_told_from_what_is_new(step):
+  """Every fourth step renews x."""
+
+  def function(x, step):
+    return lax.cond(step % 4 == 0, lambda x: x + 1, lambda x: x, x)
+
+  x, known = jaxpr_flops.Unknown(), np.int32(step)
+  program = jax.make_jaxpr(jax.jit(function))(jax.ShapeDtypeStruct((4,), jnp.float32), known)
+  _, (y,) = jaxpr_flops.count_flops(program, [x, known])
+  assert (y is x) == (step == 3) and isinstance(y, jaxpr_flops.Unknown)
+
+
 def test_what_a_device_does():
   """Outside of shard_map its share, inside what stands there; only what is the same on all devices
   is known there."""

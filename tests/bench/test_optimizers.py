@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from beyond_outliers import optim
-from beyond_outliers.bench import optimizers
+from beyond_outliers.bench import kernels, optimizers
 from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS, WITHOUT_PEER, TimedOptimizer
 from beyond_outliers.bench.torch_optimizers import EMBEDDING
 
@@ -21,6 +21,7 @@ SQUARES = 2 * M * M + (N * N + M * M) + (V * V + M * M)  # of the lengths of all
   ("name", "expected"),
   {
     "adamw": 8,
+    "optax_adamw": 8,
     "torch_adamw": 8,
     "torch_kron": 4 + 4 * SQUARES / PARAMETERS,
     "torch_soap": 8 + 8 * SQUARES / PARAMETERS,
@@ -38,6 +39,7 @@ def test_state_is_counted_to_the_byte(name, expected):
   assert 0 <= excess < 50
   assert 0 < figures["ordinary_seconds"] <= figures["slowest_seconds"]
   assert (figures["compile_seconds"] is None) == name.startswith("torch")
+  assert figures.get("floor_seconds", 0) > 0 if not peer else "floor_seconds" not in figures
 
 
 class Clock:
@@ -95,7 +97,7 @@ RESULT = {
   "versions": {"jax": "1.2.3"},
   "kernels": {"eigh 1024": 0.1},
   "rows": {
-    "shampoo": figures(1.0, 4.0, 2.0, 0.5),
+    "shampoo": {**figures(1.0, 4.0, 2.0, 0.5), "floor_seconds": 1.6},
     "torch_dash": figures(2.0, 5.0, 4.0),
     "torch_shampoo": figures(3.0, 4.0, 5.0),
     "soap": figures(0.1, 0.2, 0.3, 0.5),
@@ -115,7 +117,7 @@ def test_the_best_of_peers_is_the_least_of_each_figure():
 def test_the_table_shows_multiples_and_what_is_missing():
   lines = [" ".join(line.split()) for line in optimizers.optimizers_table(RESULT).splitlines()]
   assert "kernels: eigh 1024 100.0 ms" in lines and "with jax 1.2.3" in lines
-  assert "shampoo 1,000.0 0.50 4,000.0 1.00 2,000.0 0.50 4.00 8.00 0.5" in lines
+  assert "shampoo 1,000.0 0.50 4,000.0 1.00 2,000.0 0.50 1,600.0 1.25 4.00 8.00 0.5" in lines
   assert "torch_shampoo 3,000.0 1.50 4,000.0 1.00 5,000.0 1.25 1.33 8.00" in lines
   assert "soap 100.0 200.0 300.0 2.00 8.00 0.5" in lines
   assert (
@@ -143,7 +145,7 @@ def test_rows_cover_the_optimizers_and_every_family_has_a_peer():
 def test_rows_run_in_processes_of_their_own(monkeypatch):
   monkeypatch.setattr(optimizers, "versions", lambda: {})
   result = optimizers.measure_optimizers(["adamw", "torch_adamw"], "small", 1)
-  assert set(result["kernels"]) == set(optimizers.KERNELS) and all(
+  assert set(result["kernels"]) == set(kernels.KERNELS) and all(
     x > 0 for x in result["kernels"].values()
   )
   assert result["rows"]["torch_adamw"] == {"missing": "pip install torch"}

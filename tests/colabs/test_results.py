@@ -387,11 +387,11 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
     *("optimizer", "size", "tokens per parameter", "full precision, nats", "rtn", "gptq"),
     *("hadamard", "R_L_centred, hadamard"),
   )
-  both = {"soap": 0.1, "scion": 0.1}
+  others = {"soap": 0.1, "psgd": 0.003, "scion": 0.1}
   places = {
     ("0.1m", "20"): ("ladder.tar.xz/0.1m", {"adamw": 0.1, "muon": 0.003, "shampoo": 0.1}),
-    ("0.3m", "20"): ("ladder.tar.xz/0.3m", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03, **both}),
-    ("0.6m", "20"): ("ladder.tar.xz/0.6m", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03, **both}),
+    ("0.3m", "20"): ("ladder.tar.xz/0.3m", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03, **others}),
+    ("0.6m", "20"): ("ladder.tar.xz/0.6m", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03, **others}),
     ("0.3m", "10"): ("lengths.tar.xz/10", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
     ("0.3m", "40"): ("lengths.tar.xz/40", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
   }
@@ -406,7 +406,7 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
     ]
     frame = predictors.frame(tuned)
     frames[key] = frame[frame.recipe == "rtn_w4a4"].set_index(["optimizer", "method"])
-  assert len(rows) == 19
+  assert len(rows) == 21
   costs, errors = [], []
   for name, size, tokens, *cells in rows:
     of = frames[size, tokens].loc[name]
@@ -415,7 +415,7 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
     assert numbers(" ".join(cells)) == pytest.approx(found, abs=6e-5), (name, size, tokens)
     costs.append(found[3])
     errors.append(found[4])
-  said = markdown.read("colabs/README.md").split("over these nineteen by")[1].split(";")[0]
+  said = markdown.read("colabs/README.md").split("over these twenty-one by")[1].split(";")[0]
   assert numbers(said) == pytest.approx([stats.spearmanr(costs, errors).statistic], abs=6e-3)
 
 
@@ -430,7 +430,7 @@ def test_what_four_bits_cost_by_size_is_of_the_packed_runs(points):
     "colabs/README.md",
     *("optimizer", "size", "rate", "full precision, nats", "under `quest_w4a4`", "gap"),
   )
-  assert len(rows) == 13
+  assert len(rows) == 15
   for name, size, rate, *cells in rows:
     full, under = (seed.loc[(name, recipe, size)] for recipe in ("none", "quest_w4a4"))
     assert full.learning_rate == under.learning_rate == float(rate), (name, size)

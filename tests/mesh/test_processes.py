@@ -20,13 +20,21 @@ from beyond_outliers.mesh import processes
 CHILD = """
 import pathlib, sys, time
 import jax, numpy as np
-from beyond_outliers import config, mesh
+from beyond_outliers import cli, config, mesh
 from beyond_outliers.config import cluster
 from beyond_outliers.mesh import processes
 
 address, index, words, what = sys.argv[1:]
 patience = config.Distributed(5, 2 if what == "come alone" else 60, 5)
-processes.join(patience, cluster.Membership("the test", address, 2, int(index)))
+if what == "stop when asked":
+  cli.end_when_asked("asked to stop", cli.killed_by)
+processes.join(
+  patience,
+  cluster.Membership("the test", address, 2, int(index)),
+  stops=what != "stop when asked",
+)
+if what == "stop when asked":
+  cli.tell_when_asked(processes.tell)
 try:
   rate = 0.1 if what == "disagree" else 0.003
   processes.agree("configuration", lambda: {"seed": 0, "optimizer.learning_rate": rate})
@@ -50,6 +58,9 @@ try:
       mesh.SEEN_SECONDS = 0.5
       mesh.check_shared(folder, "set --workdir to another")
       processes.end(0)
+    if what == "stop when asked":
+      time.sleep(2)  # so that both are there
+      mesh.from_first("in a collective") if index == "0" else time.sleep(120)
     if what == "lose the other":
       raise jax.errors.JaxRuntimeError("Gloo: Connection reset by peer")
     if what == "refuse":
@@ -170,6 +181,31 @@ def test_an_error_ends_both_where_nothing_can_be_said(start, tmp_path):
     pair = start({0: "fail", 1: "wait"}, errors=full)
   assert [process.wait(60) for process in pair] == [1, 1]
   assert "process 0 of 2: OSError" in (tmp_path / "1").read_text(), "it was JAX that ended it"
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_that_is_asked_to_stop_has_the_others_stop(start, asked, number):
+  """With one line each, and one exit code, though another waits in a collective for it."""
+  pair = start({0: "stop when asked", 1: "stop when asked"})
+  for process in pair:
+    assert process.stdout.readline() == "joined\n"
+  time.sleep(2.5)
+  began = time.monotonic()
+  pair[asked].send_signal(number)
+  said = [wait(process, 128 + number).splitlines()[1:] for process in pair]
+  assert said[asked] == ["asked to stop"]
+  assert said[1 - asked] == [f"error: process {asked} of 2: asked to stop"]
+  assert time.monotonic() - began < 15
+
+
+def test_one_that_is_asked_to_stop_waits_for_no_other_that_stands_still(start):
+  pair = start({0: "stop when asked", 1: "stop when asked"})
+  for process in pair:
+    assert process.stdout.readline() == "joined\n"
+  pair[0].send_signal(signal.SIGSTOP)
+  pair[1].send_signal(signal.SIGTERM)
+  assert wait(pair[1], 128 + signal.SIGTERM).splitlines()[-1] == "asked to stop"
 
 
 @pytest.mark.slow

@@ -42,6 +42,20 @@ def test_the_newest_sound_checkpoint_is_fetched(store, tmp_path, said):
   assert len(copy.stamps(2)) == 3 and not copy.stamps(3)
 
 
+def test_a_small_file_of_a_checkpoint_is_read_alone(store, tmp_path, said, monkeypatch):
+  mirror, name = mirror_of(store, tmp_path / "run", said), "checkpoints/2/clock/metadata"
+  write_checkpoint(tmp_path / "run", 2, "one")
+  mirror.push()
+  copy, real, asked = Copy(ADDRESS, store, tmp_path / "copy"), store.read, []
+  monkeypatch.setattr(store, "read", lambda name: asked.append(name) or real(name))
+  assert [copy.read(name) for _ in range(2)] == 2 * [b"one"] and asked.count(name) == 1
+  write_checkpoint(tmp_path / "run", 2, "another")
+  mirror.push()
+  assert copy.read(name) == b"another" and not (tmp_path / "copy/checkpoints").exists()
+  store.broken = ("checkpoints",)
+  assert copy.read(name) == b"another" and copy.read("checkpoints/3/clock/metadata") == b""
+
+
 def test_a_reader_goes_on_with_what_it_has_while_the_store_is_away(
   store, tmp_path, said, monkeypatch
 ):

@@ -197,10 +197,10 @@ class Killed(Store):
 
   at = ""
 
-  def upload(self, name, path):
+  def upload(self, name, path, replaces="any"):
     if self.at and name.startswith(self.at):
       raise KeyboardInterrupt
-    super().upload(name, path)
+    return super().upload(name, path, replaces)
 
 
 def test_a_checkpoint_appears_with_the_rows_that_it_knows(tmp_path, said):

@@ -18,8 +18,8 @@ from beyond_outliers import hardware
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.bench.accelerator import utilization
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
+from beyond_outliers.bench.late_steps import late
 from beyond_outliers.bench.study_configs import study_config
-from beyond_outliers.bench.update_cost import late
 from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json, Params
