@@ -211,7 +211,7 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
       continue
     cells = measured.assign(**{PLACE: measured.step / measured.steps})
     for name, rows in cells.groupby(within) if within else [("all", cells)]:
-      values = sorted(rows[key].unique().tolist(), key=str)
+      values = sorted(rows[key].unique().tolist(), key=lambda value: (value != "", value))
       if len(values) > 1:
         choice = f"choose by --settings={key}={values[0]}"
         remedy = f"or {choice if key in MEASURED_ON else 'make the cells, of one'}"
