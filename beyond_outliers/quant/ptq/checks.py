@@ -55,7 +55,7 @@ def check_model(model: LanguageModel, params: Params, recipe: Recipe, how: Metho
       trained is None or (same and how == NEAREST),
       f"model: {path}",
       "trained under another quantization",
-      "give the recipe and the method 'rtn' that compute what it was trained to compute, or "
+      "give its own recipe, quant.recipes.from_config(run.config.quant), and the method 'rtn', or "
       "model.clone(dot_general_for=None) to quantize its float weights anew",
     )
   plain = model.clone(dot_general_for=None)
