@@ -24,7 +24,7 @@ import numpy as np
 
 from beyond_outliers.config.checks import require
 
-LAYERS, KERNEL = "layers", "kernel"
+LAYERS, KERNEL, LOG_SCALE = "layers", "kernel", "log_scale"
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # that parameters may have
 _LAYER = re.compile(rf"{LAYERS}/(\d+)/(.+)")
 
@@ -158,11 +158,24 @@ def leaves_by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
   return leaves
 
 
+def float_type(dtype: Any) -> np.dtype:
+  """One of FLOATS, as numpy has it. Errors: ConfigError for another, or one that jax narrows."""
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:  # a name of nothing
+    found = np.dtype(object)
+  require(found.name in FLOATS, "dtype", str(dtype), f"expected one of {', '.join(FLOATS)}")
+  remedy = "jax holds it only under jax_enable_x64; set that, or take float32"
+  require(jax.dtypes.canonicalize_dtype(found) == found, "dtype", found.name, remedy)
+  return found
+
+
 def check_floats(tree: Mapping[str, Any]) -> None:
   """Refusal of leaves that are no arrays of FLOATS in this machine's order of bytes: a compiled
   program takes the other one for it (findings/jit_reads_swapped_bytes.sh).
 
   Errors: ConfigError."""
+  require(isinstance(tree, Mapping), "params", type(tree).__name__, "give the model's tree")
   for path, leaf in leaves_by_path(tree).items():
     dtype = getattr(leaf, "dtype", None)
     require(
@@ -170,6 +183,25 @@ def check_floats(tree: Mapping[str, Any]) -> None:
       f"params: {path}",
       type(leaf).__name__ if dtype is None else str(dtype),
       f"expected an array of {', '.join(FLOATS)}, in native byte order; convert it",
+    )
+
+
+def check_shapes(params: Any, shapes: Any) -> None:
+  """Refusal of parameters that are not those of a model, by the first path that differs. Scales
+  that a model trained quantized has learned may be among them. shapes: the plain model's.
+
+  Errors: ConfigError."""
+  found, expected = (
+    {path: str(getattr(leaf, "shape", type(leaf).__name__)) for path, leaf in leaves.items()}
+    for leaves in (leaves_by_path(params), leaves_by_path(shapes))
+  )
+  for path in sorted(expected.keys() | found.keys()):
+    here, there = (leaves.get(path, "absent") for leaves in (found, expected))
+    require(
+      here == there or path.endswith(f"/{LOG_SCALE}"),
+      f"params: {path}",
+      here,
+      f"model.config makes it {there}; give this model's, unboxed",
     )
 
 

@@ -166,8 +166,8 @@ class Run:
   ) -> Params:
     """Parameters of a checkpoint (the newest intact one), on one device unless a mesh is given.
 
-    average: in their place that average as of the checkpoint; see `AverageOfRun`.
-    Errors: CheckpointError, ConfigError."""
+    average: in their place that one, see `AverageOfRun`. Errors: CheckpointError, ConfigError."""
+    dtype = dtype and params_lib.float_type(dtype)
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
     if average:
       params = AverageOfRun(self, average).restore(mesh, step)

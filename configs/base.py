@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
   c.tokens_per_parameter = 20                # what `steps` is derived from; the embedding counts as parameters
   c.max_skipped_updates = 10                 # this many skipped updates in a row end the run as diverged
   c.max_gradient_norm = 0.0                  # a longer gradient, of all parameters together, is scaled down to it; 0: none is
-  c.warm_start = ""                          # workdir of another run whose parameters this run begins with
+  c.warm_start = ""                          # workdir of another run, of this model and tokenizer, whose parameters this run begins with
 
   c.mesh = config_dict.ConfigDict()          # devices along each axis; -1: all that remain
   c.mesh.data = -1                           # batch split, parameters replicated

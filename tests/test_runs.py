@@ -159,6 +159,9 @@ def test_parameters_of_eight_devices_on_one(workdir):
   assert {x.dtype for x in jax.tree.leaves(run.params(2, dtype="bfloat16"))} == {
     np.dtype("bfloat16")
   }
+  for dtype in ("int8", "float64", "bfloat"):  # which would be zeros, float32, and nothing
+    with pytest.raises(config.ConfigError, match=f"dtype = '{dtype}': (expected one of|jax holds)"):
+      run.params(2, dtype=dtype)
 
 
 def test_batches_and_the_recorded_loss_agree(workdir):

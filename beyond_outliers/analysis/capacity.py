@@ -25,6 +25,7 @@ from scipy import optimize
 
 from beyond_outliers import quant
 from beyond_outliers.config.checks import require
+from beyond_outliers.quant.recipes import check_recipe
 
 
 class CapacityCurve(NamedTuple):
@@ -51,7 +52,8 @@ def predicted_capacity(
   recipe: quant.Recipe, curve: CapacityCurve = QUEST_CURVE, *, width: int = 1024
 ) -> float:
   """rho of a recipe's weights times that of its activations, as its last rule has them; 1 of what
-  it leaves whole. Errors: ConfigError as `gaussian_error`."""
+  it leaves whole. Errors: ConfigError as `gaussian_error`, and for what is no Recipe."""
+  check_recipe(recipe)
   specs = [spec for spec in (recipe.weights, recipe.activations) if spec is not None]
   return math.prod(float(curve(gaussian_error(spec, width=width))) for spec in specs)
 

@@ -47,7 +47,7 @@ def correlation(
     of x and y (of their ranks, by spearman) after linear regression on it. Not by kendall.
   clusters: a label per pair, its optimizer or seed, where pairs of one are not independent: the
     interval is of clusters drawn anew, and p of x's clusters set against other clusters' y, in the
-    order in which they are given; it is NaN where clusters are not of one size.
+    order in which they are given; it is NaN of a single cluster, and of clusters of several sizes.
   interval: of the bootstrap, "bca" (bias-corrected and accelerated) or "percentile"; by default bca
     for pearson, percentile for ranks, of which resamples take few values.
   p is exact up to EXACT_UP_TO pairs, or clusters: the share of all n! pairings with a coefficient
@@ -167,6 +167,8 @@ def _p_value(
     x, y, z = (stats.rankdata(column) for column in columns)
     y, given = y - np.polyval(np.polyfit(z, y, 1), z), [z]
     value_of, what = _pearson, "pairings of residuals"
+  if len(groups) < 2:
+    return math.nan, "none: a single cluster says nothing of others"
   if len({len(rows) for rows in groups}) > 1:
     return math.nan, "none: clusters are not of one size"
   if len(groups) > EXACT_UP_TO and clusters is None:

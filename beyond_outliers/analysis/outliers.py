@@ -31,6 +31,7 @@ from beyond_outliers.evaluate.outlier_metrics import (
   statistics,
 )
 from beyond_outliers.model.forward import make_forward
+from beyond_outliers.model.transformer import check_params
 from beyond_outliers.quant import QuantSpec
 from beyond_outliers.types import Batch, Params
 
@@ -70,7 +71,9 @@ def measure(
   does not grow with them.
 
   batches: as runs.Run.batches("validation") gives them. spec: what sqnr is under, along the
-    features."""
+    features.
+  Errors: ConfigError for parameters of another model, and for no batch."""
+  check_params(model, params)
   step = jax.jit(measurement(make_forward(model, mask_documents), spec))
   return collect(step(params, batch) for batch in batches)
 

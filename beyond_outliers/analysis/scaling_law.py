@@ -90,12 +90,15 @@ class ScalingLaw:
     """Losses in nats at N parameters (counted as in the fit) and D tokens, broadcast together.
 
     optimizer, recipe: by default the reference's. D: needed by two_term.
-    Errors: ConfigError for what was not fitted, and by the study's law for another D/N."""
+    Errors: ConfigError for what was not fitted or is not above zero, and by the study's law for
+      another D/N."""
     pair = optimizer or self.reference[0], recipe or self.reference[1]
     require(
       pair in self.rho, "(optimizer, recipe)", pair, nearest(str(pair), list(map(str, self.rho)))
     )
     N = np.asarray(N, float)
+    for name, value in (("N", N), ("D", 1.0 if D is None else np.asarray(D, float))):
+      require(bool(np.all(value > 0)), name, np.asarray(value).tolist(), "expected above zero")
     A, alpha, E = (self._of(name, pair[0]) for name in ("A", "alpha", "E"))
     if self.law == "study":
       self._check_ratio(N, D)

@@ -9,12 +9,20 @@ import numpy as np
 
 from beyond_outliers.errors import DataError
 
+MEND = "mend it, or leave it out"
+
 
 class Document(NamedTuple):
   """A text, or its token ids, and the place it was read from."""
 
   content: str | np.ndarray  # text, or token ids of any integer type
   where: str  # file and line, row or record: for messages
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+  """What is wrong with such a text, and the remedy."""
+  reason = f"{error.reason} at byte {error.start}"
+  return f"not UTF-8 text ({reason}); convert it (iconv -t UTF-8), or leave it out"
 
 
 def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
@@ -25,15 +33,14 @@ def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
     try:
       return value.decode()
     except UnicodeDecodeError as error:
-      raise DataError(
-        f"{where}: field {field!r} is not UTF-8 text ({error.reason} at byte {error.start})"
-      ) from None
+      raise DataError(f"{where}: field {field!r} is {not_utf8(error)}") from None
   if isinstance(value, str):
     try:
       value.encode()  # JSON may hold half a surrogate pair, which is no text
     except UnicodeEncodeError as error:
       raise DataError(
-        f"{where}: field {field!r} holds a lone surrogate at character {error.start}"
+        f"{where}: field {field!r} holds a lone surrogate at character {error.start}, "
+        f"which is half a character; {MEND}"
       ) from None
     return value
   try:
@@ -44,7 +51,8 @@ def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
     ids = None  # which numpy takes for 0 and 1 among numbers
   if ids is None or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
     raise DataError(
-      f"{where}: field {field!r} holds {abbreviated(value)}; expected text, or a list of token ids"
+      f"{where}: field {field!r} holds {abbreviated(value)}; expected text, or a list of token "
+      f"ids; {MEND}"
     )
   return ids if ids.size else ids.astype(np.int64)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from beyond_outliers import config
 from beyond_outliers.data.compression import opened
-from beyond_outliers.data.document import Document, abbreviated, as_content
+from beyond_outliers.data.document import MEND, Document, abbreviated, as_content, not_utf8
 from beyond_outliers.errors import DataError
 
 
@@ -96,9 +96,7 @@ def _read_text(file: str, field: str) -> Iterator[Document]:
     yield Document(data.decode(), file)
   except UnicodeDecodeError as error:
     line = 1 + data.count(b"\n", 0, error.start)
-    raise DataError(
-      f"{file}:{line}: not UTF-8 text ({error.reason} at byte {error.start})"
-    ) from None
+    raise DataError(f"{file}:{line}: {not_utf8(error)}") from None
 
 
 def _read_jsonl(file: str, field: str) -> Iterator[Document]:
@@ -129,7 +127,7 @@ def _json_record(line: bytes, where: str, field: str) -> Any:
   try:
     return json.loads(line, object_pairs_hook=once)
   except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-    raise DataError(f"{where}: not a JSON record ({error})") from None
+    raise DataError(f"{where}: not a JSON record ({error}); {MEND}") from None
 
 
 def _read_parquet(file: str, field: str) -> Iterator[Document]:
@@ -161,7 +159,7 @@ def _parquet_value(value: Any, where: str) -> Any:
   try:
     return value.as_py()
   except UnicodeDecodeError as error:
-    raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    raise DataError(f"{where}: {not_utf8(error)}") from None
 
 
 def _tfds_files(path: str) -> list[str]:

@@ -14,17 +14,15 @@ import hashlib
 import itertools
 import json
 import os
-import pathlib
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beyond_outliers import config
 from beyond_outliers.config.files import make_folder
-from beyond_outliers.config.sums import file_sha256
 from beyond_outliers.data import (
   description,
   shards,
@@ -71,6 +69,12 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
         _make(cfg, directory, log)
   dataset = shards.open_dataset(directory)
   _check(dataset, cfg, log)
+  if count := dataset.meta.get("repeated"):  # which older datasets don't know
+    log(
+      f"prepare: {count} of {dataset.documents('validation')} validation documents also stand in "
+      f"the training text of {directory}: their losses are of text that was trained on; remove the "
+      "copies, or take data.validation=fraction:..., which holds out all copies of a text"
+    )
   return dataset
 
 
@@ -156,26 +160,33 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
     )
   try:
     inputs = splits.input_files(cfg)
-    found = _describe(inputs)
+    found = splits.describe_inputs(inputs)
   except DataError as error:  # prepared data outlive their source
     log(f"prepare: using {dataset.directory}; its source is not here to compare with ({error})")
     return
   made_from = dict(dataset.meta["inputs"])
-  content = made_from.pop("content", None)  # which older datasets don't know
+  content = made_from.pop("content", None)  # which older datasets don't know, as `places`
   differ = f"data.path = {cfg.path!r}: the files differ from those that {dataset.directory} was"
-  remedy = "restore them, or delete the folder to prepare again"
+  remedy = "restore them, give another data.directory, or delete the folder to prepare again"
   if found != made_from:
     raise DataError(
       f"{differ} made from ({found['files']} files of {found['bytes']} bytes now, "
       f"{made_from['files']} of {made_from['bytes']} then); {remedy}"
     )
-  meta, changed = dataset.path("meta.json"), _last_change(inputs)
-  if content is None or changed < os.stat(meta).st_mtime_ns:
+  meta, changed = dataset.path("meta.json"), splits.last_change(inputs)
+  here = splits.sum_of_places(inputs)
+  moved = dataset.meta.get("places", here) != here
+  if content is None or not (moved or changed >= os.stat(meta).st_mtime_ns):
     return
-  log(f"prepare: source touched since {dataset.directory} was made; comparing its contents")
-  if _content(inputs) != content:
+  log(
+    f"prepare: source {'moved' if moved else 'touched'} since {dataset.directory} was made; "
+    "comparing its contents"
+  )
+  if splits.sum_of_contents(inputs) != content:
     raise DataError(f"{differ} made from (as many bytes, and other contents); {remedy}")
   with contextlib.suppress(OSError):  # of a folder that can only be read
+    if moved:
+      shards.replace_meta(dataset.directory, {**dataset.meta, "places": here})
     os.utime(meta, ns=(changed + 1, changed + 1))
 
 
@@ -187,25 +198,6 @@ def _check_vocab(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> None:
     )
 
 
-def _describe(files: dict[str, int]) -> Json:
-  listing = json.dumps([[os.path.basename(name), size] for name, size in files.items()])
-  return {
-    "files": len(files),
-    "bytes": sum(files.values()),
-    "sha256": hashlib.sha256(listing.encode()).hexdigest(),
-  }
-
-
-def _content(files: Iterable[str]) -> str:
-  sums = [file_sha256(pathlib.Path(file)) for file in files]
-  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-
-
-def _last_change(files: Iterable[str]) -> int:
-  """Nanoseconds of the youngest; not the times of contents, which a copy may bring along."""
-  return max(os.stat(file).st_ctime_ns for file in files)
-
-
 def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   """Writes everything but meta.json, and returns that."""
   inputs = splits.input_files(cfg)
@@ -215,7 +207,10 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   )
   in_place = _in_place(cfg)
   # What stays in a TFDS dataset is not read here, and may be much.
-  content, changed = {} if in_place else {"content": _content(inputs)}, _last_change(inputs)
+  content, changed = (
+    {} if in_place else {"content": splits.sum_of_contents(inputs)},
+    splits.last_change(inputs),
+  )
   tokenizer = _tokenizer(cfg, in_place, directory, log)
   _check_vocab(tokenizer, cfg)
   separator = _separator(tokenizer, cfg)
@@ -223,9 +218,9 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   validation = shards.ShardWriter(directory, "validation", dtype, cfg.shard_tokens)
   first_bytes: dict[str, int] = {}
   labeled = in_place.validation() if in_place else splits.split_documents(cfg)
-  training = split_writers.divert(
-    tokenized(labeled, tokenizer, log), validation, separator, first_bytes
-  )
+  repeats = split_writers.Repeats()
+  stream = repeats.watched(tokenized(labeled, tokenizer, log))
+  training = split_writers.divert(stream, validation, separator, first_bytes)
   first = next(training, None)  # which writes the validation documents before it
   if in_place:
     train, records = in_place.training()
@@ -237,14 +232,15 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   counts = {"train": train, "validation": validation.close()}
   if not validation.documents:
     raise splits.empty_split(cfg, "validation")
-  if _last_change(inputs) != changed:
+  if splits.last_change(inputs) != changed:
     raise DataError(
       f"data.path = {cfg.path!r}: a file was changed while it was read; prepare again when nothing "
       "writes there"
     )
   return {
     "settings": {**_settings(cfg), "vocab": cfg.vocab},
-    "inputs": {**_describe(inputs), **content},
+    "inputs": {**splits.describe_inputs(inputs), **content},
+    "places": splits.sum_of_places(inputs),
     "tokenizer": {
       "name": cfg.tokenizer,
       "stored": tokenizer.stored,
@@ -257,6 +253,8 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
     "splits": counts,
     "records": records,
     "first_bytes": first_bytes,
+    # Of training documents that stay where they are nothing is known.
+    **({} if in_place else {"repeated": repeats.count()}),
   }
 
 

@@ -25,7 +25,7 @@ import pathlib
 
 import numpy as np
 
-from beyond_outliers.config.sums import file_sha256, sealed
+from beyond_outliers.config.sums import file_sha256, replaced, sealed
 from beyond_outliers.data import description, text_bytes, tokenizers
 from beyond_outliers.data.sums import FileSums
 from beyond_outliers.data.token_stream import TokenStream
@@ -168,9 +168,13 @@ def write_meta(directory: str, meta: Json) -> None:
     }
     for name in names
   }
-  meta = {"format": description.FORMAT, **meta, "files": files}
-  with open(os.path.join(directory, "meta.json"), "w") as file:
-    json.dump(sealed(meta), file, indent=1)
+  replace_meta(directory, {"format": description.FORMAT, **meta, "files": files})
+
+
+def replace_meta(directory: str, meta: Json) -> None:
+  """Writes a folder's whole meta.json. Errors: OSError."""
+  with replaced(pathlib.Path(directory, "meta.json")) as temporary:
+    temporary.write_text(json.dumps(sealed(meta), indent=1))
 
 
 def open_dataset(directory: str) -> Dataset:

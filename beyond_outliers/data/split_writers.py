@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 
@@ -11,6 +13,8 @@ from beyond_outliers import config
 from beyond_outliers.data import shards, shuffle, splits
 from beyond_outliers.data.encoding import Separator, Tokenized, separated
 from beyond_outliers.types import Json
+
+_PIECE = 1 << 20  # documents
 
 
 def divert(
@@ -28,6 +32,29 @@ def divert(
     if item.first_bytes is not None and separator["name"] == "eot":
       first_bytes[str(validation.documents)] = item.first_bytes
     validation.append(separated(item.ids, separator), item.num_bytes)
+
+
+class Repeats:
+  """Counts the validation documents that also stand in the training text, by digests of their ids,
+  eight bytes a document."""
+
+  def __init__(self):
+    self._digests = {"train": array.array("Q"), "validation": array.array("Q")}
+
+  def watched(self, stream: Iterable[Tokenized]) -> Iterator[Tokenized]:
+    for item in stream:
+      if len(item.ids):  # nothing is learned from an empty one
+        digest = hashlib.blake2b(item.ids.astype("<i8").tobytes(), digest_size=8).digest()
+        self._digests[item.split].frombytes(digest)
+      yield item
+
+  def count(self) -> int:
+    train, validation = (np.frombuffer(digests, np.uint64) for digests in self._digests.values())
+    known = np.unique(validation)
+    # Piece by piece: numpy.isin would sort all of both.
+    pieces = (train[start : start + _PIECE] for start in range(0, len(train), _PIECE))
+    found = [np.intersect1d(known, piece) for piece in pieces]
+    return int(np.isin(validation, np.concatenate(found)).sum()) if found else 0
 
 
 def write_shards(

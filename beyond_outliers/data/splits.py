@@ -1,4 +1,4 @@
-"""Splits: the rules by which documents are held out for validation.
+"""Splits: the rules by which documents are held out for validation, and the files that they read.
 
 A rule is a row of SPLITS; `data.validation` names one and its argument, as in "newest:10".
 """
@@ -8,15 +8,19 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from beyond_outliers import config
+from beyond_outliers.config.sums import file_sha256
 from beyond_outliers.data.document import Document
 from beyond_outliers.data.documents import SOURCES, read_documents
 from beyond_outliers.errors import DataError
+from beyond_outliers.types import Json
 
 LabeledDocuments = Iterator[tuple[str, Document]]  # "train" or "validation", and the document
 
@@ -43,6 +47,31 @@ def input_files(cfg: config.Data) -> dict[str, int]:
   rule, argument = validation_rule(cfg)
   paths = [cfg.path, argument] if rule == "path" else [cfg.path]
   return {file: os.path.getsize(file) for path in paths for file in SOURCES[cfg.source].files(path)}
+
+
+def describe_inputs(files: Mapping[str, int]) -> Json:
+  """What is known of `input_files` without reading them."""
+  listing = json.dumps([[os.path.basename(name), size] for name, size in files.items()])
+  return {
+    "files": len(files),
+    "bytes": sum(files.values()),
+    "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+  }
+
+
+def sum_of_contents(files: Iterable[str]) -> str:
+  sums = [file_sha256(pathlib.Path(file)) for file in files]
+  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def sum_of_places(files: Iterable[str]) -> str:
+  """By it files are told from others of their names and sizes; where links lead, if they are."""
+  return hashlib.sha256(json.dumps([*map(os.path.realpath, files)]).encode()).hexdigest()
+
+
+def last_change(files: Iterable[str]) -> int:
+  """Nanoseconds of the youngest; not the times of contents, which a copy may bring along."""
+  return max(os.stat(file).st_ctime_ns for file in files)
 
 
 def training_sample(cfg: config.Data, max_bytes: int) -> Iterator[Document]:

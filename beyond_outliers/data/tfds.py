@@ -139,10 +139,12 @@ def split_files(path: str) -> list[str]:
     names = [str(part.filename) for part in builder.info.splits[split].file_instructions]
   folder = os.path.normpath(builder.data_path)
   if outside := [name for name in names if os.path.dirname(os.path.normpath(name)) != folder]:
-    raise DataError(f"data.path = {path!r}: names {outside[0]}, outside of its folder")
+    raise DataError(
+      f"data.path = {path!r}: names {outside[0]}, outside of its folder; copy it again"
+    )
   missing = [name for name in names if not os.path.isfile(name)]
   if missing:
-    raise DataError(f"data.path = {path!r}: {missing[0]} is missing")
+    raise DataError(f"data.path = {path!r}: {missing[0]} is missing; copy it again")
   return names
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers import mesh as mesh_lib
+from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.outlier_metrics import (
   METRICS,
   Statistics,
@@ -98,13 +99,16 @@ def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, S
 def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
   """Table of one row per tensor, over all batches: path (with its depth), depth (NaN outside the
   layers), kind, tokens, METRICS, and zero_medians, the share of tokens that max_to_median leaves
-  out."""
+  out. Errors: ConfigError for no batch."""
   import pandas as pd  # takes a while, and not every run measures
 
   total: Any = None
   for batch in batches:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(dict(batch)))
     total = new if total is None else {path: merged(total[path], new[path]) for path in new}
+  require(
+    total is not None, "batches", [], "expected at least one, and an iterator gives its own once"
+  )
   rows = []
   for path, found in total.items():
     kind = _kind(path)

@@ -24,6 +24,7 @@ import numpy as np
 from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.error_sums import centred, columns, jackknife
 from beyond_outliers.evaluate.paired_run import PairedRun, Windows
+from beyond_outliers.model.transformer import check_params
 from beyond_outliers.params import at_any_depth
 from beyond_outliers.quant import QuantizedModel
 from beyond_outliers.quant.ptq import rotation_fusion
@@ -141,7 +142,8 @@ def summary(table: pd.DataFrame) -> Json:
 def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> PairedRun:
   """Both models in one basis: the full-precision one with the rotations that were fused.
 
-  Errors: ConfigError for other architectures."""
+  Errors: ConfigError for other architectures, and parameters of another model."""
+  check_params(model, params)
   model = model.clone(dot_general_for=None)
   if method_named(quantized.method).fused:
     model, params, _ = rotation_fusion.fuse(model, params)

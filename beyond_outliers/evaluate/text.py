@@ -10,6 +10,7 @@ from typing import TypedDict
 from beyond_outliers import config, data, runs
 from beyond_outliers.config.checks import require
 from beyond_outliers.data import tokenizers
+from beyond_outliers.evaluate import results
 from beyond_outliers.types import Json
 
 LONGER = 16  # times the windows of training: the model is for no longer ones, nor is memory
@@ -45,6 +46,10 @@ def text_of_run(
   batch_size: int = 0,
   documents: int | None = None,
 ) -> Text:
+  """The run's own validation documents, or those of another dataset of its tokenizer; documents
+  that are parted otherwise than those it was trained on are told of.
+
+  Errors: ConfigError, DataError."""
   c, trained_on = run.config, run.trained_on
   opened = data.open(dataset) if dataset else run.dataset
   require(
@@ -54,6 +59,17 @@ def text_of_run(
     f"its tokenizer is {opened.tokenizer.fingerprint[:12]}, and the run was trained with "
     f"{trained_on['tokenizer'][:12]}; prepare the documents with the run's tokenizer",
   )
+  parted = opened.meta["separator"]["name"], opened.meta["settings"].get("eot", "")
+  if parted != (c.data.separator, c.data.eot):
+    given, own = (
+      " ".join([f"separator={separator}", *([f"eot={eot}"] if eot else [])])
+      for separator, eot in (parted, (c.data.separator, c.data.eot))
+    )
+    results.warn(
+      f"--data = {opened.directory!r}: its documents are parted by another token ({given}) than "
+      f"those that the run was trained on ({own}), and losses of both do not compare; prepare them "
+      "with the run's data.separator and data.eot"
+    )
   remedy = (
     f"the run was trained on windows of {c.context} tokens; take {LONGER * c.context} at most"
   )

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,11 +20,18 @@ import numpy as np
 from beyond_outliers import config
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import check_folder
-from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import shardings
 from beyond_outliers.model import hf_config, hf_files, hf_tensors, transformer
 from beyond_outliers.model.hf_files import INDEX, SINGLE
-from beyond_outliers.params import all_finite, check_floats, is_kernel, is_stacked, path_of
+from beyond_outliers.params import (
+  all_finite,
+  check_floats,
+  float_type,
+  is_kernel,
+  is_stacked,
+  leaves_by_path,
+  path_of,
+)
 from beyond_outliers.types import Json, Params, PathLike
 
 __all__ = ["INDEX", "SINGLE", "Entry", "description", "entries", "load", "save", "tensor"]
@@ -55,13 +62,10 @@ def load(
   plainest value: blockwise attention, no unrolling, no remat. The model keeps the directory as its
   `origin`.
   Errors: ConfigError for what config.json asks of the model and it can't do, for tensors that don't
-    fit or are not finite in dtype, and for files that are not those that `save` wrote there."""
-  directory, dtype = pathlib.Path(directory), jnp.dtype(dtype)
-  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-    raise ConfigError(
-      f"dtype = {dtype.name}: jax holds it only under jax_enable_x64; set that, or load float32"
-    )
-  hf_files.require_file(directory, hf_files.CONFIG)
+    fit or are not finite in dtype, for an adapter beside them, and for files that are not those
+    that `save` wrote there."""
+  directory, dtype = pathlib.Path(directory), float_type(dtype)
+  hf_files.require_model(directory)
   check_folder(directory)
   family, c = hf_config.read_config(directory / hf_files.CONFIG, dtype.name)
   with contextlib.ExitStack() as stack:
@@ -111,14 +115,15 @@ def save(
     tokens, and transformers takes windows of 2048 tokens.
   shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
     index.
-  Errors: ConfigError for an architecture that neither family has, parameters of another model or
-  that are no finite floats, `like` of another vocabulary or other widths, and a directory that
-  already holds a model."""
+  Errors: ConfigError for a model trained quantized, whose products the files can't hold, an
+  architecture that neither family has, parameters of another model or that are no finite floats,
+  `like` of another vocabulary or other widths, and a directory that already holds a model."""
+  _check_plain(model)
   check_floats(params)
-  leaves = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  leaves = leaves_by_path(params)
   given = hf_config.given(context, bos_token_id, eos_token_id)
   described, beside = description(model, jnp.result_type(*leaves.values()).name, given, like)
-  _check_params(model.config, leaves)
+  _check_params(model, params)
   every = entries(hf_config.FAMILIES[described["model_type"]], model.config)
   tensors = ((entry.name, tensor(leaves[entry.path], entry)) for entry in every)
   hf_files.write_directory(pathlib.Path(directory), described, tensors, shard_bytes, beside)
@@ -127,7 +132,7 @@ def save(
 def longest_window(directory: PathLike) -> int:
   """Tokens of the longest window that a directory's model is for. Errors: ConfigError."""
   directory = pathlib.Path(directory)
-  hf_files.require_file(directory, hf_files.CONFIG)
+  hf_files.require_model(directory)
   return hf_config.positions(hf_files.json_object(directory / hf_files.CONFIG))
 
 
@@ -181,15 +186,23 @@ def _shapes(c: config.Model) -> dict[str, tuple[int, ...]]:
   return {path_of(keys): leaf.shape for keys, leaf in leaves}
 
 
-def _check_params(c: config.Model, leaves: Mapping[str, Any]) -> None:
-  expected, found = _shapes(c), {path: leaf.shape for path, leaf in leaves.items()}
-  for path in sorted(expected.keys() | found.keys()):
-    here, there = (str(shapes.get(path, "absent")) for shapes in (found, expected))
-    if here != there:
-      raise ConfigError(
-        f"params: {path} is {here}, model.config makes it {there}; give this model's, unboxed"
-      )
-  for path, leaf in leaves.items():  # `load` would not read it again
+def _check_plain(model: Any) -> None:
+  """Refusal of a model that multiplies otherwise than those of the files do."""
+  own = model.dot_general_for or (lambda path: None)
+  quantized = [path for path in model.contractions() if own(path) is not None]
+  require(
+    not quantized,
+    "model",
+    f"quantized at {', '.join(quantized[:1])}",
+    "the files would hold its float weights, which compute another loss; give "
+    "model.clone(dot_general_for=None) to write these, or write what the model computes by "
+    "quant.quantized and its save, or export.compressed_tensors",
+  )
+
+
+def _check_params(model: Any, params: Params) -> None:
+  transformer.check_params(model, params)
+  for path, leaf in leaves_by_path(params).items():  # `load` would not read it again
     remedy = "NaN or infinity; take another checkpoint"
     require(bool(all_finite(leaf)), f"params: {path}", "not finite", remedy)
 

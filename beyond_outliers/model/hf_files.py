@@ -20,6 +20,7 @@ from beyond_outliers.types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
+ADAPTER = "adapter_config.json"  # of LoRA and its like, by peft
 # What generating text needs beside weights, by name: no code, and nothing that runs as it is read.
 COMPANIONS = (
   GENERATION,
@@ -44,6 +45,18 @@ def require_file(directory: pathlib.Path, name: str) -> None:
     str(directory),
     f"holds no {name}; give a whole Hugging Face model, as safetensors",
   )
+
+
+def require_model(directory: pathlib.Path) -> None:
+  """Refusal of a directory without a model, or with a change of its weights beside them."""
+  require(
+    not (directory / ADAPTER).exists(),
+    "directory",
+    str(directory),
+    f"holds {ADAPTER}, an adapter of a model's weights, which would be left out; merge it into "
+    "them (peft: merge_and_unload, then save_pretrained), or take it away",
+  )
+  require_file(directory, CONFIG)
 
 
 def json_object(file: pathlib.Path) -> Json:

@@ -13,10 +13,11 @@ from absl import logging
 
 from beyond_outliers.config.checks import require
 from beyond_outliers.ops.outline import outlined_call
+from beyond_outliers.params import LOG_SCALE
 from beyond_outliers.quant import metrics, qmatrix, quantizers, rotations
 from beyond_outliers.quant.backends import aqt as aqt_backend
 from beyond_outliers.quant.backends import jax as jax_backend
-from beyond_outliers.quant.recipes import Recipe
+from beyond_outliers.quant.recipes import Recipe, check_recipe
 from beyond_outliers.quant.spec import LayerRecipe
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {
@@ -45,7 +46,7 @@ class QuantizedDot(nn.Module):
       learned = self.recipe.activations is not None and self.recipe.activations.scale == "learned"
       scale = None
       if learned:
-        log_scale: Any = self.get_variable("params", "log_scale")
+        log_scale: Any = self.get_variable("params", LOG_SCALE)
         scale = jnp.exp(log_scale[0]).reshape(1, 1)  # that of the activations comes first
       return qmatrix.matmul(lhs, rhs, self.recipe, scale)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
@@ -94,7 +95,7 @@ class QuantizedDot(nn.Module):
         scales.append(quantizers.scale_of(x, spec, axis).reshape(()))
       return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))  # inputs that are all zero have none
 
-    log_scale: Any = self.param("log_scale", nn.with_logical_partitioning(begin, ("vector",)))
+    log_scale: Any = self.param(LOG_SCALE, nn.with_logical_partitioning(begin, ("vector",)))
     each = dict(zip(learned, jnp.exp(log_scale).reshape(-1, 1, 1), strict=True))
     return each.get("activations"), each.get("weights")
 
@@ -147,7 +148,8 @@ def dot_general_for(
 
   Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes
   through plain JAX, said in the log.
-  Errors: ConfigError for an unknown backend or a path that no rule matches."""
+  Errors: ConfigError for an unknown backend, what is no Recipe, or a path that no rule matches."""
+  check_recipe(recipe)
   require(
     backend in BACKENDS,
     "quant.backend",
@@ -160,6 +162,14 @@ def dot_general_for(
     return None if layer is None else _maker(layer, backend)
 
   return dot_general_of
+
+
+def trained_under(model: Any, path: str) -> Any:
+  """What a model multiplies under in a linear layer: its LayerRecipe, None for the plain product,
+  or the maker of a dot_general that is not from here."""
+  maker = model.dot_general_for and model.dot_general_for(path)
+  ours = isinstance(maker, functools.partial) and maker.func is QuantizedDot
+  return maker.args[0] if ours else maker
 
 
 @functools.cache

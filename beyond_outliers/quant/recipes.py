@@ -219,6 +219,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def check_recipe(recipe: object) -> None:
+  """Refusal of what is no Recipe, as the name of one. Errors: ConfigError."""
+  remedy = "expected a quant.Recipe; of a name, quant.RECIPES[name]"
+  require(isinstance(recipe, Recipe), "recipe", recipe, remedy)
+
+
 def recipe_named(name: str, field: str = "quant.recipe") -> Recipe:
   """A row of RECIPES. Errors: ConfigError with the nearest name."""
   if name not in RECIPES:

@@ -63,7 +63,7 @@ def start(
     return Start(state, position, clock["seconds"], record)
   state = program.init()
   if c.warm_start:
-    step, params = warm_start_params(c, program.mesh)
+    step, params = warm_start_params(c, fingerprints["tokenizer"], program.mesh)
     say(f"parameters from step {step} of {c.warm_start}")
   else:
     params = transformer.without_dot_general_params(c.model, state.params)
@@ -105,17 +105,27 @@ def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathL
     )
 
 
-def warm_start_params(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[int, Params]:
+def warm_start_params(
+  c: config.Config, tokenizer: str, mesh: jax.sharding.Mesh
+) -> tuple[int, Params]:
   """(step, parameters) of the newest intact checkpoint in `c.warm_start`, placed on the mesh.
 
   Scales that the other run learned are among them where it followed the same rules; otherwise they
-  stay behind.
-  Errors: ConfigError when there is no run or checkpoint, or when it is of another model."""
+  stay behind. tokenizer: fingerprint of this run's.
+  Errors: ConfigError when there is no run or checkpoint, or when it is of another model, or of
+    another tokenizer, whose ids stand for other text."""
   try:
     source = runs.open(c.warm_start)
     processes.agree("warm_start", lambda: {"the run": source.identity})
     theirs = source.config
     _check_same_model(c.warm_start, theirs.model, c.model)
+    was = source.trained_on["tokenizer"]
+    if was != tokenizer:
+      raise ConfigError(
+        f"warm_start = {c.warm_start!r}: data.tokenizer is {theirs.data.tokenizer!r} "
+        f"({was[:12]}) in that run and {c.data.tokenizer!r} ({tokenizer[:12]}) in this one; take a "
+        "run of the same tokenizer, or prepare this one's text with that run's"
+      )
     step, found = source.restore(mesh)
     if not jax.jit(params_lib.all_finite)(found):
       raise CheckpointError(f"the parameters of step {step} are not finite; take another run")

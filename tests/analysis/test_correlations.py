@@ -147,6 +147,12 @@ def test_what_does_not_correlate_is_refused(x, y, options, message):
     correlation(x, y, **options)
 
 
+def test_a_single_cluster_says_nothing_of_others():
+  found = correlation(X, Y, clusters=["a"] * 6)
+  assert np.isfinite(found.value) and np.isnan([*found.interval, found.p]).all()
+  assert "single cluster" in found.p_from
+
+
 # {n: shares of 500 draws, as `correlation` says}: by percentile and by bca.
 COVERAGE = {
   6: {"pearson": (0.880, 0.936), "spearman": (0.942, 0.938)},

@@ -56,6 +56,15 @@ def random_params(model):
   return jax.tree_util.tree_map_with_path(leaf, transformer.shapes(model))
 
 
+def test_no_batch_and_parameters_of_another_model_are_refused():
+  model = transformer.Transformer(MODEL)
+  deeper = transformer.Transformer(dataclasses.replace(MODEL, blocks=MODEL.blocks + 1))
+  with pytest.raises(config.ConfigError, match=r"batches = \[\]: expected at least one"):
+    outliers.measure(model, random_params(model), [])
+  with pytest.raises(config.ConfigError, match=r"params: .*: model.config makes it"):
+    outliers.measure(model, random_params(deeper), BATCHES)
+
+
 def expected(x, spec=outliers.ACTIVATIONS):
   """All metrics of x [tokens, features] by their definitions."""
   x32, x = np.asarray(x, np.float32), np.asarray(x, np.float64)

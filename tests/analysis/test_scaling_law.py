@@ -268,11 +268,16 @@ def test_predictions_follow_the_formula_and_unknown_ones_are_refused():
     found.predict(1e8, 1e11)
   with pytest.raises(config.ConfigError, match=r"did you mean .*'muon', 'none'"):
     found.predict(1e8, optimizer="moun")
+  for size in (-5, 0, math.nan, [1e8, -1]):
+    with pytest.raises(config.ConfigError, match=r"N = .*: expected above zero"):
+      found.predict(size)
   rows = runs(ratios=(10, 20, 80), two_terms=True)
   two = scaling_law.fit(rows, law="two_term", resamples=0)
   assert two.predict(1e8, 3e9) == pytest.approx(400 / 1e8**0.34 + 900 / 3e9**0.3 + 1.7)
   with pytest.raises(config.ConfigError, match="needs the number of tokens"):
     two.predict(1e8)
+  with pytest.raises(config.ConfigError, match=r"D = -3.0: expected above zero"):
+    two.predict(1e8, -3)
 
 
 def test_a_frame_is_a_list_of_rows_in_any_order():

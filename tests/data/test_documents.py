@@ -254,14 +254,16 @@ def test_an_archive_is_refused_by_name(tmp_path, make_config):
 )
 def test_bad_jsonl_is_refused_by_file_and_line(tmp_path, make_config, lines, message):
   (tmp_path / "bad.jsonl").write_bytes(lines)
-  with pytest.raises(DataError, match=message):
+  with pytest.raises(DataError, match=message) as told:
     contents(make_config(path=str(tmp_path / "bad.jsonl")))
+  if "no field" not in message:  # which says the fields that there are
+    assert str(told.value).endswith("; mend it, or leave it out")
 
 
 def test_bad_text_is_refused_by_file_and_line(tmp_path, make_config):
   (tmp_path / "bad.txt").write_bytes(b"one\ntwo\xff")
   with pytest.raises(
-    DataError, match=r"bad.txt:2: not UTF-8 text \(invalid start byte at byte 7\)"
+    DataError, match=r"bad.txt:2: not UTF-8 text \(invalid start byte at byte 7\); convert it"
   ):
     contents(make_config(source="text", path=str(tmp_path / "bad.txt")))
 

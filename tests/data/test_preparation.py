@@ -486,6 +486,41 @@ def test_contents_of_the_same_length_are_compared_where_a_file_was_touched(make_
   data.prepare(cfg, log=quiet)
 
 
+@pytest.mark.parametrize("path", ["text/*.jsonl", "{tmp}/link/text/*.jsonl"])
+def test_another_corpus_of_the_same_names_and_sizes_is_refused(
+  make_config, texts, tmp_path, monkeypatch, path
+):
+  """In another folder, or behind a link that leads elsewhere; all older than the dataset."""
+  others = [text.replace("document", "monument") for text in texts]
+  for name, contents in (("a", texts), ("copy", texts), ("b", others)):
+    (tmp_path / name / "text").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in contents)
+    (tmp_path / name / "text" / "all.jsonl").write_text(lines)
+  cfg, link = make_config(path=path.format(tmp=tmp_path)), tmp_path / "link"
+
+  def said(place):
+    monkeypatch.chdir(tmp_path / place)
+    link.unlink(missing_ok=True)
+    link.symlink_to(place)
+    lines = []
+    data.prepare(cfg, log=lines.append)
+    return lines
+
+  said("a")
+  with monkeypatch.context() as patched:
+    patched.setattr(splits, "sum_of_contents", None)
+    assert said("a") == [], "an unchanged source is not read again"
+  with pytest.raises(DataError, match=r"data.path = .*other contents\).*another data.directory"):
+    said("b")
+  assert ["comparing its contents" in line for line in said("copy")] == [True]
+  assert said("copy") == [], "once, and not in every start"
+  meta = pathlib.Path(data.dataset_directory(cfg), "meta.json")  # as older versions wrote it
+  described = json.loads(meta.read_text())
+  del described["places"], described["sha256"]
+  meta.write_text(json.dumps(described))
+  assert said("a") == []
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(make_config, monkeypatch):
   cfg, open_split = make_config(), splits.split_documents
 
@@ -569,6 +604,23 @@ def test_a_tfds_dataset_is_trained_on_where_it_lies(tmp_path, make_config, texts
     "p": stored[:7],
   }
   assert held == expected[rule[0]] and (count is None or len(held) == count)
+
+
+@pytest.mark.parametrize("reader", ["shards", "tfds"])
+@pytest.mark.parametrize("rule", ["newest:5", "path:{tmp}/held.jsonl", "fraction:0.3"])
+def test_validation_text_that_is_trained_on_is_told(
+  make_config, write_jsonl, texts, tmp_path, rule, reader
+):
+  texts = [*texts[:50], texts[3], "", "new", texts[4], texts[3]]
+  write_jsonl([*texts[-5:]], "held.jsonl")
+  path = write_jsonl(["", *texts][: -5 if rule[0] == "p" else None], "all.jsonl")
+  for again in range(2):  # of what is there already, too
+    said = []
+    cfg = make_config(path=path, validation=rule.format(tmp=tmp_path), reader=reader)
+    data.prepare(cfg, log=said.append)
+    told = [line for line in said if "also stand in the training text" in line]
+    assert len(told) == (rule[0] != "f"), again
+    assert all("3 of 5 validation documents" in line for line in told)
 
 
 def test_progress_is_told(make_config, monkeypatch):

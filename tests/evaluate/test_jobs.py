@@ -562,6 +562,18 @@ def test_what_a_recipe_cannot_do_is_said_before_any_checkpoint_is_read(workdir):
     plan_cells(target, ["nvfp4"], ["rtn", "rtn_mse"])
 
 
+def test_documents_that_are_parted_otherwise_are_told(workdir, tiny_config, capsys):
+  for separator in ("eot", "bos"):
+    section = dataclasses.replace(tiny_config().data, separator=separator)
+    dataset = data.prepare(section, log=lambda text: None).directory
+    text = RunCheckpoints(workdir, dataset=dataset).text
+    assert (text.prefix, text.bos) == (257, False), "as between training documents, whatever these"
+    told = capsys.readouterr().err
+    assert ("(separator=bos) than those that the run was trained on (separator=eot)" in told) == (
+      separator == "bos"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["validation-00000.bin", "train-00000.bin"])
 def test_no_cell_of_damaged_data_is_kept(workdir, tmp_path, monkeypatch, name):

@@ -392,7 +392,11 @@ def test_refusals():
   model, params, q = quantized_model("study", "rtn_w4a4")
   other = transformer.Transformer(dataclasses.replace(STUDY, mlp_hidden=32))
   with pytest.raises(ConfigError, match="mlp_hidden 64, not 32"):
-    decompose(other, params, q, BATCHES)
+    decompose(other, transformer.init(other, 0), q, BATCHES)
+  deeper = transformer.Transformer(dataclasses.replace(STUDY, blocks=3))
+  for measure in (decompose, final_error):
+    with pytest.raises(ConfigError, match=r"params: .* = '\(3, .*: model.config makes it \(2, "):
+      measure(model, transformer.init(deeper, 0), q, BATCHES)
   llama = dataclasses.replace(MODELS["llama"], blocks=3, vocab=128)
   unlike = dataclasses.replace(q, model=q.model.clone(config=llama))
   differences = (

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from beyond_outliers import config, mesh
+from beyond_outliers import config, mesh, quant
 from beyond_outliers.config.sums import SUMS
 from beyond_outliers.model import hf, hf_config, hf_files, transformer
 from beyond_outliers.params import subtree, with_leaves
@@ -122,7 +122,7 @@ def test_float64_is_kept(tmp_path):
     loaded, again = hf.load(tmp_path / "a", dtype=jnp.float64)
     assert loaded.config == model.config
     assert_same(again, params)
-  with pytest.raises(ValueError, match=r"dtype = float64.*jax_enable_x64"):
+  with pytest.raises(ValueError, match=r"dtype = 'float64'.*jax_enable_x64"):
     hf.load(tmp_path / "a", dtype=jnp.float64)
 
 
@@ -604,14 +604,43 @@ def test_what_is_not_finite_is_refused_by_name(name, bad, stored, copy):
 def test_parameters_of_another_model_are_not_written(written, tmp_path):
   _, model, params = written
   with pytest.raises(
-    ValueError, match=r"params: head/kernel is absent, model.config makes it \(16, 32\)"
+    ValueError, match=r"params: head/kernel = 'absent': model.config makes it \(16, 32\)"
   ):
     hf.save(model, {key: value for key, value in params.items() if key != "head"}, tmp_path / "a")
   other = transformer.Transformer(dataclasses.replace(model.config, blocks=2))
   with pytest.raises(
-    ValueError, match=r"params: layers/attention/k/kernel is \(3, 16, 12\), .* \(2, 16, 12\)"
+    ValueError, match=r"params: layers/attention/k/kernel = '\(3, 16, 12\)': .* \(2, 16, 12\)"
   ):
     hf.save(other, params, tmp_path / "a")
+
+
+def test_an_adapter_beside_the_weights_is_refused(copy):
+  """Without it the model is another one; also where the weights are elsewhere."""
+  directory, _, _ = copy
+  (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+  for _ in range(2):
+    for read in (hf.load, hf.longest_window):
+      with pytest.raises(
+        config.ConfigError, match=r"holds adapter_config.json.*merge it into them"
+      ):
+        read(directory)
+    (directory / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("recipe", ["quest_w4a4", "lsq_w4a4"])
+def test_a_model_trained_quantized_is_written_only_on_request(recipe, tmp_path):
+  """Its float weights compute another loss than it does."""
+  plain = transformer.Transformer(model_config())
+  model = plain.clone(dot_general_for=quant.dot_general_for(quant.RECIPES[recipe]))
+  params = transformer.init(model, 0)
+  with pytest.raises(config.ConfigError, match=r"model = 'quantized at .*: .*dot_general_for=None"):
+    hf.save(model, params, tmp_path / "a")
+  hf.save(model.clone(dot_general_for=None), params, tmp_path / "a")
+  unquantized = plain.clone(dot_general_for=quant.dot_general_for(quant.RECIPES["none"]))
+  weights = transformer.without_dot_general_params(plain.config, params)
+  hf.save(unquantized, weights, tmp_path / "b")
+  for directory in ("a", "b"):
+    assert_same(hf.load(tmp_path / directory)[1], weights)
 
 
 # What generating with a model needs, and what a source says that nobody here reads.

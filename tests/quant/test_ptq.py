@@ -514,6 +514,36 @@ def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, m
       call()
 
 
+@pytest.mark.parametrize("trained", ["quest_w4a4", "int8_gradients", "lsq_w4a4"])
+def test_a_model_trained_quantized_takes_its_own_recipe_alone(trained):
+  """Codes of another would be of the float weights beneath, which nobody measured."""
+  model = transformer.Transformer(MODEL, dot_general_for(RECIPES[trained]))
+  params = transformer.init(model, 0)
+  assert ptq.quantized(model, params, RECIPES[trained]).method == "rtn"
+  for recipe, method in (("int4_w4a16", "rtn"), ("none", "rtn"), (trained, "gptq")):
+    for call in (
+      lambda: ptq.check_quantizable(model, params, RECIPES[recipe], method),  # noqa: B023
+      lambda: ptq.quantize(model, params, RECIPES[recipe], method, BATCHES),  # noqa: B023
+    ):
+      with pytest.raises(ConfigError, match=r"under another quantization.*dot_general_for=None"):
+        call()
+  ptq.quantize(model.clone(dot_general_for=None), params, RECIPES["int4_w4a16"])
+
+
+def test_parameters_of_another_model_and_names_of_recipes_are_refused():
+  (model, params), (deeper, _) = plain(), plain(blocks=4)
+  for call, message in {
+    lambda: ptq.quantize(deeper, params, W4A16): r"params: .* = '\(3, .*makes it \(4, ",
+    lambda: ptq.quantize(plain(mlp="swiglu")[0], params, W4A16): r"gate/kernel = 'absent'",
+    lambda: ptq.quantize(model, plain(mlp="swiglu")[1], W4A16): r"makes it absent",
+    lambda: ptq.quantize(model, None, W4A16): "params = 'NoneType'",
+    lambda: ptq.quantize(model, params, "rtn_w4a4"): r"recipe = 'rtn_w4a4'.*quant\.RECIPES",
+    lambda: dot_general_for("rtn_w4a4"): r"recipe = 'rtn_w4a4'.*quant\.RECIPES",
+  }.items():
+    with pytest.raises(ConfigError, match=message):
+      call()
+
+
 @pytest.mark.parametrize("name", ["rtn_w4a16", "int4_w4a16"])
 def test_a_methods_scale_replaces_that_of_every_grid_of_integers(name):
   for method in ("rtn_mse", "gptq_mse", "hadamard_mse", "hadamard+gptq_mse"):

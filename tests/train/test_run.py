@@ -17,7 +17,7 @@ import pytest
 from beyond_outliers import checkpoint, config, data, mesh, runs, train
 from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.analysis import outliers
-from beyond_outliers.data import sums
+from beyond_outliers.data import sums, tokenizers
 from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import describe, hooks, initialize, loop
@@ -700,6 +700,19 @@ def test_warm_start_from_another_model_is_refused(finished, tiny_config, tmp_pat
   with pytest.raises(
     config.ConfigError, match=r"warm_start = .*: model.d_head is 8 in that run and 16 in"
   ):
+    run(c, tmp_path / "warm")
+
+
+def test_warm_start_from_another_tokenizer_is_refused(finished, tiny_config, tmp_path, monkeypatch):
+  """As many tokens, and other text behind them: it would train on, from a worse loss."""
+  other = staticmethod(lambda files: "0123456789abcdef")
+  monkeypatch.setattr(tokenizers.Bytes, "fingerprint_of", other)
+  c = tiny_config(**{"warm_start": str(finished[1]), "data.directory": str(tmp_path), "steps": 1})
+  message = (
+    r"warm_start = .*: data.tokenizer is 'bytes' \(\w{12}\) in that run and 'bytes' "
+    r"\(0123456789ab\) in this one; take a run of the same tokenizer"
+  )
+  with pytest.raises(config.ConfigError, match=message):
     run(c, tmp_path / "warm")
 
 

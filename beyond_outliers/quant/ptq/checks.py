@@ -1,18 +1,32 @@
-"""Refusals of numbers that post-training quantization would turn into codes, which hide them."""
+"""Refusals of what post-training quantization would turn into codes, which hide it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beyond_outliers.config.checks import require
-from beyond_outliers.params import FLOATS, at_depth, check_floats, is_stacked, leaves_by_path
+from beyond_outliers.params import (
+  FLOATS,
+  at_depth,
+  check_floats,
+  check_shapes,
+  is_stacked,
+  leaves_by_path,
+)
+from beyond_outliers.quant.dot import trained_under
 from beyond_outliers.quant.ptq.calibration import Batch, Inputs
+from beyond_outliers.quant.ptq.methods import Method
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
-from beyond_outliers.types import Array, Params
+from beyond_outliers.quant.recipes import Recipe
+from beyond_outliers.quant.spec import LayerRecipe
+from beyond_outliers.types import Array, LanguageModel, Params
+
+NEAREST = Method()  # what training under a recipe computes
 
 
 def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
@@ -29,6 +43,26 @@ def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
     check_tokens(batch["tokens"], vocab, "calibration_batches")
 
 
+def check_model(model: LanguageModel, params: Params, recipe: Recipe, how: Method) -> None:
+  """Refusal of a model that was trained under another quantization than this, and of parameters
+  of another model. params: shapes will do."""
+  for path in model.contractions():
+    trained = trained_under(model, path)
+    same = isinstance(trained, LayerRecipe) and NEAREST.layer(trained) == how.layer(
+      recipe.layer(path)
+    )
+    require(
+      trained is None or (same and how == NEAREST),
+      f"model: {path}",
+      "trained under another quantization",
+      "give its own recipe, quant.recipes.from_config(run.config.quant), and the method 'rtn', or "
+      "model.clone(dot_general_for=None) to quantize its float weights anew",
+    )
+  plain = model.clone(dot_general_for=None)
+  boxed = jax.eval_shape(plain.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+  check_shapes(params, nn.unbox(boxed))
+
+
 def check_tokens(tokens: Array, vocab: int, field: str) -> None:
   """Refusal of tokens that the model does not know."""
   tokens = np.asarray(tokens)
@@ -43,6 +77,7 @@ def check_tokens(tokens: Array, vocab: int, field: str) -> None:
 
 def check_parameters(params: Params) -> None:
   """Refusal of parameters that are no floats, or not finite, by path."""
+  require(isinstance(params, Mapping), "params", type(params).__name__, "give the model's tree")
   leaves = leaves_by_path(params)
   whole = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, QuantizedMatrix)}
   check_floats(whole)

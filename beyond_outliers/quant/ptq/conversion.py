@@ -24,6 +24,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.params import (
   KERNEL,
   LAYERS,
+  LOG_SCALE,
   depth_of,
   kernel_path,
   kind_of,
@@ -38,14 +39,19 @@ from beyond_outliers.quant import qmatrix, quantizers
 from beyond_outliers.quant.dot import dot_general_for
 from beyond_outliers.quant.ptq import calibration, rotation_fusion
 from beyond_outliers.quant.ptq.calibration import Inputs, Stage
-from beyond_outliers.quant.ptq.checks import check_batches, check_inputs, check_parameters
+from beyond_outliers.quant.ptq.checks import (
+  check_batches,
+  check_inputs,
+  check_model,
+  check_parameters,
+)
 from beyond_outliers.quant.ptq.fallback import Fallback, fall_back, usable
 from beyond_outliers.quant.ptq.gptq import ROUNDERS
 from beyond_outliers.quant.ptq.methods import Method, method_named
 from beyond_outliers.quant.ptq.model import QuantizedModel, serving
 from beyond_outliers.quant.ptq.smoothing import SMOOTHINGS
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
-from beyond_outliers.quant.recipes import LinearShape, Recipe
+from beyond_outliers.quant.recipes import LinearShape, Recipe, check_recipe
 from beyond_outliers.quant.spec import LayerRecipe
 from beyond_outliers.types import LanguageModel, Params
 
@@ -69,9 +75,11 @@ def quantize(
   L]; and "segment_ids" and "positions" if documents are kept apart}, for the methods that need
   some; every token counts, so without padding. say: takes a line of progress a block, and one a
   matrix that `method` could not quantize (fallback.py).
-  Errors: ConfigError for an unknown method, parameters that are quantized already or not finite,
-  missing batches or such of another tokenizer, inputs that are not finite, a recipe that does not
-  fit the model, or learned scales that the parameters do not hold."""
+  Errors: ConfigError for an unknown method, a model that was trained under another quantization,
+  parameters of another model, quantized already or not finite, missing batches or such of another
+  tokenizer, inputs that are not finite, a recipe that does not fit the model, or learned scales
+  that the parameters do not hold."""
+  check_recipe(recipe)
   how = method_named(method)
   batches = list(calibration_batches) if how.calibrated else []
   if how.calibrated:
@@ -134,6 +142,7 @@ def _prepared(
     "quantized",
     "they hold codes already; start from those of a trained model",
   )
+  check_model(model, params, recipe, how)
   if how.fused:
     model, params, rotated = rotation_fusion.fuse(model, params)
     # A rule for every path: what is rotated already does not follow the recipe's.
@@ -209,7 +218,7 @@ def _with_kernels(tree: Params, kernels: Matrices) -> Params:
 def _log_scale(linear: Params) -> Any:
   """Learned scales of a linear layer, given its parameters: of activations and weights."""
   nodes = (node for node in linear.values() if isinstance(node, dict))
-  return next((node["log_scale"] for node in nodes), None)
+  return next((node[LOG_SCALE] for node in nodes), None)
 
 
 def _quantized_matrix(
