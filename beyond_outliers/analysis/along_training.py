@@ -43,10 +43,11 @@ def frame(
 
   Columns: COLUMNS; fraction and rate of `schedule_position`; loss, in full precision, and
   quantized_loss, in nats; delta, quantized_loss / loss - 1; average, of cells of averaged weights
-  how they were averaged, else empty: these are rows of their own.
+  how they were averaged, else empty: these are rows of their own. attrs["left_out"]: in words what
+  is left out, or to be known.
   settings, folders: see `ptq_degradation.degradation_cells`.
   Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
-  found = ptq_degradation.find_cells(runs, settings, folders, but=VARIES)
+  found, said = ptq_degradation.find_cells(runs, settings, folders, but=VARIES)
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
     in_full_precision = (
@@ -69,7 +70,9 @@ def frame(
     columns={"loss": "quantized_loss", "full_precision_loss": "loss", "relative": "delta"}
   )
   order = ["recipe", "method", "average", "optimizer", "seed", "step"]
-  return joined[list(COLUMNS)].sort_values(order).reset_index(drop=True)
+  along = joined[list(COLUMNS)].sort_values(order).reset_index(drop=True)
+  along.attrs["left_out"] = said
+  return along
 
 
 def jump(frame: pd.DataFrame) -> pd.DataFrame:

@@ -63,8 +63,8 @@ def compare_landings(
   The order of optimizers is the study's result (arXiv 2509.23500). Where it changes with the way
   that they come to one loss, it is one of places in the schedule as much as of optimizers: errors
   of quantization grow as the rate decays (arXiv 2510.06213).
-  metric, settings, folders: of `ptq_degradation.degradation_table` and `degradation_cells`; metric
-    may also be `relative`, the loss over that in full precision less 1.
+  metric, settings, folders: of `tables.degradation_table` and `ptq_degradation.degradation_cells`;
+    metric may also be `relative`, the loss over that in full precision less 1.
   Errors: ConfigError as of `common_loss`, for a metric that no cell has, and cells that differ in
     what they were measured on."""
   target, landings = common_loss(runs)
@@ -76,7 +76,10 @@ def compare_landings(
   landed = {run.name: run for run in frame.run if run.name in set(places.run)}
   cells = _quantized(list(landed.values()), metric, settings, folders)
   for way in WAYS:
-    ptq_degradation.check_cells(cells.merge(places[places.way == way][["run", "step"]]))
+    of_way = places[places.way == way][["run", "step"]]
+    ptq_degradation.check_cells(
+      cells.merge(of_way), but=("step",)
+    )  # the loss is one, not the place
   pairs = cells[["recipe", "method"]].drop_duplicates() if len(cells) else DEFAULT
   keys = ["recipe", "method", "run", "step"]
   values = places.merge(pairs, how="cross").merge(
@@ -142,7 +145,7 @@ def _quantized(
 ) -> pd.DataFrame:
   """Their quantized cells at every step, beside full precision. Errors: ConfigError for a metric
   that none of them has."""
-  found = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
+  found, _ = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
     return cells[:0].assign(full_precision_loss=0.0, **{metric: 0.0})

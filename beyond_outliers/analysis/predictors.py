@@ -56,8 +56,9 @@ def frame(
   settings, folders: see `ptq_degradation.degradation_cells`. but: what runs of one optimizer may
   differ in: ("learning_rate",) for whole sweeps.
   Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
-  cells = ptq_degradation.cell_table(_at_the_end(runs, settings, folders))
-  left_out = _check_any(runs, cells[cells.method != "none"], settings)
+  found, said = _at_the_end(runs, settings, folders)
+  cells = ptq_degradation.cell_table(found)
+  left_out = [*said, *_check_any(runs, cells[cells.method != "none"], settings)]
   joined = ptq_degradation.beside_full_precision(cells)
   ptq_degradation.check_cells(joined, but)
   for prefix in PREFIXES:
@@ -81,10 +82,10 @@ def units(
   `propagation.decompose`: name, kind, R, A, B, C, gain, ..., in the order in which units run.
 
   Cells, settings, folders and errors: as of `frame`."""
-  found = _at_the_end(runs, settings, folders)
+  found, said = _at_the_end(runs, settings, folders)
   decomposed = [(run, cell) for run, cell in found if cell.get("units")]
   cells = ptq_degradation.cell_table(decomposed)
-  left_out = _check_any(runs, cells, settings)
+  left_out = [*said, *_check_any(runs, cells, settings)]
   for _, alike in cells.groupby(cells.method == "none"):  # trained quantized, or quantized after
     ptq_degradation.check_cells(alike)
   of_cells = zip(cells[list(KEYS)].to_dict("records"), decomposed, strict=True)
@@ -133,10 +134,10 @@ def _is_outlier_metric(name: str) -> bool:
 
 def _at_the_end(
   runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None, folders: Sequence[PathLike]
-) -> list[tuple[runs_lib.Run, results.Result]]:
-  """The cells of each run's last step."""
-  found = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
-  return [(run, cell) for run, cell in found if cell["step"] == run.config.steps]
+) -> tuple[list[tuple[runs_lib.Run, results.Result]], list[str]]:
+  """`ptq_degradation.find_cells` of each run's last step alone."""
+  found, said = ptq_degradation.find_cells(runs, settings, folders)
+  return [(run, cell) for run, cell in found if cell["step"] == run.config.steps], said
 
 
 def _check_any(

@@ -4,7 +4,6 @@ Read from the cells that evaluation jobs leave in workdirs."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -14,14 +13,15 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from beyond_outliers import quant
 from beyond_outliers import runs as runs_lib
-from beyond_outliers.analysis import tables
-from beyond_outliers.analysis.statistics import Comparison, Estimate, compare_pairs
-from beyond_outliers.analysis.tuning import FULL_PRECISION
+from beyond_outliers.analysis.statistics import Comparison, compare_pairs
+from beyond_outliers.analysis.tuning import FULL_PRECISION, check_comparable, standing
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.config.files import misfit
 from beyond_outliers.errors import ConfigError
-from beyond_outliers.evaluate import results
+from beyond_outliers.evaluate import results, table
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json, PathLike
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
@@ -34,17 +34,13 @@ SOURCE = {
 }
 ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
 MEASURED_ON = [
-  "version",
-  "data",
-  "tokenizer",
-  "context",
-  "documents",
-  "mask_documents",
-  "calibration_windows",
-  "average",
+  *("version", "data", "tokenizer", "context", "documents", "mask_documents"),
+  *("calibration_windows", "average"),
+  *jax_settings.DEFAULTS,  # of which a cell has those that were changed
 ]
 # Of those, what a cell has in common with that of the model as it was trained.
 SAME_TEXT = [name for name in MEASURED_ON if name != "calibration_windows"]
+PLACE = "step / steps"  # where in its run a cell is, as refusals name it
 FLAGS = ("context", "documents", "average")  # of those, what evaluate has a flag for
 OUTLIERS = "outliers/"  # how their metrics begin, in the cell of the model as it was trained
 
@@ -54,13 +50,18 @@ def degradation_cells(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """One row per cell of the last step that each run was evaluated at, by the newest version that
-  did: where it comes from, recipe, method and its metrics.
+  """One row per cell of each run's last step, by the newest version that measured any: where it
+  comes from, recipe, method and its metrics. Where no run has such, of the newest step of each.
 
   settings: only cells that were measured under these, {"documents": "3"}; of averaged parameters
   those alone, and only, that {"average": "ema"} asks for. folders: where cells of these runs are
-  beside their own eval/."""
-  return cell_table(find_cells(runs, settings, folders))
+  beside their own eval/. attrs["left_out"]: in words what is not there, and what is to be known of
+  what is.
+  Errors: as `find_cells`."""
+  found, said = find_cells(runs, settings, folders)
+  cells = cell_table(found)
+  cells.attrs["left_out"] = [*without_a_run(runs, folders), *said, *_elsewhere(runs, cells)]
+  return cells
 
 
 def find_cells(
@@ -68,12 +69,14 @@ def find_cells(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
   but: Collection[str] = (),
-) -> list[tuple[runs_lib.Run, results.Result]]:
-  """(run, cell) of the cells that `degradation_cells` takes.
+) -> tuple[list[tuple[runs_lib.Run, results.Result]], list[str]]:
+  """([(run, cell), ...] as `degradation_cells` takes them; in words what is left out or to be known
+  of them).
 
   but: "step", for those of every step that the newest version of the measurements was at, and
   "average", for those of averaged parameters too.
-  Errors: ConfigError for a folder that is none."""
+  Errors: ConfigError for a folder that is none, a setting that cells do not have, and runs that do
+    not compare, see `tuning.check_comparable`."""
   for folder in folders:
     require(
       os.path.isdir(folder),
@@ -82,18 +85,31 @@ def find_cells(
       "there is no such folder; give those that evaluate had as --out",
     )
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
+  every = {run: _of_run(run, shared) for run in runs}
+  known = set(MEASURED_ON).union(*(cell["settings"] for cells in every.values() for cell in cells))
+  for name in settings or {}:
+    require(name in known, "--settings", name, f"no cell has it; {nearest(name, sorted(known))}")
   # Cells of averaged parameters only where they are asked for.
   chosen = {**({} if "average" in but else {"average": ""}), **(settings or {})}
-  found = []
-  for run in runs:
-    cells = _of_run(run, chosen, shared)
-    newest = max(map(_age, cells), default=(0, 0))
-    found += [
-      (run, cell)
-      for cell in cells
-      if _age(cell) == newest or ("step" in but and _age(cell)[0] == newest[0])
-    ]
-  return found
+  found, said = [], []
+  for run, cells in every.items():
+    cells = [cell for cell in cells if _is_under(cell, chosen)]
+    newest = max((cell["settings"]["version"] for cell in cells), default=0)
+    for cell in (cell for cell in cells if cell["settings"]["version"] == newest):
+      if fewer := table.of_fewer(cell):
+        said.append(f"{run.name}: {fewer}, and left out")
+      else:
+        found.append((run, cell))
+  if "step" not in but:
+    found = _last_steps(found)
+  if having := list(dict.fromkeys(run for run, _ in found)):
+    # Optimizers that came to one loss did so in lengths of their own.
+    check_comparable(having, but=("steps",))
+  for run, cell in found:
+    if others := [fallback["matrix"] for fallback in cell.get("fallbacks", [])]:
+      of = f"{cell['recipe']}, {cell['method']}"
+      said.append(f"{run.name}: {of} could not be had of {len(others)} matrices: {others[0]}, ...")
+  return found, said
 
 
 def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> list[str]:
@@ -109,8 +125,14 @@ def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> 
 
 def cell_table(found: Sequence[tuple[runs_lib.Run, results.Result]]) -> pd.DataFrame:
   """One row per cell: where it comes from, what it was measured on, step, recipe, method and its
-  metrics. Errors: ConfigError for a cell that doesn't say what it was measured of."""
-  rows = [_row(run.name, cell) for run, cell in found]
+  metrics. Where one task's name stands for unlike questions, it is one name for each: task@HASH.
+
+  Errors: ConfigError for a cell that doesn't say what it was measured of."""
+  named: dict[str, set[str]] = {}
+  for name, content, _ in (answer for _, cell in found for answer in cell.get("answers", ())):
+    named.setdefault(name, set()).add(content)
+  unlike = {name for name, contents in named.items() if len(contents) > 1}
+  rows = [_row(run.name, cell, unlike) for run, cell in found]
   return pd.DataFrame(
     rows, columns=None if rows else [*ORIGIN, *MEASURED_ON, "step", "recipe", "method"]
   )
@@ -157,46 +179,6 @@ def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
   return joined.assign(relative=joined.loss / joined.full_precision_loss - 1)
 
 
-def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
-  """Markdown: one row per (recipe, method), one column per optimizer; means over seeds ± their
-  standard error, the best of each recipe and optimizer in bold. Rows in order of the mean over all
-  optimizers, best first. loss_difference: nats, to full precision on the same tokens.
-
-  A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
-  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning
-  rates or lengths, or two of one seed; or cells differ in the model's size or in what they were
-  measured on: their means would say nothing."""
-  measured = found[found.method != "none"].dropna(axis="columns", how="all")
-  _check_metric(metric, measured)
-  measured = measured[measured[metric].notna()]
-  check_cells(measured)
-  means = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem"])
-  estimates = {cell: Estimate(*values) for cell, *values in means.itertuples(name=None)}
-  sign = -1 if HIGHER_IS_BETTER.search(metric) else 1
-  best = (sign * means["mean"]).groupby(["recipe", "optimizer"]).min() * sign
-  order = means["mean"].groupby(["recipe", "method"]).mean()
-
-  def cell_text(row: tuple[str, str], optimizer: str) -> str:
-    recipe, method = row
-    value = estimates.get((recipe, method, optimizer))
-    if value is None:
-      return ""
-    text = tables.plus_minus(value, digits, "+" if "difference" in metric else "")
-    return f"**{text}**" if value.mean == best[recipe, optimizer] else text
-
-  return tables.markdown_table(
-    {
-      "recipe": lambda row: row[0],
-      "method": lambda row: row[1],
-      **{
-        optimizer: functools.partial(cell_text, optimizer=optimizer)
-        for optimizer in sorted(set(measured.optimizer))
-      },
-    },
-    sorted(order.index, key=lambda row: (row[0], sign * order[row])),
-  )
-
-
 def compare_optimizers(
   found: pd.DataFrame, metric: str = "loss_difference"
 ) -> list[tuple[str, str, Comparison]]:
@@ -213,37 +195,27 @@ def compare_optimizers(
   return compared
 
 
-def _check_metric(metric: str, measured: pd.DataFrame) -> None:
-  others = (*ORIGIN, *MEASURED_ON, "step")
-  known = [str(name) for name in measured.select_dtypes("number") if name not in others]
-  remedy = f"these runs have no cell of a recipe; measure some: {evaluation_command()}"
-  require(bool(known), "--degradation", metric, remedy)
-  require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
-
-
 def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
   """Refusal of cells whose means, or differences, would say nothing.
 
   but: what cells of one optimizer may differ in.
   Errors: ConfigError for optimizers that have cells of several learning rates, lengths or steps, or
-    two of one seed; and cells that differ in the model's size or in what they were measured on."""
-  # Optimizers that came to one loss did so in lengths of their own. Methods that look at no data
-  # have no windows.
+    two of one seed; and cells of other places in their runs, or that were measured on other."""
+  # Methods that look at no data have no windows.
   for key, within in {
-    **dict.fromkeys(("size", *MEASURED_ON)),
+    **dict.fromkeys((*MEASURED_ON, PLACE)),
     **dict.fromkeys(("learning_rate", "steps", "step"), "optimizer"),
     "calibration_windows": "method",
   }.items():
-    if key in but:
+    if key in but or (key == PLACE and "step" in but):
       continue
-    for name, rows in measured.groupby(within) if within else [("all", measured)]:
-      values = rows[key].unique().tolist()
+    cells = measured.assign(**{PLACE: measured.step / measured.steps})
+    for name, rows in cells.groupby(within) if within else [("all", cells)]:
+      values = sorted(rows[key].unique().tolist(), key=lambda value: (value != "", value))
       if len(values) > 1:
         choice = f"choose by --settings={key}={values[0]}"
         remedy = f"or {choice if key in MEASURED_ON else 'make the cells, of one'}"
-        raise ConfigError(
-          f"{name}: the cells have {key} = {sorted(values)}; give the runs, {remedy}"
-        )
+        raise ConfigError(f"{name}: the cells have {key} = {values}; give the runs, {remedy}")
   for (optimizer, seed, recipe, method, *_), rows in measured.groupby(
     ["optimizer", "seed", "recipe", "method", *but]
   ):
@@ -254,33 +226,59 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
       )
 
 
-def _of_run(
-  run: runs_lib.Run, settings: Mapping[str, str], shared: Sequence[results.Result]
-) -> list[results.Result]:
-  found = [
-    cell
-    for cell in results.of_run(run, [*shared, *results.ResultStore(run.path / "eval").cells()])
-    if all(str(cell["settings"].get(name, "")) == str(value) for name, value in settings.items())
+def _last_steps(
+  found: Sequence[tuple[runs_lib.Run, results.Result]],
+) -> list[tuple[runs_lib.Run, results.Result]]:
+  """The cells of runs' last steps; where there are none, of the newest step that each run has."""
+  newest: dict[runs_lib.Run, int] = {}
+  for run, cell in found:
+    newest[run] = max(cell["step"], newest.get(run, 0))
+  last = [(run, cell) for run, cell in found if cell["step"] == run.config.steps]
+  return last or [(run, cell) for run, cell in found if cell["step"] == newest[run]]
+
+
+def _elsewhere(runs: Sequence[runs_lib.Run], cells: pd.DataFrame) -> list[str]:
+  """In words the runs in full precision that are not done, or without cells of their last step."""
+  at = dict(zip(cells.run, cells.step, strict=True))
+  return [
+    standing(run)
+    + (f", its cells are of step {at[run.name]}" if run.name in at else ", no cell of it counts")
+    for run in runs
+    if quant.recipes.name_of(run.config.quant) == FULL_PRECISION
+    and (run.status["status"] != "done" or at.get(run.name) != run.config.steps)
   ]
+
+
+def _of_run(run: runs_lib.Run, shared: Sequence[results.Result]) -> list[results.Result]:
+  every = [*shared, *results.ResultStore(run.path / "eval").cells()]
   # One that lies in several folders is one, as its name says.
   identity = ("step", "recipe", "method", "settings")
-  by_name = {results.file_name(*(cell[of] for of in identity)): cell for cell in found}
+  by_name = {
+    results.file_name(*(cell[of] for of in identity)): cell for cell in results.of_run(run, every)
+  }
   return list(by_name.values())
 
 
-def _age(cell: Json) -> tuple[int, int]:
-  return cell["settings"]["version"], cell["step"]
+def _is_under(cell: Json, settings: Mapping[str, str]) -> bool:
+  return all(str(cell["settings"].get(name, "")) == str(value) for name, value in settings.items())
 
 
-def _row(run: str, cell: Json) -> Json:
-  """Errors: ConfigError for a cell that doesn't say what it was measured of."""
+def _row(run: str, cell: Json, unlike: Collection[str]) -> Json:
+  """unlike: tasks whose questions are not those of all cells.
+
+  Errors: ConfigError for a cell that doesn't say what it was measured of."""
   if problem := misfit(cell, SOURCE):
     which = f"step {cell['step']}, {cell['recipe']}, {cell['method']}"
     raise ConfigError(f"{run}: the cell of {which} {problem}; remove it and evaluate it again")
   c = cell["source"]["config"]
   optimizer = c["optimizer"]
   values = run, c["size"], c["steps"], optimizer["name"], optimizer["learning_rate"], c["seed"]
-  numbers = {**cell["metrics"], **results.task_scores(cell)}
+  scores = {
+    f"{name}@{content[:8] or 'unknown'}/{score}" if name in unlike else f"{name}/{score}": value
+    for name, content, metrics in cell.get("answers", ())
+    for score, value in metrics.items()
+  }
+  numbers = {**cell["metrics"], **scores}
   measured = {name: math.inf if value is None else value for name, value in numbers.items()}
   return {
     **dict(zip(ORIGIN, values, strict=True)),

@@ -13,7 +13,13 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, ptq_degradation, tables
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.qat_gap import compare_gaps, qat_gaps
-from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, not_done, tunings
+from beyond_outliers.analysis.tuning import (
+  FULL_PRECISION,
+  Tuning,
+  judged_without,
+  not_done,
+  tunings,
+)
 from beyond_outliers.config.checks import require
 from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
@@ -49,7 +55,7 @@ def print_tuning(
   )
   for recipe in recipes:
     _print_rates(recipe, [t for t in found if t.recipe == recipe])
-  if said := not_done(runs):
+  if said := [*judged_without(found), *not_done(runs)]:
     print("\n".join([*said, ""]))
   if len(recipes) > 1:
     _print_gaps(runs, found, gap_plot)
@@ -101,12 +107,14 @@ def print_degradation(
 
   See `ptq_degradation.degradation_cells`."""
   cells = ptq_degradation.degradation_cells(runs, settings, folders)
-  print(ptq_degradation.degradation_table(cells, metric))
+  print(tables.degradation_table(cells, metric))
   compared = ptq_degradation.compare_optimizers(cells, metric)
   if apart := [row for row in compared if not row[-1].tie]:
     print(f"\npairs, {PAIRED}\n\n{tables.ptq_comparison_table(apart)}")
   if alike := len(compared) - len(apart):
     print(f"\n{alike} of {len(compared)} pairs are not told apart")
+  if said := cells.attrs["left_out"]:
+    print("\n".join(["", *said]))
 
 
 def check_ended(runs: Sequence[runs_lib.Run]) -> None:

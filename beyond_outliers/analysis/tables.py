@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 
 from beyond_outliers import runs as runs_lib
+from beyond_outliers.analysis import ptq_degradation
 from beyond_outliers.analysis.common_loss import Landing, Point
 from beyond_outliers.analysis.qat_gap import Gap
 from beyond_outliers.analysis.statistics import Comparison, Estimate, estimate
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning
+from beyond_outliers.config.checks import nearest, require
 
 Item = TypeVar("Item")
 
@@ -146,6 +150,56 @@ PTQ_COMPARISON_COLUMNS: dict[str, Callable[[tuple[str, str, Comparison]], str]] 
   "difference": lambda row: f"{row[2].value:+.4f}",
   **_COMPARISON_COLUMNS,
 }
+
+
+def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
+  """Markdown: one row per (recipe, method), one column per optimizer; means over seeds ± their
+  standard error, the best of each recipe and optimizer in bold. Rows in order of the mean over all
+  optimizers, best first. loss_difference: nats, to full precision on the same tokens.
+
+  A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
+  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning
+  rates or lengths, or two of one seed; or cells differ in the model's size or in what they were
+  measured on: their means would say nothing."""
+  measured = found[found.method != "none"].dropna(axis="columns", how="all")
+  _check_metric(metric, measured, found.attrs.get("left_out", []))
+  measured = measured[measured[metric].notna()]
+  ptq_degradation.check_cells(measured)
+  means = measured.groupby(["recipe", "method", "optimizer"])[metric].agg(["mean", "sem"])
+  estimates = {cell: Estimate(*values) for cell, *values in means.itertuples(name=None)}
+  sign = -1 if ptq_degradation.HIGHER_IS_BETTER.search(metric) else 1
+  best = (sign * means["mean"]).groupby(["recipe", "optimizer"]).min() * sign
+  order = means["mean"].groupby(["recipe", "method"]).mean()
+
+  def cell_text(row: tuple[str, str], optimizer: str) -> str:
+    recipe, method = row
+    value = estimates.get((recipe, method, optimizer))
+    if value is None:
+      return ""
+    text = plus_minus(value, digits, "+" if "difference" in metric else "")
+    return f"**{text}**" if value.mean == best[recipe, optimizer] else text
+
+  return markdown_table(
+    {
+      "recipe": lambda row: row[0],
+      "method": lambda row: row[1],
+      **{
+        optimizer: functools.partial(cell_text, optimizer=optimizer)
+        for optimizer in sorted(set(measured.optimizer))
+      },
+    },
+    sorted(order.index, key=lambda row: (row[0], sign * order[row])),
+  )
+
+
+def _check_metric(metric: str, measured: pd.DataFrame, left_out: Sequence[str]) -> None:
+  others = (*ptq_degradation.ORIGIN, *ptq_degradation.MEASURED_ON, "step")
+  known = [str(name) for name in measured.select_dtypes("number") if name not in others]
+  why = f" ({left_out[0]})" if left_out else ""
+  command = ptq_degradation.evaluation_command()
+  remedy = f"these runs have no cell of a recipe{why}; measure some: {command}"
+  require(bool(known), "--degradation", metric, remedy)
+  require(metric in known, "--degradation", metric, f"no cell has it; {nearest(metric, known)}")
 
 
 def common_loss_table(landings: Iterable[Landing], loss: float) -> str:

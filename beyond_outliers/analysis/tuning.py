@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -16,18 +16,17 @@ from beyond_outliers.types import Json
 
 FULL_PRECISION = "none"
 
-# What runs must agree on before their losses are set side by side, besides their data and each
-# optimizer's own settings.
-COMPARED = (
-  "size",
-  "steps",
-  "batch_size",
-  "context",
-  "warm_start",
-  "model",
-  "schedule",
-  "data.mask_documents",
-  "eval.documents",
+# What runs may differ in whose losses are set side by side. All else of a config they have in
+# common, and so whatever is added to one.
+MAY_DIFFER = (
+  *config.MAY_CHANGE,  # decide no more than the order of float sums
+  "seed",  # means are over seeds
+  "optimizer",  # is compared; two runs of one differ in no more than the rate that is swept
+  "quant",  # likewise: two runs of one recipe have it in common
+  "tokens_per_parameter",  # what `steps`, which is compared, was derived from
+  "eval.every",  # the losses in tables are those after the last step
+  "average",  # training does not see it
+  "data.validation",  # may name files, wherever they lie: the dataset's fingerprint tells
 )
 # Of the model: what makes it larger. All else of `model` are switches of the architecture.
 SHAPE = ("blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden")
@@ -44,6 +43,7 @@ class Tuning:
   recipe: str
   losses: dict[float, float]  # by learning rate, ascending; infinite where a run did not finish
   best: tuple[runs_lib.Run, ...]  # the runs, one per seed, at the best rate
+  unjudged: tuple[int, ...] = ()  # seeds that not all rates have, whose runs are in no mean
 
   @property
   def learning_rate(self) -> float:
@@ -87,8 +87,19 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
       for rate in sorted(set(judged.rate))
     }
     best = judged[judged.rate == min(losses, key=losses.__getitem__)].sort_values("seed")
-    found.append(Tuning(str(name), str(recipe), losses, tuple(best.run)))
+    others = tuple(sorted({int(seed) for seed in sweep.seed} - common))
+    found.append(Tuning(str(name), str(recipe), losses, tuple(best.run), others))
   return sorted(found, key=lambda t: (t.recipe != FULL_PRECISION, t.recipe, t.loss))
+
+
+def judged_without(tunings: Iterable[Tuning]) -> list[str]:
+  """What to say of seeds that not all rates of a sweep have."""
+  return [
+    f"{t.optimizer} ({t.recipe}): its rates are judged by the seeds that all have, without "
+    f"{', '.join(map(str, t.unjudged))}"
+    for t in tunings
+    if t.unjudged
+  ]
 
 
 def study_rate(under: Tuning, full: Tuning | None) -> float:
@@ -103,7 +114,7 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
   """One row per run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite
   if not done), size, shape (of the model, as SHAPE), batch_size, steps, run.
 
-  but: what of COMPARED, or below it, may differ.
+  but: config keys, or sections, that may differ beside MAY_DIFFER.
   Errors: ConfigError for runs that do not compare, or that are one run twice."""
   check_comparable(runs, but)
   rows = [
@@ -155,30 +166,38 @@ def standing(run: runs_lib.Run) -> str:
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
   """Refusal of runs that cannot be compared.
 
-  but: what of COMPARED, or below it, may differ.
-  Errors: ConfigError when there are no runs, or two differ in data, in what COMPARED lists, in
-  JAX's settings that decide numbers, or in one optimizer's settings."""
+  but: config keys, or sections, that may differ beside MAY_DIFFER.
+  Errors: ConfigError when there are no runs, or two differ in data, in more of their configs than
+    they may, in JAX's settings that decide numbers, or in one optimizer's or recipe's settings."""
   if not runs:
     raise ConfigError("no runs: give the folder that holds their workdirs")
   alike: dict[str, tuple[runs_lib.Run, Json]] = {}
   for run in runs:
-    flat = config.flatten(config.to_dict(run.config))
-    keys = {
-      key for key in flat if _below(key, COMPARED) and not _below(key, [*but, *config.MAY_CHANGE])
-    }
-    compared = {
-      **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
-      **{key: flat[key] for key in keys},
-      **jax_settings.changed_in(run.manifest),
-    }
-    settings = {key: value for key, value in flat.items() if _below(key, ["optimizer"])}
-    for group, values in (("", compared), (run.config.optimizer.name, settings)):
+    for group, values in in_common(run, but).items():
       first, expected = alike.setdefault(group, (run, values))
       for key, one, other in _differences(expected, values):
         raise ConfigError(
           f"{key}: {one!r} in {first.name}, {other!r} in {run.name}: these do not compare; "
           "report on them apart"
         )
+
+
+def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
+  """What a run has in common with those it compares with: with all; with those of its optimizer;
+  and with those of its recipe."""
+  c = run.config
+  flat = config.flatten(config.to_dict(c))
+  with_all = {
+    **{key: value for key, value in flat.items() if not _below(key, [*but, *MAY_DIFFER])},
+    # Fingerprints; of the tokenizer, too, which the config may name by its file.
+    **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
+    **jax_settings.changed_in(run.manifest),
+  }
+  own = {"optimizer": c.optimizer.name, "quant": quant.recipes.name_of(c.quant)}
+  return {"": with_all} | {
+    f"{section} {name}": {key: value for key, value in flat.items() if _below(key, [section])}
+    for section, name in own.items()
+  }
 
 
 def _differences(

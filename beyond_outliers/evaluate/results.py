@@ -24,6 +24,7 @@ from beyond_outliers import workdir as workdir_lib
 from beyond_outliers.config.files import is_elsewhere, make_folder, misfit, read_json
 from beyond_outliers.config.sums import digest
 from beyond_outliers.errors import Failure, WorkdirError
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json, PathLike
 
 if TYPE_CHECKING:
@@ -182,11 +183,17 @@ def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
 
 def joined(cell: Result, tasks: list[Result]) -> Result:
   """The cell with `tasks`: {name: the model's scores}; of a group or tag, its members are among
-  them. The last one counts.
+  them. The last one counts; all are in `answers`, each with the hash of what was asked.
 
   And with `examples`: {name: over how many these are}, where the tasks counted them; and with
   `largest_gain` and `units` of the error's propagation, where that was asked for."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
+  answers = [(name, "", metrics) for name, metrics in cell.get("tasks", {}).items()]  # of the first
+  answers += [
+    (name, task["settings"].get("content", ""), metrics)
+    for task in tasks
+    for name, metrics in task["scores"].items()
+  ]
   examples = {name: counts for task in tasks for name, counts in task.get("examples", {}).items()}
   propagation = {
     name: task[name] for task in tasks for name in ("largest_gain", "units") if name in task
@@ -195,6 +202,7 @@ def joined(cell: Result, tasks: list[Result]) -> Result:
   return {
     **cell,
     "tasks": {**cell.get("tasks", {}), **scores},
+    **({"answers": answers} if answers else {}),
     **({"examples": examples} if examples else {}),
     **propagation,
     "seconds": {"tasks": spent, **cell.get("seconds", {})},
@@ -240,6 +248,7 @@ def _same_model(cell: Result, task: Result) -> bool:
   ours, theirs = (
     {
       "average": "",  # which is a setting only of what was measured of one
+      **jax_settings.DEFAULTS,  # likewise, of what was measured under others
       **result["settings"],
       **{name: result[name] for name in ("step", "recipe", "method")},
     }

@@ -33,7 +33,7 @@ def results_table(cells: Sequence[Result]) -> str:
     *("bits per byte", "KL", "agreement", "MiB", *accuracies, "seconds"),
   )
   lines = cli.aligned([titles, *(_row(cell, accuracies) for cell in cells)])
-  lines += dict.fromkeys(line for line in map(_of_fewer, cells) if line)
+  lines += dict.fromkeys(line for line in map(of_fewer, cells) if line)
   if any(cell["method"] == "none" and "kl" in cell["metrics"] for cell in cells):
     lines.append(OWN_REFERENCE)
   return "\n".join([*lines, *_examples(cells)])
@@ -44,7 +44,7 @@ def shown(value: float | None, style: str = ".4f") -> str:
   return "" if value is None else format(value, style)
 
 
-def _of_fewer(cell: Result) -> str:
+def of_fewer(cell: Result) -> str:
   """Of which checkpoints an average of the last COUNT is, where there were not so many."""
   name, steps = cell["settings"].get("average", ""), cell.get("averaged", [])
   count = name.partition(":")[2]  # of `ema` none

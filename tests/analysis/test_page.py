@@ -19,6 +19,7 @@ from beyond_outliers.analysis.page.evidence import RunGroup
 from beyond_outliers.analysis.page.sections import SECTIONS
 from beyond_outliers.analysis.page.svg import inlined
 from beyond_outliers.analysis.page.task_section import scored_tasks
+from beyond_outliers.analysis.page.text import own_roots
 from configs import adamw, muon, psgd, soap
 
 HOSTILE = """<script>alert("1")</script>&'$x_1^$ \x01"""
@@ -140,6 +141,79 @@ def test_scores_of_tasks_are_means_over_seeds_and_one_seed_has_its_error_over_ex
       ["rtn_w4a4", "rtn", "last_word/acc", "–", "0.1000 ± 0.0500"],
     ]
   ]
+
+
+def answers(accuracy, content="a" * 64):
+  return {"tasks": {"piqa": {"acc": accuracy, "acc_stderr": 0.05}}, "content": content}
+
+
+def scores_of(root):
+  part = scored_tasks(None, RunGroup(runs.find(root), [], {}, []))
+  return [row[2:] for table in part.tables for row in table.rows()], part
+
+
+def test_a_run_s_scores_count_once_though_it_was_looked_at_twice(tmp_path):
+  """A quick look at few documents asks no task; cells of earlier steps are in no mean."""
+  for seed, accuracy in enumerate((0.2, 0.4)):
+    run = workdir(tmp_path, adamw, 0.1, seed, {100: 5.0, 200: 4.0})
+    cell(run, 200, **answers(accuracy))
+    cell(run, 200, documents=3)
+    cell(run, 100, **answers(0.9))
+  behind = workdir(tmp_path, adamw, 0.1, 2, {100: 5.0, 200: 4.0}, status="preempted")
+  cell(behind, 100, **answers(0.9))
+  rows, part = scores_of(tmp_path)
+  assert rows == [["piqa/acc", "0.3000 ± 0.1000"]]
+  assert f"{behind}: preempted at step 200 of 200, no cell of it counts" in part.left_out
+
+
+def test_scores_of_unlike_questions_are_rows_of_their_own(tmp_path):
+  for seed, content in enumerate("ab"):
+    run = workdir(tmp_path, adamw, 0.1, seed, {100: 5.0, 200: 4.0})
+    cell(run, 200, **answers(0.2 + 0.2 * seed, content * 64))
+  rows, part = scores_of(tmp_path)
+  assert rows == [
+    ["piqa@aaaaaaaa/acc", "0.2000 ± 0.0500"],
+    ["piqa@bbbbbbbb/acc", "0.4000 ± 0.0500"],
+  ]
+  assert "unlike questions" in part.sentences[0]
+
+
+def test_models_that_were_asked_under_other_settings_are_no_seeds(tmp_path):
+  run = workdir(tmp_path, adamw, 0.1, 0, {100: 5.0, 200: 4.0})
+  for windows in (8, 32):
+    of_model = {"calibration_windows": windows, **answers(0.01 * windows)}
+    cell(run, 200, "rtn_w4a4", "gptq", {"loss": 4.1, "loss_difference": 0.1}, **of_model)
+  rows, part = scores_of(tmp_path)
+  assert not rows and "calibration_windows = [8, 32]" in part.missing
+
+
+def test_files_of_an_earlier_page_go_and_no_others(tmp_path):
+  for at, module in enumerate((adamw, muon)):
+    size = ("nano", "0.3m")[at]
+    workdir(tmp_path / "runs" / str(at), module, 0.1, 0, {20: 5.0, 200: 4.0}, size=size)
+  out = tmp_path / "page"
+  written(tmp_path / "runs", out)
+  own = out / "answer.mine.csv"
+  own.write_text("kept")
+  both = {path.name for path in out.iterdir()}
+  assert "answer.nano_200.csv" in both
+  written(tmp_path / "runs" / "1", out)
+  left = {path.name for path in out.iterdir()}
+  assert "answer.0.3m_200.csv" in left and own.read_text() == "kept"
+  assert not any("nano" in name for name in left) and left < both
+
+
+def test_commands_of_a_page_name_roots_that_hold_no_other_runs(tmp_path):
+  """The ones that were given, and folders in them where runs of several groups lie together."""
+  names = ["/r/a/1", "/r/a/2", "/r/b/1", "/s/1"]
+  assert own_roots(["/r", "/s"], names, names) == ["/r", "/s"]
+  assert own_roots(["/r", "/s"], names[:2], names) == ["/r/a"]
+  assert own_roots(["/r/a", "/r/b", "/s"], names[1:], names) == ["/r/a/2", "/r/b", "/s"]
+  assert own_roots(["/r/b/1", "/s"], names[2:3], names[2:]) == ["/r/b/1"]
+  assert own_roots(["s3://x"], ["s3://x/a/1"], ["s3://x/a/1", "s3://x/b"]) == ["s3://x/a"]
+  here = os.getcwd()
+  assert own_roots(["runs"], [f"{here}/runs/a"], [f"{here}/runs/a"]) == ["runs"]
+  assert own_roots(["runs/"], [f"{here}/runs/a"], [f"{here}/runs/{x}" for x in "ab"]) == ["runs/a"]
 
 
 def test_runs_that_cannot_be_read_are_left_out_by_name(tmp_path):

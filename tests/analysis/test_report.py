@@ -116,6 +116,15 @@ def test_a_refusal_is_one_line_of_the_command(told, what):
   assert all(part in line for part in REFUSED[what][1]), said
 
 
+def test_seeds_that_not_all_rates_have_are_told(tmp_path, capsys):
+  for rate, seed in ((0.1, 0), (0.1, 1), (0.3, 0)):
+    workdir(tmp_path, adamw, rate, seed, [6.0, 4.0])
+  report.print_tuning(runs.find(tmp_path))
+  assert "adamw (none): its rates are judged by the seeds that all have, without 1\n" in (
+    capsys.readouterr().out
+  )
+
+
 def test_a_report(told):
   code, said = told["nothing"]
   assert code == 0 and "learning rates, recipe none" in said and "| adamw | 0.1 | 4.5000 |" in said

@@ -38,6 +38,9 @@ def test_rates_are_compared_on_common_seeds_alone(sweep, tmp_path):
     adamws.losses == pytest.approx({0.01: 5.6, 0.03: 4.6, 0.1: 5.1, 0.3: 4.55})
     and adamws.learning_rate == 0.3
   )
+  assert tuning.judged_without([adamws]) == [
+    "adamw (none): its rates are judged by the seeds that all have, without 0"
+  ]
   workdir(tmp_path / "other", adamw, 1.0, 7, [6.0, 4.0])
   with pytest.raises(config.ConfigError, match=r"adamw: the rates .* have no seed in common"):
     tuning.tunings([*sweep, *runs.find(tmp_path / "other")])
@@ -121,6 +124,8 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
     ({"argument": ",steps=100"}, "steps: 2 in .*, 100 in"),
     ({"argument": ",model.blocks=3"}, "model.blocks: 2 in .*, 3 in"),
     ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .*: these do not compare"),
+    ({"argument": ",max_gradient_norm=1.0"}, r"max_gradient_norm: 0\.0 in .*, 1\.0 in"),
+    ({"argument": ",spikes.sigmas=6.0"}, r"spikes\.sigmas: 0\.0 in .*, 6\.0 in"),
     (
       {"jax": {"jax_enable_x64": False, "jax_random_seed_offset": 7}},
       "jax_random_seed_offset: None in .*, 7 in .*: these do not compare",
@@ -132,3 +137,35 @@ def test_runs_that_do_not_compare_are_refused(sweep, tmp_path, options, message)
   workdir(tmp_path / "other", adamw, 0.1, 0, [6.0, 4.0], **options)
   with pytest.raises(config.ConfigError, match=message):
     tuning.tunings([*sweep, *runs.find(tmp_path / "other")])
+
+
+def test_runs_of_one_recipe_have_its_settings_in_common(sweep, tmp_path):
+  for seed, backend in ((0, "aqt"), (1, "jax")):
+    argument = f",quant.backend={backend}"
+    workdir(tmp_path / "qat", adamw, 0.1, seed, [6.0], recipe="quest_w4a4", argument=argument)
+  with pytest.raises(config.ConfigError, match=r"quant\.backend: 'aqt' in .*, 'jax' in"):
+    tuning.check_comparable(runs.find(tmp_path / "qat"))
+
+
+@pytest.mark.parametrize(
+  "change", ["eval.every=1", "average.decay=0.9", "log.every=7", "tokens_per_parameter=7"]
+)
+def test_runs_may_differ_in_what_decides_no_loss(tmp_path, change):
+  workdir(tmp_path, adamw, 0.1, 0, [6.0, 4.0])
+  workdir(tmp_path, adamw, 0.1, 1, [6.0, 4.0], argument=f",{change}")
+  tuning.check_comparable(runs.find(tmp_path))
+
+
+def test_every_key_of_a_config_is_compared_or_listed(tmp_path):
+  """A new one is compared until MAY_DIFFER says why not; and all that it lists is there."""
+  workdir(tmp_path, adamw, 0.1, 0, [6.0, 4.0])
+  (run,) = runs.find(tmp_path)
+  flat, listed = config.flatten(config.to_dict(run.config)), set()
+  with_all, *of_one = tuning.in_common(run).values()
+  for key in flat:
+    may = {name for name in tuning.MAY_DIFFER if f"{key}.".startswith(f"{name}.")}
+    assert (key in with_all) != bool(may), key
+    section = key.split(".")[0]
+    assert any(key in own for own in of_one) == (section in ("optimizer", "quant")), key
+    listed |= may
+  assert listed == set(tuning.MAY_DIFFER)

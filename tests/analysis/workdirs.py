@@ -76,11 +76,12 @@ def cell(
   R_L=None,
   units=(),
   tasks=None,
+  content=None,
   **settings,
 ):
   """A cell of a run's checkpoint. metrics: {name: value}, with `loss`. R_L: also the propagation of
-  its error, with these `units`. tasks: {name: {score: value}}. settings: beside or in the place of
-  those of an evaluation job.
+  its error, with these `units`. tasks: {name: {score: value}}, content: the hash of what they ask.
+  settings: beside or in the place of those of an evaluation job.
 
   The cell of the model as it was trained, which others are compared with, is one of its own."""
   manifest = json.loads((run / "manifest.json").read_text())
@@ -100,7 +101,8 @@ def cell(
   _write(run, step, recipe, method, {**common, "resamples": 10}, found)
   for task, scores in (tasks or {}).items():
     found = {"scores": {task: scores}, "seconds": 1.0, "time": manifest["time"]}
-    _write(run, step, recipe, method, {**common, "task": task}, found)
+    asked = {"task": task, **({"content": content} if content else {})}
+    _write(run, step, recipe, method, {**common, **asked}, found)
   if R_L is not None:
     scores = {"propagation": {"R_L": R_L, "R_L_stderr": 0.01, "R_L_logits": 2 * R_L}}
     found = {"scores": scores, "units": list(units), "seconds": 1.0, "time": manifest["time"]}

@@ -26,6 +26,8 @@ __all__ = ["PAGE", "write_page"]
 PAGE = "report.html"
 LONG = 32  # letters of a cell's text that wraps
 NUMBER = re.compile(r"[*]{0,2}[+-]?(\d|inf)")
+LIST = re.compile(r"<!-- files: (.*) -->\s*\Z")  # how a page ends: with those that belong to it
+OWN = re.compile(r"[^/]+\.(csv|svg)")
 NO_NUMBERS = (NOTHING, "", "none", "not finite", "not run", "unknown", "edge of the grid")
 
 
@@ -38,18 +40,28 @@ def write_page(
   folders: Sequence[PathLike] = (),
 ) -> str:
   """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV; returns
-  the page's path. The same runs give the same bytes.
+  the page's path. The same runs give the same bytes. Files of an earlier page in the folder, as its
+  last line lists them, are removed where this one has none of their names.
 
   roots: where the runs were found, as the page is to name them. settings, folders: of cells, see
   `ptq_degradation.degradation_cells`."""
   evidence = gather(runs, roots, settings, folders)
   writer = _Writer(epath.Path(out))
+  before = _listed(writer.folder / PAGE)
   page = _environment(writer).get_template("report.html.jinja")
   text = page.render(
     evidence=evidence, sections=make_sections(evidence), every_run=every_run(evidence)
   )
   (writer.folder / PAGE).write_text(printable(text))
+  for name in before - writer.names:
+    (writer.folder / name).unlink(missing_ok=True)
   return os.fspath(writer.folder / PAGE)
+
+
+def _listed(page: epath.Path) -> set[str]:
+  """The files beside an earlier page that it says are its own."""
+  listed = LIST.search(page.read_bytes().decode(errors="replace")) if page.exists() else None
+  return {name for name in listed[1].split() if OWN.fullmatch(name)} if listed else set()
 
 
 class _Writer:
@@ -57,7 +69,7 @@ class _Writer:
   number."""
 
   def __init__(self, folder: epath.Path):
-    self.folder, self._names = folder, set()
+    self.folder, self.names = folder, set()
 
   def figure(self, drawing: Drawing) -> dict[str, Any]:
     """Draws a figure's file; returns its name, and the SVG for the page."""
@@ -75,9 +87,9 @@ class _Writer:
 
   def _file(self, name: str, suffix: str) -> str:
     chosen, number = f"{name}.{suffix}", 2
-    while chosen in self._names:
+    while chosen in self.names:
       chosen, number = f"{name}-{number}.{suffix}", number + 1
-    self._names.add(chosen)
+    self.names.add(chosen)
     return chosen
 
 
@@ -97,7 +109,10 @@ def _environment(writer: _Writer) -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  functions = {"column_kinds": _column_kinds, "figure": writer.figure, "table_file": writer.table}
+  functions: dict[str, Any] = {
+    **{"column_kinds": _column_kinds, "figure": writer.figure, "table_file": writer.table},
+    "files": lambda: sorted(writer.names),
+  }
   environment.globals |= functions  # pyrefly: ignore[bad-assignment]  (its globals, as stubs have them)
   environment.filters["cell"] = _cell
   return environment

@@ -22,6 +22,7 @@ from beyond_outliers.analysis import along_training, law_points, predictors, sca
 from beyond_outliers.analysis.common_loss import Landing, common_loss
 from beyond_outliers.analysis.landings import LandingComparison, compare_landings
 from beyond_outliers.analysis.page.snapshot import Snapshot
+from beyond_outliers.analysis.page.text import own_roots
 from beyond_outliers.analysis.ptq_degradation import degradation_cells, without_a_run
 from beyond_outliers.analysis.qat_gap import Gap, qat_gaps
 from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning, check_comparable, tunings
@@ -118,7 +119,8 @@ class RunGroup:
 
   @functools.cached_property
   def measured(self) -> Found[pd.DataFrame]:
-    """Every cell, also of the models as they were trained, which `cells` has none of."""
+    """Every cell of the last steps, also of the models as they were trained, which `cells` has none
+    of."""
     return self._of_cells(degradation_cells)
 
   @functools.cached_property
@@ -181,8 +183,8 @@ class Evidence:
 
   def roots_of(self, group: RunGroup) -> Sequence[str]:
     """Folders for a report on one group alone, which the others of the page refuse to mix."""
-    paths = [run.name for run in [*group.runs, *group.shorter]]
-    return self.roots if len(self.groups) < 2 else [os.path.commonpath(paths)]
+    own = [run.name for run in [*group.runs, *group.shorter]]
+    return own_roots(self.roots, own, [run.name for run in self.runs])
 
   @functools.cached_property
   def laws(self) -> list[Law]:
@@ -251,7 +253,7 @@ def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]
   for run in runs:
     why = ""
     for group, _ in found:
-      one_of_each = {other.config.optimizer.name: other for other in group}
+      one_of_each = {(other.config.optimizer.name, recipe_of(other)): other for other in group}
       try:
         check_comparable([*one_of_each.values(), run], but=("steps",))
       except ConfigError as refusal:

@@ -252,7 +252,7 @@ def along_training(evidence: Evidence, group: RunGroup) -> Part:
     tables=[table] if len(known) else [],
     command="analysis.along_training.jump(analysis.along_training.frame(runs"
     f"{group.cell_arguments})), from Python",
-    left_out=[reason for reason in jumps["reason"] if reason],
+    left_out=[*along.attrs["left_out"], *(reason for reason in jumps["reason"] if reason)],
   )
 
 

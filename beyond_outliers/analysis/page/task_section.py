@@ -8,37 +8,47 @@ from typing import Any
 
 import pandas as pd
 
-from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
+from beyond_outliers.analysis.page.evidence import Evidence, RunGroup, attempt
 from beyond_outliers.analysis.page.section import Part, Table
 from beyond_outliers.analysis.page.text import EVALUATE, NOTHING, with_error
 from beyond_outliers.analysis.plots import style
+from beyond_outliers.analysis.ptq_degradation import MEASURED_ON, check_cells
 from beyond_outliers.evaluate.plan import PROPAGATION
 
 KEYS = ["recipe", "method", "score"]  # of a row
 STDERR = "_stderr"  # how the errors' names end: over examples
+# Settings of a cell that its tasks do not depend on: a quick look at the loss asks them no other.
+OF_TEXT = ("data", "documents", "mask_documents")
 
 
 def scored_tasks(evidence: Evidence, group: RunGroup) -> Part:
   """Scores of every task by recipe, method and optimizer."""
   del evidence
-  found = _scores(group.measured.value)
+  cells = group.measured.value
+  judged = attempt(lambda: _scores(cells), pd.DataFrame())
+  found = judged.value
   if not len(found):
-    why = group.measured.problem or "no task was evaluated"
+    why = group.measured.problem or judged.problem or "no task was evaluated"
     return Part(group.title, len(group.runs), missing=why, command=f"{EVALUATE} --tasks=last_word")
   caption = (
     "Means over seeds ± standard errors; of one seed ± the error over examples. none: as trained. "
     "A guess is right in 0.5 of questions with two choices, and 0.25 of those with four."
   )
+  unlike = found["score"].str.contains("@").any()
   return Part(
     group.title,
     found["run"].nunique(),
+    ["task@HASH: of unlike questions under one name, told by their hash."] if unlike else [],
     tables=[_by_optimizer(f"tasks.{group.name}", caption, found)],
     command=f"{EVALUATE} --tasks=study --task_folders=tasks",
+    left_out=cells.attrs.get("left_out", []),
   )
 
 
 def _scores(cells: pd.DataFrame) -> pd.DataFrame:
-  """A row per cell and score: recipe, method, score, optimizer, seed, run, value, stderr."""
+  """A row per score of a model: recipe, method, score, optimizer, seed, run, value, stderr.
+
+  Errors: ConfigError as `ptq_degradation.check_cells`."""
   names = [name for name in map(str, cells) if "/" in name and f"{name}{STDERR}" in cells]
   parts = [
     cells.assign(score=name, value=cells[name], stderr=cells[f"{name}{STDERR}"])
@@ -46,8 +56,13 @@ def _scores(cells: pd.DataFrame) -> pd.DataFrame:
     if name.split("/")[0] != PROPAGATION
   ]
   kept = [*KEYS, "optimizer", "seed", "run", "value", "stderr"]
-  found = pd.concat(parts)[kept] if parts else pd.DataFrame(columns=kept)
-  return found.dropna(subset="value")
+  if not parts:
+    return pd.DataFrame(columns=kept)
+  found = pd.concat(parts).dropna(subset="value").assign(**dict.fromkeys(OF_TEXT, ""))
+  found = found.drop_duplicates([*KEYS, "run", "step", *MEASURED_ON])
+  for _, scores in found.groupby("score"):
+    check_cells(scores)
+  return found[kept]
 
 
 def _by_optimizer(name: str, caption: str, found: pd.DataFrame) -> Table:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from beyond_outliers import stores
 from beyond_outliers.analysis.statistics import Estimate
 from beyond_outliers.analysis.tables import plus_minus
 
@@ -22,6 +24,27 @@ def analysis_command(roots: Sequence[str], *more: str) -> str:
   """The command of another report on the same runs."""
   flags = [shlex.quote(flag) for flag in (f"--root={','.join(roots)}", *more)]
   return " ".join(["python -m beyond_outliers.analysis", *flags])
+
+
+def own_roots(roots: Sequence[str], own: Sequence[str], every: Sequence[str]) -> list[str]:
+  """Of the folders that runs were found below, and of those in them, the highest that hold some of
+  these runs and none of the others. own, every: names of these runs, and of all."""
+  others = [f"{name}/" for name in every if name not in own]
+
+  def highest(name: str) -> str:
+    for root in roots:
+      place = root if stores.is_address(root) else os.path.abspath(os.path.expanduser(root))
+      place = place.rstrip("/")
+      if not f"{name}/".startswith(f"{place}/"):
+        continue
+      parts = name[len(place) :].strip("/").split("/")
+      for depth in range(len(parts) + 1):
+        below = "".join(f"/{part}" for part in parts[:depth])
+        if not any(other.startswith(f"{place}{below}/") for other in others):
+          return f"{root.rstrip('/')}{below}" or root
+    return name
+
+  return list(dict.fromkeys(map(highest, own)))
 
 
 def number(value: Any, style: str = ".4f") -> str:

@@ -28,7 +28,7 @@ from beyond_outliers.analysis.page.section import (
 )
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, rates, text_columns
 from beyond_outliers.analysis.qat_gap import Gap, compare_gaps
-from beyond_outliers.analysis.tuning import Tuning, final_metric, not_done
+from beyond_outliers.analysis.tuning import Tuning, final_metric, judged_without, not_done
 
 RUN_COLUMNS = (
   *("run", "size", "optimizer", "recipe", "learning rate", "seed", "steps", "status", "at step"),
@@ -185,6 +185,7 @@ def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
   alone = [f"{t.optimizer} ({t.recipe})" for t in found if len(t.losses) == 1]
   if alone:
     sentences.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
+  sentences += [f"{line}." for line in judged_without(found)]
   if unfinished := not_done(group.runs):
     sentences.append(f"Not done: {'; '.join(unfinished)}.")
   return Part(group.title, len(group.runs), sentences, tables=made, command=command)
