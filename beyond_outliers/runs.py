@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
   from beyond_outliers.checkpoint import Checkpoints
 
+OWN_FOLDER = re.compile(r"checkpoints|eval|tensorboard|profile|wandb|aside-.*")  # of a run
+
 
 class Run:
   """One run by its workdir, read only. Nothing is loaded before it is asked for.
@@ -205,19 +207,11 @@ class Run:
     numpy, [B, L] each. Errors: DataError for another split."""
     c = self.config
     if split == "validation":
-      return iter(
-        data.validation_batches(
-          self.dataset,
-          c.data,
-          context=c.context,
-          batch_size=c.eval.batch_size,
-          documents=c.eval.documents,
-        )
-      )
+      options = dict(context=c.context, batch_size=c.eval.batch_size, documents=c.eval.documents)
+      return iter(data.validation_batches(self.dataset, c.data, **options))
     if split == "train":
-      return data.train_batches(
-        self.dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed
-      )
+      options = dict(context=c.context, batch_size=c.batch_size, seed=c.seed)
+      return data.train_batches(self.dataset, c.data, **options)
     raise DataError(f"split = {split!r}: expected 'train' or 'validation'")
 
   @functools.cached_property
@@ -271,8 +265,8 @@ def open(workdir: PathLike) -> Run:
 
 
 def find(root: PathLike) -> list[Run]:
-  """Every run in a folder and the folders below it, by path; each once, if links lead to it too.
-  Of an address in a store, every run below it.
+  """Every run in a folder and the folders below it, by path, those in the folder of another run
+  too; each once, if links lead to it. Of an address in a store, every run below it.
 
   Errors: WorkdirError for a folder that cannot be read."""
   if stores.is_address(root):
@@ -284,15 +278,15 @@ def find(root: PathLike) -> list[Run]:
     if real in seen:
       continue
     seen.add(real)
-    if all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "manifest.json")):
-      found.append(Run(folder))
-      continue
     try:
       entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
       raise workdir_lib.WorkdirError(
         f"{folder}: {error.strerror}; give folders of runs that can be read"
       ) from None
+    if {"config.json", "manifest.json"} <= {entry.name for entry in entries}:
+      found.append(Run(folder))
+      entries = [entry for entry in entries if not OWN_FOLDER.fullmatch(entry.name)]
     below = [entry for entry in entries if os.path.isdir(entry.path)]  # no link to itself
     # Links last, so that a run has the name of its own folder.
     pending = [entry.path for entry in below if entry.is_symlink()] + pending
