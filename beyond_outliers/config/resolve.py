@@ -93,8 +93,8 @@ def check_resumable(old: Config, new: Config) -> None:
       f"  {key}: {was!r} in the workdir, {now!r} now" for key, (was, now) in clash.items()
     )
     raise ConfigError(
-      "the workdir holds a run of another configuration; give another --workdir. They differ "
-      f"in\n{lines}"
+      "the workdir holds a run of another configuration; give another --workdir (of a sweep: "
+      f"--root), or move it away. They differ in\n{lines}"
     )
 
 

@@ -12,6 +12,9 @@ import time
 import commands
 import pytest
 
+from beyond_outliers import config
+from configs import soap
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -31,6 +34,33 @@ def test_it_lists_the_sweep_of_a_config_file(tmp_path):
     and f"[2/6] {done}: done" in lines
     and sum("not started" in line for line in lines) == 5
   )
+
+
+def test_a_run_of_another_configuration_in_the_root_is_refused(tmp_path):
+  """Done, it was called so whatever was asked for; one that has to go on failed hours later."""
+  folder = tmp_path / "learning_rate=0.003,seed=0"
+  folder.mkdir()
+  saved = config.to_dict(config.resolve(soap.get_config("nano,optimizer.learning_rate=0.003")))
+  (folder / "config.json").write_text(json.dumps(saved))
+  (folder / "status.json").write_text(json.dumps({"status": "done"}))
+
+  def start(of):
+    return launch(f"--config=configs/{of}", f"--root={tmp_path}", "--where=seed=0", "--list")
+
+  for same in ("soap.py", "soap.py:nano,log.every=3"):
+    result = start(same)
+    assert result.returncode == 0 and f"{folder}: done" in result.stdout, result.stderr
+  others = {
+    "soap.py:nano,steps=24": "steps: 260 in the workdir, 24 now",
+    "muon.py": "optimizer.name: 'soap' in the workdir, 'muon' now",
+  }
+  for other, told in others.items():
+    result = start(other)
+    assert result.returncode == 2 and not result.stdout, result.stderr
+    assert f"{folder}: the workdir holds a run of another" in result.stderr, result.stderr
+    assert told in result.stderr
+  (folder / "config.json").write_text("{")
+  assert start("soap.py").returncode == 0, "which the run refuses"
 
 
 def test_a_condition_that_nothing_meets_is_refused(tmp_path):
