@@ -20,6 +20,7 @@ from absl import flags
 
 from beyond_outliers import cli
 from beyond_outliers.config import sweeps
+from beyond_outliers.config.checks import require_once
 from beyond_outliers.config.files import read_json
 from beyond_outliers.errors import ConfigError, WorkdirError
 from launch import recorded
@@ -135,7 +136,9 @@ def runs(path: str, where: Sequence[str], fixed: sweeps.Overrides) -> dict[str, 
 
   Errors: ConfigError when the file has no sweep, `where` leaves no run of it, or two runs that
   differ have one name."""
-  wanted = dict(map(_condition, where))
+  conditions = [_condition(text) for text in where]
+  require_once("--where", [key for key, _ in conditions])
+  wanted = dict(conditions)
   make_sweep = runpy.run_path(path).get("get_hyper")
   if make_sweep is None:
     raise ConfigError(f"--config={path}: has no sweep, get_hyper(h); give one of the files that do")

@@ -8,12 +8,13 @@ import runpy
 from beyond_outliers import config
 from beyond_outliers.config import sweeps
 from beyond_outliers.config.files import read_json
+from beyond_outliers.config.sizes import shape_of
 from beyond_outliers.errors import ConfigError, WorkdirError
 
 
 def found(file: str, path: str, argument: str) -> sweeps.Overrides:
   """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
-  size, or lacks the optimizer."""
+  size, or of that in another shape, or lacks the optimizer."""
   remedy = "give what analysis --overrides=FILE wrote"
   try:
     saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
@@ -24,6 +25,13 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
     raise ConfigError(
       f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
     )
+  shape = shape_of(c.model)
+  for key, was in saved.get("model", {}).items():  # none in files of earlier versions
+    if shape.get(key) != was:
+      raise ConfigError(
+        f"--overrides={file}: found with model.{key} = {was!r}, and this has {shape.get(key)!r}; "
+        "tune that model"
+      )
   if c.optimizer.name not in saved["overrides"]:
     raise ConfigError(
       f"--overrides={file}: nothing about {c.optimizer.name}; "

@@ -154,7 +154,8 @@ def write_rates(folder, number):
   found = types.SimpleNamespace(
     optimizer="adamw", overrides={"optimizer.learning_rate": 0.001 + number}
   )
-  report.write_overrides(folder / "tuned.json", "nano", [found])
+  c = config.resolve(adamw.get_config())
+  report.write_overrides(folder / "tuned.json", c, [found])
   return folder
 
 

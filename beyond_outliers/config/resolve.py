@@ -12,7 +12,7 @@ from beyond_outliers.config.checks import MINIMUM, check_own_number, require, un
 from beyond_outliers.config.files import expand_home
 from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
-from beyond_outliers.config.overrides import flatten
+from beyond_outliers.config.overrides import check_steps, flatten
 from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import Group, OptimizerGroups
 from beyond_outliers.errors import ConfigError
@@ -53,6 +53,8 @@ def resolve(config: Any) -> Config:
   # First, because values of the sections are derived from these.
   for field in MINIMUM:
     check_own_number(field, config.get(field))
+  if hasattr(config, "get_ref"):  # a ConfigDict, in which values follow others
+    check_steps(config)
   return _build(Config, _plain(config), "")
 
 

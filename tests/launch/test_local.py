@@ -76,7 +76,11 @@ def test_what_an_analysis_found_replaces_the_sweep_s_values(tmp_path):
   file = tmp_path / "tuned.json"
   file.write_text(
     json.dumps(
-      {"size": "nano", "overrides": {"soap": {"optimizer.learning_rate": 0.01, "steps": 7}}}
+      {
+        "size": "nano",
+        "model": {"blocks": 2},
+        "overrides": {"soap": {"optimizer.learning_rate": 0.01, "steps": 7}},
+      }
     )
   )
 
@@ -89,6 +93,9 @@ def test_what_an_analysis_found_replaces_the_sweep_s_values(tmp_path):
   ]
   assert (
     "found at size nano, and this is 50m; tune at that size" in start("configs/soap.py:50m").stderr
+  )
+  assert "found with model.blocks = 2, and this has 1; tune that model" in (
+    start("configs/soap.py:nano,model.blocks=1").stderr
   )
   assert "nothing about muon; it has soap" in start("configs/muon.py").stderr
 
@@ -121,6 +128,7 @@ REFUSED = {
   "no file": (["--config=configs/nobody.py"], "--config=configs/nobody.py: there is no such file"),
   "a condition": (["--where=seed"], "--where=seed: expected key=value"),
   "a condition's value": (["--where=seed=zero"], "--where=seed=zero: expected key=value"),
+  "a condition twice": (["--where=seed=0,seed=1"], "--where = 'seed': is given twice"),
   "no run": (["--where=seed=99"], "--where=seed=99: no run of"),
   "no overrides": (["--overrides=nobody.json"], "--overrides=nobody.json: there is no such file"),
   "torn overrides": (["--overrides={folder}/torn.json"], "torn.json: is not the JSON that was"),
