@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from beyond_outliers.config.files import expand_home
+from beyond_outliers.config.overrides import check_overrides
 from beyond_outliers.errors import Failure, Refusal
 
 # Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
@@ -198,6 +199,9 @@ def _parse(argv: list[str]) -> list[str]:
     path = config_path()
     if not os.path.exists(path):
       _refuse(f"--config={path}: there is no such file")
+    flag = flags.FLAGS["config"]
+    if not isinstance(flag.value, str):
+      check_overrides(flag.value, config_flags.get_override_values(flag))
   if flags.FLAGS["verbosity"].using_default_value:
     # app.run would make it INFO, where Orbax tells of every file.
     flags.FLAGS.verbosity = logging.WARNING

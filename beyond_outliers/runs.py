@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
   from beyond_outliers.checkpoint import Checkpoints
 
+OWN_FOLDER = re.compile(r"checkpoints|eval|tensorboard|profile|wandb|aside-.*")  # of a run
+
 
 class Run:
   """One run by its workdir, read only. Nothing is loaded before it is asked for.
@@ -222,19 +224,11 @@ class Run:
     numpy, [B, L] each. Errors: DataError for another split."""
     c = self.config
     if split == "validation":
-      return iter(
-        data.validation_batches(
-          self.dataset,
-          c.data,
-          context=c.context,
-          batch_size=c.eval.batch_size,
-          documents=c.eval.documents,
-        )
-      )
+      options = dict(context=c.context, batch_size=c.eval.batch_size, documents=c.eval.documents)
+      return iter(data.validation_batches(self.dataset, c.data, **options))
     if split == "train":
-      return data.train_batches(
-        self.dataset, c.data, context=c.context, batch_size=c.batch_size, seed=c.seed
-      )
+      options = dict(context=c.context, batch_size=c.batch_size, seed=c.seed)
+      return data.train_batches(self.dataset, c.data, **options)
     raise DataError(f"split = {split!r}: expected 'train' or 'validation'")
 
   @functools.cached_property
@@ -288,12 +282,12 @@ def open(workdir: PathLike) -> Run:
 
 
 def find(root: PathLike) -> list[Run]:
-  """Every run in a folder and the folders below it, by path; each once, if links lead to it too.
-  Of an address in a store, every run below it.
+  """Every run in a folder and the folders below it, by path, those in the folder of another run
+  too; each once, if links lead to it. Of an address in a store, every run below it.
 
   Errors: WorkdirError for a folder that cannot be read."""
   if stores.is_address(root):
     return [Run(address) for address in stores.addresses_below(os.fspath(root))]
   names = ("config.json", "manifest.json")
-  found = map(Run, folders_with(names, root, workdir_lib.WorkdirError))
+  found = map(Run, folders_with(names, root, OWN_FOLDER, workdir_lib.WorkdirError))
   return sorted(found, key=lambda run: str(run.path))

@@ -20,8 +20,10 @@ from absl import flags
 
 from beyond_outliers import cli
 from beyond_outliers.config import sweeps
+from beyond_outliers.config.checks import require_once
 from beyond_outliers.config.files import read_json
 from beyond_outliers.errors import ConfigError, WorkdirError
+from launch import recorded
 
 NAME_LENGTH = 52  # what Kubernetes leaves of 63 to names that it makes others of
 ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
@@ -99,13 +101,14 @@ def describe(
 
   config: the file; size and overrides behind a colon, as `main` has them. where: "key=value"s.
   overrides: the file of an analysis. evaluate: "" none, "behind" each training's end, or "beside"
-  it (--follow). Errors: ConfigError, as `runs` and `found`."""
+  it (--follow). Errors: ConfigError, as `runs`, and those of recorded.py."""
   path, _, argument = config.partition(":")
-  fixed = found(overrides, path, argument) if overrides else {}
+  fixed = recorded.found(overrides, path, argument) if overrides else {}
   names = short_names(runs(path, (), fixed))  # of all: those of some runs are the same
   trainings, evaluations = [], []
   for run, values in runs(path, where, fixed).items():
     workdir = os.path.join(root, run)
+    recorded.check_same_run(workdir, path, argument, values)
     settings = (f"--config={path}:{argument}", f"--workdir={workdir}", *_flags_of(values))
     train = Job(f"train-{names[run]}", "train", "beyond_outliers.main", settings, workdir)
     trainings.append(train)
@@ -133,7 +136,9 @@ def runs(path: str, where: Sequence[str], fixed: sweeps.Overrides) -> dict[str, 
 
   Errors: ConfigError when the file has no sweep, `where` leaves no run of it, or two runs that
   differ have one name."""
-  wanted = dict(map(_condition, where))
+  conditions = [_condition(text) for text in where]
+  require_once("--where", [key for key, _ in conditions])
+  wanted = dict(conditions)
   make_sweep = runpy.run_path(path).get("get_hyper")
   if make_sweep is None:
     raise ConfigError(f"--config={path}: has no sweep, get_hyper(h); give one of the files that do")
@@ -170,27 +175,6 @@ def _condition(text: str) -> tuple[str, object]:
     raise ConfigError(
       f"--where={text}: expected key=value, the value as Python has it: seed=0, name='x'"
     ) from None
-
-
-def found(file: str, path: str, argument: str) -> sweeps.Overrides:
-  """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
-  size, or lacks the optimizer."""
-  remedy = "give what analysis --overrides=FILE wrote"
-  try:
-    saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
-  except (FileNotFoundError, NotADirectoryError):
-    raise ConfigError(f"--overrides={file}: there is no such file; {remedy}") from None
-  c = runpy.run_path(path)["get_config"](argument)
-  if saved["size"] != c.size:
-    raise ConfigError(
-      f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
-    )
-  if c.optimizer.name not in saved["overrides"]:
-    raise ConfigError(
-      f"--overrides={file}: nothing about {c.optimizer.name}; "
-      f"it has {', '.join(saved['overrides'])}"
-    )
-  return saved["overrides"][c.optimizer.name]
 
 
 def short_names(run_names: Iterable[str]) -> dict[str, str]:

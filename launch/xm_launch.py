@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags, logging
 
 from beyond_outliers import cli
+from beyond_outliers.config.checks import require_once
 from beyond_outliers.errors import ConfigError
 from launch import jobs, remote
 from launch.jobs import Job
@@ -60,6 +61,7 @@ def define_flags() -> None:
 def parse_requirements(words: Sequence[str], executor: str) -> dict[str, float]:
   """{name of a resource: amount} of a100=8,ram=680. Errors: ConfigError."""
   allowed = (*ACCELERATORS[executor], *SIZES) if executor != "local" else ()
+  require_once("--requirements", [word.partition("=")[0] for word in words])
   found: dict[str, float] = {}
   for word in words:
     name, _, amount = word.partition("=")

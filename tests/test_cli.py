@@ -23,6 +23,23 @@ REFUSED = {
     ["--config=configs/adamw.py:nano,modle.heads=3"],
     ["modle: unknown key", "did you mean 'model'"],
   ),
+  "a size that is none of the colon's": (
+    ["--config=configs/adamw.py:nano,size=50m"],
+    ["size = '50m': a size is chosen behind the colon, as in --config=configs/adamw.py:50m"],
+  ),
+  "a size by a flag": (["--config=configs/adamw.py", "--config.size=50m"], ["behind the colon"]),
+  "a key twice": (
+    ["--config=configs/adamw.py:nano,steps=3,steps=4"],
+    ["config argument = 'steps': is given twice"],
+  ),
+  "tokens that no steps follow": (
+    ["--config=configs/adamw.py", "--config.tokens_per_parameter=50"],
+    ["tokens_per_parameter = 50: steps = 260 are set"],
+  ),
+  "steps of another model": (
+    ["--config=configs/adamw.py:0.1m", "--config.model.tied=False"],
+    ["model.tied = False: steps follow tokens_per_parameter for True alone; set steps"],
+  ),
   "a key of a flag": (
     ["--config=configs/adamw.py", "--config.model.hads=3"],
     ["unknown key 'hads'", "heads"],

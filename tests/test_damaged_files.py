@@ -29,7 +29,7 @@ from beyond_outliers.model import hf, transformer
 from beyond_outliers.quant import storage
 from beyond_outliers.train import step as step_lib
 from configs import adamw
-from launch import jobs
+from launch import recorded
 
 DATASET = config.Data(
   source="jsonl",
@@ -154,12 +154,13 @@ def write_rates(folder, number):
   found = types.SimpleNamespace(
     optimizer="adamw", overrides={"optimizer.learning_rate": 0.001 + number}
   )
-  report.write_overrides(folder / "tuned.json", "nano", [found])
+  c = config.resolve(adamw.get_config())
+  report.write_overrides(folder / "tuned.json", c, [found])
   return folder
 
 
 def read_rates(folder):
-  return jobs.found(str(folder / "tuned.json"), "configs/adamw.py", "")
+  return recorded.found(str(folder / "tuned.json"), "configs/adamw.py", "")
 
 
 def read_dataset(folder, reader):

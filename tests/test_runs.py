@@ -286,3 +286,11 @@ def test_find_takes_each_run_once_by_its_own_name(recorded, tmp_path):
     workdir_lib.WorkdirError, match=r"manifest.json: Not a directory; give folders"
   ):
     runs.find(project / "runs" / "one" / "manifest.json")
+
+
+def test_find_takes_runs_in_the_folder_of_another_but_not_in_its_checkpoints(recorded):
+  record, _ = recorded
+  outer = record("nowhere")
+  for name in ("later/two", "checkpoints/2/state", "aside-4-1/checkpoints"):
+    shutil.copytree(outer, outer / name, ignore=shutil.ignore_patterns("later", "checkpoints"))
+  assert [run.path for run in runs.find(outer)] == [outer, outer / "later/two"]

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from beyond_outliers import cli, runs, stores
 from beyond_outliers.analysis import packed_runs, report
-from beyond_outliers.config.checks import require
+from beyond_outliers.config.checks import require, require_once
 from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import ConfigError
 
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
   )
   if OVERRIDES.value:
     report.check_ended(found)
-    report.write_overrides(OVERRIDES.value, found[0].config.size, chosen)
+    report.write_overrides(OVERRIDES.value, found[0].config, chosen)
 
 
 def _check_flags() -> None:
@@ -125,6 +125,7 @@ def _check_flags() -> None:
     ",".join(SETTINGS.value),
     "expected name=value,...",
   )
+  require_once("--settings", [setting.partition("=")[0] for setting in SETTINGS.value])
   for flag in (PLOT, GAP_PLOT, OVERRIDES, OUT, PACK):
     require(
       os.path.isdir(os.path.dirname(flag.value.rstrip("/")) or "."),

@@ -101,7 +101,7 @@ def _find(folder: str) -> list[runs_lib.Run]:
 
 
 def _trained(where: str, given: Any) -> runs_lib.Run:
-  """The run of a configuration, done."""
+  """The run of a configuration, done. Errors: ConfigError where its folder holds another's."""
   c = config.resolve(given)
   path = epath.Path(
     "runs",
@@ -109,7 +109,12 @@ def _trained(where: str, given: Any) -> runs_lib.Run:
     run_name({"optimizer": c.optimizer.name, "recipe": c.quant.recipe, "size": c.size}),
   )
   if (path / "config.json").exists() and runs_lib.open(path).status["status"] == "done":
-    return runs_lib.open(path)
+    run = runs_lib.open(path)
+    if run.config != c:
+      from beyond_outliers.train import initialize
+
+      initialize.check_same_run(run.config, c, path)
+    return run
   from beyond_outliers import train  # with all of training, which runs that are there do without
 
   train.run(c, path, say=print)

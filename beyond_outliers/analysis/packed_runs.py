@@ -5,6 +5,7 @@ A compressed tar of the workdirs, which `tar -xf` opens too. The same runs give 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -12,43 +13,66 @@ import json
 import lzma
 import os
 import pathlib
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from beyond_outliers import config
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.config.files import cache_root, make_folder, read_json
-from beyond_outliers.config.sums import digest, replaced, sealed
+from beyond_outliers.config.resolve import PATHS
+from beyond_outliers.config.sums import (
+  SUMS,
+  digest,
+  file_sha256,
+  files_below,
+  folder_mismatch,
+  replaced,
+  sealed,
+  write_folder_sums,
+)
 from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.types import Json, PathLike
 
 SUFFIX = ".tar.xz"
 NOT_PACKED = ("command", "host")  # keys of manifests and cells
+DATASETS = "datasets"  # the folder that they are packed as
+# A path where another does not go on, in front of it or behind.
+WHOLE = r"(?<![\w.*-]){}(?:(?<=/)|(?![\w-]|\.\w))"
 REMEDY = "restore it from a copy, or leave the run out"
 
 
 def pack_runs(runs: Sequence[runs_lib.Run], path: PathLike) -> str:
-  """Writes runs into a file, each at its path below the folder that holds them all; says what is in
-  it. Errors: WorkdirError for a damaged run; ConfigError for a name without SUFFIX."""
+  """Writes runs into a file, each at its path below the folder that holds them all, and reads them
+  back before it takes the place of a former one; says what is in it.
+
+  Errors: WorkdirError for a damaged run, or one that reads otherwise then; ConfigError for a name
+  without SUFFIX."""
   if not str(path).endswith(SUFFIX):
     raise ConfigError(f"--pack = {path}: give a name that ends in {SUFFIX}")
-  folders = [pathlib.Path(run.path) for run in runs]
-  root = folders[0].parent if len(runs) == 1 else pathlib.Path(os.path.commonpath(folders))
-  files = 0
-  with (
-    replaced(path) as temporary,
-    tarfile.open(
-      temporary, "w:xz", format=tarfile.PAX_FORMAT, preset=9 | lzma.PRESET_EXTREME
-    ) as archive,
-  ):
-    for run, folder in sorted(zip(runs, folders, strict=True), key=lambda pair: pair[1]):
-      for name, text in _contents(run, folder):
-        entry = tarfile.TarInfo(f"{folder.relative_to(root)}/{name}")
+  folders = {pathlib.Path(run.path): run for run in runs}
+  root = pathlib.Path(os.path.commonpath(folders))
+  root = root.parent if root in folders else root
+  packed = {
+    f"{folder.relative_to(root)}/{name}": text
+    for folder, run in sorted(folders.items())
+    for name, text in _contents(run, folder)
+  }
+  with replaced(path) as temporary:
+    with (
+      lzma.open(temporary, "w", preset=9 | lzma.PRESET_EXTREME) as compressed,
+      tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+      for name, text in packed.items():
+        entry = tarfile.TarInfo(name)
         entry.size = len(text)
         archive.addfile(entry, io.BytesIO(text))
-        files += 1
-  return f"{path}: {len(runs)} runs, {files} files, {os.path.getsize(path) / 1e6:.2f} MB"
+    named = {os.path.relpath(folder, root): run for folder, run in folders.items()}
+    if problem := _misread(temporary, packed, named):
+      raise WorkdirError(f"--pack = {path}: {problem}; what was there stays; leave that run out")
+  return f"{path}: {len(folders)} runs, {len(packed)} files, {os.path.getsize(path) / 1e6:.2f} MB"
 
 
 def archive_of(root: PathLike) -> pathlib.Path | None:
@@ -65,31 +89,70 @@ def find_runs(root: PathLike) -> list[runs_lib.Run]:
   path, archive = pathlib.Path(os.path.abspath(os.path.expanduser(root))), archive_of(root)
   if archive is None:
     return runs_lib.find(root)
-  opened = _opened(str(archive))
-  found = runs_lib.find(os.path.join(opened, path.relative_to(archive)))
+  opened = _opened(archive)
+  found = runs_lib.find(opened / path.relative_to(archive))
   return [
     runs_lib.Run(run.path, os.path.join(archive, os.path.relpath(run.path, opened)))
     for run in found
   ]
 
 
+def _misread(
+  path: pathlib.Path, packed: Mapping[str, bytes], runs: Mapping[str, runs_lib.Run]
+) -> str:
+  """The first file or run that a packed file does not give back, and how; or nothing."""
+  with tempfile.TemporaryDirectory() as opened:
+    try:
+      _extract(path.read_bytes(), path, opened)
+      found = {os.path.relpath(run.path, opened): run for run in runs_lib.find(opened)}
+      configs = {name: run.config for name, run in found.items()}
+    except WorkdirError as error:
+      return f"would be refused ({error})"
+    for name, text in packed.items():
+      if pathlib.Path(opened, name).read_bytes() != text:
+        return f"{name} would differ"
+    for name in found.keys() ^ runs.keys():
+      return f"{name} would be {'a' if name in found else 'no'} run"
+    for name, run in runs.items():
+      other = sorted(config.differences(run.config, configs[name]).keys() - PATHS.keys())
+      if other or found[name].identity != run.identity:
+        return f"{run.name} would have another {', '.join(other) or 'identity'}"
+  return ""
+
+
 def _contents(run: runs_lib.Run, folder: pathlib.Path) -> Iterator[tuple[str, bytes]]:
   """(name, text) of a run's files, as they are packed."""
   read = functools.partial(read_json, refusal=WorkdirError, remedy=REMEDY)
-  places = {run.config.data.directory: "datasets", f"{folder.parent}/": ""}
-  places[os.path.dirname(run.trained_on["directory"])] = "datasets"
-  config = _without_places(read(folder / "config.json"), places)
-  yield "config.json", _text(config, places)
+  text = functools.partial(_text, places=_places(run, folder))
+  c = read(folder / "config.json")
+  c["data"]["directory"] = DATASETS
+  c = _without_places(c, _places(run, folder))
+  yield "config.json", text(c)
   manifest = read(folder / "manifest.json")
-  manifest |= {"identity": run.identity} | (
-    {"config": digest(config)} if "config" in manifest else {}
-  )
-  yield "manifest.json", _text(manifest, places)
-  yield "status.json", _text(run.status, places)
+  for start in (manifest, *manifest.get("resumed", [])):
+    if dataset := start.get("data"):
+      name = os.path.basename(os.path.normpath(dataset["directory"]))
+      dataset["directory"] = f"{DATASETS}/{name}"
+  manifest |= {"identity": run.identity} | ({"config": digest(c)} if "config" in manifest else {})
+  yield "manifest.json", text(manifest)
+  yield "status.json", text(run.status)
   if (folder / "metrics.jsonl").exists():
     yield "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()
-  for cell in sorted((folder / "eval").glob("*.json")):
-    yield f"eval/{cell.name}", _text(read(cell), places)
+  for path in sorted((folder / "eval").glob("*.json")):
+    cell = read(path)
+    trained = cell.get("source", {}).get("config", {})  # none of a model that is no run's
+    if "data" in trained:
+      trained["data"]["directory"] = DATASETS
+    yield f"eval/{path.name}", text(cell)
+
+
+def _places(run: runs_lib.Run, folder: pathlib.Path) -> dict[str, str]:
+  """{path on this machine: what is packed in its place}, the longest first."""
+  datasets = (run.config.data.directory, os.path.dirname(run.trained_on["directory"]))
+  places = {f"{folder.parent}/": ""} | {place.rstrip("/"): DATASETS for place in datasets}
+  # A relative one may be any word, and says nothing of a machine; nor does the root.
+  told = [place for place in places if os.path.isabs(place) and place.strip("/")]
+  return {place: places[place] for place in sorted(told, key=len, reverse=True)}
 
 
 def _text(value: Json, places: Mapping[str, str]) -> bytes:
@@ -104,32 +167,41 @@ def _without_places(value: Any, places: Mapping[str, str]) -> Any:
     return [_without_places(each, places) for each in value]
   if isinstance(value, str):
     for place, word in places.items():
-      value = value.replace(place, word)
+      if place in value:
+        value = re.sub(WHOLE.format(re.escape(place)), word, value)
   return value
 
 
-@functools.cache
-def _opened(path: str) -> str:
-  """The folder that a packed file is opened into, in the user's cache, once for all."""
-  content = pathlib.Path(path).read_bytes()
+def _opened(path: pathlib.Path) -> pathlib.Path:
+  """The folder that a packed file is opened into, in the user's cache: anew where files of it are
+  gone, as they are after what cleans caches, or altered."""
+  content = path.read_bytes()
   parent = os.path.join(cache_root(), "packed_runs")
   make_folder(parent, WorkdirError, "set BEYOND_OUTLIERS_CACHE to a folder that can be written")
-  name = os.path.basename(path).removesuffix(SUFFIX)
-  folder = os.path.join(parent, f"{name}-{hashlib.sha256(content).hexdigest()[:12]}")
-  if os.path.isdir(folder):
+  name = path.name.removesuffix(SUFFIX)
+  folder = pathlib.Path(parent, f"{name}-{hashlib.sha256(content).hexdigest()[:12]}")
+  if (folder / SUMS).is_file() and not folder_mismatch(folder):
     return folder
   with tempfile.TemporaryDirectory(dir=parent) as temporary:
-    opened = os.path.join(temporary, "opened")
+    opened = pathlib.Path(temporary, "opened")
+    _extract(content, path, opened)
+    write_folder_sums(opened, {name: file_sha256(opened / name) for name in files_below(opened)})
+    with contextlib.suppress(FileNotFoundError):
+      folder.rename(pathlib.Path(temporary, "former"))
     try:
-      with tarfile.open(fileobj=io.BytesIO(content), mode="r:xz") as archive:
-        archive.extractall(opened, filter="data")  # which refuses names that leave the folder
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
-      raise WorkdirError(
-        f"{path} is no whole file of packed runs ({error}); get it again, or pack the runs anew"
-      ) from None
-    try:
-      os.rename(opened, folder)
+      opened.rename(folder)
     except OSError:  # another process was first
-      if not os.path.isdir(folder):
+      if not folder.is_dir():
         raise
   return folder
+
+
+def _extract(content: bytes, path: pathlib.Path, folder: PathLike) -> None:
+  """Opens the bytes of a packed file into a folder. Errors: WorkdirError, with its path."""
+  try:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:xz") as archive:
+      archive.extractall(folder, filter="data")  # which refuses names that leave the folder
+  except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+    raise WorkdirError(
+      f"{path} is no whole file of packed runs ({error}); get it again, or pack the runs anew"
+    ) from None

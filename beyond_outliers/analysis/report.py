@@ -8,7 +8,7 @@ from typing import Protocol
 
 from etils import epath
 
-from beyond_outliers import quant
+from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, ptq_degradation, tables
 from beyond_outliers.analysis.common_loss import Landing, common_loss
@@ -21,6 +21,7 @@ from beyond_outliers.analysis.tuning import (
   tunings,
 )
 from beyond_outliers.config.checks import require
+from beyond_outliers.config.sizes import shape_of
 from beyond_outliers.config.sums import sealed
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json, PathLike
@@ -127,13 +128,16 @@ def check_ended(runs: Sequence[runs_lib.Run]) -> None:
     raise ConfigError(f"--overrides: {said[0]}{more}; finish it, or leave its folder out")
 
 
-def write_overrides(path: PathLike, size: str, found: Sequence[Settings]) -> None:
-  """File for `launch.local --overrides`: {size, overrides: {optimizer: {config key: value}}}.
+def write_overrides(path: PathLike, c: config.Config, found: Sequence[Settings]) -> None:
+  """File for `launch.local --overrides`: {size, model: its shape, overrides: {optimizer: {config
+  key: value}}}.
 
-  Errors: ConfigError when an optimizer comes twice."""
+  c: of one of the runs. Errors: ConfigError when an optimizer comes twice."""
   names = [one.optimizer for one in found]
   if len(set(names)) < len(names):
     raise ConfigError(f"{names}: one entry per optimizer; give those of one recipe")
   overrides = {one.optimizer: one.overrides for one in found}
-  text = json.dumps(sealed({"size": size, "overrides": overrides}), indent=1)
+  text = json.dumps(
+    sealed({"size": c.size, "model": shape_of(c.model), "overrides": overrides}), indent=1
+  )
   epath.Path(path).write_text(text + "\n")

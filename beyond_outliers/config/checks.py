@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from beyond_outliers.errors import ConfigError
@@ -33,6 +33,12 @@ def require(ok: bool, field: str, value: Any, remedy: str) -> None:
   """Refusal unless `ok`. Errors: ConfigError."""
   if not ok:
     raise ConfigError(f"{field} = {value!r}: {remedy}")
+
+
+def require_once(field: str, keys: Sequence[str]) -> None:
+  """Keys of a list of key=value, of which none may be given twice: only one would count."""
+  for place, key in enumerate(keys):
+    require(key not in keys[:place], field, key, "is given twice, of which one would count")
 
 
 def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:

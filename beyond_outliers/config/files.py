@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import reprlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -54,9 +55,13 @@ def read_json(
   return value
 
 
-def folders_with(names: Sequence[str], root: PathLike, refusal: type[Refusal]) -> list[str]:
-  """The outermost folders in `root`, itself among them, that have files of these names; each once,
-  if links lead to it too. Errors: `refusal` for one that cannot be read."""
+def folders_with(
+  names: Sequence[str], root: PathLike, own: re.Pattern[str], refusal: type[Refusal]
+) -> list[str]:
+  """The folders in `root`, itself among them, that have files of these names; each once, if links
+  lead to it too. Of one that has, the folders that `own` matches are not looked into.
+
+  Errors: `refusal` for one that cannot be read."""
   found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
   while pending:
     folder = pending.pop()
@@ -64,13 +69,13 @@ def folders_with(names: Sequence[str], root: PathLike, refusal: type[Refusal]) -
     if real in seen:
       continue
     seen.add(real)
-    if all(os.path.exists(os.path.join(folder, name)) for name in names):
-      found.append(folder)
-      continue
     try:
       entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
       raise refusal(f"{folder}: {error.strerror}; give folders of runs that can be read") from None
+    if {entry.name for entry in entries}.issuperset(names):
+      found.append(folder)
+      entries = [entry for entry in entries if not own.fullmatch(entry.name)]
     below = [entry for entry in entries if os.path.isdir(entry.path)]  # no link to itself
     # Links last, so that a folder is found by its own name.
     pending = [entry.path for entry in below if entry.is_symlink()] + pending

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from beyond_outliers.config.checks import check_own_number, require, unknown_key
+from beyond_outliers.config.checks import check_own_number, require, require_once, unknown_key
 from beyond_outliers.config.sections import QuantRule
 from beyond_outliers.config.sizes import SIZES
 from beyond_outliers.errors import ConfigError
+
+# Switches that change the number of parameters, as it counts in configs/.
+COUNTED = {"mlp": "relu2", "tied": True}
 
 
 def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
@@ -19,6 +23,7 @@ def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
   parts = [part for part in (arg or "").split(",") if part]
   size = parts.pop(0) if parts and "=" not in parts[0] else "nano"
   require(size in SIZES, "size", size, "expected one of " + ", ".join(SIZES))
+  require_once("config argument", [part.partition("=")[0] for part in parts])
   overrides = {}
   for part in parts:
     key, equals, text = part.partition("=")
@@ -56,7 +61,38 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     except TypeError:
       kind = type(node[rest[-1]]).__name__
       raise ConfigError(f"{key} = {value!r}: expected {kind}, got {type(value).__name__}") from None
+  check_overrides(config, overrides)
   return config
+
+
+def check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
+  """Refusal of overrides, which a ConfigDict has by now, that name a model for what it is not, or
+  do nothing. Errors: ConfigError."""
+  remedy = "a size is chosen behind the colon, as in --config=configs/adamw.py:50m"
+  require("size" not in overrides, "size", overrides.get("size"), remedy)
+  if "tokens_per_parameter" in overrides:
+    remedy = f"steps = {config.steps} are set, and do not follow it; leave it, or set steps alone"
+    require(_steps_follow(config), "tokens_per_parameter", config.tokens_per_parameter, remedy)
+
+
+def check_steps(config: Any) -> None:
+  """Refusal of a ConfigDict whose steps follow tokens_per_parameter, by the parameters of another
+  model than its own. Errors: ConfigError."""
+  for name, value in COUNTED.items():
+    ours = config.model[name]
+    if ours != value and _steps_follow(config):
+      remedy = f"steps follow tokens_per_parameter for {value!r} alone; set steps, too"
+      require(False, f"model.{name}", ours, remedy)
+
+
+def _steps_follow(config: Any) -> bool:
+  """Whether a ConfigDict's steps are derived from its tokens_per_parameter."""
+  trial = copy.deepcopy(config)
+  try:
+    trial.tokens_per_parameter = 2 * trial.tokens_per_parameter + 1000
+  except AttributeError:  # of a frozen one
+    return False
+  return trial.steps != config.steps
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

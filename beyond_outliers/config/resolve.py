@@ -12,7 +12,7 @@ from beyond_outliers.config.checks import MINIMUM, check_own_number, require, un
 from beyond_outliers.config.files import expand_home
 from beyond_outliers.config.hyperparameters import Section
 from beyond_outliers.config.optimizers import OPTIMIZERS
-from beyond_outliers.config.overrides import flatten
+from beyond_outliers.config.overrides import check_steps, flatten
 from beyond_outliers.config.run import Config
 from beyond_outliers.config.sections import Group, OptimizerGroups
 from beyond_outliers.errors import ConfigError
@@ -53,6 +53,8 @@ def resolve(config: Any) -> Config:
   # First, because values of the sections are derived from these.
   for field in MINIMUM:
     check_own_number(field, config.get(field))
+  if hasattr(config, "get_ref"):  # a ConfigDict, in which values follow others
+    check_steps(config)
   return _build(Config, _plain(config), "")
 
 
@@ -93,8 +95,8 @@ def check_resumable(old: Config, new: Config) -> None:
       f"  {key}: {was!r} in the workdir, {now!r} now" for key, (was, now) in clash.items()
     )
     raise ConfigError(
-      "the workdir holds a run of another configuration; give another --workdir. They differ "
-      f"in\n{lines}"
+      "the workdir holds a run of another configuration; give another --workdir (of a sweep: "
+      f"--root), or move it away. They differ in\n{lines}"
     )
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+# Of the section `model`: what decides how many parameters there are, and their shapes.
+SHAPE = ("vocab", "blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden", "mlp", "tied")
+
 SIZES = {
   # Below the study. nano is for trying things out: minutes on a laptop. The ladder is for scaling
   # laws on one machine.
@@ -20,3 +25,8 @@ SIZES = {
   "760m": dict(blocks=18, heads=15, d_head=128, vocab=32000, context=1024, batch_size=512),
   "1.5b": dict(blocks=25, heads=18, d_head=128, vocab=32000, context=1024, batch_size=512),
 }
+
+
+def shape_of(model: Any) -> dict[str, Any]:
+  """SHAPE of a section `model`, with which what was tuned on a model is taken for another."""
+  return {name: getattr(model, name) for name in SHAPE}

@@ -18,6 +18,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
 from beyond_outliers.evaluate import results
 from beyond_outliers.evaluate.text import Text, TextOptions, dataset_for, section_of, text_of_run
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model import hf, transformer
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import ASIDE
@@ -88,11 +89,12 @@ class Target(Protocol):
 class RunCheckpoints:
   """A run's checkpoints, as they land, or an average of its parameters as of these.
 
-  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer, or an average that the
-  run does not have."""
+  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer, an average that the
+  run does not have, or dtypes that JAX does not hold now."""
 
   def __init__(self, workdir: PathLike, average: str = "", **options: Unpack[TextOptions]):
     run = runs.open(workdir)
+    jax_settings.check_dtypes(run.config)
     recipe = quant.recipes.from_config(run.config.quant)
     self.run = run
     self.average = runs.AverageOfRun(run, average) if average else None

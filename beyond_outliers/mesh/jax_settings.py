@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from beyond_outliers import config
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json
@@ -41,6 +42,16 @@ def check_usable() -> None:
   for name, refused in REFUSED.items():
     value = _value(name)
     require(value != refused, name, value, f"programs are not written for it; unset {name.upper()}")
+
+
+def check_dtypes(c: config.Config) -> None:
+  """Refusal of a configuration with a dtype for which JAX would take a narrower one, unsaid.
+
+  Errors: ConfigError with the field and the remedy."""
+  for field, value in config.flatten(config.to_dict(c)).items():
+    if field.endswith("dtype") and value is not None:
+      remedy = "jax holds it only under jax_enable_x64; set JAX_ENABLE_X64=1, or take float32"
+      require(jax.dtypes.canonicalize_dtype(value) == value, field, value, remedy)
 
 
 def changed() -> Json:

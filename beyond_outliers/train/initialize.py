@@ -74,28 +74,30 @@ def start(
   return Start(state._replace(params=params), None, 0.0)
 
 
-def check_same_run(old: config.Config, new: config.Config) -> None:
-  """Refusal to resume the run of `old` under `new` where that would train another model.
+def check_same_run(old: config.Config, new: config.Config, path: PathLike) -> None:
+  """Refusal to resume the run of `old`, at a path, under `new`, where that would train another
+  model, or to take its results for those of `new`.
 
   Errors: ConfigError as `config.check_resumable`, and for other micro-batches where a recipe's
   numbers depend on them."""
-  config.check_resumable(old, new)
-  require(
-    old.micro_batches == new.micro_batches or not quant.recipes.from_config(new.quant).sees_batches,
-    "micro_batches",
-    new.micro_batches,
-    f"the workdir's run has {old.micro_batches}, on which its gradients depend, as they are "
-    f"quantized ({quant.recipes.name_of(new.quant)}); leave it, or give another --workdir",
-  )
+  sees_batches = quant.recipes.from_config(new.quant).sees_batches
+  try:
+    config.check_resumable(old, new)
+    require(
+      old.micro_batches == new.micro_batches or not sees_batches,
+      "micro_batches",
+      new.micro_batches,
+      f"the workdir's run has {old.micro_batches}, on which its gradients depend, as they are "
+      f"quantized ({quant.recipes.name_of(new.quant)}); leave it, or give another --workdir",
+    )
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
 
 
 def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathLike) -> None:
   """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
   say, which may be lost or another's. Errors: ConfigError."""
-  try:
-    check_same_run(config.resolve(saved["config"]), c)
-  except ConfigError as error:
-    raise ConfigError(f"{path}: {error}") from None
+  check_same_run(config.resolve(saved["config"]), c, path)
   for key, was in saved["data"].items():
     require(
       was == fingerprints[key],

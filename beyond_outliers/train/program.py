@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from beyond_outliers import config, hardware, optim, quant
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.evaluate import steps
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model import linears, transformer
 from beyond_outliers.model.forward import Forward, make_forward
 from beyond_outliers.train import step as step_lib
@@ -63,7 +64,9 @@ class Program:
 def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
   """The program of a configuration. devices: all by default.
 
-  Errors: ConfigError for what the mesh cannot split or the recipe not fit."""
+  Errors: ConfigError for what the mesh cannot split or the recipe not fit, and for dtypes that JAX
+    does not hold now."""
+  jax_settings.check_dtypes(c)
   mesh = mesh_lib.make_mesh(c.mesh, devices)
   recipe = quant.recipes.from_config(c.quant)
   _check_splits(c, mesh, recipe)

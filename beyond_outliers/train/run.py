@@ -95,7 +95,7 @@ def _remove_stale(workdir: workdir_lib.Workdir) -> None:
 def _check_resumable(workdir: workdir_lib.Workdir, c: config.Config) -> None:
   before = workdir.read_config()
   if before is not None:
-    initialize.check_same_run(before, c)
+    initialize.check_same_run(before, c, workdir.path)
     jax_settings.check_recorded(workdir.read("manifest.json") or {})
 
 

@@ -1,5 +1,8 @@
 """Runs that notebooks read, or make."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from workdirs import workdir
 
 from beyond_outliers import config
 from beyond_outliers.analysis import example_runs
-from beyond_outliers.errors import WorkdirError
+from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.model import transformer
 from configs import adamw, muon
 
@@ -44,3 +47,18 @@ def test_outliers_are_measured_where_a_notebook_reads_them(monkeypatch):
   example_runs.find_or_train("tiny", [adamw], ["none", "quest_w4a4"], ladder=True)
   measured = [(c.size, c.quant.recipe) for c in made if c.log.outliers_every]
   assert len(made) == 6 and measured == [("0.6m", "none")]
+
+
+def test_a_run_of_another_configuration_is_not_taken_for_the_one_that_is_asked_for(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  c = adamw.get_config(f"0.6m,{example_runs.SMALL_RUNS['tiny'].overrides}")
+  folder = tmp_path / "runs/tiny/optimizer=adamw,recipe=none,size=0.6m"
+  shutil.copytree(workdir(tmp_path / "made", adamw, 0.1, 0, [5.0]), folder)
+  (folder / "config.json").write_text(json.dumps(config.to_dict(config.resolve(c))))
+  c.log.every = 3
+  assert example_runs._trained("tiny", c).path == folder
+  c.seed = 1
+  with pytest.raises(ConfigError, match=f"{folder.relative_to(tmp_path)}: (.|\n)*seed: 0 .* 1 now"):
+    example_runs._trained("tiny", c)

@@ -2,13 +2,15 @@
 
 import json
 import lzma
+import os
 import pathlib
+import shutil
 import tarfile
 
 import pytest
 from workdirs import cell, workdir
 
-from beyond_outliers import runs
+from beyond_outliers import config, runs
 from beyond_outliers.analysis import packed_runs, ptq_degradation, tuning
 from beyond_outliers.errors import ConfigError, WorkdirError
 from configs import adamw, muon
@@ -19,7 +21,6 @@ PRIVATE = {"command": ["python", "/home/somebody/main.py"], "host": "a-machine"}
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-  packed_runs._opened.cache_clear()
 
 
 @pytest.fixture
@@ -61,6 +62,95 @@ def test_nothing_of_the_machine_is_in_it(root, tmp_path):
   assert b"config.json" in content
   for word in (b"somebody", b"a-machine", str(tmp_path).encode(), b"checkpoints/2"):
     assert word not in content, word
+
+
+@pytest.mark.parametrize("directory", [".", "text", "", "1", "bytes", "/", "done"])
+def test_words_stay_that_the_folder_of_datasets_is_called_by(root, tmp_path, directory):
+  """What was altered in a pack is sealed anew, and would pass as intact."""
+  for run in runs.find(root):
+    c = json.loads((run.path / "config.json").read_text())
+    c["data"] |= {"directory": directory, "source": "text", "path": "text/*", "tokenizer": "bytes"}
+    (run.path / "config.json").write_text(json.dumps(c))
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    manifest["data"]["directory"] = f"{tmp_path}/home/x"
+    manifest |= {"packages": {"jax": "0.10.2"}, "resumed": [{"data": dict(manifest["data"])}]}
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    reason = f"{tmp_path}/home/x/meta.json, {run.path}/lock: no {tmp_path}/home2"
+    status = {"status": "done", "step": 2, "reason": reason}
+    (run.path / "status.json").write_text(json.dumps(status))
+  direct = runs.find(root)
+  packed_runs.pack_runs(direct, tmp_path / "runs.tar.xz")
+  for was, now in zip(direct, packed_runs.find_runs(tmp_path / "runs.tar.xz"), strict=True):
+    assert now.manifest["packages"] == {"jax": "0.10.2"} and now.identity == was.identity
+    assert set(config.differences(was.config, now.config)) <= {"data.directory"}
+    assert (now.config.data.directory, now.trained_on["directory"]) == ("datasets", "datasets/x")
+    assert now.manifest["resumed"] == [{"data": now.trained_on}]
+    name = was.path.name
+    assert now.status["reason"] == f"datasets/x/meta.json, {name}/lock: no {tmp_path}/home2"
+
+
+@pytest.mark.parametrize(
+  "key, value, told",
+  [
+    ("seed", 3, "muon/none-0.01-0 would have another seed"),
+    ("seed", -3, "would be refused .*seed = -3"),
+    ("identity", "other", "muon/none-0.01-0 would have another identity"),
+    ("time", None, "muon/none-0.01-0 would be no run"),
+  ],
+)
+def test_runs_that_would_be_others_do_not_replace_a_former_file(
+  root, tmp_path, monkeypatch, key, value, told
+):
+  packed_runs.pack_runs(runs.find(root), tmp_path / "runs.tar.xz")
+  content, contents = (tmp_path / "runs.tar.xz").read_bytes(), packed_runs._contents
+
+  def damaged(run, folder):
+    for name, text in contents(run, folder):
+      found = json.loads(text) if name in ("config.json", "manifest.json") else {}
+      if folder.parent.name == "muon" and key in found:
+        if value is None:
+          continue
+        text = packed_runs._text({**found, key: value}, {})
+      yield name, text
+
+  monkeypatch.setattr(packed_runs, "_contents", damaged)
+  # It is the manifest that holds the sum of the configuration.
+  monkeypatch.setattr(packed_runs, "digest", lambda found: "")
+  with pytest.raises(WorkdirError, match=f"runs.tar.xz: .*{told}.*what was there stays"):
+    packed_runs.pack_runs(runs.find(root), tmp_path / "runs.tar.xz")
+  assert (tmp_path / "runs.tar.xz").read_bytes() == content
+  assert set(os.listdir(tmp_path)) == {"home", "runs.tar.xz"}
+
+
+@pytest.mark.parametrize(
+  "lost", ["muon", "muon/none-0.01-0/metrics.jsonl", "altered", "sha256.json"]
+)
+def test_what_is_gone_from_the_cache_is_opened_anew(root, tmp_path, lost):
+  packed_runs.pack_runs(runs.find(root), tmp_path / "runs.tar.xz")
+  first = packed_runs.find_runs(tmp_path / "runs.tar.xz")
+  (opened,) = (tmp_path / "cache/beyond_outliers/packed_runs").iterdir()
+  if lost == "altered":
+    (opened / "muon/none-0.01-0/status.json").write_text("{}")
+  elif (opened / lost).is_dir():
+    shutil.rmtree(opened / lost)
+  else:
+    (opened / lost).unlink()
+  again = packed_runs.find_runs(tmp_path / "runs.tar.xz")
+  assert [run.name for run in again] == [run.name for run in first] and len(first) == 2
+  assert all(run.metrics().equals(was.metrics()) for run, was in zip(again, first, strict=True))
+  assert again[1].status["status"] == "done"
+  assert list((tmp_path / "cache/beyond_outliers/packed_runs").iterdir()) == [opened]
+
+
+def test_a_run_in_the_folder_of_another(root, tmp_path):
+  inner, outer = (run.path for run in runs.find(root))
+  shutil.move(inner, outer / "inner")
+  said = packed_runs.pack_runs(runs.find(root), tmp_path / "runs.tar.xz")
+  assert ": 2 runs, " in said
+  found = packed_runs.find_runs(tmp_path / "runs.tar.xz")
+  assert [run.name for run in found] == [
+    f"{tmp_path}/runs.tar.xz/{name}" for name in ("none-0.01-0", "none-0.01-0/inner")
+  ]
 
 
 def test_the_same_runs_give_the_same_bytes(root, tmp_path):

@@ -40,6 +40,10 @@ REFUSED = {
     ["--root={sweep}", "--degradation=kl", "--settings=documents"],
     ["--settings = 'documents': expected name=value"],
   ),
+  "a setting twice": (
+    ["--root={sweep}", "--degradation=kl", "--settings=documents=3,documents=0"],
+    ["--settings = 'documents': is given twice"],
+  ),
   "no folder of cells": (
     ["--root={sweep}", "--degradation=kl", "--cells={empty}/no"],
     ["--cells = '", "no such folder"],
@@ -146,15 +150,19 @@ def test_runs_that_are_not_done_are_told_and_no_rates_written_meanwhile(told):
 def test_what_was_found_is_written_for_the_launcher(tmp_path):
   for module, rate in ((muon, 0.1), (adamw, 0.03)):
     workdir(tmp_path, module, rate, 0, [6.0, 3.0 + rate])
-  found = tuning.tunings(runs.find(tmp_path))
-  report.write_overrides(tmp_path / "tuned.json", "nano", found)
+  found, c = tuning.tunings(runs.find(tmp_path)), config.resolve(adamw.get_config())
+  report.write_overrides(tmp_path / "tuned.json", c, found)
   written, _ = unsealed(json.loads((tmp_path / "tuned.json").read_text()))
   assert written == {
     "size": "nano",
+    "model": {
+      **{"vocab": 2048, "blocks": 2, "heads": 3, "kv_heads": 1, "d_head": 128, "d_model": 384},
+      **{"mlp_hidden": 1536, "mlp": "relu2", "tied": True},
+    },
     "overrides": {
       "muon": {"optimizer.learning_rate": 0.1},
       "adamw": {"optimizer.learning_rate": 0.03},
     },
   }
   with pytest.raises(config.ConfigError, match="one entry per optimizer"):
-    report.write_overrides(tmp_path / "tuned.json", "nano", [*found, found[0]])
+    report.write_overrides(tmp_path / "tuned.json", c, [*found, found[0]])

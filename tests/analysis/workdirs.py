@@ -32,11 +32,10 @@ def workdir(
   folder = root / module.__name__.split(".")[-1] / f"{recipe}-{rate}-{seed}"
   folder.mkdir(parents=True, exist_ok=True)
   steps = max(losses) if isinstance(losses, dict) else len(losses)
-  c = config.resolve(
-    module.get_config(
-      f"{size},steps={steps},optimizer.learning_rate={rate},seed={seed},quant.recipe={recipe}{argument}"
-    )
-  )
+  own = f"steps={steps},optimizer.learning_rate={rate},seed={seed},quant.recipe={recipe}"
+  values = dict(part.split("=", 1) for part in f"{own}{argument}".split(","))
+  given = ",".join(f"{key}={value}" for key, value in values.items())
+  c = config.resolve(module.get_config(f"{size},{given}"))
   (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
   manifest = {
     "id": str(folder),

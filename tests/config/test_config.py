@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from beyond_outliers import config
+from beyond_outliers.evaluate import target
 from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 from configs import adamw, base
@@ -61,6 +63,31 @@ def test_every_config_and_every_size_builds_with_the_parameters_it_says(name, si
       "not 20 tokens per parameter, rounded up"
     )
     assert c.tokens_per_parameter == 20
+
+
+def test_steps_that_are_given_need_follow_nothing():
+  """Nor does a record, whose steps are a number."""
+  c = named("adamw", "0.1m,steps=7,model.mlp=swiglu")
+  assert c.steps == 7 and config.resolve(config.to_dict(c)) == c
+  assert named("adamw", "0.1m,tokens_per_parameter=40").steps == 2 * named("adamw", "0.1m").steps
+
+
+@pytest.mark.parametrize(
+  "name, argument, field",
+  [
+    ("adamw", "nano,model.dtype=float64", "model.dtype"),
+    ("muon", "nano,optimizer.ns_dtype=float64", "optimizer.ns_dtype"),
+    ("scion", "nano,optimizer.groups.hidden.ns_dtype=float64", "groups.hidden.ns_dtype"),
+  ],
+)
+def test_dtypes_that_jax_would_narrow_are_refused(name, argument, field, tmp_path):
+  c = named(name, argument)
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict(c)))
+  for start in (lambda: program_lib.build_program(c), lambda: target.RunCheckpoints(tmp_path)):
+    with pytest.raises(config.ConfigError, match=rf"{field} = 'float64': .* set JAX_ENABLE_X64=1"):
+      start()
+  with jax.enable_x64(True):
+    program_lib.build_program(c)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,6 +180,11 @@ BAD_ARGUMENTS = {
   "nano,model.heads=4,model.kv_heads=3": ("model.kv_heads = 3", "query heads (4)"),
   "nano,model.d_head=7": ("model.d_head = 7", "even"),
   "nano,model.init_std=1e999": ("model.init_std = inf", "finite"),
+  "nano,size=50m": ("size = '50m'", "chosen behind the colon"),
+  "nano,seed=1,steps=2,seed=1": ("config argument = 'seed'", "is given twice"),
+  "nano,tokens_per_parameter=40": ("tokens_per_parameter = 40", "steps = 260 are set"),
+  "0.1m,tokens_per_parameter=40,steps=9": ("tokens_per_parameter = 40", "steps = 9 are set"),
+  "0.1m,model.mlp=swiglu": ("model.mlp = 'swiglu'", "tokens_per_parameter for 'relu2' alone"),
   "nano,model.mlp=gelu": ("model.mlp = 'gelu'", "'relu2', 'swiglu'"),
   "nano,data.source=web": ("data.source = 'web'", "'sotu'"),
   "nano,data.source=text": ("data.path = ''", "glob"),

@@ -12,6 +12,9 @@ import time
 import commands
 import pytest
 
+from beyond_outliers import config
+from configs import soap
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -33,6 +36,33 @@ def test_it_lists_the_sweep_of_a_config_file(tmp_path):
   )
 
 
+def test_a_run_of_another_configuration_in_the_root_is_refused(tmp_path):
+  """Done, it was called so whatever was asked for; one that has to go on failed hours later."""
+  folder = tmp_path / "learning_rate=0.003,seed=0"
+  folder.mkdir()
+  saved = config.to_dict(config.resolve(soap.get_config("nano,optimizer.learning_rate=0.003")))
+  (folder / "config.json").write_text(json.dumps(saved))
+  (folder / "status.json").write_text(json.dumps({"status": "done"}))
+
+  def start(of):
+    return launch(f"--config=configs/{of}", f"--root={tmp_path}", "--where=seed=0", "--list")
+
+  for same in ("soap.py", "soap.py:nano,log.every=3"):
+    result = start(same)
+    assert result.returncode == 0 and f"{folder}: done" in result.stdout, result.stderr
+  others = {
+    "soap.py:nano,steps=24": "steps: 260 in the workdir, 24 now",
+    "muon.py": "optimizer.name: 'soap' in the workdir, 'muon' now",
+  }
+  for other, told in others.items():
+    result = start(other)
+    assert result.returncode == 2 and not result.stdout, result.stderr
+    assert f"{folder}: the workdir holds a run of another" in result.stderr, result.stderr
+    assert told in result.stderr
+  (folder / "config.json").write_text("{")
+  assert start("soap.py").returncode == 0, "which the run refuses"
+
+
 def test_a_condition_that_nothing_meets_is_refused(tmp_path):
   result = launch("--config=configs/adamw.py", f"--root={tmp_path}", "--where=seed=99", "--list")
   assert (
@@ -46,7 +76,11 @@ def test_what_an_analysis_found_replaces_the_sweep_s_values(tmp_path):
   file = tmp_path / "tuned.json"
   file.write_text(
     json.dumps(
-      {"size": "nano", "overrides": {"soap": {"optimizer.learning_rate": 0.01, "steps": 7}}}
+      {
+        "size": "nano",
+        "model": {"blocks": 2},
+        "overrides": {"soap": {"optimizer.learning_rate": 0.01, "steps": 7}},
+      }
     )
   )
 
@@ -59,6 +93,9 @@ def test_what_an_analysis_found_replaces_the_sweep_s_values(tmp_path):
   ]
   assert (
     "found at size nano, and this is 50m; tune at that size" in start("configs/soap.py:50m").stderr
+  )
+  assert "found with model.blocks = 2, and this has 1; tune that model" in (
+    start("configs/soap.py:nano,model.blocks=1").stderr
   )
   assert "nothing about muon; it has soap" in start("configs/muon.py").stderr
 
@@ -91,6 +128,7 @@ REFUSED = {
   "no file": (["--config=configs/nobody.py"], "--config=configs/nobody.py: there is no such file"),
   "a condition": (["--where=seed"], "--where=seed: expected key=value"),
   "a condition's value": (["--where=seed=zero"], "--where=seed=zero: expected key=value"),
+  "a condition twice": (["--where=seed=0,seed=1"], "--where = 'seed': is given twice"),
   "no run": (["--where=seed=99"], "--where=seed=99: no run of"),
   "no overrides": (["--overrides=nobody.json"], "--overrides=nobody.json: there is no such file"),
   "torn overrides": (["--overrides={folder}/torn.json"], "torn.json: is not the JSON that was"),

@@ -160,6 +160,7 @@ REFUSED = {
   ("vertex", "a100=0"): "--requirements=a100=0: expected a number, such as a100=8",
   ("vertex", "a100"): "--requirements=a100: expected a number",
   ("vertex", "a100=8;t4=1"): "one kind of accelerator a job",
+  ("vertex", "a100=8;a100=1"): "--requirements = 'a100': is given twice",
 }
 
 

@@ -425,7 +425,7 @@ def test_micro_batches_stay_where_gradients_are_quantized(finished, cut, tiny_co
   """Over the tokens of one, by draws for one."""
   options = {"checkpoint.every": 4, "checkpoint.keep": 5, "quant.recipe": "int8_gradients"}
   c = dataclasses.replace(finished[0], quant=tiny_config(**options).quant)
-  initialize.check_same_run(finished[0], dataclasses.replace(finished[0], micro_batches=2))
+  initialize.check_same_run(finished[0], dataclasses.replace(finished[0], micro_batches=2), cut)
   (cut / "config.json").write_text(json.dumps(config.to_dict(c)))
   (cut / "manifest.json").unlink()
   with pytest.raises(

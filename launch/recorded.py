@@ -1,0 +1,55 @@
+"""What files say of a sweep: values that an analysis found for it, and the runs in its workdirs."""
+
+from __future__ import annotations
+
+import os
+import runpy
+
+from beyond_outliers import config
+from beyond_outliers.config import sweeps
+from beyond_outliers.config.files import read_json
+from beyond_outliers.config.sizes import shape_of
+from beyond_outliers.errors import ConfigError, WorkdirError
+
+
+def found(file: str, path: str, argument: str) -> sweeps.Overrides:
+  """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
+  size, or of that in another shape, or lacks the optimizer."""
+  remedy = "give what analysis --overrides=FILE wrote"
+  try:
+    saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
+  except (FileNotFoundError, NotADirectoryError):
+    raise ConfigError(f"--overrides={file}: there is no such file; {remedy}") from None
+  c = runpy.run_path(path)["get_config"](argument)
+  if saved["size"] != c.size:
+    raise ConfigError(
+      f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
+    )
+  shape = shape_of(c.model)
+  for key, was in saved.get("model", {}).items():  # none in files of earlier versions
+    if shape.get(key) != was:
+      raise ConfigError(
+        f"--overrides={file}: found with model.{key} = {was!r}, and this has {shape.get(key)!r}; "
+        "tune that model"
+      )
+  if c.optimizer.name not in saved["overrides"]:
+    raise ConfigError(
+      f"--overrides={file}: nothing about {c.optimizer.name}; "
+      f"it has {', '.join(saved['overrides'])}"
+    )
+  return saved["overrides"][c.optimizer.name]
+
+
+def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overrides) -> None:
+  """Refusal of a workdir whose run is another than the sweep's, as `main` refuses it, which is not
+  asked where the run has ended. Errors: ConfigError with the differing keys."""
+  try:
+    saved = read_json(os.path.join(workdir, "config.json"), WorkdirError, "")
+    old = config.resolve(saved)
+  except (FileNotFoundError, NotADirectoryError, ConfigError, WorkdirError):
+    return  # of a damaged one its run itself tells
+  new = config.resolve(config.override(runpy.run_path(path)["get_config"](argument), values))
+  if old != new:
+    from beyond_outliers.train import initialize  # with all of JAX
+
+    initialize.check_same_run(old, new, workdir)
