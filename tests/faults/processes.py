@@ -283,9 +283,9 @@ def status(workdir: pathlib.Path) -> dict:
   return json.loads(path.read_text()) if path.exists() else {"status": "", "step": 0, "reason": ""}
 
 
-def outcome(workdir: pathlib.Path) -> dict:
-  """Digests of the last step's state, position in the data, and rows, but for what they say of the
-  machine. Read by Orbax alone."""
+def outcome(workdir: pathlib.Path, behind: int = 0) -> dict:
+  """Digests of the last step's state, position in the data, and rows behind a step, but for what
+  they say of the machine. Read by Orbax alone."""
   last = workdir / "checkpoints" / str(STEPS)
   with ocp.PyTreeCheckpointer() as reader:
     tree = reader.metadata(last / "state").item_metadata.tree
@@ -299,6 +299,7 @@ def outcome(workdir: pathlib.Path) -> dict:
   kept = [
     {name: value for name, value in row.items() if not any(word in name for word in OF_THE_MACHINE)}
     for row in rows(workdir)
+    if row["step"] > behind
   ]
   return {
     "state": digest.hexdigest(),

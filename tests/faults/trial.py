@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import pathlib
 import random
 import re
@@ -54,13 +53,12 @@ class Suite:
     how = {"datasets": self.datasets, **how}
     return processes.start(kind, workdir, logs, *flags, corpus=self.corpus, **how)
 
-  def expected(self, kind: Kind) -> dict:
-    """The outcome of a run that nothing befell."""
+  def alone(self, kind: Kind) -> pathlib.Path:
+    """A run that nothing befell."""
     with self._made(kind, "alone") as (workdir, logs, is_new):
       if is_new:
         self._finish(self.start(kind, workdir, logs), DONE)
-        (workdir / "outcome").write_text(json.dumps(processes.outcome(workdir)))
-    return json.loads((workdir / "outcome").read_text())
+    return workdir
 
   def stopped(self, kind: Kind, name: str = "stopped", **changed) -> pathlib.Path:
     """A run that was asked to stop, with several checkpoints."""
@@ -112,6 +110,7 @@ class Trial:
     self.logs.mkdir(parents=True)
     self.result = Result(fault, number, seed, self.kind.name)
     self._fault = row
+    self._rows_behind = 0  # a step up to which rows were gone, as was told
     self._started: list[Process] = []
 
   def note(self, text: str) -> None:
@@ -150,15 +149,14 @@ class Trial:
         assert now["status"] != "failed" or f"process {victim} of 2" in now["reason"], now
 
   def run(self) -> Result:
-    expected = self.suite.expected(self.kind)
-    result = self.result
+    alone, result = self.suite.alone(self.kind), self.result
     try:
       self._fault.inflict(self)
       told = any(code != DONE for codes in result.codes for code in codes)
       before = processes.last_row(self.workdir)
       committed = processes.steps(self.workdir)
       told |= self._recover(before, committed)
-      end = processes.outcome(self.workdir)
+      end, expected = (processes.outcome(run, self._rows_behind) for run in (self.workdir, alone))
       result.same = end == expected
       result.outcome = "told" if told else "harmless"
       if not result.same:
@@ -197,9 +195,12 @@ class Trial:
         told |= any(word in said for word in ("damaged", "not verified", "going back", "is gone"))
         newest = max(committed, default=0)
         assert at >= newest or told, f"resumed from {at} and not from {newest}, without a word"
-        assert at >= max([0, *committed[:-1]]) or "going back" in said or committed == [], (
-          f"resumed from {at} of {committed}"
-        )
+        sound = [step for step in committed if f"checkpoints/{step} is damaged" not in said]
+        assert at >= max([0, *sound]) or "going back" in said, f"resumed from {at} of {committed}"
+        if gone := re.search(
+          r"metrics\.jsonl is gone; its rows will begin behind step (\d+)", said
+        ):
+          self._rows_behind = int(gone[1])
         allowed = EVERY * (2 if at < before - before % EVERY else 1)
         assert self.result.lost <= allowed, f"{self.result.lost} steps lost"
         return told
