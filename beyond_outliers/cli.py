@@ -195,6 +195,10 @@ def _parse(argv: list[str]) -> list[str]:
     # with all its values: the last line is what was meant.
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
+  for name in flags.FLAGS:
+    flag = flags.FLAGS[name]
+    if isinstance(flag.value, list) and flag.present > 1:  # all but the last would be lost
+      _refuse(f"--{name} is given {flag.present} times: give it once, as --{name}=A,B")
   if "config" in flags.FLAGS and flags.FLAGS["config"].present:
     path = config_path()
     if not os.path.exists(path):

@@ -25,6 +25,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.config.files import folders_with
 from beyond_outliers.data.moved import find_dataset
 from beyond_outliers.errors import DataError
+from beyond_outliers.mesh import jax_settings
 from beyond_outliers.model import transformer
 from beyond_outliers.types import Batch, Json, Params, PathLike
 
@@ -153,7 +154,9 @@ class Run:
 
   @functools.cached_property
   def model(self) -> transformer.Transformer:
-    """The model as it was trained: under the run's recipe, if it has one."""
+    """The model as it was trained: under the run's recipe, if it has one. Errors: ConfigError for a
+    dtype that JAX would narrow."""
+    jax_settings.check_dtypes(self.config)
     recipe = quant.recipes.from_config(self.config.quant)
     return transformer.Transformer(
       self.config.model, quant.dot_general_for(recipe, self.config.quant.backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import sys
 
 from beyond_outliers import config
 from beyond_outliers.config import sweeps
@@ -53,3 +54,9 @@ def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overri
     from beyond_outliers.train import initialize  # with all of JAX
 
     initialize.check_same_run(old, new, workdir)
+    if old.data.path != new.data.path:  # which may lead to the same text
+      print(
+        f"{workdir}: its run read data.path = {old.data.path!r}, not {new.data.path!r}; whether "
+        "they hold the same is compared where it goes on, not of a run that is done",
+        file=sys.stderr,
+      )

@@ -67,8 +67,8 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
   is below CL, which is `crossing`; there a run's best loss is the least of many estimates, each on
   few fresh tokens, and so below what it would be on all. Here all is of one validation set, and the
   best loss is the last one. landings.py compares what quantization costs at each.
-  Errors: ConfigError as `tuning.tunings`; fewer than two evaluations before the cool-down; losses
-    that do not fall with the steps."""
+  Errors: ConfigError as `tuning.tunings`; an optimizer without a run of full length; fewer than two
+    evaluations before the cool-down; losses that do not fall with the steps."""
   frame = run_frame(runs, but=("steps",))
   frame = frame[frame.recipe == FULL_PRECISION]
   if frame.empty:
@@ -77,6 +77,11 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
       "give some"
     )
   length = int(frame.steps.max())
+  if shorter := sorted(set(frame.optimizer) - set(frame.optimizer[frame.steps == length])):
+    raise ConfigError(
+      f"{', '.join(shorter)}: no run of {length} steps, the longest here; train one, or leave out "
+      f"{'these' if len(shorter) > 1 else 'this optimizer'}, or what is longer"
+    )
   tunings = tunings_of(frame[frame.steps == length])
   target = max(t.loss for t in tunings)
   if not math.isfinite(target):

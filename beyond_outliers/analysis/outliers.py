@@ -33,6 +33,7 @@ from beyond_outliers.evaluate.outlier_metrics import (
 from beyond_outliers.model.forward import make_forward
 from beyond_outliers.model.transformer import check_params
 from beyond_outliers.quant import QuantSpec
+from beyond_outliers.quant.ptq.checks import check_tokens
 from beyond_outliers.types import Batch, Params
 
 __all__ = [
@@ -72,10 +73,15 @@ def measure(
 
   batches: as runs.Run.batches("validation") gives them. spec: what sqnr is under, along the
     features.
-  Errors: ConfigError for parameters of another model, and for no batch."""
+  Errors: ConfigError for parameters of another model, tokens of another tokenizer, and no batch."""
   check_params(model, params)
   step = jax.jit(measurement(make_forward(model, mask_documents), spec))
-  return collect(step(params, batch) for batch in batches)
+  return collect(step(params, _known(batch, model.config.vocab)) for batch in batches)
+
+
+def _known(batch: Batch, vocab: int) -> Batch:
+  check_tokens(batch["tokens"], vocab, "batches")
+  return batch
 
 
 def weights(params: Params, spec: QuantSpec = WEIGHTS) -> pd.DataFrame:

@@ -26,6 +26,7 @@ MAY_DIFFER = (
   "tokens_per_parameter",  # what `steps`, which is compared, was derived from
   "eval.every",  # the losses in tables are those after the last step
   "average",  # training does not see it
+  "warm_start",  # each seed may have a parent of its own; that runs have one, a recipe's share
   "data.validation",  # may name files, wherever they lie: the dataset's fingerprint tells
 )
 # Of the model: what makes it larger. All else of `model` are switches of the architecture.
@@ -194,10 +195,15 @@ def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
     **jax_settings.changed_in(run.manifest),
   }
   own = {"optimizer": c.optimizer.name, "quant": quant.recipes.name_of(c.quant)}
-  return {"": with_all} | {
+  found = {"": with_all} | {
     f"{section} {name}": {key: value for key, value in flat.items() if _below(key, [section])}
     for section, name in own.items()
   }
+  of_recipe = found[f"quant {own['quant']}"]
+  of_recipe["warm_start"] = "a run" if c.warm_start else ""
+  if quant.recipes.from_config(c.quant).sees_batches:
+    of_recipe["micro_batches"] = c.micro_batches
+  return found
 
 
 def _differences(

@@ -65,8 +65,10 @@ def sum_of_contents(files: Iterable[str]) -> str:
 
 
 def sum_of_places(files: Iterable[str]) -> str:
-  """By it files are told from others of their names and sizes; where links lead, if they are."""
-  return hashlib.sha256(json.dumps([*map(os.path.realpath, files)]).encode()).hexdigest()
+  """By it files are told from others of their names and sizes: where links lead, if they are; and
+  which files they are, since a folder that is renamed leaves paths and times as they were."""
+  places = [[os.path.realpath(file), os.stat(file).st_ino] for file in files]
+  return hashlib.sha256(json.dumps(places).encode()).hexdigest()
 
 
 def last_change(files: Iterable[str]) -> int:

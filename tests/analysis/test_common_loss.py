@@ -93,3 +93,6 @@ def test_a_run_that_tells_too_little_for_the_common_loss_is_refused(tmp_path):
     config.ConfigError, match=r"muon: 1 evaluations between .* train with a smaller eval.every"
   ):
     common_loss(runs.find(tmp_path))
+  workdir(tmp_path, soap, 0.1, 0, {128: 4.0}, argument=",steps=128")
+  with pytest.raises(config.ConfigError, match="soap: no run of 256 steps, the longest here"):
+    common_loss(runs.find(tmp_path))

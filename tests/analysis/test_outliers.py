@@ -63,6 +63,10 @@ def test_no_batch_and_parameters_of_another_model_are_refused():
     outliers.measure(model, random_params(model), [])
   with pytest.raises(config.ConfigError, match=r"params: .*: model.config makes it"):
     outliers.measure(model, random_params(deeper), BATCHES)
+  with pytest.raises(config.ConfigError, match="batches = -99: the model knows tokens below"):
+    outliers.measure(
+      model, random_params(model), [{**BATCHES[0], "tokens": BATCHES[0]["tokens"] - 99}]
+    )
 
 
 def expected(x, spec=outliers.ACTIVATIONS):

@@ -145,11 +145,22 @@ def test_runs_of_one_recipe_have_its_settings_in_common(sweep, tmp_path):
     workdir(tmp_path / "qat", adamw, 0.1, seed, [6.0], recipe="quest_w4a4", argument=argument)
   with pytest.raises(config.ConfigError, match=r"quant\.backend: 'aqt' in .*, 'jax' in"):
     tuning.check_comparable(runs.find(tmp_path / "qat"))
+  for seed in (0, 1):  # each from a parent of its own
+    argument = f",warm_start=runs/{seed}"
+    workdir(tmp_path / "warm", adamw, 0.1, seed, [6.0, 4.0], recipe="quest_w4a4", argument=argument)
+  warm = runs.find(tmp_path / "warm")
+  tuning.check_comparable([*warm, *sweep])
+  workdir(tmp_path / "fresh", adamw, 0.1, 0, [6.0, 4.0], recipe="quest_w4a4")
+  with pytest.raises(config.ConfigError, match=r"warm_start: '' in .*, 'a run' in"):
+    tuning.check_comparable([*runs.find(tmp_path / "fresh"), *warm])
+  for seed, parts in ((0, 1), (1, 2)):
+    argument = f",micro_batches={parts}"
+    workdir(tmp_path / "int8", adamw, 0.1, seed, [6.0], recipe="int8_gradients", argument=argument)
+  with pytest.raises(config.ConfigError, match=r"micro_batches: 1 in .*, 2 in"):
+    tuning.check_comparable(runs.find(tmp_path / "int8"))
 
 
-@pytest.mark.parametrize(
-  "change", ["eval.every=1", "average.decay=0.9", "log.every=7", "tokens_per_parameter=7"]
-)
+@pytest.mark.parametrize("change", ["eval.every=1", "average.decay=0.9", "log.every=7"])
 def test_runs_may_differ_in_what_decides_no_loss(tmp_path, change):
   workdir(tmp_path, adamw, 0.1, 0, [6.0, 4.0])
   workdir(tmp_path, adamw, 0.1, 1, [6.0, 4.0], argument=f",{change}")
@@ -166,6 +177,7 @@ def test_every_key_of_a_config_is_compared_or_listed(tmp_path):
     may = {name for name in tuning.MAY_DIFFER if f"{key}.".startswith(f"{name}.")}
     assert (key in with_all) != bool(may), key
     section = key.split(".")[0]
-    assert any(key in own for own in of_one) == (section in ("optimizer", "quant")), key
+    own = section in ("optimizer", "quant", "warm_start")
+    assert any(key in values for values in of_one) == own, key
     listed |= may
   assert listed == set(tuning.MAY_DIFFER)

@@ -490,7 +490,8 @@ def test_contents_of_the_same_length_are_compared_where_a_file_was_touched(make_
 def test_another_corpus_of_the_same_names_and_sizes_is_refused(
   make_config, texts, tmp_path, monkeypatch, path
 ):
-  """In another folder, or behind a link that leads elsewhere; all older than the dataset."""
+  """In another folder, behind a link that leads elsewhere, or in one that was given the name of the
+  other; all older than the dataset."""
   others = [text.replace("document", "monument") for text in texts]
   for name, contents in (("a", texts), ("copy", texts), ("b", others)):
     (tmp_path / name / "text").mkdir(parents=True)
@@ -514,6 +515,13 @@ def test_another_corpus_of_the_same_names_and_sizes_is_refused(
     said("b")
   assert ["comparing its contents" in line for line in said("copy")] == [True]
   assert said("copy") == [], "once, and not in every start"
+  said("a")
+  (tmp_path / "a").rename(tmp_path / "former")
+  (tmp_path / "b").rename(tmp_path / "a")
+  with pytest.raises(DataError, match="other contents"):
+    said("a")
+  (tmp_path / "a").rename(tmp_path / "b")
+  (tmp_path / "former").rename(tmp_path / "a")
   meta = pathlib.Path(data.dataset_directory(cfg), "meta.json")  # as older versions wrote it
   described = json.loads(meta.read_text())
   del described["places"], described["sha256"]

@@ -1002,6 +1002,10 @@ REFUSED = {
     ["--workdir={run}", "--hf={run}"],
     ["expected one of --workdir, --hf, --checkpoint"],
   ),
+  "a list given twice": (
+    ["--workdir={run}", "--recipes=rtn_w4a4", "--recipes=rtn_w8a8"],
+    ["--recipes is given 2 times: give it once"],
+  ),
   "no run": (["--workdir={empty}"], ["holds no run"]),
   "no checkpoints": (["--workdir={bare}"], ["bare: no checkpoint", "--follow"]),
   "a recipe": (

@@ -71,7 +71,7 @@ def test_a_second_job_measures_anew_what_the_run_has_made_anew(go_back, workdir,
   go_back(workdir, 2)
   again = runs.open(workdir).digest(2)
   assert again != digest
-  reported = ptq_degradation.find_cells([runs.open(workdir)], {}, [out], but=["step"])
+  reported, _ = ptq_degradation.find_cells([runs.open(workdir)], {}, [out], but=["step"])
   assert {cell["step"] for _, cell in reported} == {1}
   assert "of step 2, rtn_w4a4, rtn is of other parameters than that" in capsys.readouterr().err
   job = begin(workdir, out, said.append)
