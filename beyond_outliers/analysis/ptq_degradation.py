@@ -8,7 +8,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,12 +79,8 @@ def find_cells(
   Errors: ConfigError for a folder that is none, a setting that cells do not have, and runs that do
     not compare, see `tuning.check_comparable`."""
   for folder in folders:
-    require(
-      os.path.isdir(folder),
-      "folders",
-      str(folder),
-      "there is no such folder; give those that evaluate had as --out",
-    )
+    remedy = "there is no such folder; give those that evaluate had as --out"
+    require(os.path.isdir(folder), "folders", str(folder), remedy)
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
   every = {run: _of_run(run, shared) for run in runs}
   known = set(MEASURED_ON).union(*(cell["settings"] for cells in every.values() for cell in cells))
@@ -102,6 +99,7 @@ def find_cells(
         found.append((run, cell))
   if "step" not in but:
     found = _last_steps(found)
+    _check_averages(found)
   if having := list(dict.fromkeys(run for run, _ in found)):
     # Optimizers that came to one loss did so in lengths of their own.
     check_comparable(having, but=("steps",))
@@ -110,6 +108,18 @@ def find_cells(
       of = f"{cell['recipe']}, {cell['method']}"
       said.append(f"{run.name}: {of} could not be had of {len(others)} matrices: {others[0]}, ...")
   return found, said
+
+
+def _check_averages(found: Iterable[tuple[runs_lib.Run, results.Result]]) -> None:
+  """Refusal of averages of one name that are made otherwise. Errors: ConfigError."""
+  alike: dict[str, tuple[str, Any]] = {}
+  for run, cell in found:
+    name = cell["settings"].get("average", "")
+    over = [step / run.config.steps for step in cell.get("averaged", [])]
+    made = {"decay": run.config.average.decay} if name == "ema" else {"steps / all": over}
+    first, expected = alike.setdefault(name, (run.name, made))
+    if name and made != expected:
+      raise ConfigError(f"{name}: {expected} in {first}, {made} in {run.name}: report them apart")
 
 
 def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> list[str]:

@@ -267,6 +267,13 @@ def test_an_average_of_fewer_checkpoints_than_it_says_is_left_out(tmp_path, caps
   assert f"{short}: step 200: last:3 is the mean of 1, of the steps 200, and left out" in text
 
 
+def test_averages_of_one_name_are_made_alike(tmp_path, capsys):
+  recorded(quantized(tmp_path, 0, average="last:2"), averaged=[100, 200])
+  recorded(quantized(tmp_path, 1, average="last:2"), averaged=[150, 200])
+  with pytest.raises(config.ConfigError, match=r"last:2: .*\[0\.5, 1\.0\].* in .*0\.75"):
+    printed(tmp_path, capsys, {"average": "last:2"})
+
+
 def test_matrices_that_a_method_could_not_quantize_are_told(tmp_path, capsys):
   fallback = {"matrix": "layers/0/mlp/up", "rounding": "nearest", "damping": None}
   folder = quantized(tmp_path)
