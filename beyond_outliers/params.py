@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,11 +187,14 @@ def check_floats(tree: Mapping[str, Any]) -> None:
     )
 
 
-def check_shapes(params: Any, shapes: Any) -> None:
+def check_params(model: Any, params: Mapping[str, Any]) -> None:
   """Refusal of parameters that are not those of a model, by the first path that differs. Scales
-  that a model trained quantized has learned may be among them. shapes: the plain model's.
+  that a model trained quantized has learned may be among them.
 
   Errors: ConfigError."""
+  plain, tokens = model.clone(dot_general_for=None), np.zeros((1, 1), np.int32)
+  # Unboxed where it is traced: it may be under a mesh, which takes no shapes alone.
+  shapes = jax.eval_shape(lambda: nn.unbox(plain.init(jax.random.key(0), tokens)["params"]))
   found, expected = (
     {path: str(getattr(leaf, "shape", type(leaf).__name__)) for path, leaf in leaves.items()}
     for leaves in (leaves_by_path(params), leaves_by_path(shapes))

@@ -77,9 +77,8 @@ def compare_landings(
   cells = _quantized(list(landed.values()), metric, settings, folders)
   for way in WAYS:
     of_way = places[places.way == way][["run", "step"]]
-    ptq_degradation.check_cells(
-      cells.merge(of_way), but=("step",)
-    )  # the loss is one, not the place
+    # Of them the loss is one, not the place.
+    ptq_degradation.check_cells(cells.merge(of_way), but=("step",))
   pairs = cells[["recipe", "method"]].drop_duplicates() if len(cells) else DEFAULT
   keys = ["recipe", "method", "run", "step"]
   values = places.merge(pairs, how="cross").merge(

@@ -14,7 +14,6 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis.tuning import (
   EXTENT,
   FULL_PRECISION,
-  SHAPE,
   Tuning,
   run_frame,
   standing,
@@ -22,6 +21,7 @@ from beyond_outliers.analysis.tuning import (
   tunings_of,
 )
 from beyond_outliers.config.checks import nearest, require
+from beyond_outliers.config.sizes import SHAPE
 from beyond_outliers.errors import ConfigError
 
 COLUMNS = ("optimizer", "recipe", "parameters", "tokens", "loss", "seed")

@@ -31,7 +31,7 @@ from beyond_outliers.evaluate.outlier_metrics import (
   statistics,
 )
 from beyond_outliers.model.forward import make_forward
-from beyond_outliers.model.transformer import check_params
+from beyond_outliers.params import check_params
 from beyond_outliers.quant import QuantSpec
 from beyond_outliers.quant.ptq.checks import check_tokens
 from beyond_outliers.types import Batch, Params

@@ -10,6 +10,7 @@ import pandas as pd
 
 from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
+from beyond_outliers.config.sizes import SHAPE
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json
@@ -29,8 +30,6 @@ MAY_DIFFER = (
   "warm_start",  # each seed may have a parent of its own; that runs have one, a recipe's share
   "data.validation",  # may name files, wherever they lie: the dataset's fingerprint tells
 )
-# Of the model: what makes it larger. All else of `model` are switches of the architecture.
-SHAPE = ("blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden")
 # Columns of `run_frame` that say how large a model is and how long it is trained: of one sweep one.
 EXTENT = ("size", "shape", "batch_size", "steps")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Of the section `model`: what decides how many parameters there are, and their shapes.
-SHAPE = ("vocab", "blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden", "mlp", "tied")
+# Of the section `model`: what makes it larger. All else are switches of the architecture.
+SHAPE = ("blocks", "heads", "kv_heads", "d_head", "d_model", "mlp_hidden")
 
 SIZES = {
   # Below the study. nano is for trying things out: minutes on a laptop. The ladder is for scaling
@@ -28,5 +28,6 @@ SIZES = {
 
 
 def shape_of(model: Any) -> dict[str, Any]:
-  """SHAPE of a section `model`, with which what was tuned on a model is taken for another."""
-  return {name: getattr(model, name) for name in SHAPE}
+  """What decides how many parameters a section `model` has, and their shapes: with it what was
+  tuned on a model is taken for another."""
+  return {name: getattr(model, name) for name in ("vocab", *SHAPE, "mlp", "tied")}

@@ -24,8 +24,7 @@ import numpy as np
 from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.error_sums import centred, columns, jackknife
 from beyond_outliers.evaluate.paired_run import PairedRun, Windows
-from beyond_outliers.model.transformer import check_params
-from beyond_outliers.params import at_any_depth
+from beyond_outliers.params import at_any_depth, check_params
 from beyond_outliers.quant import QuantizedModel
 from beyond_outliers.quant.ptq import rotation_fusion
 from beyond_outliers.quant.ptq.checks import check_tokens

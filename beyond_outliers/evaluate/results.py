@@ -168,9 +168,10 @@ def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
   """Those of the cells that are of a run, and of the parameters that its checkpoints have now; what
   is of others, which a run that went back has left, is told once."""
   itself, found = names_of(run), []
+  digest_of = functools.cache(run.digest)
   for cell in cells:
     if cell["settings"].get("trained") in itself:
-      if is_of(cell, run.digest(cell["step"])):
+      if is_of(cell, digest_of(cell["step"])):
         found.append(cell)
       else:
         which = "step {step}, {recipe}, {method}".format_map(cell)

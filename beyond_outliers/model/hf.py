@@ -26,6 +26,7 @@ from beyond_outliers.model.hf_files import INDEX, SINGLE
 from beyond_outliers.params import (
   all_finite,
   check_floats,
+  check_params,
   float_type,
   is_kernel,
   is_stacked,
@@ -189,11 +190,11 @@ def _shapes(c: config.Model) -> dict[str, tuple[int, ...]]:
 def _check_plain(model: Any) -> None:
   """Refusal of a model that multiplies otherwise than those of the files do."""
   own = model.dot_general_for or (lambda path: None)
-  quantized = [path for path in model.contractions() if own(path) is not None]
+  quantized = next((path for path in model.contractions() if own(path) is not None), None)
   require(
-    not quantized,
+    quantized is None,
     "model",
-    f"quantized at {', '.join(quantized[:1])}",
+    f"quantized at {quantized}",
     "the files would hold its float weights, which compute another loss; give "
     "model.clone(dot_general_for=None) to write these, or write what the model computes by "
     "quant.quantized and its save, or export.compressed_tensors",
@@ -201,7 +202,7 @@ def _check_plain(model: Any) -> None:
 
 
 def _check_params(model: Any, params: Params) -> None:
-  transformer.check_params(model, params)
+  check_params(model, params)
   for path, leaf in leaves_by_path(params).items():  # `load` would not read it again
     remedy = "NaN or infinity; take another checkpoint"
     require(bool(all_finite(leaf)), f"params: {path}", "not finite", remedy)

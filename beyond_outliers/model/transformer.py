@@ -19,7 +19,7 @@ from beyond_outliers.model.loss import cross_entropy, flat_logits
 from beyond_outliers.model.stack import Stack, dot_generals_at
 from beyond_outliers.ops import dot
 from beyond_outliers.ops.linear_cross_entropy import linear_cross_entropy
-from beyond_outliers.params import KERNEL, LAYERS, Axes, check_shapes
+from beyond_outliers.params import KERNEL, LAYERS, Axes
 from beyond_outliers.types import Params
 
 
@@ -140,11 +140,6 @@ def boxed_shapes(model: Transformer) -> Any:
 def shapes(model: Transformer) -> Params:
   """The abstract parameters: ShapeDtypeStructs."""
   return jax.eval_shape(lambda: init(model, 0))
-
-
-def check_params(model: Any, params: Params) -> None:
-  """Refusal of parameters of another model than this. Errors: ConfigError."""
-  check_shapes(params, shapes(model.clone(dot_general_for=None)))
 
 
 def without_dot_general_params(c: config.Model, params: Params) -> Params:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from beyond_outliers.params import (
   FLOATS,
   at_depth,
   check_floats,
-  check_shapes,
+  check_params,
   is_stacked,
   leaves_by_path,
 )
@@ -58,9 +57,7 @@ def check_model(model: LanguageModel, params: Params, recipe: Recipe, how: Metho
       "give its own recipe, quant.recipes.from_config(run.config.quant), and the method 'rtn', or "
       "model.clone(dot_general_for=None) to quantize its float weights anew",
     )
-  plain = model.clone(dot_general_for=None)
-  boxed = jax.eval_shape(plain.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-  check_shapes(params, jax.eval_shape(nn.unbox, boxed))  # traced: it may be under a mesh
+  check_params(model, params)
 
 
 def check_tokens(tokens: Array, vocab: int, field: str) -> None:
