@@ -1,10 +1,13 @@
-"""A compiled step computes the same on every mesh, whatever an optimizer does with its gradient."""
+"""A compiled step computes the same on every mesh, whatever an optimizer does with its gradient,
+and lowers for accelerators."""
+
+import importlib
 
 import jax
 import numpy as np
 import pytest
 
-from beyond_outliers import config
+from beyond_outliers import config, optim
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers.train.program import build_program
 from configs import shampoo
@@ -43,3 +46,15 @@ def test_a_step_is_the_same_on_a_mesh_of_three_axes(tiny):
   argument = tiny(**size, **{"optimizer.learning_rate": 1e-4})
   one, other = (trained(shampoo.get_config(argument), mesh) for mesh in ((1, 1, 1), (2, 2, 2)))
   np.testing.assert_allclose(other, one, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_steps_lower_for_accelerators(tiny, name):
+  """No primitive without a lowering there, no call into LAPACK: what a CPU can tell of a GPU."""
+  c = importlib.import_module(f"configs.{name}_qat").get_config(tiny())
+  c.mesh.update({"data": 2, "fsdp": 4})
+  program = build_program(config.resolve(c))
+  with mesh_lib.use(program.mesh):
+    traced = program.train_step.trace(program.state, program.batch)
+    for platform in ("cuda", "tpu"):
+      assert "lapack" not in traced.lower(lowering_platforms=(platform,)).as_text()
