@@ -61,13 +61,14 @@ def find_or_train(
   *,
   ladder: bool = False,
 ) -> list[runs_lib.Run]:
-  """The runs in the folder `where`; or, for a row of SMALL_RUNS, a run of each config file under
-  each recipe in runs/<row>, trained on this machine unless it was before.
+  """The runs in the folders or packed files `where`, separated by commas; or, for a row of
+  SMALL_RUNS, a run of each config file under each recipe in runs/<row>, trained on this machine
+  unless it was before.
 
   ladder: of every size, instead of the usual one.
   Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
   if where not in SMALL_RUNS:
-    return _find(where)
+    return [run for folder in where.split(",") for run in _find(folder)]
   example = SMALL_RUNS[where]
   sizes = list(example.steps)
   return [

@@ -57,11 +57,14 @@ class Gap:
     return estimate(100 * (self.losses[1] - self.losses[0]) / self.losses[0])
 
 
-def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
+def qat_gaps(
+  runs: Sequence[runs_lib.Run], *, own_rates: bool = False
+) -> tuple[list[Gap], list[str]]:
   """A `Gap` per optimizer and recipe, by recipe, smallest first; and in words what was left out.
 
   As in the study (arXiv 2509.23500, section 3) both sides have the learning rate that is best in
   full precision; where a recipe was not trained at that rate, the best it was trained at.
+  own_rates: each side has the rate that is best for it.
   Errors: ConfigError as `tuning.tunings`."""
   frame = run_frame(runs)
   left_out = [standing(run) for run in frame.run if run.status["status"] != "done"]
@@ -78,10 +81,17 @@ def qat_gaps(runs: Sequence[runs_lib.Run]) -> tuple[list[Gap], list[str]]:
     elif len(full.losses) > 1 and not math.isfinite(full.loss):
       left_out.append(f"{name}: no learning rate with all seeds done in full precision")
     else:
-      gap, alone = _pair(frame, full, under)
+      rate = under.learning_rate if own_rates else study_rate(under, full)
+      gap, alone = _pair(frame, full, under, rate)
       left_out += alone
       gaps += [gap] if gap else []
   return sorted(gaps, key=lambda gap: (gap.recipe, gap.loss.mean)), left_out
+
+
+def gaps_at_own_rates(runs: Sequence[runs_lib.Run], gaps: Sequence[Gap]) -> list[Gap]:
+  """What `qat_gaps` finds with own_rates; none where these are the rates of `gaps`."""
+  own, _ = qat_gaps(runs, own_rates=True)
+  return own if [gap.rates for gap in own] != [gap.rates for gap in gaps] else []
 
 
 def compare_gaps(gaps: Sequence[Gap]) -> list[tuple[str, Comparison]]:
@@ -103,9 +113,12 @@ def compare_gaps(gaps: Sequence[Gap]) -> list[tuple[str, Comparison]]:
   return found
 
 
-def _pair(frame: pd.DataFrame, full: Tuning, under: Tuning) -> tuple[Gap | None, list[str]]:
-  """(the gap, None where no seed is done on both sides; seeds that are done on one side only)."""
-  rate = study_rate(under, full)
+def _pair(
+  frame: pd.DataFrame, full: Tuning, under: Tuning, rate: float
+) -> tuple[Gap | None, list[str]]:
+  """(the gap, None where no seed is done on both sides; seeds that are done on one side only).
+
+  rate: under the recipe."""
   sides = [_done(frame, full, full.learning_rate), _done(frame, under, rate)]
   seeds = tuple(int(seed) for seed in sides[0].index.intersection(sides[1].index))
   alone = sorted(set(sides[0].index) ^ set(sides[1].index))

@@ -12,7 +12,7 @@ from beyond_outliers import config, quant
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import plots, ptq_degradation, tables
 from beyond_outliers.analysis.common_loss import Landing, common_loss
-from beyond_outliers.analysis.qat_gap import compare_gaps, qat_gaps
+from beyond_outliers.analysis.qat_gap import Gap, compare_gaps, gaps_at_own_rates, qat_gaps
 from beyond_outliers.analysis.tuning import (
   FULL_PRECISION,
   Tuning,
@@ -77,16 +77,22 @@ def _print_rates(recipe: str, found: Sequence[Tuning]) -> None:
 
 def _print_gaps(runs: Sequence[runs_lib.Run], found: Sequence[Tuning], gap_plot: PathLike) -> None:
   gaps, left_out = qat_gaps(runs)
-  print(f"full precision against recipe\n\n{tables.qat_gap_table(gaps)}\n")
+  _print_gap_tables("full precision against recipe", gaps)
+  if any(len(t.losses) > 1 for t in found if t.recipe != FULL_PRECISION):
+    print(f"learning rates tuned under a recipe\n\n{tables.retuning_table(found)}\n")
+    if own := gaps_at_own_rates(runs, gaps):
+      _print_gap_tables("full precision against recipe, each at its own best rate", own)
+  print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
+  if gap_plot:
+    plots.plot_qat_gaps(gaps, gap_plot)
+
+
+def _print_gap_tables(title: str, gaps: Sequence[Gap]) -> None:
+  print(f"{title}\n\n{tables.qat_gap_table(gaps)}\n")
   if compared := compare_gaps(gaps):
     print(
       f"gaps against none and each other, {PAIRED}\n\n{tables.gap_comparison_table(compared)}\n"
     )
-  if any(len(t.losses) > 1 for t in found if t.recipe != FULL_PRECISION):
-    print(f"learning rates tuned under a recipe\n\n{tables.retuning_table(found)}\n")
-  print("\n".join(["left out:", *left_out]) if left_out else "nothing was left out")
-  if gap_plot:
-    plots.plot_qat_gaps(gaps, gap_plot)
 
 
 def print_common_loss(runs: Sequence[runs_lib.Run]) -> list[Landing]:

@@ -24,6 +24,8 @@ def test_runs_of_a_folder_are_read_and_never_evaluated(tmp_path):
   workdir(tmp_path, muon, 0.01, 0, [5.0, 4.0])
   found = example_runs.find_or_train(str(tmp_path), [adamw], ["none"])
   assert [run.config.optimizer.name for run in found] == ["adamw", "muon"]
+  parts = ",".join(str(run.path) for run in found)
+  assert [run.name for run in example_runs.find_or_train(parts, [])] == [run.name for run in found]
   example_runs.measure_cells(str(tmp_path), found, ["rtn_w4a4"])  # they have no checkpoint
   assert not list(tmp_path.rglob("eval"))
 

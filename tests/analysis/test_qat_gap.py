@@ -68,6 +68,12 @@ def test_both_sides_have_the_rate_of_full_precision(pairs):
   assert found["adamw"].rates == (0.1, 0.1) and found["adamw"].loss.mean == pytest.approx(0.3)
   assert found["soap"].rates == (0.01, 0.03)
   assert "| soap | quest_w4a4 | 0.01, then 0.03 |" in tables.qat_gap_table(list(found.values()))
+  own = {
+    gap.optimizer: gap for gap in qat_gap.gaps_at_own_rates(runs.find(pairs), [*found.values()])
+  }
+  assert own["adamw"].rates == (0.1, 0.3) and own["adamw"].loss.mean == pytest.approx(4.3 - PLAIN.mean())
+  assert own["soap"].rates == found["soap"].rates
+  assert qat_gap.gaps_at_own_rates(runs.find(pairs), [*own.values()]) == []
 
 
 def test_gaps_are_told_from_none_and_from_each_other_by_seeds_they_share(pairs):

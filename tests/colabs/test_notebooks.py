@@ -95,8 +95,9 @@ def test_a_notebook_runs_from_top_to_bottom(path, folder, monkeypatch):
 @pytest.mark.slow
 @in_each
 def test_a_notebook_runs_on_the_results_of_a_clone_that_it_names(path, folder, monkeypatch):
-  named = re.search(r"\"colabs/(results/.*?)\"", nbformat.read(path, as_version=4).cells[2].source)
-  if named is None:
+  settings = nbformat.read(path, as_version=4).cells[2].source
+  named = re.findall(r"[\",](colabs/results/[^\",]+)", settings)
+  if not named:
     assert path.stem == "run_and_checkpoints", "which opens a checkpoint"
     return
-  execute(path, folder, str(ROOT / "colabs" / named[1]), monkeypatch)
+  execute(path, folder, ",".join(str(ROOT / name) for name in named), monkeypatch)

@@ -27,7 +27,7 @@ from beyond_outliers.analysis.page.section import (
   frame_table,
 )
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, rates, text_columns
-from beyond_outliers.analysis.qat_gap import Gap, compare_gaps
+from beyond_outliers.analysis.qat_gap import Gap, compare_gaps, gaps_at_own_rates
 from beyond_outliers.analysis.tuning import Tuning, final_metric, judged_without, not_done
 
 RUN_COLUMNS = (
@@ -232,6 +232,34 @@ def training_gap(evidence: Evidence, group: RunGroup) -> Part:
       "--overrides=tuned.json",
       left_out=left_out,
     )
+  caption = (
+    "Validation loss after the last step: means over seeds ± standard errors, the gap's of "
+    "differences paired by seed. Smallest gap first."
+  )
+  own = f"Each side at the learning rate that is best for it. {caption}"
+  return Part(
+    group.title,
+    len(group.runs),
+    figures=[
+      Drawing(
+        f"gaps.{group.name}",
+        "Each optimizer in full precision and under every recipe, and the gap.",
+        functools.partial(plots.plot_qat_gaps, gaps),
+      )
+    ],
+    tables=[
+      *_gap_tables("gaps", group.name, caption, gaps),
+      *_gap_tables("own_gaps", group.name, own, gaps_at_own_rates(group.runs, gaps)),
+    ],
+    command=analysis_command(evidence.roots_of(group), "--gap_plot=gap.png"),
+    left_out=left_out,
+  )
+
+
+def _gap_tables(kind: str, name: str, caption: str, gaps: Sequence[Gap]) -> list[Table]:
+  """Gaps, and which of them seeds tell apart: without that where all are of one seed."""
+  if not gaps:
+    return []
   numbers = pd.DataFrame(
     [
       {
@@ -247,36 +275,13 @@ def training_gap(evidence: Evidence, group: RunGroup) -> Part:
       for at, seed in enumerate(gap.seeds)
     ]
   )
-  caption = (
-    "Validation loss after the last step: means over seeds ± standard errors, the gap's of "
-    "differences paired by seed. Smallest gap first."
-  )
-  return Part(
-    group.title,
-    len(group.runs),
-    figures=[
-      Drawing(
-        f"gaps.{group.name}",
-        "Each optimizer in full precision and under every recipe, and the gap.",
-        functools.partial(plots.plot_qat_gaps, gaps),
-      )
-    ],
-    tables=[
-      Table(f"gaps.{group.name}", caption, tables.GAP_COLUMNS, gaps, numbers),
-      *_compared_gaps(group.name, gaps),
-    ],
-    command=analysis_command(evidence.roots_of(group), "--gap_plot=gap.png"),
-    left_out=left_out,
-  )
-
-
-def _compared_gaps(name: str, gaps: Sequence[Gap]) -> list[Table]:
-  """None where all gaps are of one seed."""
-  compared = compare_gaps(gaps)
-  numbers = comparison_numbers(["recipe", "gap", "nats"], compared)
-  caption = (
-    "Which gaps seeds tell from none, and from each other: paired by seed, intervals and p of "
-    "Student's t after Holm's correction, over the gaps and over the pairs."
-  )
-  columns = tables.GAP_COMPARISON_COLUMNS
-  return [Table(f"gaps_compared.{name}", caption, columns, compared, numbers)] if compared else []
+  made = [Table(f"{kind}.{name}", caption, tables.GAP_COLUMNS, gaps, numbers)]
+  if compared := compare_gaps(gaps):
+    numbers = comparison_numbers(["recipe", "gap", "nats"], compared)
+    caption = (
+      "Which gaps seeds tell from none, and from each other: paired by seed, intervals and p of "
+      "Student's t after Holm's correction, over the gaps and over the pairs."
+    )
+    columns = tables.GAP_COMPARISON_COLUMNS
+    made.append(Table(f"{kind}_compared.{name}", caption, columns, compared, numbers))
+  return made
