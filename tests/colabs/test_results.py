@@ -53,6 +53,12 @@ def numbers(text):
   return [float(number) for number in re.findall(NUMBER, text)]
 
 
+def said_of(values):
+  """A mean, and from two seeds on its standard error: what a table shows of them."""
+  mean, error = estimate(values)
+  return [mean, error] if len(values) > 1 else [mean]
+
+
 @pytest.fixture(scope="module")
 def ladder():
   """(runs at twenty tokens a parameter, the guide's table and correlations of them)."""
@@ -125,25 +131,25 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
     }
     configured = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["LEARNING_RATE"]["0.3m"]
     assert configured == min(full_precision, key=full_precision.get), name
-  least = {}
-  for (name, arm, _), loss in found.items():
-    least[name, arm] = min(loss, least.get((name, arm), loss))
-  own = {name: least[name, "quest_w4a4"] - least[name, "none"] for name, _ in least}
-  said = re.search(
-    rf"AdamW pays {NUMBER} nats, Scion {NUMBER}, PSGD {NUMBER}, Shampoo {NUMBER}, SOAP {NUMBER} "
-    rf"and Muon {NUMBER}\.",
-    table.section.replace("\n", " "),
-  )
-  in_turn = [own[name] for name in ("adamw", "scion", "psgd", "shampoo", "soap", "muon")]
-  assert said and [float(one) for one in said.groups()] == pytest.approx(in_turn, abs=6e-5)
   pays = re.search(rf"AdamW pays {NUMBER} and\s{NUMBER} nats", table.section)
-  assert pays and numbers(pays[0]) == pytest.approx(
-    [
-      losses["adamw", "quest_w4a4", 0.1, seed] - losses["adamw", "none", 0.1, seed]
-      for seed in (0, 1)
-    ],
-    abs=6e-5,
+  adamw = [
+    losses["adamw", "quest_w4a4", 0.1, seed] - losses["adamw", "none", 0.1, seed] for seed in (0, 1)
+  ]
+  assert pays and numbers(pays[0]) == pytest.approx(adamw, abs=6e-5)
+
+
+def test_what_four_bits_cost_at_rates_of_their_own_is_of_the_packed_runs(ladder):
+  gaps = qat_gap.gaps_at_own_rates(ladder[0], qat_gap.qat_gaps(ladder[0])[0])
+  rows = markdown.table_of(
+    "colabs/README.md",
+    *("optimizer", "rate in full precision", "under `quest_w4a4`"),
+    *("full precision, nats", "loss under it", "gap"),
   )
+  assert [row[0] for row in rows] == [gap.optimizer for gap in gaps] and len(rows) == 6
+  for gap, (_, *rates, full, under, cost) in zip(gaps, rows, strict=True):
+    assert tuple(map(float, rates)) == gap.rates and len(gap.seeds) == 3
+    found = [*estimate(gap.losses[0]), *estimate(gap.losses[1]), *gap.loss]
+    assert numbers(" ".join([full, under, cost])) == pytest.approx(found, abs=6e-5)
 
 
 def test_what_formats_and_methods_cost_is_of_the_packed_runs(ladder):
@@ -384,14 +390,14 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
   results = ROOT / "colabs" / "results"
   rows = markdown.table_of(
     "colabs/README.md",
-    *("optimizer", "size", "tokens per parameter", "full precision, nats", "rtn", "gptq"),
+    *("optimizer", "size", "tokens per parameter", "seeds", "full precision, nats", "rtn", "gptq"),
     *("hadamard", "R_L_centred, hadamard"),
   )
   others = {"soap": 0.1, "psgd": 0.003, "scion": 0.1}
   places = {
-    ("0.1m", "20"): ("ladder.tar.xz/0.1m", {"adamw": 0.1, "muon": 0.003, "shampoo": 0.1}),
+    ("0.1m", "20"): ("sizes.tar.xz/0.1m", {"adamw": 0.1, "muon": 0.003, "shampoo": 0.1}),
     ("0.3m", "20"): ("ladder.tar.xz/0.3m", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03, **others}),
-    ("0.6m", "20"): ("ladder.tar.xz/0.6m", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03, **others}),
+    ("0.6m", "20"): ("sizes.tar.xz/0.6m", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03, **others}),
     ("0.3m", "10"): ("lengths.tar.xz/10", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
     ("0.3m", "40"): ("lengths.tar.xz/40", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
   }
@@ -401,41 +407,47 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
     tuned = [
       run
       for run, c in configs.items()
-      if (c.quant.recipe, c.seed) == ("none", 0)
-      and c.optimizer.learning_rate == rates.get(c.optimizer.name)
+      if c.quant.recipe == "none" and c.optimizer.learning_rate == rates.get(c.optimizer.name)
     ]
     frame = predictors.frame(tuned)
-    frames[key] = frame[frame.recipe == "rtn_w4a4"].set_index(["optimizer", "method"])
+    by_method = frame[frame.recipe == "rtn_w4a4"].set_index(["optimizer", "method"])
+    frames[key] = by_method.sort_index()
   assert len(rows) == 21
   costs, errors = [], []
-  for name, size, tokens, *cells in rows:
+  for name, size, tokens, seeds, *cells, error in rows:
     of = frames[size, tokens].loc[name]
-    found = [of.full_precision_loss.rtn, *of.loss_difference[["rtn", "gptq", "hadamard"]]]
-    found.append(of.R_L_centred.hadamard)
-    assert numbers(" ".join(cells)) == pytest.approx(found, abs=6e-5), (name, size, tokens)
-    costs.append(found[3])
-    errors.append(found[4])
+    found = [said_of(of.full_precision_loss[["rtn"]])]
+    found += [said_of(of.loss_difference[[method]]) for method in METHODS]
+    assert [numbers(cell) for cell in cells] == [pytest.approx(one, abs=6e-5) for one in found]
+    assert len(of.loc[["rtn"]]) == int(seeds)
+    costs.append(of.loss_difference[["hadamard"]].mean())
+    errors.append(of.R_L_centred[["hadamard"]].mean())
+    assert numbers(error) == pytest.approx([errors[-1]], abs=6e-5)
   said = markdown.read("colabs/README.md").split("over these twenty-one by")[1].split(";")[0]
   assert numbers(said) == pytest.approx([stats.spearmanr(costs, errors).statistic], abs=6e-3)
 
 
 @pytest.fixture(scope="module")
 def points():
-  return law_points.of_runs(packed_runs.find_runs(ROOT / "colabs" / "results" / "ladder.tar.xz"))[0]
+  results = ROOT / "colabs" / "results"
+  packs = (packed_runs.find_runs(results / f"{name}.tar.xz") for name in ("ladder", "sizes"))
+  return law_points.of_runs([run for pack in packs for run in pack])[0]
 
 
 def test_what_four_bits_cost_by_size_is_of_the_packed_runs(points):
-  seed = points[points.seed == 0].set_index(["optimizer", "recipe", "size"])
   rows = markdown.table_of(
     "colabs/README.md",
-    *("optimizer", "size", "rate", "full precision, nats", "under `quest_w4a4`", "gap"),
+    *("optimizer", "size", "rate", "seeds"),
+    *("full precision, nats", "under `quest_w4a4`", "gap"),
   )
+  of = points.set_index(["optimizer", "size", "recipe", "seed"]).sort_index()
   assert len(rows) == 15
-  for name, size, rate, *cells in rows:
-    full, under = (seed.loc[(name, recipe, size)] for recipe in ("none", "quest_w4a4"))
-    assert full.learning_rate == under.learning_rate == float(rate), (name, size)
-    found = [full.loss, under.loss, under.loss - full.loss]
-    assert numbers(" ".join(cells)) == pytest.approx(found, abs=6e-5), (name, size)
+  for name, size, rate, seeds, *cells in rows:
+    full, under = (of.loc[name, size, recipe] for recipe in ("none", "quest_w4a4"))
+    assert set(full.learning_rate) == set(under.learning_rate) == {float(rate)}, (name, size)
+    assert list(full.index) == list(under.index) and len(full) == int(seeds)
+    found = [said_of(losses) for losses in (full.loss, under.loss, under.loss - full.loss)]
+    assert [numbers(cell) for cell in cells] == [pytest.approx(one, abs=6e-5) for one in found]
 
 
 @pytest.mark.slow
