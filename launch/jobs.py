@@ -233,7 +233,10 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
     rest = known(["evaluate", "--workdir=.", *words])[1:]
   except flags.Error as error:
     raise ConfigError(f"--evaluate_flags={text}: {error}") from None
-  if rest or known["workdir"].present > 1 or known["follow"].present:
+  of_launcher = known["workdir"].present > 1 or known["follow"].present
+  if not of_launcher and (problem := cli.given_again(known)):
+    raise ConfigError(f"--evaluate_flags={text}: {problem}")
+  if rest or of_launcher:
     raise ConfigError(
       f"--evaluate_flags={text}: expected --flag=value for each, without --workdir and --follow, "
       "which the launcher gives"

@@ -140,6 +140,11 @@ REFUSED = {
   "a flag of nobody": (["--evaluate=behind", "--evaluate_flags=--typo=1"], "flag 'typo'"),
   "a recipe": (["--evaluate=beside", "--evaluate_flags=--recipes=typo"], "'typo': unknown recipe"),
   "another run": (["--evaluate=behind", "--evaluate_flags=--workdir=x"], "the launcher gives"),
+  "a root twice": (["--root=x", "--root=y"], "--root is given 2 times: give it once"),
+  "a flag of evaluations twice": (
+    ["--evaluate=behind", "--evaluate_flags=--documents=2 --documents=3"],
+    "--evaluate_flags=--documents=2 --documents=3: --documents is given 2 times: give it once",
+  ),
 }
 
 
@@ -154,8 +159,8 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, what):
   (tmp_path / "torn.json").write_text('{"size": "na')
   arguments, line = REFUSED[what]
   given = [argument.format(folder=tmp_path) for argument in arguments]
-  # Of a flag that is given twice, the last counts.
-  result = launch("--config=configs/adamw.py", f"--root={tmp_path}", "--list", *given)
+  usual = ["--config=configs/adamw.py", f"--root={tmp_path}", "--list"]
+  result = launch(*commands.instead(usual, given))
   assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
   assert result.stderr.startswith("error: ") and line in result.stderr
 
