@@ -285,7 +285,7 @@ def _manifest(
       f"{workdir_lib.RESTORE}"
     )
   jax_settings.check_recorded(before)
-  if parent and "warm_start" in before:  # not in manifests of earlier versions
+  if start.parent and "warm_start" in before:  # not in manifests of earlier versions
     initialize.check_parent(before["warm_start"], start.parent, program.config.warm_start)
   for difference in jax_settings.other_compiler_flags(before):
     say(difference)

@@ -169,8 +169,9 @@ def test_runs_that_began_with_unlike_parameters_of_one_folder_are_refused(tmp_pa
     given = {"argument": argument} | ({"parent": parent} if parameters else {})
     workdir(tmp_path / root, adamw, 0.1, seed, [6.0, 4.0], **given)
 
-  for seed, at, parameters in ((0, "/a", "one"), (1, "/a", "one"), (2, "/b", "other"), (3, "/a", "")):
-    warm("alike", seed, at, parameters)  # one from before they were recorded among them
+  found = [("/a", "one"), ("/a", "one"), ("/b", "other"), ("/a", "")]  # the last: not recorded
+  for seed, (at, parameters) in enumerate(found):
+    warm("alike", seed, at, parameters)
   alike = runs.find(tmp_path / "alike")
   tuning.check_comparable(alike)
   warm("unlike", 4, "/a", "other")
