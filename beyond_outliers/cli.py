@@ -190,15 +190,15 @@ def _parse(argv: list[str]) -> list[str]:
       "--config: unknown key "
       + " · ".join(str(error).strip("\"'").replace("\\n", "\n").replace("\\'", "'").splitlines())
     )
+  except flags.DuplicateFlagError:  # an override's, defined as --config is read
+    _refuse("--config is given more than once: give it once")
   except flags.Error as error:
     # An exception inside a config file comes wrapped with its whole traceback, and a refused config
     # with all its values: the last line is what was meant.
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
-  for name in flags.FLAGS:
-    flag = flags.FLAGS[name]
-    if isinstance(flag.value, list) and flag.present > 1:  # all but the last would be lost
-      _refuse(f"--{name} is given {flag.present} times: give it once, as --{name}=A,B")
+  if problem := given_again(flags.FLAGS):
+    _refuse(problem)
   if "config" in flags.FLAGS and flags.FLAGS["config"].present:
     path = config_path()
     if not os.path.exists(path):
@@ -210,6 +210,17 @@ def _parse(argv: list[str]) -> list[str]:
     # app.run would make it INFO, where Orbax tells of every file.
     flags.FLAGS.verbosity = logging.WARNING
   return rest
+
+
+def given_again(values: flags.FlagValues) -> str:
+  """What to say of the first flag that is given more than once, of which the last alone would
+  count, or nothing; of those that are made for it, none."""
+  for name in values:
+    flag = values[name]
+    if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
+      form = f", as --{name}=A,B" if isinstance(flag.value, list) else ""
+      return f"--{name} is given {flag.present} times: give it once{form}"
+  return ""
 
 
 def config_path() -> str:

@@ -74,10 +74,11 @@ def define_flags() -> None:
   flags.DEFINE_bool("dry_run", False, "Print what would be done, and start nothing.")
 
 
-def of_flags() -> list[Job]:
-  """The jobs that the shared flags describe. Errors: ConfigError, as `describe`."""
+def of_flags(*, here: bool = False) -> list[Job]:
+  """The jobs that the shared flags describe. here: they have this process's variables, and what has
+  ended is not started. Errors: ConfigError, as `describe`, and `recorded.check_settings`."""
   given = flags.FLAGS
-  return describe(
+  listed = describe(
     given.config,
     given.root,
     given.where,
@@ -86,6 +87,9 @@ def of_flags() -> list[Job]:
     given.report,
     _evaluation(given.evaluate_flags, given.evaluate),
   )
+  if here:
+    recorded.check_settings(job.workdir for job in listed if job.kind == "train")
+  return listed
 
 
 def describe(
@@ -233,7 +237,10 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
     rest = known(["evaluate", "--workdir=.", *words])[1:]
   except flags.Error as error:
     raise ConfigError(f"--evaluate_flags={text}: {error}") from None
-  if rest or known["workdir"].present > 1 or known["follow"].present:
+  of_launcher = known["workdir"].present > 1 or known["follow"].present
+  if not of_launcher and (problem := cli.given_again(known)):
+    raise ConfigError(f"--evaluate_flags={text}: {problem}")
+  if rest or of_launcher:
     raise ConfigError(
       f"--evaluate_flags={text}: expected --flag=value for each, without --workdir and --follow, "
       "which the launcher gives"

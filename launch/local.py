@@ -46,7 +46,7 @@ def launch(argv: list[str]) -> None:
   42 if it was asked to stop."""
   del argv
   given = flags.FLAGS
-  listed = jobs.of_flags()
+  listed = jobs.of_flags(here=True)
   if given.list or given.dry_run:
     for number, job in enumerate(listed, 1):
       print(f"[{number}/{len(listed)}] {pool.describe(job)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Iterable
 
 from beyond_outliers import config
 from beyond_outliers.config import sweeps
@@ -60,3 +61,20 @@ def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overri
         "they hold the same is compared where it goes on, not of a run that is done",
         file=sys.stderr,
       )
+
+
+def check_settings(workdirs: Iterable[str]) -> None:
+  """Refusal of a workdir whose run was trained under other settings of JAX than this process has,
+  and so what it starts here, as `main` refuses it, which is not asked where the run has ended.
+  Errors: ConfigError with the setting and both values."""
+  for workdir in workdirs:
+    try:
+      saved = read_json(os.path.join(workdir, "manifest.json"), WorkdirError, "")
+    except (FileNotFoundError, NotADirectoryError, WorkdirError):
+      continue  # of a damaged one its run itself tells
+    from beyond_outliers.mesh import jax_settings  # with all of JAX
+
+    try:
+      jax_settings.check_recorded(saved)
+    except WorkdirError as error:
+      raise ConfigError(f"{workdir}: {error}") from None

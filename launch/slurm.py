@@ -45,7 +45,7 @@ def launch(argv: list[str]) -> None:
   """Submits what is not done; prints what it submits, or would with --dry_run."""
   del argv
   given = flags.FLAGS
-  listed = jobs.of_flags()
+  listed = jobs.of_flags(here=True)
   options = sbatch.Options(
     folder=os.path.abspath(jobs.local_folder(given.config, given.root)),
     clone=os.getcwd(),

@@ -200,7 +200,7 @@ def launch(argv: list[str]) -> None:
     remote.check_image(given.image)
   if not local:
     remote.check_files(given.config, given.root)
-  listed = jobs.of_flags()
+  listed = jobs.of_flags(here=local)
   if given.dry_run:
     for job in listed:
       behind = f"  (behind {', '.join(job.after)})" if job.after else ""

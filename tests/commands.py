@@ -83,6 +83,12 @@ def run(module, *flags, **environment):
   )
 
 
+def instead(flags, given):
+  """The flags, those of `given` in the place of what has their names: a command takes each once."""
+  names = {flag.partition("=")[0] for flag in given}
+  return [*(flag for flag in flags if flag.partition("=")[0] not in names), *given]
+
+
 FLAGS_SCRIPT = """
 import contextlib, importlib, io, json, os, re, runpy, sys
 import flax, jax, optax

@@ -32,6 +32,26 @@ REFUSED = {
     ["--config=configs/adamw.py:nano,steps=3,steps=4"],
     ["config argument = 'steps': is given twice"],
   ),
+  "a config twice": (
+    ["--config=configs/adamw.py", "--config=configs/muon.py"],
+    ["--config is given 2 times: give it once"],
+  ),
+  "a config twice, with a key": (
+    ["--config=configs/adamw.py", "--config=configs/muon.py", "--config.steps=3"],
+    ["--config is given more than once: give it once"],
+  ),
+  "a key's flag twice": (
+    ["--config=configs/adamw.py", "--config.steps=3", "--config.steps=4"],
+    ["--config.steps is given 2 times: give it once"],
+  ),
+  "a folder twice": (  # the test gives one, too
+    ["--config=configs/adamw.py", "--workdir", "x"],
+    ["--workdir is given 2 times: give it once"],
+  ),
+  "a switch and its opposite": (
+    ["--config=configs/adamw.py", "--dry_run", "--nodry_run"],
+    ["--dry_run is given 2 times: give it once"],
+  ),
   "tokens that no steps follow": (
     ["--config=configs/adamw.py", "--config.tokens_per_parameter=50"],
     ["tokens_per_parameter = 50: steps = 260 are set"],
@@ -173,6 +193,16 @@ def test_a_flag_that_is_a_path_knows_the_home_folder(monkeypatch, tmp_path):
   assert some.value == ["lr=1,seed=0"], "a folder whose name has a comma"
   with pytest.raises(flags.IllegalFlagValueError, match="--one=~nouser: ~ is no user's home"):
     values(["command", "--one=~nouser"])
+
+
+def test_a_flag_that_is_made_to_be_repeated_is_not_given_again():
+  values = flags.FlagValues()
+  flags.DEFINE_multi_string("each", [], "", flag_values=values)
+  flags.DEFINE_string("one", "", "", flag_values=values)
+  values(["command", "--each=a", "--each=b", "--one=a"])
+  assert cli.given_again(values) == ""
+  values(["command", "--one=b"])
+  assert cli.given_again(values) == "--one is given 2 times: give it once"
 
 
 def test_every_flag_that_is_a_path_is_one_of_those():

@@ -16,6 +16,7 @@ from beyond_outliers import runs as runs_lib
 from beyond_outliers.analysis import packed_runs
 from beyond_outliers.config.sweeps import run_name
 from beyond_outliers.errors import WorkdirError
+from beyond_outliers.mesh import jax_settings
 
 
 class ConfigFile(Protocol):
@@ -102,7 +103,8 @@ def _find(folder: str) -> list[runs_lib.Run]:
 
 
 def _trained(where: str, given: Any) -> runs_lib.Run:
-  """The run of a configuration, done. Errors: ConfigError where its folder holds another's."""
+  """The run of a configuration, done. Errors: ConfigError where its folder holds another's,
+  WorkdirError where it was trained under other settings of JAX."""
   c = config.resolve(given)
   path = epath.Path(
     "runs",
@@ -115,6 +117,7 @@ def _trained(where: str, given: Any) -> runs_lib.Run:
       from beyond_outliers.train import initialize
 
       initialize.check_same_run(run.config, c, path)
+    jax_settings.check_recorded(run.manifest)
     return run
   from beyond_outliers import train  # with all of training, which runs that are there do without
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from beyond_outliers import config, quant
+from beyond_outliers import config, quant, stores
 from beyond_outliers import runs as runs_lib
 from beyond_outliers.config.sizes import SHAPE
 from beyond_outliers.errors import ConfigError
@@ -27,7 +28,9 @@ MAY_DIFFER = (
   "tokens_per_parameter",  # what `steps`, which is compared, was derived from
   "eval.every",  # the losses in tables are those after the last step
   "average",  # training does not see it
-  "warm_start",  # each seed may have a parent of its own; that runs have one, a recipe's share
+  # Each seed may have a parent of its own; that runs have one, a recipe's share, and those that
+  # name one folder, what they found in it.
+  "warm_start",
   "data.validation",  # may name files, wherever they lie: the dataset's fingerprint tells
 )
 # Columns of `run_frame` that say how large a model is and how long it is trained: of one sweep one.
@@ -184,7 +187,7 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
 
 def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
   """What a run has in common with those it compares with: with all; with those of its optimizer;
-  and with those of its recipe."""
+  with those of its recipe; and with those that begin with the parameters of one workdir."""
   c = run.config
   flat = config.flatten(config.to_dict(c))
   with_all = {
@@ -202,6 +205,11 @@ def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
   of_recipe["warm_start"] = "a run" if c.warm_start else ""
   if quant.recipes.from_config(c.quant).sees_batches:
     of_recipe["micro_batches"] = c.micro_batches
+  if parent := run.manifest.get("warm_start"):  # not in manifests of earlier versions
+    at = parent["workdir"]
+    if not stores.is_address(at):  # a packed run names what lay beside it without the folder
+      at = os.path.join(run.path.parent, at)
+    found[f"warm_start {at}"] = {f"warm_start = {at!r}: parameters": parent["parameters"]}
   return found
 
 

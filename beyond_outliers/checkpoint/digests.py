@@ -51,10 +51,14 @@ def of_params(text: bytes) -> str:
   """One digest of the parameters of a run's checkpoint, from the text of what `record` made; none
   from another text."""
   try:
-    arrays = json.loads(text)["arrays"]
-    found = {path: each for path, each in arrays.items() if path.startswith("params/")}
+    return of_params_among(json.loads(text)["arrays"])
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return ""
+
+
+def of_params_among(of_arrays: Mapping[str, Any]) -> str:
+  """One digest of the parameters among arrays of a run's state with these digests; none of none."""
+  found = {path: each for path, each in of_arrays.items() if path.startswith("params/")}
   return digest(found) if found else ""
 
 

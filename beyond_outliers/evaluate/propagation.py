@@ -24,11 +24,12 @@ import numpy as np
 from beyond_outliers.config.checks import require
 from beyond_outliers.evaluate.error_sums import centred, columns, jackknife
 from beyond_outliers.evaluate.paired_run import PairedRun, Windows
-from beyond_outliers.params import at_any_depth, check_params
+from beyond_outliers.params import at_any_depth, check_params, leaves_by_path
 from beyond_outliers.quant import QuantizedModel
 from beyond_outliers.quant.ptq import rotation_fusion
 from beyond_outliers.quant.ptq.checks import check_tokens
 from beyond_outliers.quant.ptq.methods import method_named
+from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.types import Json, LanguageModel, Params
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Tokens = Mapping[str, Any]
 
 # How a model is compiled and was initialized: the same function of the same parameters.
 EQUIVALENT = {"init_std", "attention", "unroll", "remat"}
+FUSED_AGAIN = 1e-5  # of an array's norm: what rotating it on another machine makes of it
 
 
 def decompose(
@@ -141,10 +143,11 @@ def summary(table: pd.DataFrame) -> Json:
 def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> PairedRun:
   """Both models in one basis: the full-precision one with the rotations that were fused.
 
-  Errors: ConfigError for other architectures, and parameters of another model."""
+  Errors: ConfigError for other architectures, and parameters of another model, or other ones than
+    those that were quantized."""
   check_params(model, params)
-  model = model.clone(dot_general_for=None)
-  if method_named(quantized.method).fused:
+  model, fused = model.clone(dot_general_for=None), method_named(quantized.method).fused
+  if fused:
     model, params, _ = rotation_fusion.fuse(model, params)
   ours, theirs = (dataclasses.asdict(of_run.config) for of_run in (model, quantized.model))
   unlike = sorted(n for n in ours.keys() - EQUIVALENT if ours[n] != theirs[n])
@@ -154,7 +157,23 @@ def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> P
     ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in unlike),
     "another architecture; take what this model was quantized to",
   )
+  _check_same_origin(params, quantized.params, FUSED_AGAIN if fused else 0.0)
   return PairedRun((model, quantized.model), (params, quantized.params), quantized.recipe)
+
+
+def _check_same_origin(params: Params, quantized: Params, tolerance: float) -> None:
+  """Refusal of parameters of which others were quantized, by the arrays that quantization leaves
+  as they are, such as the embedding. tolerance: of an array's norm. Errors: ConfigError."""
+  ours = leaves_by_path(params)
+  for path, theirs in leaves_by_path(quantized).items():
+    if isinstance(theirs, QuantizedMatrix) or path not in ours or theirs is ours[path]:
+      continue
+    one, other = (np.asarray(x, np.float32) for x in (ours[path], theirs))
+    same = np.array_equal(one, other) or (
+      np.linalg.norm(one - other) <= tolerance * np.linalg.norm(one)
+    )
+    remedy = "other parameters were quantized; give those, in their type, or quantize these"
+    require(bool(same), "quantized", f"another {path}", remedy)
 
 
 def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iterator[Windows]:

@@ -78,7 +78,8 @@ def check_recorded(manifest: Json) -> None:
     if name in now and now[name] != was:
       raise WorkdirError(
         f"{name} = {now[name]!r}: the run was trained under {was!r} (manifest.json), and other "
-        f"numbers would follow; set or unset {name.upper()} as it was, or give another --workdir"
+        f"numbers would follow; set or unset {name.upper()} as it was, or give another --workdir "
+        "(of a sweep: --root)"
       )
 
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from beyond_outliers import config, quant, runs
 from beyond_outliers import mesh as mesh_lib
-from beyond_outliers import params as params_lib
 from beyond_outliers.config.checks import require
 from beyond_outliers.errors import CheckpointError, ConfigError, WorkdirError
 from beyond_outliers.mesh import processes
@@ -37,6 +36,7 @@ class Start(NamedTuple):
   position: Json | None  # of the data; None: at their beginning
   seconds: float  # spent training so far
   record: Json | None = None  # what the checkpoint tells of its run; see run_hooks.record
+  parent: Json | None = None  # of a run that begins with another's parameters: which these are
 
 
 def start(
@@ -61,17 +61,17 @@ def start(
       _check_record(record, c, fingerprints, checkpoints.directory / str(step))
     say(f"resuming from step {step} of {c.steps}")
     return Start(state, position, clock["seconds"], record)
-  state = program.init()
+  state, parent = program.init(), None
   if c.warm_start:
-    step, params = warm_start_params(c, fingerprints["tokenizer"], program.mesh)
-    say(f"parameters from step {step} of {c.warm_start}")
+    parent, params = warm_start_params(c, fingerprints["tokenizer"], program.mesh)
+    say(f"parameters from step {parent['step']} of {c.warm_start}")
   else:
     params = transformer.without_dot_general_params(c.model, state.params)
   if jax.tree.structure(params) != jax.tree.structure(state.params):
     params = _with_scales(program, params, batches)
   if state.average is not None:
     state = state._replace(average=jax.tree.map(jnp.copy, params))
-  return Start(state._replace(params=params), None, 0.0)
+  return Start(state._replace(params=params), None, 0.0, parent=parent)
 
 
 def check_same_run(old: config.Config, new: config.Config, path: PathLike) -> None:
@@ -107,15 +107,29 @@ def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathL
     )
 
 
+def check_parent(was: Json, now: Json, path: str) -> None:
+  """Refusal to begin a run anew, of which there is no checkpoint yet, with other parameters than
+  its manifest says that it began with. path: its `warm_start`. Errors: WorkdirError."""
+  if was["parameters"] != now["parameters"]:
+    first, second = (f"step {of['step']} of the run {of['run'][:12]}" for of in (was, now))
+    raise WorkdirError(
+      f"warm_start = {path!r}: the run began with {first} (manifest.json), and these are other "
+      f"parameters, {second}; restore the former, or give another --workdir"
+    )
+
+
 def warm_start_params(
   c: config.Config, tokenizer: str, mesh: jax.sharding.Mesh
-) -> tuple[int, Params]:
-  """(step, parameters) of the newest intact checkpoint in `c.warm_start`, placed on the mesh.
+) -> tuple[Json, Params]:
+  """(which they are, as a manifest has it; parameters) of the newest intact checkpoint in
+  `c.warm_start`, placed on the mesh.
 
   Scales that the other run learned are among them where it followed the same rules; otherwise they
   stay behind. tokenizer: fingerprint of this run's.
   Errors: ConfigError when there is no run or checkpoint, or when it is of another model, or of
     another tokenizer, whose ids stand for other text."""
+  from beyond_outliers.checkpoint import digests  # with Orbax, which a dry run does without
+
   try:
     source = runs.open(c.warm_start)
     processes.agree("warm_start", lambda: {"the run": source.identity})
@@ -129,12 +143,20 @@ def warm_start_params(
         "run of the same tokenizer, or prepare this one's text with that run's"
       )
     step, found = source.restore(mesh)
-    if not jax.jit(params_lib.all_finite)(found):
+    # Of what is here: the folder may hold another run by the time that somebody looks.
+    contents = digests.examine({"params": found})
+    if contents.not_finite:
       raise CheckpointError(f"the parameters of step {step} are not finite; take another run")
   except (CheckpointError, WorkdirError) as error:
     raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
+  parent = {
+    "workdir": source.name,
+    "run": source.identity,
+    "step": step,
+    "parameters": digests.of_params_among(contents.digests),
+  }
   alike = quant.recipes.from_config(theirs.quant) == quant.recipes.from_config(c.quant)
-  return step, found if alike else transformer.without_dot_general_params(c.model, found)
+  return parent, found if alike else transformer.without_dot_general_params(c.model, found)
 
 
 def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> None:

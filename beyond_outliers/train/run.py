@@ -162,7 +162,7 @@ def _train(
     return "done"
   if start.position is not None:
     inputs.batches.restore(start.position)
-  manifest = _manifest(program, inputs.dataset, workdir, record.get("manifest"), say)
+  manifest = _manifest(program, inputs.dataset, workdir, start, say)
   began = time.perf_counter()
   train_step, eval_step = program.compile()
   checkpoints.precompile(program.state)
@@ -251,16 +251,19 @@ def _manifest(
   program: Program,
   dataset: data.Dataset,
   workdir: workdir_lib.Workdir,
-  recorded: Json | None,
+  start: initialize.Start,
   say: Say,
 ) -> Json:
   """The first start's manifest; every later start of the workdir is listed under `resumed`.
 
-  recorded: what the checkpoint says that it is. Errors: WorkdirError for another run's."""
+  Errors: WorkdirError for another run's than the checkpoint's, or another parent."""
+  recorded = (start.record or {}).get("manifest")  # what the checkpoint says that it is
+  parent = {"warm_start": start.parent} if start.parent else {}
   now = workdir_lib.manifest(
     {
       "parameters": transformer.count(program.state.params),
       "data": {"directory": os.path.abspath(dataset.directory), **fingerprints(dataset)},
+      **parent,
     }
   )
   described = {"config": digest(config.to_dict(program.config))}  # of config.json
@@ -282,6 +285,8 @@ def _manifest(
       f"{workdir_lib.RESTORE}"
     )
   jax_settings.check_recorded(before)
+  if start.parent and "warm_start" in before:  # not in manifests of earlier versions
+    initialize.check_parent(before["warm_start"], start.parent, program.config.warm_start)
   for difference in jax_settings.other_compiler_flags(before):
     say(difference)
   return {**before, **described, "resumed": [*before.get("resumed", []), now]}

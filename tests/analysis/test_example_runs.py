@@ -61,6 +61,12 @@ def test_a_run_of_another_configuration_is_not_taken_for_the_one_that_is_asked_f
   (folder / "config.json").write_text(json.dumps(config.to_dict(config.resolve(c))))
   c.log.every = 3
   assert example_runs._trained("tiny", c).path == folder
+  manifest = (folder / "manifest.json").read_text()
+  under = {**json.loads(manifest), "jax": {"jax_enable_x64": True}}
+  (folder / "manifest.json").write_text(json.dumps(under))
+  with pytest.raises(WorkdirError, match="jax_enable_x64 = False: the run was trained under True"):
+    example_runs._trained("tiny", c)
+  (folder / "manifest.json").write_text(manifest)
   c.seed = 1
   with pytest.raises(ConfigError, match=f"{folder.relative_to(tmp_path)}: (.|\n)*seed: 0 .* 1 now"):
     example_runs._trained("tiny", c)

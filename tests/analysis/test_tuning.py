@@ -160,6 +160,30 @@ def test_runs_of_one_recipe_have_its_settings_in_common(sweep, tmp_path):
     tuning.check_comparable(runs.find(tmp_path / "int8"))
 
 
+def test_runs_that_began_with_unlike_parameters_of_one_folder_are_refused(tmp_path):
+  """Another run had come into the folder between the two, or one more checkpoint."""
+
+  def warm(root, seed, at, parameters):
+    parent = {"workdir": at, "run": f"run of {parameters}", "step": 9, "parameters": parameters}
+    argument = f",warm_start={at}"
+    given = {"argument": argument} | ({"parent": parent} if parameters else {})
+    workdir(tmp_path / root, adamw, 0.1, seed, [6.0, 4.0], **given)
+
+  found = [("/a", "one"), ("/a", "one"), ("/b", "other"), ("/a", "")]  # the last: not recorded
+  for seed, (at, parameters) in enumerate(found):
+    warm("alike", seed, at, parameters)
+  alike = runs.find(tmp_path / "alike")
+  tuning.check_comparable(alike)
+  warm("unlike", 4, "/a", "other")
+  told = "warm_start = '/a': parameters: 'one' in .*, 'other' in .*: these do not compare"
+  with pytest.raises(config.ConfigError, match=told):
+    tuning.tunings([*alike, *runs.find(tmp_path / "unlike")])
+  # A pack names what lay beside a run without the folder: of two roots these are two.
+  warm("packed/0", 0, "parent", "one")
+  warm("packed/1", 1, "parent", "other")
+  tuning.check_comparable(runs.find(tmp_path / "packed"))
+
+
 @pytest.mark.parametrize("change", ["eval.every=1", "average.decay=0.9", "log.every=7"])
 def test_runs_may_differ_in_what_decides_no_loss(tmp_path, change):
   workdir(tmp_path, adamw, 0.1, 0, [6.0, 4.0])

@@ -22,12 +22,13 @@ def workdir(
   size="nano",
   parameters=(3_934_086, 786_432),
   jax=None,
+  parent=None,
 ):
   """losses: of training, from step 1, with the validation loss half a nat above the last; or {step:
   validation loss}.
 
   A loss may be None, as one that was not finite is written. parameters: (in all, of the embedding).
-  jax: its settings, as a start recorded them.
+  jax: its settings, as a start recorded them. parent: whose parameters it began with, likewise.
   Returns the folder."""
   folder = root / module.__name__.split(".")[-1] / f"{recipe}-{rate}-{seed}"
   folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,8 @@ def workdir(
   }
   if jax is not None:
     manifest["resumed"] = [{"jax": jax}]
+  if parent is not None:
+    manifest["warm_start"] = parent
   (folder / "manifest.json").write_text(json.dumps(manifest))
   (folder / "status.json").write_text(json.dumps({"status": status, "step": steps}))
   for step in checkpoints:

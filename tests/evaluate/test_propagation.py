@@ -388,6 +388,20 @@ def test_a_network_of_zeros_has_no_ratios():
   assert kernels[["R", "spectral_ratio"]].isna().all(axis=None)
 
 
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "quarot"])
+def test_a_model_that_other_parameters_were_quantized_to_is_refused(method, tmp_path):
+  """Of another run or checkpoint: the error was that of their difference."""
+  model, params, q = quantized_model("llama", "rtn_w4a4", method)
+  q.save(tmp_path / "q")
+  saved = quant.load(tmp_path / "q")
+  assert final_error(model, params, saved, BATCHES) == final_error(model, params, q, BATCHES)
+  refused = "quantized = 'another embedding': other parameters were quantized; give those"
+  for other in (transformer.init(model, 1), jax.tree.map(lambda x: x * 1.001, params)):
+    for measure in (decompose, final_error):
+      with pytest.raises(ConfigError, match=refused):
+        measure(model, other, saved, BATCHES)
+
+
 def test_refusals():
   model, params, q = quantized_model("study", "rtn_w4a4")
   other = transformer.Transformer(dataclasses.replace(STUDY, mlp_hidden=32))

@@ -319,7 +319,7 @@ ARGUMENTS = (
 
 
 def launch(*arguments, **environment):
-  return commands.run("launch.gke", *ARGUMENTS, *arguments, **environment)
+  return commands.run("launch.gke", *commands.instead(ARGUMENTS, arguments), **environment)
 
 
 def test_kubectl_gets_what_dry_run_prints(tmp_path):

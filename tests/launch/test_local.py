@@ -63,6 +63,22 @@ def test_a_run_of_another_configuration_in_the_root_is_refused(tmp_path):
   assert start("soap.py").returncode == 0, "which the run refuses"
 
 
+@pytest.mark.parametrize("launcher, look", [("local", "--list"), ("slurm", "--dry_run")])
+def test_a_run_under_other_settings_of_jax_in_the_root_is_refused(tmp_path, launcher, look):
+  """Done, it was called so, where `main` refuses."""
+  folder = tmp_path / "learning_rate=0.003,seed=0"
+  folder.mkdir()
+  (folder / "status.json").write_text(json.dumps({"status": "done"}))
+  (folder / "manifest.json").write_text(json.dumps({"jax": {"jax_enable_x64": True}}))
+  given = ("--config=configs/soap.py", f"--root={tmp_path}", "--where=seed=0", look)
+  refused = commands.run(f"launch.{launcher}", *given)
+  assert refused.returncode == 2 and not refused.stdout, refused.stderr
+  told = f"error: {folder}: jax_enable_x64 = False: the run was trained under True (manifest.json)"
+  assert refused.stderr.startswith(told) and len(refused.stderr.splitlines()) == 1, refused.stderr
+  taken = commands.run(f"launch.{launcher}", *given, JAX_ENABLE_X64="1")
+  assert taken.returncode == 0, taken.stderr
+
+
 def test_a_condition_that_nothing_meets_is_refused(tmp_path):
   result = launch("--config=configs/adamw.py", f"--root={tmp_path}", "--where=seed=99", "--list")
   assert (
@@ -140,6 +156,11 @@ REFUSED = {
   "a flag of nobody": (["--evaluate=behind", "--evaluate_flags=--typo=1"], "flag 'typo'"),
   "a recipe": (["--evaluate=beside", "--evaluate_flags=--recipes=typo"], "'typo': unknown recipe"),
   "another run": (["--evaluate=behind", "--evaluate_flags=--workdir=x"], "the launcher gives"),
+  "a root twice": (["--root=x", "--root=y"], "--root is given 2 times: give it once"),
+  "a flag of evaluations twice": (
+    ["--evaluate=behind", "--evaluate_flags=--documents=2 --documents=3"],
+    "--evaluate_flags=--documents=2 --documents=3: --documents is given 2 times: give it once",
+  ),
 }
 
 
@@ -154,8 +175,8 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, what):
   (tmp_path / "torn.json").write_text('{"size": "na')
   arguments, line = REFUSED[what]
   given = [argument.format(folder=tmp_path) for argument in arguments]
-  # Of a flag that is given twice, the last counts.
-  result = launch("--config=configs/adamw.py", f"--root={tmp_path}", "--list", *given)
+  usual = ["--config=configs/adamw.py", f"--root={tmp_path}", "--list"]
+  result = launch(*commands.instead(usual, given))
   assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
   assert result.stderr.startswith("error: ") and line in result.stderr
 

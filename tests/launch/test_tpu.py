@@ -174,7 +174,7 @@ ARGUMENTS = (
 
 
 def launch(*arguments):
-  return commands.run("launch.tpu", *ARGUMENTS, *arguments)
+  return commands.run("launch.tpu", *commands.instead(ARGUMENTS, arguments))
 
 
 def test_all_steps_run_in_order_and_the_slices_are_given_back(machine):

@@ -573,7 +573,45 @@ def test_warm_start_takes_the_parameters_alone(finished, tiny_config, tmp_path):
   _, workdir = finished
   c = tiny_config(**{"warm_start": str(workdir), "optimizer.learning_rate": 0.0, "steps": 2})
   assert run(c, tmp_path / "warm") == "done"
-  assert equal(runs.open(workdir).params(), runs.open(tmp_path / "warm").params())
+  parent, child = runs.open(workdir), runs.open(tmp_path / "warm")
+  assert equal(parent.params(), child.params())
+  step = parent.steps[-1]
+  assert child.manifest["warm_start"] == {
+    "workdir": str(workdir),
+    "run": parent.identity,
+    "step": step,
+    "parameters": parent.digest(step),
+  }
+  assert parent.digest(step) and "warm_start" not in parent.manifest
+
+
+def test_a_warm_start_begins_anew_with_the_parameters_that_it_began_with(
+  finished, tiny_config, tmp_path, monkeypatch
+):
+  """Its manifest would tell of others; one from before they were recorded takes any."""
+  shutil.copytree(finished[1], tmp_path / "parent")
+  c = tiny_config(**{"warm_start": str(tmp_path / "parent"), "steps": 1, "eval.documents": 1})
+
+  def fail(*_):
+    raise MemoryError("no more")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "fit", fail)
+    for _ in range(2):  # with the same parameters it begins anew
+      with pytest.raises(MemoryError):
+        run(c, tmp_path / "run")
+  *_, before, newest = runs.open(tmp_path / "parent").steps
+  shutil.rmtree(tmp_path / "parent/checkpoints" / str(newest))
+  refused = (
+    rf"warm_start = '.*parent': the run began with step {newest} of the run \w+ \(manifest.json\), "
+    rf"and these are other parameters, step {before} of the run"
+  )
+  with pytest.raises(workdir_lib.WorkdirError, match=refused):
+    run(c, tmp_path / "run")
+  at = workdir_lib.Workdir(tmp_path / "run")
+  manifest = at.read("manifest.json")
+  at.write("manifest.json", {key: each for key, each in manifest.items() if key != "warm_start"})
+  assert run(c, tmp_path / "run") == "done"
 
 
 def test_dry_run_says_what_a_step_takes(tiny_config, tmp_path):
