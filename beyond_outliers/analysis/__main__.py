@@ -18,6 +18,7 @@ from absl import app, flags
 
 from beyond_outliers import cli, runs, stores
 from beyond_outliers.analysis import packed_runs, report
+from beyond_outliers.analysis.plots import style
 from beyond_outliers.config.checks import require, require_once
 from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import ConfigError
@@ -34,8 +35,10 @@ ROOT = cli.paths_flag(
   "--pack wrote.",
   required=True,
 )
-PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this PNG file.")
-GAP_PLOT = cli.path_flag("gap_plot", "", "Also draw what the recipes cost into this PNG file.")
+PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this file, .png or .svg.")
+GAP_PLOT = cli.path_flag(
+  "gap_plot", "", "Also draw what the recipes cost into this file, .png or .svg."
+)
 COMMON_LOSS = flags.DEFINE_bool(
   "common_loss", False, "How the optimizers come to one loss in full precision, instead."
 )
@@ -136,6 +139,13 @@ def _check_flags() -> None:
   for flag in (PLOT, GAP_PLOT, OVERRIDES, PACK):
     require(
       not os.path.isdir(flag.value), f"--{flag.name}", flag.value, "is a folder; name a file in it"
+    )
+  for flag in (PLOT, GAP_PLOT):
+    require(
+      not flag.value or style.is_writable(flag.value),
+      f"--{flag.name}",
+      flag.value,
+      "no figure is written as such a file; give a name that ends in .png or .svg",
     )
   if OUT.value:
     make_folder(OUT.value, ConfigError, "give a folder that can be written", "--out")

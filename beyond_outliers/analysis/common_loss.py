@@ -61,12 +61,14 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
   before its cool-down, as the full run ended below the line through these evaluations. Once the
   re-runs are among `runs`, their ends replace that guess, so that the same two commands, report and
   launch, close in on CL; |ending.loss - loss| says how near it is. All seeds of an optimizer get
-  one number of steps: landing each by itself would take out part of the variance between them. A
-  checkpoint's loss is that of the evaluation at its step, or between two evaluations linear in the
-  step. The authors' code takes another way, the first checkpoint of the full-length run whose loss
-  is below CL, which is `crossing`; there a run's best loss is the least of many estimates, each on
-  few fresh tokens, and so below what it would be on all. Here all is of one validation set, and the
-  best loss is the last one. landings.py compares what quantization costs at each.
+  one number of steps: landing each by itself would take out part of the variance between them.
+
+  A checkpoint's loss is that of the evaluation at its step, or between two evaluations linear in
+  the step; one before the first evaluation has none, and is left out. The authors' code takes
+  another way, the first checkpoint of the full-length run whose loss is below CL, which is
+  `crossing`; there a run's best loss is the least of many estimates, each on few fresh tokens, and
+  so below what it would be on all. Here all is of one validation set, and the best loss is the last
+  one. landings.py compares what quantization costs at each.
   Errors: ConfigError as `tuning.tunings`; an optimizer without a run of full length; fewer than two
     evaluations before the cool-down; losses that do not fall with the steps."""
   frame = run_frame(runs, but=("steps",))
@@ -146,10 +148,11 @@ def _evaluations(t: Tuning) -> list[Point]:
 
 
 def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
-  """Checkpoints that all of the best runs have, or had when they were evaluated, as cells say."""
+  """Checkpoints that all of the best runs have, or had when they were evaluated, as cells say; but
+  for those before the first evaluation, whose loss is not known."""
   saved = set.intersection(*(set(run.steps) | _evaluated(run) for run in t.best))
   steps, losses = zip(*evaluations, strict=True)
-  return [Point(step, float(np.interp(step, steps, losses))) for step in saved]
+  return [Point(step, float(np.interp(step, steps, losses))) for step in saved if step >= steps[0]]
 
 
 def _evaluated(run: runs_lib.Run) -> set[int]:

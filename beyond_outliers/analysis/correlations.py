@@ -67,8 +67,8 @@ def correlation(
 
   Of six pairs it is wide: by pearson, zero is outside in one draw of four, and p below .05 in half.
   By ranks, bca is at times all from -1 to 1.
-  Errors: ConfigError for lengths that differ, values that are not finite or all one, fewer than
-    three pairs (four with `given`), and unknown names."""
+  Errors: ConfigError for lengths that differ, values that are not finite or all equal, fewer
+    than three pairs (four with `given`), and unknown names."""
   require(method in CORRELATIONS, "method", method, nearest(method, CORRELATIONS))
   coefficient = CORRELATIONS[method]
   interval = interval or coefficient.interval
@@ -86,7 +86,7 @@ def correlation(
       np.ptp(column) > 0,
       name,
       float(column[0]),
-      "all values are one, so that nothing varies with it",
+      "all values are equal, so that nothing can vary with it",
     )
   if given is not None:
     require(method != "kendall", "method", method, 'of a partial one, take "pearson" or "spearman"')

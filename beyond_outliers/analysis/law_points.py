@@ -125,6 +125,39 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
     "done", or whose loss is no finite number above zero.
   Errors: ConfigError for missing columns, numbers that are none, runs of different data, a run that
     is there twice."""
+  frame = _checked_frame(points, embedding)
+  N = frame.parameters - (0 if embedding else frame.embedding)
+  for row in frame.index[N <= 0][:1]:
+    raise ConfigError(
+      f"points: row {row}: embedding = {frame.embedding[row]:g} of {frame.parameters[row]:g} "
+      "parameters leaves none; `parameters` counts the embedding too"
+    )
+  log_loss, left_out = _log_losses(frame)
+  table = pd.DataFrame(
+    {
+      "optimizer": frame.optimizer.map(str),
+      "recipe": frame.recipe.map(str),
+      "seed": frame.seed,
+      "N": N.astype(float),
+      "D": frame.tokens.astype(float),
+      "log_loss": log_loss,
+      "tokens_per_parameter": frame.tokens / frame.parameters,
+    }
+  )
+  table = table[np.isfinite(log_loss)]
+  keys = ["optimizer", "recipe", "N", "D", "seed"]
+  for row in table.index[table.duplicated(keys)][:1]:
+    same = frame.index[(table.reindex(frame.index)[keys] == table.loc[row, keys]).all(axis=1)]
+    raise ConfigError(
+      f"points: rows {list(same)} are one run, {_run(frame, row)}: leave all but one out; of a "
+      "sweep, keep the tuned learning rate"
+    )
+  return table.reset_index(drop=True), left_out
+
+
+def _checked_frame(points: Table, embedding: bool) -> pd.DataFrame:
+  """The table as a frame that has all that a law needs, its sizes as numbers. Errors: as
+  `read_points`."""
   try:
     frame = pd.DataFrame(points).reset_index(drop=True)
   except (TypeError, ValueError) as error:
@@ -156,33 +189,7 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
       raise ConfigError(f"points: row {row}: {column} is missing")
   for column in ("parameters", "tokens", *(() if embedding else ("embedding",))):
     frame[column] = _positive(frame, column)
-  N = frame.parameters - (0 if embedding else frame.embedding)
-  for row in frame.index[N <= 0][:1]:
-    raise ConfigError(
-      f"points: row {row}: embedding = {frame.embedding[row]:g} of {frame.parameters[row]:g} "
-      "parameters leaves none; `parameters` counts the embedding too"
-    )
-  log_loss, left_out = _log_losses(frame)
-  table = pd.DataFrame(
-    {
-      "optimizer": frame.optimizer.map(str),
-      "recipe": frame.recipe.map(str),
-      "seed": frame.seed,
-      "N": N.astype(float),
-      "D": frame.tokens.astype(float),
-      "log_loss": log_loss,
-      "tokens_per_parameter": frame.tokens / frame.parameters,
-    }
-  )
-  table = table[np.isfinite(log_loss)]
-  keys = ["optimizer", "recipe", "N", "D", "seed"]
-  for row in table.index[table.duplicated(keys)][:1]:
-    same = frame.index[(table.reindex(frame.index)[keys] == table.loc[row, keys]).all(axis=1)]
-    raise ConfigError(
-      f"points: rows {list(same)} are one run, {_run(frame, row)}: leave all but one out; of a "
-      "sweep, keep the tuned learning rate"
-    )
-  return table.reset_index(drop=True), left_out
+  return frame
 
 
 def _positive(frame: pd.DataFrame, column: str) -> pd.Series:

@@ -151,8 +151,8 @@ def _places(run: runs_lib.Run, folder: pathlib.Path) -> dict[str, str]:
   datasets = (run.config.data.directory, os.path.dirname(run.trained_on["directory"]))
   places = {f"{folder.parent}/": ""} | {place.rstrip("/"): DATASETS for place in datasets}
   # A relative one may be any word, and says nothing of a machine; nor does the root.
-  told = [place for place in places if os.path.isabs(place) and place.strip("/")]
-  return {place: places[place] for place in sorted(told, key=len, reverse=True)}
+  named = [place for place in places if os.path.isabs(place) and place.strip("/")]
+  return {place: places[place] for place in sorted(named, key=len, reverse=True)}
 
 
 def _text(value: Json, places: Mapping[str, str]) -> bytes:

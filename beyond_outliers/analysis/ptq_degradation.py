@@ -94,7 +94,7 @@ def find_cells(
     newest = max((cell["settings"]["version"] for cell in cells), default=0)
     for cell in (cell for cell in cells if cell["settings"]["version"] == newest):
       if fewer := table.of_fewer(cell):
-        said.append(f"{run.name}: {fewer}, and left out")
+        said.append(f"{run.name}: {fewer}; it is left out")
       else:
         found.append((run, cell))
   if "step" not in but:
@@ -106,7 +106,8 @@ def find_cells(
   for run, cell in found:
     if others := [fallback["matrix"] for fallback in cell.get("fallbacks", [])]:
       of = f"{cell['recipe']}, {cell['method']}"
-      said.append(f"{run.name}: {of} could not be had of {len(others)} matrices: {others[0]}, ...")
+      more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+      said.append(f"{run.name}: {of} failed on {others[0]}{more}, quantized in another way instead")
   return found, said
 
 
@@ -224,8 +225,8 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
       values = sorted(rows[key].unique().tolist(), key=lambda value: (value != "", value))
       if len(values) > 1:
         choice = f"choose by --settings={key}={values[0]}"
-        remedy = f"or {choice if key in MEASURED_ON else 'make the cells, of one'}"
-        raise ConfigError(f"{name}: the cells have {key} = {values}; give the runs, {remedy}")
+        remedy = choice if key in MEASURED_ON else "measure cells of one value"
+        raise ConfigError(f"{name}: the cells have {key} = {values}; give runs of one, or {remedy}")
   for (optimizer, seed, recipe, method, *_), rows in measured.groupby(
     ["optimizer", "seed", "recipe", "method", *but]
   ):

@@ -45,7 +45,7 @@ def print_tuning(
   """Each recipe's best learning rates, and where there is more than one recipe the gap of each to
   full precision; returns the rates of full precision.
 
-  plot, gap_plot: PNG files to draw the loss curves and the gaps into."""
+  plot, gap_plot: files to draw the loss curves and the gaps into, .png or .svg."""
   found = tunings(runs)
   recipes = list(dict.fromkeys(t.recipe for t in found))
   require(

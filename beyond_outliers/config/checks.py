@@ -38,7 +38,7 @@ def require(ok: bool, field: str, value: Any, remedy: str) -> None:
 def require_once(field: str, keys: Sequence[str]) -> None:
   """Keys of a list of key=value, of which none may be given twice: only one would count."""
   for place, key in enumerate(keys):
-    require(key not in keys[:place], field, key, "is given twice, of which one would count")
+    require(key not in keys[:place], field, key, "is given twice, and only one of them would count")
 
 
 def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:

@@ -100,7 +100,7 @@ class ResultStore:
     if found is None or found["settings"] != settings:
       return None
     if not is_of(found, digest):
-      self._say(f"{path} is of other parameters than step {step} has now, and counts for none")
+      self._say(f"{path} is of other parameters than step {step} has now, and is ignored")
       return None
     return found
 
@@ -138,18 +138,18 @@ class ResultStore:
     except FileNotFoundError:  # gone since it was listed
       return None
     except WorkdirError as error:
-      self._say(f"{path} holds no result that can be read, and counts for none ({error})")
+      self._say(f"{path} holds no result that can be read, and is ignored ({error})")
       return None
     settings = found.get("settings")
     if isinstance(settings, dict):
       found["settings"] = {"version": 1, **settings}  # the first had no number
     if misfit(found, IDENTITY) or not (_is_cell(found) or _is_answer(found)):
-      self._say(f"{path} holds no result of an evaluation job, and counts for none")
+      self._say(f"{path} holds no result of an evaluation job, and is ignored")
       return None
     row = found["recipe"].partition(",")[0]  # of one with a run's rules, which Cell.row leaves out
     name = file_name(found["step"], row, found["method"], settings)
     if path.name != name and re.search(r"-[0-9a-f]{8}\.json$", path.name):
-      self._say(f"{path} holds the result that belongs in {name}, and counts for none")
+      self._say(f"{path} holds the result that belongs in {name}, and is ignored")
       return None
     return found
 
@@ -165,8 +165,8 @@ def names_of(run: runs_lib.Run) -> tuple[str, str]:
 
 
 def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
-  """Those of the cells that are of a run, and of the parameters that its checkpoints have now; what
-  is of others, which a run that went back has left, is told once."""
+  """Those of the cells that are of a run, and of the parameters that its checkpoints have now. Of
+  each that a run has left behind by going back, a line says so, once."""
   itself, found = names_of(run), []
   digest_of = functools.cache(run.digest)
   for cell in cells:
@@ -176,8 +176,8 @@ def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
       else:
         which = "step {step}, {recipe}, {method}".format_map(cell)
         _warn_once(
-          f"{run.name}: the cell of {which} is of other parameters than that step has now, and "
-          "counts for none; evaluate it again"
+          f"{run.name}: the cell of {which} is of other parameters than that step has now, and is "
+          "ignored; evaluate it again"
         )
   return found
 

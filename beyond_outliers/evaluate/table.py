@@ -51,7 +51,7 @@ def of_fewer(cell: Result) -> str:
   if not count or len(steps) >= int(count):
     return ""
   of = ", ".join(map(str, steps))
-  return f"step {cell['step']}: {name} is the mean of {len(steps)}, of the steps {of}"
+  return f"step {cell['step']}: {name} is the mean of only {len(steps)}, of steps {of}"
 
 
 def _examples(cells: Sequence[Result]) -> list[str]:

@@ -197,7 +197,7 @@ class HuggingFaceModel:
 
   Errors: DataError, ConfigError for what hf.load refuses, windows longer than the model's
   positions, and a dataset of another tokenizer than the directory's; where that holds none, the
-  dataset's is taken for it, puts nothing before a text, and `warn` is told."""
+  dataset's is taken for it, which puts nothing before a text, and `warn` gets a line about it."""
 
   def __init__(
     self,

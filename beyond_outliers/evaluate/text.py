@@ -47,7 +47,7 @@ def text_of_run(
   documents: int | None = None,
 ) -> Text:
   """The run's own validation documents, or those of another dataset of its tokenizer; documents
-  that are parted otherwise than those it was trained on are told of.
+  that are separated otherwise than those it was trained on get a warning.
 
   Errors: ConfigError, DataError."""
   c, trained_on = run.config, run.trained_on
@@ -66,7 +66,7 @@ def text_of_run(
       for separator, eot in (parted, (c.data.separator, c.data.eot))
     )
     results.warn(
-      f"--data = {opened.directory!r}: its documents are parted by another token ({given}) than "
+      f"--data = {opened.directory!r}: its documents are separated by another token ({given}) than "
       f"those that the run was trained on ({own}), and losses of both do not compare; prepare them "
       "with the run's data.separator and data.eot"
     )

@@ -57,6 +57,16 @@ def test_a_checkpoint_between_evaluations_has_a_loss_between_theirs(tmp_path):
   )
 
 
+def test_a_checkpoint_before_the_first_evaluation_has_no_loss(tmp_path):
+  """As configs/ make one, at a quarter of the run, with evaluations at thirds."""
+  workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256", checkpoints=(256,))
+  falls = {64: 3.9, 128: 3.5, 256: 3.0}
+  workdir(tmp_path, muon, 0.1, 0, falls, argument=",steps=256", checkpoints=(32, 96, 256))
+  muons, _ = common_loss(runs.find(tmp_path))[1]
+  assert muons.crossing == pytest.approx((96, 3.7)), "32 may well be above 4.0"
+  assert muons.checkpoint == pytest.approx((96, 3.7))
+
+
 def test_a_checkpoint_that_was_evaluated_counts_though_it_is_gone(tmp_path):
   """As in runs that were packed; its cells say what it costs. Not that of another training."""
   workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256", checkpoints=(256,))

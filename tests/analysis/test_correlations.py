@@ -132,7 +132,7 @@ def test_pearsons_coefficient_is_the_same_in_any_unit(unit):
     (X, Y[:5], {}, r"x, y, given = \[6, 5\]: expected equal lengths"),
     (X[:2], Y[:2], {}, "expected at least 3 values"),
     (X[:3], Y[:3], {"given": Z[:3]}, "expected at least 4 values"),
-    (X, np.ones(6), {}, "y = .*1.0.*: all values are one"),
+    (X, np.ones(6), {}, "y = .*1.0.*: all values are equal"),
     (X, [*Y[:5], math.nan], {}, "y = .*nan.*: expected finite numbers"),
     (X, Y, {"method": "cosine"}, "method = 'cosine': expected one of pearson, spearman, kendall"),
     (X, Y, {"interval": "t"}, "interval = 't': expected one of percentile, bca"),

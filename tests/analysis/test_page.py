@@ -175,7 +175,7 @@ def test_scores_of_unlike_questions_are_rows_of_their_own(tmp_path):
     ["piqa@aaaaaaaa/acc", "0.2000 ± 0.0500"],
     ["piqa@bbbbbbbb/acc", "0.4000 ± 0.0500"],
   ]
-  assert "unlike questions" in part.sentences[0]
+  assert "different questions" in part.sentences[0]
 
 
 def test_models_that_were_asked_under_other_settings_are_no_seeds(tmp_path):

@@ -160,7 +160,7 @@ def test_runs_whose_mean_would_say_nothing_are_refused(tmp_path):
   workdir(tmp_path, adamw, 0, {("rtn_w4a4", "rtn"): 0.3}, rate=0.3)
   with pytest.raises(
     config.ConfigError,
-    match=r"adamw: the cells have learning_rate = \[.*0\.1.*0\.3.*\]; give the runs",
+    match=r"adamw: the cells have learning_rate = \[.*0\.1.*0\.3.*\]; give runs of one",
   ):
     tables.degradation_table(ptq_degradation.degradation_cells(runs.find(tmp_path)))
   with pytest.raises(
@@ -264,7 +264,7 @@ def test_an_average_of_fewer_checkpoints_than_it_says_is_left_out(tmp_path, caps
   recorded(short, averaged=[200])
   text = printed(tmp_path, capsys, {"average": "last:3"})
   assert "**+0.2000**" in text
-  assert f"{short}: step 200: last:3 is the mean of 1, of the steps 200, and left out" in text
+  assert f"{short}: step 200: last:3 is the mean of only 1, of steps 200; it is left out" in text
 
 
 def test_averages_of_one_name_are_made_alike(tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_matrices_that_a_method_could_not_quantize_are_told(tmp_path, capsys):
   fallback = {"matrix": "layers/0/mlp/up", "rounding": "nearest", "damping": None}
   folder = quantized(tmp_path)
   recorded(folder, fallbacks=[fallback])
-  told = f"{folder}: rtn_w4a4, rtn could not be had of 1 matrices: layers/0/mlp/up"
+  told = f"{folder}: rtn_w4a4, rtn failed on layers/0/mlp/up, quantized in another way instead"
   assert told in printed(tmp_path, capsys)
 
 

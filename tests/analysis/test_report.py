@@ -52,6 +52,14 @@ REFUSED = {
     ["--root={sweep}", "--gap_plot=gap.png"],
     ["--gap_plot = 'gap.png': the runs are all of recipe 'none'"],
   ),
+  "a figure of a kind that nobody writes": (
+    ["--root={sweep}", "--plot={empty}/curves.text"],
+    ["--plot = '", "curves.text': ", "give a name that ends in .png or .svg"],
+  ),
+  "a figure that does not say its kind": (
+    ["--root={sweep}", "--gap_plot={empty}/gap"],
+    ["--gap_plot = '", "gap': ", "give a name that ends in .png or .svg"],
+  ),
   "another report's figure": (
     ["--root={sweep}", "--common_loss", "--plot=x.png"],
     ["--plot = 'x.png': --common_loss asks for"],

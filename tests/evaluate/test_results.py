@@ -84,7 +84,7 @@ def test_an_average_of_fewer_checkpoints_than_its_name_says_is_told(tmp_path):
     for name, steps in (("last:9", [1, 2]), ("last:9", [1, 2]), ("last:2", [1, 2]), ("ema", [2]))
   ]
   *rows, below = table.results_table(cells).splitlines()
-  assert len(rows) == 5 and below == "step 2: last:9 is the mean of 2, of the steps 1, 2"
+  assert len(rows) == 5 and below == "step 2: last:9 is the mean of only 2, of steps 1, 2"
 
 
 def test_scores_come_with_their_standard_error_and_their_examples(tmp_path):
@@ -167,7 +167,7 @@ def test_an_altered_number_and_a_result_in_anothers_place_count_as_missing(tmp_p
   assert "was altered since it was written" in said[-1]
   one.write_text(other.read_text())
   assert len(store.cells()) == 1
-  assert said[-1] == f"{one} holds the result that belongs in {other.name}, and counts for none"
+  assert said[-1] == f"{one} holds the result that belongs in {other.name}, and is ignored"
   one.rename(tmp_path / "a copy.json")
   (tmp_path / "a copy.json").write_text(text)
   assert len(store.cells()) == 2, "a name that a person gave"

@@ -9,8 +9,9 @@ import pandas as pd
 
 from beyond_outliers.analysis import plots
 from beyond_outliers.analysis.page.evidence import Evidence, Law
-from beyond_outliers.analysis.page.section import Drawing, Part, frame_table, unique
+from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_table, unique
 from beyond_outliers.analysis.page.text import number
+from beyond_outliers.analysis.scaling_law import ScalingLaw
 
 
 def laws(evidence: Evidence) -> list[Part]:
@@ -24,6 +25,33 @@ def _law_part(law: Law) -> Part:
   if fit is None or sizes == 1:
     why = "all runs are of one size; a law takes three or more" if sizes == 1 else law.law.problem
     return Part(law.title, law.runs, missing=why, command=command, left_out=law.left_out)
+  sentences = [
+    f"{fit.runs} runs of {sizes} size{'s' * (sizes != 1)}; log losses ± {fit.residual:.2g} around "
+    f"the law, ± {number(fit.between_seeds, '.2g')} between seeds. Bootstrap of {fit.resampling}."
+  ]
+  for reason in unique(filter(None, fit.reasons.values())):
+    names = [name for name in fit.params if fit.reasons[name] == reason]
+    sentences.append(f"Not identified: {', '.join(names)}: {reason}.")
+  return Part(
+    law.title,
+    law.runs,
+    sentences,
+    [
+      Drawing(
+        "law",
+        "Left: runs, and the law through their losses. Right: rho, the share of its parameters "
+        "that a recipe leaves a model.",
+        functools.partial(plots.plot_scaling_law, fit, points=law.points),
+      )
+    ],
+    [_parameters_table(fit)],
+    command="analysis.scaling_law.fit(analysis.law_points.of_runs(runs)[0]), from Python",
+    left_out=[*law.left_out, *fit.left_out],
+  )
+
+
+def _parameters_table(fit: ScalingLaw) -> Table:
+  """Every parameter with its two intervals, efficiencies first."""
   rows = pd.DataFrame(
     [
       {
@@ -47,7 +75,7 @@ def _law_part(law: Law) -> Part:
     return text
 
   percent = f"{100 * fit.confidence:g} %"
-  table = frame_table(
+  return frame_table(
     "law",
     f"L = A / (N rho)^alpha + E, losses in nats; intervals at {percent}.",
     rows,
@@ -58,27 +86,4 @@ def _law_part(law: Law) -> Part:
       "bootstrap": interval("bootstrap"),
       "identified": lambda row: row.identified,
     },
-  )
-  sentences = [
-    f"{fit.runs} runs of {sizes} size{'s' * (sizes != 1)}; log losses ± {fit.residual:.2g} around "
-    f"the law, ± {number(fit.between_seeds, '.2g')} between seeds. Bootstrap of {fit.resampling}."
-  ]
-  for reason in unique(filter(None, fit.reasons.values())):
-    names = [name for name in fit.params if fit.reasons[name] == reason]
-    sentences.append(f"Not identified: {', '.join(names)}: {reason}.")
-  return Part(
-    law.title,
-    law.runs,
-    sentences,
-    [
-      Drawing(
-        "law",
-        "Left: runs, and the law through their losses. Right: rho, the share of its parameters "
-        "that a recipe leaves a model.",
-        functools.partial(plots.plot_scaling_law, fit, points=law.points),
-      )
-    ],
-    [table],
-    command="analysis.scaling_law.fit(analysis.law_points.of_runs(runs)[0]), from Python",
-    left_out=[*law.left_out, *fit.left_out],
   )

@@ -147,32 +147,6 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
   worth = worth.sort_values(
     ["recipe", "method", "spearman"], key=lambda c: -c.abs() if c.name == "spearman" else c
   )
-
-  def coefficient(row: Any, name: str) -> str:
-    value, low, high = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})" if value == value else NOTHING
-
-  listed = worth[worth["predictor"].isin(SHOWN)]
-  table = Table(
-    f"predictors.{group.name}",
-    "Correlation over optimizers (means over seeds) of what was lost with each predictor: value, "
-    "95 % interval, exact p; `partial` is given the loss in full precision. Strongest first. p is "
-    "of one predictor: of twenty that predict nothing, one is below .05. The file has them all.",
-    {
-      "recipe": lambda row: str(row.recipe),
-      "method": lambda row: str(row.method),
-      "predictor": lambda row: str(row.predictor),
-      "Spearman": functools.partial(coefficient, name="spearman"),
-      "p": lambda row: number(row.spearman_p, ".3f"),
-      "Pearson": functools.partial(coefficient, name="pearson"),
-      "p ": lambda row: number(row.pearson_p, ".3f"),
-      "partial Spearman": functools.partial(coefficient, name="partial_spearman"),
-      "optimizers": lambda row: str(row.optimizers),
-      "runs": lambda row: str(row.runs),
-    },
-    style.named_rows(listed),
-    worth,
-  )
   figures = [
     Drawing(
       f"predictors.{group.name}.{at}",
@@ -194,10 +168,39 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
     group.title,
     frame["run"].nunique(),
     figures=figures,
-    tables=[table],
+    tables=[_correlations_table(group.name, worth)],
     command="analysis.predictors.correlations(analysis.predictors.frame(runs"
     f"{group.cell_arguments})), from Python",
     left_out=frame.attrs.get("left_out", []),
+  )
+
+
+def _correlations_table(name: str, worth: pd.DataFrame) -> Table:
+  """The predictors that are SHOWN; the file has all. worth: of `predictors.correlations`."""
+
+  def coefficient(row: Any, name: str) -> str:
+    value, low, high = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})" if value == value else NOTHING
+
+  return Table(
+    f"predictors.{name}",
+    "Correlation over optimizers (means over seeds) of what was lost with each predictor: value, "
+    "95 % interval, exact p; `partial` is given the loss in full precision. Strongest first. p is "
+    "of one predictor: of twenty that predict nothing, one is below .05. The file has them all.",
+    {
+      "recipe": lambda row: str(row.recipe),
+      "method": lambda row: str(row.method),
+      "predictor": lambda row: str(row.predictor),
+      "Spearman": functools.partial(coefficient, name="spearman"),
+      "p": lambda row: number(row.spearman_p, ".3f"),
+      "Pearson": functools.partial(coefficient, name="pearson"),
+      "p ": lambda row: number(row.pearson_p, ".3f"),
+      "partial Spearman": functools.partial(coefficient, name="partial_spearman"),
+      "optimizers": lambda row: str(row.optimizers),
+      "runs": lambda row: str(row.runs),
+    },
+    style.named_rows(worth[worth["predictor"].isin(SHOWN)]),
+    worth,
   )
 
 
@@ -263,6 +266,5 @@ def apart(frame: pd.DataFrame) -> list[pd.DataFrame]:
 
 def missing(group: RunGroup, found: Found[Any], why: str, command: str) -> Part:
   """A part without data: why, and what makes it, unless the problem ends with its own command."""
-  told = "python -m " in found.problem
-  why = found.problem or why
-  return Part(group.title, len(group.runs), missing=why, command="" if told else command)
+  command = "" if "python -m " in found.problem else command
+  return Part(group.title, len(group.runs), missing=found.problem or why, command=command)

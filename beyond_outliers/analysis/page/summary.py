@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from beyond_outliers.analysis.page.evidence import Evidence, RunGroup
-from beyond_outliers.analysis.page.section import PageSection, Part, frame_table, unique
+from beyond_outliers.analysis.page.section import PageSection, Part, Table, frame_table, unique
 from beyond_outliers.analysis.page.text import NOTHING, analysis_command, extremes, with_error
 from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.statistics import Estimate, estimate
@@ -17,16 +17,38 @@ from beyond_outliers.analysis.tuning import final_metric, standing
 
 CHEAPEST = 3  # columns of quantization after training: round to nearest, and the cheapest others
 
+Column = dict[str, Estimate]  # by optimizer
+
 
 def answer(evidence: Evidence, group: RunGroup) -> Part:
   """One row per optimizer: its loss, what training under each recipe and quantization after
   training cost, the error at the network's end, and rho."""
   columns = {**_losses(group), **_gaps(group), **_methods(group), **_error(group), **_rho(evidence)}
-  optimizers = style.in_order(name for found in columns.values() for name in found)
-  if not optimizers:
+  if not any(columns.values()):
     why = group.tunings.problem or "no run is done"
     command = analysis_command(evidence.roots_of(group))
     return Part(group.title, len(group.runs), missing=why, command=command)
+  sentences = [
+    f"{heading}: {text}."
+    for heading, found in columns.items()
+    if heading.startswith(("QAT", "PTQ"))
+    and (text := extremes({name: value.mean for name, value in found.items()}, "nats"))
+  ]
+  seeds = {run.config.seed for run in group.best}
+  if len(seeds) == 1:
+    sentences.append("One seed: differences of a few hundredths of a nat are not resolved.")
+  return Part(
+    group.title,
+    len(group.runs),
+    sentences,
+    tables=[_answer_table(f"answer.{group.name}", columns)],
+    command=analysis_command(evidence.roots, *group.cell_flags, "--out=report"),
+  )
+
+
+def _answer_table(name: str, columns: dict[str, Column]) -> Table:
+  """A row per optimizer, in the order of the first column."""
+  optimizers = style.in_order(name for found in columns.values() for name in found)
   first = next(iter(columns.values()))
   optimizers.sort(key=lambda name: first[name].mean if name in first else math.inf)
   rows = pd.DataFrame(
@@ -42,50 +64,30 @@ def answer(evidence: Evidence, group: RunGroup) -> Part:
       for name in optimizers
     ]
   )
-  best = {
-    heading: min((value.mean for value in found.values()), default=math.nan)
-    for heading, found in columns.items()
-  }
-
-  def column(heading: str) -> Callable[[Any], str]:
-    found, digits = columns[heading], 3 if heading.startswith(("R_L", "rho")) else 4
-
-    def text(row: Any) -> str:
-      value = found.get(row[0])
-      if value is None:
-        return NOTHING
-      sign = "+" if heading.startswith(("QAT", "PTQ")) else ""
-      shown = with_error(value.mean, value.stderr, digits, sign)
-      least = value.mean == best[heading] and len(found) > 1 and not heading.startswith("rho")
-      return f"**{shown}**" if least else shown
-
-    return text
-
   caption = (
     "Means over seeds ± standard errors, at each optimizer's best rate in full precision; lowest "
     "loss first, the least of each column in bold. Losses in nats; QAT: loss of the run under the "
     "recipe − in full precision; PTQ: of the quantized model − of the model in full precision."
   )
-  shown = {"optimizer": lambda row: row[0], **{heading: column(heading) for heading in columns}}
-  sentences = [
-    f"{heading}: {text}."
-    for heading, found in columns.items()
-    if heading.startswith(("QAT", "PTQ"))
-    and (text := extremes({name: value.mean for name, value in found.items()}, "nats"))
-  ]
-  seeds = {run.config.seed for run in group.best}
-  if len(seeds) == 1:
-    sentences.append("One seed: differences of a few hundredths of a nat are not resolved.")
-  return Part(
-    group.title,
-    len(group.runs),
-    sentences,
-    tables=[frame_table(f"answer.{group.name}", caption, rows, shown)],
-    command=analysis_command(evidence.roots, *group.cell_flags, "--out=report"),
-  )
+  shown = {heading: _texts(heading, found) for heading, found in columns.items()}
+  return frame_table(name, caption, rows, {"optimizer": lambda row: row[0], **shown})
 
 
-Column = dict[str, Estimate]  # by optimizer
+def _texts(heading: str, found: Column) -> Callable[[Any], str]:
+  """Of a row that begins with an optimizer: what this column shows of it."""
+  digits = 3 if heading.startswith(("R_L", "rho")) else 4
+  sign = "+" if heading.startswith(("QAT", "PTQ")) else ""
+  least = min((value.mean for value in found.values()), default=math.nan)
+
+  def text(row: Any) -> str:
+    value = found.get(row[0])
+    if value is None:
+      return NOTHING
+    shown = with_error(value.mean, value.stderr, digits, sign)
+    bold = value.mean == least and len(found) > 1 and not heading.startswith("rho")
+    return f"**{shown}**" if bold else shown
+
+  return text
 
 
 def _losses(group: RunGroup) -> dict[str, Column]:
@@ -155,9 +157,9 @@ def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
       lines = [*part.left_out, *([part.missing] if part.missing else [])]
       of = section.title + (f", {part.heading}" if len(section.parts) > 1 else "")
       rows += [{"of": of, "what": line} for line in lines]
-  told = " ".join(row["what"] for row in rows)
+  mentioned = " ".join(row["what"] for row in rows)
   for run in evidence.runs:
-    if run.status["status"] != "done" and run.name not in told:
+    if run.status["status"] != "done" and run.name not in mentioned:
       rows.append({"of": "all means", "what": standing(run)})
   if not rows:
     return Part(sentences=["Nothing is missing, and nothing was left out."])

@@ -38,7 +38,7 @@ def scored_tasks(evidence: Evidence, group: RunGroup) -> Part:
   return Part(
     group.title,
     found["run"].nunique(),
-    ["task@HASH: of unlike questions under one name, told by their hash."] if unlike else [],
+    ["task@HASH: different questions under one name, kept apart by their hash."] if unlike else [],
     tables=[_by_optimizer(f"tasks.{group.name}", caption, found)],
     command=f"{EVALUATE} --tasks=study --task_folders=tasks",
     left_out=cells.attrs.get("left_out", []),

@@ -69,8 +69,9 @@ def what_was_run(evidence: Evidence, group: RunGroup) -> Part:
     )
   c = group.runs[0].config
   data, total = group.runs[0].trained_on, parameters(group.runs[0])
+  blocks = f"{c.model.blocks} block{'s' * (c.model.blocks != 1)}"
   sentences = [
-    f"Model of {c.model.blocks} blocks, width {c.model.d_model}, vocabulary {c.model.vocab}"
+    f"Model of {blocks}, width {c.model.d_model}, vocabulary {c.model.vocab}"
     + (f", {total:,} parameters" if total else "")
     + f". Trained on {group.extent}, in batches of {c.batch_size} windows of {c.context} tokens. "
     f"Data: {c.data.source}, fingerprint {data['fingerprint'][:12]}, tokenizer "

@@ -116,13 +116,9 @@ def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
   names = [name for name in dict.fromkeys(rows["at"]) if name in set(known)]
   size = 9, 1.6 + 0.32 * len(names)
   with canvas(path, 1, 2, size, sharey=True) as (figure, (panels,)):
-    for column, marker, axes in (
-      ("gain", "o", panels[0]),
-      ("predicted_gain", "o", panels[0]),
-      ("alignment_ratio", "o", panels[1]),
-    ):
-      face = "white" if column == "predicted_gain" else None
-      _draw_gains(axes, rows, names, column, marker, face)
+    _draw_gains(panels[0], rows, names, "gain")
+    _draw_gains(panels[0], rows, names, "predicted_gain", filled=False)
+    _draw_gains(panels[1], rows, names, "alignment_ratio")
     panels[0].set(xlabel="gain A / R_in", title=", ".join(map(label, pair)))
     panels[1].set(xlabel="alignment ratio (cos φ / cos ψ)²", title="linear layers")
     panels[0].set_yticks(range(len(names)), [label(name) for name in names])
@@ -142,8 +138,9 @@ def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
 
 
 def _draw_gains(
-  axes: Axes, rows: pd.DataFrame, names: Sequence[str], column: str, marker: str, face: str | None
+  axes: Axes, rows: pd.DataFrame, names: Sequence[str], column: str, filled: bool = True
 ) -> None:
+  """Means by optimizer at each unit's row; with the range where they are filled."""
   rows = rows.assign(value=pd.to_numeric(rows[column], errors="coerce"))
   rows = rows[rows["value"] > 0]
   for optimizer, offset in _offsets(rows["optimizer"], 0.6).items():
@@ -151,9 +148,10 @@ def _draw_gains(
     means = own.mean()
     at = np.array([names.index(name) + offset for name in means.index])
     color = color_of(optimizer)
-    if face is None:
+    if filled:
       axes.hlines(at, own.min(), own.max(), color=color, linewidth=1, alpha=0.5)
-    axes.plot(means, at, marker, markersize=4, color=color, markerfacecolor=face or color)
+    face = color if filled else "white"
+    axes.plot(means, at, "o", markersize=4, color=color, markerfacecolor=face)
 
 
 def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from etils import epath
 from matplotlib import colors, ticker
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -75,6 +76,12 @@ def canvas(
         _write(figure, path)
     finally:
       plt.close(figure)  # so that a notebook shows it once
+
+
+def is_writable(path: PathLike) -> bool:
+  """Whether a name's suffix is of a kind of file that figures are written as."""
+  suffix = os.path.splitext(path)[1].lower()
+  return suffix.removeprefix(".") in FigureCanvasBase.get_supported_filetypes()
 
 
 def _write(figure: Figure, path: PathLike) -> None:
