@@ -96,12 +96,16 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
 
 
 def judged_without(tunings: Iterable[Tuning]) -> list[str]:
-  """What to say of seeds that not all rates of a sweep have."""
+  """What to say of seeds that not all rates of a sweep have: a line for equal seeds."""
+  sweeps: dict[str, list[str]] = {}
+  for t in tunings:
+    if t.unjudged:
+      seeds = ", ".join(map(str, t.unjudged))
+      sweeps.setdefault(seeds, []).append(f"{t.optimizer} ({t.recipe})")
   return [
-    f"{t.optimizer} ({t.recipe}): its rates are judged by the seeds that all have, without "
-    f"{', '.join(map(str, t.unjudged))}"
-    for t in tunings
-    if t.unjudged
+    f"rates are compared by the seeds that all of a sweep's have, without {seeds}: "
+    + ", ".join(of_seeds)
+    for seeds, of_seeds in sweeps.items()
   ]
 
 

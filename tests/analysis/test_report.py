@@ -132,8 +132,9 @@ def test_seeds_that_not_all_rates_have_are_told(tmp_path, capsys):
   for rate, seed in ((0.1, 0), (0.1, 1), (0.3, 0)):
     workdir(tmp_path, adamw, rate, seed, [6.0, 4.0])
   report.print_tuning(runs.find(tmp_path))
-  assert "adamw (none): its rates are judged by the seeds that all have, without 1\n" in (
-    capsys.readouterr().out
+  assert (
+    "rates are compared by the seeds that all of a sweep's have, without 1: adamw (none)\n"
+    in (capsys.readouterr().out)
   )
 
 

@@ -39,7 +39,7 @@ def test_rates_are_compared_on_common_seeds_alone(sweep, tmp_path):
     and adamws.learning_rate == 0.3
   )
   assert tuning.judged_without([adamws]) == [
-    "adamw (none): its rates are judged by the seeds that all have, without 0"
+    "rates are compared by the seeds that all of a sweep's have, without 0: adamw (none)"
   ]
   workdir(tmp_path / "other", adamw, 1.0, 7, [6.0, 4.0])
   with pytest.raises(config.ConfigError, match=r"adamw: the rates .* have no seed in common"):

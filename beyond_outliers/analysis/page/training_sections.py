@@ -186,7 +186,7 @@ def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
   alone = [f"{t.optimizer} ({t.recipe})" for t in found if len(t.losses) == 1]
   if alone:
     sentences.append(f"Trained at one rate only, so not tuned: {', '.join(alone)}.")
-  sentences += [f"{line}." for line in judged_without(found)]
+  sentences += [f"{line[0].upper()}{line[1:]}." for line in judged_without(found)]
   if unfinished := not_done(group.runs):
     sentences.append(f"Not done: {'; '.join(unfinished)}.")
   return Part(group.title, len(group.runs), sentences, tables=made, command=command)
