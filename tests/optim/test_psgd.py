@@ -399,17 +399,19 @@ def test_random_numbers_follow_from_seed_and_step():
 
 
 def test_products_are_of_full_precision_unless_told_otherwise():
+  """Those of a step, and those that make the first QᵀQ."""
   params = {"w": jnp.ones((4, 6))}
 
-  def text(tx):
-    return jax.jit(tx.update).lower(params, tx.init(params)).as_text()
-
   def products(tx):
-    return [line for line in text(tx).splitlines() if "dot_general" in line]
+    texts = [
+      jax.jit(tx.init).lower(params).as_text(),
+      jax.jit(tx.update).lower(params, tx.init(params)).as_text(),
+    ]
+    found = [[line for line in text.splitlines() if "dot_general" in line] for text in texts]
+    assert all(found)
+    return sum(found, [])
 
-  assert products(scale_by_psgd()) and all(
-    "[HIGHEST, HIGHEST]" in line for line in products(scale_by_psgd())
-  )
+  assert all("[HIGHEST, HIGHEST]" in line for line in products(scale_by_psgd()))
   assert not any("HIGHEST" in line for line in products(scale_by_psgd(precision="default")))
 
 
