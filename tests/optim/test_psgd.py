@@ -9,6 +9,7 @@ psgd_fixture_torch.npz: matrices A (12, 12) and B (8, 8) of condition 1000 and 1
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -403,13 +404,10 @@ def test_products_are_of_full_precision_unless_told_otherwise():
   params = {"w": jnp.ones((4, 6))}
 
   def products(tx):
-    texts = [
-      jax.jit(tx.init).lower(params).as_text(),
-      jax.jit(tx.update).lower(params, tx.init(params)).as_text(),
-    ]
-    found = [[line for line in text.splitlines() if "dot_general" in line] for text in texts]
+    programs = [jax.jit(tx.init).lower(params), jax.jit(tx.update).lower(params, tx.init(params))]
+    found = [re.findall(".*dot_general.*", program.as_text()) for program in programs]
     assert all(found)
-    return sum(found, [])
+    return [*found[0], *found[1]]
 
   assert all("[HIGHEST, HIGHEST]" in line for line in products(scale_by_psgd()))
   assert not any("HIGHEST" in line for line in products(scale_by_psgd(precision="default")))
