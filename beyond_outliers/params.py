@@ -87,7 +87,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def mean(trees: Iterable[Any]) -> tuple[Any, int]:
-  """(the mean of trees of arrays, in their types; how many these are). One is held at a time."""
+  """(the mean of trees of arrays, in their types; how many there were). In memory are the sum and
+  one tree at a time."""
   total, count = None, 0
   for tree in trees:
     total, count = (jax.tree.map(jnp.add, total, tree) if count else tree), count + 1

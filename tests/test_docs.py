@@ -99,6 +99,19 @@ def test_files_that_are_named_exist(guide):
   assert not missing, f"{guide} names files that are not there: {missing}"
 
 
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if guide != "CHANGELOG.md"])
+def test_names_of_modules_beside_a_guide_exist(guide):
+  """`hooks.Save`, where hooks.py lies in the guide's folder: classes and private names, which look
+  like no key of the configuration and no file."""
+  missing = []
+  for code in markdown.code(markdown.read(guide)):
+    for name, member in re.findall(r"(?<![\w./])(\w+)\.(_\w+|[A-Z]\w+)", code):
+      module = (ROOT / guide).parent / f"{name}.py"
+      if module.exists() and not re.search(rf"\b{member}\b", module.read_text()):
+        missing.append(f"{name}.{member}")
+  assert not missing, f"{guide} names what its modules have not: {missing}"
+
+
 def test_the_tree_of_the_readme_has_every_part():
   (tree,) = [
     text for text in markdown.snippets(markdown.read("README.md"), "") if "main.py" in text

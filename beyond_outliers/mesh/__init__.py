@@ -84,7 +84,8 @@ def _slices(
 ) -> Sequence[Sequence[jax.Device]]:
   """The devices by slice, for a data axis to go over these; all as one where it does not.
 
-  A slice is what a faster network joins than joins slices: a slice of TPUs, or a host of others.
+  A slice: devices that a faster network joins than the one between slices. Of TPUs a slice, of
+  other devices a host.
   Errors: ConfigError where dcn_data cannot be had."""
   found: dict[Any, list[jax.Device]] = {}
   for device in devices:
@@ -115,7 +116,7 @@ def _grid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
   """Devices such that neighbours along an axis are so in the network, where JAX knows how."""
   if len({getattr(device, "slice_index", None) for device in devices}) > 1:
     return np.array(devices).reshape(shape)  # JAX knows of one slice
-  # A mesh that no axes of a torus fit it would not lay out, unless it may split these.
+  # It refuses a mesh whose axes are not made of whole axes of the torus, unless it may split these.
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 

@@ -54,9 +54,9 @@ def weighted_values(probabilities_BxKxGxLxL, v_BxLxKxDh):
 
 @jax.custom_vjp
 def blockwise(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """Blocks of queries against the keys up to the causal limit: half the FLOPs.
+  """A block of queries at a time against the keys up to its end.
 
-  Scores of one block at a time.
+  About half the FLOPs of `plain`, and the scores of one block in memory.
 
   The backward pass computes the probabilities again, from the logarithm of their denominator (arXiv
   2205.14135)."""

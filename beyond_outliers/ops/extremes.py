@@ -18,7 +18,7 @@ Axis = int | tuple[int, ...] | None
 
 
 def max_magnitude(x: jax.Array, axis: Axis = None, keepdims: bool = False) -> jax.Array:
-  """max |x|, of floats; of none of them 0.
+  """max |x| of floats; 0 where there are none.
 
   By their bits as integers, whose order is that of magnitudes, with NaN above all: one sweep, and
   on a mesh one all-reduce."""

@@ -11,7 +11,7 @@ from jax import lax
 
 from beyond_outliers.ops.outline import materialized_transpose
 
-# So many products of two int8 codes add up to a value that int32 holds.
+# The most products of two int8 codes whose sum int32 holds, whatever they are.
 LONGEST = 2**31 // 128**2 - 1
 
 

@@ -227,7 +227,7 @@ def layout(
 
   block_size None: every slice is one block. merge_up_to: a matrix of at most so many elements is
   taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. A leaf
-    without elements has no blocks.
+  without elements has no blocks.
   Errors: ValueError from `axes`."""
   records = list(leaves(tree, axes))
   grids: dict[tuple[int, ...], list[BlockGrid]] = {}

@@ -44,7 +44,7 @@ def scale_by_eigenvalue_corrected_shampoo(
   Reference: facebookresearch/optimizers, EigenvalueCorrectedShampooPreconditionerList with eigh.
 
   b2 is the decay of factors and second moment, eps is added to the second moment's power, after its
-  bias is corrected. Until start_step this is Adam. What roots and grafting need is of no account.
+  bias is corrected. Until start_step this is Adam. What is for roots and grafting is not read.
   State: as of `soap`; vectors have a factor too."""
   return direction(h, axes, mesh)
 

@@ -154,7 +154,7 @@ def _step(
 def _weights(h: _Muon, count: jax.Array) -> tuple[Any, Any]:
   """Weights of the average of gradients and of the latest one in what is orthogonalised.
 
-  The length of their sum is of no account."""
+  Only the direction of the sum matters: it is orthogonalised."""
   if not h.nesterov:
     return 1, 0
   if not h.nesterov_bias_correction:

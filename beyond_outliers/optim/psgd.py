@@ -142,10 +142,12 @@ def _init_bucket(h: _Psgd, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksStat
     return jax.vmap(jnp.multiply, (0, None))(start_B, ones)
 
   factors = tuple(map(factor, bucket.shape))
+  with jax.default_matmul_precision(h.precision):
+    applied = jax.vmap(functools.partial(_to_apply, h))(factors)
   return BlocksState(
     bucket.zeros(*bucket.shape, dtype=dtype) if has_average(h.momentum) else None,
     factors,
-    jax.vmap(functools.partial(_to_apply, h))(factors),
+    applied,
     bucket.zeros(dtype=jnp.int32),
   )
 

@@ -1,9 +1,8 @@
-"""SOAP (arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's factors.
+"""SOAP (arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's factors, which changes
+every few steps.
 
-The basis changes every few steps.
-
-Between changes the first moment stays in the basis: to rotate it there and back at every step would
-change nothing.
+The first moment is kept in the basis, and rotated when that changes. Algorithm 3 keeps it outside
+and rotates it at every step, which gives the same.
 
 Legend: B blocks on this device, D the axis of a basis, A rotated axes of a block.
 """

@@ -102,8 +102,9 @@ WHOLE_BITS = range(1, 9)
 GRIDS: dict[str, dict[float, Grid]] = {
   # 2^b levels at odd halves of a step, none of them zero.
   "midrise": {b: Uniform(1 - 2**b, 2**b - 1, gap=2) for b in WHOLE_BITS},
-  # The two below have one level less, and a zero: -1, 0, 1 (log2 3 bits), symmetric around it.
+  # -1, 0, 1: log2 3 bits.
   "ternary": {1.585: Uniform(-1, 1)},
+  # As many levels above zero as below: one fewer than b bits could hold.
   "symmetric": {b: Uniform(1 - 2 ** (b - 1), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
   # All that an integer of b bits can hold: one more below zero than above.
   "twos_complement": {b: Uniform(-(2 ** (b - 1)), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},

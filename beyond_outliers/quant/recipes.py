@@ -199,12 +199,13 @@ RECIPES: dict[str, Recipe] = {
       QuantSpec(8, "e5m2", granularity="token"),
     )
   ),
-  # Of these two the number formats alone, scaled in blocks along the contraction: gradients stay
-  # whole, and the backward pass multiplies them with what the forward pass dequantized. The
-  # training methods of their papers, with rotations, stochastic rounding, blocks of two axes and
-  # some layers left out, are not in them.
+  # mxfp4 and nvfp4 are number formats and no more, scaled in blocks along the contraction:
+  # gradients are not quantized, and the backward pass multiplies them with what the forward pass
+  # dequantized. Their papers also have training methods (rotations, stochastic rounding, blocks
+  # over two axes, layers left out), which are not in these rows.
   "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
-  # As published for the weights. Activations have a float32 scale per token, for the same reason.
+  # Weights as published. The float32 scale of activations is per token, not per tensor, for the
+  # reason that fp8's is.
   "nvfp4": _but_the_head(
     LayerRecipe(
       QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token")

@@ -35,7 +35,7 @@ class Start(NamedTuple):
   state: TrainState
   position: Json | None  # of the data; None: at their beginning
   seconds: float  # spent training so far
-  record: Json | None = None  # what the checkpoint tells of its run; see run_hooks.record
+  record: Json | None = None  # what the checkpoint tells of its run; see run_hooks._save
   parent: Json | None = None  # of a run that begins with another's parameters: which these are
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from beyond_outliers import config, data, hardware, stores, writers
 from beyond_outliers import mesh as mesh_lib
 from beyond_outliers import workdir as workdir_lib
-from beyond_outliers.config.sums import digest, remove_stale
+from beyond_outliers.config.sums import remove_stale
 from beyond_outliers.mesh import jax_settings, processes
-from beyond_outliers.model import transformer
-from beyond_outliers.train import describe, initialize, loop, rewind
+from beyond_outliers.train import describe, initialize, loop, manifests, rewind
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.program import Program
 from beyond_outliers.train.run_hooks import (
@@ -28,6 +27,9 @@ from beyond_outliers.train.run_hooks import (
   make_hooks,
 )
 from beyond_outliers.types import Json, PathLike
+
+if TYPE_CHECKING:
+  from beyond_outliers.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
 PLACES = ("data.directory", "data.path")  # keys that decide nothing beside the fingerprints
@@ -144,32 +146,17 @@ def _train(
   checkpoints = checkpoint.Checkpoints(workdir.checkpoints, c.checkpoint)
   stack.enter_context(contextlib.closing(inputs.batches))
   stack.enter_context(mesh_lib.use(program.mesh))
-  if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
-    workdir.check_past()
-  start = initialize.start(program, checkpoints, inputs.batches, of_data, say, from_step)
-  first = int(start.state.step)
-  record = start.record or {}  # none of a checkpoint from before there were any
-  rows = record.get("rows", "")
-  if rows and not writers.check_rows(workdir, first, rows):
-    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
-  if from_step is not None:  # which is restored by now: what comes after it may be set aside
-    rewind.rewind(workdir, from_step, say)
-    checkpoints.reload()
+  start = _start(program, inputs, checkpoints, workdir, from_step, say)
+  first, record = int(start.state.step), start.record or {}
   if first >= c.steps:
     say(f"nothing left to do: {workdir.path} is at step {first} of {c.steps}")
     checkpoints.close()
-    workdir.set_status("done", first, rows=rows)
+    workdir.set_status("done", first, rows=record.get("rows", ""))
     return "done"
   if start.position is not None:
     inputs.batches.restore(start.position)
-  manifest = _manifest(program, inputs.dataset, workdir, start, say)
-  began = time.perf_counter()
-  train_step, eval_step = program.compile()
-  checkpoints.precompile(program.state)
-  # One may have found in a cache what another compiles for minutes: on CPUs the first collective
-  # fails after half of one.
-  processes.agree("steps are compiled", dict)
-  say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
+  manifest = manifests.of_start(program, inputs.dataset, workdir, start, say)
+  steps = _compiled(program, checkpoints, say)
   peak, peak_source = hardware.peak_flops(c.model.dtype)
   say(
     f"peak: {peak / 1e9:,.0f} GFLOP/s per device in {c.model.dtype} ({peak_source}) · unigram "
@@ -185,8 +172,6 @@ def _train(
   workdir.write("config.json", config.to_dict(c))
   workdir.write("manifest.json", manifest)
   workdir.set_status("running", first)
-  placed = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
-  status, step, reason = "done", c.steps, ""
 
   def fail(reason: str) -> None:
     with contextlib.suppress(OSError):  # it may be what ends the run
@@ -194,15 +179,7 @@ def _train(
 
   stack.enter_context(processes.last_words(fail))
   try:
-    with contextlib.ExitStack() as working:  # no hook writes a status behind the last one
-      run_hooks = make_hooks(program, eval_step, peak, inputs, outputs, start, working)
-      try:
-        loop.fit(train_step, start.state, placed, run_hooks, c.steps)
-      except loop.Stop as stop:
-        status, step, reason = stop.status, stop.step, stop.reason
-      checkpoints.close()  # waits; a write that failed in the background raises here
-      if status == "done":
-        check_data(inputs.dataset)
+    status, step, reason = _fit(program, *steps, peak, inputs, outputs, start)
   except BaseException as error:
     fail(processes.reason_of(error))
     if isinstance(error, Exception) and jax.process_count() == 1:  # of several, one may never come
@@ -212,6 +189,66 @@ def _train(
   workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
   return status
+
+
+def _start(
+  program: Program,
+  inputs: RunInputs,
+  checkpoints: Checkpoints,
+  workdir: workdir_lib.Workdir,
+  from_step: int | None,
+  say: Say,
+) -> initialize.Start:
+  """The state that the run begins with, or goes on from; what came later is set aside then."""
+  if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
+    workdir.check_past()
+  of_data = fingerprints(inputs.dataset)
+  start = initialize.start(program, checkpoints, inputs.batches, of_data, say, from_step)
+  first, record = int(start.state.step), start.record or {}  # older checkpoints have no record
+  rows = record.get("rows", "")
+  if rows and not writers.check_rows(workdir, first, rows):
+    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
+  if from_step is not None:  # which is restored by now: what comes after it may be set aside
+    rewind.rewind(workdir, from_step, say)
+    checkpoints.reload()
+  return start
+
+
+def _compiled(program: Program, checkpoints: Checkpoints, say: Say) -> tuple[Any, Any]:
+  """(train step, evaluation step), compiled, and what the first checkpoint needs."""
+  began = time.perf_counter()
+  steps = program.compile()
+  checkpoints.precompile(program.state)
+  # One may have found in a cache what another compiles for minutes: on CPUs the first collective
+  # fails after half of one.
+  processes.agree("steps are compiled", dict)
+  say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
+  return steps
+
+
+def _fit(
+  program: Program,
+  train_step: Any,
+  eval_step: Any,
+  peak: float,
+  inputs: RunInputs,
+  outputs: RunOutputs,
+  start: initialize.Start,
+) -> tuple[str, int, str]:
+  """Trains to the last step, or until a hook stops: (status, step, reason)."""
+  c, status, reason = program.config, "done", ""
+  step = c.steps
+  batches = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
+  with contextlib.ExitStack() as stack:  # no hook writes a status behind the last one
+    run_hooks = make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
+    try:
+      loop.fit(train_step, start.state, batches, run_hooks, c.steps)
+    except loop.Stop as stop:
+      status, step, reason = stop.status, stop.step, stop.reason
+    outputs.checkpoints.close()  # waits; a write that failed in the background raises here
+    if status == "done":
+      check_data(inputs.dataset)
+  return status, step, reason
 
 
 def _open_inputs(program: Program, say: Say) -> RunInputs:
@@ -245,48 +282,3 @@ def _open_sinks(
     of = manifest.get("id", "")
     sinks.append(writers.Wandb(workdir, c.log.wandb, config.to_dict(c), of))
   return sinks
-
-
-def _manifest(
-  program: Program,
-  dataset: data.Dataset,
-  workdir: workdir_lib.Workdir,
-  start: initialize.Start,
-  say: Say,
-) -> Json:
-  """The first start's manifest; every later start of the workdir is listed under `resumed`.
-
-  Errors: WorkdirError for another run's than the checkpoint's, or another parent."""
-  recorded = (start.record or {}).get("manifest")  # what the checkpoint says that it is
-  parent = {"warm_start": start.parent} if start.parent else {}
-  now = workdir_lib.manifest(
-    {
-      "parameters": transformer.count(program.state.params),
-      "data": {"directory": os.path.abspath(dataset.directory), **fingerprints(dataset)},
-      **parent,
-    }
-  )
-  described = {"config": digest(config.to_dict(program.config))}  # of config.json
-  before = workdir.read("manifest.json")
-  if before is None and recorded:
-    say(f"{workdir.path / 'manifest.json'} is gone; what the checkpoint has of it takes its place")
-    before = recorded
-  if before is None:  # two may begin in the same second
-    return {"id": secrets.token_hex(8), **now, **described, "resumed": []}
-  if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
-    raise workdir_lib.WorkdirError(
-      f"{workdir.path}: the run was trained on data {before['data']['fingerprint']}, and these are "
-      f"{now['data']['fingerprint']} ({dataset.directory}); restore the former, or start a new "
-      "workdir"
-    )
-  if recorded and workdir_lib.identity_of(recorded) != workdir_lib.identity_of(before):
-    raise workdir_lib.WorkdirError(
-      f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
-      f"{workdir_lib.RESTORE}"
-    )
-  jax_settings.check_recorded(before)
-  if start.parent and "warm_start" in before:  # not in manifests of earlier versions
-    initialize.check_parent(before["warm_start"], start.parent, program.config.warm_start)
-  for difference in jax_settings.other_compiler_flags(before):
-    say(difference)
-  return {**before, **described, "resumed": [*before.get("resumed", []), now]}

@@ -63,13 +63,39 @@ def make_hooks(
   start: initialize.Start,
   stack: contextlib.ExitStack,
 ) -> list[loop.Hook]:
-  """Log, evaluations, checkpoints and profile, in the order in which a step meets them."""
-  c, sinks = program.config, outputs.sinks
-  settings = config.to_dict(c)
-  tokens_per_step, clock = c.batch_size * c.context, loop.Clock(start.seconds)
-  log = hooks.LogMetrics(
+  """Log, evaluations, checkpoints and profile, in the order in which a step meets them.
+
+  peak_flops: FLOP/s of a device. stack: closes those that have to be."""
+  c, clock = program.config, loop.Clock(start.seconds)
+  log = _log(program, peak_flops, inputs, outputs, start, clock)
+  periodic = dict(num_steps=c.steps, before=log.flush)
+  made: list[loop.Hook] = [log]
+  made += _evaluations(program, eval_step, inputs, outputs, clock, periodic)
+  save = _save(program, inputs, outputs, clock, periodic)
+  made.append(stack.enter_context(contextlib.closing(save)))
+  if c.log.profile_step:
+    directory = outputs.workdir.path / "profile"
+    profile = hooks.Profile(directory, c.log.profile_step, c.log.profile_steps)
+    made.append(stack.enter_context(contextlib.closing(profile)))
+  if c.log.watchdog_seconds:
+    watchdog = hooks.Watchdog(c.log.watchdog_seconds, outputs.workdir, int(start.state.step))
+    made.append(stack.enter_context(contextlib.closing(watchdog)))
+  return made
+
+
+def _log(
+  program: Program,
+  peak_flops: float,
+  inputs: RunInputs,
+  outputs: RunOutputs,
+  start: initialize.Start,
+  clock: loop.Clock,
+) -> hooks.LogMetrics:
+  c = program.config
+  tokens_per_step = c.batch_size * c.context
+  return hooks.LogMetrics(
     c.log.every,
-    sinks,
+    outputs.sinks,
     clock,
     start.state,
     tokens_per_step=tokens_per_step,
@@ -80,9 +106,21 @@ def make_hooks(
     statistics=program.statistics,
     sample=_sample(program, inputs.validation),
   )
-  periodic = dict(num_steps=c.steps, before=log.flush)
+
+
+def _evaluations(
+  program: Program,
+  eval_step: Any,
+  inputs: RunInputs,
+  outputs: RunOutputs,
+  clock: loop.Clock,
+  periodic: dict[str, Any],
+) -> list[loop.Hook]:
+  """Loss on validation documents, of the parameters and of their averages; outliers. periodic:
+  arguments of all hooks that come round."""
+  c, sinks = program.config, outputs.sinks
   evaluate = _evaluation(program, eval_step, inputs)
-  made: list[loop.Hook] = [log, hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
+  made: list[loop.Hook] = [hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
   if c.average.decay:
     options = dict(name="eval/ema", of=operator.attrgetter("average"))
     made.append(hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic, **options))
@@ -96,6 +134,17 @@ def make_hooks(
     made.append(
       hooks.Evaluate(c.log.outliers_every, measure, sinks, clock, **periodic, name="outliers")
     )
+  return made
+
+
+def _save(
+  program: Program,
+  inputs: RunInputs,
+  outputs: RunOutputs,
+  clock: loop.Clock,
+  periodic: dict[str, Any],
+) -> hooks.Save:
+  c = program.config
 
   def data_state() -> Json:
     check_data(inputs.dataset)  # a run that goes on from here must not have seen damaged data
@@ -103,33 +152,23 @@ def make_hooks(
 
   def record() -> Json:
     """What a checkpoint tells of its run."""
-    rows = writers.rows_sha256(sinks)
     return {
-      "config": settings,
+      "config": config.to_dict(c),
       "data": fingerprints(inputs.dataset),
       "manifest": {**outputs.manifest, "resumed": []},
-      "rows": rows,
+      "rows": writers.rows_sha256(outputs.sinks),
     }
 
-  save = hooks.Save(
+  return hooks.Save(
     c.checkpoint,
     outputs.checkpoints,
     data_state,
     clock,
-    tokens_per_step=tokens_per_step,
+    tokens_per_step=c.batch_size * c.context,
     record=record,
     rows_every=c.log.every,
     **periodic,
   )
-  made.append(stack.enter_context(contextlib.closing(save)))
-  if c.log.profile_step:
-    directory = outputs.workdir.path / "profile"
-    profile = hooks.Profile(directory, c.log.profile_step, c.log.profile_steps)
-    made.append(stack.enter_context(contextlib.closing(profile)))
-  if c.log.watchdog_seconds:
-    watchdog = hooks.Watchdog(c.log.watchdog_seconds, outputs.workdir, int(start.state.step))
-    made.append(stack.enter_context(contextlib.closing(watchdog)))
-  return made
 
 
 def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable[[Params], Json]:

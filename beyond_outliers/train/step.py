@@ -38,7 +38,7 @@ def init_state(
 ) -> TrainState:
   """State at step 0, with the optimizer's fresh state. averaged: with a moving average of the
   parameters, so far these themselves. spike_window: updates that spikes leap above; 0: none do."""
-  # Three buffers: a donated state must not hold one twice.
+  # Every scalar is made anew: a state that is donated must not hold one buffer twice.
   return TrainState(
     jnp.zeros((), jnp.int32),
     params,
@@ -127,20 +127,8 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & params_lib.all_finite(params)
-    updates_done = state.step - state.skipped  # skipped ones don't move the schedules
-    good, recent = finite, state.recent
-    if recent is not None:
-      updates_done -= recent.skipped
-      leaps = spikes.leaps(recent, updates_done, value, gradient_norm, spike_sigmas)
-      good = finite & ~leaps
-      recent = spikes.after_update(
-        recent, updates_done, value, gradient_norm, good, skipped=finite & leaps
-      )
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(good, new, old),
-      (params, opt_state),
-      (state.params, state.opt_state),
-    )
+    updates_done, good, recent = _judged(state, value, gradient_norm, finite, spike_sigmas)
+    params, opt_state = _choose(good, (params, opt_state), (state.params, state.opt_state))
     rates = {
       f"lr/{label}": jnp.asarray(schedule(updates_done), jnp.float32)
       for label, schedule in schedules.items()
@@ -148,7 +136,7 @@ def make_train_step(
     average = state.average
     if average is not None:
       moved = averages.moved_average(average, params, updates_done + 1, average_decay)
-      average = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, average)
+      average = _choose(good, moved, average)
     state = TrainState(
       state.step + 1,
       params,
@@ -168,3 +156,29 @@ def make_train_step(
     }
 
   return train_step
+
+
+def _judged(
+  state: TrainState,
+  value: jax.Array,
+  gradient_norm: jax.Array,
+  finite: jax.Array,
+  spike_sigmas: float,
+) -> tuple[jax.Array, jax.Array, spikes.Recent | None]:
+  """(updates so far without those that were skipped, which don't move the schedules; whether this
+  one is taken; the window of the last ones with it)."""
+  updates_done, recent = state.step - state.skipped, state.recent
+  if recent is None:
+    return updates_done, finite, None
+  updates_done -= recent.skipped
+  leaps = spikes.leaps(recent, updates_done, value, gradient_norm, spike_sigmas)
+  good = finite & ~leaps
+  recent = spikes.after_update(
+    recent, updates_done, value, gradient_norm, good, skipped=finite & leaps
+  )
+  return updates_done, good, recent
+
+
+def _choose(good: jax.Array, new: Any, old: Any) -> Any:
+  """The new tree of arrays if `good`, a scalar, else the old one."""
+  return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)

@@ -35,12 +35,12 @@ def unpack(packed: jax.Array, d: int) -> jax.Array:
 
 
 def to_storage(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
-  """Matrix as it is kept between steps."""
+  """Matrices [B, D, D] as they are kept between steps."""
   return (pack(a_BxDxD) if packed else a_BxDxD).astype(dtype)
 
 
 def from_storage(stored: jax.Array, d: int, dtype: Any, packed: bool) -> jax.Array:
-  """The inverse of `store`."""
+  """The inverse of `to_storage`: [B, d, d]."""
   return unpack(stored.astype(dtype), d) if packed else stored.astype(dtype)
 
 
