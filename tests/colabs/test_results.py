@@ -139,7 +139,8 @@ def test_the_tuned_rates_at_twenty_tokens_a_parameter_are_of_the_packed_runs(lad
 
 
 def test_what_four_bits_cost_at_rates_of_their_own_is_of_the_packed_runs(ladder):
-  gaps = qat_gap.gaps_at_own_rates(ladder[0], qat_gap.qat_gaps(ladder[0])[0])
+  at_one, _ = qat_gap.qat_gaps(ladder[0])
+  gaps = qat_gap.gaps_at_own_rates(ladder[0], at_one)
   rows = markdown.table_of(
     "colabs/README.md",
     *("optimizer", "rate in full precision", "under `quest_w4a4`"),
@@ -150,6 +151,20 @@ def test_what_four_bits_cost_at_rates_of_their_own_is_of_the_packed_runs(ladder)
     assert tuple(map(float, rates)) == gap.rates and len(gap.seeds) == 3
     found = [*estimate(gap.losses[0]), *estimate(gap.losses[1]), *gap.loss]
     assert numbers(" ".join([full, under, cost])) == pytest.approx(found, abs=6e-5)
+  text = markdown.read("colabs/README.md").replace("\n", " ")
+  under = {gap.optimizer: gap.losses[1] for gap in at_one}
+  for gap in gaps:
+    saved = stats.ttest_1samp(under[gap.optimizer] - gap.losses[1], 0)
+    name = {"adamw": "AdamW", "scion": "Scion", "soap": "SOAP"}.get(gap.optimizer)
+    if name is None:
+      assert abs(under[gap.optimizer] - gap.losses[1]).max() < 5e-3
+      continue
+    said = re.findall(rf"\b{name} {NUMBER} (?:nats )?(?:better )?\({NUMBER} … {NUMBER}", text)
+    mean = np.mean(under[gap.optimizer] - gap.losses[1])
+    expected = [mean, *saved.confidence_interval()]
+    assert len(said) == 2, name
+    for one in said:
+      assert [float(number) for number in one] == pytest.approx(expected, abs=6e-4), name
 
 
 def test_what_formats_and_methods_cost_is_of_the_packed_runs(ladder):
