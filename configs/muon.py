@@ -11,7 +11,7 @@ DEFAULT_LEARNING_RATE = 3e-2
 
 def get_config(arg: str = ""):
   c = base.get_config(arg)
-  # Embedding and vectors: the study's AdamW with its own, fixed rate (of the same schedule's shape).
+  # Embedding and vectors: the study's AdamW at its own fixed peak rate, under the same schedule.
   adamw = {"name": "adamw", "learning_rate": 3e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.0}
   c.optimizer = base.optimizer(
     "muon", groups={"embedding": adamw, "vector": adamw},
@@ -25,7 +25,7 @@ def get_config(arg: str = ""):
     ns_gram=False,                           # iterate on the small Gram matrix: faster for long matrices, less exact
     scale="original",                        # original: sqrt(max(1, out/in)) | match_rms_adamw: 0.2·sqrt(max(out, in))
     weight_decay=0.0,                        # decoupled
-    adam_learning_rate=3e-3,                 # of vectors in a group of Muon's; the study's groups have none
+    adam_learning_rate=3e-3,                 # for vectors in a group that Muon trains; the study's groups have none
     adam_b1=0.9, adam_b2=0.95, adam_eps=1e-6)
   return base.finish(c, arg)
 

@@ -16,17 +16,17 @@ def get_config(arg: str = ""):
   c.optimizer = base.optimizer(
     "psgd",
     learning_rate=LEARNING_RATE.get(c.size, DEFAULT_LEARNING_RATE),
-    momentum=0.9,                            # what is preconditioned, and what the factors learn from
-    max_size_triangular=base.longest_axis(c),               # longer axes, and lone ones, get a diagonal factor
-    preconditioner_lr=0.1,                   # of the factors' own descent
-    preconditioner_init=1.0,                 # the preconditioner begins as this multiple of the identity
-    update_probability=config_dict.placeholder(float),      # of the factors, a step; None: 1 for 500 steps, then falling to 0.03
-    balance_probability=0.01,                # of bringing a matrix's two factors to one size, an update
+    momentum=0.9,                            # decay of the average that is preconditioned and that the factors learn from
+    max_size_triangular=base.longest_axis(c),               # longer axes, and vectors, get a diagonal factor
+    preconditioner_lr=0.1,                   # learning rate of the factors
+    preconditioner_init=1.0,                 # the preconditioner starts as this multiple of the identity
+    update_probability=config_dict.placeholder(float),      # updates of the factors per step; None: 1 for 500 steps, then falling to 0.03
+    balance_probability=0.01,                # chance that an update brings a matrix's two factors to one size
     clip_rms=1.1,                            # largest RMS of a step before the learning rate
-    clip_eps=1e-6,                           # beside that RMS: 1e-6 (pytorch_optimizer) | 1e-12 (kron_torch)
+    clip_eps=1e-6,                           # added to that RMS: 1e-6 (pytorch_optimizer) | 1e-12 (kron_torch)
     noise="none",                            # none (pytorch_optimizer) | preconditioner (psgd_jax) | both (kron_torch)
     weight_decay=0.0,                        # decoupled, of matrices only
-    cache=True,                              # keep QᵀQ between updates of Q: faster, and as much state again as Q
+    cache=True,                              # keep QᵀQ between updates of Q: faster, but doubles the state of Q
     seed=0)                                  # of the probes
   return base.finish(c, arg)
 

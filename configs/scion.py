@@ -13,16 +13,16 @@ DEFAULT_LEARNING_RATE = 3e-2
 
 def get_config(arg: str = ""):
   c = base.get_config(arg)
-  # Fixed rates: the tied table takes signs over its fan-in as the head, vectors are divided by their RMS.
+  # Fixed rates. The tied embedding's step is signs over its fan-in as the head; a vector's step is divided by its RMS.
   c.optimizer = base.optimizer(
     "scion", groups={"embedding": {"norm": "sign", "learning_rate": 1.0}, "vector": {"norm": "rms", "learning_rate": 3e-3},
-                     "scale": {"constrained": False}},       # which decays
+                     "scale": {"constrained": False}},       # constrained decays
     learning_rate=LEARNING_RATE.get(c.size, DEFAULT_LEARNING_RATE),
     momentum=0.9,                            # the official argument is one minus it
-    norm="spectral",                         # whose steps: spectral | sign | col | row | rms | auto
+    norm="spectral",                         # norm whose LMO is the step: spectral | sign | col | row | rms | auto
     scale=1.0,                               # of every step; the radius of the ball when constrained
     normalized=config_dict.placeholder(bool),               # whether fan-in counts; None: as officially, for each norm
-    clamp=False,                             # spectral: a factor of at least 1 (for input layers)
+    clamp=False,                             # spectral: scales by at least 1 (for input layers)
     constrained=False,                       # decay by the learning rate itself, so that weights stay in the ball
     weight_decay=0.0,                        # decoupled
     ns_steps=5,                              # Newton-Schulz iterations

@@ -16,17 +16,17 @@ def get_config(arg: str = ""):
   c.optimizer = base.optimizer(
     "soap",
     learning_rate=LEARNING_RATE.get(c.size, DEFAULT_LEARNING_RATE),
-    b1=0.95, b2=0.95,                        # of Adam's moments
-    shampoo_beta=config_dict.placeholder(float),            # of the factors; None: b2
+    b1=0.95, b2=0.95,                        # decay of Adam's moments
+    shampoo_beta=config_dict.placeholder(float),            # decay of the factors; None: b2
     eps=1e-8,
     weight_decay=0.0,                        # decoupled
-    precondition_frequency=10,               # steps between a block's bases
+    precondition_frequency=10,               # steps between updates of a block's bases
     refresh="together",                      # together (as the reference) | staggered: no step pays for all bases
     max_dim=base.longest_axis(c),            # longer axes are not rotated; vectors get plain Adam
     block_size=config_dict.placeholder(int), # longer axes are cut into blocks with bases of their own; None: whole matrices
     normalize_gradients=False,               # divide every step by its RMS
     bias_correction=True,
-    count_skipped_step=True)                 # the first update only finds the bases; True (pytorch_optimizer): but counts
+    count_skipped_step=True)                 # the first update only finds the bases; True (pytorch_optimizer): it counts as a step
   return base.finish(c, arg)
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The order of a jitted function's arguments and results decides whether donated arrays are updated
-# in place: with the state in front of the parameters among the arguments, and behind them among the
-# results, a step of AdamW takes several times as long on CPU, with no warning.
+# in place. If the state comes before the parameters in the arguments but after them in the results,
+# a step of AdamW takes several times as long on CPU, with no warning.
 #
-# JAX gives every result the first donated array of its shape and type that is left, whatever it is
-# of. AdamW's parameters and moments have one shape: given (gradients, state, parameters), the new
-# parameters get the first moment's buffer, the new first moment the second's, and the new second
-# moment the parameters'. XLA then copies what is still to be read. No buffer is left over, so
-# nothing is said of donation. Arguments in the order of the results, (parameters, state,
-# gradients), or one pytree of both, need no copy.
+# JAX gives each result the first unused donated array of its shape and type, whatever that array
+# holds. AdamW's parameters and moments have the same shape. Given (gradients, state, parameters),
+# the new parameters get the first moment's buffer, the new first moment the second's, and the new
+# second moment the parameters'. XLA then has to copy values that are still needed. Every donated
+# buffer is used, so JAX gives no warning. Arguments in the order of the results, (parameters,
+# state, gradients), or one pytree of both, need no copy.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, optax 0.2.8, numpy 2.4.6; Linux, x86-64, one core. Seen:
 #   parameters, state, gradients   0 copies

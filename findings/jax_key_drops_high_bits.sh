@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# jax.random.key(seed) takes 32 bits of an integer, though its keys have 64: by default the higher bits
-# of a larger seed are dropped without a word, so that 2**32 + 7 is the seed 7 again.
+# jax.random.key(seed) uses 32 bits of an integer, though its keys have 64. By default it silently
+# drops the higher bits of a larger seed, so that 2**32 + 7 gives the same key as 7.
 #
-# A Python integer of up to 64 bits is accepted, and would fill both words of a threefry key. It is
-# first made a number of the default type, which has 32 bits unless JAX_ENABLE_X64 is set; under that,
-# the two seeds are two. Seeds made of a time or a hash can so be the same: refuse larger ones, or
-# give both words to jax.random.wrap_key_data.
+# A Python integer of up to 64 bits is accepted, and would fill both words of a threefry key. But it
+# is first converted to the default integer type, which has 32 bits unless JAX_ENABLE_X64 is set;
+# with that set, the two keys differ. So seeds made from a time or a hash can collide: refuse larger
+# seeds, or give both words to jax.random.wrap_key_data.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6; Linux, x86-64, CPU. Seen:
 #   by default   key(2**32 + 7) [0, 7]   equals key(7) [0, 7]
-#   under x64    key(2**32 + 7) [1, 7]   is another than key(7) [0, 7]
+#   under x64    key(2**32 + 7) [1, 7]   differs from key(7) [0, 7]
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A compiled jax.jit function reads a numpy array of the other byte order as if it were this one.
+# A compiled jax.jit function reads a numpy array of the other byte order as if it were native.
 #
-# A function whose first call has such an array ('>f4' on x86) raises a TypeError. But one that has
-# been called with an array of the same shape and native order finds its compiled program again,
-# and gives it the bytes as they lie: 1.0 becomes 4.6e-41.
-# Arrays come so from FITS, netCDF or IDX files, or from another machine's raw dumps. Convert with
-# x.astype(x.dtype.newbyteorder("=")); dtype.isnative says whether there is need to.
+# If the first call has such an array ('>f4' on x86), the function raises a TypeError. But once it
+# has been called with a native array of the same shape, it reuses the compiled program and passes
+# it the bytes as they are: 1.0 becomes 4.6e-41.
+# Such arrays come from FITS, netCDF or IDX files, or from another machine's raw dumps. Convert them
+# with x.astype(x.dtype.newbyteorder("=")); dtype.isnative says whether this is needed.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6; Linux, x86-64. Seen:
 #   first call: TypeError

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# jax.jit(tx.init) of parameters that are split over devices puts the optimizer state on one device;
-# tx.init without jit splits it as the parameters are.
+# jax.jit(tx.init) on parameters that are split over devices puts the optimizer state on one device;
+# tx.init without jit splits it like the parameters.
 #
-# The state is zeros: compiled, it no longer depends on the parameters, and without out_shardings
-# such a result goes to the first device, whole. jnp.zeros_like outside jit takes its argument's
-# sharding. A model that fits many devices runs out of memory on one, or the first train step pays
-# for the transfer. Give jit out_shardings.
+# The state is zeros. Once compiled, it no longer depends on the parameters, and without
+# out_shardings the whole of such a result goes to the first device. Outside jit, jnp.zeros_like
+# takes its argument's sharding. So a model that fits on many devices runs out of memory on one, or
+# the first train step pays for the transfer. Give jit out_shardings.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, optax 0.2.8, on eight simulated CPU devices. Seen:
 #   parameters:                                 on 8 devices

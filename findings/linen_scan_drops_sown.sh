@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a module sows under flax.linen.scan is dropped without a word unless the scan's variable_axes
-# names the collection.
+# What a module sows under flax.linen.scan is silently dropped unless the scan's variable_axes names
+# the collection.
 #
-# The same module sows outside a scan, and apply(mutable=["intermediates"]) is accepted either way:
-# it returns an empty dictionary. Statistics that are collected over a dictionary's values are then
-# sums over nothing. Name every collection that a layer may sow into in variable_axes.
+# Outside a scan the same module's values are kept. apply(mutable=["intermediates"]) is accepted
+# either way, but under the scan it returns an empty dictionary; statistics summed over its values
+# are then sums over nothing. Name every collection that a layer may sow into in variable_axes.
 #
 # Versions: flax 0.12.8, jax 0.10.2, jaxlib 0.10.2. Seen:
 #   in a loop:                                        {'Block_0': {'h': ((2, 4),)}, 'Block_1': {'h': ((2, 4),)}}

@@ -2,13 +2,13 @@
 # lm-evaluation-harness ranks a choice whose log-likelihood is NaN first: a model that overflows
 # scores like one that guesses.
 #
-# Multiple choices are judged by numpy.argmax, which takes NaN for the largest. A model of which
-# every logit is NaN "chooses" the first answer of every question: about 25 % of four choices, 50 %
-# of two, with a standard error and without a word. One that is NaN in a single choice chooses that.
-# So a quantized model that overflows looks like one that has lost what it knew. Check in the
-# model's adapter that log-likelihoods are finite.
+# Multiple-choice questions are scored with numpy.argmax, which treats NaN as the largest. A model
+# whose logits are all NaN "chooses" the first answer of every question: its accuracy is about 25 %
+# with four choices and 50 % with two, with a standard error and without a warning. A model that
+# gives NaN for one choice chooses that one. So a quantized model that overflows looks like one that
+# has forgotten what it knew. Check in the model's adapter that log-likelihoods are finite.
 #
-# Versions: lm-eval 0.4.13, numpy 2.4.6, datasets 5.2.0. Seen, where 2 of 8 answers are the first:
+# Versions: lm-eval 0.4.13, numpy 2.4.6, datasets 5.2.0. Seen; the first answer is right in 2 of 8:
 #   finite: acc 1.0 · NaN in a wrong choice: acc 0.0 · all NaN: acc 0.25 ± 0.164
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Orbax 0.12.8 takes the folder of a checkpoint for a glob pattern: below a folder whose name has
-# square brackets it saves without an error what nobody can read again.
+# Orbax 0.12.8 treats the folder of a checkpoint as part of a glob pattern. Below a folder with
+# square brackets in its name, it saves a checkpoint without an error that cannot be read again.
 #
-# The end of a save merges what each process wrote (ocdbt.process_0, ...) into one database, and finds
-# these parts by directory.glob("ocdbt.process_*"). etils' epath joins the two and globs the whole, so
-# that [1e-3] stands for one character and no part is found: the log warns that it skips the merge,
-# and save returns as ever. Sweeps make such names: lr=[1e-3], layers=[2,4]. In a folder named * or ?
-# the parts of other folders' checkpoints are merged in, too.
-# Take other names, or give Orbax a path whose glob escapes it:
+# At the end of a save, Orbax merges what each process wrote (ocdbt.process_0, ...) into one
+# database. It finds these parts with directory.glob("ocdbt.process_*"). etils' epath joins folder
+# and pattern and globs the whole, so [1e-3] matches one character and no part is found. The log
+# warns that the merge is skipped, but save returns as usual. Sweeps create such names: lr=[1e-3],
+# layers=[2,4]. In a folder named * or ?, parts of other folders' checkpoints are merged in too.
+# Use other names, or give Orbax a path whose glob escapes it:
 #
 #   class FolderPath(etils.epath.gpath.PosixGPath):
 #     def glob(self, pattern):
 #       yield from map(type(self), epath.Path(glob.escape(str(self))).glob(pattern))
 #
-# and read the metadata of every checkpoint back before an older one is deleted.
+# and read back the metadata of every checkpoint before an older one is deleted.
 #
 # Versions: orbax-checkpoint 0.12.8, etils 1.15.0, jax 0.10.2. Seen:
 #   lr=1e-3   saved, with ['d', 'manifest.ocdbt']; read back: True

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0 stores a transposed or Fortran-ordered numpy array in the order of its memory:
-# it reads back with the shape it had and its numbers at other places.
+# safetensors 0.8.0 stores a transposed or Fortran-ordered numpy array in memory order. Read back,
+# the array has its shape but its numbers are in other places.
 #
-# No error, no warning, and the array is contiguous, as the docstring asks. 0.7.0 stored what the
-# array says. What NumPy computes is often in Fortran order: a transpose, a slice of one, factors
-# from LAPACK. Give save and save_file np.ascontiguousarray(x).
+# There is no error or warning, and the array is contiguous, as the docstring requires. 0.7.0 stored
+# it correctly. NumPy results are often in Fortran order: a transpose, a slice of one, factors from
+# LAPACK. Pass np.ascontiguousarray(x) to save and save_file.
 # Known upstream: github.com/safetensors/safetensors/issues/825.
 #
 # Versions: safetensors 0.8.0 beside 0.7.0, numpy 2.4.6. Seen:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# jnp.log2 of an exact power of two may lie below its exponent on CPU, so that jnp.floor(jnp.log2(x))
-# is one too small.
+# On CPU, jnp.log2 of an exact power of two can be slightly below its exponent, so that
+# jnp.floor(jnp.log2(x)) is one too small.
 #
-# XLA computes log2 as log(x) / log(2), and neither is exact. Where the exponent picks a number
-# format (block floating point, E8M0 scales, MX formats), one block in ten gets half its scale. numpy
-# is right for all exponents. jnp.frexp(x)[1] - 1 is the exponent, exactly.
+# XLA computes log2 as log(x) / log(2), and neither is exact. If the exponent sets a block's scale
+# (block floating point, E8M0 scales, MX formats), a block whose largest value is such a power gets
+# half its scale. numpy is right for all exponents. jnp.frexp(x)[1] - 1 is the exact exponent.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6; Linux, x86-64. Seen:
 #   jnp.log2(8192.0) = 12.999999046325684

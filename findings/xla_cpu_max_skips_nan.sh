@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# jnp.max and jnp.min of 4096 or more float32 numbers pass over a NaN on CPU.
+# On CPU, jnp.max and jnp.min of 4096 or more float32 numbers ignore a NaN.
 #
-# Of fewer numbers, and of bfloat16, the NaN comes out, as numpy's does and as StableHLO's maximum
-# is specified. A check of the kind "is the largest magnitude finite?" therefore works in a small
-# test and not on a real tensor. XLA_FLAGS=--xla_cpu_enable_fast_min_max=false changes nothing.
-# jnp.isfinite(x).all() sees the NaN; so does a maximum of the bits as integers, whose order is that
-# of magnitudes with NaN above all.
+# For fewer numbers, and for bfloat16, the result is NaN, as in numpy and as StableHLO specifies for
+# its maximum. So a check such as "is the largest magnitude finite?" works in a small test but not
+# on a real tensor. XLA_FLAGS=--xla_cpu_enable_fast_min_max=false changes nothing.
+# jnp.isfinite(x).all() sees the NaN. So does a maximum of the bits as integers, which are ordered
+# like magnitudes, with NaN above all.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6; Linux, x86-64. Seen:
 #   64 numbers, one of them NaN: nan

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On CPU jax.random.uniform inside jit is not fused with what uses it: the program keeps three arrays
-# of the draw's size, whatever becomes of it.
+# On CPU, jax.random.uniform inside jit is not fused with the code that uses it: the program keeps
+# three arrays of the draw's size, whatever is done with it.
 #
-# The rounds of the generator (threefry, the default) are a loop over whole arrays there, where GPUs
-# and TPUs have them written out, so that a number's bits stay in registers. Dropout and stochastic
+# On CPU the rounds of the generator (threefry, the default) are a loop over whole arrays. On GPU and
+# TPU they are unrolled, so that a number's bits stay in registers. So dropout and stochastic
 # rounding, which look like one element-wise pass, add three times their array to a step's memory,
-# and take as long as the loop's passes. The generator "rbg" has no such loop (and other numbers).
+# and take as long as the loop's passes. The generator "rbg" has no such loop, but other numbers.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, CPU. Seen, of an array of 18 MiB:
 #   floor(x + sin(x)):            0 MiB of temporaries

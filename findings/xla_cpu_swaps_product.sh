@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On CPU a product a.T @ b of a wide a and a narrow b, such as the gradient of an output layer's
-# weights, takes more than three times as long as its transpose, b.T @ a; and (b.T @ a).T is compiled
-# to the former.
+# On CPU, the product a.T @ b of a wide a and a narrow b, such as the gradient of an output layer's
+# weights, takes more than three times as long as its transpose b.T @ a. Writing it as (b.T @ a).T
+# does not help: it is compiled to a.T @ b.
 #
-# XLA folds the transpose of a result into the product by exchanging its operands, whatever that
-# costs. A jitted training step of a small language model spends more on this one product than on the
-# two others of its head. An optimization barrier between the product and the transpose keeps both.
+# XLA folds the transpose of a result into the product by swapping the operands, whatever that
+# costs. A jitted training step of a small language model spends more on this product than on the
+# two others of its head. An optimization barrier between product and transpose keeps them apart.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6; Linux, x86-64 with AVX-512, one core. Seen:
 #   a.T @ b               a product to f32[2048,96]   3.5 of the CPU time of b.T @ a

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# x / s is not the quotient's nearest number where s is a constant, or is broadcast over x: XLA
-# divides 1 by s, and multiplies. Both round, and a quarter to two thirds of the results differ from
-# NumPy's and PyTorch's in the last bit.
+# If s is a constant or is broadcast over x, x / s is not the correctly rounded quotient: XLA
+# computes 1 / s and multiplies. Both operations round, and a quarter to two thirds of the results
+# differ from NumPy's and PyTorch's in the last bit.
 #
-# Also without jit. A last bit decides where a quotient is rounded to an integer: absmax / 7.5 is the
-# scale of four-bit inputs in compressed-tensors, and its largest number, where negative, becomes
-# -7.5, halfway between two codes; a third of all tokens then got a code that PyTorch does not give
-# them. x / jnp.where(x == 0, 1, s) divides: the divisor has a value of its own for every x.
+# This also happens without jit. The last bit matters when a quotient is rounded to an integer.
+# absmax / 7.5 is the scale of four-bit inputs in compressed-tensors. If the value of largest
+# magnitude is negative, it becomes -7.5, halfway between two codes; a third of all tokens then got
+# a code other than PyTorch's. x / jnp.where(x == 0, 1, s) divides: the divisor has a value of its
+# own for every x.
 #
 # Versions: jax 0.10.2, jaxlib 0.10.2, numpy 2.4.6; Linux, x86-64. Seen:
 #   largest / 7.5:                  69.4 % other than NumPy's
