@@ -1,11 +1,11 @@
-"""Kubernetes launcher: a JobSet for each run of a sweep, on TPU slices or GPUs of Google's engine.
+"""Kubernetes launcher: a JobSet for each run of a sweep, on TPU slices or GPUs of GKE.
 
   python -m launch.gke --config=configs/shampoo_qat.py:1.5b --root=gs://BUCKET/shampoo \
     --image=REGISTRY/beyond_outliers:TAG --accelerator=v5litepod-256 --evaluate=behind --dry_run
 
 prints the YAML; without --dry_run it goes to `kubectl apply`. A run that was asked to stop (42)
-starts again, one that was refused (2) or diverged (3) fails for good, and any other failure
-restarts its JobSet, which resumes from the newest checkpoint.
+starts again; one that was refused (2) or diverged (3) fails for good; any other failure restarts
+the JobSet, which resumes from the newest checkpoint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Jobs of a sweep: what every launcher starts, from a config file, its sweep and the shared flags.
 
-A job is a module, its arguments and the names of those that it waits for. Where it runs, on how
-many devices, and after which exit codes again, is the launcher's.
+A job is a module, its arguments and the names of the jobs that it waits for. The launcher decides
+where it runs, on how many devices, and after which exit codes it runs again.
 """
 
 from __future__ import annotations

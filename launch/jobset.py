@@ -1,5 +1,5 @@
-"""JobSets of a sweep's jobs, as Kubernetes takes them: which Pods on which nodes, and what follows
-which exit code. Fields: jobset.x-k8s.io/v1alpha2 and Kubernetes' batch/v1."""
+"""JobSets of a sweep's jobs for Kubernetes: which Pods run on which nodes, and what each exit code
+leads to. Fields: jobset.x-k8s.io/v1alpha2 and Kubernetes' batch/v1."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
 """Local launcher: a config file's sweep on this machine, some runs at a time.
 
-The same command goes on where it stopped.
+The same command continues where it stopped.
 
   python -m launch.local --config=configs/shampoo.py --root=runs/tuning/shampoo --where=seed=0
 
-Values found for the optimizer in another sweep replace this one's, with --overrides=FILE:
+--overrides=FILE replaces this sweep's values by those that another sweep's analysis found:
 
   python -m beyond_outliers.analysis --root=runs/tuning --overrides=tuned.json
   python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo \
     --overrides=tuned.json --parallel=2 --evaluate=behind --evaluate_flags=--recipes=rtn_w4a4
 
-Every run is a process of its own in <root>/<what it overrides>, or several with --processes; a run
-that diverges doesn't stop the others.
+Each run is a process (or several, with --processes) with the workdir <root>/<what it overrides>; a
+run that diverges doesn't stop the others.
 """
 
 from __future__ import annotations

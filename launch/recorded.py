@@ -1,4 +1,4 @@
-"""What files say of a sweep: values that an analysis found for it, and the runs in its workdirs."""
+"""Recorded facts of a sweep: values that an analysis found for it, and the runs in its workdirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs on machines that have nothing of this clone but the image that launch/Dockerfile makes."""
+"""Jobs on machines that get this clone only through the image that launch/Dockerfile makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch scripts of Slurm: jobs of one kind are one array, whose scripts and commands are text."""
+"""Batch scripts of Slurm: all jobs of one kind form one array; scripts and commands are text."""
 
 from __future__ import annotations
 

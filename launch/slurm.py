@@ -1,10 +1,10 @@
-"""Slurm launcher: a config file's sweep as job arrays, with evaluations and a report behind them.
+"""Slurm launcher: a config file's sweep as job arrays, followed by evaluations and a report.
 
   python -m launch.slurm --config=configs/shampoo.py:50m --root=runs/tuning/shampoo --parallel=4 \
     --gpus_per_task=8 --sbatch='--time=24:00:00 --partition=h100' --evaluate=behind
 
-Scripts lie in <root>/slurm, what the jobs say in <root>/logs. A run is asked to stop ahead of its
-time limit, saves, and queues itself again; so does one that was preempted.
+Scripts are in <root>/slurm, the jobs' output in <root>/logs. A run is asked to stop before its time
+limit, saves, and queues itself again; so does one that is preempted.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
   python -m launch.tpu --config=configs/shampoo_qat.py:1.5b --root=gs://BUCKET/shampoo \
     --image=REGISTRY/beyond_outliers:TAG --accelerator=v5litepod-256 --zone=us-west4-a --dry_run
 
-prints the commands; without --dry_run they run here, in order: the slices are asked for and waited
-for, the image is fetched on every host, each run is started on all of them as a unit of systemd,
-and its log is followed until it ends; at last the slices are given back. Runs outlive this command:
-the same command follows them again. --steps chooses among the steps.
+prints the commands; without --dry_run they run here, in order: request the slices and wait for
+them, fetch the image on every host, start each run on all hosts as a systemd unit and follow its
+log until it ends, and finally give the slices back. Runs outlive this command: the same command
+follows them again. --steps selects some of the steps.
 
-systemd starts a run again that failed or was asked to stop (42), and not one that was refused (2)
-or diverged (3).
+systemd restarts a run that failed or was asked to stop (42), but not one that was refused (2) or
+diverged (3).
 """
 
 from __future__ import annotations

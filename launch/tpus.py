@@ -1,6 +1,6 @@
-"""TPU slices: what Google Cloud calls them, how many hosts they have, and how their chips lie.
+"""TPU slices: their names in Google Cloud, their number of hosts, and their topology.
 
-From the pages on each version in Cloud TPU's documentation, and "Plan TPUs in GKE".
+From the Cloud TPU documentation of each version, and "Plan TPUs in GKE".
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
   python -m launch.xm_launch --config=configs/shampoo.py --root=runs/tuning/shampoo --parallel=2 \
     --evaluate=behind
 
-Here the runs are processes of this environment, and so many at a time; the cloud gets an image that
-is made of launch/Dockerfile, or --image. XManager keeps what was launched in ~/.xmanager, and has
-flags of its own (--xm_...).
+On this machine, runs are processes of this environment, --parallel at a time; the cloud gets an
+image built from launch/Dockerfile, or --image. XManager records what was launched in ~/.xmanager,
+and has its own flags (--xm_...).
 """
 
 from __future__ import annotations

@@ -1,2 +1,2 @@
-"""Benches: the cost of a step, an optimizer, a recipe, a method and a question, timed on this
-machine or counted in programs."""
+"""Benches: the cost of a step, an optimizer, a recipe, a quantization method and a scored question,
+timed on this machine or counted in compiled programs."""

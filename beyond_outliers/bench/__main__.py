@@ -1,46 +1,45 @@
-"""Benches: a step's cost on this machine, and where its time and memory go.
+"""Benches. What a step costs on this machine, and where its time and memory go:
 
   python -m beyond_outliers.bench --config=configs/adamw.py:nano [--json]
 
-and what optimizers' updates cost alone: timed beside their peers (bench/optimizers.py), or counted
-without being run (bench/update_cost.py):
+What an optimizer's update alone costs: timed against its peers (bench/optimizers.py), or counted
+without running it (bench/update_cost.py):
 
   python -m beyond_outliers.bench --optimizers           milliseconds on one core
-  python -m beyond_outliers.bench --on_paper=760m        FLOPs, state and traffic of a device
+  python -m beyond_outliers.bench --on_paper=760m        FLOPs, state and traffic per device
   python -m beyond_outliers.bench --collectives=50m      bytes between devices, as compiled
 
-and what whole steps would take on 8, 64 and 256 devices (bench/scaling.py):
+What whole steps would take on 8, 64 and 256 devices (bench/scaling.py):
 
   python -m beyond_outliers.bench --scaling=50m --only=shampoo/none/64
 
-and what quantization costs: beside full precision (bench/recipes.py), and after training, method by
-method (bench/ptq.py):
+What quantization costs: in training, relative to full precision (bench/recipes.py), and after
+training, method by method (bench/ptq.py):
 
   python -m beyond_outliers.bench --recipes              a linear layer, and whole models
   python -m beyond_outliers.bench --ptq=50m              seconds and memory
 
-and what it costs to say where their error comes from (bench/propagation.py):
+What it costs to decompose a quantized model's error (bench/propagation.py):
 
   python -m beyond_outliers.bench --propagation=50m      seconds and memory
 
-and how fast zero-shot questions are answered (bench/scoring.py):
+How fast zero-shot questions are scored (bench/scoring.py):
 
   python -m beyond_outliers.bench --scoring=nano
 
-and what a run does between its steps (bench/loop.py):
+What a run does between its steps (bench/loop.py):
 
-  python -m beyond_outliers.bench --loop=nano            the host's time a step, and of saving
+  python -m beyond_outliers.bench --loop=nano            host time per step, and of saving
 
-and whether an accelerator is right, and how near to its peak (bench/accelerator/):
+Whether an accelerator computes correctly, and how near it comes to its peak (bench/accelerator/):
 
   python -m beyond_outliers.bench --accelerator --out=DIR
 
-and how our work compares with that of other libraries (bench/peers.py):
+How our code compares with other libraries (bench/peers.py):
 
   python -m beyond_outliers.bench --peers --only=50m_bfloat16
 
-Every time is a median over repeats in this one run: compare figures of one run with each other, not
-with another day's.
+Every time is a median over the repeats of one run: compare figures within a run, not across days.
 """
 
 from __future__ import annotations

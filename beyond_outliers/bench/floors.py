@@ -1,21 +1,19 @@
-"""Floors of optimizers' steps: the time that this machine's own kernels take for what a step cannot
-do without.
+"""Floors of optimizers' steps: the least time that this machine's own kernels need for a step.
 
-A floor is of an algorithm as its program has it, here on a CPU: with so many iterations, products
-by halves where they are by halves, a decomposition of each block when it is due. Another algorithm
-may need fewer.
+A floor is that of our implementation on a CPU: with its number of iterations, with products by
+halves where it has them, and with each block's decomposition when it is due. Another algorithm may
+need fewer operations.
 
-A step's floor is the longer of two, as if each hid the other whole:
-  products at the rate of the library's alone (`kernels.product_rate`), in each dtype its own, and
-    decompositions and triangular solves in the seconds that the library's kernel takes alone, at
-    each of the shapes that occur;
-  bytes at the bandwidth of updates in place (`kernels.update_bandwidth`): parameters and what a
-    step renews of the state read and written, gradients read.
+A step's floor is the larger of two times, as if each completely hid the other:
+  compute: products at the rate of the library's product alone (`kernels.product_rate`), by dtype;
+    decompositions and triangular solves as long as the library's kernel takes alone, by shape;
+  memory: bytes at the bandwidth of in-place updates (`kernels.update_bandwidth`): parameters and
+    the state that a step renews are read and written, gradients are read.
 
-Arithmetic on single numbers takes nothing, nor does what a step only reads of the state, such as
-roots between refreshes. It is no strict bound in two ways: of a stack of which a step renews some
-matrices, as staggered refreshes do, all bytes count; and products of another size may be faster
-than the one whose rate is taken. Times are medians, as the step's own are.
+Elementwise arithmetic counts nothing, and neither does state that a step only reads, such as roots
+between refreshes. The bound is not strict in two ways: when a step renews only some matrices of a
+stack, as staggered refreshes do, all its bytes count; and products of other sizes may be faster
+than the one whose rate is used. Times are medians, as those of steps are.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Collectives of a compiled program, and its decompositions on CPU, per device.
 
-XLA's cost analysis counts neither.
-
-Read from the text of the per-device HLO. An instruction counts as often as the loops around it run,
-where XLA says how often that is or the loop's condition does, else once; of conditionals all
-branches count.
+XLA's cost analysis counts neither. They are read from the text of the per-device HLO. An
+instruction counts once per iteration of the loops around it, if XLA or the loop's condition gives
+their number, else once; all branches of conditionals count.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FLOPs of one run of a traced program of any size: products, decompositions, elementwise.
 
-XLA's cost analysis counts every loop once, every branch, and no decomposition. Here the program is
-walked with the few values that are known, such as a step's: branches that they decide are
-followed, and loops go round as often as they would.
+XLA's cost analysis counts each loop once, all branches, and no decompositions. Here the program is
+walked with the few values that are known, such as the step number: they decide which branches are
+followed, and loops count as often as they would run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What libraries' kernels take alone, which no optimizer that calls them can beat."""
+"""What libraries' kernels take alone: a lower bound for optimizers that call them."""
 
 from __future__ import annotations
 

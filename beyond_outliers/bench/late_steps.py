@@ -1,5 +1,5 @@
-"""The steps of an optimizer's period late in a run: FLOPs counted in its traced update, and which
-parts of its state each step renews."""
+"""The steps of one optimizer period late in a run: the FLOPs of the traced update, and which parts
+of the state each step renews."""
 
 from __future__ import annotations
 

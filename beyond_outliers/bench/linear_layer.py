@@ -1,4 +1,4 @@
-"""A linear layer in full precision and under a recipe, its gradients, and its products' dtypes.
+"""A linear layer in full precision and under a recipe: gradients, and the dtypes of its products.
 
 Legend: T tokens, K inputs, O outputs.
 """

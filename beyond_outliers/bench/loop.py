@@ -2,8 +2,8 @@
 
   python -m beyond_outliers.bench --loop=nano [--repeats=8] [--json]
 
-The loop is timed around a step that computes nothing. A checkpoint is of this size's AdamW, for as
-long as it keeps training waiting, with digests and sums and without, in turn.
+The loop is timed around a step that computes nothing. Saving is timed for as long as it blocks
+training, on this size's AdamW state, alternately with digests and sums and without.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
   python -m beyond_outliers.bench --optimizers [--tree=small] [--only=shampoo,torch_dash]
                                   [--repeats=40] [--json]
 
-Every row of TIMED_OPTIMIZERS runs in a process of its own, one after the other: neither memory nor
-caches are shared. Peers that are not installed are named; `pip install 'beyond_outliers[peers]'`
-installs them all. Compare figures of one run.
+Each row of TIMED_OPTIMIZERS runs in its own process, one after the other, so that neither memory
+nor caches are shared. Missing peers are named; `pip install 'beyond_outliers[peers]'` installs them
+all. Compare only figures of one run.
 """
 
 from __future__ import annotations

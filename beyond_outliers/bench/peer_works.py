@@ -1,4 +1,4 @@
-"""Rows of bench/peers.py: works, what they are done on, and who does them."""
+"""Rows of bench/peers.py: pieces of work, their inputs, and the contenders that do them."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Our work beside its peers': train steps beside bare JAX and torch, preparing beside tokenizers'
-libraries, scoring beside lm-eval, GPTQ beside llm-compressor; optimizers beside theirs.
+"""Our code against its peers: train steps against bare JAX and torch, data preparation against
+tokenizers' libraries, scoring against lm-eval, GPTQ against llm-compressor, and optimizers.
 
   python -m beyond_outliers.bench --peers [--only=50m_bfloat16,gptq,adamw] [--repeats=8] [--json]
 
-Every contender of a row is a program of its own, which does the work once, with all that is
-compiled, and then waits to be told to do it again. All do in each round, in alternating order, and
-a ratio is the median over rounds: what else the machine does slows all of them. CPU seconds tell
-less of it still. `taskset -c 0` in front measures one core. torch and what needs it may be
-installed elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a C++ compiler.
-Rows of optimizers are those of `bench --optimizers`, one process after the other, on one core.
+Each contender of a row is a separate program, which does the work once, compilation included, and
+then waits to be asked again. In each round all of them repeat it, in alternating order; a ratio is
+the median over rounds, so that other work on the machine slows all alike. It affects CPU seconds
+even less. `taskset -c 0` in front measures one core. torch and what needs it may be installed
+elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a C++ compiler. Rows of optimizers
+are those of `bench --optimizers`, one process after the other, on one core.
 """
 
 from __future__ import annotations

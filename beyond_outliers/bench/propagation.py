@@ -1,4 +1,4 @@
-"""Seconds and memory of decomposing quantization error, beside the two forwards that it explains.
+"""Seconds and memory of decomposing quantization error, relative to the two forward passes.
 
 python -m beyond_outliers.bench --propagation=50m [--json]
 """

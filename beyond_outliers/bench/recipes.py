@@ -1,11 +1,11 @@
-"""Costs of quantization relative to full precision on this machine, and the number types of a
-layer's products on others.
+"""Costs of quantization relative to full precision on this machine, and the dtypes of a layer's
+products on GPU and TPU.
 
   python -m beyond_outliers.bench --recipes [--only=quest_w4a4,rtn_w8a8] [--repeats=5] [--json]
 
-Two tables: one linear layer, and the loss and gradients of whole models. Every call of a recipe's
-program alternates with one of the plain program, and ratios are medians over such pairs: anything
-else the machine does slows both. `taskset -c 0` in front of it measures one core.
+Two tables: one linear layer, and the loss and gradients of whole models. Calls of a recipe's
+program alternate with calls of the plain one, and ratios are medians over such pairs, so that other
+work on the machine slows both. `taskset -c 0` in front measures one core.
 """
 
 from __future__ import annotations

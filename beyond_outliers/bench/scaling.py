@@ -1,14 +1,14 @@
-"""A training step on many devices, on paper: what its compiled program sends along each axis of the
-mesh, its memory, and the time that this would take at the peaks of known chips.
+"""A training step on many devices, on paper: the bytes that its compiled program sends along each
+mesh axis, its memory, and the time that it would take at the peaks of known chips.
 
   python -m beyond_outliers.bench --scaling=50m [--only=shampoo/none/64] [--compile_for=v5e]
 
-configs/<optimizer>.py at that size, with its own batch, of which a device sees WINDOWS at once;
-nothing runs. With --compile_for XLA's compiler for TPUs is asked, which the package libtpu holds
-and which needs no TPU: it also says if memory does not suffice. Without, programs are those of
-simulated CPUs: these are partitioned alike, but leave an all-reduce of which each device takes a
-part where others write a reduce-scatter of half the bytes, and their temporaries are a CPU's.
-Bytes are around a ring, and of a step that renews all that is ever renewed.
+The program is that of configs/<optimizer>.py at that size and its own batch, of which a device
+processes WINDOWS at once; nothing runs. --compile_for uses XLA's TPU compiler, which is in the
+package libtpu, needs no TPU, and also says if memory is too small. By default programs are compiled
+for simulated CPUs. These are partitioned alike, but keep an all-reduce where others have a
+reduce-scatter of half the bytes, and their temporaries are a CPU's. Bytes are those of ring
+collectives, in a step that renews all of the optimizer's state that is ever renewed.
 """
 
 from __future__ import annotations

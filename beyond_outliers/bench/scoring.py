@@ -2,9 +2,9 @@
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 
-Questions as multiple-choice tasks have them, of random tokens: contexts of many lengths, four
-choices each. Padding is left out, and a context counts for each of its choices: where it is read
-once for all, the share may be above 1.
+Questions are like those of multiple-choice tasks, made of random tokens: contexts of many lengths,
+four choices each. Padding does not count, and a context counts for each of its choices, although it
+is read only once: the share may be above 1.
 """
 
 from __future__ import annotations

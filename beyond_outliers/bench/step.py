@@ -1,5 +1,5 @@
-"""The cost of a run's step on this machine: seconds of its parts, of its input and of the loop
-around it; memory; and its share of the peak.
+"""The cost of a run's step on this machine: seconds of its parts, its input and the loop around it;
+memory; and its share of the peak.
 
   python -m beyond_outliers.bench --config=configs/adamw.py:50m [--repeats=8] [--json]
 """

@@ -1,8 +1,8 @@
-"""Peers of our optimizers, of torch and pytorch-optimizer, and their timed steps.
+"""Peers of our optimizers, from torch and pytorch-optimizer, and their timed steps.
 
-Each does the work of our row of its family: the same period between roots, bases or factors, the
-same blocks, axes and precision, no weight decay. Where a peer cannot be set so, its function says
-what differs.
+Each does the same work as our row of its family: the same period between roots, bases or factors,
+the same blocks, axes and precision, and no weight decay. Where a peer cannot be configured so, its
+function says what differs.
 """
 
 from __future__ import annotations

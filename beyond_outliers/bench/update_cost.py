@@ -1,11 +1,11 @@
-"""Costs of an optimizer's update without running it: FLOPs counted in its program, and traffic read
-from that program as compiled for a mesh.
+"""Costs of an optimizer's update without running it: FLOPs counted in its traced program, and
+traffic read from the program compiled for a mesh.
 
   python -m beyond_outliers.bench --on_paper=760m [--only=adamw,shampoo] [--json]
   python -m beyond_outliers.bench --collectives=50m [--only=shampoo] [--json]
 
-Both take configs/<optimizer>.py at that size, with gradients that lie like the parameters, and
-nothing but shapes: devices are simulated. The training step around an update is left out.
+Both use configs/<optimizer>.py at that size, with gradients sharded like the parameters, and only
+shapes: devices are simulated. The training step around the update is left out.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Checkpoints of a run, by Orbax, with digests of what they hold and sums of their files.
+"""Checkpoints of a run, by Orbax, with digests of their arrays and sums of their files.
 
-A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
-any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints of
-the data) and `digests`, all committed at once; and sha256.json, the sum of every file, written
-after Orbax committed and all that was to be saved was found in the files. Digests, made of the
-arrays before these are written, tell of what goes wrong until then, too; the sums can be compared
-without restoring anything, and tell damage from what cannot be read now.
+Checkpoint N holds the items `state` (the TrainState), `data` (the position in the data, the same
+for any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints
+of the data) and `digests`, all committed at once; and sha256.json, the sums of all files, written
+after Orbax has committed and everything to be saved was found in the files. Digests are made from
+the arrays before writing, so they also reveal errors up to the commit. The sums can be compared
+without restoring anything, and distinguish damage from what just cannot be read now.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Digests of arrays, taken from their bits where the arrays live, before these are written.
+"""Digests of arrays, computed from their bits on the devices that hold them, before writing.
 
-The sums of a checkpoint's files say that they are those that were committed; these digests, saved
-with the arrays, that what is read is what was to be written. A digest is a sum over all elements,
-modulo 2^32, of a hash of an element's bits and its place: the same on every mesh, whatever the
-order, and never the same where one element differs; where more do, but for one case in 2^32.
+A checkpoint's file sums prove that the files are those that were committed; these digests, saved
+with the arrays, prove that what is read is what was to be written. A digest is the sum, modulo
+2^32, over all elements, of a hash of an element's bits and its position. It is the same on every
+mesh and in any order. It always changes if one element differs; if several do, it fails to change
+in one of 2^32 cases.
 
-The same pass finds what is not finite, which is neither saved nor gone on from.
+The same pass finds non-finite values, which are neither saved nor resumed from.
 """
 
 from __future__ import annotations

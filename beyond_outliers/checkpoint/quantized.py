@@ -1,4 +1,4 @@
-"""Quantized models as Orbax checkpoints, in the form of quant/storage.py."""
+"""Quantized models as Orbax checkpoints, in the format of quant/storage.py."""
 
 from __future__ import annotations
 

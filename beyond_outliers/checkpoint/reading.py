@@ -1,4 +1,4 @@
-"""What Orbax finds in a checkpoint, compared with what should be there; errors of its readers."""
+"""What Orbax finds in a checkpoint, compared with what should be there; and its reading errors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which checkpoint a run goes on from: the newest that can be read, and what becomes of others.
+"""Which checkpoint a run resumes from: the newest readable one; and what happens to the others.
 
-A checkpoint is damaged where its files are not those that were summed, where it has no sums and
-cannot be read, where what it holds is not what was saved, by its digests, or where that is not
-finite. One whose sums hold, and that cannot be read now, for want of memory, descriptors or
-a file system that answers, is not damaged, and left alone.
+A checkpoint is damaged if its files do not match their sums, if it has no sums and cannot be read,
+if its contents do not match their digests, or if they are not finite. If its sums hold but it
+cannot be read now, for want of memory, file descriptors or a responding file system, it is not
+damaged, and is left alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which checkpoints of a run are kept: the newest, and what checkpoint.keep and .keep_every say.
+"""Which checkpoints of a run are kept: the newest, and those of checkpoint.keep and .keep_every.
 
-Temporary ones, saved by time, are kept until the next is. Averages, evaluation jobs and other
-readers do not see them: when they come and go is not a matter of the run, but of the clock."""
+Temporary checkpoints, saved by time, are kept until the next save. Averages, evaluation jobs and
+other readers do not see them, since when they exist depends on the clock and not on the run."""
 
 from __future__ import annotations
 

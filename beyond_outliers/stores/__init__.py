@@ -1,8 +1,8 @@
-"""Workdirs in object stores, s3:// and gs://: a folder here, mirrored to the store while it trains.
+"""Workdirs in object stores, s3:// and gs://: a local folder, mirrored to it during training.
 
-A run writes its folder as ever, so that everything that holds of one (replaced whole, appended to,
-locked) holds of it; what is new is uploaded in the background. Whoever reads a run by its address
-gets a copy of what the store has.
+A run writes to its folder as usual, so all guarantees for one hold (atomic replacement, appending,
+locking); new files are uploaded in the background. Whoever reads a run by its address gets a copy
+of what the store has.
 """
 
 from beyond_outliers.stores.copies import Copy as Copy

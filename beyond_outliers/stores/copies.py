@@ -1,5 +1,5 @@
-"""A copy here of what a store has of a run, for whoever reads it: small files first, checkpoints
-once they are asked for; and the way back of what evaluation jobs make of them."""
+"""A reader's local copy of a run in a store: small files first, checkpoints on request; and the
+upload of what evaluation jobs add to the copy."""
 
 from __future__ import annotations
 

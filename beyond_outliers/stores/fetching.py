@@ -1,4 +1,4 @@
-"""What a run that begins fetches of its store, and what it keeps of its folder."""
+"""What a starting run fetches from its store, and what it keeps of its local folder."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Index of a mirrored workdir: which files it has, and of which size and time.
+"""Index of a mirrored workdir: its files, with their sizes and times.
 
-The store has the index in an object of its own, written once all that it names is there: that
-object is replaced whole, as no number of objects can be, and makes a checkpoint appear at once. The
-folder keeps the index that it last wrote or read; a reader's copy one of the files of evaluation
-jobs that it knows the store to have.
+In the store the index is one object, written after everything that it lists is there. Unlike
+several objects, it is replaced atomically, so a checkpoint appears all at once. A run's folder
+keeps the index that it last wrote or read; a reader's copy keeps an index of the evaluation jobs'
+files that it knows to be in the store.
 
-Files of evaluation jobs (`is_shared`) are in no index: any number of jobs write them, each file is
-whole by itself, and what the store lists of them counts."""
+Files of evaluation jobs (`is_shared`) are not in the store's index: any number of jobs write them,
+each file is complete by itself, and the store's own listing counts."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The lock of a workdir in a store: an object that its holder renews.
 
-Made and replaced on condition (that there is none; that it is the one that was read), so that of
-two that try one succeeds, on every store that knows such conditions: S3 since 2024, GCS, MinIO, R2.
-Who holds it must renew it; one that is not renewed for STALE_SECONDS, by the clock of whoever waits
-for it, may be taken over."""
+It is created and replaced conditionally (if there is none; if it is still the one that was read),
+so only one of two contenders succeeds. Stores with conditional writes: S3 since 2024, GCS, MinIO,
+R2. The holder must renew it; if it does not for STALE_SECONDS, by the waiting process's clock, the
+lock may be taken over.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mirror of a run that trains: its folder here, and the store that is to have the same."""
+"""The mirror of a run during training: keeps the store equal to the local folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What a run's folder has let go of, of what its store has, and what it has lost.
+"""Which files in a run's store its folder has deleted, and which it has lost.
 
-A file that is gone from the folder may have been deleted by the run, or by whoever cleans a disk.
-It leaves the store only where the folder shows the former."""
+A file that is missing from the folder may have been deleted by the run, or by someone who cleaned
+the disk. It is deleted from the store only if the folder shows that the run did.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Objects of a store below an address, s3://BUCKET/PATH or gs://BUCKET/PATH. The only import of
 obstore.
 
-Which server and whose account comes from the environment, as obstore documents it:
+The server and the account come from the environment, as obstore documents:
 AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and others, or the machine's own
 account."""
 

@@ -1,4 +1,4 @@
-"""Description of a run before it trains: its configuration, parameters, and a step's needs."""
+"""Description of a run before it trains: configuration, parameters, and what a step needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: the log, evaluation, checkpoints and preemption, profiles."""
+"""Hooks of the training loop: logging, evaluation, checkpoints and preemption, profiles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training loop: steps and hooks, the clock of training time, and the ways to end early.
 
-All that a run reads or writes while it trains happens in a hook, outside jit.
+Everything that a run reads or writes during training happens in a hook, outside jit.
 """
 
 from __future__ import annotations

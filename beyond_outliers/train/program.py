@@ -1,4 +1,4 @@
-"""Program of a run: its shapes, shardings and compiled functions, put together before any array."""
+"""Program of a run: shapes, shardings and compiled functions, built before any array exists."""
 
 from __future__ import annotations
 

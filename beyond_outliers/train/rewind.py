@@ -1,4 +1,4 @@
-"""Going back in a run: what it left after an older checkpoint is set aside, in one folder."""
+"""Going back to an older checkpoint: what the run wrote after it is set aside, in one folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Spikes: updates whose loss or gradient norm leaps above those of the updates before, in jit.
+"""Spikes: updates whose loss or gradient norm jumps above those of previous updates; runs in jit.
 
-As the skipping of steps in OLMo-core, levanter and MaxText, but that skipped updates don't enter
-the window: one that is out of line does not make room for the next.
+Like the skipping of steps in OLMo-core, levanter and MaxText, except that skipped updates do not
+enter the window: one outlier must not make room for the next.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The check of an accelerator: is it right there, and how near is it to what the chip can do?"""
+"""The check of an accelerator: does it compute correctly, and how near does it come to its peak?"""

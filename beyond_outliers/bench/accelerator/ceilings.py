@@ -1,4 +1,4 @@
-"""What the chip reaches at its best: large products one after the other, copies of its memory."""
+"""What the chip reaches at its best: large products back to back, and copies of its memory."""
 
 from __future__ import annotations
 

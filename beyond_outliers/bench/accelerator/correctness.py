@@ -1,7 +1,7 @@
 """Whether this machine computes what a CPU does: models, quantized layers, products, training.
 
-Float32 is asked for by each product itself, so that TF32 and bfloat16 passes, which are the default
-on recent GPUs and on TPUs, would be seen here.
+Each product itself asks for float32, so that TF32 and bfloat16 passes, the default on recent GPUs
+and on TPUs, would be noticed here.
 """
 
 from __future__ import annotations

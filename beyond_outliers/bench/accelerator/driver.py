@@ -2,11 +2,11 @@
 
   python -m beyond_outliers.bench --accelerator --out=DIR [--only=ceilings,updates] [--minutes=8]
 
-A part's figures are in DIR/<part>.json, written anew after each row, so that what breaks one row,
-kills one part or is stopped by the clock loses nothing else. The same command goes on with what is
-missing, failed or was stopped; figures of other code, other versions or other GPUs are made anew.
-This process never asks JAX for devices: a GPU's memory is one process's, and parts are forked from
-here, where all is imported, one after the other.
+A part's figures are in DIR/<part>.json, which is rewritten after each row, so that a failed row, a
+killed part or the end of the time loses nothing else. The same command continues with what is
+missing, failed or was stopped; figures of other code, versions or GPUs are measured again.
+This process never asks JAX for devices, since one process takes a GPU's memory: it imports
+everything, and forks the parts one after the other.
 """
 
 from __future__ import annotations

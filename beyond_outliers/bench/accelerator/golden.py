@@ -1,4 +1,4 @@
-"""Numbers of other implementations in float64, tests/golden/model_*.npz: logits, loss, gradients.
+"""Results of other implementations in float64, tests/golden/model_*.npz: logits, loss, gradients.
 
 model_study_f64.npz comes from the PyTorch model of arXiv 2509.23500, the other two from
 transformers' OLMo2 and Llama.

@@ -1,6 +1,6 @@
-"""Measured peak memory of training steps beside what --dry_run predicts.
+"""Measured peak memory of training steps, compared with what --dry_run predicts.
 
-A process's peak never falls, so that sizes ascend."""
+A process's peak never falls, so the sizes ascend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps of nano on tokens that any machine makes alike, and the losses that a CPU had.
+"""Steps of nano on tokens that every machine draws alike, and the losses that a CPU gave.
 
   JAX_PLATFORMS=cpu python -m beyond_outliers.bench.accelerator.nano
 

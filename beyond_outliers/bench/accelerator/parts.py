@@ -1,4 +1,4 @@
-"""The check's parts: what each measures, how it is shown, and for how long it may keep the chip."""
+"""The check's parts: what each measures, how it is shown, and how long it may use the chip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run that is resumed from a checkpoint has the bits of one that was not interrupted."""
+"""Whether a run resumed from a checkpoint equals, bit for bit, one that was not interrupted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Optimizers' updates alone, at the study's settings and others, as a share of the model's step.
 
-A period is timed late in a run, step by step: ordinary steps, and those that renew roots, bases or
-factors. What is renewed later is added to the model's own time at the study's tokens a step.
+One period late in a run is timed step by step: ordinary steps, and those that renew roots, bases or
+factors. Its mean is compared with the model's own time at the study's tokens per step.
 """
 
 from __future__ import annotations

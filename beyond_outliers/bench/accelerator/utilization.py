@@ -1,7 +1,8 @@
-"""MFU of training steps, by attention, rematerialisation and windows at a time: a search.
+"""MFU of training steps: a search over attention, rematerialisation and windows at a time.
 
-Every setting is a whole step of configs/adamw.py as the trainer compiles it, of MICRO_BATCHES, on
-one device. The study's step has more of these for one update, so it is a little faster.
+Each setting is timed as a whole step of configs/adamw.py, as the trainer compiles it, with
+MICRO_BATCHES on one device. The study's step has more of them per update, so its MFU is slightly
+higher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Programs that are timed beside each other: each does its work once whenever it is told to.
+"""Programs that are timed against each other: each repeats its work whenever it is asked to.
 
-Of the standard library alone, for peers run in interpreters that may have nothing of ours.
+Only the standard library is imported, for peers in interpreters without our dependencies.
 """
 
 from __future__ import annotations

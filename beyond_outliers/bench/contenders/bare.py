@@ -1,5 +1,5 @@
-"""Contender of bench/peers.py: the study's model and AdamW in as few lines of plain JAX as do it,
-what a researcher would write first. No checks, meshes or causal blocks.
+"""Contender of bench/peers.py: the study's model and AdamW in minimal plain JAX, as a researcher
+would first write it. No checks, meshes or causal blocks.
 
 Legend: B batch, L length, D model width, H query heads, K key-value heads, Dh head width, F hidden
 width, V vocabulary, T = B·L tokens.

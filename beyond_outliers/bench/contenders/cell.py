@@ -1,4 +1,4 @@
-"""Contender of bench/peers.py: a cell of an evaluation job, as its results land on disk."""
+"""Contender of bench/peers.py: a cell of an evaluation job, results written to disk included."""
 
 from __future__ import annotations
 

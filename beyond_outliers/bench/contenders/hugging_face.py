@@ -1,4 +1,4 @@
-"""What contenders on transformers share. Imports that and torch: `--peer_python` runs it."""
+"""Code shared by contenders on transformers. Imports that and torch: `--peer_python` runs it."""
 
 from __future__ import annotations
 

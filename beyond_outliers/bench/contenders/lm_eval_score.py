@@ -1,6 +1,6 @@
-"""Contender of bench/peers.py: lm-eval's model of Hugging Face directories on the same questions.
+"""Contender of bench/peers.py: lm-eval's Hugging Face model on the same questions.
 
-Imports lm-eval, transformers and torch, and the standard library: `--peer_python` runs it."""
+Imports only lm-eval, transformers, torch and the standard library: `--peer_python` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contender of bench/peers.py: the trainer's own step, AdamW, under a recipe or none."""
+"""Contender of bench/peers.py: the trainer's own AdamW step, with a recipe or without."""
 
 from __future__ import annotations
 

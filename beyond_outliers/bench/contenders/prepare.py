@@ -1,4 +1,4 @@
-"""Contender of bench/peers.py: preparation of a dataset from lines of JSON."""
+"""Contender of bench/peers.py: preparing a dataset from JSON lines."""
 
 from __future__ import annotations
 

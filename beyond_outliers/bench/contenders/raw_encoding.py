@@ -1,4 +1,4 @@
-"""Contender of bench/peers.py: a tokenizer's library alone, which encodes lines of JSON and counts.
+"""Contender of bench/peers.py: a tokenizer's library alone, which encodes JSON lines and counts.
 
 It keeps, checks and writes nothing."""
 
