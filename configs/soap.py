@@ -24,6 +24,7 @@ def get_config(arg: str = ""):
     refresh="together",                      # together (as the reference) | staggered: no step pays for all bases
     max_dim=base.longest_axis(c),            # longer axes are not rotated; vectors get plain Adam
     block_size=config_dict.placeholder(int), # longer axes are cut into blocks with bases of their own; None: whole matrices
+    preconditioner_dtype="float32",          # of stored factors and bases: float32 | bfloat16, half of their memory
     normalize_gradients=False,               # divide every step by its RMS
     bias_correction=True,
     count_skipped_step=True)                 # the first update only finds the bases; True (pytorch_optimizer): it counts as a step

@@ -162,9 +162,17 @@ TIMED_OPTIMIZERS: dict[str, TimedOptimizer] = {
   "shampoo_packed": TimedOptimizer(
     "shampoo", lambda: _shampoo(refresh="staggered", packed=True), period=20
   ),
+  "shampoo_packed_bfloat16": TimedOptimizer(
+    "shampoo",
+    lambda: _shampoo(refresh="staggered", packed=True, preconditioner_dtype="bfloat16"),
+    period=20,
+  ),
   "torch_dash": _torch("shampoo", torch_optimizers.torch_dash, period=20),
   "torch_shampoo": _torch("shampoo", torch_optimizers.torch_shampoo, period=20),
   "soap": TimedOptimizer("soap", _soap, period=10),
   "soap_staggered": TimedOptimizer("soap", lambda: _soap(refresh="staggered"), period=10),
+  "soap_bfloat16": TimedOptimizer(
+    "soap", lambda: _soap(refresh="staggered", preconditioner_dtype="bfloat16"), period=10
+  ),
   "torch_soap": _torch("soap", torch_optimizers.torch_soap, period=10),
 }

@@ -37,8 +37,9 @@ WITH_EIGENVALUE_CORRECTION = {
   "packed": False,
 }
 LEAST_UPDATE_PROBABILITY = 0.03  # PSGD: where its schedule ends
-# Shampoo: bfloat16 has 8 bits, so that an average rounds a change of less than 1/512 away.
+# Factors in bfloat16, of 8 bits: an average rounds a change of less than 1/512 away.
 MAX_BFLOAT16_B2 = 0.99
+_STORED = one_of("float32", "bfloat16")
 
 _MOMENTUM = below_one(
   ", the average's decay; implementations that take the new gradient's weight call one minus it "
@@ -217,9 +218,7 @@ class Shampoo(Section):
   block_size: int = official(1024, "longest axis that has one factor", at_least(1))
   long_axes: str = official("block", "are cut so, or have no factor", one_of("block", "skip"))
   merge_dims: bool = official(False, "up to block_size elements are a vector (Meta's default)")
-  preconditioner_dtype: str = official(
-    "float32", "of stored factors and roots", one_of("float32", "bfloat16")
-  )
+  preconditioner_dtype: str = official("float32", "of stored factors and roots", _STORED)
   packed: bool = official(False, "store them as triangles")
   eigenvalue_correction: bool = official(
     False,
@@ -235,13 +234,7 @@ class Shampoo(Section):
           yield name, f"eigenvalue_correction works with {value!r} only"
       if self.refresh not in BASIS_REFRESHES:
         yield "refresh", f"eigenvalue_correction works with {' or '.join(BASIS_REFRESHES)} only"
-    narrow = self.preconditioner_dtype == "bfloat16"
-    if narrow and is_number(self.b2) and self.b2 > MAX_BFLOAT16_B2:
-      yield (
-        "b2",
-        f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or "
-        "preconditioner_dtype=float32",
-      )
+    yield from _standing_still("b2", self.b2, self.preconditioner_dtype)
 
   @property
   def period(self) -> int:
@@ -276,10 +269,23 @@ class Soap(Section):
   block_size: int | None = official(
     None, "longer axes are cut", at_least(1, ", or None for whole matrices"), younger=True
   )
+  preconditioner_dtype: str = official(
+    "float32", "of stored factors and bases", _STORED, younger=True
+  )
+
+  def conflicts(self) -> Iterator[tuple[str, str]]:
+    name = "b2" if self.shampoo_beta is None else "shampoo_beta"
+    yield from _standing_still(name, getattr(self, name), self.preconditioner_dtype)
 
   @property
   def period(self) -> int:
     return self.precondition_frequency
+
+
+def _standing_still(name: str, decay: object, dtype: str) -> Iterator[tuple[str, str]]:
+  if dtype == "bfloat16" and is_number(decay) and decay > MAX_BFLOAT16_B2:
+    remedy = "choose a smaller one, or preconditioner_dtype=float32"
+    yield name, f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; {remedy}"
 
 
 OPTIMIZERS: dict[str, type[Section]] = {

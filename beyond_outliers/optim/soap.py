@@ -54,7 +54,7 @@ def soap(
   The first update only finds the bases, and moves nothing.
 
   State, bytes per element of an m x n block in float32: 8 + 8 (m² + n²) / mn, without the terms of
-  axes that are not rotated."""
+  axes that are not rotated; preconditioner_dtype="bfloat16" halves the last term."""
   return optax.chain(
     _direction(h, axes, mesh),
     optax.scale_by_learning_rate(h.learning_rate),
@@ -89,7 +89,16 @@ def _rotated_axes(h: Soap, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _init_bucket(h: Soap, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
-  return first_state(bucket, _rotated_axes(h, bucket.shape), dtype)
+  s = first_state(bucket, _rotated_axes(h, bucket.shape), dtype)
+  # float64 is for checking the mathematics: there nothing is stored in less.
+  narrow = h.preconditioner_dtype == "bfloat16" and dtype != np.float64
+  return _in_dtype(s, jnp.bfloat16) if narrow else s
+
+
+def _in_dtype(s: BlocksState, dtype: Any) -> BlocksState:
+  """The state with factors and bases of this type."""
+  factors, bases = (tuple(a.astype(dtype) for a in arrays) for arrays in (s.factors, s.bases))
+  return s._replace(factors=factors, bases=bases)
 
 
 def _advance(h: Soap, state: blockwise.State) -> tuple[blockwise.State, SoapClock]:
@@ -103,6 +112,8 @@ def _step(
 ) -> tuple[jax.Array, BlocksState]:
   """Adam's direction in the bases, and then better bases."""
   axes = _rotated_axes(h, g.shape[1:])
+  stored = s.bases[0].dtype if axes else g.dtype
+  s = _in_dtype(s, g.dtype)
   seen = rotate_block(g, s.bases, axes)
   momentum = _average(clock, h.b1, s.momentum, seen)
   second_moment = _average(clock, h.b2, s.second_moment, seen * seen)
@@ -114,7 +125,7 @@ def _step(
   s = s._replace(momentum=momentum, second_moment=second_moment, factors=())
   if axes:
     s = _refresh_bases(h, clock, axes, s, factors, id_B)
-  return direction, s._replace(factors=factors)
+  return direction, _in_dtype(s._replace(factors=factors), stored)
 
 
 def _average(clock: SoapClock, decay: Scalar, mean: jax.Array, x: jax.Array) -> jax.Array:

@@ -327,6 +327,21 @@ def test_staggered_at_every_step_is_together():
   np.testing.assert_allclose(staggered["w"], together["w"], rtol=0, atol=1e-6)
 
 
+def test_in_bfloat16_the_state_is_half_and_the_steps_are_nearly_the_same():
+  """Bytes: 8 for the moments, 8 (m² + n²) / mn for factors and bases."""
+  m, n = 24, 40
+  gradients = normal(5, 30, m, n) * jnp.linspace(1, 3, n)  # eigenvalues that lie apart
+  params, taken = {"w": jnp.zeros((m, n))}, {}
+  for dtype, share in (("float32", 1), ("bfloat16", 1 / 2)):
+    tx = soap(0.1, precondition_frequency=5, weight_decay=0.0, preconditioner_dtype=dtype)
+    state, after = run(tx, params, {"w": gradients})
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    assert size == pytest.approx(8 * m * n + 8 * share * (m * m + n * n), rel=0.01)
+    taken[dtype] = np.diff(after["w"], axis=0)
+  for one, other in zip(taken["float32"], taken["bfloat16"], strict=True):
+    assert 1e-5 < np.linalg.norm(other - one) / np.linalg.norm(one) < 0.1
+
+
 @pytest.mark.slow
 def test_eight_devices_do_what_one_does():
   """Staggered: whose turn it is does not depend on how many devices share the blocks."""
@@ -371,6 +386,14 @@ def test_eight_devices_do_what_one_does():
     (dict(precondition_frequency=0), "precondition_frequency = 0"),
     (dict(max_dim=-1), "max_dim = -1"),
     (dict(block_size=0), "block_size = 0"),
+    (
+      dict(preconditioner_dtype="bfloat16", b2=0.999),
+      "b2 = 0.999: averages in bfloat16 stand still above 0.99",
+    ),
+    (
+      dict(preconditioner_dtype="bfloat16", shampoo_beta=0.999),
+      "shampoo_beta = 0.999: averages in bfloat16 stand still above 0.99",
+    ),
   ],
 )
 def test_bad_arguments_are_refused(hyper, message):
