@@ -6,6 +6,7 @@ import runpy
 
 import markdown
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -349,6 +350,26 @@ def test_what_norms_do_is_of_the_packed_runs():
       assert numbers(said) == pytest.approx(expected, abs=6e-5), (norms, name, rate)
     mean = cells["max_to_median/linear"][["rtn"]].mean()
     assert numbers(outliers)[0] == pytest.approx(mean, abs=6e-3)
+
+
+def test_what_error_predicts_across_norms_is_of_the_packed_runs():
+  results, frames = ROOT / "colabs" / "results", []
+  for place in ("rates.tar.xz", "variants.tar.xz/pre_norm", "variants.tar.xz/single_gain"):
+    runs = [run for run in packed_runs.find_runs(results / place) if "/groups/" not in run.name]
+    # One by one: runs of unlike architectures are refused in one frame.
+    frames += [predictors.frame([run]) for run in runs if run.config.seed == 0]
+  of = pd.concat(frames).query("recipe == 'rtn_w4a4'").set_index("method")
+  expected = [
+    of.loc[method, ["loss_difference", name]].corr("spearman").iloc[0, 1]
+    for name in ("R_L_centred", "R_L")
+    for method in ("rtn", "hadamard")
+  ]
+  said = re.search(
+    rf"Over (\d+) models .+? Spearman {NUMBER} \(rtn\) and {NUMBER} .+? by {NUMBER} and {NUMBER}\.",
+    markdown.read("colabs/README.md").replace("\n", " "),
+  )
+  assert said and int(said[1]) == len(frames)
+  assert numbers(" ".join(said.groups()[1:])) == pytest.approx(expected, abs=6e-3)
 
 
 def test_what_four_bits_in_training_cost_is_of_the_packed_runs(ladder):
