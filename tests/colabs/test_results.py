@@ -434,9 +434,9 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
   )
   others = {"soap": 0.1, "psgd": 0.003, "scion": 0.1}
   places = {
-    ("0.1m", "20"): ("sizes.tar.xz/0.1m", {"adamw": 0.1, "muon": 0.003, "shampoo": 0.1}),
+    ("0.1m", "20"): ("ladder.tar.xz/0.1m", {"adamw": 0.1, "muon": 0.003, "shampoo": 0.1}),
     ("0.3m", "20"): ("ladder.tar.xz/0.3m", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03, **others}),
-    ("0.6m", "20"): ("sizes.tar.xz/0.6m", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03, **others}),
+    ("0.6m", "20"): ("ladder_0.6m.tar.xz", {"adamw": 0.1, "muon": 0.01, "shampoo": 0.03, **others}),
     ("0.3m", "10"): ("lengths.tar.xz/10", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
     ("0.3m", "40"): ("lengths.tar.xz/40", {"adamw": 0.3, "muon": 0.01, "shampoo": 0.03}),
   }
@@ -469,7 +469,7 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
 @pytest.fixture(scope="module")
 def points():
   results = ROOT / "colabs" / "results"
-  packs = (packed_runs.find_runs(results / f"{name}.tar.xz") for name in ("ladder", "sizes"))
+  packs = (packed_runs.find_runs(results / f"{name}.tar.xz") for name in ("ladder", "ladder_0.6m"))
   return law_points.of_runs([run for pack in packs for run in pack])[0]
 
 
