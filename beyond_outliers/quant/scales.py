@@ -120,7 +120,7 @@ def two_level(x, axes, grid):
 
 
 def two_level_a_row(x, axes, grid):
-  """two_level with one float32 per row of blocks; blocks are counted along the axis before
+  """two_level with one float32 per row of blocks, which follow one another on the axis before
   `axes`."""
   (axis,) = axes
   return _two_level(x, axes, (axis - 1, axis), grid)
