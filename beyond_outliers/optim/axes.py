@@ -14,7 +14,7 @@ import optax
 from beyond_outliers.config.checks import require
 from beyond_outliers.params import Axes, path_of
 
-AxesTree = Any  # a tree like the parameters of `Axes`, or params -> such a tree, or None
+AxesTree = Any  # a tree of `Axes` like the parameters, or params -> such a tree, or None
 
 
 @dataclasses.dataclass(frozen=True)
