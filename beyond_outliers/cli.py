@@ -18,16 +18,16 @@ from beyond_outliers.config.files import expand_home
 from beyond_outliers.config.overrides import check_overrides
 from beyond_outliers.errors import Failure, Refusal
 
-# Ask a run to save and to stop: Ctrl-C, and what schedulers send ahead of a limit, or a terminal
-# that is closed.
+# Ask a run to save and stop: Ctrl-C, what schedulers send before a time limit, or the closing of a
+# terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-STOPPED = 42  # exit code of what was
+STOPPED = 42  # exit code after such a stop
 TELL_SECONDS = 3.0
-HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")  # who takes them
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-_tell: Callable[[int, str], None] | None = None  # of one of several processes
+_tell: Callable[[int, str], None] | None = None  # set in one of several processes
 
-flags.disclaim_key_flags()  # they belong to the commands that define them by what is here
+flags.disclaim_key_flags()  # flags belong to the commands that define them with these functions
 
 
 def config_flag(*instead: str) -> flags.FlagHolder:
@@ -70,37 +70,38 @@ class _PathsParser(flags.ListParser):
 
   def parse(self, argument: str | list[str]) -> list[str]:
     if isinstance(argument, str) and os.path.exists(found := expand_home(argument)):
-      return [found]  # whose name has a comma
+      return [found]  # a single path, whose name may contain a comma
     return [expand_home(path) for path in super().parse(argument)]
 
 
 def path_flag(name: str, default: str | None, help: str, **options: Any) -> flags.FlagHolder:
-  """Defines a flag that is a path; a leading ~ is the home folder, as it is not to shells there."""
+  """Defines a flag that is a path, with a leading ~ for the home folder, which shells leave as
+  is."""
   return flags.DEFINE(_PathParser(), name, default, help, **options)
 
 
 def paths_flag(name: str, default: list[str] | None, help: str, **options: Any) -> flags.FlagHolder:
-  """Defines a flag that is a list of paths, divided by commas."""
+  """Defines a flag that is a list of paths, separated by commas."""
   serializer = flags.CsvListSerializer(",")
   return flags.DEFINE(_PathsParser(), name, default, help, serializer=serializer, **options)
 
 
 def take_huge_pages() -> None:
-  """Starts this command again, as the same process, with huge pages for what it allocates, where
-  Linux leaves them to programs (glibc). XLA allocates large arrays anew in every step: on a CPU a
-  seventh of it goes into small pages. What GLIBC_TUNABLES says of them stays."""
+  """Starts this command again, in the same process, with huge pages for its memory, if Linux lets
+  programs choose them (through glibc). XLA allocates large arrays anew in every step; with small
+  pages that is a seventh of a step on a CPU. A setting in GLIBC_TUNABLES is respected."""
   tunables = os.environ.get("GLIBC_TUNABLES", "")
   if "glibc.malloc.hugetlb" in tunables or sys.orig_argv[1:2] != ["-m"]:
     return
-  with contextlib.suppress(OSError):  # as without
+  with contextlib.suppress(OSError):  # then continues with small pages
     if "[madvise]" in HUGE_PAGES.read_text():
       os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
       os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-  """app.run, for `if __name__ == "__main__"`. A refusal exits with code 2, a failure with 1,
-  Ctrl-C with 130."""
+  """app.run, for `if __name__ == "__main__"`. A Refusal exits with code 2, a Failure with 1, Ctrl-C
+  with 130."""
   try:
     app.run(main, flags_parser=_parse)
   except Refusal as refusal:
@@ -108,7 +109,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
   except Failure as failure:
     print(f"error: {failure}", file=sys.stderr)
     sys.exit(1)
-  except KeyboardInterrupt:  # of a command that does not `end_when_asked`
+  except KeyboardInterrupt:  # in a command that does not call `end_when_asked`
     print("stopped", file=sys.stderr)
     sys.exit(killed_by(signal.SIGINT))
 
@@ -117,35 +118,37 @@ def end_when_asked(
   saying: str = "asked to stop with no step under way; the same command goes on",
   code: Callable[[int], int] = lambda number: STOPPED,
 ) -> None:
-  """Has `STOP_SIGNALS` end this process at once, until a run takes them: there is nothing to save.
-  By a thread, since no handler of Python's runs while XLA compiles. code: of exit, by signal."""
+  """Makes STOP_SIGNALS end this process at once, until a run handles them: before that there is
+  nothing to save. A thread does so, since Python runs no signal handlers while XLA compiles.
+
+  code: signal number -> exit code."""
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   for number in STOP_SIGNALS:
-    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it
+    if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
       signal.signal(number, _asked)
   arguments = (reader, saying, code)
   threading.Thread(target=_end_when_asked, args=arguments, name="signals", daemon=True).start()
 
 
 def tell_when_asked(tell: Callable[[int, str], None]) -> None:
-  """As `end_when_asked` of one of several processes, which end together: before this one does,
-  `tell` gets the exit code and the saying, for as long as TELL_SECONDS."""
+  """Addition to `end_when_asked` for one of several processes, which end together: before this one
+  ends, `tell` is called with the exit code and the text, for at most TELL_SECONDS."""
   global _tell
   _tell = tell
 
 
 def ask_all_when_asked() -> None:
-  """As `end_when_asked` of one of several processes, which stop together behind the first step:
-  JAX, which they have joined, waits for SIGTERM."""
+  """Replaces `end_when_asked` for one of several processes, which stop together after a step: turns
+  the other signals into SIGTERM, which JAX listens for once they have joined."""
   for number in STOP_SIGNALS:
     if signal.getsignal(number) is _asked and number != signal.SIGTERM:
       signal.signal(number, _ask_all)
 
 
 def _asked(number: int, frame: Any) -> None:
-  """Leaves it to the thread, which gets the number, too."""
+  """Does nothing: the thread of `end_when_asked` also gets the number, and acts."""
 
 
 def _ask_all(number: int, frame: Any) -> None:
@@ -153,7 +156,7 @@ def _ask_all(number: int, frame: Any) -> None:
 
 
 def killed_by(number: int) -> int:
-  """Exit code of a process that a signal ends, as shells have it."""
+  """Exit code of a process that a signal ended, by the convention of shells."""
   return 128 + number
 
 
@@ -162,12 +165,12 @@ def _end_when_asked(reader: int, saying: str, code: Callable[[int], int]) -> Non
     (number,) = os.read(reader, 1)
     if signal.getsignal(number) is _asked:
       try:
-        redraw = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress
+        redraw = "\r\x1b[K" if sys.stderr.isatty() else ""  # clears a progress line
         print(redraw + saying, file=sys.stderr, flush=True)
         if _tell is not None:
           telling = threading.Thread(target=_tell, args=(code(number), saying), daemon=True)
           telling.start()
-          telling.join(TELL_SECONDS)  # the one that it speaks to may stand still
+          telling.join(TELL_SECONDS)  # the process that it talks to may hang
       finally:
         os._exit(code(number))
 
@@ -182,7 +185,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's flags; refusals by a config file or an override of it become one line."""
+  """Parses flags with absl; errors in a config file or an override become one line."""
   try:
     rest = flags.FLAGS([_with_home(argument) for argument in argv])
   except AttributeError as error:  # --config.key=value with an unknown key
@@ -190,11 +193,11 @@ def _parse(argv: list[str]) -> list[str]:
       "--config: unknown key "
       + " · ".join(str(error).strip("\"'").replace("\\n", "\n").replace("\\'", "'").splitlines())
     )
-  except flags.DuplicateFlagError:  # an override's, defined as --config is read
+  except flags.DuplicateFlagError:  # flags of overrides are defined whenever --config is read
     _refuse("--config is given more than once: give it once")
   except flags.Error as error:
-    # An exception inside a config file comes wrapped with its whole traceback, and a refused config
-    # with all its values: the last line is what was meant.
+    # An exception in a config file arrives with its whole traceback, and a refused config with all
+    # its values: the last line is the message.
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     _refuse(last.partition("Error: ")[-1] or last.lstrip(", "))
   if problem := given_again(flags.FLAGS):
@@ -207,14 +210,14 @@ def _parse(argv: list[str]) -> list[str]:
     if not isinstance(flag.value, str):
       check_overrides(flag.value, config_flags.get_override_values(flag))
   if flags.FLAGS["verbosity"].using_default_value:
-    # app.run would make it INFO, where Orbax tells of every file.
+    # app.run would make it INFO, at which Orbax reports every file.
     flags.FLAGS.verbosity = logging.WARNING
   return rest
 
 
 def given_again(values: flags.FlagValues) -> str:
-  """What to say of the first flag that is given more than once, of which the last alone would
-  count, or nothing; of those that are made for it, none."""
+  """A message about the first flag that is given more than once, of which only the last would
+  count, or ""; flags made for repetition are fine."""
   for name in values:
     flag = values[name]
     if flag.present > 1 and not isinstance(flag, flags.MultiFlag):
@@ -225,13 +228,13 @@ def given_again(values: flags.FlagValues) -> str:
 
 def config_path() -> str:
   """The file that --config names, without what follows the colon."""
-  flag = flags.FLAGS["config"]  # of `config_flag`, or of `path_flag`
+  flag = flags.FLAGS["config"]  # defined by `config_flag` or `path_flag`
   text = flag.value if isinstance(flag.value, str) else config_flags.get_config_filename(flag)
   return text.partition(":")[0]
 
 
 def _with_home(argument: str) -> str:
-  """--config=~/FILE.py with the home folder: its flag is not ours."""
+  """The argument --config=~/FILE.py with ~ expanded, since that flag is not one of ours."""
   flag, tilde, path = argument.partition("~")
   if flag not in ("--config=", "-config="):
     return argument

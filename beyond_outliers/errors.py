@@ -1,15 +1,15 @@
-"""Errors for the person who gave the command, printed as one line: refusals, with exit code 2, and
-failures, with 1."""
+"""Errors for the person who gave the command, printed as one line: refusals with exit code 2,
+failures with 1."""
 
 from __future__ import annotations
 
 
 class Refusal(Exception):
-  """A command that cannot be done as asked. The message names the field, its value, the remedy."""
+  """A command that cannot be done as asked. The message names field, value and remedy."""
 
 
 class ConfigError(Refusal, ValueError):
-  """A value of a configuration or a flag that cannot run, or that does not fit the others."""
+  """A value of a configuration or flag that is impossible, or that does not fit the others."""
 
 
 class DataError(Refusal, ValueError):
@@ -17,7 +17,7 @@ class DataError(Refusal, ValueError):
 
 
 class WorkdirError(Refusal, RuntimeError):
-  """A workdir that holds no run, another run, or one that is under way."""
+  """A workdir that holds no run, another run, or one that is in use."""
 
 
 class CheckpointError(Refusal, RuntimeError):
@@ -25,22 +25,22 @@ class CheckpointError(Refusal, RuntimeError):
 
 
 class NotFiniteError(Refusal, ArithmeticError):
-  """A state that holds a NaN or an infinity, which no checkpoint is made of."""
+  """A state that holds a NaN or an infinity, and is therefore not saved."""
 
 
 class TaskError(Refusal, RuntimeError):
-  """A task that could not be asked of a model."""
+  """A task on which a model could not be evaluated."""
 
 
 class Failure(OSError):
-  """Work that cannot go on though the command was right, on a full disk for instance. The message
-  says all that a person can use: it is printed as one line, without a traceback, with exit code 1.
+  """Work that cannot continue although the command was right, for instance on a full disk. The
+  message says all that helps a person: it is printed as one line, without a traceback; exit code 1.
   """
 
 
 def remedy_for(error: OSError, remedy: str) -> str:
-  """The remedy where there is no such file. Of one that cannot be read now, for want of permission
-  or because a disk does not answer, nothing is known that speaks for removing or replacing it."""
+  """The remedy if there is no such file. If it just cannot be read now, for lack of permission or
+  because a disk does not answer, nothing suggests that it should be removed or replaced."""
   if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
     return remedy
   return "nothing is known to be damaged: give the same command once it can be read"

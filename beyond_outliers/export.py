@@ -1,26 +1,26 @@
-"""Export of quantized OLMo2 and Llama models to Hugging Face directories of compressed-tensors.
+"""Export of quantized OLMo2 and Llama models to Hugging Face directories in compressed-tensors.
 
-  format             of                             a matrix of O outputs and K inputs
+  format             for                            a matrix of O outputs and K inputs
   pack-quantized     integer weights                weight_packed int32 [O, K bits / 32],
                                                     weight_shape int64 [2]
   int-quantized      integer weights and inputs     weight int8 [O, K]
   float-quantized    e4m3                           weight float8_e4m3fn [O, K]
 
-each with weight_scale, float32: [O, 1], [O, groups], or [1]. Packed codes take 2, 4 or 8 bits, and
-codes of three bits four. In float32 weights are read back exactly; transformers rounds scales to
-the type that it loads a model in. Inputs are quantized by the engine, whose rule no field says;
-`check_exportable` lets the rules pass that an engine computes too:
+each with weight_scale, float32: [O, 1], [O, groups], or [1]. Packed codes take 2, 4 or 8 bits;
+3-bit codes take 4. In float32 weights are read back exactly; transformers rounds scales to the type
+that it loads a model in. The engine quantizes inputs, by a rule that no field states;
+`check_exportable` accepts those rules that an engine also computes:
 
   transformers, by compressed-       integers: largest magnitude / ((2^bits - 1) / 2),
     tensors 0.20, in float32           all 2^bits levels
   vLLM's kernels, at eight bits      largest magnitude / 127
   both, e4m3                         largest magnitude / 448
 
-Of the last two, one number in a million that lies halfway between two codes goes to the other.
-The first is grid 'twos_complement' with scale 'absmax_edge': equal inputs become equal codes. But
-the largest number of a token, where it is negative, lies halfway between two of them, and its last
-bit decides. So layers agree given their inputs, and whole models, whose sums are taken in another
-order by an engine, only on average.
+With the last two, one number in a million, one that lies halfway between two codes, gets the other
+code. The first is grid 'twos_complement' with scale 'absmax_edge': equal inputs become equal codes.
+But a token's largest number, if negative, lies halfway between two codes, and its last bit decides.
+So single layers agree given the same inputs; whole models agree only on average, because an engine
+sums in another order.
 Legend: K inputs (contraction), O outputs.
 """
 
@@ -41,11 +41,12 @@ from beyond_outliers.quant import LayerRecipe, QuantizedModel, QuantSpec, packin
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.types import Json, PathLike
 
-# Grids that lie within the integers of their bits, zero included.
+# Grids whose codes, zero among them, are integers of their number of bits.
 INTEGERS = ("symmetric", "twos_complement", "ternary")
-# Others straddle words, about which versions of the layout disagree: the next of these holds them.
+# Other widths would straddle words, on which versions of the layout disagree; such codes take the
+# next larger width.
 PACKED_BITS = (2, 4, 8)
-WIDE = ("float32", "float64")  # in which compressed-tensors scales inputs as this program does
+WIDE = ("float32", "float64")  # in these compressed-tensors scales inputs as this program does
 
 
 def compressed_tensors(
@@ -60,15 +61,15 @@ def compressed_tensors(
 ) -> None:
   """Writes a quantized model as a compressed-tensors directory.
 
-  The other arguments and errors: as `hf.save`; ConfigError also for what `check_exportable`
-  refuses."""
+  The other arguments and the errors are those of `hf.save`; ConfigError also for what
+  `check_exportable` refuses."""
   check_exportable(q)
   leaves, dtype = leaves_by_path(q.params), _dtype(q)
   given = hf_config.given(context, bos_token_id, eos_token_id)
   described, beside = hf.description(q.model, dtype.name, given, like)
   entries = hf.entries(hf_config.FAMILIES[described["model_type"]], q.model.config)
   layers = {_module(entry): _layer(q, entry) for entry in entries if is_kernel(entry.path)}
-  # A head that is the embedding has no tensor, but it is a module.
+  # A tied head has no tensor, but it is a module.
   described["quantization_config"] = _config({"lm_head": None, **layers})
   tensors = (
     named
@@ -79,9 +80,9 @@ def compressed_tensors(
 
 
 def check_exportable(q: QuantizedModel) -> None:
-  """Refusal of models that the layout cannot hold.
+  """Refuses models that the layout cannot represent.
 
-  Errors: ConfigError naming the layer, its setting that has no place, and the remedy."""
+  Errors: ConfigError naming the layer, the setting that cannot be represented, and the remedy."""
   formats_used = {}
   for path in q.model.contractions():
     layer = q.recipe.layer(path)
@@ -117,7 +118,7 @@ def check_exportable(q: QuantizedModel) -> None:
 
 
 def _dtype(q: QuantizedModel) -> np.dtype:
-  """The type of all that is not quantized, in which the engine computes."""
+  """The type of everything that is not quantized, in which the engine computes."""
   leaves = leaves_by_path(q.params).values()
   return jnp.result_type(*(leaf for leaf in leaves if not isinstance(leaf, QuantizedMatrix)))
 
@@ -213,7 +214,7 @@ def _layer(q: QuantizedModel, entry: hf.Entry) -> LayerRecipe | None:
 
 
 def _config(layers: dict[str, LayerRecipe | None]) -> Json:
-  """The `quantization_config` of config.json. layers: by the names of all linear modules."""
+  """The `quantization_config` of config.json. layers: recipes by name, for all linear modules."""
   kinds: dict[LayerRecipe, list[str]] = {}
   for name, layer in layers.items():
     if layer is not None:
@@ -258,8 +259,8 @@ def _arguments(spec: QuantSpec, bits: int, dynamic: bool) -> Json:
 def _tensors(
   entry: hf.Entry, leaf: Any, layer: LayerRecipe | None, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """(name, array) of all that a parameter is in the files. dtype: of a matrix that is not
-  quantized, which stacks with others hold in float32."""
+  """(name, array) of every tensor that represents a parameter in the files. dtype: of unquantized
+  matrices, which are float32 in stacks with quantized ones."""
   if not isinstance(leaf, QuantizedMatrix):
     yield entry.name, hf.tensor(leaf, entry)
     return

@@ -1,4 +1,4 @@
-"""Peak FLOP/s and memory of this machine, which a run's speed is a share of; timing of calls."""
+"""Peak FLOP/s and memory of this machine, to relate a run's speed to; and timing of calls."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ BFLOAT16_PEAKS = {
 
 
 class Chip(NamedTuple):
-  """Peaks of a device and its networks, for predictions on paper. Bytes per second are those that
-  it sends while it receives as many."""
+  """Peaks of a device and its networks, for predictions on paper. Networks: bytes per second that
+  a device sends while it receives as many."""
 
   flops: float  # FLOP/s, dense, bfloat16
   memory: float  # bytes
-  memory_bandwidth: float
+  memory_bandwidth: float  # bytes per second
   together: int  # consecutive devices that the faster network joins: a slice, or a host
-  fast: float  # bytes per second within these, of one device along one axis of the mesh
-  slow: float  # beyond
+  fast: float  # within these, of one device along one axis of the mesh
+  slow: float  # between these, of one device
 
 
 # Google's pages on v5e and v5p (docs.cloud.google.com/tpu/docs/v5e, /v5p): ICI of 1,600 and 4,800
-# Gbit/s a chip one way, over two and three axes of a torus; DCN of 6.4 Tbit/s per 256 chips and of
-# 50 Gbit/s a chip. NVIDIA's data sheets of H100 SXM and DGX H100: NVLink of 900 GB/s both ways
-# together, eight GPUs a host, a 400 Gbit/s adapter each.
+# Gbit/s per chip one way, over two and three axes of a torus; DCN of 6.4 Tbit/s per 256 chips and
+# of 50 Gbit/s per chip. NVIDIA's data sheets of H100 SXM and DGX H100: NVLink of 900 GB/s in both
+# directions together, eight GPUs per host, each with a 400 Gbit/s adapter.
 CHIPS = {
   "v5e": Chip(BFLOAT16_PEAKS["TPU v5e"], 16e9, 819e9, 256, 100e9, 3.125e9),
   "v5p": Chip(BFLOAT16_PEAKS["TPU v5p"], 95 * 2**30, 2765e9, 8960, 200e9, 6.25e9),
@@ -74,10 +74,10 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 def measure_matmul(dtype: str, repeats: int = 5) -> float:
   """FLOP/s of square matmuls in `dtype`, float32 accumulation, one device: best of `repeats`.
 
-  On an accelerator the matrices are large and several products run in one program, or the dispatch
-  would be measured."""
+  On an accelerator the matrices are large and several products run in one program; otherwise the
+  dispatch would be measured."""
   width, products = (2048, 1) if jax.default_backend() == "cpu" else (8192, 8)
-  # Not ones or zeros, on which a GPU is faster than on data; products keep their size.
+  # Random: on ones or zeros a GPU is faster than on data. Scaled so that products don't grow.
   x = (jax.random.normal(jax.random.key(0), (width, width)) / width**0.5).astype(dtype)
   precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
 
@@ -98,7 +98,7 @@ def measure_matmul(dtype: str, repeats: int = 5) -> float:
 
 
 def measure_copy(count: int, repeats: int = 5) -> float:
-  """Bytes per second, read and written together, of copies of `count` bytes on one device: best of
+  """Bytes per second, reads plus writes, of copies of `count` bytes on one device: best of
   `repeats`, each of several copies."""
   x, copies = jax.random.normal(jax.random.key(0), (count // 4,)), 4
   copy = jax.jit(jnp.copy)
@@ -113,7 +113,7 @@ def measure_copy(count: int, repeats: int = 5) -> float:
 
 
 def seconds_of(call: Callable[[], Any], count: int) -> list[float]:
-  """Wall time of each of `count` calls, its result waited for."""
+  """Wall time of each of `count` calls, until its result is ready."""
   times = []
   for _ in range(count):
     start = time.perf_counter()
@@ -123,13 +123,13 @@ def seconds_of(call: Callable[[], Any], count: int) -> list[float]:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-  """Median wall time of `call`; one call before is not counted."""
+  """Median wall time of `call`, after one call that is not counted."""
   jax.block_until_ready(call())
   return statistics.median(seconds_of(call, repeats))
 
 
 def memory_bytes() -> int:
-  """Peak memory so far: of the first device where the backend reports it, else of this process."""
+  """Peak memory so far: the first device's if the backend reports it, else this process's."""
   stats = jax.local_devices()[0].memory_stats()
   if stats and "peak_bytes_in_use" in stats:
     return stats["peak_bytes_in_use"]
@@ -138,7 +138,7 @@ def memory_bytes() -> int:
 
 
 def return_freed_memory() -> None:
-  """Gives back to the system what the C library keeps of freed memory, of compiling a step above
-  all: some hundreds of MiB. Nothing where the library is not glibc."""
+  """Returns freed memory that the C library keeps to the system: after compiling a step, some
+  hundreds of MiB. Does nothing if the library is not glibc."""
   if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
     trim(0)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   c = config.resolve(CONFIG.value)
   stores.check_address(WORKDIR.value or "")
   joining = membership(DISTRIBUTED.value, os.environ) if DISTRIBUTED.value else None
-  # With all of JAX, which --help and a refusal do without.
+  # These import all of JAX, which --help and refusals do not need.
   from beyond_outliers import train
   from beyond_outliers.mesh import processes
 

@@ -1,10 +1,10 @@
-"""Preparation of a dataset on disk, ahead of the training that would otherwise do it.
+"""Prepares a dataset on disk, ahead of the training that would otherwise do so.
 
   python -m beyond_outliers.prepare --config=configs/adamw.py:nano
   python -m beyond_outliers.prepare \
     --config=configs/adamw.py:50m,data.source=parquet,data.path=/data/*.parquet
 
-With --verify it also reads all of the dataset again and compares SHA-256.
+With --verify, also reads the whole dataset again and compares its SHA-256.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VERIFY = flags.DEFINE_bool(
 
 
 def describe_dataset(dataset: data.Dataset) -> str:
-  """Fingerprints, and one line of counts per split; unknown for TFDS records read in place."""
+  """Fingerprints, and a line of counts per split (not counted for TFDS records read in place)."""
   lines = [
     f"{dataset.directory}: fingerprint {dataset.fingerprint[:12]}, tokenizer "
     f"{dataset.tokenizer.fingerprint[:12]} of {dataset.tokenizer.vocab_size} tokens"

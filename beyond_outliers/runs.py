@@ -1,6 +1,6 @@
 """Runs opened from their workdirs, for notebooks and tables, on any machine. Public.
 
-Importing this loads neither Orbax, nor Grain, nor pandas: each comes with the first use of it.
+Importing this module loads neither Orbax nor Grain nor pandas: each is loaded when first needed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
   from beyond_outliers.checkpoint import Checkpoints
 
-OWN_FOLDER = re.compile(r"checkpoints|eval|tensorboard|profile|wandb|aside-.*")  # of a run
+OWN_FOLDER = re.compile(r"checkpoints|eval|tensorboard|profile|wandb|aside-.*")  # in a run's folder
 
 
 class Run:
-  """One run by its workdir, read only. Nothing is loaded before it is asked for.
+  """One run, opened read-only from its workdir. Nothing large is loaded before it is asked for.
 
-  name: in tables, and by which others find it. Of an address in a store `path` is a copy here,
-  brought up to date as it is asked."""
+  name: the run's name in tables, and by which others find it. For an address in a store, `path` is
+  a local copy, refreshed when it is used."""
 
   def __init__(self, workdir: PathLike, name: str = ""):
     self._copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None
@@ -71,10 +71,10 @@ class Run:
 
   @functools.cached_property
   def config(self) -> config_lib.Config:
-    """Errors: WorkdirError, as of `manifest` and `status`, for a damaged file."""
-    _ = self._known  # with it, so that both are of one training
+    """The configuration. Errors: WorkdirError for a damaged file, as in `manifest` and `status`."""
+    _ = self._known  # read together, so that both belong to the same training
     found = self._workdir.read_config(checked=True)
-    assert found is not None  # or this would be no run
+    assert found is not None  # checked when the run was opened
     return found
 
   @property
@@ -91,12 +91,12 @@ class Run:
 
   @property
   def identity(self) -> str:
-    """Digest of this training, unlike any other's, in any folder: a resumed run keeps it."""
+    """Digest that is unique to this training, whatever its folder; a resumed run keeps it."""
     return self._known or workdir_lib.identity_of(self.manifest)
 
   @functools.cached_property
   def _known(self) -> str:
-    """The identity when it was first asked for; empty where there was no manifest."""
+    """The identity when it was first asked for; "" if there was no manifest."""
     return self._identity_now()
 
   def _identity_now(self) -> str:
@@ -104,7 +104,7 @@ class Run:
     return workdir_lib.identity_of(found) if found else ""
 
   def replaced_by(self) -> str:
-    """Identity of another training that began in the folder since it was opened, or nothing."""
+    """Identity of another training that began in the folder since this run was opened, or ""."""
     now = self._identity_now()
     return now if now not in ("", self.identity) else ""
 
@@ -119,14 +119,14 @@ class Run:
     return self._copy.steps() if self._copy else self._checkpoints.steps()
 
   def written(self, step: int) -> set[tuple[str, int, int]]:
-    """(name, bytes, time) of a checkpoint's files: others once it was saved anew."""
+    """(name, bytes, time) of a checkpoint's files; they change if it is saved anew."""
     if self._copy:
       return self._copy.stamps(step)
     return workdir_lib.stamps(self._folder.checkpoints / str(step))
 
   def digest(self, step: int) -> str:
-    """Of the parameters in a checkpoint, as it is now: another one once they are others. Empty
-    where it has none (checkpoint.verify=False), or is gone."""
+    """Digest of the parameters in a checkpoint as it is now; it changes with them. "" if the
+    checkpoint has no digests (checkpoint.verify=False), or is gone."""
     name, text = f"checkpoints/{step}/digests/metadata", b""
     if self._copy:
       text = self._copy.read(name)
@@ -135,7 +135,7 @@ class Run:
         text = (self.path / name).read_bytes()
     if not text:
       return ""
-    from beyond_outliers.checkpoint import digests  # with Orbax, which a report can do without
+    from beyond_outliers.checkpoint import digests  # imports Orbax, which a report may not need
 
     return digests.of_params(text)
 
@@ -143,7 +143,7 @@ class Run:
     """metrics.jsonl, one row per logged or evaluated step, with `step` as the index.
 
     Errors: WorkdirError."""
-    import pandas as pd  # takes a while, and a warm start opens runs too
+    import pandas as pd  # takes a while, and a warm start, which opens a run, does not need it
 
     if not (self._workdir.path / "metrics.jsonl").exists():
       raise workdir_lib.WorkdirError(f"{self.path} has no metrics.jsonl; restore it from a copy")
@@ -154,7 +154,7 @@ class Run:
 
   @functools.cached_property
   def model(self) -> transformer.Transformer:
-    """The model as it was trained: under the run's recipe, if it has one. Errors: ConfigError for a
+    """The model as it was trained, under the run's recipe if it has one. Errors: ConfigError for a
     dtype that JAX would narrow."""
     jax_settings.check_dtypes(self.config)
     recipe = quant.recipes.from_config(self.config.quant)
@@ -169,9 +169,9 @@ class Run:
     mesh: jax.sharding.Mesh | None = None,
     average: str = "",
   ) -> Params:
-    """Parameters of a checkpoint (the newest intact one), on one device unless a mesh is given.
+    """Parameters of a checkpoint (default: the newest intact one), on one device without a mesh.
 
-    average: in their place that one, see `AverageOfRun`. Errors: CheckpointError, ConfigError."""
+    average: that average instead, see `AverageOfRun`. Errors: CheckpointError, ConfigError."""
     dtype = dtype and params_lib.float_type(dtype)
     mesh = mesh or mesh_lib.make_mesh(config_lib.Mesh(1, 1, 1), jax.local_devices()[:1])
     if average:
@@ -183,10 +183,10 @@ class Run:
   def restore(
     self, mesh: jax.sharding.Mesh, step: int | None = None, field: str = "params"
   ) -> tuple[int, Params]:
-    """(step, parameters) of a checkpoint (the newest intact one), placed on the mesh; or another
-    field of the state that is like them.
+    """(step, parameters) of a checkpoint (by default the newest intact one), placed on the mesh; or
+    instead another field of the state that is like them.
 
-    Errors: CheckpointError, also for one that another training saved here; StoreError."""
+    Errors: CheckpointError, also for a checkpoint that another training saved here; StoreError."""
     if self._copy:
       self._copy.fetch_checkpoint(step)
     shardings = mesh_lib.shardings(transformer.boxed_shapes(self.model), mesh)
@@ -196,17 +196,17 @@ class Run:
 
   @property
   def trained_on(self) -> Json:
-    """The folder that the dataset was in, its fingerprint, and its tokenizer's."""
+    """The folder in which the dataset was, its fingerprint, and its tokenizer's fingerprint."""
     return self._read_manifest(workdir_lib.DATA)["data"]
 
   @property
   def parameter_counts(self) -> Json:
-    """Parameters in all (`total`), of the `embedding`, and `other`."""
+    """Numbers of parameters: `total`, in the `embedding`, and `other`."""
     return self._read_manifest(workdir_lib.PARAMETERS)["parameters"]
 
   @functools.cached_property
   def dataset(self) -> data.Dataset:
-    """What the run was trained on, where it was then or where it was moved with the run.
+    """The dataset that the run was trained on, found where it was then, or moved with the run.
 
     Errors: DataError."""
     return find_dataset(self.trained_on, self.path)
@@ -217,14 +217,14 @@ class Run:
 
   @property
   def generation(self) -> Json:
-    """Arguments of `hf.save` and `export.compressed_tensors`: the window, and the token that
-    stands between documents, which begins and ends a text."""
+    """Arguments for `hf.save` and `export.compressed_tensors`: the window, and the token between
+    documents, which begins and ends a text."""
     token = getattr(self.tokenizer, self.config.data.separator)
     return {"context": self.config.context, "bos_token_id": token, "eos_token_id": token}
 
   def batches(self, split: str) -> Iterator[Batch]:
-    """The batches that the run trained on, from its first (`train`), or those of its `validation`:
-    numpy, [B, L] each. Errors: DataError for another split."""
+    """The batches that the run trained on, from its first (split `train`), or its `validation`
+    batches: numpy, [B, L] each. Errors: DataError for another split."""
     c = self.config
     if split == "validation":
       options = dict(context=c.context, batch_size=c.eval.batch_size, documents=c.eval.documents)
@@ -236,16 +236,16 @@ class Run:
 
   @functools.cached_property
   def _checkpoints(self) -> Checkpoints:
-    from beyond_outliers import checkpoint  # Orbax takes a second, and many only read numbers
+    from beyond_outliers import checkpoint  # importing Orbax takes a second; few need it
 
     return checkpoint.Checkpoints(self._folder.checkpoints, read_only=True)
 
 
 class AverageOfRun:
-  """An average of a run's parameters, by name: `ema`, the moving average in its checkpoints, or
-  `last:COUNT`, the mean of its last COUNT checkpoints; `last`: of as many as average.last says.
+  """An average of a run's parameters, by name: `ema`, the moving average in its checkpoints;
+  `last:COUNT`, the mean of its last COUNT checkpoints; `last`, with COUNT = average.last.
 
-  Errors: ConfigError for another name, and for what the run does not have."""
+  Errors: ConfigError for another name, and for an average that the run does not have."""
 
   def __init__(self, run: Run, name: str):
     c, found = run.config.average, re.fullmatch(r"ema|last(?::([1-9]\d*))?", name)
@@ -260,13 +260,13 @@ class AverageOfRun:
     self._restored: dict[int, list[int]] = {}
 
   def steps(self, step: int) -> list[int]:
-    """The checkpoints that the average as of `step` is made of, oldest first: fewer where there are
-    not so many. Once it was restored they stay, though the run deletes them."""
+    """Steps of the checkpoints in the average as of `step`, oldest first; fewer if there are not
+    enough. Once the average has been restored, the answer stays, even if the run deletes them."""
     known = [known for known in self._run.steps if known <= step][-self._count :]
     return self._restored.get(step, known)
 
   def restore(self, mesh: jax.sharding.Mesh, step: int | None = None) -> Params:
-    """The average as of a checkpoint (the newest intact one), placed on the mesh.
+    """The average as of a checkpoint (by default the newest intact one), placed on the mesh.
 
     Errors: CheckpointError."""
     newest, params = self._run.restore(mesh, step, "average" if self.name == "ema" else "params")
@@ -285,8 +285,8 @@ def open(workdir: PathLike) -> Run:
 
 
 def find(root: PathLike) -> list[Run]:
-  """Every run in a folder and the folders below it, by path, those in the folder of another run
-  too; each once, if links lead to it. Of an address in a store, every run below it.
+  """All runs in a folder and below it, sorted by path, including those inside another run's folder;
+  each once, even if links lead to it. For an address in a store, all runs below it.
 
   Errors: WorkdirError for a folder that cannot be read."""
   if stores.is_address(root):

@@ -1,4 +1,4 @@
-"""Types that many packages share. Imports no JAX: `data` and commands need none."""
+"""Types that many packages share. Doesn't import JAX: `data` and some commands don't need it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ if TYPE_CHECKING:
   import numpy as np
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Json: TypeAlias = dict[str, Any]  # what a JSON object holds
+Json: TypeAlias = dict[str, Any]  # a JSON object
 Params: TypeAlias = Any  # a model's parameters: nested dictionaries of arrays, layers stacked
 Array: TypeAlias = "jax.Array | np.ndarray"
 Metrics: TypeAlias = "dict[str, jax.Array]"  # scalars by name, as a compiled step returns them
 
 
 class Batch(TypedDict):
-  """Rows of token windows, as fed to a step: [B, L] each, int32 but for the weights."""
+  """Rows of token windows, as fed to a step: [B, L] each; int32, except for the weights."""
 
   tokens: Array
-  targets: Array  # the tokens that follow
-  segment_ids: Array  # of documents, from 1; 0: padding
+  targets: Array  # the tokens that follow each token
+  segment_ids: Array  # number of the document, from 1; 0: padding
   positions: Array  # within the document
   weights: Array  # float32: 1 where a target counts, else 0
 
 
 class LanguageModel(Protocol):
   """The contract of a model: apply({"params": params}, tokens_BxL, segment_ids=None,
-  positions=None) -> logits_BxLxV, layers under `layers` stacked by depth."""
+  positions=None) -> logits_BxLxV, with the parameters under `layers` stacked by depth."""
 
   @property
   def config(self) -> Any: ...

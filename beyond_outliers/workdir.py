@@ -1,4 +1,4 @@
-"""Folder of one run: configuration, manifest, status, lock, and the SHA-256 sums of checkpoints."""
+"""The folder of a run: configuration, manifest, status, lock, and SHA-256 sums of checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PACKAGES = (
   *("ml-collections", "aqtp", "sentencepiece", "numpy"),
 )
 
-# Values without which a file is not what was written; DATA and PARAMETERS where they're needed.
+# Values that a file must hold to be valid; DATA and PARAMETERS only where they are needed.
 REQUIRED: dict[str, dict[str, Any]] = {
   "manifest.json": {"time": str},
   "status.json": {"status": str, "step": int},
@@ -43,42 +43,42 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 DATA = dict.fromkeys(("data.directory", "data.fingerprint", "data.tokenizer"), str)
 PARAMETERS = dict.fromkeys(("parameters.total", "parameters.embedding"), int)
-ASIDE = re.compile(r"aside-(\d+)-\d+")  # folder of what came after a step that a run went back to
-OF_A_START = ("config", "resumed")  # what a resumed run changes in its manifest
+ASIDE = re.compile(r"aside-(\d+)-\d+")  # folder for what came after a step that a run went back to
+OF_A_START = ("config", "resumed")  # keys of the manifest that change when a run is resumed
 RESTORE = "restore it from a copy, or take another workdir"
 
 
 class FolderPath(gpath.PosixGPath):
-  """A path whose `glob` takes it by the letter, so that only the pattern has wildcards.
+  """A path whose `glob` takes the path itself literally, so that only the pattern has wildcards.
 
-  etils joins them and globs the whole: Orbax, which looks for its files so, then finds none in
-  `lr=[1e-3]`, and those of another folder in `*`. What is made of it by / has the property too."""
+  etils globs both together: Orbax, which looks for its files this way, would find none in
+  `lr=[1e-3]`, and another folder's in `*`. Paths made from it by / have the property too."""
 
   def glob(self, pattern: str) -> Iterator[Self]:
     yield from map(type(self), epath.Path(glob.escape(str(self))).glob(pattern))
 
 
 class Workdir:
-  """Folder of one run, local or mounted. Files are replaced whole: a reader never sees half of one.
+  """The folder of a run, local or mounted. Files are replaced whole: no reader sees half of one.
 
   Only process 0 of a run writes. Errors: WorkdirError for the address of an object store."""
 
   def __init__(self, path: PathLike):
     found = FolderPath(os.path.abspath(os.path.expanduser(path)))
-    if "://" in f"{path} {found}":  # etils takes /gs, too, for gs://
+    if "://" in f"{path} {found}":  # etils also takes /gs for gs://
       raise WorkdirError(
         f"workdir {path}: is no folder, as is needed here; give a mounted folder, in another "
         "place than /gs, /s3, /az or /hf (--workdir takes s3://BUCKET/PATH and gs://BUCKET/PATH)"
       )
     self.path = found
-    self._held: int | None = None  # the folder, open, while this process holds it
+    self._held: int | None = None  # the folder's file descriptor while this process holds it
 
   @property
   def checkpoints(self) -> epath.Path:
     return self.path / "checkpoints"
 
   def write(self, name: str, value: Any, *, durable: bool = True) -> None:
-    """durable: as `replaced`."""
+    """Writes a value as JSON, on process 0 only. durable: as in `replaced`."""
     if jax.process_index() == 0:
       self._write(name, value, durable)
 
@@ -93,7 +93,7 @@ class Workdir:
       temporary.write_text(json.dumps(file_sums.sealed(value), indent=2) + "\n")
 
   def read(self, name: str, kinds: Mapping[str, Any] | None = None) -> Any:
-    """The JSON in a file, or None when it isn't there. Errors: WorkdirError for a damaged one, or
+    """The JSON in a file, or None if there is no file. Errors: WorkdirError for a damaged file, or
     one without values of these `kinds`."""
     try:
       kinds = {**REQUIRED.get(name, {}), **(kinds or {})}
@@ -102,9 +102,9 @@ class Workdir:
       return None
 
   def read_config(self, *, checked: bool = False) -> config.Config | None:
-    """The configuration of the run, or None when there is no run. Errors: as `read`.
+    """The configuration of the run, or None if there is no run. Errors: those of `read`.
 
-    checked: refuses what is not the manifest's, as of a start that was killed in between, too."""
+    checked: also refuses one that is not the manifest's, as a start killed midway leaves it."""
     found = self.read("config.json")
     expected = (self.read("manifest.json") or {}).get("config") if checked else None
     if expected not in (None, file_sums.digest(found)):
@@ -115,7 +115,7 @@ class Workdir:
       raise WorkdirError(f"{self.path / 'config.json'}: {error}; {RESTORE}") from None
 
   def read_rows(self) -> list[tuple[str, Json]]:
-    """(line, row) of metrics.jsonl, but for a last line that was cut off as it was written.
+    """(line, row) of metrics.jsonl, without a last line that was cut off while being written.
 
     Errors: WorkdirError with the number of a line that holds no row."""
     path, found = self.path / "metrics.jsonl", []
@@ -139,17 +139,17 @@ class Workdir:
     return found
 
   def check(self) -> None:
-    """Reads what a run that is resumed will need. Errors: as `read` and `read_rows`."""
+    """Reads what a resumed run will need. Errors: those of `read` and `read_rows`."""
     self.read("manifest.json", DATA)
     self.read("wandb.json")
     self.read_rows()
 
   def check_past(self) -> None:
-    """Refusal of a run without checkpoints that had some: it would begin anew, and drop its rows.
+    """Refuses a run that has lost its checkpoints: it would begin anew, and drop its rows.
 
     Errors: WorkdirError."""
     status = self.read("status.json") or {"status": "", "step": 0}
-    begun = status.get("first", status["step"])  # of one that runs: where it resumed
+    begun = status.get("first", status["step"])  # "first": where a running run began or resumed
     had = status["status"] in ("done", "preempted") or (begun and status["status"] != "diverged")
     if had or any(self.checkpoints.glob("damaged-*")):
       raise WorkdirError(
@@ -162,19 +162,19 @@ class Workdir:
     self.write("status.json", {**_status(status, step, reason), **({"rows": rows} if rows else {})})
 
   def beat(self, step: int, first: int, reason: str = "") -> None:
-    """Shows that the run, begun at step `first`, goes on: status running, at a step, now."""
+    """Writes that the run, begun at step `first`, is running, at this step and time."""
     self.write("status.json", {**_status("running", step, reason), "first": first}, durable=False)
 
   def set_failed(self, step: int, reason: str) -> None:
-    """Status failed, from any process: the first may be the one that is gone."""
+    """Writes status failed, from any process, since the first may be the one that is gone."""
     if (self.read("status.json") or {}).get("status") == "running":
       self._write("status.json", _status("failed", step, reason))
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
-    """Holds the folder against other runs, until the context or the process ends, however it ends.
+    """Holds the folder against other runs until the context ends, or the process in whatever way.
 
-    Errors: WorkdirError on every process of the run when another one holds it."""
+    Errors: WorkdirError, on every process of the run, if another run holds it."""
     with contextlib.ExitStack() as stack:
       problem = ""
       if jax.process_index() == 0:
@@ -190,7 +190,7 @@ class Workdir:
 
   @contextlib.contextmanager
   def _locked(self) -> Iterator[None]:
-    """`lock` on one process."""
+    """`lock`, on the one process that takes it."""
     try:
       file = open(self.path / "lock", "a+")
     except OSError as error:
@@ -221,7 +221,7 @@ def _status(status: str, step: int, reason: str) -> Json:
 
 
 def code() -> Json:
-  """What computes: git commit, modules, versions, JAX's settings and flags of its compiler."""
+  """What results depend on: git commit, modules, versions, JAX's settings and compiler flags."""
   return {
     "git": _git(),
     "sources": file_sums.package_sha256(),
@@ -233,7 +233,7 @@ def code() -> Json:
 
 
 def manifest(extra: Mapping[str, Any]) -> Json:
-  """Provenance of a run: `code`, devices, command, time and host; then `extra`."""
+  """Provenance of a run: command, time, host, `code` and devices; then `extra`."""
   return {
     "command": [os.path.basename(sys.executable), *sys.argv],
     "time": _now(),
@@ -250,21 +250,21 @@ def manifest(extra: Mapping[str, Any]) -> Json:
 
 
 def identity_of(manifest: Json) -> str:
-  """Digest of a training, from its manifest: unlike any other's, and the same once it resumed."""
-  known = manifest.get("identity")  # of a copy that is not the whole manifest
+  """Digest of a training, from its manifest: unique to it, and unchanged when it is resumed."""
+  known = manifest.get("identity")  # in a copy that is not the whole manifest
   return known or file_sums.digest_without(manifest, *OF_A_START)
 
 
 def write_sums(directory: epath.Path) -> None:
-  """Seals a checkpoint: the SHA-256 of every file in the directory goes into its SUMS."""
+  """Seals a checkpoint: writes the SHA-256 of every file in the directory to its SUMS."""
   names = file_sums.files_below(directory)
   sums = {name: file_sums.file_sha256(directory / name) for name in names}
   file_sums.write_folder_sums(directory, sums)
 
 
 def mismatch(directory: epath.Path) -> str:
-  """The first difference of a directory's files from its SUMS, or nothing, also without any."""
-  found = file_sums.folder_mismatch(directory)  # first: it tells what cannot be read
+  """The first difference of a directory's files from its SUMS, or "", also if it has no SUMS."""
+  found = file_sums.folder_mismatch(directory)  # first: it raises if something cannot be read
   if not (directory / SUMS).exists():
     logging.warning(
       "checkpoint %s has no %s (the run ended before it was written): not verified", directory, SUMS
@@ -273,7 +273,7 @@ def mismatch(directory: epath.Path) -> str:
 
 
 def stamps(directory: epath.Path) -> set[tuple[str, int, int]]:
-  """(name, bytes, seconds) of a checkpoint's files: others if saved anew, none if unreadable."""
+  """(name, bytes, time in seconds) of a checkpoint's files; empty if they cannot be read."""
   try:
     found = [(name, (directory / name).stat()) for name in file_sums.files_below(directory)]
   except OSError:
@@ -286,7 +286,7 @@ def _now() -> str:
 
 
 def _git() -> Json | None:
-  """The commit of the code that runs and whether it was changed since, or None outside a clone."""
+  """The commit of the running code and whether it was changed since, or None outside a clone."""
   here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   try:
     ask = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=True)

@@ -18,8 +18,8 @@ from beyond_outliers.config.sums import file_sha256, replaced
 from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.workdir import Workdir
 
-Row = Mapping[str, Any]  # {"step": n, metric: number}; None where it is not defined
-# Prefix of an evaluation's metrics -> of what, to a person.
+Row = Mapping[str, Any]  # {"step": n, metric: number}; None if a metric is not defined
+# Prefix of an evaluation's metrics -> what was evaluated, for people.
 EVALUATIONS = {
   "eval": "",
   "eval/ema": "moving average: ",
@@ -28,7 +28,7 @@ EVALUATIONS = {
 
 
 class Writer(Protocol):
-  """Sink of rows of metrics."""
+  """Sink for rows of metrics."""
 
   def write(self, row: Row) -> None: ...
 
@@ -38,7 +38,7 @@ class Writer(Protocol):
 class JsonLines:
   """metrics.jsonl: one object per row, flushed.
 
-  Rows after `last_step` (of a run that is resumed) are dropped at opening. Errors: WorkdirError."""
+  On opening, drops rows after `last_step`, from which a run is resumed. Errors: WorkdirError."""
 
   def __init__(self, workdir: Workdir, last_step: int):
     path = workdir.path / "metrics.jsonl"
@@ -54,7 +54,8 @@ class JsonLines:
     self._file.flush()
 
   def sha256(self) -> str:
-    """Of all rows so far, which are on the disk now: a power failure leaves a checkpoint theirs."""
+    """SHA-256 of all rows so far, which are then on disk: after a power failure, a checkpoint still
+    has its rows."""
     os.fsync(self._file.fileno())
     return self._sha256.hexdigest()
 
@@ -63,7 +64,7 @@ class JsonLines:
 
 
 def rows_sha256(sinks: Sequence[Writer]) -> str:
-  """Of the rows that were written so far; empty on processes that write none."""
+  """SHA-256 of the rows written so far; "" on processes that write none."""
   return "".join(sink.sha256() for sink in sinks if isinstance(sink, JsonLines))
 
 
@@ -73,7 +74,7 @@ def kept_rows(workdir: Workdir, last_step: int) -> str:
 
 
 def check_rows(workdir: Workdir, step: int, sha256: str) -> bool:
-  """Whether there are rows; refusal of others than those that checkpoint `step` was saved with.
+  """Whether there are rows; refuses others than those with which checkpoint `step` was saved.
 
   Errors: WorkdirError."""
   path = workdir.path / "metrics.jsonl"
@@ -88,9 +89,9 @@ def check_rows(workdir: Workdir, step: int, sha256: str) -> bool:
 
 
 def check_last_rows(workdir: Workdir) -> None:
-  """Refusal of rows that are not those with which a run ended. Errors: WorkdirError."""
+  """Refuses rows that are not those with which the run ended. Errors: WorkdirError."""
   path, rows = workdir.path / "metrics.jsonl", (workdir.read("status.json") or {}).get("rows")
-  workdir.read_rows()  # which refuses what cannot be read
+  workdir.read_rows()  # raises if they cannot be read
   if rows not in (None, file_sha256(path)):
     raise WorkdirError(
       f"{path} was altered since it was written (status.json has another SHA-256); restore it from "
@@ -101,7 +102,7 @@ def check_last_rows(workdir: Workdir) -> None:
 class TensorBoard:
   """Scalars for TensorBoard, through tensorboardX (extra: tensorboard).
 
-  Those after `last_step` are dropped, if it is given."""
+  If `last_step` is given, scalars after it are dropped."""
 
   def __init__(self, directory: epath.Path, last_step: int | None):
     tensorboardX = _optional("tensorboardX", "log.tensorboard", "tensorboard")
@@ -122,8 +123,8 @@ class TensorBoard:
 class Wandb:
   """Weights & Biases (extra: wandb).
 
-  The run's id is kept in the workdir, so that a resumed run goes on in the same one. of: the id of
-  this training, in its manifest. Errors: WorkdirError where the workdir has another's."""
+  The W&B run's id is kept in the workdir, so that a resumed run continues in the same one. of: this
+  training's id, from its manifest. Errors: WorkdirError if the workdir has another training's."""
 
   def __init__(self, workdir: Workdir, project: str, settings: Mapping[str, Any], of: str = ""):
     wandb = _optional("wandb", "log.wandb", "wandb")
@@ -150,7 +151,7 @@ class Wandb:
 
 
 class Heartbeat:
-  """status.json of a run that trains: its step, and a time by which others see that it goes on."""
+  """status.json of a running run: its step, and the time, which shows that it is alive."""
 
   def __init__(self, workdir: Workdir, first: int):
     self._workdir, self._first = workdir, first
@@ -163,12 +164,12 @@ class Heartbeat:
 
 
 class Console:
-  """Progress for a person: one line that is redrawn on a terminal, plain lines elsewhere."""
+  """Progress for a person: a line that is redrawn on a terminal, plain lines elsewhere."""
 
   def __init__(self, num_steps: int, file=None):
     self._steps, self._file = num_steps, file or sys.stderr
     self._redraw = self._file.isatty()
-    self._open = False  # whether the cursor stands behind a line to be redrawn
+    self._open = False  # whether the cursor is at the end of a line to be redrawn
 
   def write(self, row: Row) -> None:
     of = next((name for name in EVALUATIONS if f"{name}/loss" in row), None)
@@ -214,7 +215,7 @@ class Console:
 
 
 def _optional(module: str, field: str, extra: str) -> Any:
-  """A library that only an extra brings. Errors: ConfigError naming the field that asks for it."""
+  """A library that an extra installs. Errors: ConfigError naming the field that needs it."""
   try:
     return importlib.import_module(module)
   except ImportError:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run and of quantized models. The only part that imports Orbax."""
+"""Checkpoints of a run and of quantized models. The only package that imports Orbax."""
 
 from beyond_outliers.checkpoint.checkpoints import Checkpoints as Checkpoints
 from beyond_outliers.checkpoint.quantized import load_quantized as load_quantized

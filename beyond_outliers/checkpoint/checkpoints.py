@@ -1,11 +1,11 @@
-"""Checkpoints of a run, by Orbax, with digests of their arrays and sums of their files.
+"""Checkpoints of a run, written by Orbax, with digests of their arrays and sums of their files.
 
 Checkpoint N holds the items `state` (the TrainState), `data` (the position in the data, the same
 for any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints
 of the data) and `digests`, all committed at once; and sha256.json, the sums of all files, written
-after Orbax has committed and everything to be saved was found in the files. Digests are made from
-the arrays before writing, so they also reveal errors up to the commit. The sums can be compared
-without restoring anything, and distinguish damage from what just cannot be read now.
+once Orbax has committed and the files were found to hold everything. Digests are computed from the
+arrays before writing, so they also reveal errors up to the commit. The sums can be compared without
+restoring anything, and tell damage from files that just cannot be read now.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from beyond_outliers.errors import CheckpointError, NotFiniteError, WorkdirError
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import FolderPath, write_sums
 
-# Orbax warns a reader that it only reads.
+# Drops Orbax's warning to read-only users that the directory is read-only.
 logging.get_absl_logger().addFilter(
   lambda record: not record.getMessage().startswith("Given directory is read only")
 )
@@ -39,24 +39,23 @@ TEXTS = ("data", "clock", "run", "digests", TEMPORARY)  # items that are JSON
 
 
 class Checkpoints:
-  """Checkpoints directory of one run. `read_only` for everybody but the run itself: to them there
-  are no temporary ones."""
+  """Checkpoints directory of a run. read_only: for all but the run itself; hides temporary ones."""
 
   def __init__(
     self, directory: PathLike, options: config.Checkpoint | None = None, *, read_only: bool = False
   ):
-    self.directory = FolderPath(directory).absolute()  # Orbax merges what a glob of it finds
+    self.directory = FolderPath(directory).absolute()  # Orbax looks for files by globbing it
     self._options, self._read_only = options, read_only
     self._verify = options is None or options.verify
-    self._errors: list[Exception] = []  # of what this process writes in the background
+    self._errors: list[Exception] = []  # from this process's writes in the background
     if read_only:
-      self.steps()  # which refuses what cannot be listed
+      self.steps()  # raises if the directory cannot be listed
       settings = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
-      assert options is not None  # only a reader goes without
+      assert options is not None  # only a reader has none
       make_folder(self.directory, WorkdirError, "give another --workdir")
-      # Orbax would delete older ones as soon as it committed the next: `_seal` does, once that is
-      # found to be readable.
+      # Orbax would delete older checkpoints as soon as the next is committed. `_seal` does so
+      # instead, once that is known to be readable.
       settings = ocp.CheckpointManagerOptions(
         max_to_keep=None, cleanup_tmp_directories=True, enable_async_checkpointing=True
       )
@@ -68,7 +67,7 @@ class Checkpoints:
         **{name: telling(ocp.JsonCheckpointHandler(), self._errors) for name in TEXTS},
       },
     )
-    # One thread that writes the sums of a checkpoint once Orbax has committed it.
+    # One thread that writes a checkpoint's sums once Orbax has committed it.
     self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
     self._seals: list[concurrent.futures.Future] = []
 
@@ -78,14 +77,14 @@ class Checkpoints:
     return sorted(step for step in found if not self._read_only or not self._is_temporary(step))
 
   def lasting_steps(self) -> list[int]:
-    """Those that the next save does not replace."""
+    """Steps of the checkpoints that the next save does not replace."""
     return [step for step in self.steps() if not self._is_temporary(step)]
 
   def _is_temporary(self, step: int) -> bool:
     return is_temporary(self.directory / str(step))
 
   def precompile(self, state: Any) -> None:
-    """Compiles what the first `save` would. state: as of `restore`."""
+    """Compiles what the first `save` would compile. state: as in `restore`."""
     digests.precompile(params_lib.without_empty(state))
 
   def save(
@@ -98,11 +97,12 @@ class Checkpoints:
     *,
     temporary: bool = False,
   ) -> None:
-    """Begins to write; returns once the arrays are copied. Each step once. Errors: as `wait`, and
-    NotFiniteError, on every process.
+    """Begins to write a checkpoint; returns once the arrays are copied. A step is saved only once.
 
-    run: what the run is, so that a checkpoint tells of itself. temporary: until the next save."""
-    self.wait()  # as Orbax does; and nothing is deleted that is still being summed
+    run: a description of the run to store with the checkpoint. temporary: kept only until the next
+      save.
+    Errors: those of `wait`, and NotFiniteError, on every process."""
+    self.wait()  # as Orbax does; also, nothing is deleted while its sums are being computed
     arrays = params_lib.without_empty(state)
     contents = digests.examine(arrays)
     if contents.not_finite:
@@ -127,19 +127,18 @@ class Checkpoints:
   def restore(
     self, state: Any, step: int | None = None
   ) -> tuple[int, Any, Json, dict[str, float]] | None:
-    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None without one.
+    """(step, state, data, clock) of `step`, or of the newest intact checkpoint; None without any.
 
-    state: a tree of ShapeDtypeStructs with shardings. A damaged checkpoint, or one that holds what
-    is not finite, is set aside, as damaged-N-..., with a message (left in place when read-only or
-    asked for by step).
+    state: a tree of ShapeDtypeStructs with shardings. A checkpoint that is damaged or not finite is
+    set aside as damaged-N-..., with a message (left in place if read-only or asked for by step).
     Errors: CheckpointError when `step` is missing or damaged, when all are damaged, or when what is
     stored has other shapes, types or names than `state`."""
     stored = params_lib.without_empty(state)
 
     def read(candidate: int) -> Any:
       self._check_structure(candidate, stored)
-      # Not strict: the padding of optimizer blocks is cut or grown with zeros, and
-      # check_structure has seen the rest.
+      # Not strict: padding of optimizer blocks may be cut, or grown with zeros; check_structure has
+      # compared everything else.
       arrays, text = ocp.args.StandardRestore(stored, strict=False), ocp.args.JsonRestore()
       texts = dict.fromkeys(["data", "clock", *["run"] * self._has(candidate, "run")], text)
       args = ocp.args.Composite(state=arrays, **texts)
@@ -158,10 +157,12 @@ class Checkpoints:
   def restore_params(
     self, params: Params, step: int | None = None, field: str = "params", identity: str = ""
   ) -> tuple[int, Params]:
-    """(step, parameters) alone, or the `average`, another field of the state that is like them; on
-    any mesh. params: a tree of ShapeDtypeStructs with shardings. identity: of the run that is to
-    have saved them, where it is known.
-    Errors: as `restore`, and CheckpointError when there is none, or it is another run's."""
+    """(step, parameters) alone, on any mesh; or instead of them a `field` of the state that is like
+    them, such as `average`.
+
+    params: a tree of ShapeDtypeStructs with shardings. identity: of the run that must have saved
+      them, if known.
+    Errors: those of `restore`; CheckpointError also if there is no checkpoint, or another run's."""
     partial = {field: params_lib.without_empty(params)}
 
     def read(candidate: int) -> Any:
@@ -176,35 +177,35 @@ class Checkpoints:
           ),
         )
       self._compare(candidate, digests.examine(found))
-      recovery.check_run(self.directory / str(candidate), identity)  # last: what was read is its
+      recovery.check_run(self.directory / str(candidate), identity)  # last, to cover `found`
       return found
 
     found, restored = self._newest_intact(step, read)
     return found, params_lib.with_empty(restored[field], params)
 
   def reload(self) -> None:
-    """Looks anew which checkpoints there are, once others than this moved some."""
+    """Lists the checkpoints anew, after something other than this object has moved some."""
     self._manager.reload()
 
   def run_of(self, step: int) -> Json | None:
-    """What `save` got as `run`; None of checkpoints that were saved before there was that."""
+    """What `save` got as `run`; None for checkpoints from before it was stored."""
     return reading.read_run(self.directory / str(step))
 
   def reached_preemption(self, step: int) -> bool:
-    """True once the processes of a distributed run have agreed to stop after this step; every
-    process asks every step."""
+    """Whether the processes of a distributed run have agreed to stop after this step; every process
+    must ask at every step."""
     return self._manager.reached_preemption(step)
 
   def check(self) -> None:
-    """Raises what became of checkpoints in the background, as far as this process knows by now.
+    """Raises errors of checkpoints saved in the background, as far as this process knows by now.
 
     Errors: CheckpointError for one that cannot be read back, OSError for one that could not be
     written."""
     if self._errors or any(seal.done() and not seal.result() for seal in self._seals):
-      self._wait_for_orbax()  # or a result has raised what sealing did
+      self._wait_for_orbax()  # raises Orbax's error; errors of sealing were raised by result()
 
   def wait(self) -> None:
-    """Waits until everything begun is written and sealed. Errors: as `check`, on every process."""
+    """Waits until all saves are written and sealed. Errors: those of `check`, on every process."""
     self._wait_for_orbax()
     concurrent.futures.wait(self._seals)
     errors = [error for seal in self._seals if (error := seal.exception())]
@@ -221,7 +222,7 @@ class Checkpoints:
     try:
       while self._manager.is_saving_in_progress():
         if self._errors and jax.process_count() > 1:
-          raise self._errors[0]  # at once: Orbax waits for others, which wait for this one
+          raise self._errors[0]  # Orbax would wait for other processes, which wait for this one
         time.sleep(0.01)
       self._manager.wait_until_finished()
     except Exception as error:  # Orbax and TensorStore raise all kinds
@@ -234,9 +235,9 @@ class Checkpoints:
   def _seal(
     self, directory: epath.Path, shapes: params_lib.Shapes, texts: Mapping[str, Any]
   ) -> bool:
-    """Sums of a checkpoint that holds arrays of these shapes, once it is committed; then those that
-    it replaces are deleted. False: it was not committed, and Orbax knows why."""
-    assert self._options is not None  # of a reader, which saves nothing
+    """Once a checkpoint is committed, checks that it can be read, writes its sums, and deletes the
+    checkpoints that it replaces. False: it was not committed; Orbax has the reason."""
+    assert self._options is not None  # only a reader has none, and it saves nothing
     while int(directory.name) not in self.steps():  # until Orbax has committed it
       if not self._manager.is_saving_in_progress() and int(directory.name) not in self.steps():
         return False
@@ -248,7 +249,7 @@ class Checkpoints:
       if self._verify:
         write_sums(directory)
     except (CheckpointError, FileNotFoundError):
-      if directory.exists():  # nobody deleted it meanwhile
+      if directory.exists():  # otherwise someone deleted it meanwhile
         raise
     else:
       delete_replaced(directory, self.steps(), self._options)
@@ -260,13 +261,13 @@ class Checkpoints:
   def _compare(
     self, step: int, contents: digests.Contents, texts: Mapping[str, Any] | None = None
   ) -> None:
-    """Errors: UnusableError for what differs from the digests, of checkpoints since there are."""
+    """Compares contents with the digests, which older checkpoints lack. Errors: UnusableError."""
     if self._verify and self._has(step, "digests"):
       recovery.compare_contents(self.directory / str(step), contents, texts)
 
   def _newest_intact(self, step: int | None, read: Callable[[int], Any]) -> tuple[int, Any]:
-    """(step, result of `read`), from the newest intact checkpoint, or from `step` alone."""
-    steps = mesh.found_by_first(self.steps)  # others may be deleted meanwhile
+    """(step, result of `read`), for the newest intact checkpoint, or only for `step` if given."""
+    steps = mesh.found_by_first(self.steps)  # on the others some may be deleted by now
     if step not in (None, *steps) or not steps:
       raise CheckpointError(
         f"{self.directory}: no checkpoint {'at all' if step is None else step}; there are {steps}"

@@ -1,10 +1,10 @@
 """Digests of arrays, computed from their bits on the devices that hold them, before writing.
 
 A checkpoint's file sums prove that the files are those that were committed; these digests, saved
-with the arrays, prove that what is read is what was to be written. A digest is the sum, modulo
-2^32, over all elements, of a hash of an element's bits and its position. It is the same on every
-mesh and in any order. It always changes if one element differs; if several do, it fails to change
-in one of 2^32 cases.
+with the arrays, prove that what is read is what was meant to be written. A digest is the sum,
+modulo 2^32, over all elements, of a hash of the element's bits and position. It is the same on
+every mesh and in any order. It always changes if one element differs; if several do, it fails to
+change in one of 2^32 cases.
 
 The same pass finds non-finite values, which are neither saved nor resumed from.
 """
@@ -32,25 +32,24 @@ DIGEST_KINDS = {"arrays": dict, "texts": dict}
 
 
 class Contents(NamedTuple):
-  """What one pass over the bits of a tree of arrays tells.
+  """What one pass over the bits of a tree of arrays finds.
 
-  digests: {path: digest}, in hexadecimal; of an optimizer's blocks one per block. not_finite: path
-  of the first array with a NaN or an infinity, or nothing; what an optimizer's state tells of its
-  roots may hold one."""
+  digests: {path: digest}, in hexadecimal; for an optimizer's blocks, a list with one per block.
+  not_finite: path of the first array with a NaN or an infinity, or ""; metrics in an optimizer's
+    state are exempt."""
 
   digests: dict[str, str | list[str]]
   not_finite: str
 
 
 def record(of_arrays: Mapping[str, Any], texts: Mapping[str, Any]) -> Json:
-  """What a checkpoint of arrays with these digests and of texts, which are JSON, keeps to be
-  compared with."""
+  """What a checkpoint stores for later comparison, given its arrays' digests and its JSON items."""
   return {"arrays": dict(of_arrays), "texts": {name: digest(text) for name, text in texts.items()}}
 
 
 def of_params(text: bytes) -> str:
-  """One digest of the parameters of a run's checkpoint, from the text of what `record` made; none
-  from another text."""
+  """One digest of all parameters of a run's checkpoint, from the JSON text of a `record`; "" for
+  any other text."""
   try:
     return of_params_among(json.loads(text)["arrays"])
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -58,7 +57,7 @@ def of_params(text: bytes) -> str:
 
 
 def of_params_among(of_arrays: Mapping[str, Any]) -> str:
-  """One digest of the parameters among arrays of a run's state with these digests; none of none."""
+  """One digest of all parameters, from the digests of a run's state; "" if it has no parameters."""
   found = {path: each for path, each in of_arrays.items() if path.startswith("params/")}
   return digest(found) if found else ""
 
@@ -66,8 +65,9 @@ def of_params_among(of_arrays: Mapping[str, Any]) -> str:
 def difference(
   recorded: Json, of_arrays: Mapping[str, Any], texts: Mapping[str, Any] | None = None
 ) -> str:
-  """The first array or text that is not what was recorded, or nothing. of_arrays: digests of some
-  of those that were; texts: all, unless None are compared."""
+  """The first array or text that differs from what was recorded, or "".
+
+  of_arrays: digests of some of the recorded arrays. texts: all JSON items; None: not compared."""
   if texts is not None:
     now = {name: digest(text) for name, text in texts.items()}
     for name in sorted(recorded["texts"].keys() | now.keys()):
@@ -76,7 +76,7 @@ def difference(
   for path, found in of_arrays.items():
     written = recorded["arrays"].get(path)
     if isinstance(found, list) and isinstance(written, list):
-      # Behind the blocks that both hold, padding was cut or grown.
+      # Only the blocks that both hold: after them, padding may have been cut or grown.
       written, found = written[: len(found)], found[: len(written)]
     if found != written:
       return path
@@ -84,8 +84,8 @@ def difference(
 
 
 def examine(tree: Any) -> Contents:
-  """The digests of a tree of arrays, and what in it is not finite. Where several processes share
-  the arrays, all call this."""
+  """The digests of a tree of arrays, and what in it is not finite. All processes that share the
+  arrays must call this."""
   program, found, in_blocks = _program(tree)
   examined = jax.device_get(program(found, in_blocks))
   digests = {
@@ -99,11 +99,11 @@ def examine(tree: Any) -> Contents:
 def precompile(tree: Any) -> None:
   """Compiles what `examine` runs. tree: ShapeDtypeStructs with shardings."""
   program, found, in_blocks = _program(tree)
-  program.lower(found, in_blocks).compile()  # jit, asked for the same, does not compile it again
+  program.lower(found, in_blocks).compile()  # jit does not compile the same again
 
 
 def _program(tree: Any) -> tuple[Any, dict[str, Any], frozenset[str]]:
-  """(_examined, jitted, its arguments: arrays by path, paths of those in blocks)."""
+  """(`_examined`, jitted; and its arguments: arrays by path, paths of those in blocks)."""
   found = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   shardings = (getattr(x, "sharding", None) for x in found.values())
   meshes: list[Any] = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
@@ -122,9 +122,9 @@ def _examined(
   return {path: _examine(x, by_row=path in in_blocks) for path, x in found.items()}
 
 
-@functools.partial(jax.jit, static_argnames="by_row")  # many are alike, and traced once
+@functools.partial(jax.jit, static_argnames="by_row")  # many arrays are alike, and traced once
 def _examine(x: jax.Array, *, by_row: bool) -> tuple[jax.Array, jax.Array]:
-  """(uint32, whether something is not finite); by_row: one for every index of the first axis."""
+  """(digest, whether anything is not finite); by_row: for each index of the first axis."""
   words = _words(x)
   place = np.uint32(zlib.crc32(str(x.dtype).encode()))
   for axis, length in enumerate(words.shape):
@@ -132,7 +132,7 @@ def _examine(x: jax.Array, *, by_row: bool) -> tuple[jax.Array, jax.Array]:
     place = place + jnp.expand_dims(along, [i for i in range(words.ndim) if i != axis])
   bad = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
   bad = jnp.broadcast_to(jnp.expand_dims(bad, range(bad.ndim, words.ndim)), words.shape)
-  # One reduction: XLA makes one loop of it, on CPUs of a fourth of the time of the sum alone.
+  # As one reduction XLA makes one loop of it: on CPUs a fourth of the time of the sum alone.
   return jax.lax.reduce(
     (_hash(words + place), bad), (np.uint32(0), np.False_), _merged, range(by_row, words.ndim)
   )
@@ -143,14 +143,14 @@ def _merged(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-  """One to one: the last steps of MurmurHash3, of factors that are odd."""
+  """The last steps of MurmurHash3, a bijection since the factors are odd."""
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
 def _words(x: jax.Array) -> jax.Array:
-  """The bits of every element as uint32, of wider ones as some along a further axis."""
+  """The bits of every element as uint32; wider elements give several, along a further axis."""
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x = jax.random.key_data(x)
   if x.dtype == jnp.bool_:

@@ -1,8 +1,8 @@
 """Orbax handlers that report at once if this process could not write its part of a checkpoint.
 
 Orbax reports a failed write only to a caller that waits for the save, and with several processes
-only once all of them have met. A process with a full disk waits for the others, and they wait for
-its part, until Orbax gives up after 20 minutes.
+only after all of them have synchronized. A process with a full disk would wait for the others, and
+they for its part, until Orbax gives up after 20 minutes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ def _noted(errors: list[Exception]) -> Iterator[None]:
   try:
     yield
   except TimeoutError:
-    raise  # of who waits: it is not at its end
+    raise  # the waiter's timeout: the write has not ended
   except Exception as error:
     errors.append(error)
     raise
 
 
 class _Watched:
-  """A write under way, whose error goes into `errors`, too."""
+  """A write in progress, whose error is also appended to `errors`."""
 
   def __init__(self, future: Any, errors: list[Exception]):
     self._future, self._errors = future, errors
@@ -38,8 +38,8 @@ class _Watched:
 
 
 def telling(handler: Any, errors: list[Exception]) -> Any:
-  """The handler; `errors` gets those of its writes in the background, and of what process 0 does
-  once all have written."""
+  """The handler, changed so that `errors` collects the errors of its writes in the background, and
+  of process 0's work once all have written."""
   save, finalize = handler.async_save, handler.finalize
 
   async def async_save(*args: Any, **kwargs: Any) -> list[_Watched]:
@@ -49,6 +49,6 @@ def telling(handler: Any, errors: list[Exception]) -> Any:
     with _noted(errors):
       finalize(*args, **kwargs)
 
-  # Of this one: Orbax knows handlers by their class.
+  # Patched on the instance: Orbax looks handlers up by class.
   handler.async_save, handler.finalize = async_save, finalized
   return handler

@@ -17,10 +17,10 @@ from beyond_outliers.workdir import FolderPath, write_sums
 
 
 def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
-  """`q.save` by Orbax: the items `tensors` and `description`, in the form of quant/storage.py, with
-  digests and sums as of a run's checkpoint.
+  """Saves a quantized model with Orbax: the items `tensors` and `description` in the format of
+  quant/storage.py, with digests and sums as in a run's checkpoint.
 
-  Errors: CheckpointError, also when there is something at the directory."""
+  Errors: CheckpointError, also when the directory already exists."""
   directory = FolderPath(directory).absolute()
   if directory.exists():
     raise CheckpointError(f"{directory}: is there already; remove it or choose another")
@@ -40,10 +40,10 @@ def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
 
 
 def load_quantized(directory: PathLike) -> quant.QuantizedModel:
-  """The model that `save_quantized` wrote, bit by bit, on the default device.
+  """The model that `save_quantized` wrote, bit for bit, on the default device.
 
-  Errors: CheckpointError, also where digests or sums are not those that were saved, which older
-  models don't have; ConfigError."""
+  Errors: CheckpointError, also if digests or sums, which older models lack, do not match;
+    ConfigError."""
   directory = FolderPath(directory).absolute()
   if not (directory / "description").exists():
     raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")

@@ -1,4 +1,4 @@
-"""What Orbax finds in a checkpoint, compared with what should be there; and its reading errors."""
+"""Checks that Orbax finds in a checkpoint what should be there; and its reading errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from beyond_outliers.errors import CheckpointError, remedy_for
 from beyond_outliers.optim import blocks
 from beyond_outliers.types import Json
 
-STEP = re.compile(r"0|[1-9][0-9]*")  # name of a committed checkpoint's folder
+STEP = re.compile(r"0|[1-9][0-9]*")  # the name of a committed checkpoint's folder
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
-  """Steps of the checkpoints in a folder; of other folders there, such as a copy `old_24`, none.
+  """Steps of the checkpoints in a folder; its other folders, such as a copy `old_24`, don't count.
 
   Errors: CheckpointError for a folder that cannot be listed now."""
   try:
@@ -35,8 +35,8 @@ def committed_steps(directory: epath.Path) -> list[int]:
 def check_readable(
   path: epath.Path, item: str, shapes: params_lib.Shapes, texts: Mapping[str, Any]
 ) -> None:
-  """Refusal of what was just saved where Orbax's own reader does not find it in the files: every
-  array of `item`, without the values, and the items `texts`, which are JSON."""
+  """Refuses a checkpoint just saved if Orbax's own reader does not find in its files every array of
+  `item` (its values are not read) and the JSON items `texts`. Errors: CheckpointError."""
   handler, problem = ocp.StandardCheckpointHandler(), ""
   try:
     found = params_lib.shapes_by_path(handler.metadata(path / item).tree)
@@ -54,8 +54,8 @@ def check_readable(
 
 
 def check_structure(path: epath.Path, stored: Any, state: Any, part: str = "") -> None:
-  """Refusal of a checkpoint whose arrays, all or those below `part`, have other names, shapes or
-  dtypes than a state's: Orbax would cast and cut without a word."""
+  """Refuses a checkpoint whose arrays (all, or those below `part`) have other names, shapes or
+  dtypes than the state's: Orbax would silently cast and cut them. Errors: CheckpointError."""
   have, want = params_lib.shapes_by_path(stored, part), params_lib.shapes_by_path(state, part)
   # Blocks of optimizer state are padded to a multiple of the devices: the padding may differ.
   for name in have.keys() & want.keys() & blocks.block_paths(state):
@@ -68,14 +68,14 @@ def check_structure(path: epath.Path, stored: Any, state: Any, part: str = "") -
 
 
 def read_text(item: epath.Path) -> Any:
-  """An item that is JSON. Errors: ValueError, OSError."""
+  """The content of a JSON item. Errors: ValueError, OSError."""
   return ocp.JsonCheckpointHandler().restore(item)
 
 
 def read_run(checkpoint: epath.Path) -> Json | None:
-  """What a checkpoint tells of its run; None of those saved before there was that.
+  """What a checkpoint says about its run; None for checkpoints from before it was stored.
 
-  Errors: as `read_text`."""
+  Errors: those of `read_text`."""
   return read_text(checkpoint / "run") if (checkpoint / "run").is_dir() else None
 
 

@@ -1,8 +1,8 @@
-"""Which checkpoint a run resumes from: the newest readable one; and what happens to the others.
+"""Which checkpoint a run resumes from (the newest intact one), and what happens to the others.
 
 A checkpoint is damaged if its files do not match their sums, if it has no sums and cannot be read,
-if its contents do not match their digests, or if they are not finite. If its sums hold but it
-cannot be read now, for want of memory, file descriptors or a responding file system, it is not
+if its contents do not match their digests, or if they are not finite. If its sums match but it
+cannot be read now, for lack of memory, file descriptors or a responding file system, it is not
 damaged, and is left alone.
 """
 
@@ -25,16 +25,16 @@ from beyond_outliers.workdir import SUMS, identity_of, mismatch
 
 Found = TypeVar("Found")
 
-# Errors of the system that say nothing of a file.
+# System errors that say nothing about a file's contents.
 SHORT = (
   *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE),
   *(errno.EACCES, errno.EPERM),
 )
-SHORT_OF = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # the same, of TensorStore
+SHORT_OF = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # the same, in TensorStore's messages
 
 
 class UnusableError(Exception):
-  """Contents that a run cannot go on from, though they could be read."""
+  """Contents that could be read, but that a run cannot continue from."""
 
 
 def newest_intact(
@@ -45,18 +45,19 @@ def newest_intact(
   *,
   verify: bool,
 ) -> tuple[int, Found, dict[int, str]]:
-  """(step, what `read` made of it, {newer step: its damage}) of the newest of `steps`, ascending.
+  """(step, result of `read`, {newer step: its damage}) for the newest intact one of `steps`, which
+  are ascending.
 
-  Every process calls this: one that cannot read what the others can takes all of them along.
-  remedy: for a person, where all are damaged.
-  Errors: CheckpointError where all are damaged, or one could not be read now."""
+  All processes must call this: if one cannot read a checkpoint, none of them uses it.
+  remedy: the advice if all are damaged.
+  Errors: CheckpointError if all are damaged, or if one cannot be read now."""
   damaged: dict[int, str] = {}
   for step in steps[::-1]:
     found = None
     damage, problem = _compare(directory / str(step), verify)
     try:
       found = None if damage or problem else read(step)
-    except CheckpointError:  # another structure is no damage
+    except CheckpointError:  # a different structure is not damage
       raise
     except Exception as error:  # Orbax raises all kinds for files that it cannot read
       if isinstance(error, UnusableError) or not _is_sound(directory / str(step), error, verify):
@@ -80,7 +81,7 @@ def newest_intact(
 def compare_contents(
   checkpoint: epath.Path, contents: digests.Contents, texts: Mapping[str, Any] | None = None
 ) -> None:
-  """Compares what was read with what was to be written. texts: as of `digests.difference`.
+  """Compares what was read with what was meant to be written. texts: as in `digests.difference`.
 
   Errors: UnusableError."""
   recorded: Any = None
@@ -88,21 +89,21 @@ def compare_contents(
     recorded = read_text(checkpoint / "digests")
   if misfit(recorded, digests.DIGEST_KINDS):
     raise UnusableError("its digests are not readable")
-  if recorded.get("step", int(checkpoint.name)) != int(checkpoint.name):  # the first had none
+  if recorded.get("step", int(checkpoint.name)) != int(checkpoint.name):  # early ones have no step
     raise UnusableError(f"it was saved as {recorded['step']}, and renamed")
   if name := digests.difference(recorded, contents.digests, texts):
     raise UnusableError(f"{name} is not what was saved: its digest differs")
 
 
 def check_run(checkpoint: epath.Path, identity: str) -> None:
-  """Refusal of a checkpoint of another run than that of this identity; if it is empty, of none.
+  """Refuses a checkpoint of another run than the one with this identity; "" allows any.
 
-  Errors: CheckpointError; UnusableError where what it tells of its run cannot be read."""
+  Errors: CheckpointError; UnusableError if the checkpoint's record of its run cannot be read."""
   try:
     record: Any = read_run(checkpoint)
   except ValueError:
     raise UnusableError("what it tells of its run is not readable") from None
-  if not identity or misfit(record, {"manifest": dict}):  # the first told less
+  if not identity or misfit(record, {"manifest": dict}):  # early records have no manifest
     return
   if (found := identity_of(record["manifest"])) != identity:
     raise CheckpointError(
@@ -112,8 +113,8 @@ def check_run(checkpoint: epath.Path, identity: str) -> None:
 
 
 def _compare(checkpoint: epath.Path, verify: bool) -> tuple[str, str]:
-  """(difference of a checkpoint from its sums, why they could not be compared), as process 0 finds
-  it: all or none go on to read it together."""
+  """(how a checkpoint differs from its sums, why that could not be determined), as found by process
+  0, so that all processes or none go on to read it."""
   damage, problem = "", ""
   if verify and jax.process_index() == 0:
     try:
@@ -124,7 +125,7 @@ def _compare(checkpoint: epath.Path, verify: bool) -> tuple[str, str]:
 
 
 def _is_sound(checkpoint: epath.Path, error: Exception, verify: bool) -> bool:
-  """Whether a checkpoint whose reader raised is none the worse for it."""
+  """Whether a checkpoint is undamaged although reading it raised `error`."""
   if verify and (checkpoint / SUMS).exists():
     return True  # the sums hold
   short = isinstance(error, MemoryError) or any(word in str(error) for word in SHORT_OF)

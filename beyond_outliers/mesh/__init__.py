@@ -1,6 +1,7 @@
-"""Mesh of devices with three axes, the array axes split along them, and agreement of processes.
+"""The mesh of devices with its three axes, how arrays are split along them, and what processes do
+together.
 
-How processes come together in the first place: processes.py.
+How processes join in the first place: processes.py.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from beyond_outliers.params import path_of
 from beyond_outliers.types import Array, Json
 
 Tree = TypeVar("Tree")
-Plain = TypeVar("Plain")  # what JSON can hold
+Plain = TypeVar("Plain")  # a value that JSON can hold
 
-SEEN_SECONDS = 10.0  # until a file is seen by all, where file systems take their time
+SEEN_SECONDS = 10.0  # how long a slow file system may take to show a new file to all processes
 
 # Logical name of an array axis -> mesh axes that split it.
 RULES = (
   ("batch", ("data", "fsdp")),
   ("length", None),
   ("layers", None),
-  ("embed", "fsdp"),  # parameters' model width; activations name theirs None
+  ("embed", "fsdp"),  # the model width of parameters; activations use None for theirs
   ("heads", "model"),
   ("kv_heads", "model"),
   ("mlp", "model"),
@@ -48,8 +49,8 @@ RULES = (
 def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A (data, fsdp, model) mesh over all devices.
 
-  Errors: ConfigError when the axes' product is not the device count, the slices do not divide the
-  data axis that is to cross them, or processes have unlike numbers of devices."""
+  Errors: ConfigError when the axes' product is not the number of devices, the slices do not divide
+  the data axis that should cross them, or processes differ in their number of devices."""
   devices = _all_devices() if devices is None else devices
   sizes = {"data": axes.data, "fsdp": axes.fsdp, "model": axes.model}
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -61,13 +62,13 @@ def make_mesh(axes: config.Mesh, devices: Sequence[jax.Device] | None = None) ->
   data, *within = sizes.values()
   slices = _slices(axes.dcn_data, data, devices)
   grids = [_grid((data // len(slices), *within), part) for part in slices]
-  # The default axis type of jax.make_mesh is Explicit, on which linen's logical partitioning fails.
+  # jax.make_mesh's default axis type is Explicit, with which linen's logical partitioning fails.
   return jax.sharding.Mesh(np.concatenate(grids), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
 def _all_devices() -> Sequence[jax.Device]:
-  """Errors: ConfigError where processes have unlike numbers: JAX would not let them agree on
-  anything."""
+  """All devices. Errors: ConfigError if processes differ in their number of devices, with which JAX
+  would not let them agree on anything."""
   devices = jax.devices()
   held = collections.Counter(device.process_index for device in devices)
   few, many = min(held, key=held.__getitem__), max(held, key=held.__getitem__)
@@ -82,11 +83,11 @@ def _all_devices() -> Sequence[jax.Device]:
 def _slices(
   dcn_data: int, data: int, devices: Sequence[jax.Device]
 ) -> Sequence[Sequence[jax.Device]]:
-  """The devices by slice, for a data axis to go over these; all as one where it does not.
+  """The devices by slice if the data axis crosses slices; otherwise all as one.
 
-  A slice: devices that a faster network joins than the one between slices. Of TPUs a slice, of
-  other devices a host.
-  Errors: ConfigError where dcn_data cannot be had."""
+  A slice is a set of devices that a faster network joins than the one between slices: a TPU slice,
+  or a host of other devices.
+  Errors: ConfigError if dcn_data is impossible."""
   found: dict[Any, list[jax.Device]] = {}
   for device in devices:
     found.setdefault(_slice_of(device, dcn_data), []).append(device)
@@ -113,15 +114,16 @@ def _slices(
 
 
 def _grid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-  """Devices such that neighbours along an axis are so in the network, where JAX knows how."""
+  """Devices in an order that makes neighbours along an axis neighbours in the network, where JAX
+  knows one."""
   if len({getattr(device, "slice_index", None) for device in devices}) > 1:
-    return np.array(devices).reshape(shape)  # JAX knows of one slice
-  # It refuses a mesh whose axes are not made of whole axes of the torus, unless it may split these.
+    return np.array(devices).reshape(shape)  # JAX orders only the devices of one slice
+  # JAX refuses a mesh whose axes don't consist of whole torus axes, unless it may split those.
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _slice_of(device: jax.Device, dcn_data: int) -> int:
-  """Number of a device's slice; where devices have none, its process's if slices are wanted."""
+  """Number of a device's slice. Devices that have none get their process's if slices are wanted."""
   known = getattr(device, "slice_index", None)
   if known is None and dcn_data != 1 and device.platform != "tpu":
     return device.process_index
@@ -130,7 +132,7 @@ def _slice_of(device: jax.Device, dcn_data: int) -> int:
 
 @contextlib.contextmanager
 def use(mesh: jax.sharding.Mesh):
-  """Context in which all that is traced sees the mesh and the rules."""
+  """Context in which traced code sees the mesh and RULES."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield mesh
 
@@ -142,7 +144,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
     splits."""
   specs = nn.get_partition_spec(boxed)
   tree = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-  shapes = jax.eval_shape(nn.unbox, boxed)  # traced, so that it may happen inside `use`
+  shapes = jax.eval_shape(nn.unbox, boxed)  # traced, so that it also works inside `use`
   for (path, sharding), leaf in zip(
     jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes), strict=True
   ):
@@ -157,7 +159,7 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-  """ShapeDtypeStructs that say where each array lives."""
+  """The shapes as ShapeDtypeStructs with these shardings."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
@@ -168,12 +170,12 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Rows of a batch are split over data and fsdp; each model group sees the same rows."""
+  """Sharding of a batch: rows are split over data and fsdp; along `model`, devices share rows."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
-  """Refusal of a batch of `rows` that the mesh does not divide. Errors: ConfigError."""
+  """Refuses a batch of `rows` that the mesh does not divide. Errors: ConfigError."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if rows % ways:
     raise config.ConfigError(
@@ -184,10 +186,10 @@ def check_batch(mesh: jax.sharding.Mesh, field: str, rows: int) -> None:
 def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """(index, count): this process's devices hold the index-th of `count` equal shares of a batch.
 
-  Processes that a model axis spans hold the same share. Its rows lie in the global array where the
-  mesh has the devices: neighbours on a torus need not be so in the mesh, and nothing that is
-  computed of a batch depends on the order of its rows.
-  Errors: ConfigError when the processes' devices hold no equal shares."""
+  Processes that a model axis spans hold the same share. Where a share's rows are in the global
+  array follows from the devices' places in the mesh, so they need not be adjacent; nothing computed
+  from a batch depends on the order of its rows.
+  Errors: ConfigError when the processes' devices do not hold equal shares."""
   held: dict[int, set[int]] = {}
   for place, group in enumerate(mesh.devices.reshape(-1, mesh.shape["model"])):
     for device in group:
@@ -204,8 +206,10 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def put_batch(batch: Tree, mesh: jax.sharding.Mesh, rows: int) -> Tree:
-  """Global arrays of a batch of `rows`: this process's share in numpy in, or on each process all
-  rows; [rows, L] split over the mesh out. A Batch, or any tree of arrays by rows."""
+  """The batch of `rows` as global arrays [rows, L], split over the mesh.
+
+  batch: a Batch, or any tree of numpy arrays with rows first, holding this process's share, or on
+    every process all rows."""
   sharding = batch_sharding(mesh)
 
   def put(array: Array) -> jax.Array:
@@ -215,7 +219,7 @@ def put_batch(batch: Tree, mesh: jax.sharding.Mesh, rows: int) -> Tree:
 
 
 def replicate(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
-  """A tree of arrays whole on every device. Of several processes each has the same values."""
+  """The tree with its arrays whole on every device. All processes must give the same values."""
   if jax.process_count() == 1:
     return jax.device_put(tree, replicated(mesh))
   return jax.tree.map(
@@ -224,19 +228,19 @@ def replicate(tree: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 
 def from_first(value: Plain) -> Plain:
-  """Process 0's value, of types that JSON has, on every process, all of which call this."""
+  """Process 0's value, which JSON must be able to hold, on every process; all must call this."""
   if jax.process_count() == 1:
     return value
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
   length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
-  # Few sizes, each of which is compiled once.
+  # Rounded up to few sizes, each of which is compiled once.
   whole = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
   whole[: min(text.size, length)] = text[:length]
   return json.loads(bytes(multihost_utils.broadcast_one_to_all(whole))[:length])
 
 
 def found_by_first(find: Callable[[], Plain]) -> Plain:
-  """What process 0 finds, such as in a folder that changes, on every process; all call this."""
+  """What process 0 finds, as in a folder that changes, on every process; all must call this."""
   if jax.process_count() == 1:
     return find()
   found: Any = find() if jax.process_index() == 0 else None
@@ -244,20 +248,20 @@ def found_by_first(find: Callable[[], Plain]) -> Plain:
 
 
 def on_any_process(condition: bool) -> bool:
-  """True on every process if the condition holds on one of them; all call this."""
+  """True on every process if the condition holds on any of them; all must call this."""
   if jax.process_count() == 1:
     return condition
   return bool(multihost_utils.process_allgather(np.array(condition)).any())
 
 
 def check_shared(folder: Any, remedy: str) -> None:
-  """Refusal of a folder that is not the same on all processes, though its path is: the first could
-  write there, and the others wait for ever for what it wrote. All call this.
+  """Refuses a path that is not the same folder on all processes: the others would wait forever for
+  what the first writes there. All must call this.
 
-  folder: a path of the library pathlib, or of one like it. Errors: WorkdirError."""
+  folder: a path of pathlib or a similar library. Errors: WorkdirError."""
   if jax.process_count() == 1:
     return
-  # Under a new name, which no client of a file system remembers not to have found.
+  # A new name, which no file system's client can have cached as missing.
   token = folder / from_first(f".seen.{os.getpid()}-{secrets.randbits(64)}.tmp")
   if jax.process_index() == 0:
     token.touch()
@@ -276,7 +280,8 @@ def check_shared(folder: Any, remedy: str) -> None:
 
 
 def merged_over_processes(mine: Json) -> Json:
-  """One dictionary of every process's, whole on each of them; dictionaries in it are merged too."""
+  """The processes' dictionaries merged into one, on all of them; dictionaries one level down are
+  merged too. All must call this."""
   if jax.process_count() == 1:
     return mine
   text = np.frombuffer(json.dumps(mine).encode(), np.uint8)

@@ -1,5 +1,5 @@
-"""JAX's own settings, which environment variables change: those that decide numbers are recorded
-with a run, and compared when it is resumed."""
+"""JAX's own settings, which environment variables can change: those that affect results are
+recorded with a run and compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from beyond_outliers.config.checks import require
 from beyond_outliers.errors import WorkdirError
 from beyond_outliers.types import Json
 
-# What decides numbers beyond the order of float sums, by its default.
+# Settings that affect results by more than the order of float sums, with their defaults.
 DEFAULTS: Json = {
   "jax_enable_x64": False,
   "jax_default_prng_impl": "threefry2x32",
@@ -28,24 +28,24 @@ REFUSED: Json = {
   "jax_numpy_dtype_promotion": "strict",
   "jax_numpy_rank_promotion": "raise",
 }
-# Variables that hold flags of the compiler, most of which decide no number.
+# Variables that hold compiler flags, most of which do not affect results.
 COMPILER = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def deciding() -> Json:
-  """{setting: its value now} of `DEFAULTS`."""
+  """{setting: its present value} for the settings in `DEFAULTS`."""
   return {name: _value(name) for name in DEFAULTS}
 
 
 def check_usable() -> None:
-  """Refusal of settings under which no program can be compiled here. Errors: ConfigError."""
+  """Refuses settings under which the programs here cannot be compiled. Errors: ConfigError."""
   for name, refused in REFUSED.items():
     value = _value(name)
     require(value != refused, name, value, f"programs are not written for it; unset {name.upper()}")
 
 
 def check_dtypes(c: config.Config) -> None:
-  """Refusal of a configuration with a dtype for which JAX would take a narrower one, unsaid.
+  """Refuses a configuration with a dtype that JAX would silently replace by a narrower one.
 
   Errors: ConfigError with the field and the remedy."""
   for field, value in config.flatten(config.to_dict(c)).items():
@@ -55,12 +55,12 @@ def check_dtypes(c: config.Config) -> None:
 
 
 def changed() -> Json:
-  """`deciding`, without those that have their defaults."""
+  """`deciding`, without the settings that have their defaults."""
   return _not_default(deciding())
 
 
 def changed_in(manifest: Json) -> Json:
-  """`changed` of a run, by what was recorded with it."""
+  """`changed` for a run, from what was recorded with it."""
   return _not_default(_recorded(manifest, "jax"))
 
 
@@ -69,8 +69,8 @@ def compiler_flags() -> Json:
 
 
 def check_recorded(manifest: Json) -> None:
-  """Refusal to resume a run under settings that are not those it was trained under; one from before
-  they were recorded takes any, until it is resumed.
+  """Refuses to resume a run under other settings than it was trained under. A run from before they
+  were recorded may be resumed under any, which are then recorded.
 
   Errors: WorkdirError with the setting, both values and the remedy."""
   now = deciding()
@@ -84,7 +84,7 @@ def check_recorded(manifest: Json) -> None:
 
 
 def other_compiler_flags(manifest: Json) -> list[str]:
-  """What to say of compiler flags that are not those that the run was trained under."""
+  """Messages about compiler flags that differ from those that the run was trained under."""
   now = compiler_flags()
   return [
     f"{name} = {now[name]!r}: the run was trained under {was!r}; it goes on, and its numbers may "
@@ -99,12 +99,12 @@ def _not_default(settings: Mapping[str, Any]) -> Json:
 
 
 def _value(name: str) -> Any:
-  settings: Any = jax.config  # whose attributes type checkers don't see
+  settings: Any = jax.config  # type checkers don't see its attributes
   value = getattr(settings, name)
-  return getattr(value, "value", value)  # of an enum
+  return getattr(value, "value", value)  # enums have a value
 
 
 def _recorded(manifest: Json, key: str) -> Mapping[str, Any]:
-  """What the first start that recorded the key has of it, or nothing."""
+  """The value of the first start in the manifest that recorded the key, or an empty mapping."""
   starts = [manifest, *manifest.get("resumed", [])]
   return next((start[key] for start in starts if key in start), {})

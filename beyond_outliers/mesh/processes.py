@@ -1,9 +1,9 @@
 """Processes of one run: how they join, agree before any work, and end together.
 
-They meet in JAX's coordination service, on process 0: it counts their heartbeats and holds a table
-of text. A process that ends by an error says so there, and the others end too, instead of waiting
-in a collective. One that is killed, or stands still, is missed by JAX, which then aborts the
-others in C++: the handler of SIGABRT here says what happened and exits.
+They meet in JAX's coordination service on process 0, which watches their heartbeats and holds a
+table of text. A process that ends with an error writes it there, and the others end too, instead of
+waiting in a collective. If one is killed or hangs, JAX misses its heartbeat and aborts the others
+in C++: the SIGABRT handler here reports what happened and exits.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from beyond_outliers import config
 from beyond_outliers.config import cluster
 from beyond_outliers.errors import ConfigError, DataError, Failure, Refusal, WorkdirError
 
-POLL_SECONDS = 1.0  # between two looks at the table
+POLL_SECONDS = 1.0  # time between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
-DAY_MS = 24 * 3600 * 1000  # for one of them prepares the data
+DAY_MS = 24 * 3600 * 1000  # timeout: one of them may be preparing the data
 GONE = "was killed, stands still or cannot be reached"
 ALIVE, ENDED, AGREED = "alive/", "ended/", "agreed/"  # folders of the table: one text per process
 
-_peers: Peers | None = None  # of this process, once it has joined others
-_wait = 0.0, ""  # until when it waits for them, and what an abort means then
+_peers: Peers | None = None  # set once this process has joined others
+_wait = 0.0, ""  # until when it waits for the others, and what an abort after that means
 
 
 def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True) -> None:
-  """Connects the processes of one run; what is None, JAX finds.
+  """Connects the processes of one run; JAX determines whatever is None in `found`.
 
-  stops: whether they will ask, every step, if one got SIGTERM; else that ends it.
+  stops: whether processes check at every step if one got SIGTERM; if not, the signal ends it.
 
-  Ends this process if one does not come within `initialization_seconds`. Errors: ConfigError where
-  JAX finds none; Failure where process 0 cannot listen."""
+  Ends this process if another does not come within `initialization_seconds`. Errors: ConfigError if
+  JAX finds no processes; Failure if process 0 cannot listen."""
   global _peers, _wait
   if found.address:
     what = f"process {found.index} of {found.count} (by {found.source}), which meet"
@@ -81,28 +81,30 @@ def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True
 
 
 def is_first() -> bool:
-  """Whether this is the process that speaks and writes; asks JAX for no device."""
+  """Whether this is the process that prints and writes; does not initialize JAX's devices."""
   return _peers is None or _peers.index == 0
 
 
 def raise_alone(error: Exception) -> None:
-  """Raises an error that can have come to this one of several processes alone, such as no memory:
-  the others stand in a collective that nobody else will enter. What is refused, is by all, but for
-  data, which each reads itself."""
+  """Raises an error that may concern only this one of several processes, such as lack of memory:
+  the others then wait in a collective that this one will not enter.
+
+  A Refusal is raised by all of them, unless it is about data, which each process reads itself."""
   if _peers is not None and (isinstance(error, DataError) or not isinstance(error, Refusal)):
     raise error
 
 
 def agree(what: str, find: Callable[[], Mapping[str, Any]]) -> None:
-  """Refusal, on every process, of values that are not those of process 0. what: their name, each
-  asked for once. Errors: WorkdirError with the key and both values."""
+  """Refuses values that differ from those of process 0. what: their name, used only once per run.
+
+  Errors: WorkdirError with the key and both values."""
   if _peers is not None:
     _peers.agree(what, find())
 
 
 @contextlib.contextmanager
 def last_words(write: Callable[[str], None]) -> Iterator[None]:
-  """`write` gets the reason for which this process is about to end because of another."""
+  """Context in which `write` gets the reason if this process has to end because of another."""
   if _peers is not None:
     _peers.write = write
   yield
@@ -111,14 +113,14 @@ def last_words(write: Callable[[str], None]) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-  """What ends a run: the error, and the process that is gone where a collective fails for that."""
+  """The reason why a run ends: the error, and the lost process if a collective failed for that."""
   found = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
   return _peers.without_one(found) if _peers is not None and _may_be_of_another(error) else found
 
 
 def _may_be_of_another(error: BaseException | None) -> bool:
-  """Whether it, or what it was raised from, can be a collective or a barrier that fails: awaited,
-  it comes as JaxRuntimeError, as ValueError where a result is read, from Orbax as TimeoutError."""
+  """Whether the error or its cause may be a failed collective or barrier: JaxRuntimeError when one
+  is awaited, ValueError when a result is read, TimeoutError from Orbax."""
   kinds = jax.errors.JaxRuntimeError | ValueError | TimeoutError
   if error is None or isinstance(error, Refusal):
     return False
@@ -126,17 +128,17 @@ def _may_be_of_another(error: BaseException | None) -> bool:
 
 
 def leave(error: BaseException) -> NoReturn:
-  """Ends this process by an error, once the others know; one of a single process that was
-  interrupted is raised.
+  """Ends this process with an error, once the others know of it. In a single process, an interrupt
+  is raised again instead.
 
-  Without this JAX would wait at its exit for processes that wait in a collective, and Python for
+  A normal exit would hang: JAX would wait for processes that wait in a collective, and Python for
   Orbax's threads, which wait minutes for a folder that could not be made."""
   if _peers is None and not isinstance(error, Exception):
     raise error
   refused = isinstance(error, Refusal)
   code, reason = (REFUSED, str(error)) if refused else (FAILED, reason_of(error))
   if _peers is not None:
-    _peers.ending.acquire()  # what ends this process meanwhile says what there is to say
+    _peers.ending.acquire()  # if another thread is already ending this process, it reports instead
   if not isinstance(error, Refusal | Failure):
     _tell("".join(traceback.format_exception(error)))
   _tell(f"error: {reason}\n")
@@ -146,14 +148,14 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def tell(code: int, reason: str) -> None:
-  """Has the other processes end, for that reason and with that exit code, as this one will."""
+  """Makes the other processes end for this reason and with this exit code, as this one will."""
   if _peers is not None and _peers.ending.acquire(blocking=False):
     _peers.tell(code, reason)
 
 
 def end(code: int) -> NoReturn:
-  """Ends this process, whose work is done, once the others' is, while Python can still say what
-  JAX would abort it for."""
+  """Ends this process, whose work is done, once the others are done too; while Python still runs,
+  so that a reason for which JAX aborts it can be reported."""
   if _peers is None:
     sys.exit(code)
   sys.stdout.flush()
@@ -161,13 +163,13 @@ def end(code: int) -> NoReturn:
 
 
 class Peers:
-  """This process among the others, with a thread that looks whether one has ended."""
+  """This process among the others, with a thread that watches whether one of them has ended."""
 
   def __init__(self, client: Any, index: int, count: int):
     self._client, self.index, self._count = client, index, count
     self.write: Callable[[str], None] | None = None
-    self._beats = dict.fromkeys(range(count), ("", time.monotonic()))  # and when they last changed
-    self.ending = threading.Lock()  # held from when this process ends
+    self._beats = dict.fromkeys(range(count), ("", time.monotonic()))  # (beat, when it changed)
+    self.ending = threading.Lock()  # held as soon as this process is ending
     threading.Thread(target=self._look, name="peers", daemon=True).start()
 
   def agree(self, what: str, mine: Mapping[str, Any]) -> None:
@@ -187,7 +189,7 @@ class Peers:
     ended = json.dumps({"code": code, "reason": reason})
     with contextlib.suppress(Exception):  # the table may be gone
       self._client.key_value_set(f"{ENDED}{self.index}", ended, True)
-      # The table ends with process 0: the others need time to read it.
+      # The table ends with process 0, so that one gives the others time to read it.
       for _ in range(5 if self.index == 0 else 0):
         if len(self._client.key_value_dir_get(ENDED)) == self._count:
           break
@@ -195,7 +197,7 @@ class Peers:
 
   def end(self, code: int) -> NoReturn:
     self.ending.acquire()
-    with contextlib.suppress(Exception):  # of another that did not come to the end in time
+    with contextlib.suppress(Exception):  # another process did not reach the end in time
       jax.distributed.shutdown()
     _exit(code)
 
@@ -210,7 +212,7 @@ class Peers:
           {_index(key): text for key, text in self._client.key_value_dir_get(folder)}
           for folder in (ALIVE, ENDED)
         )
-      except Exception:  # what has become of the table JAX will say, with a signal
+      except Exception:  # if the table is lost, JAX will signal it
         continue
       now = time.monotonic()
       for index, text in alive.items():
@@ -222,7 +224,7 @@ class Peers:
           self._end(found["code"], f"process {index} of {self._count}: {found['reason']}")
 
   def _end(self, code: int, reason: str) -> None:
-    """Ends this process because of another, unless it is about to end anyway."""
+    """Ends this process because of another, unless it is already ending."""
     if not self.ending.acquire(blocking=False):
       return
     try:
@@ -236,27 +238,27 @@ class Peers:
     if self.write is not None:
       self.write(reason)
 
-  @functools.cache  # noqa: B019  (there is one of it; and it takes seconds to find out)
+  @functools.cache  # noqa: B019  (there is only one instance, and this takes seconds)
   def without_one(self, found: str) -> str:
-    """What went wrong, behind the name of a process that gives no sign of life, if one doesn't."""
-    time.sleep(4 * POLL_SECONDS)  # its last may be of just now
+    """What went wrong, preceded by the process that gives no sign of life, if there is one."""
+    time.sleep(4 * POLL_SECONDS)  # its last beat may be recent
     now = time.monotonic()
     gone = [
       index
       for index, (_, when) in self._beats.items()
       if index != self.index and now - when > 3 * POLL_SECONDS
     ]
-    # The table is on process 0: without it nobody gives one.
+    # The table is on process 0: if that is gone, no beat changes, and min names it.
     return f"process {min(gone)} of {self._count} {GONE}: {found}" if gone else found
 
   def missing(self) -> None:
-    """Ends this process because JAX misses one: that whose last beat is oldest."""
+    """Ends this process because JAX misses another: the one whose last beat is oldest."""
     if self.ending.acquire(blocking=False):
       now = time.monotonic()
       others = {i: now - when for i, (_, when) in self._beats.items() if i != self.index}
       index = max(others, key=others.__getitem__)
       if self.index != 0 and others[index] < 3 * POLL_SECONDS:
-        index = 0  # its service closed a connection: it ended just now
+        index = 0  # its service closed the connection, so it ended just now
       silent = f"no sign of life for {others[index]:.0f} s"
       if others[index] < 3 * POLL_SECONDS:
         silent = "it ended just now, or another was started in its place"
@@ -271,7 +273,7 @@ def _index(key: str) -> int:
 
 
 def _tell(text: str) -> None:
-  """Says it, if there is room: a full disk, which may be why a process ends, has none."""
+  """Prints to stderr, ignoring errors: a full disk may be the reason why a process ends."""
   with contextlib.suppress(OSError):
     print(text, end="", file=sys.stderr, flush=True)
 
@@ -279,12 +281,12 @@ def _tell(text: str) -> None:
 def _exit(code: int) -> NoReturn:
   with contextlib.suppress(OSError):
     sys.stdout.flush()
-  os._exit(code)  # without JAX's barrier, at which nobody would come, or which is behind
+  os._exit(code)  # without JAX's barrier, which the others would not reach or have already passed
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(number: int) -> None:
-  """Handler of SIGABRT, in C: JAX's C++ raises it in a thread where no handler of Python's runs."""
+  """C handler of SIGABRT: JAX's C++ raises it in a thread that runs no Python handlers."""
   try:
     if _peers is not None:
       _peers.missing()

@@ -1,4 +1,4 @@
-"""The language model: `Transformer` under one contract: tokens, logits, a plain stacked pytree."""
+"""The language model `Transformer`: tokens to logits, with parameters in a plain stacked pytree."""
 
 from beyond_outliers.model.transformer import Transformer
 

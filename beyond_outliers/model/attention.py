@@ -1,7 +1,7 @@
-"""Causal grouped-query attention. Rows of IMPLEMENTATIONS compute the same.
+"""Causal grouped-query attention. All rows of IMPLEMENTATIONS compute the same function.
 
 Legend: B batch, L length, H query heads, K key-value heads, G = H / K query heads per key head, Dh
-head width; S length of a block of queries, E keys up to its end.
+head width; S length of a block of queries, E number of keys up to its end.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# L queries make at most so many blocks of at least so many: neither the products nor the program
-# get out of hand.
+# Queries form at most MAX_BLOCKS blocks of at least MIN_BLOCK (the last may be shorter): the one
+# bounds the program's length, the other keeps products from becoming too small.
 MAX_BLOCKS, MIN_BLOCK = 8, 128
 
 
 def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, implementation):
-  """Softmax attention to the past and the token itself, if segments are given within its own.
+  """Softmax attention of each token to itself and the tokens before it; only within its segment, if
+  segments are given.
 
-  segment_ids: [B, L] or, of a tree of segments, [B, L, 2], as `Transformer` takes them.
-  implementation: row of IMPLEMENTATIONS. q carries the logits' scale. Scores and softmax are
-  float32 or wider, products take their operands as they come, the result has q's type.
+  segment_ids: [B, L], or [B, L, 2] for a tree of segments, as `Transformer` takes them.
+  implementation: row of IMPLEMENTATIONS. q already includes the scale of the scores. Scores and
+  softmax are float32 or wider, products use their operands' type, the result has q's type.
   Errors: ValueError for an implementation that is not in the table."""
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -30,7 +31,7 @@ def attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL=None, *, imple
 
 
 def plain(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """The readable reference: all scores at once."""
+  """The readable reference, which computes all scores at once."""
   scores_BxKxGxLxL = scores(q_BxLxHxDh, k_BxLxKxDh, segment_ids_BxL)
   probabilities_BxKxGxLxL = jax.nn.softmax(scores_BxKxGxLxL, axis=-1).astype(v_BxLxKxDh.dtype)
   return weighted_values(probabilities_BxKxGxLxL, v_BxLxKxDh).astype(q_BxLxHxDh.dtype)
@@ -46,7 +47,7 @@ def scores(q_BxLxHxDh, k_BxLxKxDh, segment_ids_BxL=None):
 
 
 def weighted_values(probabilities_BxKxGxLxL, v_BxLxKxDh):
-  """Means of the values with the softmax's weights: [B, L, H, Dh], float32 or wider."""
+  """Means of the values, weighted by the softmax: [B, L, H, Dh], float32 or wider."""
   y_BxLxKxGxDh = _product("bkglm,bmkd->blkgd", probabilities_BxKxGxLxL, v_BxLxKxDh)
   B, L, K, G, Dh = y_BxLxKxGxDh.shape
   return y_BxLxKxGxDh.reshape(B, L, K * G, Dh)
@@ -54,11 +55,11 @@ def weighted_values(probabilities_BxKxGxLxL, v_BxLxKxDh):
 
 @jax.custom_vjp
 def blockwise(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """A block of queries at a time against the keys up to its end.
+  """Attention by blocks of queries, each against the keys up to its end.
 
-  About half the FLOPs of `plain`, and the scores of one block in memory.
+  About half the FLOPs of `plain`, with the scores of only one block in memory.
 
-  The backward pass computes the probabilities again, from the logarithm of their denominator (arXiv
+  The backward pass recomputes the probabilities from the logarithm of their denominator (arXiv
   2205.14135)."""
   return _blockwise_forward(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL)[0]
 
@@ -117,9 +118,9 @@ blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
-  """jax.nn's attention: cuDNN's kernel for 16-bit types on a GPU, else the whole matrix of scores.
+  """jax.nn's attention: cuDNN's kernel for 16-bit types on a GPU, otherwise by all scores at once.
 
-  Errors: ValueError for float64, whose softmax jax.nn computes in float32."""
+  Errors: ValueError for float64, since jax.nn computes the softmax in float32."""
   if q_BxLxHxDh.dtype == jnp.float64:
     raise ValueError(
       "model.attention = 'fused' in float64: its softmax is float32; take 'blockwise' or 'plain'"
@@ -128,7 +129,7 @@ def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
   if segment_ids_BxL is not None:
     mask = _of_segment(segment_ids_BxL, segment_ids_BxL)[:, None]
   kernel = "cudnn" if jax.default_backend() == "gpu" and q_BxLxHxDh.dtype.itemsize == 2 else "xla"
-  # float32 is float32 on TPU and GPU too.
+  # Full float32 on TPU and GPU too, whose default is less.
   with jax.default_matmul_precision("highest" if q_BxLxHxDh.dtype.itemsize >= 4 else None):
     return jax.nn.dot_product_attention(
       q_BxLxHxDh,
@@ -145,7 +146,7 @@ IMPLEMENTATIONS = {"plain": plain, "blockwise": blockwise, "fused": fused}
 
 
 def _product(axes, a, b):
-  # float32 is float32 on TPU and GPU too.
+  # Full float32 on TPU and GPU too, whose default is less.
   precision = jax.lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
   wide = jnp.promote_types(a.dtype, jnp.float32)
   return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
@@ -158,8 +159,8 @@ def _blocks(L):
 
 
 def _mask(start, end, segment_ids_BxL):
-  """Which keys 0..end the queries start..end see: broadcasts to [B, K, G, S, E]."""
-  # Computed where it is used: a constant of L² would lie in the program, on every device.
+  """Which of the keys 0..end the queries start..end see; broadcasts to [B, K, G, S, E]."""
+  # Computed rather than a constant, which would put L² numbers into the program on every device.
   query, key = (jax.lax.broadcasted_iota(jnp.int32, (end - start, end), axis) for axis in (0, 1))
   causal_SxE = query + start >= key
   if segment_ids_BxL is None:
@@ -169,7 +170,7 @@ def _mask(start, end, segment_ids_BxL):
 
 
 def _of_segment(query_ids, key_ids):
-  """Which keys are of the queries' segments, [B, S, E], or of those that a tree's go on from."""
+  """Which keys belong to the queries' segments, [B, S, E]; in a tree, also to their ancestors."""
   if query_ids.ndim == 2:
     return query_ids[:, :, None] == key_ids[:, None, :]
   number_BxSx1, key_ids_Bx1xEx2 = query_ids[:, :, None, 0], key_ids[:, None]

@@ -1,4 +1,4 @@
-"""Forward pass of a model on a batch, with the run's choice of what attention may cross."""
+"""Forward pass of a model on a batch, with the run's choice whether attention crosses documents."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from beyond_outliers.types import Batch, Params
 class Forward(Protocol):
   """forward(params, batch, **options of model.apply) -> logits [B, L, V].
 
-  With `mutable`, (logits, variables of those collections), as flax returns them."""
+  With `mutable`, (logits, variables of those collections), as in flax."""
 
   def __call__(self, params: Params, batch: Batch, **options: Any) -> Any: ...
 
 
 def make_forward(model: Any, mask_documents: bool) -> Forward:
-  """A model under the one contract, bound to the batch's fields that it reads.
+  """The model's forward pass as a function of (params, batch), which picks the fields of the batch.
 
-  mask_documents: a token attends only to its own document, and positions restart with each. Without
-  it the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
+  mask_documents: a token attends only to its own document, and positions restart with each one.
+  Otherwise the stream is plain causal text, as in the study (arXiv 2509.23500, section 3)."""
 
   def forward(params: Params, batch: Batch, **options: Any) -> Any:
     segment_ids, positions = (

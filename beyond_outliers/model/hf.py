@@ -1,6 +1,7 @@
 """Reads and writes Hugging Face directories (config.json and safetensors files) of OLMo2 and Llama.
 
-There one tensor per layer, matrices as (out, in); here stacked layers and (in, out) kernels.
+They hold one tensor per layer, with matrices as (out, in); here layers are stacked, with kernels as
+(in, out).
 """
 
 from __future__ import annotations
@@ -45,26 +46,26 @@ class Entry(NamedTuple):
 
   name: str
   shape: tuple[int, ...]
-  path: str  # of the parameter of ours that holds it
-  depth: int | None  # which slice of that one; None: all of it
+  path: str  # of our parameter that holds it
+  depth: int | None  # index of the slice of that parameter; None: all of it
 
 
 def load(
   directory: PathLike, *, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[transformer.Transformer, Params]:
-  """A Hugging Face directory as (model, parameters), under the model contract.
+  """A Hugging Face directory as (Transformer, its parameters).
 
-  dtype: of the parameters, in the place of that of the files, and `model.config.dtype`: float32,
-    bfloat16 or, under jax_enable_x64, float64. To compute in bfloat16 on float32 parameters, load
-    float32 and replace the config's dtype.
-  mesh: devices for the parameters, split as `mesh.shardings` says; a process reads only what its
-    devices hold. Without it, the default device.
-  One stacked parameter at a time is in host memory. Settings that no such directory has get the
-  plainest value: blockwise attention, no unrolling, no remat. The model keeps the directory as its
-  `origin`.
-  Errors: ConfigError for what config.json asks of the model and it can't do, for tensors that don't
-    fit or are not finite in dtype, for an adapter beside them, and for files that are not those
-    that `save` wrote there."""
+  dtype: of the parameters, whatever the files', and of `model.config.dtype`: float32, bfloat16 or,
+    under jax_enable_x64, float64. To compute in bfloat16 with float32 parameters, load float32 and
+    replace the config's dtype.
+  mesh: devices for the parameters, split by `mesh.shardings`; a process reads only what its devices
+    hold. Without it, the default device.
+  Only one stacked parameter at a time is in host memory. Settings that such a directory does not
+  have get the plainest value: blockwise attention, no unrolling, no remat. The model keeps the
+  directory as its `origin`.
+  Errors: ConfigError for a config.json that asks for what the model can't do, for tensors that
+    don't fit or are not finite in dtype, for an adapter in the directory, and for files that differ
+    from those that `save` wrote there."""
   directory, dtype = pathlib.Path(directory), float_type(dtype)
   hf_files.require_model(directory)
   check_folder(directory)
@@ -105,20 +106,20 @@ def save(
   like: PathLike | None = None,
   shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes a directory that transformers and `load` read, in the parameters' own dtype, one file at
-  a time in memory.
+  """Writes a directory that transformers and `load` can read, in the parameters' own dtype, with
+  one file at a time in memory.
 
   context: the longest window the model was trained on. bos_token_id, eos_token_id: tokens that
-    begin and end a text. Of a run: **run.generation.
-  like: a Hugging Face directory of such a model, by default the one that it was loaded from, whose
-    other fields of config.json are kept, and its tokenizer, chat template and generation_config
-    (hf_files.COMPANIONS); also the three above unless they are given. Without it there are no such
-    tokens, and transformers takes windows of 2048 tokens.
-  shard_bytes: the most that a file holds, a larger single tensor excepted; several files have an
-    index.
-  Errors: ConfigError for a model trained quantized, whose products the files can't hold, an
-  architecture that neither family has, parameters of another model or that are no finite floats,
-  `like` of another vocabulary or other widths, and a directory that already holds a model."""
+    begin and end a text. For a run, **run.generation gives all three.
+  like: a Hugging Face directory of such a model; by default the one it was loaded from. Kept from
+    it: other fields of config.json, the tokenizer, chat template and generation_config
+    (hf_files.COMPANIONS), and the three above unless given. Without it there are no such tokens,
+    and transformers assumes windows of 2048 tokens.
+  shard_bytes: the size limit of a file, except for one larger tensor; if there are several files,
+    an index is written.
+  Errors: ConfigError for a model trained quantized, whose products the files can't represent, an
+  architecture that neither family has, parameters that are another model's or not finite floats,
+  `like` with another vocabulary or other widths, and a directory that already holds a model."""
   _check_plain(model)
   check_floats(params)
   leaves = leaves_by_path(params)
@@ -131,7 +132,7 @@ def save(
 
 
 def longest_window(directory: PathLike) -> int:
-  """Tokens of the longest window that a directory's model is for. Errors: ConfigError."""
+  """The longest window of a directory's model, in tokens. Errors: ConfigError."""
   directory = pathlib.Path(directory)
   hf_files.require_model(directory)
   return hf_config.positions(hf_files.json_object(directory / hf_files.CONFIG))
@@ -140,11 +141,11 @@ def longest_window(directory: PathLike) -> int:
 def description(
   model: Any, dtype: str, given: Json, like: PathLike | None
 ) -> tuple[Json, dict[str, bytes]]:
-  """(config.json, {name: content} of the files beside it) of a Transformer.
+  """(config.json, {name: content} of its companion files) of a Transformer.
 
-  given: as `hf_config.to_json`.
+  given: as in `hf_config.to_json`.
 
-  Errors: ConfigError."""
+  Errors: ConfigError, as there."""
   origin = model.origin if like is None else like
   if origin is None:
     return hf_config.to_json(model.config, dtype, None, given), {}
@@ -160,7 +161,7 @@ def description(
   beside = hf_files.companions(source)
   described = hf_config.to_json(model.config, dtype, fields, given)
   tokens = {name: value for name, value in given.items() if name in hf_config.TOKENS}
-  if hf_files.GENERATION in beside:  # whose tokens go before those of config.json
+  if hf_files.GENERATION in beside:  # its tokens take precedence over config.json's
     generation = {**hf_files.json_object(source / hf_files.GENERATION), **tokens}
     hf_config.check_token_ids(model.config, generation, f"like: {hf_files.GENERATION}: ")
     if tokens:
@@ -169,7 +170,7 @@ def description(
 
 
 def entries(family: hf_config.Family, c: config.Model) -> list[Entry]:
-  """All tensors of the model's files, depths in order."""
+  """All tensors of the model's files, by depth within each parameter."""
   every = []
   for path, shape in _shapes(c).items():
     template = family.names[path]
@@ -188,7 +189,7 @@ def _shapes(c: config.Model) -> dict[str, tuple[int, ...]]:
 
 
 def _check_plain(model: Any) -> None:
-  """Refusal of a model that multiplies otherwise than those of the files do."""
+  """Refuses a model whose products are not the plain ones that the files imply."""
   own = model.dot_general_for or (lambda path: None)
   quantized = next((path for path in model.contractions() if own(path) is not None), None)
   require(
@@ -211,14 +212,15 @@ def _check_params(model: Any, params: Params) -> None:
 def _reader(
   path: str, sources: Sequence[tuple[str, Any]], shape: tuple[int, ...], dtype: np.dtype
 ) -> Reader:
-  """index -> that part of our parameter, reading only the parts of the tensors that hold it.
+  """A function from an index to that part of our parameter, which reads only the necessary parts of
+  the tensors.
 
-  sources: (name for messages, tensor)."""
+  sources: (name for messages, tensor), by depth."""
 
   def one(named, index):
     name, source = named
     part = source[index[::-1]].T if is_kernel(path) else source[index]
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # reported below
       part = part.astype(dtype, copy=False)
     remedy = f"NaN, or beyond {dtype.name}; choose another checkpoint, or a wider dtype"
     require(bool(np.isfinite(part).all()), name, "not finite", remedy)
@@ -247,8 +249,8 @@ def _place(
 
 
 def tensor(leaf: Any, entry: Entry) -> np.ndarray:
-  """The array that a file holds under the entry's name.
+  """The array to store under the entry's name.
 
-  The embedding is (vocabulary, width) there and here."""
+  Kernels are transposed; the embedding is (vocabulary, width) in both formats."""
   array = np.asarray(leaf if entry.depth is None else leaf[entry.depth])
   return np.ascontiguousarray(array.T if is_kernel(entry.path) else array)

@@ -1,4 +1,4 @@
-"""Hugging Face families that the model equals, OLMo2 and Llama: parameter names, config.json."""
+"""Hugging Face families that the model can be, OLMo2 and Llama: parameter names and config.json."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from beyond_outliers.types import Json
 
 
 class Family(NamedTuple):
-  """A `model_type`: the switches of `config.Model` that make it, and its names of parameters."""
+  """A `model_type`: the switches of `config.Model` that produce it, and its parameter names."""
 
   architecture: str
   switches: Mapping[str, Any]
-  names: Mapping[str, str]  # path of ours -> name of theirs; {} stands for the depth
+  names: Mapping[str, str]  # our path -> their name; {} stands for the depth
 
 
 _SWITCHES = {
@@ -75,17 +75,17 @@ FIELDS = (
   ("init_std", "initializer_range", float),
   ("tied", "tie_word_embeddings", bool),
 )
-# The meaning of a config.json that lacks the field, or holds null.
+# The value that a config.json implies if it lacks the field or holds null.
 ABSENT = {
   "num_key_value_heads": lambda fields: fields["num_attention_heads"],
   "head_dim": lambda fields: fields["hidden_size"] // fields["num_attention_heads"],
   "initializer_range": lambda fields: 0.02,
   "tie_word_embeddings": lambda fields: False,
 }
-ROPE_BASE_ABSENT = 10000.0  # of a config older than the field
+ROPE_BASE_ABSENT = 10000.0  # for configs older than the field
 POSITIONS, POSITIONS_ABSENT = "max_position_embeddings", 2048
 LARGEST = 2**31 - 1  # of a count or a width
-# Fields that change the arithmetic, and the one value we implement. Other fields change nothing.
+# Fields that change the arithmetic, with the one value we implement. Other fields change nothing.
 ONLY = {
   "hidden_act": "silu",
   "attention_bias": False,
@@ -99,17 +99,18 @@ ONLY = {
 ROPE_ONLY = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 
-# Fields of a source that a copy leaves out: other names of what `to_json` writes, and code.
+# Fields of a source that are not copied: other names for what `to_json` writes, references to code,
+# and descriptions of quantization.
 NOT_KEPT = ("dtype", "rope_scaling", "auto_map", "quantization_config", "compression_config")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# In what a source must be the model, beside its family. Not in all: since it was loaded, blocks may
-# have been dropped, or the head untied.
+# The fields, besides the family, in which a source must equal the model. Others may differ: since
+# the model was loaded, blocks may have been dropped or the head untied.
 SAME = ("vocab", "heads", "kv_heads", "d_model", "d_head", "mlp_hidden")
 ANOTHER = "give the directory of such a model as like, or save model.clone(origin=None)"
 
 
 def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
-  """The model that a config.json describes.
+  """The family and the model that a config.json describes.
 
   Errors: ConfigError naming the file, and the field that is missing or not supported."""
   fields = hf_files.json_object(file)
@@ -121,7 +122,7 @@ def read_config(file: pathlib.Path, dtype: str) -> tuple[Family, config.Model]:
 
 
 def positions(fields: Mapping[str, Any]) -> int:
-  """The longest window that a config.json's model is for. Errors: ConfigError."""
+  """The longest window of a config.json's model, in tokens. Errors: ConfigError."""
   return _field({POSITIONS: POSITIONS_ABSENT, **_present(fields)}, POSITIONS, int)
 
 
@@ -150,10 +151,10 @@ def to_json(
 ) -> Json:
   """The fields of config.json.
 
-  source: of the config.json that the model comes from, kept where this program has no say. given:
-  POSITIONS and TOKENS in the place of the source's.
-  Errors: ConfigError when no family has the model's switches, or transformers not its widths; for
-  the source of another model, and values that the model cannot have."""
+  source: fields of the config.json that the model comes from; kept where this program sets nothing.
+  given: POSITIONS and TOKENS that replace the source's.
+  Errors: ConfigError when no family has the model's switches, when transformers does not allow its
+  widths, and for another model's source or values that the model cannot have."""
   model_type = _model_type(c)
   if c.d_model % c.heads:
     raise config.ConfigError(
@@ -164,8 +165,8 @@ def to_json(
   kept = {name: value for name, value in (source or {}).items() if name not in NOT_KEPT}
   if source is not None:
     _check_source(c, model_type, _present(kept), given)
-  # Tokens that nobody names are none: left out, transformers' defaults would hold. Those of a
-  # source that leaves them out do.
+  # Tokens that are not given are written as null: if left out, transformers' defaults would apply.
+  # With a source they are left out where it leaves them out.
   general = {**(kept or dict.fromkeys(TOKENS)), **given}
   fixed = {name: ONLY[name] for name in ("hidden_act", "attention_bias", "attention_dropout")}
   return {
@@ -184,7 +185,7 @@ def to_json(
 def given(
   context: int | None, bos_token_id: int | None, eos_token_id: int | Sequence[int] | None
 ) -> Json:
-  """Fields of config.json by the arguments of `hf.save` that are not None."""
+  """The arguments of `hf.save` that are not None, as fields of config.json."""
   return _present({POSITIONS: context, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id})
 
 
@@ -195,7 +196,7 @@ def _check_given(c: config.Model, given: Mapping[str, Any]) -> None:
 
 
 def check_token_ids(c: config.Model, fields: Mapping[str, Any], prefix: str = "") -> None:
-  """Refusal of TOKENS that the model does not know. Errors: ConfigError."""
+  """Refuses TOKENS that the model does not know. Errors: ConfigError."""
   for name, value in _present(fields).items():
     if name in TOKENS:
       ids = value if isinstance(value, Sequence) else [value]
@@ -208,8 +209,8 @@ def check_token_ids(c: config.Model, fields: Mapping[str, Any], prefix: str = ""
 def _check_source(
   c: config.Model, model_type: str, source: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
-  """Refusal of what would be kept of another model: its tokens would end this one's texts, and
-  `read_config` refuse what was written."""
+  """Refuses another model's source: its tokens would end this one's texts, and `read_config` would
+  refuse what was written."""
   like = source.get("model_type")
   require(like == model_type, "like: model_type", like, f"the model is {model_type!r}; {ANOTHER}")
   for ours, theirs, _ in FIELDS:
@@ -251,7 +252,7 @@ def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
   if name not in fields and name not in ABSENT:
     raise config.ConfigError(f"{name}: missing from config.json; add it")
   value = fields[name] if name in fields else ABSENT[name](fields)
-  # A whole number is as good, unless it is longer than any float.
+  # A whole number will do for a float, unless it exceeds all floats.
   value = float(value) if kind is float and type(value) is int and abs(value) < 1e300 else value
   if type(value) is not kind:
     raise config.ConfigError(
@@ -274,7 +275,7 @@ def _check_only(fields: Mapping[str, Any], only: Mapping[str, Any], prefix: str)
 
 
 def _rope_base(fields: Mapping[str, Any]) -> float:
-  """Base from `rope_theta` or `rope_parameters`, whose older name is `rope_scaling`."""
+  """The rotary base, from `rope_theta` or `rope_parameters` (formerly `rope_scaling`)."""
   bases = {"rope_theta": _field(fields, "rope_theta", float)} if "rope_theta" in fields else {}
   for section in ("rope_parameters", "rope_scaling"):
     rope = _present(_field(fields, section, dict)) if section in fields else {}

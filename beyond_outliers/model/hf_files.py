@@ -1,4 +1,4 @@
-"""Files of a Hugging Face directory: tensors, their index, config.json and what lies beside it."""
+"""Files of a Hugging Face directory: tensors, their index, config.json and its companions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from beyond_outliers.types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-ADAPTER = "adapter_config.json"  # of LoRA and its like, by peft
-# What generating text needs beside weights, by name: no code, and nothing that runs as it is read.
+ADAPTER = "adapter_config.json"  # of LoRA and similar methods, written by peft
+# Files that generating text needs besides the weights: no code, and nothing that runs when read.
 COMPANIONS = (
   GENERATION,
   "tokenizer.json",
@@ -34,11 +34,11 @@ COMPANIONS = (
   "chat_template.jinja",
   "chat_template.json",
 )
-IGNORED = ".rotary_emb.inv_freq"  # in old Llama files; follows from the rotary base
+IGNORED = ".rotary_emb.inv_freq"  # in old Llama files; determined by the rotary base
 
 
 def require_file(directory: pathlib.Path, name: str) -> None:
-  """Refusal of a directory without the file. Errors: ConfigError, as in all that follow."""
+  """Refuses a directory without the file. Errors: ConfigError, as for all functions below."""
   require(
     (directory / name).is_file(),
     "directory",
@@ -48,7 +48,7 @@ def require_file(directory: pathlib.Path, name: str) -> None:
 
 
 def require_model(directory: pathlib.Path) -> None:
-  """Refusal of a directory without a model, or with a change of its weights beside them."""
+  """Refuses a directory without a model, or with an adapter that would change its weights."""
   require(
     not (directory / ADAPTER).exists(),
     "directory",
@@ -68,7 +68,7 @@ def json_object(file: pathlib.Path) -> Json:
 
 
 def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """Every tensor by name, not yet read, of the single file or of those that the index names."""
+  """Every tensor, unread, by name, from the single file or from those that the index names."""
   places = {} if (directory / SINGLE).exists() else _read_index(directory)
   tensors: dict[str, Any] = {}
   found: dict[str, str] = {}
@@ -101,7 +101,7 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str]:
-  """{tensor: its file, in the directory itself}; nothing where there is no index."""
+  """{tensor: its file's name, in the same directory}; empty if there is no index."""
   if not (directory / INDEX).exists():
     return {}
   places: Any = json_object(directory / INDEX).get("weight_map")
@@ -119,7 +119,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str]:
 
 
 def companions(directory: pathlib.Path) -> dict[str, bytes]:
-  """The COMPANIONS that a directory has, by name."""
+  """Contents of the COMPANIONS that a directory has, by name."""
   check_folder(directory, (CONFIG, *COMPANIONS))
   files = {name: directory / name for name in COMPANIONS}
   return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
@@ -132,12 +132,13 @@ def write_directory(
   shard_bytes: int,
   beside: Mapping[str, bytes],
 ) -> None:
-  """Writes tensors made lazily, one file at a time in memory; the files `beside` them; the SHA-256
-  sums of all, which other programs pass over; and, last, `described` as config.json.
+  """Writes tensors, which are made lazily so that one file at a time is in memory; the files
+  `beside`; SHA-256 sums of all files, which other programs ignore; and last `described`, as
+  config.json.
 
   Errors: ConfigError for a directory that already holds files of a model, or cannot be written."""
   make_folder(directory, ConfigError, "choose another", "directory")
-  # Whichever of COMPANIONS are written: what lies beside a model counts as its own.
+  # Any of COMPANIONS, written here or not: those in a model's directory count as the model's.
   taken = sorted(
     path.name
     for path in directory.iterdir()
@@ -150,7 +151,7 @@ def write_directory(
 
   parts, total = [], 0
   for shard in _shards(tensors, shard_bytes):
-    part = directory / f"part-{len(parts)}.safetensors"  # the final name holds their number
+    part = directory / f"part-{len(parts)}.safetensors"  # final names contain the number of files
     write_tensors(part, shard, {"format": "pt"})
     parts.append((part, list(shard)))
     total += sum(array.nbytes for array in shard.values())
@@ -165,7 +166,7 @@ def write_directory(
   for name, content in beside.items():
     with replaced(directory / name) as temporary:
       temporary.write_bytes(content)
-  # Last, and whole: the remains of a crash do not pass for a model.
+  # Last, and atomically: what a crash leaves behind does not pass for a model.
   with replaced(directory / CONFIG) as temporary:
     temporary.write_bytes(as_json(described))
     names = sorted({*weight_map.values(), *beside})
@@ -174,7 +175,7 @@ def write_directory(
 
 
 def as_json(value: Json) -> bytes:
-  """A JSON file's content."""
+  """`value` as the content of a JSON file."""
   return (json.dumps(value, indent=2) + "\n").encode()
 
 

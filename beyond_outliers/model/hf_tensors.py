@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face files against the model that config.json describes, before reading."""
+"""Checks of Hugging Face tensors against the model that config.json describes, before reading."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from beyond_outliers.errors import ConfigError
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 PREFIX, HEAD, EMBEDDING = "model.", "lm_head.weight", "model.embed_tokens.weight"
-COMPARED = 2**22  # numbers of a head and an embedding at once
+COMPARED = 2**22  # numbers of head and embedding that are compared at a time
 
 
 def of_family(tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """The tensors by the names of a model with a head; saved without one they have no PREFIX."""
+  """The tensors, named as in a model with a head: models saved without a head have no PREFIX."""
   if any(name.startswith(PREFIX) for name in tensors):
     return dict(tensors)
   return {name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def without_head(directory: pathlib.Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
-  """The tensors of a tied model but a head that equals the embedding: some are published so."""
+  """A tied model's tensors without the head that some files hold; it must equal the embedding.
+
+  Errors: ConfigError."""
   if HEAD in tensors and EMBEDDING in tensors:
-    for name in (HEAD, EMBEDDING):  # first: numpy cannot read all types
+    for name in (HEAD, EMBEDDING):  # before they are compared: numpy cannot read all types
       _check_type(directory, name, tensors[name])
     require(
       _equal(tensors[HEAD], tensors[EMBEDDING]),
@@ -41,7 +43,7 @@ def without_head(directory: pathlib.Path, tensors: Mapping[str, Any]) -> dict[st
 def check_tensors(
   directory: pathlib.Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-  """Refusal of tensors other than these, or of types that hold no plain numbers.
+  """Refuses tensors with other names or shapes than `shapes` has, or of types that are not floats.
 
   Errors: ConfigError."""
   missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
@@ -64,7 +66,7 @@ def check_tensors(
 
 
 def _equal(a: Any, b: Any) -> bool:
-  """Whether two matrices of files have the same numbers, in whatever types."""
+  """Whether two matrices in files hold the same numbers, whatever their types."""
   shape = a.get_shape()
   if shape != b.get_shape() or len(shape) != 2:
     return False

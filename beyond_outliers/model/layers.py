@@ -1,4 +1,4 @@
-"""The parts of a decoder block. None of them knows the mesh, the optimizer or the quantizer.
+"""The parts of a decoder block. None of them depends on the mesh, the optimizer or the quantizer.
 
 Legend: B batch, L length, D model width, H query heads, K key-value heads, Dh head width, F hidden
 width, V vocabulary.
@@ -18,30 +18,32 @@ from beyond_outliers.model import attention
 from beyond_outliers.ops import dot
 
 # Makes what a linear layer calls instead of lax.dot_general: a module class, or a function that
-# makes a module. None: plain.
+# returns a module. None: the plain product.
 DotGeneralCls = Callable[[], Any]
 DotGenerals = Mapping[str, DotGeneralCls | None]  # of a block, by kind of linear layer
-DotGeneralFor = Callable[[str], DotGeneralCls | None]  # by path, as `layers/3/mlp/up`
+DotGeneralFor = Callable[[str], DotGeneralCls | None]  # takes a path such as `layers/3/mlp/up`
 
 
 def at_least_float32(dtype: Any) -> jnp.dtype:
-  """Dtype of norms, rotary embedding and residual stream: float32, or float64 when all else is."""
+  """Dtype of norms, rotary embedding and residual stream: float32, or float64 if `dtype` is."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 def as_operand(weights, dtype):
-  """Weights for a dot in `dtype`. Wider ones go in as stored: the dot casts them, and their
-  gradient keeps its float32 sums.
+  """Weights as operand of a product in `dtype`. Wider ones are passed as stored: the product casts
+  them, and their gradient keeps its float32 sums.
 
-  A quantized matrix in an array's place goes in as it is: its dot_general knows it."""
+  A quantized matrix is passed as it is: its dot_general handles it."""
   if not hasattr(weights, "astype"):
     return weights
   return weights.astype(jnp.promote_types(weights.dtype, dtype))
 
 
 def whole(weights, axes):
-  """Weights whole along "embed", which splits their storage alone: XLA would rather gather all
-  devices' activations, which are more, for their gradient. A quantized matrix as it is."""
+  """Weights gathered along "embed", the axis along which only their storage is split. Otherwise XLA
+  would gather all devices' activations, which are larger, for the weights' gradient.
+
+  A quantized matrix is returned as it is."""
   if not hasattr(weights, "astype"):
     return weights
   return nn.with_logical_constraint(weights, tuple(a if a != "embed" else None for a in axes))
@@ -50,8 +52,8 @@ def whole(weights, axes):
 class Linear(nn.Module):
   """x @ kernel, without bias.
 
-  Rows of all sequences form one matrix: [B, L, in] is [B·L, in], which CPUs prefer.
-  Operands in `dtype`; the result is float32 where the operands are narrower (see dot.py)."""
+  The rows of all sequences form one matrix, [B·L, in], which is faster on CPUs.
+  Operands are in `dtype`; the result is float32 if they are narrower (see ops/dot.py)."""
 
   features: int
   axes: tuple[str, str]  # logical names of the kernel's two axes
@@ -74,7 +76,7 @@ class Linear(nn.Module):
 class RmsNorm(nn.Module):
   """x / sqrt(mean x² + eps) · gain, over the last axis, in at least float32.
 
-  per_channel: a gain per feature; or a single one, as in arXiv 2506.19697."""
+  per_channel: one gain per feature; otherwise a single one, as in arXiv 2506.19697."""
 
   eps: float
   per_channel: bool = True
@@ -94,7 +96,7 @@ def rms_norm(c: config.Model, name: str | None = None) -> RmsNorm:
 
 
 class Add(nn.Module):
-  """The residual add: a module, so that error analysis can see its two inputs."""
+  """The residual add, a module so that error analysis can see its two inputs."""
 
   def __call__(self, stream, branch):
     return stream + branch
@@ -133,10 +135,10 @@ def apply_rotary(x_BxLxHxDh, positions, *, base: float, layout: str):
 
 
 def queries_and_keys(c: config.Model, q, k, scale_H, positions):
-  """(q_BxLxHxDh, k_BxLxKxDh) as their products are the scores: with positions, normalised by their
-  length if so configured, the queries times the logits' scale.
+  """(q_BxLxHxDh, k_BxLxKxDh), whose products are attention's scores: rotated by position,
+  normalised to unit length if so configured, and queries multiplied by the scores' scale.
 
-  q, k: [B, L, heads·Dh], what the linear layers (and norms behind them) return. scale_H: learned
+  q, k: [B, L, heads·Dh], outputs of the linear layers or of the norms after them. scale_H: learned
   scales, or None for 1 / sqrt(Dh)."""
   (B, L, _), dtype = q.shape, jnp.dtype(c.dtype)
   q_BxLxHxDh = q.astype(at_least_float32(dtype)).reshape(B, L, c.heads, c.d_head)
@@ -153,7 +155,7 @@ def queries_and_keys(c: config.Model, q, k, scale_H, positions):
 
 
 class Attention(nn.Module):
-  """Grouped-query causal self-attention with rotary embedding and a query-key normalisation."""
+  """Grouped-query causal self-attention with rotary embedding and optional query-key norms."""
 
   config: config.Model
   dot_generals: DotGenerals
@@ -188,7 +190,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two matrices and a squared ReLU, or three and a gated SiLU."""
+  """Two matrices with a squared ReLU, or three with a gated SiLU."""
 
   config: config.Model
   dot_generals: DotGenerals
@@ -212,7 +214,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention, then MLP, each added to the residual stream, with norms before or behind each."""
+  """Attention, then MLP, each added to the residual stream, with a norm before or after each."""
 
   config: config.Model
   dot_generals: DotGenerals

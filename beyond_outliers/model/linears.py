@@ -1,4 +1,4 @@
-"""The linear layers of a model: their paths, the widths that they sum over, their parameters."""
+"""The linear layers of a model: their paths, contraction widths and parameters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from beyond_outliers.types import Params
 
 
 def linear_paths(c: config.Model) -> list[str]:
-  """The kinds of linear layers in a block: their paths behind `layers/<depth>/`."""
+  """The kinds of linear layers in a block: their paths after `layers/<depth>/`."""
   mlp = ["mlp/up", "mlp/gate", "mlp/down"] if c.mlp == "swiglu" else ["mlp/up", "mlp/down"]
   return ["attention/q", "attention/k", "attention/v", "attention/o", *mlp]
 
 
 def contractions(c: config.Model) -> dict[str, tuple[int, bool]]:
-  """Contraction width of every linear layer by path; whether it is split over mesh axis `model`."""
+  """Linear layers by path: (contraction width, whether mesh axis `model` splits it)."""
   inputs = {"attention/o": (c.heads * c.d_head, True), "mlp/down": (c.mlp_hidden, True)}
   of_blocks = {
     layer_path(depth, kind): inputs.get(kind, (c.d_model, False))
@@ -33,8 +33,8 @@ class Linears(NamedTuple):
 
   paths: tuple[str, ...]  # as `dot_general_for` takes them, by depth
   kernels: jax.Array  # [depths, two axes of a matrix]
-  axis: int  # of a matrix, that is summed over
-  own: Params  # parameters of their dot_generals, by depth
+  axis: int  # a matrix's axis that is summed over
+  own: Params  # parameters of their dot_generals, depth first
 
 
 def linears(c: config.Model, params: Params) -> dict[str, Linears]:
@@ -50,7 +50,7 @@ def linears(c: config.Model, params: Params) -> dict[str, Linears]:
 
 
 def of_dot_generals(c: config.Model, tree: Params) -> dict[str, Any]:
-  """The variables of the dot_generals by kind, of a tree like the parameters or of a collection
+  """The variables of dot_generals by kind, from a tree like the parameters or from a collection
   that was sown; kinds whose dot_general has none are left out."""
   found = {}
   for kind in linear_paths(c):

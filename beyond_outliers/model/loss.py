@@ -1,4 +1,4 @@
-"""Losses of a batch: cross entropy over a large vocabulary, and the divergence of two predictions.
+"""Losses: cross entropy over a large vocabulary, and the divergence between two predictions.
 
 Legend: B batch, L length, T = B·L tokens, V vocabulary.
 """
@@ -17,8 +17,8 @@ from beyond_outliers.types import Batch, Params
 def cross_entropy(logits_TxV, targets_T):
   """Negative log-likelihood in nats, [T], of integer targets, in float32 or wider.
 
-  Keeps the logits and one value per token for the backward pass, and makes the logits' gradient in
-  one sweep: half the memory of differentiating the log-softmax, at the same speed."""
+  Keeps the logits and one value per token for the backward pass, which computes the logits'
+  gradient in one sweep: half the memory of differentiating log-softmax, at the same speed."""
   return _forward(logits_TxV, targets_T)[0]
 
 
@@ -58,11 +58,11 @@ def token_losses(
 ) -> jax.Array:
   """Negative log-likelihood in nats of every target, [B, L], float32 at least; padding included.
 
-  rng: of what the model draws in training, such as stochastic rounding."""
+  rng: for what the model draws in training, such as stochastic rounding."""
   rngs = None if rng is None else dict.fromkeys(stack.STREAMS, rng)
   return forward(params, batch, rngs=rngs, method="losses", targets_BxL=batch["targets"])
 
 
 def flat_logits(logits_BxLxV: jax.Array) -> jax.Array:
-  """Logits of all tokens, [T, V]."""
+  """Logits of all tokens, reshaped to [T, V]."""
   return logits_BxLxV.reshape(-1, logits_BxLxV.shape[-1])

@@ -1,4 +1,4 @@
-"""The blocks of a model over one stacked tree of parameters, in as few scans as possible.
+"""The blocks of a model, run over one stacked tree of parameters in as few scans as possible.
 
 Legend: B batch, L length, D model width.
 """
@@ -24,18 +24,18 @@ POLICIES = {
   "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# Collections that modules may write under the scan; one not named here would silently stay empty.
+# Collections that modules may write inside the scan; others would silently stay empty.
 SOWN = ("intermediates", "statistics")
 
-# Streams of random numbers that modules may draw from, besides that of the initial parameters: each
-# layer gets its own.
+# Random streams that modules may draw from, besides that of the initial parameters; each layer gets
+# its own.
 STREAMS = ("rounding",)
 
 
 def dot_generals_at(
   c: config.Model, dot_general_for: DotGeneralFor | None, depth: int
 ) -> DotGenerals:
-  """The makers of the dot_generals of the block at `depth`."""
+  """What makes the dot_generals of the block at `depth`, by kind of linear layer."""
   return {
     kind: dot_general_for(layer_path(depth, kind)) if dot_general_for else None
     for kind in linear_paths(c)
@@ -43,7 +43,7 @@ def dot_generals_at(
 
 
 class ScannedBlocks(nn.Module):
-  """A scan over `length` equal blocks."""
+  """A scan over `length` blocks with equal dot_generals."""
 
   config: config.Model
   dot_generals: DotGenerals
@@ -53,8 +53,8 @@ class ScannedBlocks(nn.Module):
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
     c, block = self.config, layers.Block
     if c.remat != "none":
-      # A loop keeps XLA from merging what is recomputed with what was computed; where all layers
-      # are unrolled there is none.
+      # Inside a loop, XLA cannot merge the recomputation with the first computation. If all layers
+      # are unrolled there is no loop, and JAX has to prevent it.
       block = nn.remat(block, policy=POLICIES[c.remat], prevent_cse=not c.unroll)
     scan = nn.scan(
       block,
@@ -71,10 +71,10 @@ class ScannedBlocks(nn.Module):
 
 
 class ConsecutiveScans(nn.Module):
-  """A scan for each group of neighbouring depths whose linear layers are equal."""
+  """One scan for each group of consecutive depths with equal dot_generals."""
 
   config: config.Model
-  groups: tuple[tuple[DotGenerals, int], ...]  # (dot_generals, how many depths share them)
+  groups: tuple[tuple[DotGenerals, int], ...]  # (dot_generals, number of depths that share them)
 
   @nn.compact
   def __call__(self, x_BxLxD, segment_ids_BxL, positions):
@@ -85,7 +85,7 @@ class ConsecutiveScans(nn.Module):
 
 
 class Stack(nn.Module):
-  """All blocks over one stacked tree, in as few scans as `dot_general_for` allows."""
+  """All blocks, over one stacked tree, in as few scans as `dot_general_for` allows."""
 
   config: config.Model
   dot_general_for: DotGeneralFor | None
@@ -109,7 +109,7 @@ class Stack(nn.Module):
     return stack(x_BxLxD, segment_ids_BxL, positions)
 
   def groups(self) -> tuple[tuple[DotGenerals, int], ...]:
-    """Neighbouring depths with equal dot_generals, as `ConsecutiveScans` takes them."""
+    """Groups of consecutive depths with equal dot_generals, as `ConsecutiveScans` takes them."""
     each = [
       dot_generals_at(self.config, self.dot_general_for, depth)
       for depth in range(self.config.blocks)
@@ -120,7 +120,7 @@ class Stack(nn.Module):
 def _split(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
   """The parameters of each group of depths.
 
-  What was sown before stays outside: it only comes out of a module."""
+  Sown collections are not passed in: modules only write them."""
   if "params" not in variables:
     return {}
   ends = itertools.accumulate(lengths)
@@ -134,9 +134,10 @@ def _split(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
 
 
 def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
-  """One stacked tree of the groups' trees in each collection. Where others sowed and a depth did
-  not, it holds NaN, or 0 for integers; where others have a parameter, an unused 0, of which norms
-  know nothing."""
+  """For each collection, one stacked tree made of the groups' trees.
+
+  A depth that lacks what others sowed holds NaN there, or 0 for integers. A depth that lacks a
+  parameter of others holds an unused 0, which does not change norms."""
   joined = {}
   for collection, groups in variables.items():
     flat = [leaves_by_path(groups.get(f"run_{i}", {})) for i in range(len(lengths))]
@@ -155,6 +156,6 @@ def _join(variables: dict[str, Any], lengths: list[int]) -> dict[str, Any]:
 
 
 def _absent(like: Any, length: int, fill: float) -> jax.Array:
-  """An array of `length` depths like one of other depths that says: nothing here."""
+  """Filler for `length` depths that lack an array like this one."""
   value = fill if jnp.issubdtype(like.dtype, jnp.inexact) else 0
   return jnp.full((length, *like.shape[1:]), value, like.dtype)

@@ -1,4 +1,4 @@
-"""The decoder: the study's architecture (arXiv 2509.23500), and by other switches OLMo2 and Llama.
+"""The decoder: the study's architecture (arXiv 2509.23500), or with other switches OLMo2 or Llama.
 
 Layers are stacked: every parameter under `layers` has the depth as its first axis (params.py).
 Legend: B batch, L length, D model width, V vocabulary.
@@ -30,13 +30,14 @@ class Transformer(nn.Module):
   at least.
 
   segment_ids, positions: int32 [B, L]; with segment_ids a token attends only to its own segment.
-  Where segments go on from others, as a tree, [B, L, 2]: numbered depth first, a token's own and
-  the last that goes on from it (the intervals of FlashMask, arXiv 2410.01359).
+  If segments continue others, as in a tree, segment_ids is [B, L, 2]: with segments numbered depth
+  first, the token's own and the last of its descendants (the intervals of FlashMask, arXiv
+  2410.01359).
   dot_general_for: path of a linear layer (`layers/3/mlp/up`, `head`) -> what makes its dot_general,
-  or None for the plain one. Depths that get unequal answers run as separate scans over slices of
-  the same stacked parameters.
-  origin: the Hugging Face directory that the model was read from, if any: what else it holds goes
-  with the model when it is written."""
+  or None for the plain one. Depths with unequal answers run as separate scans over slices of the
+  same stacked parameters.
+  origin: the Hugging Face directory that the model was read from, if any; its other files are
+  copied when the model is written."""
 
   config: config.Model
   dot_general_for: layers.DotGeneralFor | None = None
@@ -58,18 +59,18 @@ class Transformer(nn.Module):
 
   @nn.nowrap
   def axes(self, params: Params | None = None) -> Any:
-    """A tree of `Axes` like the parameters, from the logical names: the `axes` of an optimizer."""
+    """`Axes` of the parameters, as a tree like them: the argument `axes` of an optimizer."""
     del params
     return axes(self)
 
   @nn.nowrap
   def contractions(self) -> dict[str, tuple[int, bool]]:
-    """Contraction width of every linear layer by path, and whether it is split."""
+    """Linear layers by path: (contraction width, whether mesh axis `model` splits it)."""
     return linears.contractions(self.config)
 
   @nn.nowrap
   def block(self, depth: int) -> layers.Block:
-    """The block at `depth` by itself: (x_BxLxD, segment_ids, positions) -> (x_BxLxD, None).
+    """The block at `depth` as a module: (x_BxLxD, segment_ids, positions) -> (x_BxLxD, None).
 
     Its parameters are the slices at `depth` of those under `layers`."""
     makers = dot_generals_at(self.config, self.dot_general_for, depth)
@@ -91,11 +92,11 @@ class Transformer(nn.Module):
     return nn.with_logical_constraint(x_BxLxD, ("batch", "length", None))
 
   def table(self):
-    """The embedding [V, D], gathered over fsdp: XLA partitions badly a look-up in split rows."""
+    """The embedding [V, D], gathered over fsdp: XLA partitions look-ups in split rows badly."""
     return layers.whole(self.embedding, ("vocab", "embed"))
 
   def logits(self, x_BxLxD):
-    """The head on what `hidden` returns, or on any [..., D]."""
+    """The head's output for what `hidden` returns, or for any [..., D]."""
     if not self.config.tied:
       return self.head(x_BxLxD).astype(layers.at_least_float32(self.config.dtype))
     dtype = jnp.dtype(self.config.dtype)
@@ -105,8 +106,8 @@ class Transformer(nn.Module):
     return y.reshape(*x_BxLxD.shape[:-1], self.config.vocab).astype(layers.at_least_float32(dtype))
 
   def losses(self, tokens_BxL, segment_ids=None, positions=None, *, targets_BxL):
-    """Negative log-likelihood in nats of every target, [B, L], float32 at least. The logits of a
-    head that is not quantized never exist as a whole."""
+    """Negative log-likelihood in nats of every target, [B, L], float32 at least. Unless the head is
+    quantized, its logits never exist all at once."""
     x_BxLxD, targets_T = self.hidden(tokens_BxL, segment_ids, positions), targets_BxL.reshape(-1)
     if self.dot_general_for is not None and self.dot_general_for("head") is not None:
       nll_T = cross_entropy(flat_logits(self.logits(x_BxLxD)), targets_T)
@@ -131,7 +132,7 @@ def init(model: Transformer, seed: int) -> Params:
 
 
 def boxed_shapes(model: Transformer) -> Any:
-  """The abstract parameters with their logical axis names."""
+  """The abstract parameters, boxed with their logical axis names."""
   return jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
   )
@@ -143,7 +144,7 @@ def shapes(model: Transformer) -> Params:
 
 
 def without_dot_general_params(c: config.Model, params: Params) -> Params:
-  """The parameters of the plain model: none that a dot_general has, as learned scales are."""
+  """The parameters of the plain model, without those of dot_generals, such as learned scales."""
 
   def common(like, tree):
     if not isinstance(like, dict):
@@ -154,7 +155,7 @@ def without_dot_general_params(c: config.Model, params: Params) -> Params:
 
 
 def axes(model: Transformer) -> Any:
-  """A tree of `Axes` like the parameters: batch, fan-in, fan-out axes, from the logical names."""
+  """`Axes` of the parameters (batch, fan-in, fan-out), derived from their logical names."""
   return jax.tree.map(
     lambda box: _axes(box.names),
     boxed_shapes(model),
@@ -167,13 +168,13 @@ def _axes(names: tuple[str, ...]) -> Axes:
   rest = [i for i in range(len(names)) if i not in batch]
   if len(rest) == 1:
     return Axes(batch, (), (rest[0],))
-  # The embedding is the head's matrix, transposed.
+  # The embedding's rows are outputs: it is the transpose of a head's matrix.
   fan_in, fan_out = reversed(rest) if names[rest[0]] == "vocab" else rest
   return Axes(batch, (fan_in,), (fan_out,))
 
 
 def count(params: Params) -> dict[str, int]:
-  """Parameters in all, of the embedding, and of the rest."""
+  """Numbers of parameters: in total, in the embedding, and in the rest."""
   total, embedding = sum(x.size for x in jax.tree.leaves(params)), params["embedding"].size
   return {"total": total, "embedding": embedding, "other": total - embedding}
 
@@ -183,7 +184,7 @@ def flops_per_token(c: config.Model, context: int) -> float:
 
   6 per matrix parameter, 12·blocks·heads·d_head·L for attention.
 
-  The usual accounting (arXiv 2204.02311, appendix B): the causal half is not discounted, the
+  The usual accounting (arXiv 2204.02311, appendix B): no discount for the causal mask, and the
   embedding look-up is free."""
   width, kv_width = c.heads * c.d_head, c.kv_heads * c.d_head
   mlp_matrices = 3 if c.mlp == "swiglu" else 2

@@ -1,1 +1,1 @@
-"""Operations that are not left to XLA or another library as they are, each with why and where."""
+"""Operations that are not left to XLA or another library as they are; each module says why."""

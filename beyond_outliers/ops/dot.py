@@ -1,7 +1,7 @@
-"""Matrix product of every linear layer: float32 sums of bfloat16 operands, forward and backward.
+"""Matrix product of all linear layers: bfloat16 operands summed in float32, forward and backward.
 
-Differentiating a float32 product of bfloat16 operands gives products with a float32 cotangent,
-which run at float32's speed. The rule here casts the cotangent to the operands' type first.
+Differentiating a float32 product of bfloat16 operands yields products with a float32 cotangent,
+which run at float32's speed. The rule here first casts the cotangent to the operands' type.
 
 Legend: T tokens, I in, O out.
 """
@@ -18,18 +18,18 @@ from beyond_outliers.ops.int_dot import dot_codes
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-  """lax.dot_general for linear layers, whose backward products run in the type of the operands too.
+  """lax.dot_general for linear layers, whose backward products also run in the operands' type.
 
-  lhs: [T, I]; rhs: [I, O], or [O, I] with dimension_numbers (((1,), (1,)), ((), ())). Where one
-  operand is bfloat16 the other is cast to it, and each gets its cotangent in its own type: pass a
+  lhs: [T, I]; rhs: [I, O], or [O, I] with dimension_numbers (((1,), (1,)), ((), ())). If one
+  operand is bfloat16 the other is cast to it, but each gets its cotangent in its own type: pass a
   float32 kernel uncast, and its gradient keeps its float32 sums. The result is at least float32
   unless preferred_element_type says otherwise: on CPU a bfloat16 result halves the speed, elsewhere
-  XLA fuses the cast that follows.
+  XLA fuses a cast that follows.
   Errors: ValueError for other shapes."""
   narrow = min(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
   operands = narrow if narrow.itemsize < 4 else jnp.promote_types(lhs.dtype, rhs.dtype)
   out = jnp.dtype(preferred_element_type or jnp.promote_types(operands, jnp.float32))
-  # Whoever asks for float32 gets it: by default TPUs take bfloat16 passes, recent GPUs TF32.
+  # Float32 means float32: by default TPUs multiply it in bfloat16 passes, and recent GPUs in TF32.
   precision = precision or (lax.Precision.HIGHEST if operands.itemsize >= 4 else None)
   (lhs_sum, rhs_sum), batch = dimension_numbers
   if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_sum) != (1,) or any(map(len, batch)):
@@ -46,11 +46,10 @@ def _dot(lhs_TxI, rhs, rhs_sum, precision, operands, out):
 
 
 def _forward(lhs_TxI, rhs, rhs_sum, precision, operands, out):
-  # Residuals are arrays: these carry the types.
+  # Residuals have to be arrays: the empty ones carry the types.
   types = jnp.zeros((0,), lhs_TxI.dtype), jnp.zeros((0,), rhs.dtype)
   lhs_TxI, rhs = lhs_TxI.astype(operands), rhs.astype(operands)
-  # Not _dot again: a rematerialisation policy knows a product when it sees one, but not inside a
-  # rule of ours.
+  # Not _dot: rematerialisation policies recognize lax.dot_general, but not inside a custom rule.
   y_TxO = lax.dot_general(lhs_TxI, rhs, (((1,), rhs_sum), ((), ())), precision, out)
   return y_TxO, (lhs_TxI, rhs, *types)
 

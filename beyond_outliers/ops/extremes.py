@@ -1,9 +1,9 @@
-"""Maxima and minima that are NaN where a number is.
+"""Maxima and minima that are NaN if any number is.
 
-XLA's CPU backend (jaxlib 0.10.2) passes over a NaN among 4096 and more float32 numbers
-(findings/xla_cpu_max_skips_nan.sh). So guards, scales and metrics ask here; `jnp.max` is left to
-what integers hold, and to softmaxes, whose sum sees the NaN. Of other numbers the result is the
-same bits.
+XLA's CPU backend (jaxlib 0.10.2) skips a NaN among 4096 or more float32 numbers
+(findings/xla_cpu_max_skips_nan.sh). Guards, scales and metrics therefore use this module; `jnp.max`
+is used only for integers, and in softmaxes, whose sum shows the NaN. Without a NaN the results have
+the same bits.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ Axis = int | tuple[int, ...] | None
 
 
 def max_magnitude(x: jax.Array, axis: Axis = None, keepdims: bool = False) -> jax.Array:
-  """max |x| of floats; 0 where there are none.
+  """max |x| of floats; 0 if there are none.
 
-  By their bits as integers, whose order is that of magnitudes, with NaN above all: one sweep, and
-  on a mesh one all-reduce."""
+  Compares their bits as integers, which are ordered like the magnitudes, with NaN above all: one
+  sweep, and on a mesh one all-reduce."""
   x = jnp.abs(x)
   bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
   return lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), x.dtype)
 
 
 def max_or_nan(x: jax.Array, axis: Axis = None, keepdims: bool = False) -> jax.Array:
-  """The largest number, or NaN where there is one."""
+  """The largest number, or NaN if there is one."""
   return _or_nan(jnp.max, x, axis, keepdims)
 
 
 def min_or_nan(x: jax.Array, axis: Axis = None, keepdims: bool = False) -> jax.Array:
-  """The smallest number, or NaN where there is one."""
+  """The smallest number, or NaN if there is one."""
   return _or_nan(jnp.min, x, axis, keepdims)
 
 

@@ -1,12 +1,12 @@
-"""Cross entropy over what a linear layer makes of a large vocabulary, some columns at a time.
+"""Cross entropy of a linear layer's logits over a large vocabulary, computed in chunks of columns.
 
 All logits together would be a training step's largest array, and their gradient the next; and CPUs
-multiply by some tens of thousands of columns at a half or a third of the speed of two thousand. Cut
-Cross-Entropy (arXiv 2411.09009) computes logits twice, Liger Kernel (arXiv 2410.10989) gradients
-along with the loss. Here exponentials of the logits are kept, in the type of the operands: the
-gradient, which is one of them times a number per token and chunk, is rounded to it anyway.
+multiply by tens of thousands of columns at a half or a third of the speed of two thousand. Cut
+Cross-Entropy (arXiv 2411.09009) computes logits twice, Liger Kernel (arXiv 2410.10989) computes
+gradients along with the loss. Here the logits' exponentials are kept, in the operands' type: the
+gradient, an exponential times a number per token and chunk, is rounded to that type anyway.
 
-Legend: T tokens, D width, V vocabulary, of one device where it is split; C columns of a chunk, N
+Legend: T tokens, D width, V vocabulary (one device's share if it is split); C columns of a chunk, N
 chunks.
 """
 
@@ -34,10 +34,10 @@ def linear_cross_entropy(
   split: Sequence[Any] = (None, None),
 ) -> jax.Array:
   """Negative log-likelihood in nats, [T], of integer targets under the logits x @ weights; float32
-  or wider, NaN of a target outside the vocabulary.
+  or wider, NaN for a target outside the vocabulary.
 
-  weights: [V, D] (axis 0) or [D, V] (axis 1). Products run in the narrower type of the two, and
-  each gets its gradient in its own. split: the axes of the mesh, where there is one, that split
+  weights: [V, D] (axis 0) or [D, V] (axis 1). Products run in the narrower type of x and weights;
+  each gets its gradient in its own type. split: the axes of the mesh, if there is one, that split
   (tokens, vocabulary)."""
   return _forward(x_TxD, weights, targets_T, axis, split, keep=False)[0]
 
@@ -71,7 +71,7 @@ linear_cross_entropy.defvjp(_forward, _backward)
 
 
 def _specs(axis, split):
-  """How arrays with tokens first, the weights, and arrays [N, T, C] are split."""
+  """PartitionSpecs of arrays with tokens first, of the weights, and of arrays [N, T, C]."""
   tokens, vocabulary = split
   columns = PartitionSpec(*[vocabulary if i == axis else None for i in range(2)])
   return PartitionSpec(tokens), columns, PartitionSpec(None, tokens, vocabulary)
@@ -80,8 +80,8 @@ def _specs(axis, split):
 def _on_each_device(
   function: Callable[..., Any], split: Sequence[Any], inputs: Any, outputs: Any
 ) -> Callable[..., Any]:
-  """function(split, ...) of each device's share. What it sums over the mesh, it sums once: XLA by
-  itself would after every chunk."""
+  """function(split, ...) on each device's share. It sums over the mesh once, where XLA on its own
+  would do so after every chunk."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return functools.partial(function, (None, None))
@@ -125,7 +125,7 @@ def _gradients(axis, split, x_TxD, weights, targets_T, nll_T, kept_NxTxC, factor
   count, size = _chunks(weights.shape[axis])
   targets_T = _of_this_device(targets_T, weights.shape[axis], vocabulary)
   operand_TxD = x_TxD.astype(dtype)
-  of_target_T = g_T * jnp.expm1(-nll_T)  # not by what was kept: p - 1 would lose p's last bits
+  of_target_T = g_T * jnp.expm1(-nll_T)  # p - 1 from the kept p would lose p's last bits
 
   def of_chunk(sums, kept):
     (x_bar, weights_bar), (i, kept_TxC, factor_Tx1) = sums, kept
@@ -140,7 +140,8 @@ def _gradients(axis, split, x_TxD, weights, targets_T, nll_T, kept_NxTxC, factor
     return (x_bar, lax.dynamic_update_slice_in_dim(weights_bar, chunk_bar, start, axis)), None
 
   zeros = tuple(jnp.zeros(x.shape, g_T.dtype) for x in (x_TxD, weights))
-  # Backwards: columns that the last chunk shares with the one before come out right in the latter.
+  # In reverse: columns that the last two chunks share are then overwritten by the earlier chunk,
+  # which has them right.
   (x_bar, weights_bar), _ = lax.scan(
     of_chunk, zeros, (jnp.arange(count), kept_NxTxC, factor_NxTx1), reverse=True
   )
@@ -153,13 +154,14 @@ def _narrower(a, b):
 
 
 def widest() -> int:
-  """Columns that a chunk has at most: those that a CPU multiplies by at its full speed. Elsewhere
-  more of them keep the device busy."""
+  """The most columns of a chunk: on CPU as many as it multiplies at full speed; elsewhere more, to
+  keep the device busy."""
   return 2048 if jax.default_backend() == "cpu" else 8192
 
 
 def _chunks(width: int) -> tuple[int, int]:
-  """(how many chunks, columns of each). The last begins earlier where they don't add up to all."""
+  """(number of chunks, columns of each). The last one overlaps its predecessor if the columns don't
+  divide evenly."""
   count = math.ceil(width / widest())
   return count, math.ceil(width / count)
 
@@ -172,12 +174,12 @@ def _chunk(weights, axis, i):
 
 
 def _place(targets_T, i, start, size):
-  """Where in the i-th chunk the targets are; below zero or behind it: in another."""
+  """Column of each target within the i-th chunk; below zero or past its end: in another chunk."""
   return jnp.where(targets_T >= i * size, targets_T - start, -1)
 
 
 def _of_this_device(targets_T, width, vocabulary):
-  """Targets as columns of this device's share."""
+  """Targets as column numbers within this device's share."""
   return targets_T if vocabulary is None else targets_T - lax.axis_index(vocabulary) * width
 
 
@@ -186,8 +188,8 @@ def _sum_over(axes, x):
 
 
 def _stored(x):
-  """x for a loop to write into an array. As bits if narrow: XLA:CPU writes bfloat16 by casting
-  the whole array to float32 and back."""
+  """x in a form that a loop can write into an array: bits if x is narrow, since XLA:CPU writes
+  bfloat16 by casting the whole array to float32 and back."""
   return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 

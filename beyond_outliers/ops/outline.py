@@ -1,4 +1,4 @@
-"""Rewrites that XLA's CPU compiler would undo: calls not to inline, transposes not to fold."""
+"""Calls that XLA's CPU compiler does not inline, and transposes that it does not fold."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def outlined_call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
-  """function(*arguments), which begin with an array; under jit on CPU a call that is not inlined.
+  """function(*arguments), whose first result is an array; under jit on CPU, a call that is not
+  inlined, so that its results are materialized.
 
-  XLA:CPU schedules for concurrency, not memory, and computes anew in every consumer what is cheap,
-  so that what it is computed from stays alive instead. Optimization barriers don't keep it from
-  either: it removes them first. Results of a call exist."""
+  XLA:CPU schedules for concurrency, not memory, and recomputes cheap values in every consumer,
+  which keeps their inputs alive instead. Optimization barriers prevent neither: XLA:CPU removes
+  them first."""
   first, *others = jax.jit(function)(*arguments)
   if jax.default_backend() == "cpu":
-    # Goes to what makes the value, which is the call.
+    # The metadata is attached to the operation that makes the value: the call.
     first = set_xla_metadata(first, inlineable="false")
   return first, *others
 
@@ -27,10 +28,10 @@ def outlined_call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> 
 def materialized_transpose(x):
   """x.T, on CPU as a copy that the compiler does not fold into the product that follows.
 
-  XLA's CPU library multiplies bfloat16 and int8 only where the first operand is stored as the rows
-  that are summed over, and casts bfloat16 to float32 else, at half the speed or less, and sums int8
-  at an eighth. XLA folds transposes into products before it looks, but turns a convolution by one
-  into a transpose only afterwards."""
+  XLA's CPU library is fast for bfloat16 and int8 only if the first operand's rows are summed over.
+  Otherwise bfloat16 is cast to float32, at half the speed or less, and int8 runs at an eighth. XLA
+  folds transposes into products before it checks this, but turns a convolution by one into a
+  transpose only afterwards."""
   return lax.platform_dependent(x, cpu=_copy_by_convolution, default=jnp.transpose)
 
 

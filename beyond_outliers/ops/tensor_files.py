@@ -1,8 +1,8 @@
-"""Safetensors files of arrays: the only writer of them, and what its readers leave unsaid.
+"""Safetensors files: the package's only writer, and a check that safetensors' readers don't make.
 
-safetensors' numpy writer (0.8.0) stores an array in the order of its memory and says nothing
-(findings/safetensors_numpy_reorders.sh): one that is transposed, or comes from LAPACK, would be
-read back with its numbers permuted.
+safetensors' numpy writer (0.8.0) silently stores an array in its memory order
+(findings/safetensors_numpy_reorders.sh): an array that is transposed, or comes from LAPACK, would
+be read back with its numbers permuted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from beyond_outliers.types import PathLike
 def write_tensors(
   file: PathLike, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-  """One file of named arrays, in whatever order they lie in memory; there once it is whole."""
+  """Writes named arrays, whatever their memory order, to a file that appears only when complete."""
   rows_first = {name: np.asarray(array, order="C") for name, array in tensors.items()}
   with replaced(file) as temporary:
     safetensors.numpy.save_file(rows_first, temporary, metadata)
 
 
 def repeated_name(file: PathLike) -> str:
-  """A tensor's name that stands twice in the header of a file, or nothing. Of two, safetensors
-  (0.8.0) takes the last without a word, and other readers may take the first."""
+  """The name of a tensor that a file's header lists twice, or "". safetensors (0.8.0) silently
+  takes the last one, and other readers may take the first."""
   repeated = []
 
   def look(pairs: list[tuple[str, Any]]) -> None:

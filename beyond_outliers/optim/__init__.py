@@ -1,4 +1,5 @@
-"""Optimizers as optax transformations: one table, and `build`, which gives each group its row."""
+"""Optimizers as optax transformations: a table of them, and `build`, which gives each parameter
+group its row."""
 
 from __future__ import annotations
 
@@ -41,10 +42,10 @@ __all__ = [
   "soap",
 ]
 
-# (learning_rate, *, axes=None, mesh=None, **hyperparameters) -> optax.GradientTransformation, on
-# any pytree. axes: a tree, or params -> tree, of Axes. Without it the last two axes of a leaf are
-# (fan-in, fan-out), the rest batch. mesh: over whose devices blocks of state are dealt (blocks.py);
-# None: all on one.
+# (learning_rate, *, axes=None, mesh=None, **hyperparameters) -> optax.GradientTransformation, for
+# any pytree. axes: a tree of Axes, or a function params -> tree; without it the last two axes of a
+# leaf are (fan-in, fan-out) and the rest batch. mesh: the blocks of the state are distributed over
+# its devices (blocks.py); None: one device holds them all.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adamw": adamw,
   "muon": muon,
@@ -57,16 +58,16 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Transformation of a run's parameters, with what the trainer logs and shards by."""
+  """A run's optax transformation, and what the trainer needs to log it and shard its state."""
 
   tx: optax.GradientTransformation
-  labels: Any  # a tree like the parameters of group labels
+  labels: Any  # group labels, as a tree like the parameters
   schedules: Mapping[str, optax.Schedule]  # by group label
-  shapes: Any  # a tree like the parameters, abstract
-  axes: Any = None  # likewise, of Axes
+  shapes: Any  # shapes and types of the parameters, as a tree like them
+  axes: Any = None  # Axes of the parameters, as a tree like them
 
   def step_metrics(self, opt_state: Any, update: Params) -> Metrics:
-    """Metrics of the state and of the change of the parameters that a step made (metrics.py)."""
+    """Metrics of the state and of a step's change of the parameters (metrics.py)."""
     return {**self.state_metrics(opt_state), **metrics.of_update(update, self.labels, self.axes)}
 
   def state_metrics(self, opt_state: Any, update: Params = None) -> Metrics:
@@ -75,12 +76,12 @@ class Optimizer:
     return metrics.of_state(opt_state)
 
   def state_shardings(self, param_shardings: Any) -> Any:
-    """Shardings of the optimizer state, a tree like it.
+    """Shardings of the optimizer state, as a tree like it.
 
-    What belongs to blocks (under a field `blocks`) is split over the whole mesh along its first
-    axis; a leaf that mirrors a parameter is split like it; any other is replicated.
+    A leaf under a field `blocks` is split along its first axis over the whole mesh, one that
+    mirrors a parameter is split like the parameter, and any other is replicated.
 
-    A leaf mirrors the parameter whose path its own path ends in, if the shapes agree."""
+    A leaf mirrors a parameter if its path ends in the parameter's path and the shapes agree."""
     shapes, shardings = jax.tree_util.tree_leaves_with_path(self.shapes), param_shardings
     by_path = {
       path_of(path): (leaf.shape, sharding)
@@ -111,11 +112,11 @@ def build(
   axes: Any = None,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Optimizer:
-  """Optimizer of a run of `num_steps`: each group's row of OPTIMIZERS under a schedule of its own.
+  """The optimizer of a run of `num_steps`: for each group its row of OPTIMIZERS and its schedule.
 
-  params: arrays or their shapes. axes: a tree like params of `Axes`. mesh: over whose devices
-    blocks of state are dealt.
-  Errors: ConfigError when a parameter has no group or a group no parameter."""
+  params: arrays or their shapes. axes: `Axes` as a tree like params. mesh: the devices over which
+    the blocks of the state are distributed.
+  Errors: ConfigError when a parameter has no group, or a group that isn't optional no parameter."""
   labels = groups.labels(params, optimizer.groups)
   used = set(jax.tree.leaves(labels))
   schedules, transforms = {}, {}
@@ -125,7 +126,7 @@ def build(
     hyperparameters = dataclasses.asdict(group.optimizer)
     name, peak = hyperparameters.pop("name"), hyperparameters.pop("learning_rate")
     schedules[label] = SCHEDULES[schedule.name](schedule, peak, num_steps)
-    # What is None in the config is left to the optimizer.
+    # None in the config leaves the value to the optimizer.
     given = {key: value for key, value in hyperparameters.items() if value is not None}
     transforms[label] = OPTIMIZERS[name](schedules[label], axes=axes, mesh=mesh, **given)
   return Optimizer(

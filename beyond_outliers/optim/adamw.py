@@ -17,14 +17,14 @@ from beyond_outliers.optim.axes import AxesTree, check_floating
 def adamw(
   h: AdamW, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """AdamW: decoupled weight decay on every leaf; moments in the parameters' sharding, float32 or
+  """AdamW: decoupled weight decay on every leaf; moments sharded like the parameters, in float32 or
   wider.
 
-  Also of bfloat16 parameters, as all others here keep their state: in bfloat16 0.999 v + 0.001 g²
-  rounds to v, so that the step never grows again once gradients have become small, and 0.999 itself
-  to 1. Updates have the type of gradient and parameter.
+  The moments of bfloat16 parameters are float32 too, like the state of every optimizer here: in
+  bfloat16 0.999 rounds to 1 and 0.999 v + 0.001 g² to v, so v would not shrink when gradients do.
+  Updates have the promoted type of gradient and parameter.
 
-  Element by element: `axes` and `mesh` do not matter. State: 8 bytes per parameter.
+  Works element by element: `axes` and `mesh` do not matter. State: 8 bytes per parameter.
 
   optax adds the decay to the update before scaling by the rate: the same step as torch's, to 2e-7
   after 30 steps."""

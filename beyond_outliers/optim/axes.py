@@ -1,4 +1,4 @@
-"""Leaves as batches of matrices, vectors or scalars, by what their axes mean, and back."""
+"""Leaves as batches of matrices, vectors or scalars, by the meaning of their axes, and back."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import optax
 from beyond_outliers.config.checks import require
 from beyond_outliers.params import Axes, path_of
 
-AxesTree = Any  # a tree like the parameters of `Axes`, or params -> such a tree, or None
+AxesTree = Any  # a tree of `Axes` like the parameters, or params -> such a tree, or None
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One parameter as `slices` equal matrices or vectors; what an optimizer does "per parameter" it
-  does to each slice."""
+  """One parameter as `slices` matrices, vectors or scalars of equal size; whatever an optimizer
+  does "per parameter", it does per slice."""
 
   path: str
   shape: tuple[int, ...]
-  order: tuple[int, ...]  # of the axes: batch, then those of the slice
+  order: tuple[int, ...]  # the leaf's axes: first the batch axes, then those of a slice
   slices: int
   size: tuple[int, ...]  # of a slice: (rows, columns), (length,), or () for scalars
-  fan_in_axis: int | None  # of the slice: 0 or 1 for matrices, None for others
+  fan_in_axis: int | None  # of a slice: 0 or 1 for matrices, None for the others
 
   @property
   def is_matrix(self) -> bool:
@@ -42,7 +42,7 @@ class Leaf:
     return math.prod(self.size) // self.fan_in
 
   def split(self, x: jax.Array) -> jax.Array:
-    """[slices, *size], where possible in the leaf's order of axes: [in, out] stays untransposed."""
+    """[slices, *size]; a slice keeps the leaf's order of axes: [in, out] is not transposed."""
     return jnp.transpose(x, self.order).reshape(self.slices, *self.size)
 
   def join(self, y: jax.Array) -> jax.Array:
@@ -52,12 +52,12 @@ class Leaf:
 
 
 def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
-  """Records of the leaves of `tree` (arrays or shapes), in order; optax.MaskedNode has none.
+  """A `Leaf` for each leaf of `tree` (arrays or shapes), in order; none for optax.MaskedNode.
 
-  Without axes: up to one axis is a vector's, else the last two are (fan-in, fan-out) and the rest
-  batch.
-  Errors: ValueError for a leaf without axes, or whose axes are not each named once; as
-    `check_floating`."""
+  Without axes, a leaf of at most one axis is a vector; of any other, the last two axes are (fan-in,
+  fan-out) and the rest batch.
+  Errors: ValueError for a leaf that `axes` lack, or not all of whose axes are named exactly once;
+    those of `check_floating`."""
   check_floating(tree)
   axes = axes(tree) if callable(axes) else axes
   given = None
@@ -71,7 +71,7 @@ def leaves(tree: Any, axes: AxesTree = None) -> tuple[Leaf, ...]:
 
 
 def check_floating(tree: Any) -> None:
-  """Refusal of leaves that no optimizer moves. Integers would come back rounded, complex numbers
+  """Refuses leaves that no optimizer can update: integers would come back rounded, complex numbers
   without their imaginary part.
 
   Errors: ConfigError naming the leaf and its type."""
@@ -89,7 +89,7 @@ def check_floating(tree: Any) -> None:
 def by_kind(
   axes: AxesTree, *, matrix: optax.GradientTransformation, other: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """One transformation for the leaves that are matrices, another for vectors and scalars."""
+  """One transformation for leaves of matrices, another for leaves of vectors or scalars."""
 
   def labels(params):
     kinds = ["matrix" if leaf.is_matrix else "other" for leaf in leaves(params, axes)]
@@ -99,7 +99,7 @@ def by_kind(
 
 
 def matrix_mask(axes: AxesTree) -> Callable[[Any], Any]:
-  """params -> a tree of whether each leaf is a matrix, as optax takes for `mask`."""
+  """A `mask` for optax: params -> a tree of whether each leaf consists of matrices."""
   return lambda params: jax.tree.unflatten(
     jax.tree.structure(params), [leaf.is_matrix for leaf in leaves(params, axes)]
   )
@@ -123,7 +123,7 @@ def _leaf(path: str, shape: tuple[int, ...], given: dict[str, Axes] | None) -> L
       f"axes of {path!r} = {axes}: expected each axis of shape {shape} once, and fan_in only "
       "beside fan_out"
     )
-  # The slice keeps the order that its axes have in memory.
+  # The slice keeps its axes in the leaf's order.
   groups = sorted(group for group in (axes.fan_in, axes.fan_out) if group)
   size = tuple(math.prod(shape[axis] for axis in group) for group in groups)
   order = axes.batch + tuple(axis for group in groups for axis in group)

@@ -1,15 +1,16 @@
-"""Blocks of equal shape, stacked: the one layout in which Shampoo, SOAP, PSGD, Muon and Scion
-compute and keep state.
+"""Stacks of equally shaped blocks: the layout in which Shampoo, SOAP, PSGD, Muon and Scion compute
+and keep their state.
 
-Every parameter is a batch of matrices or vectors (axes.py). Each is cut into blocks, and all blocks
-of one shape, from all parameters, form a bucket: one array [B, m, n] (m <= n; tall ones are
-transposed) or [B, n]. The stack axis B is split over the whole mesh, so a device owns whole blocks:
-factors, roots and Newton-Schulz iterations need no communication, and nothing is kept or computed
-twice. There is one reshard on the way in (`stack`) and one on the way out (`unstack`).
+Every parameter is a batch of matrices or vectors (axes.py). Each of these is cut into blocks, and
+all blocks of one shape, from all parameters, form a bucket: one array [B, m, n] (m <= n; tall
+blocks are transposed) or [B, n]. The stack axis B is split over the whole mesh, so a device owns
+whole blocks: factors, roots and Newton-Schulz iterations need no communication, and nothing is
+stored or computed twice. Data is resharded once on the way in (`stack`) and once on the way out
+(`unstack`).
 
-B is padded with zero blocks to a multiple of the number of devices, behind the real ones, whose
-order does not depend on the mesh: state written on one mesh fits another once the padding is cut or
-grown.
+After the real blocks, B is padded with zero blocks to a multiple of the number of devices. The
+order of real blocks does not depend on the mesh: state written on one mesh fits another once
+padding is cut or added.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from beyond_outliers.optim.axes import AxesTree, Leaf, leaves
 from beyond_outliers.params import path_of
 
-# The field of every optimizer's state that holds what belongs to blocks, stack axis first.
+# The field of an optimizer's state that holds the arrays of blocks, stack axis first.
 FIELD = "blocks"
 
 Split = tuple[tuple[str, ...], ...]  # the mesh axes along each axis of an array
@@ -37,13 +38,13 @@ Stacks = dict[str, jax.Array]  # bucket name -> [B, m, n], [B, n], or [B] for on
 
 @dataclasses.dataclass(frozen=True)
 class BlockGrid:
-  """Grid of equal blocks in each slice of one leaf: neighbours that share a bucket."""
+  """Grid of equal adjacent blocks, all in one bucket, that recurs in each slice of one leaf."""
 
-  leaf: int
+  leaf: int  # index in Layout.leaves
   start: tuple[int, ...]  # where the grid begins in a slice
   grid: tuple[int, ...]  # blocks along each axis of a slice
   block: tuple[int, ...]  # shape of a block, as it lies in the slice
-  transposed: bool  # in the bucket
+  transposed: bool  # whether the bucket holds the transposed blocks
   count: int  # blocks, over all slices
 
   def cut(self, y: jax.Array) -> jax.Array:
@@ -72,7 +73,7 @@ class Bucket:
   shape: tuple[int, ...]  # (m, n) with m <= n, or (n,)
   grids: tuple[BlockGrid, ...]
   count: int  # real blocks
-  padded: int  # with those that make it a multiple of the devices
+  padded: int  # with the padding: a multiple of the number of devices
 
   @property
   def real(self) -> np.ndarray:
@@ -88,15 +89,16 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Layout of a tree's blocks: static, a function of shapes, axes and the mesh."""
+  """Layout of a tree's blocks: static; it depends on shapes, axes and mesh alone."""
 
   leaves: tuple[Leaf, ...]
   buckets: dict[str, Bucket]  # by name: "768x1024" or "768"
-  dtype: np.dtype  # of stacks: float32, or the widest of the leaves'
+  dtype: np.dtype  # of stacks: float32, or a leaf's type that is wider
   mesh: jax.sharding.Mesh | None
 
   def stack(self, tree: Any) -> Stacks:
-    """Blocks of a tree like the parameters, each on its owning device: [B, *shape] per bucket."""
+    """Blocks of a tree like the parameters, each on the device that owns it: [B, *shape] per
+    bucket."""
     slices = [leaf.split(x) for leaf, x in zip(self.leaves, jax.tree.leaves(tree), strict=True)]
     stacks = {}
     for name, bucket in self.buckets.items():
@@ -104,7 +106,7 @@ class Layout:
       if bucket.padded > bucket.count:
         parts.append(jnp.zeros((bucket.padded - bucket.count, *bucket.shape), parts[0].dtype))
       stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-      # They travel in their own dtype: half the bytes when gradients are bfloat16.
+      # Resharded before the cast: half the bytes when gradients are bfloat16.
       stacks[name] = self._split(stack, *self._way(stack.ndim)).astype(self.dtype)
     return stacks
 
@@ -125,10 +127,10 @@ class Layout:
     return jax.tree.unflatten(structure, joined)
 
   def on_each_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(blocks, common)` of each device's own share of the blocks, without communication.
+    """`function(blocks, common)` applied to each device's own blocks, without communication.
 
-    blocks: a tree of arrays with the stack axis first, as what is returned; common: a tree of
-      arrays that all see whole."""
+    blocks, and what the function returns: trees of arrays with the stack axis first. common: a tree
+      of arrays that every device sees whole."""
     if self.mesh is None or self.mesh.size == 1:
       return function
     split = PartitionSpec(self.mesh.axis_names)
@@ -137,7 +139,7 @@ class Layout:
     )
 
   def per_block(self, value: Callable[[Leaf], float]) -> dict[str, np.ndarray]:
-    """One value per block, from the leaf that it is cut from; 0 for padding. [B] per bucket."""
+    """One value per block, from the leaf that it was cut from; 0 for padding. [B] per bucket."""
 
     def of(bucket: Bucket) -> np.ndarray:
       grids = [np.full(grid.count, value(self.leaves[grid.leaf])) for grid in bucket.grids]
@@ -146,7 +148,9 @@ class Layout:
     return {name: of(bucket) for name, bucket in self.buckets.items()}
 
   def block_ids(self) -> dict[str, np.ndarray]:
-    """Ids of blocks, consecutive over all buckets; padding takes the next ids. int32 [B] each."""
+    """Ids of blocks, consecutive over all buckets. int32 [B] per bucket.
+
+    Padding reuses the ids that follow, which are the next bucket's."""
     found, first = {}, 0
     for name, bucket in self.buckets.items():
       found[name] = np.arange(first, first + bucket.padded, dtype=np.int32)
@@ -154,7 +158,7 @@ class Layout:
     return found
 
   def sum_over_slices(self, values: Stacks) -> Stacks:
-    """Sums over all blocks of the same slice, in each of their places.
+    """Each block's value replaced by the sum over all blocks of its slice.
 
     [B] or [B, values] per bucket."""
     if all(
@@ -184,12 +188,13 @@ class Layout:
     return () if self.mesh is None else self.mesh.axis_names
 
   def _way(self, ndim: int, *, back: bool = False) -> Sequence[Split]:
-    """Splits of a stack with `ndim` axes, from split blocks to whole ones on their owners, or back.
+    """Successive shardings of a stack with `ndim` axes, from split blocks to whole ones on their
+    owners, or back.
 
-    Mesh axes move to the stack axis one after another, by a slice or an all-to-all each; asked for
-    all at once, XLA gathers whole parameters. Blocks begin as parameters mostly lie: split by the
-    last mesh axes, and by them alone. On the way back the first split them too, so that no padding
-    is gathered along those."""
+    One mesh axis after another moves to the stack axis, each by a slice or an all-to-all; asked for
+    all at once, XLA gathers whole parameters. Blocks begin split as most parameters are: by the
+    last mesh axes only. On the way back the other axes split them too, so that no padding is
+    gathered along those."""
     names = self._names
     spare, inner = names[: 1 - ndim], names[1 - ndim :]
 
@@ -202,7 +207,7 @@ class Layout:
     return [*way[:0:-1], ((), *((name,) for name in inner[:-1]), (*inner[-1:], *spare))]
 
   def _split(self, x: jax.Array, *ways: Split) -> jax.Array:
-    """x, split in one way after another; where mesh axes don't divide an axis, that is whole."""
+    """x resharded to each of `ways` in turn; an axis that mesh axes don't divide stays whole."""
     if self.mesh is None or self.mesh.size == 1:
       return x
     for way in ways:
@@ -225,10 +230,10 @@ def layout(
 
   The last block along an axis may be smaller.
 
-  block_size None: every slice is one block. merge_up_to: a matrix of at most so many elements is
-  taken as one vector, as Meta's Shampoo does by default. Scalars are vectors of length 1. A leaf
+  block_size None: every slice is one block. merge_up_to: a matrix of at most that many elements
+  becomes one vector, as in Meta's Shampoo by default. Scalars become vectors of length 1. A leaf
   without elements has no blocks.
-  Errors: ValueError from `axes`."""
+  Errors: those of `axes.leaves`."""
   records = list(leaves(tree, axes))
   grids: dict[tuple[int, ...], list[BlockGrid]] = {}
   for index, leaf in enumerate(records):
@@ -257,7 +262,7 @@ def layout(
 
 
 def _segments(length: int, block_size: int | None) -> list[tuple[int, int, int]]:
-  """An axis as (start, blocks, length of each): whole blocks, then what is left."""
+  """An axis as runs of blocks (start, number, length of each): whole blocks, then the rest."""
   if block_size is None or length <= block_size:
     return [(0, 1, length)]
   whole, rest = divmod(length, block_size)
@@ -265,7 +270,7 @@ def _segments(length: int, block_size: int | None) -> list[tuple[int, int, int]]
 
 
 def _assemble(pieces: dict[tuple[int, ...], jax.Array]) -> jax.Array:
-  """[slices, *size] from the regions that cover it, by where each begins."""
+  """[slices, *size] from the regions that cover it, keyed by where each begins."""
   axes = len(next(iter(pieces)))
   for axis in reversed(range(axes)):  # join neighbours along the last axis first
     rows: dict[tuple[int, ...], list[jax.Array]] = {}
@@ -279,7 +284,7 @@ def _assemble(pieces: dict[tuple[int, ...], jax.Array]) -> jax.Array:
 
 
 def block_paths(state: Any) -> set[str]:
-  """Paths of the leaves with the stack axis first, of an optimizer's state or what holds it."""
+  """Paths of the leaves with the stack axis first, in an optimizer's state or a tree around it."""
   found = jax.tree_util.tree_leaves_with_path(state)
   return {path_of(path) for path, _ in found if belongs_to_blocks(path)}
 
@@ -287,5 +292,5 @@ def block_paths(state: Any) -> set[str]:
 def belongs_to_blocks(key_path: tuple[Any, ...]) -> bool:
   """Whether this leaf of an optimizer's state has the stack axis first.
 
-  (A parameter of that name has another kind of key.)"""
+  (The key of a parameter named "blocks" is of another kind.)"""
   return jax.tree_util.GetAttrKey(FIELD) in key_path

@@ -1,8 +1,8 @@
 """Optax transformations over blocks, shared by Muon, spectral Scion, PSGD, Shampoo and SOAP.
 
-At every step gradients are stacked by shape of block, each device takes the step of its own blocks,
-bucket by bucket, and directions go back to where parameters lie (blocks.py). An optimizer says what
-one bucket does.
+At every step gradients are stacked by block shape, each device computes the step of its own blocks,
+bucket by bucket, and directions return to the parameters' layout (blocks.py). An optimizer only
+defines the step of one bucket.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def no_constants(layout: Layout) -> ByBucket:
 
 
 def directions_and_states(done: Mapping[str, tuple]) -> tuple[ByBucket, ByBucket]:
-  """The first and the second result of each bucket's step."""
+  """The first two results of each bucket's step, separated."""
   return {name: out[0] for name, out in done.items()}, {name: out[1] for name, out in done.items()}
 
 
@@ -57,18 +57,19 @@ def transformation(
   advance: Callable[[Any], tuple[Any, Any]] = count_up,
   finish: Callable[..., tuple[ByBucket, ByBucket]] | None = None,
 ) -> optax.GradientTransformation:
-  """The direction of an optimizer, to be subtracted, from what it does to one bucket.
+  """An optimizer's direction, to be subtracted, built from its step for one bucket.
 
   layout_of: a tree like the parameters -> its layout.
-  init_bucket: (h, bucket, dtype of stacks) -> the state of its blocks, of arrays [B, ...].
-  step: (h, clock, gradients [B, *block], state, constants) -> (direction [B, *block], new state, or
-    more for `finish`), on each device of its own blocks.
+  init_bucket: (h, bucket, dtype of stacks) -> the state of the bucket's blocks, arrays [B, ...].
+  step: (h, clock, gradients [B, *block], state, constants) -> (direction [B, *block], new state,
+    and perhaps more for `finish`); each device calls it on its own blocks.
   traced: hyperparameters that are arrays, of the stacks' dtype, in the `h` of `step` and `finish`.
-  constants: a layout -> by bucket, a tree of arrays [B, ...], as Layout.block_ids or per_block.
-  start, advance: states by bucket -> the whole state, a NamedTuple with a field `blocks`; and that
-    state -> (the same with its other fields a step further, clock: what all blocks see of them).
-  finish: (h, clock, layout, {bucket: what `step` returned}) -> directions and states by bucket. For
-    what needs blocks of several devices."""
+  constants: layout -> {bucket: a tree of arrays [B, ...]}, such as Layout.block_ids.
+  start: states by bucket -> the whole state, a NamedTuple with a field `blocks`.
+  advance: the whole state -> (it with its other fields a step further, clock: what blocks see of
+    those).
+  finish: (h, clock, layout, {bucket: what `step` returned}) -> directions and states by bucket; for
+    work across blocks of several devices."""
 
   def init(params):
     layout = layout_of(params)

@@ -21,19 +21,19 @@ Arrays = tuple[jax.Array, ...]
 class BlocksState(NamedTuple):
   """State of a bucket of blocks; the stack axis comes first in every array."""
 
-  momentum: jax.Array  # [B, *block] of gradients, in the basis
-  second_moment: jax.Array  # [B, *block] of gradients in the basis
+  momentum: jax.Array  # [B, *block] average of gradients, expressed in the bases
+  second_moment: jax.Array  # [B, *block] average of the squares of gradients in the bases
   factors: Arrays  # one per rotated axis, [B, D, D]: averages of G Gᵀ
-  bases: Arrays  # likewise: columns are eigenvectors, the identity until there are some
+  bases: Arrays  # one per rotated axis, [B, D, D]: eigenvectors as columns; at first the identity
   age: Any  # [B, A] steps since the basis in use was computed; -1: never; () without bases
-  kept: Any  # [B, A] bases refused so far, because not finite; likewise
+  kept: Any  # [B, A] new bases refused so far, because not finite; () without bases
 
 
 def first_state(bucket: Bucket, axes: tuple[int, ...], dtype: np.dtype) -> BlocksState:
   """Initial state of a bucket whose axes `axes` are to be rotated."""
 
   def numbers(value: int) -> Any:
-    # Orbax saves no empty arrays: without a basis there is none.
+    # Orbax cannot save empty arrays, so without rotated axes there is no array.
     return jnp.full((bucket.padded, len(axes)), value, jnp.int32) if axes else ()
 
   lengths = [bucket.shape[axis] for axis in axes]
@@ -57,15 +57,15 @@ def accumulate_factors(
 
 
 def grown_older(s: BlocksState) -> BlocksState:
-  """The state with bases that are a step older."""
+  """The state, its bases one step older."""
   return s._replace(age=jnp.where(s.age < 0, -1, s.age + 1))
 
 
 def change_bases(
   s: BlocksState, bases: Arrays, axes: tuple[int, ...]
 ) -> tuple[BlocksState, jax.Array]:
-  """(the state in those of the bases [B, D, D] that are finite, its first moment too; which are,
-  [B, A]). Others stay."""
+  """(the state with its bases [B, D, D] replaced where the new ones are finite, and its first
+  moment rotated into them; whether each was, [B, A])."""
   ok_BxA = jnp.stack([jnp.isfinite(basis).all((1, 2)) for basis in bases], 1)
   chosen = tuple(
     jnp.where(broadcast_blocks(ok_B, new), new, old)
@@ -79,7 +79,7 @@ def change_bases(
 def rotate_block(
   x: jax.Array, bases: Arrays, axes: tuple[int, ...], *, back: bool = False
 ) -> jax.Array:
-  """[B, *block] with these axes of a block taken into their bases [B, D, D], or out of them."""
+  """[B, *block] with these axes of the blocks rotated into their bases [B, D, D], or back out."""
   for basis, axis in zip(bases, axes, strict=True):
     x = along(axis, basis, x, transposed=not back)
   return x

@@ -1,8 +1,8 @@
-"""Eigenvalue-corrected Shampoo (Meta's; arXiv 2506.03595): Adam in the eigenbasis of the factors,
-which is what SOAP is too.
+"""Eigenvalue-corrected Shampoo (Meta's; arXiv 2506.03595): like SOAP, Adam in the eigenbasis of the
+factors.
 
-Unlike SOAP it starts in the identity instead of skipping a step, renews a basis before it is used,
-by a whole eigendecomposition, and leaves the second moment as it is when the basis changes.
+Unlike SOAP it starts in the identity basis instead of skipping a step, renews a basis before using
+it, by a full eigendecomposition, and leaves the second moment alone when the basis changes.
 
 Legend: B blocks on this device, D the axis of a basis.
 """
@@ -43,9 +43,9 @@ def scale_by_eigenvalue_corrected_shampoo(
 
   Reference: facebookresearch/optimizers, EigenvalueCorrectedShampooPreconditionerList with eigh.
 
-  b2 is the decay of factors and second moment, eps is added to the second moment's power, after its
-  bias is corrected. Until start_step this is Adam. What is for roots and grafting is not read.
-  State: as of `soap`; vectors have a factor too."""
+  b2 is the decay of both factors and second moment; eps is added to the power of the bias-corrected
+  second moment. Until start_step this is Adam. Hyperparameters of roots and grafting are not read.
+  State: that of `soap`, and a factor for vectors too."""
   return direction(h, axes, mesh)
 
 
@@ -71,9 +71,9 @@ def _init_bucket(h: Shampoo, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksSt
 def _step(
   h: Shampoo, t: jax.Array, g: jax.Array, s: BlocksState, id_B: jax.Array
 ) -> tuple[jax.Array, BlocksState]:
-  """Newer bases, and then Adam's direction in them."""
+  """Renews the bases, then takes Adam's direction in them."""
   axes = factored.factored_axes(h, g.shape[1:])
-  # A decay of 1 sums instead of averaging, and needs no correction.
+  # A decay of 1 means a sum instead of an average, without bias correction.
   weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
   factors = accumulate_factors(s.factors, g, axes, h.b2, weight)
   s = s._replace(factors=())

@@ -1,6 +1,7 @@
-"""Layout, factored axes, first refresh and bias correction of both variants of Shampoo.
+"""Layout, factored axes, first refresh and bias correction: what both variants of Shampoo, with
+roots and eigenvalue-corrected, share.
 
-A factored axis has a factor G Gᵀ. The variants: with roots, and eigenvalue-corrected."""
+A factored axis is one with a factor G Gᵀ."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def layout(tree: Any, h: Shampoo, axes: AxesTree, mesh: jax.sharding.Mesh | None
 
 
 def factored_axes(h: Shampoo, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Axes with a factor, of a block of this shape: those of at most block_size."""
+  """Axes of a block of this shape that have a factor: those no longer than block_size."""
   return tuple(axis for axis, length in enumerate(shape) if length <= h.block_size)
 
 
@@ -36,5 +37,6 @@ def first_refresh(h: Shampoo) -> int:
 
 
 def bias_correction(h: Shampoo, decay: Scalar, t: jax.Array) -> jax.Array | int:
-  """What an average from zero over t steps is divided by; 1 for a sum, whose decay is 1."""
+  """Divisor that removes the bias of an average that started at zero t steps ago; 1 for a sum
+  (decay 1)."""
   return jnp.where(decay < 1, 1 - decay**t, 1) if h.bias_correction else 1

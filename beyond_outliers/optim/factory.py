@@ -1,5 +1,5 @@
-"""Optax factories made of sections of the configuration: `muon(learning_rate, *, momentum, ...)`
-out of a function of `config.optimizers.Muon`."""
+"""Optax factories from sections of the configuration: `muon(learning_rate, *, momentum, ...)` from
+a function that takes a `config.optimizers.Muon`."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from beyond_outliers.config.hyperparameters import OneOf, Section, other_choice
 
 Factory = Callable[..., optax.GradientTransformation]
 
-# Types of hyperparameters that shape the program, as they are and as modules with postponed
-# evaluation have them.
+# Types of the hyperparameters that shape the program; modules that postpone the evaluation of
+# annotations have them as strings.
 INTEGERS = (int, int | None, "int", "int | None")
 
 
 def arguments_of(
   section: type[Section], *, without: Collection[str] = (), **fixed: Any
 ) -> Callable[[Factory], Factory]:
-  """Turns f(h, *, axes, mesh), h being a section, into a factory with arguments as optax has them.
+  """Decorator that turns f(h, *, axes, mesh), h being a section, into a factory in optax's style.
 
-  They are learning_rate, f's own keywords, and by keyword the section's other hyperparameters, with
-  the official values as defaults and its lines as documentation; but for those `without`, which
-  stay official, and those `fixed`. Arrays, which may be traced, and schedules pass unchecked.
+  Its arguments are learning_rate, f's own keywords, and as keywords the section's other
+  hyperparameters, with official values as defaults and their descriptions appended to f's
+  docstring. Those in `without` keep their official value instead, those in `fixed` the one given.
+  Arrays, which may be traced, and schedules are not checked.
 
-  optax.inject_hyperparams takes such a factory as it is: it makes arrays of Python's ints and
-  floats, but not of numpy's integers, which are the defaults that it sees here: integers (steps,
-  sizes, periods) shape the program.
+  optax.inject_hyperparams takes such a factory as it is. It turns Python's ints and floats into
+  arrays, but not numpy's integers, so the integer defaults are those: integers (steps, sizes,
+  periods) shape the program and must stay static.
 
   Errors, of the factory: ConfigError naming the argument, its value and the remedy; TypeError when
-  an integer arrives as an array all the same."""
+  an integer arrives as an array after all."""
   fields = {
     field.name: field
     for field in dataclasses.fields(section)
@@ -61,7 +62,7 @@ def arguments_of(
       values = {name: value for name, value in given.items() if name in fields}
       for name, value in values.items():
         known = fields[name].metadata
-        # Among words None can be one: `ns_dtype` None is that of the state.
+        # None can be one of the choices: `ns_dtype` None is the state's type.
         optional = known["official"] is None or isinstance(known.get("rule"), OneOf)
         require(value is not None or optional, name, None, "expected a value, or nothing at all")
       values |= {name: _static(name, values[name]) for name in integers if name in values}
@@ -76,9 +77,9 @@ def arguments_of(
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-  """Refusal of an unknown choice.
+  """Refuses an unknown choice.
 
-  Errors: ValueError naming the argument, its value and the nearest that is allowed."""
+  Errors: ValueError naming the argument, its value and the closest that is allowed."""
   remedy = other_choice(value, allowed)
   if remedy is not None:
     raise ValueError(f"{name} = {value!r}: {remedy}")
@@ -102,7 +103,7 @@ def _static(name: str, value: Any) -> int | None:
 
 
 def _lines(fields: Collection[dataclasses.Field[Any]]) -> str:
-  """Documentation of hyperparameters, a paragraph each."""
+  """Documentation of hyperparameters, one paragraph each."""
   paragraphs = []
   for field in fields:
     rule = field.metadata["rule"]

@@ -42,9 +42,8 @@ GRAFTS: dict[str, Graft | None] = {
 
 
 def squared_lengths(step: jax.Array, direction: jax.Array, counts_B: jax.Array) -> jax.Array:
-  """Squared lengths, [B, 2], of the grafting method's step and of the direction.
-
-  0 for blocks that don't count."""
+  """Squared lengths, [B, 2], of the grafting method's step and of the direction; 0 for blocks that
+  `counts_B` excludes."""
   both = [jnp.sum(x * x, tuple(range(1, x.ndim))) for x in (step, direction)]
   return counts_B[:, None] * jnp.stack(both, 1)
 
@@ -52,8 +51,10 @@ def squared_lengths(step: jax.Array, direction: jax.Array, counts_B: jax.Array) 
 def give_lengths(
   layout: blocks.Layout, granularity: str, directions: ByBucket, squares: ByBucket, counts: ByBucket
 ) -> ByBucket:
-  """Directions of the step lengths in `squares` [B, 2], where `counts` [B]; "parameter": whose sums
-  are over all blocks of a slice."""
+  """Directions rescaled to the grafting method's step length, where `counts` [B] is true.
+
+  squares [B, 2]: see `squared_lengths`. granularity "parameter": a length is that of all blocks of
+    a slice together."""
   if granularity == "parameter":
     squares = layout.sum_over_slices(squares)
   given = {}

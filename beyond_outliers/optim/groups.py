@@ -1,4 +1,4 @@
-"""Parameter groups, by the first regular expression that matches a parameter's whole path."""
+"""Parameter groups: a parameter is in the first whose regular expression matches its whole path."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from beyond_outliers.params import path_of
 
 
 def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
-  """A tree like `params` of group labels.
+  """Group labels, as a tree like `params`.
 
-  Errors: ConfigError for a parameter without group, or a group without parameters that is not
+  Errors: ConfigError for a parameter without a group, or a group without parameters that isn't
     optional."""
 
   def label(key_path, _):

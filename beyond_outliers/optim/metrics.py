@@ -1,4 +1,4 @@
-"""Metrics of an optimizer's state, and of the change of the parameters that it made."""
+"""Metrics of an optimizer's state, and of the change that it makes to the parameters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from beyond_outliers.optim.linalg.spectral_norm import spectral_norm
 from beyond_outliers.params import path_of
 from beyond_outliers.types import Metrics, Params
 
-# Field of a bucket's state -> how the values of all blocks become one.
+# Field of a bucket's state -> the function that reduces the values of all blocks to one.
 REDUCTIONS = {"kept": jnp.sum, "age": max_or_nan, "residual": max_or_nan, "condition": max_or_nan}
 
 
 def of_state(opt_state: Any) -> Metrics:
-  """Metrics of all roots, bases or factors of a preconditioner. Free: the state holds them.
+  """Metrics over all roots, bases or factors of a preconditioner. Free: the state holds them.
 
-  roots/kept: refused so far, since not finite or of too large a residual. roots/age: of the oldest
-  in use, steps. roots/residual, roots/condition: the largest, of the last ones computed."""
+  roots/kept: how many were refused so far (old ones kept), being not finite or of too large a
+  residual. roots/age: steps since the oldest in use was computed. roots/residual, roots/condition:
+  the largest among those computed last."""
   found: dict[str, list[jax.Array]] = {}
   for field, _, x in _kept_in(opt_state):
     found.setdefault(field, []).append(REDUCTIONS[field](x))
@@ -31,12 +32,12 @@ def of_state(opt_state: Any) -> Metrics:
 
 
 def paths_of_state(opt_state: Any) -> list[str]:
-  """Paths of what `of_state` reads: of arrays that nothing else depends on."""
+  """Paths of the arrays that `of_state` reads and on which nothing else depends."""
   return [path for _, path, _ in _kept_in(opt_state)]
 
 
 def _kept_in(opt_state: Any) -> Iterator[tuple[str, str, Any]]:
-  """(field, path, array) of the arrays that are metrics."""
+  """(field, path, array) of every array in the state that holds metrics."""
   for path, x in jax.tree_util.tree_leaves_with_path(opt_state):
     field = getattr(path[-1], "name", None)
     if field in REDUCTIONS and blocks.belongs_to_blocks(path) and x.size:
@@ -44,10 +45,10 @@ def _kept_in(opt_state: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def of_update(update: Params, labels: Any, axes: AxesTree = None) -> Metrics:
-  """Metrics of the change of the parameters, by group: update_rms/<group>, and
-  update_spectral_norm/<group> of its largest matrix.
+  """Metrics of a change of the parameters, by group: update_rms/<group>, and the largest spectral
+  norm of the group's matrices, update_spectral_norm/<group>.
 
-  update, labels: trees like the parameters. The spectral norms are estimated, from below, by power
+  update, labels: trees like the parameters. Spectral norms are estimated from below, by power
     iteration."""
   squares: dict[str, Any] = {}
   sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Muon: an averaged gradient, orthogonalised, so that all singular directions move alike.
+"""Muon: the averaged gradient, orthogonalised, so that all its singular directions move equally.
 
 Jordan 2024, kellerjordan.github.io/posts/muon.
 
@@ -27,7 +27,7 @@ from beyond_outliers.optim.linalg import newton_schulz
 
 @dataclasses.dataclass(frozen=True)
 class _Muon(optimizers.Muon):
-  """Hyperparameters of `scale_by_muon`, with those that no configuration sets."""
+  """Hyperparameters of Muon, including those that no configuration sets."""
 
   ns_eps: float = official(
     1e-7, "added to the Frobenius norm; torch has 0 for norms above 1e-7, optax 1e-8", at_least(0)
@@ -47,7 +47,7 @@ def match_rms_adamw(leaf: Leaf) -> float:
   return 0.2 * math.sqrt(max(leaf.fan_out, leaf.fan_in))
 
 
-# What an orthogonalised matrix is multiplied by.
+# Factors by which an orthogonalised matrix is multiplied.
 UPDATE_SCALES: dict[str, Callable[[Leaf], float]] = {
   "original": original,
   "match_rms_adamw": match_rms_adamw,
@@ -63,8 +63,8 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
   """Muon's direction for matrices, to be subtracted.
 
-  scale is also a function of the leaf that a matrix belongs to.
-  Errors: ValueError, at init, for a leaf that `axes` don't make a matrix."""
+  scale may also be a function of the matrix's `Leaf`.
+  Errors: ValueError, at init, for a leaf that isn't made of matrices by its `axes`."""
   return _direction(h, axes, mesh)
 
 
@@ -72,13 +72,13 @@ def scale_by_muon(
 def muon(
   h: _Muon, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """Muon for the leaves that are matrices, AdamW for the others, one decoupled decay for all.
+  """Muon for leaves that are matrices, AdamW for the others, and one decoupled decay for all.
 
-  As KellerJordan/Muon's SingleDeviceMuonWithAuxAdam (857d1ad).
+  Follows KellerJordan/Muon's SingleDeviceMuonWithAuxAdam (857d1ad).
 
-  Only the Python number 0 as momentum keeps no average. The scale is not applied to the decay
-  (torch.optim._Muon). ns_dtype None is the state's.
-  State: 4 bytes per element of a matrix in float32, 8 of others."""
+  An average is kept unless momentum is the Python number 0. The scale does not apply to the decay
+  (as in torch.optim._Muon). ns_dtype None: the state's type.
+  State in float32: 4 bytes per element of a matrix, 8 per element of the others."""
   return by_kind(
     axes,
     matrix=optax.chain(
@@ -93,7 +93,7 @@ def muon(
 
 
 def has_average(momentum: float) -> bool:
-  """Whether gradients are averaged at all; known only of Python numbers, not of traced momentum."""
+  """Whether gradients are averaged at all; assumed so for a momentum that is traced."""
   return not is_number(momentum) or momentum > 0
 
 
@@ -116,7 +116,7 @@ def _direction(
 
 
 def _matrices(tree: Any, axes: AxesTree, mesh: jax.sharding.Mesh | None) -> blocks.Layout:
-  """Layout of matrices, each of which is one block."""
+  """Layout in which each matrix is one block."""
   layout = blocks.layout(tree, axes, mesh=mesh)
   for leaf in layout.leaves:
     if not leaf.is_matrix:
@@ -152,12 +152,12 @@ def _step(
 
 
 def _weights(h: _Muon, count: jax.Array) -> tuple[Any, Any]:
-  """Weights of the average of gradients and of the latest one in what is orthogonalised.
+  """Weights of the gradients' average and of the latest gradient in the sum to be orthogonalised.
 
-  Only the direction of the sum matters: it is orthogonalised."""
+  The scale of that sum does not matter: orthogonalisation removes it."""
   if not h.nesterov:
     return 1, 0
   if not h.nesterov_bias_correction:
     return h.momentum, 1 - h.momentum
-  # The average is corrected as if it held one gradient more.
+  # optax corrects the average's bias as if it held one gradient more.
   return h.momentum / (1 - h.momentum ** (count + 1)), (1 - h.momentum) / (1 - h.momentum**count)

@@ -2,15 +2,15 @@
 
 arXiv 1512.04202, 2402.11858.
 
-Of H, a block of averaged gradients, with an upper triangular factor Q for each axis and a probe V
-of normal numbers:
+H is a block of averaged gradients, Q an upper triangular factor for each of its axes, V a probe of
+normal random numbers:
 
   A = Q0 H Q1ᵀ,   B = Q0⁻ᵀ V Q1⁻¹
   Q <- Q - rate · triu(T1 - T2) Q / ‖T1 + T2‖,   T1, T2 = A Aᵀ, B Bᵀ for Q0, Aᵀ A, Bᵀ B for Q1
   direction = Q0ᵀQ0 H Q1ᵀQ1
 
-T1 and T2 agree on average where Q0ᵀQ0 ⊗ Q1ᵀQ1 is the inverse root of the second moment of H: then
-the direction is white.
+T1 and T2 agree on average when Q0ᵀQ0 ⊗ Q1ᵀQ1 is the inverse square root of H's second moment; the
+direction is then white.
 
 Legend: B blocks on this device, D an axis of a block.
 """
@@ -37,10 +37,10 @@ from beyond_outliers.optim.linalg import triangular
 from beyond_outliers.optim.linalg.chunks import in_chunks
 from beyond_outliers.optim.muon import has_average
 
-# On a step that updates factors, whether H has noise added (where they learn from it, where it
+# On a step that updates factors, whether noise is added to H (as what they learn from, as what
 # becomes the direction).
 NOISE = {"both": (True, True), "preconditioner": (True, False), "none": (False, False)}
-NOISE_SCALE = 2.0**-11.5  # times the mean of |H|: the root of float32's epsilon
+NOISE_SCALE = 2.0**-11.5  # relative to the mean of |H|: the square root of float32's epsilon
 
 Arrays = tuple[jax.Array, ...]
 Probes = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
@@ -48,7 +48,7 @@ Probes = Callable[[jax.Array, jax.Array, tuple[int, ...]], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Psgd(optimizers.Psgd):
-  """Hyperparameters of `scale_by_psgd`, with those that no configuration sets."""
+  """Hyperparameters of PSGD, including those that no configuration sets."""
 
   precision: str = official(
     "highest", "of matrix products on TPU and GPU, as jax.default_matmul_precision takes it"
@@ -60,25 +60,25 @@ class BlocksState(NamedTuple):
 
   momentum: jax.Array | None  # [B, *block] average of gradients; None without momentum
   factors: Arrays  # Q, one per axis: [B, D, D] upper triangular, or [B, D] diagonal
-  applied: tuple[Any, ...]  # QᵀQ [B, D, D] an axis, () for diagonal factors; empty without cache
-  kept: jax.Array  # [B] updates of factors refused so far, because not finite
+  applied: tuple[Any, ...]  # per axis QᵀQ [B, D, D], or () if diagonal; empty without cache
+  kept: jax.Array  # [B] updates of factors refused so far: not finite, or the direction overflows
 
 
 class PsgdState(NamedTuple):
   count: jax.Array  # int32: updates done
-  since_update: jax.Array  # int32: of these, since factors were updated
-  key: jax.Array  # raw and constant: a step's random numbers follow from it and `count`
+  since_update: jax.Array  # int32: updates done since the factors were last updated
+  key: jax.Array  # raw and constant: with `count` it determines a step's random numbers
   blocks: blockwise.ByBucket
 
 
 class PsgdClock(NamedTuple):
-  """Clock of a step, the same for all blocks."""
+  """What a step knows of its time, the same for all blocks."""
 
-  steps_before: jax.Array
-  key: jax.Array  # raw: of its random numbers
-  due: jax.Array  # bool: whether it updates factors
-  balance: jax.Array  # bool: whether such an update balances them
-  correction: jax.Array  # of the bias of averages
+  steps_before: jax.Array  # int32: steps before this one
+  key: jax.Array  # raw: of this step's random numbers
+  due: jax.Array  # bool: whether this step updates factors
+  balance: jax.Array  # bool: whether such an update also balances them
+  correction: jax.Array  # divides averages to remove their bias
 
 
 def drawn(key: jax.Array, count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -92,8 +92,8 @@ def scale_by_psgd(
 ) -> optax.GradientTransformation:
   """PSGD's direction, to be subtracted.
 
-  probes: (key of this step and shape, steps before this one, shape of a block) -> V of all blocks
-    of that shape."""
+  probes: (key of this step and shape, steps before this one, shape of a block) -> the V of all
+    blocks of that shape."""
   return _direction(h, axes, mesh, probes)
 
 
@@ -101,15 +101,15 @@ def scale_by_psgd(
 def psgd(
   h: _Psgd, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """PSGD with Kronecker factors as kron_torch has it (evanatyourservice/kron_torch, 884427c).
+  """PSGD with Kronecker factors, following evanatyourservice/kron_torch (884427c).
 
-  V is drawn once a step for each shape of blocks, and is the same for all of that shape: what a
-  block learns has the same law, and does not depend on how parameters are stacked, ordered or
-  sharded. Only the Python number 0 as momentum keeps no average.
+  Each step draws one V per block shape, shared by all blocks of that shape: to each block it is as
+  random as one of its own, and the same however parameters are stacked, ordered or sharded. An
+  average is kept unless momentum is the Python number 0.
 
-  An update that is not finite, or would let the direction overflow, leaves a block's factors as
-  they are, and is counted. State, bytes per element of an m x n block in float32: 4 + 8 (m² + n²) /
-  mn, 4 + 4 (m² + n²) / mn without cache; without the terms of axes that have a diagonal factor."""
+  An update of factors that is not finite, or would make the direction overflow, is refused and
+  counted. State, bytes per element of an m x n block in float32: 4 + 8 (m² + n²) / mn, or 4 + 4
+  (m² + n²) / mn without cache; an axis with a diagonal factor has no such term."""
   return optax.chain(
     _direction(h, axes, mesh, drawn),
     optax.add_decayed_weights(h.weight_decay, matrix_mask(axes)),
@@ -132,7 +132,7 @@ def _direction(
 
 
 def _init_bucket(h: _Psgd, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
-  # Factors of padding are zero, and stay so.
+  # The factors of padding blocks are zero and stay zero.
   size = jnp.asarray(h.preconditioner_init, dtype) ** (1 / len(bucket.shape))
   start_B = bucket.real.astype(dtype) * size
 
@@ -197,7 +197,7 @@ def _step(
 def _average_and_apply(
   h: _Psgd, clock: PsgdClock, g: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, jax.Array | None]:
-  """(direction, average) of one block: the step between updates of factors."""
+  """(direction, average) of one block, on a step that does not update factors."""
   mean = _average(h, g, s)
   return _precondition(h, clock, mean, s.factors, s.applied), _kept_average(mean, s)
 
@@ -226,7 +226,7 @@ def _kept_average(mean: jax.Array, s: BlocksState) -> jax.Array | None:
 def _update_factors(
   h: _Psgd, clock: PsgdClock, factors: Arrays, x: jax.Array, probe: jax.Array
 ) -> tuple[Arrays, jax.Array]:
-  """-> (factors that have learned from x and perhaps been balanced, whether they could)."""
+  """(factors updated from x, and balanced where due; whether the update was accepted)."""
   a, b = x, probe
   for axis, q in long_axis_first(factors):
     a = along(axis, triangular.times, q, a)
@@ -236,7 +236,7 @@ def _update_factors(
     for axis, q in enumerate(factors)
   ]
   largest = jnp.stack([max_magnitude(q - dq) for q, dq in zip(factors, changes, strict=True)])
-  # The clip squares what QᵀQ along every axis makes of H.
+  # Clipping squares the direction, which holds the square of each factor: a fourth power.
   ok = jnp.isfinite(jnp.prod(largest) ** 4)
   geometric_mean = jnp.exp(jnp.mean(jnp.log(largest)))
   scales = jnp.where(clock.balance & ok & (geometric_mean > 0), geometric_mean / largest, 1)
@@ -253,7 +253,7 @@ def _to_apply(h: _Psgd, factors: Arrays) -> tuple[Any, ...]:
 def _precondition(
   h: _Psgd, clock: PsgdClock, x: jax.Array, factors: Arrays, applied: tuple[Any, ...]
 ) -> jax.Array:
-  """Clipped to an RMS. x: H times the correction, which so costs nothing."""
+  """The direction, clipped to an RMS. x: H times the bias correction, divided out at the end."""
   for axis, q in long_axis_first(factors):
     if h.cache and q.ndim == 2:
       x = along(axis, jnp.matmul, applied[axis], x)
@@ -264,7 +264,7 @@ def _precondition(
 
 
 def change(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-  """triu(A Aᵀ - B Bᵀ) Q / ‖A Aᵀ + B Bᵀ‖, with a lower bound of the norm.
+  """triu(A Aᵀ - B Bᵀ) Q / ‖A Aᵀ + B Bᵀ‖, where a lower bound stands for the norm.
 
   A and B: [D, rest] or [D]."""
   rest = tuple(range(1, a.ndim))
@@ -274,7 +274,8 @@ def change(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   if q.ndim == 1:
     return (t1_D - t2_D) / largest * q
   t1, t2 = triangular.gram(a), triangular.gram(b)
-  # Two power iterations from the longest column. Over the largest number, no square overflows.
+  # Two power iterations from the longest column. Division by the largest entry: squares then
+  # cannot overflow.
   total = [(x + y) / largest for x, y in zip(t1, t2, strict=True)]
   longest = jnp.argmax(triangular.column_squares(total))
 
@@ -290,10 +291,10 @@ def change(q: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 def along(
   axis: int, function: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, x: jax.Array
 ) -> jax.Array:
-  """function(q, x) with an axis of x as its first."""
+  """function(q, x) applied along the given axis of x."""
   return jnp.moveaxis(function(q, jnp.moveaxis(x, axis, 0)), 0, axis)
 
 
 def long_axis_first(factors: tuple[jax.Array, ...]) -> list[tuple[int, jax.Array]]:
-  """(axis, factor), in the order in which products are fastest on CPUs."""
+  """(axis, factor) pairs, in the order in which products are fastest on CPUs."""
   return list(enumerate(factors))[::-1]

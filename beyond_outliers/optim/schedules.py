@@ -1,4 +1,4 @@
-"""Learning-rate schedules in fractions of the run: a row is (config, peak, steps) -> schedule."""
+"""Learning-rate schedules, (config, peak, steps) -> schedule; phases are fractions of the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from beyond_outliers import config
 
 
 def _warmup(c: config.Schedule, step, num_steps: int):
-  """Linear warm-up from `start` to 1 over the first `warmup` of the run."""
+  """Linear warm-up from `start` to 1 over the first fraction `warmup` of the run."""
   steps = round(c.warmup * num_steps)
   return c.start + (1 - c.start) * jnp.minimum(step / max(steps, 1), 1.0) if steps else jnp.ones(())
 
 
 def trapezoidal(c: config.Schedule, peak: float, num_steps: int) -> optax.Schedule:
-  """Warm-up, constant, then linear to `end` over the last `cooldown` of the run."""
+  """Warm-up, constant, then linear to `end` over the last fraction `cooldown` of the run."""
   steps = round(c.cooldown * num_steps)
 
   def schedule(step):

@@ -1,6 +1,7 @@
-"""Scion: steps to the LMO of a norm ball along an averaged gradient (arXiv 2502.07529).
+"""Scion: steps along the LMO of a norm ball for an averaged gradient (arXiv 2502.07529).
 
-The LMO is the point of the ball that lies furthest along it.
+The LMO (linear minimization oracle) is here the point of the ball furthest along that average; its
+negative is the step.
 
 Legend: S slices of a leaf, M and N their rows and columns in the leaf's own order.
 """
@@ -45,8 +46,8 @@ def _rms(d: jax.Array, leaf: Leaf, normalized: bool) -> jax.Array:
   return _over_rms(d, _fan_in_axes(leaf) + _fan_out_axes(leaf), 1)
 
 
-# (d [S, *size], leaf, normalized) -> the point of the unit ball, in the norms that need no matrix
-# products. A vector counts as a matrix of one column, whose fan-in is 1.
+# (d [S, *size], leaf, normalized) -> the point of the unit ball, for the norms that need no matrix
+# products. A vector counts as a matrix of one column, with fan-in 1.
 NORMS: dict[str, Callable[[jax.Array, Leaf, bool], jax.Array]] = {
   "sign": _sign,
   "col": _col,
@@ -67,12 +68,12 @@ def scale_by_scion(
 def scion(
   h: Scion, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """Scion with one norm for all leaves; give groups of parameters their own.
+  """Scion with one norm for all leaves; for several norms use groups of parameters.
 
   Algorithms 1 and 2; LIONS-EPFL/scion, f58a393.
 
-  The official transpose=True, for embeddings, is an `axes` in which fan_in and fan_out are swapped.
-  Only the Python number 0 as momentum keeps no average.
+  For the official transpose=True (embeddings), swap fan_in and fan_out in `axes`. An average is
+  kept unless momentum is the Python number 0.
   State: 4 bytes per element in float32, none without momentum."""
   decay = 1.0 + h.weight_decay if h.constrained else h.weight_decay
   return optax.chain(
@@ -92,10 +93,10 @@ def initialize(
   normalized: bool | None = None,
   clamp: bool = False,
 ) -> Any:
-  """Random matrices on the surface of the ball, where Scion starts officially; vectors and scalars
-  stay as they are.
+  """Random matrices on the surface of the ball, the official starting point of Scion; vectors and
+  scalars are left as they are.
 
-  key: typed, of jax.random. The other arguments are those of `scion`."""
+  key: a typed key of jax.random. The other arguments are those of `scion`."""
   h = Scion.given(norm=norm, scale=scale, normalized=normalized, clamp=clamp)
 
   def draw(key: jax.Array, leaf: Leaf, x: jax.Array) -> jax.Array:
@@ -139,8 +140,8 @@ def _direction(
 
 
 def _scale_by_norm(h: Scion, norm: str, axes: AxesTree) -> optax.GradientTransformation:
-  """LMO of the unit ball for each slice of each leaf, where the parameters lie: elements, or sums
-  along an axis, are no reason to carry a matrix into blocks and back."""
+  """LMO of the unit ball for each slice of each leaf, in the parameters' sharding: these norms need
+  only elements or sums along an axis, so carrying matrices into blocks and back would not pay."""
   averages = has_average(h.momentum)
 
   def init(params):
@@ -182,7 +183,7 @@ def _over_rms(d: jax.Array, axes: tuple[int, ...], factor: float) -> jax.Array:
 
 
 def _fan_in_axes(leaf: Leaf) -> tuple[int, ...]:
-  """Axes of the fan-in, of [S, *size]."""
+  """The fan-in's axes in [S, *size]."""
   return () if leaf.fan_in_axis is None else (1 + leaf.fan_in_axis,)
 
 

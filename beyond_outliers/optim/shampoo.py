@@ -1,8 +1,8 @@
 """Distributed Shampoo (arXiv 1802.09568; 2309.06497): every axis of a block has a factor, whose
-inverse root preconditions it.
+inverse root preconditions that axis.
 
-With the official values this is Meta's implementation without grafting; what Google's does
-otherwise has a switch each.
+With the default values this is Meta's implementation without grafting; each difference in Google's
+has a switch.
 
 Legend: B blocks on this device, D the axis of a factor, A preconditioned axes of a block.
 """
@@ -31,10 +31,10 @@ Arrays = tuple[jax.Array, ...]
 class Roots(NamedTuple):
   """Inverse roots of a bucket's factors, one per preconditioned axis: all that a refresh renews."""
 
-  values: Arrays  # [B, D, D] or packed, float32 or bfloat16; the identity until there is one
-  bases: tuple[Any, ...]  # what a warm-started root begins from
-  residual: Any  # [B, A] of the last root computed, taken or refused
-  condition: Any  # [B, A] largest eigenvalue of its factor over the smallest it took
+  values: Arrays  # [B, D, D] or packed, float32 or bfloat16; the identity until one is computed
+  bases: tuple[Any, ...]  # starting points of warm-started roots
+  residual: Any  # [B, A] of the last root computed, whether accepted or refused
+  condition: Any  # [B, A] of its factor: largest eigenvalue over the smallest with eps added
   age: Any  # [B, A] steps since the root in use was computed; -1: never
   kept: Any  # [B, A] roots refused so far, because not finite or of too large a residual
 
@@ -42,9 +42,9 @@ class Roots(NamedTuple):
 class BlocksState(NamedTuple):
   """State of a bucket of blocks; the stack axis comes first in every array."""
 
-  momentum: jax.Array  # [B, *block] of gradients; with momentum="update", of preconditioned ones
-  graft_momentum: Any  # [B, *block], momentum="update" only; else ()
-  second_moment: Any  # [B, *block] of the grafting method, where it has one; else ()
+  momentum: jax.Array  # [B, *block] average of gradients, or of directions (momentum="update")
+  graft_momentum: Any  # [B, *block] average of grafting steps, with momentum="update"; else ()
+  second_moment: Any  # [B, *block] of the grafting method if it has one; else ()
   factors: Arrays  # one per preconditioned axis, [B, D, D] or packed, float32 or bfloat16
   roots: Roots
 
@@ -70,10 +70,10 @@ def shampoo(
 ) -> optax.GradientTransformation:
   """Distributed Shampoo with decoupled weight decay (arXiv 2309.06497, algorithm 2).
 
-  momentum="update" is an average more (Google). A root that is not finite, or of too large a
-  residual, is refused and counted in the state.
-  State, bytes per element of an m x n block in float32: 4 (momentum) + 4 (adam, rmsprop) +
-  8 (m² + n²) / mn; packed or bfloat16 halve the last term."""
+  A root that is not finite, or whose residual is too large, is refused and counted in the state.
+  State, bytes per element of an m x n block in float32: 4 (momentum; 8 with momentum="update") + 4
+  (grafting adam or rmsprop) + 8 (m² + n²) / mn; packed and bfloat16 each halve the last term, and
+  root="qr" adds 4 (m² + n²) / mn."""
   of = eigenvalue_corrected.direction if h.eigenvalue_correction else _direction
   return optax.chain(
     of(h, axes, mesh),
@@ -109,14 +109,14 @@ def _constants(layout: blocks.Layout) -> dict[str, Constants]:
 
 def _init_bucket(h: Shampoo, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
   graft = grafting.GRAFTS[h.grafting]
-  # float64 is for checking the mathematics: there nothing is stored in less.
+  # dtype is float64 only when the mathematics is checked: "float32" then stores float64.
   stored = jnp.bfloat16 if h.preconditioner_dtype == "bfloat16" else dtype
   first = h.eps if h.eps_mode == "relative" else 0.0
   warm = inverse_root.ROOTS[h.root].warm
   lengths = [bucket.shape[axis] for axis in factored_axes(h, bucket.shape)]
 
   def numbers(value: int, dtype: Any) -> Any:
-    # Orbax saves no empty arrays: without a factor there is none.
+    # Orbax cannot save empty arrays, so without factors there is no array.
     return jnp.full((bucket.padded, len(lengths)), value, dtype) if lengths else ()
 
   def store(a_BxDxD: jax.Array) -> jax.Array:
@@ -142,10 +142,10 @@ def _init_bucket(h: Shampoo, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksSt
 def _step(
   h: Shampoo, count: jax.Array, g: jax.Array, s: BlocksState, constants: Constants
 ) -> tuple[jax.Array, BlocksState, jax.Array, jax.Array]:
-  """-> (direction, state, [B, 2] squared lengths of the grafting step and of the direction, [B]
-  whether it is Shampoo's).
+  """(direction, state, squared lengths [B, 2] of the grafting step and of the direction, whether
+  the direction is Shampoo's [B]).
 
-  A block without roots takes the grafting method's own step, and has no part in the lengths of
+  A block without roots takes the grafting method's own step, and does not count in the lengths of
   others."""
   t, axes = count.astype(g.dtype), factored_axes(h, g.shape[1:])
   factors = _accumulate_factors(h, g, s, axes)
@@ -168,7 +168,7 @@ def _step(
 
 
 def _accumulate_factors(h: Shampoo, g: jax.Array, s: BlocksState, axes: tuple[int, ...]) -> Arrays:
-  """Factors after the gradients' Gram matrices, [B, D, D] each; a decay of 1 sums."""
+  """Factors [B, D, D] with the gradients' Gram matrices averaged in, or summed for a decay of 1."""
   weight = jnp.where(h.b2 < 1, 1 - h.b2, 1)
   return tuple(
     add_gram(
@@ -187,7 +187,7 @@ def _refresh_roots(
   constants: Constants,
   order: int,
 ) -> Roots:
-  """Roots of the factors, for the blocks that are due. order: number of a block's axes."""
+  """Roots of the factors, renewed for the blocks that are due. order: number of a block's axes."""
   if not factors:
     return roots
   norm = bias_correction(h, h.b2, t)
@@ -222,7 +222,7 @@ def _refresh_roots(
 def _take_or_keep(
   h: Shampoo, new: inverse_root.Root, old: Roots, axis: int, real_B: jax.Array
 ) -> tuple[Any, ...]:
-  """Fields of Roots for one preconditioned axis: a bad root leaves a block its old one."""
+  """Fields of Roots for one preconditioned axis: where the new root is bad, the old one stays."""
   ok_B = jnp.isfinite(new.root).all((1, 2)) & (new.residual <= h.max_residual)
 
   def choose(new: jax.Array, was: jax.Array) -> jax.Array:
@@ -241,7 +241,7 @@ def _take_or_keep(
 def _average_gradients(
   h: Shampoo, t: jax.Array, g: jax.Array, s: BlocksState
 ) -> tuple[jax.Array, BlocksState]:
-  """(what is preconditioned, state): the average of gradients where momentum comes first."""
+  """(what to precondition, state): the gradient if momentum="update", else its average."""
   if h.momentum == "update":
     return g, s
   average = h.b1 * s.momentum + (1 - h.b1) * g
@@ -272,7 +272,7 @@ def _graft_step(
 def _finish(
   h: Shampoo, count: jax.Array, layout: blocks.Layout, done: dict[str, Any]
 ) -> tuple[blockwise.ByBucket, blockwise.ByBucket]:
-  """Directions with the grafted lengths, and averaged if that is what momentum averages."""
+  """Directions given the grafted lengths, and then averaged if momentum="update"."""
   directions, states = blockwise.directions_and_states(done)
   if h.grafting != "none":
     directions = grafting.give_lengths(
@@ -291,5 +291,5 @@ def _finish(
 
 
 def _order_of_root(h: Shampoo, order: int) -> float:
-  """p of A^(-1/p), by default twice the number of axes of a block."""
+  """p of A^(-1/p), by default twice the number of a block's axes."""
   return 2.0 * order if h.exponent is None else 1 / h.exponent

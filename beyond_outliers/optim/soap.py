@@ -1,8 +1,8 @@
-"""SOAP (arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's factors, which changes
-every few steps.
+"""SOAP (arXiv 2409.11321, algorithm 3): Adam in the eigenbasis of Shampoo's factors, a basis that
+is renewed every few steps.
 
-The first moment is kept in the basis, and rotated when that changes. Algorithm 3 keeps it outside
-and rotates it at every step, which gives the same.
+The first moment is kept in the basis and rotated when the basis changes. Algorithm 3 keeps it in
+the original coordinates and rotates it at every step, which is equivalent.
 
 Legend: B blocks on this device, D the axis of a basis, A rotated axes of a block.
 """
@@ -49,12 +49,12 @@ def scale_by_soap(
 def soap(
   h: Soap, *, axes: AxesTree = None, mesh: jax.sharding.Mesh | None = None
 ) -> optax.GradientTransformation:
-  """SOAP as its authors have it (nikhilvyas/SOAP, a1e5535).
+  """SOAP, following its authors' code (nikhilvyas/SOAP, a1e5535).
 
-  The first update only finds the bases, and moves nothing.
+  The first update only finds the bases; parameters do not move.
 
-  State, bytes per element of an m x n block in float32: 8 + 8 (m² + n²) / mn, without the terms of
-  axes that are not rotated; preconditioner_dtype="bfloat16" halves the last term."""
+  State, bytes per element of an m x n block in float32: 8 + 8 (m² + n²) / mn; an axis that is not
+  rotated has no such term. preconditioner_dtype="bfloat16" halves the last term."""
   return optax.chain(
     _direction(h, axes, mesh),
     optax.scale_by_learning_rate(h.learning_rate),
@@ -64,7 +64,7 @@ def soap(
 
 class SoapClock(NamedTuple):
   first: jax.Array  # bool: whether this update only initialises
-  step: jax.Array  # int32: the update's number in bias correction, and in when bases are due
+  step: jax.Array  # int32: the step number that bias correction and refreshes of bases use
 
 
 def _direction(
@@ -110,7 +110,7 @@ def _advance(h: Soap, state: blockwise.State) -> tuple[blockwise.State, SoapCloc
 def _step(
   h: Soap, clock: SoapClock, g: jax.Array, s: BlocksState, id_B: jax.Array
 ) -> tuple[jax.Array, BlocksState]:
-  """Adam's direction in the bases, and then better bases."""
+  """Takes Adam's direction in the bases, then improves the bases."""
   axes = _rotated_axes(h, g.shape[1:])
   stored = s.bases[0].dtype if axes else g.dtype
   s = _in_dtype(s, g.dtype)
@@ -147,7 +147,7 @@ def _refresh_bases(
 
 
 def _first_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> BlocksState:
-  """Eigenvectors, by descending eigenvalue. There are no moments yet."""
+  """The first bases: eigenvectors by descending eigenvalue. The moments are still zero."""
   bases = []
   for factor in factors:
     ridge = 1e-30 * jnp.eye(factor.shape[-1], dtype=factor.dtype)
@@ -156,9 +156,9 @@ def _first_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> Bloc
 
 
 def _improve_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> BlocksState:
-  """Bases one orthogonal iteration further.
+  """Bases after one more orthogonal iteration.
 
-  The second moment is not rotated: its entries follow their eigenvalues."""
+  The second moment is not rotated, only permuted as the eigenvalues are sorted."""
   bases, _, orders = zip(*map(orthogonal_iteration, factors, s.bases), strict=True)
   s, ok_BxA = change_bases(s, bases, axes)
   for i, axis in enumerate(axes):
@@ -171,7 +171,7 @@ def _improve_bases(s: BlocksState, factors: Arrays, axes: tuple[int, ...]) -> Bl
 def _finish(
   h: Soap, clock: SoapClock, layout: blocks.Layout, done: dict[str, Any]
 ) -> tuple[blockwise.ByBucket, blockwise.ByBucket]:
-  """Directions, normalized where asked for, bias-corrected, and zero at first."""
+  """Directions, normalized and bias-corrected where `h` says so; zero at the first update."""
   directions, states = blockwise.directions_and_states(done)
   if h.normalize_gradients:
     directions = _normalize(layout, directions)
@@ -182,7 +182,7 @@ def _finish(
 
 
 def _normalize(layout: blocks.Layout, directions: blockwise.ByBucket) -> blockwise.ByBucket:
-  """Directions over the RMS of each slice, which may lie in several blocks."""
+  """Directions divided by the RMS of their slice, which may span several blocks."""
   squares = layout.sum_over_slices(
     {name: jnp.sum(d * d, tuple(range(1, d.ndim))) for name, d in directions.items()}
   )

@@ -1,4 +1,4 @@
-"""Quantization: specs as data, their mathematics, and the products of a model's linear layers."""
+"""Quantization: specs as data, their mathematics, and the quantized products of linear layers."""
 
 from beyond_outliers.quant import metrics
 from beyond_outliers.quant.dot import BACKENDS, dot_general_for

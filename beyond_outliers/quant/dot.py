@@ -1,4 +1,4 @@
-"""The quantized product of a model's linear layers, which they call instead of lax.dot_general."""
+"""The quantized product that a model's linear layers call instead of lax.dot_general."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ BACKENDS: dict[str, Callable[..., jax.Array]] = {
 
 
 class QuantizedDot(nn.Module):
-  """A linear layer's product under a recipe, in the place of lax.dot_general. It has no parameters,
-  but for learned scales.
+  """A linear layer's product under a recipe, called in place of lax.dot_general. Its only
+  parameters are learned scales, if there are any.
 
-  Stochastic rounding draws from the stream `rounding`; where there is none, as in evaluation,
-  values round to nearest. Sums over the activations (metrics.Sums) are sown into the collection
-  `statistics` where that is mutable."""
+  Stochastic rounding draws from the random stream `rounding`; without one, as in evaluation, values
+  round to nearest. If the collection `statistics` is mutable, sums over the activations
+  (metrics.Sums) are sown into it."""
 
   recipe: LayerRecipe
   backend: str
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
-    """lhs: [T, K]. rhs: [K, O], or [O, K]; it may be wider than lhs; or a QuantizedMatrix. Returns
-    [T, O], float32 or wider."""
+    """[T, O], float32 or wider. lhs: [T, K]. rhs: [K, O] or [O, K], perhaps of a wider type than
+    lhs, or a QuantizedMatrix."""
     (lhs_axes, (w_axis,)), batch = dimension_numbers
     if isinstance(rhs, qmatrix.QuantizedMatrix):
       learned = self.recipe.activations is not None and self.recipe.activations.scale == "learned"
       scale = None
       if learned:
         log_scale: Any = self.get_variable("params", LOG_SCALE)
-        scale = jnp.exp(log_scale[0]).reshape(1, 1)  # that of the activations comes first
+        scale = jnp.exp(log_scale[0]).reshape(1, 1)  # the activations' scale comes first
       return qmatrix.matmul(lhs, rhs, self.recipe, scale)
     if lhs.ndim != 2 or rhs.ndim != 2 or tuple(lhs_axes) != (1,) or any(map(len, batch)):
       raise ValueError(
@@ -74,9 +74,9 @@ class QuantizedDot(nn.Module):
 
     The first forward pass initializes them.
 
-    Their logarithms are learned: an optimizer whose steps have one length, however long the
-    gradient, as all here have, would throw scales of a hundredth below zero, but changes logarithms
-    in proportion (as arXiv 1903.08066 argues)."""
+    Their logarithms are learned. The steps of the optimizers here have the same length however long
+    the gradient is: they would push scales of about 0.01 below zero, but they change logarithms in
+    proportion (as arXiv 1903.08066 argues)."""
     operands = {
       "activations": (self.recipe.activations, lhs, 1),
       "weights": (self.recipe.weights, rhs, w_axis),
@@ -93,7 +93,7 @@ class QuantizedDot(nn.Module):
       for spec, x, axis in learned.values():
         x = rotations.rotate(x.astype(jnp.float32), spec.rotation, axis)
         scales.append(quantizers.scale_of(x, spec, axis).reshape(()))
-      return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))  # inputs that are all zero have none
+      return jnp.log(jnp.maximum(jnp.stack(scales), 1e-8))  # of all-zero inputs the scale is 0
 
     log_scale: Any = self.param(LOG_SCALE, nn.with_logical_partitioning(begin, ("vector",)))
     each = dict(zip(learned, jnp.exp(log_scale).reshape(-1, 1, 1), strict=True))
@@ -107,7 +107,7 @@ def _multiply(backend, w_axis, layer, x_TxK, w, scales, options):
 
 
 def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
-  """(y, its pullback: a tree of codes, their scales and masks)."""
+  """(y, its pullback: a tree that holds codes, their scales and masks)."""
 
   def with_pullback(x_TxK, w, scales, options):
     def product(x_TxK, w, scales):
@@ -119,7 +119,7 @@ def _forward(backend, w_axis, layer, x_TxK, w, scales, options):
 
 
 def _backward(backend, w_axis, layer, pullback, g_TxO):
-  """Gradients of (x, w, scales, options). That of a learned scale needs its operand's."""
+  """Gradients of (x, w, scales, options). A learned scale's is computed with its operand's."""
   del backend, w_axis, layer
 
   def of_operand(index, pullback, g_TxO):
@@ -133,8 +133,9 @@ def _backward(backend, w_axis, layer, pullback, g_TxO):
   return x_bar, w_bar, (x_scale_bar, w_scale_bar) if learned else None, None
 
 
-# The forward pass and either gradient are calls of their own: else XLA:CPU keeps rotated values in
-# the place of codes and masks, and works on both gradients at once, each with a scaled copy of y's.
+# The forward pass and each gradient are separate calls: otherwise XLA:CPU stores rotated values
+# instead of codes and masks, and computes both gradients at once, each from its own scaled copy of
+# y's gradient.
 _product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1, 2))
 _product.defvjp(_forward, _backward)
 
@@ -142,13 +143,13 @@ _product.defvjp(_forward, _backward)
 def dot_general_for(
   recipe: Recipe, backend: str = "aqt"
 ) -> Callable[[str], Callable[[], QuantizedDot] | None]:
-  """The model's `dot_general_for`: path of a linear layer -> maker of its dot_general, or None.
+  """The model's `dot_general_for`: path of a linear layer -> factory of its dot_general, or None
+  for the plain product.
 
-  None: the plain one.
-
-  Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) goes
-  through plain JAX, said in the log.
-  Errors: ConfigError for an unknown backend, what is no Recipe, or a path that no rule matches."""
+  Layers of equal recipes get the same object. What AQT cannot express (backends/aqt.py) runs in
+  plain JAX, with a warning in the log.
+  Errors: ConfigError for an unknown backend or something that is no Recipe, and later for a path
+  that no rule matches."""
   check_recipe(recipe)
   require(
     backend in BACKENDS,
@@ -165,8 +166,8 @@ def dot_general_for(
 
 
 def trained_under(model: Any, path: str) -> Any:
-  """What a model multiplies under in a linear layer: its LayerRecipe, None for the plain product,
-  or the maker of a dot_general that is not from here."""
+  """What governs a model's product in a linear layer: its LayerRecipe, None for the plain product,
+  or the factory of a dot_general that this module did not make."""
   maker = model.dot_general_for and model.dot_general_for(path)
   ours = isinstance(maker, functools.partial) and maker.func is QuantizedDot
   return maker.args[0] if ours else maker

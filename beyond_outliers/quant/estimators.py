@@ -11,13 +11,15 @@ import jax
 
 from beyond_outliers.quant import grids
 
-# The largest value over its scale may come out a little beyond the largest level.
+# Rounding can leave the largest value over its scale slightly beyond the largest level.
 LEVEL_TOLERANCE = 2.0**-20
 
 
 class Estimator(NamedTuple):
-  """A mask of gradients. passes: (values in units of the scale, their grid) -> where the gradient
-  passes; None: everywhere. learns_scale: it has a gradient of the scale, too."""
+  """A mask of gradients.
+
+  passes: (values in units of the scale, their grid) -> where the gradient passes; None: everywhere.
+  learns_scale: whether the scale has a gradient, too."""
 
   passes: Callable[[jax.Array, grids.Grid], jax.Array] | None
   learns_scale: bool = False
@@ -32,12 +34,11 @@ def between_levels(v, grid):
 
 
 def trust_mask(v, grid):
-  """QuEST's trust mask: values that rounding moves by at most half a step.
+  """QuEST's trust mask: values that quantization moves by at most half a step, that is all but
+  those clipped by more.
 
-  Those are all but the ones that are clipped by more.
-
-  |x̂ - x| <= step/2 written as a bound on x: at a tie the difference would be a matter of float
-  rounding."""
+  |x̂ - x| <= step/2 is written as a bound on x: computed from the difference, a tie would depend on
+  float rounding."""
   return (v >= grid.lowest - grid.gap / 2) & (v <= grid.edge)
 
 

@@ -1,7 +1,7 @@
 """Grids: the values that a quantized element can take, as codes times a scale.
 
-Codes are whole numbers wherever the levels lie evenly, so that products of codes are exact: a grid
-without a zero has odd codes, two apart, and half the step as its scale.
+Codes are whole numbers wherever levels are evenly spaced, so that products of codes are exact: a
+grid without a zero has odd codes, two apart, and half the step as its scale.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rounds to whole numbers, by a rule (nearest, stochastic) that is the quantizer's.
+# Rounds to whole numbers: to nearest or stochastically, as the quantizer chooses.
 ToInteger = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-  """Codes lowest, lowest + gap, ..., largest. A gap of two: the odd ones, half of them negative."""
+  """Codes lowest, lowest + gap, ..., largest. With a gap of two they are odd, half of them below
+  0."""
 
   lowest: int
   largest: int
@@ -29,7 +30,7 @@ class Uniform:
 
   @property
   def edge(self) -> float:
-    """The end of the last level's bucket."""
+    """Upper end of the largest level's rounding interval."""
     return self.largest + self.gap / 2
 
   @property
@@ -38,14 +39,14 @@ class Uniform:
 
   @property
   def dtype(self) -> Any:
-    """Dtype of the codes: int8, or int16 where the largest is 255."""
+    """Dtype of the codes: int8, or int16 if the largest is 255."""
     return jnp.int8 if self.largest <= 127 else jnp.int16
 
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
-    """The code nearest to `v`, a value in units of the scale. With a gap of two a tie goes to the
-    one half an even step up: round(v / 2 + ½) - ½ in steps, as QuEST (arXiv 2502.05003) does."""
+    """The code nearest to `v`, a value in units of the scale. With a gap of two it is, in steps,
+    round(v / 2 + ½) - ½, which decides ties as QuEST (arXiv 2502.05003) does."""
     shift = self.gap - 1
-    # Clipped last: rounding may go up from the largest level.
+    # Clipped last: rounding can exceed the largest level.
     return jnp.clip(
       self.gap * to_integer((v + shift) / self.gap) - shift, self.lowest, self.largest
     )
@@ -53,12 +54,12 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Float:
-  """A sign, an exponent and a mantissa, without infinities: values above the largest become it."""
+  """A floating-point format without infinities: values above the largest become the largest."""
 
   mantissa_bits: int
-  lowest_exponent: int  # of a value that is not subnormal
+  lowest_exponent: int  # of normal numbers
   largest: float
-  name: str  # of the type
+  name: str  # of the type in ml_dtypes
 
   @property
   def lowest(self) -> float:
@@ -70,7 +71,7 @@ class Float:
 
   @property
   def dtype(self) -> Any:
-    """Dtype of the codes in memory: a byte each, since CPUs take ten times as long to convert to
+    """Dtype of the codes in memory: one byte each, since CPUs take ten times as long to convert to
     float4."""
     return jnp.float8_e4m3fn if self.name == "float4_e2m1fn" else self.stored
 
@@ -82,14 +83,14 @@ class Float:
   def round(self, v: jax.Array, to_integer: ToInteger) -> jax.Array:
     """The value of this format nearest to `v`.
 
-    Not a cast, which some devices make by way of float16, rounding twice."""
+    Not by a cast: some devices cast by way of float16, which rounds twice."""
     power = jnp.clip(_power_of_two_below(v), 2.0**self.lowest_exponent, 2.0**self.largest_exponent)
     quantum = power * 2.0**-self.mantissa_bits
     return jnp.clip(to_integer(v / quantum) * quantum, self.lowest, self.largest)
 
 
 def _power_of_two_below(v: jax.Array) -> jax.Array:
-  """2^floor(log2 |v|), which is `v` without its mantissa; zero of subnormal values."""
+  """2^floor(log2 |v|), which is `v` without sign and mantissa; zero for subnormal values."""
   bits = jnp.dtype(f"uint{8 * v.dtype.itemsize}")
   exponent = lax.bitcast_convert_type(jnp.asarray(jnp.inf, v.dtype), bits)
   return lax.bitcast_convert_type(lax.bitcast_convert_type(v, bits) & exponent, v.dtype)
@@ -102,14 +103,14 @@ WHOLE_BITS = range(1, 9)
 GRIDS: dict[str, dict[float, Grid]] = {
   # 2^b levels at odd halves of a step, none of them zero.
   "midrise": {b: Uniform(1 - 2**b, 2**b - 1, gap=2) for b in WHOLE_BITS},
-  # -1, 0, 1: log2 3 bits.
+  # -1, 0, 1: log2(3) bits.
   "ternary": {1.585: Uniform(-1, 1)},
   # As many levels above zero as below: one fewer than b bits could hold.
   "symmetric": {b: Uniform(1 - 2 ** (b - 1), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
-  # All that an integer of b bits can hold: one more below zero than above.
+  # All levels that an integer of b bits can hold: one more below zero than above.
   "twos_complement": {b: Uniform(-(2 ** (b - 1)), 2 ** (b - 1) - 1) for b in WHOLE_BITS if b > 1},
-  # Of unsigned values, as behind a squared ReLU: 0 .. 2^b - 1. Codes of eight bits are
-  # int16, multiplied as floats.
+  # For unsigned values, such as the outputs of a squared ReLU: 0 .. 2^b - 1. Codes of eight bits
+  # are int16, multiplied as floats.
   "unsigned": {b: Uniform(0, 2**b - 1) for b in WHOLE_BITS},
   # arXiv 2209.05433, table 1; e2m1: OCP Microscaling Formats 1.0, section 5.3.3.
   "e4m3": {8: Float(3, -6, 448.0, "float8_e4m3fn")},

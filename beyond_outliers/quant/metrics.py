@@ -1,18 +1,18 @@
-"""Metrics of the quantized operands of a model's linear layers, for the log of training.
+"""Metrics of the quantized operands of a model's linear layers, logged during training.
 
-Of each kind of layer (`attention/q`, ..., `mlp/down`, `head`), all depths pooled, and of both
-operands X, weights or activations:
+For each kind of layer (`attention/q`, ..., `mlp/down`, `head`), all depths pooled, and for both
+operands X, weights and activations:
 
   quant/X/sqnr/<kind>           dB: 10 log10 of Σ x² / Σ (x̂ - x)²
   quant/X/masked/<kind>         share of elements whose gradient the estimator drops; 0 for ste
-  quant/X/clipped/<kind>        share of elements beyond the largest or the lowest level
-  quant/weights/crossed/<kind>  share of weights whose code after this step is another than before
-  quant/weights/crossed         likewise, of all weights that are quantized
+  quant/X/clipped/<kind>        share of elements above the largest or below the lowest level
+  quant/weights/crossed/<kind>  share of weights whose code changed in this step
+  quant/weights/crossed         the same, over all quantized weights
 
-A code changes when its weight crosses a boundary between two levels of the grid, or the boundary
-the weight: scales follow the weights, and move with them. All values are as the dot product
-quantizes them, behind the rotation, under the scales of the step, and rounded to nearest even where
-training rounds stochastically.
+A code changes when its weight crosses a boundary between two levels, or when the boundary crosses
+the weight, since scales move with the weights. Values are those that the dot product quantizes:
+rotated, under the scales of the step; but always rounded to nearest, also where training rounds
+stochastically.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sums(NamedTuple):
 
   signal: jax.Array  # Σ x²
   error: jax.Array  # Σ (x̂ - x)²
-  masked: jax.Array  # how many
+  masked: jax.Array  # number of elements, as the next two
   clipped: jax.Array
   count: jax.Array
 
@@ -56,7 +56,7 @@ class Sums(NamedTuple):
 def operand_sums(
   x: jax.Array, spec: QuantSpec, axis: int, scale: jax.Array | None = None
 ) -> tuple[Sums, jax.Array]:
-  """(sums over x, its codes). axis: the contraction axis of the product. scale: a learned one."""
+  """(sums over x, its codes). axis: the product's contraction axis. scale: a learned one."""
   x = rotations.rotate(x.astype(jnp.promote_types(x.dtype, jnp.float32)), spec.rotation, axis)
   scale = quantizers.scale_of(x, spec, axis) if scale is None else scale.astype(x.dtype)
   v, grid = quantizers.in_units(x, scale, spec), spec.levels
@@ -69,7 +69,7 @@ def operand_sums(
 
 
 def of_activations(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Metrics of activations, from what dot.QuantizedDot sowed, by kind of layer."""
+  """Metrics of activations, by kind of layer, from what dot.QuantizedDot sowed."""
   metrics: dict[str, jax.Array] = {}
   for kind, collection in sown.items():
     (sums,) = collection["activations"]
@@ -81,7 +81,7 @@ def of_activations(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
 def of_weights(
   recipe: Recipe, linears: Mapping[str, LinearsOfKind], before: Mapping[str, LinearsOfKind]
 ) -> dict[str, jax.Array]:
-  """Metrics of weights after a step and before it, by kind. Sharded kernels stay where they are."""
+  """Metrics of weights after and before a step, by kind. Sharded kernels stay where they are."""
   metrics: dict[str, jax.Array] = {}
   crossed, count = [], []
   for kind, layers in linears.items():
@@ -104,7 +104,7 @@ def of_weights(
 def _of_step(
   spec: QuantSpec, depths: list[int], after: LinearsOfKind, before: LinearsOfKind
 ) -> tuple[Sums, jax.Array]:
-  """Sums over the kernels of these depths, and how many of their codes changed, by depth."""
+  """By depth: sums over the kernels of these depths, and how many of their codes changed."""
 
   def of_depth(kernels_and_scales):
     (kernel, scale), (old_kernel, old_scale) = kernels_and_scales
@@ -113,14 +113,14 @@ def _of_step(
     return sums, _count(codes.astype(jnp.float32) != old.astype(jnp.float32)).astype(jnp.float32)
 
   def operands(layers):
-    # Of learned scales the last is that of the weights.
+    # The last of the learned scales is the weights'.
     scales = (
       jnp.exp(layers.own["log_scale"][:, -1]).reshape(-1, 1, 1) if spec.scale == "learned" else None
     )
     every = len(depths) == len(layers.paths)
     return jax.tree.map(lambda x: x if every else x[np.array(depths)], (layers.kernels, scales))
 
-  # One depth after another: what is needed for one does not add up.
+  # One depth after another, so that only one depth's temporaries are in memory.
   return jax.lax.map(of_depth, (operands(after), operands(before)))
 
 

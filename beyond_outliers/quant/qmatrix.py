@@ -1,4 +1,4 @@
-"""Quantized matrices in a model's parameters, in the place of arrays, and the product with them.
+"""Quantized matrices, which replace arrays in a model's parameters, and the product with them.
 
 Legend: T tokens, K contraction, O outputs.
 """
@@ -19,9 +19,9 @@ from beyond_outliers.quant.spec import LayerRecipe
 class QuantizedMatrix(NamedTuple):
   """The matrix [K, O] of a linear layer as codes · scale, in the basis that its recipe rotates to.
 
-  Stacked layers have the depth as the first axis of every field. `codes` comes first: flax compares
-  its shape with the array's.
-  smooth: what the input was multiplied by, and the matrix divided by, before the rotation."""
+  Of stacked layers, every field has the depth as its first axis. `codes` is the first field: flax
+  compares its shape with the array's.
+  smooth: factors that multiply the input, and divide the matrix, before the rotation."""
 
   codes: jax.Array  # [K, O], in the type of the grid's codes
   scale: jax.Array  # [1 or groups, O], or [1, 1]
@@ -31,7 +31,7 @@ class QuantizedMatrix(NamedTuple):
 def in_quantized_basis(
   w_KxO: jax.Array, layer: LayerRecipe, smooth_K: jax.Array | None = None
 ) -> jax.Array:
-  """The matrix of a layer, smoothed and rotated: float32 or wider."""
+  """The matrix of a layer, smoothed and rotated; float32 or wider."""
   w_KxO = w_KxO.astype(jnp.promote_types(w_KxO.dtype, jnp.float32))
   w_KxO = w_KxO if smooth_K is None else w_KxO / smooth_K[:, None]
   return rotations.rotate(w_KxO, layer.rotation, 0)
@@ -50,9 +50,9 @@ def matmul(
 ) -> jax.Array:
   """The product of a layer's input and its quantized matrix: [T, O], float32 or wider.
 
-  Equal to the bit to `jax_backend.dot_general` of the matrix before it was quantized, if that was
-  rounded to nearest and all of its stack are alike.
-  layer None: the input as it is. scale: a learned one, of the activations."""
+  The same bits as `jax_backend.dot_general` with the unquantized matrix, if that was rounded to
+  nearest and its whole stack is quantized alike.
+  layer None: the input is used as it is. scale: the activations' learned scale, if any."""
   wide = jnp.promote_types(x_TxK.dtype, jnp.float32)
   x = x_TxK.astype(wide) if weight.smooth is None else x_TxK.astype(wide) * weight.smooth
   x = x if layer is None else rotations.rotate(x, layer.rotation, 1)
@@ -65,12 +65,12 @@ def matmul(
 
 
 def plain_product() -> Any:
-  """The dot_general of an unquantized layer in a stack that has quantized ones too."""
+  """The dot_general of an unquantized layer whose stack also has quantized ones."""
   return lambda lhs, rhs, dimension_numbers: matmul(lhs, rhs, None)
 
 
 def reconstruct(weight: QuantizedMatrix, layer: LayerRecipe) -> jax.Array:
-  """The matrix [K, O] that the layer multiplies with, in the basis of the input."""
+  """The matrix [K, O] that the layer effectively multiplies by, in the basis of its input."""
   w_KxO = quantizers.dequantize(Quantized(weight.codes, weight.scale))
   w_KxO = rotations.unrotate(w_KxO, layer.rotation, 0)
   return w_KxO if weight.smooth is None else w_KxO * weight.smooth[:, None]

@@ -29,27 +29,28 @@ from beyond_outliers.quant.spec import QuantSpec
 class Quantized(NamedTuple):
   """Values as codes · scale.
 
-  A scale of length one along an axis is shared by it, a shorter one by blocks of it."""
+  Along each axis the scale has length one (shared by all), that of the codes, or one entry per
+  block of equal length."""
 
   codes: jax.Array
   scale: jax.Array
 
 
 class Saved(NamedTuple):
-  """Residuals of a forward pass for its backward pass."""
+  """What a forward pass saves for its backward pass."""
 
   passes: jax.Array | None  # where the gradient passes; None: everywhere
-  slope: jax.Array | None  # d x̂ / d scale, of a learned one
+  slope: jax.Array | None  # d x̂ / d scale, for a learned scale
 
 
 def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
-  """The scales of `x`: float32 or wider, length one along `axis` or the number of its blocks. NaN
-  where a value is not finite, or the scale too large to divide by: codes would hide it.
+  """The scales of `x`: float32 or wider; along `axis` of length one, or one per block. NaN where a
+  value is not finite, or where the scale is too large to divide by, since codes would hide that.
 
   Errors: ConfigError when a group does not divide the axis."""
   x, axis = x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis % x.ndim
   granularity = GRANULARITIES[spec.granularity]
-  rule = (granularity.rule or SCALES[spec.scale]) if x.size else absmax  # which is zero of nothing
+  rule = (granularity.rule or SCALES[spec.scale]) if x.size else absmax  # zero if x is empty
   block = block_of(spec, x.shape[axis])
   if granularity.all:
     scale = rule(x, tuple(range(x.ndim)), spec.levels)
@@ -62,7 +63,7 @@ def scale_of(x: jax.Array, spec: QuantSpec, axis: int) -> jax.Array:
 
 
 def block_of(spec: QuantSpec, width: int) -> int | None:
-  """The count of values that share a scale along an axis of this width; None: all of them.
+  """The number of values that share a scale along an axis of this width; None: all of them.
 
   Errors: ConfigError when it does not divide the width."""
   block = GRANULARITIES[spec.granularity].block
@@ -78,7 +79,7 @@ def block_of(spec: QuantSpec, width: int) -> int | None:
 
 
 def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Scales, each repeated over its block, so that they broadcast against an array of this shape."""
+  """Scales, repeated over their blocks so that they broadcast against an array of this shape."""
   for axis, (count, width) in enumerate(zip(scale.shape, shape, strict=True)):
     if 1 < count < width:
       scale = jnp.repeat(scale, width // count, axis)
@@ -89,31 +90,32 @@ def in_units(x: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
   """Values in units of their scale."""
   if divides(spec):
     return quotient(x.astype(scale.dtype), spread(scale, x.shape))
-  # Times the reciprocal: cheaper than a division, and how AQT scales.
+  # Multiplied by the reciprocal: cheaper than a division, and what AQT does.
   return x.astype(scale.dtype) * spread(reciprocal(scale), x.shape)
 
 
 def divides(spec: QuantSpec) -> bool:
-  """Whether values are divided by their scale, and not multiplied by its reciprocal: where the
-  largest may lie halfway between two codes, the last bit decides (scales.absmax_edge)."""
+  """Whether values are divided by their scale rather than multiplied by its reciprocal: necessary
+  where the largest may lie halfway between two codes, so that its last bit decides
+  (scales.absmax_edge)."""
   return spec.scale == "absmax_edge" and has_ties(spec.levels)
 
 
 def forward(
   x: jax.Array, scale: jax.Array, spec: QuantSpec, key: jax.Array | None = None
 ) -> tuple[Quantized, Saved]:
-  """Values to codes, without their rotation."""
+  """Quantizes values, which must be rotated already."""
   codes, saved = encode(in_units(x, scale, spec), spec, key)
   return Quantized(codes, _telling(scale, x) if spec.scale == "learned" else scale), saved
 
 
 def _telling(scale: jax.Array, x: jax.Array) -> jax.Array:
-  """A scale that was not computed from `x`: NaN where `x` is not finite, which codes would hide."""
+  """A scale not computed from `x`, but NaN if `x` is not finite, which codes would hide."""
   return jnp.where(jnp.isfinite(x).all(), scale, jnp.nan)
 
 
 def encode(v: jax.Array, spec: QuantSpec, key: jax.Array | None) -> tuple[jax.Array, Saved]:
-  """Codes of values that are in units of their scale."""
+  """Codes of values `v`, which are in units of their scale; rounded to nearest if `key` is None."""
   if spec.rounding == "stochastic" and key is not None:
     to_integer = functools.partial(_round_stochastically, key)
   else:
@@ -129,17 +131,17 @@ def _round_stochastically(key: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def backward(saved: Saved, g: jax.Array) -> jax.Array:
-  """The gradient of the values from that of their quantized values."""
+  """The gradient of values, given that of the quantized values."""
   return g if saved.passes is None else jnp.where(saved.passes, g, 0)
 
 
 def scale_gradient(saved: Saved, g: jax.Array, spec: QuantSpec, count: int) -> jax.Array | None:
-  """The gradient of a learned scale, times 1 / sqrt(count · largest level).
+  """The gradient of a learned scale, times 1 / sqrt(count · largest level); None for a scale that
+  follows a rule.
 
   arXiv 1902.08153, section 2.2.
 
-  count: of the weights, or of the features of activations, however many tokens there are. None: of
-    a scale that follows a rule."""
+  count: the number of weights, or of features of activations, however many tokens there are."""
   if saved.slope is None:
     return None
   return (jnp.sum(g * saved.slope) / (count * spec.levels.largest) ** 0.5).reshape((1,) * g.ndim)
@@ -174,9 +176,9 @@ def fake_quantize(
   key: jax.Array | None = None,
   scale: jax.Array | None = None,
 ) -> jax.Array:
-  """The values that `x` becomes, in its own basis and type; its gradient is the spec's estimator.
+  """`x` quantized and dequantized, in its own basis and type; its gradient is the spec's estimator.
 
-  scale: in the place of what the spec's rule finds; a learned one gets its gradient, as of
+  scale: replaces the scale that the spec's rule would find; a learned one gets a gradient, as for
     weights."""
   rotated = rotations.rotate(x, spec.rotation, axis)
   if scale is None:
@@ -193,7 +195,7 @@ def _fake(spec, x, scale, key):
 
 def _fake_forward(spec, x, scale, key):
   q, saved = forward(x, scale, spec, key)
-  # Residuals are arrays: the last carries a type.
+  # Residuals have to be arrays: the empty one carries the type of x.
   return dequantize(q), (saved, jnp.zeros((0,), x.dtype))
 
 

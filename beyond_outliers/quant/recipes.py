@@ -1,4 +1,4 @@
-"""Recipes: rules over paths that give each linear layer its recipe; and the named recipes."""
+"""Recipes: rules that give each linear layer, by its path, its recipe; and the named recipes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class LinearShape(NamedTuple):
   """The contraction axis of a linear layer."""
 
   width: int
-  shards: int = 1  # devices that it is split over
+  shards: int = 1  # number of devices over which it is split
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Ordered rules: the first whose regular expression matches the whole path of a linear layer
-  decides. None: not quantized.
+  """Ordered rules: a linear layer follows the first whose regular expression matches its whole
+  path; None: it is not quantized.
 
   Paths are those of layers (params.py): `layers/3/mlp/up`, `head`.
-  Errors: ConfigError."""
+  Errors: ConfigError for an invalid regular expression."""
 
   rules: tuple[tuple[str, LayerRecipe | None], ...]
 
@@ -42,7 +42,7 @@ class Recipe:
 
   @property
   def default(self) -> LayerRecipe | None:
-    """The recipe of the last rule, which is for all layers that the others leave."""
+    """The recipe of the last rule, which covers all layers that the others leave."""
     return self.rules[-1][1]
 
   @property
@@ -59,8 +59,8 @@ class Recipe:
 
   @property
   def sees_batches(self) -> bool:
-    """Whether numbers depend on which tokens are in a batch together: gradients have scales over
-    these, and stochastic rounding draws per batch."""
+    """Whether results depend on which tokens share a batch: gradients have scales over the tokens,
+    and stochastic rounding draws per batch."""
     layers = [layer for _, layer in self.rules if layer is not None]
     forward = [spec for layer in layers for spec in (layer.weights, layer.activations) if spec]
     return any(layer.gradients for layer in layers) or any(
@@ -72,7 +72,7 @@ class Recipe:
     return self.rules[self.rule(path)][1]
 
   def rule(self, path: str) -> int:
-    """Index of the rule that the layer at `path` follows. Errors: as `layer`."""
+    """Index of the rule that the layer at `path` follows. Errors: those of `layer`."""
     for i, (paths, _) in enumerate(self.rules):
       if re.fullmatch(paths, path):
         return i
@@ -82,10 +82,10 @@ class Recipe:
     )
 
   def check(self, shapes: Mapping[str, LinearShape]) -> None:
-    """Whether the rules fit a model, given all its linear layers by path.
+    """Checks that the rules fit a model, given all its linear layers by path.
 
-    Errors: ConfigError for a layer without a rule, a rule without a layer, blocks that do not
-      divide a width or a shard's."""
+    Errors: ConfigError for a layer without a rule, a rule without a layer, and blocks that do not
+      divide a width or a shard's width."""
     used = set()
     for path, shape in shapes.items():
       used.add(self.rule(path))
@@ -103,7 +103,7 @@ class Recipe:
 
 
 def _check_blocks(path: str, layer: LayerRecipe, shape: LinearShape) -> None:
-  """Errors: ConfigError for blocks that do not divide the width, or a shard's."""
+  """Refuses blocks that do not divide the width, or a shard's width. Errors: ConfigError."""
   width, shards = shape
   blocks = {}
   for operand, spec in (("weights", layer.weights), ("activations", layer.activations)):
@@ -132,7 +132,7 @@ def _but_the_head(layer: LayerRecipe) -> Recipe:
 def _integers(
   grid: str, scale: str, weights: int, activations: int | None, group: int = 0
 ) -> LayerRecipe:
-  """One scale per output channel (or group of weights) and per token (activations)."""
+  """Integers with one scale per output channel, or per group of weights, and one per token."""
   of_weights = "group" if group else "channel"
   return LayerRecipe(
     QuantSpec(weights, grid, scale, of_weights, group),
@@ -140,10 +140,10 @@ def _integers(
   )
 
 
-# The study's: at four bits -7 to 7, absmax/7.
+# The study's integers: at four bits -7 to 7, absmax/7.
 _round_to_nearest = functools.partial(_integers, "symmetric", "absmax")
-# What engines call symmetric integers, as compressed-tensors, llm-compressor and torchao scale
-# them: at four bits -8 to 7, absmax/7.5.
+# What inference engines call symmetric integers, scaled as in compressed-tensors, llm-compressor
+# and torchao: at four bits -8 to 7, absmax/7.5.
 _served = functools.partial(_integers, "twos_complement", "absmax_edge")
 
 
@@ -158,7 +158,7 @@ def _quest(weights: float, activations: float | None) -> LayerRecipe:
 
 
 def _lsq(activations: str) -> LayerRecipe:
-  """LSQ, arXiv 1902.08153; its section 2 has one grid for signed values, one for unsigned."""
+  """LSQ, arXiv 1902.08153; section 2 defines a grid for signed and one for unsigned values."""
 
   def spec(grid):
     return QuantSpec(4, grid, "learned", "tensor", estimator="lsq")
@@ -188,10 +188,10 @@ RECIPES: dict[str, Recipe] = {
   "quest_w1.58a1.58": _but_the_head(_quest(1.585, 1.585)),
   "quest_w4a16": _but_the_head(_quest(4, None)),
   "lsq_w4a4": _but_the_head(_lsq("twos_complement")),
-  # For a rule, of layers behind a squared ReLU: `.*/mlp/down`.
+  # Meant for a rule about layers that follow a squared ReLU: `.*/mlp/down`.
   "lsq_w4a4_unsigned": _but_the_head(_lsq("unsigned")),
-  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients. Not its scale per tensor, which
-  # shows a token the later ones.
+  # The types of arXiv 2209.05433: e4m3 forward, e5m2 for gradients; but not its scale per tensor,
+  # through which a token would depend on later ones.
   "fp8": _but_the_head(
     LayerRecipe(
       QuantSpec(8, "e4m3"),
@@ -199,19 +199,19 @@ RECIPES: dict[str, Recipe] = {
       QuantSpec(8, "e5m2", granularity="token"),
     )
   ),
-  # mxfp4 and nvfp4 are number formats and no more, scaled in blocks along the contraction:
-  # gradients are not quantized, and the backward pass multiplies them with what the forward pass
-  # dequantized. Their papers also have training methods (rotations, stochastic rounding, blocks
-  # over two axes, layers left out), which are not in these rows.
+  # mxfp4 and nvfp4 are only the number formats, with scales for blocks along the contraction:
+  # gradients are not quantized, and the backward pass multiplies them by the forward pass's
+  # dequantized operands. The training methods of their papers (rotations, stochastic rounding,
+  # blocks over two axes, layers left out) are not part of these rows.
   "mxfp4": _but_the_head(_both(QuantSpec(4, "e2m1", granularity="mx"))),
-  # Weights as published. The float32 scale of activations is per token, not per tensor, for the
-  # reason that fp8's is.
+  # Weights as published. The float32 scale of activations is per token instead of per tensor, for
+  # the same reason as fp8's.
   "nvfp4": _but_the_head(
     LayerRecipe(
       QuantSpec(4, "e2m1", granularity="nv"), QuantSpec(4, "e2m1", granularity="nv_token")
     )
   ),
-  # All operands of all products in int8: gradients rounded stochastically, so sums stay unbiased.
+  # All operands of all products in int8. Gradients are rounded stochastically: sums stay unbiased.
   "int8_gradients": _but_the_head(
     dataclasses.replace(
       _round_to_nearest(8, 8), gradients=QuantSpec(8, granularity="token", rounding="stochastic")
@@ -221,7 +221,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def check_recipe(recipe: object) -> None:
-  """Refusal of what is no Recipe, as the name of one. Errors: ConfigError."""
+  """Refuses anything but a Recipe, such as the name of one. Errors: ConfigError."""
   remedy = "expected a quant.Recipe; of a name, quant.RECIPES[name]"
   require(isinstance(recipe, Recipe), "recipe", recipe, remedy)
 
@@ -234,7 +234,7 @@ def recipe_named(name: str, field: str = "quant.recipe") -> Recipe:
 
 
 def name_of(c: config.Quant) -> str:
-  """A run's recipe in a word: the row of most layers, and the rules but that of a plain head."""
+  """A run's recipe as text: the row of most layers, and the rules except that of a plain head."""
   own = [
     f"{rule.paths}: {rule.recipe}"
     for rule in c.rules.values()
@@ -244,7 +244,8 @@ def name_of(c: config.Quant) -> str:
 
 
 def from_config(c: config.Quant) -> Recipe:
-  """The run's rules in order, each with its recipe for most layers, and `recipe` for all others."""
+  """A run's Recipe: its rules in order, each with the default of its row, then `recipe` for all
+  other layers."""
   rules = [
     (rule.paths, recipe_named(rule.recipe, f"quant.rules.{label}.recipe").default)
     for label, rule in c.rules.items()

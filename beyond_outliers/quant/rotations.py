@@ -2,7 +2,7 @@
 
 They cancel in the product, and spread outliers over a block.
 
-Rotating in bfloat16 costs more than it spares; everything here is float32 or wider.
+Everything here is float32 or wider: rotating in bfloat16 costs more than it saves.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-BLOCK = 128  # as QuEST's (arXiv 2502.05003)
-# name -> whether signs are drawn before the Hadamard matrix (QuaRot, 2404.00456); None: none.
+BLOCK = 128  # as in QuEST (arXiv 2502.05003)
+# name -> whether random signs precede the Hadamard matrix (QuaRot, 2404.00456); None: no rotation.
 ROTATIONS: dict[str, bool | None] = {"none": None, "hadamard": False, "randomized_hadamard": True}
 
 
 @functools.cache
 def block_size(width: int) -> int:
-  """BLOCK, or the largest power of two below it that divides `width`; said in the log."""
+  """BLOCK, or else the largest power of two that divides `width`, with a warning in the log."""
   size = min(BLOCK, width & -width)
   if size < BLOCK:
     logging.warning(
@@ -32,7 +32,7 @@ def block_size(width: int) -> int:
 
 
 def rotate(x: jax.Array, rotation: str, axis: int) -> jax.Array:
-  """x times an orthonormal matrix along `axis`, in blocks; float32 or wider."""
+  """x times an orthonormal matrix along `axis`, block by block; float32 or wider if it rotates."""
   signed = ROTATIONS[rotation]
   return x if signed is None else _blocks(x * _signs(x, axis) if signed else x, axis)
 
@@ -57,20 +57,20 @@ def _multiply(x, axis):
   matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   if axis == x.ndim - 1:
     return matmul(x.reshape(*x.shape[:axis], -1, size), matrix).reshape(x.shape)
-  # One product per block: a sum over an axis in the middle would transpose operand and result.
+  # One product per block: a sum over a middle axis would transpose operand and result.
   blocks = x.reshape(*x.shape[:axis], -1, size, math.prod(x.shape[axis + 1 :]))
   return matmul(jnp.broadcast_to(matrix, (*blocks.shape[:-2], size, size)), blocks).reshape(x.shape)
 
 
-# The matrix is its own transpose. Automatic differentiation would keep one for the backward pass,
-# and a copy of it a block.
+# The matrix is its own transpose. Automatic differentiation would store a copy of it per block for
+# the backward pass.
 _multiply.defvjp(
   lambda x, axis: (_multiply(x, axis), None), lambda axis, nothing, g: (_multiply(g, axis),)
 )
 
 
 def _signs(x, axis):
-  """The same for every array of this width: both operands of a product must share them."""
+  """Signs that all arrays of this width share, since both operands of a product must."""
   width = x.shape[axis]
   signs = 2 * np.random.RandomState(0).randint(0, 2, width) - 1  # legacy: its numbers never change
   return jnp.asarray(
@@ -80,7 +80,7 @@ def _signs(x, axis):
 
 @functools.cache
 def hadamard(size: int) -> np.ndarray:
-  """Sylvester's matrix, orthonormal and symmetric; size is a power of two."""
+  """Sylvester's Hadamard matrix, scaled to be orthonormal; symmetric. size: a power of two."""
   matrix = np.ones((1, 1))
   while len(matrix) < size:
     matrix = np.block([[matrix, matrix], [matrix, -matrix]])

@@ -1,9 +1,9 @@
-"""Scales, the values that a code of one stands for: rules that find them, and granularities, the
-sets of values that share one.
+"""Scales (the value of a code of one): the rules that find them, and granularities, which say what
+values share one.
 
-A rule takes an array, the axes that share a scale, and the grid; it returns positive scales, with
-those axes kept at length one: zero where all values are zero, and not finite where some value is
-not, since codes would not show it. All in float32 or wider.
+A rule takes an array, the axes that share a scale, and the grid. It returns scales, in float32 or
+wider, with those axes kept at length one: positive; zero or tiny where all values are zero; not
+finite where some value is not, since codes would hide that.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from beyond_outliers.quant import grids
 
 Rule = Callable[[jax.Array, tuple[int, ...], grids.Grid], jax.Array]
 
-# How many standard deviations the largest level of a grid of so many levels stands for, at the
-# least squared error on a normal distribution: the constants of QuEST (arXiv 2502.05003). The last
-# three are a little below their optima.
+# Number of levels -> the largest level, in standard deviations, of the grid with the least squared
+# error on a normal distribution: the constants of QuEST (arXiv 2502.05003). The last three are
+# slightly below their optima.
 GAUSSIAN_BOUND = {
   2: 0.7978845587140913,
   3: 1.2240089519030855,
@@ -35,7 +35,7 @@ GAUSSIAN_BOUND = {
   128: 3.6010497188221655,
   256: 3.884938678807525,
 }
-# Shares of the largest magnitude that the clip search tries, from all of it down to a fifth.
+# Shares of the largest magnitude at which the search for a clip tries to cut: from 1 down to 0.2.
 CLIP_RATIOS = [i / 100 for i in range(100, 19, -1)]
 
 
@@ -44,42 +44,42 @@ def _largest(x, axes):
 
 
 def absmax(x, axes, grid):
-  """The largest magnitude is the largest level: absmax/7 at four symmetric bits."""
+  """The largest magnitude falls on the largest level: absmax/7 at four symmetric bits."""
   return _largest(x, axes) / grid.largest
 
 
 def absmax_edge(x, axes, grid):
-  """The largest magnitude ends the last level's bucket: absmax/7.5 at four symmetric bits.
+  """The largest magnitude falls on the end of the largest level's rounding interval: absmax/7.5 at
+  four symmetric bits.
 
-  In two's complement a negative largest number is then halfway between two codes, and the last bit
-  decides: there quotients are rounded once, as in compressed-tensors."""
+  In two's complement, if the largest number is negative, it is then halfway between two codes, and
+  the last bit decides: there quotients are rounded only once, as in compressed-tensors."""
   largest = _largest(x, axes)
   return quotient(largest, grid.edge) if has_ties(grid) else largest / grid.edge
 
 
 def has_ties(grid):
-  """Whether minus the edge lies between two codes, as it does in two's complement."""
+  """Whether the edge's negative lies between two codes, as in two's complement."""
   return -grid.lowest > grid.largest
 
 
 def gaussian(x, axes, grid):
-  """The least squared error if the values were normal around zero (arXiv 2502.05003)."""
+  """The scale of least squared error for normal values with mean zero (arXiv 2502.05003)."""
   rms = jnp.sqrt(jnp.mean(x * x, axis=axes, keepdims=True))
   return (GAUSSIAN_BOUND[grid.count] * rms + 1e-8) / grid.largest
 
 
 def percentile(percent, x, axes, grid):
-  """So many percent of the magnitudes are no larger than the largest level; all of them, where so
-  many are zero."""
+  """`percent` of the magnitudes stay within the largest level; all, if that many are zero."""
   largest = _largest(x, axes)
   bound = jnp.quantile(jnp.abs(x), percent / 100, axis=axes, keepdims=True)
   bound = jnp.where(bound > 0, bound, largest)
-  # An infinite number above the bound would be no more than clipped.
+  # Without this, an infinite number above the bound would just be clipped.
   return jnp.where(jnp.isfinite(largest), bound, jnp.nan) / grid.largest
 
 
 def mse(x, axes, grid):
-  """The least squared error of all shares of absmax in CLIP_RATIOS; of equals the largest."""
+  """absmax times that one of CLIP_RATIOS with the least squared error; of equals, the largest."""
   whole = absmax(x, axes, grid)
 
   def attempt(best, ratio):
@@ -103,24 +103,25 @@ def learned(x, axes, grid):
 
 
 def shared_exponent(x, axes, grid):
-  """absmax and the largest level, both rounded down to powers of two.
+  """absmax over the largest level, both rounded down to powers of two.
 
   OCP Microscaling Formats 1.0, section 6.3."""
   largest = _largest(x, axes)
   exponent = jnp.frexp(largest)[1] - 1 - grid.largest_exponent
-  # e8m0 reaches down to -127, where float32 has no normal number any more, and has a NaN.
+  # The exponents of e8m0 start at -127, where float32 has no normal numbers; e8m0 has a NaN.
   scale = jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -126, 127)).astype(x.dtype)
   return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
 def two_level(x, axes, grid):
-  """absmax in e4m3, times one float32 for all, by which the largest of them is e4m3's largest
-  (arXiv 2509.25149, appendix C)."""
+  """absmax in e4m3, times one float32 for all, chosen so that the largest of these is e4m3's
+  largest number (arXiv 2509.25149, appendix C)."""
   return _two_level(x, axes, None, grid)
 
 
 def two_level_a_row(x, axes, grid):
-  """two_level with one float32 per row of blocks, which lie along the axis before `axes`."""
+  """two_level with one float32 per row of blocks, which follow one another on the axis before
+  `axes`."""
   (axis,) = axes
   return _two_level(x, axes, (axis - 1, axis), grid)
 
@@ -132,16 +133,16 @@ def _two_level(x, axes, outer, grid):
 
 
 def reciprocal(scale):
-  """1 / scale, or zero where there is nothing to scale."""
+  """1 / scale, or zero if the scale is zero or tiny: then there is nothing to scale."""
   return jnp.where(scale > jnp.finfo(scale.dtype).tiny, 1 / scale, 0)
 
 
 def quotient(x, divisor):
   """x / divisor, rounded once; zero where x is.
 
-  By a constant, or by a divisor that is broadcast, XLA does not divide: it multiplies by the
-  reciprocal, which rounds twice (findings/xla_divides_by_reciprocal.sh). Not by this one, which
-  has a value of its own for every x."""
+  XLA replaces division by a constant, or by a divisor that is broadcast, by multiplication with the
+  reciprocal, which rounds twice (findings/xla_divides_by_reciprocal.sh). The divisor here has a
+  value for every x, so XLA divides."""
   return x / jnp.where(x == 0, 1, divisor)
 
 
@@ -160,17 +161,17 @@ SCALES: dict[str, Rule] = {
 class Granularity(NamedTuple):
   """The values that share a scale: all, those along the contraction axis, or a block of these.
 
-  block: so many consecutive values along the contraction axis; 0: the spec's `group`.
-  rule: of the format, instead of the spec's."""
+  block: the number of consecutive values along the contraction axis; 0: the spec's `group`.
+  rule: the format's rule, which replaces the spec's."""
 
   all: bool = False
   block: int | None = None
   rule: Rule | None = None
 
 
-# Under "tensor" and "nv" what a token becomes depends on all others of the batch, those behind it
-# and those of other windows included: for weights that is no matter, but no named recipe has them
-# for activations or gradients.
+# With "tensor" and "nv", a token's codes depend on all other tokens of the batch, including later
+# ones and those of other windows. That does not concern weights, nor lsq's learned scales; no other
+# named recipe uses them for activations or gradients.
 GRANULARITIES = {
   "tensor": Granularity(all=True),
   "channel": Granularity(),  # weights: one scale per output channel

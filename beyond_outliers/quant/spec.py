@@ -1,4 +1,4 @@
-"""Quantization as data: a spec per operand, a recipe per linear layer. Nothing here computes."""
+"""Quantization as data, without computation: specs of operands and recipes of linear layers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ BACKWARDS = ("quantized", "unquantized")
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-  """Quantization of one operand: all that decides its values.
+  """Quantization of one operand: everything that determines its values.
 
   bits: 1 to 8, or 1.585 (ternary).
   grid: row of GRIDS.
   scale: row of SCALES.
   granularity: row of GRANULARITIES.
   group: values along the contraction axis that share a scale, with granularity "group".
-  rotation: row of ROTATIONS, before quantizing.
+  rotation: row of ROTATIONS, applied before quantizing.
   estimator: row of ESTIMATORS.
-  rounding: nearest (ties to even) or stochastic (which needs a key, and is nearest without one).
-  Errors: ConfigError for what does not go together."""
+  rounding: nearest (ties to even) or stochastic (which needs a key; without one, nearest).
+  Errors: ConfigError for values that do not go together."""
 
   bits: float
   grid: str = "symmetric"
@@ -132,19 +132,19 @@ class QuantSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecipe:
-  """The product of a linear layer y = x w. None leaves an operand as it is.
+  """Quantization of the product of a linear layer, y = x w. None leaves an operand as it is.
 
-  gradients: g, the gradient of y, in both products of the backward pass, twice and independently:
+  gradients: of g, the gradient of y, separately for each of the two backward products:
 
     dx = g wᵀ  sums over outputs: one scale per token ("token"), or for all ("tensor")
     dw = xᵀ g  sums over tokens: one scale per output, or for all
 
-  The scales of w by output, and those of x by token, lie along the axis that is summed over, and so
-  have been multiplied into g before it is quantized. The other operand is what `backward` says: the
-  "quantized" one, as in the forward pass, or the "unquantized". dx and dw are not quantized
-  themselves, nor is any product of attention. Both backends do the same. A rotation is applied to
-  both operands, also to one that is not quantized: otherwise it would not cancel.
-  Errors: ConfigError."""
+  In these products, w's scales per output and x's per token lie along the axis that is summed over,
+  so they are multiplied into g before g is quantized. The other operand is the one that `backward`
+  names: "quantized", as in the forward pass, or "unquantized". dx and dw themselves are not
+  quantized, nor are attention's own products. Both backends do the same. A rotation is applied to
+  both operands, even to one that is not quantized: otherwise it would not cancel.
+  Errors: ConfigError for operands that do not go together."""
 
   weights: QuantSpec | None = None
   activations: QuantSpec | None = None

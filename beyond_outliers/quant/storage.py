@@ -1,20 +1,20 @@
-"""Quantized models as arrays of bytes and a description in JSON, and both as files: codes with the
+"""Quantized models as arrays and a JSON description, in memory and as files. Codes take only the
 bits that their grid needs.
 
-A matrix [K, O], each layer of a stack by itself, becomes
+A matrix [K, O], each layer of a stack separately, becomes
 
-  <path>/codes         its codes in rows, as digits in base 2^bits (3 for 1.585 bits): as many as
-                       fit into a word of 64 bits, the first the lowest, words little-endian.
-                       4 bits: two a byte. 3 bits: 21 a word, 3.05 each; 1.585 bits: 40 a word, 1.6
-                       each. Floating-point codes are their bits
-  <path>/scale         as it is, but for the scales that a format knows in one byte:
+  <path>/codes         its codes, row by row, as digits in base 2^bits (3 for 1.585 bits): as many
+                       as fit into a 64-bit word, lowest digit first, words little-endian.
+                       4 bits: 2 per byte. 3 bits: 21 per word, 3.05 bits each; 1.585 bits: 40 per
+                       word, 1.6 bits each. The digit of a floating-point code is its bits
+  <path>/scale         as it is, unless a format stores its scales in one byte:
   <path>/scale_e8m0      granularity mx: powers of two
-  <path>/scale_e4m3,     granularity nv: their product
+  <path>/scale_e4m3,     granularity nv: the scale is their product
     <path>/scale_unit
-  <path>/smooth        if it has one
+  <path>/smooth        if the matrix has one
 
-and every other parameter stays as it is. A model that is read equals the one that was written, bit
-by bit: the files' SHA-256 sums lie beside them, and a file that differs is refused.
+and every other parameter stays as it is. A model reads back bit for bit as it was written: the
+files' SHA-256 sums are stored with them, and a file that differs is refused.
 Legend: K contraction, O outputs.
 """
 
@@ -54,13 +54,13 @@ from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 from beyond_outliers.types import Json, Params, PathLike
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantized.json"
-VERSION = 1  # of what the docstring says
+VERSION = 1  # of the layout above
 DESCRIPTION_KINDS = {
   **{"version": int, "model.class": str, "model.config": dict},
   **{"method": str, "recipe": list, "matrices": dict},
 }
-# Classes that quantization knows: the name that a file holds -> where the class is. So a model that
-# was saved opens after its class has moved, and nothing else is imported by a file's word.
+# Model classes that files may name: the name in a file -> where the class is. A saved model still
+# opens after its class has moved, and no file can make this import anything else.
 MODEL_CLASSES = {
   "beyond_outliers.model.transformer.Transformer": (
     "beyond_outliers.model.transformer",
@@ -88,13 +88,13 @@ def pack_model(q: Any) -> tuple[dict[str, np.ndarray], Json]:
     "model": {
       "class": f"{kind.__module__}.{kind.__qualname__}",
       "config": dataclasses.asdict(q.model.config),
-      # Where a Hugging Face model's tokenizer lies, for whoever exports this one.
+      # Where a Hugging Face model's tokenizer is, for exports.
       **({"origin": q.model.origin} if getattr(q.model, "origin", None) else {}),
     },
     "method": q.method,
     "recipe": [[paths, layer and dataclasses.asdict(layer)] for paths, layer in q.recipe.rules],
     "matrices": shapes,
-    # Only where there are some: descriptions of all other models stay what they were.
+    # Only if there are any, so that the descriptions of all other models do not change.
     **({"fallbacks": [each._asdict() for each in q.fallbacks]} if q.fallbacks else {}),
   }
 
@@ -104,8 +104,8 @@ def unpack_model(
 ) -> tuple[Any, Params, Recipe, str]:
   """(model as it trains, parameters, recipe, method): the inverse of `pack_model`.
 
-  Errors: ConfigError for another version, a model of another class, tensors that are missing, and
-    what does not fit together."""
+  Errors: ConfigError for another version, a model of another class, missing tensors, and anything
+    that does not fit together."""
   require(
     description.get("version") == VERSION,
     "version",
@@ -146,8 +146,9 @@ def _unpacked(
 
 
 def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description: Json) -> None:
-  """A safetensors file, a JSON, and the sums of both. Errors: ConfigError when the directory holds
-  such files, or cannot be written."""
+  """Writes a safetensors file, a JSON file, and the sums of both.
+
+  Errors: ConfigError when the directory already holds such files, or cannot be written."""
   directory = pathlib.Path(directory)
   make_folder(directory, ConfigError, "choose another", "directory")
   require(
@@ -157,7 +158,7 @@ def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description
     "already holds a model; remove it or choose another",
   )
   write_tensors(directory / TENSORS, tensors)
-  # Last: the remains of a crash do not pass for a model.
+  # Written last: what a crash leaves behind does not pass for a model.
   with replaced(directory / DESCRIPTION) as described:
     described.write_text(json.dumps(description, indent=1) + "\n")
     sums = {TENSORS: file_sha256(directory / TENSORS), DESCRIPTION: file_sha256(described)}
@@ -165,8 +166,10 @@ def write_model(directory: PathLike, tensors: dict[str, np.ndarray], description
 
 
 def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
-  """The arguments of `write_model`. Errors: ConfigError when the files are not there, or not those
-  that were written; older models have no sums, and are not compared."""
+  """(tensors, description) as `write_model` took them.
+
+  Errors: ConfigError when files are missing or differ from what was written; older models have no
+    sums to compare with."""
   directory = pathlib.Path(directory)
   for name in (TENSORS, DESCRIPTION):
     require(
@@ -180,7 +183,7 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
   try:
     tensors = safetensors.numpy.load_file(directory / TENSORS)
     repeated = repeated_name(directory / TENSORS)
-  # AttributeError: of types that numpy does not have.
+  # AttributeError: for types that numpy lacks.
   except (OSError, AttributeError, safetensors.SafetensorError) as error:
     remedy = remedy_for(error, REMEDY) if isinstance(error, OSError) else REMEDY
     raise ConfigError(f"{directory / TENSORS}: {error}; {remedy}") from None
@@ -189,8 +192,8 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
 
 
 def _matrices(path: str, weight: QuantizedMatrix) -> list[tuple[str, QuantizedMatrix]]:
-  """(path, matrix) of every layer of a stack, paths with the depth as a recipe's rules see it, or
-  of the one matrix."""
+  """(path, matrix) of every layer of a stack, with the depth in the path as in a recipe's rules; or
+  of the single matrix."""
   if not is_stacked(path):
     return [(path, weight)]
   depths = range(len(weight.codes))
@@ -203,7 +206,7 @@ def _weights_spec(recipe: Recipe, path: str) -> QuantSpec | None:
 
 
 def _pack_matrix(weight: QuantizedMatrix, spec: QuantSpec | None) -> dict[str, np.ndarray]:
-  """spec None: one that is not quantized, in a stack of others that are."""
+  """The arrays of one matrix by name. spec None: an unquantized one in a stack that has others."""
   codes_KxO, scale = np.asarray(weight.codes), np.asarray(weight.scale)
   if spec is None:
     parts = {"codes": codes_KxO, "scale": scale}
@@ -235,7 +238,7 @@ def _unpack_matrix(
 
 
 def _stack(each: list[tuple[Any, Any, Any]]) -> QuantizedMatrix:
-  """The stack that was saved: where layers' codes are of several types, they all were floats."""
+  """The stack that was saved: if its layers' codes have several types now, all were floats then."""
   codes, scales, smooths = zip(*each, strict=True)
   if len({of_one.dtype for of_one in codes}) > 1:
     codes = [of_one.astype(np.float32) for of_one in codes]
@@ -254,7 +257,7 @@ def _layer_recipe(fields: Mapping[str, Any]) -> LayerRecipe:
 
 
 def _model(described: Mapping[str, Any]) -> Any:
-  """The model, by the stored name of its class."""
+  """The model, made from the stored name of its class and its configuration."""
   name = described["class"]
   known = ", ".join(MODEL_CLASSES)
   require(name in MODEL_CLASSES, "model.class", name, f"not a model that is saved here: {known}")

@@ -1,8 +1,8 @@
 """Workdirs in object stores, s3:// and gs://: a local folder, mirrored to it during training.
 
-A run writes to its folder as usual, so all guarantees for one hold (atomic replacement, appending,
-locking); new files are uploaded in the background. Whoever reads a run by its address gets a copy
-of what the store has.
+A run writes to its folder as usual, with all the guarantees of a folder (atomic replacement,
+appending, locking); new files are uploaded in the background. Whoever reads a run by its address
+gets a local copy of what the store has.
 """
 
 from beyond_outliers.stores.copies import Copy as Copy

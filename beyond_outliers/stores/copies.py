@@ -1,5 +1,5 @@
-"""A reader's local copy of a run in a store: small files first, checkpoints on request; and the
-upload of what evaluation jobs add to the copy."""
+"""A reader's local copy of a run in a store: small files at once, checkpoints on request; and the
+upload of files that evaluation jobs add to the copy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from beyond_outliers.stores.index import (
 from beyond_outliers.stores.retention import is_set_aside
 from beyond_outliers.stores.store import Store, StoreError, cache_folder, open_store
 
-REFRESH_SECONDS = 5.0  # what is asked for again within these is not looked for in the store
+REFRESH_SECONDS = 5.0  # within this time of a refresh, the store is not asked again
 
 
 class Copy:
-  """The run at an address, as it is now, in `folder`. Several processes may share the folder.
+  """A copy of the run at an address, as it is now, in `folder`, which processes may share.
 
-  Errors: WorkdirError, at the making; then OSError."""
+  Errors: WorkdirError on creation; OSError afterwards."""
 
   def __init__(self, address: str, store: Store | None = None, folder: pathlib.Path | None = None):
     self.address = address
@@ -37,15 +37,15 @@ class Copy:
     self.folder = folder or cache_folder("copies", address)
     self._index, self._looked = index_lib.EMPTY, -REFRESH_SECONDS
     self._told = False
-    self._texts: dict[str, tuple[Stamp, bytes]] = {}  # what `read` has found
+    self._texts: dict[str, tuple[Stamp, bytes]] = {}  # cache of `read`
     try:
       self._refresh()
     except OSError as error:
       raise WorkdirError(str(error)) from None
 
   def refresh(self) -> None:
-    """Fetches what is new, but for checkpoints, and drops what is gone. A store that cannot be
-    reached is told of, and asked again the next time."""
+    """Fetches new files except checkpoints, and removes those that are gone from the store. If the
+    store cannot be reached, warns once, and asks again the next time."""
     if time.monotonic() - self._looked < REFRESH_SECONDS:
       return
     try:
@@ -81,14 +81,14 @@ class Copy:
     return sorted(self._steps_of(self._index))
 
   def stamps(self, step: int) -> set[tuple[str, int, int]]:
-    """(name, bytes, time in nanoseconds) of a checkpoint's files."""
+    """(name, bytes, modification time in nanoseconds) of a checkpoint's files."""
     self.refresh()
     files = self._index.files
     return {(name, *files[name]) for name in files if step_of(name) == step}
 
   def read(self, name: str) -> bytes:
-    """A small file of a checkpoint, which is not fetched for it; nothing where there is none, or
-    the store, of which `refresh` has told then, gives no answer."""
+    """The content of a small file in a checkpoint, without fetching the checkpoint; empty if there
+    is no such file, or if the store does not answer."""
     self.refresh()
     stamp = self._index.files.get(name)
     if stamp is None:
@@ -102,14 +102,14 @@ class Copy:
     return self._texts[name][1]
 
   def fetch_checkpoint(self, step: int | None) -> None:
-    """Fetches a checkpoint: of a step, or the newest whose files are those that were summed."""
+    """Fetches the checkpoint of a step, or the newest one whose files match their sums."""
     for candidate in self.steps()[::-1] if step is None else [step]:
       self._fetch_step(candidate)
       if not sums.folder_mismatch(self.folder / f"checkpoints/{candidate}"):
         return
 
   def _fetch_step(self, step: int) -> None:
-    """A part of a checkpoint is never seen where others look for it."""
+    """Fetches a checkpoint so that other processes never see a part of it in its place."""
     wanted = {name: stamp for name, stamp in self._index.files.items() if step_of(name) == step}
     have = index_lib.scan(self.folder)
     if all(have.get(name) == stamp for name, stamp in wanted.items()):
@@ -120,13 +120,13 @@ class Copy:
       index_lib.fetch(self._store, coming, wanted)
       shutil.rmtree(target, ignore_errors=True)
       target.parent.mkdir(parents=True, exist_ok=True)
-      if (coming / f"checkpoints/{step}").exists():  # or it was deleted, meanwhile
+      if (coming / f"checkpoints/{step}").exists():  # otherwise it was deleted meanwhile
         (coming / f"checkpoints/{step}").rename(target)
     finally:
       shutil.rmtree(coming, ignore_errors=True)
 
   def publish(self) -> None:
-    """Uploads what evaluation jobs wrote into the folder and the store has not got."""
+    """Uploads what evaluation jobs wrote into the folder and the store does not have yet."""
     published = index_lib.last_of(self.folder).files
     have = {n: stamp for n, stamp in index_lib.scan(self.folder).items() if is_shared(n)}
     new = {name: stamp for name, stamp in have.items() if published.get(name) != stamp}
@@ -135,15 +135,15 @@ class Copy:
     self._keep(published, {**published, **new})
 
   def _keep(self, before: dict[str, Stamp], published: dict[str, Stamp]) -> None:
-    """Remembers what the store has of evaluation jobs, so that what is gone there is known for
-    that, by later processes, too; and that this folder is a copy's, to those around it."""
+    """Records, for this and later processes, which files of evaluation jobs the store has, so that
+    their deletion there is noticed. The file also marks this folder as a copy to runs around it."""
     if published != before or not (self.folder / INDEX).exists():
       self.folder.mkdir(parents=True, exist_ok=True)
       index_lib.keep(self.folder, index_lib.EMPTY.after(published))
 
   def _fetch_shared(self, have: dict[str, Stamp], published: dict[str, Stamp]) -> dict[str, Stamp]:
-    """Fetches what other jobs wrote, and drops what was published and is gone from the store; what
-    this job wrote since it last published stays. Returns what is published then."""
+    """Fetches what other jobs wrote, and removes what was published but is gone from the store;
+    what this job wrote since its last `publish` stays. Returns what is published afterwards."""
     sizes = {
       n: size for folder in index_lib.SHARED for n, size in self._store.sizes(folder).items()
     }
@@ -167,7 +167,7 @@ class Copy:
 
 
 def addresses_below(root: str) -> list[str]:
-  """Addresses of the runs below an address, by name. Errors: WorkdirError."""
+  """Addresses of the runs below an address, sorted. Errors: WorkdirError."""
   try:
     names = open_store(root).sizes()
   except StoreError as error:

@@ -1,4 +1,4 @@
-"""What a starting run fetches from its store, and what it keeps of its local folder."""
+"""What a starting run fetches from its store, and what it keeps in its local folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from beyond_outliers.stores.store import DeniedError, Store
 
 
 def check_alone(store: Store) -> None:
-  """Refusal of an address in that of another run, or around it: each would have the files of both.
+  """Refuses an address inside another run's, or around one: the two would mix their files.
 
   Errors: WorkdirError, StoreError."""
   found = [f"{store.address}/{name}" for name in store.sizes() if name.endswith(f"/{INDEX}")]
   for outer in store.above():
-    with contextlib.suppress(DeniedError):  # of an account that has no more than its folder
+    with contextlib.suppress(DeniedError):  # the account may be limited to its own folder
       found += [f"{outer.address}/{INDEX}"] if outer.read(INDEX) else []
   if found:
     other = found[0].removesuffix(f"/{INDEX}")
@@ -32,8 +32,8 @@ def check_alone(store: Store) -> None:
 
 
 class Fetching:
-  """A store, and the folder that is to have the same. `have` is what the folder has; methods return
-  what it has then. Errors of all: OSError."""
+  """A store and the folder that should have the same files. `have` is what the folder has; methods
+  return what it has afterwards, unless they say otherwise. Errors of all methods: OSError."""
 
   def __init__(self, store: Store, folder: pathlib.Path, say: Callable[[str], None]):
     self._store, self._folder, self._say = store, folder, say
@@ -41,7 +41,8 @@ class Fetching:
   def complete(
     self, have: dict[str, Stamp], theirs: Index, aside: Collection[str]
   ) -> dict[str, Stamp]:
-    """Fetches what the folder had, and has lost or has a part of. aside: what it has set aside."""
+    """Fetches what the folder once had but has lost, wholly or in part. aside: names of files that
+    it has set aside."""
 
     def is_lacking(name: str, stamp: Stamp) -> bool:
       size, time_of_change = have.get(name, (-1, 0))
@@ -58,14 +59,14 @@ class Fetching:
     return index_lib.scan(self._folder)
 
   def replace(self, have: dict[str, Stamp], theirs: Index, ours: Index) -> dict[str, Stamp]:
-    """Makes the folder what the store has. ours: what the folder was when it had the same."""
+    """Makes the folder equal to the store. ours: the index of when the two were last equal."""
     mine = {name for name, stamp in have.items() if ours.files.get(name) != stamp}
     if not theirs.id or any(not is_shared(name) for name in mine):
       whole = [entry for entry in self._folder.iterdir() if entry.name != "lock"]
       self._set_aside([entry for entry in whole if not any(entry.rglob(INDEX))])  # of another run
       have = {}
     else:
-      # What the other one set aside, or a job on this folder alone has made.
+      # Files that the other run set aside, or that a job made in this folder only.
       names = self._shared_names()
       self._set_aside([self._folder / n for n in have if is_shared(n) and n not in names])
     self._say(f"fetching {self._store.address} to {self._folder}")
@@ -76,7 +77,7 @@ class Fetching:
       shutil.rmtree(self._folder / f"checkpoints/{step}", ignore_errors=True)  # empty by now
     lacking = {name: stamp for name, stamp in theirs.files.items() if have.get(name) != stamp}
     index_lib.fetch(self._store, self._folder, lacking)
-    # Of a process that ended before it could write the index that names them.
+    # Left by a process that ended before it could write the index that names them.
     named = steps_named(theirs.files)
     orphans = [
       name
@@ -88,9 +89,11 @@ class Fetching:
     return index_lib.scan(self._folder)
 
   def shared(self, have: dict[str, Stamp]) -> dict[str, Stamp]:
-    """Fetches what evaluation jobs left in the store, so that a run that goes back can set it
-    aside; returns what the store has of it. What a process set aside that ended before it could
-    delete it in the store is where it was set aside."""
+    """Fetches the files of evaluation jobs, so that a run that goes back can set them aside.
+    Returns those that the store has.
+
+    Files that were set aside, by a process that ended before it could delete them in the store, are
+    not fetched again."""
     names = self._shared_names()
     aside = {
       place: stamp
@@ -106,7 +109,7 @@ class Fetching:
     return {name: found[name] for name in names if name in found} | aside
 
   def _has_now(self, name: str, content: bytes) -> bool:
-    """Whether the store has this; another job may have made another since."""
+    """Whether the store has this content: another job may have written other content since."""
     found = self._store.read(name)
     return found is not None and found[0] == content
 

@@ -1,12 +1,12 @@
 """Index of a mirrored workdir: its files, with their sizes and times.
 
-In the store the index is one object, written after everything that it lists is there. Unlike
-several objects, it is replaced atomically, so a checkpoint appears all at once. A run's folder
+In the store the index is one object, written after everything that it lists has been uploaded. One
+object, unlike several, is replaced atomically, so a checkpoint appears all at once. A run's folder
 keeps the index that it last wrote or read; a reader's copy keeps an index of the evaluation jobs'
 files that it knows to be in the store.
 
 Files of evaluation jobs (`is_shared`) are not in the store's index: any number of jobs write them,
-each file is complete by itself, and the store's own listing counts."""
+each file is complete in itself, and the store's own listing counts."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from beyond_outliers.stores.store import Store
 INDEX, LEASE = "mirror.json", "lease.json"
 SHARED = ("eval", "tensorboard/eval")
 STEP = re.compile(r"checkpoints/(\d+)/")
-# In a checkpoint that readers do not see; see checkpoint/retention.py.
+# A file of a temporary checkpoint, which readers do not see (checkpoint/retention.py).
 TEMPORARY_STEP = re.compile(r"checkpoints/(\d+)/temporary/")
-AT_ONCE = 8  # objects under way
+AT_ONCE = 8  # objects transferred at a time
 
-Stamp = tuple[int, int]  # bytes, and nanoseconds of the last change
+Stamp = tuple[int, int]  # (bytes, time of the last change in nanoseconds)
 
 
 class Index(NamedTuple):
-  """id: unlike that of every other writing. previous: the one that it took the place of."""
+  """id: unique to this version of the index. previous: the id of the version that it replaced."""
 
   id: str
   previous: str
@@ -51,7 +51,7 @@ EMPTY = Index("", "", {})
 
 
 def decode(content: bytes, where: str) -> Index:
-  """Errors: WorkdirError for what is no index."""
+  """The Index in `content`. Errors: WorkdirError if it is none. where: for the message."""
   try:
     found = json.loads(content)
     files = {str(name): (int(size), int(time)) for name, (size, time) in found["files"].items()}
@@ -75,7 +75,7 @@ def in_store(store: Store) -> Index:
 
 
 def last_of(folder: pathlib.Path) -> Index:
-  """The index that the folder last wrote or read; a damaged one counts for none."""
+  """The index that the folder last wrote or read; EMPTY if there is none or it is damaged."""
   try:
     return decode((folder / INDEX).read_bytes(), str(folder / INDEX))
   except (FileNotFoundError, WorkdirError):
@@ -92,7 +92,7 @@ def is_shared(name: str) -> bool:
 
 
 def step_of(name: str) -> int | None:
-  """The checkpoint that a file belongs to, of those that are committed."""
+  """The step of the committed checkpoint that a file belongs to, or None."""
   found = STEP.match(name)
   return int(found[1]) if found else None
 
@@ -102,10 +102,10 @@ def steps_named(names: Iterable[str]) -> set[int]:
 
 
 def scan(folder: pathlib.Path) -> dict[str, Stamp]:
-  """Stamps by name of all files but the lock, the index, temporaries and those of other runs, whose
-  folders lie in this one where their addresses do.
+  """Stamps, by name, of all files except the lock, the index, temporary files and those of other
+  runs, whose folders are inside this one if their addresses are.
 
-  Errors: OSError of what cannot be listed, which must not pass for what is not there."""
+  Errors: OSError if a folder cannot be listed: its files must not be taken for missing."""
   found: dict[str, Stamp] = {}
   for base, folders, files in os.walk(folder, onerror=_raise_but_missing):
     if INDEX in files and pathlib.Path(base) != folder:
@@ -124,7 +124,7 @@ def scan(folder: pathlib.Path) -> dict[str, Stamp]:
 
 
 def whole_steps(folder: pathlib.Path, found: dict[str, Stamp]) -> set[int]:
-  """Steps of the checkpoints that have their sums, and every file of these. Errors: OSError."""
+  """Steps of the checkpoints that have their sums, and all files in these. Errors: OSError."""
   return {step for step in steps_named(found) if _is_whole(folder, step, found)}
 
 
@@ -146,7 +146,7 @@ def _is_whole(folder: pathlib.Path, step: int, found: dict[str, Stamp]) -> bool:
 
 
 def fetch(store: Store, folder: pathlib.Path, files: dict[str, Stamp]) -> None:
-  """Downloads files, with the times that they had; one that is gone by now is left out.
+  """Downloads files and sets their modification times to `files`; skips those gone by now.
 
   Errors: OSError."""
 
@@ -162,7 +162,7 @@ def fetch(store: Store, folder: pathlib.Path, files: dict[str, Stamp]) -> None:
 
 
 def attempts(do: Callable[[str], None], names: Iterable[str]) -> dict[str, OSError]:
-  """Does it of every name, some at once; returns the errors."""
+  """Calls `do` for every name, several at a time; returns the errors by name."""
   failed: dict[str, OSError] = {}
 
   def attempt(name: str) -> None:

@@ -1,9 +1,9 @@
 """The lock of a workdir in a store: an object that its holder renews.
 
-It is created and replaced conditionally (if there is none; if it is still the one that was read),
-so only one of two contenders succeeds. Stores with conditional writes: S3 since 2024, GCS, MinIO,
-R2. The holder must renew it; if it does not for STALE_SECONDS, by the waiting process's clock, the
-lock may be taken over.
+It is created and replaced conditionally (only if there is none; only if it is still the one that
+was read), so only one of two contenders succeeds. Stores with conditional writes: S3 since 2024,
+GCS, MinIO, R2. If the holder does not renew it for STALE_SECONDS, by the waiting process's clock,
+the lock may be taken over.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from beyond_outliers.types import Json
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
 
-# Renews the lease, unless it was within so many seconds. Errors: StoreError, TakenError.
+# Renews the lease, unless that was done within so many seconds. Errors: StoreError, TakenError.
 Hold = Callable[[float], None]
 
 
 class TakenError(StoreError):
-  """A lease that is another's by now."""
+  """A lease that another process has taken over."""
 
 
 @contextlib.contextmanager
 def leased(store: Store, lost: Callable[[str], None], say: Callable[[str], None]) -> Iterator[Hold]:
-  """Holds the store's workdir; yields what makes sure that it still does. lost: gets the reason, in
-  any thread, once another took it.
+  """Holds the store's workdir; yields a function that makes sure that it is still held. lost:
+  called with the reason, in any thread, once another process has taken it.
 
-  Waits for a holder that gives no sign of life, up to STALE_SECONDS.
-  Errors: WorkdirError when another one holds it, StoreError."""
+  Waits up to STALE_SECONDS for a sign of life of the present holder.
+  Errors: WorkdirError when another process holds it; StoreError."""
   lease = _Lease(store)
   lease.acquire(say)
   ended = threading.Event()
@@ -59,7 +59,7 @@ def leased(store: Store, lost: Callable[[str], None], say: Callable[[str], None]
         hold(0.0)
       except TakenError:
         return
-      except StoreError:  # as uploads will tell; the lease stands until somebody wants it
+      except StoreError:  # uploads will report it; the lease lasts until someone else wants it
         continue
 
   thread = threading.Thread(target=renew, name="lease", daemon=True)
@@ -69,7 +69,7 @@ def leased(store: Store, lost: Callable[[str], None], say: Callable[[str], None]
   finally:
     ended.set()
     thread.join()
-    with contextlib.suppress(StoreError):  # it then becomes stale
+    with contextlib.suppress(StoreError):  # otherwise it becomes stale
       lease.release()
 
 
@@ -90,10 +90,11 @@ class _Lease:
           self._tag = self._store.write(LEASE, self._mine(), replaces=found[1])
           return
       except ChangedError:
-        continue  # another one was faster
+        continue  # another process was faster
 
   def renew(self, within: float) -> str:
-    """Returns who has taken it, if somebody has. within: seconds for which the last time does."""
+    """Renews the lease; returns who has taken it, or "". within: seconds for which the last renewal
+    is recent enough."""
     with self._lock:
       began = _clocks()
       if max(now - then for now, then in zip(began, self._renewed, strict=True)) < within:
@@ -105,7 +106,7 @@ class _Lease:
         holder = _parsed(found[0]) if found else {}
         if found is None or holder.get("id") != self._id:
           return _name(holder)
-        self._tag = found[1]  # what was written while its answer was lost
+        self._tag = found[1]  # our own write, whose answer was lost
       self._renewed = began
       return ""
 
@@ -115,7 +116,7 @@ class _Lease:
       self._store.delete([LEASE])
 
   def _mine(self) -> bytes:
-    self._beat += 1  # so that its tag, a digest of the content, is another one
+    self._beat += 1  # makes the content differ, and thereby its tag, a digest
     return json.dumps(
       {
         "id": self._id,
@@ -128,7 +129,9 @@ class _Lease:
     ).encode()
 
   def _is_abandoned(self, content: bytes, tag: str, say: Callable[[str], None]) -> bool:
-    """False once it is gone, and waits to know. Errors: WorkdirError while it is held."""
+    """Whether the lease may be taken over, after waiting for a sign of life; False once it is gone.
+
+    Errors: WorkdirError if it is held."""
     holder = _parsed(content)
     if holder.get("machine") == _machine() and not _lives(holder.get("pid")):
       return True
@@ -151,7 +154,7 @@ class _Lease:
 
 
 def _clocks() -> tuple[float, float]:
-  """One is never set; the other goes on while the machine sleeps."""
+  """(monotonic, wall clock): the first is never set, the second counts while the machine sleeps."""
   return time.monotonic(), time.time()
 
 
@@ -170,7 +173,7 @@ def _name(holder: Json) -> str:
 
 
 def _machine() -> str:
-  """This boot of this machine, and the namespace of process numbers: containers have their own."""
+  """This boot of this machine, and the namespace of process ids: containers have their own."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -179,7 +182,7 @@ def _machine() -> str:
 
 
 def _lives(pid: Any) -> bool:
-  """Whether a process of this machine does; what cannot be told does."""
+  """Whether a process of this machine is alive; True if that cannot be determined."""
   if not _machine() or not isinstance(pid, int) or pid <= 0:
     return True
   try:
@@ -188,4 +191,4 @@ def _lives(pid: Any) -> bool:
     return False
   except OSError:
     return True
-  return pid != os.getpid()  # this process holds none yet
+  return pid != os.getpid()  # this process holds no lease yet, so the number was reused

@@ -26,13 +26,13 @@ from beyond_outliers.stores.store import (
 from beyond_outliers.types import PathLike
 
 Say = Callable[[str], None]
-PUSH_SECONDS = 10.0  # between two looks at what is new
+PUSH_SECONDS = 10.0  # time between two uploads of what is new
 TRIES, WAIT_SECONDS = 3, 5.0  # at the end of a run
 
 
 def spool(path: PathLike) -> PathLike:
-  """The folder in which a run with this workdir works: the workdir, or, of an address, its place in
-  BEYOND_OUTLIERS_CACHE. Errors: WorkdirError."""
+  """The folder in which a run with this workdir works: the workdir itself, or for an address a
+  folder in BEYOND_OUTLIERS_CACHE. Errors: WorkdirError."""
   return cache_folder("runs", os.fspath(path)) if is_address(path) else path
 
 
@@ -40,11 +40,11 @@ def spool(path: PathLike) -> PathLike:
 def mirrored(
   address: str, folder: PathLike, *, sealed: bool, say: Say, store: Store | None = None
 ) -> Iterator[None]:
-  """Holds the store's workdir, fetches what the folder lacks of it, and uploads what is new there
-  until the context ends. sealed: a checkpoint once it has its sums, not before.
+  """Holds the store's workdir, fetches what the folder lacks, and uploads what is new in the folder
+  until the context ends. sealed: checkpoints are uploaded only once they have their sums.
 
-  The folder's lock is held. A store that fails meanwhile is told of, and tried again.
-  Errors: WorkdirError before anything is begun; at the end StoreError with what is not uploaded,
+  The caller holds the folder's lock. If the store fails meanwhile, warns and tries again.
+  Errors: WorkdirError before anything is begun; at the end StoreError naming what is not uploaded,
   unless another error ends the context."""
   store = store or open_store(address)
   mirror = Mirror(store, pathlib.Path(folder), sealed=sealed, say=say)
@@ -58,29 +58,31 @@ def mirrored(
     try:
       yield
     except BaseException:
-      with contextlib.suppress(StoreError):  # the other error is the one to be seen
+      with contextlib.suppress(StoreError):  # must not hide the error that ended the context
         mirror.end(thread)
       raise
     mirror.end(thread)
 
 
 class Mirror:
-  """A folder and its store. One thread at a time calls `push`."""
+  """A folder and its store. Only one thread at a time may call `push`."""
 
   def __init__(self, store: Store, folder: pathlib.Path, *, sealed: bool, say: Say):
     self._store, self._folder, self._sealed, self._say = store, folder, sealed, say
     self._known: dict[str, Stamp] = {}  # what the store has of the folder
-    self._index = self._sent = index_lib.EMPTY  # the store's; the one that was last sent there
-    self._tag: str | None = None  # of the store's
-    self._tags: dict[str, str | None] = {}  # of what every holder uploads anew
+    self._index = self._sent = index_lib.EMPTY  # the store's index; the index last sent there
+    self._tag: str | None = None  # of the store's index
+    self._tags: dict[str, str | None] = {}  # of files that are replaced, by name
     self._hold: Hold = lambda within: None
     self._lost, self._told = "", False
     self._ended = threading.Event()
 
   def begin(self, hold: Hold | None = None) -> None:
-    """Makes the folder what the store has, or keeps it where it is as new or newer: nobody else has
-    written there since this folder did. What is otherwise not uploaded is set aside, and what the
-    folder lacks is fetched. hold: of the lease."""
+    """Makes the folder equal to the store; or, if no one else has written to the store since this
+    folder did, keeps the folder as it is, as new or newer.
+
+    In the first case, what was not uploaded is set aside; in both, what the folder lacks is
+    fetched. hold: the lease's."""
     self._hold = hold or self._hold
     fetching.check_alone(self._store)
     (theirs, self._tag), ours = index_lib.read(self._store), index_lib.last_of(self._folder)
@@ -106,16 +108,16 @@ class Mirror:
       if stamp in (ours.files.get(name), have.get(name)) and (name in have or name in aside)
     }
     self._known |= fetch.shared(have)
-    if not theirs.id:  # so that what is there from now on is known for a mirror's
+    if not theirs.id:  # marks what is there from now on as a mirror's
       self._write_index({}, new=True)
 
   def run(self) -> None:
-    """Pushes now and then, until `end`."""
+    """Pushes every PUSH_SECONDS until `end`."""
     while not self._ended.wait(PUSH_SECONDS):
       self._try()
 
   def end(self, thread: threading.Thread) -> None:
-    """Pushes the rest. Errors: StoreError with what is not uploaded."""
+    """Pushes the rest. Errors: StoreError naming what is not uploaded."""
     self._ended.set()
     thread.join()
     problem = self._try(last=True)
@@ -129,7 +131,7 @@ class Mirror:
         self._store.delete([index_lib.INDEX])
     if problem:
       left: list[str] = []
-      with contextlib.suppress(OSError):  # it may be what the problem is
+      with contextlib.suppress(OSError):  # the folder may be the problem
         left = self._new(index_lib.scan(self._folder))
       names = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
       remedy = "" if self._lost else "; once the store can be written, the same command uploads it"
@@ -138,8 +140,8 @@ class Mirror:
       )
 
   def lose(self, reason: str) -> None:
-    """Ends the uploads, and asks the run to stop: another one has the store, or the folder is not
-    what it was."""
+    """Ends the uploads, and asks the run to stop: another process has the store, or the folder has
+    lost files."""
     if self._lost:
       return
     self._lost = reason
@@ -148,11 +150,11 @@ class Mirror:
       os.kill(os.getpid(), signal.SIGTERM)
 
   def push(self, last: bool = False) -> None:
-    """Uploads what is new, then the index that makes its checkpoints appear, so that these have
-    their rows; then the status, so that a run that says it is done has its last checkpoint. Deletes
-    what the run has let go of. last: what has no sums by now will have none.
+    """Uploads what is new, then the index, which makes new checkpoints appear, so that they come
+    with their rows; then the status, so that a run that says it is done has its last checkpoint.
+    Deletes what the run has deleted. last: checkpoints without sums too, which will get none.
 
-    Errors: StoreError, OSError of a folder that cannot be read."""
+    Errors: StoreError; OSError if the folder cannot be read."""
     if self._lost:
       raise StoreError(self._lost)
     found, whole, aside = self._look()
@@ -161,7 +163,7 @@ class Mirror:
     new = self._new(have)
     if new or aside:
       self._check_held()
-    if aside:  # before the rows, which may have been cut to those of an older checkpoint
+    if aside:  # before the rows, which may have been cut back to an older checkpoint's
       self._write_index({n: s for n, s in self._index.files.items() if n not in aside})
       self._delete(aside)
     for names in ([n for n in new if n != "status.json"], [n for n in new if n == "status.json"]):
@@ -172,11 +174,12 @@ class Mirror:
       self._delete(gone)
 
   def _look(self) -> tuple[dict[str, Stamp], set[int], list[str]]:
-    """(what the folder has, its whole checkpoints, what of the known it has set aside). A folder
-    that has lost some of a run says nothing of what the store should have. Errors: StoreError then,
-    for good."""
+    """(what the folder has, steps of its whole checkpoints, which known files it has set aside).
+
+    Errors: StoreError, from then on always, if the folder has lost part of the run: it then no
+      longer says what the store should have."""
     missing = ""
-    for wait in (0.0, WAIT_SECONDS):  # the run may be moving it
+    for wait in (0.0, WAIT_SECONDS):  # looks twice: the run may be moving files
       if missing:
         time.sleep(wait)
       found = index_lib.scan(self._folder)
@@ -192,18 +195,18 @@ class Mirror:
     raise StoreError(self._lost)
 
   def _whole(self, found: dict[str, Stamp]) -> set[int]:
-    """Steps of whole checkpoints, as far as can be told of those without sums."""
+    """Steps of the whole checkpoints; if they get no sums, of all."""
     return index_lib.whole_steps(self._folder, found) if self._sealed else steps_named(found)
 
   def _delete(self, names: list[str]) -> None:
     if names:
-      self._hold(STALE_SECONDS / 2)  # whoever took over may have made some of the same names
+      self._hold(STALE_SECONDS / 2)  # whoever took over may have written some of the same names
       self._store.delete(names)
       for name in names:
         del self._known[name]
 
   def _try(self, last: bool = False) -> str:
-    """`push`; returns why it failed, which is said once for each time that the store goes."""
+    """Calls `push`; returns why it failed, or "". Warns once each time that the store goes away."""
     try:
       self.push(last)
     except OSError as error:
@@ -220,15 +223,15 @@ class Mirror:
     return [name for name, stamp in have.items() if self._known.get(name) != stamp]
 
   def _upload(self, names: list[str], have: dict[str, Stamp]) -> None:
-    """Errors: StoreError, once all that can be uploaded is."""
+    """Uploads files. Errors: StoreError, once everything that can be uploaded has been."""
 
     def upload(name: str) -> None:
       if step_of(name) is None:
         self._replace(name)
-      else:  # which its sums guard
+      else:  # no condition needed: a checkpoint's files are guarded by its sums
         self._hold(STALE_SECONDS / 2)  # nobody takes over sooner
         self._store.upload(name, self._folder / name)
-      self._known[name] = have[name]  # what changes meanwhile has another time, and comes again
+      self._known[name] = have[name]  # if it changed meanwhile, its new time makes it new again
 
     failed = index_lib.attempts(upload, names)
     problems = [error for error in failed.values() if not isinstance(error, FileNotFoundError)]
@@ -239,21 +242,21 @@ class Mirror:
       raise problems[0]
 
   def _replace(self, name: str) -> None:
-    """Uploads a file in the place of what it was when it was last looked at: what comes late, of a
-    process that stood still as another one took over, takes nothing from that."""
+    """Uploads a file on condition that the store's version is the one last seen: a late write, of a
+    process that was suspended while another took over, must not overwrite the other's."""
     path = self._folder / name
     if name not in self._tags:
       self._tags[name] = self._store.tag(name)  # before the lease is known to be held
     self._hold(STALE_SECONDS / 2)
     try:
       self._tags[name] = self._store.upload(name, path, self._tags[name])
-    except ChangedError:  # or it is one's own, of which the answer was lost
+    except ChangedError:  # perhaps by our own write, whose answer was lost
       self._tags[name] = self._store.tag(name)
       self._check_held()
       self._tags[name] = self._store.upload(name, path, self._tags[name])
 
   def _files(self, have: dict[str, Stamp], gone: list[str]) -> dict[str, Stamp]:
-    """Those of the index: a checkpoint that is not whole here is named as it was."""
+    """The files for the index: a checkpoint not whole in the folder stays listed as it was."""
     here = steps_named(have)
     return {
       name: stamp
@@ -268,7 +271,7 @@ class Mirror:
       return
     self._check_held()
     index = self._index.after(files)
-    index_lib.keep(self._folder, index)  # first: `begin` takes the one before for its own, too
+    index_lib.keep(self._folder, index)  # first: `begin` also recognizes the previous index
     self._sent = index
     try:
       self._tag = self._store.write(index_lib.INDEX, index.encoded(), replaces=self._tag)
@@ -279,14 +282,14 @@ class Mirror:
         raise
 
   def _check_held(self) -> None:
-    """Errors: StoreError where the store is another's by now, by its lease or by its index."""
+    """Checks that the store is still ours, by its lease and its index. Errors: StoreError."""
     self._hold(0.0)
     try:
       theirs, self._tag = index_lib.read(self._store)
-    except WorkdirError:  # none that a mirror wrote
+    except WorkdirError:  # not an index that a mirror wrote
       theirs = index_lib.EMPTY
     if theirs.id not in (self._index.id, self._sent.id):
       self.lose(f"{self._store.address} was written, or emptied, elsewhere meanwhile")
       raise StoreError(self._lost)
-    if theirs.id == self._sent.id:  # of which the answer may have been lost
+    if theirs.id == self._sent.id:  # the answer to our write may have been lost
       self._index = self._sent

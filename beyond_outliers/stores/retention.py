@@ -1,7 +1,8 @@
-"""Which files in a run's store its folder has deleted, and which it has lost.
+"""Which of the files in a run's store the run has deleted from its folder, and which the folder
+lost.
 
-A file that is missing from the folder may have been deleted by the run, or by someone who cleaned
-the disk. It is deleted from the store only if the folder shows that the run did.
+A file that is missing from the folder may have been deleted by the run, or by someone cleaning the
+disk. It is deleted from the store only if the folder shows that it was the run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DAMAGED = re.compile(r"checkpoints/damaged-(\d+)-[^/]+/(.+)")  # by checkpoint/c
 
 
 def place_of(name: str) -> str:
-  """The name that a file had before a run set it aside; of any other, nothing."""
+  """The name that a file had before a run set it aside; "" for any other file."""
   if match := ASIDE.match(name):
     return match[1]
   match = DAMAGED.match(name)
@@ -24,17 +25,17 @@ def place_of(name: str) -> str:
 
 
 def is_set_aside(name: str) -> bool:
-  """Whether it is in a folder of what a run set aside, which is no matter of readers."""
+  """Whether the file is among those that a run has set aside, which readers don't need."""
   return name.startswith("aside-") or bool(DAMAGED.match(name))
 
 
 def set_aside(
   found: Mapping[str, Stamp], known: Mapping[str, Stamp], whole: Collection[int]
 ) -> list[str]:
-  """Names of known files that the folder has where it sets aside, and no more in their place.
+  """Names of known files that the folder has set aside, and no longer has in their old place.
 
-  whole: steps of the checkpoints that are; without one, the store's copy of a damaged checkpoint
-  may be the last."""
+  whole: steps of the whole checkpoints; if there are none, damaged ones don't count as set aside:
+    the store's copy of one may be the last."""
   aside = {
     (place, stamp)
     for name, stamp in found.items()
@@ -44,8 +45,8 @@ def set_aside(
 
 
 def superseded(found: Mapping[str, Stamp], known: Mapping[str, Stamp], newest: int) -> list[str]:
-  """Names of known files of checkpoints of which nothing is left, beside a newer one. One that
-  lacks some of its files is no such: it is being deleted, or damaged.
+  """Names of known files of checkpoints of which the folder has nothing left, while a newer one is
+  whole. A checkpoint that lacks some files does not count: it is being deleted, or damaged.
 
   newest: step of the newest whole checkpoint that the store has."""
   here = steps_named(found)
@@ -57,7 +58,7 @@ def superseded(found: Mapping[str, Stamp], known: Mapping[str, Stamp], newest: i
 
 
 def lost(found: Mapping[str, Stamp], known: Collection[str]) -> str:
-  """What of a run the folder has no more, though no run deletes it; or nothing."""
+  """Something that the folder no longer has although no run deletes it, or ""."""
   if "config.json" in known and "config.json" not in found:
     return "config.json"
   here = steps_named(found)

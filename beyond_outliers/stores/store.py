@@ -1,9 +1,8 @@
-"""Objects of a store below an address, s3://BUCKET/PATH or gs://BUCKET/PATH. The only import of
-obstore.
+"""Objects in a store below an address, s3://BUCKET/PATH or gs://BUCKET/PATH. The only module that
+imports obstore.
 
-The server and the account come from the environment, as obstore documents:
-AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and others, or the machine's own
-account."""
+Server and account come from the environment, as obstore documents: AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and others, or the machine's own account."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from beyond_outliers.types import PathLike
 
 SCHEMES = ("s3", "gs")
 RETRY_SECONDS = 30.0
-# Words of an error -> what it means to a person; the first that is found.
+# Words in an error's text -> what they mean to a person; the first match counts.
 CREDENTIALS = (
   "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for s3, or "
   "GOOGLE_APPLICATION_CREDENTIALS, for gs, or take a machine with an account of its own"
@@ -40,19 +39,19 @@ MEANINGS = {
 
 
 class StoreError(Failure):
-  """A store that did not do what was asked, for want of a network, of rights, or of space."""
+  """A store did not do what was asked, for lack of a network, permission, or space."""
 
 
 class DeniedError(StoreError):
-  """What this account may not do."""
+  """This account does not have the permission."""
 
 
 class ChangedError(StoreError):
-  """An object that somebody else has made, or changed, in the meantime."""
+  """Someone else has created or changed the object in the meantime."""
 
 
 def is_address(path: PathLike) -> bool:
-  """Whether this is an address such as s3://BUCKET/PATH, and no folder."""
+  """Whether this is an address such as s3://BUCKET/PATH rather than a folder."""
   return "://" in os.fspath(path)
 
 
@@ -60,7 +59,7 @@ def parse_address(address: str) -> tuple[str, ...]:
   """(scheme, bucket, folders...). Errors: WorkdirError."""
   scheme, _, rest = address.partition("://")
   parts = rest.rstrip("/").split("/")
-  if "@" in parts[0]:  # and what is said of it is not to be in a log
+  if "@" in parts[0]:  # the message must not put a key into a log
     raise WorkdirError(
       f"{scheme}://...@{parts[0].rpartition('@')[2]}: an address takes no user and no key; "
       "credentials are taken from the environment"
@@ -79,8 +78,8 @@ def parse_address(address: str) -> tuple[str, ...]:
 
 
 def check_address(path: PathLike) -> None:
-  """Refusal of an address that can be none, or where the library is missing; of no folder. Asks no
-  server. Errors: WorkdirError."""
+  """Refuses an invalid address, and any address if the library is missing; accepts all folders.
+  Asks no server. Errors: WorkdirError."""
   if is_address(path):
     parse_address(os.fspath(path))
     if importlib.util.find_spec("obstore") is None:
@@ -90,7 +89,7 @@ def check_address(path: PathLike) -> None:
 
 
 def cache_folder(kind: str, address: str) -> pathlib.Path:
-  """Where what belongs to an address lies on this machine; kind: of what."""
+  """This machine's folder for an address. kind: what it holds."""
   return pathlib.Path(cache_root(), kind, *parse_address(address))
 
 
@@ -111,26 +110,26 @@ def open_store(address: str) -> Store:
     store.read("mirror.json")
   except StoreError as error:
     raise WorkdirError(f"{error}; nothing was begun") from None
-  except Exception as error:  # of a malformed key, or variable of the environment
+  except Exception as error:  # for instance for a malformed key or environment variable
     raise WorkdirError(f"{address}: {_meaning(error)}; nothing was begun") from None
   return store
 
 
 class Store:
-  """Objects below a prefix of a backend of obstore. Errors of all methods: StoreError."""
+  """Objects below a prefix of an obstore backend. Errors of all methods: StoreError."""
 
   def __init__(self, address: str, backend: Any, prefix: str = ""):
     self.address, self._backend, self._prefix = address, backend, prefix
 
   def above(self) -> Iterator[Store]:
-    """Those that it lies in, without the bucket itself."""
+    """The stores that this one is inside of, innermost first, without the bucket itself."""
     address, prefix = self.address.rstrip("/"), self._prefix
     while "/" in prefix:
       address, prefix = address.rpartition("/")[0], prefix.rpartition("/")[0]
       yield Store(address, self._backend, prefix)
 
   def read(self, name: str) -> tuple[bytes, str] | None:
-    """(content, tag) of an object, or None; the tag differs once the content does."""
+    """(content, tag) of an object, or None; the tag changes with the content."""
     import obstore
 
     try:
@@ -151,8 +150,8 @@ class Store:
       return None
 
   def write(self, name: str, content: bytes | BinaryIO, replaces: str | None = "any") -> str:
-    """Writes an object whole; returns its tag. replaces: the tag that it must have had, None: that
-    there must be none; "any" asks for nothing.
+    """Writes a whole object; returns its tag. replaces: the tag that the present object must have;
+    None: there must be no object; "any": no condition.
 
     Errors: ChangedError."""
     import obstore
@@ -166,14 +165,14 @@ class Store:
       return _tag(obstore.put(self._backend, self._key(name), content, mode=mode))
 
   def upload(self, name: str, path: pathlib.Path, replaces: str | None = "any") -> str:
-    """As `write`; a large file goes in parts, unless a condition is asked for.
+    """`write` for a file, which if large is sent in parts unless there is a condition.
 
-    Errors: FileNotFoundError of a file that is gone."""
+    Errors: FileNotFoundError if the file is gone."""
     with path.open("rb") as file:
       return self.write(name, file if replaces == "any" else file.read(), replaces)
 
   def download(self, name: str, path: pathlib.Path) -> None:
-    """Errors: FileNotFoundError of an object that is gone."""
+    """Writes an object to a file. Errors: FileNotFoundError if the object is gone."""
     import obstore
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +183,7 @@ class Store:
           file.write(chunk)
 
   def sizes(self, below: str = "") -> dict[str, int]:
-    """Bytes by name of all objects, or of those in a folder."""
+    """Sizes in bytes, by name, of all objects or of those in a folder."""
     import obstore
 
     start = f"{self._prefix}/" if self._prefix else ""
@@ -203,7 +202,7 @@ class Store:
 
   @contextlib.contextmanager
   def _told(self, writes: bool = False) -> Iterator[None]:
-    """Errors of the library in one line. A bucket that is gone is no object that is."""
+    """Turns the library's errors into one line. A missing bucket is not a missing object."""
     from obstore import exceptions
 
     try:

@@ -1,4 +1,4 @@
-"""Averages of a run's parameters: a moving one, and the mean of its last checkpoints."""
+"""Averages of a run's parameters: a moving average, and the mean of its last checkpoints."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def moved_average(average: Params, params: Params, updates: jax.Array, decay: float) -> Params:
   """The mean of the parameters after updates 1 to n = `updates`, weighted by decay^(n - i).
 
-  params: those after update n. average: the same mean after update n - 1. The temporal averaging of
-  arXiv 1412.6980, section 7.2, kept debiased, so that it can be used as it is."""
+  params: the parameters after update n. average: this mean after update n - 1. It is the temporal
+  averaging of arXiv 1412.6980, section 7.2, stored debiased so that it can be used as it is."""
   newest = (1 - decay) / -jnp.expm1(jnp.float32(updates) * math.log(decay))
   return optax.incremental_update(params, average, newest)
 
@@ -31,8 +31,8 @@ def moved_average(average: Params, params: Params, updates: jax.Array, decay: fl
 def evaluation_of_last(
   count: int, shapes: Params, evaluate: Callable[[Params], Json], checkpoints: Checkpoints
 ) -> Callable[[Params], Json]:
-  """Parameters of the last step -> metrics of the mean of the last `count` intact checkpoints, of
-  which theirs comes next, and how many there are.
+  """A function from the last step's parameters to metrics of the mean of the last `count` intact
+  checkpoints, and their number. The parameters, which will be saved next, count as the newest.
 
   shapes: ShapeDtypeStructs of the parameters, with shardings."""
 
@@ -44,7 +44,7 @@ def evaluation_of_last(
         return
       try:
         _, earlier = checkpoints.restore_params(shapes, step)
-      except CheckpointError as error:  # which is no reason not to save the one that comes next
+      except CheckpointError as error:  # must not prevent the next checkpoint from being saved
         logging.warning("the mean of the last checkpoints goes without one: %s", error)
       else:
         found += 1

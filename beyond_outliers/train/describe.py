@@ -1,4 +1,4 @@
-"""Description of a run before it trains: configuration, parameters, and what a step needs."""
+"""Description of a run before it trains: configuration, parameters, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from beyond_outliers.train.program import Program
 
 
 def describe(program: Program) -> str:
-  """The resolved configuration, the parameter table, and which layers each recipe quantizes."""
+  """The resolved configuration, a table of parameters, and how many layers follow each recipe."""
   c, lines = program.config, ["config"]
   lines += [f"  {key} = {value!r}" for key, value in config.flatten(config.to_dict(c)).items()]
   lines.append("parameters")
@@ -55,7 +55,8 @@ def _describe_recipe(c: config.Config) -> str:
 
 
 def describe_compiled(program: Program) -> str:
-  """FLOPs of a step, and memory by class of buffer on each device, of both steps as compiled."""
+  """FLOPs of a train step, and its memory on each device by class of buffer, as compiled; and the
+  evaluation step's memory."""
   c = program.config
   with mesh_lib.use(program.mesh):
     compiled, compiled_evaluation = program.compile()
@@ -80,7 +81,7 @@ def describe_compiled(program: Program) -> str:
 
 
 def memory_classes(program: Program, compiled: jax.stages.Compiled) -> dict[str, int]:
-  """Bytes on each device by class of buffer, while the compiled train step runs."""
+  """Bytes on each device, by class of buffer, while the compiled train step runs."""
   average, memory = program.state.average, compiled.memory_analysis()
   assert memory is not None
   return {
@@ -94,7 +95,7 @@ def memory_classes(program: Program, compiled: jax.stages.Compiled) -> dict[str,
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes that each device holds of a tree of sharded shapes: shards are equal."""
+  """Bytes that each device holds of a tree of sharded shapes; all shards are equal."""
 
   def size(x):
     assert isinstance(x.sharding, NamedSharding)

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 class LogMetrics:
   """Rows of metrics every `every` steps, fetched one step late so that the device never waits.
 
-  Norms of the parameters and of their change are a program of their own, so that the steps between
-  rows don't pay for them; so are the `statistics`. sample: the batch that these get with every
-  row."""
+  Norms of the parameters and of their change, and the `statistics`, are a separate program, so that
+  steps between rows don't pay for them. sample: the batch that `statistics` gets for every row."""
 
   def __init__(
     self,
@@ -76,7 +75,7 @@ class LogMetrics:
       self.flush()
 
   def flush(self) -> None:
-    """Writes rows that are held back. Errors: Stop("diverged")."""
+    """Writes the row that is held back, if any. Errors: Stop("diverged")."""
     if self._pending is None:
       return
     (step, metrics), self._pending = self._pending, None
@@ -96,7 +95,7 @@ class LogMetrics:
     return due(step, self._every, self._num_steps)
 
   def _copy_before(self, step: int, state: TrainState) -> Params | None:
-    """The parameters that `step` will change, if it gets a row; the step itself donates them."""
+    """The parameters before `step`, copied since it donates them; None if it gets no row."""
     return self._copy(state.params) if self._has_row(step) else None
 
   def _write(self, step: int, values: dict[str, float]) -> None:
@@ -122,8 +121,8 @@ class LogMetrics:
 
 
 class Evaluate:
-  """Rows of `<name>/...` every `every` steps and after the last, from the parameters alone, or what
-  `of` takes in their place."""
+  """Rows of `<name>/...` every `every` steps and after the last, computed from the parameters
+  alone, or from whatever `of` takes from the state."""
 
   def __init__(
     self,
@@ -144,7 +143,7 @@ class Evaluate:
     if not due(step, self._every, self._num_steps):
       return
     with self._clock.paused(metrics):
-      self._before()  # the log's held-back row belongs in front of this one
+      self._before()  # the log's held-back row comes before this one
       start = time.perf_counter()
       result = self._evaluate(self._of(state))
       row = {
@@ -157,8 +156,8 @@ class Evaluate:
 
 
 class Save:
-  """Checkpoints every `every` steps and after the last; asked to stop, one more at once; and
-  temporary ones, at rows of the log, once `every_minutes` have passed since the last of any kind.
+  """Checkpoints every `every` steps and after the last; one at once when asked to stop; and
+  temporary ones, at steps with a row in the log, once `every_minutes` have passed since any other.
 
   rows_every: steps between rows of the log."""
 
@@ -180,8 +179,8 @@ class Save:
     self._clock, self._before = clock, before
     self._tokens, self._num_steps = tokens_per_step, num_steps
     self._asked = False
-    # One process asks the signal itself; several agree on a step by Orbax, over jax.distributed,
-    # which waits for SIGTERM.
+    # A single process handles the signal itself; several agree on a step through Orbax and
+    # jax.distributed, which listens for SIGTERM.
     self._alone = jax.process_count() == 1
     self._previous = {
       number: signal.signal(number, self._ask)
@@ -202,7 +201,7 @@ class Save:
     lasting = preempted or due(step, self._options.every, self._num_steps)
     if lasting or self._is_time(step):
       with self._clock.paused(metrics):
-        self._before()  # a run resumed from here must not miss the row of this step
+        self._before()  # a run resumed from here must have this step's row
         try:
           self._checkpoints.save(
             step,
@@ -222,8 +221,8 @@ class Save:
       raise Stop("preempted", step, "asked to stop (by a signal); the same command resumes")
 
   def _is_time(self, step: int) -> bool:
-    """Whether a temporary checkpoint is due, by the clock of process 0: the others ask it, so that
-    all save the same step."""
+    """Whether a temporary checkpoint is due, by process 0's clock, so that all processes save the
+    same step."""
     minutes = self._options.every_minutes
     if not minutes or step % self._rows_every:
       return False
@@ -231,13 +230,13 @@ class Save:
     return bool(mesh.from_first("late" if late else ""))
 
   def close(self) -> None:
-    """Gives the signals back."""
+    """Restores the previous signal handlers."""
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
 
 def _is_ignored_hang_up(number: int) -> bool:
-  """Whether it is the signal that nohup has made to be ignored."""
+  """Whether the signal is SIGHUP and ignored, as under nohup."""
   return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
@@ -246,7 +245,7 @@ class Profile:
 
   def __init__(self, directory: PathLike, first: int, steps: int):
     self._directory, self._first, self._last = str(directory), first, first + steps - 1
-    self._running = False  # a run that resumes within these steps takes no trace
+    self._running = False  # stays so in a run that resumes within these steps: no trace then
 
   def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
     if step == self._first - 1:
@@ -258,15 +257,15 @@ class Profile:
       self.close()
 
   def close(self) -> None:
-    """Ends a trace that is being taken."""
+    """Ends the trace if one is being taken."""
     if self._running:
       jax.profiler.stop_trace()
       self._running = False
 
 
 class Watchdog:
-  """Tells of a hang: once no step has ended for `seconds`, stacks of all threads go to
-  stacks-<process>.txt in the workdir, and the status says so."""
+  """Reports a hang: when no step has ended for `seconds`, writes the stacks of all threads to
+  stacks-<process>.txt in the workdir, and says so in the status."""
 
   def __init__(self, seconds: float, workdir: Workdir, first: int):
     self._seconds, self._workdir, self._first = seconds, workdir, first

@@ -1,4 +1,4 @@
-"""Initial state of a run: its newest intact checkpoint, another run's parameters, or fresh ones."""
+"""Initial state of a run: its newest intact checkpoint, another run's parameters, or new ones."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
   from beyond_outliers import data
   from beyond_outliers.checkpoint import Checkpoints
 
-# What a model may change between two runs and still compute the same, up to rounding.
+# Fields that may differ between two models that compute the same function, up to rounding.
 MAY_DIFFER = ("init_std", "dtype", "attention", "unroll", "remat")
 
 
 class Start(NamedTuple):
-  """Where a run begins, or goes on."""
+  """Where a run begins or continues."""
 
   state: TrainState
-  position: Json | None  # of the data; None: at their beginning
+  position: Json | None  # in the data; None: the beginning
   seconds: float  # spent training so far
-  record: Json | None = None  # what the checkpoint tells of its run; see run_hooks._save
-  parent: Json | None = None  # of a run that begins with another's parameters: which these are
+  record: Json | None = None  # what the checkpoint says about its run; see run_hooks._save
+  parent: Json | None = None  # whose parameters the run begins with, if another run's
 
 
 def start(
@@ -47,10 +47,11 @@ def start(
   say: Callable[[str], None],
   step: int | None = None,
 ) -> Start:
-  """From the newest intact checkpoint, from `warm_start`'s parameters, or from fresh ones.
+  """The start: the newest intact checkpoint, or else `warm_start`'s parameters, or new ones.
 
-  fingerprints: of the data; a checkpoint tells of its own. step: from that checkpoint or none.
-  Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit, or checkpoints of
+  fingerprints: of the data, to compare with those in the checkpoint. step: take this checkpoint and
+    no other.
+  Errors: CheckpointError; ConfigError for a `warm_start` that does not fit, and for checkpoints of
     another configuration or other data."""
   c = program.config
   restored = checkpoints.restore(program.state, step)
@@ -75,11 +76,11 @@ def start(
 
 
 def check_same_run(old: config.Config, new: config.Config, path: PathLike) -> None:
-  """Refusal to resume the run of `old`, at a path, under `new`, where that would train another
-  model, or to take its results for those of `new`.
+  """Refuses to resume the run of configuration `old`, at `path`, under `new`, or to take its
+  results for those of `new`, if that would be another model.
 
-  Errors: ConfigError as `config.check_resumable`, and for other micro-batches where a recipe's
-  numbers depend on them."""
+  Errors: ConfigError as in `config.check_resumable`, and for other micro-batches if the recipe's
+  results depend on them."""
   sees_batches = quant.recipes.from_config(new.quant).sees_batches
   try:
     config.check_resumable(old, new)
@@ -95,8 +96,8 @@ def check_same_run(old: config.Config, new: config.Config, path: PathLike) -> No
 
 
 def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathLike) -> None:
-  """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
-  say, which may be lost or another's. Errors: ConfigError."""
+  """Refuses another run's checkpoint, by its own record: the workdir's config.json and
+  manifest.json may be lost or another run's. Errors: ConfigError."""
   check_same_run(config.resolve(saved["config"]), c, path)
   for key, was in saved["data"].items():
     require(
@@ -108,8 +109,8 @@ def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathL
 
 
 def check_parent(was: Json, now: Json, path: str) -> None:
-  """Refusal to begin a run anew, of which there is no checkpoint yet, with other parameters than
-  its manifest says that it began with. path: its `warm_start`. Errors: WorkdirError."""
+  """Refuses to start a run again, which has no checkpoint yet, with other parameters than those
+  that its manifest names. path: its `warm_start`. Errors: WorkdirError."""
   if was["parameters"] != now["parameters"]:
     first, second = (f"step {of['step']} of the run {of['run'][:12]}" for of in (was, now))
     raise WorkdirError(
@@ -121,14 +122,14 @@ def check_parent(was: Json, now: Json, path: str) -> None:
 def warm_start_params(
   c: config.Config, tokenizer: str, mesh: jax.sharding.Mesh
 ) -> tuple[Json, Params]:
-  """(which they are, as a manifest has it; parameters) of the newest intact checkpoint in
+  """(their description for a manifest, the parameters) of the newest intact checkpoint in
   `c.warm_start`, placed on the mesh.
 
-  Scales that the other run learned are among them where it followed the same rules; otherwise they
-  stay behind. tokenizer: fingerprint of this run's.
-  Errors: ConfigError when there is no run or checkpoint, or when it is of another model, or of
-    another tokenizer, whose ids stand for other text."""
-  from beyond_outliers.checkpoint import digests  # with Orbax, which a dry run does without
+  Learned scales are included if the other run followed the same recipe, otherwise dropped.
+  tokenizer: fingerprint of this run's.
+  Errors: ConfigError if there is no run or checkpoint, or if it has another model or another
+    tokenizer, whose ids stand for other text."""
+  from beyond_outliers.checkpoint import digests  # imports Orbax, which a dry run does not need
 
   try:
     source = runs.open(c.warm_start)
@@ -143,7 +144,7 @@ def warm_start_params(
         "run of the same tokenizer, or prepare this one's text with that run's"
       )
     step, found = source.restore(mesh)
-    # Of what is here: the folder may hold another run by the time that somebody looks.
+    # Digests of what was read: the folder may hold another run by the time someone looks.
     contents = digests.examine({"params": found})
     if contents.not_finite:
       raise CheckpointError(f"the parameters of step {step} are not finite; take another run")
@@ -172,7 +173,7 @@ def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> No
 def _with_scales(program: Program, params: Params, batches: data.Batches) -> Params:
   """The parameters with learned scales, initialized on the first micro-batch.
 
-  That is trained on, too."""
+  Training still uses that batch: the data are put back to their position."""
   c = program.config
   position = batches.state()
   first = jax.tree.map(lambda x: x[:: c.micro_batches], next(batches))
@@ -186,11 +187,11 @@ def _with_scales(program: Program, params: Params, batches: data.Batches) -> Par
 
 
 def make_begin_scales(forward: Forward) -> Callable[[Params, Batch], Params]:
-  """begin_scales(params without learned scales, batch) -> params with them, as a forward pass on
-  the batch lets them begin."""
+  """begin_scales(params without learned scales, batch) -> params with them, initialized by a
+  forward pass on the batch."""
 
   def begin_scales(params: Params, batch: Batch) -> Params:
-    # Flax asks for a key to make parameters with; these draw nothing from it.
+    # Flax needs a key to make parameters; scales draw nothing from it.
     rngs = {"params": jax.random.key(0)}
     _, whole = forward(params, batch, mutable=["params"], rngs=rngs)
     return nn.unbox(whole["params"])

@@ -1,4 +1,4 @@
-"""Training loop: steps and hooks, the clock of training time, and the ways to end early.
+"""Training loop: steps and hooks, the clock of training time, and the way to end early.
 
 Everything that a run reads or writes during training happens in a hook, outside jit.
 """
@@ -41,12 +41,12 @@ def fit(
 
 
 def due(step: int, every: int, num_steps: int) -> bool:
-  """True of the steps that are multiples of `every`, and of the last."""
+  """True for steps that are multiples of `every`, and for the last."""
   return step % every == 0 or step == num_steps
 
 
 class Clock:
-  """Seconds spent training, over all parts of a run; evaluation and checkpoints don't count."""
+  """Seconds spent training, over all starts of a run; evaluation and checkpoints don't count."""
 
   def __init__(self, seconds: float = 0.0):
     self._before = seconds

@@ -1,4 +1,4 @@
-"""The manifest of a run: where it began, under which code, versions and devices, on which data."""
+"""The manifest of a run: when, where and how it began, and with which code, devices and data."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def of_start(
 ) -> Json:
   """The first start's manifest; every later start of the workdir is listed under `resumed`.
 
-  Errors: WorkdirError for another run's than the checkpoint's, or another parent."""
-  recorded = (start.record or {}).get("manifest")  # what the checkpoint says that it is
+  Errors: WorkdirError if the workdir's manifest has other data, belongs to another run than the
+    checkpoint, or names another parent or other JAX settings."""
+  recorded = (start.record or {}).get("manifest")  # the checkpoint's copy
   parent = {"warm_start": start.parent} if start.parent else {}
   now = workdir_lib.manifest(
     {
@@ -42,7 +43,7 @@ def of_start(
   if before is None and recorded:
     say(f"{workdir.path / 'manifest.json'} is gone; what the checkpoint has of it takes its place")
     before = recorded
-  if before is None:  # two may begin in the same second
+  if before is None:  # a random id, since two runs may begin in the same second
     return {"id": secrets.token_hex(8), **now, **described, "resumed": []}
   if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
     raise WorkdirError(

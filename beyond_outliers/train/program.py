@@ -1,4 +1,4 @@
-"""Program of a run: shapes, shardings and compiled functions, built before any array exists."""
+"""Program of a run: shapes, shardings and jitted functions, built before any array exists."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from beyond_outliers.train import step as step_lib
 from beyond_outliers.train.step import TrainState
 from beyond_outliers.types import Batch, Metrics, Params
 
-# (state, parameters before its last step, their change, sample or None) -> metrics of a logged row.
+# (state, parameters before the last step, their change, sample or None) -> metrics for the log.
 Statistics = Callable[[TrainState, Params, Params, Batch | None], Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Shapes, shardings and functions of a run, but no arrays."""
+  """Shapes, shardings and functions of a run, without arrays."""
 
   config: config.Config
   mesh: jax.sharding.Mesh
@@ -41,7 +41,7 @@ class Program:
   statistics: Statistics
 
   def init(self) -> TrainState:
-    """The state a run begins with, created where it lives."""
+    """The state a run begins with, created in its shardings."""
 
     def make():
       params = transformer.init(self.model, self.config.seed)
@@ -64,8 +64,8 @@ class Program:
 def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None) -> Program:
   """The program of a configuration. devices: all by default.
 
-  Errors: ConfigError for what the mesh cannot split or the recipe not fit, and for dtypes that JAX
-    does not hold now."""
+  Errors: ConfigError for what the mesh cannot split, for a recipe that does not fit the model, and
+    for dtypes that JAX's present settings do not allow."""
   jax_settings.check_dtypes(c)
   mesh = mesh_lib.make_mesh(c.mesh, devices)
   recipe = quant.recipes.from_config(c.quant)
@@ -77,7 +77,7 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
   optimizer = optim.build(
     c.optimizer, params, c.steps, schedule=c.schedule, axes=transformer.axes(model), mesh=mesh
   )
-  # Any: below, a TrainState holds shardings in the places of arrays.
+  # Any: the TrainState below holds shardings in place of arrays.
   everywhere: Any = mesh_lib.replicated(mesh)
   state = jax.eval_shape(
     lambda p: step_lib.init_state(p, optimizer.tx, **_state_options(c)), params
@@ -118,7 +118,7 @@ def build_program(c: config.Config, devices: Sequence[jax.Device] | None = None)
 
 
 def _state_options(c: config.Config) -> Any:
-  """What the state of a run holds beside the parameters: options of `init_state`."""
+  """Options of `init_state`: what a run's state holds besides parameters and optimizer state."""
   return {
     "averaged": c.average.decay > 0,
     "spike_window": c.spikes.window if c.spikes.sigmas else 0,
@@ -126,7 +126,7 @@ def _state_options(c: config.Config) -> Any:
 
 
 def _check_splits(c: config.Config, mesh: jax.sharding.Mesh, recipe: quant.Recipe) -> None:
-  """Refusal of a mesh that does not divide a batch, the heads, or a quantization block.
+  """Refuses a mesh that does not divide a batch, the heads, or a quantization block.
 
   Errors: ConfigError."""
   mesh_lib.check_batch(mesh, "batch_size / micro_batches", c.batch_size // c.micro_batches)
@@ -159,7 +159,7 @@ def _batch_shapes(
 def _statistics(
   c: config.Config, forward: Forward, recipe: quant.Recipe, optimizer: optim.Optimizer
 ) -> Statistics:
-  """Metrics that a row of the log holds in addition to those of the step."""
+  """Metrics that a row of the log holds in addition to the step's."""
   of_optimizer = optimizer.step_metrics if c.log.update_statistics else optimizer.state_metrics
   of_quant = make_quant_statistics(forward, c.model, recipe)
 

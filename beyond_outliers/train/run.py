@@ -1,4 +1,4 @@
-"""Wiring of one run: configuration in, workdir out."""
+"""Wiring of one run, from its configuration to its workdir."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
   from beyond_outliers.checkpoint import Checkpoints
 
 Say = Callable[[str], None]
-PLACES = ("data.directory", "data.path")  # keys that decide nothing beside the fingerprints
+PLACES = ("data.directory", "data.path")  # keys that don't matter, since fingerprints are compared
 
 
 def run(
@@ -44,12 +44,12 @@ def run(
   say: Say | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> str:
-  """Trains, or resumes, the run of a workdir; returns its status: done, preempted or diverged.
+  """Trains or resumes the run of a workdir; returns its status: done, preempted or diverged.
 
-  path: a folder, or the address of a store, of which a folder here is the mirror (stores/).
+  path: a folder, or the address of a store that a local folder is mirrored to (stores/).
   from_step: go back to this checkpoint first, and set aside what came later (rewind.py).
-  Errors: ConfigError, WorkdirError, CheckpointError, or what the data refuse, before any
-    training. StoreError at the end, of a store that has not got all of it.
+  Errors: ConfigError, WorkdirError, CheckpointError or DataError before any training; DataError
+    during it, for damaged data; StoreError at the end, if the store has not received everything.
   """
   jax_settings.check_usable()
   say = say or _print_on_first_process
@@ -77,8 +77,8 @@ def run(
 
 
 def _deciding(c: config.Config, path: PathLike) -> Json:
-  """What the processes of a run must have in common, but for the data, whose contents they compare
-  then, wherever these lie."""
+  """What the processes of a run must have in common, except the data: wherever they are, their
+  contents are compared later."""
   settings = config.flatten({**config.to_dict(c), **workdir_lib.code()})
   places = dict.fromkeys(PLACES, "")
   workdir = path if stores.is_address(path) else os.path.abspath(path)
@@ -86,8 +86,8 @@ def _deciding(c: config.Config, path: PathLike) -> Json:
 
 
 def _remove_stale(workdir: workdir_lib.Workdir) -> None:
-  """Removes what earlier processes of the run were writing when they were killed; unfinished
-  checkpoints Orbax removes."""
+  """Removes files that earlier processes of the run left half-written when they were killed; Orbax
+  removes unfinished checkpoints."""
   if jax.process_index() == 0:
     below = [folder for folder in workdir.checkpoints.glob("*") if folder.is_dir()]
     for folder in (workdir.path, *below):
@@ -108,7 +108,7 @@ def _mirror(
   stack: contextlib.ExitStack,
   say: Say,
 ) -> None:
-  """Mirrors the workdir until the stack is closed: the first process does, for all.
+  """Mirrors the workdir until the stack is closed; the first process does so for all.
 
   Errors: WorkdirError on every process."""
   problem = ""
@@ -136,8 +136,8 @@ def _train(
   stack: contextlib.ExitStack,
   say: Say,
 ) -> str:
-  """`run` under the workdir's lock. What is open goes onto the stack."""
-  from beyond_outliers import checkpoint  # Orbax takes a second, which a dry run does without
+  """`run` under the workdir's lock. Whatever must be closed goes onto the stack."""
+  from beyond_outliers import checkpoint  # importing Orbax takes a second, which a dry run saves
 
   c = program.config
   inputs = _open_inputs(program, say)
@@ -168,13 +168,13 @@ def _train(
     stack.callback(sink.close)
   outputs = RunOutputs(workdir, checkpoints, sinks, manifest)
 
-  # From here on there is a run: what could be refused has been.
+  # From here on the run exists: everything that could be refused has been checked.
   workdir.write("config.json", config.to_dict(c))
   workdir.write("manifest.json", manifest)
   workdir.set_status("running", first)
 
   def fail(reason: str) -> None:
-    with contextlib.suppress(OSError):  # it may be what ends the run
+    with contextlib.suppress(OSError):  # an OSError may be what ends the run
       workdir.set_failed(max([first, *checkpoints.steps()]), reason)
 
   stack.enter_context(processes.last_words(fail))
@@ -182,9 +182,9 @@ def _train(
     status, step, reason = _fit(program, *steps, peak, inputs, outputs, start)
   except BaseException as error:
     fail(processes.reason_of(error))
-    if isinstance(error, Exception) and jax.process_count() == 1:  # of several, one may never come
+    if isinstance(error, Exception) and jax.process_count() == 1:  # several might wait forever
       with contextlib.suppress(Exception):
-        checkpoints.wait()  # for what can still be written, which `processes.leave` does not
+        checkpoints.wait()  # for what can still be written: `processes.leave` does not wait
     raise
   workdir.set_status(status, step, reason, writers.rows_sha256(sinks))
   say(f"{status}{': ' + reason if reason else ''} · {workdir.path}")
@@ -199,8 +199,8 @@ def _start(
   from_step: int | None,
   say: Say,
 ) -> initialize.Start:
-  """The state that the run begins with, or goes on from; what came later is set aside then."""
-  if not checkpoints.steps():  # with one, a status that a power failure left empty is no matter
+  """The state that the run begins with or continues from; sets aside what came after from_step."""
+  if not checkpoints.steps():  # with any, a status that a power failure left empty is harmless
     workdir.check_past()
   of_data = fingerprints(inputs.dataset)
   start = initialize.start(program, checkpoints, inputs.batches, of_data, say, from_step)
@@ -208,19 +208,19 @@ def _start(
   rows = record.get("rows", "")
   if rows and not writers.check_rows(workdir, first, rows):
     say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
-  if from_step is not None:  # which is restored by now: what comes after it may be set aside
+  if from_step is not None:  # restored by now, so what came after it may be set aside
     rewind.rewind(workdir, from_step, say)
     checkpoints.reload()
   return start
 
 
 def _compiled(program: Program, checkpoints: Checkpoints, say: Say) -> tuple[Any, Any]:
-  """(train step, evaluation step), compiled, and what the first checkpoint needs."""
+  """(train step, evaluation step), compiled; also compiles what the first checkpoint needs."""
   began = time.perf_counter()
   steps = program.compile()
   checkpoints.precompile(program.state)
-  # One may have found in a cache what another compiles for minutes: on CPUs the first collective
-  # fails after half of one.
+  # One process may find in a cache what another compiles for minutes; on CPUs the first collective
+  # would fail after half a minute.
   processes.agree("steps are compiled", dict)
   say(f"compiled the steps in {time.perf_counter() - began:.1f} s")
   return steps
@@ -235,11 +235,11 @@ def _fit(
   outputs: RunOutputs,
   start: initialize.Start,
 ) -> tuple[str, int, str]:
-  """Trains to the last step, or until a hook stops: (status, step, reason)."""
+  """Trains to the last step, or until a hook stops the run. Returns (status, step, reason)."""
   c, status, reason = program.config, "done", ""
   step = c.steps
   batches = (mesh_lib.put_batch(batch, program.mesh, c.batch_size) for batch in inputs.batches)
-  with contextlib.ExitStack() as stack:  # no hook writes a status behind the last one
+  with contextlib.ExitStack() as stack:  # closed first: no hook may write a status after the last
     run_hooks = make_hooks(program, eval_step, peak, inputs, outputs, start, stack)
     try:
       loop.fit(train_step, start.state, batches, run_hooks, c.steps)
@@ -253,7 +253,7 @@ def _fit(
 
 def _open_inputs(program: Program, say: Say) -> RunInputs:
   c = program.config
-  # Several processes: one does the work, the others wait for its lock.
+  # With several processes, one prepares and the others wait for its lock.
   dataset = data.prepare(c.data, log=say)
   index, count = mesh_lib.share_of_rows(program.mesh)
   mine = dict(context=c.context, process_index=index, process_count=count)

@@ -1,4 +1,4 @@
-"""Hooks of a run: what is logged, evaluated and saved, from its program, inputs and outputs."""
+"""The hooks of a run, which log, evaluate and save, made from its program, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RunInputs(NamedTuple):
-  """The prepared dataset, and the rows of its batches that belong to this process."""
+  """The prepared dataset, and batches with the rows that belong to this process."""
 
   dataset: data.Dataset
   batches: data.Batches
@@ -31,7 +31,8 @@ class RunInputs(NamedTuple):
 
 
 class RunOutputs(NamedTuple):
-  """The workdir, its checkpoints, and the writers of metrics: none on processes but the first."""
+  """The workdir, its checkpoints, its manifest, and the writers of metrics, which only the first
+  process has."""
 
   workdir: workdir_lib.Workdir
   checkpoints: Checkpoints
@@ -44,7 +45,9 @@ def fingerprints(dataset: data.Dataset) -> Json:
 
 
 def check_data(dataset: data.Dataset) -> None:
-  """Waits until what was read is compared with its sums. Errors: DataError on every process."""
+  """Waits until all data read so far are checked against their sums.
+
+  Errors: DataError, on every process."""
   problem = ""
   try:
     dataset.sums.wait()
@@ -63,9 +66,9 @@ def make_hooks(
   start: initialize.Start,
   stack: contextlib.ExitStack,
 ) -> list[loop.Hook]:
-  """Log, evaluations, checkpoints and profile, in the order in which a step meets them.
+  """Hooks for log, evaluations, checkpoints, profile and watchdog, in the order in which they run.
 
-  peak_flops: FLOP/s of a device. stack: closes those that have to be."""
+  peak_flops: FLOP/s of a device. stack: closes the hooks that need it."""
   c, clock = program.config, loop.Clock(start.seconds)
   log = _log(program, peak_flops, inputs, outputs, start, clock)
   periodic = dict(num_steps=c.steps, before=log.flush)
@@ -116,8 +119,9 @@ def _evaluations(
   clock: loop.Clock,
   periodic: dict[str, Any],
 ) -> list[loop.Hook]:
-  """Loss on validation documents, of the parameters and of their averages; outliers. periodic:
-  arguments of all hooks that come round."""
+  """Hooks for the validation loss of the parameters and of their averages, and for outliers.
+
+  periodic: arguments of all periodic hooks."""
   c, sinks = program.config, outputs.sinks
   evaluate = _evaluation(program, eval_step, inputs)
   made: list[loop.Hook] = [hooks.Evaluate(c.eval.every, evaluate, sinks, clock, **periodic)]
@@ -147,11 +151,11 @@ def _save(
   c = program.config
 
   def data_state() -> Json:
-    check_data(inputs.dataset)  # a run that goes on from here must not have seen damaged data
+    check_data(inputs.dataset)  # a run resumed from here must not have seen damaged data
     return inputs.batches.state()
 
   def record() -> Json:
-    """What a checkpoint tells of its run."""
+    """What a checkpoint records about its run."""
     return {
       "config": config.to_dict(c),
       "data": fingerprints(inputs.dataset),
@@ -172,7 +176,7 @@ def _save(
 
 
 def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable[[Params], Json]:
-  """params -> metrics on the fixed set of validation documents."""
+  """A function params -> metrics on the fixed set of validation documents."""
   c, validation = program.config, inputs.validation
   num_bytes = inputs.dataset.bytes("validation", c.eval.documents)
 
@@ -189,8 +193,9 @@ def _evaluation(program: Program, eval_step: Any, inputs: RunInputs) -> Callable
 def _outliers(
   program: Program, validation: data.ValidationBatches
 ) -> Callable[[Params], dict[str, float]]:
-  """params -> metrics of activations, on the fixed set of validation documents, and of weights."""
-  from beyond_outliers.evaluate import activations  # only where they are asked for
+  """A function params -> outlier metrics of weights, and of activations on the fixed set of
+  validation documents."""
+  from beyond_outliers.evaluate import activations  # imported only if needed
 
   measure = activations.on_documents(program.forward, validation, program.mesh)
 
@@ -201,9 +206,8 @@ def _outliers(
 
 
 def _sample(program: Program, validation: data.ValidationBatches) -> Batch | None:
-  """The first validation windows, one per device that splits a batch.
-
-  Statistics of quantization are of these."""
+  """The batch for quantization statistics: the first validation windows, one per shard of a batch;
+  None if there are no such statistics."""
   c, mesh = program.config, program.mesh
   if not c.log.quant_statistics or not quant.recipes.from_config(c.quant).quantizes:
     return None

@@ -1,7 +1,7 @@
-"""Spikes: updates whose loss or gradient norm jumps above those of previous updates; runs in jit.
+"""Spikes: updates whose loss or gradient norm jumps above those of previous updates; for jit.
 
-Like the skipping of steps in OLMo-core, levanter and MaxText, except that skipped updates do not
-enter the window: one outlier must not make room for the next.
+Like step skipping in OLMo-core, levanter and MaxText, except that skipped updates do not enter the
+window: one outlier must not make the next look normal.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import jax.numpy as jnp
 
 
 class Recent(NamedTuple):
-  """Loss and gradient norm of the last W updates, in a ring: update n is at n mod W, from 0."""
+  """Losses and gradient norms of the last W updates in a ring: update n, from 0, is at n mod W."""
 
   losses: jax.Array  # [W] float32
   gradient_norms: jax.Array  # [W] float32
-  skipped: jax.Array  # int32: updates skipped so far because they leapt
+  skipped: jax.Array  # int32: updates skipped so far as spikes
 
 
 def init_recent(window: int) -> Recent:
-  """Those of no updates."""
+  """The window before any update."""
   return Recent(jnp.zeros(window), jnp.zeros(window), jnp.zeros((), jnp.int32))
 
 
 def leaps(
   recent: Recent, updates: jax.Array, loss: jax.Array, gradient_norm: jax.Array, sigmas: float
 ) -> jax.Array:
-  """Whether a loss or a gradient norm is more than `sigmas` standard deviations (of a sample: by
-  n - 1) above the mean of those in the window; never before half of it is filled.
+  """Whether the loss or the gradient norm is more than `sigmas` sample standard deviations (divisor
+  n - 1) above its mean over the window; never before half of the window is filled.
 
-  updates: done so far, skipped ones not counted."""
+  updates: done so far, without skipped ones."""
 
   def above(window_W: jax.Array, value: jax.Array):
     size = window_W.size
@@ -53,8 +53,8 @@ def after_update(
   good: jax.Array,
   skipped: jax.Array,
 ) -> Recent:
-  """The window after one more update, which enters it if `good`, and is counted if it leapt and was
-  `skipped`. updates: done before it."""
+  """The window after one more update, which enters it if `good` and is counted if `skipped` as a
+  spike. updates: done before it, without skipped ones."""
   at = updates % recent.losses.size
   return Recent(
     recent.losses.at[at].set(jnp.where(good, loss, recent.losses[at])),

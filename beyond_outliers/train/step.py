@@ -22,23 +22,25 @@ LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-  """State that a run carries from step to step, and that a checkpoint's item `state` holds."""
+  """State that a run carries from step to step; a checkpoint holds it as the item `state`."""
 
   step: jax.Array  # int32: updates done, skipped ones included
   params: Params
   opt_state: Any
   skipped: jax.Array  # int32: updates skipped so far, because something in them was not finite
   skipped_in_a_row: jax.Array  # int32
-  average: Params | None = None  # moving average of the parameters; None: not asked for
-  recent: spikes.Recent | None = None  # what spikes leap above; None: they are not looked for
+  average: Params | None = None  # moving average of the parameters, if asked for
+  recent: spikes.Recent | None = None  # window in which spikes are detected, if asked for
 
 
 def init_state(
   params: Params, tx: optax.GradientTransformation, *, averaged: bool = False, spike_window: int = 0
 ) -> TrainState:
-  """State at step 0, with the optimizer's fresh state. averaged: with a moving average of the
-  parameters, so far these themselves. spike_window: updates that spikes leap above; 0: none do."""
-  # Every scalar is made anew: a state that is donated must not hold one buffer twice.
+  """State at step 0, with the optimizer's initial state.
+
+  averaged: with a moving average of the parameters, initially equal to them. spike_window: number
+    of updates that spikes are compared with; 0: no detection."""
+  # Every scalar is a separate array: a donated state must not hold the same buffer twice.
   return TrainState(
     jnp.zeros((), jnp.int32),
     params,
@@ -51,7 +53,7 @@ def init_state(
 
 
 def make_loss_fn(forward: Forward) -> LossFn:
-  """loss_fn(params, batch, rng) -> (mean loss over weighted targets, {"weight": their count})."""
+  """loss_fn(params, batch, rng) -> (weighted mean loss of targets, {"weight": sum of weights})."""
 
   def loss_fn(params: Params, batch: Batch, rng: jax.Array):
     weight = jnp.sum(batch["weights"])
@@ -64,13 +66,13 @@ def make_loss_fn(forward: Forward) -> LossFn:
 def accumulate(
   loss_fn: LossFn, micro_batches: int
 ) -> Callable[[Params, Batch, jax.Array], tuple[Any, Params]]:
-  """value_and_grad of a batch by accumulation over micro-batches, with the memory of one."""
+  """value_and_grad of a batch, accumulated over micro-batches with the memory of one."""
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_batches == 1:
     return grad_fn
 
   def value_and_grad(params, batch, rng):
-    # Every micro_batches-th row goes to one part: each device's rows spread evenly over the parts.
+    # A part is every micro_batches-th row, so that each device's rows spread evenly over the parts.
     parts = jax.tree.map(
       lambda x: jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0), batch
     )
@@ -78,7 +80,7 @@ def accumulate(
     def add(sums, part_and_index):
       part, index = part_and_index
       (value, aux), grads = grad_fn(params, part, jax.random.fold_in(rng, index))
-      # Parts may hold unequal numbers of targets: sum what is per target, divide once at the end.
+      # Parts may have unequal weights: undo the means, add, and divide once at the end.
       part_sums = jax.tree.map(lambda x: x * aux["weight"], (value, grads))
       return jax.tree.map(jnp.add, sums, (*part_sums, aux["weight"])), None
 
@@ -102,15 +104,15 @@ def make_train_step(
   max_gradient_norm: float = 0.0,
   spike_sigmas: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """train_step(state, batch) -> (state, metrics): one update. If the loss, the gradient or the
-  parameters that it led to are not finite, or if it leaps (spikes.py), parameters and optimizer
-  state stay as they were, and it is counted.
+  """train_step(state, batch) -> (state, metrics): one update. If its loss, gradient or resulting
+  parameters are not finite, or if it is a spike (spikes.py), parameters and optimizer state stay as
+  they were, and the update is counted as skipped.
 
-  shardings: of the parameters, and so of their gradient; None: on one device. average_decay: of the
-    state's moving average, if it has one. max_gradient_norm: to which a longer gradient is scaled
-    down; 0: none is. spike_sigmas: of what leaps, if the state has a window.
-  Metrics, scalars: train/loss (nats), gradient_norm (as it was), skipped (so far, not finite),
-    spikes (so far, if they are skipped), skipped_in_a_row (both), lr/<group> (of this update)."""
+  shardings: of the parameters, and so of their gradient; None: one device. average_decay: of the
+    state's moving average, if it has one. max_gradient_norm: longer gradients are scaled down to
+    it; 0: no limit. spike_sigmas: threshold of spikes, if the state has a window.
+  Metrics, scalars: train/loss (nats), gradient_norm (before scaling), skipped (not finite, so far),
+    spikes (so far, if detected), skipped_in_a_row (both kinds), lr/<group> (of this update)."""
   value_and_grad = accumulate(loss_fn, micro_batches)
   clip = optax.clip_by_global_norm(max_gradient_norm) if max_gradient_norm else optax.identity()
 
@@ -118,8 +120,8 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)  # a restart draws the same numbers
     (value, _), grads = value_and_grad(state.params, batch, rng)
     if shardings is not None:
-      # Or the way in which optimizers deal blocks of it spreads back into the model, where XLA (of
-      # jaxlib 0.10.2) then computes another loss on meshes with all three axes.
+      # Otherwise the sharding of the optimizers' blocks propagates back into the model, where XLA
+      # (jaxlib 0.10.2) then computes another loss on meshes with all three axes.
       grads = jax.lax.with_sharding_constraint(grads, shardings)
     gradient_norm = optax.tree.norm(grads)
     grads, _ = clip.update(grads, clip.init(state.params))
@@ -165,8 +167,8 @@ def _judged(
   finite: jax.Array,
   spike_sigmas: float,
 ) -> tuple[jax.Array, jax.Array, spikes.Recent | None]:
-  """(updates so far without those that were skipped, which don't move the schedules; whether this
-  one is taken; the window of the last ones with it)."""
+  """(updates so far, without skipped ones, which don't advance the schedules; whether this update
+  is accepted; the window after it)."""
   updates_done, recent = state.step - state.skipped, state.recent
   if recent is None:
     return updates_done, finite, None
@@ -180,5 +182,5 @@ def _judged(
 
 
 def _choose(good: jax.Array, new: Any, old: Any) -> Any:
-  """The new tree of arrays if `good`, a scalar, else the old one."""
+  """The new tree of arrays if the scalar `good` is true, else the old one."""
   return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)

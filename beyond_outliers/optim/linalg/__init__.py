@@ -1,1 +1,1 @@
-"""Linear algebra of the optimizers: products, roots, orthogonal factors of stacks of matrices."""
+"""Linear algebra of the optimizers: products, roots and orthogonal factors of stacked matrices."""

@@ -1,4 +1,4 @@
-"""Functions of one matrix, over stacks of them."""
+"""Functions of one matrix, mapped over stacks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-CHUNK = 2**22  # elements of the blocks that are worked on at a time: bounds temporary memory
+CHUNK = 2**22  # elements processed at a time: bounds temporary memory
 
 
 def in_chunks(function: Callable[..., Any], *trees: Any) -> Any:
-  """function of each block, the first axis of all arrays, in chunks of at most `CHUNK` elements."""
+  """`function` mapped over the first axis of all arrays, in chunks of at most `CHUNK` elements of
+  the first array, or of one block if that is larger."""
   count, *shape = jax.tree.leaves(trees)[0].shape
   together = max(
     k for k in range(1, count + 1) if count % k == 0 and (k == 1 or k * math.prod(shape) <= CHUNK)

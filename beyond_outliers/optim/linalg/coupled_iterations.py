@@ -1,4 +1,4 @@
-"""Coupled iterations for inverse roots: matrix products only, each matrix until it converges.
+"""Coupled iterations for inverse roots: matrix products only; each matrix iterates to convergence.
 
 Shapes: B matrices in a stack, d their width. Matrices of a stack never influence each other.
 """
@@ -16,11 +16,11 @@ from jax import lax
 from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.optim.linalg.stacks import each, frobenius_norm, largest_eigenvalue, matmul
 
-TOLERANCE = 1e-6  # of the entries of a product that should be I, at which an iteration has arrived
-MAX_STEPS = 100  # an iteration gives up after so many,
-MAX_GROWTH = 1.2  # or when its error grows by this factor,
-FAILURE = 0.05  # and begins again with ten times the ridge if an entry is further off than this,
-MAX_ATTEMPTS = 6  # so often in all.
+TOLERANCE = 1e-6  # converged: no entry of the product that should be I is further off
+MAX_STEPS = 100  # an iteration stops after this many steps,
+MAX_GROWTH = 1.2  # or when its error grows by this factor;
+FAILURE = 0.05  # if then an entry is further off than this, it restarts with ten times the ridge:
+MAX_ATTEMPTS = 6  # this many attempts in all
 
 
 def inverse_newton(
@@ -29,10 +29,9 @@ def inverse_newton(
   """(A + ridge I)^(-1/order) [B, d, d] by the coupled inverse Newton iteration (Higham, Functions
   of Matrices, 7.18), scaled by the Frobenius norm, and its residual [B].
 
-  X_k -> A^(-1/p) while M_k = X_k^p A -> I; the residual is max|M - I|. In float32 a matrix with
-  (nearly) a null space loses definiteness on the way, and the iteration diverges: such a matrix
-  begins again with ten times the ridge, up to six times in all. What it gives then is a root at
-  that larger ridge."""
+  X_k -> A^(-1/p) while M_k = X_k^p A -> I; the residual is max|M - I|. In float32 a (nearly)
+  singular matrix loses definiteness on the way and the iteration diverges: it restarts with ten
+  times the ridge, for at most six attempts in all. The root is then one for that larger ridge."""
   eye_DxD = jnp.eye(a_BxDxD.shape[-1], dtype=a_BxDxD.dtype)
 
   def begin(ridge_B):
@@ -54,8 +53,8 @@ def denman_beavers(a_BxDxD: jax.Array, p: float, ridge_B: jax.Array) -> tuple[ja
   Functions of Matrices, chapter 6), scaled by a power iteration, and its residual [B]. No solves.
 
   Y_k -> A^(1/2) and Z_k -> A^(-1/2); the residual is max|ZY - I|. A^(-1/4) is the inverse square
-  root of the square root, and so on. Unlike the paper's ten steps, this iterates until it has
-  arrived, and like `inverse_newton` it begins again with ten times the ridge where it diverges."""
+  root of the square root, and so on. Where the paper takes ten steps, this iterates to convergence;
+  like `inverse_newton` it restarts with ten times the ridge where it diverges."""
   root_BxDxD, inverse_BxDxD, residual_B = _square_roots(a_BxDxD, ridge_B, MAX_ATTEMPTS)
   for _ in range(round(math.log2(p)) - 1):
     root_BxDxD, inverse_BxDxD, again_B = _square_roots(root_BxDxD, jnp.zeros_like(residual_B), 1)
@@ -84,12 +83,12 @@ def _square_roots(a_BxDxD, ridge_B, attempts: int):
 
 
 class _Progress(NamedTuple):
-  """Progress of one iteration on a stack: each matrix is at its own step of its own attempt."""
+  """Progress of an iteration on a stack: each matrix is at its own step of its own attempt."""
 
-  state: tuple[jax.Array, ...]  # of [B, d, d]; the last should become I
+  state: tuple[jax.Array, ...]  # arrays [B, d, d]; the last should become I
   # [B]: |last - I| in the Frobenius norm, which falls steadily where the iteration converges
   error: jax.Array
-  residual: jax.Array  # [B]: max|last - I|, what the tolerance is about
+  residual: jax.Array  # [B]: max|last - I|, which is compared with the tolerance
   step: jax.Array  # [B]
   attempt: jax.Array  # [B]
   ridge: jax.Array  # [B]
@@ -99,13 +98,13 @@ class _Progress(NamedTuple):
 def _until_identity(
   begin: Callable, step: Callable, ridge_B: jax.Array, max_attempts: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-  """Iterates each matrix of a stack on its own until the last entry of its state is I, in one loop.
+  """Iterates every matrix of a stack, in one loop, until the last entry of its own state is I.
 
-  begin: ridge [B] -> state; step: state -> state; a state is a tuple of [B, d, d]. Returns the
-  states and max|last - I|, [B]. A matrix stops when it has arrived, or keeps the state before when
-  rounding has won: its error grows, or doesn't even halve where it is so small that it should
-  square. The last entry is kept symmetric: without that, rounding can lead it to I while the root
-  becomes indefinite."""
+  begin: ridge [B] -> state; step: state -> state; a state is a tuple of arrays [B, d, d]. Returns
+  the states and max|last - I|, [B]. A matrix stops when it has converged. When rounding dominates
+  it stops at its previous state: its error has grown, or is so small that a step should square it
+  but has not even halved it. The last entry is kept symmetric: otherwise rounding can lead it to I
+  while the root becomes indefinite."""
 
   def enter(ridge_B, attempt_B) -> _Progress:
     state = begin(ridge_B)
@@ -149,13 +148,12 @@ def _until_identity(
 def _symmetric(x_BxDxD: jax.Array) -> jax.Array:
   """The symmetric part.
 
-  The rest is rounding in what an iteration finds, but can be larger than the smallest
-  eigenvalues."""
+  In an iteration's result the rest is rounding, but it can exceed the smallest eigenvalues."""
   return 0.5 * (x_BxDxD + x_BxDxD.mT)
 
 
 def _where(mask_B: jax.Array, yes: Any, no: Any) -> Any:
-  """A tree of one or the other, matrix by matrix of the stack."""
+  """jnp.where over trees of stacks: for each matrix, `yes` or `no`."""
   return jax.tree.map(
     lambda x, y: jnp.where(mask_B.reshape(-1, *[1] * (x.ndim - 1)), x, y), yes, no
   )

@@ -1,4 +1,4 @@
-"""Inverse p-th roots A^(-1/p) of stacks of symmetric positive semi-definite matrices, by method.
+"""Inverse p-th roots A^(-1/p) of stacks of symmetric positive semi-definite matrices.
 
 Shapes: B matrices in a stack, d their width. Matrices of a stack never influence each other.
 """
@@ -28,9 +28,9 @@ from beyond_outliers.optim.linalg.stacks import (
 
 Basis = jax.Array | tuple[()]
 
-# What a relative eps multiplies at least, so that the zero matrix has a root.
+# Lower bound of what a relative eps multiplies, so that the zero matrix has a root.
 SMALLEST_EIGENVALUE = 1e-25
-# A carried basis is given up when it leaves more than this part of a matrix off the diagonal.
+# A carried basis is discarded when it leaves more than this fraction of a matrix off the diagonal.
 STALE = 0.1
 
 
@@ -38,9 +38,9 @@ class Root(NamedTuple):
   """An inverse root, how good it is, and where to start next time."""
 
   root: jax.Array  # [B, d, d]
-  # [B]: how far from an inverse root; 0 is exact; not finite when the method failed
+  # [B]: how far from an exact inverse root, for which it is 0; not finite when the method failed
   residual: jax.Array
-  # [B]: A's largest eigenvalue over the smallest one taken; estimated from below by iterations
+  # [B]: A's largest eigenvalue over its smallest with eps added; iterations bound it from below
   condition: jax.Array
   # [B, d, d]: what the next call of a warm-started method starts from; () for the others
   basis: Basis
@@ -58,13 +58,13 @@ class RootMethod(NamedTuple):
 
   # (a_BxDxD, p, eps, *, relative, basis); p and relative are static, eps may be traced
   compute: Callable[..., Root]
-  # whether it carries a basis; for a matrix that it has not seen yet, the identity or zeros
+  # whether it carries a basis over; for a matrix that it has not seen yet, the identity or zeros
   warm: bool
   orders: Orders
 
 
 def check(method: str, p: float) -> None:
-  """Refusal of an unknown method, or one that cannot compute A^(-1/p). Errors: ValueError."""
+  """Refuses an unknown method, and one that cannot compute A^(-1/p). Errors: ValueError."""
   if method not in ROOTS:
     raise ValueError(f"root = {method!r}: no such method; choose one of {', '.join(ROOTS)}")
   orders = ROOTS[method].orders
@@ -85,9 +85,9 @@ def orthogonal_iteration(
 
   arXiv 2409.11321, algorithm 4.
 
-  Returns the new basis [B, d, d]; the Rayleigh quotients diag(QᵀAQ) [B, d] of the basis given, in
+  Returns the new basis [B, d, d]; the Rayleigh quotients diag(QᵀAQ) [B, d] of the given basis, in
   descending order; and the permutation [B, d] that sorted them: column j of the new basis continues
-  column permutation[j] of the one given. The new basis is orthonormal for any A."""
+  column permutation[j] of the given one. The new basis is orthonormal for any A."""
   rows_BxDxD = basis_BxDxD.mT
   image_BxDxD = matmul(rows_BxDxD, a_BxDxD)
   eigenvalues_BxD = jnp.sum(rows_BxDxD * image_BxDxD, axis=-1)
@@ -101,11 +101,11 @@ def orthogonal_iteration(
 
 
 def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basis) -> Root:
-  """Root by the eigendecomposition. Its residual is a backward error, for one random vector: it
-  stays small for an ill-conditioned A, whose root no method can compute to a small forward error.
+  """Root by eigendecomposition.
 
-  Costs little more than the decomposition. A matrix whose decomposition fails has a residual that
-  isn't finite."""
+  The residual is a backward error on one random vector: it stays small for an ill-conditioned A,
+  whose root no method can compute to a small forward error. It costs little beyond the
+  decomposition, and is not finite if that fails."""
   eigenvalues_BxD, basis_BxDxD = linalg.eigh(a_BxDxD)
   root_BxDxD, finite_B, condition_B = _from_eigenvectors(
     basis_BxDxD, eigenvalues_BxD, p, eps, relative
@@ -126,13 +126,13 @@ def _eigh(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: Basi
 
 
 def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Array) -> Root:
-  """Root by one step of orthogonal iteration from the basis of the last call, and the Rayleigh
-  quotients in the new one.
+  """Root from the Rayleigh quotients in a basis that is one step of orthogonal iteration from that
+  of the last call.
 
-  The residual is the off-diagonal part of QᵀAQ relative to A, in Frobenius norms: it says how stale
-  the basis is. A matrix for which it is above 0.1 after the step, such as one that comes without a
-  basis, is decomposed after all, alone: from the identity, orthogonal iteration needs hundreds of
-  steps. A matrix without a finite residual keeps the basis that it came with."""
+  The residual is the off-diagonal part of QᵀAQ relative to A, in Frobenius norms: how stale the
+  basis is. A matrix whose residual is above 0.1 after the step, such as one without a basis yet, is
+  decomposed on its own: from the identity, orthogonal iteration would need hundreds of steps. A
+  matrix whose residual is not finite keeps the basis it was given."""
 
   def measured(basis_BxDxD):
     rows_BxDxD = basis_BxDxD.mT
@@ -174,12 +174,11 @@ def _qr(a_BxDxD: jax.Array, p: float, eps: Any, *, relative: bool, basis: jax.Ar
 def _from_eigenvectors(
   basis_BxDxD, eigenvalues_BxD, p: float, eps: Any, relative: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Q L^(-1/p) Qᵀ, whether it is finite, and the largest eigenvalue over the smallest of L. L are
-  the eigenvalues plus eps, made positive as each reference does it.
+  """Q L^(-1/p) Qᵀ, whether it is finite, and the largest eigenvalue over the smallest of L.
 
-  Absolute (Meta): rounding may leave eigenvalues below zero; all are shifted until the smallest is
-  zero, then eps is added. Relative (Google): eigenvalues below zero become zero, and eps times the
-  largest is added."""
+  L are the eigenvalues, which rounding may leave below zero, made positive. Absolute (Meta): if any
+  is negative, all are shifted until the smallest is zero, then eps is added. Relative (Google):
+  negative ones become zero, and eps times the largest is added."""
   if relative:
     ridge_Bx1 = eps * jnp.maximum(
       max_or_nan(eigenvalues_BxD, -1, keepdims=True), SMALLEST_EIGENVALUE
@@ -214,12 +213,12 @@ def _denman_beavers(
 
 
 def _iterated(a_BxDxD: jax.Array, p: float, root_BxDxD: jax.Array, residual_B: jax.Array) -> Root:
-  """The result of an iteration, with the condition from the norms of matrix and root."""
+  """The Root of an iteration, its condition taken from the spectral norms of matrix and root."""
   return Root(root_BxDxD, residual_B, spectral_norm(a_BxDxD) * spectral_norm(root_BxDxD) ** p, ())
 
 
 def _ridge(a_BxDxD: jax.Array, eps: Any, relative: bool) -> jax.Array:
-  """Ridge of each matrix, [B]: eps, or eps times the largest eigenvalue."""
+  """What is added to each matrix's diagonal, [B]: eps, or eps times the largest eigenvalue."""
   if relative:
     return eps * jnp.maximum(largest_eigenvalue(a_BxDxD), SMALLEST_EIGENVALUE)
   return jnp.full(a_BxDxD.shape[0], eps, a_BxDxD.dtype)
@@ -229,8 +228,8 @@ _ANY = Orders(lambda p: 0 < p < math.inf, "finite p > 0")
 _INTEGERS = Orders(lambda p: p >= 1 and p % 1 == 0, "p = 1, 2, 3, ...")
 _POWERS_OF_TWO = Orders(lambda p: p >= 2 and math.log2(p) % 1 == 0, "p = 2, 4, 8, ...")
 
-# (a_BxDxD, p, eps, *, relative, basis) -> Root: the root of A + eps I, or with `relative` of A +
-# eps λmax I. float32 or float64.
+# (a_BxDxD, p, eps, *, relative, basis) -> Root of A + eps I, or with `relative` of A + eps λmax I.
+# float32 or float64.
 ROOTS: dict[str, RootMethod] = {
   "eigh": RootMethod(_eigh, False, _ANY),
   "newton": RootMethod(_newton, False, _INTEGERS),

@@ -1,4 +1,4 @@
-"""Products of blocks with a matrix per axis, which Shampoo and SOAP are made of; over stacks.
+"""Products of stacked blocks with one matrix per axis: the operations of Shampoo and SOAP.
 
 Legend: B blocks on this device, M and N axes of a block, D the axis that a matrix belongs to.
 """
@@ -12,13 +12,15 @@ from beyond_outliers.ops.linalg import map_matrices
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Scalar = jax.Array | float
-HALVED_ROWS = 256  # from which on a symmetric product is faster in halves on CPU
+HALVED_ROWS = 256  # from this many rows on, a symmetric product is faster in halves on CPU
 
 
 def add_gram(
   factor_BxDxD: jax.Array, x: jax.Array, axis: int, decay: Scalar, weight: Scalar
 ) -> jax.Array:
-  """decay · A + weight · X Xᵀ, over all axes of a block [B, M, N] or [B, N] but one: [B, D, D]."""
+  """decay · A + weight · X Xᵀ, [B, D, D]; X Xᵀ sums over all axes of a block but the given one.
+
+  x: [B, M, N] or [B, N]."""
   if x.ndim == 2:
     return decay * factor_BxDxD + weight * x[:, :, None] * x[:, None, :]
 
@@ -29,7 +31,7 @@ def add_gram(
 
 
 def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = False) -> jax.Array:
-  """A X along one axis of the blocks, or Aᵀ X."""
+  """A X along one axis of the blocks; transposed: Aᵀ X."""
   if x.ndim == 2:
     return jnp.einsum("bkd,bk->bd" if transposed else "bdk,bk->bd", a_BxDxD, x, precision=HIGHEST)
 
@@ -42,12 +44,12 @@ def along(axis: int, a_BxDxD: jax.Array, x: jax.Array, *, transposed: bool = Fal
 
 
 def broadcast_blocks(numbers_B: jax.Array, like: jax.Array) -> jax.Array:
-  """x [B] as an array that multiplies or chooses among blocks."""
+  """numbers [B], reshaped to broadcast against blocks `like`."""
   return numbers_B.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _times_transpose(x: jax.Array) -> jax.Array:
-  """X Xᵀ in halves, an off-diagonal one being the other's transpose: 3/4 of the FLOPs."""
+  """X Xᵀ by quarters, one off-diagonal quarter being the other's transpose: 3/4 of the FLOPs."""
   d = x.shape[-2]
   if d < HALVED_ROWS:
     return _product(x, x)

@@ -1,5 +1,5 @@
-"""Newton-Schulz: matrices made nearly orthogonal by products alone, each singular value sent near
-one by odd polynomials.
+"""Newton-Schulz iteration: orthogonalises matrices approximately by matrix products alone; odd
+polynomials send each singular value near one.
 
 Legend: B matrices in a stack, M rows, N columns; S steps.
 """
@@ -21,17 +21,17 @@ from beyond_outliers.optim import factory
 
 Triple = tuple[float, float, float]  # (a, b, c) of x -> a x + b x³ + c x⁵
 Table = str | Sequence[Triple]  # a row of COEFFICIENTS, or one polynomial per step
-Segment = tuple[Triple, ...]  # steps between one computation of X Xᵀ and the next
+Segment = tuple[Triple, ...]  # steps from one computation of X Xᵀ to the next
 
 DTYPES = ("bfloat16", "float32", "float64")
 
-# Of the norm: the most that the eps of its divisor may shrink a matrix by.
+# The eps in the divisor is at most this fraction of the norm.
 EPS_CAP = 1e-5
 
 # Rounding errors of a Gram matrix grow by a² per step; it is recomputed before they reach this.
 GRAM_ERROR = 2e-3
 
-# Rows from which on a symmetric product in halves is faster on CPU.
+# From this many rows on, a symmetric product is faster in halves on CPU.
 HALVED_ROWS = 256
 
 
@@ -51,12 +51,12 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
   (1.875, -1.25, 0.375),
 )
 
-# The polynomial of each step; the last is that of all further steps.
+# The polynomial of each step; the last one serves all further steps.
 #   quintic: Jordan 2024, kellerjordan.github.io/posts/muon; singular values end up in about
 #     [0.68, 1.13].
-#   polar_express: arXiv 2505.16932, algorithm 1. Its safety factor of 1.01 shrinks the argument of
-#     every polynomial but the last, and that of the first twice, where algorithm 1 multiplies the
-#     norm by it.
+#   polar_express: arXiv 2505.16932, algorithm 1. Its safety factor of 1.01 divides the argument of
+#     every polynomial but the last; that of the first twice, because algorithm 1 also multiplies
+#     the norm by it.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
   "quintic": ((3.4445, -4.7750, 2.0315),),
   "polar_express": (
@@ -68,10 +68,10 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 
 def coefficients(table: Table, steps: int) -> tuple[Triple, ...]:
-  """The polynomial of each of `steps` steps: a table's, cut off or its last one repeated.
+  """The polynomial of each of `steps` steps: the table's, cut short or with the last one repeated.
 
-  Errors: ValueError for fewer steps than one, an unknown name, or a table that isn't one of triples
-    of finite numbers."""
+  Errors: ValueError for less than one step, an unknown name, or a table that isn't a sequence of
+    triples of finite numbers."""
   if steps < 1:
     raise ValueError(f"steps = {steps}: expected at least 1")
   if isinstance(table, str):
@@ -100,34 +100,34 @@ def orthogonalize(
   eps: float = 1e-7,
 ) -> jax.Array:
   """Each matrix with its singular vectors kept and its singular values sent near one: the step of
-  Muon and of Scion.
+  Muon and Scion.
 
   [B, M, N], in the dtype of x. A step is X <- (a I + b A + c A²) X with A = X Xᵀ on the short side:
-  that of KellerJordan/Muon, with a X taken into the product.
-  steps, table: the polynomials, as `coefficients` has them.
+  that of KellerJordan/Muon, with a X moved into the product.
+  steps, table: the polynomials, as in `coefficients`.
   dtype: of the operands, "bfloat16" | "float32" | "float64" | None (that of x). Sums, norms and
     polynomials are in float32 at least: the official bfloat16 code rounds each of them, and its
     errors are about 1.6 times ours.
   eps: added to the Frobenius norm, as officially, but never more than 1e-5 of it: tiny matrices are
-    orthogonalised like any other. With 0 the divisor is the norm, as torch.optim.Muon's is above
-    1e-7. Zero matrices stay zero.
-  gram: iterate on A alone, A <- P A P for each of its polynomials P, and multiply X by their
-    product: five steps in float32 take 26 instead of 35 products of M x M x M at N = 3 M, 46 of 85
-    at 8 M, but 18 of 15 at M. Rounding errors of A grow by a² a step, so it is computed afresh from
-    X before they reach 2e-3: in float32 after three steps, in float64 not within ten, in bfloat16
-    after each, which leaves the plain iteration. What gram changes in five steps, as a spectral
-    norm: the most for 16 to 256 rows and N / M = 1, 3 and 8, between which there is no difference;
-      in brackets what float32 changes without it:
+    orthogonalised like any other. With 0 the divisor is the norm, as in torch.optim.Muon for norms
+    above 1e-7. Zero matrices stay zero.
+  gram: iterate on A alone, A <- P A P for each step's polynomial P, and multiply X by the product
+    of the P: five steps in float32 take 26 instead of 35 products of M x M x M at N = 3 M, 46
+    instead of 85 at 8 M, but 18 instead of 15 at M. Rounding errors of A grow by a² per step, so A
+    is recomputed from X before they reach 2e-3: in float32 after three steps, in float64 not within
+    ten, in bfloat16 after each, which is the plain iteration. How much gram changes the result of
+    five steps, in the spectral norm: the largest change over 16 to 256 rows and N / M = 1, 3 and 8,
+    which do not differ; in brackets, the change by float32 alone, without gram:
       condition of X             1e2               1e4               1e6
       float32, quintic           1e-5 (1e-5)       2e-5 (2e-5)       2e-5 (2e-5)
       float32, polar_express     4e-5 (1e-5)       1e-4 (3e-5)       2e-4 (3e-5)
       float64, quintic           1e-12             3e-12             5e-12
       float64, polar_express     7e-12             1e-10             4e-11
 
-  On CPU matrices follow one another, each staying in the cache: call it on a device's own share of
-  the stack (shard_map), or the compiler gathers a stack that is split. Elsewhere every product is
-  one of the whole stack.
-  Errors: ValueError for what is no stack of matrices, for an unknown dtype, and as in
+  On CPU one matrix is processed after another, so that each stays in the cache: call this on a
+  device's own share of the stack (shard_map), or the compiler gathers a stack that is split.
+  Elsewhere each product is batched over the whole stack.
+  Errors: ValueError for anything but a stack of matrices, for an unknown dtype, and those of
     `coefficients`."""
   if x_BxMxN.ndim != 3:
     raise ValueError(
@@ -138,14 +138,14 @@ def orthogonalize(
   operands = jax.dtypes.canonicalize_dtype(dtype or x_BxMxN.dtype)
   segments = _segments(coefficients(table, steps), operands, gram)
   if x_BxMxN.shape[1] > x_BxMxN.shape[2]:
-    # Outside the loop over matrices: XLA folds transposes into products, and its CPU library lacks
-    # some of those in bfloat16.
+    # Transposed outside the loop over matrices: inside, XLA would fold the transposes into
+    # products, some of which its CPU library lacks in bfloat16.
     return _orthogonalize(x_BxMxN.mT, eps, segments, operands).mT
   return _orthogonalize(x_BxMxN, eps, segments, operands)
 
 
 def _segments(triples: tuple[Triple, ...], dtype: jnp.dtype, gram: bool) -> tuple[Segment, ...]:
-  """With gram as long as rounding errors allow, without one step each."""
+  """Steps in segments: with gram as long as rounding errors allow, without it of one step each."""
   segments: list[Segment] = []
   for triple in triples:
     longer = (*segments[-1], triple) if segments else ()
@@ -179,8 +179,9 @@ def _iterate(
   dtype: jnp.dtype,
   symmetric: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array],
 ) -> jax.Array:
-  """x: [M, N] or [B, M, N], M <= N. symmetric(y, z, dtype): y zᵀ where it is symmetric, as
-  polynomials of one matrix commute."""
+  """The iteration on x: [M, N] or [B, M, N], M <= N.
+
+  symmetric(y, z, dtype): a symmetric y zᵀ, as of y and z that are polynomials of one matrix."""
   wide = jnp.promote_types(dtype, jnp.float32)
 
   def polynomial(r, triple):
@@ -203,7 +204,7 @@ def _iterate(
 
 
 def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
-  """Matrices over their Frobenius norm, of any length: squares may leave the range of floats."""
+  """Matrices divided by their Frobenius norm, even where squares would overflow or underflow."""
   largest = max_magnitude(x, (-2, -1), keepdims=True)
   largest = jnp.where(largest > 0, largest, 1)
   x = x / largest
@@ -213,10 +214,10 @@ def _normalized(x: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def _product(subscripts: str, y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Product with sums in float32 at least. XLA's CPU library multiplies bfloat16 fast if the first
-  operand is summed over its last axis."""
+  """Product summed in float32 at least. XLA's CPU library is fast in bfloat16 if the sum is over
+  the last axis of the first operand."""
   wide = jnp.promote_types(dtype, jnp.float32)
-  # Left to themselves TPUs take bfloat16 passes for float32, and recent GPUs TF32.
+  # By default TPUs multiply float32 in bfloat16 passes, and recent GPUs in TF32.
   precision = lax.Precision.HIGHEST if wide == dtype else None
   return jnp.einsum(
     subscripts, y.astype(dtype), z.astype(dtype), precision=precision, preferred_element_type=wide
@@ -228,7 +229,8 @@ def _product_with_transpose(y: jax.Array, z: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def _symmetric_product(y_MxN: jax.Array, z_MxN: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """y zᵀ by halves, one off-diagonal being the other's transpose: 5/8 of the FLOPs at 768 rows."""
+  """A symmetric y zᵀ, of which one off-diagonal quarter is the other's transpose, recursively: 5/8
+  of the FLOPs at 768 rows."""
   rows = y_MxN.shape[0]
   if rows < HALVED_ROWS:
     return _product_with_transpose(y_MxN, z_MxN, dtype)

@@ -1,4 +1,4 @@
-"""Symmetric matrices in half the memory: upper triangles of both diagonal halves in a rectangle."""
+"""Symmetric matrices in half the memory: one triangle and the diagonal, packed into a rectangle."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def pack(a_BxDxD: jax.Array) -> jax.Array:
   """[B, D, D] symmetric -> [B, 2h + 1, h], h = ceil(D / 2): D(D + 1)/2 elements for even D.
 
   Rows 0…h hold the upper triangle of the first diagonal block and, below its diagonal, the lower
-  triangle of the second one, moved down by a row; the rest is the block between them. (LAPACK's
-  rectangular full packed format, transposed.)"""
+  triangle of the second one, moved down by a row; the other rows are the off-diagonal block.
+  (LAPACK's rectangular full packed format, transposed.)"""
   h = -(-a_BxDxD.shape[-1] // 2)
   grow = 2 * h - a_BxDxD.shape[-1]
   a = jnp.pad(a_BxDxD, ((0, 0), (0, grow), (0, grow)))
@@ -35,7 +35,7 @@ def unpack(packed: jax.Array, d: int) -> jax.Array:
 
 
 def to_storage(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
-  """Matrices [B, D, D] as they are kept between steps."""
+  """Matrices [B, D, D] in the form in which they are kept between steps."""
   return (pack(a_BxDxD) if packed else a_BxDxD).astype(dtype)
 
 
@@ -50,6 +50,6 @@ def _upper(h: int) -> jax.Array:
 
 
 def _mirror(triangle: jax.Array) -> jax.Array:
-  """A symmetric matrix from one triangle with the diagonal."""
+  """A symmetric matrix from one of its triangles, diagonal included."""
   diagonal = jnp.eye(triangle.shape[-1], dtype=bool)
   return triangle + jnp.where(diagonal, 0, triangle).swapaxes(1, 2)

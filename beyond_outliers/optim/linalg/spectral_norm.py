@@ -1,4 +1,4 @@
-"""The largest singular value of each matrix of a stack, estimated."""
+"""Estimates of the largest singular value of each matrix of a stack."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
-  """Lower bounds of the spectral norms, [B], by power iteration from a long row; a few per cent low
-  when singular values crowd at the top.
+  """Lower bounds of the spectral norms, [B], by power iteration; a few per cent low when several
+  singular values are close to the largest.
 
   2·steps + 1 products with a vector; 0 for a zero matrix."""
-  # Any fixed start could be orthogonal to what is sought; a long row hardly is.
+  # Any fixed start could be orthogonal to the vector sought; the row with the largest entry hardly
+  # ever is.
   longest_B = jnp.argmax(max_magnitude(x_BxMxN, 2), 1)
   v_BxN = _unit(jnp.take_along_axis(x_BxMxN, longest_B[:, None, None], 1)[:, 0])[0]
 
@@ -29,9 +30,9 @@ def spectral_norm(x_BxMxN: jax.Array, steps: int = 12) -> jax.Array:
 
 
 def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(each vector at length one, length [B]), divided by the largest entry first.
+  """(each vector scaled to length one, its length [B]).
 
-  Squares of small or large values leave float32."""
+  Divides by the largest entry first: squares of small or large values leave float32's range."""
   largest_B = max_magnitude(v_BxN, 1)
   scaled = v_BxN / _or_one(largest_B)[:, None]
   length_B = jnp.linalg.norm(scaled, axis=1)
@@ -39,5 +40,5 @@ def _unit(v_BxN: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _or_one(x: jax.Array) -> jax.Array:
-  """x, with ones for zeros, so that zero stays zero when divided."""
+  """x with ones for zeros, so that a zero vector divided by it stays zero."""
   return jnp.where(x > 0, x, 1)

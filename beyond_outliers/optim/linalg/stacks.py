@@ -1,4 +1,4 @@
-"""Stacks of matrices: products in full precision, and scalars of each matrix.
+"""Stacks of matrices: products in full precision, and one scalar per matrix.
 
 Shapes: B matrices in a stack, d their width. Matrices of a stack never influence each other.
 """
@@ -19,23 +19,23 @@ einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def each(x_B: jax.Array) -> jax.Array:
-  """One scalar per matrix, to multiply a stack by."""
+  """Scalars [B], reshaped to multiply a stack of matrices."""
   return x_B[:, None, None]
 
 
 def largest(x: jax.Array) -> jax.Array:
-  """The largest magnitude, or what keeps a zero from dividing, [B]."""
+  """The largest magnitude, [B], but never zero, so that it can divide."""
   return jnp.maximum(max_magnitude(x, tuple(range(1, x.ndim))), jnp.finfo(x.dtype).tiny)
 
 
 def frobenius_norm(x_BxDxD: jax.Array) -> jax.Array:
-  """Frobenius norms, [B]: squares of small entries don't underflow."""
+  """Frobenius norms, [B], scaled so that squares of small entries don't underflow."""
   scale_B = largest(x_BxDxD)
   return scale_B * jnp.linalg.norm(x_BxDxD / each(scale_B), axis=(-2, -1))
 
 
 def largest_eigenvalue(a_BxDxD: jax.Array, max_steps: int = 100) -> jax.Array:
-  """Largest eigenvalues, [B], by power iteration: from below, to a relative change of 1e-6."""
+  """Largest eigenvalues, [B], from below by power iteration, up to a relative change of 1e-6."""
   scale_B = largest(a_BxDxD)
 
   def unit(v_BxD):
@@ -67,6 +67,6 @@ def largest_eigenvalue(a_BxDxD: jax.Array, max_steps: int = 100) -> jax.Array:
 
 
 def probe(a_BxDxD: jax.Array) -> jax.Array:
-  """The same normal random vector [d] every time: |E z| estimates the Frobenius norm of an E that
-  knows nothing of it."""
+  """The same normal random vector z [d] at every call: |E z| estimates the Frobenius norm of any E
+  that is independent of z."""
   return jnp.asarray(np.random.default_rng(0).standard_normal(a_BxDxD.shape[-1]), a_BxDxD.dtype)

@@ -1,11 +1,11 @@
-"""Triangular and symmetric matrices by panels: products without the parts that are zero, or known
-from the other side.
+"""Products of triangular and symmetric matrices by panels, which skip parts that are zero or known
+by symmetry.
 
-A panel is some rows of the upper triangle of a D x D matrix, from the first of these rows' column
-on. Four panels leave five eighths of the operations of Q X, and less than half of those of products
-of two triangles.
+A panel is a band of rows of a D x D matrix, without the columns left of the band's diagonal block.
+Four panels leave five eighths of the operations of Q X, and less than half of those of products of
+two triangles.
 
-Legend: D axis of a triangle, R the other axis of what is multiplied. A diagonal matrix is given as
+Legend: D axis of a triangle, R the other axis of what it multiplies. A diagonal matrix is given as
 a vector.
 """
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 
 def rows(d: int) -> list[slice]:
-  """Rows of each panel: at most four panels, multiples of 128, at least 256 but for the last."""
+  """Rows of each panel: at most four panels, each a multiple of 128 and at least 256 rows but for
+  the last."""
   step = max(256, -(-d // 512) * 128)
   return [slice(start, min(start + step, d)) for start in range(0, d, step)]
 
@@ -76,7 +77,7 @@ def column_squares(panels: list[jax.Array]) -> jax.Array:
 
 
 def triangle_product(panels: list[jax.Array], q: jax.Array) -> jax.Array:
-  """triu(T) Q, for T given by its panels and Q [D, D]."""
+  """triu(T) Q, for a symmetric T given by its panels and Q [D, D]."""
   return jnp.concatenate(
     [
       jnp.pad(jnp.triu(panel) @ q[p.start :, p.start :], ((0, 0), (p.start, 0)))

@@ -1,1 +1,1 @@
-"""Backends, which multiply quantized operands: AQT's dot_general, or plain JAX."""
+"""Backends that multiply quantized operands: AQT's dot_general, and plain JAX."""

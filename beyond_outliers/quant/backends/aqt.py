@@ -1,20 +1,20 @@
 """The product of a linear layer with quantized operands by AQT. No other module imports AQT.
 
 AQT does the plumbing: it calibrates, quantizes, multiplies, scales, and multiplies again in the
-backward pass. Of a spec it takes
+backward pass. Each part of a spec is computed by
 
-  scales                                   `Scaling` below, of our rules
-  symmetric, absmax or absmax_edge,        its own IntSymmetric
+  scales                                   `Scaling` below, by our rules
+  symmetric, absmax or absmax_edge,        AQT's IntSymmetric
     ste, nearest
-  e4m3 or e5m2, absmax, ste, nearest       its own Fp8Numerics
-  any other grid, scale rule,              `Rounding` below, of our quantizers
+  e4m3 or e5m2, absmax, ste, nearest       AQT's Fp8Numerics
+  any other grid, scale rule,              `Rounding` below, by our quantizers
     estimator or rounding
-  granularities group, mx, nv, nv_token    cannot: scales are constant along the contraction
-  learned scales                           cannot: its backward pass has no gradient for them
-  twos_complement, absmax_edge             cannot: it multiplies by reciprocals, which round twice,
-                                           and of a halfway largest number the last bit decides
+  granularities group, mx, nv, nv_token    nothing: AQT's scales are constant along the contraction
+  learned scales                           nothing: AQT's backward pass has no gradient for them
+  twos_complement, absmax_edge             nothing: AQT multiplies by reciprocals, which round
+                                           twice, but the last bit of halfway numbers matters
 
-Upstream names Qwix as AQT's successor; a module like this one for it would be another row of
+Upstream names Qwix as AQT's successor; a module like this one for Qwix would be another row of
 dot.BACKENDS.
 Legend: T tokens, K contraction, O outputs; w is [K, O], or [O, K] with w_axis 1.
 """
@@ -38,7 +38,7 @@ from beyond_outliers.quant.grids import Float
 from beyond_outliers.quant.scales import GRANULARITIES, SCALES
 from beyond_outliers.quant.spec import LayerRecipe, QuantSpec
 
-# AQT makes dataclasses of these by a decorator that type checkers cannot follow.
+# AQT turns these into dataclasses by a decorator that type checkers cannot follow.
 IntSymmetric: Any = int_numerics.IntSymmetric
 Fp8Numerics: Any = fp8_numerics.Fp8Numerics
 Numerics: Any = numerics.AqtNumerics
@@ -46,7 +46,7 @@ Calibration: Any = calibration.Calibration
 
 
 def expresses(layer: LayerRecipe) -> bool:
-  """Whether AQT can multiply under this recipe: see the table above."""
+  """Whether AQT can multiply under this recipe; see the table above."""
   specs = (layer.weights, layer.activations, layer.gradients)
   return all(
     spec is None
@@ -62,9 +62,9 @@ def expresses(layer: LayerRecipe) -> bool:
 def dot_general(
   x_TxK: jax.Array, w: jax.Array, w_axis: int, layer: LayerRecipe, *, key: jax.Array | None = None
 ) -> jax.Array:
-  """Product [T, O], float32, by AQT; as jax_backend.dot_general, for what `expresses`."""
+  """Product [T, O], float32, by AQT: as jax_backend.dot_general, if AQT `expresses` the recipe."""
   dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
-  # Scales take the type of their operand, so operands come in float32 and are narrowed as codes.
+  # AQT's scales have their operand's type, so operands are passed in float32; codes are narrowed.
   x_TxK = rotations.rotate(x_TxK.astype(jnp.float32), layer.rotation, 1)
   w = rotations.rotate(w.astype(jnp.float32), layer.rotation, w_axis)
   configured = aqt_config.set_context(_config(layer, dtype, w_axis), key, train_step=None)
@@ -83,12 +83,12 @@ def _config(layer: LayerRecipe, dtype: Any, w_axis: int) -> aqt_dot_general.DotG
   aqt_config.set_use_fwd_quant(
     c, quantized and layer.weights is not None, quantized and layer.activations is not None
   )
-  # A backward product gets the codes of the forward pass as floats.
+  # AQT passes the forward pass's codes to backward products as floats.
   gradients = _is_int8(layer.gradients) and quantized
   c.fwd.dot_general = _Product(dtype, _is_int8(layer.activations) and _is_int8(layer.weights))
   c.dlhs.dot_general = _Product(dtype, gradients and _is_int8(layer.weights))
-  # For weights [K, O] AQT transposes gᵀ x. XLA would move a transpose right behind a product into
-  # it, but none behind scales.
+  # For weights [K, O] AQT computes gᵀ x and transposes it. XLA would fold a transpose that directly
+  # follows a product into it, but not one that follows the scales.
   swapped = w_axis == 0 and layer.gradients is None
   c.drhs.dot_general = _Product(dtype, gradients and _is_int8(layer.activations), swapped)
   return c
@@ -100,9 +100,9 @@ def _is_int8(spec: QuantSpec | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-  """AQT's lax.dot_general: of int8 operands, or of operands in `dtype`; the result is float32.
+  """What AQT calls as lax.dot_general: multiplies in int8, or in `dtype`; returns float32.
 
-  swapped: as the transpose of the other product, where AQT transposes the result."""
+  swapped: compute the transpose of the swapped product, because AQT transposes the result."""
 
   dtype: Any
   integer: bool
@@ -158,7 +158,7 @@ def _numerics(spec: QuantSpec | None) -> Any:
 
 @utils.flax_slots_kw_only_dataclass
 class Rounding(Numerics):
-  """Our grids and estimators for AQT: the backward pass multiplies by the forward pass's mask."""
+  """Our grids and estimators as AQT numerics: the backward pass applies the forward pass's mask."""
 
   spec: QuantSpec
 
@@ -177,7 +177,7 @@ class Rounding(Numerics):
 
 @utils.flax_slots_kw_only_dataclass
 class Scaling(Calibration):
-  """Our scale rules for AQT."""
+  """Our scale rules as an AQT calibration."""
 
   spec: QuantSpec
 

@@ -1,8 +1,8 @@
-"""The quantized product of a linear layer in plain JAX, forward and backward, of any recipe.
+"""The quantized product of a linear layer in plain JAX, forward and backward, for any recipe.
 
-Codes multiply codes, and scales come behind the product wherever they are constant along the axis
-that is summed over: so products of integer codes are exact in int32, and bfloat16 operands lose
-nothing. Scales of blocks along that axis cannot wait: there the operands are dequantized first.
+Codes multiply codes, and scales are applied after the product wherever they are constant along the
+axis that is summed over: products of integer codes are then exact in int32, and codes in bfloat16
+lose nothing. With scales per block along that axis, operands are dequantized first.
 
 Legend: T tokens, K contraction, O outputs; w is [K, O], or [O, K] with w_axis 1.
 """
@@ -30,11 +30,11 @@ def dot_general(
   key: jax.Array | None = None,
   scales: tuple[Any, Any] = (None, None),
 ) -> jax.Array:
-  """Product [T, O], float32 or wider, with the gradients that the recipe's estimators say.
+  """Product [T, O], float32 or wider, with the gradients that the recipe's estimators define.
 
-  Float products run in the narrower type of the two operands, rotations and scales in float32 or
-  wider. w_axis: which axis of w is summed over. key: of stochastic rounding. scales: learned ones,
-  [1, 1], of (activations, weights)."""
+  Float products run in the narrower of the two operands' types, rotations and scales in float32 or
+  wider. w_axis: the axis of w that is summed over. key: for stochastic rounding. scales: the
+  learned scales, [1, 1], of (activations, weights)."""
   dtype = min(x_TxK.dtype, w.dtype, key=lambda dtype: dtype.itemsize)
   wide = jnp.promote_types(jnp.promote_types(x_TxK.dtype, w.dtype), jnp.float32)
   x_TxK = rotations.rotate(x_TxK.astype(wide), layer.rotation, 1)
@@ -60,7 +60,7 @@ def _forward(layer, w_axis, dtype, x_TxK, w, x_scale, w_scale, key):
 
 def _backward(layer, w_axis, dtype, residuals, g_TxO):
   xq, wq, x_saved, w_saved, (x_key, w_key) = residuals
-  # Scales of the axis now summed over go to the gradient, before that is quantized along it.
+  # Scales along the axis that is now summed over multiply the gradient before it is quantized.
   codes, scale = _factored(wq, w_axis)
   gq, _ = _quantize(g_TxO * scale, layer.gradients, 1, None, x_key)
   dx_TxK = multiply(gq, _plain(codes), 1, 1 - w_axis, dtype)
@@ -104,7 +104,7 @@ def _factored(q: Quantized, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def multiply(a: Quantized, b: Quantized, a_axis: int, b_axis: int, dtype: Any) -> jax.Array:
-  """Matrix product summed over these axes: of int8 codes in int32, of others in `dtype`."""
+  """Matrix product summed over these axes: of int8 codes in int32, otherwise in `dtype`."""
   (a_codes, a_scale), (b_codes, b_scale) = _factored(a, a_axis), _factored(b, b_axis)
   integer = a_codes.dtype == b_codes.dtype == jnp.int8
   y = dot_codes(a_codes, b_codes, a_axis, b_axis, jnp.int8 if integer else dtype)

@@ -1,7 +1,7 @@
 """Statistics of the inputs of a model's linear layers, over any number of batches.
 
-The residual stream from block to block is kept on the host, so that every block runs once or twice
-a batch, however deep the model is; of statistics, those of one block are in memory.
+The residual stream between blocks is kept on the host, so that each block runs only once or twice
+per batch, however deep the model is. Only one block's statistics are in memory at a time.
 
 Legend: B batch, L length, D model width, T = B·L tokens, K contraction, O outputs.
 """
@@ -22,7 +22,7 @@ from beyond_outliers.params import leaves_by_path, parent
 from beyond_outliers.quant import qmatrix
 from beyond_outliers.types import LanguageModel, Params
 
-Batch = Mapping[str, Any]  # of "tokens", and "segment_ids" and "positions" if there are some
+Batch = Mapping[str, Any]  # "tokens", and perhaps "segment_ids" and "positions"
 
 
 class Inputs(NamedTuple):
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
   largest_K: jax.Array  # max |x|
   mean_K: jax.Array  # mean |x|
-  gram_KxK: Any  # mean of x xᵀ, or None if nobody asked for it
+  gram_KxK: Any  # mean of x xᵀ, or None if not asked for
 
 
 class Stage(NamedTuple):
@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
 
 class _Watched(nn.Module):
-  """The plain product of a linear layer, which sows its input."""
+  """The plain product of a linear layer that also sows its input."""
 
   @nn.compact
   def __call__(self, lhs, rhs, dimension_numbers):
@@ -51,15 +51,15 @@ class _Watched(nn.Module):
 
 
 def watched(path: str) -> Any:
-  """A `dot_general_for` of plain products, whose inputs can be read."""
+  """A `dot_general_for` of plain products that sow their inputs."""
   del path
   return _Watched
 
 
 class Stream:
-  """The residual stream of all batches at one place of the model, at first in front of its blocks.
+  """The residual stream of all batches at one place of the model; initially before its blocks.
 
-  model, params: for the embedding and the final norm."""
+  model, params: used for the embedding and the final norm."""
 
   def __init__(self, model: LanguageModel, params: Params, batches: Iterable[Batch]):
     self._model, self._params, self._batches = model, params, []
@@ -70,20 +70,20 @@ class Stream:
       self._batches.append((jax.device_get(embed(model, params, tokens_BxL)), masks))
 
   def see(self, block: Stage, *, gram: bool, run: bool) -> dict[str, Inputs]:
-    """{path within the block: its inputs}, of a block whose module is made with `watched`. run: the
-    stream goes on behind it."""
+    """{path within the block: Inputs} of a block whose module was made with `watched`. run: advance
+    the stream past the block."""
     return self._mean(functools.partial(_see_block, block.module, gram, run, block.params))
 
   def see_head(self, *, gram: bool) -> Inputs:
-    """The inputs of the head, where the stream is behind all blocks."""
+    """The inputs of the head, once the stream is past all blocks."""
     return self._mean(functools.partial(_see_head, self._model, gram, self._params))
 
   def run(self, block: Stage) -> None:
-    """Goes on behind the block, when somebody looks again."""
+    """Advances the stream past the block, at the next call of `see` or `see_head`."""
     self._ahead = block
 
   def _mean(self, see: Callable[..., Any]) -> Any:
-    """`see` of every batch in one: largest of the largest, means of the sums."""
+    """`see` of every batch, combined: maxima of maxima, means from sums."""
     total: Any = None
     tokens = 0
     for number, (x_BxLxD, masks) in enumerate(self._batches):
@@ -92,13 +92,14 @@ class Stream:
       seen, x_BxLxD = see(x_BxLxD, *masks)
       tokens += x_BxLxD.shape[0] * x_BxLxD.shape[1]
       total = seen if total is None else jax.tree.map(_sum, total, seen, is_leaf=_is_inputs)
-      # Which also waits: the batches are sent off at once, and all would be in the device's memory.
+      # device_get also waits: JAX dispatches without waiting, so that otherwise all batches would
+      # be in the device's memory at once.
       self._batches[number] = jax.device_get(x_BxLxD), masks
     self._ahead = None
     return jax.tree.map(functools.partial(_mean, tokens), total, is_leaf=_is_inputs)
 
 
-# Modules are static: equal ones, as the blocks of most models are, share a compiled program.
+# Modules are static arguments: equal ones, such as most models' blocks, share a compiled program.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -109,7 +110,7 @@ def embed(model, params, tokens_BxL):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_block(module, params, x_BxLxD, *masks):
-  """A block's output, [B, L, D]. masks: segment ids, or None, and positions."""
+  """A block's output, [B, L, D]. masks: segment ids (or None), and positions."""
   return module.apply({"params": params}, x_BxLxD, *masks)[0]
 
 
@@ -131,7 +132,7 @@ def _see_head(model, gram, params, x_BxLxD, *masks):
 
 
 def _inputs(x_TxK, gram) -> Inputs:
-  """Sums over the tokens in the places of means; the count of tokens goes with the mean."""
+  """Inputs with sums over the tokens in place of means; `_mean` divides by the number of tokens."""
   x_TxK = x_TxK.astype(jnp.promote_types(x_TxK.dtype, jnp.float32))
   gram_KxK = jnp.matmul(x_TxK.T, x_TxK, precision=lax.Precision.HIGHEST) if gram else None
   return Inputs(max_magnitude(x_TxK, 0), jnp.sum(jnp.abs(x_TxK), axis=0), gram_KxK)

@@ -1,4 +1,4 @@
-"""Refusals of what post-training quantization would turn into codes, which hide it."""
+"""Refusals of bad input to post-training quantization, which codes would hide."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 from beyond_outliers.types import Array, LanguageModel, Params
 
-NEAREST = Method()  # what training under a recipe computes
+NEAREST = Method()  # the rounding that training under a recipe computes with
 
 
 def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
-  """Refusal of missing or empty batches, and of tokens that the model does not know.
+  """Refuses missing or empty batches, and tokens that the model does not know.
 
-  Errors: ConfigError, as in all that follow."""
+  Errors: ConfigError, as for all checks below."""
   require(
     sum(np.size(batch["tokens"]) for batch in batches) > 0,
     "calibration_batches",
@@ -43,8 +43,8 @@ def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
 
 
 def check_model(model: LanguageModel, params: Params, recipe: Recipe, how: Method) -> None:
-  """Refusal of a model that was trained under another quantization than this, and of parameters
-  of another model. params: shapes will do."""
+  """Refuses a model that was trained under another quantization than this one, and parameters of
+  another model. params: arrays or their shapes."""
   for path in model.contractions():
     trained = trained_under(model, path)
     same = isinstance(trained, LayerRecipe) and NEAREST.layer(trained) == how.layer(
@@ -61,7 +61,7 @@ def check_model(model: LanguageModel, params: Params, recipe: Recipe, how: Metho
 
 
 def check_tokens(tokens: Array, vocab: int, field: str) -> None:
-  """Refusal of tokens that the model does not know."""
+  """Refuses tokens that the model does not know."""
   tokens = np.asarray(tokens)
   for extreme in (tokens.min(initial=0), tokens.max(initial=0)):
     require(
@@ -73,7 +73,7 @@ def check_tokens(tokens: Array, vocab: int, field: str) -> None:
 
 
 def check_parameters(params: Params) -> None:
-  """Refusal of parameters that are no floats, or not finite, by path."""
+  """Refuses, by path, parameters that are not floats or not finite."""
   require(isinstance(params, Mapping), "params", type(params).__name__, "give the model's tree")
   leaves = leaves_by_path(params)
   whole = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, QuantizedMatrix)}
@@ -91,20 +91,20 @@ def check_parameters(params: Params) -> None:
 
 
 def check_quantized(params: Params) -> None:
-  """The same of a quantized model's, scales among them."""
+  """Refuses the same in a quantized model, whose scales count as parameters."""
   leaves = leaves_by_path(params)
   matrices = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedMatrix)}
   parts = {
     f"{path}/{name}": part
     for path, matrix in matrices.items()
     for name, part in matrix._asdict().items()
-    if part is not None and (name != "codes" or part.dtype.name in FLOATS)  # which are values
+    if part is not None and (name != "codes" or part.dtype.name in FLOATS)  # not quantized
   }
   check_parameters({**leaves, **parts})
 
 
 def check_inputs(path: str, inputs: Inputs) -> None:
-  """Refusal of statistics of a layer's inputs that are not finite."""
+  """Refuses statistics of a layer's inputs that are not finite."""
   require(
     all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(inputs)),
     f"calibration_batches: {path}",

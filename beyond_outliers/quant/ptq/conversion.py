@@ -1,12 +1,12 @@
 """`quantize`: post-training quantization (PTQ), block by block.
 
-A trained model in, a quantized one of the same contract out.
+Turns a trained model into a quantized one with the same interface.
 
-A method is a row of METHODS (methods.py). Matrices become codes block after block, from the
-statistics of their inputs over all calibration batches (calibration.py).
+A method is a row of METHODS (methods.py). Matrices become codes block after block, using statistics
+of their inputs over all calibration batches (calibration.py).
 
-A tied head is quantized on every forward pass, since the embedding needs its matrix unquantized:
-to nearest, whatever the method.
+A tied head is quantized in every forward pass, since the embedding needs its matrix unquantized; it
+is rounded to nearest, whatever the method.
 Legend: N depths, K contraction, O outputs.
 """
 
@@ -69,16 +69,16 @@ def quantize(
 ) -> QuantizedModel:
   """Post-training quantization of a model by `recipe` and `method`, with calibration.
 
-  The matrices of all linear layers, and their inputs, are quantized.
+  Quantizes what the recipe says: matrices of linear layers, and their inputs.
 
-  model, params: a transformer and its parameters, as it trains. calibration_batches: {"tokens": [B,
-  L]; and "segment_ids" and "positions" if documents are kept apart}, for the methods that need
-  some; every token counts, so without padding. say: takes a line of progress a block, and one a
-  matrix that `method` could not quantize (fallback.py).
+  model, params: a transformer and its parameters, as trained. calibration_batches: {"tokens": [B,
+  L]; also "segment_ids" and "positions" if documents are kept separate}, for methods that need
+  them; without padding, since every token counts. say: called with a line of progress per block,
+  and one per matrix that `method` could not quantize (fallback.py).
   Errors: ConfigError for an unknown method, a model that was trained under another quantization,
-  parameters of another model, quantized already or not finite, missing batches or such of another
-  tokenizer, inputs that are not finite, a recipe that does not fit the model, or learned scales
-  that the parameters do not hold."""
+  parameters that are another model's, already quantized or not finite, batches that are missing or
+  another tokenizer's, inputs that are not finite, a recipe that does not fit the model, or learned
+  scales that the parameters lack."""
   check_recipe(recipe)
   how = method_named(method)
   batches = list(calibration_batches) if how.calibrated else []
@@ -115,19 +115,19 @@ def quantize(
 def check_quantizable(
   model: LanguageModel, params: Params, recipe: Recipe, method: str = "rtn", field: str = "method"
 ) -> None:
-  """Refusal of what `quantize` cannot take, before there are values. params: shapes will do.
+  """Refuses what `quantize` cannot take, before there are values. params: arrays or their shapes.
 
-  Errors: ConfigError, as there."""
+  Errors: ConfigError, as for `quantize`."""
   how = method_named(method, field)
   jax.eval_shape(lambda params: _prepared(model, params, recipe, how)[1], params)
 
 
 def quantized(model: LanguageModel, params: Params, recipe: Recipe) -> QuantizedModel:
-  """Model trained under `recipe`, its matrices as the codes that it multiplied with."""
+  """A model trained under `recipe`, its matrices replaced by the codes that it multiplied by."""
   return quantize(model, params, recipe)
 
 
-# ---- before the pass: what goes together, and the rotations that are fused
+# ---- before the pass over the blocks: checks, and fused rotations
 
 
 def _prepared(
@@ -135,7 +135,7 @@ def _prepared(
 ) -> tuple[LanguageModel, Params, Recipe]:
   """Model and parameters with fused rotations, and the recipe as the method changes it.
 
-  Errors: ConfigError for all that does not go together."""
+  Errors: ConfigError for whatever does not fit together."""
   require(
     not any(isinstance(leaf, QuantizedMatrix) for leaf in leaves_by_path(params).values()),
     "params",
@@ -145,7 +145,7 @@ def _prepared(
   check_model(model, params, recipe, how)
   if how.fused:
     model, params, rotated = rotation_fusion.fuse(model, params)
-    # A rule for every path: what is rotated already does not follow the recipe's.
+    # One rule per path, since inputs that are already rotated must not be rotated again.
     rules = tuple(
       (re.escape(path), how.layer(recipe.layer(path), rotated=kind_of(path) in rotated))
       for path in model.contractions()
@@ -172,7 +172,7 @@ def _check_learned_scales(path: str, layer: LayerRecipe | None, params: Params) 
   )
 
 
-# ---- the pass
+# ---- the pass over the blocks
 
 
 def _quantized_blocks(
@@ -183,7 +183,7 @@ def _quantized_blocks(
   stream: calibration.Stream,
   quantize_matrix: Callable[[str, Params, LayerRecipe, Inputs | None], QuantizedMatrix],
 ) -> Iterator[Matrices]:
-  """The quantized matrices of one block after another; `stream` ends up behind the last."""
+  """The quantized matrices of each block in turn; at the end `stream` is past the last block."""
   kinds = [kind_of(path) for path in model.contractions() if depth_of(path) == 0]
   watched = model.clone(dot_general_for=calibration.watched)
   quantized_model = model.clone(dot_general_for=dot_general_for(recipe, "jax"))
@@ -211,12 +211,12 @@ _slice_at = jax.jit(slice_at)
 
 
 def _with_kernels(tree: Params, kernels: Matrices) -> Params:
-  """The tree with other matrices of the linear layers at these paths."""
+  """The tree with the linear layers' matrices at these paths replaced."""
   return with_leaves(tree, {kernel_path(path): weight for path, weight in kernels.items()})
 
 
 def _log_scale(linear: Params) -> Any:
-  """Learned scales of a linear layer, given its parameters: of activations and weights."""
+  """Learned scales of a linear layer, of activations and weights, from its parameters; or None."""
   nodes = (node for node in linear.values() if isinstance(node, dict))
   return next((node[LOG_SCALE] for node in nodes), None)
 
@@ -224,7 +224,9 @@ def _log_scale(linear: Params) -> Any:
 def _quantized_matrix(
   path: str, linear: Params, layer: LayerRecipe, how: Method, inputs: Inputs | None
 ) -> tuple[QuantizedMatrix, Fallback | None]:
-  """The matrix of one linear layer, given its parameters, and what took the method's place."""
+  """The quantized matrix of one linear layer, and what replaced the method, if anything did.
+
+  linear: the layer's parameters."""
   scale: Any = None
   if layer.weights is not None and layer.weights.scale == "learned":
     scale = jnp.exp(_log_scale(linear))[-1].reshape(1, 1)
@@ -239,7 +241,7 @@ def _quantized_matrix(
 def _rounded(
   kernel_KxO, inputs: Any, scale, layer: LayerRecipe, how: Method, damping: Any = None
 ) -> tuple[QuantizedMatrix, jax.Array]:
-  """(the matrix, whether it is usable). damping: another than the method's, traced."""
+  """(the matrix, whether it is usable). damping: replaces the method's; traced."""
   smooth_K = None
   if how.smoothing:
     smooth_K = SMOOTHINGS[how.smoothing].factors(kernel_KxO, inputs, layer, how.alpha)
@@ -256,11 +258,11 @@ def _rounded(
   return matrix, usable(matrix, layer)
 
 
-# ---- behind the pass: the blocks' matrices as stacks
+# ---- after the pass: the blocks' matrices as stacks
 
 
 def _with_stacks(layers: Params, blocks: Sequence[Matrices], recipe: Recipe) -> Params:
-  """The parameters of all layers, with the blocks' matrices in stacks."""
+  """The parameters of all layers, with the blocks' matrices stacked."""
   stacks = {}
   for kind in dict.fromkeys(kind for block in blocks for kind in block):
     kernel_NxKxO = subtree(layers, kind)[KERNEL]
@@ -274,14 +276,14 @@ def _with_stacks(layers: Params, blocks: Sequence[Matrices], recipe: Recipe) -> 
 
 def _plain(kernel_KxO: jax.Array, layer: LayerRecipe | None) -> QuantizedMatrix:
   """A matrix that is not quantized, with its values as codes."""
-  # Where the inputs are rotated, the matrix has to be.
+  # If the inputs are rotated, so must be the matrix.
   codes = kernel_KxO if layer is None else qmatrix.in_quantized_basis(kernel_KxO, layer)
   return QuantizedMatrix(codes, jnp.ones((1, 1), jnp.float32))
 
 
 def _stack(whole: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-  """One stack of all depths. Where their codes are of several types, all become floats; where their
-  scales are of several shapes, all are spread over the matrix."""
+  """One stack of all depths. If codes differ in type, all become floats; if scales differ in shape,
+  all are repeated to a common one."""
   width, outputs = whole[0].codes.shape
   if len({weight.codes.dtype for weight in whole}) > 1:
     whole = [weight._replace(codes=weight.codes.astype(jnp.float32)) for weight in whole]

@@ -1,9 +1,9 @@
-"""Fallbacks of a method on a matrix for which float32 is too narrow: more damping, then rounding.
+"""Fallbacks for matrices on which a method exceeds float32: more damping, then plain rounding.
 
-GPTQ factors the damped Gram matrix of a layer's inputs. With few tokens, or inputs that go along
-with each other, that has eigenvalues of next to nothing, and a Cholesky factor only above about
-1e-6 of the mean square: damping grows tenfold until there is one. Factors of a smoothing, and its
-search, may leave float32's range too. What all else fails for is rounded to nearest, unsmoothed.
+GPTQ factors the damped Gram matrix of a layer's inputs. With few tokens, or correlated inputs, its
+smallest eigenvalues are almost zero, and a Cholesky factor exists only with damping above about
+1e-6 of the mean square: damping grows tenfold until it does. Smoothing factors, and the search for
+them, may leave float32's range too. If all else fails, a matrix is rounded to nearest, unsmoothed.
 
 Legend: K contraction, O outputs.
 """
@@ -27,12 +27,13 @@ from beyond_outliers.quant.ptq.methods import Method
 from beyond_outliers.quant.qmatrix import QuantizedMatrix
 from beyond_outliers.quant.spec import LayerRecipe
 
-# The most damping that is tried, in mean squares of an input: every Gram matrix has a factor then.
+# The most damping that is tried, relative to the inputs' mean square: every Gram matrix has a
+# Cholesky factor then.
 MOST_DAMPING = 1.0
 
 
 class Fallback(NamedTuple):
-  """How one matrix was quantized in the place of the method."""
+  """How one matrix was quantized instead of by the method."""
 
   matrix: str  # path of its linear layer: layers/3/mlp/up
   rounding: str  # row of ROUNDERS; "nearest" also means that it is not smoothed
@@ -44,7 +45,7 @@ class Fallback(NamedTuple):
 
 
 def usable(weight: QuantizedMatrix, layer: LayerRecipe) -> jax.Array:
-  """Whether codes times scale, and what inputs are multiplied by, are numbers."""
+  """Whether codes times scales are finite, and the smoothing factors finite normal numbers."""
   assert layer.weights is not None  # the caller saw to it
   grid = layer.weights.levels
   ok = jnp.isfinite(max_magnitude(weight.scale) * max(-grid.lowest, grid.largest))
@@ -62,11 +63,11 @@ def fall_back(
   layer: LayerRecipe,
   inputs: Inputs | None,
 ) -> tuple[QuantizedMatrix, Fallback]:
-  """The matrix at `path`, for which `how` gives none that is usable.
+  """The quantized matrix at `path`, where `how` gave no usable one.
 
-  With the least damping that gives a usable one whose products with the calibration's inputs are no
-  further off than those of rounding to nearest; else rounded.
-  attempt: (method, damping in the place of its own) -> (matrix, whether it is usable).
+  By `how` with the least damping that gives a usable matrix with no larger output error on the
+  calibration inputs than rounding to nearest has; else rounded to nearest.
+  attempt: (method, damping instead of its own) -> (matrix, whether it is usable).
   Errors: ConfigError for numbers that cannot be rounded either."""
   nearest, ok = attempt(dataclasses.replace(how, rounding="nearest", smoothing=""))
   require(
@@ -88,6 +89,6 @@ def fall_back(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _output_error(kernel_KxO, gram_KxK, layer: LayerRecipe, weight: QuantizedMatrix) -> jax.Array:
-  """Mean squared norm of the change in the layer's output."""
+  """Mean squared norm of the change that quantized weights make to the layer's output."""
   error_KxO = qmatrix.reconstruct(weight, layer) - kernel_KxO
   return jnp.sum(error_KxO * jnp.matmul(gram_KxK, error_KxO, precision=lax.Precision.HIGHEST))

@@ -1,6 +1,6 @@
 """Rounders, from a matrix to codes: round to nearest, and GPTQ.
 
-GPTQ rounds so that the product with known inputs changes least.
+GPTQ rounds so as to change the product with known inputs little.
 
 Legend: K contraction, O outputs; w is [K, O] in the basis that is quantized, and so is the Gram
 matrix of its inputs.
@@ -21,14 +21,14 @@ from beyond_outliers.quant import quantizers
 from beyond_outliers.quant.quantizers import Quantized
 from beyond_outliers.quant.spec import QuantSpec
 
-ROWS_A_BLOCK = 128  # between two updates of all that follow: a matter of speed alone
+ROWS_A_BLOCK = 128  # rows between two updates of all later rows: affects only speed
 DAMPING = 0.01  # the official default
 
 
 def round_to_nearest(
   w_KxO: jax.Array, scale: jax.Array, spec: QuantSpec, gram_KxK: Any, damping: float = DAMPING
 ) -> Quantized:
-  """Round to nearest: every weight to its nearest level."""
+  """Rounds every weight to its nearest level."""
   del gram_KxK, damping
   return quantizers.forward(w_KxO, scale, spec)[0]
 
@@ -42,16 +42,16 @@ def gptq(
   *,
   by_importance: bool = True,
 ) -> Quantized:
-  """GPTQ: row after row to the nearest level, with the error compensated by the rows still to come.
+  """GPTQ: rounds row after row to the nearest level; later rows compensate each row's error.
 
   arXiv 2210.17323, algorithm 1.
 
-  gram: XᵀX of the inputs, in any multiple.
-  damping: the share of its mean diagonal that is added to the diagonal.
-  by_importance: rows with the largest inputs first (the official `act_order`), else as they lie.
-  The scales stay as they are (the official `static_groups`), so they don't depend on the order. An
-  input that is always zero leaves its row to be rounded alone. Where the damped matrix has no
-  factor, or errors overflow, scales are NaN: codes cannot say so (fallback.py)."""
+  gram: XᵀX of the inputs, times any constant.
+  damping: fraction of the Gram matrix's mean diagonal that is added to the diagonal.
+  by_importance: rows with the largest inputs first (the official `act_order`), else in order.
+  The scales stay as they are (the official `static_groups`), so they don't depend on the order. The
+  row of an input that is always zero is rounded on its own. If the damped matrix has no Cholesky
+  factor, or errors overflow, scales become NaN, since codes cannot show it (fallback.py)."""
   order = jnp.argsort(-jnp.diag(gram_KxK)) if by_importance else jnp.arange(len(w_KxO))
   scale_KxO = jnp.broadcast_to(quantizers.spread(scale, w_KxO.shape), w_KxO.shape)
   u_KxK = _propagation(gram_KxK[order][:, order], damping)
@@ -61,19 +61,19 @@ def gptq(
 
 
 def _propagation(gram_KxK: jax.Array, damping: float) -> jax.Array:
-  """U, upper triangular, with UᵀU the inverse of the damped Gram matrix: it spreads a row's error
-  over those behind it."""
+  """U, upper triangular, with UᵀU the inverse of the damped Gram matrix: it propagates a row's
+  error to the rows after it."""
   diagonal = jnp.diag(gram_KxK)
   added = damping * jnp.mean(diagonal) + jnp.where(diagonal == 0, 1, 0)
   damped = gram_KxK + jnp.diag(added)
-  # The Cholesky factor from the other end, V Vᵀ with V upper triangular; then U = V⁻¹.
+  # A Cholesky factorization from the other end, V Vᵀ with V upper triangular; then U = V⁻¹.
   upper_1xKxK = linalg.cholesky(damped[None, ::-1, ::-1])[:, ::-1, ::-1]
   one_1xKxK = jnp.eye(len(gram_KxK), dtype=gram_KxK.dtype)[None]
   return linalg.solve_triangular(upper_1xKxK, one_1xKxK, left_side=True, lower=False)[0]
 
 
 def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
-  """(the matrix with the last block's errors in it, not finite where one is not; its codes)."""
+  """(the matrix with the blocks' corrections, not finite where an error was not; its codes)."""
   K = len(w_KxO)
   size = min(ROWS_A_BLOCK, K)
   padding = -K % size
@@ -114,11 +114,11 @@ def _row_after_row(w_KxO, scale_KxO, u_KxK, spec):
 
 
 class Rounder(NamedTuple):
-  """A rule from a matrix to its codes, and what of a method it reads.
+  """A rule from a matrix to its codes, and what it needs.
 
   round: (w [K, O], scale, spec, Gram matrix or None, damping) -> Quantized.
-  needs_gram: it reads the Gram matrix of the inputs, so that a method with it is calibrated.
-  options: fields of Method that it reads, which a method's name may set."""
+  needs_gram: whether it reads the inputs' Gram matrix, so that its methods need calibration.
+  options: the fields of Method that it reads; a method's name may set them."""
 
   round: Callable[..., Quantized]
   needs_gram: bool = False

@@ -1,4 +1,5 @@
-"""Methods of post-training quantization: rows of a rotation, a smoothing, a scale, a rounding."""
+"""Methods of post-training quantization, each a combination of rotation, smoothing, scale and
+rounding."""
 
 from __future__ import annotations
 
@@ -13,25 +14,25 @@ from beyond_outliers.quant.ptq.gptq import DAMPING, ROUNDERS, Rounder
 from beyond_outliers.quant.ptq.smoothing import ALPHA, SMOOTHINGS, Smoothing
 from beyond_outliers.quant.spec import LayerRecipe
 
-# Scales that a recipe has when it asks for no other, which a method may replace by its own.
+# The scales of recipes that ask for no particular one: a method may replace them.
 ABSMAX = ("absmax", "absmax_edge")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A method by its parts.
+  """A method, by its parts.
 
   rounding: row of ROUNDERS.
   smoothing: row of SMOOTHINGS, or "".
-  scale: row of SCALES, in the place of the recipe's if that is one of ABSMAX, or "".
-  rotation: row of ROTATIONS, in the place of the recipe's "none", or "".
-  fused: rotations that can be fused into weights are (rotation_fusion.py); the rest are online.
-  sequential: a block sees the outputs of the blocks before it once these are quantized, else those
-    in full precision; within a block, layers see each other in full precision (the official code
+  scale: row of SCALES that replaces the recipe's if that is one of ABSMAX, or "".
+  rotation: row of ROTATIONS that replaces the recipe's "none", or "".
+  fused: fuse rotations into weights where possible (rotation_fusion.py); the rest are online.
+  sequential: calibrate a block on the outputs of the quantized blocks before it, else on those in
+    full precision; within a block, layers see each other in full precision (the official code
     without `--true-sequential`).
-  alpha: of smoothquant, 0 to 1: the share of the inputs' range that goes to the matrix.
-  damping: of gptq, in mean squares of an input.
-  Errors: ConfigError."""
+  alpha: of smoothquant, 0 to 1: how much of the inputs' range is moved into the matrix.
+  damping: of gptq, relative to the inputs' mean square.
+  Errors: ConfigError for alpha or damping out of range."""
 
   rounding: str = "nearest"
   smoothing: str = ""
@@ -53,27 +54,27 @@ class Method:
 
   @property
   def options(self) -> tuple[str, ...]:
-    """Options that a method's name may set: the fields that it reads."""
+    """Options that this method's name may set: the fields that its parts read."""
     return tuple(option for part in self._parts for option in part.options)
 
   @property
   def calibrated(self) -> bool:
-    """Whether it reads the inputs of the layers."""
+    """Whether this method reads the layers' inputs."""
     return bool(self.smoothing) or self.needs_gram
 
   @property
   def needs_gram(self) -> bool:
-    """Whether it reads the Gram matrices of the layers' inputs."""
+    """Whether this method reads the Gram matrices of the layers' inputs."""
     return any(part.needs_gram for part in self._parts)
 
   @property
   def _parts(self) -> tuple[Smoothing | Rounder, ...]:
-    """The rows of its tables, in the order in which they come into play."""
+    """This method's rows of SMOOTHINGS and ROUNDERS, in the order in which they apply."""
     smoothing = (SMOOTHINGS[self.smoothing],) if self.smoothing else ()
     return *smoothing, ROUNDERS[self.rounding]
 
   def layer(self, layer: LayerRecipe | None, *, rotated: bool = False) -> LayerRecipe | None:
-    """A layer's recipe under this method, without gradients. rotated: its inputs already are."""
+    """A layer's recipe under this method, without gradients. rotated: its inputs are already."""
     if layer is None or not (layer.weights or layer.activations):
       return None
     w, x = layer.weights, layer.activations
@@ -95,7 +96,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
   "rtn": Method(),
-  "rtn_mse": Method(scale="mse"),  # the clip of least squared error of the matrix itself
+  "rtn_mse": Method(scale="mse"),  # the clip of least squared error in the matrix itself
   "gptq": Method("gptq", sequential=True),  # arXiv 2210.17323
   "gptq_in_order": Method("gptq_in_order", sequential=True),
   "gptq_mse": Method("gptq", scale="mse", sequential=True),
@@ -111,7 +112,7 @@ METHODS: dict[str, Method] = {
   "hadamard+gptq_mse": Method("gptq", scale="mse", rotation="hadamard", sequential=True),
 }
 
-# Behind a part of a method's name; its characters may stand in names of files.
+# Follows a part of a method's name; all its characters are allowed in file names.
 OPTION = re.compile(r"\((\w+)=([-+.0-9e]+)\)")
 
 
@@ -120,7 +121,7 @@ def method_named(name: str, field: str = "method") -> Method:
 
   As in `smoothquant(alpha=0.75)+gptq(damping=0.1)`.
 
-  Errors: ConfigError with the nearest name, the options of the row, or their range."""
+  Errors: ConfigError with the closest name, the row's options, or their range."""
   row, options = OPTION.sub("", name), OPTION.findall(name)
   require(
     "(" not in row,
@@ -142,5 +143,5 @@ def method_named(name: str, field: str = "method") -> Method:
   try:
     numbers: dict[str, Any] = {option: float(number) for option, number in options}
     return dataclasses.replace(METHODS[row], **numbers)
-  except ValueError as error:  # no number, or one out of its range
+  except ValueError as error:  # not a number, or out of range
     raise ConfigError(f"{field} = {name!r}: {error}") from None

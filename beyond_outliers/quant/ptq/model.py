@@ -1,4 +1,4 @@
-"""Quantized models: what post-training quantization returns, under the trained model's contract."""
+"""Quantized models: what post-training quantization returns, with the trained model's interface."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from beyond_outliers.types import Json, LanguageModel, Params, PathLike
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModel:
-  """A quantized model: model.apply({"params": params}, tokens), as of any model.
+  """A quantized model, called as any other: model.apply({"params": params}, tokens).
 
   In `params`, quantized matrices are `QuantizedMatrix`s."""
 
@@ -30,12 +30,12 @@ class QuantizedModel:
   params: Params
   recipe: Recipe  # as the method changed it
   method: str
-  fallbacks: tuple[Fallback, ...] = ()  # of the matrices that the method could not quantize
+  fallbacks: tuple[Fallback, ...] = ()  # for matrices that the method could not quantize
 
   @property
   def size_bytes(self) -> int:
-    """Bytes of the parameters as `save` stores them: codes with the bits of their grid, all else in
-    the type that it has."""
+    """Bytes of the parameters as `save` stores them: codes in the bits of their grid, all else in
+    its own type."""
     return sum(tensor.nbytes for tensor in storage.pack_model(self)[0].values())
 
   def save(self, directory: PathLike) -> None:
@@ -53,9 +53,9 @@ def load(directory: PathLike) -> QuantizedModel:
 
 
 def restored(tensors: Mapping[str, np.ndarray], description: Json) -> QuantizedModel:
-  """The model that `storage.pack_model` took apart.
+  """The model that `storage.pack_model` packed.
 
-  Errors: ConfigError, also for parameters that it cannot be applied to, or no finite floats."""
+  Errors: ConfigError, also if the parameters don't fit the model or aren't finite floats."""
   model, params, recipe, method = storage.unpack_model(tensors, description)
   try:
     fallbacks = tuple(Fallback(**each) for each in description.get("fallbacks", ()))
@@ -72,8 +72,8 @@ def restored(tensors: Mapping[str, np.ndarray], description: Json) -> QuantizedM
 
 
 def serving(model: LanguageModel, params: Params, recipe: Recipe) -> LanguageModel:
-  """The model that multiplies with the codes in `params`. Layers that stay as they are, in a stack
-  of which some do not, hold their values as codes."""
+  """The model that multiplies by the codes in `params`. Unquantized layers in a stack with
+  quantized ones hold their values as codes."""
   of_recipe = dot_general_for(recipe, "jax")
   stacks = {
     parent(path)

@@ -1,19 +1,19 @@
 """Fusion of rotations into weights, so that they cost nothing when the model runs.
 
-arXiv 2404.00456, section 4. Rotations that cannot be fused are online rotations (methods.py).
+arXiv 2404.00456, section 4. Rotations that cannot be fused are made online (methods.py).
 
 The architecture decides what can be rotated for free:
 
   the values of every head, from v to o    always: attention only mixes them over tokens
-  the residual stream, from each matrix    where norms stand before their blocks: a norm's input is
-    that writes to it to each that reads   rotated, and its gain goes into the matrices behind it;
-                                           and where every norm has a single gain, which commutes
-                                           with a rotation (arXiv 2506.19697)
+  the residual stream, from each matrix    with norms before attention and MLP: a norm's input is
+    that writes to it to each that reads   rotated, and its gain moves into the next matrices; or
+                                           with a single gain per norm, which commutes with a
+                                           rotation (arXiv 2506.19697)
 
-Where norms with a gain per feature stand behind (the study's, OLMo2), these scale what is added to
-the stream: a rotated stream would need rotated gains, which are no gains. There the inputs
-of q, k, v, up and gate have to be rotated online, and so has that of down everywhere,
-behind a nonlinearity. The paper also rotates o's inputs across heads online; not so here.
+Norms with a gain per feature after attention and MLP (the study's, OLMo2) scale what is added to
+the stream: a rotated stream would need rotated gains, which are no longer gains. There the inputs
+of q, k, v, up and gate have to be rotated online. down's input, which follows a nonlinearity,
+always has to be. The paper also rotates o's inputs across heads online; this module does not.
 
 Legend: N layers, D model width, H heads, Dh head width, V vocabulary.
 """
@@ -31,16 +31,16 @@ from beyond_outliers.params import kernel_path, leaves_by_path, with_leaves
 from beyond_outliers.quant import rotations
 from beyond_outliers.types import LanguageModel, Params
 
-# Of each part of a block: the matrices that read the stream, and the one that writes to it.
+# For each part of a block: the matrices that read the stream, and the one that writes to it.
 STREAM_READERS = {"attention": ("q", "k", "v"), "mlp": ("up", "gate")}
 STREAM_WRITERS = {"attention": "o", "mlp": "down"}
 
 
 def fuse(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params, frozenset[str]]:
-  """(model, parameters, linear layers whose inputs now are rotated), the same function as before.
+  """(model, parameters, linear layers whose inputs are now rotated); the function is the same.
 
-  Their paths are those within a block, and `head`. A tied head is parted from the embedding where
-  the last norm's gains go into it alone."""
+  The layers' paths are those within a block, and `head`. A tied head is separated from the
+  embedding if the last norm's gains move into it, since they must not enter the embedding."""
   c = model.config
   params, rotated = _with_rotated_values(params, c.d_head), {"attention/o"}
   if c.norm_gain == "channel" and c.norm_placement == "pre":
@@ -62,7 +62,7 @@ def _with_rotated_values(params: Params, d_head: int) -> Params:
 
 
 def _without_gains(params: Params, c: config.Model) -> Params:
-  """The gains in the matrices behind them, and 1 in the norms."""
+  """Parameters with the norms' gains moved into the matrices that follow; the norms have gain 1."""
   leaves = leaves_by_path(params)
   head, gain = params["embedding"].T if c.tied else leaves["head/kernel"], leaves["final_norm/gain"]
   moved = {"head/kernel": gain[:, None] * head, "final_norm/gain": jnp.ones_like(gain)}
@@ -85,7 +85,7 @@ def _with_rotated_stream(params: Params, c: config.Model) -> Params:
 
 
 def _readers(leaves) -> list[tuple[str, str]]:
-  """(part of a block, path) of each kernel there that reads the stream; not all have a gate."""
+  """(part of a block, path) of each kernel that reads the stream; some models lack a gate."""
   named = [(part, name) for part, names in STREAM_READERS.items() for name in names]
   paths = [(part, kernel_path(f"layers/{part}/{name}")) for part, name in named]
   return [(part, path) for part, path in paths if path in leaves]
@@ -96,8 +96,8 @@ def _product(a, b):
 
 
 def orthogonal(width: int) -> jax.Array:
-  """A Hadamard matrix of the whole width with signs drawn for its rows, or, where the width is no
-  power of two, a random one."""
+  """A Hadamard matrix of the full width with random signs for its rows; if the width is not a power
+  of two, a random orthogonal matrix."""
   draw = np.random.default_rng(0)
   if width & (width - 1) == 0:
     signs = draw.choice([-1.0, 1.0], (width, 1))

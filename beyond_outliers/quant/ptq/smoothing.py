@@ -1,5 +1,5 @@
-"""Smoothing: factors of a layer's inputs, undone in its matrix. The function stays, and outliers
-move from one to the other.
+"""Smoothing: factors that scale a layer's inputs and are undone in its matrix. The layer's function
+is unchanged, but outliers move from one to the other.
 
 Legend: K contraction, O outputs; a factor [K] multiplies the input, and its reciprocal the matrix.
 """
@@ -20,26 +20,27 @@ from beyond_outliers.quant.ptq.calibration import Inputs
 from beyond_outliers.quant.spec import LayerRecipe
 
 ALPHA = 0.5  # SmoothQuant's: the official default
-AWQ_STEPS = 20  # exponents tried, from 0 on
+AWQ_STEPS = 20  # number of exponents tried, evenly spaced in [0, 1)
 
 
 def smoothquant(
   w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA
 ) -> jax.Array:
-  """SmoothQuant's factors of every input: max |w|^(1 - α) / max |x|^α (arXiv 2211.10438, eq. 4).
+  """SmoothQuant's factor for each input: max |w|^(1 - α) / max |x|^α (arXiv 2211.10438, eq. 4).
 
-  Every layer has its own: the paper, which puts them into the norm in front, has one for all layers
-  behind a norm."""
+  Each layer has its own factors. In the paper, which fuses them into the norm before, all layers
+  that follow a norm share them."""
   del layer
   x_K, w_K = jnp.maximum(inputs.largest_K, 1e-5), jnp.maximum(max_magnitude(w_KxO, 1), 1e-5)
   return w_K ** (1 - alpha) / x_K**alpha
 
 
 def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALPHA) -> jax.Array:
-  """mean |x|^-α of every input, α in [0, 1) being what changes the layer's output least when its
-  weights are rounded to nearest (arXiv 2306.00978, equations 4 and 5); the output's change is read
-  from the Gram matrix of the inputs. The paper's search for a clip is not part of it. NaN where no
-  output's change is finite."""
+  """AWQ's factor for each input, proportional to (mean |x|)^-α (arXiv 2306.00978, equations 4, 5).
+
+  α in [0, 1) is the one that changes the layer's output least when its weights are rounded to
+  nearest, by the inputs' Gram matrix. The paper's search for a clip is left out. NaN if no change
+  of the output is finite."""
   del alpha
   w_KxO, x_K = w_KxO.astype(inputs.mean_K.dtype), jnp.maximum(inputs.mean_K, 1e-4)
 
@@ -61,8 +62,8 @@ def awq(w_KxO: jax.Array, inputs: Inputs, layer: LayerRecipe, alpha: float = ALP
 def output_error(
   w_KxO: jax.Array, smooth_K: jax.Array, inputs: Inputs, layer: LayerRecipe
 ) -> jax.Array:
-  """Mean squared norm of the change in a layer's output that rounding its weights to nearest makes,
-  its inputs being as they are."""
+  """Mean squared norm of the change in a layer's output when its weights are rounded to nearest and
+  its inputs stay as they are."""
   w = qmatrix.in_quantized_basis(w_KxO, layer, smooth_K)
   spec: Any = layer.weights
   codes = quantizers.forward(w, quantizers.scale_of(w, spec, 0), spec)[0]
@@ -73,11 +74,11 @@ def output_error(
 
 
 class Smoothing(NamedTuple):
-  """A rule for a layer's factors, and what of its inputs and of a method it reads.
+  """A rule for a layer's factors, and what it needs.
 
   factors: (w [K, O], inputs, layer, alpha) -> [K].
-  needs_gram: it reads the Gram matrix of the inputs.
-  options: fields of Method that it reads, which a method's name may set."""
+  needs_gram: whether it reads the inputs' Gram matrix.
+  options: the fields of Method that it reads; a method's name may set them."""
 
   factors: Callable[[jax.Array, Inputs, LayerRecipe, float], jax.Array]
   needs_gram: bool = False
