@@ -178,7 +178,7 @@ def _check_same_origin(params: Params, quantized: Params, tolerance: float) -> N
 def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iterator[Windows]:
   """The batches, on the default device.
 
-  Errors: ConfigError for none, one of another tokenizer, or one without segments to be masked by."""
+  Errors: ConfigError for none, one of another tokenizer, or one without documents to keep apart."""
   any_token = False
   for batch in batches:
     tokens = np.asarray(batch["tokens"])
