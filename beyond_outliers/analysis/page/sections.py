@@ -103,7 +103,7 @@ SECTIONS: dict[str, Row] = {
 
 
 def make_sections(evidence: Evidence) -> list[PageSection]:
-  """Every section, with parts by group of runs, smallest models first; the last reads the others."""
+  """Every section, its parts by group of runs, smallest models first; the last is of the others."""
   made = []
   for key, row in SECTIONS.items():
     if row.of_group:
