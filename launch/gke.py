@@ -3,7 +3,7 @@
   python -m launch.gke --config=configs/shampoo_qat.py:1.5b --root=gs://BUCKET/shampoo \
     --image=REGISTRY/beyond_outliers:TAG --accelerator=v5litepod-256 --evaluate=behind --dry_run
 
-prints the YAML; without --dry_run it goes to `kubectl apply`. A run that was asked to stop (42)
+prints the YAML; without --dry_run it is piped to `kubectl apply`. A run that was asked to stop (42)
 starts again; one that was refused (2) or diverged (3) fails for good; any other failure restarts
 the JobSet, which resumes from the newest checkpoint.
 """
@@ -50,7 +50,7 @@ def define_flags() -> None:
 def parse_nodes(
   accelerator: str, slices: int = 1, hosts: int = 1, flag: str = "--accelerator"
 ) -> Nodes:
-  """Errors: ConfigError, naming the flag."""
+  """The nodes that flags ask for. Errors: ConfigError, naming the flag."""
   name, _, count = accelerator.partition(":")
   if name.startswith("nvidia-"):
     if not count.isdecimal() or not 1 <= int(count) <= 16 or not DNS_LABEL.fullmatch(name):
@@ -74,12 +74,12 @@ def parse_nodes(
 
 
 def _asked(platform: str) -> dict[str, str]:
-  """JAX goes on without a platform that does not start, unless it is asked for."""
+  """Asks JAX for a platform: otherwise it would go on without one that fails to start."""
   return {"JAX_PLATFORMS": f"{platform},cpu"}
 
 
 def parse_claim(text: str) -> tuple[str, str] | None:
-  """NAME:/PATH. Errors: ConfigError."""
+  """(claim, mount path) of NAME:/PATH; None if empty. Errors: ConfigError."""
   name, _, path = text.partition(":")
   if text and not (DNS_LABEL.fullmatch(name) and path.startswith("/") and ":" not in path):
     raise ConfigError(f"--claim={text}: expected NAME:/PATH, a claim and where it is mounted")
@@ -116,7 +116,7 @@ def described() -> str:
 
 
 def launch(argv: list[str]) -> None:
-  """Prints the JobSets, or hands them to kubectl."""
+  """Prints the JobSets, or passes them to kubectl."""
   del argv
   text = described()
   if flags.FLAGS.dry_run:

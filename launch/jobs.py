@@ -1,4 +1,4 @@
-"""Jobs of a sweep: what every launcher starts, from a config file, its sweep and the shared flags.
+"""Jobs of a sweep, which every launcher starts: from a config file, its sweep and the shared flags.
 
 A job is a module, its arguments and the names of the jobs that it waits for. The launcher decides
 where it runs, on how many devices, and after which exit codes it runs again.
@@ -25,29 +25,29 @@ from beyond_outliers.config.files import read_json
 from beyond_outliers.errors import ConfigError, WorkdirError
 from launch import recorded
 
-NAME_LENGTH = 52  # what Kubernetes leaves of 63 to names that it makes others of
-ENDED = ("done", "diverged")  # status of runs that are left alone when the command is given again
-STOPPED = 42  # exit code of a run that was asked to stop, and of a launcher
-FINAL = (0, 2, 3, STOPPED)  # exit codes of what has not failed: done, refused, diverged, ...
+NAME_LENGTH = 52  # of Kubernetes' 63 characters, what is left after the suffixes that it appends
+ENDED = ("done", "diverged")  # statuses of runs that a repeated command leaves alone
+STOPPED = 42  # exit code of a run, or a launcher, that was asked to stop
+FINAL = (0, 2, 3, STOPPED)  # exit codes other than failures: done, refused, diverged, stopped
 
-flags.disclaim_key_flags()  # they belong to the launcher that defines them
+flags.disclaim_key_flags()  # flags belong to the launcher that defines them
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One command of a sweep."""
 
-  name: str  # unique in its list; at most 52 of [a-z0-9-], a letter first, and no hyphen last
+  name: str  # unique in its list; at most 52 of [a-z0-9-], starting with a letter, no final hyphen
   kind: str  # train | evaluate | report
   module: str  # what `python -m` runs
   arguments: tuple[str, ...]  # of the module, unquoted
-  workdir: str  # of its run; the root, of the report
-  after: tuple[str, ...] = ()  # names of the jobs whose end it waits for, however they end
+  workdir: str  # of its run; for the report, the root
+  after: tuple[str, ...] = ()  # names of the jobs that must have ended, in whatever way
 
 
 def define_flags() -> None:
-  """Defines the flags that all launchers share. Each calls it where it runs, so that a program may
-  import several."""
+  """Defines the flags that all launchers share. Launchers call it when run, not when imported, so
+  that a program may import several."""
   cli.path_flag(
     "config",
     None,
@@ -75,8 +75,8 @@ def define_flags() -> None:
 
 
 def of_flags(*, here: bool = False) -> list[Job]:
-  """The jobs that the shared flags describe. here: they have this process's variables, and what has
-  ended is not started. Errors: ConfigError, as `describe`, and `recorded.check_settings`."""
+  """The jobs that the shared flags describe. here: they run with this process's variables, so JAX
+  settings are checked too. Errors: ConfigError, as `describe` and `recorded.check_settings`."""
   given = flags.FLAGS
   listed = describe(
     given.config,
@@ -103,12 +103,12 @@ def describe(
 ) -> list[Job]:
   """Jobs of the sweep in a config file: trainings, then evaluations, then the report.
 
-  config: the file; size and overrides behind a colon, as `main` has them. where: "key=value"s.
-  overrides: the file of an analysis. evaluate: "" none, "behind" each training's end, or "beside"
-  it (--follow). Errors: ConfigError, as `runs`, and those of recorded.py."""
+  config: the file, with size and overrides after a colon, as for `main`. where: "key=value"
+  conditions. overrides: an analysis's file. evaluate: "" for none, "behind" for after each
+  training, "beside" for during it (--follow). Errors: ConfigError, as `runs` and recorded.py."""
   path, _, argument = config.partition(":")
   fixed = recorded.found(overrides, path, argument) if overrides else {}
-  names = short_names(runs(path, (), fixed))  # of all: those of some runs are the same
+  names = short_names(runs(path, (), fixed))  # of all runs, so that --where does not change them
   trainings, evaluations = [], []
   for run, values in runs(path, where, fixed).items():
     workdir = os.path.join(root, run)
@@ -138,8 +138,8 @@ def describe(
 def runs(path: str, where: Sequence[str], fixed: sweeps.Overrides) -> dict[str, sweeps.Overrides]:
   """{run name: overrides} of the sweep in a config file, with the `fixed` values in all.
 
-  Errors: ConfigError when the file has no sweep, `where` leaves no run of it, or two runs that
-  differ have one name."""
+  Errors: ConfigError if the file has no sweep, `where` leaves no run of it, or two different runs
+  have the same name."""
   conditions = [_condition(text) for text in where]
   require_once("--where", [key for key, _ in conditions])
   wanted = dict(conditions)
@@ -182,8 +182,8 @@ def _condition(text: str) -> tuple[str, object]:
 
 
 def short_names(run_names: Iterable[str]) -> dict[str, str]:
-  """{run name: one of [a-z0-9-] that no other has}, with a digest where it had to lose letters or
-  would be another's."""
+  """{run name: unique name of [a-z0-9-]}, with a digest where the name had to be cut or would not
+  be unique."""
   longest = NAME_LENGTH - len("train-")
   plain = {name: re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") for name in run_names}
   often = collections.Counter(plain.values())
@@ -196,7 +196,7 @@ def short_names(run_names: Iterable[str]) -> dict[str, str]:
 
 
 def title(config: str, root: str) -> str:
-  """A name of the sweep itself, such as soap-qat-1f3a90c2, for engines where others have theirs."""
+  """A name for the sweep, such as soap-qat-1f3a90c2, on systems shared with other sweeps."""
   path, _, _ = config.partition(":")
   stem, _ = os.path.splitext(os.path.basename(path))
   plain = re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")
@@ -208,7 +208,7 @@ def title(config: str, root: str) -> str:
 
 
 def local_folder(config: str, root: str) -> str:
-  """Where a launcher keeps logs and scripts: the root, or for one in an object store runs/TITLE."""
+  """Folder for a launcher's logs and scripts: the root, or runs/TITLE if that is in a store."""
   return os.path.join("runs", title(config, root)) if "://" in root else root
 
 
@@ -218,8 +218,8 @@ def _with_digest(short: str, of: str, longest: int) -> str:
 
 
 def _evaluation(text: str, evaluate: str) -> list[str]:
-  """The flags in --evaluate_flags. Errors: ConfigError for what evaluation jobs would refuse, days
-  later."""
+  """The flags in --evaluate_flags. Errors: ConfigError for those that evaluation jobs would refuse,
+  perhaps days later."""
   try:
     words = shlex.split(text)
   except ValueError as error:
@@ -228,7 +228,7 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
     return []
   if not evaluate:
     raise ConfigError(f"--evaluate_flags={text}: of which job? give --evaluate=behind or beside")
-  from beyond_outliers.evaluate import __main__ as command  # whose flags are none of a launcher's
+  from beyond_outliers.evaluate import __main__ as command  # its flags are not the launcher's
 
   known = flags.FlagValues()
   for flag in flags.FLAGS.flags_by_module_dict()[command.__name__]:
@@ -250,14 +250,14 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
 
 
 def left_out(job: Job) -> bool:
-  """Whether there is nothing to start: of a training that has ended, and of an evaluation behind
+  """Whether there is nothing to start: a training that has ended, or an evaluation that waits for
   one that has not."""
   ended = status_of(job.workdir) in ENDED
   return ended if job.kind == "train" else job.kind == "evaluate" and bool(job.after) and not ended
 
 
 def status_of(workdir: str) -> str:
-  """Status of a run by its status.json, "not started", or "unreadable"."""
+  """Status of a run from its status.json; else "not started" or "unreadable"."""
   try:
     file = os.path.join(workdir, "status.json")
     return read_json(file, WorkdirError, "", {"status": str})["status"]

@@ -1,5 +1,5 @@
-"""JobSets of a sweep's jobs for Kubernetes: which Pods run on which nodes, and what each exit code
-leads to. Fields: jobset.x-k8s.io/v1alpha2 and Kubernetes' batch/v1."""
+"""JobSets of a sweep's jobs for Kubernetes: which Pods run on which nodes, and what follows each
+exit code. Fields: jobset.x-k8s.io/v1alpha2 and Kubernetes' batch/v1."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from launch.jobs import Job
 Manifest = dict[str, Any]
 
 LABEL = "beyond-outliers/sweep"
-LONGEST = 63  # letters of the name of a Pod that has a host name
-EVALUATION_RETRIES = 2  # results are found again; a cell that cannot be measured stays so
-GRACE_SECONDS = 600  # to save, once a Pod is asked to stop
+LONGEST = 63  # characters of the name of a Pod with a host name
+EVALUATION_RETRIES = 2  # few: results are kept, but a cell that cannot be measured fails each time
+GRACE_SECONDS = 600  # for saving, after a Pod is asked to stop
 SPOT = "cloud.google.com/gke-spot"
 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-  """Where the processes of one job run: one Pod a host."""
+  """Where the processes of one job run: one Pod per host."""
 
   selector: dict[str, str]  # labels of the nodes
-  resource: str  # Kubernetes' name of a device
-  devices: int  # of a host
-  hosts: int  # of a slice
+  resource: str  # Kubernetes' name for a device
+  devices: int  # per host
+  hosts: int  # per slice
   slices: int = 1
   environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -51,14 +51,14 @@ class Cluster:
   spot: bool = False
   service_account: str = ""
   queue: str = ""  # of Kueue
-  claim: tuple[str, str] | None = None  # of a persistent volume, and where it is mounted
+  claim: tuple[str, str] | None = None  # for a persistent volume, and the path of its mount
 
 
 def manifests(
   listed: Sequence[Job], nodes: Nodes, evaluating: Nodes, cluster: Cluster
 ) -> list[Manifest]:
-  """One JobSet for each training, with the evaluation that waits for it; and one for each other
-  evaluation. Errors: ConfigError for a report, which no JobSet can wait with."""
+  """One JobSet for each training, with the evaluation that waits for it, and one for each other
+  evaluation. Errors: ConfigError for a report, since JobSets cannot wait for each other."""
   behind = {job.after[0]: job for job in listed if job.kind == "evaluate" and job.after}
   made = []
   for job in listed:
@@ -79,12 +79,12 @@ def _job_set(
 ) -> Manifest:
   most = max([nodes, evaluating], key=lambda n: len(f"{n.slices - 1}-{n.hosts - 1}"))
   name = _name(job, f"-eval-{most.slices - 1}-{most.hosts - 1}-abcde")
-  # Of a Job that failed by an exit code that is final; then also the last retry of an evaluation.
+  # Ends the JobSet after a final exit code of a Job; below, also after an evaluation's last retry.
   rules = [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
   replicated = [_replicated("run", name, job, nodes, 0, cluster)]
   if behind is not None:
     rules.append({"name": "evaluation", "action": "FailJobSet", "targetReplicatedJobs": ["eval"]})
-    retries = EVALUATION_RETRIES * evaluating.processes  # one of many that fails ends them all
+    retries = EVALUATION_RETRIES * evaluating.processes  # if one process fails, all of them do
     replicated.append(
       {
         **_replicated("eval", name, behind, evaluating, retries, cluster),
@@ -100,7 +100,7 @@ def _job_set(
   if cluster.queue:
     metadata["labels"]["kueue.x-k8s.io/queue-name"] = cluster.queue
   if nodes.resource == "google.com/tpu" and nodes.processes > 1:
-    # A Job has a slice to itself.
+    # Each Job gets a slice to itself.
     exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
     metadata["annotations"][exclusive] = "cloud.google.com/gke-nodepool"
   return {
@@ -150,7 +150,7 @@ def _pod(part: str, name: str, job: Job, nodes: Nodes, cluster: Cluster) -> Mani
     "name": part,
     "image": cluster.image,
     "command": command,
-    "args": [argument.replace("$", "$$") for argument in arguments],  # $(NAME) is a variable there
+    "args": [argument.replace("$", "$$") for argument in arguments],  # $(NAME) would be expanded
     "env": _environment(part, name, nodes),
     "resources": {"limits": {nodes.resource: str(nodes.devices)}},
   }
@@ -175,8 +175,8 @@ def _pod(part: str, name: str, job: Job, nodes: Nodes, cluster: Cluster) -> Mani
 
 
 def _environment(part: str, name: str, nodes: Nodes) -> list[Manifest]:
-  """What --distributed=auto reads (config/cluster.py), and which platform has to start. GKE adds
-  the variables of TPU slices."""
+  """Variables that --distributed=auto reads (config/cluster.py), and the nodes' own, such as the
+  platform that must start. GKE adds those of TPU slices."""
   values = dict(nodes.environment)
   if nodes.processes > 1:
     values |= {
@@ -193,14 +193,14 @@ def _environment(part: str, name: str, nodes: Nodes) -> list[Manifest]:
 
 
 def _name(job: Job, longest_end: str) -> str:
-  """Of a JobSet: the job's, cut so that its Pods' names fit, and a digest of the workdir, so that
-  sweeps of one cluster do not meet."""
+  """Name of a JobSet: the job's, cut so that its Pods' names fit, and a digest of the workdir, so
+  that sweeps in one cluster do not clash."""
   digest = hashlib.sha256(job.workdir.encode()).hexdigest()[:8]
   return f"{job.name[: LONGEST - len(longest_end) - 9].rstrip('-')}-{digest}"
 
 
 class _Text(str):
-  """Text that is quoted whatever it looks like: 1e-3 is a number to Kubernetes' reader."""
+  """Text that is always quoted, since Kubernetes would read 1e-3 as a number."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -217,7 +217,7 @@ _Dumper.add_representer(
 
 
 def render(made: Sequence[Manifest]) -> str:
-  """YAML, a document each."""
+  """YAML with one document per manifest."""
   quoted = [_quoted(manifest) for manifest in made]
   return yaml.dump_all(quoted, Dumper=_Dumper, sort_keys=False, width=10**9, explicit_start=True)
 

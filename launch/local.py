@@ -4,7 +4,7 @@ The same command continues where it stopped.
 
   python -m launch.local --config=configs/shampoo.py --root=runs/tuning/shampoo --where=seed=0
 
---overrides=FILE replaces this sweep's values by those that another sweep's analysis found:
+--overrides=FILE replaces this sweep's values with those found by the analysis of another sweep:
 
   python -m beyond_outliers.analysis --root=runs/tuning --overrides=tuned.json
   python -m launch.local --config=configs/shampoo_qat.py --root=runs/qat/shampoo \
@@ -42,8 +42,8 @@ def define_flags() -> None:
 
 
 def launch(argv: list[str]) -> None:
-  """Runs the sweep but for runs that ended. Exits with 1 if one is neither done nor diverged, with
-  42 if it was asked to stop."""
+  """Runs those runs of the sweep that have not ended. Exits with 1 if one is neither done nor
+  diverged, and with 42 if it was asked to stop."""
   del argv
   given = flags.FLAGS
   listed = jobs.of_flags(here=True)
@@ -54,7 +54,7 @@ def launch(argv: list[str]) -> None:
         for command in pool.commands_of(job, sys.executable, given.processes):
           print(f"  {shlex.join(command)}")
     return
-  # One run after another prints what it has to say; of several nobody could tell whose it is.
+  # Runs print directly if there is one at a time; otherwise nobody could tell whose lines they are.
   alone = given.parallel == given.processes == 1 and given.evaluate != "beside"
   runner = pool.Pool(
     listed,
@@ -72,9 +72,9 @@ def launch(argv: list[str]) -> None:
 
 
 def simulated(devices: int) -> dict[str, str]:
-  """Variables of a process that has so many simulated devices, on the CPU."""
-  # Without this schedule devices start collectives in any order, on threads of which there are too
-  # few: they wait for each other for ever, sooner on a busy machine.
+  """Environment variables for a process with that many simulated devices, on the CPU."""
+  # Without this schedule, devices start collectives in any order on too few threads, and may
+  # deadlock, more so on a busy machine.
   ordered = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
   return {
     "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""A pool of jobs on this machine: some at a time, each on its own share of the cores."""
+"""A pool of jobs on this machine: a few at a time, each on its own share of the cores."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 
 from launch import jobs
 
-POLL_SECONDS = 0.1  # between two looks at what runs
+POLL_SECONDS = 0.1  # between two checks of what runs
 
 
 @dataclasses.dataclass(eq=False)
 class Task:
-  """A job, and what became of it so far."""
+  """A job and its state."""
 
   job: jobs.Job
-  restarts: int = 0  # left
+  restarts: int = 0  # how many are left
   over: bool = False  # ended for good, or will not be started
-  code: int | None = None  # of its last end; None of one that was never started
+  code: int | None = None  # exit code; None if it has not ended since its last start
   slot: int | None = None  # while it runs
   began: float = 0.0
   processes: list[subprocess.Popen] = dataclasses.field(default_factory=list)
@@ -37,11 +37,11 @@ class Task:
 
 
 class Pool:
-  """Runs jobs, `parallel` at a time, and hands on the signals that ask to stop.
+  """Runs jobs, `parallel` at a time, and forwards signals that ask to stop.
 
-  A training's evaluation beside it shares its place and its cores. processes: of a training, which
-  meet on a free port. logs: the folder of their output, "" for the launcher's own. environment:
-  variables of trainings, on top of this process's."""
+  An evaluation beside its training shares the training's slot and cores. processes: per training;
+  they meet on a free port. logs: folder for the jobs' output, "" to share the launcher's output.
+  environment: variables for trainings, on top of this process's."""
 
   def __init__(
     self,
@@ -55,16 +55,16 @@ class Pool:
     say: Callable[[str], None] = lambda text: print(text, flush=True),
   ):
     self.tasks = [Task(job, restarts if job.kind == "train" else 0) for job in listed]
-    self.asked = False  # to stop
+    self.asked = False  # whether it was asked to stop
     self.say = say
     self._named = {task.job.name: task for task in self.tasks}
     self._python, self._processes, self._logs = python, processes, logs
     self._environment = {**os.environ, **(environment or {})}
     self._shares = shares_of_cores(parallel)
-    self._told: set[subprocess.Popen] = set()  # that they are to stop
+    self._told: set[subprocess.Popen] = set()  # processes that were asked to stop
 
   def run(self, look: Callable[[], None] = lambda: None) -> None:
-    """Until all jobs are over, or what ran when it was asked to stop. look: called now and then."""
+    """Runs until all jobs are over, or if asked to stop, those running. look: called regularly."""
     while True:
       for task in self.tasks:
         if task.running and all(p.poll() is not None for p in task.processes):
@@ -77,7 +77,7 @@ class Pool:
       time.sleep(POLL_SECONDS)
 
   def hand_on(self, number: int, frame: Any) -> None:
-    """Handler of a signal that asks to stop."""
+    """Handler of a signal that asks to stop: forwards it to all processes."""
     self.asked = True
     for task in self.tasks:
       for process in task.processes:
@@ -85,13 +85,13 @@ class Pool:
         process.send_signal(number)
 
   def _start_next(self) -> bool:
-    """Starts, or settles, one job; False where none can be now."""
+    """Starts one job, or marks it as over; False if none is ready or no slot is free."""
     taken = {task.slot for task in self.tasks if task.running}
     free = [slot for slot in range(len(self._shares)) if slot not in taken]
     ready = [task for task in self.tasks if not (task.over or task.running) and self._may(task)]
     if not free or not ready:
       return False
-    # What was trained is evaluated before more is trained; a training takes along what follows it.
+    # Evaluations come before further trainings; a training's follower is started along with it.
     task = min(ready, key=lambda task: ("evaluate", "train", "report").index(task.job.kind))
     self._say_status(task)
     task.over = jobs.left_out(task.job)
@@ -103,12 +103,12 @@ class Pool:
 
   def _may(self, task: Task) -> bool:
     training = self._training(task)
-    if training is not None:  # which starts it
+    if training is not None:  # the training starts it
       return training.over
     return all(self._named[name].over for name in task.job.after)
 
   def _training(self, task: Task) -> Task | None:
-    """That which an evaluation is beside."""
+    """The training that an evaluation follows beside it; None for other jobs."""
     if task.job.kind != "evaluate" or task.job.after:
       return None
     return next(t for t in self.tasks if (t.job.kind, t.job.workdir) == ("train", task.job.workdir))
@@ -130,13 +130,13 @@ class Pool:
       if output is not None:
         stack.enter_context(output)
       for command in commands_of(task.job, self._python, self._processes):
-        # A process group of its own: a terminal's Ctrl-C comes to it from here, once, and it has
-        # all the time that it needs to save.
+        # In its own process group, it gets a terminal's Ctrl-C only from here, once, and has all
+        # the time that it needs to save.
         process = subprocess.Popen(
           command, process_group=0, env=environment, stdout=output, stderr=output
         )
         task.processes.append(process)
-        if self.asked and process not in self._told:  # while it was being started
+        if self.asked and process not in self._told:  # asked while this one was being started
           process.terminate()
     for follower in self._followers(task):
       if not follower.running:
@@ -163,19 +163,19 @@ class Pool:
     if self._logs:
       self.say(f"{describe(task.job)} (exit code {task.code})")
     if jobs.status_of(task.job.workdir) not in (*jobs.ENDED, "failed"):
-      for follower in self._followers(task):  # which would wait for more of it
+      for follower in self._followers(task):  # they would wait for more checkpoints
         for process in follower.processes:
           process.terminate()
 
 
 def describe(job: jobs.Job) -> str:
-  """A job in a line of the launcher: its workdir, and the run's status or what it does there."""
+  """A job in one line: its workdir, and the run's status or the kind of job."""
   what = {"evaluate": "evaluation", "report": "report"}.get(job.kind)
   return f"{job.workdir}: {what or jobs.status_of(job.workdir)}"
 
 
 def well(task: Task) -> bool:
-  """Whether a job that is over did what it is for."""
+  """Whether a job that is over succeeded."""
   if task.job.kind == "train":
     return jobs.status_of(task.job.workdir) in jobs.ENDED
   return task.code in (0, None)
@@ -197,13 +197,13 @@ def _free_port() -> int:
 
 
 def code_of(codes: Sequence[int]) -> int:
-  """Exit code of a job, of those of its processes: one that failed, where any did."""
+  """Exit code of a job, from those of its processes: a failed one's, if any failed."""
   return next((code for code in codes if code not in jobs.FINAL), max(codes))
 
 
 def shares_of_cores(count: int) -> list[set[int]]:
-  """Disjoint shares of the cores that this process may use, one for each of `count` jobs; empty,
-  for all of them, where there are fewer cores, or one job."""
+  """Disjoint shares of the cores that this process may use, one for each of `count` jobs; empty
+  sets, which stand for all cores, if there are fewer cores than jobs, or one job."""
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   if count == 1 or len(cores) < count:
     return [set() for _ in range(count)]
@@ -213,7 +213,7 @@ def shares_of_cores(count: int) -> list[set[int]]:
 
 @contextlib.contextmanager
 def on_cores(cores: set[int]) -> Iterator[None]:
-  """What is started meanwhile runs on these cores alone, from its first thread on."""
+  """Context in which started processes run only on these cores, from their first thread on."""
   if not cores:
     yield
     return
@@ -226,7 +226,7 @@ def on_cores(cores: set[int]) -> Iterator[None]:
 
 
 def catch(handler: Callable[[int, Any], None], numbers: Sequence[signal.Signals]) -> None:
-  """Sets the handler of signals, but of those that this process was told to ignore."""
+  """Sets the handler of signals, except those that this process ignores."""
   for number in numbers:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Recorded facts of a sweep: values that an analysis found for it, and the runs in its workdirs."""
+"""What was recorded for a sweep: values that an analysis found, and the runs in its workdirs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from beyond_outliers.errors import ConfigError, WorkdirError
 
 
 def found(file: str, path: str, argument: str) -> sweeps.Overrides:
-  """Overrides that `file` has for the config's optimizer. Errors: ConfigError when it is of another
-  size, or of that in another shape, or lacks the optimizer."""
+  """Overrides that `file` has for the config's optimizer. Errors: ConfigError if they are for
+  another size or shape of model, or the optimizer is missing."""
   remedy = "give what analysis --overrides=FILE wrote"
   try:
     saved = read_json(file, ConfigError, remedy, {"size": str, "overrides": dict})
@@ -28,7 +28,7 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
       f"--overrides={file}: found at size {saved['size']}, and this is {c.size}; tune at that size"
     )
   shape = shape_of(c.model)
-  for key, was in saved.get("model", {}).items():  # none in files of earlier versions
+  for key, was in saved.get("model", {}).items():  # missing from files of earlier versions
     if shape.get(key) != was:
       raise ConfigError(
         f"--overrides={file}: found with model.{key} = {was!r}, and this has {shape.get(key)!r}; "
@@ -43,19 +43,19 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
 
 
 def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overrides) -> None:
-  """Refusal of a workdir whose run is another than the sweep's, as `main` refuses it, which is not
-  asked where the run has ended. Errors: ConfigError with the differing keys."""
+  """Refuses a workdir whose run differs from the sweep's, as `main` would; but `main` is not
+  started for a run that has ended. Errors: ConfigError with the differing keys."""
   try:
     saved = read_json(os.path.join(workdir, "config.json"), WorkdirError, "")
     old = config.resolve(saved)
   except (FileNotFoundError, NotADirectoryError, ConfigError, WorkdirError):
-    return  # of a damaged one its run itself tells
+    return  # damage is reported by the run itself
   new = config.resolve(config.override(runpy.run_path(path)["get_config"](argument), values))
   if old != new:
-    from beyond_outliers.train import initialize  # with all of JAX
+    from beyond_outliers.train import initialize  # imports all of JAX
 
     initialize.check_same_run(old, new, workdir)
-    if old.data.path != new.data.path:  # which may lead to the same text
+    if old.data.path != new.data.path:  # both may lead to the same text
       print(
         f"{workdir}: its run read data.path = {old.data.path!r}, not {new.data.path!r}; whether "
         "they hold the same is compared where it goes on, not of a run that is done",
@@ -64,15 +64,15 @@ def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overri
 
 
 def check_settings(workdirs: Iterable[str]) -> None:
-  """Refusal of a workdir whose run was trained under other settings of JAX than this process has,
-  and so what it starts here, as `main` refuses it, which is not asked where the run has ended.
+  """Refuses a workdir whose run was trained under other JAX settings than this process has, which
+  jobs started here inherit, as `main` would; but `main` is not started for a run that has ended.
   Errors: ConfigError with the setting and both values."""
   for workdir in workdirs:
     try:
       saved = read_json(os.path.join(workdir, "manifest.json"), WorkdirError, "")
     except (FileNotFoundError, NotADirectoryError, WorkdirError):
-      continue  # of a damaged one its run itself tells
-    from beyond_outliers.mesh import jax_settings  # with all of JAX
+      continue  # damage is reported by the run itself
+    from beyond_outliers.mesh import jax_settings  # imports all of JAX
 
     try:
       jax_settings.check_recorded(saved)

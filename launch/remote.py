@@ -1,4 +1,4 @@
-"""Jobs on machines that get this clone only through the image that launch/Dockerfile makes."""
+"""Jobs on machines that have this clone only in the image that launch/Dockerfile builds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from absl import flags
 from beyond_outliers.errors import ConfigError
 from launch.jobs import Job
 
-ROOT = pathlib.Path(__file__).parent.parent  # what the image is made of
-# Folders of it that launch/Dockerfile copies, and that a config file may lie in.
+ROOT = pathlib.Path(__file__).parent.parent  # what the image is built from
+# Folders of it that launch/Dockerfile copies; a config file must be in one of them.
 COPIED = ("beyond_outliers", "configs")
 
-flags.disclaim_key_flags()  # they belong to the launcher that defines them
+flags.disclaim_key_flags()  # flags belong to the launcher that defines them
 
 
 def define_image(required: bool) -> None:
@@ -27,14 +27,14 @@ def define_image(required: bool) -> None:
 
 
 def check_image(image: str) -> None:
-  """Errors: ConfigError for what is no image's name."""
+  """Errors: ConfigError for what cannot be an image's name."""
   if not re.fullmatch(r"[A-Za-z0-9][\w.:/@-]*", image, re.ASCII):
     raise ConfigError(f"--image={image}: expected REGISTRY/NAME:TAG, as docker push takes it")
 
 
 def check_files(config: str, root: str, mounted: Sequence[str] = ()) -> None:
-  """Errors: ConfigError where a machine would not find the config file, or where what a run writes
-  would end with the machine: in neither an object store nor one of the folders `mounted`."""
+  """Errors: ConfigError if a machine would not find the config file, or if what a run writes would
+  be lost with the machine: the root is neither in an object store nor in a `mounted` folder."""
   path = os.path.normpath(config.partition(":")[0])
   if os.path.isabs(path) or path.split(os.sep)[0] not in COPIED:
     raise ConfigError(
@@ -52,7 +52,7 @@ def check_files(config: str, root: str, mounted: Sequence[str] = ()) -> None:
 
 
 def across(job: Job, processes: int, slices: int = 1) -> Job:
-  """The job as one of several processes runs it."""
+  """The job with the arguments that each of several processes needs."""
   if processes == 1 or job.kind == "report":
     return job
   more = ["--distributed=auto"]
@@ -62,5 +62,5 @@ def across(job: Job, processes: int, slices: int = 1) -> Job:
 
 
 def command(job: Job) -> list[str]:
-  """In the image."""
+  """The job's command in the image."""
   return ["python", "-m", job.module, *job.arguments]

@@ -1,4 +1,4 @@
-"""Batch scripts of Slurm: all jobs of one kind form one array; scripts and commands are text."""
+"""Batch scripts and commands for Slurm, as text: all jobs of one kind form one array."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from launch import jobs
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the jobs get, and where they run."""
+  """Resources of the jobs, and where they run."""
 
-  folder: str  # absolute: of scripts/ and logs/
-  clone: str  # absolute: the jobs' working folder
+  folder: str  # absolute; has slurm/, with the scripts, and logs/
+  clone: str  # absolute; the jobs' working folder
   title: str  # of the sweep
   nodes: int = 1
   tasks_per_node: int = 1
   gpus_per_task: int = 0
   parallel: int = 0  # runs at a time; 0: all that the cluster takes
-  lead: int = 300  # seconds ahead of the time limit, at which a run is asked to stop
-  restarts: int = 0  # of what failed
+  lead: int = 300  # seconds before the time limit, at which a run is asked to stop
+  restarts: int = 0  # of a failed job
   python: str = "python"
   container: str = ""
   sbatch: tuple[str, ...] = ()  # further options
-  evaluate_sbatch: tuple[str, ...] = ()  # of evaluations and the report, on top of those
+  evaluate_sbatch: tuple[str, ...] = ()  # for evaluations and the report, in addition to those
 
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-  """One sbatch: some of a script's tasks, behind earlier submissions."""
+  """One call of sbatch: some of a script's tasks, which may wait for earlier submissions."""
 
   kind: str
   tasks: tuple[int, ...]
@@ -88,7 +88,7 @@ RESTART = """\
     if [ "$(wc -l < "$failures")" -le {restarts} ]; then again; fi ;;"""
 
 
-ENROOT_SCHEMES = ("dockerd", "podman")  # which Apptainer has not
+ENROOT_SCHEMES = ("dockerd", "podman")  # not known to Apptainer
 
 
 def scripts(listed: Sequence[jobs.Job], options: Options) -> dict[str, str]:
@@ -102,8 +102,8 @@ def scripts(listed: Sequence[jobs.Job], options: Options) -> dict[str, str]:
 
 
 def submissions(listed: Sequence[jobs.Job], ended: Collection[str]) -> list[Submission]:
-  """What is submitted of the scripts, in order: of runs that `ended` (their workdirs), only the
-  evaluations."""
+  """What to submit of the scripts, in order; for runs that have ended, only evaluations. ended:
+  their workdirs."""
   trainings, evaluations = (
     [job for job in listed if job.kind == kind] for kind in ("train", "evaluate")
   )
@@ -121,7 +121,7 @@ def submissions(listed: Sequence[jobs.Job], ended: Collection[str]) -> list[Subm
 
 
 def command(submission: Submission, options: Options, ids: Sequence[str]) -> list[str]:
-  """Command of a submission. ids: of those before."""
+  """Command of a submission. ids: job ids of the submissions before it."""
   tasks = ",".join(map(str, submission.tasks))
   throttle = f"%{options.parallel}" if options.parallel else ""
   words = ["sbatch", "--parsable", f"--array={tasks}{throttle}"]
@@ -132,13 +132,13 @@ def command(submission: Submission, options: Options, ids: Sequence[str]) -> lis
 
 
 def _script(same: Sequence[jobs.Job], options: Options, followed: bool) -> str:
-  """followed: there is an evaluation beside each, in a task of the same number."""
+  """The script of one kind of jobs. followed: each has an evaluation, in the task of its number."""
   job = same[0]
   train = job.kind == "train"
   nodes, tasks = (options.nodes, options.tasks_per_node) if train else (1, 1)
   gpus = options.gpus_per_task if train else min(options.gpus_per_task, job.kind == "evaluate")
-  # Ahead of the time limit, to what runs, not to the shell (B:). An evaluation has nothing to save:
-  # it ends, so as to be started again.
+  # Sent before the time limit, to what srun runs and not to the shell (B:). An evaluation has
+  # nothing to save: it ends, to be started again.
   signal = [f"--signal=USR1@{options.lead}"] if train else []
   if not train and options.restarts:
     signal = ["--signal=TERM@60"]
@@ -158,7 +158,7 @@ def _script(same: Sequence[jobs.Job], options: Options, followed: bool) -> str:
   several = nodes * tasks > 1
   extra = ["--distributed=auto"] if several else []
   prelude = [CPUS]
-  if several and gpus:  # JAX would give each task one GPU, by its number on the node
+  if several and gpus:  # otherwise JAX would give each task one GPU, by its number on the node
     prelude.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
   if train or options.restarts:
     prelude.append(AGAIN)
@@ -182,7 +182,7 @@ def _script(same: Sequence[jobs.Job], options: Options, followed: bool) -> str:
 
 
 def _directive(word: str) -> str:
-  """An option as sbatch reads it from a script: quotes and backslashes are its own."""
+  """An option as sbatch reads it from a script, by its own rules for quotes and backslashes."""
   if not word.isprintable():
     raise ConfigError(f"{word!r}: sbatch cannot read it from a script; give a name without")
   if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
@@ -191,21 +191,21 @@ def _directive(word: str) -> str:
 
 
 def _pattern(path: str) -> str:
-  """A path in which Slurm replaces nothing. Errors: ConfigError where it would in any case."""
+  """A path escaped so that Slurm replaces nothing in it. Errors: ConfigError for a backslash."""
   if "\\" in path:
     raise ConfigError(f"--root: {path}: Slurm takes the backslash for its own; take one without")
   return path.replace("%", "%%")
 
 
 def _container(options: Options) -> tuple[list[str], list[str]]:
-  """(options of srun, command around the run's) that put it into a container: of Apptainer an image
-  file or an address, of pyxis what enroot imports."""
+  """(options of srun, command to prefix) that run a job in a container: with Apptainer an image
+  file or an address, with pyxis what enroot can import."""
   image, seen = options.container, (options.clone, options.folder)
   if not image:
     return [], []
   scheme, separator, _ = image.partition("://")
   apptainer = image.endswith(".sif") or (separator and scheme not in ENROOT_SCHEMES)
-  # In pyxis's mounts, which are lines of an fstab, spaces separate fields.
+  # pyxis's mounts become lines of an fstab, in which spaces separate fields.
   separators, forbidden = (", and :", "[,:]") if apptainer else (", : and spaces", r"[,:\s]")
   for path in seen:
     if re.search(forbidden, path):

@@ -3,8 +3,8 @@
   python -m launch.slurm --config=configs/shampoo.py:50m --root=runs/tuning/shampoo --parallel=4 \
     --gpus_per_task=8 --sbatch='--time=24:00:00 --partition=h100' --evaluate=behind
 
-Scripts are in <root>/slurm, the jobs' output in <root>/logs. A run is asked to stop before its time
-limit, saves, and queues itself again; so does one that is preempted.
+Scripts are in <root>/slurm, the jobs' output in <root>/logs. Before its time limit, a run is asked
+to stop, saves, and queues itself again; so does one that is preempted.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def _python(environment: str, container: str) -> str:
 
 
 def _image(container: str) -> str:
-  """A file with its whole path: pyxis takes names without a slash ahead for those of a registry."""
+  """A container's image; a file by its absolute path, or pyxis would look for it in a registry."""
   return os.path.abspath(container) if os.path.isfile(container) else container
 
 
 def _options(flag: str, text: str) -> tuple[str, ...]:
-  """Options of sbatch in a flag, `-p h100` as one line. Errors: ConfigError."""
+  """Options of sbatch in a flag, each of the form --option=value. Errors: ConfigError."""
   try:
     words = shlex.split(text)
   except ValueError as error:
@@ -98,7 +98,7 @@ def _options(flag: str, text: str) -> tuple[str, ...]:
 def _print(
   made: dict[str, str], todo: Sequence[sbatch.Submission], options: sbatch.Options
 ) -> None:
-  """A shell script that does what the launcher would."""
+  """Prints a shell script that does what the launcher would."""
   for kind, text in made.items():
     print(f"# {os.path.join(options.folder, 'slurm', kind)}.sh\n{text}")
   print(shlex.join(["mkdir", "-p", os.path.join(options.folder, "logs")]))
@@ -108,7 +108,7 @@ def _print(
 
 
 def _check_queue(options: sbatch.Options) -> None:
-  """Refusal where there is no Slurm, or the sweep is in its queue."""
+  """Errors: ConfigError if there is no Slurm here, or the sweep is in its queue already."""
   if not shutil.which("sbatch"):
     raise ConfigError("sbatch: there is no Slurm here; --dry_run prints what would be submitted")
   names = ",".join(f"{options.title}-{kind}" for kind in ("train", "evaluate", "report"))
@@ -136,7 +136,7 @@ def _submit(
 
 
 def _ask(command: Sequence[str]) -> str:
-  """What a command of Slurm answers. Errors: ConfigError with what it said instead."""
+  """Output of a Slurm command. Errors: ConfigError with its message, if it fails."""
   answer = subprocess.run(command, capture_output=True, text=True)
   if answer.returncode:
     said = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from launch import pool
 
 REDRAW_SECONDS = 1.0
-TAIL_BYTES = 1 << 16  # of metrics.jsonl, which hold its last rows
+TAIL_BYTES = 1 << 16  # of metrics.jsonl, enough for its last rows
 
 
 @contextlib.contextmanager
 def live(runner: pool.Pool, wanted: bool) -> Iterator[Callable[[], None]]:
-  """Context in which a table of what runs is on the terminal, below the lines that the pool says;
-  what it yields redraws it. Elsewhere it does nothing."""
+  """Context with a table of running jobs on the terminal, below the pool's lines; yields a function
+  that redraws it. Without a terminal, or if not `wanted`, that does nothing."""
   if not wanted or not sys.stdout.isatty():
     yield lambda: None
     return
-  from rich.console import Console  # which flax brings
+  from rich.console import Console  # installed with flax
   from rich.live import Live
 
   console, drawn = Console(), 0.0
@@ -51,7 +51,7 @@ def _table(found: list[tuple[str, ...]], caption: str):
 
 
 def summary(tasks: list[pool.Task]) -> str:
-  """How many jobs are how far."""
+  """How many jobs are over, failed, running and to go."""
   running = sum(task.running for task in tasks)
   over = sum(task.over for task in tasks)
   failed = sum(not pool.well(task) for task in tasks if task.over)
@@ -60,7 +60,7 @@ def summary(tasks: list[pool.Task]) -> str:
 
 
 def rows(tasks: list[pool.Task]) -> list[tuple[str, ...]]:
-  """A row for each job that runs: name, step, loss, tokens a second, time."""
+  """One row per running job: name, step, loss, tokens per second, time."""
   found: list[tuple[str, ...]] = []
   for task in tasks:
     if task.running:
@@ -71,7 +71,7 @@ def rows(tasks: list[pool.Task]) -> list[tuple[str, ...]]:
 
 
 def progress(workdir: str) -> tuple[str, str, str]:
-  """(step of how many, loss, tokens a second) of a run's newest row; "" for what is not there."""
+  """(step/steps, loss, tokens per second) of a run's newest row; "" for what is missing."""
   try:
     with open(os.path.join(workdir, "metrics.jsonl"), "rb") as file:
       file.seek(max(0, os.path.getsize(file.name) - TAIL_BYTES))
@@ -79,7 +79,7 @@ def progress(workdir: str) -> tuple[str, str, str]:
     row = json.loads([line for line in whole if b'"train/loss"' in line][-1])
     with open(os.path.join(workdir, "config.json"), "rb") as file:
       steps = json.load(file)["steps"]
-  except (OSError, ValueError, LookupError):  # which are not there yet
+  except (OSError, ValueError, LookupError):  # files or rows are not there yet
     return "", "", ""
   loss, speed = row.get("train/loss"), row.get("tokens_per_second")
   return (

@@ -30,8 +30,8 @@ from launch import jobs, remote, tpus
 from launch.jobs import Job
 
 STEPS = ("create", "setup", "run", "delete")
-FINAL = (2, 3)  # exit codes after which systemd starts nothing again
-WIDTH = 98  # columns of a line, ahead of the backslash that continues it
+FINAL = (2, 3)  # exit codes after which systemd does not restart a run: refused, diverged
+WIDTH = 98  # columns of a line, before the backslash that continues it
 WELL = (0, 3)  # exit codes of a run that has ended: done, diverged
 
 
@@ -54,7 +54,7 @@ class Resource:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One command of a shell, and what it does."""
+  """A shell command, and what it does."""
 
   kind: str  # one of STEPS
   title: str
@@ -83,8 +83,8 @@ def define_flags() -> None:
 def steps(
   listed: Sequence[Job], resource: Resource, image: str, restarts: int = 10
 ) -> Iterator[Step]:
-  """All that has to be done, in order. Errors: ConfigError for an evaluation beside its training:
-  a chip is one program's."""
+  """All that has to be done, in order. Errors: ConfigError for an evaluation beside its training,
+  since a chip can only be used by one program."""
   what = f"{resource.part.accelerator} x {resource.slices}"
   yield Step("create", f"ask for {what}, {resource.processes} hosts", create(resource))
   yield Step("create", "wait until it is there", wait(resource))
@@ -100,7 +100,7 @@ def steps(
 
 
 def in_turn(listed: Sequence[Job]) -> list[Job]:
-  """Each evaluation right behind its training. Errors: ConfigError for one that waits for none."""
+  """The jobs, each evaluation right after its training. Errors: ConfigError for one beside it."""
   behind = {job.after[0]: job for job in listed if job.kind == "evaluate" and job.after}
   if any(job.kind == "evaluate" and not job.after for job in listed):
     raise ConfigError(
@@ -115,7 +115,7 @@ def in_turn(listed: Sequence[Job]) -> list[Job]:
 
 
 def create(resource: Resource) -> str:
-  """Asks for the slices, unless they are there or asked for."""
+  """A command that requests the slices, unless they exist or were requested."""
   nodes = (
     [f"--node-id={resource.name}"]
     if resource.slices == 1
@@ -134,7 +134,7 @@ def create(resource: Resource) -> str:
 
 
 def wait(resource: Resource) -> str:
-  """Until they are there; fails where they never will be."""
+  """A command that waits until the slices are there; it fails if they never will be."""
   return "\n".join(
     [
       "while true; do",
@@ -155,7 +155,7 @@ def delete(resource: Resource) -> str:
 
 
 def ssh(resource: Resource, command: str, everywhere: bool = True) -> str:
-  """The command on every host of every slice, or on the first."""
+  """A command that runs `command` on every host of every slice, or on the first."""
   which = "all" if everywhere else "0"
   reached = _gcloud("ssh", resource, f"--node={which}", f"--worker={which}")
   return f"{reached} --command={shlex.quote(command)}"
@@ -173,7 +173,7 @@ def _state(resource: Resource) -> str:
 
 
 def _lines(words: Sequence[str], indent: str = "  ") -> str:
-  """Quoted for a shell, on lines of a hundred columns where the words let them."""
+  """Words quoted for a shell, on lines of at most a hundred columns if the words allow it."""
   lines = [shlex.quote(words[0])]
   for word in map(shlex.quote, words[1:]):
     if len(lines[-1]) + len(word) > WIDTH:
@@ -191,7 +191,7 @@ def _fetch(image: str) -> Iterator[str]:
 
 
 def _start(job: Job, resource: Resource, image: str, restarts: int) -> str:
-  """As a unit of systemd, which outlives the connection; one that runs is left alone."""
+  """Starts a job as a systemd unit, which outlives the connection, unless it runs already."""
   here = remote.across(job, resource.processes, resource.slices)
   platform = "cpu" if job.kind == "report" else "tpu,cpu"
   program, *arguments = remote.command(here)
@@ -199,7 +199,7 @@ def _start(job: Job, resource: Resource, image: str, restarts: int) -> str:
     *("/usr/bin/docker", "run", "--rm", "--init", f"--name={job.name}"),
     *("--privileged", "--network=host", f"--env=JAX_PLATFORMS={platform}"),
     *(f"--entrypoint={program}", image),
-    *(argument.replace("$", "$$") for argument in arguments),  # systemd puts variables in
+    *(argument.replace("$", "$$") for argument in arguments),  # systemd expands variables
   ]
   unit = [
     *("sudo", "systemd-run", f"--unit={job.name}"),
@@ -220,7 +220,7 @@ def _start(job: Job, resource: Resource, image: str, restarts: int) -> str:
 
 
 def _follow(job: Job) -> str:
-  """Its log until it ends, and its exit code: systemd forgets a unit that ended well."""
+  """Shows a job's log until it ends; exits with its code: systemd forgets successful units."""
   name = shlex.quote(job.name)
   return "\n".join(
     [
@@ -234,7 +234,7 @@ def _follow(job: Job) -> str:
 
 
 def described() -> list[Step]:
-  """What the flags describe. Errors: ConfigError."""
+  """The steps that the flags describe. Errors: ConfigError."""
   given = flags.FLAGS
   remote.check_image(given.image)
   remote.check_files(given.config, given.root)
@@ -253,7 +253,7 @@ def described() -> list[Step]:
 
 
 def launch(argv: list[str]) -> None:
-  """Prints the commands, or runs them. Exits with 1 if a run failed, once all have ended."""
+  """Prints the commands, or runs them. Exits with 1 after all have ended, if a run failed."""
   del argv
   todo = described()
   if flags.FLAGS.dry_run:
@@ -262,7 +262,7 @@ def launch(argv: list[str]) -> None:
     return
   if shutil.which("gcloud") is None:
     raise ConfigError("gcloud: is not installed here; install Google Cloud's command line")
-  failed: dict[str, str] = {}  # what was done -> the job that did not do it
+  failed: dict[str, str] = {}  # step that failed -> name of its job, or ""
   for number, step in enumerate(todo, 1):
     if step.job and step.job.kind == "evaluate" and {*step.job.after} & {*failed.values()}:
       continue

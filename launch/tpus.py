@@ -10,16 +10,16 @@ import math
 
 from beyond_outliers.errors import ConfigError
 
-GROUP = 4  # chips of each host of a slice that has several
+GROUP = 4  # chips per host, in slices of several hosts
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
   """A version of TPUs."""
 
-  device: str  # JAX's name of a chip: its peak is in beyond_outliers/hardware.py
-  memory: int  # GB of a chip
-  counted: int  # that a chip is in an accelerator's name: a v5p-128 has 64 chips, of two cores each
+  device: str  # JAX's name of a chip; its peak is in beyond_outliers/hardware.py
+  memory: int  # GB per chip
+  counted: int  # per chip in accelerators' names: a v5p-128 has 64 chips, of two cores each
   alone: int  # chips of the largest slice on one host
   label: str  # of GKE's nodes
   runtime: str  # image of Cloud TPU's machines
@@ -51,19 +51,19 @@ OTHER_NAMES = {"v5e": "v5litepod"}
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """A slice of TPUs: one JAX process a host, one device a chip."""
+  """A slice of TPUs: one JAX process per host, one device per chip."""
 
-  accelerator: str  # type of accelerator, as gcloud has it
+  accelerator: str  # type of accelerator, as gcloud names it
   kind: Kind
   topology: str
   hosts: int
-  chips: int  # of a host
+  chips: int  # per host
 
 
 def parse(accelerator: str, flag: str = "--accelerator") -> Slice:
   """The slice of a type such as v5litepod-256 (also v5e-256), or v5p-128.
 
-  Errors: ConfigError where there is none of that name."""
+  Errors: ConfigError if there is no such type."""
   version, _, count = accelerator.partition("-")
   version = OTHER_NAMES.get(version, version)
   if version not in KINDS:

@@ -1,4 +1,4 @@
-"""XManager launcher: a sweep as one XManager experiment, here, on Vertex AI or on Kubernetes.
+"""XManager launcher: a sweep as one XManager experiment, locally, on Vertex AI or on Kubernetes.
 
   python -m launch.xm_launch --config=configs/shampoo.py --root=runs/tuning/shampoo --parallel=2 \
     --evaluate=behind
@@ -38,8 +38,8 @@ except ModuleNotFoundError as missing:
   )
   sys.exit(2)
 
-# Accelerators that the executors of XManager 0.8.5 give a machine or node that exists; the others
-# they drop (TPUs on Kubernetes), or put on the wrong one (an H100 on an N1).
+# Accelerators for which the executors of XManager 0.8.5 ask for a machine or node that exists.
+# Others they drop (TPUs on Kubernetes), or ask for on the wrong machine (an H100 on an N1).
 ACCELERATORS = {
   "local": (),
   "vertex": ("p4", "t4", "p100", "v100", "a100", "l4_24th", "tpu_v2", "tpu_v3"),
@@ -59,7 +59,7 @@ def define_flags() -> None:
 
 
 def parse_requirements(words: Sequence[str], executor: str) -> dict[str, float]:
-  """{name of a resource: amount} of a100=8,ram=680. Errors: ConfigError."""
+  """{name of a resource: amount} from a100=8,ram=680. Errors: ConfigError."""
   allowed = (*ACCELERATORS[executor], *SIZES) if executor != "local" else ()
   require_once("--requirements", [word.partition("=")[0] for word in words])
   found: dict[str, float] = {}
@@ -88,7 +88,7 @@ def executor_of(name: str, requirements: dict[str, float]) -> xm.Executor:
 
 
 def program_of(executor: xm.Executor, image: str) -> xm.Packageable:
-  """What the jobs run: this Python, or an image, made of this clone if none is given."""
+  """What the jobs run: this Python, or an image, built from this clone if none is given."""
   spec = type(executor).Spec()
   if isinstance(executor, xm_local.Local):
     return xm.Packageable(executable_spec=xm.Binary(path=sys.executable), executor_spec=spec)
@@ -98,27 +98,27 @@ def program_of(executor: xm.Executor, image: str) -> xm.Packageable:
 
 
 def xm_job(job: Job, program: xm.Executable, executor: xm.Executor) -> xm.Job:
-  """The image's entry point is `python -m`."""
+  """A job for XManager; the image's entry point is `python -m`."""
   words = [job.module, *job.arguments]
   if isinstance(executor, xm_local.Local):
     words.insert(0, "-m")
   elif isinstance(executor, xm_local.Kubernetes):
-    words = [word.replace("$", "$$") for word in words]  # $(NAME) is a variable there
+    words = [word.replace("$", "$$") for word in words]  # $(NAME) would be expanded
   return xm.Job(program, executor, name=job.name, args=words)
 
 
 @dataclasses.dataclass
 class Queue:
-  """Starts the jobs of a list in an experiment, each once those have ended that it waits for.
+  """Starts the jobs of a list in an experiment, each after those that it waits for have ended.
 
-  XManager starts all that it is given at once; at most `parallel` are given to it at a time."""
+  XManager starts all jobs that it is given at once, so it is given at most `parallel` at a time."""
 
   listed: Sequence[Job]
   parallel: int
-  skip: Callable[[Job], bool]  # asked of each when its turn comes
-  asked: bool = False  # to stop
+  skip: Callable[[Job], bool]  # called for each job when its turn comes
+  asked: bool = False  # whether it was asked to stop
   failed: list[Job] = dataclasses.field(default_factory=list)
-  _told: set[int] = dataclasses.field(default_factory=set)  # to stop, by process id
+  _told: set[int] = dataclasses.field(default_factory=set)  # ids of processes asked to stop
 
   async def run(self, experiment: Any, make: Callable[[Job], xm.Job]) -> None:
     free = asyncio.Semaphore(self.parallel)
@@ -140,15 +140,15 @@ class Queue:
     await asyncio.gather(*(one(number, job) for number, job in enumerate(self.listed, 1)))
 
   def stop(self) -> None:
-    """Asks the processes that run here to save, again ends them at once, and starts no more. A
-    terminal's Ctrl-C does not reach them, and XManager itself would end their shells alone."""
+    """Asks the local processes to save and starts no more; called again, it ends them at once. A
+    terminal's Ctrl-C does not reach them, and XManager itself would only end their shells."""
     self._told.clear()
     if not self.asked:
       self.asked = True
       self._tell()
 
   def _tell(self) -> None:
-    """Each process once; also one that is just being started."""
+    """Asks each process once; repeats, to catch those that are just being started."""
     for process in _running():
       if process.pid not in self._told:
         self._told.add(process.pid)
@@ -158,15 +158,15 @@ class Queue:
 
 
 def _running() -> Iterator[psutil.Process]:
-  """The jobs' own processes: children of the shells that XManager starts, where those do not become
-  what they run."""
+  """The jobs' own processes: children of the shells that XManager starts, or the shells themselves
+  if they were replaced by what they run."""
   for child in psutil.Process().children():
     with contextlib.suppress(psutil.NoSuchProcess):
       yield from child.children() if child.cmdline()[1:2] == ["-c"] else [child]
 
 
 async def run(queue: Queue, title: str, executor: xm.Executor, image: str) -> None:
-  """The experiment, until its last job has ended."""
+  """Runs the experiment until its last job has ended."""
   loop = asyncio.get_running_loop()
   here = isinstance(executor, xm_local.Local)
   for number in cli.STOP_SIGNALS if here else ():
@@ -175,7 +175,7 @@ async def run(queue: Queue, title: str, executor: xm.Executor, image: str) -> No
     async with xm_local.create_experiment(experiment_title=title) as experiment:
       (program,) = experiment.package([program_of(executor, image)])
       await queue.run(experiment, lambda job: xm_job(job, program, executor))
-      if queue.failed:  # on leaving XManager raises each again, and logs the tracebacks of its own
+      if queue.failed:  # on exit, XManager raises each failure again and logs its own tracebacks
         logging.set_verbosity(logging.FATAL)
   except RuntimeError:
     if not queue.failed:
@@ -183,8 +183,8 @@ async def run(queue: Queue, title: str, executor: xm.Executor, image: str) -> No
 
 
 def launch(argv: list[str]) -> None:
-  """Runs the sweep but for runs that ended. Exits with 1 if one is neither done nor diverged, with
-  42 if it was asked to stop."""
+  """Runs those runs of the sweep that have not ended. Exits with 1 if one is neither done nor
+  diverged, and with 42 if it was asked to stop."""
   del argv
   given = flags.FLAGS
   requirements = parse_requirements(given.requirements, given.executor)

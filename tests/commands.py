@@ -1,5 +1,5 @@
-"""Commands as a person types them: a module is imported once, and gives each command a process of
-its own."""
+"""Commands as a person types them: a module is imported once, and each command runs in a process
+forked from there."""
 
 import json
 import os
@@ -34,8 +34,8 @@ print(json.dumps([answers, result]))
 
 
 def answers(name, commands, after=""):
-  """([exit code, all that it said] of each command, `result`, which the code `after` may set with
-  the module at hand)."""
+  """([exit code, output] of each command, `result`, which the code `after` may set, with access to
+  the module)."""
   process = subprocess.run(
     [sys.executable, "-c", SCRIPT.replace("{after}", after), name, json.dumps(commands)],
     cwd=ROOT,
@@ -66,7 +66,7 @@ def start(module, *flags, **environment):
 
 
 def finish(process, expected=0, timeout=240):
-  """All that a started command has said, once it has ended with this exit code."""
+  """Output of a started command, after it has ended with this exit code."""
   output, _ = process.communicate(timeout=timeout)
   assert process.returncode == expected, output[-3000:]
   return output
@@ -84,7 +84,7 @@ def run(module, *flags, **environment):
 
 
 def instead(flags, given):
-  """The flags, those of `given` in the place of what has their names: a command takes each once."""
+  """The flags, with those of the same name replaced by `given`: commands take each flag once."""
   names = {flag.partition("=")[0] for flag in given}
   return [*(flag for flag in flags if flag.partition("=")[0] not in names), *given]
 

@@ -9,9 +9,9 @@ CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# By default XLA:CPU starts all-reduces that don't depend on each other in any order, each device in
-# its own, on threads of which there are too few for all of them: devices wait for each other for
-# ever, sooner on a busy machine. This schedule orders them.
+# By default XLA:CPU starts independent all-reduces in any order, which differs between devices, on
+# too few threads for all of them: devices may deadlock, more so on a busy machine. This schedule
+# orders them.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
@@ -19,9 +19,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_cpu_use_fusion_emitters=false",
   ]
 ).strip()
-# Programs of tests run a few times, on little: compiling them is what takes time, and these two
-# leave an eighth of it. Tests that compute for long, or that compare the bits of two programs, take
-# the fixture `optimized`.
+# Programs of tests run a few times, on small inputs: compiling takes most of the time, which these
+# two options cut to an eighth. Tests that compute for long, or that compare the bits of two
+# programs, use the fixture `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  (the environment comes first)
@@ -53,8 +53,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-  """Tracing makes objects by the hundred thousand, and Python looks for cycles among them, and
-  among all that has been imported, every 700: a quarter of the time."""
+  """Reduces garbage collection: tracing makes hundreds of thousands of objects, and every 700
+  Python would search them and all imported ones for cycles, a quarter of the time."""
   gc.collect()
   gc.freeze()
   gc.set_threshold(20_000, 20, 20)
@@ -66,8 +66,8 @@ MANY_MEMORY_MAPS = 15_000
 
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
-  """Every compiled program takes some memory maps, of which Linux allows a process 65,530: a worker
-  that runs hundreds of tests that compile would die of a segmentation fault in the compiler."""
+  """Every compiled program takes some of the 65,530 memory maps that Linux allows a process: after
+  hundreds of tests that compile, a worker would die of a segmentation fault in the compiler."""
   yield
   if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
     jax.clear_caches()

@@ -10,7 +10,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Table(NamedTuple):
-  section: str  # the text between two headings that it stands in
+  section: str  # the text between two headings that contains it
   header: list[str]
   rows: list[list[str]]
 
@@ -84,7 +84,7 @@ def links(text: str) -> list[tuple[str, str]]:
 
 
 def anchors(text: str) -> set[str]:
-  """What links to the headings are called on GitHub."""
+  """The headings' anchors on GitHub."""
   headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
   named = [re.sub(r"\]\([^)]*\)", "", heading).lower() for heading in headings]
   return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in named}

@@ -463,7 +463,7 @@ def test_a_folder_of_any_name_gives_back_what_was_saved_in_it(tmp_path, name):
 
 
 def skip_merge(monkeypatch):
-  """Orbax leaves the parts of a checkpoint that each process wrote as they are, without a word."""
+  """Makes Orbax leave the parts that each process wrote unmerged, silently."""
 
   async def skip(*args, **kwargs):
     pass
@@ -487,7 +487,7 @@ def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, monkeypa
 @pytest.mark.parametrize("temporary", [(), (3,), (2, 3), (1, 2), (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("every", [0, 3])
 def test_none_is_deleted_before_the_next_is_proven(tmp_path, monkeypatch, temporary, every):
-  """Were only the newest kept, one that cannot be read back would be all that is left."""
+  """If only the newest were kept, nothing might be left but one that cannot be read back."""
   options = config.Checkpoint(every=1, keep=1, keep_every=every, verify=True, every_minutes=1.0)
   checkpoints, sealed_before = checkpoint.Checkpoints(tmp_path, options), []
 

@@ -1,5 +1,5 @@
-"""Damage on the disk: every kind of file that is written, flipped, cut, deleted, or replaced by
-another's of its kind, is refused or changes nothing of what is read."""
+"""Damage on the disk: every kind of file that is written, when flipped, cut, deleted or replaced by
+another of its kind, is refused or changes nothing that is read."""
 
 import dataclasses
 import fnmatch

@@ -1,5 +1,5 @@
-"""The compressed-tensors layout: what other engines read from it is the matrix, and what it cannot
-say is refused.
+"""The compressed-tensors layout: other engines read the right matrix from it, and what it cannot
+express is refused.
 
 tests/golden/compressed_tensors.npz is of that package's version 0.20.0: numbers of 2, 4 and 8 bits
 with what its pack_to_int32 made of them, and inputs (Student's t, 3 degrees of freedom; a row of

@@ -1,5 +1,5 @@
-"""Folder of a run: where it cannot be, and files in it that are not what was written, are told in
-one line before anything else begins."""
+"""Folder of a run: an impossible place for it, or files in it that are not what was written, are
+reported in one line before anything else begins."""
 
 import errno
 import json

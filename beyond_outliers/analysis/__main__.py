@@ -2,12 +2,12 @@
 
   python -m beyond_outliers.analysis --root=runs/tuning,runs/qat [--plot=curves.png]
 
-Prints each recipe's best learning rates, and where there is more than one recipe what each costs
-each optimizer. --common_loss prints instead how the optimizers come to one loss, --degradation what
-quantization after training costs them, from the cells of evaluation jobs. --overrides=FILE writes
-the rates, or rates and lengths, for launch.local. --out=FOLDER writes all of it and more as one
-page of HTML, with its figures and tables. --pack=FILE writes what all of these read into one small
-file, which --root takes in the place of a folder.
+Prints each recipe's best learning rates and, with several recipes, what each costs each optimizer.
+Instead, --common_loss prints how the optimizers reach one loss, and --degradation what quantization
+after training costs them, from the cells of evaluation jobs. --overrides=FILE also writes the
+rates, or rates and lengths, for launch.local. --out=FOLDER writes all of this and more as one page
+of HTML, with its figures and tables. --pack=FILE writes everything that these reports read into one
+small file, which --root accepts in place of a folder.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     return
   settings = dict(setting.split("=", 1) for setting in SETTINGS.value)
   if OUT.value:
-    from beyond_outliers.analysis import page  # brings Jinja, which no other report needs
+    from beyond_outliers.analysis import page  # imports Jinja, which no other report needs
 
     options = {"roots": ROOT.value, "settings": settings, "folders": CELLS.value}
     print(page.write_page(found, OUT.value, **options))
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags() -> None:
-  """Refusal of flags that the chosen report ignores or cannot use. Errors: ConfigError."""
+  """Refuses flags that the chosen report ignores or cannot use. Errors: ConfigError."""
   for flag, others in (
     (PLOT, (COMMON_LOSS, DEGRADATION, OUT)),
     (GAP_PLOT, (COMMON_LOSS, DEGRADATION, OUT)),
@@ -152,9 +152,9 @@ def _check_flags() -> None:
 
 
 def _find_runs(roots: list[str]) -> list[runs.Run]:
-  """The runs below all roots, which may overlap, each once.
+  """The runs below all roots, each once even if roots overlap.
 
-  Errors: ConfigError where a root does not exist, or none holds a run."""
+  Errors: ConfigError if a root does not exist, or none holds a run."""
   for root in roots:
     stores.check_address(root)
     require(

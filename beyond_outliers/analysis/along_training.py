@@ -1,7 +1,7 @@
 """What quantization costs the checkpoints of a run, along its schedule.
 
-arXiv 2510.06213 finds delta, the share by which quantization raises the loss, flat while the
-learning rate is constant, and that it jumps as the rate decays.
+arXiv 2510.06213 finds that delta, the relative increase of the loss by quantization, is flat while
+the learning rate is constant, and jumps as the rate decays.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ COLUMNS = (
   *("optimizer", "seed", "run", "recipe", "method", "average", "learning_rate", "steps", "step"),
   *("fraction", "rate", "loss", "quantized_loss", "delta"),
 )
-VARIES = ("step", "average")  # in cells of one run
-AT_PEAK = 1 - 1e-6  # schedules are float32
+VARIES = ("step", "average")  # what the cells of one run may differ in
+AT_PEAK = 1 - 1e-6  # share of the peak rate from which on it counts: schedules are float32
 
 
 def schedule_position(c: config.Config, step: int) -> tuple[float, float]:
-  """(fraction of the run that is done after a step, learning rate of that step over its peak), as
-  metrics.jsonl logs it, but for skipped updates."""
+  """(fraction of the run completed after a step, that step's learning rate over the peak rate), as
+  in metrics.jsonl if no updates were skipped."""
   schedule = optim.SCHEDULES[c.schedule.name](c.schedule, 1.0, c.steps)
   return step / c.steps, float(np.asarray(schedule(step - 1)))
 
@@ -39,14 +39,14 @@ def frame(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """A row per cell quantized after training, of every checkpoint that was evaluated.
+  """One row per cell quantized after training, for every checkpoint that was evaluated.
 
-  Columns: COLUMNS; fraction and rate of `schedule_position`; loss, in full precision, and
-  quantized_loss, in nats; delta, quantized_loss / loss - 1; average, of cells of averaged weights
-  how they were averaged, else empty: these are rows of their own. attrs["left_out"]: in words what
-  is left out, or to be known.
+  Columns: COLUMNS; fraction and rate are those of `schedule_position`; loss (in full precision) and
+  quantized_loss are in nats; delta is quantized_loss / loss - 1; average tells how weights were
+  averaged, empty if they weren't: such cells are rows of their own. attrs["left_out"]: sentences on
+  what is left out, and other caveats.
   settings, folders: see `ptq_degradation.degradation_cells`.
-  Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
+  Errors: ConfigError if no run has such a cell, and as `ptq_degradation.check_cells`."""
   found, said = ptq_degradation.find_cells(runs, settings, folders, but=VARIES)
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
@@ -76,14 +76,14 @@ def frame(
 
 
 def jump(frame: pd.DataFrame) -> pd.DataFrame:
-  """What becomes of delta as the learning rate decays, from a table of `frame`: a row per (recipe,
-  method, average, optimizer), means over seeds and their standard errors.
+  """How delta changes as the learning rate decays, from a table of `frame`: one row per (recipe,
+  method, average, optimizer), with means over seeds and their standard errors.
 
   Columns: constant, the mean of delta over the checkpoints at the peak rate; change, delta at the
-  last of these less that at the first, which is zero where delta is flat; end, delta after the last
-  step; jump, end - constant of each seed; each with its `_stderr`, NaN for one seed; seeds, of runs
-  that have both; checkpoints, how many of a run at most are at the peak rate; reason, why a run
-  does not count."""
+  last of these less that at the first, zero where delta is flat; end, delta after the last step;
+  jump, end - constant, by seed; each with its `_stderr`, NaN for one seed; seeds, the number of
+  runs with both; checkpoints, the largest number at the peak rate in one run; reason, why runs do
+  not count."""
   keys = ["recipe", "method", "average", "optimizer"]
   rows = []
   for names, cells in frame.groupby(keys, sort=True):

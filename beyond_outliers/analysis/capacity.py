@@ -1,4 +1,4 @@
-"""Capacity of a recipe, predicted from its grids: the share rho that a model is worth of its size.
+"""Capacity of a recipe, predicted from its grids: the share rho of its size that a model is worth.
 
 By arXiv 2506.01863, equation 3 and section 4.3,
 
@@ -6,9 +6,9 @@ By arXiv 2506.01863, equation 3 and section 4.3,
     rho(weights and activations) = rho(weights) rho(activations)
 
 GMSE(R) is the mean squared error of the representation R on N(0, 1). L, F and C are fitted to
-measured rho for each kind of representation (scalar grids, vector grids, sparse ones); L is 1 of
-those that lose nothing at many bits. The paper does not print their values. It knows no optimizer:
-what `scaling_law.fit` measures differs between optimizers, this does not.
+measured rho for each kind of representation (scalar grids, vector grids, sparse ones); L is 1 for
+kinds that lose nothing at many bits. The paper does not print their values. The prediction is the
+same for all optimizers, whereas the rho that `scaling_law.fit` measures differs between them.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ class CapacityCurve(NamedTuple):
   L: float = 1.0
 
   def __call__(self, error: float | np.ndarray) -> np.ndarray:
-    """rho at a mean squared error on N(0, 1): L at none, zero from one on."""
+    """rho at a mean squared error on N(0, 1): L at an error of 0, and 0 at 1 or more."""
     bits = -np.log(np.clip(error, 1e-300, 1.0)) / math.log(4)
     return self.L * np.tanh(self.F * bits) ** self.C
 
 
-# Our fit, by `fit_capacity`, to the two decimals that the paper's figure 6 prints for QuEST at 1,
-# 2, 3 and 4 bits: weights alone .21 .45 .74 .90, activations alone .21 .48 .76 .91. It is off by up
-# to .05 there, and products are up to .07 below the figure's for both: W4A4 .78, measured .85. It
-# ranks grids; for more, fit what was measured.
+# Our fit, by `fit_capacity`, to the two-decimal values in the paper's figure 6 for QuEST at 1, 2, 3
+# and 4 bits: weights alone .21 .45 .74 .90, activations alone .21 .48 .76 .91. It is off by up to
+# .05 there; its products are up to .07 below the figure's values for both operands: W4A4 .78, where
+# .85 was measured. It is good for ranking grids; for more, fit measurements.
 QUEST_CURVE = CapacityCurve(F=0.505, C=1.616)
 
 
 def predicted_capacity(
   recipe: quant.Recipe, curve: CapacityCurve = QUEST_CURVE, *, width: int = 1024
 ) -> float:
-  """rho of a recipe's weights times that of its activations, as its last rule has them; 1 of what
-  it leaves whole. Errors: ConfigError as `gaussian_error`, and for what is no Recipe."""
+  """rho of a recipe's weights times that of its activations, by its last rule; 1 for an operand in
+  full precision. Errors: ConfigError as `gaussian_error`, and for what is not a Recipe."""
   check_recipe(recipe)
   specs = [spec for spec in (recipe.weights, recipe.activations) if spec is not None]
   return math.prod(float(curve(gaussian_error(spec, width=width))) for spec in specs)
@@ -61,11 +61,11 @@ def predicted_capacity(
 def gaussian_error(
   spec: quant.QuantSpec, *, width: int = 1024, rows: int = 256, seed: int = 0
 ) -> float:
-  """The mean squared error of quantizing rows of so many numbers of N(0, 1), a draw: its standard
-  error is below half a percent.
+  """The mean squared error of quantizing `rows` rows of `width` numbers drawn from N(0, 1); its
+  standard error is below half a percent.
 
-  width: of the contraction axis; absmax grows with it. A rotation does not change N(0, 1), and is
-    left out; a scale that training would learn is the one of the least error.
+  width: of the contraction axis; absmax grows with it. Rotations, which don't change N(0, 1), are
+    left out; for a scale that training would learn, the one of least error is taken.
   Errors: ConfigError for the grid "unsigned", which normal numbers do not fit."""
   require(
     spec.grid != "unsigned",
@@ -82,9 +82,9 @@ def gaussian_error(
 
 
 def fit_capacity(errors: Sequence[float], rho: Sequence[float]) -> CapacityCurve:
-  """F and C, with L = 1, of measured rho at errors on N(0, 1): least squares.
+  """F and C, with L = 1, fitted by least squares to rho measured at errors on N(0, 1).
 
-  Give one operand's errors, with the other in full precision. Errors: ConfigError for less than
+  errors: of one operand, with the other in full precision. Errors: ConfigError for fewer than
   three."""
   require(len(errors) >= 3, "errors", list(errors), "two constants need at least three of them")
 

@@ -1,4 +1,4 @@
-"""The common loss: one validation loss that every optimizer comes to, and the lengths of the runs
+"""The common loss: one validation loss that every optimizer reaches, and the lengths of the runs
 that end at it."""
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Point(NamedTuple):
 class Landing:
   """One optimizer's ways to the common loss.
 
-  Losses are validation losses in nats, means over seeds. Checkpoints are those that all seeds of
-  the full length have, or had when they were evaluated."""
+  Losses are validation losses in nats, means over seeds. Checkpoints are those that the runs of
+  full length have for all seeds, or had when they were evaluated."""
 
   optimizer: str
   learning_rate: float
   best: Point  # the last step of the full length
   steps: int  # the length of a run that should end at the common loss
-  ending: Point  # of the runs there are, of any length, the end that is nearest to it
-  evaluation: Point  # of the full-length runs' evaluations, the nearest
-  checkpoint: Point | None  # of their checkpoints, the nearest
-  crossing: Point | None  # of their checkpoints, the first at or below the common loss
+  ending: Point  # the nearest end of the existing runs, of any length
+  evaluation: Point  # the nearest evaluation of the full-length runs
+  checkpoint: Point | None  # their nearest checkpoint
+  crossing: Point | None  # their first checkpoint at or below the common loss
   runs: tuple[runs_lib.Run, ...]  # of full length, one per seed
 
   @property
@@ -49,28 +49,28 @@ class Landing:
 
 
 def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
-  """The common loss CL and the way of each optimizer to it: (CL, [Landing, ...]).
+  """The common loss CL and each optimizer's ways to it: (CL, [Landing, ...]).
 
   CL is the worst of the optimizers' best full-precision losses at full length.
 
-  How models land on CL the paper (arXiv 2509.23500) leaves open. Here each optimizer is trained
+  The paper (arXiv 2509.23500) does not say how models land on CL. Here each optimizer is trained
   again at its tuned rate for fewer steps, with a schedule of its own: a model taken from the middle
-  of a run would be the only one without its cool-down. The number of steps comes from what is known
-  of losses at the end of runs of other lengths, linear in the logarithm of the steps. While there
-  is one length only, a run of n steps is taken to end as far below the full run's evaluation at n,
+  of a run would be the only one without a cool-down. The number of steps is interpolated between
+  final losses of runs of other lengths, linearly in the logarithm of the steps. As long as all runs
+  have one length, a run of n steps is assumed to end as far below the full run's evaluation at n,
   before its cool-down, as the full run ended below the line through these evaluations. Once the
-  re-runs are among `runs`, their ends replace that guess, so that the same two commands, report and
-  launch, close in on CL; |ending.loss - loss| says how near it is. All seeds of an optimizer get
-  one number of steps: landing each by itself would take out part of the variance between them.
+  re-runs are among `runs`, their ends replace that guess, so that repeating the same two commands,
+  report and launch, converges to CL; |ending.loss - CL| tells how near it is. All seeds of an
+  optimizer get the same number of steps: landing each separately would hide part of their variance.
 
-  A checkpoint's loss is that of the evaluation at its step, or between two evaluations linear in
-  the step; one before the first evaluation has none, and is left out. The authors' code takes
-  another way, the first checkpoint of the full-length run whose loss is below CL, which is
+  A checkpoint's loss is that of the evaluation at its step, or interpolated between two, linearly
+  in the step; checkpoints before the first evaluation have none and are left out. The authors' code
+  instead takes the first checkpoint of the full-length run whose loss is below CL, which is
   `crossing`; there a run's best loss is the least of many estimates, each on few fresh tokens, and
-  so below what it would be on all. Here all is of one validation set, and the best loss is the last
-  one. landings.py compares what quantization costs at each.
-  Errors: ConfigError as `tuning.tunings`; an optimizer without a run of full length; fewer than two
-    evaluations before the cool-down; losses that do not fall with the steps."""
+  so biased low. Here all losses are of one validation set, and the best loss is the last one.
+  landings.py compares what quantization costs at each landing.
+  Errors: ConfigError as `tuning.tunings`; for an optimizer without a run of full length; fewer than
+    two evaluations before the cool-down; losses that do not fall with the steps."""
   frame = run_frame(runs, but=("steps",))
   frame = frame[frame.recipe == FULL_PRECISION]
   if frame.empty:
@@ -120,13 +120,13 @@ def _nearest(points: Iterable[Point], target: float) -> Point:
 
 
 def _crossing(points: Iterable[Point], target: float) -> Point | None:
-  # The optimizer that CL is of meets it up to the order of a sum.
+  # The optimizer that sets CL reaches it only up to rounding, by the order of summation.
   below = (p for p in points if p.loss <= target or math.isclose(p.loss, target))
   return min(below, default=None)
 
 
 def _endings(t: Tuning, frame: pd.DataFrame) -> list[Point]:
-  """Last losses of the runs of every length that all of the tuning's seeds finished at its rate."""
+  """Final losses of the runs at the tuned rate, for each length that all of its seeds finished."""
   seeds = {run.config.seed for run in t.best}
   own = frame[
     (frame.optimizer == t.optimizer) & (frame.rate == t.learning_rate) & frame.seed.isin(seeds)
@@ -139,7 +139,7 @@ def _endings(t: Tuning, frame: pd.DataFrame) -> list[Point]:
 
 
 def _evaluations(t: Tuning) -> list[Point]:
-  """Losses of the best runs, at the steps that all of them were evaluated at."""
+  """Losses of the best runs, at the steps at which all of them were evaluated."""
   curves = pd.concat([run.metrics()["eval/loss"].dropna() for run in t.best], axis=1).dropna()
   steps = curves.index.to_numpy(int)
   return [
@@ -148,8 +148,8 @@ def _evaluations(t: Tuning) -> list[Point]:
 
 
 def _checkpoints(t: Tuning, evaluations: Sequence[Point]) -> list[Point]:
-  """Checkpoints that all of the best runs have, or had when they were evaluated, as cells say; but
-  for those before the first evaluation, whose loss is not known."""
+  """Checkpoints that all of the best runs have, or had when they were evaluated, by their cells;
+  without those before the first evaluation, whose loss is not known."""
   saved = set.intersection(*(set(run.steps) | _evaluated(run) for run in t.best))
   steps, losses = zip(*evaluations, strict=True)
   return [Point(step, float(np.interp(step, steps, losses))) for step in saved if step >= steps[0]]
@@ -164,7 +164,7 @@ def _evaluated(run: runs_lib.Run) -> set[int]:
 def _expected_endings(
   evaluations: Sequence[Point], schedule: config.Schedule, name: str
 ) -> list[Point]:
-  """Losses of runs that would end at the evaluated steps, from the gain of the real cool-down."""
+  """Estimated losses of runs that end at the evaluated steps, from the real cool-down's gain."""
   length, final = evaluations[-1]
   flat = [
     p for p in evaluations if schedule.warmup * length <= p.step <= (1 - schedule.cooldown) * length
@@ -180,8 +180,8 @@ def _expected_endings(
 
 
 def _steps_to(target: float, points: Sequence[Point], name: str) -> int:
-  """Where losses cross the target, linear in log steps between two points, or beyond them from the
-  two that are nearest."""
+  """The step at which losses cross the target: linear in log steps between two points, or
+  extrapolated from the nearest two."""
   after = next((i for i, p in enumerate(points) if i > 0 and p.loss <= target), len(points) - 1)
   (first, high), (second, low) = points[after - 1], points[after]
   if low >= high:

@@ -1,4 +1,4 @@
-"""Correlations of a few optimizers' or runs' values: coefficients, exact p values, bootstrap."""
+"""Correlations over few optimizers or runs: coefficients, exact p values, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy import stats
 from beyond_outliers.analysis.statistics import Values, check_column, check_confidence
 from beyond_outliers.config.checks import nearest, require
 
-# Up to so many values all n! pairings are gone through; above, p is scipy's own.
+# Up to this many values, p enumerates all n! pairings; above, it is scipy's own.
 EXACT_UP_TO = 9
 RESAMPLES = 4999
 
@@ -41,23 +41,23 @@ def correlation(
   confidence: float = 0.95,
   seed: int = 0,
 ) -> Correlation:
-  """The association of paired values: a row of CORRELATIONS, pearson, spearman or kendall.
+  """The association of paired values. method: a row of CORRELATIONS, pearson, spearman or kendall.
 
-  given: a covariate, as the loss in full precision: the partial correlation, that of the residuals
-    of x and y (of their ranks, by spearman) after linear regression on it. Not by kendall.
-  clusters: a label per pair, its optimizer or seed, where pairs of one are not independent: the
-    interval is of clusters drawn anew, and p of x's clusters set against other clusters' y, in the
-    order in which they are given; it is NaN of a single cluster, and of clusters of several sizes.
+  given: a covariate, such as the loss in full precision, for the partial correlation: that of the
+    residuals of x and y (for spearman, of their ranks) after linear regression on it. Not kendall.
+  clusters: a label per pair, such as its optimizer or seed, if pairs with the same label are not
+    independent. The bootstrap then draws clusters, and p permutes y's clusters as wholes, rows in
+    the order given; p is NaN for a single cluster, and for clusters of different sizes.
   interval: of the bootstrap, "bca" (bias-corrected and accelerated) or "percentile"; by default bca
-    for pearson, percentile for ranks, of which resamples take few values.
+    for pearson, percentile for ranks, whose resamples take few values.
   p is exact up to EXACT_UP_TO pairs, or clusters: the share of all n! pairings with a coefficient
-    as large, twice the smaller of both sides (scipy.stats.permutation_test). With more, scipy's own
-    of the method. With `given`, by spearman, the pairings are of y's residuals, which are regressed
-    again (Freedman and Lane 1983); else Student's t with n - 3 degrees of freedom, exact for normal
-    values by pearson, near it by spearman.
+    as extreme, twice the smaller tail (scipy.stats.permutation_test). With more pairs, it is
+    scipy's; with more clusters, of RESAMPLES random pairings. With `given`, spearman pairs y's
+    residuals, regressed again (Freedman and Lane 1983); otherwise p is Student's t's with n - 3
+    degrees of freedom, exact for normal values by pearson, nearly so by spearman.
 
-  What few pairs are worth: how often the 95 % interval holds .8 (.786 by ranks), the correlation of
-  the normal numbers that n pairs are drawn from, 500 times, by `DRAWS=500 python -m
+  Coverage with few pairs: how often the 95 % interval contains .8 (.786 for ranks), the correlation
+  of the normal distribution from which n pairs are drawn, 500 times, by `DRAWS=500 python -m
   pytest -s tests/analysis/test_correlations.py -k coverage`:
 
        n   pearson: bca  percentile   spearman: bca  percentile
@@ -65,10 +65,10 @@ def correlation(
       12           .938        .918            .958        .990
       24           .924        .908            .936        .962
 
-  Of six pairs it is wide: by pearson, zero is outside in one draw of four, and p below .05 in half.
-  By ranks, bca is at times all from -1 to 1.
-  Errors: ConfigError for lengths that differ, values that are not finite or all equal, fewer
-    than three pairs (four with `given`), and unknown names."""
+  For six pairs it is wide: by pearson it excludes zero in one draw of four, and p is below .05 in
+  half. For ranks, bca sometimes spans all of -1 to 1.
+  Errors: ConfigError for unequal lengths, values that are not finite or all equal, fewer than three
+    pairs (four with `given`), and unknown names."""
   require(method in CORRELATIONS, "method", method, nearest(method, CORRELATIONS))
   coefficient = CORRELATIONS[method]
   interval = interval or coefficient.interval
@@ -104,9 +104,9 @@ def correlation(
 
 
 def _pearson(*columns: np.ndarray) -> np.ndarray:
-  """Pearson's coefficient along the last axis, given the third column if there is one; of columns
-  that do not vary, zero."""
-  # In powers of two, so that no square is out of range.
+  """Pearson's coefficient along the last axis, given the third column if there is one; zero for
+  columns that do not vary."""
+  # Scaled by powers of two, which is exact, so that no square is out of range.
   exponents = [np.frexp(np.abs(v).max(axis=-1, keepdims=True))[1] for v in columns]
   columns = tuple(np.ldexp(v, -e) for v, e in zip(columns, exponents, strict=True))
   x, y, *given = (v - v.mean(axis=-1, keepdims=True) for v in columns)
@@ -117,7 +117,7 @@ def _pearson(*columns: np.ndarray) -> np.ndarray:
   largest_x, largest_y, *_ = (np.abs(v).max(axis=-1) for v in columns)
   tiny = 1e-14 * largest_x * largest_y + 1e-300
   r = np.where(scale > tiny, (x * y).sum(axis=-1) / np.where(scale > tiny, scale, 1), 0.0)
-  return np.round(r, 12)  # so that the same pairs in another order give the same number
+  return np.round(r, 12)  # so that the order of the pairs does not matter
 
 
 def _spearman(*columns: np.ndarray) -> np.ndarray:
@@ -133,8 +133,8 @@ def _kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Coefficient(NamedTuple):
-  """A kind of correlation: its value along the last axis of columns, scipy's test of two, and the
-  kind of interval that is the better one of few pairs."""
+  """A kind of correlation: its value along the last axis of columns, scipy's test of two columns,
+  and the kind of interval that is better for few pairs."""
 
   statistic: Callable[..., np.ndarray]
   test: Callable[..., Any]
@@ -163,7 +163,7 @@ def _p_value(
       freedom = len(x) - 3
       t = found * math.sqrt(freedom / max(1 - found**2, 1e-300))
       return float(2 * stats.t.sf(abs(t), freedom)), f"Student's t, {freedom} degrees of freedom"
-    # Of ranks t says of a perfect order that it cannot be by chance, whatever the number of pairs.
+    # For ranks in perfect order, t would rule out chance however few the pairs.
     x, y, z = (stats.rankdata(column) for column in columns)
     y, given = y - np.polyval(np.polyfit(z, y, 1), z), [z]
     value_of, what = _pearson, "pairings of residuals"
@@ -213,11 +213,11 @@ def bootstrap_interval(
   resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> tuple[float, float]:
-  """A bootstrap interval of a statistic of columns, whose rows, or whole clusters of rows, are
-  drawn anew (scipy.stats.bootstrap).
+  """A bootstrap interval of a statistic of columns, by resampling their rows, or whole clusters of
+  rows (scipy.stats.bootstrap).
 
   statistic: of columns [..., n], along the last axis. clusters: a label per row. NaN for fewer than
-    two rows or clusters, which say nothing of others, and by "bca" where resamples do not vary."""
+    two rows or clusters, and by "bca" where resamples do not vary."""
   arrays = [np.asarray(column, float) for column in columns]
   n = len(arrays[0])
   require(clusters is None or len(clusters) == n, "clusters", clusters, f"expected {n} labels")
@@ -232,14 +232,14 @@ def bootstrap_interval(
   def resampled(order, axis=-1):
     drawn = order.astype(int).reshape(-1, order.shape[-1])  # [resamples, groups]
     lengths, found = sizes[drawn].sum(axis=-1), np.empty(len(drawn))
-    for length in np.unique(lengths):  # clusters of several sizes make resamples of a few lengths
+    for length in np.unique(lengths):  # with clusters of unequal size, resamples differ in length
       alike = lengths == length
       rows = padded[drawn[alike]][counts[drawn[alike]]].reshape(-1, length)
       found[alike] = statistic(*(column[rows] for column in arrays))
     return found.reshape(order.shape[:-1])
 
   with warnings.catch_warnings(), np.errstate(all="ignore"):
-    warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of what becomes NaN
+    warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the result is NaN then
     found = stats.bootstrap(
       (np.arange(len(groups)),),
       resampled,

@@ -1,7 +1,7 @@
-"""Example runs of notebooks: read where there are some, else made here, small ones.
+"""Runs for notebooks: read from folders, or small ones trained here as examples.
 
-They are for trying the analysis out. Which of models so small and so briefly trained is ahead says
-nothing of the study's.
+The small ones are for trying out the analysis: models so small and so briefly trained say nothing
+about which optimizer is ahead in the study.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class ConfigFile(Protocol):
 
 
 class Example(NamedTuple):
-  """How large runs are that are made here, and how many."""
+  """The size and number of runs that are trained here."""
 
-  overrides: str  # of config files, behind the size and its steps
-  steps: dict[str, int]  # by size, the usual one first: at each as many tokens per parameter
-  most: int  # optimizers, and methods, of those asked for, from the first
-  outliers_every: int  # of runs of the usual size in full precision; others do without
+  overrides: str  # for config files, after the size and its steps
+  steps: dict[str, int]  # by size, the default one first; tokens per parameter are equal
+  most: int  # optimizers, and methods, at most: the first of those asked for
+  outliers_every: int  # log.outliers_every, for runs of the default size in full precision
 
 
 BYTES = "data.tokenizer=bytes,data.vocab=264,eval.documents=1,checkpoint.keep=8"
-# Rows by what a notebook gives in the place of a folder.
+# Rows by the name that a notebook gives in place of a folder.
 SMALL_RUNS = {
-  # Half a minute a run on two cores.
+  # Half a minute per run on two cores.
   "colab": Example(
     f"context=128,batch_size=8,eval.batch_size=64,{BYTES}",
     {"0.6m": 82, "0.3m": 24, "1m": 163},
@@ -64,10 +64,10 @@ def find_or_train(
 ) -> list[runs_lib.Run]:
   """The runs in the folders or packed files `where`, separated by commas; or, for a row of
   SMALL_RUNS, a run of each config file under each recipe in runs/<row>, trained on this machine
-  unless it was before.
+  unless it is there already.
 
-  ladder: of every size, instead of the usual one.
-  Errors: WorkdirError for a folder without runs, or none; those of `train.run`."""
+  ladder: of every size, not only the default one.
+  Errors: WorkdirError for a folder that is missing or has no runs; those of `train.run`."""
   if where not in SMALL_RUNS:
     return [run for folder in where.split(",") for run in _find(folder)]
   example = SMALL_RUNS[where]
@@ -81,8 +81,8 @@ def find_or_train(
 
 
 def _argument(example: Example, size: str, recipe: str) -> str:
-  """Of config files. Where no notebook reads them, outliers are not measured: it takes longer to
-  compile that than all the rest."""
+  """The argument for config files. Outliers are only measured where a notebook reads them, since
+  that takes longer to compile than all the rest."""
   usual = size == next(iter(example.steps)) and recipe == "none"
   every = example.outliers_every if usual else 0
   return (
@@ -103,8 +103,8 @@ def _find(folder: str) -> list[runs_lib.Run]:
 
 
 def _trained(where: str, given: Any) -> runs_lib.Run:
-  """The run of a configuration, done. Errors: ConfigError where its folder holds another's,
-  WorkdirError where it was trained under other settings of JAX."""
+  """The finished run of a configuration. Errors: ConfigError if its folder holds another's,
+  WorkdirError if it was trained under other JAX settings."""
   c = config.resolve(given)
   path = epath.Path(
     "runs",
@@ -119,7 +119,7 @@ def _trained(where: str, given: Any) -> runs_lib.Run:
       initialize.check_same_run(run.config, c, path)
     jax_settings.check_recorded(run.manifest)
     return run
-  from beyond_outliers import train  # with all of training, which runs that are there do without
+  from beyond_outliers import train  # imports all of training, which existing runs don't need
 
   train.run(c, path, say=print)
   return runs_lib.open(path)
@@ -134,10 +134,10 @@ def measure_cells(
   every_checkpoint: bool = False,
   propagation: bool = False,
 ) -> None:
-  """Cells of runs that `find_or_train` made: each quantized by every method under every recipe, at
-  the last checkpoint or at all. Runs of a folder have the cells that they have.
+  """Measures cells of runs that `find_or_train` trained: quantized by every method under every
+  recipe, at the last checkpoint or at all. Does nothing to runs read from a folder.
 
-  propagation: decomposes the error of each, too."""
+  propagation: also decompose the error of each."""
   if where not in SMALL_RUNS:
     return
   from beyond_outliers.evaluate.evaluator import Evaluator

@@ -1,4 +1,4 @@
-"""Identification: which parameters of a law the runs determine, and what others would need."""
+"""Identification: which parameters of a law the runs determine, and what the others would need."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import pandas as pd
 from beyond_outliers.analysis.law_design import Design
 from beyond_outliers.analysis.law_points import SAME_RATIO
 
-# Distinct values of N, and by two_term of D too, that a power law with a floor needs.
+# Distinct values of N, and for two_term of D too, that a power law with a floor needs.
 NEEDED = 3
-# A parameter counts as determined while its interval is no wider than its value.
+# A parameter counts as determined if its interval is at most this many times as wide as its value.
 WIDEST = 1.0
-MOST = 100  # times as many seeds that a reason still names: nobody trains more
+MOST = 100  # reasons ask for this many times as many seeds at most: nobody would train more
 
 
 def by_design(plan: Design, cells: pd.DataFrame, theta_P: np.ndarray, law: str) -> dict[str, str]:
-  """Why the cells, however little noise there were, do not determine a parameter, and what would;
-  empty where they do.
+  """{parameter: why the cells would not determine it even without noise, and what would}; empty
+  where they do.
 
-  There are too few sizes; or there is a direction in which parameters change together and no loss
-  does, a null vector of the curve's derivatives. Two sizes in two recipes give the study's law as
-  many equations as unknowns, but all then hangs on a rho that is the same at both; they count as
-  too few."""
+  Either there are too few sizes, or parameters can change together in a direction that changes no
+  loss, a null vector of the curve's derivatives. Two sizes in two recipes give the study's law as
+  many equations as unknowns, but then everything depends on rho being the same at both; they count
+  as too few."""
   free = _free(plan, theta_P)
   found = {}
   for name, is_free in zip(plan.names, free, strict=True):
@@ -41,7 +41,7 @@ def by_noise(
   law: str,
   seeds: float,
 ) -> dict[str, str]:
-  """Likewise, where the profile interval is open, or wider than the value."""
+  """As `by_design`, but where the profile interval is open, or wider than the value."""
   found = {}
   for name, value, (low, high) in zip(plan.names, plan.values(theta_P), interval_Px2, strict=True):
     found[name] = _wide(value, low, high, _cells_of(name, plan, cells), law, seeds)
@@ -49,8 +49,8 @@ def by_noise(
 
 
 def _cells_of(name: str, plan: Design, cells: pd.DataFrame) -> pd.DataFrame:
-  """The cells that a parameter depends on: an optimizer's own, where it has all of them to
-  itself."""
+  """The cells that a parameter depends on: only its optimizer's own, if that shares neither E nor
+  alpha."""
   optimizer = name.partition("(")[2].rstrip(")").partition(", ")[0]
   alone = f"E({optimizer})" in plan.names and f"alpha({optimizer})" in plan.names
   return cells[cells.optimizer == optimizer] if alone else cells
@@ -76,7 +76,7 @@ def _too_few(cells: pd.DataFrame, law: str) -> str:
 
 
 def _free(plan: Design, theta_P: np.ndarray) -> np.ndarray:
-  """Whether a parameter has part in a direction along which no loss changes, [P]."""
+  """Whether a parameter takes part in a direction along which no loss changes, [P]."""
   J_CxP = plan.curve(theta_P[None])[1][0]
   scale = np.linalg.norm(J_CxP, axis=0)
   J_CxP = J_CxP / np.where(scale > 0, scale, 1)
@@ -102,7 +102,7 @@ def _wide(
 
 
 def _wider(cells: pd.DataFrame, law: str) -> str:
-  """What a law would need, beside what the runs have."""
+  """What a law would need, given the ranges that the runs have."""
   parts = []
   for name in ("N", "D") if law == "two_term" else ("N",):
     values = cells[name]

@@ -1,4 +1,4 @@
-"""What quantization costs optimizers at the common loss, by how their models came to it."""
+"""What quantization costs optimizers at the common loss, by how their models reached it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from beyond_outliers.analysis.tuning import FULL_PRECISION, run_frame
 from beyond_outliers.config.checks import nearest, require
 from beyond_outliers.types import PathLike
 
-# How a model comes to the common loss: trained again, shorter, with a cool-down of its own; the
+# How a model reaches the common loss: trained again for fewer steps, with its own cool-down; the
 # nearest checkpoint of the full-length run; its first checkpoint below, as in the authors' code.
 WAYS = ("re-run", "nearest", "crossing")
 DEFAULT = pd.DataFrame({"recipe": ["rtn_w4a4"], "method": ["rtn"]})  # the study's
@@ -32,16 +32,16 @@ PLACE = ["way", "optimizer", "seed", "run", "step", "fraction", "rate", "off"]
 class LandingComparison:
   """What quantization costs at each landing. `way` is one of WAYS.
 
-  values: a row per recipe, method, way, optimizer and seed: run step fraction rate (where in the
-    schedule of its run, by `along_training.schedule_position`), off (the mean loss there less the
-    common loss), full_precision_loss (of the cell), value (the metric).
-  means: a row per (recipe, method, way, optimizer), over its seeds: value value_stderr seeds, and
-    place, 1 where least is lost; step fraction rate off.
-  differences: a row per (recipe, method, optimizer, way, other): value, of other less way, paired
-    by seed, value_stderr, p of the paired t test, seeds.
-  orders: a row per (recipe, method, way, other): optimizers, which have both; changes, whether
-    their order does; exchanged, the pairs that change places.
-  missing: in words the runs, checkpoints and cells that are not there, and what makes them."""
+  values: one row per recipe, method, way, optimizer and seed: run, step, fraction and rate (the
+    position in its run's schedule, by `along_training.schedule_position`), off (the mean loss there
+    less the common loss), full_precision_loss (of the cell), value (the metric).
+  means: one row per (recipe, method, way, optimizer), over seeds: value, value_stderr, seeds, and
+    place, 1 where least is lost; step, fraction, rate, off.
+  differences: one row per (recipe, method, optimizer, way, other): value, that of `other` less that
+    of `way`, paired by seed, value_stderr, p of the paired t test, seeds.
+  orders: one row per (recipe, method, way, other): optimizers, the number that has both; changes,
+    whether their order changes; exchanged, the pairs that change places.
+  missing: sentences on missing runs, checkpoints and cells, and the commands that make them."""
 
   loss: float  # the common loss, nats
   metric: str
@@ -58,14 +58,14 @@ def compare_landings(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> LandingComparison:
-  """What quantization costs at the common loss, by optimizer and by how it came there.
+  """What quantization costs at the common loss, by optimizer and by the way it got there.
 
-  The order of optimizers is the study's result (arXiv 2509.23500). Where it changes with the way
-  that they come to one loss, it is one of places in the schedule as much as of optimizers: errors
-  of quantization grow as the rate decays (arXiv 2510.06213).
-  metric, settings, folders: of `tables.degradation_table` and `ptq_degradation.degradation_cells`;
-    metric may also be `relative`, the loss over that in full precision less 1.
-  Errors: ConfigError as of `common_loss`, for a metric that no cell has, and cells that differ in
+  The order of optimizers is the study's result (arXiv 2509.23500). Where it changes with the way in
+  which they reach one loss, it is as much an order of positions in the schedule as of optimizers:
+  quantization error grows as the rate decays (arXiv 2510.06213).
+  metric, settings, folders: see `tables.degradation_table` and `ptq_degradation.degradation_cells`;
+    metric may also be `relative`, the loss over that in full precision, less 1.
+  Errors: ConfigError as `common_loss`, for a metric that no cell has, and for cells that differ in
     what they were measured on."""
   target, landings = common_loss(runs)
   frame = run_frame(runs, but=("steps",))
@@ -77,7 +77,7 @@ def compare_landings(
   cells = _quantized(list(landed.values()), metric, settings, folders)
   for way in WAYS:
     of_way = places[places.way == way][["run", "step"]]
-    # Of them the loss is one, not the place.
+    # At a landing the losses agree; the steps need not.
     ptq_degradation.check_cells(cells.merge(of_way), but=("step",))
   pairs = cells[["recipe", "method"]].drop_duplicates() if len(cells) else DEFAULT
   keys = ["recipe", "method", "run", "step"]
@@ -94,7 +94,7 @@ def compare_landings(
 
 
 def _not_landed(landing: Landing) -> Iterator[str]:
-  """In words the landings of an optimizer that there are not."""
+  """Sentences on an optimizer's missing landings."""
   for way, point, which in (
     ("nearest", landing.checkpoint, "that all seeds still have"),
     ("crossing", landing.crossing, "at or below the common loss"),
@@ -114,12 +114,12 @@ def _not_landed(landing: Landing) -> Iterator[str]:
 
 
 def _trained_again(landing: Landing) -> bool:
-  """Whether there is a run that ends at the common loss; that of the worst optimizer does."""
+  """Whether there is a run that ends at the common loss; the worst optimizer's own does."""
   return landing.ending.step < landing.best.step or landing.steps == landing.best.step
 
 
 def _landed(landing: Landing, frame: pd.DataFrame, target: float) -> Iterator[tuple[Any, ...]]:
-  """PLACE of every seed's model at each of the landings that there are."""
+  """Values of PLACE for every seed's model, at each landing that exists."""
   seeds = [run.config.seed for run in landing.runs]
   own = frame[(frame.optimizer == landing.optimizer) & (frame.rate == landing.learning_rate)]
   ends = own[(own.steps == landing.ending.step) & own.seed.isin(seeds)]
@@ -142,8 +142,8 @@ def _quantized(
   settings: Mapping[str, str] | None,
   folders: Sequence[PathLike],
 ) -> pd.DataFrame:
-  """Their quantized cells at every step, beside full precision. Errors: ConfigError for a metric
-  that none of them has."""
+  """The runs' quantized cells at every step, joined with full precision. Errors: ConfigError for a
+  metric that no cell has."""
   found, _ = ptq_degradation.find_cells(runs, settings, folders, but=("step",))
   cells = ptq_degradation.cell_table(found)
   if not (cells.method != "none").any():
@@ -166,7 +166,7 @@ def _not_measured(
   cells: pd.DataFrame,
   settings: Mapping[str, str] | None,
 ) -> str:
-  """In words the cells that a run lacks, with the command that makes them like the others."""
+  """A sentence on the cells that a run lacks, with the command that measures them as the others."""
   unlike = {"documents": c.eval.documents, "context": c.context, "average": ""}
   alike = {
     name: cells[name].iloc[0]
@@ -214,7 +214,7 @@ def _differences(values: pd.DataFrame) -> pd.DataFrame:
         continue
       tested = len(pairs) > 1 and np.isfinite(pairs).all()
       p = paired_difference(pairs[:, 0], pairs[:, 1]).p if tested else math.nan
-      with np.errstate(invalid="ignore"):  # of a model that broke
+      with np.errstate(invalid="ignore"):  # a broken model's values are not finite
         found = (*estimate(pairs[:, 1] - pairs[:, 0]), p, len(pairs))
       rows.append((recipe, method, optimizer, way, other, *found))
   names = ["recipe", "method", "optimizer", "way", "other", "value", "value_stderr", "p", "seeds"]

@@ -1,4 +1,4 @@
-"""The curves of scaling laws, with their derivatives and starts: which parameter is whose."""
+"""The curves of scaling laws, with derivatives and starts; and which parameters are shared."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pandas as pd
 
 Pair = tuple[str, str]  # optimizer, recipe
 
-# What a parameter may be, by the first word of its name; those of LOGARITHMIC are fitted as
+# Bounds of parameters, by the first word of their names; those of LOGARITHMIC are fitted as
 # logarithms.
 BOUNDS: Mapping[str, tuple[float, float]] = {
   "A": (1e-8, 1e40),
   "B": (1e-8, 1e40),
   "alpha": (1e-3, 4.0),
   "beta": (1e-3, 4.0),
-  "E": (0.0, np.inf),  # and below the least loss
+  "E": (0.0, np.inf),  # the upper bound is the least loss
   "rho": (1e-4, 1e4),
   "rho_N": (1e-4, 1e4),
   "rho_D": (1e-4, 1e4),
 }
 LOGARITHMIC = ("A", "B", "rho", "rho_N", "rho_D")
 
-# Starts: all combinations of exponents, and of E as a share of the least loss.
+# Starts: all combinations of exponents (by number of terms) and E, as a share of the least loss.
 EXPONENTS = {1: (0.1, 0.2, 0.35, 0.6, 1.0), 2: (0.15, 0.3, 0.5, 0.8)}
 FLOORS = (0.05, 0.4, 0.65, 0.85, 0.95)
 
@@ -34,7 +34,7 @@ FLOORS = (0.05, 0.4, 0.65, 0.85, 0.95)
 class Term(NamedTuple):
   """amplitude · (efficiency · exp(x))^-exponent at each cell: x, and the parameters' indices, [C].
 
-  An index of P stands for an efficiency of one."""
+  An efficiency index of -1 stands for an efficiency of one."""
 
   x: np.ndarray
   amplitude: np.ndarray
@@ -62,11 +62,11 @@ class Design:
     return lower, upper
 
   def values(self, theta: np.ndarray) -> np.ndarray:
-    """The parameters, from how they are fitted: [..., P]."""
+    """Values of the parameters from the fitted ones, some of which are logarithms: [..., P]."""
     return np.where(self.logarithmic, np.exp(np.where(self.logarithmic, theta, 0.0)), theta)
 
   def opened(self, ends_Px2: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Ends of intervals as values of the parameters: zero and infinity where bounds made them."""
+    """Ends of intervals as values of the parameters; zero or infinity in place of a bound."""
     low, high = (self.values(ends_Px2[:, side]) for side in (0, 1))
     low = np.where(ends_Px2[:, 0] <= lower, 0.0, low)
     return np.stack([low, np.where(ends_Px2[:, 1] >= upper, np.inf, high)], axis=1)
@@ -91,8 +91,8 @@ class Design:
     return np.log(loss), J[..., :P] / loss[..., None]
 
   def starts(self, loss_C: np.ndarray) -> np.ndarray:
-    """Parameters from which to fit losses, [S, P]: efficiencies of one, and the amplitudes that are
-    right in the mean, or for two terms in least squares."""
+    """Parameters from which to start a fit of losses, [S, P]: efficiencies of one, and amplitudes
+    that are right on average, or for two terms by least squares."""
     grids = itertools.product(*[EXPONENTS[len(self.terms)]] * len(self.terms), FLOORS)
     found = []
     for *exponents, share in grids:
@@ -103,7 +103,7 @@ class Design:
       parts = np.full(len(powers), 1.0)
       if len(powers) > 1:
         parts = np.linalg.lstsq(np.stack(powers, axis=1) / rest[:, None], np.ones_like(rest))[0]
-        # Neither term may begin at nothing.
+        # Neither term may start at zero.
         parts = np.maximum(parts, [0.1 * np.exp(np.mean(np.log(rest / p))) for p in powers])
       for term, exponent, power, part in zip(self.terms, exponents, powers, parts, strict=True):
         theta[term.exponent] = exponent
@@ -118,14 +118,14 @@ class Design:
 def design(cells: pd.DataFrame, law: str, shared: tuple[str, ...], reference: Pair) -> Design:
   """The curve of a law at cells: rows with optimizer, recipe, N, D.
 
-  shared: of the study's law, the names among A, alpha and E that all optimizers share; a parameter
-  that is an optimizer's own is called `A(muon)`, efficiencies `rho(muon, quest_w4a4)`."""
+  shared: for the study's law, those of A, alpha and E that all optimizers share. An optimizer's own
+  parameter is called `A(muon)`, an efficiency `rho(muon, quest_w4a4)`."""
   optimizers, pairs = list(cells.optimizer), list(zip(cells.optimizer, cells.recipe, strict=True))
   names: list[str] = []
 
   def indices(wanted: list[str]) -> np.ndarray:
     names.extend(dict.fromkeys(name for name in wanted if name and name not in names))
-    # -1, one less than the first index, reads the zero behind the last parameter.
+    # Index -1 reads the zero that is appended to the parameters: an efficiency's logarithm.
     return np.array([names.index(name) if name else -1 for name in wanted])
 
   def of_optimizer(name: str) -> np.ndarray:
@@ -139,7 +139,7 @@ def design(cells: pd.DataFrame, law: str, shared: tuple[str, ...], reference: Pa
 
   if law == "two_term" or "A" in shared:
     is_one = [pair == reference for pair in pairs]
-  else:  # each optimizer's own amplitude says what it does in full precision
+  else:  # an optimizer's own amplitude covers its runs of the reference's recipe
     is_one = [recipe == reference[1] for _, recipe in pairs]
   log_N, log_D = np.log(cells.N.to_numpy(float)), np.log(cells.D.to_numpy(float))
   if law == "study":

@@ -1,8 +1,8 @@
 """Confidence intervals of a law's parameters: by profile likelihood, and by bootstrap over seeds.
 
-How often those of 95 % hold what was planted (A 400, alpha .34, E 1.7, rho .86; two_term with B
-900, beta .3; the study's sizes; normal noise of log losses): of 200 draws, of 100 by two_term, the
-mean over the parameters, and the least and largest of them.
+Coverage of 95 % intervals, with true A 400, alpha .34, E 1.7, rho .86 (two_term: B 900, beta .3),
+the study's sizes and normal noise of log losses: how often they contain the truth in 200 draws (100
+for two_term), as the mean over the parameters and the least and largest of them.
 
     runs of one optimizer in full precision and under a recipe      profile             bootstrap
     4 sizes, 3 seeds, noise .005                               .94 (.93 to .96)    .94 (.94 to .95)
@@ -12,9 +12,9 @@ mean over the parameters, and the least and largest of them.
     6 sizes, 3 seeds, .003; of three optimizers                .93 (.93 to .96)    .95 (.93 to .96)
     two_term, 4 sizes at 4 ratios, 3 seeds, .003               .95 (.94 to .96)    .95 (.93 to .99)
 
-`DRAWS=200 python -m pytest -s tests/analysis/test_scaling_law.py -k coverage` prints the first row,
-its function `coverage` with other arguments the others. Where the law does not hold, profiles widen
-with the residuals; the bootstrap does not, since it draws seeds around their own mean.
+`DRAWS=200 python -m pytest -s tests/analysis/test_scaling_law.py -k coverage` prints the first row;
+its function `coverage`, with other arguments, the others. Where the law does not hold, profiles
+widen with the residuals; the bootstrap does not, since it draws seeds around their own mean.
 
 Legend: M runs, P parameters, as in huber_regression.
 """
@@ -32,12 +32,12 @@ from beyond_outliers.analysis.huber_regression import Problem
 def profile_interval(
   problem: Problem, values_M: np.ndarray, theta_P: np.ndarray, confidence: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Profile likelihood: the values of each parameter at which all others can make up for it.
+  """Intervals by profile likelihood: values of a parameter for which the others can make up.
 
-  (ends [P, 2], best parameters met [P]). An end that the bounds cut off is the bound. A value is
-  inside while the least sum of losses, given it, is above the least of all by no more than `unit`
-  times the F quantile of 1 and M - P degrees of freedom. Where the data do not determine a
-  parameter the profile is flat, and reaches a bound."""
+  Returns (ends [P, 2], best parameters met [P]); an end that reaches a bound is the bound. A value
+  is inside if the least sum of losses given that value exceeds the global minimum by at most `unit`
+  times the F quantile with 1 and M - P degrees of freedom. Where the data do not determine a
+  parameter, the profile is flat and reaches a bound."""
   M, P = problem.cell_M.size, theta_P.size
   least = float(problem.objective(values_M[None], theta_P[None])[0])
   noise = problem.noise(values_M, theta_P)
@@ -47,7 +47,7 @@ def profile_interval(
   held = np.eye(P, dtype=bool)[which]
   inside, outside = theta_P[which].copy(), end.copy()  # brackets of the ends
   warm, best, best_sum = np.tile(theta_P, (2 * P, 1)), theta_P, least
-  reach = np.maximum(1e-3 * np.abs(inside), 1e-4)  # the first step outwards, then doubled
+  reach = np.maximum(1e-3 * np.abs(inside), 1e-4)  # the step outwards, doubled each time
   bracketed = np.zeros(2 * P, bool)
   height = np.zeros(2 * P), np.full(2 * P, np.nan)  # sqrt of the rise at `inside`, at `outside`
   open_ = np.ones(2 * P, bool)
@@ -59,7 +59,7 @@ def profile_interval(
     stepped = np.where(
       sign[left] < 0, np.maximum(stepped, end[left]), np.minimum(stepped, end[left])
     )
-    # The root of a parabola's rise is straight: the secant between brackets, kept off their ends.
+    # The square root of a parabolic rise is linear, so: secant steps, kept off the brackets' ends.
     low, high = height[0][left], height[1][left]
     share = np.clip((np.sqrt(rise) - low) / np.maximum(high - low, 1e-300), 0.1, 0.9)
     secant = inside[left] + share * (outside[left] - inside[left])
@@ -90,13 +90,13 @@ def bootstrap_refits(
   resamples: int,
   seed: int,
 ) -> tuple[np.ndarray, str]:
-  """(parameters refitted to runs drawn anew [resamples, P], what was resampled in words).
+  """(parameters refitted to resampled runs [resamples, P], what was resampled, in words).
 
   Seeds are drawn within their (optimizer, recipe, N, D), around their mean, which need not lie on
-  the law; where there is one seed only, around the law, from the residuals of all runs. Deviations
-  are widened by sqrt(n / (n - 1)), since n seeds spread by so much less than what they come from,
-  or for P parameters by sqrt(M / (M - P)); and by Student's t over the normal quantile, so that
-  percentiles hold for few seeds."""
+  the law; where there is only one, around the law, from the residuals of all runs. Deviations are
+  widened by sqrt(n / (n - 1)), by which n seeds spread less than their distribution, or for P
+  fitted parameters by sqrt(M / (M - P)); and by Student's t quantile over the normal one, so that
+  percentiles are right for few seeds."""
   cell_M, M, P = problem.cell_M, values_M.size, theta_P.size
   counts = np.bincount(cell_M)
   curve_M = problem.curve(theta_P[None])[0][0, cell_M]
@@ -104,7 +104,7 @@ def bootstrap_refits(
   spread_M = np.where(counts > 1, np.sqrt(counts / np.maximum(counts - 1, 1)), 0)[cell_M]
   residual_M = (values_M - curve_M) * math.sqrt(M / (M - P))
   draw = np.random.default_rng(seed)
-  order = np.argsort(cell_M, kind="stable")  # the runs of a cell one behind the other
+  order = np.argsort(cell_M, kind="stable")  # the runs of each cell in succession
   first = (np.cumsum(counts) - counts)[cell_M]
   picked = order[first + draw.integers(0, counts[cell_M], (resamples, M))]
   deviation = spread_M * (values_M[picked] - center_M)
@@ -112,7 +112,7 @@ def bootstrap_refits(
   deviation[:, alone] = (residual_M - residual_M.mean())[
     draw.integers(0, M, (resamples, alone.sum()))
   ]
-  # The spread is known by so many degrees of freedom: of seeds around their means, or of residuals.
+  # Degrees of freedom of the spread: of seeds around their means, or of residuals.
   known = M - P if alone.any() else M - len(counts)
   tail = (1 + confidence) / 2
   deviation *= stats.t.ppf(tail, known) / stats.norm.ppf(tail)
@@ -124,7 +124,7 @@ def bootstrap_refits(
 
 
 def between_seeds(values_M: np.ndarray, cell_M: np.ndarray) -> float:
-  """The pooled standard deviation of seeds around their mean; NaN where all have one seed."""
+  """Pooled standard deviation of seeds around their means; NaN where every cell has one seed."""
   counts = np.bincount(cell_M)
   means = np.bincount(cell_M, values_M) / counts
   freedom = values_M.size - counts.size

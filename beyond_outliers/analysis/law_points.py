@@ -1,5 +1,5 @@
-"""The runs that a scaling law is fitted to, as a table: made of workdirs, or read and checked; and
-what is left out."""
+"""The runs that a scaling law is fitted to, as a table: made from workdirs, or given and checked;
+and what is left out of it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from beyond_outliers.config.sizes import SHAPE
 from beyond_outliers.errors import ConfigError
 
 COLUMNS = ("optimizer", "recipe", "parameters", "tokens", "loss", "seed")
-# Columns that, where a table has them, must hold one value: losses over other data, or in other
-# tokens, do not compare.
+# Columns that, where a table has them, must hold one value: losses on different data, or in
+# different tokens, are not comparable.
 ALIKE = (
   "data",
   "data.source",
@@ -37,14 +37,14 @@ ALIKE = (
   "vocab",
   "data.vocab",
 )
-# Columns of `of_runs`.
+# Columns of the table that `of_runs` makes.
 OF_RUNS = (
   *("optimizer", "recipe", "size", "parameters", "embedding", "tokens", "loss", "seed"),
   *("learning_rate", "status", "fingerprint", "tokenizer", "run"),
 )
-# What the runs of one law may differ in: how large they are, and how long.
+# What the runs of one law may differ in: size and length.
 GROWS = ("size", "steps", "batch_size", *(f"model.{name}" for name in SHAPE))
-# Tokens per parameter are one ratio up to this: a run's tokens are whole steps of whole batches.
+# Tokens per parameter count as one ratio within this, since runs consist of whole batches.
 SAME_RATIO = 0.05
 
 # Whatever pandas.DataFrame takes: a frame, a list of dictionaries, a dictionary of columns.
@@ -52,15 +52,15 @@ Table = Any
 
 
 def of_runs(runs: Sequence[runs_lib.Run]) -> tuple[pd.DataFrame, list[str]]:
-  """(a row per run at the learning rate that is chosen, as `scaling_law.fit` takes them; in words
-  what was left out, and for what).
+  """(one row per run at the chosen learning rate, for `scaling_law.fit`; sentences on what was left
+  out, and why).
 
-  A rate is chosen at every size and length of its own. In full precision it is the best of the
-  sweep, as `tuning.tunings` judges it; under a recipe the best in full precision, as in the study,
-  or where that was not run or nothing is in full precision, the best of the recipe's own sweep. All
-  seeds at that rate are points. Left out are the other rates, unfinished and diverged runs.
+  A rate is chosen for every size and length. In full precision it is the best of the sweep, as
+  `tuning.tunings` judges it; under a recipe the best in full precision, as in the study, or, where
+  that was not run or nothing is in full precision, the best of the recipe's own sweep. All seeds at
+  that rate are points. Left out are other rates, and unfinished and diverged runs.
   Columns: OF_RUNS; run is the workdir, loss the validation loss after the last step, embedding the
-  embedding's share of parameters.
+  number of the embedding's parameters.
   Errors: ConfigError for runs that differ in more than GROWS, a run that is there twice, or a
     sweep whose rates have no seed in common; WorkdirError for a damaged file of a run."""
   frame = run_frame(runs, but=GROWS)
@@ -86,9 +86,9 @@ def of_runs(runs: Sequence[runs_lib.Run]) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _chosen(t: Tuning, full: Tuning | None) -> tuple[float | None, str]:
-  """(the learning rate of a sweep's points, None for none; in words why, and over which others).
+  """(the learning rate of a sweep's points, or None; a sentence on why, and instead of which).
 
-  full: the same optimizer's sweep in full precision, where `t` is of a recipe."""
+  full: the same optimizer's sweep in full precision, if `t` is of a recipe."""
   rate = study_rate(t, full)
   if full is None:
     judges, why = [t], "the best"
@@ -117,14 +117,14 @@ def _point(run: runs_lib.Run, recipe: str, loss: float) -> dict[str, Any]:
 
 
 def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]]:
-  """(optimizer, recipe, seed, N, D, log_loss, tokens_per_parameter: a row per run; in words the
-  rows that are left out).
+  """(one row per run: optimizer, recipe, seed, N, D, log_loss, tokens_per_parameter; sentences on
+  the rows that are left out).
 
   embedding: whether N counts the embedding's parameters; tokens per parameter always do, as in the
     study (arXiv 2509.23500). Left out: runs whose `status`, if there is such a column, is not
-    "done", or whose loss is no finite number above zero.
-  Errors: ConfigError for missing columns, numbers that are none, runs of different data, a run that
-    is there twice."""
+    "done", or whose loss is not a finite number above zero.
+  Errors: ConfigError for missing columns, values that are not numbers, runs on different data, and
+    a run that is there twice."""
   frame = _checked_frame(points, embedding)
   N = frame.parameters - (0 if embedding else frame.embedding)
   for row in frame.index[N <= 0][:1]:
@@ -156,7 +156,7 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
 
 
 def _checked_frame(points: Table, embedding: bool) -> pd.DataFrame:
-  """The table as a frame that has all that a law needs, its sizes as numbers. Errors: as
+  """The table as a frame, checked for all that a law needs, with sizes as numbers. Errors: as
   `read_points`."""
   try:
     frame = pd.DataFrame(points).reset_index(drop=True)
@@ -202,7 +202,7 @@ def _positive(frame: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _log_losses(frame: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-  """(log losses, NaN in rows that are left out; these in words)."""
+  """(log losses, NaN in rows that are left out; sentences on these rows)."""
   loss, left_out = pd.to_numeric(frame.loss, errors="coerce").to_numpy(float, copy=True), []
   status = frame["status"] if "status" in frame else ["done"] * len(frame)
   for row, state in enumerate(status):
@@ -218,7 +218,7 @@ def _log_losses(frame: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
 
 
 def _plain(value: Any) -> Any:
-  """A value as it is written, without numpy's type."""
+  """A value without numpy's type, for messages."""
   return value.item() if isinstance(value, np.generic) else value
 
 
@@ -233,11 +233,9 @@ def _run(frame: pd.DataFrame, row: int) -> str:
 def with_references(
   table: pd.DataFrame, law: str, shared: tuple[str, ...], reference: tuple[str, str]
 ) -> tuple[pd.DataFrame, list[str]]:
-  """(the runs whose efficiency has something to be relative to; in words the optimizers that are
-  left out).
+  """(the runs that have a reference for their efficiency; sentences on the optimizers left out).
 
-  Errors: ConfigError for a reference of which there is no run, or several D/N under the study's
-    law."""
+  Errors: ConfigError for a reference without runs, or several D/N under the study's law."""
   pairs = {pair: None for pair in zip(table.optimizer, table.recipe, strict=True)}
   require(
     reference in pairs,

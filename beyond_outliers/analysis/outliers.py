@@ -1,4 +1,4 @@
-"""Tables of outliers in activations and weights, one row per tensor, by arXiv 2509.23500."""
+"""Tables of outliers in activations and weights, one row per tensor, as in arXiv 2509.23500."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def measure(
   *,
   mask_documents: bool = False,
 ) -> pd.DataFrame:
-  """The input of every linear layer and the residual stream over all batches; see `collect`. Memory
-  does not grow with them.
+  """Outliers in the input of every linear layer and in the residual stream, over all batches; see
+  `collect`. Memory does not grow with the number of batches.
 
-  batches: as runs.Run.batches("validation") gives them. spec: what sqnr is under, along the
-    features.
+  batches: as runs.Run.batches("validation") gives them. spec: the quantization, along features,
+    whose sqnr is measured.
   Errors: ConfigError for parameters of another model, tokens of another tokenizer, and no batch."""
   check_params(model, params)
   step = jax.jit(measurement(make_forward(model, mask_documents), spec))
@@ -85,7 +85,7 @@ def _known(batch: Batch, vocab: int) -> Batch:
 
 
 def weights(params: Params, spec: QuantSpec = WEIGHTS) -> pd.DataFrame:
-  """Every matrix, in rows like those of `measure`; `tokens` counts its output channels."""
+  """Outliers in every matrix, as rows like those of `measure`; `tokens` counts output channels."""
   return collect([jax.jit(weight_measurement, static_argnums=1)(params, spec)]).assign(
     kind="weights"
   )

@@ -1,5 +1,5 @@
-"""Runs packed into one file: all that a report reads of them, without checkpoints, datasets, or
-where on which machine they were.
+"""Runs packed into one file: all that a report reads, without checkpoints, datasets, or names of
+the machine and its folders.
 
 A compressed tar of the workdirs, which `tar -xf` opens too. The same runs give the same bytes."""
 
@@ -37,19 +37,19 @@ from beyond_outliers.errors import ConfigError, WorkdirError
 from beyond_outliers.types import Json, PathLike
 
 SUFFIX = ".tar.xz"
-NOT_PACKED = ("command", "host")  # keys of manifests and cells
-DATASETS = "datasets"  # the folder that they are packed as
-# A path where another does not go on, in front of it or behind.
+NOT_PACKED = ("command", "host")  # keys of manifests and cells that are left out
+DATASETS = "datasets"  # replaces the folder of datasets
+# Matches a path only as a whole, not as part of a longer one.
 WHOLE = r"(?<![\w.*-]){}(?:(?<=/)|(?![\w-]|\.\w))"
 REMEDY = "restore it from a copy, or leave the run out"
 
 
 def pack_runs(runs: Sequence[runs_lib.Run], path: PathLike) -> str:
-  """Writes runs into a file, each at its path below the folder that holds them all, and reads them
-  back before it takes the place of a former one; says what is in it.
+  """Writes runs into a file, each at its path below their common folder, and reads them back before
+  replacing an existing file; returns a line on what is in it.
 
-  Errors: WorkdirError for a damaged run, or one that reads otherwise then; ConfigError for a name
-  without SUFFIX."""
+  Errors: WorkdirError for a damaged run, or one that would not be read back the same; ConfigError
+  for a name without SUFFIX."""
   if not str(path).endswith(SUFFIX):
     raise ConfigError(f"--pack = {path}: give a name that ends in {SUFFIX}")
   folders = {pathlib.Path(run.path): run for run in runs}
@@ -76,13 +76,13 @@ def pack_runs(runs: Sequence[runs_lib.Run], path: PathLike) -> str:
 
 
 def archive_of(root: PathLike) -> pathlib.Path | None:
-  """The file that a path is, or leads into."""
+  """The file that a path is, or leads into; None if there is none."""
   path = pathlib.Path(os.path.abspath(os.path.expanduser(root)))
   return next((above for above in (path, *path.parents) if above.is_file()), None)
 
 
 def find_runs(root: PathLike) -> list[runs_lib.Run]:
-  """The runs below a folder or an address in a store, or in a packed file or a folder of it, such
+  """The runs below a folder or a store's address, or in a packed file or a folder inside one, such
   as `ladder.tar.xz/0.3m`.
 
   Errors: WorkdirError for a folder or a file that cannot be read."""
@@ -100,7 +100,7 @@ def find_runs(root: PathLike) -> list[runs_lib.Run]:
 def _misread(
   path: pathlib.Path, packed: Mapping[str, bytes], runs: Mapping[str, runs_lib.Run]
 ) -> str:
-  """The first file or run that a packed file does not give back, and how; or nothing."""
+  """The first file or run that cannot be read back from a packed file, and why; empty if none."""
   with tempfile.TemporaryDirectory() as opened:
     try:
       _extract(path.read_bytes(), path, opened)
@@ -140,17 +140,17 @@ def _contents(run: runs_lib.Run, folder: pathlib.Path) -> Iterator[tuple[str, by
     yield "metrics.jsonl", (folder / "metrics.jsonl").read_bytes()
   for path in sorted((folder / "eval").glob("*.json")):
     cell = read(path)
-    trained = cell.get("source", {}).get("config", {})  # none of a model that is no run's
+    trained = cell.get("source", {}).get("config", {})  # empty if the model is not from a run
     if "data" in trained:
       trained["data"]["directory"] = DATASETS
     yield f"eval/{path.name}", text(cell)
 
 
 def _places(run: runs_lib.Run, folder: pathlib.Path) -> dict[str, str]:
-  """{path on this machine: what is packed in its place}, the longest first."""
+  """{path on this machine: what replaces it in the packed file}, the longest first."""
   datasets = (run.config.data.directory, os.path.dirname(run.trained_on["directory"]))
   places = {f"{folder.parent}/": ""} | {place.rstrip("/"): DATASETS for place in datasets}
-  # A relative one may be any word, and says nothing of a machine; nor does the root.
+  # Relative paths may be any word, and like the root say nothing about the machine.
   named = [place for place in places if os.path.isabs(place) and place.strip("/")]
   return {place: places[place] for place in sorted(named, key=len, reverse=True)}
 
@@ -160,7 +160,7 @@ def _text(value: Json, places: Mapping[str, str]) -> bytes:
 
 
 def _without_places(value: Any, places: Mapping[str, str]) -> Any:
-  """The value without NOT_PACKED, and with other words for these folders."""
+  """The value without NOT_PACKED, and with these paths replaced."""
   if isinstance(value, dict):
     return {k: _without_places(each, places) for k, each in value.items() if k not in NOT_PACKED}
   if isinstance(value, list):
@@ -173,8 +173,8 @@ def _without_places(value: Any, places: Mapping[str, str]) -> Any:
 
 
 def _opened(path: pathlib.Path) -> pathlib.Path:
-  """The folder that a packed file is opened into, in the user's cache: anew where files of it are
-  gone, as they are after what cleans caches, or altered."""
+  """The folder in the user's cache that a packed file is extracted into; again if files there were
+  altered or removed, as cleaners of caches do."""
   content = path.read_bytes()
   parent = os.path.join(cache_root(), "packed_runs")
   make_folder(parent, WorkdirError, "set BEYOND_OUTLIERS_CACHE to a folder that can be written")
@@ -190,17 +190,17 @@ def _opened(path: pathlib.Path) -> pathlib.Path:
       folder.rename(pathlib.Path(temporary, "former"))
     try:
       opened.rename(folder)
-    except OSError:  # another process was first
+    except OSError:  # another process was faster
       if not folder.is_dir():
         raise
   return folder
 
 
 def _extract(content: bytes, path: pathlib.Path, folder: PathLike) -> None:
-  """Opens the bytes of a packed file into a folder. Errors: WorkdirError, with its path."""
+  """Extracts a packed file's bytes into a folder. Errors: WorkdirError with the file's path."""
   try:
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:xz") as archive:
-      archive.extractall(folder, filter="data")  # which refuses names that leave the folder
+      archive.extractall(folder, filter="data")  # the filter refuses names outside the folder
   except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
     raise WorkdirError(
       f"{path} is no whole file of packed runs ({error}); get it again, or pack the runs anew"

@@ -1,5 +1,5 @@
 """Predictors of what quantization after training costs: outliers, and the error at the network's
-end, beside what was lost (arXiv 2509.23500, sections 4 and 5)."""
+end, next to what was lost (arXiv 2509.23500, sections 4 and 5)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from beyond_outliers.types import PathLike
 KEYS = ("optimizer", "seed", "run", "recipe", "method", "step", "learning_rate", "average")
 ERRORS = ("R_L", "R_L_centred", "R_L_logits", "inherited")
 GIVEN = "full_precision_loss"
-# Prefixes in a table of cells that are left out here.
+# Prefixes of columns in a table of cells, removed here.
 PREFIXES = (ptq_degradation.OUTLIERS, "propagation/")
-# Of `correlations`, by the beginning of their columns' names: the coefficients, each with limits of
-# its interval and p.
+# Prefix of columns of `correlations` -> the coefficients at that level.
 LEVELS = {
   "": tuple(CORRELATIONS),  # over optimizers, means over their seeds
-  "runs_": tuple(CORRELATIONS),  # over all runs, those of one optimizer a cluster
+  "runs_": tuple(CORRELATIONS),  # over all runs, with each optimizer's as a cluster
   "partial_": ("pearson", "spearman"),  # over optimizers, given the loss in full precision
 }
-LIMITS = ("", "_low", "_high", "_p")  # ends of the columns' names
+LIMITS = ("", "_low", "_high", "_p")  # suffixes: the value, the ends of its interval, and p
 
 
 def frame(
@@ -43,19 +42,19 @@ def frame(
   *,
   but: Collection[str] = (),
 ) -> pd.DataFrame:
-  """A row per cell quantized after training, of its run's last step.
+  """One row per cell quantized after training, at its run's last step.
 
   Columns: KEYS; what was lost: loss_difference (nats), kl, agreement, scores of tasks, relative
-  (loss / full_precision_loss - 1); full_precision_loss; then predictors: outliers of the checkpoint
-  in full precision, by the names of its cell without `outliers/` (`max_to_median/linear`, the MMR
-  of linear layers' inputs; also of `residual`, `activation` and `weights`), and of the cell's own
-  error R_L at the final norm, R_L_centred, R_L_logits, and inherited, which `evaluate
+  (loss / full_precision_loss - 1); full_precision_loss; then the predictors: outliers of the
+  full-precision checkpoint, named as in its cell without `outliers/` (`max_to_median/linear`, the
+  MMR of linear layers' inputs; also `residual`, `activation` and `weights`), and from the cell's
+  own error R_L at the final norm, R_L_centred, R_L_logits, and inherited, which `evaluate
   --propagation` measures.
-  attrs["left_out"]: in words the runs in full precision that have no such cell: at other steps they
-  would stand elsewhere in the schedule.
+  attrs["left_out"]: sentences on the full-precision runs without such a cell; cells of other steps
+  don't count, since they are at other points of the schedule.
   settings, folders: see `ptq_degradation.degradation_cells`. but: what runs of one optimizer may
   differ in: ("learning_rate",) for whole sweeps.
-  Errors: ConfigError where no run has such a cell, and as `ptq_degradation.check_cells`."""
+  Errors: ConfigError if no run has such a cell, and as `ptq_degradation.check_cells`."""
   found, said = _at_the_end(runs, settings, folders)
   cells = ptq_degradation.cell_table(found)
   left_out = [*said, *_check_any(runs, cells[cells.method != "none"], settings)]
@@ -78,10 +77,10 @@ def units(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """A row per unit of every cell whose error was decomposed: KEYS, and the columns of
-  `propagation.decompose`: name, kind, R, A, B, C, gain, ..., in the order in which units run.
+  """One row per unit of every cell whose error was decomposed: KEYS, and the columns of
+  `propagation.decompose`: name, kind, R, A, B, C, gain, ..., in execution order.
 
-  Cells, settings, folders and errors: as of `frame`."""
+  Cells, settings, folders and errors: as `frame`."""
   found, said = _at_the_end(runs, settings, folders)
   decomposed = [(run, cell) for run, cell in found if cell.get("units")]
   cells = ptq_degradation.cell_table(decomposed)
@@ -91,7 +90,7 @@ def units(
   of_cells = zip(cells[list(KEYS)].to_dict("records"), decomposed, strict=True)
   table = pd.DataFrame([{**keys, **unit} for keys, (_, cell) in of_cells for unit in cell["units"]])
   numbers = table.columns.difference(["name", "kind", *KEYS], sort=False)
-  table = table.astype(dict.fromkeys(numbers, float))  # null, a gain where no error comes in: NaN
+  table = table.astype(dict.fromkeys(numbers, float))  # null, as gains without an error, to NaN
   table.attrs["left_out"] = left_out
   return table
 
@@ -103,17 +102,17 @@ def correlations(
   predictors: Sequence[str] | None = None,
   confidence: float = 0.95,
 ) -> pd.DataFrame:
-  """What was lost against each predictor, from a table of `frame`: a row per (recipe, method,
-  predictor).
+  """Correlations of what was lost with each predictor, from a table of `frame`: one row per
+  (recipe, method, predictor).
 
-  Columns: by LEVELS pearson, spearman and kendall over `optimizers`, means over their seeds; behind
-  `runs_` over all `runs`, where an optimizer has several; behind `partial_` given the loss in full
-  precision. Each has `_low` and `_high`, the bootstrap interval, and `_p`, as of
-  `correlations.correlation`: exact but for partial ones. reason: why something is NaN, or which
-  runs do not count. p is of one predictor: of twenty that predict nothing, one is below .05. A row
-  takes half a second.
+  Columns, by LEVELS: pearson, spearman and kendall over `optimizers`, means over their seeds; with
+  `runs_` over all `runs`, if an optimizer has several; with `partial_` given the loss in full
+  precision. Each has `_low` and `_high`, the bootstrap interval, and `_p`; see
+  `correlations.correlation`. reason: why something is NaN, or which runs do not count. p is not
+  corrected for several predictors: of twenty that predict nothing, one is below .05 on average. A
+  row takes half a second.
   predictors: by default all outlier metrics of the table, and ERRORS.
-  Errors: ConfigError for a loss that the table does not have."""
+  Errors: ConfigError if the table has no column `lost`."""
   known = [name for name in map(str, frame.select_dtypes("number")) if name not in KEYS]
   require(lost in known, "lost", lost, nearest(lost, known))
   check_confidence(confidence)
@@ -135,7 +134,7 @@ def _is_outlier_metric(name: str) -> bool:
 def _at_the_end(
   runs: Sequence[runs_lib.Run], settings: Mapping[str, str] | None, folders: Sequence[PathLike]
 ) -> tuple[list[tuple[runs_lib.Run, results.Result]], list[str]]:
-  """`ptq_degradation.find_cells` of each run's last step alone."""
+  """`ptq_degradation.find_cells`, for each run's last step only."""
   found, said = ptq_degradation.find_cells(runs, settings, folders)
   return [(run, cell) for run, cell in found if cell["step"] == run.config.steps], said
 
@@ -143,8 +142,8 @@ def _at_the_end(
 def _check_any(
   runs: Sequence[runs_lib.Run], cells: pd.DataFrame, settings: Mapping[str, str] | None
 ) -> list[str]:
-  """In words the runs in full precision without any of these cells. Errors: ConfigError where all
-  are."""
+  """Sentences on the full-precision runs without any of these cells. Errors: ConfigError if there
+  are no cells."""
   having = set(cells.run)
   without = [
     run
@@ -164,7 +163,7 @@ def _check_any(
 
 
 def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) -> dict[str, Any]:
-  """The columns of one row of `correlations` behind its keys."""
+  """The columns of one row of `correlations`, after its keys."""
   row: dict[str, Any] = {"optimizers": 0, "runs": 0}
   row |= {
     f"{level}{method}{part}": np.nan
@@ -192,7 +191,7 @@ def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) ->
     if problem:
       reasons.append(f"{level}: {problem}" if level else problem)
       if not level:
-        break  # nor have the others
+        break  # the other levels have the same problem
       continue
     given = of[GIVEN].to_numpy() if level == "partial_" else None
     for method in methods:

@@ -1,7 +1,7 @@
 """Growth of quantization error through a network.
 
 `decompose` and `final_error` measure it (evaluate/propagation.py, which evaluation jobs use too),
-`sensitivity` quantizes one part at a time (sensitivity.py), `cumulative` reads their table.
+`sensitivity` quantizes one part at a time (sensitivity.py), `cumulative` reads `decompose`'s table.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ __all__ = ["PARTS", "cumulative", "decompose", "final_error", "sensitivity"]
 
 
 def cumulative(rows: pd.DataFrame) -> pd.DataFrame:
-  """Growth of error along the network, from a table of `decompose`: a row for each block, the final
-  norm and the head.
+  """Growth of error along the network, from a table of `decompose`: one row per block, and one each
+  for the final norm and the head.
 
-  Each takes what the one before it returns, so that R = gain · R_in + B + C unrolls to
+  The input of each is the output of the one before, so R = gain · R_in + B + C unrolls to
 
     R_L = Σ_l (B_l + C_l) · Π_(k > l) gain_k
 
   Columns: name; R, as measured; gain; product, of the gains from the second block on; added, B + C;
-  share, of the last R: added · gains behind it / R_L. The shares sum to 1.
+  share of the last R: added · all later gains / R_L. The shares sum to 1.
   Errors: ConfigError for a table without all of these rows."""
   ends = ["final_norm", "head"]
   chain = rows[(rows["kind"] == "block") | rows["name"].isin(ends)].reset_index(drop=True)
@@ -35,7 +35,7 @@ def cumulative(rows: pd.DataFrame) -> pd.DataFrame:
     list(chain["name"]),
     "expected every block, the final norm and the head: decompose with modules=None",
   )
-  # Where no error comes in, as into the first block, all that is returned was added.
+  # Where no error comes in, as into the first block, all of the output's error was added.
   gain = chain["gain"].where(chain["gain"].notna() | chain["R"].isna(), 0.0).to_numpy()
   added = (chain["B"] + chain["C"]).to_numpy()
   behind = np.append(np.cumprod(gain[:0:-1])[::-1], 1.0)

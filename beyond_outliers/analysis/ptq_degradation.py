@@ -1,6 +1,6 @@
 """Degradation by post-training quantization, of every optimizer under every method.
 
-Read from the cells that evaluation jobs leave in workdirs."""
+Read from the cells that evaluation jobs write into workdirs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from beyond_outliers.mesh import jax_settings
 from beyond_outliers.types import Json, PathLike
 
 HIGHER_IS_BETTER = re.compile(r"agreement|/acc|/exact_match|/f1")
-# Of a cell's run, as the cell has them.
+# Fields of a cell that describe its run, with their types.
 SOURCE = {
   **{
     f"source.config.{name}": kind for name, kind in (("size", str), ("steps", int), ("seed", int))
@@ -37,13 +37,13 @@ ORIGIN = ["run", "size", "steps", "optimizer", "learning_rate", "seed"]
 MEASURED_ON = [
   *("version", "data", "tokenizer", "context", "documents", "mask_documents"),
   *("calibration_windows", "average"),
-  *jax_settings.DEFAULTS,  # of which a cell has those that were changed
+  *jax_settings.DEFAULTS,  # recorded in a cell only if changed
 ]
-# Of those, what a cell has in common with that of the model as it was trained.
+# Those that a cell shares with the cell of the model as it was trained.
 SAME_TEXT = [name for name in MEASURED_ON if name != "calibration_windows"]
-PLACE = "step / steps"  # where in its run a cell is, as refusals name it
-FLAGS = ("context", "documents", "average")  # of those, what evaluate has a flag for
-OUTLIERS = "outliers/"  # how their metrics begin, in the cell of the model as it was trained
+PLACE = "step / steps"  # a cell's position in its run, as named in refusals
+FLAGS = ("context", "documents", "average")  # those that evaluate has a flag for
+OUTLIERS = "outliers/"  # prefix of outlier metrics, in the cell of the model as it was trained
 
 
 def degradation_cells(
@@ -51,13 +51,12 @@ def degradation_cells(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> pd.DataFrame:
-  """One row per cell of each run's last step, by the newest version that measured any: where it
-  comes from, recipe, method and its metrics. Where no run has such, of the newest step of each.
+  """One row per cell of each run's last step, with origin, recipe, method and metrics; if no run
+  has such cells, of each run's newest step. The newest version of the measurements counts.
 
-  settings: only cells that were measured under these, {"documents": "3"}; of averaged parameters
-  those alone, and only, that {"average": "ema"} asks for. folders: where cells of these runs are
-  beside their own eval/. attrs["left_out"]: in words what is not there, and what is to be known of
-  what is.
+  settings: only cells that were measured under these, {"documents": "3"}; cells of averaged
+  parameters only if asked for, {"average": "ema"}. folders: where cells of these runs are, besides
+  their own eval/. attrs["left_out"]: sentences on what is missing, and other caveats.
   Errors: as `find_cells`."""
   found, said = find_cells(runs, settings, folders)
   cells = cell_table(found)
@@ -71,13 +70,12 @@ def find_cells(
   folders: Sequence[PathLike] = (),
   but: Collection[str] = (),
 ) -> tuple[list[tuple[runs_lib.Run, results.Result]], list[str]]:
-  """([(run, cell), ...] as `degradation_cells` takes them; in words what is left out or to be known
-  of them).
+  """([(run, cell), ...] for `degradation_cells`; sentences on what is left out, and other caveats).
 
-  but: "step", for those of every step that the newest version of the measurements was at, and
-  "average", for those of averaged parameters too.
-  Errors: ConfigError for a folder that is none, a setting that cells do not have, and runs that do
-    not compare, see `tuning.check_comparable`."""
+  but: "step", for cells of every step that the newest version measured, and "average", for those of
+  averaged parameters too.
+  Errors: ConfigError for a folder that does not exist, a setting that no cell has, and runs that
+    are not comparable, see `tuning.check_comparable`."""
   for folder in folders:
     remedy = "there is no such folder; give those that evaluate had as --out"
     require(os.path.isdir(folder), "folders", str(folder), remedy)
@@ -101,7 +99,7 @@ def find_cells(
     found = _last_steps(found)
     _check_averages(found)
   if having := list(dict.fromkeys(run for run, _ in found)):
-    # Optimizers that came to one loss did so in lengths of their own.
+    # Optimizers that reached one loss did so in different numbers of steps.
     check_comparable(having, but=("steps",))
   for run, cell in found:
     if others := [fallback["matrix"] for fallback in cell.get("fallbacks", [])]:
@@ -112,7 +110,7 @@ def find_cells(
 
 
 def _check_averages(found: Iterable[tuple[runs_lib.Run, results.Result]]) -> None:
-  """Refusal of averages of one name that are made otherwise. Errors: ConfigError."""
+  """Refuses averages of the same name that were made differently. Errors: ConfigError."""
   alike: dict[str, tuple[str, Any]] = {}
   for run, cell in found:
     name = cell["settings"].get("average", "")
@@ -124,7 +122,7 @@ def _check_averages(found: Iterable[tuple[runs_lib.Run, results.Result]]) -> Non
 
 
 def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> list[str]:
-  """In words how many cells of each folder are of none of the runs, where there are any."""
+  """A sentence for each folder that has cells of none of the runs."""
   known = {name for run in runs for name in results.names_of(run)}
   found = []
   for folder in folders:
@@ -135,10 +133,10 @@ def without_a_run(runs: Sequence[runs_lib.Run], folders: Sequence[PathLike]) -> 
 
 
 def cell_table(found: Sequence[tuple[runs_lib.Run, results.Result]]) -> pd.DataFrame:
-  """One row per cell: where it comes from, what it was measured on, step, recipe, method and its
-  metrics. Where one task's name stands for unlike questions, it is one name for each: task@HASH.
+  """One row per cell: its origin, what it was measured on, step, recipe, method and metrics. A task
+  whose name stands for different questions in different cells is named task@HASH.
 
-  Errors: ConfigError for a cell that doesn't say what it was measured of."""
+  Errors: ConfigError for a cell that doesn't describe its run."""
   named: dict[str, set[str]] = {}
   for name, content, _ in (answer for _, cell in found for answer in cell.get("answers", ())):
     named.setdefault(name, set()).add(content)
@@ -158,7 +156,7 @@ def evaluation_command(
   propagation: bool = False,
   settings: Mapping[str, object] | None = None,
 ) -> str:
-  """The command that makes such a cell. settings: those that have a flag of their name count."""
+  """The command that measures such a cell. settings: those without a flag are ignored."""
   options = {"workdir": run, "steps": step, "recipes": recipe, "methods": method}
   options |= {name: value for name, value in (settings or {}).items() if name in FLAGS}
   words = [f"--{name}={value}" for name, value in options.items() if value != ""]
@@ -167,11 +165,11 @@ def evaluation_command(
 
 
 def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
-  """The rows of cells quantized after training, each with what the same checkpoint has in full
+  """The rows of cells quantized after training, each with values of the same checkpoint in full
   precision: full_precision_loss, relative (loss / full_precision_loss - 1), and its outliers.
 
-  Where the cell of the model as it was trained is missing, the loss in full precision is that of
-  the difference, and there are no outliers."""
+  If the cell of the model as it was trained is missing, full_precision_loss follows from
+  loss_difference, and there are no outliers."""
   keys = ["run", "step", *SAME_TEXT]
   quantized = cells[cells.method != "none"].dropna(axis="columns", how="all")
   trained = cells[(cells.method == "none") & (cells.recipe == FULL_PRECISION)]
@@ -193,10 +191,10 @@ def beside_full_precision(cells: pd.DataFrame) -> pd.DataFrame:
 def compare_optimizers(
   found: pd.DataFrame, metric: str = "loss_difference"
 ) -> list[tuple[str, str, Comparison]]:
-  """(recipe, method, whether seeds tell two optimizers apart), of each recipe and method after
+  """(recipe, method, whether seeds tell two optimizers apart), for each recipe and method after
   Holm's correction over its pairs, the surest first.
 
-  found: cells that `check_cells` accepts. A metric that is not finite is no value."""
+  found: cells that `check_cells` accepts. Values that are not finite are left out."""
   measured = found[(found.method != "none") & np.isfinite(found[metric].astype(float))]
   compared = []
   for (recipe, method), cells in measured.groupby(["recipe", "method"]):
@@ -207,12 +205,12 @@ def compare_optimizers(
 
 
 def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
-  """Refusal of cells whose means, or differences, would say nothing.
+  """Refuses cells whose means or differences would be meaningless.
 
   but: what cells of one optimizer may differ in.
-  Errors: ConfigError for optimizers that have cells of several learning rates, lengths or steps, or
-    two of one seed; and cells of other places in their runs, or that were measured on other."""
-  # Methods that look at no data have no windows.
+  Errors: ConfigError for an optimizer with cells of several learning rates, lengths or steps, or
+    two of one seed; and for cells that differ in the point of their run or what they measured."""
+  # Calibration windows are compared within a method, since methods without calibration have none.
   for key, within in {
     **dict.fromkeys((*MEASURED_ON, PLACE)),
     **dict.fromkeys(("learning_rate", "steps", "step"), "optimizer"),
@@ -240,7 +238,7 @@ def check_cells(measured: pd.DataFrame, but: Collection[str] = ()) -> None:
 def _last_steps(
   found: Sequence[tuple[runs_lib.Run, results.Result]],
 ) -> list[tuple[runs_lib.Run, results.Result]]:
-  """The cells of runs' last steps; where there are none, of the newest step that each run has."""
+  """The cells of runs' last steps; if there are none, those of the newest step of each run."""
   newest: dict[runs_lib.Run, int] = {}
   for run, cell in found:
     newest[run] = max(cell["step"], newest.get(run, 0))
@@ -249,7 +247,7 @@ def _last_steps(
 
 
 def _elsewhere(runs: Sequence[runs_lib.Run], cells: pd.DataFrame) -> list[str]:
-  """In words the runs in full precision that are not done, or without cells of their last step."""
+  """Sentences on full-precision runs that are not done, or have no cells of their last step."""
   at = dict(zip(cells.run, cells.step, strict=True))
   return [
     standing(run)
@@ -262,7 +260,7 @@ def _elsewhere(runs: Sequence[runs_lib.Run], cells: pd.DataFrame) -> list[str]:
 
 def _of_run(run: runs_lib.Run, shared: Sequence[results.Result]) -> list[results.Result]:
   every = [*shared, *results.ResultStore(run.path / "eval").cells()]
-  # One that lies in several folders is one, as its name says.
+  # A cell that is in several folders counts once, by its file's name.
   identity = ("step", "recipe", "method", "settings")
   by_name = {
     results.file_name(*(cell[of] for of in identity)): cell for cell in results.of_run(run, every)
@@ -275,9 +273,9 @@ def _is_under(cell: Json, settings: Mapping[str, str]) -> bool:
 
 
 def _row(run: str, cell: Json, unlike: Collection[str]) -> Json:
-  """unlike: tasks whose questions are not those of all cells.
+  """A row of `cell_table`. unlike: tasks whose questions differ between cells.
 
-  Errors: ConfigError for a cell that doesn't say what it was measured of."""
+  Errors: ConfigError for a cell that doesn't describe its run."""
   if problem := misfit(cell, SOURCE):
     which = f"step {cell['step']}, {cell['recipe']}, {cell['method']}"
     raise ConfigError(f"{run}: the cell of {which} {problem}; remove it and evaluate it again")

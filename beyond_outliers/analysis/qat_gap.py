@@ -1,5 +1,5 @@
-"""The gap of quantization-aware training: the validation loss that a run ends at under a recipe,
-beyond that of the same run in full precision."""
+"""The gap of quantization-aware training: a run's final validation loss under a recipe, less that
+of the same run in full precision."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Gap:
   optimizer: str
   recipe: str
   rates: tuple[float, float]  # learning rates in full precision and under the recipe
-  seeds: tuple[int, ...]  # that both have
+  seeds: tuple[int, ...]  # those that both sides have
   # [2, seeds]: in full precision, and under the recipe.
   losses: np.ndarray  # validation losses in nats
-  bits_per_byte: np.ndarray  # infinite where a dataset does not know its bytes
+  bits_per_byte: np.ndarray  # infinite where a dataset has no count of its bytes
 
   @property
   def loss(self) -> Estimate:
-    """Mean difference in nats; what a seed does to both sides cancels in its standard error."""
+    """Mean difference in nats; a seed's effect on both sides cancels in its standard error."""
     return estimate(self.losses[1] - self.losses[0])
 
   @property
@@ -60,15 +60,15 @@ class Gap:
 def qat_gaps(
   runs: Sequence[runs_lib.Run], *, own_rates: bool = False
 ) -> tuple[list[Gap], list[str]]:
-  """A `Gap` per optimizer and recipe, by recipe, smallest first; and in words what was left out.
+  """A `Gap` per optimizer and recipe, by recipe, smallest first; and sentences on those left out.
 
-  As in the study (arXiv 2509.23500, section 3) both sides have the learning rate that is best in
-  full precision; where a recipe was not trained at that rate, the best it was trained at.
-  own_rates: each side has the rate that is best for it.
+  As in the study (arXiv 2509.23500, section 3), both sides have the learning rate that is best in
+  full precision; if a recipe was not trained at that rate, its side has its own best.
+  own_rates: each side has its own best rate.
   Errors: ConfigError as `tuning.tunings`."""
   frame = run_frame(runs)
   left_out = [standing(run) for run in frame.run if run.status["status"] != "done"]
-  # A rate is chosen by the seeds common to all rates; the gap has all seeds there are at that rate.
+  # A rate is chosen by the seeds common to all rates; the gap then has all seeds at that rate.
   tunings = {(t.recipe, t.optimizer): t for t in tunings_of(frame)}
   gaps = []
   for recipe, name in sorted(set(zip(frame.recipe, frame.optimizer, strict=True))):
@@ -89,17 +89,17 @@ def qat_gaps(
 
 
 def gaps_at_own_rates(runs: Sequence[runs_lib.Run], gaps: Sequence[Gap]) -> list[Gap]:
-  """What `qat_gaps` finds with own_rates; none where these are the rates of `gaps`."""
+  """What `qat_gaps` finds with own_rates; empty if these are the rates of `gaps` anyway."""
   own, _ = qat_gaps(runs, own_rates=True)
   return own if [gap.rates for gap in own] != [gap.rates for gap in gaps] else []
 
 
 def compare_gaps(gaps: Sequence[Gap]) -> list[tuple[str, Comparison]]:
-  """(recipe, whether seeds tell a gap from none, or two optimizers' gaps from each other), by
+  """(recipe, whether seeds tell a gap from zero, or two optimizers' gaps from each other), by
   recipe, the surest first.
 
-  Gaps of one seed are left out, and pairs that share fewer than two. Holm's procedure is over a
-  recipe's gaps, and by itself over its pairs."""
+  Gaps of one seed are left out, and pairs that share fewer than two. Holm's correction is over a
+  recipe's gaps, and separately over its pairs."""
   found = []
   for recipe in dict.fromkeys(gap.recipe for gap in gaps):
     paid = {
@@ -116,9 +116,9 @@ def compare_gaps(gaps: Sequence[Gap]) -> list[tuple[str, Comparison]]:
 def _pair(
   frame: pd.DataFrame, full: Tuning, under: Tuning, rate: float
 ) -> tuple[Gap | None, list[str]]:
-  """(the gap, None where no seed is done on both sides; seeds that are done on one side only).
+  """(the gap, or None if no seed is done on both sides; sentences on seeds done on one side only).
 
-  rate: under the recipe."""
+  rate: that under the recipe."""
   sides = [_done(frame, full, full.learning_rate), _done(frame, under, rate)]
   seeds = tuple(int(seed) for seed in sides[0].index.intersection(sides[1].index))
   alone = sorted(set(sides[0].index) ^ set(sides[1].index))
@@ -139,7 +139,7 @@ def _pair(
 
 
 def _done(frame: pd.DataFrame, t: Tuning, rate: float) -> pd.Series:
-  """The runs of a sweep that are done at a rate, by seed."""
+  """The finished runs of a sweep at a rate, by seed."""
   done = frame[
     np.isfinite(frame.loss)
     & (frame.optimizer == t.optimizer)

@@ -1,4 +1,4 @@
-"""Reports that the command prints, one per question, and the file of overrides for the launcher."""
+"""Reports that the command prints, one per question, and the launcher's file of overrides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRED = "paired by seed, Student's t after Holm"
 
 
 class Settings(Protocol):
-  """What a report settles on for an optimizer: a `Tuning` or a `Landing`."""
+  """What a report chooses for an optimizer: a `Tuning` or a `Landing`."""
 
   @property
   def optimizer(self) -> str: ...
@@ -42,8 +42,8 @@ class Settings(Protocol):
 def print_tuning(
   runs: Sequence[runs_lib.Run], plot: PathLike = "", gap_plot: PathLike = ""
 ) -> list[Tuning]:
-  """Each recipe's best learning rates, and where there is more than one recipe the gap of each to
-  full precision; returns the rates of full precision.
+  """Prints each recipe's best learning rates and, with several recipes, each one's gap to full
+  precision; returns the rates of full precision.
 
   plot, gap_plot: files to draw the loss curves and the gaps into, .png or .svg."""
   found = tunings(runs)
@@ -96,7 +96,7 @@ def _print_gap_tables(title: str, gaps: Sequence[Gap]) -> None:
 
 
 def print_common_loss(runs: Sequence[runs_lib.Run]) -> list[Landing]:
-  """The common loss of the optimizers in full precision, and the lengths of runs that end at it."""
+  """Prints the optimizers' common loss in full precision and the lengths of runs that end at it."""
   loss, landings = common_loss(runs)
   print(f"common loss: {loss:.4f} nats\n\n{tables.common_loss_table(landings, loss)}")
   if said := not_done(runs):
@@ -110,9 +110,9 @@ def print_degradation(
   settings: Mapping[str, str],
   folders: Sequence[PathLike],
 ) -> None:
-  """A metric of evaluation jobs' cells, by recipe, method and optimizer.
+  """Prints a metric of evaluation jobs' cells, by recipe, method and optimizer.
 
-  See `ptq_degradation.degradation_cells`."""
+  Arguments: see `ptq_degradation.degradation_cells`."""
   cells = ptq_degradation.degradation_cells(runs, settings, folders)
   print(tables.degradation_table(cells, metric))
   compared = ptq_degradation.compare_optimizers(cells, metric)
@@ -125,7 +125,7 @@ def print_degradation(
 
 
 def check_ended(runs: Sequence[runs_lib.Run]) -> None:
-  """Refusal to write what is found of runs in full precision while one may still end otherwise.
+  """Refuses to write what was found for full precision while one of its runs may still change it.
 
   Errors: ConfigError."""
   own = [run for run in runs if quant.recipes.name_of(run.config.quant) == FULL_PRECISION]
@@ -135,10 +135,10 @@ def check_ended(runs: Sequence[runs_lib.Run]) -> None:
 
 
 def write_overrides(path: PathLike, c: config.Config, found: Sequence[Settings]) -> None:
-  """File for `launch.local --overrides`: {size, model: its shape, overrides: {optimizer: {config
-  key: value}}}.
+  """Writes the file for `launch.local --overrides`: {size, model: its shape, overrides: {optimizer:
+  {config key: value}}}.
 
-  c: of one of the runs. Errors: ConfigError when an optimizer comes twice."""
+  c: the configuration of any of the runs. Errors: ConfigError if an optimizer occurs twice."""
   names = [one.optimizer for one in found]
   if len(set(names)) < len(names):
     raise ConfigError(f"{names}: one entry per optimizer; give those of one recipe")

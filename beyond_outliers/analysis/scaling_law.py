@@ -1,13 +1,13 @@
-"""Scaling laws of the loss over model and data sizes, and what a recipe leaves of a model's size.
+"""Scaling laws of the loss over model and data sizes, and the effective model size under a recipe.
 
     study      L = A / (N rho)^alpha + E, at one ratio of tokens to parameters
     two_term   L = A / (rho_N N)^alpha + B / (rho_D D)^beta + E
 
-N are parameters, D tokens. A model under a recipe is worth a share rho of its parameters in full
-precision, where rho = 1 (arXiv 2509.23500, section 5). By two_term (arXiv 2602.07712) rho_N and
-rho_D belong to an optimizer and recipe, and are 1 of the reference; all else is shared, since a law
-of one optimizer alone is ill-conditioned. By default the study's law shares E and alpha for that
-reason; `shared=()` is the paper's fit.
+N are parameters, D tokens. A model under a recipe is worth a full-precision model with a share rho
+of its parameters (arXiv 2509.23500, section 5). In two_term (arXiv 2602.07712), each optimizer and
+recipe has its rho_N and rho_D, which are 1 for the reference; all else is shared, since a law of
+one optimizer alone is ill-conditioned. For that reason the study's law shares E and alpha by
+default; `shared=()` is the paper's fit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LawIntervals(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-  """Shares of parameters and of tokens that an optimizer and recipe make use of."""
+  """Effective shares of parameters and of tokens under an optimizer and recipe."""
 
   N: float
   D: float
@@ -58,25 +58,25 @@ class Efficiency(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ScalingLaw:
-  """A fitted law. Names of parameters: `alpha`, or `alpha(muon)` where it is an optimizer's own;
-  `rho(muon, quest_w4a4)`, and `rho_N(...)`, `rho_D(...)` by two_term."""
+  """A fitted law. Names of parameters: `alpha`, or `alpha(muon)` if it is an optimizer's own;
+  `rho(muon, quest_w4a4)`, or for two_term `rho_N(...)` and `rho_D(...)`."""
 
   law: str
   reference: Pair
   params: dict[str, float]
-  rho: dict[Pair, float | Efficiency]  # of every optimizer and recipe; 1 of what it is relative to
+  rho: dict[Pair, float | Efficiency]  # by (optimizer, recipe); 1 for what it is relative to
   intervals: dict[str, LawIntervals]
   confidence: float
   resampling: str  # what the bootstrap resampled
   identified: dict[str, bool]  # whether the data determine a parameter
-  reasons: dict[str, str]  # why not, and what would be needed; empty where they do
+  reasons: dict[str, str]  # why not, and what would be needed; empty if they do
   left_out: list[str]
-  # Standard deviations of log losses around the law, and of seeds around their mean. The law is
-  # off, and the bootstrap's intervals do not know it, where the former is well above the latter.
+  # Standard deviations of log losses around the law, and of seeds around their mean. If the former
+  # is well above the latter, the law does not hold, which the bootstrap's intervals don't reflect.
   residual: float
-  between_seeds: float  # NaN without seeds
+  between_seeds: float  # NaN if every cell has one seed
   runs: int
-  tokens_per_parameter: float  # at which the study's law holds; NaN by two_term
+  tokens_per_parameter: float  # at which the study's law holds; NaN for two_term
   embedding: bool  # whether N counts the embedding
 
   def predict(
@@ -90,8 +90,8 @@ class ScalingLaw:
     """Losses in nats at N parameters (counted as in the fit) and D tokens, broadcast together.
 
     optimizer, recipe: by default the reference's. D: needed by two_term.
-    Errors: ConfigError for what was not fitted or is not above zero, and by the study's law for
-      another D/N."""
+    Errors: ConfigError for an optimizer or recipe that was not fitted, sizes that are not above
+      zero, and with the study's law for another D/N."""
     pair = optimizer or self.reference[0], recipe or self.reference[1]
     require(
       pair in self.rho, "(optimizer, recipe)", pair, nearest(str(pair), list(map(str, self.rho)))
@@ -168,22 +168,22 @@ def fit(
   resamples: int = 400,
   seed: int = 0,
 ) -> ScalingLaw:
-  """The law of runs: Huber regression of log losses, from many starts, the best kept.
+  """The law fitted to runs: Huber regression of log losses, the best of many starts.
 
-  points: a pandas.DataFrame or what makes one, a row per run: optimizer, recipe, parameters,
-    tokens, loss (nats), seed; embedding (its parameters) if N is to be without; and if there are,
-    status, and the columns that all runs must agree on, as `tokenizer`.
-  shared: of the study's law, which of E, alpha and A all optimizers share. While A is not, an
-    optimizer's rho is relative to its own runs of the reference's recipe; if A is, to the
+  points: a pandas.DataFrame, or what makes one, with one row per run: optimizer, recipe,
+    parameters, tokens, loss (nats), seed; embedding (number of its parameters) if N is to exclude
+    it; optionally status, and columns that all runs must agree on, such as `tokenizer`.
+  shared: for the study's law, which of E, alpha and A all optimizers share. If A is not shared, an
+    optimizer's rho is relative to its own runs under the reference's recipe; if it is, to the
     reference.
   delta: where the loss of a log residual turns linear; 1e-3 as in arXiv 2203.15556, appendix D.3.
   resamples: of the bootstrap; 0: none. seed: of its draws.
 
-  Intervals. `profile`: profile likelihood (`law_intervals.profile_interval`), which takes runs to
-  be independent with one normal spread of log losses. `bootstrap`: percentiles over refits to seeds
-  drawn anew (`law_intervals.bootstrap_refits`); none where the runs' sizes do not identify a
-  parameter. Both take runs as independent: where seeds share their data's order between recipes,
-  rho is known better than they say.
+  Intervals. `profile`: by profile likelihood (`law_intervals.profile_interval`), for normal log
+  losses of equal spread. `bootstrap`: percentiles over refits to resampled seeds
+  (`law_intervals.bootstrap_refits`); none if the runs' sizes do not identify a parameter. Both
+  treat runs as independent: if seeds share the data's order between recipes, rho is known better
+  than they say.
   Errors: ConfigError for tables, laws, parameters and references that do not fit."""
   shared = _check(law, shared, delta, confidence, resamples)
   table, left_out = read_points(points, embedding)
@@ -217,7 +217,7 @@ def fit(
   by_design = identification.by_design(plan, cells, theta_P, law)
   by_noise = identification.by_noise(plan, cells, theta_P, profile_Px2, law, M / len(cells))
   reasons = {name: by_design[name] or by_noise[name] for name in plan.names}
-  # Refits begin at the fit, and so stay near it in a valley that has no lowest place.
+  # Refits start at the fit, so in a valley without a minimum they would stay near it.
   bootstrap_Px2[[bool(by_design[name]) for name in plan.names]] = np.nan
   return ScalingLaw(
     law=law,
@@ -244,7 +244,7 @@ def fit(
 def _check(
   law: str, shared: Sequence[str], delta: float, confidence: float, resamples: int
 ) -> tuple[str, ...]:
-  """What the parameters share. Errors: ConfigError."""
+  """`shared` as a tuple, with all settings checked. Errors: ConfigError."""
   require(law in LAWS, "law", law, nearest(law, LAWS))
   shared = (shared,) if isinstance(shared, str) else tuple(shared)
   for name in shared:
@@ -272,7 +272,7 @@ def _best(
   starts = plan.starts(np.exp(np.bincount(problem.cell_M, values_M) / counts))
   thetas, sums = problem.solve(values_M[None], starts)
   theta = thetas[np.argmin(sums)]
-  # A profile looks far around; should it meet a lower valley, that is where the law lies.
+  # A profile searches far around the fit; if it meets a lower minimum, the fit moves there.
   for _ in range(3):
     ends, met = profile_interval(problem, values_M, theta, confidence)
     (better,), (low,) = problem.solve(values_M[None], met[None])

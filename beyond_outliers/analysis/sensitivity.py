@@ -1,4 +1,4 @@
-"""Sensitivity of a quantized network to its parts: each quantized alone, and all but each.
+"""Sensitivity of a quantized network to its parts: quantizing each one alone, and all but each.
 
 Legend: B batch (windows), L length, D model width, V vocabulary.
 """
@@ -40,12 +40,12 @@ from beyond_outliers.quant.recipes import Recipe
 from beyond_outliers.quant.spec import LayerRecipe
 from beyond_outliers.types import LanguageModel, Params
 
-Recipes = dict[str, LayerRecipe]  # of the linear layers that are quantized, by path
-Split = dict[str, tuple[Recipes, Recipes]]  # by part: it alone, all but it
+Recipes = dict[str, LayerRecipe]  # path -> recipe, of the linear layers that are quantized
+Split = dict[str, tuple[Recipes, Recipes]]  # part -> (it alone, all but it)
 
 
 def _split(recipes: Recipes, name_of: Callable[[str], str]) -> Split:
-  """Parts of whole linear layers, by what each is called."""
+  """Parts that consist of whole linear layers; `name_of` maps a layer's path to its part."""
   parts: Split = {}
   for path, layer in recipes.items():
     alone, without = parts.setdefault(name_of(path), ({}, dict(recipes)))
@@ -60,7 +60,7 @@ def _block_of(path: str) -> str:
 
 
 def _operands(recipes: Recipes) -> Split:
-  """All weights, and all activations: what one of them leaves is the other."""
+  """Two parts, all weights and all activations: each is all but the other."""
   only = {
     kept: {
       path: LayerRecipe(**{kept: getattr(layer, kept)})
@@ -75,7 +75,7 @@ def _operands(recipes: Recipes) -> Split:
   }
 
 
-# What counts as a part: a linear layer, all of a kind, those of a block, or an operand of all.
+# What is a part: one linear layer, all of a kind, those of a block, or one operand of all layers.
 PARTS: dict[str, Callable[[Recipes], Split]] = {
   "module": functools.partial(_split, name_of=str),
   "kind": functools.partial(_split, name_of=kind_of),
@@ -95,14 +95,14 @@ def sensitivity(
 ) -> pd.DataFrame:
   """Table of error and loss with one part quantized, and with all but one, the worst part first.
 
-  Columns: name; R_alone and cost_alone, where this part alone is quantized; R_without and
-  cost_without, where all but it are; a `_se` of each, over windows. The row "all" has the whole
-  quantized model, and without it the one in full precision.
-  R: at the final norm, as `final_error`. cost: loss less that of full precision, nats a token, of
-  the next token in the window; its error is of the differences by window.
-  Matrices are those of `quantized`: what GPTQ corrected in one for errors before it stays.
-  by: row of PARTS. All else: as `decompose` takes it.
-  Errors: ConfigError, as there."""
+  Columns: name; R_alone and cost_alone, with only this part quantized; R_without and cost_without,
+  with all but this part; a `_se` of each, over windows. The row "all" is of the whole quantized
+  model; its `without` is the full-precision model.
+  R: at the final norm, as `final_error`. cost: next-token loss within windows, less that of full
+  precision, nats per token; its standard error is of the differences by window.
+  Matrices are those of `quantized`: GPTQ's corrections for errors of earlier layers stay in them.
+  by: a row of PARTS. All else: as for `decompose`.
+  Errors: ConfigError, as `decompose`."""
   require(by in PARTS, "by", by, "expected one of " + ", ".join(map(repr, PARTS)))
   run = paired(model, params, quantized)
   recipes = {
@@ -111,7 +111,7 @@ def sensitivity(
     if (layer := quantized.recipe.layer(path)) is not None
   }
   splits = {"all": (recipes, Recipes()), **PARTS[by](recipes)}
-  # Of two parts, one alone is all but the other.
+  # Keyed by recipes, so that equal variants run once: of two parts, one alone is all but the other.
   variants = {_key(of): _Variant(run, of) for split in splits.values() for of in split}
   found: dict[Any, list[Any]] = {key: [] for key in variants}
   for batch in windows(batches, model.config.vocab, mask_documents):
@@ -149,7 +149,7 @@ class _Variant:
     )
 
   def outputs(self, batch: Windows) -> tuple[jax.Array, jax.Array]:
-    """(the final norm's output, [B, L, D]; the summed loss of each window, [B])."""
+    """(the final norm's output, [B, L, D]; each window's summed loss, [B])."""
     stacks, ends = tuple(params[LAYERS] for params in self._run.params), self._run.params[0]
     x_BxLxD = embed(self._plain, ends, batch.tokens)
     for depth in range(self._plain.config.blocks):
@@ -163,8 +163,8 @@ class _Variant:
     return x_BxLxD, _losses(*self._head(), x_BxLxD, batch.tokens, batch.counts)
 
   def _head(self) -> tuple[LanguageModel, Params]:
-    """A model and parameters with this head: the plain ones, whose programs all variants share, but
-    where the head is quantized."""
+    """A model and parameters with this variant's head: unless the head is quantized, the plain
+    ones, whose compiled programs all variants share."""
     layer, (params, q_params) = self._recipes.get("head"), self._run.params
     if layer is None:
       return self._plain, params
@@ -175,7 +175,7 @@ class _Variant:
 
 
 def _mixed(layer: LayerRecipe | None, kernel: jax.Array, q_kernel: Any) -> Any:
-  """The matrix of a linear layer of this recipe, given both that the two models have."""
+  """The matrix of a linear layer under this recipe, from the two models' matrices."""
   if layer is None:
     return kernel
   if layer.weights is None and isinstance(q_kernel, QuantizedMatrix):
@@ -189,7 +189,7 @@ def _mixed(layer: LayerRecipe | None, kernel: jax.Array, q_kernel: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mixed_block(recipes, stacks, depth):
-  """The parameters of a block of which some linear layers are quantized."""
+  """The parameters of a block in which some linear layers are quantized."""
   tree, q_tree = slice_at(stacks, depth)
   kernels = {
     kernel_path(kind): _mixed(layer, *(subtree(t, kernel_path(kind)) for t in (tree, q_tree)))
@@ -200,7 +200,7 @@ def _mixed_block(recipes, stacks, depth):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(model, params, x_BxLxD, tokens_BxL, counts_BxL):
-  def of_window(window):  # one after another: logits are wide
+  def of_window(window):  # one window at a time, since logits are wide
     x_LxD, tokens_L, counts_L = window
     logits_LxV = model.apply({"params": params}, x_LxD, method="logits")
     return jnp.sum(cross_entropy(logits_LxV[:-1], tokens_L[1:]), where=counts_L[1:])
@@ -210,7 +210,7 @@ def _losses(model, params, x_BxLxD, tokens_BxL, counts_BxL):
 
 @jax.jit
 def _sums(outputs, reference, counts_BxL):
-  """Sums of R and of the cost by window, [B] each."""
+  """Sums of R and of the cost per window, [B] each."""
   (x_BxLxD, loss_B), (plain_BxLxD, plain_loss_B) = outputs, reference
   found = error_sums(Unit((), (), plain_BxLxD, x_BxLxD), counts_BxL)["token"]
   return {**found, "cost": loss_B - plain_loss_B, "targets": jnp.sum(counts_BxL[:, 1:], axis=1)}

@@ -1,4 +1,4 @@
-"""Means, and differences of means, of values that one seed each gave."""
+"""Means, and differences of means, of values from one seed each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from beyond_outliers.errors import ConfigError
 
 Values = Sequence[float] | np.ndarray
 
-# Up to so many seeds the sign-flip test goes through all 2^n signs; beyond, it draws as many.
+# Up to this many seeds the sign-flip test enumerates all 2^n signs; above, it draws 2^16 at random.
 MOST_FLIPPED = 16
 
 
@@ -41,7 +41,7 @@ class Difference:
   value: float
   interval: tuple[float, float]  # Student's t
   p: float  # of the paired t test, two-sided
-  p_sign_flip: float  # of all 2^n signs; its least value is 2 / 2^n
+  p_sign_flip: float  # of the sign-flip test; at least 2 / 2^n
   n: int
 
 
@@ -63,11 +63,11 @@ def paired_difference(
   second: Values | Mapping[int, float],
   confidence: float = 0.95,
 ) -> Difference:
-  """second - first, paired by seed: lists in one order, or {seed: value} with the same seeds.
+  """second - first, paired by seed: lists in the same order, or {seed: value} with the same seeds.
 
-  With few seeds the sign-flip test cannot be significant, however clear the difference: at .05 it
+  With few seeds the sign-flip test cannot be significant, however clear the difference: for .05 it
   takes six.
-  Errors: ConfigError for seeds that one side lacks, values that are not finite, fewer than two."""
+  Errors: ConfigError for seeds on one side only, values that are not finite, fewer than two."""
   if isinstance(first, Mapping) and isinstance(second, Mapping):
     alone = sorted(set(first) ^ set(second), key=str)
     require(not alone, "seeds", alone, "are on one side only; give those of both")
@@ -94,7 +94,7 @@ def paired_difference(
 
 
 def check_column(name: str, values: Values) -> np.ndarray:
-  """Values as an array, [n]. Errors: ConfigError for what is no list of finite numbers."""
+  """Values as an array, [n]. Errors: ConfigError for what is not a list of finite numbers."""
   try:
     column = np.asarray(values, float)
   except (TypeError, ValueError):
@@ -105,7 +105,7 @@ def check_column(name: str, values: Values) -> np.ndarray:
 
 
 def check_confidence(confidence: float) -> None:
-  """Refusal of what is no level of an interval. Errors: ConfigError."""
+  """Refuses what is not a confidence level. Errors: ConfigError."""
   require(0 < confidence < 1, "confidence", confidence, "expected a number between 0 and 1")
 
 
@@ -123,13 +123,13 @@ def holm(p_values: Values) -> np.ndarray:
 def compare_differences(
   differences: Mapping[str, Values], *, confidence: float = 0.95, margin: float | None = None
 ) -> list[Comparison]:
-  """Which of several mean differences are ties: by name, the paired differences, one per seed.
+  """Which of several mean differences are ties. differences: by name, one per seed.
 
-  A difference is a tie if its p of the t test, after Holm's correction, is above 1 - confidence,
-  which is when its interval holds zero: intervals are at the level of the step of Holm's procedure
-  at which a difference is judged, and those behind the first tie at that tie's. A tie says that the
-  seeds do not tell the sides apart, `equivalent` that they are the same up to the margin. Errors:
-  ConfigError for a difference with fewer than two values, or values that are not finite."""
+  A difference is a tie if its t test's p, after Holm's correction, is above 1 - confidence. Its
+  interval then contains zero: intervals are at the level of the step at which Holm's procedure
+  judges a difference; after the first tie, at that tie's level. A tie means that the seeds do not
+  tell the sides apart, `equivalent` that these are the same up to the margin. Errors: ConfigError
+  for a difference with fewer than two values, or values that are not finite."""
   require(bool(differences), "differences", dict(differences), "expected at least one")
   require(margin is None or margin > 0, "margin", margin, "expected a number above zero")
   check_confidence(confidence)
@@ -154,7 +154,7 @@ def compare_differences(
 
 
 def compare_pairs(values: Mapping[str, Mapping[int, float]]) -> list[Comparison]:
-  """Which of several things their seeds tell apart: every pair, paired by seed, the surest first.
+  """Which of several things seeds tell apart: every pair, paired by seed, the surest first.
 
   values: by name, a value per seed. Pairs that share fewer than two seeds are left out."""
   pairs = {

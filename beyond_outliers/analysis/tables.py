@@ -1,4 +1,4 @@
-"""Tables in Markdown, all values read from workdirs. A column: its heading, and an item's text."""
+"""Tables in Markdown, with values from workdirs. Columns are headings and functions of an item."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 def tuning_table(tunings: Iterable[Tuning]) -> str:
-  """Each optimizer's sweep: the best rate, its neighbours, and what went wrong at it."""
+  """Each optimizer's sweep: the best rate, its neighbours, and problems in its runs."""
   return markdown_table(TUNING_COLUMNS, tunings)
 
 
@@ -38,7 +38,7 @@ def _largest_count(runs: Iterable[runs_lib.Run], metric: str) -> str:
 
 
 def _last_count(run: runs_lib.Run, metric: str) -> float:
-  """A run's last count of something; infinite for an unfinished run, zero where none is logged."""
+  """A run's last value of a count; infinite for an unfinished run, zero if it isn't logged."""
   if run.status["status"] != "done":
     return math.inf
   counted = run.metrics().get(metric)
@@ -58,13 +58,13 @@ TUNING_COLUMNS: dict[str, Callable[[Tuning], str]] = {
 
 
 def retuning_table(tunings: Sequence[Tuning]) -> str:
-  """Each optimizer's best rate in full precision and under the recipes it was tuned under, and the
-  losses at both under the recipe."""
+  """Each optimizer's best rate in full precision and under each recipe that it was tuned for, and
+  the losses at both under the recipe."""
   return markdown_table(retuning_columns(tunings), retuned(tunings))
 
 
 def retuned(tunings: Sequence[Tuning]) -> list[Tuning]:
-  """Sweeps under a recipe, of optimizers that have one in full precision."""
+  """Sweeps under a recipe, of optimizers that also have runs in full precision."""
   full = {t.optimizer for t in tunings if t.recipe == FULL_PRECISION}
   return [
     t for t in tunings if t.recipe != FULL_PRECISION and t.optimizer in full and len(t.losses) > 1
@@ -93,7 +93,7 @@ def retuning_columns(tunings: Sequence[Tuning]) -> dict[str, Callable[[Tuning], 
 
 def qat_gap_table(gaps: Iterable[Gap]) -> str:
   """Each optimizer's loss in full precision and under a recipe, and the gap: means over seeds ±
-  standard errors, the gap's of paired differences."""
+  standard errors, for the gap those of paired differences."""
   return markdown_table(GAP_COLUMNS, gaps)
 
 
@@ -130,7 +130,7 @@ def ptq_comparison_table(compared: Iterable[tuple[str, str, Comparison]]) -> str
   return markdown_table(PTQ_COMPARISON_COLUMNS, compared)
 
 
-# Of rows that end with a Comparison.
+# Columns for rows that end with a Comparison.
 _COMPARISON_COLUMNS: dict[str, Callable[[Any], str]] = {
   "95 % interval": lambda row: " … ".join(f"{end:+.4f}" for end in row[-1].interval),
   "p": lambda row: f"{row[-1].p:.3f}",
@@ -154,13 +154,13 @@ PTQ_COMPARISON_COLUMNS: dict[str, Callable[[tuple[str, str, Comparison]], str]] 
 
 def degradation_table(found: pd.DataFrame, metric: str = "loss_difference", digits: int = 4) -> str:
   """Markdown: one row per (recipe, method), one column per optimizer; means over seeds ± their
-  standard error, the best of each recipe and optimizer in bold. Rows in order of the mean over all
-  optimizers, best first. loss_difference: nats, to full precision on the same tokens.
+  standard error, the best of each recipe and optimizer in bold. A recipe's rows are in order of the
+  mean over all optimizers, best first. loss_difference: nats, to full precision on the same tokens.
 
   A metric that is not finite counts as infinite. Runs that were trained quantized are left out.
-  Errors: ConfigError for a metric that no cell has; when an optimizer has runs of several learning
-  rates or lengths, or two of one seed; or cells differ in the model's size or in what they were
-  measured on: their means would say nothing."""
+  Errors: ConfigError for a metric that no cell has; if an optimizer has runs of several learning
+  rates or lengths, or two of one seed; or if cells differ in what they were measured on: means
+  would be meaningless."""
   measured = found[found.method != "none"].dropna(axis="columns", how="all")
   _check_metric(metric, measured, found.attrs.get("left_out", []))
   measured = measured[measured[metric].notna()]
@@ -228,14 +228,14 @@ def landing_columns(loss: float) -> dict[str, Callable[[Landing], str]]:
 
 
 def plus_minus(value: Estimate, digits: int, sign: str = "") -> str:
-  """mean ± standard error; the mean alone where one value has no error."""
+  """mean ± standard error; the mean alone where that is NaN."""
   mean = decimals(value.mean, digits, sign)
   return mean if math.isnan(value.stderr) else f"{mean} ± {decimals(value.stderr, digits)}"
 
 
 def decimals(value: float, digits: int, sign: str = "") -> str:
-  """A number with so many digits behind the point, or a power of ten where it is huge, as losses
-  of runs that went astray are."""
+  """A number with that many digits after the point, or in scientific notation if it is huge, as
+  losses of diverged runs are."""
   return f"{value:{sign}.{digits}f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"
 
 

@@ -1,4 +1,4 @@
-"""Learning rates of a sweep: per rate a mean over seeds, and the rate whose mean is least."""
+"""Learning rates of a sweep: the mean loss over seeds at each rate, and the rate of the least."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from beyond_outliers.types import Json
 
 FULL_PRECISION = "none"
 
-# What runs may differ in whose losses are set side by side. All else of a config they have in
-# common, and so whatever is added to one.
+# Config keys in which runs may differ whose losses are compared. In all others they must agree, and
+# so in any that is added to the configuration.
 MAY_DIFFER = (
-  *config.MAY_CHANGE,  # decide no more than the order of float sums
+  *config.MAY_CHANGE,  # affect at most the order of float sums
   "seed",  # means are over seeds
-  "optimizer",  # is compared; two runs of one differ in no more than the rate that is swept
-  "quant",  # likewise: two runs of one recipe have it in common
-  "tokens_per_parameter",  # what `steps`, which is compared, was derived from
+  "optimizer",  # is compared; `in_common` has one optimizer's runs differ in the swept rate alone
+  "quant",  # likewise, `in_common` has runs under one recipe agree in it
+  "tokens_per_parameter",  # `steps`, which was derived from it, is compared
   "eval.every",  # the losses in tables are those after the last step
-  "average",  # training does not see it
-  # Each seed may have a parent of its own; that runs have one, a recipe's share, and those that
-  # name one folder, what they found in it.
+  "average",  # does not affect training
+  # Each seed may have its own parent. `in_common` has runs under a recipe agree on having one, and
+  # runs that name the same folder on the parameters found there.
   "warm_start",
-  "data.validation",  # may name files, wherever they lie: the dataset's fingerprint tells
+  "data.validation",  # may name files anywhere; the dataset's fingerprint is compared
 )
-# Columns of `run_frame` that say how large a model is and how long it is trained: of one sweep one.
+# Columns of `run_frame` for a model's size and training length: the same throughout a sweep.
 EXTENT = ("size", "shape", "batch_size", "steps")
 
 
@@ -44,9 +44,9 @@ class Tuning:
 
   optimizer: str
   recipe: str
-  losses: dict[float, float]  # by learning rate, ascending; infinite where a run did not finish
+  losses: dict[float, float]  # by learning rate, ascending; infinite if a run did not finish
   best: tuple[runs_lib.Run, ...]  # the runs, one per seed, at the best rate
-  unjudged: tuple[int, ...] = ()  # seeds that not all rates have, whose runs are in no mean
+  unjudged: tuple[int, ...] = ()  # seeds missing at some rate, whose runs are in no mean
 
   @property
   def learning_rate(self) -> float:
@@ -58,7 +58,7 @@ class Tuning:
 
   @property
   def at_the_edge(self) -> bool:
-    """Whether a still better rate may lie outside the grid."""
+    """Whether a better rate may lie outside the grid."""
     return self.learning_rate in (min(self.losses), max(self.losses))
 
   @property
@@ -70,7 +70,7 @@ def tunings(runs: Sequence[runs_lib.Run]) -> list[Tuning]:
   """One `Tuning` per optimizer and recipe among the runs: by recipe, best first.
 
   A rate is judged by the seeds that all rates of its sweep have.
-  Errors: ConfigError when a sweep's rates have no seed in common, or runs do not compare."""
+  Errors: ConfigError if a sweep's rates have no seed in common, or runs are not comparable."""
   return tunings_of(run_frame(runs))
 
 
@@ -96,7 +96,7 @@ def tunings_of(frame: pd.DataFrame) -> list[Tuning]:
 
 
 def judged_without(tunings: Iterable[Tuning]) -> list[str]:
-  """What to say of seeds that not all rates of a sweep have: a line for equal seeds."""
+  """Sentences on seeds that are missing at some rate of a sweep, one for equal sets of seeds."""
   sweeps: dict[str, list[str]] = {}
   for t in tunings:
     if t.unjudged:
@@ -110,8 +110,8 @@ def judged_without(tunings: Iterable[Tuning]) -> list[str]:
 
 
 def study_rate(under: Tuning, full: Tuning | None) -> float:
-  """Learning rate that a recipe's runs have in the study (arXiv 2509.23500, section 3): the best in
-  full precision; where it was not run under the recipe, or there is none, the recipe's own best."""
+  """Learning rate for a recipe as in the study (arXiv 2509.23500, section 3): the best in full
+  precision; if there is none or it was not run under the recipe, the recipe's own best."""
   if full is None or full.learning_rate not in under.losses:
     return under.learning_rate
   return full.learning_rate
@@ -121,8 +121,8 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
   """One row per run: optimizer, recipe, rate, seed, loss (validation, after the last step; infinite
   if not done), size, shape (of the model, as SHAPE), batch_size, steps, run.
 
-  but: config keys, or sections, that may differ beside MAY_DIFFER.
-  Errors: ConfigError for runs that do not compare, or that are one run twice."""
+  but: config keys, or sections, that may differ besides MAY_DIFFER.
+  Errors: ConfigError for runs that are not comparable, or are there twice."""
   check_comparable(runs, but)
   rows = [
     {
@@ -159,23 +159,23 @@ def final_metric(run: runs_lib.Run, metric: str) -> float:
 
 
 def not_done(runs: Sequence[runs_lib.Run], *but: str) -> list[str]:
-  """What to say of each run that counts as infinite since it is not done, nor of status `but`."""
+  """A sentence for each run that is not done, and so counts as infinite. but: statuses to skip."""
   counted = [run for run in runs if run.status["status"] not in ("done", *but)]
   return [f"{standing(run)}, counts as infinite" for run in counted]
 
 
 def standing(run: runs_lib.Run) -> str:
-  """In words how far a run has come."""
+  """A sentence on a run's status and how far it has come."""
   status = run.status
   return f"{run.name}: {status['status']} at step {status['step']} of {run.config.steps}"
 
 
 def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) -> None:
-  """Refusal of runs that cannot be compared.
+  """Refuses runs that cannot be compared.
 
-  but: config keys, or sections, that may differ beside MAY_DIFFER.
-  Errors: ConfigError when there are no runs, or two differ in data, in more of their configs than
-    they may, in JAX's settings that decide numbers, or in one optimizer's or recipe's settings."""
+  but: config keys, or sections, that may differ besides MAY_DIFFER.
+  Errors: ConfigError if there are no runs, or if two differ in data, in more of their configs than
+    they may, in JAX settings that affect numbers, or in one optimizer's or recipe's settings."""
   if not runs:
     raise ConfigError("no runs: give the folder that holds their workdirs")
   alike: dict[str, tuple[runs_lib.Run, Json]] = {}
@@ -190,13 +190,13 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
 
 
 def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
-  """What a run has in common with those it compares with: with all; with those of its optimizer;
-  with those of its recipe; and with those that begin with the parameters of one workdir."""
+  """{group: settings in which all runs of that group must agree}. A run's groups are all runs (""),
+  those of its optimizer, those of its recipe, and those that start from the same workdir."""
   c = run.config
   flat = config.flatten(config.to_dict(c))
   with_all = {
     **{key: value for key, value in flat.items() if not _below(key, [*but, *MAY_DIFFER])},
-    # Fingerprints; of the tokenizer, too, which the config may name by its file.
+    # Fingerprints of the data and of the tokenizer, which the config may name by a file.
     **{f"data.{name}": run.trained_on[name] for name in ("fingerprint", "tokenizer")},
     **jax_settings.changed_in(run.manifest),
   }
@@ -209,9 +209,9 @@ def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
   of_recipe["warm_start"] = "a run" if c.warm_start else ""
   if quant.recipes.from_config(c.quant).sees_batches:
     of_recipe["micro_batches"] = c.micro_batches
-  if parent := run.manifest.get("warm_start"):  # not in manifests of earlier versions
+  if parent := run.manifest.get("warm_start"):  # missing from manifests of earlier versions
     at = parent["workdir"]
-    if not stores.is_address(at):  # a packed run names what lay beside it without the folder
+    if not stores.is_address(at):  # packed runs name their neighbours without the folder
       at = os.path.join(run.path.parent, at)
     found[f"warm_start {at}"] = {f"warm_start = {at!r}: parameters": parent["parameters"]}
   return found
@@ -220,11 +220,11 @@ def in_common(run: runs_lib.Run, but: Collection[str] = ()) -> dict[str, Json]:
 def _differences(
   one: Mapping[str, object], other: Mapping[str, object]
 ) -> Iterator[tuple[str, object, object]]:
-  """(key, value, other value) where two flat configs differ in more than the rate that is swept."""
+  """(key, value, other value) where two flat configs differ in more than the swept rate."""
   rates = one.get("optimizer.learning_rate"), other.get("optimizer.learning_rate")
   for key in sorted(one.keys() | other.keys()):
     values = one.get(key), other.get(key)
-    # Parameter groups without a rate of their own have the one that is swept.
+    # Parameter groups without a rate of their own have the swept one.
     if values[0] != values[1] and not (key.endswith(".learning_rate") and values == rates):
       yield key, *values
 

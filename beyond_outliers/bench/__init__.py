@@ -1,2 +1,2 @@
-"""Benches: the cost of a step, an optimizer, a recipe, a quantization method and a scored question,
-timed on this machine or counted in compiled programs."""
+"""Benches: costs of steps, optimizers, recipes, quantization methods and scored questions, timed on
+this machine or counted in compiled programs."""

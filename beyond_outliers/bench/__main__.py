@@ -31,7 +31,7 @@ What a run does between its steps (bench/loop.py):
 
   python -m beyond_outliers.bench --loop=nano            host time per step, and of saving
 
-Whether an accelerator computes correctly, and how near it comes to its peak (bench/accelerator/):
+Whether an accelerator computes correctly, and how close it gets to its peak (bench/accelerator/):
 
   python -m beyond_outliers.bench --accelerator --out=DIR
 
@@ -72,16 +72,16 @@ from beyond_outliers.mesh import jax_settings
 
 
 class Bench(NamedTuple):
-  """One bench, asked for by a flag of its name."""
+  """One bench, selected by the flag of its name."""
 
-  measure: Callable[..., Any]  # values of the flags `takes` -> figures that JSON can hold
+  measure: Callable[..., Any]  # values of the flags in `takes` -> figures that JSON can hold
   takes: tuple[str, ...]
-  table: Callable[[Any], str]  # of the figures, for a person
-  help: str = ""  # of its flag, which names a size if `measure` takes it, else is a switch
-  rows: Collection[str] = ()  # that --only chooses among
-  default: Collection[str] = ()  # the rows without --only; all where empty
-  simulates: int = 0  # devices, which nothing may have asked JAX for before
-  failed: Callable[[Any], bool] | None = None  # whether figures tell of a failure: exit code 1
+  table: Callable[[Any], str]  # the figures as text, for people
+  help: str = ""  # of its flag, which takes a size if `measure` does, else is a switch
+  rows: Collection[str] = ()  # from which --only selects
+  default: Collection[str] = ()  # rows without --only; empty: all
+  simulates: int = 0  # number of simulated devices; JAX must not have been asked for devices before
+  failed: Callable[[Any], bool] | None = None  # whether figures show a failure: exit code 1
 
 
 BENCHES: dict[str, Bench] = {
@@ -169,7 +169,7 @@ BENCHES: dict[str, Bench] = {
 
 for _name, _bench in BENCHES.items():
   if _name == "config":
-    continue  # cli's, below
+    continue  # defined by cli, below
   elif _name in _bench.takes:
     flags.DEFINE_enum(_name, None, list(config.SIZES), _bench.help)
   else:
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check_flags(asked: str) -> None:
-  """Refusal of flags that would change nothing, and of rows that a bench lacks.
+  """Refuses flags that would have no effect, and rows that the bench does not have.
 
   Errors: ConfigError."""
   for flag in (ONLY_ROWS, TREE, COMPILE_FOR, REPEATS, OUT, SCALE, MINUTES, PEER_PYTHON):

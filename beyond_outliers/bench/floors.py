@@ -1,19 +1,19 @@
 """Floors of optimizers' steps: the least time that this machine's own kernels need for a step.
 
-A floor is that of our implementation on a CPU: with its number of iterations, with products by
-halves where it has them, and with each block's decomposition when it is due. Another algorithm may
-need fewer operations.
+A floor holds for our implementation on a CPU: with its number of iterations, with symmetric
+products computed by halves where it does so, and with each block's decomposition when it is due.
+Another algorithm may need fewer operations.
 
-A step's floor is the larger of two times, as if each completely hid the other:
+A step's floor is the larger of two times, as if they overlapped completely:
   compute: products at the rate of the library's product alone (`kernels.product_rate`), by dtype;
-    decompositions and triangular solves as long as the library's kernel takes alone, by shape;
+    decompositions and triangular solves in the time of the library's kernel alone, by shape;
   memory: bytes at the bandwidth of in-place updates (`kernels.update_bandwidth`): parameters and
     the state that a step renews are read and written, gradients are read.
 
-Elementwise arithmetic counts nothing, and neither does state that a step only reads, such as roots
-between refreshes. The bound is not strict in two ways: when a step renews only some matrices of a
-stack, as staggered refreshes do, all its bytes count; and products of other sizes may be faster
-than the one whose rate is used. Times are medians, as those of steps are.
+Elementwise arithmetic is not counted, nor is state that a step only reads, such as roots between
+refreshes. It is not a strict bound, for two reasons: if a step renews only some matrices of a
+stack, as staggered refreshes do, all of the stack's bytes count; and products of other sizes may be
+faster than the one whose rate is used. Times are medians, as for steps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from beyond_outliers.bench.late_steps import LateStep, late_steps
 
 
 class Decomposition(NamedTuple):
-  """A call of a library's kernel, at the shapes of its operands."""
+  """A call of a library's kernel, with the shapes of its operands."""
 
   primitive: Any
   operands: tuple[jax.ShapeDtypeStruct, ...]
@@ -41,7 +41,7 @@ class Decomposition(NamedTuple):
 
 
 class Needs(NamedTuple):
-  """What one step cannot do without."""
+  """The least work of one step."""
 
   flops: dict[str | Decomposition, float]  # by the product's dtype, or by decomposition
   moved_bytes: int
@@ -50,9 +50,8 @@ class Needs(NamedTuple):
 def floor_seconds(
   tx: optax.GradientTransformation, params: Any, period: int, repeats: int
 ) -> float:
-  """Seconds of a step, the mean over a period late in a run, from kernels timed in this process.
-
-  repeats: how often each is timed."""
+  """Floor of a step in seconds, the mean over a period late in a run, from kernels timed in this
+  process. repeats: how often each kernel is timed."""
   steps = late_needs(tx, params, period)
   rates = {kind: _rate(kind, repeats) for kind in {kind for step in steps for kind in step.flops}}
   bandwidth = kernels.update_bandwidth(repeats)
@@ -66,10 +65,10 @@ def floor_seconds(
 
 
 def late_needs(tx: optax.GradientTransformation, params: Any, period: int) -> list[Needs]:
-  """Of each step of a period. params: arrays, or their shapes and types."""
+  """Needs of each step of a period late in a run. params: arrays, or their shapes and types."""
   state = jax.eval_shape(tx.init, params)
   update = jax.make_jaxpr(tx.update)(params, state, params)
-  # Read and written, and a gradient for each.
+  # Parameters are read and written, gradients read.
   of_params = 3 * _bytes(jax.tree.leaves(params))
 
   def needs(step: LateStep) -> Needs:
@@ -85,8 +84,8 @@ def _bytes(leaves: Iterable[Any]) -> int:
 
 
 def _cost(eqn: Any) -> tuple[Any, float]:
-  """(the kind that has a rate of its own, FLOPs) of an equation: of arithmetic on single numbers
-  none."""
+  """(kind, FLOPs) of an equation, where kinds differ in their rates; no FLOPs for elementwise
+  arithmetic."""
   kind, flops = jaxpr_flops.equation_flops(eqn)
   if kind == "products":
     return eqn.invars[0].aval.dtype.name, flops

@@ -1,8 +1,8 @@
 """Collectives of a compiled program, and its decompositions on CPU, per device.
 
 XLA's cost analysis counts neither. They are read from the text of the per-device HLO. An
-instruction counts once per iteration of the loops around it, if XLA or the loop's condition gives
-their number, else once; all branches of conditionals count.
+instruction counts once per iteration of the loops around it if XLA or the loop's condition tells
+how many there are, otherwise once; all branches of conditionals count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLLECTIVES = (
   "reduce-scatter",
 )
 
-_BITS = {"pred": 8, "token": 0}  # of one element; other types' names hold it, as bf16's does
+_BITS = {"pred": 8, "token": 0}  # per element; other types have it in their names, as bf16
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
 _OPERAND = re.compile(r"%([\w.\-]+)\)")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
@@ -43,7 +43,7 @@ _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _BELOW = re.compile(r" compare\(.*%([\w.\-]+)\), direction=LT")
 _WHOLE = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 
-# Their computations are of scalars.
+# Instructions whose called computations work on scalars.
 _OF_NUMBERS = (
   "all-reduce",
   "map",
@@ -61,11 +61,11 @@ class Instruction:
   """One instruction of a computation: a line of HLO text, parsed."""
 
   opcode: str
-  result: str  # its type as written: f32[8,768]{1,0}, or a tuple of such
+  result: str  # its type as written: f32[8,768]{1,0}, or a tuple of these
   line: str
-  # How often those around it run, outermost first; None: not known.
+  # Iterations of the loops around it, outermost first; None: unknown.
   loops: tuple[int | None, ...] = ()
-  start: str = ""  # line of the instruction that an asynchronous one ends
+  start: str = ""  # for the end of an asynchronous pair, the line of its start
 
   @property
   def times(self) -> int:
@@ -78,7 +78,7 @@ class Instruction:
 
   @property
   def bytes(self) -> int:
-    """Bytes of the result, counted once."""
+    """Bytes of the result, whatever the number of iterations."""
     return sum(-(-math.prod(shape) * bits // 8) for bits, shape in self._arrays())
 
   def _arrays(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -95,7 +95,7 @@ class Instruction:
 def instructions(text: str) -> list[Instruction]:
   """All instructions that the program runs; those of a called computation once per caller."""
   computations, name, entry = {}, "", ""
-  lines: dict[str, str] = {}  # of a computation, by the name of the instruction
+  lines: dict[str, str] = {}  # instruction's name -> line, in the current computation
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       name = header[2]
@@ -127,7 +127,7 @@ def _inside(
 
 
 def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
-  """How often a loop runs; of one that counts from 0 to a constant, as those of scans do, that."""
+  """Iterations of a loop, if known: from XLA, or as it counts from 0 to a constant, as scans do."""
   if known := _TRIPS.search(loop.line):
     return int(known[1])
   condition = _CONDITION.search(loop.line)
@@ -138,21 +138,21 @@ def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int
 
 
 def collective(one: Instruction) -> str | None:
-  """Kind of a collective, of COLLECTIVES.
+  """The kind in COLLECTIVES of an instruction, if it is one.
 
-  An asynchronous one counts when it is done: then its result is what was received."""
+  Of an asynchronous pair the end counts, since its result is what was received."""
   kind = one.opcode.removesuffix("-done")
   return kind if kind in COLLECTIVES else None
 
 
 def received(program: Iterable[Instruction]) -> int:
-  """Bytes of the results of all collectives: what a device is sent, its own part included."""
+  """Bytes of the results of all collectives: what a device receives, its own part included."""
   return sum(one.times * one.bytes for one in program if collective(one))
 
 
 def device_groups(one: Instruction) -> np.ndarray | None:
-  """[groups, devices]: numbers of the devices among which a collective goes, or pairs of a sender
-  and its receiver; None: all of them. Errors: ValueError for what is written in no known way."""
+  """[groups, devices]: numbers of the devices that take part in a collective, or pairs of sender
+  and receiver; None: all devices. Errors: ValueError if they are written in an unknown way."""
   line = one.start or one.line
   if iota := _IOTA.search(line):
     return _transposed(iota[2], iota[3]).reshape(_integers(iota[1]))
@@ -176,14 +176,14 @@ def _integers(written: str) -> tuple[int, ...]:
 
 
 def _transposed(shape: str, order: str | None) -> np.ndarray:
-  """Devices numbered in an array of `shape`, whose axes are then in `order`."""
+  """Device numbers in an array of `shape`, with its axes transposed to `order`."""
   numbers = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
   return numbers.transpose(_integers(order)) if order else numbers
 
 
 def sent(one: Instruction, group: int) -> float:
-  """Bytes that a device of a group of so many sends for a collective, around a ring: as many as it
-  receives. Of a permutation, what every sender sends."""
+  """Bytes that a device sends for a ring collective in a group of that size; it receives as many.
+  For a permutation, what each sender sends."""
   whole = one.times * one.bytes
   return {
     "all-gather": whole * (group - 1) / group,
@@ -195,8 +195,8 @@ def sent(one: Instruction, group: int) -> float:
 
 
 def sent_by_axes(program: Iterable[Instruction], shape: Mapping[str, int]) -> dict[str, float]:
-  """{"data": ..., "data·fsdp": ...}: bytes that a device sends along axes of a mesh, or along some
-  together. shape: the mesh's sizes by axis; devices are numbered as in it."""
+  """{"data": ..., "data·fsdp": ...}: bytes that a device sends along an axis of a mesh, or several
+  axes together. shape: sizes by axis; devices are numbered in the order of the mesh."""
   found: dict[str, float] = collections.defaultdict(float)
   for one in program:
     if not collective(one):
@@ -212,7 +212,7 @@ def sent_by_axes(program: Iterable[Instruction], shape: Mapping[str, int]) -> di
 
 
 def decompositions(program: Iterable[Instruction]) -> dict[str, int]:
-  """Matrices that LAPACK is given: {"ssyevd 768x768": 6}."""
+  """Matrices passed to LAPACK: {"ssyevd 768x768": 6}."""
   found: collections.Counter[str] = collections.Counter()
   for one in program:
     if one.opcode == "custom-call" and (

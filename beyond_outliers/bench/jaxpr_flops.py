@@ -1,8 +1,8 @@
 """FLOPs of one run of a traced program of any size: products, decompositions, elementwise.
 
 XLA's cost analysis counts each loop once, all branches, and no decompositions. Here the program is
-walked with the few values that are known, such as the step number: they decide which branches are
-followed, and loops count as often as they would run.
+walked with the few values that are known, such as the step number: these decide which branches are
+taken, and loops count as often as they would run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("products", "decompositions", "others")
 
 # FLOPs over d³ for one d x d matrix: Golub and Van Loan, Matrix Computations, 4th edition.
 EIGH = 9  # all eigenvectors, section 8.3.5
-QR = 4 / 3  # R by Householder reflections, section 5.2.2; Q out of them takes as much again
+QR = 4 / 3  # R by Householder reflections, section 5.2.2; forming Q takes as much again
 CHOLESKY = 1 / 3  # section 4.2.5
 
 _OVER_CUBE = {
@@ -50,16 +50,16 @@ class Flops(dict[Any, float]):
 
 
 class Unknown:
-  """Placeholder of an array whose values are not known. One of one's own comes out again where the
-  program hands on what it was given."""
+  """Placeholder for an array whose values are unknown. An instance of its own for each input shows
+  where the program returns an input unchanged."""
 
 
 UNKNOWN = Unknown()
-_LARGEST_KNOWN = 1024  # elements; of larger arrays none is known
+_LARGEST_KNOWN = 1024  # elements; larger arrays are unknown
 
 
 def equation_flops(eqn: Any) -> tuple[str, float]:
-  """(kind, FLOPs) of an equation that holds no program."""
+  """(kind, FLOPs) of an equation that contains no program."""
   name, shapes = eqn.primitive.name, [atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)]
   if name == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -75,10 +75,10 @@ def equation_flops(eqn: Any) -> tuple[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Count:
-  """What a walk counts, and how."""
+  """What a walk has counted, and how it counts."""
 
   flops: Flops  # so far
-  weight: float  # of what comes: how often it runs, over the devices that share it
+  weight: float  # of the following equations: how often they run, over the devices that share them
   platform: str | None
   cost: Callable[[Any], tuple[Any, float]]
 
@@ -95,14 +95,13 @@ def count_flops(
   platform: str | None = None,
   cost: Callable[[Any], tuple[Any, float]] = equation_flops,
 ) -> tuple[Flops, list[Any]]:
-  """(FLOPs on one device, the outputs). Inputs and outputs are flat, with UNKNOWN for what is not
-  known or not small.
+  """(FLOPs on one device, the outputs). Inputs and outputs are flat, with UNKNOWN for arrays that
+  are unknown or not small.
 
-  What stands in a shard_map is one device's; what stands outside is taken to be shared by all
-  `devices`. Where a branch is not known the costliest counts, and a loop that nobody knows the end
-  of goes round once. Of branches by platform that of `platform` counts, by default that of none in
-  particular.
-  cost: (kind, FLOPs) of an equation that holds no program."""
+  The contents of a shard_map run on one device; all else is assumed to be shared by all `devices`.
+  Of an unknown choice of branches the costliest counts, and a loop with an unknown condition runs
+  once. Of branches by platform, that of `platform` counts, by default the one for any platform.
+  cost: maps an equation that contains no program to (kind, FLOPs)."""
   flops = Flops()
   return flops, _walk(program, inputs, _Count(flops, 1 / devices, platform, cost))
 
@@ -117,7 +116,7 @@ def _walk(
 
   def read(atom: Any) -> Any:
     if isinstance(atom, core.Literal):
-      # Plain: JAX's own kind remembers the mesh of a shard_map, and is refused outside of it.
+      # As numpy's: JAX's own array remembers the mesh of a shard_map, and is refused outside of it.
       return np.asarray(atom.val, atom.aval.dtype)  # pyrefly: ignore[missing-attribute]
     return known.get(atom, UNKNOWN)
 
@@ -156,7 +155,7 @@ def _call(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
 
 
 def _shard_map(eqn: Any, inputs: list[Any], count: _Count) -> list[Any]:
-  """Inside, an array is known if it is the same on all devices."""
+  """Walks a shard_map, in which an array is known only if it is the same on all devices."""
   alike = [
     x if not any(spec) else UNKNOWN for x, spec in zip(inputs, eqn.params["in_specs"], strict=True)
   ]

@@ -1,5 +1,5 @@
-"""The steps of one optimizer period late in a run: the FLOPs of the traced update, and which parts
-of the state each step renews."""
+"""Steps of one optimizer period late in a run: FLOPs of the traced update, and which parts of the
+state each step renews."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class LateStep(NamedTuple):
   """One step of a period, counted."""
 
   flops: jaxpr_flops.Flops
-  renewed: list[bool]  # of each leaf of the state, whether it isn't handed back as it came
+  renewed: list[bool]  # for each leaf of the state, whether it is not returned unchanged
 
 
 def late_steps(
   update: core.ClosedJaxpr, state: Any, period: int, devices: int = 1, **how: Any
 ) -> list[LateStep]:
-  """Each of the `period` steps after which costs repeat.
+  """The steps of one period, after which costs repeat.
 
   update: traced, (gradients, state, params) -> (updates, state).
   state: arrays, or their shapes and types.
-  devices, how: as `jaxpr_flops.count_flops` takes them."""
+  devices, how: see `jaxpr_flops.count_flops`."""
   leaves = jax.tree.leaves(state)
   others = (len(update.in_avals) - len(leaves)) // 2  # gradients, parameters and updates
   unknown, steps = [jaxpr_flops.UNKNOWN] * others, []
@@ -43,6 +43,6 @@ def late_steps(
 
 
 def late(x: Any, other: Any) -> Any:
-  """A leaf of an optimizer's state as late in a run: STEADY of a counter, `other` of another."""
+  """A leaf of an optimizer's state as it is late in a run: STEADY for a counter, else `other`."""
   counts = x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
   return np.asarray(STEADY, x.dtype) if counts else other

@@ -19,7 +19,7 @@ from beyond_outliers.ops import dot
 
 TOKENS, INPUTS, OUTPUTS = 2048, 768, 2304
 DIMENSION_NUMBERS = (((1,), (0,)), ((), ()))
-# The product that a result of this shape belongs to; AQT transposes dw later.
+# Shape of a result -> product; dw has two, as AQT transposes it afterwards.
 PRODUCTS: dict[tuple[int, ...], str] = {
   (TOKENS, OUTPUTS): "forward",
   (TOKENS, INPUTS): "dx",
@@ -38,12 +38,12 @@ class Layer(NamedTuple):
 
 
 def plain_layer() -> Layer:
-  """The layer in full precision, as a model has it."""
+  """The layer in full precision, as in a model."""
   return Layer(lambda params, x, w, key: dot.dot_general(x, w, DIMENSION_NUMBERS), {})
 
 
 def quantized_layer(recipe: quant.LayerRecipe, backend: str) -> Layer:
-  """The layer under a recipe, its learned scales as the operands say."""
+  """The layer under a recipe, with learned scales initialized from the operands."""
   maker: Any = quant.dot_general_for(quant.Recipe(((".*", recipe),)), backend)("layer")
   x, w, key, _ = operands("float32")
   params = jax.jit(
@@ -58,7 +58,7 @@ def quantized_layer(recipe: quant.LayerRecipe, backend: str) -> Layer:
 
 
 def with_gradients(layer: Layer) -> Layer:
-  """The same with y's gradient as a last argument, returning (y, gradients of params, x and w)."""
+  """The layer with y's gradient as a last argument, returning (y, gradients of params, x and w)."""
 
   def both(params, x_TxK, w_KxO, key, g_TxO):
     y_TxO, pullback = jax.vjp(
@@ -73,7 +73,7 @@ def with_gradients(layer: Layer) -> Layer:
 def operands(dtype: str) -> tuple[jax.Array, ...]:
   """(x [T, K], w [K, O], key, y's gradient [T, O]).
 
-  Activations and their gradient are in `dtype`, the rest as the trainer has it."""
+  Activations are in `dtype`, the rest as in the trainer."""
   draw = np.random.default_rng(0)
   shapes = (TOKENS, INPUTS), (INPUTS, OUTPUTS), (TOKENS, OUTPUTS)
   x_TxK, w_KxO, g_TxO = (draw.standard_normal(shape, np.float32) for shape in shapes)
@@ -81,8 +81,8 @@ def operands(dtype: str) -> tuple[jax.Array, ...]:
 
 
 def product_types(layer: Layer, dtype: str) -> dict[str, str]:
-  """Operands and sums of the three products as lowered for GPU and TPU: {"forward": "i8·i8→i32",
-  ...}; both where they differ.
+  """Dtypes of the three products' operands and sums as lowered for GPU and TPU: {"forward":
+  "i8·i8→i32", ...}; both if they differ.
 
   Nothing is compiled or run."""
   shapes = jax.eval_shape(lambda: (layer.params, *operands(dtype)))

@@ -1,4 +1,4 @@
-"""What a run does between its steps: the loop and its hooks, and saving.
+"""Costs of a run between its steps: the loop and its hooks, and saving.
 
   python -m beyond_outliers.bench --loop=nano [--repeats=8] [--json]
 
@@ -28,12 +28,12 @@ from beyond_outliers.types import Batch, Json, Metrics
 from beyond_outliers.workdir import Workdir
 
 STEPS = 1000
-PAUSE = 0.5  # seconds between two checkpoints, in which they are written and summed
+PAUSE = 0.5  # seconds between two checkpoints, for writing and summing them
 
 
 def measure_loop(size: str, repeats: int) -> Json:
-  """Host seconds of a step without a row of the log and with one, and blocked ones of a checkpoint
-  with digests and sums (`save_seconds`) and without (`save_seconds/bare`)."""
+  """Host seconds of a step, and of a row of the log; and seconds for which a checkpoint blocks
+  training, with digests and sums (`save_seconds`) and without (`save_seconds/bare`)."""
   c = study_config("adamw", size)
   program = program_lib.build_program(c)
   with mesh_lib.use(program.mesh), tempfile.TemporaryDirectory() as folder:
@@ -53,9 +53,9 @@ def measure_loop(size: str, repeats: int) -> Json:
 
 
 def _host_seconds(folder: pathlib.Path, every: int, repeats: int) -> float:
-  """Seconds a step that the main thread works, in the loop with the hooks of every run, and rows
-  every so many steps."""
-  from beyond_outliers import checkpoint  # Orbax takes a second, which other benches do without
+  """Seconds per step that the main thread works, in the loop with the hooks of every run and a row
+  of the log every `every` steps."""
+  from beyond_outliers import checkpoint  # imports Orbax, which takes a second, for this bench only
 
   workdir = Workdir(folder)
   workdir.set_status("running", 0)
@@ -99,8 +99,8 @@ def _host_seconds(folder: pathlib.Path, every: int, repeats: int) -> float:
 
 
 def _save_seconds(state: TrainState, folder: pathlib.Path, repeats: int) -> Json:
-  """Medians of seconds for which `save` and the wait before it keep a run waiting, of checkpoints
-  in turn with digests and sums and without; and how many bytes a state has."""
+  """Median seconds for which `save` and the wait before it block a run, of checkpoints alternately
+  with digests and sums and without; and the bytes of the state."""
   from beyond_outliers import checkpoint
 
   keepers = {

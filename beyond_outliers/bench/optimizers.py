@@ -27,9 +27,9 @@ from beyond_outliers.bench.torch_optimizers import EMBEDDING
 from beyond_outliers.config.files import standard_json
 from beyond_outliers.types import Json
 
-# Steps that are not timed: memory is touched for the first time, the first bases are found.
+# Steps that are not timed, in which memory is first touched and the first bases are computed.
 WARM_UP = 3
-GRADIENTS = 4  # different ones, in turn, so that statistics have full rank
+GRADIENTS = 4  # different ones, used in turn, so that statistics have full rank
 FIGURES = ("ordinary_seconds", "slowest_seconds", "amortised_seconds")
 HEAD = (
   *("ordinary", "× best"),
@@ -44,7 +44,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def transformer_tree(
   width: int, squares: int, others: int, vocabulary: int = 0
 ) -> dict[str, tuple[int, ...]]:
-  """Matrices of a transformer as separate leaves: square, 3 times as wide or tall; an embedding."""
+  """Shapes of a transformer's matrices: square, 3 times as wide, 3 times as tall, an embedding."""
   return {
     **{f"square_{i}": (width, width) for i in range(squares)},
     **{f"wide_{i}": (width, 3 * width) for i in range(others)},
@@ -62,12 +62,12 @@ TREES: dict[str, Shapes] = {
 def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json:
   """Figures of one row, measured in this process: seconds, bytes.
 
-  At least `repeats` steps, in whole periods, are timed. Each step of a period has the median
-  of its times: ordinary is the median of a period, slowest its largest, amortised its mean.
-  Compiling includes tracing. Rows of this package have the floor of an amortised step
-  (bench/floors.py), too.
-  Errors: FloatingPointError for parameters that aren't finite in the end: their time is worth
-    nothing."""
+  At least `repeats` steps, in whole periods, are timed, and the median is taken for each step of a
+  period. Over a period, ordinary is the median of these, slowest the largest, amortised the mean.
+  Compiling includes tracing. Rows of this package also have the floor of an amortised step
+  (bench/floors.py).
+  Errors: FloatingPointError if the parameters are not finite at the end, which makes times
+    meaningless."""
   draw = np.random.default_rng(0)
 
   def tree(scale: float) -> dict[str, np.ndarray]:
@@ -100,9 +100,9 @@ def measure_optimizer(row: TimedOptimizer, shapes: Shapes, repeats: int) -> Json
 
 
 def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
-  """All figures, by row; a row that did not run has the reason.
+  """All figures, by row; for a row that did not run, the reason.
 
-  {"rows": {name: figures of `measure_optimizer`, or {"missing": what installs it}, or {"failed":
+  {"rows": {name: figures of `measure_optimizer`, or {"missing": how to install it}, or {"failed":
   why}}, ...}."""
   result: Json = {
     "tree": tree,
@@ -124,7 +124,7 @@ def measure_optimizers(names: Iterable[str], tree: str, repeats: int) -> Json:
 
 
 def versions() -> dict[str, str]:
-  """Versions of JAX and of the peers that are installed."""
+  """Versions of JAX and of the installed peers."""
   found = {}
   for name in sorted({"jax"} | {row.peer for row in TIMED_OPTIMIZERS.values() if row.peer}):
     try:
@@ -135,7 +135,7 @@ def versions() -> dict[str, str]:
 
 
 def in_process(*arguments: Any) -> Json:
-  """Figures of `print_figures` run in a process of its own, or {"failed": its last error line}."""
+  """Figures that `print_figures` prints in its own process, or {"failed": its last error line}."""
   one_thread = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "OMP_NUM_THREADS": "1",
@@ -157,7 +157,7 @@ def in_process(*arguments: Any) -> Json:
 
 def print_figures(name: str, tree: str, repeats: str) -> None:
   """Prints a row's figures, or those of "kernels", as a line of JSON."""
-  if hasattr(os, "sched_setaffinity"):  # before JAX and torch start their threads, which inherit it
+  if hasattr(os, "sched_setaffinity"):  # before JAX and torch start threads, which inherit it
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   print(
     json.dumps(
@@ -169,7 +169,7 @@ def print_figures(name: str, tree: str, repeats: str) -> None:
 
 
 def best_of_peers(rows: Mapping[str, Mapping[str, Any]], family: str) -> dict[str, float]:
-  """Least value of each figure over a family's peers; empty where none ran."""
+  """Least value of each figure over a family's peers; empty if none ran."""
   peers = [
     row
     for name, row in rows.items()
@@ -179,8 +179,8 @@ def best_of_peers(rows: Mapping[str, Mapping[str, Any]], family: str) -> dict[st
 
 
 def optimizers_table(result: Mapping[str, Any]) -> str:
-  """Milliseconds of a step by family, each as a multiple of the best peer's; and ours of the floor
-  of an amortised step."""
+  """Milliseconds of a step by family, also as multiples of the best peer's; and ours as multiples
+  of the floor of an amortised step."""
   alone = [f"{name} {1e3 * seconds:,.1f} ms" for name, seconds in result["kernels"].items()]
   lines = [
     f"tree {result['tree']}: {result['parameters']:,} parameters · one core · ms per step",
@@ -206,7 +206,7 @@ def _line(name: str, cells: Iterable[str]) -> str:
 
 
 def _cells(row: Mapping[str, Any], best: Mapping[str, float]) -> list[str]:
-  """Under HEAD; nothing in the columns of the best peer or of the floor where there is none."""
+  """Cells under HEAD; empty in the columns of the best peer or the floor if there is none."""
   cells = []
   for figure in FIGURES:
     multiple = f"{row[figure] / best[figure]:.2f}" if best else ""

@@ -1,4 +1,4 @@
-"""Rows of bench/peers.py: pieces of work, their inputs, and the contenders that do them."""
+"""Rows of bench/peers.py: pieces of work, their inputs, and the contenders that do the work."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Inputs = Callable[[pathlib.Path], Json]
 
 
 class Contender(NamedTuple):
-  """One program of a row: a module of contenders/, and what it alone is told.
+  """One program of a row: a module of contenders/, and arguments of its own.
 
-  elsewhere: it imports nothing of ours, and --peer_python may run it."""
+  elsewhere: it imports none of our dependencies, so --peer_python may run it."""
 
   module: str
   told: Mapping[str, Any] = {}
@@ -36,10 +36,10 @@ class Contender(NamedTuple):
 
 
 class Work(NamedTuple):
-  """A piece of work. The first contender is ours, which the others' ratios are of.
+  """A piece of work. The first contender is ours; ratios are of its figures to the others'.
 
-  inputs: makes, in a folder, what all contenders read, and returns what they are told of it.
-  rounds: at most, where one takes long."""
+  inputs: makes what all contenders read in a folder, and returns their common arguments.
+  rounds: at most this many, where a round takes long."""
 
   inputs: Inputs
   contenders: Mapping[str, Contender]
@@ -72,7 +72,7 @@ def a_step(folder: pathlib.Path, *, size: str, dtype: str) -> Json:
 
 
 def speeches(folder: pathlib.Path, tokenizer: str) -> Json:
-  """The bundled text as lines of JSON, and a tokenizer that was trained on it."""
+  """The bundled text as JSON lines, and a tokenizer trained on it."""
   c = study_config("adamw", "nano")
   texts = [str(document.content) for document in documents.read_documents(c.data)]
   with open(folder / "documents.jsonl", "w") as lines:
@@ -85,14 +85,14 @@ def speeches(folder: pathlib.Path, tokenizer: str) -> Json:
 
     file = folder / "tokenizer.json"
     model = tokenizers.ByteLevelBPETokenizer()
-    ends = ["<|endoftext|>"]  # which divides documents
+    ends = ["<|endoftext|>"]  # separates documents
     model.train_from_iterator(texts, VOCAB, show_progress=False, special_tokens=ends)
     model.save(str(file))
   return {"documents": str(folder / "documents.jsonl"), "tokenizer": f"{tokenizer}:{file}"}
 
 
 def llama(folder: pathlib.Path, size: str) -> config.Config:
-  """A size of ours as a Llama of random weights, in a Hugging Face directory."""
+  """Writes a Llama of one of our sizes, with random weights, as a Hugging Face directory."""
   switches = FAMILIES["llama"].switches
   c = study_config("adamw", f"{size},model.dtype=float32")
   c = dataclasses.replace(c, model=dataclasses.replace(c.model, **switches))
@@ -114,7 +114,7 @@ def some_questions(folder: pathlib.Path) -> Json:
 
 
 def calibration(folder: pathlib.Path) -> Json:
-  """16,384 tokens, and some more to compare the models on."""
+  """16 windows, 16,384 tokens, for calibration, and one more to compare the models on."""
   c = llama(folder, "50m")
   draw = np.random.default_rng(c.seed)
   windows = draw.integers(0, c.model.vocab, (17, c.context))
@@ -123,7 +123,7 @@ def calibration(folder: pathlib.Path) -> Json:
 
 
 def validation_text(folder: pathlib.Path) -> Json:
-  """Of a Llama of nano's size, and the bundled text in nano's tokenizer."""
+  """A Llama of nano's size, and the bundled text in nano's tokenizer."""
   c = llama(folder, "nano")
   dataset = preparation.prepare(dataclasses.replace(c.data, directory=str(folder / "datasets")))
   return {"model": str(folder / "model"), "dataset": dataset.directory, "context": c.context}

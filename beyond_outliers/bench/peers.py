@@ -4,11 +4,11 @@ tokenizers' libraries, scoring against lm-eval, GPTQ against llm-compressor, and
   python -m beyond_outliers.bench --peers [--only=50m_bfloat16,gptq,adamw] [--repeats=8] [--json]
 
 Each contender of a row is a separate program, which does the work once, compilation included, and
-then waits to be asked again. In each round all of them repeat it, in alternating order; a ratio is
-the median over rounds, so that other work on the machine slows all alike. It affects CPU seconds
-even less. `taskset -c 0` in front measures one core. torch and what needs it may be installed
-elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a C++ compiler. Rows of optimizers
-are those of `bench --optimizers`, one process after the other, on one core.
+then waits for requests. In each round all contenders repeat it, in alternating order, and a ratio
+is the median over rounds, so that other load on the machine slows all of them alike. CPU seconds
+are affected even less. Prefix `taskset -c 0` to measure one core. torch and what needs it may be
+installed elsewhere: `--peer_python=/there/bin/python`; torch.compile needs a C++ compiler. Rows of
+optimizers are those of `bench --optimizers`, one process after the other, on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from beyond_outliers.bench.timed_optimizers import TIMED_OPTIMIZERS
 from beyond_outliers.config.files import standard_json
 from beyond_outliers.types import Json
 
-# Where another interpreter finds the contender: the clone.
+# The clone, in which another interpreter finds the contenders.
 ROOT = str(pathlib.Path(__file__).parents[2])
 OPTIMIZERS = {
   family.replace(" ", "_"): [name for name, row in TIMED_OPTIMIZERS.items() if row.family == family]
@@ -43,10 +43,10 @@ ROWS = (*peer_works.WORKS, *OPTIMIZERS)
 
 
 def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
-  """All figures, by row: of pieces of work {contender: figures or {"failed": why}}, of optimizers
-  what `measure_optimizers` returns.
+  """All figures, by row: for pieces of work those of `measure_work`, for optimizers those of
+  `measure_optimizers`.
 
-  peer_python: the interpreter of contenders that import nothing of ours."""
+  peer_python: the interpreter for contenders that need none of our dependencies."""
   result: Json = {"machine": machine(), "rows": {}}
   for name in names:
     if name in peer_works.WORKS:
@@ -59,7 +59,7 @@ def measure_peers(names: Iterable[str], repeats: int, peer_python: str) -> Json:
 
 
 def machine() -> Json:
-  """The processor's name, cores that this process may use, and the load of the last minute."""
+  """The processor's name, the cores that this process may use, and the last minute's load."""
   name = platform.processor()
   if os.path.exists("/proc/cpuinfo"):
     with open("/proc/cpuinfo") as lines:
@@ -69,10 +69,10 @@ def machine() -> Json:
 
 
 def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
-  """{"contenders": {name: figures}, "load": at the end}.
+  """{"contenders": {name: figures, or {"failed": why}}, "load": at the end}.
 
-  `first` is the first time, each contender alone. `ratio` and `cpu_ratio`, of ours to theirs: the
-  median, least and largest over the rounds."""
+  Figures `first_...` are of the first time, with each contender alone. `ratio` and `cpu_ratio` are
+  ours over theirs: median, least and largest over the rounds."""
   with tempfile.TemporaryDirectory() as folder:
     asked = work.inputs(pathlib.Path(folder))
     running: dict[str, Any] = {}
@@ -100,8 +100,8 @@ def measure_work(work: Work, rounds: int, peer_python: str) -> Json:
 
 
 def alternate(running: Mapping[str, Any], rounds: int) -> dict[str, list[Json]]:
-  """The figures of every round by contender, but for those that end before their last. Every second
-  round goes backwards."""
+  """The figures of every round by contender, without contenders that ended early. Every second
+  round goes in reverse order."""
   taken: dict[str, list[Json]] = {name: [] for name in running}
   for number in range(rounds):
     for name in list(taken)[:: -1 if number % 2 else 1]:
@@ -122,7 +122,7 @@ def _next_round(process: Any) -> Json | None:
 def figures_of(
   first: Json, times: Sequence[Json], ours: tuple[Json, Sequence[Json]] | None
 ) -> Json:
-  """Figures of one contender from those of its first time and of its rounds, and ours."""
+  """Figures of one contender from its first time and its rounds, relative to ours."""
   figures: Json = {
     "seconds": statistics.median(each["seconds"] for each in times),
     "cpu_seconds": statistics.median(each["cpu_seconds"] for each in times),
@@ -157,7 +157,7 @@ def _start(contender: Contender, asked: Json, peer_python: str, errors: str) -> 
 
 
 def _figures(process: Any) -> Json | None:
-  """The next figures that it prints, behind what its libraries print; None once it has ended."""
+  """The next figures that it prints, skipping its libraries' output; None if it has ended."""
   for line in iter(process.stdout.readline, ""):
     if line.startswith('{"seconds"'):
       return json.loads(line)
@@ -170,7 +170,7 @@ def _last_line(path: str) -> str:
 
 
 def peers_table(result: Mapping[str, Any]) -> str:
-  """A block of lines per row: seconds, and ours as multiples of each contender's."""
+  """A block of lines per row: seconds, and ours over each contender's."""
   m = result["machine"]
   lines = [f"{m['processor']} · {m['cores']} cores · load {m['load']:.1f}"]
   for name, row in result["rows"].items():

@@ -23,9 +23,9 @@ WINDOWS = 8
 
 
 def measure_propagation(size: str) -> Json:
-  """Seconds of both forwards and of each analysis, the first time, with compiling, and the second;
+  """Seconds of both forwards and of each analysis, the first time with compilation and the second;
   and the process's peak memory after each. Random weights and tokens."""
-  from beyond_outliers.analysis import propagation  # brings pandas, which other benches do without
+  from beyond_outliers.analysis import propagation  # imports pandas, which other benches don't need
 
   c = study_config("adamw", f"{size},model.dtype=float32")
   model = transformer.Transformer(c.model)
@@ -34,7 +34,7 @@ def measure_propagation(size: str) -> Json:
   tokens_BxL = draw.integers(0, c.model.vocab, (WINDOWS, c.context)).astype(np.int32)
   q = quant.quantized(model, params, quant.RECIPES[RECIPE])
   models = (model, params), (q.model, q.params)
-  # Jitted once: a function that is made anew compiles anew.
+  # Jitted once, since every new function would be compiled again.
   forwards = [jax.jit(of_run.apply) for of_run, _ in models]
 
   def both_forwards() -> Any:
@@ -74,7 +74,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def propagation_table(result: Mapping[str, Any]) -> str:
-  """One line per analysis, in seconds and in both forwards."""
+  """One line per analysis, in seconds and relative to both forwards."""
   rows = result["rows"]
   forwards = rows["both forwards"]["seconds"]
   return "\n".join(

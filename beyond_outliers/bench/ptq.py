@@ -19,11 +19,11 @@ from beyond_outliers.model import transformer
 from beyond_outliers.types import Json
 
 RECIPE = "rtn_w4a4"
-WINDOWS = 16  # of calibration, a batch each
+WINDOWS = 16  # for calibration, each a batch of its own
 
 
 def measure_ptq(size: str, methods: Sequence[str]) -> Json:
-  """Seconds of every method, compiling all that it runs, and the process's peak memory so far."""
+  """Seconds of every method, compilation included, and the process's peak memory so far."""
   c = study_config("adamw", f"{size},model.dtype=float32")
   model = transformer.Transformer(c.model)
   params = jax.jit(lambda: transformer.init(model, c.seed))()

@@ -1,4 +1,4 @@
-"""Train steps on random tokens, for benches that time nothing else."""
+"""Train steps on random tokens, for benches that time only the steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beyond_outliers.types import Metrics
 
 
 def random_batch(program: program_lib.Program) -> dict[str, jax.Array]:
-  """A batch of a program's shapes, of random tokens that all count."""
+  """A batch with a program's shapes, of random tokens that all count."""
   draw, vocab = np.random.default_rng(0), program.config.model.vocab
   return {
     name: jnp.asarray(
@@ -25,8 +25,8 @@ def random_batch(program: program_lib.Program) -> dict[str, jax.Array]:
 
 
 def steps_of(program: program_lib.Program, compiled: jax.stages.Compiled) -> Callable[[], Metrics]:
-  """What takes one train step after the other, from the first, on one batch. compiled: the
-  program's, for one device."""
+  """A function that takes one train step per call, from the initial state, always on the same
+  batch. compiled: the program's train step, for one device."""
   state, batch = program.init(), random_batch(program)
 
   def step() -> Metrics:

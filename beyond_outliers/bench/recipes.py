@@ -5,7 +5,7 @@ products on GPU and TPU.
 
 Two tables: one linear layer, and the loss and gradients of whole models. Calls of a recipe's
 program alternate with calls of the plain one, and ratios are medians over such pairs, so that other
-work on the machine slows both. `taskset -c 0` in front measures one core.
+load on the machine slows both. Prefix `taskset -c 0` to measure one core.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from beyond_outliers.types import Json
 
-# All that quantize, and those that are measured unless others are asked for.
+# All recipes that quantize, and those that are measured by default.
 LAYER_RECIPES = {name: recipe.default for name, recipe in quant.RECIPES.items() if recipe.default}
 DEFAULT = (
   "rtn_w8a8",
@@ -48,7 +48,7 @@ DEFAULT = (
 class TimedModel(NamedTuple):
   """A whole model that is timed."""
 
-  argument: str  # of configs/adamw.py
+  argument: str  # for configs/adamw.py
   recipes: tuple[str, ...]
   repeats: int  # at most
 
@@ -62,7 +62,7 @@ MODELS = {
 def by_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> dict[str, float]:
   """Median seconds of two alternating calls, and the median of their ratios.
 
-  One call of each before is not counted."""
+  A first call of each is not counted."""
   jax.block_until_ready((first(), second()))
   times = [
     (*hardware.seconds_of(first, 1), *hardware.seconds_of(second, 1)) for _ in range(repeats)
@@ -76,7 +76,7 @@ def by_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) 
 
 
 def memory(ours: jax.stages.Compiled, base: jax.stages.Compiled) -> dict[str, int]:
-  """Bytes of temporaries, and of these with arguments and results, of both compiled programs."""
+  """Bytes of both compiled programs: temporaries, and their sum with arguments and results."""
   figures = {}
   for prefix, compiled in (("", ours), ("plain_", base)):
     m: Any = compiled.memory_analysis()
@@ -91,7 +91,7 @@ def memory(ours: jax.stages.Compiled, base: jax.stages.Compiled) -> dict[str, in
 
 
 def measure_layer(name: str, backend: str, dtype: str, repeats: int) -> Json:
-  """One row of the layer's table: forward, and forward with backward."""
+  """One row of the layer's table: the forward pass, and forward and backward together."""
   base = linear_layer.plain_layer()
   ours = linear_layer.quantized_layer(LAYER_RECIPES[name], backend)
   x, w, key, g = linear_layer.operands(dtype)
@@ -133,8 +133,8 @@ def measure_models(name: str, recipes: Iterable[str], repeats: int) -> list[Json
 
 
 def measure_model(argument: str, recipe: str, repeats: int) -> Json:
-  """Loss and gradients of configs/adamw.py under a recipe, beside full precision; no recipe changes
-  the rest of the step."""
+  """Loss and gradients of configs/adamw.py under a recipe, compared with full precision. No recipe
+  changes the rest of the step."""
   base, arguments = _plain(argument)
   program = _program(argument, recipe)
   compiled, c = _loss_and_gradients(program), program.config
@@ -148,7 +148,7 @@ def measure_model(argument: str, recipe: str, repeats: int) -> Json:
 
 @functools.lru_cache(1)
 def _plain(argument: str) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
-  """(loss and gradients in full precision, what they are of)."""
+  """(compiled loss and gradients in full precision, their arguments)."""
   program = _program(argument, "none")
   with mesh_lib.use(program.mesh):
     params = transformer.init(program.model, program.config.seed)
@@ -173,7 +173,7 @@ def _loss_and_gradients(program: program_lib.Program) -> jax.stages.Compiled:
 
 
 def measure_recipes(names: Sequence[str], repeats: int) -> Json:
-  """All figures: seconds, bytes. In bfloat16 only the default backend of a run."""
+  """All figures: seconds, bytes. In bfloat16, only of the first backend that has the recipe."""
   layers = []
   for name in names:
     able = [

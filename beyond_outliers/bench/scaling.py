@@ -4,11 +4,11 @@ mesh axis, its memory, and the time that it would take at the peaks of known chi
   python -m beyond_outliers.bench --scaling=50m [--only=shampoo/none/64] [--compile_for=v5e]
 
 The program is that of configs/<optimizer>.py at that size and its own batch, of which a device
-processes WINDOWS at once; nothing runs. --compile_for uses XLA's TPU compiler, which is in the
-package libtpu, needs no TPU, and also says if memory is too small. By default programs are compiled
-for simulated CPUs. These are partitioned alike, but keep an all-reduce where others have a
-reduce-scatter of half the bytes, and their temporaries are a CPU's. Bytes are those of ring
-collectives, in a step that renews all of the optimizer's state that is ever renewed.
+processes WINDOWS windows at once; nothing runs. --compile_for uses XLA's TPU compiler, which is in
+the package libtpu, needs no TPU, and also tells if memory is too small. By default programs are
+compiled for simulated CPUs: partitioned in the same way, but with an all-reduce where others have a
+reduce-scatter of half the bytes, and with a CPU's temporaries. Bytes are those of ring collectives,
+in a step that renews all of the optimizer's state that is ever renewed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from beyond_outliers.model import transformer
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
-# Devices -> along data, fsdp and model. Eight split the parameters, which a host of GPUs has.
+# Devices -> mesh (data, fsdp, model). Parameters are split over eight, the GPUs of a host.
 DEVICE_MESHES = {8: (1, 8, 1), 64: (8, 8, 1), 256: (32, 8, 1)}
 ROWS = [
   f"{optimizer}/{recipe}/{devices}"
@@ -45,14 +45,14 @@ TOPOLOGIES = {
   "v5p": {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"},
 }
 WINDOWS = 8
-# Of the peak, that a decomposition in float32 is taken to reach. An assumption: none is published.
+# Share of the peak that a float32 decomposition is assumed to reach; no published figure exists.
 DECOMPOSITIONS = 0.01
 
 
 def measure_scaling(names: Iterable[str], size: str, target: str) -> list[Json]:
   """Figures of each row: bytes, FLOPs and seconds of one device.
 
-  target: "cpu", or a row of TOPOLOGIES. Errors: ConfigError without that one's compiler."""
+  target: "cpu", or a row of TOPOLOGIES. Errors: ConfigError if its compiler is not installed."""
   rows = []
   for name in names:
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def measure_scaling(names: Iterable[str], size: str, target: str) -> list[Json]:
 def _devices(count: int, target: str) -> Sequence[jax.Device]:
   if target == "cpu":
     return jax.devices()[:count]
-  jax.config.update("jax_enable_compilation_cache", False)  # programs of TPUs load on these alone
+  jax.config.update("jax_enable_compilation_cache", False)  # TPU programs only load on TPUs
   try:
     topology = f"{target}:{TOPOLOGIES[target][count]}"
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -115,12 +115,12 @@ def _row(name: str, size: str, target: str) -> Json:
 
 def predicted_seconds(figures: Json, chip: hardware.Chip, shape: Mapping[str, int]) -> Json:
   """Seconds of a step's parts at a chip's peaks: the model, the optimizer's update, which also
-  reads and writes the state, and what is sent. They overlap more or less: a step takes from the
-  longest of computing and sending to their sum."""
+  reads and writes the state, and sending. Computing and sending may overlap: a step takes at least
+  the longer of the two, and at most their sum."""
   update = figures["flops/update"] + figures["flops/decompositions"] / DECOMPOSITIONS
   sending = 0.0
   for axes, count in figures["sent_bytes"].items():
-    # The last axis is the innermost: those behind an axis lie between its neighbours.
+    # The last axis is the innermost: a ring along an axis spans all later axes too.
     first = list(shape).index(axes.split("·")[0])
     spanned = math.prod(list(shape.values())[first:])
     sending += count / (chip.fast if spanned <= chip.together else chip.slow)
@@ -137,8 +137,8 @@ HEAD = ("size", "optimizer", "recipe", "data·fsdp·model", "MiB sent along axes
 
 
 def scaling_table(rows: Iterable[Mapping[str, Any]]) -> str:
-  """One line per row; of each chip, the least and the most that a step takes, and the share of the
-  update in its computing."""
+  """One line per row; for each chip, the least and the most that a step takes, and the update's
+  share of the computing."""
   head = (*HEAD, *(f"{chip}: ms, update" for chip in hardware.CHIPS))
   return "\n".join(cli.aligned([head, *map(_cells, rows)]))
 

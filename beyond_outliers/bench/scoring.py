@@ -2,9 +2,9 @@
 
   python -m beyond_outliers.bench --scoring=nano [--repeats=5] [--json]
 
-Questions are like those of multiple-choice tasks, made of random tokens: contexts of many lengths,
-four choices each. Padding does not count, and a context counts for each of its choices, although it
-is read only once: the share may be above 1.
+Questions are like those of multiple-choice tasks, but of random tokens: contexts of many lengths,
+with four choices each. Padding does not count, and a context counts once per choice although it is
+read only once, so the share may be above 1.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ QUESTIONS, CHOICES = 64, 4
 
 
 def measure_scoring(size: str, repeats: int) -> Json:
-  """Tokens per second, the median ratio of alternating calls, and what the first one took with
-  compiling."""
+  """Tokens per second, the median ratio of alternating calls, and seconds of the first call, with
+  compilation."""
   c = study_config("adamw", f"{size},model.dtype=float32")
   model, draw = transformer.Transformer(c.model), np.random.default_rng(c.seed)
   params = jax.jit(lambda: transformer.init(model, c.seed))()
@@ -37,7 +37,7 @@ def measure_scoring(size: str, repeats: int) -> Json:
   tokens_RxL = draw.integers(0, c.model.vocab, (rows, c.context)).astype(np.int32)
   forward = jax.jit(lambda params: model.apply({"params": params}, tokens_RxL))
   scored = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
-  (first,) = hardware.seconds_of(lambda: scorer.score(pairs), 1)  # compiles, as the next does
+  (first,) = hardware.seconds_of(lambda: scorer.score(pairs), 1)  # compiles, as does the next line
   hardware.seconds_of(lambda: forward(params), 1)
   rates = []
   for _ in range(repeats):
@@ -59,7 +59,7 @@ def measure_scoring(size: str, repeats: int) -> Json:
 
 
 def questions(draw: np.random.Generator, vocab: int, context: int) -> list[loglikelihood.Pair]:
-  """Contexts of an eighth to three quarters of a window, each with choices of up to an eighth."""
+  """Contexts of 1/8 to 3/4 of a window, each with CHOICES choices of up to 1/8 of a window."""
   pairs = []
   for _ in range(QUESTIONS):
     shared = draw.integers(0, vocab, draw.integers(context // 8, 3 * context // 4)).tolist()

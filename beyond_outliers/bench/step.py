@@ -1,5 +1,5 @@
-"""The cost of a run's step on this machine: seconds of its parts, its input and the loop around it;
-memory; and its share of the peak.
+"""Costs of a run's step on this machine: seconds of its parts, its input and the loop around it;
+memory; and the share of the peak.
 
   python -m beyond_outliers.bench --config=configs/adamw.py:50m [--repeats=8] [--json]
 """
@@ -22,12 +22,12 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.train import step as step_lib
 from beyond_outliers.types import Batch, Json, Metrics, Params
 
-# Compiled; the state is donated.
+# A compiled train step, to which the state is donated.
 TrainStep = Callable[[step_lib.TrainState, Batch], tuple[step_lib.TrainState, Metrics]]
 
 
 def measure_step(c: config.Config, repeats: int) -> Json:
-  """All figures of one table, flat: seconds, bytes, FLOP/s."""
+  """All figures of the table, flat: seconds, bytes, FLOP/s."""
   program = program_lib.build_program(c)
   dataset = data.prepare(c.data, log=lambda text: print(text, file=sys.stderr))
   figures: Json = {
@@ -78,8 +78,8 @@ def seconds_of_parts(
   batch: Batch,
   repeats: int,
 ) -> tuple[Json, step_lib.TrainState]:
-  """(seconds of the forward pass, of whole steps, and by difference of what lies between; the state
-  after these steps, in the place of the one that was given)."""
+  """(seconds of the forward pass and of whole steps, and by subtraction of the backward pass and
+  the optimizer; the state after these steps, which replaces the one passed in)."""
   c = program.config
   loss_fn = step_lib.make_loss_fn(program.forward)
   key = jax.random.key(0)
@@ -111,7 +111,7 @@ def seconds_of_parts(
 def whole_periods(step: Callable[[], Any], period: int, repeats: int) -> Json:
   """Median, mean and longest seconds of a step, over whole periods of the optimizer.
 
-  At least `repeats` steps, after a first period that is not counted."""
+  Times at least `repeats` steps, after a first period that is not counted."""
   hardware.seconds_of(step, period)
   times = hardware.seconds_of(step, -(-repeats // period) * period)
   return {
@@ -129,9 +129,8 @@ def loop_overhead(
   batches: Iterator[Any],
   steps: int,
 ) -> float:
-  """1 − Σ step time / wall time of a run's loop with its log, without the first step.
-
-  Every step is waited for."""
+  """1 − Σ step time / wall time of a run's loop with its log, without the first step. Each step is
+  waited for."""
   c, spent, began = program.config, [], []
 
   def timed(state, batch):
@@ -159,8 +158,8 @@ def loop_overhead(
 
 
 def reading(batches: Iterator[Any], tokens: int, seconds: float = 2.0) -> float:
-  """Tokens that the data pipeline reads per second of CPU time, all threads of this process
-  together; `tokens` are those of a batch."""
+  """Tokens that the data pipeline reads per second of CPU time, over all threads of this process.
+  tokens: per batch."""
   count, start = 0, time.process_time()
   while time.process_time() - start < seconds:
     next(batches)

@@ -1,6 +1,6 @@
 """The optimizers whose steps are timed: all of this package, and each family's peers on PyPI.
 
-Rows of a family do the same work; see bench/torch_optimizers.py.
+Rows of one family do the same work; see bench/torch_optimizers.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from beyond_outliers.bench.torch_optimizers import EMBEDDING, RATE, Arrays, Torc
 
 
 class JaxSteps:
-  """An optax transformation as the trainer runs it: one program; parameters and state donated."""
+  """An optax transformation as the trainer runs it: one program, parameters and state donated."""
 
   def __init__(
     self,
@@ -46,7 +46,7 @@ class JaxSteps:
     self.compile_seconds: float | None = time.perf_counter() - start
 
   def step(self, number: int) -> float:
-    """Seconds of the step with this gradient, in turn."""
+    """Seconds of one step; the number selects one of the gradients in turn."""
     gradient = self.gradients[number % len(self.gradients)]
     start = time.perf_counter()
     self.params, self.state = jax.block_until_ready(
@@ -61,11 +61,11 @@ class JaxSteps:
 class TimedOptimizer(NamedTuple):
   """One optimizer with its settings."""
 
-  family: str  # what it is compared with
-  # () -> optax.GradientTransformation; torch: {name: parameter} -> its optimizers.
+  family: str  # optimizers that it is compared with
+  # () -> optax.GradientTransformation; for torch, {name: parameter} -> list of optimizers.
   make: Callable[..., Any]
   period: int = 1  # steps after which costs repeat: those between roots, bases or factors
-  peer: str = ""  # the distribution that somebody else's optimizer is in
+  peer: str = ""  # PyPI distribution of somebody else's optimizer; empty for ours
   steps: type[JaxSteps] | type[TorchSteps] = JaxSteps
 
 
@@ -87,7 +87,7 @@ def _muon(**settings: Any) -> optax.GradientTransformation:
 
 
 def _optax_muon() -> optax.GradientTransformation:
-  """Corrects the bias of its averages, which costs next to nothing."""
+  """optax's Muon; it corrects the bias of its averages, which costs next to nothing."""
   return _with_embedding(optax.contrib.muon(RATE), optax.adamw(RATE, weight_decay=0.0))
 
 
@@ -106,8 +106,8 @@ def _psgd(**settings: Any) -> optax.GradientTransformation:
 
 
 def _shampoo(**settings: Any) -> optax.GradientTransformation:
-  """The settings that Meta's Distributed Shampoo is timed with elsewhere: blocks of 1024, eigh,
-  each block with the length of Adam's step."""
+  """Shampoo with the settings with which Meta's is timed elsewhere: blocks of 1024, eigh, each
+  block grafted to the length of Adam's step."""
   return optim.shampoo(
     RATE,
     b2=0.95,
@@ -132,10 +132,10 @@ def _torch(
   return TimedOptimizer(family, make, period, peer, TorchSteps)
 
 
-# Optimizers of this package that no distribution on PyPI has: {family: why its rows have no peer}.
+# Families of this package's optimizers without a peer on PyPI -> why there is none.
 WITHOUT_PEER: dict[str, str] = {}
 
-# By family: products in bfloat16 are other work than in float32.
+# Families distinguish dtypes: products in bfloat16 and in float32 are different work.
 TIMED_OPTIMIZERS: dict[str, TimedOptimizer] = {
   "adamw": TimedOptimizer("adamw", _adamw),
   "optax_adamw": TimedOptimizer("adamw", lambda: optax.adamw(RATE, weight_decay=0.0), peer="optax"),

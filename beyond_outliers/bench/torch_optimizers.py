@@ -1,8 +1,8 @@
 """Peers of our optimizers, from torch and pytorch-optimizer, and their timed steps.
 
 Each does the same work as our row of its family: the same period between roots, bases or factors,
-the same blocks, axes and precision, and no weight decay. Where a peer cannot be configured so, its
-function says what differs.
+the same blocks, axes and precision, and no weight decay. If a peer cannot be configured that way,
+its function says what differs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 RATE = 1e-3
-# Name of the matrix that Muon leaves to AdamW, and Scion steps along the signs of.
+# Name of the matrix that Muon leaves to AdamW, and for which Scion uses signs.
 EMBEDDING = "embedding"
 
 Arrays = Mapping[str, np.ndarray]
 Tensors = Mapping[str, Any]  # torch's
-Optimizers = list[Any]  # torch's: parameters may be dealt out to several
+Optimizers = list[Any]  # torch's; parameters may be divided among several
 
 
 class TorchSteps:
@@ -40,7 +40,7 @@ class TorchSteps:
     self.optimizers = make(self.params)
 
   def step(self, number: int) -> float:
-    # Some write to the gradients.
+    # Cloned, since some optimizers write to the gradients.
     for name, x in self.gradients[number % len(self.gradients)].items():
       self.params[name].grad = x.clone()
     start = time.perf_counter()
@@ -61,7 +61,7 @@ class TorchSteps:
 
 
 def _tensors(thing: Any, seen: set[int]) -> Iterator[Any]:
-  """All tensors within dictionaries, sequences and plain objects: some peers keep their state in
+  """All tensors within dictionaries, sequences and plain objects, as some peers keep their state in
   objects of their own."""
   if id(thing) in seen or isinstance(thing, type):
     return
@@ -81,7 +81,7 @@ def _tensors(thing: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _split(parameters: Tensors) -> tuple[list[Any], list[Any]]:
-  """(hidden, embedding)."""
+  """(hidden parameters, embedding, each as a list)."""
   return [x for name, x in parameters.items() if name != EMBEDDING], [
     x for name, x in parameters.items() if name == EMBEDDING
   ]
@@ -151,7 +151,7 @@ def torch_dash(parameters: Tensors) -> Optimizers:
 def torch_shampoo(parameters: Tensors) -> Optimizers:
   """Google's Shampoo, grafted to RMSProp per parameter, with averages of both steps.
 
-  Roots by SVD; its coupled Newton iteration takes longer."""
+  Roots are by SVD, which is faster than its coupled Newton iteration."""
   import pytorch_optimizer
   from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 

@@ -4,8 +4,8 @@ traffic read from the program compiled for a mesh.
   python -m beyond_outliers.bench --on_paper=760m [--only=adamw,shampoo] [--json]
   python -m beyond_outliers.bench --collectives=50m [--only=shampoo] [--json]
 
-Both use configs/<optimizer>.py at that size, with gradients sharded like the parameters, and only
-shapes: devices are simulated. The training step around the update is left out.
+Both use configs/<optimizer>.py at that size, with gradients sharded like the parameters. They only
+need shapes: devices are simulated. The training step around the update is left out.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from beyond_outliers.types import Json
 
 Mesh = tuple[int, int, int]  # devices along data, fsdp and model
 
-DEVICES = (1, 8, 64)  # of on_paper: parameters and state are split over all of them (fsdp)
-MESHES = ((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1))  # of collectives
+DEVICES = (1, 8, 64)  # for on_paper: parameters and state are split over all of them (fsdp)
+MESHES = ((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1))  # for collectives
 
-# The program's text is wanted, not its speed.
+# Only the program's text is needed, so it is not optimized.
 COMPILER_OPTIONS: dict[str, Any] = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
-  # Which starts a compiler of its own for every fusion: of big programs most of the time.
+  # These would start a compiler for every fusion, most of the time for big programs.
   "xla_cpu_use_fusion_emitters": False,
 }
 
 
 def simulate_devices(count: int) -> None:
-  """Simulates so many devices; call before JAX is asked for devices."""
+  """Simulates that many devices; to be called before JAX is asked for devices."""
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", count)
 
@@ -62,7 +62,7 @@ def programs(
 
 
 def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
-  """The instructions that each device runs for the optimizer's update alone."""
+  """Instructions that each device runs for the optimizer's update alone."""
   params, state = program.state.params, program.state.opt_state
   placed = jax.tree.map(lambda x: x.sharding, (params, state))
   update = jax.jit(program.optimizer.tx.update, donate_argnums=1, out_shardings=placed)
@@ -75,17 +75,17 @@ def compiled_update(program: program_lib.Program) -> list[hlo.Instruction]:
 def collectives(names: Iterable[str], size: str) -> list[Json]:
   """Traffic and decompositions of an update: one row per optimizer and mesh.
 
-  What collectives move to a device, and which matrices it gives LAPACK, of how many there are.
+  Bytes that collectives move to a device, and matrices that it passes to LAPACK, out of all.
 
-  Both as if all that is ever renewed were at one step, in every way that the program has, such as
-  SOAP's at the first."""
+  Both count as if everything that is ever renewed were renewed in one step, in every way that the
+  program has, such as SOAP's at its first step."""
   rows = []
   for name in names:
     every: dict[str, int] = {}
     for mesh, program in programs(name, size, MESHES):
       update = compiled_update(program)
       mine, params = hlo.decompositions(update), jax.tree.leaves(program.state.params)
-      every = every or mine  # the first mesh is one device
+      every = every or mine  # the first mesh has one device, which has all matrices
       rows.append(
         {
           "optimizer": name,
@@ -148,8 +148,8 @@ def on_paper(names: Iterable[str], size: str) -> list[Json]:
 
 
 def flops_of_update(program: program_lib.Program) -> tuple[jaxpr_flops.Flops, jaxpr_flops.Flops]:
-  """(mean over the steps after which costs repeat, those of the costliest step), on one device,
-  late in a run."""
+  """(mean FLOPs over the steps of a period, FLOPs of its costliest step), on one device, late in a
+  run."""
   params, state = program.state.params, program.state.opt_state
   with mesh_lib.use(program.mesh):
     update = jax.make_jaxpr(program.optimizer.tx.update)(params, state, params)

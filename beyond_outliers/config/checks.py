@@ -19,30 +19,30 @@ MINIMUM = dict(
   tokens_per_parameter=0,
   max_skipped_updates=1,
 )
-LARGEST_SEED = 2**32 - 1  # of JAX's keys, which take no more bits of one
+LARGEST_SEED = 2**32 - 1  # JAX's keys use no more bits of a seed
 MAXIMUM = {"seed": (LARGEST_SEED, "as many as keys of random numbers can hold")}
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
-  """The remedy for an unknown name: the one of `known` that is so similar, or all of them."""
+  """The remedy for an unknown name: the nearest of `known` if it is similar enough, or all."""
   near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
   return f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(known)
 
 
 def require(ok: bool, field: str, value: Any, remedy: str) -> None:
-  """Refusal unless `ok`. Errors: ConfigError."""
+  """Refuses a value unless `ok`. Errors: ConfigError."""
   if not ok:
     raise ConfigError(f"{field} = {value!r}: {remedy}")
 
 
 def require_once(field: str, keys: Sequence[str]) -> None:
-  """Keys of a list of key=value, of which none may be given twice: only one would count."""
+  """Refuses keys that are given twice, of which only one would count. Errors: ConfigError."""
   for place, key in enumerate(keys):
     require(key not in keys[:place], field, key, "is given twice, and only one of them would count")
 
 
 def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:
-  """Fields of a section against their choices. Errors: ConfigError, as in all that follow."""
+  """Checks fields of a section against their choices. Errors: ConfigError, as all that follow."""
   for name, choices in allowed.items():
     value = getattr(section, name)
     require(
@@ -51,7 +51,7 @@ def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> Non
 
 
 def require_at_least(section: Any, prefix: str, **bounds: float) -> None:
-  """Numbers, finite and of at least their bounds."""
+  """Checks that numbers are finite, and at least their bounds."""
   for name, bound in bounds.items():
     value = getattr(section, name)
     require(
@@ -63,14 +63,14 @@ def require_at_least(section: Any, prefix: str, **bounds: float) -> None:
 
 
 def require_fraction(section: Any, prefix: str, *names: str) -> None:
-  """Numbers from 0 to 1, both included."""
+  """Checks that numbers are from 0 to 1, both included."""
   for name in names:
     value = getattr(section, name)
     require(0 <= value <= 1, prefix + name, value, "expected a fraction, 0 to 1")
 
 
 def check_own_number(field: str, value: Any) -> None:
-  """A run's own number against MINIMUM and MAXIMUM."""
+  """Checks a run's own number against MINIMUM and MAXIMUM."""
   if not isinstance(value, int):
     return
   least, (most, why) = MINIMUM.get(field, value), MAXIMUM.get(field, (value, ""))
@@ -79,5 +79,5 @@ def check_own_number(field: str, value: Any) -> None:
 
 
 def unknown_key(path: str, name: str, known: Collection[str]) -> str:
-  """The message of a key that a section doesn't have."""
+  """The message for a key that a section doesn't have."""
   return f"{path}: unknown key; {nearest(name, sorted(known))}"

@@ -1,9 +1,9 @@
-"""Processes of one run: how many there are, which this one is, and where they meet.
+"""Processes of one run: how many there are, which one this is, and where they meet.
 
-As given, or as what started them says in environment variables. JAX's own detection
-(`jax.distributed`) is used for TPUs alone: of Slurm it takes one device a process, however many a
-task was given; of Open MPI it knows no version from 5; of Kubernetes it asks the API server, for
-which a pod needs a library and a permission.
+Given by a flag, or by the environment variables of what started them. JAX's own detection
+(`jax.distributed`) is only used for TPUs: under Slurm it gives each process one device, however
+many the task was given; it doesn't know Open MPI from version 5 on; and on Kubernetes it asks the
+API server, for which a pod needs a library and a permission.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Environment = Mapping[str, str]
 
 EXPECTED = "expected 'auto', HOST:PORT or HOST:PORT,COUNT,INDEX"
 
-# Ports above those that Linux gives to outgoing connections, as JAX takes them.
+# Ports above those that Linux gives to outgoing connections; JAX uses the same range.
 FIRST_PORT, PORTS = 61440, 4096
-KUBERNETES_PORT = 55527  # each pod has an address of its own; JAX's port there
+KUBERNETES_PORT = 55527  # JAX's port there; it can be fixed, since each pod has its own address
 GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
 PCI, GPUS = pathlib.Path("/sys/bus/pci/devices"), pathlib.Path("/dev")
 
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-  """One process among those of a run. None: JAX finds it, on TPUs.
+  """One process among those of a run. Fields that are None are left to JAX, on TPUs.
 
-  devices: numbers of the host's GPUs that are this process's; None: all that it can see."""
+  devices: numbers of the host's GPUs that belong to this process; None: all that it can see."""
 
-  source: str  # what says so
+  source: str  # where this was found
   address: str | None = None  # HOST:PORT, where process 0 listens
   count: int | None = None
   index: int | None = None
@@ -43,9 +43,9 @@ class Membership:
 
 
 def membership(text: str, environment: Environment) -> Membership:
-  """What --distributed says: 'auto', HOST:PORT (the rest is found), or HOST:PORT,COUNT,INDEX.
+  """Membership from --distributed: 'auto', HOST:PORT (the rest is found), or HOST:PORT,COUNT,INDEX.
 
-  Errors: ConfigError, where nothing is found naming what was looked for."""
+  Errors: ConfigError; if nothing is found, it names what was looked for."""
   address, *numbers = text.split(",")
   if text != "auto":
     _check_address("--distributed", text, address)
@@ -69,10 +69,10 @@ def membership(text: str, environment: Environment) -> Membership:
 
 
 def check_free(address: str) -> None:
-  """Failure where process 0 cannot listen at the port of an address: JAX's service would crash, or
-  share it with that of another run, whose processes it ends so."""
+  """Errors: Failure if process 0 cannot listen at the address's port. JAX's service would crash, or
+  share the port with another run's service, which would end that run's processes."""
   port = int(address.rpartition(":")[-1])
-  both = socket.has_dualstack_ipv6()  # of which JAX listens on both, too
+  both = socket.has_dualstack_ipv6()  # IPv4 and IPv6, both of which JAX listens on
   family = socket.AF_INET6 if both else socket.AF_INET
   try:
     socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
@@ -107,7 +107,7 @@ def _number(environment: Environment, name: str) -> int:
 
 
 def _port(environment: Environment, port: int) -> int:
-  """JAX's variable for another port, in case it is taken."""
+  """The port, or the one that JAX's variable gives, for when the usual one is taken."""
   name = "JAX_COORDINATOR_PORT"
   return _number(environment, name) if name in environment else port
 
@@ -120,13 +120,13 @@ def _from_jax(environment: Environment, source: str) -> Membership:
 
 
 def _from_tpu(environment: Environment, source: str) -> Membership | None:
-  """JAX asks Google's metadata server, or on Kubernetes what GKE puts into a pod's environment."""
+  """JAX finds the rest, from Google's metadata server or, on GKE, from the pod's environment."""
   tpus = any(file.read_text().strip() == GOOGLE for file in PCI.glob("*/vendor"))
   return Membership(source) if tpus or "TPU_WORKER_HOSTNAMES" in environment else None
 
 
 def _from_open_mpi(environment: Environment, source: str) -> Membership:
-  """Where mpirun was started, which is taken for process 0's host."""
+  """The processes meet on the host where mpirun was started, assumed to be process 0's."""
   count, index, local, together = (
     _number(environment, f"OMPI_COMM_WORLD_{name}")
     for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
@@ -151,7 +151,7 @@ def _from_open_mpi(environment: Environment, source: str) -> Membership:
 
 
 def _from_slurm(environment: Environment, source: str) -> Membership:
-  """A step that srun started; two steps of one job at once have ports of their own."""
+  """A step that srun started; concurrent steps of one job get different ports."""
   job, step, node, index, local = (
     _number(environment, f"SLURM_{name}")
     for name in ("JOB_ID", "STEP_ID", "NODEID", "PROCID", "LOCALID")
@@ -164,13 +164,13 @@ def _from_slurm(environment: Environment, source: str) -> Membership:
       f"SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE = "
       f"{environment['SLURM_STEP_TASKS_PER_NODE']!r} has fewer nodes; start by srun"
     )
-  bound = "SLURM_GPUS_PER_TASK" in environment  # then a task sees its own alone
+  bound = "SLURM_GPUS_PER_TASK" in environment  # if so, a task sees only its own GPUs
   devices = None if bound else _devices(environment, local, by_node[node])
   return Membership(source, f"{host}:{port}", sum(by_node), index, devices)
 
 
 def _first_host(nodes: str) -> str:
-  """The first of node[001-003,007],other, or of rack[1-2]-[3,5]."""
+  """The first host of a list such as node[001-003,007],other or rack[1-2]-[3,5]."""
   first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
   if first is None:
     raise ConfigError(f"SLURM_STEP_NODELIST = {nodes!r}: expected names of nodes; start by srun")
@@ -186,8 +186,8 @@ def _tasks_by_node(text: str) -> list[int]:
 
 
 def _from_kubernetes(environment: Environment, source: str) -> Membership:
-  """Pods of an indexed Job of a JobSet, whose names and numbers its YAML puts into the environment
-  (launch/gke.py); of several Jobs alike, a slice each, the pods count on."""
+  """Pods of an indexed Job in a JobSet, whose YAML puts names and numbers into the environment
+  (launch/gke.py); with a Job per slice, processes are numbered across all Jobs."""
   jobset, replicated = environment["JOBSET_NAME"], environment["REPLICATED_JOB_NAME"]
   index, together = (
     _number(environment, name) for name in ("JOB_COMPLETION_INDEX", "PROCESSES_PER_JOB")
@@ -202,9 +202,9 @@ def _from_kubernetes(environment: Environment, source: str) -> Membership:
 
 
 def _devices(environment: Environment, local: int, together: int) -> tuple[int, ...] | None:
-  """The GPUs of one of the processes on a host: an equal run of those that all of them see.
+  """The GPUs of one of the processes on a host: equally many consecutive ones for each.
 
-  Errors: ConfigError where they cannot be shared equally."""
+  Errors: ConfigError if they cannot be shared equally."""
   if together == 1 or "JAX_LOCAL_DEVICE_IDS" in environment:
     return None
   visible = environment.get("CUDA_VISIBLE_DEVICES", "")
@@ -220,8 +220,8 @@ def _devices(environment: Environment, local: int, together: int) -> tuple[int, 
   return tuple(range(local * share, (local + 1) * share))
 
 
-# Where a membership may be written, in the order in which it is looked for: mpirun within a job of
-# Slurm has that one's variables too, and TPUs are found on Kubernetes too.
+# Where to look for a membership, in order: mpirun within a Slurm job has Slurm's variables too, and
+# Kubernetes may have TPUs.
 CLUSTERS: dict[str, tuple[tuple[str, ...], Callable[[Environment, str], Membership | None]]] = {
   "JAX's variables": (
     ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),

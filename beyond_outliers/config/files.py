@@ -1,5 +1,5 @@
-"""Files and folders that a person names: the `~` in front of their paths, the JSON in them, and
-whether they can be written or are locked; and results as JSON has them."""
+"""Files and folders that a person names: a leading `~` in their paths, the JSON in them, whether
+they are writable or locked; and results in standard JSON."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from beyond_outliers.types import Json, PathLike
 
 
 def expand_home(path: str) -> str:
-  """The path with the home folder in the place of a leading `~` or `~name`.
+  """The path with a leading `~` or `~name` replaced by the home folder.
 
-  Errors: ValueError that says what to do where nobody has that name."""
+  Errors: ValueError, with the remedy, if there is no such user."""
   found = os.path.expanduser(path)
   if found.startswith("~"):
     raise ValueError("~ is no user's home folder here; give the whole path, or ./~ for that name")
@@ -31,11 +31,11 @@ def expand_home(path: str) -> str:
 def read_json(
   path: PathLike, refusal: type[Refusal], remedy: str, kinds: Mapping[str, Any] | None = None
 ) -> Json:
-  """The JSON object in a file, with values of these `kinds`; see `misfit`. Its own sum is compared,
-  and left out.
+  """The JSON object in a file, with values of these `kinds`; see `misfit`. Its own SHA-256 is
+  checked and removed.
 
   Errors: FileNotFoundError, NotADirectoryError; `refusal` with the file, what is wrong with it, and
-  the remedy, unless it cannot be read now; see `remedy_for`."""
+  the remedy, or that of `remedy_for` if it cannot be read at the moment."""
   try:
     with open(path, "rb") as file:
       value = json.loads(file.read())
@@ -44,7 +44,7 @@ def read_json(
   except OSError as error:
     remedy = remedy_for(error, remedy)
     raise refusal(f"{os.fspath(path)}: {error.strerror or error}; {remedy}") from None
-  except (ValueError, RecursionError) as error:  # text that is no JSON, or no text, or nested
+  except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deeply
     problem = f"is not the JSON that was written ({error})"
     raise refusal(f"{os.fspath(path)}: {problem}; {remedy}") from None
   problem = misfit(value, {})
@@ -58,10 +58,10 @@ def read_json(
 def folders_with(
   names: Sequence[str], root: PathLike, own: re.Pattern[str], refusal: type[Refusal]
 ) -> list[str]:
-  """The folders in `root`, itself among them, that have files of these names; each once, if links
-  lead to it too. Of one that has, the folders that `own` matches are not looked into.
+  """The folders at or below `root` that have files of all these names; each once, even if links
+  lead to it. In a folder that has them, subfolders that match `own` are not searched.
 
-  Errors: `refusal` for one that cannot be read."""
+  Errors: `refusal` for a folder that cannot be read."""
   found, seen, pending = [], set(), [os.path.abspath(os.path.expanduser(root))]
   while pending:
     folder = pending.pop()
@@ -76,7 +76,7 @@ def folders_with(
     if {entry.name for entry in entries}.issuperset(names):
       found.append(folder)
       entries = [entry for entry in entries if not own.fullmatch(entry.name)]
-    below = [entry for entry in entries if os.path.isdir(entry.path)]  # no link to itself
+    below = [entry for entry in entries if os.path.isdir(entry.path)]  # false for circular links
     # Links last, so that a folder is found by its own name.
     pending = [entry.path for entry in below if entry.is_symlink()] + pending
     pending += [entry.path for entry in below if not entry.is_symlink()]
@@ -84,9 +84,9 @@ def folders_with(
 
 
 def make_folder(path: PathLike, refusal: type[Refusal], remedy: str, field: str = "") -> None:
-  """Makes a folder, unless it is there. field: the configuration's, if it names the folder.
+  """Makes a folder, unless it exists. field: the configuration field that names it, if any.
 
-  Errors: `refusal` where it cannot be made, or nothing be written into it."""
+  Errors: `refusal` if it cannot be made, or nothing can be written into it."""
   try:
     os.makedirs(path, exist_ok=True)
     tempfile.TemporaryFile(dir=path).close()
@@ -96,26 +96,26 @@ def make_folder(path: PathLike, refusal: type[Refusal], remedy: str, field: str 
 
 
 def cache_root() -> str:
-  """Where copies of what lies elsewhere are kept: BEYOND_OUTLIERS_CACHE, else below the user's."""
+  """Folder for copies of remote or packed files: BEYOND_OUTLIERS_CACHE, or in the user's cache."""
   users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   found = os.environ.get("BEYOND_OUTLIERS_CACHE") or os.path.join(users, "beyond_outliers")
   return os.path.abspath(found)
 
 
 def is_locked(path: PathLike) -> bool:
-  """Whether a process holds a file's lock; where there is no such file, none does."""
+  """Whether a process holds a file's lock; false if there is no such file."""
   try:
     with open(path, "rb") as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as it is closed
   except BlockingIOError:
     return True
-  except OSError:  # a file system without locks has none that is held
+  except OSError:  # no such file, or a file system without locks
     return False
   return False
 
 
 def is_elsewhere(opened: int, path: PathLike) -> bool:
-  """Whether what was opened at a path no longer lies there; no, where nobody can tell now."""
+  """Whether what was opened at a path is no longer there; false if that cannot be told now."""
   try:
     return not os.path.samestat(os.stat(path), os.fstat(opened))
   except (FileNotFoundError, NotADirectoryError):
@@ -125,8 +125,8 @@ def is_elsewhere(opened: int, path: PathLike) -> bool:
 
 
 def misfit(value: Any, kinds: Mapping[str, Any]) -> str:
-  """Why a value read from JSON is no object with values of these `kinds`, {dotted key: type};
-  empty if it is one."""
+  """Why a value read from JSON is not an object with values of these `kinds`, {dotted key: type};
+  empty if it is."""
   if not isinstance(value, dict):
     return f"is a JSON {type(value).__name__}, not an object"
   missing, wrong = [], []
@@ -144,8 +144,8 @@ def misfit(value: Any, kinds: Mapping[str, Any]) -> str:
 
 
 def standard_json(value: Any) -> Any:
-  """What the JSON of other programs knows of a result: null in the place of NaN and infinity, and
-  numbers for numpy's scalars. (A configuration's infinity is a number that is read again.)"""
+  """A result in JSON that other programs can read: null for NaN and infinity, and plain numbers for
+  numpy's scalars. (Not for configurations, whose infinity is read back.)"""
   if isinstance(value, Mapping):
     return {key: standard_json(each) for key, each in value.items()}
   if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Hyperparameters as fields of a section, each with its official value, meaning and rule."""
+"""Hyperparameters as fields of a section, each with an official value, a meaning and a rule."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, Self
 
 from beyond_outliers.config.checks import require
 
-Rule = Callable[[Any], str | None]  # value -> the remedy, or None for a value that can be
+Rule = Callable[[Any], str | None]  # value -> the remedy, or None if the value is allowed
 
 
 def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = False) -> Any:
-  """A field of a section. Factories have the official implementation's value as their default.
+  """A field of a section. Its official implementation's value is the default in the factory.
 
-  Configurations have none, and must give every value; but for a field that is `younger` than
-  recorded runs, which did what its official value does."""
+  Configurations have no defaults and must give every value, except for a field that is `younger`
+  than recorded runs: these did what its official value does."""
   metadata = {"official": value, "doc": doc, "rule": rule}
   if younger:
     return dataclasses.field(default=value, metadata=metadata)
@@ -28,7 +28,7 @@ def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = 
 def at_least(
   bound: float, hint: str = "", *, infinite: bool = False, most: float = math.inf
 ) -> Rule:
-  """Rule: a finite number of at least `bound`. infinite: infinity, as no limit, is allowed."""
+  """Rule: a finite number of at least `bound`. infinite: also allow infinity, for no limit."""
 
   def rule(value: float) -> str | None:
     if not math.isfinite(value) and not (infinite and value == math.inf):
@@ -41,7 +41,7 @@ def at_least(
 
 
 def above_zero(what: str, most: float = math.inf) -> Rule:
-  """Rule: a number above zero, up to `most`; for a value that may be None."""
+  """Rule: a number above zero, up to `most`; for a value that may also be None."""
   bounds = "above 0" if most == math.inf else f"above 0 and at most {most}"
   return lambda value: None if 0 < value <= most else f"expected {what}, {bounds}, or None"
 
@@ -56,7 +56,7 @@ def fraction() -> Rule:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-  """The rule of a word; documentation lists its choices."""
+  """Rule for a word: one of the choices, which documentation lists."""
 
   choices: tuple[str, ...]
 
@@ -69,7 +69,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def other_choice(value: Any, choices: Collection[str]) -> str | None:
-  """The remedy for a word that is none of the choices, with the one that is most like it."""
+  """The remedy for a word that is not one of the choices, with the nearest; None if it is one."""
   if value in choices:
     return None
   near = difflib.get_close_matches(str(value), list(choices), n=1)
@@ -78,28 +78,28 @@ def other_choice(value: Any, choices: Collection[str]) -> str | None:
 
 
 def is_number(value: Any) -> bool:
-  """Whether a value is known: a number, not an array that may be traced, nor a schedule."""
+  """Whether a value is a plain number, and not an array, which may be traced, or a schedule."""
   return isinstance(value, numbers.Real)
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """Hyperparameters of one optimizer; its subclasses add theirs."""
+  """Hyperparameters of one optimizer; subclasses add their own."""
 
   name: str
   learning_rate: float = official(1.0, "of the whole step; also a schedule", at_least(0))
 
   @property
   def period(self) -> int:
-    """Steps after which what the optimizer costs repeats."""
+    """Number of steps after which the optimizer's costs repeat."""
     return 1
 
   def conflicts(self) -> Iterator[tuple[str, str]]:
-    """Conflicts: (hyperparameter, remedy) for values that are allowed, but not together."""
+    """(hyperparameter, remedy) for each value that is allowed, but not together with others."""
     return iter(())
 
   def check(self, prefix: str = "") -> Self:
-    """The section itself. Words and numbers are looked at, not what is traced or scheduled.
+    """Checks the section and returns it. Only words and plain numbers are checked.
 
     Errors: ConfigError naming `prefix` and the hyperparameter, the value and the remedy."""
     for field in dataclasses.fields(self):
@@ -114,7 +114,7 @@ class Section:
 
   @classmethod
   def given(cls, **changes: Any) -> Self:
-    """The official implementation's values but for `changes`, checked."""
+    """A section of the official implementation's values, except for `changes`; checked."""
     values: dict[str, Any] = {
       field.name: field.metadata["official"]
       for field in dataclasses.fields(cls)

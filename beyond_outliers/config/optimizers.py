@@ -1,8 +1,8 @@
-"""Each optimizer's section of the configuration: the one place that has its hyperparameters.
+"""Each optimizer's section of the configuration: the only definition of its hyperparameters.
 
-Fields are the arguments of the optimizer's factory in `optim`, where their official values are
-defaults; None leaves an argument to the optimizer. Official are torch (AdamW), KellerJordan/Muon
-857d1ad, LIONS-EPFL/scion f58a393, evanatyourservice/kron_torch 884427c (PSGD),
+Fields are the arguments of the optimizer's factory in `optim`, whose defaults are the official
+values; None leaves a choice to the optimizer. Official implementations are torch (AdamW),
+KellerJordan/Muon 857d1ad, LIONS-EPFL/scion f58a393, evanatyourservice/kron_torch 884427c (PSGD),
 facebookresearch/optimizers 1ff09af (Shampoo) and nikhilvyas/SOAP a1e5535.
 """
 
@@ -24,10 +24,10 @@ from beyond_outliers.config.hyperparameters import (
   one_of,
 )
 
-BASIS_REFRESHES = ("together", "staggered")  # of methods with bases; roots know one more
+BASIS_REFRESHES = ("together", "staggered")  # for methods with bases; with roots there is a third
 ITERATION_DTYPES = ("float32", "bfloat16", "float64")
 ITERATION_TABLES = ("quintic", "polar_express")
-# Shampoo: the only values with eigenvalue_correction, which has no roots and its own step length.
+# Shampoo: values that eigenvalue_correction requires, as it has no roots and its own step length.
 WITH_EIGENVALUE_CORRECTION = {
   "eps_mode": "absolute",
   "grafting": "none",
@@ -36,8 +36,8 @@ WITH_EIGENVALUE_CORRECTION = {
   "preconditioner_dtype": "float32",
   "packed": False,
 }
-LEAST_UPDATE_PROBABILITY = 0.03  # PSGD: where its schedule ends
-# Factors in bfloat16, of 8 bits: an average rounds a change of less than 1/512 away.
+LEAST_UPDATE_PROBABILITY = 0.03  # PSGD: at which its schedule ends
+# Factors in bfloat16, of 8 bits: an average rounds off relative changes of less than 1/512.
 MAX_BFLOAT16_B2 = 0.99
 _STORED = one_of("float32", "bfloat16")
 

@@ -1,4 +1,4 @@
-"""Overrides of a config by dotted key, and the argument behind the colon of --config."""
+"""Overrides of a config by dotted key, and the argument after the colon of --config."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from beyond_outliers.config.sections import QuantRule
 from beyond_outliers.config.sizes import SIZES
 from beyond_outliers.errors import ConfigError
 
-# Switches that change the number of parameters, as it counts in configs/.
+# Switches that change the number of parameters -> their values for which configs/ counts them.
 COUNTED = {"mlp": "relu2", "tied": True}
 
 
 def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
-  """(size, {dotted key: value}) of `size,key=value,...`, the argument behind the colon of --config.
-  The default size is nano."""
+  """(size, {dotted key: value}) from `size,key=value,...`, the argument after the colon of
+  --config. The default size is nano. Errors: ConfigError."""
   parts = [part for part in (arg or "").split(",") if part]
   size = parts.pop(0) if parts and "=" not in parts[0] else "nano"
   require(size in SIZES, "size", size, "expected one of " + ", ".join(SIZES))
@@ -36,8 +36,8 @@ def parse_argument(arg: str) -> tuple[str, dict[str, Any]]:
 
 
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:
-  """Sets dotted keys of a ConfigDict in place; a new name below quant.rules is a further rule,
-  behind those that are there.
+  """Sets dotted keys of a ConfigDict in place and returns it; a new name below quant.rules adds a
+  rule after the existing ones.
 
   Errors: ConfigError with the nearest key, or the expected type."""
   for key, value in overrides.items():
@@ -54,7 +54,7 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
       if depth + 1 < len(rest):
         node = node[name]
     try:
-      # A ConfigDict makes a number of a bool where it holds a float.
+      # A ConfigDict would convert a bool to a number where it holds a float.
       if isinstance(value, bool) and isinstance(node.get(rest[-1]), float):
         raise TypeError
       node[rest[-1]] = value
@@ -66,8 +66,8 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
-  """Refusal of overrides, which a ConfigDict has by now, that name a model for what it is not, or
-  do nothing. Errors: ConfigError."""
+  """Refuses overrides, already set in a ConfigDict, that mislabel the model's size or have no
+  effect. Errors: ConfigError."""
   remedy = "a size is chosen behind the colon, as in --config=configs/adamw.py:50m"
   require("size" not in overrides, "size", overrides.get("size"), remedy)
   if "tokens_per_parameter" in overrides:
@@ -76,8 +76,8 @@ def check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
 
 
 def check_steps(config: Any) -> None:
-  """Refusal of a ConfigDict whose steps follow tokens_per_parameter, by the parameters of another
-  model than its own. Errors: ConfigError."""
+  """Refuses a ConfigDict whose steps follow tokens_per_parameter by another model's number of
+  parameters. Errors: ConfigError."""
   for name, value in COUNTED.items():
     ours = config.model[name]
     if ours != value and _steps_follow(config):
@@ -90,7 +90,7 @@ def _steps_follow(config: Any) -> bool:
   trial = copy.deepcopy(config)
   try:
     trial.tokens_per_parameter = 2 * trial.tokens_per_parameter + 1000
-  except AttributeError:  # of a frozen one
+  except AttributeError:  # it is frozen
     return False
   return trial.steps != config.steps
 

@@ -1,4 +1,4 @@
-"""Resolution of a config: nested dictionaries to a checked `Config`, and back."""
+"""Resolution of a config: from nested dictionaries to a checked `Config`, and back."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ MAY_CHANGE = (
   "average.last",
   "max_skipped_updates",
   "data.directory",
-  "data.path",  # what it holds has a fingerprint, which is compared
+  "data.path",  # the fingerprint of its contents is compared
   "data.prefetch",
   "model.remat",
   "model.unroll",
   "model.attention",
-  "micro_batches",  # but where gradients are quantized: train/initialize.py
+  "micro_batches",  # except where gradients are quantized: train/initialize.py
   "eval.batch_size",
 )
 
-# Keys that name files, and whether behind a colon: sentencepiece:FILE.
+# Keys that name files -> whether after a colon, as in sentencepiece:FILE.
 PATHS = {
   "warm_start": False,
   "data.path": False,
@@ -50,10 +50,10 @@ def resolve(config: Any) -> Config:
 
   Errors: ConfigError (unknown key, type, value)."""
   require(hasattr(config, "keys"), "config", config, "expected a dictionary of sections")
-  # First, because values of the sections are derived from these.
+  # These first, since values in the sections are derived from them.
   for field in MINIMUM:
     check_own_number(field, config.get(field))
-  if hasattr(config, "get_ref"):  # a ConfigDict, in which values follow others
+  if hasattr(config, "get_ref"):  # a ConfigDict, in which values may be derived from others
     check_steps(config)
   return _build(Config, _plain(config), "")
 
@@ -82,7 +82,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check_resumable(old: Config, new: Config) -> None:
-  """Refusal to resume the run of `old` under `new` where that would train another model.
+  """Refuses to resume the run of `old` under `new` if that would train another model.
 
   Errors: ConfigError with the differing keys."""
   clash = {
@@ -101,7 +101,7 @@ def check_resumable(old: Config, new: Config) -> None:
 
 
 def _with_home(value: str, field: str) -> str:
-  """A path, or NAME:PATH, with the home folder in the place of ~. Errors: ConfigError."""
+  """A path, or NAME:PATH, with a leading ~ expanded. Errors: ConfigError."""
   name, colon, path = value.partition(":") if PATHS[field] else ("", "", value)
   try:
     return name + colon + expand_home(path)
@@ -110,7 +110,7 @@ def _with_home(value: str, field: str) -> str:
 
 
 def _plain(node: Any) -> Any:
-  """Nested plain dicts out of a ConfigDict, with references resolved; order kept."""
+  """Nested plain dicts from a ConfigDict, with references resolved and the order kept."""
   return {key: _plain(node[key]) for key in node.keys()} if hasattr(node, "keys") else node
 
 
@@ -128,14 +128,14 @@ def _build(cls: type, values: Any, path: str) -> Any:
     if key not in hints:
       raise ConfigError(unknown_key(path + key, key, hints))
   for field in dataclasses.fields(cls):
-    # A default is what a key younger than recorded runs meant before: their configs still resolve.
+    # Keys younger than recorded runs have a default, what these runs did: their configs resolve.
     if field.name not in values and field.default is dataclasses.MISSING:
       raise ConfigError(f"{path}{field.name}: missing; see its comment in configs/")
   return cls(**{key: _typed(hints[key], value, path + key) for key, value in values.items()})
 
 
 def _build_optimizer(values: Any) -> OptimizerGroups:
-  """The optimizer's own keys, then each group's."""
+  """The optimizer's own section, and each group's. Errors: ConfigError."""
   require(isinstance(values, Mapping), "optimizer", values, "expected a section with a name")
   groups = values.get("groups")
   require(
@@ -147,14 +147,14 @@ def _build_optimizer(values: Any) -> OptimizerGroups:
   own = {key: value for key, value in values.items() if key != "groups"}
   default = _build_section(own, "optimizer.")
   if "vector" in groups and "scale" not in groups:
-    # Recorded while learned scales were among the vectors.
+    # An older config, from when learned scales belonged to the group of vectors.
     groups = {"scale": {**groups["vector"], "paths": r".*/log_scale", "optional": True}, **groups}
   path = "optimizer.groups."
   return OptimizerGroups(default, {k: _build_group(v, own, path + k) for k, v in groups.items()})
 
 
 def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
-  """A group: its keys on top of the optimizer's, or all keys of another optimizer that it names."""
+  """A group: its keys override the optimizer's; if it names another optimizer, it has all keys."""
   require(isinstance(values, Mapping), path, values, "expected {paths: regex, ...}")
   name = values.get("name", inherited["name"])
   keys = {**(inherited if name == inherited["name"] else {}), **values, "name": name}
@@ -168,7 +168,7 @@ def _build_group(values: Any, inherited: Mapping[str, Any], path: str) -> Group:
 
 
 def _build_section(values: Mapping[str, Any], prefix: str) -> Section:
-  """The section of the optimizer that the values name, checked."""
+  """The section of the optimizer that the values name; checked."""
   name = values.get("name")
   if not isinstance(name, str) or name not in OPTIMIZERS:
     raise ConfigError(f"{prefix}name = {name!r}: expected one of " + ", ".join(OPTIMIZERS))

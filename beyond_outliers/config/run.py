@@ -21,7 +21,7 @@ from beyond_outliers.config.sections import (
   Spikes,
 )
 
-# Runs that were recorded before there were these sections.
+# What runs did that were recorded before these sections existed.
 PATIENT = Distributed()
 WITH_SPIKES = Spikes()
 UNAVERAGED = Average()
@@ -30,7 +30,7 @@ UNQUANTIZED = Quant("none", "aqt", {"head": QuantRule("head", "none")})
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run: its own numbers, and its sections."""
+  """A run's configuration: its own numbers, and its sections."""
 
   size: str
   seed: int

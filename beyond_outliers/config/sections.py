@@ -1,7 +1,7 @@
-"""Sections of a run's configuration: frozen dataclasses, checked as they are made.
+"""Sections of a run's configuration: frozen dataclasses, checked on construction.
 
-Config files (configs/) hold every value with its comment; here are types, and the rules that values
-obey. A default is what a key younger than recorded runs meant before there was one.
+Config files (configs/) hold every value, with a comment on it; here are the types and rules of
+values. Only keys younger than recorded runs have a default: what these runs did.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from beyond_outliers.config.checks import (
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices along each axis of the mesh; `dcn_data`: slices that the data axis goes over."""
+  """Devices along each axis of the mesh. dcn_data: number of slices that the data axis spans."""
 
   data: int
   fsdp: int
@@ -41,7 +41,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-  """Patience of several processes with each other, in seconds."""
+  """Timeouts between the processes of a run, in seconds."""
 
   heartbeat_seconds: int = 40
   initialization_seconds: int = 300
@@ -108,7 +108,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Documents, their tokenizer and split, and how batches are read from them."""
+  """Documents, their tokenizer and split, and how batches are read."""
 
   source: str
   path: str
@@ -168,7 +168,7 @@ class QuantRule:
 
 @dataclasses.dataclass(frozen=True)
 class Quant:
-  """Recipes of the run's linear layers; their names are checked where they are looked up."""
+  """Recipes of the run's linear layers; names of recipes are checked on look-up."""
 
   recipe: str
   backend: str
@@ -180,7 +180,7 @@ class Quant:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Course of every learning rate, in fractions of the run."""
+  """Schedule of every learning rate, in fractions of the run."""
 
   name: str
   warmup: float
@@ -221,7 +221,7 @@ class OptimizerGroups:
 
   @property
   def period(self) -> int:
-    """Steps after which what a step costs repeats."""
+    """Number of steps after which the costs of steps repeat."""
     return max(group.optimizer.period for group in self.groups.values())
 
   @property
@@ -245,7 +245,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Spikes:
-  """Which updates leap, and are skipped."""
+  """Which updates count as spikes, and are skipped."""
 
   sigmas: float = 0.0
   window: int = 128
@@ -256,7 +256,7 @@ class Spikes:
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-  """Averages of the parameters, evaluated beside them."""
+  """Averages of the parameters, evaluated in addition to them."""
 
   decay: float = 0.0
   last: int = 0
@@ -280,7 +280,7 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """Metrics of a run, and where they go."""
+  """A run's metrics, and where they are written."""
 
   every: int
   update_statistics: bool

@@ -1,7 +1,7 @@
-"""SHA-256 sums of a folder's files and of JSON objects, and files that are replaced whole.
+"""SHA-256 sums of a folder's files and of JSON objects, and atomic replacement of files.
 
-A file `sha256.json` holds {file: sum}. Other programs' readers of a folder pass over it. An object
-that is a file of its own holds its sum itself."""
+A folder's sums are in `sha256.json`, {file: sum}, which other programs' readers ignore. A JSON
+object with a file of its own contains its own sum."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from beyond_outliers.errors import ConfigError, remedy_for
 from beyond_outliers.types import Json, PathLike
 
 SUMS = "sha256.json"
-UNFINISHED = re.compile(r".+\.\d+-\d+\.tmp")  # names of `replaced`: process and thread
-OWN_SUM = "sha256"  # key of an object's own
+UNFINISHED = re.compile(r".+\.\d+-\d+\.tmp")  # temporary names of `replaced`, by process and thread
+OWN_SUM = "sha256"  # key of an object's own sum
 
 
 def digest(value: Any) -> str:
-  """SHA-256 of a value of JSON's types, of its keys in any order."""
+  """SHA-256 of a value of JSON's types, whatever the order of keys."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -34,15 +34,15 @@ def digest_without(value: Json, *keys: str) -> str:
 
 
 def sealed(value: Mapping[str, Any]) -> Json:
-  """The object with its own sum, which `unsealed` takes out again."""
-  plain = json.loads(json.dumps(value))  # a number that is a key becomes text, and sorts otherwise
+  """The object with its own sum added, which `unsealed` checks and removes."""
+  plain = json.loads(json.dumps(value))  # numbers as keys become text, and sort differently
   plain.pop(OWN_SUM, None)
   return {**plain, OWN_SUM: digest(plain)}
 
 
 def unsealed(value: Json) -> tuple[Json, str]:
-  """(the object without its own sum, what is wrong with it or nothing); older ones have none."""
-  # The sum comes last: under another name it is one whose name was altered.
+  """(the object without its own sum, what is wrong or ""); older objects have no sum."""
+  # The sum comes last: if that matches under another name, the name was altered.
   name = OWN_SUM if OWN_SUM in value else next(reversed(value), OWN_SUM)
   plain = {key: each for key, each in value.items() if key != name}
   holds = value.get(name) == digest(plain)
@@ -57,21 +57,21 @@ def unsealed(value: Json) -> tuple[Json, str]:
 
 
 def file_sha256(path: Any) -> str:
-  """path: of the library pathlib, or of one like it."""
+  """SHA-256 of a file. path: a pathlib.Path, or one like it."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
 def package_sha256() -> str:
-  """Of all modules of this package, as they lie on this machine."""
+  """SHA-256 of all modules of this package, as installed on this machine."""
   package = pathlib.Path(__file__).parents[1]
   modules = sorted(package.rglob("*.py"))
   return digest({str(module.relative_to(package)): file_sha256(module) for module in modules})
 
 
 def stays_inside(name: Any) -> bool:
-  """Whether a name that a file holds is of a file in the folder that it is about, or below it."""
+  """Whether a name read from a file stays in the folder it is relative to, or below."""
   path = pathlib.PurePosixPath(name) if isinstance(name, str) else pathlib.PurePosixPath("/")
   return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
@@ -82,9 +82,9 @@ def write_folder_sums(folder: PathLike, sums: Mapping[str, str]) -> None:
 
 
 def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
-  """The first difference of a folder's files from its sums, or nothing, also without any sums.
+  """The first difference of a folder's files from its sums; empty if there is none, or no sums.
 
-  folder: a path of the library pathlib, or of one like it. files: only these, where they have one.
+  folder: a pathlib.Path, or one like it. files: check only these; all by default.
   """
   try:
     sums = json.loads((folder / SUMS).read_bytes())
@@ -105,7 +105,7 @@ def folder_mismatch(folder: Any, files: Collection[str] | None = None) -> str:
 
 
 def files_below(folder: Any) -> list[str]:
-  """Relative paths of all files of a folder but its sums. folder: as of `folder_mismatch`."""
+  """Relative paths of all files of a folder except its sums. folder: as `folder_mismatch`."""
   found, pending = [], [folder]
   while pending:
     for entry in pending.pop().iterdir():
@@ -117,8 +117,8 @@ def files_below(folder: Any) -> list[str]:
 
 
 def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> None:
-  """Refusal of a model's files, all by default, that are not those that were written: where this
-  program wrote them, their sums lie beside them. Errors: ConfigError."""
+  """Refuses a model's files, all by default, if they differ from their sums, which this program
+  writes next to them. Errors: ConfigError."""
   remedy = f"fetch the whole model again, or remove {SUMS} if it was changed on purpose"
   try:
     problem = folder_mismatch(folder, files)
@@ -130,8 +130,8 @@ def check_folder(folder: pathlib.Path, files: Collection[str] | None = None) -> 
 
 @contextlib.contextmanager
 def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
-  """Another name to write a file under, which takes its place once it is whole; and, durable, on
-  the disk, so that a power failure leaves the old or the new."""
+  """A temporary name to write a file under, which replaces the file on success. durable: only once
+  it is on the disk, so that a power failure leaves the old file or the new one."""
   path = pathlib.Path(file)
   temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
   try:
@@ -140,19 +140,19 @@ def replaced(file: PathLike, durable: bool = True) -> Iterator[pathlib.Path]:
       _on_disk(temporary)
     temporary.replace(path)
     if durable:
-      with contextlib.suppress(OSError):  # file systems like SMB have no such thing of a folder
+      with contextlib.suppress(OSError):  # file systems like SMB cannot sync a folder
         _on_disk(path.parent)
   except BaseException:
-    with contextlib.suppress(OSError):  # where nothing can be written any more, nor removed
+    with contextlib.suppress(OSError):  # if nothing can be written, nothing may be removable either
       temporary.unlink(missing_ok=True)
     raise
 
 
 def remove_stale(folder: Any) -> None:
-  """Removes what writers that were killed left of `replaced` in a folder, in which nobody may be
-  writing; of others' files, none. One that cannot be listed is left to whoever will read it.
+  """Removes temporary files of `replaced` that killed writers left in a folder, and no others;
+  nobody may be writing there. A folder that cannot be listed is left alone.
 
-  folder: as of `folder_mismatch`."""
+  folder: as `folder_mismatch`."""
   try:
     found = list(folder.iterdir())
   except OSError:

@@ -1,4 +1,4 @@
-"""Sweeps of config files: lists of overrides, and the names of the runs they make.
+"""Sweeps of config files: lists of overrides, and names of the resulting runs.
 
 def get_hyper(h):
   return h.product([h.sweep("optimizer.learning_rate", [1e-3, 3e-3]), h.sweep("seed", range(3))])
@@ -20,7 +20,7 @@ def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
 
 
 def fixed(key: str, value: Any) -> list[Overrides]:
-  """The same value in every run it is combined with."""
+  """One value for every run that it is combined with."""
   return [{key: value}]
 
 
@@ -30,7 +30,7 @@ def product(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
 
 
 def zipit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-  """The first of each, the second of each, ... Errors: ValueError for sweeps of unequal length."""
+  """The first runs of all combined, the second, ... Errors: ValueError for unequal lengths."""
   lengths = [len(s) for s in sweeps]
   if len(set(lengths)) > 1:
     raise ValueError(f"zipit: sweeps of lengths {lengths}: expected equal lengths")
@@ -43,7 +43,7 @@ def chainit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
 
 
 def run_name(overrides: Overrides) -> str:
-  """A stable name for a run, fit for a folder, whatever the order of its overrides."""
+  """A run's name, usable for a folder, that does not depend on the order of overrides."""
   parts = [
     f"{key.split('.')[-1] if _short(key, overrides) else key}={overrides[key]}"
     for key in sorted(overrides)

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  """The pipeline on use: it imports Grain, which takes half a second and training alone needs."""
+  """Imports the pipeline on first use: only training needs Grain, which takes half a second."""
   if name in ("Batches", "train_batches"):
     from beyond_outliers.data import pipeline
 

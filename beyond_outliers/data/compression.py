@@ -1,5 +1,5 @@
-"""Compressed files: opened by suffix, and refused where the contents are not what it says, or are
-compressed or an archive in turn."""
+"""Compressed files: opened by suffix, and refused where the contents don't match it, or decompress
+to another compressed file or an archive."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ READ_AT_ONCE = 1 << 17  # bytes
 class Compression(NamedTuple):
   """A format of compressed files."""
 
-  begins: bytes  # a regular expression that the first bytes match
-  open: Callable[[str], Any] | None  # None: not read
+  begins: bytes  # a regular expression that matches the first bytes
+  open: Callable[[str], Any] | None  # None: recognized, but not supported
 
 
 def _open_zstandard(file: str) -> IO[bytes]:
@@ -35,8 +35,8 @@ def _open_zstandard(file: str) -> IO[bytes]:
 class _Streams(io.RawIOBase):
   """The contents of a file's compressed streams, one after the other, up to the file's end.
 
-  bz2.open and lzma.open take what follows a whole stream and doesn't begin like another for nothing
-  at all. decompressor: makes that of one stream."""
+  bz2.open and lzma.open would silently ignore trailing data that is not a further stream.
+  decompressor: makes the decompressor of one stream."""
 
   def __init__(self, file: str, decompressor: Callable[[], Any]):
     self._file, self._decompressor = open(file, "rb"), decompressor
@@ -78,16 +78,16 @@ COMPRESSIONS = {
   ".lz4": Compression(rb"\x04\x22\x4d\x18", None),
   ".zip": Compression(rb"PK\x03\x04", None),
   ".7z": Compression(rb"7z\xbc\xaf\x27\x1c", None),
-  ".tar": Compression(rb"(?s:.{257})ustar", None),  # whose texts alone would be taken for one
+  ".tar": Compression(rb"(?s:.{257})ustar", None),  # uncompressed texts would pass for one text
 }
 
 
-HEAD = 262  # bytes of a file, by which its format is known
+HEAD = 262  # first bytes of a file, enough to recognize every format
 
 
 @contextlib.contextmanager
 def opened(file: str) -> Iterator[IO[bytes]]:
-  """A file's bytes, decompressed. Errors: DataError naming the file, also while it is read."""
+  """A file's decompressed bytes. Errors: DataError naming the file, also while it is read."""
   try:
     opener = _opener(file)
     with opener(file) as stream:
@@ -117,7 +117,7 @@ def _opener(file: str) -> Callable[[str], Any]:
 
 
 def _format(head: bytes) -> str:
-  """Row of COMPRESSIONS that a file of these first bytes is; empty for a plain one."""
+  """Key in COMPRESSIONS of a file with these first bytes; empty for a plain file."""
   return next((name for name, c in COMPRESSIONS.items() if re.match(c.begins, head)), "")
 
 

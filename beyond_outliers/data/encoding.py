@@ -1,4 +1,4 @@
-"""Encoding: documents to token ids, batches of text at a time, and the separators between them."""
+"""Encoding: documents to token ids, a batch of texts at a time, with separators between them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from beyond_outliers.data import tokenizers
 from beyond_outliers.data.document import Document, checked_ids
 from beyond_outliers.errors import DataError
 
-# Characters, or ids, handed to the tokenizer's threads: few, for a library may hold a hundred bytes
-# of each.
+# Characters, or ids, per call of the tokenizer: few, since a library may use a hundred bytes of
+# memory for each.
 ENCODE_AT_ONCE = (1 << 17) * (os.cpu_count() or 1)
 REPORT_SECONDS = 10.0
 
 
 class Separator(TypedDict):
-  """The token between documents."""
+  """The token that separates documents."""
 
   name: str  # eot: after each document | bos: before it
   id: int
 
 
 class Tokenized(NamedTuple):
-  """A document's token ids, and its split."""
+  """A document's token ids, split and bytes."""
 
   split: str
   ids: np.ndarray  # without the separator
   num_bytes: int  # of the text
-  first_bytes: int | None  # of a held-out text's first id, where that itself doesn't tell
+  first_bytes: int | None  # of a held-out text's first id, if not the tokenizer's num_bytes of it
 
 
 def tokenized(
@@ -68,14 +68,14 @@ def tokenized(
 
 
 def encoded_texts(texts: Sequence[Document], tokenizer: tokenizers.Tokenizer) -> list[np.ndarray]:
-  """The token ids of documents that are texts. Errors: DataError naming the document on which the
+  """Token ids of documents that are texts. Errors: DataError naming the document on which the
   tokenizer's library fails."""
   try:
     return tokenizer.encode_batch([str(text.content) for text in texts]) if texts else []
-  except BaseException as error:  # a panic of a library in Rust is no Exception
+  except BaseException as error:  # a panic of a Rust library is not an Exception
     if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
       raise
-    if len(texts) > 1:  # one by one, to find it
+    if len(texts) > 1:  # one by one, to find the one at fault
       return [ids for text in texts for ids in encoded_texts([text], tokenizer)]
     raise DataError(
       f"{texts[0].where}: the tokenizer fails on this document of {len(texts[0].content):,} "
@@ -95,7 +95,7 @@ def _batches(stream: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str,
 
 
 def separated(ids: np.ndarray, separator: Separator) -> np.ndarray:
-  """A document's ids with the separator; one that is there is not doubled."""
+  """A document's ids with the separator, which is not added twice."""
   mark = np.array([separator["id"]], np.int32)
   if separator["name"] == "eot":
     return ids if np.array_equal(ids[-1:], mark) else np.concatenate([ids, mark])

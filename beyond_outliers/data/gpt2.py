@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: out of OpenAI's two files, run by tiktoken."""
+"""GPT-2's tokenizer: from OpenAI's two files, run by tiktoken."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GPT2_FILES = {  # SHA-256 of OpenAI's release
   "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
   "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-OTHER_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # for Hugging Face
-# Unicode's White_Space, as tiktoken's pattern has it; Python's \s takes some separators in too.
+OTHER_NAMES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # at Hugging Face
+# Unicode's White_Space, as in tiktoken's pattern; Python's \s also matches some separators.
 _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG_RUNS = re.compile(f"(?<!{_SPACE}){_SPACE}{{1000,}}")  # tiktoken panics at a million
+LONG_RUNS = re.compile(f"(?<!{_SPACE}){_SPACE}{{1000,}}")  # tiktoken panics on a million spaces
 
 
 class Gpt2(Tokenizer):
@@ -62,14 +62,14 @@ class Gpt2(Tokenizer):
     )
 
   def _ranks(self) -> dict[bytes, int]:
-    """{token's bytes: id}: encoder.json's keys, whose every character stands for a byte."""
+    """{token's bytes: id}, from encoder.json, in whose keys each character stands for a byte."""
     encoder = json.loads(self._files["encoder.json"])
     return {bytes(BYTE_OF[c] for c in key): i for key, i in encoder.items() if i != self.eot}
 
   def encode_batch(self, texts):
     parts = [_at_long_runs(text) for text in texts]
     flat = list(itertools.chain(*parts))
-    if len(flat) == 1:  # a batch starts threads
+    if len(flat) == 1:  # a batch would start threads
       encoded = iter([self._model.encode_ordinary(flat[0])])
     else:
       encoded = iter(self._model.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
@@ -86,16 +86,16 @@ class Gpt2(Tokenizer):
 
 
 def _file(directory: str, name: str) -> str:
-  """One of GPT2_FILES, under its other name where it is only there under that."""
+  """Path of one of GPT2_FILES, under its other name if it exists only under that."""
   own, other = (os.path.join(directory, each) for each in (name, OTHER_NAMES[name]))
   return other if os.path.exists(other) and not os.path.exists(own) else own
 
 
 def _at_long_runs(text: str) -> list[str]:
-  """A text cut at its long runs of spaces, so that the parts' tokens are the text's.
+  """A text cut around its long runs of spaces, so that the parts' tokens are those of the text.
 
-  GPT-2's pattern takes of a run that something follows all but the last space as one word; and of a
-  part that is a run, all of it."""
+  Of a run followed by something else, GPT-2's pattern takes all but the last space as one word; of
+  a part that consists of spaces, it takes all."""
   cuts = [0]
   for run in LONG_RUNS.finditer(text):
     cuts += [run.start(), run.end() - (run.end() < len(text))]

@@ -1,4 +1,4 @@
-"""Datasets of runs, which may have been moved with them."""
+"""Datasets of runs, found again where they were moved together with the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from beyond_outliers.types import Json, PathLike
 
 
 def find_dataset(recorded: Json, workdir: PathLike) -> data.Dataset:
-  """The dataset of a manifest: the path that it holds, or the same below the workdir or a folder
-  above that, by fingerprint."""
+  """The dataset that a manifest records, recognized by its fingerprint: at the recorded path, or at
+  the path's tail below the workdir or a folder above it. Errors: DataError."""
   path = recorded["directory"]
   *_, parent, name = ("", *os.path.normpath(path).split(os.sep))
   tails = dict.fromkeys([os.path.join(parent, name), name] if os.path.isabs(path) else [path, name])

@@ -1,6 +1,6 @@
-"""Pipeline: training batches out of a prepared dataset, without end and exactly resumable.
+"""Pipeline: training batches from a prepared dataset, endless and exactly resumable.
 
-Both readers deal the same global batch to any number of processes: process p of P gets rows
+Both readers divide the same global batch among any number of processes: process p of P gets rows
 [p * B/P, (p + 1) * B/P).
 
 Shape letters: B rows of a global batch, b rows of this process, L context, W = L + 1 tokens of a
@@ -37,24 +37,24 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Batches:
-  """Batches without end, reshuffled each epoch; the rows of one process. `cfg` is the data section.
+  """Endless batches, reshuffled each epoch: the rows of one process. `cfg` is the data section.
 
-  Errors: DataError naming the field where the sizes don't divide or the dataset is of the other
-  reader; from the iterator, where a token id is outside data.vocab, and once a file that was read
-  is known to differ from its sum.
+  Errors: DataError naming the field if the sizes don't divide or the dataset was prepared for the
+  other reader; from the iterator, if a token id is outside data.vocab, and once a file that was
+  read is known to differ from its sum.
   """
   rows = process_rows(process_index, process_count, batch_size)
   return READERS[cfg.reader](dataset, cfg, context, batch_size, seed, rows)
 
 
 class Batches:
-  """Endless iterator of batches whose place can be saved. `state()` describes the place after the
-  last batch handed out, in JSON's types; batches read ahead don't count."""
+  """Endless iterator of batches whose position can be saved. `state()` is the position after the
+  last batch returned, in JSON's types; prefetched batches don't count."""
 
   def __init__(self, iterator: Any, sums: FileSums):
     self._iterator, self._sums = iterator, sums
-    # Grain's iterators close themselves when they are deleted, which must happen before the
-    # interpreter takes its modules down.
+    # Grain's iterators close themselves when deleted, which must happen before the interpreter
+    # tears down its modules.
     weakref.finalize(self, vars(self).clear)
 
   def __iter__(self) -> Iterator[Batch]:
@@ -76,8 +76,8 @@ class Batches:
 
 
 class ShardBatches(Batches):
-  """Batches of shuffled windows of token shards. Batch k is a function of the seed and k alone: the
-  state is the number of batches, one for all processes."""
+  """Batches of shuffled windows of token shards. Batch k is a function of the seed and k alone, so
+  the state is the number of batches, the same for all processes."""
 
   def __init__(
     self,
@@ -105,7 +105,7 @@ class ShardBatches(Batches):
 
 
 class _ShuffledWindows:
-  """The rows of one process of global batch k, by k."""
+  """Maps k to one process's rows of global batch k."""
 
   def __init__(
     self,
@@ -123,7 +123,7 @@ class _ShuffledWindows:
         f"context = {context}: the {len(stream)} training tokens make no window; take a shorter "
         "one, or more text"
       )
-    # Reshuffled by epoch; grain's shuffle is a function, so billions of windows take no memory.
+    # Reshuffled each epoch; grain's shuffle is a function, so billions of windows take no memory.
     self._order = (
       grain.MapDataset.range(num_windows(len(stream), context)).seed(seed).shuffle().repeat()
     )
@@ -131,8 +131,8 @@ class _ShuffledWindows:
   def __call__(self, k: int) -> Batch:
     first = k * self._batch_size
     order = np.array([self._order[first + row] for row in self._rows], np.int64)
-    # The last window is drawn back to the stream's end: rather some targets twice than the rest of
-    # a window never.
+    # The last window is moved back to fit the stream: better some targets twice than the last ones
+    # never.
     begins = np.minimum(order * self._context, len(self._stream) - 1 - self._context)
     tokens_bxW, documents_bxW = read_windows(self._stream, begins, self._context)
     return make_batch(
@@ -143,9 +143,9 @@ class _ShuffledWindows:
 class RecordBatches(Batches):
   """Batches straight from TFDS records.
 
-  `cfg.readers` readers, each with every readers-th document of the shuffled dataset, fill equal
-  runs of rows; a process owns as many consecutive readers as fit its rows. The state is that of the
-  readers owned, by number; the merged states of all processes restore any of them, under any
+  `cfg.readers` readers, each with every readers-th document of the shuffled dataset, fill equally
+  many consecutive rows; a process owns the readers of its rows. The state maps the number of each
+  reader owned to that reader's; the merged states of all processes restore any process, under any
   process count."""
 
   def __init__(

@@ -1,8 +1,8 @@
-"""Preparation: documents -> tokens -> a dataset folder, made once and opened ever after.
+"""Preparation: documents -> tokens -> a dataset folder, made once and only opened afterwards.
 
 The folder's name carries a fingerprint of every setting that shapes its contents. It is filled
-under another name and renamed when complete, behind a lock, so that a killed preparation leaves
-nothing that could be taken for data and two that race do the work once.
+under another name and renamed when complete, under a lock: a killed preparation leaves nothing that
+looks like a dataset, and of two concurrent ones only the first does the work.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
         _make(cfg, directory, log)
   dataset = shards.open_dataset(directory)
   _check(dataset, cfg, log)
-  if count := dataset.meta.get("repeated"):  # which older datasets don't know
+  if count := dataset.meta.get("repeated"):  # missing from older datasets
     log(
       f"prepare: {count} of {dataset.documents('validation')} validation documents also stand in "
       f"the training text of {directory}: their losses are of text that was trained on; remove the "
@@ -79,7 +79,7 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
 
 
 def _make_folder(parent: str, directory: str) -> None:
-  """The folder that a dataset goes into. Errors: DataError, before any document is read."""
+  """Makes the folder that datasets go into. Errors: DataError, before any document is read."""
   remedy = "give a folder to write datasets into"
   make_folder(parent, DataError, remedy, "data.directory")
   if os.path.isfile(directory) or os.path.isdir(directory + ".lock"):
@@ -88,7 +88,7 @@ def _make_folder(parent: str, directory: str) -> None:
 
 
 def dataset_directory(cfg: config.Data) -> str:
-  """The folder that `prepare` makes, or opens."""
+  """The folder that `prepare` makes or opens."""
   settings, kind = _settings(cfg), cfg.tokenizer.partition(":")[0]
   if cfg.tokenizer == "sentencepiece":
     # The model trained here has exactly this size; other tokenizers bring their own.
@@ -101,7 +101,7 @@ def dataset_directory(cfg: config.Data) -> str:
 
 
 def _settings(cfg: config.Data) -> Json:
-  """The settings of SHAPING, and of a younger one where it is set."""
+  """The settings of SHAPING, and `eot` where it is set: without it, older names stay valid."""
   return {name: getattr(cfg, name) for name in SHAPING} | _named_eot(cfg)
 
 
@@ -111,7 +111,7 @@ def _named_eot(cfg: config.Data) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(directory: str, log: _Log) -> Iterator[None]:
-  """Lock held by one process at a time; the kernel releases it when the process ends."""
+  """A lock held by one process at a time; the kernel releases it when the process ends."""
   with open(directory + ".lock", "w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +129,7 @@ def _make(cfg: config.Data, directory: str, log: _Log) -> None:
   os.makedirs(partial)
   try:
     shards.write_meta(partial, _fill(cfg, partial, log))
-    # Else a host that our lock does not reach was first: its work is as good.
+    # If it exists, a host that doesn't share our lock was faster; its dataset is as good.
     if not os.path.isdir(directory):
       os.rename(partial, directory)
   finally:
@@ -137,9 +137,9 @@ def _make(cfg: config.Data, directory: str, log: _Log) -> None:
 
 
 def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
-  """Refuses a dataset that the configuration or the source files have moved away from."""
+  """Refuses a dataset that no longer fits the configuration or the source files."""
   settings = {name: dataset.meta["settings"].get(name) for name in _settings(cfg)}
-  if settings != _settings(cfg):  # which its folder's name is made of
+  if settings != _settings(cfg):  # the folder's name is a hash of them, so it was altered
     raise DataError(
       f"{dataset.path('meta.json')}: is of another dataset, made with {settings}; delete the "
       "folder and prepare again"
@@ -147,7 +147,7 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   tokenizer = dataset.tokenizer
   _check_vocab(tokenizer, cfg)
   file = cfg.tokenizer.partition(":")[2]
-  if file and not os.path.exists(file):  # as below, of the source
+  if file and not os.path.exists(file):  # a prepared dataset outlives its tokenizer's file
     log(f"prepare: using {dataset.directory}; its tokenizer {file} is not here to compare with")
   elif (
     cfg.tokenizer != "sentencepiece"
@@ -161,11 +161,11 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   try:
     inputs = splits.input_files(cfg)
     found = splits.describe_inputs(inputs)
-  except DataError as error:  # prepared data outlive their source
+  except DataError as error:  # a prepared dataset outlives its source
     log(f"prepare: using {dataset.directory}; its source is not here to compare with ({error})")
     return
   made_from = dict(dataset.meta["inputs"])
-  content = made_from.pop("content", None)  # which older datasets don't know, as `places`
+  content = made_from.pop("content", None)  # missing from older datasets, as is `places`
   differ = f"data.path = {cfg.path!r}: the files differ from those that {dataset.directory} was"
   remedy = "restore them, give another data.directory, or delete the folder to prepare again"
   if found != made_from:
@@ -184,7 +184,7 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   )
   if splits.sum_of_contents(inputs) != content:
     raise DataError(f"{differ} made from (as many bytes, and other contents); {remedy}")
-  with contextlib.suppress(OSError):  # of a folder that can only be read
+  with contextlib.suppress(OSError):  # where the folder is read-only
     if moved:
       shards.replace_meta(dataset.directory, {**dataset.meta, "places": here})
     os.utime(meta, ns=(changed + 1, changed + 1))
@@ -199,14 +199,14 @@ def _check_vocab(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> None:
 
 
 def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
-  """Writes everything but meta.json, and returns that."""
+  """Writes everything but meta.json; returns the contents of that."""
   inputs = splits.input_files(cfg)
   log(
     f"prepare: {cfg.source} ({len(inputs)} files, {sum(inputs.values()) / 1e6:.1f} MB) -> "
     f"{dataset_directory(cfg)}"
   )
   in_place = _in_place(cfg)
-  # What stays in a TFDS dataset is not read here, and may be much.
+  # Training documents that stay in a TFDS dataset are not read here: there may be very many.
   content, changed = (
     {} if in_place else {"content": splits.sum_of_contents(inputs)},
     splits.last_change(inputs),
@@ -221,7 +221,7 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
   repeats = split_writers.Repeats()
   stream = repeats.watched(tokenized(labeled, tokenizer, log))
   training = split_writers.divert(stream, validation, separator, first_bytes)
-  first = next(training, None)  # which writes the validation documents before it
+  first = next(training, None)  # also writes the validation documents that come before it
   if in_place:
     train, records = in_place.training()
   elif first is None:
@@ -253,13 +253,13 @@ def _fill(cfg: config.Data, directory: str, log: _Log) -> Json:
     "splits": counts,
     "records": records,
     "first_bytes": first_bytes,
-    # Of training documents that stay where they are nothing is known.
+    # Training documents that stay where they are have not been read, so not compared.
     **({} if in_place else {"repeated": repeats.count()}),
   }
 
 
 def _in_place(cfg: config.Data) -> InPlace | None:
-  """The dataset that training documents stay in, if they do."""
+  """The dataset that training documents stay in; None if they are copied."""
   if not cfg.reader == cfg.source == "tfds":
     return None
   from beyond_outliers.data.in_place import InPlace
@@ -281,7 +281,7 @@ def _separator(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> Separator:
 def _tokenizer(
   cfg: config.Data, in_place: InPlace | None, directory: str, log: _Log
 ) -> tokenizers.Tokenizer:
-  """The configured tokenizer, trained if need be; a copy goes to the dataset's folder."""
+  """The configured tokenizer, trained if need be; a copy is written to the dataset's folder."""
   if cfg.tokenizer != "sentencepiece":
     tokenizer = tokenizers.load(cfg.tokenizer, **_named_eot(cfg))
     tokenizer.save(directory)

@@ -25,12 +25,12 @@ from beyond_outliers.types import Batch, Json
 if TYPE_CHECKING:
   from beyond_outliers.data import tfds
 
-CHUNK_DOCUMENTS = 64  # that a reader takes at once
+CHUNK_DOCUMENTS = 64  # read at once by a reader
 
 
 class RecordWindows:
-  """Batches of the readers that one process owns, `share` rows per reader, as an iterator that
-  grain can read ahead of in a thread."""
+  """Batches from the readers that one process owns, `share` rows per reader, as an iterator that
+  grain can prefetch in a thread."""
 
   def __init__(
     self,
@@ -83,17 +83,17 @@ class RecordWindows:
 
 
 class _Reader:
-  """Overlapping windows of an endless run of documents. Its place: which document the next window
-  begins in, and how far into it."""
+  """Overlapping windows of an endless run of documents. Its state: the document in which the next
+  window begins, and the offset in it."""
 
   def __init__(self, chunks: grain.DatasetIterator):
     self._chunks = chunks  # the run, CHUNK_DOCUMENTS documents at a time
-    # (place in the run, ids), from the document that the next window begins in.
+    # (place in the run, ids) of the documents read, from the one in which the next window begins.
     self._ahead: collections.deque[tuple[int, np.ndarray]] = collections.deque()
     self._first, self._offset = 0, 0
 
   def next_window(self, tokens_W: np.ndarray, segments_W: np.ndarray) -> None:
-    """Fills one row of each."""
+    """Fills one row of tokens, and one of segments: 1-based numbers of the window's documents."""
     filled, offset, segment = 0, self._offset, 0
     while filled < len(tokens_W):
       while segment == len(self._ahead):
@@ -128,9 +128,8 @@ class _Reader:
 def _document_chunks(
   records: tfds.Records, dataset: shards.Dataset, cfg: config.Data, seed: int, reader: int
 ) -> grain.DatasetIterator:
-  """One reader's documents without end, reshuffled by epoch.
-
-  Lists of CHUNK_DOCUMENTS token id arrays, separators included."""
+  """One reader's documents without end, reshuffled each epoch: lists of CHUNK_DOCUMENTS arrays of
+  token ids, separators included."""
   count, held_out = dataset.meta["records"]["count"], dataset.meta["records"]["held_out"]
   order: Any = grain.MapDataset.range(count).seed(seed).shuffle()[reader :: cfg.readers].repeat()
   chunks = grain.MapDataset.range(sys.maxsize // CHUNK_DOCUMENTS).map(
@@ -140,7 +139,7 @@ def _document_chunks(
 
 
 class _Encode:
-  """Number of a chunk -> its documents' token ids; None for a held-out document."""
+  """Maps a chunk's number to its documents' token ids; None for a held-out document."""
 
   def __init__(
     self,

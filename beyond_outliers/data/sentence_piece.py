@@ -1,4 +1,4 @@
-"""SentencePiece: a tokenizer out of a model's file, run by the library of that name."""
+"""SentencePiece: a tokenizer from a model's file, run by the library of that name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from beyond_outliers.errors import DataError
 LOWER_BLOCK = "\u2581"  # how SentencePiece writes a space
 PRIVATE_USE = range(
   0xE000, 0xF900
-)  # characters of three bytes, as U+2581 is, that hardly a model has
+)  # characters of three bytes in UTF-8, like U+2581, that hardly any model has
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model's file."""
+  """A tokenizer from a SentencePiece model's file."""
 
   stored = "sentencepiece:{directory}/tokenizer.model"
 
@@ -33,7 +33,7 @@ class SentencePiece(Tokenizer):
     except RuntimeError as error:
       raise DataError(f"data.tokenizer: {file} is not a SentencePiece model ({error})") from None
     self.vocab_size = self._model.vocab_size()
-    if not self.vocab_size:  # the library takes an empty file
+    if not self.vocab_size:  # the library accepts an empty file
       raise DataError(f"data.tokenizer: {file} is not a SentencePiece model (it has no pieces)")
     self.eot, self.bos = _id_or_none(self._model.eos_id()), _id_or_none(self._model.bos_id())
     controls = filter(self._model.is_control, range(self.vocab_size))
@@ -43,20 +43,20 @@ class SentencePiece(Tokenizer):
 
   @property
   def prepended_id(self):
-    return self.bos  # a default of transformers' LlamaTokenizer
+    return self.bos  # as transformers' LlamaTokenizer by default
 
   def encode_batch(self, texts):
-    # A U+2581 of the text survives only as the three bytes that a character without a piece is.
+    # A U+2581 in the text would become a space, unless it is encoded as its three bytes.
     if self._byte_pieces is None or not any(LOWER_BLOCK in text for text in texts):
       threads = -1 if len(texts) > 1 else 1  # -1: one per core
       return self._model.encode(list(texts), return_type="numpy", num_threads=threads)
     return [self._encode_lower_blocks(text, self._byte_pieces) for text in texts]
 
   def _encode_lower_blocks(self, text: str, byte_pieces: np.ndarray) -> np.ndarray:
-    """Another character of three bytes takes U+2581's place meanwhile, rather than the text's parts
-    being encoded by themselves, each of which a model may put a space before."""
+    """Encodes the text with another three-byte character in U+2581's place, then swaps the bytes.
+    Encoding the parts between them won't do: a model may put a space before each."""
     unused = (char for char in map(chr, PRIVATE_USE) if char not in text)
-    for stand_in in itertools.islice(unused, 8):  # were one of them a piece, or normalized
+    for stand_in in itertools.islice(unused, 8):  # one may be a piece, or be normalized away
       ids = self._model.encode(text.replace(LOWER_BLOCK, stand_in), return_type="numpy").copy()
       old, new = (byte_pieces[np.frombuffer(c.encode(), np.uint8)] for c in (stand_in, LOWER_BLOCK))
       at = np.flatnonzero((ids[:-2] == old[0]) & (ids[1:-1] == old[1]) & (ids[2:] == old[2]))
@@ -71,12 +71,12 @@ class SentencePiece(Tokenizer):
   def num_bytes(self, ids):
     ids = np.asarray(ids)
     if self._byte_pieces is not None:
-      # A part of a character decodes to U+FFFD, and every byte of ASCII to itself.
+      # Byte pieces are counted as "a": a part of a character would decode to the 3 bytes of U+FFFD.
       ids = np.where(np.isin(ids, self._byte_pieces), self._byte_pieces[ord("a")], ids)
     return len(self.decode_bytes(ids))
 
   def first_bytes(self, text, ids):
-    if not ids.size:  # nothing is left of the text
+    if not ids.size:  # the normalizer left nothing of the text
       return len(text.encode())
     if self._model.is_byte(int(ids[0])) or self.decode(ids) == text:
       return self.num_bytes(ids[:1])

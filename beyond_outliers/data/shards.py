@@ -1,16 +1,16 @@
 """Shards: a prepared dataset on disk, as flat files of tokens and a meta.json that describes them.
 
-  meta.json            settings, split rule, tokenizer fingerprint, counts, and size and SHA-256 of
-                       every file below, and of itself without that
-  tokenizer.*          a copy of the files the tokenizer is made of
+  meta.json            settings, split rule, tokenizer fingerprint, counts, size and SHA-256 of all
+                       files below, and a SHA-256 of its own other contents
+  tokenizer.*          a copy of the tokenizer's files
   train-00000.bin ...  token ids, uint16 or uint32 little-endian: one stream over all shards,
                        separators included
   train.starts         int64, where each document starts in the stream, then the stream's length
   train.bytes          int64, bytes of text before each document, then the total
   validation...        the same, in the source's order
 
-Everything here is numpy; 64-bit positions throughout, as the study's larger runs read tens of
-billions of tokens.
+Everything here is numpy. Positions are 64-bit, since the study's larger runs read tens of billions
+of tokens.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class ShardWriter:
 class Dataset:
   """A prepared dataset, opened.
 
-  `meta` is meta.json; `fingerprint` names the contents, wherever the folder lies. `sums` compares
-  files with it."""
+  `meta` is meta.json; `fingerprint` identifies the contents, wherever the folder lies; `sums`
+  compares the files with the SHA-256 of meta.json."""
 
   directory: str
   meta: Json
@@ -113,7 +113,7 @@ class Dataset:
     return self.meta["splits"][split]["tokens"]
 
   def bytes(self, split: str, documents: int = 0) -> int | None:
-    """Bytes of text, of the first `documents` documents if given; None where `tokens` is."""
+    """Bytes of text, all or of the first `documents` documents; None where `tokens` is None."""
     if split == "validation" and "first_bytes" not in self.meta:
       return int(self._validation_bytes[: documents or None].sum())
     if not documents:
@@ -126,16 +126,15 @@ class Dataset:
     return text_bytes.counted_again(self.stream("validation"), self.tokenizer)
 
   def first_bytes(self, documents: int) -> int:
-    """Bytes of text of the first tokens of so many validation documents: those that are no targets
-    where documents are kept apart."""
+    """Bytes of text that the first tokens of the first validation documents stand for: these tokens
+    are not targets where documents are kept apart."""
     exceptions = self.meta.get("first_bytes", {})
     stream = self.stream("validation")
     return int(text_bytes.of_first_tokens(stream, self.tokenizer, documents, exceptions).sum())
 
   def unigram_entropy(self, split: str, at_most: int = 10_000_000) -> float:
-    """Entropy of the token frequencies, in nats per token: the loss of a unigram model.
-
-    Of the first `at_most` tokens."""
+    """Entropy of the frequencies of the first `at_most` tokens, in nats per token: the loss of a
+    unigram model."""
     stream = self.stream(split)
     counts = np.bincount(stream.read(0, min(len(stream), at_most)))
     frequencies = counts[counts > 0] / counts.sum()
@@ -154,8 +153,8 @@ class Dataset:
 
 
 def write_meta(directory: str, meta: Json) -> None:
-  """Completes a folder: meta.json with the size and SHA-256 of every other file, and its own.
-  Written last."""
+  """Completes a folder with meta.json, which is written last: `meta`, with the size and SHA-256 of
+  every other file, and its own sum."""
   names = sorted(
     os.path.relpath(os.path.join(folder, name), directory)
     for folder, _, found in os.walk(directory)
@@ -172,17 +171,17 @@ def write_meta(directory: str, meta: Json) -> None:
 
 
 def replace_meta(directory: str, meta: Json) -> None:
-  """Writes a folder's whole meta.json. Errors: OSError."""
+  """Replaces a folder's meta.json. Errors: OSError."""
   with replaced(pathlib.Path(directory, "meta.json")) as temporary:
     temporary.write_text(json.dumps(sealed(meta), indent=1))
 
 
 def open_dataset(directory: str) -> Dataset:
-  """Opens a prepared folder. Errors: DataError naming what is missing, truncated, altered or not of
-  this tokenizer.
+  """Opens a prepared folder. Errors: DataError naming what is missing, truncated, altered or of
+  another tokenizer.
 
-  The smallest files are compared with their sums now, others once they are read; see `FileSums`. A
-  link that leads to the folder may lead to another from here on."""
+  The smallest files are compared with their sums now, the others while they are read; see
+  `FileSums`. A symbolic link is resolved once: it may be changed afterwards."""
   given, directory = directory, os.path.realpath(directory)
   meta = description.read_meta(directory)
   for name, expected in meta["files"].items():
@@ -217,12 +216,12 @@ def open_dataset(directory: str) -> Dataset:
 
 
 def in_folder(stored: str, directory: str) -> str:
-  """A path of meta.json, in the dataset's own folder unless it is absolute."""
+  """A path from meta.json with the dataset's folder put in, unless it is absolute."""
   return stored if os.path.isabs(stored) else stored.replace("{directory}", directory)
 
 
 def verify(dataset: Dataset) -> None:
-  """Compares all files' SHA-256 with meta.json's, also those that were before. Errors: DataError
+  """Compares all files' SHA-256 with meta.json's, even if that was done before. Errors: DataError
   naming the first difference."""
   files = dataset.meta["files"]
   FileSums(str(dataset.sums.folder), files).verify(files)

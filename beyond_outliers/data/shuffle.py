@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-BUCKET_BYTES = 256 << 20  # of the corpus, about, that one bucket holds in memory
-MAX_BUCKETS = 256  # each holds two files open
+BUCKET_BYTES = 256 << 20  # of the corpus, approximately, per bucket
+MAX_BUCKETS = 256  # each keeps two files open
 
 
 def num_buckets(corpus_bytes: int) -> int:
-  """Buckets that a corpus of so many bytes needs."""
+  """Number of buckets for a corpus of that size."""
   return min(MAX_BUCKETS, 1 + corpus_bytes // BUCKET_BYTES)
 
 
@@ -25,7 +25,7 @@ def shuffled(
   documents: Iterable[tuple[np.ndarray, int]], folder: str, seed: int, buckets: int
 ) -> Iterator[tuple[np.ndarray, int]]:
   """Documents as (token ids, bytes of text), in an order that the seed and the number of buckets
-  determine. `folder` holds the buckets meanwhile."""
+  determine. `folder` holds the buckets until all are read."""
   os.makedirs(folder)
   paths = [
     (os.path.join(folder, f"{bucket}.ids"), os.path.join(folder, f"{bucket}.sizes"))
@@ -47,7 +47,7 @@ def _scatter(
   paths: list[tuple[str, str]],
   rng: np.random.Generator,
 ) -> None:
-  """Each document to a random bucket: its ids to one file, (tokens, bytes of text) to the other."""
+  """Appends each document to a random bucket's files: ids, and (tokens, bytes of text)."""
   with contextlib.ExitStack() as stack:
     files = [[stack.enter_context(open(path, "wb")) for path in pair] for pair in paths]
     for tokens, num_bytes in documents:

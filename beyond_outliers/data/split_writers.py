@@ -23,8 +23,8 @@ def divert(
   separator: Separator,
   first_bytes: dict[str, int],
 ) -> Iterator[Tokenized]:
-  """Training documents pass; validation documents are written on the way. `first_bytes` takes what
-  their first tokens stand for where these don't tell, by the document's number."""
+  """Passes training documents on and writes validation documents. `first_bytes` receives, by a
+  document's number, the bytes of its first token where a normalizer changed them."""
   for item in stream:
     if item.split == "train":
       yield item
@@ -35,15 +35,15 @@ def divert(
 
 
 class Repeats:
-  """Counts the validation documents that also stand in the training text, by digests of their ids,
-  eight bytes a document."""
+  """Counts the validation documents that are training documents too, by digests of their ids, eight
+  bytes per document."""
 
   def __init__(self):
     self._digests = {"train": array.array("Q"), "validation": array.array("Q")}
 
   def watched(self, stream: Iterable[Tokenized]) -> Iterator[Tokenized]:
     for item in stream:
-      if len(item.ids):  # nothing is learned from an empty one
+      if len(item.ids):  # training on an empty document teaches nothing
         digest = hashlib.blake2b(item.ids.astype("<i8").tobytes(), digest_size=8).digest()
         self._digests[item.split].frombytes(digest)
       yield item
@@ -51,7 +51,7 @@ class Repeats:
   def count(self) -> int:
     train, validation = (np.frombuffer(digests, np.uint64) for digests in self._digests.values())
     known = np.unique(validation)
-    # Piece by piece: numpy.isin would sort all of both.
+    # In pieces, since numpy.isin would sort both arrays whole.
     pieces = (train[start : start + _PIECE] for start in range(0, len(train), _PIECE))
     found = [np.intersect1d(known, piece) for piece in pieces]
     return int(np.isin(validation, np.concatenate(found)).sum()) if found else 0
@@ -64,7 +64,7 @@ def write_shards(
   separator: Separator,
   dtype: np.dtype,
 ) -> tuple[Json, None]:
-  """The training documents as token shards, shuffled."""
+  """Writes the training documents as token shards, shuffled."""
   writer = shards.ShardWriter(directory, "train", dtype, cfg.shard_tokens)
   documents = ((separated(item.ids, separator), item.num_bytes) for item in stream)
   buckets = shuffle.num_buckets(sum(splits.input_files(cfg).values()))
@@ -81,8 +81,8 @@ def write_records(
   separator: Separator,
   dtype: np.dtype,
 ) -> tuple[Json, Json]:
-  """The training documents' ids as TFDS ArrayRecord; separators are added in reading, as they are
-  to a user's own records."""
+  """Writes the training documents' ids as TFDS ArrayRecord. Separators are added when reading, as
+  for a user's own records."""
   from beyond_outliers.data import tfds
 
   del cfg

@@ -1,6 +1,6 @@
-"""Splits: the rules by which documents are held out for validation, and the files that they read.
+"""Splits: the rules that hold out documents for validation, and the files that these rules read.
 
-A rule is a row of SPLITS; `data.validation` names one and its argument, as in "newest:10".
+A rule is a row of SPLITS; `data.validation` gives its name and argument, as in "newest:10".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def split_documents(cfg: config.Data) -> LabeledDocuments:
 
 
 def validation_rule(cfg: config.Data) -> tuple[str, str]:
-  """Row of SPLITS and its argument, of `data.validation`. Errors: DataError."""
+  """The rule's name in SPLITS and its argument, from `data.validation`. Errors: DataError."""
   rule, _, argument = cfg.validation.partition(":")
   if rule not in SPLITS or not argument:
     raise DataError(
@@ -43,14 +43,14 @@ def validation_rule(cfg: config.Data) -> tuple[str, str]:
 
 
 def input_files(cfg: config.Data) -> dict[str, int]:
-  """Sizes in bytes of the files that a dataset is made from: by them a stale one is known."""
+  """Sizes in bytes of the files that a dataset is made from, by which a stale one is recognized."""
   rule, argument = validation_rule(cfg)
   paths = [cfg.path, argument] if rule == "path" else [cfg.path]
   return {file: os.path.getsize(file) for path in paths for file in SOURCES[cfg.source].files(path)}
 
 
 def describe_inputs(files: Mapping[str, int]) -> Json:
-  """What is known of `input_files` without reading them."""
+  """Description of `input_files` that takes no reading: count, bytes, hash of names and sizes."""
   listing = json.dumps([[os.path.basename(name), size] for name, size in files.items()])
   return {
     "files": len(files),
@@ -65,19 +65,19 @@ def sum_of_contents(files: Iterable[str]) -> str:
 
 
 def sum_of_places(files: Iterable[str]) -> str:
-  """By it files are told from others of their names and sizes: where links lead, if they are; and
-  which files they are, since a folder that is renamed leaves paths and times as they were."""
+  """Hash that tells files from others of the same names and sizes: by real paths, since a link may
+  be redirected, and by inodes, since renaming a folder leaves its files' times as they were."""
   places = [[os.path.realpath(file), os.stat(file).st_ino] for file in files]
   return hashlib.sha256(json.dumps(places).encode()).hexdigest()
 
 
 def last_change(files: Iterable[str]) -> int:
-  """Nanoseconds of the youngest; not the times of contents, which a copy may bring along."""
+  """Latest ctime of the files, in nanoseconds; not mtime, which a copy may preserve."""
   return max(os.stat(file).st_ctime_ns for file in files)
 
 
 def training_sample(cfg: config.Data, max_bytes: int) -> Iterator[Document]:
-  """Every k-th training document, spread over the corpus, about `max_bytes` in all."""
+  """Every k-th training document, spread over the corpus: at most about `max_bytes` in all."""
   training = (document for split, document in split_documents(cfg) if split == "train")
   return itertools.islice(training, 0, None, sample_stride(cfg, max_bytes))
 
@@ -88,7 +88,7 @@ def sample_stride(cfg: config.Data, max_bytes: int) -> int:
 
 
 def is_held_out(content: str | np.ndarray, fraction: float) -> bool:
-  """Membership of a document's hash in the fraction: a function of the text alone."""
+  """Whether a document's hash falls in the fraction: a function of its content alone."""
   data = content.encode() if isinstance(content, str) else np.asarray(content, np.int64).tobytes()
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") < fraction * 2.0**64
 
@@ -105,7 +105,7 @@ def empty_split(cfg: config.Data, split: str) -> DataError:
 def _newest(cfg: config.Data, count: str) -> LabeledDocuments:
   """Validates on the last `count` documents.
 
-  They wait in a queue: a document that leaves it is not among the last."""
+  A document waits in a queue until `count` others follow it, and is then not among the last."""
   waiting = collections.deque()
   for document in read_documents(cfg):
     waiting.append(document)
@@ -124,10 +124,10 @@ def _fraction(cfg: config.Data, fraction: str) -> LabeledDocuments:
 def _path(cfg: config.Data, path: str) -> LabeledDocuments:
   """Validates on other files.
 
-  They come first, so that a mistake in their path shows before the long work."""
+  They come first, so that a mistake in their path shows before the long work begins."""
   source = SOURCES[cfg.source]
   shared = set(source.files(path)) & set(source.files(cfg.path))
-  if shared and cfg.source != "tfds":  # where two slices of a split may share a file
+  if shared and cfg.source != "tfds":  # in TFDS, two slices of a split may share a file
     raise DataError(
       f"data.validation = 'path:{path}': data.path = {cfg.path!r} names {min(shared)!r} too; "
       "a file trains or validates, not both"

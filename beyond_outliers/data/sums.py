@@ -1,5 +1,5 @@
-"""SHA-256 sums of a prepared dataset: files are compared with meta.json's, the smallest as the
-dataset is opened, the others behind the reading."""
+"""SHA-256 sums of a prepared dataset: files are compared with meta.json's, the smallest when the
+dataset is opened, the others by a background thread while they are read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from beyond_outliers.data import description
 from beyond_outliers.errors import DataError
 from beyond_outliers.types import Json
 
-AT_OPENING = 16 * 2**20  # bytes, of the smallest files: some hundredths of a second
+AT_OPENING = 16 * 2**20  # bytes of the smallest files: takes some hundredths of a second
 
 
 class Stamp(NamedTuple):
-  """What tells a file from one that took its place. Some mounts number a file anew every time."""
+  """What tells a file from one that replaced it. Some mounts give a file a new inode every time."""
 
   device: int
   inode: int
@@ -33,19 +33,19 @@ class Stamp(NamedTuple):
 
 
 class FileSums:
-  """Files of a dataset's folder, each compared with its SHA-256 once, and again if another is found
-  in its place, or if it was written to since.
+  """Files of a dataset's folder, each compared with its SHA-256 once, and again if it has been
+  replaced or written to since.
 
-  described: {file: {bytes, sha256}}, as meta.json has it. verified: those that were compared. A
-  thread compares the files that `touch` and `opened` name; a difference that was found is raised by
-  every `check` that follows."""
+  described: {file: {bytes, sha256}}, from meta.json. verified: the files compared so far. A thread
+  compares the files passed to `touch` and `opened`; once it has found a difference, every `check`
+  raises it."""
 
   def __init__(self, directory: str, described: Json, verified: Mapping[str, Stamp] | None = None):
     self.folder, self._described = pathlib.Path(directory), described
     self._locks = {name: threading.Lock() for name in described}
     self._verified = dict(verified or {})
     self._touched: collections.deque[tuple[str, Stamp | None]] = collections.deque()
-    self._working = threading.Lock()  # over what is touched, and the thread
+    self._working = threading.Lock()  # guards _touched and _thread
     self._thread: threading.Thread | None = None
     self._problem = ""
 
@@ -53,7 +53,7 @@ class FileSums:
     return FileSums, (str(self.folder), self._described, dict(self._verified))
 
   def verify_smallest(self) -> None:
-    """Errors: as `verify`."""
+    """Compares the smallest files now, AT_OPENING bytes at most. Errors: as `verify`."""
     left = AT_OPENING
     for name in sorted(self._described, key=lambda name: self._described[name]["bytes"]):
       left -= self._described[name]["bytes"]
@@ -62,7 +62,7 @@ class FileSums:
       self.verify([name])
 
   def verify(self, names: Iterable[str]) -> None:
-    """Compares these files now. Errors: DataError naming the first that differs."""
+    """Compares these files now, unless they were. Errors: DataError naming the first to differ."""
     for name in names:
       self._forget_altered(name)
       if self._is_pending(name):
@@ -70,11 +70,11 @@ class FileSums:
         self.check()
 
   def touch(self, *names: str) -> None:
-    """Has the thread compare these files: they are being read."""
+    """Has the thread compare these files, which are being read."""
     self._begin([(name, None) for name in names])
 
   def opened(self, name: str, stamp: Stamp) -> None:
-    """As `touch`, of one that was just opened; one in the place of another that was compared is
+    """As `touch`, for a file that was just opened. If it replaced one already compared, it is
     compared now. Errors: as `verify`."""
     if self._verified.get(name, stamp) != stamp:
       self._verified.pop(name, None)
@@ -87,16 +87,16 @@ class FileSums:
       self._touched += [each for each in opened if self._is_pending(each[0])]
       if self._touched and self._thread is None:
         thread = threading.Thread(target=self._work, name="sums", daemon=True)
-        thread.start()  # first: whoever sees it may join it
+        thread.start()  # before it is visible, since whoever sees it may join it
         self._thread = thread
 
   def check(self) -> None:
-    """Raises what is known by now. Errors: DataError."""
+    """Raises a difference found so far, without waiting. Errors: DataError."""
     if self._problem:
       raise DataError(self._problem)
 
   def wait(self) -> None:
-    """Waits until all that was touched is compared, also what was altered since. Errors:
+    """Waits until every touched file is compared, again if it was altered since. Errors:
     DataError."""
     if thread := self._thread:
       thread.join()
@@ -105,7 +105,7 @@ class FileSums:
 
   @contextlib.contextmanager
   def blamed(self) -> Iterator[None]:
-    """Puts what is raised within down to a damaged file, if one was read. Errors: DataError."""
+    """Replaces an exception raised within by a DataError, if a file that was read is damaged."""
     try:
       yield
     except Exception:
@@ -122,8 +122,8 @@ class FileSums:
       self._compare(name, stamp)
 
   def _forget_altered(self, name: str) -> None:
-    """Has a file compared again that was written to. One that took its place does not matter to
-    those who have the old one open."""
+    """Marks a file as not compared if it was written to. A replacement (another inode) doesn't
+    matter here: whoever has the old file open keeps reading that."""
     known = self._verified.get(name)
     with contextlib.suppress(OSError):
       now = Stamp.of(os.stat(self.folder / name))
@@ -134,8 +134,8 @@ class FileSums:
     return name in self._described and name not in self._verified
 
   def _compare(self, name: str, opened: Stamp | None = None) -> None:
-    """opened: what is being read under this name."""
-    with self._locks[name]:  # nobody reads a file twice: who comes second waits
+    """Compares a file now. opened: the stamp of the file that is being read under this name."""
+    with self._locks[name]:  # whoever comes second waits, rather than reading the file again
       if not self._is_pending(name):
         return
       problem = "contents are not those that were prepared (SHA-256 differs from meta.json's)"

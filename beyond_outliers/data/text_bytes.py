@@ -1,4 +1,4 @@
-"""Bytes of text that a prepared split's tokens stand for: what its bits per byte are over."""
+"""Bytes of text that a prepared split's tokens stand for: the denominator of bits per byte."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def of_first_tokens(
 ) -> np.ndarray:
   """int64 [documents]: bytes of the first documents' first tokens, which may be the separator.
 
-  exceptions: of the documents, by number, whose text a normalizer had changed there."""
+  exceptions: document number -> bytes, where a normalizer changed the text of the first token."""
   ids, kinds = np.unique(stream.take(stream.starts[:documents]), return_inverse=True)
   sizes = np.array([tokenizer.num_bytes(ids[i : i + 1]) for i in range(len(ids))], np.int64)[kinds]
   for number, size in exceptions.items():
@@ -27,13 +27,13 @@ def of_first_tokens(
 
 
 def counted_again(stream: TokenStream, tokenizer: Tokenizer) -> np.ndarray:
-  """int64 [documents]: bytes of each document, in a split that was prepared when the special tokens
-  among a document's ids still counted with their names, and a part of a character as U+FFFD."""
+  """int64 [documents]: bytes of each document of a split from an older version, which counted
+  special tokens by the length of their names and a part of a character as U+FFFD."""
   sizes = np.diff(stream.bytes)
   for number, before in enumerate(sizes):
     ids = stream.document(number)
     size = tokenizer.num_bytes(ids)
-    # The separator at either end may have been among the ids. Else it was a text, normalized.
+    # A separator may have been among the ids. If no count fits, a text was normalized: keep it.
     as_before = (len(tokenizer.decode_bytes(part)) for part in (ids, ids[:-1], ids[1:]))
     if size != before and before in as_before:
       sizes[number] = size

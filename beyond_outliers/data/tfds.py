@@ -1,9 +1,8 @@
-"""TFDS datasets of documents: the builder that writes them as ArrayRecord, and readers of any
-prepared one, without TensorFlow.
+"""TFDS datasets of documents, without TensorFlow: a builder that writes them as ArrayRecord, and
+readers of any prepared one.
 
-A path is a prepared dataset's directory (the one with dataset_info.json),
-and optionally a split of it after an @: "/data/c4/en/3.0.1@train[:90%]". Without it the split is
-train.
+A path is a prepared dataset's directory (the one with dataset_info.json), optionally followed by @
+and a split: "/data/c4/en/3.0.1@train[:90%]". The default split is train.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ SHARD_RECORDS = 100_000  # records per file at most
 
 
 class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
-  """A TFDS dataset with one split, train, in the order given.
+  """A TFDS dataset with one split, train, in the order of `documents`.
 
-  It has one feature: "text", or "tokens" in `ids_dtype`."""
+  It has one feature: "text", or "tokens" in `ids_dtype` if that is given."""
 
   name = "documents"
   VERSION = tfds.core.Version("1.0.0")
-  # Nothing is downloaded; TFDS would search for checksums by a package it doesn't declare.
+  # Nothing is downloaded; to search for checksums, TFDS would need a package it doesn't declare.
   url_infos = None
 
   def __init__(
@@ -67,9 +66,9 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
   def _download_and_prepare(self, dl_manager, download_config=None):
     """Writes records in order, with bounded memory.
 
-    TFDS's own way shuffles, in memory up to a gigabyte and beyond it in TensorFlow's files."""
+    TFDS's own way shuffles, in memory up to a gigabyte and beyond that in TensorFlow's files."""
     del download_config
-    info = self._info()  # of the directory that TFDS writes in and then renames
+    info = self._info()  # of the temporary directory that TFDS renames at the end
     writer = sequential_writer.SequentialWriter(
       info, max_examples_per_shard=SHARD_RECORDS, file_format="array_record"
     )
@@ -83,7 +82,7 @@ class DocumentBuilder(tfds.core.GeneratorBasedBuilder):
 def write_documents(
   documents: Iterable[str | np.ndarray], directory: str, ids_dtype: Any = None
 ) -> str:
-  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns its own directory."""
+  """Writes texts, or token ids, as a TFDS dataset below `directory`; returns the dataset's path."""
   tfds.disable_progress_bar()  # preparation has progress lines of its own
   builder = DocumentBuilder(documents, data_dir=directory, ids_dtype=ids_dtype)
   builder.download_and_prepare()
@@ -91,7 +90,7 @@ def write_documents(
 
 
 class Records:
-  """Random access to the documents of a prepared ArrayRecord split; lazy, so cheap to pickle."""
+  """Random access to documents of a prepared ArrayRecord split; opened lazily, cheap to pickle."""
 
   def __init__(self, path: str, field: str):
     self.path, self._field = path, field
@@ -132,8 +131,8 @@ class Records:
 
 
 def split_files(path: str) -> list[str]:
-  """The record files of a split. Errors: DataError if one named in the description is missing, or
-  not of the dataset's folder."""
+  """The record files of a split. Errors: DataError if one that the description names is missing, or
+  lies outside of the dataset's folder."""
   builder, split = _open(path)
   with _readable(path):
     names = [str(part.filename) for part in builder.info.splits[split].file_instructions]
@@ -171,7 +170,7 @@ def read_split(path: str, field: str) -> Iterator[Document]:
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
-  """Makes a DataError that names the path of whatever TFDS and its readers raise."""
+  """Turns whatever TFDS and its readers raise into a DataError that names the path."""
   try:
     yield
   except DataError:
@@ -192,7 +191,7 @@ def _document(example: dict[str, Any], field: str, where: str) -> Document:
 
 def _open(path: str, field: str | None = None) -> tuple[Any, str]:
   directory, at, split = path.rpartition("@")
-  if not at or os.sep in split or os.path.isdir(path):  # an @ of a folder's name
+  if not at or os.sep in split or os.path.isdir(path):  # no @, or one in a folder's name
     directory, split = path, ""
   split = split or "train"
   if not os.path.isfile(os.path.join(directory, "dataset_info.json")):
@@ -217,8 +216,8 @@ def _open(path: str, field: str | None = None) -> tuple[Any, str]:
 
 
 def _check_features(file: str) -> None:
-  """Refusal of a description that has TFDS import a module that is none of its own, as it does by
-  the names of classes. Errors: DataError."""
+  """Refuses a features.json whose class names would have TFDS import a module that is not its own.
+  Errors: DataError."""
   if not os.path.exists(file):
     return
   with open(file, "rb") as stream:
@@ -226,7 +225,7 @@ def _check_features(file: str) -> None:
   while pending:
     node = pending.pop()
     if isinstance(node, dict):
-      # By the names of JSON, of the protocol buffer that it stands for, and from before that.
+      # The key in JSON, in the protocol buffer that it encodes, and in the format before those.
       legacy = node.get("type") if "content" in node else None
       for name in (node.get("pythonClassName"), node.get("python_class_name"), legacy):
         if name is not None and not str(name).startswith("tensorflow_datasets.core.features."):
@@ -240,7 +239,7 @@ def _tfrecords(file: str) -> Iterator[bytes]:
   with open(file, "rb") as stream:
     while header := stream.read(12):
       length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
-      if stream.tell() + length + 4 > size:  # asked first: memory may not hold so much
+      if stream.tell() + length + 4 > size:  # before reading: a damaged length may exceed memory
         raise DataError(f"{file}: ends within a record, at byte {size}; copy it again")
       data, _ = stream.read(length), stream.read(4)
       yield data

@@ -14,14 +14,14 @@ from beyond_outliers.data import description
 from beyond_outliers.data.sums import FileSums, Stamp
 from beyond_outliers.errors import DataError
 
-OPEN_SHARDS = 256  # memory maps kept, each of which holds a file descriptor
+OPEN_SHARDS = 256  # memory maps kept open; each holds a file descriptor
 
 
 class TokenStream:
   """The tokens of one split as one long array, over lazily opened memory maps; picklable.
 
-  Files that are read are compared with their sums meanwhile. Errors: DataError from `read`, once
-  one is known to differ, and from `verify`."""
+  Files are compared with their SHA-256 sums in the background while they are read. Errors:
+  DataError from `read` once one is known to differ, and from `verify`."""
 
   def __init__(self, directory: str, split: str, dtype: str, shards: list[str], sums: FileSums):
     self._arguments = (directory, split, dtype, shards, sums)
@@ -35,14 +35,14 @@ class TokenStream:
     return TokenStream, self._arguments
 
   def verify(self) -> None:
-    """Compares all of the split's files with their sums, those that were not yet."""
+    """Compares those of the split's files with their sums that have not been compared yet."""
     self.sums.verify([*self._shards, f"{self._split}.starts", f"{self._split}.bytes"])
 
   def _map_shard(self, shard: int) -> np.ndarray:
     return self._memory_map(self._shards[shard], self.dtype)
 
   def _memory_map(self, name: str, dtype: Any) -> np.ndarray:
-    """Memory map as a plain array: slices of np.memmap itself cost ten times as much."""
+    """A memory-mapped file as a plain array: slicing an np.memmap costs ten times as much."""
     with _readable(self._directory, name) as path, open(path, "rb") as file:
       self.sums.opened(name, Stamp.of(os.fstat(file.fileno())))
       return np.asarray(np.memmap(file, dtype, "r"))
@@ -65,7 +65,7 @@ class TokenStream:
     return self._memory_map(f"{self._split}.bytes", np.int64)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Tokens [start, stop) in the dtype of the shards, cut off at the end of the stream."""
+    """Tokens [start, stop) in the shards' dtype; fewer where the stream ends before `stop`."""
     self.sums.check()
     stop = min(stop, len(self))
     shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
@@ -79,7 +79,7 @@ class TokenStream:
     )
 
   def take(self, positions: np.ndarray) -> np.ndarray:
-    """Tokens at any positions, in ascending order."""
+    """Tokens at the given positions, which must ascend."""
     shards = np.searchsorted(self._offsets, positions, side="right") - 1
     parts = [
       self._map(int(shard))[positions[shards == shard] - self._offsets[shard]]
@@ -94,7 +94,7 @@ class TokenStream:
 
 @contextlib.contextmanager
 def _readable(directory: str, name: str) -> Iterator[str]:
-  """Makes a DataError of a file that has vanished since it was seen, or cannot be read."""
+  """Turns the OSError of a file that has vanished or cannot be read into a DataError."""
   path = os.path.join(directory, name)
   try:
     yield path

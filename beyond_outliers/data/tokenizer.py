@@ -1,4 +1,4 @@
-"""Tokenizer: the interface that every kind of tokenizer shares, and what their modules share."""
+"""Tokenizer: the interface of every kind of tokenizer, and helpers that their modules share."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ BYTE_OF = _bytes_of_characters()
 class Tokenizer:
   """Text to token ids and back.
 
-  ids are int32 arrays below `vocab_size`; `eot` and `bos` are ids, or None where the vocabulary has
-  no such token.
+  Token ids are int32 arrays of values below `vocab_size`; `eot` and `bos` are the ids of the tokens
+  that end and begin a text, or None where the vocabulary has none.
 
   `decode(encode(text)) == text` for bytes, GPT-2 and the SentencePiece models trained here; others
-  keep what their normalizer leaves. Special tokens spelled out in a text are text.
+  return the normalized text. A special token spelled out in a text is encoded as ordinary text.
   """
 
-  stored: str  # what `load` takes to open the copy in a dataset's folder
+  stored: str  # the name by which `load` opens the copy in a dataset's folder
   vocab_size: int
   eot: int | None
   bos: int | None
-  special: dict[str, int]  # ids by name of the tokens that no text is encoded to
+  special: dict[str, int]  # name -> id of the tokens that no text is encoded to
 
   def __init__(self, files: dict[str, bytes]):
     self.special = {}
@@ -51,7 +51,7 @@ class Tokenizer:
 
   @staticmethod
   def read_files(argument: str) -> dict[str, bytes]:
-    """The files that a tokenizer is made of, by their names in a dataset's folder."""
+    """Contents of the tokenizer's files, by their names in a dataset's folder."""
     raise NotImplementedError
 
   @classmethod
@@ -63,11 +63,11 @@ class Tokenizer:
 
   @functools.cached_property
   def ids(self) -> Sequence[int]:
-    """The ids that have a token, ascending."""
+    """The ids that stand for a token, ascending."""
     return range(self.vocab_size)
 
   def name_eot(self, name: str) -> None:
-    """Takes another token than the tokenizer's own for the end of a text.
+    """Makes the token of that name `eot`, in place of the tokenizer's own.
 
     Errors: DataError unless it is a special token."""
     if name not in self.special:
@@ -84,19 +84,19 @@ class Tokenizer:
 
   @property
   def prepended_id(self) -> int | None:
-    """The id that transformers puts before a text where a directory's settings do not say, and that
-    `encode` leaves to the trainer; None if it puts none."""
+    """The id that transformers puts before a text by default, where a directory's settings don't
+    decide; None if it puts none. `encode` never adds it."""
     return None
 
   def id_of(self, token: str) -> int | None:
-    """The id of a token by its name, of a special one at least; None if there is none."""
+    """The id of a token (some kinds know only special ones by name); None if there is none."""
     return self.special.get(token)
 
   def encode(self, text: str) -> np.ndarray:
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Many texts at once, on all cores where the library has threads."""
+    """Ids of many texts at once, on all cores where the library has threads."""
     raise NotImplementedError
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -106,13 +106,13 @@ class Tokenizer:
     raise NotImplementedError
 
   def num_bytes(self, ids: np.ndarray) -> int:
-    """UTF-8 bytes of the text that a document's first ids, or all of them, stand for: special
-    tokens for none, a part of a character for its share."""
+    """UTF-8 bytes of the text that a document's ids, all or the first few, stand for: none for a
+    special token; for a part of a character, its share of the character's bytes."""
     raise NotImplementedError
 
   def first_bytes(self, text: str, ids: np.ndarray) -> int:
-    """UTF-8 bytes of a text up to the end of the first of its ids, where a normalizer is at work
-    too."""
+    """UTF-8 bytes of a text that its first id stands for, measured in the text as it was before
+    any normalizer."""
     del text
     return self.num_bytes(ids[:1])
 
@@ -131,7 +131,7 @@ def read_file(file: str) -> bytes:
 
 
 def needs_extra(kind: str, library: str) -> str:
-  """The message of a library that an extra brings."""
+  """The message where a library is missing that the extra `hf` installs."""
   return (
     f"data.tokenizer = '{kind}': needs the library {library!r}; pip install 'beyond_outliers[hf]'"
   )

@@ -1,4 +1,4 @@
-"""Training of the tokenizer that a dataset gets when its configuration names no file of one."""
+"""Training of a dataset's tokenizer, where the configuration names no file of an existing one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from beyond_outliers.data import splits, tokenizers
 from beyond_outliers.data.document import Document
 from beyond_outliers.errors import DataError
 
-SAMPLE_BYTES = 64 << 20  # of the corpus, about, that a model is trained on
-# Characters; the trainer skips sentences over its limit (in bytes), so longer ones are cut.
+SAMPLE_BYTES = 64 << 20  # of the corpus, approximately, that a model is trained on
+# Characters. Longer sentences are cut, since the trainer skips those over its limit in bytes.
 MAX_SENTENCE = 4096
 
 
@@ -24,8 +24,8 @@ def trained_tokenizer(
   log: Callable[[str], None],
   eot: str = "",
 ) -> tokenizers.Tokenizer:
-  """A tokenizer trained on documents, its model written to the dataset's folder. eot: see
-  `tokenizers.load`. Errors: DataError for documents that are token ids, or none at all."""
+  """A tokenizer trained on documents; its model is written to the dataset's folder. eot: see
+  `tokenizers.load`. Errors: DataError if a document is token ids, or there are no documents."""
   began = time.monotonic()
   texts = [_text(document, cfg) for document in sample]
   if not texts:

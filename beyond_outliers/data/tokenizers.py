@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back, all behind one class. A new kind is a row of TOKENIZERS.
 
-`load("kind:ARGUMENT")` opens one; a prepared dataset keeps a copy of the files it is made of, and
-their fingerprint.
+`load("kind:ARGUMENT")` opens one; a prepared dataset keeps a copy of its files, and their
+fingerprint.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from beyond_outliers.data.sentence_piece import SentencePiece
 from beyond_outliers.data.tokenizer import BYTE_OF, Tokenizer, needs_extra, read_file
 from beyond_outliers.errors import DataError
 
-# What published Hugging Face tokenizers call the tokens that end and begin a text; the first that a
-# vocabulary has is taken.
+# Names of the tokens that end and begin a text in published Hugging Face tokenizers; the first that
+# a vocabulary has is used.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
-# Files that a Hugging Face directory's tokenizer is made of, by kind; the first that are there are
-# its own, for transformers too.
+# Files of a Hugging Face directory's tokenizer, by kind; the first kind whose files all exist is
+# the directory's own, for transformers too.
 OWN_FILES = {
   "huggingface": ("tokenizer.json",),
   "sentencepiece": ("tokenizer.model",),
@@ -32,7 +32,7 @@ OWN_FILES = {
 
 
 class Bytes(Tokenizer):
-  """One token per UTF-8 byte, then bos and eot: needs nothing, and a token's loss is a byte's."""
+  """One token per UTF-8 byte, then bos and eot: needs no file, and a token's loss is a byte's."""
 
   stored = "bytes"
   vocab_size, bos, eot = 258, 256, 257
@@ -91,7 +91,7 @@ class HuggingFace(Tokenizer):
     self._make_special([i for i in (self.eot, self.bos) if i is not None])
 
   def _make_special(self, ids: Sequence[int]) -> None:
-    """Whatever the file says of them: a text that spells them out must not become them."""
+    """Makes these special, whatever the file says: no text that spells one out may become it."""
     self._model.add_special_tokens([self._model.id_to_token(i) for i in ids])
     added = self._model.get_added_tokens_decoder()
     self.special = {token.content: i for i, token in added.items() if token.special}
@@ -107,7 +107,7 @@ class HuggingFace(Tokenizer):
     return next((i for i in map(self.id_of, names) if i is not None), None)
 
   def _is_byte_level(self) -> bool:
-    """Whether decoding puts the tokens' bytes one after the other, and does nothing else."""
+    """Whether decoding only concatenates the tokens' bytes."""
     decoder = json.loads(self._files["tokenizer.json"]).get("decoder") or {"type": None}
     parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     return [part["type"] for part in parts] == ["ByteLevel"]
@@ -123,16 +123,16 @@ class HuggingFace(Tokenizer):
 
   @property
   def prepended_id(self) -> int | None:
-    """Of the file's post-processor."""
+    """The id that the file's post-processor puts first, if any."""
     encoding = self._model.encode("a", add_special_tokens=True)
-    # Of some vocabularies "a" is nothing.
+    # Some vocabularies encode "a" to nothing.
     return encoding.ids[0] if encoding.ids and encoding.special_tokens_mask[0] else None
 
   def id_of(self, token: str) -> int | None:
     return self._model.token_to_id(token)
 
   def encode_batch(self, texts):
-    # Fast: without where in the text each token stands.
+    # The fast variant leaves out the tokens' offsets in the text, which aren't needed.
     encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
@@ -145,7 +145,7 @@ class HuggingFace(Tokenizer):
       return int(self._token_bytes[ids].sum())
     ids = ids[np.isin(ids, list(self.special.values()), invert=True)]
     if min(self._byte_pieces) >= 0:
-      # A part of a character decodes to U+FFFD, and every byte of ASCII to itself.
+      # Byte pieces are counted as "a": a part of a character would decode to the 3 bytes of U+FFFD.
       ids = np.where(np.isin(ids, self._byte_pieces), self._byte_pieces[ord("a")], ids)
     return len(self.decode_bytes(ids))
 
@@ -153,10 +153,10 @@ class HuggingFace(Tokenizer):
     if not ids.size:  # nothing is left of the text
       return len(text.encode())
     decoded = self.decode(ids)
-    if decoded.endswith(text):  # but for a space that it may put first, nothing is changed
+    if decoded.endswith(text):  # unchanged but for a space that the tokenizer may put first
       return max(0, self.num_bytes(ids[:1]) - len(decoded.encode()) + len(text.encode()))
     (_, end), *others = self._model.encode(text, add_special_tokens=False).offsets
-    if others and others[0][0] < end:  # several tokens share a character: its own bytes alone
+    if others and others[0][0] < end:  # the first tokens share a character: count its own bytes
       return self.num_bytes(ids[:1])
     return len(text[:end].encode())
 
@@ -172,7 +172,7 @@ TOKENIZERS = {
 def load(name: str, eot: str = "") -> Tokenizer:
   """Opens 'bytes', 'sentencepiece:FILE.model', 'huggingface:FILE.json', 'gpt2' or 'gpt2:DIR'.
 
-  eot: the token that ends a text, by name; empty: the tokenizer's own. Errors: DataError."""
+  eot: name of the token that ends a text; empty: the tokenizer's own. Errors: DataError."""
   kind, argument = _kind_of(name)
   tokenizer = kind(argument)
   if eot:
@@ -181,13 +181,13 @@ def load(name: str, eot: str = "") -> Tokenizer:
 
 
 def fingerprint(name: str) -> str:
-  """That of the tokenizer which `load` would open, by its files alone. Errors: DataError."""
+  """Fingerprint of the tokenizer that `load` would open, by its files alone. Errors: DataError."""
   kind, argument = _kind_of(name)
   return kind.fingerprint_of(kind.read_files(argument))
 
 
 def _kind_of(name: str) -> tuple[Any, str]:
-  """The row of TOKENIZERS, and what it takes."""
+  """The row of TOKENIZERS that a name selects, and its argument. Errors: DataError."""
   kind, _, argument = name.partition(":")
   if kind not in TOKENIZERS:
     raise DataError(f"data.tokenizer = {name!r}: expected one of {', '.join(TOKENIZERS)}")
@@ -197,8 +197,8 @@ def _kind_of(name: str) -> tuple[Any, str]:
 
 
 def own_of(directory: str) -> str:
-  """What `load` takes for a Hugging Face directory's own tokenizer; empty where it has none of the
-  kinds that are known here."""
+  """The name by which `load` opens a Hugging Face directory's own tokenizer; empty where it has
+  none of a known kind."""
   for kind, names in OWN_FILES.items():
     files = [os.path.join(directory, name) for name in names]
     if all(map(os.path.exists, files)):
@@ -210,9 +210,9 @@ def added_bos(directory: str) -> int | None:
   """The id that a Hugging Face directory's own tokenizer puts before every text; None if it puts
   none.
 
-  As transformers: add_bos_token of tokenizer_config.json decides, and where that is not said, the
-  tokenizer's `prepended_id`.
-  Errors: DataError for a token to be put that the vocabulary lacks."""
+  As in transformers, add_bos_token of tokenizer_config.json decides; where it isn't given, the
+  tokenizer's `prepended_id` does.
+  Errors: DataError if the token to be added is not in the vocabulary."""
   tokenizer = load(own_of(directory))
   settings_file = os.path.join(directory, "tokenizer_config.json")
   try:

@@ -1,7 +1,7 @@
 """Windows of the token stream, batches made of windows, and the validation batches.
 
-A window is L + 1 tokens, input and target shifted by one; the next begins with its last token, so
-that every token but the stream's first is a target.
+A window is L + 1 tokens: L inputs and, shifted by one, L targets. The next window begins with its
+last token, so that every token but the stream's first is a target.
 
 Shape letters: b rows of this process, L context, W = L + 1 tokens of a window.
 """
@@ -20,7 +20,7 @@ from beyond_outliers.types import Batch
 
 
 def num_windows(tokens: int, context: int) -> int:
-  """Windows that between them have every token but the first as a target."""
+  """Number of windows that together have every token but the first as a target."""
   return -(-max(0, tokens - 1) // context)
 
 
@@ -37,7 +37,7 @@ def read_windows(
     tokens = stream.read(int(begin), int(begin) + context + 1)
     tokens_bxW[row, : len(tokens)] = tokens
     steps_bxW[row, 0] = first[row]
-    # Every document has a token: no two start together.
+    # No two documents start at the same place, since each has at least one token.
     steps_bxW[row, stream.starts[first[row] : last[row]] - begin] = 1
   documents_bxW = np.cumsum(steps_bxW, axis=1)
   documents_bxW[begins[:, None] + np.arange(context + 1) >= len(stream)] = 0
@@ -47,12 +47,12 @@ def read_windows(
 def make_batch(
   tokens_bxW: np.ndarray, segments_bxW: np.ndarray, cfg: config.Data, where: str
 ) -> Batch:
-  """The batch of windows, arrays [b, L]. Targets in segment 0 lie in no document: weight 0.
+  """The batch of windows, arrays [b, L]. Targets in segment 0, outside any document, weigh 0.
 
-  With `cfg.mask_documents`, positions restart with each document, and the first token of one is no
-  target of the document before. Errors: DataError if a token is outside `cfg.vocab`."""
+  With `cfg.mask_documents`, positions restart with each document, and a document's first token is
+  not a target. Errors: DataError if a token is outside `cfg.vocab`."""
   top = int(tokens_bxW.max())
-  if top >= cfg.vocab:  # an embedding would make NaN of it, or say nothing
+  if top >= cfg.vocab:  # an embedding would return NaN, or silently another row
     raise DataError(
       f"data.vocab = {cfg.vocab}: token id {top} in {where} is outside it; the dataset is of "
       "another vocabulary, or damaged: python -m beyond_outliers.prepare --verify tells"
@@ -76,10 +76,10 @@ def make_batch(
 
 class ValidationBatches(Sequence):
   """Batches of the validation documents in their own order, every target once; targets beyond the
-  end have weight 0. Read when asked for; the last, without which nobody has all, once the split's
-  files are those that were prepared.
+  end have weight 0. Batches are read on access; before the last, which every full evaluation
+  reads, all of the split's files are compared with their sums.
 
-  unscored_bytes: of the documents' text, those whose tokens are no targets, on any process."""
+  unscored_bytes: bytes of text whose tokens are never targets, over all processes' rows."""
 
   def __init__(
     self,
@@ -115,7 +115,7 @@ class ValidationBatches(Sequence):
 
 
 class _Reading(Iterator):
-  """An iterator over validation batches, which still tells the bytes that these do not score."""
+  """An iterator over validation batches that keeps their `unscored_bytes`."""
 
   def __init__(self, batches: ValidationBatches):
     self.unscored_bytes = batches.unscored_bytes
@@ -138,10 +138,10 @@ def validation_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> ValidationBatches:
-  """Batches over the first `documents` validation documents (0: all); as many for every process.
+  """Batches over the first `documents` validation documents (0: all); every process gets as many.
 
-  segment_ids are the 1-based numbers of the documents in the split, 0 where there is none, so that
-  losses sum by document: a target counts for the document of its input token. Errors: DataError.
+  segment_ids are the 1-based numbers of the documents in the split, 0 beyond the end, so that
+  losses can be summed by document: a target counts for its input token's. Errors: DataError.
   """
   stream = dataset.stream("validation")
   known = len(stream.starts) - 1
@@ -156,7 +156,7 @@ def validation_batches(
       raise DataError(
         f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
       )
-    # No target comes before the stream's first token, or, if documents are kept apart, each one's.
+    # The stream's first token is never a target; if documents are kept apart, no document's is.
     unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)
   rows = process_rows(process_index, process_count, batch_size)
   return ValidationBatches(stream, tokens, cfg, context, batch_size, rows, unscored_bytes)

@@ -5,9 +5,9 @@
   python -m beyond_outliers.evaluate --workdir=runs/adamw-50m --recipes=rtn_w4a4 --follow
   python -m beyond_outliers.evaluate --hf=OLMo-2-0425-1B --data=datasets/NAME --recipes=rtn_w4a16
 
-Writes one JSON a (step, recipe, method) into <workdir>/eval, and goes on where it stopped. It only
-reads the run. A cell that cannot be measured, or that is gone, is reported and left out, and makes
-the exit code 1.
+Writes one JSON file per (step, recipe, method) into <workdir>/eval, and resumes where it stopped.
+The run itself is only read. A cell that cannot be measured, or whose result is gone, is reported
+and skipped, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from beyond_outliers.config.cluster import membership
 from beyond_outliers.errors import CheckpointError
 from beyond_outliers.evaluate import offline_tasks
 
-if TYPE_CHECKING:  # all that brings JAX is imported once the flags are read: --help does without
+if TYPE_CHECKING:  # what imports JAX is imported after the flags are parsed: --help is fast
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.target import Target
   from beyond_outliers.evaluate.text import TextOptions
   from beyond_outliers.types import Json
 
 DAY = 86400.0  # seconds
-# Flags that name where a process finds things, and which of several it is.
+# Flags that may differ between processes: where each finds things, and which of several it is.
 PLACES = ("workdir", "hf", "checkpoint", "data", "task_folders", "out", "distributed")
 
 WORKDIR = cli.path_flag("workdir", None, "Folder of a run, or its address in a store.")
@@ -98,7 +98,7 @@ JSON = flags.DEFINE_bool("json", False, "Print all cells as one JSON object inst
 
 
 def open_target(progress: Progress) -> Target:
-  """The target that the flags name. Errors: ConfigError, WorkdirError, DataError."""
+  """The target that the flags select. Errors: ConfigError, WorkdirError, DataError."""
   from beyond_outliers.evaluate.job import wait_for_run
   from beyond_outliers.evaluate.target import HuggingFaceModel, OneCheckpoint, RunCheckpoints
 
@@ -156,7 +156,7 @@ def chosen_steps(asked: Sequence[str], known: list[int]) -> list[int]:
 def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
   """Runs the job as the flags say; returns the steps whose results count, None for all."""
   if FOLLOW.value:
-    wanted = None if STEPS.value in ([], ["all"]) else steps  # None: all that will ever be
+    wanted = None if STEPS.value in ([], ["all"]) else steps  # None: all, future ones included
     job.follow(wanted)
     return wanted
   if STEPS.value:
@@ -166,7 +166,7 @@ def evaluate_steps(job: Job, steps: list[int]) -> list[int] | None:
 
 
 def check_measured() -> None:
-  """Refusal of recipes and methods that cannot be measured. Errors: ConfigError."""
+  """Refuses recipes and methods that cannot be measured. Errors: ConfigError."""
   from beyond_outliers.evaluate.plan import check_names
 
   check_names(RECIPE_NAMES.value, METHOD_NAMES.value)
@@ -200,14 +200,14 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate() -> bool:
-  """Does what the flags say; whether a cell could not be measured."""
+  """Runs the job that the flags describe; returns whether a cell could not be measured."""
   from beyond_outliers.evaluate.evaluator import Evaluator
   from beyond_outliers.evaluate.job import Job, Progress
   from beyond_outliers.evaluate.plan import plan_cells
   from beyond_outliers.evaluate.table import results_table
   from beyond_outliers.mesh import jax_settings, processes
 
-  jax_settings.check_usable()  # first: a run that --follow waits for may begin tomorrow
+  jax_settings.check_usable()  # first, since --follow may wait for a run for a day
   check_measured()
   processes.agree("command", _deciding)
   progress = Progress()
@@ -251,8 +251,8 @@ def evaluate() -> bool:
 
 
 def _deciding() -> Json:
-  """What the processes of a job must have in common, but for what they find at the PLACES, which
-  they compare then."""
+  """What the processes of a job must agree on: code, and flags except PLACES, whose contents are
+  compared once they are open."""
   from beyond_outliers import workdir
 
   own = flags.FLAGS.get_flags_for_module(flags.FLAGS.find_module_defining_flag(JSON.name))

@@ -1,7 +1,7 @@
 """Outliers in a model: metrics of every linear layer's input, of the residual stream, of weights.
 
-The model is left as it is: interceptors see the input of every linear layer and the residual stream
-(the embedding's output, and what each residual add returns) and reduce them where they are.
+The model is unchanged: interceptors see the input of every linear layer and the residual stream
+(the embedding's output, and the result of every residual add) and reduce them on the spot.
 
 Legend: B batch, L length, I in, O out.
 """
@@ -34,15 +34,15 @@ from beyond_outliers.types import Batch, Params
 if TYPE_CHECKING:
   import pandas as pd
 
-# What the study's PTQ does to activations and to weights.
+# The study's PTQ of activations and of weights.
 ACTIVATIONS, WEIGHTS = QuantSpec(4, granularity="token"), QuantSpec(4)
 
 
 def measurement(
   forward: Forward, spec: QuantSpec = ACTIVATIONS
 ) -> Callable[[Params, Batch], dict[str, Statistics]]:
-  """(params, batch) -> {path: statistics}, for jit; all below `layers/` is stacked, depth first.
-  Padding does not count."""
+  """(params, batch) -> {path: statistics}, for jit; below `layers/` they are stacked by depth in
+  their first axis. Padding does not count."""
 
   def measure_batch(params: Params, batch: Batch) -> dict[str, Statistics]:
     counts_T = batch["segment_ids"].reshape(-1) > 0
@@ -60,7 +60,7 @@ def measurement(
       elif (
         method == "logits" and isinstance(module, transformer.Transformer) and module.config.tied
       ):
-        sow(module, args[0], "head")  # an untied one is a linear layer
+        sow(module, args[0], "head")  # an untied head is a linear layer, seen above
       result = next_function(*args, **kwargs)
       if method == "__call__" and isinstance(module, layers.Add):
         sow(module, result)
@@ -79,8 +79,8 @@ def measurement(
 
 
 def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, Statistics]:
-  """{path: statistics} of every matrix, for jit; output channels stand where activations have
-  tokens, inputs where they have features."""
+  """{path: statistics} of every matrix, for jit; output channels take the place of an activation's
+  tokens, and input channels that of its features."""
 
   def of_matrix(w_OxI: jax.Array) -> Statistics:
     return statistics(w_OxI, jnp.ones(w_OxI.shape[0], bool), spec)
@@ -88,7 +88,7 @@ def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, S
   found = {}
   for path, leaf in leaves_by_path(params).items():
     if path == "embedding":
-      found[path] = of_matrix(leaf)  # [V, D], which as the head's matrix is [out, in]
+      found[path] = of_matrix(leaf)  # [V, D], which is [out, in] of a tied head
     elif is_kernel(path):
       found[parent(path)] = (
         jax.vmap(lambda w_IxO: of_matrix(w_IxO.T))(leaf) if is_stacked(path) else of_matrix(leaf.T)
@@ -97,10 +97,10 @@ def weight_measurement(params: Params, spec: QuantSpec = WEIGHTS) -> dict[str, S
 
 
 def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
-  """Table of one row per tensor, over all batches: path (with its depth), depth (NaN outside the
+  """Table with one row per tensor, over all batches: path (with its depth), depth (NaN outside the
   layers), kind, tokens, METRICS, and zero_medians, the share of tokens that max_to_median leaves
   out. Errors: ConfigError for no batch."""
-  import pandas as pd  # takes a while, and not every run measures
+  import pandas as pd  # slow to import, and not every run measures
 
   total: Any = None
   for batch in batches:
@@ -127,15 +127,15 @@ def _order(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
 
 
 def _kind(path: str) -> str:
-  """`activation` is what the MLP's activation function returns: mostly zero if it is a ReLU, and
-  like no other layer's input."""
+  """Kind of a tensor. `activation` is the output of the MLP's activation function: mostly zeros for
+  a ReLU, and unlike any other layer's input."""
   if path.endswith("mlp/down"):
     return "activation"
   return "residual" if path == "embedding" or path.endswith("_add") else "linear"
 
 
 def summary(frame: pd.DataFrame) -> dict[str, float]:
-  """{<metric>/<kind>: mean over the tensors of a kind}: a row of metrics.jsonl."""
+  """{<metric>/<kind>: mean over the tensors of that kind}: a row of metrics.jsonl."""
   means = frame.groupby("kind")[list(METRICS)].mean()
   return {
     f"{metric}/{kind}": float(means.loc[kind, metric]) for metric in METRICS for kind in means.index
@@ -145,9 +145,8 @@ def summary(frame: pd.DataFrame) -> dict[str, float]:
 def on_documents(
   forward: Forward, batches: Any, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, Params], dict[str, float]]:
-  """(params, params with plain matrices) -> `summary` of activations and weights.
-
-  Activations are of these batches."""
+  """(params, params with plain matrices) -> `summary` of activations, on these batches, and of
+  weights."""
   everywhere = mesh_lib.replicated(mesh)
   activations = jax.jit(measurement(forward), out_shardings=everywhere)
   matrices = jax.jit(weight_measurement, out_shardings=everywhere)

@@ -1,6 +1,6 @@
-"""Sums over tokens of one unit's error, and the columns that they make.
+"""Sums over tokens of one unit's error, and the table columns computed from them.
 
-Sums are kept by window, so that standard errors over windows cost nothing.
+Sums are kept per window, so that standard errors over windows come for free.
 
 Legend: B windows, L length, F features.
 """
@@ -18,10 +18,10 @@ from beyond_outliers.evaluate.units import Unit
 
 COLUMNS = (
   "R",  # ‖f^q(hq) − f(h)‖² / ‖f(h)‖²
-  "R_in",  # the same of the inputs, all together
-  "A",  # what becomes of the error that comes in, over ‖f(h)‖²
-  "B",  # what quantizing the unit adds
-  "C",  # twice the product of the two
+  "R_in",  # the same for the inputs, all together
+  "A",  # ‖a‖² / ‖f(h)‖², a: the incoming error as the unit passes it on
+  "B",  # ‖b‖² / ‖f(h)‖², b: the error that quantizing the unit adds
+  "C",  # 2⟨a, b⟩ / ‖f(h)‖²
   "gain",  # A / R_in
   "spectral_ratio",  # (‖W + E/2‖₂ / ‖W‖₂)², of linear layers
   "alignment_ratio",  # (cos φ / cos ψ)²
@@ -29,17 +29,17 @@ COLUMNS = (
   "local",  # ‖f^q(h) − f(h)‖² / ‖f(h)‖²
 )
 
-# Numerators over ‖f(h)‖². `predicted` is A where the error passes through W + E/2.
+# Numerators over ‖f(h)‖². `predicted` is A as if the error passed through W + E/2.
 NUMERATORS = ("R", "A", "B", "C", "local", "predicted")
 
-Sums = dict[str, Any]  # {numerator, or "R_in", "out", "in": [B]} by kind of mean; and of `_centre`
+Sums = dict[str, Any]  # {numerator, "R_in", "out" or "in": [B]} of one kind of mean, and `_centre`
 
 
 def error_sums(unit: Unit, counts_BxL: jax.Array) -> dict[str, Sums]:
-  """{"token": sums of ratios at each token, "batch": sums of squares}, [B] each, float32 at least.
+  """{"token": sums of each token's ratios, "batch": sums of squares}, [B] each, at least float32.
 
-  Tokens where a denominator is zero, as behind a ReLU, have no ratio; one of NaN has. counts_BxL:
-  bool."""
+  Tokens with a denominator of zero, as after a ReLU, are left out; those with NaN are not.
+  counts_BxL: bool, tokens that count."""
   squares = _squares(unit)
   batch = {name: _sum(x_BxL, counts_BxL) for name, x_BxL in squares.items()}
   token = {}
@@ -52,7 +52,7 @@ def error_sums(unit: Unit, counts_BxL: jax.Array) -> dict[str, Sums]:
 
 
 def _centre(unit: Unit, counts_BxL: jax.Array) -> Sums:
-  """What the mean of the outputs over tokens is made of: their sum [B, F], and how many [B]."""
+  """What `centred` needs: the outputs' sum over tokens, [B, F], and the number of tokens, [B]."""
   h = _wide(unit.output)
   total_BxF = jnp.sum(h, axis=1, where=counts_BxL[..., None])
   return {"total": total_BxF, "tokens": jnp.sum(counts_BxL, axis=1).astype(h.dtype)}
@@ -86,7 +86,7 @@ def _squares(unit: Unit) -> dict[str, jax.Array]:
 
 
 def _parts(f_h, f_hq, fq_h, fq_hq):
-  """(a, b, local) of the four values of a unit; a + b is fq_hq − f_h."""
+  """(a, b, local) from a unit's four outputs; a + b is fq_hq − f_h."""
   a = ((fq_hq - fq_h) + (f_hq - f_h)) / 2
   b = ((fq_hq - f_hq) + (fq_h - f_h)) / 2
   return a, b, fq_h - f_h
@@ -108,10 +108,10 @@ def _sum(x_BxL: jax.Array, where_BxL: jax.Array) -> jax.Array:
 
 
 def columns(sums: dict[str, Sums], spectral_ratio: float) -> dict[str, float]:
-  """{column: value}, with `_se` and with the prefix `batch_`, of a unit's sums by window.
+  """{column: value} from a unit's sums per window: COLUMNS, with and without `_se` and `batch_`.
 
-  spectral_ratio: NaN for what is no linear layer. `_se`: standard errors over windows, by the
-  jackknife; NaN for one window. Gains are NaN where no error comes in. R_centred: see `centred`."""
+  spectral_ratio: NaN unless the unit is a linear layer. `_se`: jackknife standard errors over
+  windows; NaN for one window. Gains are NaN where no error comes in. R_centred: see `centred`."""
   found = {}
   for kind, prefix in (("token", ""), ("batch", "batch_")):
     values, errors = jackknife(sums[kind], lambda total: _ratios(total, spectral_ratio))
@@ -124,7 +124,7 @@ def columns(sums: dict[str, Sums], spectral_ratio: float) -> dict[str, float]:
 def centred(total: Sums) -> np.ndarray:
   """‖f^q(hq) − f(h)‖² / ‖f(h) − its mean over tokens‖², of sums over all tokens.
 
-  What all tokens have in common tells none from another, but makes R small where it is large."""
+  A large component shared by all tokens carries no information, yet it makes R small."""
   common = np.sum(total["total"] ** 2, axis=-1) / total["tokens"]
   return total["R"] / (total["out"] - common)
 
@@ -134,11 +134,11 @@ def jackknife(
 ) -> tuple[np.ndarray, np.ndarray]:
   """(statistic of the totals, its standard error over windows).
 
-  statistic: of totals, [B] or [B, F] each, to [..., B]."""
+  statistic: maps totals, [B] or [B, F] each, to [..., B]."""
   wide = {name: np.asarray(x_B, np.float64) for name, x_B in by_window.items()}
   totals = {name: x_B.sum(0, keepdims=True) for name, x_B in wide.items()}
   windows = len(next(iter(wide.values())))
-  with np.errstate(divide="ignore", invalid="ignore"):  # NaN says what is to be said
+  with np.errstate(divide="ignore", invalid="ignore"):  # the resulting NaN is meant
     value = statistic(totals)[..., 0]
     without = statistic({name: totals[name] - x_B for name, x_B in wide.items()})
     spread = without - without.mean(-1, keepdims=True)
@@ -147,10 +147,10 @@ def jackknife(
 
 
 def _ratios(sums: Sums, spectral_ratio: float) -> np.ndarray:
-  """COLUMNS of totals, one above the other."""
+  """COLUMNS from totals, stacked: [len(COLUMNS), B]."""
   over_out = {name: sums[name] / sums["out"] for name in NUMERATORS}
   r_in = sums["R_in"] / sums["in"]
-  # Two programs round alike at best: below that no error comes in, and what comes out is noise.
+  # Two programs agree to rounding at best: below that no error comes in, and a gain is noise.
   coming_in = np.where(r_in > np.finfo(np.float32).eps ** 2, r_in, np.nan)
   gain, predicted = (over_out[name] / coming_in for name in ("A", "predicted"))
   spectral = np.full_like(gain, spectral_ratio)

@@ -1,4 +1,4 @@
-"""Evaluator of a target: measures the missing cells of a plan, into self-contained files."""
+"""Evaluator of a target: measures the missing cells of a plan into self-contained files."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:  # needs the extra `eval`
 
 
 def quiet(text: str) -> None:
-  """Shows no progress."""
+  """Ignores progress."""
 
 
 class Evaluator:
-  """Measures cells into a folder, the target's own by default. What was measured under the same
-  settings stays as it is.
+  """Measures cells into a folder, the target's own by default. Results under the same settings are
+  kept.
 
-  trust_task_code: runs what files of the folders name. calibration_windows: of training data that
-    methods look at. propagation: decomposes the error of
-    every cell that quantizes (propagation.py), too. say: takes progress. warn: takes
-    broken files, and examples that tasks leave out.
+  trust_task_code: run the Python that files of the task folders name. calibration_windows: number
+    of windows of training data for the methods that need some. propagation: also decompose the
+    error of every cell that quantizes (propagation.py). say: receives progress. warn: receives
+    lines about broken files and examples left out of tasks.
   Errors: ConfigError for a batch that the devices cannot split, and for more calibration windows
     than there are; and as `task_suite.find_tasks`."""
 
@@ -57,8 +57,8 @@ class Evaluator:
   ):
     self.target, self.cells, self._windows = target, list(cells), calibration_windows
     self._store, self._warn = results.ResultStore(folder or target.results_folder, warn), warn
-    # Parameters whole on every device of every process, rows of a batch split over them. Each
-    # process reads, and quantizes, a checkpoint itself; the first one writes.
+    # Parameters are whole on every device of every process; a batch's rows are split over devices.
+    # Every process reads and quantizes the checkpoints itself; only the first one writes.
     mesh = mesh_lib.make_mesh(config.Mesh(-1, 1, 1))
     mesh_lib.check_batch(mesh, "--batch_size", target.text.batch_size)
     if any(cell.calibrated for cell in cells):
@@ -74,7 +74,7 @@ class Evaluator:
     processes.agree("contents", lambda: self._contents(loaded))
 
   def _contents(self, tasks: Sequence[LoadedTask]) -> Json:
-    """What the processes of a job must have in common, wherever it lies."""
+    """What the processes of a job must agree on, wherever each finds it."""
     return {
       "the model of --workdir, --checkpoint or --hf": self.target.identity,
       "the data of --data or the run": self.target.text.dataset.fingerprint,
@@ -82,7 +82,7 @@ class Evaluator:
     }
 
   def missing(self, step: int) -> list[Cell]:
-    """Cells that lack their metrics, a task, or the propagation of their error."""
+    """Cells that lack their metrics, a task's scores, or their error propagation."""
     return [
       cell
       for cell in self.cells
@@ -96,16 +96,16 @@ class Evaluator:
     self._store.make_folder()
 
   def results(self, steps: Sequence[int] | None = None) -> list[Result]:
-    """The cells that are there, of these steps or of all, by step."""
+    """The cells measured so far, of these steps or of all, ordered by step."""
     found = {cell["step"] for cell in self._store.cells()} if steps is None else set(steps)
     cells = (self._result(step, cell) for step in sorted(found) for cell in self.cells)
     return [cell for cell in cells if cell is not None]
 
   def measure(self, step: int, params: Params, cell: Cell) -> Result:
-    """Measures one cell, or its tasks that are missing, and writes them.
+    """Measures what is missing of one cell, and writes it.
 
-    Errors: TaskError once all else is written; DataError for damaged data; WriteError; GoneError
-    where `params` are the target's no longer; any that a method raises."""
+    Errors: TaskError, once everything else is written; DataError for damaged data; WriteError;
+    GoneError where `params` are no longer the target's; whatever a method raises."""
     began = time.perf_counter()
     q = self._quantize(params, cell)
     jax.block_until_ready(q.params if q else params)
@@ -134,7 +134,7 @@ class Evaluator:
     return result
 
   def close(self) -> None:
-    """Errors: StoreError of results that could not be uploaded."""
+    """Uploads the results, if the run is in a store. Errors: StoreError if that fails."""
     if self._sink:
       self._sink.close()
     self._publish()
@@ -146,13 +146,13 @@ class Evaluator:
   def _ask_tasks(
     self, step: int, cell: Cell, params: Params, q: quant.QuantizedModel | None
   ) -> dict[str, Exception]:
-    """Errors of the tasks that failed, by name."""
+    """Asks the missing tasks and writes their scores; returns the errors of those that failed."""
     model, model_params = (q.model, q.params) if q else (self.target.model, params)
     ask, failed = self._suite.asked_of(model, model_params), {}
     for task in self._tasks_missing(step, cell):
       try:
         scores = ask(task)
-      except Exception as error:  # whatever a task of others raises
+      except Exception as error:  # someone else's task may raise anything
         self.target.text.dataset.sums.check()
         processes.raise_alone(error)
         failed[task.name] = error
@@ -192,14 +192,14 @@ class Evaluator:
     return self._found(step, cell, self._task_settings(cell, task))
 
   def _found(self, step: int, cell: Cell, settings: Json) -> Result | None:
-    digest = self.target.digest(step)  # a run that went back may have made the step anew
+    digest = self.target.digest(step)  # a run that was rewound may have reached the step again
     return self._store.read(step, cell.row, cell.method, settings, digest)
 
   def _tasks_missing(self, step: int, cell: Cell) -> list[LoadedTask]:
     return [task for task in self._suite.tasks if self._read_task(step, cell, task) is None]
 
   def _result(self, step: int, cell: Cell) -> Result | None:
-    """The cell with those of its tasks that are there."""
+    """The cell with the tasks measured so far; None where the cell itself is missing."""
     found = self._read(step, cell)
     tasks = [self._read_task(step, cell, task) for task in self._suite.tasks]
     if self._propagates:
@@ -209,8 +209,8 @@ class Evaluator:
     return results.joined(found, [task for task in tasks if task is not None])
 
   def _write(self, step: int, cell: Cell, settings: Json, found: Json) -> None:
-    self.target.text.dataset.sums.wait()  # no result of damaged data is kept
-    digest = self.target.check_read(step)  # nor one that would count for other parameters
+    self.target.text.dataset.sums.wait()  # no result on damaged data is kept
+    digest = self.target.check_read(step)  # nor one that would pass for other parameters'
     result = {
       "step": step,
       **cell._asdict(),

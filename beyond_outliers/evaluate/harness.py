@@ -34,9 +34,9 @@ __all__ = [
   "task_manager",
 ]
 
-# Resamples behind the standard errors that have no formula, such as perplexity's.
+# Resamples for standard errors that have no formula, such as perplexity's.
 BOOTSTRAPS = 1000
-LISTED = 20  # examples of a task that are named where they are left out; all are counted
+LISTED = 20  # left-out examples listed per task; all are counted
 
 
 def score_tasks(
@@ -51,10 +51,10 @@ def score_tasks(
   prefix: int | None = None,
   bos: bool = False,
 ) -> Scores:
-  """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless a
+  """{task: {metric: value, metric_stderr: value}} under the model contract; zero-shot, unless the
   task itself says otherwise.
 
-  Of a group or tag each task has a row. tasks, limit: as `ask` takes them; the others as
+  Every task of a group or tag has its own entry. tasks, limit: see `ask`; the others: see
   `harness_model`."""
   return ask(
     harness_model(model, params, tokenizer, context=context, mesh=mesh, prefix=prefix, bos=bos),
@@ -64,15 +64,15 @@ def score_tasks(
 
 
 def ask(model: HarnessModel, tasks: Sequence[LoadedTask], limit: int | None = None) -> Answers:
-  """Scores of loaded tasks, and over which of their examples.
+  """Scores of loaded tasks, and the examples that they are over.
 
-  An example that has no score is left out whole, of all metrics, rather than counted as wrong.
+  An example without a score is left out of all metrics, rather than counted as wrong.
 
-  tasks: as `load_tasks` makes them, any number of times. limit: only the first so many examples of
-  each task. Errors: TaskError for a task of which no example has a score."""
+  tasks: from `load_tasks`; they can be asked any number of times. limit: only that many examples of
+  each task, the first ones. Errors: TaskError for a task none of whose examples has a score."""
   model.forget()
   members = {name: task for each in tasks for name, task in each.members.items()}
-  # Its bootstrap would fork this process, whose threads may then hang.
+  # The harness's bootstrap would fork this process, whose threads might then hang.
   os.environ["DISABLE_MULTIPROC"] = "1"
   with contextlib.redirect_stdout(sys.stderr), scored_only(members, model.left_out):
     found: Any = lm_eval.simple_evaluate(
@@ -106,7 +106,7 @@ def _counts(model: HarnessModel, task: Any) -> Json:
   asked = {(instance.task_name, instance.doc_id) for instance in task.instances}
   left_out = asked & model.left_out.keys()
   return {
-    # A task of a class of its own has no names for its splits.
+    # Tasks of their own Python class don't name their splits.
     "split": task.config.test_split
     or task.config.validation_split
     or ("test" if task.has_test_docs() else "validation"),
@@ -118,9 +118,9 @@ def _counts(model: HarnessModel, task: Any) -> Json:
 
 @contextlib.contextmanager
 def scored_only(tasks: Mapping[str, Any], left_out: Mapping[Example, str]) -> Iterator[None]:
-  """Has the harness judge only examples that are not in `left_out` by then.
+  """Has the harness judge only the examples that are not in `left_out`.
 
-  It iterates over a task's documents twice: to ask the model, and to judge its answers."""
+  It iterates over a task's documents twice: to ask the model, filling `left_out`, and to judge."""
 
   def documents(name, original, **chosen):
     asked = list(original(**chosen))

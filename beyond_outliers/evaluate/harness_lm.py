@@ -1,4 +1,4 @@
-"""A model as the lm-evaluation-harness's `LM`: its questions in strings, answered by a
+"""A model as the lm-evaluation-harness's `LM`: answers its questions, which are strings, by a
 `loglikelihood.Scorer`.
 
 Needs the extra `eval`, and no torch.
@@ -23,25 +23,25 @@ from beyond_outliers.evaluate import loglikelihood
 from beyond_outliers.evaluate.loglikelihood import NOT_FINITE, Pair
 from beyond_outliers.types import LanguageModel, Params
 
-# A task, and the number of its document, from 0; None of a request that is of no task.
+# A task, and the number of its document, from 0; None for a request that belongs to no task.
 Example = tuple[str | None, int | None]
 
-GENERATED = 256  # tokens at most where a task doesn't say, or half the window where that is less
+GENERATED = 256  # most tokens where a task sets no limit, but no more than half the window
 
 
 class HarnessModel(lm_eval.api.model.TemplateLM):
-  """The harness's questions in strings, answered by a `loglikelihood.Scorer`.
+  """Answers the harness's questions, which are strings, by a `loglikelihood.Scorer`.
 
-  prefix: the id that stands before a text without a context, as between documents in training. bos:
-  whether it stands before every text, as before every document in training; it is not doubled. As
-  with the harness's Hugging Face model, contexts too long for the window lose their beginning, and
-  a context's trailing spaces are encoded with the continuation. Generation is greedy, and ends with
-  the text or where another would begin; control tokens are dropped from it.
+  prefix: the id put before a text without a context, as between documents in training. bos: whether
+  it is put before every text, as before every document in training; it is not doubled. As with the
+  harness's Hugging Face model, contexts too long for the window lose their beginning, and a
+  context's trailing spaces are encoded with the continuation. Generation is greedy, and stops where
+  the text ends or another would begin; control tokens are dropped from it.
 
-  What that model fails on has no score, and `left_out` says why: a continuation without tokens,
-  because it is empty or merges with its context, or with more than the window; and what is not
-  finite.
-  Errors: ConfigError for a task that samples, or that wants more tokens than the window has."""
+  What the harness's model fails on has no score here, and `left_out` says why: a continuation with
+  no tokens, because it is empty or merges with its context, or with more than the window holds; and
+  values that are not finite.
+  Errors: ConfigError for a task that samples, or asks for more tokens than the window holds."""
 
   def __init__(
     self,
@@ -54,8 +54,8 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     self._scorer, self._tokenizer, self._prefix, self._bos = scorer, tokenizer, prefix, bos
     self._control_ids = {i for i in (tokenizer.eot, tokenizer.bos) if i is not None}
     self._control_ids |= set(tokenizer.special.values())
-    self.left_out: dict[Example, str] = {}  # and why, since `forget`
-    self.truncated: set[Example] = set()  # whose context lost its beginning
+    self.left_out: dict[Example, str] = {}  # -> why; since the last `forget`
+    self.truncated: set[Example] = set()  # examples whose context lost its beginning
 
   @property
   def eot_token_id(self):
@@ -104,7 +104,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return self._cached("loglikelihood", [texts for texts, _, _ in requests], results)
 
   def _note(self, request: Any, tokens: int, reason: str) -> None:
-    """Notes what became of the example of a request that reads so many tokens."""
+    """Notes a request's example as left out if there is a reason, or as truncated by its tokens."""
     example = getattr(request, "task_name", None), getattr(request, "doc_id", None)
     if reason:
       self.left_out.setdefault(example, reason)
@@ -112,7 +112,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
       self.truncated.add(example)
 
   def loglikelihood_rolling(self, requests, disable_tqdm=True):
-    # The prefix is put before each window.
+    # No prefix here: it is put before each window.
     texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
     windows = [
       [
@@ -151,7 +151,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     return self._cached("generate_until", [request.args for request in requests], results)
 
   def _ends(self, stops: Sequence[str]) -> set[int | None]:
-    """The ids that end a text: control tokens that are spelled as stops do too."""
+    """The ids that end a text, including special tokens whose names are among the stops."""
     spelled = {i for name, i in self._tokenizer.special.items() if name in stops}
     return {self.eot_token_id, self._prefix, self._tokenizer.bos} | spelled
 
@@ -168,7 +168,7 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     checks.require(0 < limit < window, field, limit, remedy)
     field, remedy = "generation_kwargs.do_sample", "only greedy generation; set it to false"
     checks.require(not whole["do_sample"], field, True, remedy)
-    whole["until"] = [stop for stop in whole["until"] if stop]  # none, for null and ""
+    whole["until"] = [stop for stop in whole["until"] if stop]  # null and "" stop nothing
     field, remedy = "generation_kwargs.until", "expected texts that end what is generated"
     checks.require(all(isinstance(s, str) for s in whole["until"]), field, whole["until"], remedy)
     return whole
@@ -180,17 +180,17 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
 
 
 def not_finite(score: float) -> str:
-  """Why a log-likelihood is no score; empty if it is one."""
+  """Why a log-likelihood cannot serve as a score; empty if it can."""
   return "" if math.isfinite(score) else f"a log-likelihood is {score}"
 
 
 def until(ids: Sequence[int], ends: set[int | None]) -> list[int]:
-  """The ids before the first that ends a text."""
+  """The ids before the first that is in `ends`."""
   return list(itertools.takewhile(lambda i: i not in ends, ids))
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-  """The text before the first of the stop strings."""
+  """The text before the first stop string."""
   ends = [text.find(stop) for stop in stops if stop in text]
   return text[: min(ends, default=len(text))]
 
@@ -205,16 +205,16 @@ def harness_model(
   prefix: int | None = None,
   bos: bool = False,
 ) -> HarnessModel:
-  """A model that any number of tasks is asked of: its programs are compiled once for all.
+  """A model to ask any number of tasks; its programs are compiled once for all of them.
 
-  context, mesh: as `loglikelihood.Scorer` takes them. prefix, bos: as `HarnessModel` does; prefix
-  by default the tokenizer's token that ends a text (with bos: begins it), or else the other."""
+  context, mesh: see `loglikelihood.Scorer`. prefix, bos: see `HarnessModel`; prefix is by default
+  the tokenizer's token that ends a text (with bos: begins it), or else the other."""
   marks = (tokenizer.bos, tokenizer.eot) if bos else (tokenizer.eot, tokenizer.bos)
   prefix = next((i for i in (prefix, *marks) if i is not None), None)
   if prefix is None:
     raise ConfigError(
       "prefix = None: the tokenizer has no token that ends or begins a text; name one"
     )
-  # A vocabulary may be padded above the tokenizer's.
+  # The model's vocabulary may be padded beyond the tokenizer's.
   scorer = loglikelihood.Scorer(model, params, context=context, mesh=mesh, ids=tokenizer.ids)
   return HarnessModel(scorer, tokenizer, prefix, bos)

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness by name, with their data, checked before any model is asked.
+"""Tasks of the lm-evaluation-harness by name; their data are checked before any model is asked.
 
 Needs the extra `eval`, and no torch.
 """
@@ -28,33 +28,32 @@ from beyond_outliers.errors import ConfigError
 from beyond_outliers.evaluate import offline_tasks, task_code
 from beyond_outliers.types import Json, PathLike
 
-# Of a task's configuration: where it and its data lie.
+# Fields of a task's configuration that say where it and its data lie.
 WHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
-# Of a field that a task asks for: missing; or what the library of data makes of texts in JSON that
-# all look like dates.
+# Types of a field's value that is not text: missing, or a date, to which the datasets library
+# converts JSON strings if all look like dates.
 NO_TEXT = (type(None), datetime.datetime)
 TEXT = "the task asks for it; expected a text, not missing nor a date alone"
 MAKE_OFFLINE = "python -m beyond_outliers.evaluate.offline_tasks"
 
 
 class LoadedTask(NamedTuple):
-  """A task by its name, or all those of a group or tag, with their data."""
+  """One task, or all tasks of a group or tag, with their data."""
 
   name: str
-  objects: list[Any]  # of the harness: the tasks, or their group
-  content: str  # hash of the questions and how answers are judged
-  members: dict[str, Any]  # the tasks by their names
+  objects: list[Any]  # the harness's own: the tasks, or their group
+  content: str  # hash of the questions and of how answers are judged
+  members: dict[str, Any]  # the tasks, by name
 
 
 def task_manager(
   tasks: Sequence[str], folders: Sequence[PathLike] = ()
 ) -> lm_eval.tasks.TaskManager:
   """The harness's tasks, groups and tags, and those of the YAML files in `folders`, which replace
-  its own of the same name.
+  the harness's of the same name.
 
-  Where the folders have all that is asked for, the harness's own fifteen thousand files stay
-  unread.
-  Errors: ConfigError for a name that nobody knows, or that several files of the folders have."""
+  If the folders have everything asked for, the harness's own fifteen thousand files are not read.
+  Errors: ConfigError for an unknown name, or one that several files of the folders define."""
   missing = [folder for folder in folders if not os.path.isdir(folder)]
   checks.require(not missing, "task folders", missing, "there is no such folder")
   files, unreadable = _task_files(folders)
@@ -67,7 +66,7 @@ def task_manager(
     manager = lm_eval.tasks.TaskManager(include_path=paths)
   for task in tasks:
     if task not in manager.all_tasks:
-      # cutoff 0: the nearest of thousands, rather than all of them.
+      # cutoff 0: suggests the nearest of thousands, rather than listing them all.
       remedies = [checks.nearest(task, manager.all_tasks, cutoff=0.0)]
       if found := sorted(name for name in files if files[name]):
         remedies.append(f"--task_folders hold {', '.join(found)}")
@@ -80,18 +79,18 @@ def task_manager(
 def _task_files(
   folders: Sequence[PathLike],
 ) -> tuple[collections.defaultdict[str, list[pathlib.Path]], list[str]]:
-  """({name of a task or group: the files that define it}, what is wrong with files that cannot be
-  read); the harness takes the last of several, and passes over the others without a word."""
+  """({name of a task or group: the files that define it}, what is wrong with unreadable files). Of
+  several that define a name, the harness would silently take the last; and skip unreadable ones."""
   files: collections.defaultdict[str, list[pathlib.Path]] = collections.defaultdict(list)
   unreadable = []
   paths = {path.resolve() for folder in folders for path in pathlib.Path(folder).rglob("*.yaml")}
   for path in sorted(path for path in paths if ".ipynb_checkpoints" not in path.parts):
     try:
       configuration = lm_eval.tasks.manager.load_yaml(path, resolve_func=False)
-    except Exception as error:  # whatever its parser raises
+    except Exception as error:  # the harness's parser may raise anything
       unreadable.append(f"{path} cannot be read: {_one_line(error)}")
     else:
-      # Files without a name are included by others; a group's `task` are its members.
+      # Files without a name are included by others; in a group, `task` lists its members.
       name = configuration.get("group", configuration.get("task"))
       if isinstance(name, str):
         files[name].append(path)
@@ -101,10 +100,10 @@ def _task_files(
 def load_tasks(
   names: Sequence[str], folders: Sequence[PathLike] = (), *, trust_code: bool = False
 ) -> list[LoadedTask]:
-  """Tasks by name, each once, with their data; folders: see `task_manager`. trust_code: run what
-  files in the folders name, and let their templates reach all of Python (task_code.py).
+  """Tasks by name, each once, with their data. folders: see `task_manager`. trust_code: run the
+  Python that files in the folders name, and let their templates reach all of it (task_code.py).
 
-  Errors: ConfigError for tasks that are unknown, faulty or without their data, or not trusted."""
+  Errors: ConfigError for tasks that are unknown, faulty, without their data, or not trusted."""
   names = list(dict.fromkeys(names))
   manager = task_manager(names, folders)
   if not trust_code:
@@ -115,7 +114,7 @@ def load_tasks(
 
 def _load(manager: lm_eval.tasks.TaskManager, name: str) -> LoadedTask:
   try:
-    with contextlib.redirect_stdout(sys.stderr):  # results alone go to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
       found: Any = manager.load([name])
     for task in found["tasks"].values():
       _check_examples(task)
@@ -124,7 +123,7 @@ def _load(manager: lm_eval.tasks.TaskManager, name: str) -> LoadedTask:
     raise ConfigError(f"tasks = {name}: {error}") from None
   except jinja2.exceptions.SecurityError as error:
     raise ConfigError(f"tasks = {name}: a template: {error} {task_code.REMEDY}") from None
-  except Exception as error:  # the harness and its library of data raise whatever there is
+  except Exception as error:  # the harness and the datasets library may raise anything
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     raise ConfigError(
       f"tasks = {name}: {': '.join(map(_one_line, causes))}; mend its YAML file or its data; "
@@ -144,14 +143,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _content(task: Any) -> list[Any]:
-  """All that a task's answers are of: its configuration and documents, wherever they lie."""
+  """All that a task's scores depend on: its configuration and documents, wherever they lie."""
   configuration = {name: value for name, value in task.dump_config().items() if name not in WHERE}
   shots = task.fewshot_docs() if task.config.num_fewshot else []
   return [configuration, [_digest(list(documents)) for documents in (task.eval_docs, shots)]]
 
 
 def _digest(value: Any) -> str:
-  # Functions that have no source are written with their place in memory.
+  # The repr of a function without source contains its address, which differs between runs.
   text = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True, default=str))
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -160,12 +159,12 @@ def _digest(value: Any) -> str:
 
 
 def _check_examples(task: Any) -> None:
-  """Refusal of data that the harness would ask or judge all the same: it writes a missing field as
-  "None" and a date as a time of day, and counts an answer that is none of the choices as wrong.
+  """Refuses data that the harness would silently accept: it writes a missing field as "None" and a
+  date with a time of day, and counts an answer that is not one of the choices as wrong.
 
   Errors: ConfigError that names the first such example, from 0."""
   if not isinstance(task, lm_eval.api.task.ConfigurableTask):
-    return  # of a class of its own, which knows its data
+    return  # a task of its own Python class, which knows its data
   own = callable(task.config.process_results)
   asked = (task.config.doc_to_text, task.config.doc_to_target, task.config.doc_to_choice)
   fields = [name for name in asked if isinstance(name, str) and name in task.features]
@@ -190,7 +189,7 @@ def _check_examples(task: Any) -> None:
 
 
 def _asked(value: Any) -> Any:
-  """What a template prints. Errors: ConfigError for what is no text or number."""
+  """A value that a template prints, unchanged. Errors: ConfigError for a missing one or a date."""
   checks.require(not isinstance(value, NO_TEXT), "a field in a template", value, TEXT)
   return value
 
@@ -203,7 +202,7 @@ def _check_choices(task: Any, document: Json) -> None:
     choices,
     "expected two texts or more",
   )
-  # Where choices are contexts, the text is the answer.
+  # Where the choices are contexts, doc_to_text gives the answer.
   remedy = "digits alone are taken for the number of a choice; add words"
   checks.require(task.multiple_input or isinstance(text, str), "context", text, remedy)
   answer = text if task.multiple_input else task.doc_to_target(document)

@@ -1,4 +1,4 @@
-"""An evaluation job: a target's checkpoints through an evaluator, once or as they land."""
+"""An evaluation job: runs an evaluator on a target's checkpoints, once or as they are written."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from beyond_outliers.mesh import processes
 from beyond_outliers.types import Params, PathLike
 from beyond_outliers.workdir import Workdir
 
-SILENCE = 1800.0  # seconds without a word from the run, after which the job says so
+SILENCE = 1800.0  # seconds without a sign of life from the run, after which the job says so
 RECORDS = ("config.json", "manifest.json", "status.json")  # in the order in which a run writes them
 
 
 class Progress:
-  """Progress of a job on stderr: redrawn on a terminal; elsewhere one line per cell, and now and
-  then one within a long one."""
+  """Progress of a job on stderr: redrawn on a terminal; elsewhere one line per cell, and one every
+  `every` seconds within a long cell."""
 
   def __init__(self, every: float = 30.0):
     self._redraw, self._every = sys.stderr.isatty(), every
@@ -58,7 +58,7 @@ class Progress:
 
 
 def wait_for_run(workdir: PathLike, progress: Progress, poll: float) -> None:
-  """Errors: WorkdirError."""
+  """Waits until a run has written its RECORDS. poll: seconds. Errors: WorkdirError."""
   copy = stores.Copy(os.fspath(workdir)) if stores.is_address(workdir) else None
   folder = Workdir(copy.folder if copy else workdir).path
 
@@ -74,8 +74,8 @@ def wait_for_run(workdir: PathLike, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Reports changes in a run that is followed, to a person. dead: it was killed, for it is silent
-  for longer than its watchdog would be, and no process holds its lock."""
+  """Reports changes in a followed run to a person. dead: the run was killed: it has been silent for
+  longer than its watchdog allows, and no process holds its lock."""
 
   def __init__(self, target: Target, progress: Progress):
     self._target, self._progress = target, progress
@@ -85,7 +85,7 @@ class Watch:
 
   def look(self) -> None:
     status, wrote = self._target.status(), self._target.last_write()
-    # By the clock of process 0, and the lock as it sees it, so that all go the same way.
+    # Process 0's clock, and below its view of the lock, so that all processes decide alike.
     silent = mesh_lib.found_by_first(lambda: time.monotonic() - self._since)
     if status != self._status:
       self._progress.line(f"run: {status}")
@@ -104,7 +104,7 @@ class Watch:
 
   def _is_abandoned(self, silent: float) -> bool:
     origin = self._target.origin
-    # Within it, a run whose step takes for ever says so itself, if it has a watchdog.
+    # Until then, a run with a watchdog reports a step that hangs itself.
     patience = max(SILENCE, 1.5 * origin["config"]["log"]["watchdog_seconds"])
     if silent <= patience:
       return False
@@ -115,28 +115,28 @@ class Watch:
 
 
 class Job:
-  """Checkpoint after checkpoint of a target through an `Evaluator`; those that cannot be read are
-  reported and left alone.
+  """Runs an `Evaluator` on one checkpoint of a target after another; unreadable ones are reported
+  and skipped.
 
-  Errors: DataError for damaged data; WriteError; WorkdirError where another training has taken the
-  target's place."""
+  Errors: DataError for damaged data; WriteError; WorkdirError where another training has replaced
+  the target."""
 
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
-    self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
-    # Whether a cell could not be measured of a checkpoint that could be read, or is lacking, or the
-    # run is dead.
+    self.skipped: dict[int, list[str]] = {}  # step -> why it, or some of its cells, were skipped
+    # Whether a cell of a readable checkpoint could not be measured, a result is missing, or the run
+    # is dead.
     self.failed = False
-    self.evaluated: set[int] = set()  # steps that could be read, or lacked nothing
-    self._told: set[tuple[int, Cell]] = set()  # that could not be measured
+    self.evaluated: set[int] = set()  # steps that could be read, or were complete already
+    self._told: set[tuple[int, Cell]] = set()  # cells reported as impossible to measure
 
   def once(self, steps: list[int]) -> None:
     for i, step in enumerate(steps):
       self._evaluate(step, later=steps[i + 1 :])
 
   def newest(self) -> list[int]:
-    """The steps that were evaluated: the newest one, or where that cannot be read the one before
-    it, which was not asked for; `failed` then."""
+    """Evaluates the newest readable checkpoint; returns its step, in a list. `failed` is set unless
+    it is the newest of all, which was asked for."""
     steps = self._target.steps()
     for step in steps[::-1]:
       if self._evaluate(step):
@@ -145,10 +145,10 @@ class Job:
     return []
 
   def follow(self, wanted: Collection[int] | None = None) -> None:
-    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are;
-    `failed` then if it is dead.
+    """Evaluates until all wanted checkpoints are done, or the run has ended and all of its are;
+    `failed` is set if the run is dead.
 
-    One that was saved anew is looked at again."""
+    A checkpoint that was saved again is evaluated again."""
     target = self._target
     seen: dict[int, Any] = {}  # step -> its files when it was read
     left = {step for step in wanted or () if self._evaluator.missing(step)}
@@ -158,12 +158,12 @@ class Job:
       watch.look()
       ended = (
         target.ended() or watch.dead
-      )  # asked first: what was written until then is in the list
+      )  # before listing steps, so that a run seen as ended has all of its steps in the list
       steps = [step for step in target.steps() if wanted is None or step in wanted]
       seen = {step: written for step, written in seen.items() if step in steps}
       waiting = [step for step in steps if step not in seen or target.written(step) != seen[step]]
       if waiting:
-        # One per turn: others may be deleted meanwhile.
+        # One per turn, since others may be deleted meanwhile.
         seen[waiting[0]] = target.written(waiting[0])
         if self._evaluate(waiting[0], later=waiting[1:]):
           left.discard(waiting[0])
@@ -174,8 +174,8 @@ class Job:
         time.sleep(self._poll)
 
   def check_results(self, asked: Collection[int]) -> None:
-    """Tells of cells that are not there, of steps that were asked for or evaluated; `failed`
-    then."""
+    """Reports missing cells of the steps that were asked for or evaluated, and sets `failed` if
+    there are any."""
     for step in sorted({*asked, *self.evaluated}):
       missing = self._evaluator.missing(step)
       self.failed |= bool(missing)
@@ -198,7 +198,7 @@ class Job:
       params = self._target.params(step)
     except (CheckpointError, OSError) as error:
       processes.raise_alone(error)
-      time.sleep(1.0)  # a deletion under way looks like damage
+      time.sleep(1.0)  # a deletion in progress looks like damage
       self._target.check()
       gone = step not in self._target.steps()
       self._skip(step, "deleted before it could be read (checkpoint.keep)" if gone else str(error))
@@ -208,7 +208,7 @@ class Job:
     for i, cell in enumerate(missing, 1):
       try:
         self._measure(step, params, cell, to_go - i)
-      except GoneError as error:  # and so are the other cells; it may come anew
+      except GoneError as error:  # gone for all cells; the run may save the step again
         self.evaluated.discard(step)
         self._skip(step, f"{error}: the result is dropped")
         return False
@@ -221,9 +221,9 @@ class Job:
       result = self._evaluator.measure(step, params, cell)
     except (WriteError, GoneError):
       raise
-    # No memory, a checkpoint that a method cannot take, a task: the other cells may be well.
+    # Out of memory, a checkpoint unfit for the method, a task: other cells may still work.
     except Exception as error:
-      self._target.text.dataset.sums.check()  # damaged data are every cell's
+      self._target.text.dataset.sums.check()  # damaged data concern every cell
       processes.raise_alone(error)
       if not isinstance(error, ConfigError):
         traceback.print_exc()

@@ -1,5 +1,5 @@
-"""Log-likelihoods and greedy continuations of token sequences, in few compiled shapes, as the
-harness's tasks ask for them.
+"""Log-likelihoods and greedy continuations of token sequences, for the harness's tasks, in few
+compiled shapes.
 
 Legend: R rows of a batch, L their length, S scored positions of a row, C of these that the head
 sees at once, D model width, V vocabulary.
@@ -25,30 +25,30 @@ from beyond_outliers.model import loss
 from beyond_outliers.types import LanguageModel, Params
 
 SHORTEST = 16  # the smallest bucket of lengths
-SHORTEST_ROW = 256  # of several texts
+SHORTEST_ROW = 256  # the shortest row of several texts
 BATCH_TOKENS = 8192
-CPU_BATCH_TOKENS = 1024  # what its caches hold: a token of nano takes twice as long among 8192
-CHUNKS = 16  # parts that the scored positions of a row go through the head in
-AT_ONCE = 16  # tokens that a row grows by between two looks for its end
-NOT_FINITE = -1  # stands for the token that follows logits of which some are NaN or infinite
+CPU_BATCH_TOKENS = 1024  # fits the caches: with 8192, nano takes twice as long per token
+CHUNKS = 16  # in which the scored positions of a row go through the head
+AT_ONCE = 16  # tokens by which a row grows between two checks for its end
+NOT_FINITE = -1  # in place of a token, where some logits are NaN or infinite
 
 
 class Pair(NamedTuple):
-  """A continuation, and the context that is read before it: at least one token each."""
+  """A continuation and the context read before it: at least one token each."""
 
   context: Sequence[int]
   continuation: Sequence[int]
 
 
 class Scorer:
-  """A model behind a few compiled programs: one per length of rows.
+  """A model behind a few compiled programs, one per length of rows.
 
   context: the longest window in tokens. batch_tokens: tokens of a batch on one device, padding
   included; by default as many as suit the device. mesh: its data and fsdp axes split the rows, and
-  the parameters must have been placed on it; by default the first device. ids: those that greedy
-  continuations are made of, by default all; of a vocabulary that is padded above the tokenizer's,
-  the tokenizer's. Probabilities are those of the softmax over the whole vocabulary, padding
-  included, as in training.
+  the parameters must have been placed on it; by default the first device. ids: those allowed in
+  greedy continuations, by default all; where the vocabulary is padded, give the tokenizer's ids.
+  Probabilities are those of the softmax over the whole vocabulary, padding included, as in
+  training.
 
   Every process of a run makes the same calls and gets the same results."""
 
@@ -68,7 +68,7 @@ class Scorer:
     self._ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
     on_cpu = self._mesh.devices.flat[0].platform == "cpu"
     self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
-    everywhere = mesh_lib.replicated(self._mesh)  # so that each process can read all
+    everywhere = mesh_lib.replicated(self._mesh)  # so that every process can read everything
     self._score = jax.jit(functools.partial(score, model), out_shardings=everywhere)
     all_ids = np.arange(model.config.vocab)
     known_V = np.isin(all_ids, all_ids if ids is None else ids)
@@ -79,8 +79,8 @@ class Scorer:
     the model's first choices.
 
     A pair of more than context + 1 tokens loses its beginning. Equal pairs are scored once, and
-    what several begin with is read once (packing.py). Errors: ConfigError for a continuation that
-    is empty, or alone longer than the context."""
+    shared beginnings are read once (packing.py). Errors: ConfigError for an empty context, and for
+    a continuation that is empty, or longer than the window on its own."""
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
         raise ConfigError(
@@ -93,7 +93,7 @@ class Scorer:
     ]
     texts = sorted(set(asked))
     results = self._scores(texts, packing.packed(texts, self._row_length))
-    # In a row NaN spreads to other texts: zero times NaN is NaN.
+    # NaN spreads to other texts of its row, since zero times NaN is NaN: score these alone.
     broken = [text for text in texts if not math.isfinite(results[text][0])]
     results |= self._scores(broken, packing.alone(broken, self._length))
     return [results[text] for text in asked]
@@ -109,7 +109,7 @@ class Scorer:
         log_p = -float(nll_RxS[row, places].sum(dtype=np.float64))
         results[texts[number]] = log_p, bool(first_RxS[row, places].all())
 
-    started = None  # a batch is fetched once the next one runs
+    started = None  # a batch's results are fetched while the next one runs
     for batch in packing.packed_batches(texts, rows, self._rows):
       running = batch, self._run(self._score, *batch.arrays)
       if started:
@@ -127,10 +127,10 @@ class Scorer:
   ) -> list[list[int]]:
     """Greedy continuations of at most `limits` tokens; a long prompt loses its beginning.
 
-    ended(number of the prompt, tokens so far) -> whether the rest is of no interest; asked every
-    AT_ONCE tokens, so that up to AT_ONCE - 1 come after the end. Nothing is cached between tokens:
-    each costs a pass over its row. What follows a NOT_FINITE is arbitrary.
-    Errors: ConfigError for an empty prompt, or a limit that leaves no room to one token of it."""
+    ended(number of the prompt, tokens so far) -> whether to stop; asked every AT_ONCE tokens, so
+    that up to AT_ONCE - 1 tokens may follow the end. Nothing is cached between tokens: each costs a
+    pass over its row. What follows a NOT_FINITE is arbitrary.
+    Errors: ConfigError for an empty prompt, or a limit that leaves no room for one token of it."""
     for prompt, limit in zip(prompts, limits, strict=True):
       if not prompt or not 0 < limit < self.context:
         raise ConfigError(
@@ -175,11 +175,11 @@ class Scorer:
     return max(1, self.batch_tokens // length) * self._ways
 
   def _row_length(self, tokens: int) -> int:
-    """Of rows that hold several texts."""
+    """The bucket of a row that holds several texts: a power of two."""
     return max(next_power_of_two(tokens), SHORTEST_ROW)
 
   def _length(self, tokens: int) -> int:
-    """The bucket: a power of two, or three quarters of one, and at most the context."""
+    """The bucket of a single text: a power of two, or 3/4 of one, and at most the context."""
     above = max(next_power_of_two(tokens), SHORTEST)
     return min(above * 3 // 4 if tokens <= above * 3 // 4 else above, self.context)
 
@@ -192,9 +192,9 @@ def next_power_of_two(n: int) -> int:
 def score(model, params, tokens_RxL, positions_RxL, segment_ids_RxLx2, sources_RxS, targets_RxS):
   """Negative log-likelihood of every target in nats, and whether it is the argmax, [R, S] each.
 
-  float32 at least. sources: the places that targets are predicted from, -1 where nothing is asked
-  and the result is arbitrary. Only columns in which some row asks something go through the head, C
-  at a time."""
+  float32 at least. sources: positions from which targets are predicted; -1 where there is no target
+  and the result is arbitrary. Only columns with a target in some row go through the head, C at a
+  time."""
   x_RxLxD = model.apply(
     {"params": params}, tokens_RxL, segment_ids_RxLx2, positions_RxL, method="hidden"
   )
@@ -220,9 +220,9 @@ def score(model, params, tokens_RxL, positions_RxL, segment_ids_RxLx2, sources_R
 
 
 def extend(model, known_V, params, tokens_RxL, lengths_R):
-  """The AT_ONCE tokens that follow greedily after the first lengths_R of each row, [R, AT_ONCE].
+  """The AT_ONCE greedy tokens that follow the first lengths_R tokens of each row, [R, AT_ONCE].
 
-  known_V: which ids may follow. Those that would come after position L are arbitrary."""
+  known_V: ids that may be generated. Tokens beyond position L are arbitrary."""
   rows = jnp.arange(len(tokens_RxL))
 
   def append(tokens_RxL, step):

@@ -13,14 +13,14 @@ import numpy as np
 
 from beyond_outliers.types import Batch
 
-# batch -> (negative log-likelihood of every target in nats, number of its document from 1; 0: does
-# not count), [B, L] numpy
+# batch -> (negative log-likelihood of every target in nats, number of its document from 1, or 0
+# where the target does not count), [B, L] numpy
 TokenLosses = Callable[[Batch], tuple[np.ndarray, np.ndarray]]
 # The same for several values of every target, by name.
 TokenNumbers = Callable[[Batch], tuple[Mapping[str, np.ndarray], np.ndarray]]
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
-AT_ONCE = 1 << 22  # draws of a document that `intervals` holds in memory
+AT_ONCE = 1 << 22  # counts of drawn documents that `intervals` holds in memory
 
 
 def evaluate(
@@ -30,9 +30,9 @@ def evaluate(
 
   num_bytes: UTF-8 bytes of those documents' text; None when unknown.
   Returns loss (nats per target), loss_stderr (see `ratio_and_stderr`), perplexity, bits_per_byte
-  (the nats of all counted targets, a document's end among them, over the bytes that these stand
-  for: num_bytes less the `unscored_bytes` of `data.validation_batches`; None if unknown),
-  documents, tokens (targets)."""
+  (over all counted targets, ends of documents included, per byte that they stand for: num_bytes
+  less the `unscored_bytes` of `data.validation_batches`; None if unknown), documents, tokens
+  (targets)."""
 
   def token_numbers(batch):
     nll_BxL, document_BxL = token_losses(batch)
@@ -48,9 +48,9 @@ def compare(
   """Metrics of a changed model against a reference on a fixed set of documents, given `nll`,
   `reference_nll`, `kl` and `agreement` of every target.
 
-  Returns those of `evaluate`, and means over all targets of reference_loss, loss_difference
-  (nats), kl, agreement, with <name>_interval of the last three: [low, high], see `intervals`; seed
-  is of its draws."""
+  Returns those of `evaluate`, and means over all targets: reference_loss, loss_difference (nats),
+  kl and agreement, the last three with <name>_interval, [low, high]; see `intervals`. seed: of the
+  bootstrap."""
   sums, counts_N = by_document(token_numbers, batches)
   judged = {
     "loss_difference": sums["nll"] - sums["reference_nll"],
@@ -70,15 +70,15 @@ def compare(
 
 
 def scored_bytes(batches: Iterable[Batch], num_bytes: int | None) -> int | None:
-  """Bytes of text that the targets stand for. Batches that don't say otherwise have all of it."""
+  """Bytes of text that the targets stand for: all, less the batches' `unscored_bytes` if any."""
   return num_bytes and num_bytes - getattr(batches, "unscored_bytes", 0)
 
 
 def by_document(
   token_numbers: TokenNumbers, batches: Iterable[Batch]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """({name: sum over the targets of each document, [N]}, how many these are, [N]), float64, of
-  documents that have some."""
+  """({name: sum over the targets of each document, [N]}, number of targets, [N]), float64, of the
+  documents that have targets."""
   sums: dict[str, np.ndarray] = {}
   counts = np.zeros(1)
   for batch in batches:
@@ -103,14 +103,14 @@ def intervals(
   resamples: int = RESAMPLES,
   confidence: float = CONFIDENCE,
 ) -> np.ndarray:
-  """Confidence intervals of Σ sums / Σ counts over all documents, [M, 2]: that of these ± Student's
-  t times the bootstrap's standard error.
+  """Confidence intervals of Σ sums / Σ counts over all documents, [M, 2]: the ratio ± Student's t
+  times the bootstrap's standard error.
 
-  A paired bootstrap: a draw of documents is one for all that is measured on them, so what makes a
-  document hard cancels in differences. Percentiles of the resamples would be too narrow for few
-  documents (Hesterberg, arXiv 1411.5279): their variance is 1 - 1/N of what it should be, and known
-  by N - 1 degrees of freedom. NaN for one document, which says nothing of others."""
-  from scipy import special  # takes a third of a second, and training asks for no intervals
+  The bootstrap is paired: all M quantities share each draw of documents, so what makes a document
+  hard cancels in differences. Percentiles of the resamples would be too narrow for few documents
+  (Hesterberg, arXiv 1411.5279): their variance is 1 - 1/N of what it should be, and estimated with
+  N - 1 degrees of freedom. NaN for one document, which says nothing about others."""
+  from scipy import special  # a third of a second to import, and training needs no intervals
 
   N = counts_N.size
   if N < 2:
@@ -144,7 +144,7 @@ def _loss_metrics(
 def ratio_and_stderr(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
   """Σ sums / Σ counts and its standard error over documents: the linearised ratio estimator.
 
-  The pairs (documents) are taken as a random sample."""
+  The documents are treated as a random sample."""
   ratio, n = sums.sum() / counts.sum(), sums.size
   residuals = sums - ratio * counts
   stderr = (

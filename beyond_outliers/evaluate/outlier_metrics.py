@@ -1,7 +1,7 @@
-"""Outlier metrics of arXiv 2509.23500: of an array, and of many arrays by what can be merged.
+"""Outlier metrics of arXiv 2509.23500: of one array, and of many through mergeable statistics.
 
-Statistics of a tensor are a few values per channel. Those of several batches are merged on the
-host, in float64, by their centred moments: powers summed about zero would cancel.
+A tensor's statistics are a few values per channel. Those of several batches are merged on the host,
+in float64, by centred moments: sums of powers about zero would suffer from cancellation.
 
 Legend: T tokens, F features (channels).
 """
@@ -19,9 +19,9 @@ from beyond_outliers.ops.extremes import max_magnitude
 from beyond_outliers.quant import QuantSpec, fake_quantize
 from beyond_outliers.types import Array
 
-# A channel is an outlier if its RMS is so many times the median channel's. LLM.int8() (arXiv
-# 2208.07339, section 4.1) calls magnitudes of at least 6 outliers, which only means something where
-# all models have activations of one scale.
+# A channel is an outlier if its RMS is over this many times the median channel's. LLM.int8() (arXiv
+# 2208.07339, section 4.1) calls magnitudes of at least 6 outliers, which is only meaningful where
+# all models' activations have the same scale.
 OUTLIER = 6.0
 
 METRICS = ("max_to_median", "max_to_mean", "kurtosis", "rms_kurtosis", "outlier_channels", "sqnr")
@@ -30,8 +30,8 @@ METRICS = ("max_to_median", "max_to_mean", "kurtosis", "rms_kurtosis", "outlier_
 def max_to_median(x_TxF: jax.Array) -> jax.Array:
   """max|x| / median|x| over features, mean over tokens.
 
-  Of an even number of features the median is the middle two's mean. Tokens whose median is zero, as
-  behind a ReLU, don't count; NaN if there are no others."""
+  For an even number of features, the median is the mean of the middle two. Tokens whose median is
+  zero, as after a ReLU, don't count; NaN if there are no others."""
   ratio_T, counts_T = _ratio(x_TxF, _median)
   return jnp.mean(ratio_T, where=counts_T)
 
@@ -50,7 +50,7 @@ def kurtosis(x: jax.Array) -> jax.Array:
 
 
 def rms_kurtosis(x_TxF: jax.Array) -> jax.Array:
-  """Kurtosis over features of their RMS over tokens: whether few channels carry it all."""
+  """Kurtosis over features of their RMS over tokens: large where few channels dominate."""
   return kurtosis(_rms(x_TxF))
 
 
@@ -68,12 +68,12 @@ def _ratio(x_TxF, center):
   """(max|x| / center|x|, whether the center is not zero), one per token."""
   magnitude_TxF = jnp.abs(x_TxF)
   center_T = center(magnitude_TxF)
-  counts_T = center_T != 0  # what is NaN counts
+  counts_T = center_T != 0  # NaN counts
   return max_magnitude(magnitude_TxF, 1) / jnp.where(counts_T, center_T, 1), counts_T
 
 
 def _share_of_outliers(xp: Any, rms_F: Any) -> Any:
-  """xp: jnp or np."""
+  """`outlier_channels` from the channels' RMS. xp: jnp or np."""
   median = xp.median(rms_F)
   return xp.where(xp.isnan(median), xp.nan, xp.mean(rms_F > OUTLIER * median))
 
@@ -83,14 +83,14 @@ def _mean(magnitude_TxF):
 
 
 def _median(magnitude_TxF):
-  """Median over features, as numpy's, of values that are not negative.
+  """Median over features, as numpy's, of non-negative values.
 
-  As integers their bits have the same order: found bit by bit, by counting. XLA's sort takes a CPU
-  ten times as long as all else here, the model included."""
+  As integers their bits have the same order, so it is found bit by bit, by counting. On a CPU,
+  XLA's sort takes ten times as long as all else here, the model included."""
   bits_TxF = jax.lax.bitcast_convert_type(
     magnitude_TxF, jnp.dtype(f"int{8 * magnitude_TxF.dtype.itemsize}")
   )
-  # The middle two, or one twice.
+  # Ranks of the middle two, or of the middle one twice.
   lower, upper = (bits_TxF.shape[1] - 1) // 2, bits_TxF.shape[1] // 2
   highest = 8 * bits_TxF.dtype.itemsize - 2
 
@@ -115,8 +115,8 @@ def _rms(x_TxF):
 
 
 class Moments(NamedTuple):
-  """Central moments of one or many groups of values: their count, their mean, and sums of powers of
-  their distances from it."""
+  """Central moments of one or many groups of values: count, mean, and sums of powers of the
+  deviations from the mean."""
 
   count: Any
   mean: Any
@@ -126,8 +126,8 @@ class Moments(NamedTuple):
 
 
 def pooled(groups: Moments, axis: int) -> Moments:
-  """The moments of the union of the groups along `axis` (Pébay, SAND2008-6212, eq. 2.1 and its like
-  for orders 3 and 4)."""
+  """Moments of the union of the groups along `axis` (Pébay, SAND2008-6212, eq. 2.1 and its
+  analogues for orders 3 and 4)."""
   count = groups.count.sum(axis, keepdims=True)
   mean = (groups.count * groups.mean).sum(axis, keepdims=True) / np.maximum(count, 1)
   n, d = groups.count, groups.mean - mean
@@ -140,7 +140,7 @@ def pooled(groups: Moments, axis: int) -> Moments:
 
 
 class Statistics(NamedTuple):
-  """Sufficient statistics of a tensor [T, F] for all METRICS, of one batch or of several merged."""
+  """Sufficient statistics of a tensor [T, F] for all METRICS, from one batch or several."""
 
   channels: Moments  # [F]; float32 or wider
   to_median: Any  # [2]: sum over tokens of max_to_median, number of tokens
@@ -149,7 +149,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(x_TxF: jax.Array, counts_T: Array, spec: QuantSpec) -> Statistics:
-  """Statistics of the tokens that count: counts_T, bool. spec: what the error is under."""
+  """Statistics of the tokens where counts_T (bool). spec: quantization whose error is measured."""
   x_TxF = x_TxF.astype(layers.at_least_float32(x_TxF.dtype))
   weight_Tx1 = counts_T[:, None].astype(x_TxF.dtype)
   x_TxF = jnp.where(counts_T[:, None], x_TxF, 0)
@@ -185,7 +185,7 @@ def metrics_of(found: Statistics) -> dict[str, Any]:
   tokens = channels.count.max()
   rms_F = np.sqrt(channels.second / np.maximum(channels.count, 1) + channels.mean**2)
   distance_F = rms_F - rms_F.mean()
-  with np.errstate(divide="ignore", invalid="ignore"):  # NaN and infinity say what is to be said
+  with np.errstate(divide="ignore", invalid="ignore"):  # the resulting NaN and infinity are meant
     return {
       "tokens": int(tokens),
       "max_to_median": found.to_median[0] / found.to_median[1],

@@ -1,8 +1,8 @@
-"""Texts packed into few rows of few lengths, beginnings that they share written once: a question's
+"""Texts packed into few rows of few lengths. Shared beginnings are stored once: a question's
 context is read once for all its choices.
 
-A row holds trees of texts, depth first; a token attends to those of its own text alone, as if that
-stood by itself (`Transformer`'s segment ids of a tree).
+A row holds trees of texts, depth first; a token attends only to its own text's tokens, as if that
+text were alone (`Transformer`'s segment ids of a tree).
 
 Legend: R rows of a batch, L their length, S scored positions of a row.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class ScoredText(NamedTuple):
-  """Tokens, of which the last few are scored, each from those before it."""
+  """Tokens of which the last `scored` are scored, each given those before it."""
 
   tokens: tuple[int, ...]
   scored: int
@@ -33,17 +33,17 @@ class Tree:
   """Texts that share their beginnings, for a row of `length` tokens."""
 
   length: int
-  texts: list[tuple[int, int]]  # number of the text, tokens it shares with the one before it
-  tokens: int  # each shared one once
+  texts: list[tuple[int, int]]  # (number of the text, tokens it shares with the one before it)
+  tokens: int  # shared ones counted once
   scored: int
 
   @property
   def size(self) -> int:
-    """Places that it takes of its row: of tokens, or of scored positions where these are more."""
+    """Places that it takes in its row: tokens, or scored positions where these are more."""
     return max(self.tokens, self.scored)
 
   def take(self, number: int, text: ScoredText, shared: int) -> bool:
-    """Adds a text that there is room for; False if there is none."""
+    """Adds a text; False if there is no room for it."""
     tokens, scored = self.tokens + len(text.read) - shared, self.scored + text.scored
     if max(tokens, scored) > self.length:
       return False
@@ -53,7 +53,7 @@ class Tree:
 
 
 class PackedRow(NamedTuple):
-  """Trees beside one another in a row."""
+  """Trees side by side in a row."""
 
   length: int
   trees: list[Tree]
@@ -66,11 +66,11 @@ class PackedRow(NamedTuple):
 class PackedBatch(NamedTuple):
   """Rows as arrays; those at the end may be empty."""
 
-  members: list[tuple[int, int, slice]]  # number of a text, its row, its scored positions there
+  members: list[tuple[int, int, slice]]  # (number of a text, its row, its scored positions there)
   tokens_RxL: np.ndarray
   positions_RxL: np.ndarray  # of a token in its text
   segment_ids_RxLx2: np.ndarray
-  sources_RxS: np.ndarray  # from which place of its row a target is predicted; -1: none is
+  sources_RxS: np.ndarray  # place in the row from which a target is predicted; -1: no target
   targets_RxS: np.ndarray
 
   @property
@@ -79,11 +79,11 @@ class PackedBatch(NamedTuple):
 
 
 def packed(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list[PackedRow]:
-  """Rows of texts that are sorted. length_of: tokens -> length of the rows for so many."""
+  """Packs sorted texts into rows. length_of: number of tokens -> length of a row for them."""
   rows: list[PackedRow] = []
-  room: list[tuple[int, int]] = []  # places left in a row, and its number; ascending
+  room: list[tuple[int, int]] = []  # (places left in a row, number of the row), ascending
   for tree in sorted(_trees(texts, length_of), key=lambda x: (x.length, x.size), reverse=True):
-    # The row that it fills best, of those that it fits in.
+    # Best fit: the row with the least room that suffices.
     i = bisect.bisect_left(room, (tree.size, 0))
     left, number = room.pop(i) if i < len(room) else (tree.length, len(rows))
     if number == len(rows):
@@ -94,7 +94,7 @@ def packed(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list
 
 
 def alone(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list[PackedRow]:
-  """Every text in a row by itself."""
+  """Every text in a row of its own."""
   trees = (_seedling(number, text, length_of) for number, text in enumerate(texts))
   return [PackedRow(tree.length, [tree]) for tree in trees]
 
@@ -104,8 +104,8 @@ def _seedling(number: int, text: ScoredText, length_of: Callable[[int], int]) ->
 
 
 def _trees(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list[Tree]:
-  """Texts go on from the one before if they share all that comes before what is scored, or half of
-  it all, as examples of a task may before their questions."""
+  """Trees of sorted texts. A text joins the tree of the one before if they share all of its tokens
+  before the first scored one, or half of all: a task's few-shot examples, for instance."""
   trees: list[Tree] = []
   for number, text in enumerate(texts):
     shared = _common(texts[number - 1].read, text.read) if number else 0
@@ -117,7 +117,7 @@ def _trees(texts: Sequence[ScoredText], length_of: Callable[[int], int]) -> list
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-  """With how many equal tokens both begin."""
+  """Length of the common prefix."""
   differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
   return next(differ, min(len(a), len(b)))
 
@@ -125,8 +125,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def packed_batches(
   texts: Sequence[ScoredText], rows: Sequence[PackedRow], rows_of: Callable[[int], int]
 ) -> Iterator[PackedBatch]:
-  """All rows, the longest first, and of these those with the most to score; the last of a length go
-  with the next shorter ones. rows_of: length -> rows of a batch."""
+  """Batches of all rows, the longest first, and among equals those with the most to score; an
+  incomplete batch takes in shorter rows. rows_of: length -> rows of a batch."""
   rest = sorted(rows, key=lambda row: (row.length, row.scored), reverse=True)
   while rest:
     count = rows_of(rest[0].length)
@@ -137,14 +137,14 @@ def packed_batches(
 def _batch(texts: Sequence[ScoredText], rows: Sequence[PackedRow], count: int) -> PackedBatch:
   length = rows[0].length
   tokens_RxL, positions_RxL, targets_RxS = np.zeros((3, count, length), np.int32)
-  # A token of the padding attends to itself alone.
+  # A padding token attends to itself alone.
   segment_ids_RxLx2 = np.tile(np.arange(length, dtype=np.int32)[:, None], (count, 1, 2))
   sources_RxS = np.full((count, length), -1, np.int32)
   members = []
   for r, row in enumerate(rows):
     end = scored = 0
     for tree in row.trees:
-      places = np.zeros(0, int)  # of the tokens of the text before
+      places = np.zeros(0, int)  # of the previous text's tokens in the row
       for number, shared in tree.texts:
         text, before = texts[number], end
         end += len(text.read) - shared

@@ -1,4 +1,4 @@
-"""A full-precision model and what it was quantized to, run side by side, block by block.
+"""A full-precision model and its quantized counterpart, run side by side, block by block.
 
 Names of units: `layers/3/mlp/up`, `layers/3` for a block, `final_norm`, `head`.
 
@@ -30,24 +30,24 @@ class Windows(NamedTuple):
 
   tokens: jax.Array
   masks: tuple[jax.Array | None, jax.Array]  # segment ids where documents are kept apart; positions
-  counts: jax.Array  # bool: tokens that are no padding
+  counts: jax.Array  # bool: tokens that are not padding
 
 
-# Units behind the blocks, and their kinds.
+# Units after the blocks, and their kinds.
 ENDS = {"final_norm": "norm", "head": "linear"}
 
 
 class PairedRun(NamedTuple):
-  """Both models, in full precision and quantized, and both their parameters.
+  """Both models, in full precision and quantized, with their parameters.
 
-  recipe: the quantized one's."""
+  recipe: the quantized model's."""
 
   models: tuple[LanguageModel, LanguageModel]
   params: tuple[Params, Params]
   recipe: Recipe
 
   def kinds(self) -> dict[str, str]:
-    """{name: kind} of all units, in the order in which they run."""
+    """{name: kind} of all units, in execution order."""
     c = self.models[0].config
     of_block = units.of_block(c)
     of_blocks = {
@@ -56,8 +56,8 @@ class PairedRun(NamedTuple):
     return of_blocks | ENDS
 
   def sums(self, batch: Windows, wanted: Collection[str]) -> dict[str, dict[str, Sums]]:
-    """{name: sums of its error} of the units that are wanted, on the host; one block is in memory
-    at a time, and both residual streams."""
+    """{name: sums of its error} of the wanted units, on the host. Memory holds one block at a time,
+    and both residual streams."""
     runs = zip(self.models, self.params, strict=True)
     streams = tuple(embed(*of_run, batch.tokens) for of_run in runs)
     found: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class PairedRun(NamedTuple):
       blocks = tuple(model.block(depth) for model in self.models)
       paths, recipes, params = self._at(depth, wanted)
       sums, streams = _see_block(blocks, recipes, paths, params, streams, *batch[1:])
-      # Fetched, which also waits: else all blocks would be sent off at once.
+      # Fetching also waits for the result: otherwise all blocks would be dispatched at once.
       found |= {_name(depth, path): of_unit for path, of_unit in jax.device_get(sums).items()}
     ends = frozenset(name for name in ENDS if name in wanted)
     layer = self.recipe.layer("head")
@@ -77,7 +77,7 @@ class PairedRun(NamedTuple):
     return jax.device_get(_see_final(self.models, at, self.params, batch))
 
   def spectral_ratios(self, wanted: Collection[str]) -> dict[str, float]:
-    """{name: spectral ratio} of the linear layers that are wanted."""
+    """{name: spectral ratio} of the wanted linear layers."""
     c, found = self.models[0].config, {}
     for depth in range(c.blocks):
       for path, matrices in _matrices_of_block(*self._at(depth, wanted)).items():
@@ -88,8 +88,8 @@ class PairedRun(NamedTuple):
     return found
 
   def _at(self, depth: int, wanted: Collection[str]) -> tuple[Any, ...]:
-    """(paths of the units that are wanted, recipes of the linear layers, both parameters) of the
-    block at `depth`; the first two are static, and equal at most depths."""
+    """(paths of the wanted units, recipes of the linear layers, both models' parameters) of the
+    block at `depth`; the first two are static, and the same at most depths."""
     c = self.models[0].config
     paths = frozenset(path for path in units.of_block(c) if _name(depth, path) in wanted)
     recipes = tuple(
@@ -99,7 +99,7 @@ class PairedRun(NamedTuple):
 
 
 def _name(depth: int, path: str) -> str:
-  """Of the unit at `path` in the block at `depth`; the block's own path is empty."""
+  """Name of the unit at `path` in the block at `depth`; the block's own path is empty."""
   return layer_path(depth, path) if path else f"{LAYERS}/{depth}"
 
 
@@ -111,7 +111,7 @@ _slices = jax.jit(slice_at)
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _see_block(blocks, recipes, paths, params, streams, masks, counts_BxL):
-  """({path: sums}, both streams behind the block)."""
+  """({path: sums}, both residual streams after the block)."""
   calls, q_calls = (
     units.recorded(block, of_run, x_BxLxD, *masks)
     for block, of_run, x_BxLxD in zip(blocks, params, streams, strict=True)
@@ -129,7 +129,7 @@ def _see_block(blocks, recipes, paths, params, streams, masks, counts_BxL):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _see_ends(models, layer: LayerRecipe | None, ends, params, streams, counts_BxL):
-  """{name: sums} of the final norm and of the head, whose logits are wide: window by window."""
+  """{name: sums} of the final norm and of the head, window by window since logits are wide."""
   normed = tuple(final_norm(*of_run) for of_run in zip(models, params, streams, strict=True))
   found = {}
   if "final_norm" in ends:
@@ -153,7 +153,7 @@ def _see_ends(models, layer: LayerRecipe | None, ends, params, streams, counts_B
 
 @functools.partial(jax.jit, static_argnums=0)
 def final_norm(model, params, x_BxLxD):
-  """The head's input, of the last block's output."""
+  """The head's input, from the last block's output."""
   return model.apply({"params": params}, x_BxLxD, method=lambda model, x: model.final_norm(x))
 
 

@@ -1,4 +1,4 @@
-"""Plan of an evaluation job: its cells, and the settings that the results of each depend on."""
+"""Plan of an evaluation job: its cells, and the settings that each cell's results depend on."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from beyond_outliers.types import Json
 if TYPE_CHECKING:  # needs the extra `eval`
   from beyond_outliers.evaluate.harness import LoadedTask
 
-# Of the measurements: raised by whatever changes their numbers; then all is measured anew.
+# Of the measurements: raised with every change that alters their numbers; all is then remeasured.
 VERSION = 2
-PROPAGATION = "propagation"  # a result of its own, as a task's
-WINDOWS = 8  # of validation text, that error is decomposed on
+PROPAGATION = "propagation"  # stored as a result of its own, as a task's is
+WINDOWS = 8  # of validation text, on which error is decomposed
 SEED = 0  # of the calibration windows and of the bootstrap: the same for every run
 
 
 class Cell(NamedTuple):
   """One way to evaluate a checkpoint. method "none": as it was trained, under its own recipe."""
 
-  # Row of quant.RECIPES; where the model was trained under rules of its own, with these.
+  # Row of quant.RECIPES; for a model trained under rules of its own, followed by these.
   recipe: str
   method: str
 
   @property
   def calibrated(self) -> bool:
-    """Whether the method looks at training data."""
+    """Whether the method needs training data."""
     return self.method != "none" and quant.ptq.method_named(self.method).calibrated
 
   @property
   def row(self) -> str:
-    """The recipe without the rules of a run, which its identity tells."""
+    """The recipe without a run's own rules, which the run's identity covers."""
     return self.recipe.partition(",")[0]
 
 
 def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
-  """Refusal of unknown recipes and methods. Errors: ConfigError."""
+  """Refuses unknown recipes and methods. Errors: ConfigError."""
   known = [name for name in quant.RECIPES if name != "none"]
   for name in recipes:
     remedy = "the model as it was trained is evaluated anyway; leave it out"
@@ -57,8 +57,8 @@ def check_names(recipes: Sequence[str], methods: Sequence[str]) -> None:
 def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -> list[Cell]:
   """The model as it is, then every method under every recipe.
 
-  Errors: ConfigError for unknown names, recipes that do not fit the model or a method, and any for
-  a model that was trained quantized; before any checkpoint is read."""
+  Errors, before any checkpoint is read: ConfigError for unknown names, recipes that don't fit the
+  model or a method, and any recipe for a model that was trained quantized."""
   check_names(recipes, methods)
   require(
     not recipes or target.trained_under is None,
@@ -79,7 +79,7 @@ def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -
   return [Cell(target.recipe, "none"), *cells]
 
 
-# ---- settings: others make another file
+# ---- settings: a result under other settings goes to another file
 
 
 def cell_settings(target: Target, cell: Cell, calibration_windows: int) -> Json:
@@ -135,5 +135,5 @@ def _model_settings(target: Target, cell: Cell, calibration_windows: int) -> Jso
     "seed": SEED,
     "calibration_windows": calibration_windows if cell.calibrated else 0,
     "calibration_data": text.dataset.fingerprint if cell.calibrated else None,
-    **jax_settings.changed(),  # such as the precision of products
+    **jax_settings.changed(),  # such as the precision of matrix products
   }

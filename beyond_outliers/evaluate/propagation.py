@@ -1,10 +1,10 @@
 """Error propagation: how quantization error enters a network and what each unit does to it.
 
-The decomposition of arXiv 2509.23500 (section 5) of a unit f in full precision and f^q quantized,
-which get h and hq:
+The decomposition of arXiv 2509.23500 (section 5), for a unit that is f in full precision, with
+input h, and f^q quantized, with input hq:
 
-  a = ½{[f^q(hq) − f^q(h)] + [f(hq) − f(h)]}    what becomes of the error that comes in
-  b = ½{[f^q(hq) − f(hq)] + [f^q(h) − f(h)]}    what quantizing this unit adds
+  a = ½{[f^q(hq) − f^q(h)] + [f(hq) − f(h)]}    the incoming error, as the unit passes it on
+  b = ½{[f^q(hq) − f(hq)] + [f^q(h) − f(h)]}    the error that quantizing this unit adds
   R = ‖f^q(hq) − f(h)‖² / ‖f(h)‖² = A + B + C,  A = ‖a‖², B = ‖b‖², C = 2⟨a, b⟩, all over ‖f(h)‖²
 
 Legend: B batch (windows), L length.
@@ -35,12 +35,12 @@ from beyond_outliers.types import Json, LanguageModel, Params
 if TYPE_CHECKING:
   import pandas as pd
 
-# Arrays [B, L] of "tokens", and "segment_ids" and "positions" if there are some.
+# Arrays [B, L]: "tokens", and optionally "segment_ids" and "positions".
 Tokens = Mapping[str, Any]
 
-# How a model is compiled and was initialized: the same function of the same parameters.
+# Settings of initialization and compilation, which don't change the function of the parameters.
 EQUIVALENT = {"init_std", "attention", "unroll", "remat"}
-FUSED_AGAIN = 1e-5  # of an array's norm: what rotating it on another machine makes of it
+FUSED_AGAIN = 1e-5  # of an array's norm: how far fusing rotations may differ between machines
 
 
 def decompose(
@@ -52,26 +52,26 @@ def decompose(
   modules: Sequence[str] | None = None,
   mask_documents: bool = False,
 ) -> pd.DataFrame:
-  """Table of one row a unit, in the order in which they run: name, kind, COLUMNS, a `_se` of each,
-  and all these again with the prefix `batch_` (error_sums.py says what they are); and R_centred,
-  R against what differs between tokens.
+  """Table with one row per unit, in execution order: name, kind, COLUMNS (see error_sums.py), a
+  `_se` of each, and all these again with the prefix `batch_`; and R_centred, R relative to what
+  differs between tokens.
 
-  Columns without prefix are means over tokens of the ratio at each; `batch_` ones are ratios of
-  sums over all tokens (Frobenius norms). gain is A / R_in of either, so that a token weighs in it
-  as its incoming error does, and spectral_ratio · alignment_ratio equals it where activations are
-  not rounded; with rounding it is far off when little error comes in.
+  Columns without prefix are means over tokens of each token's ratio; `batch_` ones are ratios of
+  sums over all tokens (Frobenius norms). gain is A / R_in of either kind, so tokens are weighted by
+  their incoming error. spectral_ratio · alignment_ratio equals it where activations are not
+  rounded; with rounding the two are far apart when little error comes in.
 
   name: `layers/3/mlp/up`; `layers/3/attention`, from its input to its output projection's output,
-  and within it `.../scores`, `.../softmax`, `.../values`; `layers/3` of a block; `final_norm`;
-  `head`. An embedding is not quantized, so the first block's inputs carry no error.
-  model, params: in full precision. quantized: what `quant.ptq.quantize` or `quant.quantized` made
-  of them; where it fused rotations, the full-precision run has them too, the same function.
-  batches: as runs.Run.batches("validation") gives them; "tokens" [B, L] are enough. Tokens of
-  segment 0 are padding and do not count. modules: regular expressions, one of which must match the
-  whole name; None: all. mask_documents: as the model was trained.
+  and within it `.../scores`, `.../softmax`, `.../values`; `layers/3` for a block; `final_norm`;
+  `head`. The embedding is not quantized, so the first block's inputs carry no error.
+  model, params: in full precision. quantized: from `quant.ptq.quantize` or `quant.quantized`; where
+  that fused rotations, the full-precision run has them too, which leaves its function the same.
+  batches: as runs.Run.batches("validation") gives them; "tokens" [B, L] suffice. Tokens of segment
+  0 are padding and don't count. modules: regular expressions, one of which must match the whole
+  name; None: all units. mask_documents: as the model was trained.
   Errors: ConfigError for a quantized model of another architecture, tokens of another tokenizer, no
   batch, or a pattern that matches no unit."""
-  import pandas as pd  # takes a while, and few evaluations need it
+  import pandas as pd  # slow to import, and few evaluations need it
 
   run = paired(model, params, quantized)
   wanted = _wanted(run.kinds(), modules)
@@ -96,12 +96,11 @@ def final_error(
   centre: bool = False,
   mask_documents: bool = False,
 ) -> tuple[float, float]:
-  """(R_L, its standard error over windows): the error at the end of the network, in two forwards.
+  """(R_L, its standard error over windows): the error at the end of the network, from two forwards.
 
-  It is R of `decompose` in the row of the final norm, or with at="logits" in the head's; with
-  `centre` it is R_centred there. A cheap one takes few and short windows; the standard error says
-  what that costs.
-  Errors: ConfigError, as there."""
+  It is R of `decompose` in the final norm's row, or with at="logits" in the head's; with `centre`,
+  R_centred there. A few short windows make it cheap; the standard error tells how precise it is.
+  Errors: ConfigError, as `decompose`."""
   require(at in ("final_norm", "logits"), "at", at, "expected 'final_norm' or 'logits'")
   run = paired(model, params, quantized)
   found = [
@@ -118,8 +117,8 @@ def final_error(
 def summary(table: pd.DataFrame) -> Json:
   """What an evaluation job keeps of a whole table of `decompose`.
 
-  scores: of `propagation`, R_L at the final norm and at the logits, and R_centred at the former,
-  with standard errors, and `inherited`, A's share of R behind the last block's last matrix.
+  scores: of `propagation`: R_L at the final norm and at the logits, and R_centred at the former,
+  with standard errors, and `inherited`, A's share of R after the last block's last matrix.
   largest_gain: by kind of unit. units: the rows, without `batch_` columns."""
   rows: Any = table.set_index("name")
   last = rows[rows.index.str.endswith("mlp/down")].iloc[-1]
@@ -141,10 +140,10 @@ def summary(table: pd.DataFrame) -> Json:
 
 
 def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> PairedRun:
-  """Both models in one basis: the full-precision one with the rotations that were fused.
+  """Both models in one basis: rotations that were fused are fused into the full-precision one too.
 
-  Errors: ConfigError for other architectures, and parameters of another model, or other ones than
-    those that were quantized."""
+  Errors: ConfigError for different architectures, parameters that don't fit the model, and
+    parameters other than those that were quantized."""
   check_params(model, params)
   model, fused = model.clone(dot_general_for=None), method_named(quantized.method).fused
   if fused:
@@ -162,8 +161,8 @@ def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> P
 
 
 def _check_same_origin(params: Params, quantized: Params, tolerance: float) -> None:
-  """Refusal of parameters of which others were quantized, by the arrays that quantization leaves
-  as they are, such as the embedding. tolerance: of an array's norm. Errors: ConfigError."""
+  """Refuses parameters other than those that were quantized, by arrays that quantization leaves as
+  they are, such as the embedding. tolerance: of an array's norm. Errors: ConfigError."""
   ours = leaves_by_path(params)
   for path, theirs in leaves_by_path(quantized).items():
     if isinstance(theirs, QuantizedMatrix) or path not in ours or theirs is ours[path]:
@@ -205,7 +204,7 @@ def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iter
 
 
 def _wanted(kinds: dict[str, str], modules: Sequence[str] | None) -> dict[str, str]:
-  """Those units whose whole names match a pattern. Errors: ConfigError for one without a unit."""
+  """The units whose whole names match a pattern. Errors: ConfigError if a pattern matches none."""
   if modules is None:
     return kinds
   for pattern in modules:

@@ -1,4 +1,4 @@
-"""Quantization of checkpoints under evaluation, and the training windows that calibrate it."""
+"""Quantization of checkpoints under evaluation, and the training windows for its calibration."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from beyond_outliers.types import Params
 
 
 class CheckpointQuantizer:
-  """Quantizes checkpoints of one target as cells name it.
+  """Quantizes checkpoints of one target by a cell's method and recipe.
 
-  windows: of training data, for the methods that look at some. say: takes progress."""
+  windows: how many of training data, for methods that need some. say: receives progress."""
 
   def __init__(self, target: Target, windows: int, say: Callable[[str], None]):
     self._target, self._windows, self._say = target, windows, say
 
   def __call__(self, params: Params, cell: Cell) -> quant.QuantizedModel | None:
-    """None for a model that was trained in full precision, as it is."""
+    """The quantized model; None where the cell leaves a full-precision model as it is."""
     target = self._target
     if cell.method != "none":
       return quant.ptq.quantize(
@@ -47,8 +47,8 @@ class CheckpointQuantizer:
 
 
 def check_calibration(text: Text, windows: int) -> None:
-  """Refusal of more windows than there are of training data, where these tell how many tokens they
-  have: they would be the same ones again. Errors: ConfigError."""
+  """Refuses more windows than the training data have, which would repeat some. Not checked where
+  the number of training tokens is unknown. Errors: ConfigError."""
   tokens = text.dataset.meta["splits"]["train"]["tokens"]
   known = windows if tokens is None else num_windows(tokens, text.context)
   remedy = f"the training data have {known} windows of {text.context} tokens; take fewer"
@@ -56,8 +56,8 @@ def check_calibration(text: Text, windows: int) -> None:
 
 
 def calibration_batches(text: Text, windows: int) -> list[dict[str, np.ndarray]]:
-  """The same windows of training data for every run on these data, whatever its batches."""
-  # Several readers would deal their documents to rows as the batch has places.
+  """The same windows of training data for every run on these data, whatever its batch size."""
+  # With several readers, the windows would depend on the batch size.
   section = dataclasses.replace(text.section, readers=1)
   batches = data.train_batches(
     text.dataset, section, context=text.context, batch_size=text.batch_size, seed=SEED

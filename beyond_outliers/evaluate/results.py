@@ -1,10 +1,8 @@
 """Results of evaluation jobs: one JSON file per measurement, named by a hash of its settings.
 
-Settings are all that the values depend on.
-
-So nothing is replaced by what was measured otherwise, and any number of runs and jobs may share a
-folder. The scores of a task of the lm-evaluation-harness are a file of their own, next to the cell
-of the model that it was asked of.
+Settings are everything that the values depend on. So no result is replaced by one measured under
+other settings, and any number of runs and jobs may share a folder. The scores of a task of the
+lm-evaluation-harness are a file of their own, next to the cell of the model that was asked.
 """
 
 from __future__ import annotations
@@ -30,15 +28,15 @@ from beyond_outliers.types import Json, PathLike
 if TYPE_CHECKING:
   from beyond_outliers import runs as runs_lib
 
-# IDENTITY, and the fields of a cell, or of a task that it was asked.
+# IDENTITY, and the fields of a cell (CELL), or of a task's answers (ASKED).
 Result = dict[str, Any]
 IDENTITY = {"step": int, "recipe": str, "method": str, "settings": dict, "settings.version": int}
 NUMBER = int | float | None  # None: not finite
 CELL = {"metrics": dict, "metrics.loss": NUMBER, "size_bytes": int}
 ASKED = {"scores": dict, "seconds": float | int, "time": str}
 COUNTS = {"split": str, "scored": int, "left_out": int, "truncated": int}
-TASK = "task"  # the setting that only tasks have
-PARAMETERS = "parameters"  # the digest of those that were measured, where their checkpoint has one
+TASK = "task"  # a setting that only results of tasks have
+PARAMETERS = "parameters"  # digest of the measured parameters, where their checkpoint has one
 
 
 def file_name(step: int, recipe: str, method: str, settings: Json) -> str:
@@ -55,26 +53,25 @@ _warn_once = functools.cache(warn)
 
 
 class WriteError(Failure):
-  """A result that could not be written: no other could be, either."""
+  """A result that could not be written; others would fail as well."""
 
 
 class ResultStore:
   """Results of any models, in one folder.
 
-  say: takes what is wrong with a file, once; it then counts as missing."""
+  say: receives what is wrong with a file, once; the file then counts as missing."""
 
   def __init__(self, path: PathLike, say: Callable[[str], None] = warn):
     self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
-    self._held: int | None = None  # the folder, open, once this store has made it
+    self._held: int | None = None  # descriptor of the folder, once `make_folder` has opened it
 
   @property
   def path(self) -> epath.Path:
     return self._workdir.path
 
   def make_folder(self) -> None:
-    """Makes the folder, once. Errors: WorkdirError where nothing can be written into it; WriteError
-    where it, or one above it, was moved or removed since: another in its place would have a part of
-    the results."""
+    """Makes the folder, once. Errors: WorkdirError if it cannot be written; WriteError if it, or
+    one above it, was moved or removed since: a new folder would have only part of the results."""
     if self._held is None:
       make_folder(self.path, WorkdirError, "give another folder as --out")
       self._held = os.open(self.path, os.O_RDONLY)
@@ -88,8 +85,8 @@ class ResultStore:
   def read(
     self, step: int, recipe: str, method: str, settings: Json, digest: str = ""
   ) -> Result | None:
-    """The result, as process 0 finds it. Every process asks. digest: of the parameters that it is
-    to be of, where they have one."""
+    """The result, as process 0 finds it; all processes must call this. digest: of the parameters
+    that it must be of, where they have one."""
     return mesh_lib.found_by_first(lambda: self._read(step, recipe, method, settings, digest))
 
   def _read(
@@ -105,7 +102,7 @@ class ResultStore:
     return found
 
   def write(self, step: int, recipe: str, method: str, settings: Json, found: Result) -> None:
-    """Errors: as `make_folder`, and WriteError."""
+    """Writes a result. Errors: as `make_folder`, and WriteError."""
     name = file_name(step, recipe, method, settings)
     self.make_folder()
     try:
@@ -117,7 +114,7 @@ class ResultStore:
       ) from error
 
   def cells(self) -> list[Result]:
-    """Every cell with its tasks; see `joined`. As `read`."""
+    """Every cell with its tasks (see `joined`), as process 0 finds them."""
     return mesh_lib.found_by_first(self._cells)
 
   def _cells(self) -> list[Result]:
@@ -142,11 +139,11 @@ class ResultStore:
       return None
     settings = found.get("settings")
     if isinstance(settings, dict):
-      found["settings"] = {"version": 1, **settings}  # the first had no number
+      found["settings"] = {"version": 1, **settings}  # version 1 did not write its number
     if misfit(found, IDENTITY) or not (_is_cell(found) or _is_answer(found)):
       self._say(f"{path} holds no result of an evaluation job, and is ignored")
       return None
-    row = found["recipe"].partition(",")[0]  # of one with a run's rules, which Cell.row leaves out
+    row = found["recipe"].partition(",")[0]  # without a run's own rules, as Cell.row
     name = file_name(found["step"], row, found["method"], settings)
     if path.name != name and re.search(r"-[0-9a-f]{8}\.json$", path.name):
       self._say(f"{path} holds the result that belongs in {name}, and is ignored")
@@ -155,18 +152,18 @@ class ResultStore:
 
 
 def is_of(found: Result, digest: str) -> bool:
-  """Whether a result is of the parameters with this digest; it is where one of both is unknown."""
+  """Whether a result is of the parameters with this digest; true if either digest is unknown."""
   return digest in ("", found.get(PARAMETERS, digest))
 
 
 def names_of(run: runs_lib.Run) -> tuple[str, str]:
-  """What cells call the training of a run: its identity; those of earlier versions its time."""
+  """How cells name the training of a run: by its identity, or, in earlier versions, its time."""
   return run.identity, run.manifest["time"]
 
 
 def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
-  """Those of the cells that are of a run, and of the parameters that its checkpoints have now. Of
-  each that a run has left behind by going back, a line says so, once."""
+  """The cells of a run, and of the parameters that its checkpoints have now. One whose parameters a
+  rewound run has replaced is reported, once, and left out."""
   itself, found = names_of(run), []
   digest_of = functools.cache(run.digest)
   for cell in cells:
@@ -183,13 +180,13 @@ def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
 
 
 def joined(cell: Result, tasks: list[Result]) -> Result:
-  """The cell with `tasks`: {name: the model's scores}; of a group or tag, its members are among
-  them. The last one counts; all are in `answers`, each with the hash of what was asked.
+  """The cell with `tasks`: {name: scores}, members of groups and tags included. Of several answers
+  to one task the last counts; all are in `answers`, each with the hash of what was asked.
 
-  And with `examples`: {name: over how many these are}, where the tasks counted them; and with
-  `largest_gain` and `units` of the error's propagation, where that was asked for."""
+  Also with `examples`: {name: counts of the examples}, where they were counted; and with
+  `largest_gain` and `units` of the error's propagation, where that was measured."""
   scores = {name: metrics for task in tasks for name, metrics in task["scores"].items()}
-  answers = [(name, "", metrics) for name, metrics in cell.get("tasks", {}).items()]  # of the first
+  answers = [(name, "", metrics) for name, metrics in cell.get("tasks", {}).items()]  # version 1
   answers += [
     (name, task["settings"].get("content", ""), metrics)
     for task in tasks
@@ -220,7 +217,7 @@ def task_scores(cell: Result) -> dict[str, float]:
 
 
 def _is_cell(found: Any) -> bool:
-  """Whether there is what CELL says, of numbers alone, and of two for each interval."""
+  """Whether it has the fields of CELL, and its metrics are numbers, or pairs for intervals."""
   return (
     not misfit({"seconds": {}, **found}, {**CELL, "seconds": dict})
     and all(isinstance(value, int | float) for value in found.get("seconds", {}).values())
@@ -234,7 +231,7 @@ def _is_cell(found: Any) -> bool:
 
 
 def _is_answer(found: Any) -> bool:
-  """Whether there is what ASKED says, and of examples, which the first had not, COUNTS."""
+  """Whether it has the fields of ASKED, and COUNTS of its examples, which older ones lack."""
   examples = found.get("examples", {})
   return (
     not misfit(found, ASKED)
@@ -245,11 +242,11 @@ def _is_answer(found: Any) -> bool:
 
 
 def _same_model(cell: Result, task: Result) -> bool:
-  """Whether they agree in all that is said of both."""
+  """Whether a cell and a task agree in all settings that both have."""
   ours, theirs = (
     {
-      "average": "",  # which is a setting only of what was measured of one
-      **jax_settings.DEFAULTS,  # likewise, of what was measured under others
+      "average": "",  # recorded only where an average was measured
+      **jax_settings.DEFAULTS,  # recorded only where they were changed
       **result["settings"],
       **{name: result[name] for name in ("step", "recipe", "method")},
     }

@@ -1,4 +1,4 @@
-"""Evaluation steps: (parameters, batch) -> values of every target, pure, for jit.
+"""Evaluation steps, (parameters, batch) -> values of every target: pure functions, for jit.
 
 Legend: B batch, L length, T = B·L tokens, V vocabulary.
 """
@@ -21,7 +21,7 @@ PairStep = Callable[[Params, Params, Batch], tuple[dict[str, jax.Array], jax.Arr
 def make_eval_step(forward: Forward) -> EvalStep:
   """eval_step(params, batch) -> (negative log-likelihood of every target in nats, its segment).
 
-  [B, L] both; segment 0: the target does not count."""
+  Both [B, L]; segment 0: the target does not count."""
 
   def eval_step(params: Params, batch: Batch):
     counts = batch["weights"] > 0
@@ -37,8 +37,8 @@ def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
   Segment 0: the target does not count.
 
   The values: `reference_nll` of the model and `nll` of the other, in nats; `kl` (nats), the
-  divergence of the other's prediction from the model's; `agreement`, 1 where both hold the same
-  token for the likeliest, and NaN where one has no likeliest."""
+  divergence of the other's prediction from the model's; `agreement`, 1 where both find the same
+  token likeliest, and NaN where some logit is NaN."""
 
   def pair_step(params: Params, other_params: Params, batch: Batch):
     counts, shape = batch["weights"] > 0, batch["targets"].shape
@@ -60,6 +60,6 @@ def make_pair_step(forward: Forward, other_forward: Forward) -> PairStep:
 
 
 def _agreement(p_TxV: jax.Array, q_TxV: jax.Array) -> jax.Array:
-  # Among NaN the likeliest token is the first: two broken models would agree.
+  # argmax takes the first NaN for the largest, so two broken models would agree.
   broken_T = (jnp.isnan(p_TxV) | jnp.isnan(q_TxV)).any(axis=-1)
   return jnp.where(broken_T, jnp.nan, jnp.argmax(p_TxV, axis=-1) == jnp.argmax(q_TxV, axis=-1))

@@ -1,4 +1,4 @@
-"""Table of an evaluation job's cells, for a person, and their scalars, for TensorBoard."""
+"""An evaluation job's cells as a table for people, and as scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def scalars(cell: Result) -> dict[str, float]:
 
 
 def results_table(cells: Sequence[Result]) -> str:
-  """One line per cell, scores of tasks with their standard errors; below it, over how many examples
-  these are, and of how few checkpoints an average is. The difference of the loss is to the same
-  parameters in full precision, with its interval; a run that was trained quantized has no others,
-  which a line below says."""
+  """One line per cell, with task scores and their standard errors; below the table, how many
+  examples these are over, and averages of fewer checkpoints than asked for. The loss's difference,
+  with its interval, is to the same parameters in full precision, even for a run that was trained
+  quantized, about which a line below the table warns."""
   names = (name for cell in cells for name in results.task_scores(cell))
   accuracies = [name for name in dict.fromkeys(names) if "stderr" not in name]
   titles = (
@@ -40,14 +40,14 @@ def results_table(cells: Sequence[Result]) -> str:
 
 
 def shown(value: float | None, style: str = ".4f") -> str:
-  """Formatted value; empty where it was not finite."""
+  """A formatted value; empty for None, a value that was not finite."""
   return "" if value is None else format(value, style)
 
 
 def of_fewer(cell: Result) -> str:
-  """Of which checkpoints an average of the last COUNT is, where there were not so many."""
+  """A line about an average of the last COUNT checkpoints, where there were fewer; else empty."""
   name, steps = cell["settings"].get("average", ""), cell.get("averaged", [])
-  count = name.partition(":")[2]  # of `ema` none
+  count = name.partition(":")[2]  # empty for `ema`
   if not count or len(steps) >= int(count):
     return ""
   of = ", ".join(map(str, steps))
@@ -55,7 +55,7 @@ def of_fewer(cell: Result) -> str:
 
 
 def _examples(cells: Sequence[Result]) -> list[str]:
-  """Over how many examples the scores are, in one line where these are the same for all cells."""
+  """How many examples the scores are over, in one line where that is the same for all cells."""
   lines: dict[str, list[str]] = {}
   for cell in cells:
     line = ", ".join(_counted(task, counts) for task, counts in cell.get("examples", {}).items())

@@ -1,4 +1,4 @@
-"""Targets of an evaluation job: what it evaluates, with the text that it is evaluated on."""
+"""Targets of an evaluation job: the models to evaluate, with the text to evaluate them on."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from beyond_outliers.model import hf, transformer
 from beyond_outliers.types import Json, Params, PathLike
 from beyond_outliers.workdir import ASIDE
 
-WINDOW = 1024  # tokens, of a model that no run describes
-ENDED = ("done", "diverged", "failed")  # what was preempted is started again, by schedulers too
+WINDOW = 1024  # tokens, for a model that no run describes
+ENDED = ("done", "diverged", "failed")  # not "preempted": such a run will be restarted
 
 
 class GoneError(CheckpointError):
-  """A checkpoint that was read, and in whose place the run has another one, or will have."""
+  """A checkpoint that was read and that the run has since replaced, or is about to."""
 
 
 class Target(Protocol):
@@ -36,22 +36,22 @@ class Target(Protocol):
 
   name: str
   model: transformer.Transformer  # in full precision
-  run: Any  # whose checkpoints they are, a runs.Run, or None
-  average: runs.AverageOfRun | None  # in the place of the run's parameters
-  recipe: str  # that it was trained under, by quant.recipes.name_of
-  trained_under: quant.Recipe | None  # the same with the run's rules; None if nothing was quantized
+  run: Any  # the runs.Run that the checkpoints belong to, or None
+  average: runs.AverageOfRun | None  # evaluated in place of the run's parameters
+  recipe: str  # name of the recipe it was trained under, by quant.recipes.name_of
+  trained_under: quant.Recipe | None  # that recipe with the run's rules; None: full precision
   text: Text
-  identity: str  # tells this training's results from every other's, wherever it lies
-  origin: Json  # where it comes from, for whoever reads a result
+  identity: str  # tells this training's results from any other's, wherever it lies
+  origin: Json  # where it comes from, for readers of a result
   results_folder: epath.Path
-  tensorboard: epath.Path | None  # where TensorBoard is to find the results, if at all
+  tensorboard: epath.Path | None  # where to write results for TensorBoard, if at all
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint now, oldest first."""
     ...
 
   def written(self, step: int) -> Any:
-    """Stamp of a step's checkpoint; differs once it was saved anew."""
+    """Stamp of a step's checkpoint; changes when it is saved again."""
     ...
 
   def params(self, step: int) -> Params:
@@ -59,14 +59,14 @@ class Target(Protocol):
     ...
 
   def digest(self, step: int) -> str:
-    """Of the parameters that a step has now, empty where it is not known: by it a result is known
-    for one of others."""
+    """Digest of the parameters that a step has now, by which results of other parameters are
+    recognized; empty where it is not known."""
     ...
 
   def check_read(self, step: int) -> str:
-    """The digest of the parameters last read of a step, empty where it is not known.
+    """The digest of the parameters last read for a step; empty where it is not known.
 
-    Errors: GoneError where these are no longer the training's."""
+    Errors: GoneError if they are no longer the training's."""
     ...
 
   def ended(self) -> bool:
@@ -78,19 +78,19 @@ class Target(Protocol):
     ...
 
   def last_write(self) -> Any:
-    """Stamp of the training's last sign of life; differs once it gave another."""
+    """Stamp of the training's last sign of life; changes with every new one."""
     ...
 
   def check(self) -> None:
-    """Errors: WorkdirError where another training has taken its place."""
+    """Errors: WorkdirError if another training has replaced this one."""
     ...
 
 
 class RunCheckpoints:
-  """A run's checkpoints, as they land, or an average of its parameters as of these.
+  """A run's checkpoints, as they are written, or an average of the run's parameters at each.
 
-  Errors: WorkdirError, DataError, ConfigError for data of another tokenizer, an average that the
-  run does not have, or dtypes that JAX does not hold now."""
+  Errors: WorkdirError; DataError; ConfigError for data of another tokenizer, an average that the
+  run does not have, or dtypes that JAX is not set up for."""
 
   def __init__(self, workdir: PathLike, average: str = "", **options: Unpack[TextOptions]):
     run = runs.open(workdir)
@@ -105,15 +105,15 @@ class RunCheckpoints:
     self.text, self.identity = text_of_run(run, **options), run.identity
     self.origin: Json = {"workdir": run.name, "config": config.to_dict(run.config)}
     self.results_folder = run.path / "eval"
-    # Apart from the run's own events, which TensorBoard would take for the same run.
+    # In a folder of its own, or TensorBoard would merge the results with the run's own events.
     self.tensorboard = run.path / "tensorboard" / "eval" if run.config.log.tensorboard else None
-    # The step that was last read -> its files then, its digest, and what `_turns_before` it found.
+    # Step last read -> (its files then, its digest, the result of `_turns_before`).
     self._read: dict[int, tuple[list[Any], str, list[str]]] = {}
 
-  # What changes while the run goes on is as process 0 sees it, so that all go the same way.
+  # What changes while the run goes on is taken from process 0, so that all processes decide alike.
 
   def steps(self) -> list[int]:
-    return mesh_lib.from_first(self.run.steps)  # opening them takes all processes
+    return mesh_lib.from_first(self.run.steps)  # all processes list: opening checkpoints needs all
 
   def written(self, step: int) -> list[Any]:
     return mesh_lib.found_by_first(lambda: sorted(map(list, self.run.written(step))))
@@ -126,11 +126,11 @@ class RunCheckpoints:
     return mesh_lib.found_by_first(lambda: self.run.digest(step))
 
   def check_read(self, step: int) -> str:
-    if step not in self._read:  # the parameters come from elsewhere
+    if step not in self._read:  # the parameters were not read here
       return ""
     was, digest, turns = self._read[step]
     now = self.written(step)
-    # One that has been sealed since, or is being deleted, has files that it had.
+    # A checkpoint that has been sealed since, or is being deleted, keeps some of its files.
     is_another = was and now and not any(file in was for file in now)
     # checkpoint.keep never deletes the newest.
     is_missing = max(mesh_lib.from_first(self.run.steps), default=-1) < step
@@ -139,8 +139,8 @@ class RunCheckpoints:
     return digest
 
   def _turns_before(self, step: int) -> list[str]:
-    """Folders into which the run has set what came after an earlier step aside (train/rewind.py):
-    by them a step is known to be another's though that is deleted, too, by now."""
+    """Folders in which the run, rewound to an earlier step, put aside what came after it
+    (train/rewind.py). They show that a step was replaced even if its files are gone by now."""
 
     def find() -> list[str]:
       found = [(path.name, ASIDE.fullmatch(path.name)) for path in self.run.path.glob("aside-*")]
@@ -192,12 +192,12 @@ class OneCheckpoint(RunCheckpoints):
 class HuggingFaceModel:
   """An OLMo2 or Llama model, at step 0.
 
-  By default windows of WINDOW tokens, or of the model's positions where these are fewer; 8 at once,
-  of all validation documents.
+  Defaults: windows of WINDOW tokens, or as many as the model has positions if these are fewer; 8
+  windows at once; all validation documents. If the directory has no tokenizer, the dataset's is
+  used, with nothing put before a text, and `warn` receives a line about it.
 
-  Errors: DataError, ConfigError for what hf.load refuses, windows longer than the model's
-  positions, and a dataset of another tokenizer than the directory's; where that holds none, the
-  dataset's is taken for it, which puts nothing before a text, and `warn` gets a line about it."""
+  Errors: DataError; ConfigError for what hf.load refuses, more tokens per window than the model has
+  positions, and a dataset of another tokenizer than the directory's."""
 
   def __init__(
     self,
@@ -255,7 +255,7 @@ class HuggingFaceModel:
     return self._params
 
   def digest(self, step: int) -> str:
-    return ""  # it is in the identity
+    return ""  # the identity covers the parameters
 
   def check_read(self, step: int) -> str:
     return ""
@@ -274,7 +274,7 @@ class HuggingFaceModel:
 
 
 def _fingerprint(model: transformer.Transformer, params: Params) -> str:
-  """Fingerprint of a model, distinct from another's of equal parameters too."""
+  """Fingerprint of a model: of its configuration and its parameters."""
   sums = hashlib.sha256(repr(model.config).encode())
   for leaf in jax.tree.leaves(params):
     sums.update(np.asarray(leaf).tobytes())

@@ -1,9 +1,9 @@
-"""Code in task files of others: what the harness would run of them, refused before it reads them.
+"""Code in other people's task files: refused before the harness reads them and would run it.
 
-A task file is data to who evaluates with it, but the harness calls functions that it names, makes
-objects of classes that it names, loads metrics as programs, and hands its templates the whole of
-Python. None of that happens here unless the files are trusted. The harness's own tasks are part of
-an installed library, and are.
+A task file looks like data, but the harness calls functions and instantiates classes that it names,
+loads metrics as programs, and gives its templates access to all of Python. None of that happens
+here unless the files are trusted. The harness's own tasks are part of an installed library, and so
+are trusted.
 
 Needs the extra `eval`, and no torch.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2.sandbox
-import lm_eval.api.metrics  # which fills the registry
+import lm_eval.api.metrics  # importing it fills the registry
 import lm_eval.api.registry
 import lm_eval.tasks
 import lm_eval.utils
@@ -27,13 +27,13 @@ from beyond_outliers.types import Json, PathLike
 
 HARNESS = pathlib.Path(lm_eval.tasks.__file__).resolve().parent
 REMEDY = "read it, and if you trust it, give --trust_task_code"
-# Fields with which the harness runs something, whatever they say.
+# Fields that make the harness run something, whatever their value.
 RUNNING = ("class", "custom_dataset", "unsafe_code", "use_prompt")
-# Formats of the library of data whose readers import what a file names, or unpickle.
+# Formats of the datasets library whose readers import what a file names, or unpickle.
 RUNNING_DATA = ("generator", "iceberg", "pandas", "spark", "sql")
 
 TEMPLATES = lm_eval.utils.env
-# Attributes that begin with an underscore are out of reach, and with them Python.
+# Attributes that begin with an underscore are out of reach, and with them the rest of Python.
 SANDBOX = jinja2.sandbox.SandboxedEnvironment(
   undefined=TEMPLATES.undefined, keep_trailing_newline=TEMPLATES.keep_trailing_newline
 )
@@ -42,7 +42,7 @@ SANDBOX.filters.update(TEMPLATES.filters)
 
 # pyrefly: ignore[invalid-inheritance]  (the harness's parser, where libyaml is installed)
 class _Reader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-  """Plain values; a !function is refused."""
+  """Reads plain values, and refuses !function."""
 
 
 def _refuse_function(reader: Any, node: yaml.Node) -> None:
@@ -54,16 +54,16 @@ _Reader.add_constructor("!function", _refuse_function)
 
 
 def use_templates(trusted: bool) -> None:
-  """Has the harness fill in templates with the whole of Python, or without."""
+  """Has the harness fill in templates with access to all of Python if trusted, else sandboxed."""
   lm_eval.utils.env = TEMPLATES if trusted else SANDBOX
 
 
 def refuse_code(
   manager: lm_eval.tasks.TaskManager, names: Sequence[str], folders: Sequence[PathLike]
 ) -> None:
-  """Refusal of tasks, groups or tags by name whose files would run something.
+  """Refuses tasks, groups and tags, given by name, whose files would run something.
 
-  folders: which files may include each other. Errors: ConfigError that names the file and field."""
+  folders: where included files may lie. Errors: ConfigError that names the file and field."""
   inside = [pathlib.Path(folder).resolve() for folder in folders]
   seen: set[pathlib.Path] = set()
   for path in sorted(_files(manager, names)):
@@ -72,7 +72,7 @@ def refuse_code(
 
 
 def _files(manager: lm_eval.tasks.TaskManager, names: Sequence[str]) -> set[pathlib.Path]:
-  """Files that define what these names mean, and all members of groups and tags."""
+  """Files that define these names, and all members of groups and tags among them."""
   files, visited, pending = set(), set(), list(names)
   while pending:
     name = pending.pop()
@@ -87,7 +87,7 @@ def _files(manager: lm_eval.tasks.TaskManager, names: Sequence[str]) -> set[path
 
 
 def _members(fields: Json) -> list[str]:
-  """Names that a group's definition refers to, also in groups within it."""
+  """Names that a group's definition refers to, nested groups included."""
   found = []
   for each in _definitions(fields):
     members = each.get("task")
@@ -97,7 +97,7 @@ def _members(fields: Json) -> list[str]:
 
 
 def _definitions(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-  """A definition, and those of the members that it lists."""
+  """A definition, and the definitions of members nested in it."""
   yield fields
   members = fields.get("task")
   for member in members if isinstance(members, list) else ():
@@ -152,7 +152,7 @@ def _require_none(value: Any, field: str, what: str) -> None:
 
 
 def _runs(source: str) -> bool:
-  """Whether the library of data runs a source of data: a script, or a folder with one."""
+  """Whether the datasets library runs a data source: RUNNING_DATA, a script, a folder with one."""
   if source in RUNNING_DATA or source.endswith(".py"):
     return True
   return os.path.isdir(source) and any(name.endswith(".py") for name in os.listdir(source))

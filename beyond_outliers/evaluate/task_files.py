@@ -1,4 +1,4 @@
-"""Files of a task of the lm-evaluation-harness: its YAML file, and its examples in JSON lines."""
+"""Files of a task of the lm-evaluation-harness: a YAML file, and examples as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from beyond_outliers.types import Json, PathLike
 
 Example = Json
 
-# The field that tells a kind -> the harness's fields of its tasks, and metric -> how the harness
-# takes it over all examples. It puts the space before a choice or an ending, and none before the
+# Field by which a kind is recognized -> (the harness's fields of such tasks, {metric: how the
+# harness aggregates it}). The harness puts a space before a choice or an ending, but not before the
 # target of a log-likelihood.
 TASK_KINDS = {
   # `context`, then one of `choices`; `answer` is its number.
@@ -28,8 +28,8 @@ TASK_KINDS = {
     {"output_type": "loglikelihood", "doc_to_target": " {{word}}"},
     {"acc": "mean", "perplexity": "perplexity"},
   ),
-  # One of `contexts`, `answer` is its number; then the `ending`. The harness reads the number from
-  # the text.
+  # One of `contexts`, `answer` being its number; then the `ending`. The harness takes the number
+  # from doc_to_text.
   "contexts": (
     {
       "output_type": "multiple_choice",
@@ -50,9 +50,9 @@ def write_task(
   split: str = "test",
   metrics: Sequence[str] = (),
 ) -> None:
-  """Writes name.yaml and name.jsonl, of the kind that the fields of the examples say.
+  """Writes name.yaml and name.jsonl; the kind follows from the examples' fields.
 
-  split: test or validation, as the source calls it. metrics: by default all of the kind.
+  split: test or validation, as in the source. metrics: by default all of the kind.
   Errors: ConfigError for a folder that cannot be written."""
   folder = pathlib.Path(folder).absolute()
   examples = list(examples)
@@ -62,14 +62,14 @@ def write_task(
     for metric, aggregation in aggregations.items()
     if metric in (metrics or aggregations)
   ]
-  # The harness's library of datasets resolves names against where it is started, and keeps a copy
-  # of what it has read.
+  # The datasets library resolves paths against the current directory, and caches what it has read:
+  # hence absolute paths, and a cache next to the files.
   task = {
     "task": name,
     "dataset_path": "json",
     f"{split}_split": split,
     "dataset_kwargs": {
-      "data_files": {split: glob.escape(str(folder / f"{name}.jsonl"))},  # taken for a pattern
+      "data_files": {split: glob.escape(str(folder / f"{name}.jsonl"))},  # it is read as a pattern
       "cache_dir": str(folder / "cache"),
     },
     "doc_to_text": "{{context}}",
@@ -89,7 +89,7 @@ def write_yaml(path: pathlib.Path, fields: Json) -> None:
 
 
 def write_if_changed(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole, unless it is so already: the harness caches by the source's date."""
+  """Writes a file atomically, unless it has that text: caches go by the file's date."""
   if not path.exists() or path.read_text() != text:
     whole = path.with_name(f"{path.name}.{os.getpid()}")
     whole.write_text(text)

@@ -1,4 +1,4 @@
-"""Tasks of an evaluation job, and one model's answers to them, through the harness."""
+"""Tasks of an evaluation job, and models' answers to them, through the harness."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Scores = dict[str, dict[str, float]]
 
 
 class Answers(NamedTuple):
-  """A model's scores on tasks, and over which examples."""
+  """A model's scores on tasks, and the examples that they are over."""
 
   scores: Scores  # {task or group: {metric: value, metric_stderr: value}}
   examples: dict[str, Json]  # {task: {split, scored, left_out, truncated}}: numbers of examples
-  left_out: list[Json]  # {task, example, reason}, the first of each task
+  left_out: list[Json]  # {task, example, reason}: the first few of each task
 
 
 class TaskSuite:
-  """Asks the same tasks of any number of models, which read as `text` begins.
+  """Asks any number of models the same tasks, with texts begun as `text` says.
 
-  say: takes progress. warn: takes what is not scored as asked."""
+  say: receives progress. warn: receives lines about examples that were not scored as asked."""
 
   def __init__(
     self,
@@ -51,7 +51,7 @@ class TaskSuite:
   def asked_of(self, model: LanguageModel, params: Params) -> Callable[[LoadedTask], Json]:
     """task -> the fields of `harness.Answers`, and `seconds`.
 
-    The model is placed and compiled once, at the first."""
+    The model is placed and compiled once, for the first task."""
 
     @functools.cache
     def harness_model() -> Any:
@@ -77,7 +77,7 @@ class TaskSuite:
 
 
 def not_as_asked(examples: Mapping[str, Json], left_out: Sequence[Json]) -> list[str]:
-  """A line for each task that left examples out, or read some without their beginning."""
+  """Lines about tasks of which examples were left out, or read without their beginning."""
   lines = []
   for task, counts in examples.items():
     asked = counts["scored"] + counts["left_out"]
@@ -102,11 +102,11 @@ def find_tasks(
   folder: epath.Path,
   trust_code: bool = False,
 ) -> list[LoadedTask]:
-  """Tasks of the harness, of the folders, or made of held-out text below `folder`. trust_code: run
-  what files in the folders name.
+  """Tasks of the harness, of the folders, or made from held-out text and written below `folder`.
+  trust_code: run the Python that files in the folders name.
 
-  Errors: ConfigError for tasks that are unknown, faulty, without their data or not trusted, and for
-  any without the library for them."""
+  Errors: ConfigError for tasks that are unknown, faulty, without their data or not trusted, and if
+  the harness is not installed."""
   if not names:
     return []
   made = [folder / "tasks"] if set(names) & offline_tasks.HELD_OUT.keys() else []

@@ -13,26 +13,26 @@ from beyond_outliers.data import tokenizers
 from beyond_outliers.evaluate import results
 from beyond_outliers.types import Json
 
-LONGER = 16  # times the windows of training: the model is for no longer ones, nor is memory
+LONGER = 16  # times the training context, at most: beyond that, neither model nor memory copes
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Validation documents, how they are cut into batches of windows, and how a text begins."""
+  """Validation documents, how they are cut into batches of windows, and how texts begin."""
 
   dataset: data.Dataset
   section: config.Data
   context: int
   batch_size: int
   documents: int  # of the validation split; 0: all
-  prefix: int  # token that stands before a text without context, as between training documents
-  bos: bool  # whether it stands before every text, as before every training document
+  prefix: int  # token put before a text without context, as between training documents
+  bos: bool  # whether it is put before every text, as before every training document
 
 
 class TextOptions(TypedDict, total=False):
-  """Options that replace what a target's own text would be."""
+  """Options that override a target's own text."""
 
-  dataset: str  # folder of a prepared one; "": the target's own
+  dataset: str  # folder of a prepared dataset; "": the target's own
   context: int  # tokens per window; 0: the target's own
   batch_size: int  # windows at once; 0: the target's own
   documents: int | None  # of the validation split, 0: all; None: the target's own
@@ -46,8 +46,8 @@ def text_of_run(
   batch_size: int = 0,
   documents: int | None = None,
 ) -> Text:
-  """The run's own validation documents, or those of another dataset of its tokenizer; documents
-  that are separated otherwise than those it was trained on get a warning.
+  """The run's own validation documents, or those of another dataset with the same tokenizer. Warns
+  if they are separated by another token than the training documents.
 
   Errors: ConfigError, DataError."""
   c, trained_on = run.config, run.trained_on
@@ -80,8 +80,7 @@ def text_of_run(
     context or c.context,
     batch_size or c.eval.batch_size,
     c.eval.documents if documents is None else documents,
-    # Of what the run was trained on, whatever it is evaluated on: --data may name documents that
-    # were parted otherwise.
+    # As in training, whatever is evaluated: --data may name documents with another separator.
     prefix=getattr(opened.tokenizer, c.data.separator),
     bos=c.data.separator == "bos",
   )
@@ -92,7 +91,7 @@ def dataset_for(
 ) -> tuple[data.Dataset, int | None]:
   """(dataset, token that the directory's tokenizer puts before a text, if any).
 
-  warn: takes what is not known of the two."""
+  warn: receives a line if the directory has no tokenizer to compare with the dataset's."""
   own = tokenizers.own_of(directory)
   remedy = f"data.tokenizer={own or f'huggingface:{directory}/tokenizer.json'}"
   require(
@@ -103,7 +102,7 @@ def dataset_for(
   )
   opened = data.open(dataset)
   if not own:
-    # A model of the same number of tokens would get a loss, of whatever its ids stand for.
+    # A model with as many tokens would get a loss, though its ids might mean other tokens.
     warn(
       f"{directory}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: the "
       f"tokenizer of {dataset} was taken, and is not known to be the model's"
@@ -121,7 +120,7 @@ def dataset_for(
 
 
 def section_of(dataset: data.Dataset, vocab: int) -> config.Data:
-  """The data section of a model that no run describes."""
+  """The data section for a model that no run describes."""
   settings: Json = {
     **dataset.meta["settings"],
     "reader": _reader_of(dataset),

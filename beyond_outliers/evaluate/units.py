@@ -1,9 +1,9 @@
-"""Units of a network, as they ran in full precision and quantized: what error analysis decomposes.
+"""Units of a network, recorded in full precision and quantized: what error analysis decomposes.
 
-A unit is a linear layer, a norm, an activation function, a residual add, attention, or a block; of
-attention also what lies between its projections: scores, softmax, values. Both runs of a block are
-recorded as they are (quantized matrices have their own dot_general), and a unit that is quantized
-is replayed by itself on the other run's inputs.
+A unit is a linear layer, a norm, an activation function, a residual add, attention, or a block;
+within attention, also what lies between its projections: scores, softmax, values. Both runs of a
+block are recorded as they are (quantized matrices have their own dot_general), and a quantized unit
+is replayed alone on the other run's inputs.
 
 Legend: B batch, L length, F features; K contraction, O outputs; H heads.
 """
@@ -38,12 +38,12 @@ UNIT_KINDS = {
 }
 
 
-# What lies between a block's projections, in this order.
+# Units between the projections of a block's attention, in this order.
 OPENED = ("scores", "softmax", "values")
 
 
 def of_block(c: config.Model) -> dict[str, str]:
-  """{path: kind} of a block's units, in the order in which they run; the block itself, "", ends."""
+  """{path: kind} of a block's units in execution order; the block itself, "", is the last."""
   qk_norms = dict.fromkeys(("attention/q_norm", "attention/k_norm"), "norm")
   sublayers = {
     "attention": {
@@ -68,26 +68,26 @@ def of_block(c: config.Model) -> dict[str, str]:
 
 
 class Matrices(NamedTuple):
-  """The matrix of a linear layer and what quantization adds to it, in the basis of the input."""
+  """The matrix of a linear layer and its quantization error, in the basis of the input."""
 
   weight: jax.Array  # W, [K, O], float32 or wider
   error: jax.Array | None  # E; None: exactly zero
 
   @property
   def midpoint(self) -> jax.Array:
-    """W + E/2: what an incoming error passes through, on the average of both runs."""
+    """W + E/2, the average of both runs' matrices: what an incoming error passes through."""
     return self.weight if self.error is None else self.weight + self.error / 2
 
   def spectral_ratio(self) -> float:
-    """(‖W + E/2‖₂ / ‖W‖₂)², on the host: Lanczos takes a hundredth of the time of all values."""
+    """(‖W + E/2‖₂ / ‖W‖₂)², on the host: Lanczos takes a hundredth of the time of a full SVD."""
     if self.error is None:
       return 1.0
     return float((_spectral_norm(self.midpoint) / _spectral_norm(self.weight)) ** 2)
 
 
 def _spectral_norm(w_KxO: jax.Array) -> float:
-  """NaN where the matrix has some, or nothing but zeros."""
-  import scipy.sparse.linalg  # takes a while, and few evaluations need it
+  """‖W‖₂; NaN if the matrix has a value that is not finite, or only zeros."""
+  import scipy.sparse.linalg  # slow to import, and few evaluations need it
 
   w = np.asarray(w_KxO)
   if not np.isfinite(w).all() or not w.any():
@@ -99,17 +99,17 @@ def _spectral_norm(w_KxO: jax.Array) -> float:
 class Unit(NamedTuple):
   """One unit in both runs. h: full precision, hq: quantized."""
 
-  inputs: tuple[jax.Array, ...]  # h before it, [B, L, F] each
+  inputs: tuple[jax.Array, ...]  # h, [B, L, F] each
   q_inputs: tuple[jax.Array, ...]
   output: jax.Array  # f(h), [B, L, F]
   q_output: jax.Array  # f^q(hq)
-  # (f, f^q) of inputs, in full precision and quantized; None: equal, so nothing to replay.
+  # (f, f^q) as functions of the inputs; None: they are equal, so there is nothing to replay.
   replay: tuple[Callable[..., jax.Array], Callable[..., jax.Array]] | None = None
   matrices: Matrices | None = None  # of a linear layer
 
 
 class Call(NamedTuple):
-  """A module's call: all that it takes to make it again."""
+  """A call of a module, with all that is needed to repeat it."""
 
   module: Any  # unbound
   variables: Any
@@ -122,7 +122,7 @@ class Call(NamedTuple):
 
 
 def recorded(module: Any, params: Params, *arguments: Any) -> dict[str, Call]:
-  """{path within the module: call} of every unit, in the order in which they end."""
+  """{path within the module: call} of every unit, in the order in which the calls return."""
   calls: dict[str, Call] = {}
 
   def watch(next_function, args, kwargs, context):
@@ -138,14 +138,14 @@ def recorded(module: Any, params: Params, *arguments: Any) -> dict[str, Call]:
 
 
 def _array(result: Any) -> jax.Array:
-  """Blocks return a pair, for their scan."""
+  """A module's result as an array: blocks return a pair, for their scan."""
   return result[0] if isinstance(result, tuple) else result
 
 
 def units_of_block(
   calls: dict[str, Call], q_calls: dict[str, Call], recipes: dict[str, LayerRecipe | None]
 ) -> dict[str, Unit]:
-  """Units of a block by their paths in it, given its calls in both runs.
+  """Units of a block by their paths in it, from its calls in both runs.
 
   recipes: of its linear layers, by path."""
   found = {}
@@ -176,13 +176,13 @@ def _kernel(call: Call) -> Any:
 def matrices(
   kernel: jax.Array, q_kernel: Any, layer: LayerRecipe | None, scale: jax.Array | None = None
 ) -> Matrices:
-  """The matrix [K, O] of a linear layer with its error, given that of either run.
+  """The matrix [K, O] of a linear layer and its error, from the kernels of both runs.
 
-  scale: a learned one, of a matrix that is quantized when it is multiplied."""
+  scale: a learned one, for a matrix that is only quantized when it is multiplied."""
   weight_KxO = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
   if layer is None or layer.weights is None:
     return Matrices(weight_KxO, None)
-  if not isinstance(q_kernel, QuantizedMatrix):  # a tied head's, quantized when it is multiplied
+  if not isinstance(q_kernel, QuantizedMatrix):  # a tied head's, quantized when multiplied
     rotated_KxO = qmatrix.in_quantized_basis(weight_KxO, layer)
     scale = quantizers.scale_of(rotated_KxO, layer.weights, 0) if scale is None else scale
     q, _ = quantizers.forward(rotated_KxO, scale, layer.weights)
@@ -197,11 +197,11 @@ def opened_attention(
   counts_BxL: jax.Array,
   measure: Callable[[Unit, jax.Array], Any],
 ) -> dict[str, Any]:
-  """{path: measure of the unit}: scores, softmax and values of a block's attention.
+  """{path: measure of the unit} for the scores, softmax and values of a block's attention.
 
-  Scores of all heads are the widest array of a network: windows go through one after another. None
-  of the three is quantized. measure: of a unit of one window and which of its tokens count, arrays
-  [1, ...]."""
+  All heads' scores are the widest array of a network, so windows are taken one at a time. None of
+  the three is quantized. measure: takes a unit of one window, and which of its tokens count, as
+  arrays [1, ...]."""
   _, segment_ids, positions = calls["attention"].arguments
   runs = [_projections(of_run) for of_run in (calls, q_calls)]
   scales = [of_run["attention"].variables["params"].get("scale") for of_run in (calls, q_calls)]
@@ -224,15 +224,15 @@ def opened_attention(
 
 
 def _projections(calls: dict[str, Call]) -> tuple[jax.Array, ...]:
-  """(q, k, v) as attention gets them, [B, L, heads·Dh]."""
+  """(q, k, v) as attention receives them, [B, L, heads·Dh]."""
   return tuple(
     calls.get(f"attention/{name}_norm", calls[f"attention/{name}"]).result for name in "qkv"
   )
 
 
 def _attend(c: config.Model, projections, scale_H, segment_ids, positions):
-  """{stage: (its inputs, its output)}, [B, L, F] each, all of a token's heads and keys beside one
-  another. What a token may not see counts as zero."""
+  """{stage: (its inputs, its output)}, [B, L, F] each, with a token's heads and keys along the last
+  axis. Masked scores are zero."""
   (q, k, v), dtype = projections, jnp.dtype(c.dtype)
   B, L, _ = v.shape
   q_BxLxHxDh, k_BxLxKxDh = layers.queries_and_keys(c, q, k, scale_H, positions)

@@ -16,7 +16,7 @@ DELTA = (0.5, 0.10, 0.11, 0.10, 0.13, 0.20, 0.30)
 
 
 def trained(root, module=adamw, seed=0, off=0.0, steps=STEPS, **settings):
-  """A run of 100 steps whose cells have the planted delta, `off` more at the end."""
+  """A run of 100 steps whose cells have the planted delta, plus `off` at the end."""
   run = workdir(root, module, 0.1, seed, {100: 4.0}, argument=",steps=100,schedule.warmup=0.1")
   for step, delta in zip(STEPS, DELTA, strict=True):
     if step in steps:
@@ -34,7 +34,7 @@ def test_every_checkpoint_stands_in_the_schedule_of_its_run(tmp_path):
   assert list(table.step) == list(STEPS) and list(table.fraction) == [s / 100 for s in STEPS]
   assert table.delta.to_numpy() == pytest.approx(DELTA)
   assert table.loss.to_numpy() == pytest.approx([5 - 0.01 * s for s in STEPS])
-  # Of the step that led to the checkpoint: 90 is the eleventh of twenty from 1 to 1/20.
+  # The rate is of the step that led to the checkpoint: 90 is the eleventh of twenty from 1 to 1/20.
   assert table.rate.to_numpy() == pytest.approx([0.001 + 0.999 * 0.4, 1, 1, 1, 1, 0.55, 0.05])
 
 

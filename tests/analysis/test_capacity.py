@@ -39,7 +39,7 @@ def test_weights_and_activations_multiply():
 
 
 def test_the_constants_are_those_of_figure_6():
-  """arXiv 2506.01863: last column and last row of the matrix of QuEST's capacities."""
+  """arXiv 2506.01863, figure 6: last column and last row of the matrix of QuEST's capacities."""
   errors = [error(bits) for bits in (1, 2, 3, 4)]
   printed = np.array([0.21, 0.45, 0.74, 0.90, 0.21, 0.48, 0.76, 0.91])
   fitted = capacity.fit_capacity(errors * 2, printed)

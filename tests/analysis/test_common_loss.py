@@ -10,8 +10,8 @@ from configs import adamw, muon, soap
 
 
 def curve(end, gain=0.25):
-  """Evaluations of a run of 256 steps whose loss falls by a nat as the steps double, and by `gain`
-  in its cool-down."""
+  """Evaluations of a run of 256 steps whose loss falls by one nat per doubling of the steps, and by
+  `gain` in its cool-down."""
   return {64: end + gain + 2, 128: end + gain + 1, 256: end}
 
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_before_the_first_evaluation_has_no_loss(tmp_path):
 
 
 def test_a_checkpoint_that_was_evaluated_counts_though_it_is_gone(tmp_path):
-  """As in runs that were packed; its cells say what it costs. Not that of another training."""
+  """As in packed runs, since its cells say what it costs; but not one of another training."""
   workdir(tmp_path, adamw, 0.1, 0, curve(4.0), argument=",steps=256", checkpoints=(256,))
   run = workdir(tmp_path, muon, 0.1, 0, curve(3.0), argument=",steps=256")
   cell(run, 128)
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_was_evaluated_counts_though_it_is_gone(tmp_path):
 
 
 def test_the_first_checkpoint_below_the_common_loss(tmp_path):
-  """That all seeds still have, at the estimate of its step; the worst optimizer's is its last."""
+  """It must exist for all seeds; its loss is an estimate. The worst optimizer's is its last."""
   for seed in range(3):
     # Losses whose mean depends on the order of the sum.
     workdir(

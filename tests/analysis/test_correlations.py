@@ -1,4 +1,4 @@
-"""Correlations against scipy's, exact p against all pairings, and what six pairs are worth."""
+"""Correlations against scipy's, exact p against all pairings, and coverage with six pairs."""
 
 import itertools
 import math
@@ -67,7 +67,7 @@ def test_p_of_a_partial_correlation_is_that_of_the_regression():
 
 
 def test_p_of_a_partial_correlation_of_ranks_counts_pairings_of_residuals():
-  """So that a perfect order of five is worth what it is: one in sixty, not 1e-300."""
+  """So that p of a perfect order of five is right: one in sixty, not 1e-300."""
   x, y, z = np.array([[1, 2, 3, 4, 5], [2, 1, 3, 5, 4], [1, 3, 2, 5, 4]], float)
   design = np.stack([np.ones(5), z], axis=1)
 
@@ -90,7 +90,7 @@ def test_p_of_a_partial_correlation_of_ranks_counts_pairings_of_residuals():
 
 @pytest.mark.parametrize("interval", ["percentile", "bca"])
 def test_clusters_of_equal_rows_count_once(interval):
-  """An optimizer's seeds that all say the same add nothing; rows drawn one by one would."""
+  """An optimizer's seeds that all agree add nothing; rows drawn one by one would count as more."""
   x, y, names = (np.repeat(v, 3) for v in (X, Y, list("abcdef")))
   once = correlation(X, Y, "pearson", interval=interval)
   clustered = correlation(x, y, "pearson", clusters=names, interval=interval)
@@ -163,9 +163,9 @@ COVERAGE = {
 
 @pytest.mark.slow
 def test_coverage_of_the_intervals():
-  """What `correlation` says of six pairs: normal ones with a correlation of .8, of which Spearman's
-  is 6 / pi asin(.4). Fewer draws lie within what chance makes of those shares, one time in 200 on
-  either side."""
+  """The shares in the docstring of `correlation`, for six normal pairs with a correlation of .8,
+  whose Spearman coefficient is 6 / pi asin(.4). With fewer draws, bounds are the binomial's that
+  chance exceeds once in 200 on either side."""
   truths = {"pearson": 0.8, "spearman": 6 / math.pi * math.asin(0.4)}
   draws = int(os.environ.get("DRAWS", 100))
   for n, documented in COVERAGE.items():

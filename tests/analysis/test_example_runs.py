@@ -1,4 +1,4 @@
-"""Runs that notebooks read, or make."""
+"""Example runs, which notebooks read or train."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_runs_of_a_folder_are_read_and_never_evaluated(tmp_path):
 
 @pytest.mark.parametrize("name", example_runs.SMALL_RUNS)
 def test_sizes_have_one_ratio_of_tokens_to_parameters(name):
-  """Which the study's law holds at; law_points takes 5 %."""
+  """The study's law holds at one ratio; law_points tolerates 5 %."""
   example, ratios = example_runs.SMALL_RUNS[name], []
   for size, steps in example.steps.items():
     c = config.resolve(adamw.get_config(f"{size},steps={steps},{example.overrides}"))
@@ -43,7 +43,7 @@ def test_sizes_have_one_ratio_of_tokens_to_parameters(name):
 
 
 def test_outliers_are_measured_where_a_notebook_reads_them(monkeypatch):
-  """To compile that takes longer than all the rest of so small a run."""
+  """Elsewhere they are not, since that takes longer to compile than all the rest of a small run."""
   made = []
   monkeypatch.setattr(example_runs, "_trained", lambda where, given: made.append(given))
   example_runs.find_or_train("tiny", [adamw], ["none", "quest_w4a4"], ladder=True)

@@ -1,5 +1,5 @@
-"""What quantization costs at the common loss, by the way there: planted costs come back, and
-whether the order of optimizers is the way's."""
+"""What quantization costs at the common loss, by the way there: planted costs are recovered, as is
+whether the order of optimizers depends on the way."""
 
 import math
 
@@ -25,8 +25,8 @@ def cost(run, step, lost, recipe="rtn_w4a4", method="rtn", **settings):
 
 @pytest.fixture
 def landed(tmp_path):
-  """AdamW ends at 4. Muon and SOAP end lower: 192 is nearest to 4, 224 the first below. Re-run,
-  Muon loses least, at its first crossing most."""
+  """AdamW ends at a loss of 4. Muon and SOAP end lower: step 192 is nearest to 4, 224 the first
+  below. Muon loses least when re-run, and most at its first crossing."""
   for seed in (0, 1, 2):
     off = 0.01 * seed
     cost(workdir(tmp_path, adamw, 0.1, seed, curve(4.0), **LONG), 256, 0.3 + off)

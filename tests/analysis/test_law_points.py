@@ -17,8 +17,8 @@ WORTH = {("adamw", "quest_w4a4"): 0.86, ("muon", "none"): 1.2}  # parameters; al
 
 
 def ladder(root, seeds=2, best=0.1, sizes=LADDER, recipes=("none", "quest_w4a4")):
-  """Sweeps of two optimizers over four sizes, at 20 tokens a parameter: at the best rate the losses
-  are the law's, at the others worse; under the recipe the next rate is better still."""
+  """Sweeps of two optimizers over four sizes, at 20 tokens per parameter: losses follow the law at
+  the best rate, and are worse at the others; under the recipe, the next rate is even better."""
   for number, size in enumerate(sizes):
     batch = 32 if size == "2m" else 16
     steps = 100 * 2**number * 16 // batch
@@ -118,7 +118,7 @@ def test_runs_of_no_one_law_are_refused(tmp_path, options, message):
 
 
 def test_sizes_may_differ_in_what_makes_a_model_larger(tmp_path):
-  """Also under one name, and at one number of steps: these are no duplicates."""
+  """Even with the same name and number of steps, they are not duplicates."""
   workdir(tmp_path / "one", adamw, 0.1, 0, {260: 4.0})
   workdir(tmp_path / "two", adamw, 0.1, 0, {260: 3.9}, argument=",model.blocks=3")
   workdir(tmp_path / "three", adamw, 0.1, 0, {260: 3.8}, argument=",batch_size=16")

@@ -29,7 +29,7 @@ DRAW = np.random.default_rng(0)
 
 
 def batch(rows, padding=0):
-  """`padding` tokens at the end of the last row are of no document."""
+  """A batch whose last row ends with `padding` tokens that belong to no document."""
   segments = np.ones((rows, 13), np.int32)
   segments[-1, 13 - padding :] = 0
   return {
@@ -126,8 +126,8 @@ def test_a_nan_is_in_every_metric(features):
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_streaming_is_the_whole(mean):
-  """Of parts of unequal lengths, with tokens that don't count among them; also where powers about
-  zero would cancel."""
+  """For parts of unequal lengths, some of whose tokens don't count; also where sums of powers about
+  zero would suffer from cancellation."""
   x = heavy(700, 48, mean)
   counts = np.ones(700, bool)
   counts[[5, 100, 101, 699]] = False
@@ -140,7 +140,7 @@ def test_streaming_is_the_whole(mean):
   got = outliers.collect(parts).iloc[0]
   assert got.tokens == 696
   want = expected(x[counts])
-  # What float32 says of 1000 ± 1 has an error of its own.
+  # In float32, values of 1000 ± 1 have rounding errors of their own.
   assert got[list(want)].to_dict() == pytest.approx(want, rel=2e-6 if not mean else 2e-4)
 
 
@@ -171,7 +171,7 @@ def seen(model, params, tokens):
     sites[f"layers/{depth}/attention_add"] = sites[f"layers/{depth}/mlp/up"] = rows(add)
     sites[f"layers/{depth}/mlp/down"] = rows(of("mlp", "activation"))
     sites[f"layers/{depth}/mlp_add"] = rows(after)
-    # The one input that no module returns: from what the layer made of it.
+    # The only input that no module returns: it is computed from the layer's output.
     kernel = params["layers"]["attention"]["o"]["kernel"][depth]
     sites[f"layers/{depth}/attention/o"] = rows(
       np.linalg.lstsq(kernel.T.astype(np.float64), rows(of("attention", "o")).T)[0].T

@@ -1,4 +1,4 @@
-"""A packed file holds what reports read of runs, and nothing of the machine that they were on."""
+"""A packed file holds what reports read from runs, and nothing about their machine."""
 
 import json
 import lzma
@@ -114,7 +114,7 @@ def test_runs_that_would_be_others_do_not_replace_a_former_file(
       yield name, text
 
   monkeypatch.setattr(packed_runs, "_contents", damaged)
-  # It is the manifest that holds the sum of the configuration.
+  # The configuration's sum is in the manifest.
   monkeypatch.setattr(packed_runs, "digest", lambda found: "")
   with pytest.raises(WorkdirError, match=f"runs.tar.xz: .*{told}.*what was there stays"):
     packed_runs.pack_runs(runs.find(root), tmp_path / "runs.tar.xz")

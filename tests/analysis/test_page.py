@@ -1,4 +1,4 @@
-"""The page of HTML over runs made by hand: complete, of its own, the same each time, and honest
+"""The page of HTML about runs made by hand: complete, self-contained, reproducible, and honest
 about what it lacks."""
 
 import csv
@@ -45,7 +45,7 @@ def units(size):
 
 
 def sweep(root, size="nano", parameters=(3_934_086, 786_432), **options):
-  """Three optimizers, two seeds, one recipe beside full precision, with cells of all sorts."""
+  """Three optimizers, two seeds, full precision and one recipe, with cells of all kinds."""
   for number, module in enumerate((adamw, muon, soap)):
     for seed in range(2):
       losses = {20: 6.0, 100: 5.0 + 0.1 * number + 0.01 * seed}
@@ -153,7 +153,7 @@ def scores_of(root):
 
 
 def test_a_run_s_scores_count_once_though_it_was_looked_at_twice(tmp_path):
-  """A quick look at few documents asks no task; cells of earlier steps are in no mean."""
+  """An evaluation on few documents runs no tasks again; cells of earlier steps are in no mean."""
   for seed, accuracy in enumerate((0.2, 0.4)):
     run = workdir(tmp_path, adamw, 0.1, seed, {100: 5.0, 200: 4.0})
     cell(run, 200, **answers(accuracy))
@@ -204,7 +204,7 @@ def test_files_of_an_earlier_page_go_and_no_others(tmp_path):
 
 
 def test_commands_of_a_page_name_roots_that_hold_no_other_runs(tmp_path):
-  """The ones that were given, and folders in them where runs of several groups lie together."""
+  """The given roots, or folders in them where a root holds runs of several groups."""
   names = ["/r/a/1", "/r/a/2", "/r/b/1", "/s/1"]
   assert own_roots(["/r", "/s"], names, names) == ["/r", "/s"]
   assert own_roots(["/r", "/s"], names[:2], names) == ["/r/a"]
@@ -332,7 +332,7 @@ def test_what_is_not_finite_ends_no_report(tmp_path):
 
 
 def test_one_size_has_no_law_and_its_rho_is_in_no_table(tmp_path):
-  """A fit of three seeds converges, to a share that they do not determine."""
+  """A fit to three seeds of one size converges, but to a share that the data do not determine."""
   for module in (adamw, muon):
     for seed in range(3):
       for recipe, loss in (("none", 4.5), ("quest_w4a4", 4.6)):
@@ -357,8 +357,8 @@ def test_cells_of_other_folders_are_named_those_of_no_run_too(tmp_path):
 
 
 def test_a_panel_has_something_to_compare(tmp_path):
-  """Of methods whose cells are of one checkpoint there is no panel along training; of one optimizer
-  no figure at the common loss."""
+  """A method with cells of one checkpoint has no panel along training; one optimizer alone has no
+  figure at the common loss."""
   run = workdir(tmp_path / "runs", adamw, 0.1, 0, {100: 5.0, 200: 4.5}, checkpoints=(100, 200))
   for step, methods in ((100, ["rtn"]), (200, ["rtn", "gptq"])):
     cell(run, step, "none", "none", {"loss": 5.0})

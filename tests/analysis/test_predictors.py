@@ -1,5 +1,5 @@
-"""Predictors beside what was lost, from cells of evaluation jobs: planted numbers come back, and
-what cannot be said has a reason."""
+"""Predictors and what was lost, from cells of evaluation jobs: planted numbers are recovered, and
+missing ones have a reason."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_correlations_are_those_of_the_planted_numbers(tmp_path):
   assert r_l.pearson_low < r_l.pearson < r_l.pearson_high
   assert r_l.spearman == 1.0 and r_l.spearman_p == pytest.approx(2 / 720), "of all pairings"
   assert r_l.kendall == 1.0 and r_l.kendall_p == pytest.approx(2 / 720)
-  # Three seeds of an optimizer are no three optimizers: p is of its cluster.
+  # Three seeds of an optimizer don't count as three optimizers: p is over clusters.
   assert r_l.runs_pearson == pytest.approx(r_l.pearson, abs=1e-3)
   assert r_l.runs_pearson_p == pytest.approx(r_l.pearson_p, abs=0.01)
   assert r_l.runs_pearson_high - r_l.runs_pearson_low > 0.5 * (r_l.pearson_high - r_l.pearson_low)

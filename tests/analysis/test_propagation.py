@@ -63,7 +63,7 @@ def test_sensitivity_to_parts():
 
 @pytest.mark.slow
 def test_a_part_alone_is_the_model_that_is_quantized_so():
-  """Weights alone, and one kind of layer alone, are models of recipes of their own."""
+  """With weights alone, or one kind of layer alone, against a model quantized by such a recipe."""
   model, params, q = quantized_model("study", "rtn_w4a4")
   _, _, weights = quantized_model("study", "rtn_w4a16")
   operands = propagation.sensitivity(model, params, q, BATCHES, by="operand").set_index("name")

@@ -97,8 +97,8 @@ def test_rows_are_methods_columns_optimizers_over_seeds(tmp_path):
 
 
 def test_optimizers_are_told_apart_by_the_seeds_they_share(tmp_path):
-  """By the paired t test after Holm, within a recipe and method; one seed tells nothing, and one
-  that broke is no difference."""
+  """By the paired t test with Holm's correction, within a recipe and method. A single seed tells
+  nothing, and a broken one gives no difference."""
   for seed, (one, other) in enumerate([(0.30, 0.10), (0.41, 0.20), (0.49, 0.30), (None, 0.10)]):
     workdir(tmp_path, adamw, seed, {("rtn_w4a4", "rtn"): one, ("rtn_w4a4", "gptq"): 0.1})
     workdir(tmp_path, muon, seed, {("rtn_w4a4", "rtn"): other})
@@ -137,7 +137,7 @@ def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
 def test_cells_of_other_models_or_measured_on_others_are_refused(
   module, seed, other, named, tmp_path
 ):
-  """Of one optimizer, and of two beside each other."""
+  """Within one optimizer's cells, and between two optimizers'."""
   cells = {("rtn_w4a4", "rtn"): 0.3, ("rtn_w4a4", "gptq"): 0.2}
   workdir(tmp_path, adamw, 0, cells)
   workdir(tmp_path, module, seed, cells, **other)
@@ -244,7 +244,7 @@ def recorded(folder, **fields):
 
 
 def test_cells_under_other_settings_of_jax_are_refused_or_chosen(tmp_path, capsys):
-  """And so are scores of tasks: those under other settings are of no other cell."""
+  """So are scores of tasks: they belong to no cell with other settings."""
   one = quantized(tmp_path)
   quantized(tmp_path, 1, cost=0.4, jax_enable_x64=True)
   with pytest.raises(
@@ -301,7 +301,7 @@ def asked(folder, content, accuracy):
 
 
 def test_unlike_questions_under_one_name_are_columns_of_their_own(tmp_path, capsys):
-  """Of two runs, and of one that was asked both."""
+  """In cells of two runs, and of one run that was asked both."""
   one, other = quantized(tmp_path, 0), quantized(tmp_path, 1)
   asked(one, "a" * 64, 0.2)
   asked(other, "a" * 64, 0.4)

@@ -1,5 +1,5 @@
-"""What a recipe costs, from workdirs: paired by seed, at the rate of full precision, and nothing
-dropped in silence."""
+"""What a recipe costs, from workdirs: paired by seed, at the rate of full precision, with nothing
+dropped silently."""
 
 import math
 
@@ -57,8 +57,8 @@ def test_only_pairs_count_and_the_rest_is_named(pairs):
 
 
 def test_both_sides_have_the_rate_of_full_precision(pairs):
-  """Also where another is better under the recipe; and where it was not tried, the best that was,
-  which the table says."""
+  """Even if another rate is better under the recipe. If it was not tried there, the best one that
+  was is used, and the table says so."""
   for seed in range(3):
     workdir(pairs, adamw, 0.3, seed, {260: 4.9})
     workdir(pairs, adamw, 0.3, seed, {260: 4.3}, recipe="quest_w4a4")
@@ -78,7 +78,7 @@ def test_both_sides_have_the_rate_of_full_precision(pairs):
 
 
 def test_gaps_are_told_from_none_and_from_each_other_by_seeds_they_share(pairs):
-  """p of the paired t test after Holm, of two gaps and apart from them of one pair."""
+  """p of the paired t test with Holm's correction, over two gaps, and separately over one pair."""
   for seed in (0, 1):
     workdir(pairs, soap, 0.01, seed, {260: PLAIN[seed] - 0.4})
     cost = (0.33, 0.29)[seed]

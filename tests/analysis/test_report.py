@@ -1,5 +1,5 @@
-"""The report as a person asks for it: what it cannot make is said in one line, and nothing is left
-out in silence."""
+"""The report as a person asks for it: what it cannot do is said in one line, and nothing is left
+out silently."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Scaling laws: planted parameters come back, intervals cover, and what runs do not determine is
-said."""
+"""Scaling laws: planted parameters are recovered, intervals cover them, and parameters that the
+runs do not determine are reported."""
 
 import math
 import os
@@ -138,7 +138,7 @@ def test_planted_parameters_come_back(law, shared, count):
 @pytest.mark.parametrize("alpha", [0.12, 0.3, 0.75])
 @pytest.mark.parametrize("floor", [0.3, 0.9])
 def test_other_laws_come_back_too(alpha, floor):
-  """Whatever the exponent and the share of the loss that no size takes away."""
+  """Whatever the exponent, and the share of the loss that no size removes."""
   A = 3 * (1 - floor) * SIZES[2] ** alpha
   truth = {**TRUTH, "A": A, "alpha": alpha, "E": 3 * floor}
   found = scaling_law.fit(runs(seeds=1, truth=truth), resamples=0)
@@ -171,8 +171,8 @@ FOUR = dict(sizes=[SIZES[i] for i in (0, 1, 3, 5)], noise=0.005)
 
 @pytest.mark.slow
 def test_coverage_of_the_intervals():
-  """Of 200 draws they are .93 to .96, says law_intervals. Fewer lie within what chance makes of
-  .945, one time in 200 on either side."""
+  """By law_intervals, .93 to .96 over 200 draws. With fewer draws, bounds are those that chance
+  exceeds once in 200 on either side if it is .945."""
   draws = int(os.environ.get("DRAWS", 100))
   found = coverage(draws, **FOUR)
   print({f"{name}, {kind}": share for (name, kind), share in found.items()})
@@ -229,7 +229,7 @@ def test_what_the_runs_sizes_do_not_identify_is_said(options, law, needs):
 
 
 def test_one_ratio_is_one_without_the_embedding_too():
-  """Though tokens over the other parameters differ between sizes."""
+  """Even though the ratio of tokens to the other parameters differs between sizes."""
   rows = runs(two_terms=True, seeds=2, noise=0.002)
   found = scaling_law.fit(rows, law="two_term", embedding=False, resamples=0)
   assert all(reason.startswith("D/N = 20 in all runs") for reason in found.reasons.values())

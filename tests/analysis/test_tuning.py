@@ -1,4 +1,4 @@
-"""Which learning rate a sweep's workdirs speak for, and the table and figure made of them."""
+"""The best learning rate by a sweep's workdirs, and the table and figure made from them."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_a_figure_of_nothing_is_refused(tmp_path):
 
 
 def test_a_run_whose_last_loss_is_not_finite_has_none(tmp_path):
-  """Though an earlier one is; and though it was never finite, or never measured."""
+  """Whether an earlier loss was finite, none ever was, or none was measured."""
   for rate, losses in (
     (0.03, {1: 5.0, 2: 4.5}),
     (0.1, {1: 4.0, 2: None}),
@@ -98,7 +98,7 @@ def test_a_run_whose_last_loss_is_not_finite_has_none(tmp_path):
 
 
 def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
-  """Muon's embedding has one, which a sweep meets; where it differs, runs do not compare."""
+  """Muon's embedding has its own, which a swept one may equal; unequal ones are refused."""
   own = config.resolve(muon.get_config()).optimizer.groups["embedding"].optimizer.learning_rate
   for rate in (own, 10 * own):
     workdir(tmp_path, muon, rate, 0, [6.0, 4.0])
@@ -178,7 +178,7 @@ def test_runs_that_began_with_unlike_parameters_of_one_folder_are_refused(tmp_pa
   told = "warm_start = '/a': parameters: 'one' in .*, 'other' in .*: these do not compare"
   with pytest.raises(config.ConfigError, match=told):
     tuning.tunings([*alike, *runs.find(tmp_path / "unlike")])
-  # A pack names what lay beside a run without the folder: of two roots these are two.
+  # A pack names a run's neighbours without their folder: under two roots, they are different.
   warm("packed/0", 0, "parent", "one")
   warm("packed/1", 1, "parent", "other")
   tuning.check_comparable(runs.find(tmp_path / "packed"))
@@ -192,7 +192,7 @@ def test_runs_may_differ_in_what_decides_no_loss(tmp_path, change):
 
 
 def test_every_key_of_a_config_is_compared_or_listed(tmp_path):
-  """A new one is compared until MAY_DIFFER says why not; and all that it lists is there."""
+  """A new key is compared unless MAY_DIFFER lists it with a reason; and all listed keys exist."""
   workdir(tmp_path, adamw, 0.1, 0, [6.0, 4.0])
   (run,) = runs.find(tmp_path)
   flat, listed = config.flatten(config.to_dict(run.config)), set()

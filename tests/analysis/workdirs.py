@@ -1,4 +1,4 @@
-"""Runs as training leaves them, and cells as evaluation jobs do, without either."""
+"""Workdirs as training leaves them, and cells as evaluation jobs do, made without either."""
 
 import json
 
@@ -27,8 +27,8 @@ def workdir(
   """losses: of training, from step 1, with the validation loss half a nat above the last; or {step:
   validation loss}.
 
-  A loss may be None, as one that was not finite is written. parameters: (in all, of the embedding).
-  jax: its settings, as a start recorded them. parent: whose parameters it began with, likewise.
+  A loss may be None, which is how a loss that was not finite is written. parameters: (total,
+  embedding's). jax: recorded JAX settings. parent: recorded run whose parameters it started from.
   Returns the folder."""
   folder = root / module.__name__.split(".")[-1] / f"{recipe}-{rate}-{seed}"
   folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +81,11 @@ def cell(
   content=None,
   **settings,
 ):
-  """A cell of a run's checkpoint. metrics: {name: value}, with `loss`. R_L: also the propagation of
-  its error, with these `units`. tasks: {name: {score: value}}, content: the hash of what they ask.
-  settings: beside or in the place of those of an evaluation job.
+  """A cell of a run's checkpoint. metrics: {name: value}, with `loss`. R_L: adds its error's
+  propagation, with these `units`. tasks: {name: {score: value}}. content: hash of the tasks'
+  questions. settings: added to an evaluation job's, or replacing them.
 
-  The cell of the model as it was trained, which others are compared with, is one of its own."""
+  The cell of the model as it was trained, with which others are compared, must be made too."""
   manifest = json.loads((run / "manifest.json").read_text())
   common = {
     "version": 2,

@@ -1,5 +1,5 @@
-"""The accelerator's check: that parts are isolated, kept and gone on with; its table; and the whole
-command at tiny models."""
+"""The accelerator's check: parts are isolated, kept and resumed; its table; and the whole command
+on tiny models."""
 
 import json
 import subprocess
@@ -106,7 +106,7 @@ def test_what_breaks_a_part_is_told_and_loses_nothing_else(tmp_path):
     "killed after",
   ):
     assert said in table
-  # The second time what failed, died or hung is measured, and nothing else; what did not fit stays.
+  # The second time, only what failed, died or hung is measured; what did not fit is kept.
   assert not failed_again and {file["status"] for file in again.values()} == {"done"}
   assert again["fails"]["rows"]["row 1"] == {"value": "mended"}
   calls = (tmp_path / "calls").read_text().split()
@@ -234,7 +234,7 @@ def test_the_whole_command_at_tiny_models(tmp_path):
 
 
 def test_all_that_is_measured_resolves():
-  """At full scale, where nothing here runs it."""
+  """Also at full scale, which no test runs."""
   for size, start in utilization.STARTS["full"].items():
     for field, values in utilization.ALTERNATIVES["full"].items():
       for value in values:

@@ -24,8 +24,8 @@ def symmetric(m, n, share=1.0):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_muon_multiplies_in_its_dtype_and_by_halves_as_on_cpu(dtype):
-  """Five times X Xᵀ, its square, and their sum by X; from 256 rows on three quarters of symmetric
-  products. Parameters and average are read and written, gradients read."""
+  """Five times X Xᵀ, its square, and the product of their sum and X; from 256 rows on, symmetric
+  products take 3/4 of the FLOPs. Parameters and average are read and written, gradients read."""
   params = tree((M, M), (N, M), (256, 512))
   (step,) = floors.late_needs(optim.muon(0.01, ns_dtype=dtype), params, period=1)
   products = sum(
@@ -57,7 +57,7 @@ def test_shampoo_decomposes_each_matrix_once_in_a_period(refresh):
 
 
 def test_a_step_moves_what_it_renews():
-  """Shampoo's averages and statistics at every step, its roots at one in twenty."""
+  """Shampoo renews averages and statistics at every step, and roots at every twentieth."""
   params = tree((M, M), (M, N))
   moved = [step.moved_bytes for step in floors.late_needs(shampoo("together"), params, period=20)]
   squares = 3 * M * M + N * N
@@ -74,7 +74,7 @@ def test_adamw_is_as_long_as_its_bytes(monkeypatch, bandwidth, expected):
 
 
 def test_kernels_are_timed_alone_and_a_floor_is_the_mean_over_a_period(monkeypatch):
-  """Each decomposition three seconds, products and bytes nothing."""
+  """Every decomposition is made to take three seconds; products and bytes take none."""
   timed = []
 
   def three_seconds(call, repeats):

@@ -1,5 +1,5 @@
-"""Programs whose collectives and decompositions are known, compiled for eight devices; and what
-CPUs' programs don't show."""
+"""Programs with known collectives and decompositions, compiled for eight devices; and text that
+only other backends' programs have."""
 
 import collections
 
@@ -15,7 +15,7 @@ from beyond_outliers.mesh import make_mesh
 
 @pytest.fixture(scope="module")
 def program():
-  """On eight devices: x is [3] on each, matrices are whole."""
+  """A program on eight devices: x is [3] on each, matrices are replicated."""
 
   def local(x, matrices):
     def gather(x, _):
@@ -106,7 +106,7 @@ ENTRY %main.2_spmd (p.0: f32[3]) -> f32[24] {
 
 
 def test_bytes_that_a_device_sends_along_the_axes_of_a_mesh():
-  """Around a ring: of an all-gather all shares but its own, of an all-reduce twice as much."""
+  """Around a ring: for an all-gather all shares but its own, for an all-reduce twice as much."""
 
   def local(x):
     x = lax.scan(lambda x, _: (lax.all_gather(x, "fsdp", tiled=True)[2:5] / 2, None), x, None, 5)[0]
@@ -142,7 +142,7 @@ def test_bytes_that_a_device_sends_along_the_axes_of_a_mesh():
   ],
 )
 def test_the_groups_of_a_collective(written, groups):
-  """An asynchronous one's stand where it starts."""
+  """For an asynchronous collective, they are written at its start."""
   text = f"""
 ENTRY %main (p: f32[3]) -> f32[6] {{
   %p = f32[3]{{0}} parameter(0)
@@ -166,7 +166,7 @@ ENTRY %main (p: f32[3]) -> f32[6] {
 
 
 def test_a_loop_whose_condition_says_how_often_it_runs():
-  """As TPU programs have them, which are not annotated."""
+  """As in TPU programs, whose loops are not annotated."""
   text = """
 %until (p.1: (s32[], f32[3])) -> pred[] {
   %n = s32[]{:T(128)} constant(8)

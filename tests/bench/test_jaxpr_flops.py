@@ -91,7 +91,7 @@ def test_what_costs_what(function, shapes, kind, expected):
 
 @pytest.mark.parametrize("step, products", [(3, 1), (4, 3)])
 def test_what_is_known_decides(step, products):
-  """Every fourth step takes three products, one of them in a loop of step - 3."""
+  """Every fourth step takes three products, one of them in a loop of step - 3 iterations."""
 
   def function(x, step):
     def more(x):
@@ -128,8 +128,8 @@ def test_what_is_handed_on_is_told_from_what_is_new(step):
 
 
 def test_what_a_device_does():
-  """Outside of shard_map its share, inside what stands there; only what is the same on all devices
-  is known there."""
+  """Outside of shard_map a device does its share, inside all of the contents; there, only values
+  that are the same on all devices are known."""
   mesh = make_mesh(config.Mesh(2, 2, 2))
 
   def local(x, rows, count):

@@ -29,8 +29,7 @@ SQUARES = 2 * M * M + (N * N + M * M) + (V * V + M * M)  # of the lengths of all
   }.items(),
 )
 def test_state_is_counted_to_the_byte(name, expected):
-  """Counts of steps are all that may come on top. Peers that do the same work keep the same
-  state."""
+  """Only counters of steps may be added. Peers that do the same work keep the same state."""
   peer = TIMED_OPTIMIZERS[name].peer
   if peer:
     pytest.importorskip(peer.replace("-", "_"), reason="needs the extra 'peers'")

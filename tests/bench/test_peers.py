@@ -1,4 +1,4 @@
-"""Steps by turns: who takes one when, what is made of the times, what cannot start."""
+"""Alternating steps: their order, figures from their times, and contenders that cannot start."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def test_every_second_round_goes_backwards_and_one_runs_at_a_time():
 
 
 def test_one_that_ends_early_is_left_out_and_the_others_go_on(tmp_path):
-  """Behind minutes of compiling, its failure costs no other's figures."""
+  """Its failure, after minutes of compiling, does not lose the others' figures."""
   steps = (
     "import sys\nprint('x')\nfor number, _ in enumerate(sys.stdin):\n  if number == {}: 1 / 0\n"
   )
@@ -50,7 +50,7 @@ def test_one_that_ends_early_is_left_out_and_the_others_go_on(tmp_path):
 
 
 def test_ratios_are_of_the_same_round():
-  """Both twice as slow in the second: the ratio does not see it, that of medians would."""
+  """Both are twice as slow in the second round: only a ratio of medians would show that."""
   ours = [figures(1.0), figures(2.0), figures(1.2, memory=300)]
   theirs = [figures(2.0), figures(4.0), figures(2.0, memory=200)]
   found = peers.figures_of(figures(8.0), theirs, (figures(6.0), ours))
@@ -70,7 +70,7 @@ def test_a_piece_of_work_that_takes_long_is_done_in_few_rounds(monkeypatch):
 
 
 def work_of(told, **contenders):
-  """Of contenders of one kind, which are told what no file holds."""
+  """Work for contenders of one kind, which need no files."""
   return peer_works.Work(lambda folder: told, contenders)
 
 
@@ -89,7 +89,7 @@ def test_a_contender_that_cannot_start_is_told_with_its_last_line(tmp_path):
 
 
 def test_memory_is_not_that_of_the_program_that_started_it():
-  """As Linux counts it in ru_maxrss."""
+  """Linux's ru_maxrss would include that."""
   held = np.ones(50_000_000)
   program = "from beyond_outliers.bench import contenders; print(contenders.peak_memory())"
   said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

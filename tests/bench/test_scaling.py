@@ -1,4 +1,4 @@
-"""Predictions on paper: of figures that are known, at peaks that are known."""
+"""Predictions on paper, from known figures at known peaks."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from beyond_outliers.model import transformer
 
 
 def test_a_step_takes_what_its_parts_take():
-  """On hosts of eight: along fsdp within one, along data between them, and so along both."""
+  """On hosts of eight devices: along fsdp within a host; along data, or both, between hosts."""
   chip = Chip(flops=100.0, memory=1.0, memory_bandwidth=10.0, together=8, fast=4.0, slow=2.0)
   figures = {
     "flops/model": 300.0,

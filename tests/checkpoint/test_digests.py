@@ -1,4 +1,4 @@
-"""Digests of arrays: of their bits and places alone, wherever they live, and of every bit."""
+"""Digests of arrays: they depend on every bit and its place, and not on where arrays live."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The notebooks: as git holds them, and run from top to bottom on small runs of their own."""
+"""The notebooks: as committed, and run from top to bottom on small runs of their own."""
 
 import ast
 import pathlib

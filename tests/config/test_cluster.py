@@ -1,6 +1,6 @@
-"""Where processes find each other: what --distributed says, or the variables of what started them.
+"""Where processes find each other: by --distributed, or by variables of what started them.
 
-Expected ports and hosts are what JAX's own detection takes of the same variables."""
+Expected ports and hosts are those that JAX's own detection derives from the same variables."""
 
 import pytest
 

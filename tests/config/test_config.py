@@ -97,7 +97,7 @@ def test_a_config_read_back_from_json_is_the_same(name, size):
   back = config.resolve(json.loads(json.dumps(config.to_dict(c))))
   assert back == c
   assert c.optimizer.groups["vector"].optimizer.learning_rate == 0.125
-  # The first match wins, so the order is meaning, which == does not see.
+  # The first match wins, so order matters, which == ignores.
   assert (
     list(back.optimizer.groups)
     == list(c.optimizer.groups)

@@ -63,7 +63,7 @@ def test_a_sweep_has_five_rates_a_factor_of_root_ten_apart_around_the_chosen_one
 
 
 def test_choices_are_those_of_the_tables():
-  """The configuration stands below the optimizers, so it names their rows itself."""
+  """The configuration cannot import the optimizers, so it lists their rows itself."""
   assert set(optimizers.ITERATION_TABLES) == set(newton_schulz.COEFFICIENTS)
   assert set(optimizers.ITERATION_DTYPES) == set(newton_schulz.DTYPES)
   for name, field, table in (
@@ -131,8 +131,8 @@ def test_records_of_runs_without_the_younger_fields_still_resolve():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_learned_scales_are_trained_as_vectors_but_never_decay(path):
-  """Being logarithms, they would be pulled towards scales of one. So in runs recorded when they
-  were among the vectors."""
+  """They are logarithms, so decay would pull scales towards one. The same holds for runs recorded
+  when they belonged to the vectors."""
   decay = dict.fromkeys(("optimizer.weight_decay", "optimizer.groups.vector.weight_decay"), 0.1)
   groups = config.resolve(
     config.override(get_config(path.stem), {**decay, "optimizer.groups.vector.learning_rate": 0.5})

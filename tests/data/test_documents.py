@@ -180,7 +180,7 @@ def test_damaged_and_misnamed_compressed_files_are_refused_by_name(
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_nothing_behind_a_stream_is_left_out(tmp_path, make_config, suffix):
-  """As bz2 and lzma do with what doesn't begin like a stream."""
+  """bz2 and lzma would ignore trailing data that doesn't begin like a stream."""
   one, two = (COMPRESS[suffix](b'{"text": "%d"}\n' % i) for i in range(2))
   file = tmp_path / f"a.jsonl{suffix}"
   for rest in (b"XXXX" + two[4:], b"and so on", two[:-4]):

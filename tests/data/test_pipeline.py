@@ -88,7 +88,7 @@ def test_the_batch_dict(make_dataset, kind, separator, mask):
       assert batch[name].shape == (BATCH, CONTEXT) and batch[name].dtype == dtype, name
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
     tokens, segments = batch["tokens"], batch["segment_ids"]
-    # Segments from the separators alone, the other way there is to know them.
+    # Segments derived independently, from the separators alone.
     marks = tokens == dataset.meta["separator"]["id"]
     after = marks[:, :-1] if separator == "eot" else marks[:, 1:]
     np.testing.assert_array_equal(
@@ -105,8 +105,8 @@ def test_the_batch_dict(make_dataset, kind, separator, mask):
 
 
 def test_no_target_is_lost_in_an_epoch(make_dataset):
-  """Every token but the first is a target once, up to the last window, which is drawn back to the
-  end of the stream."""
+  """Every token but the first is a target once, except in the last window, which is moved back to
+  fit the stream."""
   dataset, cfg = make_dataset("shards")
   stream, context = dataset.stream("train"), 64  # long enough for every window to be another
   everything, windows = stream.read(0, len(stream)), -(-(len(stream) - 1) // context)
@@ -122,7 +122,7 @@ def test_no_target_is_lost_in_an_epoch(make_dataset):
 
 @pytest.mark.parametrize("kind", ["records", "in place"])
 def test_records_are_read_whole_and_overlap_by_one(make_dataset, kind, texts):
-  """One reader's windows, put together again, are its documents; over an epoch all of them."""
+  """One reader's windows, joined again, are its documents, and over an epoch all of them."""
   dataset, cfg = make_dataset(kind, readers=1)
   held = {
     dataset.tokenizer.decode(dataset.stream("validation").document(i))

@@ -151,8 +151,8 @@ def test_a_large_vocabulary_takes_four_bytes(make_config, write_jsonl, monkeypat
 
 
 def test_token_ids_are_taken_as_they_are(make_config, write_jsonl, texts):
-  """As text or as its ids: the same dataset, bytes of text included; an end-of-text that is there
-  is not doubled."""
+  """Texts and their ids make the same dataset, bytes of text included; an end-of-text token that is
+  present is not added again."""
   tokenizer = tokenizers.load("bytes")
   ids = [tokenizer.encode(text).tolist() + [257] * (i % 2) for i, text in enumerate(texts)]
   from_ids = data.prepare(make_config(path=write_jsonl(ids, "ids.jsonl")), log=quiet)
@@ -203,7 +203,7 @@ def test_an_id_outside_the_vocabulary_is_refused_by_document(
 
 
 class Panic(BaseException):
-  """As a library in Rust raises, which is no Exception."""
+  """What a Rust library raises, which is not an Exception."""
 
 
 @pytest.mark.parametrize("raised", [Panic, ValueError])
@@ -490,8 +490,8 @@ def test_contents_of_the_same_length_are_compared_where_a_file_was_touched(make_
 def test_another_corpus_of_the_same_names_and_sizes_is_refused(
   make_config, texts, tmp_path, monkeypatch, path
 ):
-  """In another folder, behind a link that leads elsewhere, or in one that was given the name of the
-  other; all older than the dataset."""
+  """In another folder, behind a redirected link, or in a folder renamed to the first one's name;
+  all files are older than the dataset."""
   others = [text.replace("document", "monument") for text in texts]
   for name, contents in (("a", texts), ("copy", texts), ("b", others)):
     (tmp_path / name / "text").mkdir(parents=True)
@@ -650,7 +650,7 @@ def test_the_command_prepares_verifies_and_says_so(make_config, capsys):
 
 
 def test_shards_need_neither_tfds_nor_pyarrow():
-  """What reads token shards imports little: opening a dataset is a matter of milliseconds."""
+  """Reading token shards imports little, so that opening a dataset takes milliseconds."""
   heavy = {"tensorflow_datasets", "pyarrow", "torch", "tensorflow"}
   code = f"import sys, beyond_outliers.data; print(sys.modules.keys() & {heavy})"
   result = subprocess.run(

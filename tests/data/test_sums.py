@@ -1,4 +1,4 @@
-"""Sums of a prepared dataset: what was altered on the disk is refused, by whatever it is read."""
+"""Sums of a prepared dataset: files altered on the disk are refused, whatever reads them."""
 
 import dataclasses
 import errno
@@ -129,7 +129,7 @@ def test_files_that_vanish_or_are_cut_while_they_are_read_are_refused(make_confi
 @pytest.mark.parametrize("name", ["train-00000.bin", "train.starts"])
 @pytest.mark.parametrize("change", [flip, lambda path: os.truncate(path, 100)])
 def test_a_file_that_is_written_to_while_it_trains_ends_training(make_config, name, change):
-  """Behind the end of a file that was cut, the last page of its map holds zeros."""
+  """After a file is cut, the last page of its memory map has zeros beyond the end."""
   cfg = make_config()
   folder = prepared(cfg)
   dataset = data.open(str(folder))
@@ -323,7 +323,7 @@ def test_a_folder_that_is_gone_or_not_mounted_is_not_called_damaged(make_config)
 
 
 def test_a_thread_is_seen_once_it_can_be_joined(make_config, large, monkeypatch):
-  """Who waits may look at any moment: here at the one before it starts."""
+  """`wait` may be called at any moment: here, just before the thread starts."""
   dataset = data.open(str(prepared(make_config())))
   start = threading.Thread.start
 

@@ -1,4 +1,4 @@
-"""Bits per byte: losses and bytes are of the same text, whatever cuts the validation set."""
+"""Bits per byte: losses and bytes are of the same text, however the validation set is cut."""
 
 import dataclasses
 import hashlib
@@ -51,7 +51,7 @@ def bytes_of_tokens(dataset, texts):
 
 
 def bits_per_byte(dataset, texts, cfg, context=16, documents=0, count=1):
-  """Of a model that pays 8 bits for each byte; every process has its rows of a batch."""
+  """Bits per byte of a model that spends 8 bits on each byte; every process has its own rows."""
   sizes = bytes_of_tokens(dataset, texts)
   parts = [
     data.validation_batches(
@@ -180,7 +180,7 @@ def test_ids_stand_for_the_bytes_of_their_text(make_config, write_jsonl, tmp_pat
 
 
 def as_version_0_1(dataset, sizes):
-  """Rewrites a folder as it was made before special tokens counted for nothing."""
+  """Rewrites a folder as by version 0.1, in which special tokens counted as bytes."""
   with open(dataset.path("validation.bytes"), "wb") as file:
     file.write(np.cumsum([0, *sizes], dtype=np.int64).tobytes())
   meta = {key: value for key, value in dataset.meta.items() if key != "first_bytes"}

@@ -256,7 +256,7 @@ def test_an_end_that_the_file_calls_no_special_token_is_text_in_texts(huggingfac
 
 
 def test_long_runs_of_spaces_keep_gpt2s_ids(gpt2):
-  """The library itself, as far as it goes: a million spaces in a word are beyond it."""
+  """Compared with the library, where that works: it fails on a million spaces."""
   draw = random.Random(0)
   for length in (999, 1000, 1001, 3000):
     for before, after in (("", ""), ("a", "b"), ("\n", " \u3000b"), ("'", "'s"), ("a ", "\n")):

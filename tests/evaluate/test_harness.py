@@ -29,7 +29,7 @@ BYTES = tokenizers.load("bytes")
 
 
 def bigram(log_p_VxV, V=V):
-  """A model that foretells the next token from the last alone: embeddings are unit vectors, and
+  """A model that predicts the next token from the last one alone: embeddings are unit vectors, and
   blocks add nothing."""
   c = config.Model(
     **{
@@ -246,7 +246,7 @@ def test_contexts_begin_with_the_token_that_documents_began_with(attentive):
 
 
 def test_what_is_generated_ends_where_the_next_document_begins(chances):
-  """The token before documents follows "d" here, and after it the model goes on."""
+  """Here the token that precedes documents follows "d", and the model would go on after it."""
   log_p_VxV = chances.copy()
   log_p_VxV[ord("d"), BYTES.bos] = log_p_VxV[BYTES.bos, ord("x")] = 50.0
   harness_model = harness.HarnessModel(
@@ -395,7 +395,7 @@ def example(*choices, context="answer:", answer=0):
 
 
 def test_an_example_without_a_score_is_left_out_whole(chances, tmp_path):
-  """Where one choice of it is too long: neither right nor wrong."""
+  """If one of its choices is too long, it counts neither as right nor as wrong."""
   long, endless = "a" * 2 * CONTEXT, "z" * CONTEXT
   tasks = written(
     tmp_path,

@@ -1,5 +1,5 @@
-"""Evaluation jobs on small runs: what a cell says, what is measured again and what not, and what is
-refused before any of it."""
+"""Evaluation jobs on small runs: the contents of cells, what is measured again, and what is refused
+before anything is measured."""
 
 import dataclasses
 import functools
@@ -57,7 +57,7 @@ POLL = 0.125
 
 
 def measures_once(measured, measure):
-  """An evaluator of one cell a step, which is missing until `measured` has the step."""
+  """An evaluator with one cell per step, which is missing until the step is in `measured`."""
   return types.SimpleNamespace(
     make_folder=lambda: None,
     missing=lambda step: [Cell("none", "none")] * (step not in measured),
@@ -208,7 +208,7 @@ def test_a_cell_tells_of_fallbacks_where_there_are_some(measured, tmp_path, monk
 
 
 def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_path):
-  """A quick look beside a whole evaluation, and a second look at that."""
+  """A short evaluation in addition to a full one, which is then asked for again."""
   shutil.copytree(workdir, tmp_path / "run")
   before = {path: path.read_text() for path in (tmp_path / "run" / "eval").iterdir()}
   none = measured[1].cells[:1]
@@ -229,7 +229,7 @@ def test_other_settings_leave_what_was_measured_alone(workdir, measured, tmp_pat
 
 
 def test_runs_that_share_a_folder_share_no_cell(workdir, measured, tmp_path):
-  """Not even where they began in the same second; and a run that was resumed keeps its own."""
+  """Not even if they began in the same second; and a resumed run keeps its own."""
   one, other = tmp_path / "one", tmp_path / "other"
   for folder in (one, other):
     shutil.copytree(workdir, folder)
@@ -272,7 +272,7 @@ def test_what_is_no_cell_counts_as_missing_and_is_named_once(content, workdir, m
 
 
 def test_cells_of_earlier_versions_are_left_alone_and_reported(workdir, measured, tmp_path):
-  """They were named without a hash, told trainings apart by their time, and held their tasks."""
+  """These had no hash in their names, identified trainings by time, and contained their tasks."""
   shutil.copytree(workdir, tmp_path / "run")
   run, folder = runs.open(tmp_path / "run"), tmp_path / "run" / "eval"
   shutil.rmtree(folder)
@@ -430,7 +430,7 @@ def first_rows(batches, count):
 
 @pytest.mark.slow
 def test_propagation_is_added_to_the_cells_that_quantize(workdir, quantized_workdir, tmp_path):
-  """To those of a method, and to a model that was trained quantized as it is; once."""
+  """To cells of methods, and to a model trained quantized, as it was trained; once."""
   target = RunCheckpoints(workdir)
   cells = plan_cells(target, ["rtn_w4a4"], ["rtn"])
   evaluator = Evaluator(target, cells, tmp_path, propagation=True)
@@ -540,7 +540,7 @@ def test_a_run_that_was_trained_quantized_is_judged_as_trained(quantized_workdir
 
 
 def test_contexts_begin_as_the_training_documents_did(workdir, quantized_workdir):
-  """Whatever parts the documents that a run is judged on."""
+  """Whatever separates the documents that the run is evaluated on."""
   with_bos, without = tokenizers.load("bytes").bos, tokenizers.load("bytes").eot
   other = runs.open(workdir).dataset.directory
   for options in ({}, {"dataset": other}):
@@ -577,7 +577,7 @@ def test_documents_that_are_parted_otherwise_are_told(workdir, tiny_config, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["validation-00000.bin", "train-00000.bin"])
 def test_no_cell_of_damaged_data_is_kept(workdir, tmp_path, monkeypatch, name):
-  """Also where calibration alone read them; a dataset too large to be compared as it is opened."""
+  """Even if only calibration read it. The dataset counts as too large to compare on opening."""
   dataset = pathlib.Path(runs.open(workdir).dataset.directory)
   shutil.copytree(dataset, tmp_path / "data")
   content = bytearray((tmp_path / "data" / name).read_bytes())
@@ -596,7 +596,7 @@ def test_no_cell_of_damaged_data_is_kept(workdir, tmp_path, monkeypatch, name):
 def test_following_tries_a_damaged_checkpoint_again_once_it_was_saved_anew(
   workdir, tmp_path, monkeypatch
 ):
-  """Between two looks of the job: nothing, other damage, what it should be, the run's end."""
+  """Between the job's polls: nothing happens, other damage, the right checkpoint, the run's end."""
   shutil.copytree(workdir, tmp_path / "run")
   damaged = tmp_path / "run" / "checkpoints" / "2"
   later = itertools.count(int(os.stat(damaged).st_mtime) + 1)
@@ -712,7 +712,7 @@ def test_parameters_that_are_the_runs_no_longer_are_told(what, workdir, tmp_path
 def test_what_is_measured_of_a_checkpoint_that_is_gone_is_dropped(
   last, done, workdir, tmp_path, monkeypatch
 ):
-  """It would count for the one that takes its place, and that would not be measured."""
+  """It would pass for the result of the replacement, which would then not be measured."""
   run, measured = tmp_path / "run", []
   shutil.copytree(workdir, run, ignore=shutil.ignore_patterns("eval"))
   target = RunCheckpoints(run)
@@ -813,8 +813,8 @@ def test_the_newest_step_gives_way_to_the_one_before_it_and_fails():
 
 
 def test_following_ends_once_the_steps_that_are_wanted_are_done():
-  """Whatever becomes of the run: one of them is there, one was evaluated before and is gone, and
-  one comes later."""
+  """Whatever happens to the run: one of them exists, one was evaluated before and is gone, and one
+  comes later."""
   there, measured = [1, 2], {5}
   target = types.SimpleNamespace(
     steps=lambda: list(there),
@@ -842,7 +842,7 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
 
 
 def test_processes_that_follow_a_run_take_it_for_dead_together(tmp_path, monkeypatch):
-  """By the clock of the first, and the lock as it sees it: whoever ended alone would leave the
+  """By the first one's clock and view of the lock: a process that ended alone would leave the
   others waiting."""
   now, first, told = [0.0], [], []
   monkeypatch.setattr(job_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))

@@ -65,7 +65,7 @@ def directly():
 
   def score(model, params, pair):
     window = [*pair.context, *pair.continuation][-(CONTEXT + 1) :]
-    # Behind what is scored come other tokens, so that one compiled length serves all.
+    # Other tokens follow the scored ones, so that one compiled length serves all.
     tokens = np.full((1, CONTEXT), 7)
     tokens[0, : len(window) - 1] = window[:-1]
     logits_LxV = np.asarray(forward(model, {"params": params}, tokens)[0], np.float64)
@@ -195,7 +195,7 @@ def test_greedy_continuations_are_those_of_one_token_at_a_time(batch_tokens):
 
 
 def test_greedy_continuations_are_made_of_the_given_ids_and_probabilities_of_all():
-  """As where a vocabulary is padded above the tokenizer's, or the tokenizer's has gaps."""
+  """As with a vocabulary padded beyond the tokenizer's, or a tokenizer's that has gaps."""
   model, params = olmo2()
   ids, prompt = [3, 5, 8, 13, 21, 34, 55], [1, 2]
   scorer = loglikelihood.Scorer(model, params, context=CONTEXT, ids=ids)

@@ -132,8 +132,8 @@ def test_a_target_without_weight_counts_nowhere():
 
 
 def test_intervals_are_those_of_documents_drawn_again():
-  """Against a bootstrap that draws the documents one by one; and pairing: what is the same for all
-  documents has no spread."""
+  """Against a bootstrap that draws the documents one by one; and pairing: a quantity that is equal
+  for all documents has no spread."""
   rng = np.random.default_rng(2)
   counts = rng.integers(5, 200, 40).astype(float)
   sums = counts * np.stack([3 + rng.normal(0, 0.4, 40), np.full(40, 0.25)])
@@ -150,8 +150,8 @@ def test_intervals_are_those_of_documents_drawn_again():
 
 @pytest.mark.parametrize("documents", [2, 3, 10, 30])
 def test_intervals_hold_the_truth_as_often_as_they_claim(documents):
-  """4000 studies of so many documents. Percentiles of the resamples held it in 49, 75, 90 and 93 %
-  of them."""
+  """4000 studies with that many documents. Percentiles of the resamples contained it in 49, 75, 90
+  and 93 % of them."""
   rng = np.random.default_rng(3)
   counts = rng.integers(100, 200, documents).astype(float)
   sums = counts * (0.03 + rng.normal(0, 0.02, (4000, documents)))

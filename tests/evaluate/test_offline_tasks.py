@@ -1,5 +1,5 @@
-"""Tasks made of text: the truth follows its context, what is wrong stands elsewhere, and two
-makings are one."""
+"""Tasks made from text: right answers follow their context, wrong ones are from elsewhere, and
+making them twice gives the same files."""
 
 import glob
 import json

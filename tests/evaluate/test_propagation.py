@@ -183,7 +183,7 @@ def test_identities(name, recipe, method):
   for prefix in ("", "batch_"):
     r, a, b, c = (table[f"{prefix}{column}"] for column in "RABC")
     np.testing.assert_allclose(r, a + b + c, rtol=1e-6, atol=1e-12)
-  # What is not quantized adds nothing.
+  # Units that are not quantized add nothing.
   plain = ~table["kind"].isin(("linear", "attention", "block")) | (table["name"] == "head")
   assert (table.loc[plain, ["B", "C", "local"]] == 0).all(axis=None)
   assert (rows.loc["layers/1/mlp/up", ["B", "local"]] > 0).all()
@@ -193,7 +193,7 @@ def test_identities(name, recipe, method):
     np.testing.assert_allclose(rows.loc[unit, ["R", "R_se"]], (value, error), rtol=2e-4)
     found = final_error(model, params, q, TEXT, at, centre=True)
     np.testing.assert_allclose(rows.loc[unit, ["R_centred", "R_centred_se"]], found, rtol=2e-4)
-  # What one unit returns is what the next takes: attention opened is attention as a unit.
+  # One unit's output is the next one's input: attention opened up equals attention as a unit.
   for depth in (0, 1):
     at = f"layers/{depth}/attention"
     np.testing.assert_allclose(rows.loc[at, "R"], rows.loc[f"{at}/o", "R"], rtol=1e-6)
@@ -227,8 +227,8 @@ def test_the_models_of_the_identities_have_learned():
   [("study", "quest_w4a4", "rtn"), ("olmo2", "rtn_w4a4", "gptq"), ("olmo2", "rtn_w4a16", "rtn")],
 )
 def test_a_and_b_are_the_error_as_it_ran(name, recipe, method):
-  """Every unit of the second block, replayed by itself on all four inputs: a + b is the difference
-  of what both networks returned, to float32's rounding."""
+  """For every unit of the second block, replayed alone on all four inputs: a + b is the difference
+  between both networks' outputs, up to float32's rounding."""
   model, params, q = quantized_trained_model(name, recipe, method)
   layers = dict(
     (kind, q.recipe.layer(f"layers/1/{kind}")) for kind in linears.linear_paths(model.config)
@@ -266,8 +266,8 @@ def test_a_and_b_are_the_error_as_it_ran(name, recipe, method):
 
 @pytest.mark.slow
 def test_tokens_without_weight_and_other_documents_do_not_count():
-  """Garbage behind the first eight tokens, as padding, changes nothing; nor does a document before
-  them in the same window, where documents are kept apart."""
+  """Garbage after the first eight tokens, marked as padding, changes nothing; nor does a document
+  before them in the same window, if documents are kept apart."""
   model, params, q = quantized_model("study", "rtn_w4a4")
   names = ["layers/1/attention/scores", "layers/1/mlp/down", "head"]
   heads, others = ([tokens(seed, 3, 8)["tokens"] for seed in seeds] for seeds in ((1, 2), (3, 4)))
@@ -337,7 +337,7 @@ def test_the_closed_form_is_far_off_where_little_error_comes_into_rounding():
 
 
 def test_an_error_is_also_against_what_differs_between_tokens():
-  """Against numpy in float64; what is added to all tokens changes R, and not R_centred."""
+  """Against numpy in float64; a vector added to all tokens changes R, but not R_centred."""
   draw = np.random.default_rng(0)
   h, error = draw.normal(size=(3, 8, 5)), 0.1 * draw.normal(size=(3, 8, 5))
   counts = np.ones((3, 8), bool)
@@ -373,7 +373,7 @@ def test_a_units_paths_are_those_that_run():
 
 
 def test_a_token_of_nan_is_in_the_means():
-  """It has no norm, but it is no token without one: of 8192 features the sum must see it too."""
+  """It has no finite norm but must not be left out: the sum over 8192 features must be NaN too."""
   h = jnp.ones((1, 4, 8192)).at[0, 1, 7].set(jnp.nan).at[0, 2].set(0)
   sums = error_sums(Unit((h,), (h,), h, h), jnp.ones((1, 4), bool))
   row = columns(sums, np.nan)
@@ -390,7 +390,7 @@ def test_a_network_of_zeros_has_no_ratios():
 
 @pytest.mark.parametrize("method", ["rtn", "smoothquant", "quarot"])
 def test_a_model_that_other_parameters_were_quantized_to_is_refused(method, tmp_path):
-  """Of another run or checkpoint: the error was that of their difference."""
+  """Those of another run or checkpoint: the error would be that of the difference between them."""
   model, params, q = quantized_model("llama", "rtn_w4a4", method)
   q.save(tmp_path / "q")
   saved = quant.load(tmp_path / "q")

@@ -1,5 +1,5 @@
-"""Results of steps that a run made anew, with other arrays: none counts for the checkpoint that is
-there by now, wherever the results lie."""
+"""Results of steps that a run has since repeated with other arrays: none counts for the present
+checkpoint, wherever the results lie."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ POLL = 0.125
 
 @pytest.fixture(scope="module")
 def go_back(tiny_config):
-  """go_back(workdir, devices): makes step 2 anew; on other devices sums round otherwise."""
+  """go_back(workdir, devices): repeats step 2; on other devices, sums round differently."""
   c = tiny_config(**{"model.blocks": 1, "steps": 2, "checkpoint.every": 1, "eval.every": 2})
 
   def run(workdir, devices, from_step=1):

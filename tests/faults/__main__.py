@@ -1,8 +1,8 @@
 """The fault suite: python -m tests.faults --rounds=20 --out=table.md [--only=NAME] [--seed=0].
 
-Every round is a line in table.jsonl, beside the table; the same command goes on behind those that
-are there. Runs that the rounds share are made once, in table.work/, which a changed program needs
-anew. Exit code 1: a round failed, whose folder is left in table.work/rounds/.
+Every round is a line in table.jsonl, next to the table; the same command continues after the
+existing ones. Runs that the rounds share are made once, in table.work/, which must be removed after
+the program was changed. Exit code 1: a round failed; its folder is kept in table.work/rounds/.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main() -> int:
   results = read(lines)
   todo = [(flags.round, fault) for fault in flags.only or FAULTS]
   if flags.round is None:
-    # Every fault begins with another number, and so another kind: few rounds have met all of them.
+    # Every fault starts with another number, and so another kind: few rounds cover all kinds.
     firsts = {fault: i for i, fault in enumerate(FAULTS) if fault in (flags.only or FAULTS)}
     todo = [(i + first, fault) for i in range(flags.rounds) for fault, first in firsts.items()]
     known = {(result.round, result.fault, result.seed) for result in results}

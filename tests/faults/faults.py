@@ -20,8 +20,8 @@ Inflict = Callable[["Trial"], None]
 
 
 class Fault(NamedTuple):
-  """damages: what is sound is damaged at rest, and counts as told if the next start says so; else
-  something befalls processes, and counts as told if their exit codes do."""
+  """damages: whether sound files are damaged at rest, which counts as told if the next start says
+  so; otherwise something happens to processes, which counts as told if their exit codes show it."""
 
   inflict: Inflict
   damages: bool = False
@@ -83,7 +83,7 @@ def few_descriptors(trial: Trial) -> None:
 
 
 def nan_in_a_moment(trial: Trial) -> None:
-  """Where the run is said to have diverged, it goes back to before."""
+  """If the run is reported to have diverged, it goes back to before that."""
   step, leaf = trial.draw.randrange(EVERY + 2, STEPS), trial.draw.random()
   trial.note(f"in front of step {step}, array {leaf:.3f}")
   illness = Illness(nan_step=step, leaf=leaf)

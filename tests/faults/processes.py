@@ -1,4 +1,4 @@
-"""Real training processes of small runs, and what a run comes to in the end.
+"""Real training processes of small runs, and a run's final outcome.
 
 A process is forked from one that has imported the program, as in tests/commands.py, and trains
 through the command's own `main`; its steps take a while, so that there are moments between them.
@@ -56,7 +56,7 @@ SETTINGS = {
   "distributed.heartbeat_seconds": 30,
   "distributed.initialization_seconds": 60,
 }
-# What a row of metrics says of the machine, not of the training.
+# Values in a row of metrics that depend on the machine, not on the training.
 OF_THE_MACHINE = ("second", "flops", "peak", "memory")
 
 _context = multiprocessing.get_context("forkserver")
@@ -179,8 +179,8 @@ _write = compiler._cache_write
 
 
 def _write_of_every_process(*compiled):
-  """JAX lets process 0 alone write into the cache of compiled programs, under names that on CPUs
-  are those of one process."""
+  """Lets every process write to the cache of compiled programs: JAX only lets process 0, under
+  names that on CPUs are those of a single process."""
   state = distributed.global_state
   number, state.process_id = state.process_id, 0
   try:

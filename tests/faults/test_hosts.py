@@ -111,9 +111,9 @@ def restored_elsewhere(argument, tmp_path, first, others, at=10):
 
 @pytest.mark.slow
 def test_what_two_processes_save_other_processes_and_meshes_go_on_from(tiny, tmp_path):
-  """With Shampoo, whose blocks are dealt anew to the devices, in full precision: others sum in
-  another order, and of four bits some activations round to the next code then. Roots, from step 20
-  on, make up to 6e-4 of it: factors of few gradients have eigenvalues below float32's rounding."""
+  """With Shampoo, whose blocks are redistributed, in full precision: in four bits, another order of
+  summation would move some activations to the next code. From step 20 on, roots amplify it up to
+  6e-4: factors of few gradients have eigenvalues below float32's rounding."""
   argument = tiny(
     **{
       "steps": 12,

@@ -1,4 +1,4 @@
-"""Real processes that share a workdir, or change in number; those that are hit: test_faults.py."""
+"""Real processes that share a workdir, or change in number; test_faults.py has damaged ones."""
 
 import json
 import pathlib

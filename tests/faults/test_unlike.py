@@ -1,5 +1,5 @@
-"""Two processes of one command that were started unlike, or that find other things in places of one
-name: each says so in one line, and nothing is done."""
+"""Two processes of one command that were started differently, or find different things in places of
+the same name: each says so in one line, and nothing is done."""
 
 import os
 import pathlib
@@ -58,7 +58,7 @@ def command(tiny):
 
 
 def test_flags_that_one_of_two_has_are_refused(command, trained):
-  """Otherwise each waits for ever for the other, at another checkpoint."""
+  """Otherwise each would wait for the other forever, at different checkpoints."""
   flags = [*command, f"--workdir={trained[0]}"]
   before = sorted(trained[0].rglob("*"))
   assert_told(pair("main", flags, own=([], ["--from_step=1"])), "--from_step: None on process 0, 1")

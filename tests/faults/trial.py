@@ -39,8 +39,8 @@ class Result:
 
 
 class Suite:
-  """What the rounds share, in a folder that outlives them: corpus, datasets, and of each kind a run
-  that nothing befell, one that was asked to stop, and another's."""
+  """What the rounds share, in a folder that outlives them: corpus, datasets, and for each kind an
+  undisturbed run, one that was asked to stop, and one of another seed."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder.absolute()
@@ -75,7 +75,7 @@ class Suite:
 
   @contextlib.contextmanager
   def _made(self, kind: Kind, name: str) -> Iterator[tuple[pathlib.Path, pathlib.Path, bool]]:
-    """(workdir, logs, whether it is still to be made); what is not made to the end is made anew."""
+    """(workdir, logs, whether it has yet to be made); an unfinished one is made again."""
     folder = self.folder / kind.name.replace(", ", "-").replace(" ", "-")
     folder.mkdir(exist_ok=True)
     done, workdir, logs = folder / f"{name}.done", folder / name, folder / f"{name}-logs"

@@ -9,7 +9,7 @@ import pytest
 
 from launch import jobs, pool, table
 
-# A run, or what comes behind it: says when it starts and ends, and ends as it is told.
+# A run, or a job after it: prints when it starts and ends, and ends as its arguments say.
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 name, do = sys.argv[1:3]
@@ -99,7 +99,7 @@ def test_some_at_a_time_on_cores_of_their_own_each_evaluated_behind_its_training
 
 
 def test_an_evaluation_beside_is_started_with_its_training_and_never_left_waiting(made):
-  """One of a training that was killed would follow for ever."""
+  """The evaluation of a killed training would follow it forever."""
   job, events = made
   listed = [job("train-0"), job("train-1", "kill"), job("eval-0"), job("eval-1", "follow")]
   runner, _ = run(listed)
@@ -156,7 +156,7 @@ def test_what_failed_is_started_again_and_what_was_refused_is_not(made, do, time
 
 
 def test_what_ends_as_it_is_asked_to_stop_is_not_said_to_be_started_again(made):
-  """As a run that is asked before it can save: it compiles."""
+  """As a run that is asked to stop before it can save, while it compiles."""
   job, events = made
   runner, said = run([job("train-0", "follow")], 1, events, restarts=2)
   assert runner.tasks[0].code == -signal.SIGTERM and len(said) == 1

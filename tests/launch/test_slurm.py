@@ -106,7 +106,7 @@ ENDS = {
 
 @pytest.mark.parametrize("kind, code, state", ENDS)
 def test_exit_codes_say_what_comes_next(tmp_path, kind, code, state):
-  """Of this task alone: the number of an array's last task is that of the whole array, too."""
+  """For this task alone, although the number of an array's last task is also the whole array's."""
   made = sbatch.scripts(sweep(), options(tmp_path, restarts=1))[kind]
   ended, _, asked = run_script(made, tmp_path, 2, code, state)
   assert (ended, "requeue 7_2" in asked) == ENDS[kind, code, state]
@@ -123,7 +123,7 @@ def test_what_fails_is_requeued_as_often_as_asked_and_what_is_stopped_always(tmp
 
 @pytest.mark.parametrize("code, asked", [(0, ""), (3, ""), (42, ""), (2, "9_2"), (137, "9_2")])
 def test_a_training_that_fails_ends_the_evaluation_beside_it(tmp_path, code, asked):
-  """Which would wait for its checkpoints, on a node, until its time is up."""
+  """It would wait for checkpoints, occupying a node, until its time limit."""
   listed = jobs.describe("configs/soap.py", "r", ["seed=0"], evaluate="beside")
   tools = tmp_path / "tools"
   tools.mkdir()

@@ -1,4 +1,4 @@
-"""Processes of one run that disagree, fail, are killed or never come: how the others end.
+"""Processes of one run that disagree, fail, are killed or never arrive: how the others end.
 
 They are real processes, which join but do not train."""
 
@@ -156,7 +156,7 @@ def test_a_folder_that_is_not_the_same_on_all_processes_is_refused(start, tmp_pa
 
 
 def test_what_one_process_alone_may_have_met_is_raised(monkeypatch):
-  """Data among it: each reads its own. With what is refused by all of them they go on."""
+  """Such as damaged data, since each process reads its own. If all refuse something, they go on."""
   damaged, unfit = DataError("its file is gone"), config.ConfigError("a method")
   processes.raise_alone(damaged)  # of a single process
   monkeypatch.setattr(processes, "_peers", "some")
@@ -232,7 +232,7 @@ def test_one_that_waits_in_vain_says_so(start):
 
 
 def test_the_first_process_never_misses_itself():
-  """Though the other's last sign of life is of just now: JAX may know before it grows old."""
+  """Even if the other's last sign of life is recent: JAX may know before it becomes old."""
   program = (
     "from beyond_outliers.mesh import processes\n"
     "processes.Peers._look = lambda self: None\n"

@@ -2,10 +2,10 @@
 every parameter.
 
 tests/golden/model_study_f64.npz comes from the PyTorch model of arXiv 2509.23500, the other two
-from transformers' OLMo2 and Llama, all run in float64. Nothing can agree better than the files are
-exact: parameters (p/) and gradients (g/) are stored in float32, which is 6e-8, and transformers
-computes norms and rotary angles in float32. The worst is off by this much of the largest number of
-its array, one layer at a time: study 3.4e-7, Llama 2.9e-7, OLMo2 7.4e-7.
+from transformers' OLMo2 and Llama, all run in float64. Agreement is limited by the files'
+precision: parameters (p/) and gradients (g/) are stored in float32, which is 6e-8, and transformers
+computes norms and rotary angles in float32. The worst errors, relative to the largest number of an
+array, one layer at a time: study 3.4e-7, Llama 2.9e-7, OLMo2 7.4e-7.
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
-"""Hugging Face directories, read and written. What transformers computes from such numbers is in
-test_golden.py."""
+"""Hugging Face directories, read and written. test_golden.py compares with what transformers
+computes."""
 
 import dataclasses
 import json
@@ -664,7 +664,7 @@ BESIDE = {
 
 @pytest.fixture
 def source(copy):
-  """A directory with SOURCE in its config.json and BESIDE beside it, and what is not copied."""
+  """A directory with SOURCE in its config.json and the files of BESIDE, and files not to copy."""
   directory, change_config, _ = copy
   change_config(**SOURCE)
   for name, content in {**BESIDE, "modeling.py": "import os", "optimizer.pkl": "x"}.items():
@@ -687,7 +687,7 @@ def test_a_copy_generates_as_its_source(source, tmp_path):
 
 
 def test_tokens_that_a_source_leaves_out_stay_out(source, tmp_path):
-  """There transformers' defaults hold, and null would undo them."""
+  """Then transformers' defaults apply, which null would override."""
   fields = json.loads((source / "config.json").read_text())
   left = {name: value for name, value in fields.items() if name not in hf_config.TOKENS}
   (source / "config.json").write_text(json.dumps(left))
@@ -739,7 +739,7 @@ def test_a_model_without_origin_takes_what_a_directory_holds(source, written, tm
   ],
 )
 def test_nothing_is_kept_of_another_model(changes, message, source, copy, written, tmp_path):
-  """Its tokens would end this one's texts; and what `load` refuses could not be read again."""
+  """Its tokens would end this one's texts, and what `load` refuses could not be read again."""
   _, model, params = written
   copy[1](**changes)
   with pytest.raises(config.ConfigError, match=f"^like: {message}"):

@@ -1,5 +1,4 @@
-"""What must hold of the decoder whatever its numbers are; the numbers themselves are in
-test_golden.py."""
+"""Properties of the decoder that hold for any parameters; test_golden.py compares numbers."""
 
 import dataclasses
 import functools
@@ -148,7 +147,7 @@ def test_positions_count_by_their_distance():
 
 
 class Dot(nn.Module):
-  """lax.dot_general times `factor`, which it also sows: stands for what quantization hands in."""
+  """lax.dot_general times `factor`, which it also sows: stands for a quantized product."""
 
   factor: float
 
@@ -287,8 +286,8 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_remat_recomputes(dtype):
-  """Policies are told apart by the dots of the backward pass: they save all, those of linear
-  layers, or none."""
+  """Policies differ in the dots of the backward pass: all are saved, those of linear layers, or
+  none."""
 
   def dots(remat):
     model = transformer.Transformer(dataclasses.replace(STUDY, remat=remat, dtype=dtype))

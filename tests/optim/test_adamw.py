@@ -87,8 +87,8 @@ def test_decay_is_decoupled(hyper):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_of_bfloat16_parameters_the_second_moment_follows_too(name):
-  """Gradients become ten times smaller: after ten thousand steps the step is about the rate again.
-  In bfloat16 0.999 v + 0.001 g² is v."""
+  """After gradients become ten times smaller, steps approach the rate again within ten thousand
+  steps. Computed in bfloat16, 0.999 v + 0.001 g² would be v."""
   tx = optim.OPTIMIZERS[name](1e-3)
 
   def last_step(dtype):
@@ -105,7 +105,7 @@ def test_of_bfloat16_parameters_the_second_moment_follows_too(name):
 
 
 def test_decay_reaches_bfloat16_parameters_through_rounding():
-  """On average: a part of 1/1000 of each step, which bfloat16 beside the rest would never see."""
+  """On average: it is 1/1000 of each step, which rounding to nearest would always drop."""
   tx, draw = optim.OPTIMIZERS["adamw"](1.0, weight_decay=1e-3), np.random.default_rng(0)
   params = {"w": jnp.ones(20_000, jnp.bfloat16)}
   gradients = {"w": jnp.asarray(draw.uniform(0.5, 2, 20_000), jnp.bfloat16)}

@@ -1,5 +1,5 @@
-"""Every number of every parameter is in one block, blocks of a shape are together, each device has
-its own, and all come back."""
+"""Every number of every parameter is in exactly one block, blocks of a shape are together, each
+device has its own, and all are restored."""
 
 import collections
 import math
@@ -111,7 +111,7 @@ def test_what_is_cut_comes_back(maybe_mesh, block_size, merge_up_to):
 
 
 def test_the_order_of_real_blocks_is_the_same_on_every_mesh(mesh):
-  """So that a state that is written on one can be read on another."""
+  """So that a state written on one mesh can be read on another."""
   grids = [None, make_mesh(config.Mesh(1, 3, 1), jax.devices()[:3]), mesh]
   layouts = [blocks.layout(numbered(), AXES, mesh=grid, block_size=4) for grid in grids]
   assert [layout.buckets["4x4"].padded for layout in layouts] == [23, 24, 24]

@@ -25,9 +25,9 @@ from beyond_outliers.params import Axes, path_of
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.train.step import TrainState, init_state
 
-# Such that six steps on tiny matrices see all of a row: decay, several blocks a matrix, roots or
-# bases renewed between steps; and such that rounding is not amplified: square blocks, whose factors
-# have full rank, and an eps far above the noise of vectors', which have not.
+# Chosen so that six steps on tiny matrices exercise all of a row: decay, several blocks per matrix,
+# roots or bases renewed between steps; and so that rounding is not amplified: square blocks, whose
+# factors have full rank, and an eps far above the noise of vectors' factors, which don't.
 SETTINGS = {
   "adamw": dict(weight_decay=0.1),
   "muon": dict(weight_decay=0.1, ns_dtype="float32", adam_learning_rate=0.05),
@@ -74,7 +74,7 @@ SMALL = ("gain", "kernel")
 
 
 def normal(seed, names=tuple(SHAPES)):
-  """Numpy: arrays of one device would not fit another mesh."""
+  """As numpy, since arrays on one device would not fit another mesh."""
   draw = np.random.default_rng(seed)
   tree = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
   return {name: tree[name] for name in names}
@@ -202,7 +202,7 @@ class Row:
 
 
 def follow(tx, params):
-  """-> gradients of each step -> updates of each step; one program, the parameters stand still."""
+  """A function from gradients to updates of each step; one program, with constant parameters."""
   update = jax.jit(tx.update)
 
   def updates_of(gradients):

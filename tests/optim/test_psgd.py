@@ -1,5 +1,5 @@
-"""PSGD against kron_torch and pytorch_optimizer on fixed gradients and probes, against one in
-numpy, and by how well it whitens.
+"""PSGD against kron_torch and pytorch_optimizer on fixed gradients and probes, against an
+implementation in numpy, and by how well it whitens.
 
 tests/golden/kron_torch_probed_f32.npz, kron_po380_probed_f32.npz: kron_torch (884427c) and Kron of
 pytorch_optimizer 3.8.0, thirty steps in float32, lr 0.01, decay 0.1, factors updated at every step,

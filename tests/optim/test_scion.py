@@ -106,9 +106,9 @@ def test_the_trajectory_is_the_official_one(name, groups, constrained):
 
 
 def test_the_trajectory_is_the_studys():
-  """Newton-Schulz in float64 was patched into the file's library such that it normalises the
-  average of gradients itself, in place, which bfloat16, being a copy, does not. To compare, so do
-  we, after each step."""
+  """The file's library was patched to run Newton-Schulz in float64. It then normalises the average
+  of gradients in place, which it does not in bfloat16, on a copy. To compare, we do the same
+  after each step."""
 
   def normalise(state):
     def is_bucket(x):

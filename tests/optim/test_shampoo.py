@@ -4,10 +4,9 @@ lines of numpy.
 tests/golden/shampoo_meta-head_*.npz: DistributedShampoo of facebookresearch/optimizers (f606606),
 in float64; its counter of steps, a float32 tensor, rounds the learning rate and the bias
 corrections, which is worth 6e-8 of parameters. shampoo_google_*.npz: distributed_shampoo of
-google-research/precondition (239a8cd), in float32: what its first roots, of factors of low rank,
-make of rounding is worth up to 5e-4 of matrices, and more of vectors. Before those roots are used
-there is no such noise. Matrices are [fan-out, fan-in] there. Snapshots in float32 are exact to
-6e-8.
+google-research/precondition (239a8cd), in float32: its first roots, of factors of low rank, amplify
+rounding to up to 5e-4 of matrices, and more of vectors. Before these roots are used, there is no
+such noise. Matrices are [fan-out, fan-in] there. Snapshots in float32 are exact to 6e-8.
 """
 
 import functools

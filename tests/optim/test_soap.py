@@ -108,8 +108,8 @@ def test_long_axes_are_rotated_too():
 
 
 def test_float32_stays_about_as_close_as_the_references_does():
-  """Whose own float32 run is 3.7e-6 away after 30 steps: the smallest eigenvectors are worth no
-  more."""
+  """The reference's own float32 run is 3.7e-6 away after 30 steps, by the precision of the smallest
+  eigenvectors."""
   golden = np.load(GOLDEN / "soap_sq_mpd10000_freq5_f64.npz")
   _, after = run(
     soap(0.003, weight_decay=0.1, precondition_frequency=5), *problem(("sq",), jnp.float32)

@@ -137,8 +137,8 @@ def learned(layer):
 
 @pytest.mark.parametrize("name,backend", PAIRS)
 def test_a_token_is_what_it_is_whatever_stands_beside_it(name, backend):
-  """Others a hundred times as large, as are later tokens, other windows, or padding: not a bit
-  changes."""
+  """Not a bit changes if others, such as later tokens, other windows or padding, are a hundred
+  times as large."""
   layer = RECIPES[name].default
   x, w, _ = problem()
   product = jax.jit(lambda x: BACKENDS[backend](x, w, KERNEL, layer, **learned(layer)))
@@ -161,7 +161,7 @@ def test_what_is_not_finite_stays_so(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_largest_number_under_absmax_keeps_its_gradient(backend):
-  """Though it divided by its scale may come out beyond the largest level."""
+  """Even though its quotient by the scale may be rounded beyond the largest level."""
   x = np.random.default_rng(1).standard_normal((2048, 64)).astype(np.float32)
   layer = LayerRecipe(None, QuantSpec(4, granularity="token", estimator="clip"))
   dx = forward_and_gradients(

@@ -1,5 +1,5 @@
-"""Matrices for which float32 is too narrow: what takes the method's place is no worse than rounding
-to nearest, said and recorded; and numbers that no code may hide are refused."""
+"""Matrices for which float32 is too narrow: the method's fallback is no worse than rounding to
+nearest, reported and recorded; and numbers that codes would hide are refused."""
 
 import dataclasses
 import functools

@@ -1,5 +1,4 @@
-"""What the log is told of quantization: against its definitions, and the same however the model is
-run."""
+"""Logged metrics of quantization: by their definitions, and the same however the model is run."""
 
 import dataclasses
 

@@ -26,9 +26,9 @@ from beyond_outliers.quant import (
 from beyond_outliers.train import program as program_lib
 from configs import adamw, shampoo_qat
 
-# Heads are as wide as a rotation's block. In a block of two heads that share a key-value head,
-# those of the first token, which attends to itself alone, are equal: half of the block rotates to
-# zero, and on which side of it is a matter of float rounding.
+# Heads are as wide as a rotation's block. In a block of two heads that share a key-value head, the
+# heads' outputs for the first token, which attends only to itself, would be equal: half of the
+# block would rotate to zero, with a sign that depends on float rounding.
 MODEL = dataclasses.replace(STUDY, d_head=128, d_model=128, mlp_hidden=256, attention="plain")
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab, (4, 13)).astype(np.int32)
 # Of integers, and of floating point, in the fast tests.
@@ -103,8 +103,8 @@ def test_the_parameters_are_those_of_full_precision(name):
 
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_scanned_unrolled_rematerialised_and_sharded_are_one(name):
-  """In float64: a float32 sum in another order rounds a few codes of a model's million otherwise,
-  and one is seen everywhere. Unrolled on one device; scanned, rematerialised and sharded."""
+  """In float64: in float32, another order of summation changes a few of a model's million codes,
+  each felt everywhere. Unrolled on one device; scanned, rematerialised and sharded."""
   unrolled, model = (
     quantized(name, dataclasses.replace(MODEL, dtype="float64", **change), "jax")
     for change in ({"unroll": 0}, {"remat": "full"})

@@ -1,5 +1,5 @@
-"""Quantization after training: its methods against numpy, what they leave as it was, and the
-contract that their result obeys."""
+"""Quantization after training: methods against numpy, what they leave unchanged, and the contract
+that their results obey."""
 
 import dataclasses
 
@@ -280,7 +280,7 @@ def test_every_kind_of_method_approaches_the_model_as_bits_grow(method):
 
 
 def test_later_blocks_of_gptq_see_quantized_inputs():
-  """The last block's codes are others than where the blocks before it stay whole."""
+  """The last block's codes differ from those with the earlier blocks in full precision."""
   model, params = plain()
   q = ptq.quantize(model, params, W4A4, "gptq", BATCHES)
   rules = (("layers/[01]/.*|head", None), (".*", W4A4.default))
@@ -516,7 +516,7 @@ def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, m
 
 @pytest.mark.parametrize("trained", ["quest_w4a4", "int8_gradients", "lsq_w4a4"])
 def test_a_model_trained_quantized_takes_its_own_recipe_alone(trained):
-  """Codes of another would be of the float weights beneath, which nobody measured."""
+  """Another recipe would quantize the underlying float weights, whose loss nobody measured."""
   model = transformer.Transformer(MODEL, dot_general_for(RECIPES[trained]))
   params = transformer.init(model, 0)
   assert ptq.quantized(model, params, RECIPES[trained]).method == "rtn"

@@ -41,7 +41,7 @@ def write_checkpoint(folder, step, text="x", sealed=True):
 
 
 def texts(folder):
-  """What a folder holds, but for what is its own."""
+  """The contents of a folder, without what belongs to the mirror's own bookkeeping."""
   return {name: (folder / name).read_text() for name in index_lib.scan(folder)}
 
 

@@ -1,4 +1,4 @@
-"""What readers and evaluation jobs have of a run: what is whole, and nothing that was set aside."""
+"""What readers and evaluation jobs see of a run: all that is whole, nothing set aside."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What leaves a store: what the run let go of, and nothing that its folder merely lacks."""
+"""What is deleted from a store: what the run deleted, and nothing that its folder merely lacks."""
 
 import os
 import shutil

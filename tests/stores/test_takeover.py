@@ -146,8 +146,8 @@ class Late(Failing):
 
 
 def overtaken(store, tmp_path, said, name):
-  """Objects that a run has left that took over and ended while another one's upload of `name` was
-  under way, which comes through after that; and the one that was cut off."""
+  """Objects left by a run that took over and ended while another one's upload of `name`, which then
+  still succeeds, was in progress; and the one that was cut off."""
   one = mirror_of(late := Late(ADDRESS, store._backend, "run"), tmp_path / "one", said)
   for file in ("config.json", "manifest.json", "metrics.jsonl", "status.json"):
     write(tmp_path / "one", file, "of both")

@@ -422,7 +422,7 @@ def test_what_may_change_does(finished, tiny_config, cut):
 
 
 def test_micro_batches_stay_where_gradients_are_quantized(finished, cut, tiny_config):
-  """Over the tokens of one, by draws for one."""
+  """These are quantized over the tokens of one micro-batch, by random draws for each."""
   options = {"checkpoint.every": 4, "checkpoint.keep": 5, "quant.recipe": "int8_gradients"}
   c = dataclasses.replace(finished[0], quant=tiny_config(**options).quant)
   initialize.check_same_run(finished[0], dataclasses.replace(finished[0], micro_batches=2), cut)
@@ -670,7 +670,7 @@ def test_a_failure_in_training_is_written_down(tiny_config, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_run_on_damaged_data_is_not_done(tiny_config, tmp_path, monkeypatch):
-  """Of one too large to be compared as it is opened; also where no batch is left to say so."""
+  """The dataset counts as too large to be compared on opening; also if no batch is left to tell."""
   c = tiny_config(**{"data.directory": tmp_path, "steps": 1, "log.every": 1})
   path = pathlib.Path(data.prepare(c.data, log=quiet).directory) / "train-00000.bin"
   path.write_bytes(
@@ -711,7 +711,7 @@ def test_no_checkpoint_is_of_damaged_data(tiny_config, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_no_hook_has_the_last_word_on_the_status(tiny_config, tmp_path, monkeypatch):
-  """Neither a watchdog that speaks late, nor one that does not come into being."""
+  """Neither a watchdog that reports late, nor one that fails to start."""
   settings = {"steps": 1, "eval.documents": 1, "log.watchdog_seconds": 60}
   close = hooks.Watchdog.close
 

@@ -1,5 +1,5 @@
-"""The train step: what the loss is, that parts of a batch add up to the whole, and what a
-non-finite step leaves alone."""
+"""The train step: the definition of the loss, parts of a batch add up to the whole, and what a
+non-finite step leaves unchanged."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The report: one page of HTML that holds all it shows, with its figures and tables as files."""
+"""The report: one self-contained page of HTML, with its figures and tables also as files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from beyond_outliers.types import PathLike
 __all__ = ["PAGE", "write_page"]
 
 PAGE = "report.html"
-LONG = 32  # letters of a cell's text that wraps
+LONG = 32  # characters; a column with a longer text wraps
 NUMBER = re.compile(r"[*]{0,2}[+-]?(\d|inf)")
-LIST = re.compile(r"<!-- files: (.*) -->\s*\Z")  # how a page ends: with those that belong to it
+LIST = re.compile(r"<!-- files: (.*) -->\s*\Z")  # the end of a page, which lists its files
 OWN = re.compile(r"[^/]+\.(csv|svg)")
 NO_NUMBERS = (NOTHING, "", "none", "not finite", "not run", "unknown", "edge of the grid")
 
@@ -39,11 +39,11 @@ def write_page(
   settings: Mapping[str, str] | None = None,
   folders: Sequence[PathLike] = (),
 ) -> str:
-  """Writes the report into a folder, PAGE with its figures as SVG and its tables as CSV; returns
-  the page's path. The same runs give the same bytes. Files of an earlier page in the folder, as its
-  last line lists them, are removed where this one has none of their names.
+  """Writes the report into a folder: PAGE, its figures as SVG and its tables as CSV; returns the
+  page's path. The same runs give the same bytes. Files that an earlier page in the folder lists in
+  its last line are removed, unless this page has replaced them.
 
-  roots: where the runs were found, as the page is to name them. settings, folders: of cells, see
+  roots: where the runs were found, as the page is to name them. settings, folders: see
   `ptq_degradation.degradation_cells`."""
   evidence = gather(runs, roots, settings, folders)
   writer = _Writer(epath.Path(out))
@@ -59,13 +59,13 @@ def write_page(
 
 
 def _listed(page: epath.Path) -> set[str]:
-  """The files beside an earlier page that it says are its own."""
+  """The files that an earlier page lists as its own."""
   listed = LIST.search(page.read_bytes().decode(errors="replace")) if page.exists() else None
   return {name for name in listed[1].split() if OWN.fullmatch(name)} if listed else set()
 
 
 class _Writer:
-  """Files beside the page. A name that comes again, as of groups that are called the same, gets a
+  """Writes the files next to the page. A name that recurs, as with groups of the same name, gets a
   number."""
 
   def __init__(self, folder: epath.Path):
@@ -94,7 +94,7 @@ class _Writer:
 
 
 def printable(value: Any) -> Any:
-  """Text without the characters that neither HTML nor UTF-8 can hold; names of folders may."""
+  """Text without characters that HTML or UTF-8 cannot hold, which names of folders may contain."""
   if isinstance(value, str) and not isinstance(value, Markup):
     return NO_XML.sub("\ufffd", value)
   return value
@@ -119,14 +119,14 @@ def _environment(writer: _Writer) -> jinja2.Environment:
 
 
 def _cell(text: str) -> str:
-  """A cell's text; what stands between ** is bold."""
+  """A cell's text; text between ** is bold."""
   if text.startswith("**") and text.endswith("**") and len(text) > 4:
     return Markup("<strong>{}</strong>").format(printable(text[2:-2]))
   return text
 
 
 def _column_kinds(rows: Sequence[Sequence[str]], count: int) -> list[str]:
-  """The class of each column: numbers, which stand right, long text, which wraps, and other."""
+  """The CSS class of each column: "n" for numbers, right-aligned; "long" for text that wraps."""
 
   def kind(column: Sequence[str]) -> str:
     if any(len(text) > LONG for text in column):

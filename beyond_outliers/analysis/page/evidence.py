@@ -1,7 +1,7 @@
-"""What the report is made of: runs in groups that compare, and what the analyses find in each.
+"""Evidence for the report: runs in groups that are comparable, and the analyses' results for each.
 
-Everything is found once. An analysis that refuses gives nothing, and its refusal is kept as the
-sentence that says why.
+Every result is computed once. If an analysis refuses, its result is empty, and the refusal's
+message is kept as the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Found(Generic[T]):
-  """What an analysis found, or nothing and in one line why."""
+  """What an analysis found; if it refused, an empty value and the reason, in one line."""
 
   value: T
   problem: str = ""
@@ -49,9 +49,9 @@ def attempt(find: Callable[[], T], nothing: T) -> Found[T]:
 
 @dataclasses.dataclass(frozen=True)
 class RunGroup:
-  """Runs whose losses compare, of one length; and shorter ones, that came to the common loss.
+  """Runs of one length whose losses are comparable, and shorter ones on the way to the common loss.
 
-  apart: why these are not of the group before; empty for the first."""
+  apart: why these are not in the first group; empty for the first."""
 
   runs: Sequence[runs_lib.Run]
   shorter: Sequence[runs_lib.Run]
@@ -66,7 +66,7 @@ class RunGroup:
 
   @property
   def extent(self) -> str:
-    """Tokens, and tokens a parameter, in words."""
+    """Tokens, and tokens per parameter, in words."""
     c = self.runs[0].config
     tokens = c.steps * c.batch_size * c.context
     total = parameters(self.runs[0])
@@ -74,7 +74,7 @@ class RunGroup:
 
   @property
   def cell_flags(self) -> list[str]:
-    """Of a command, for the cells of this report."""
+    """Flags of a command, for the cells of this report."""
     given = {
       "cells": [os.fspath(folder) for folder in self.folders],
       "settings": [f"{name}={value}" for name, value in self.settings.items()],
@@ -83,14 +83,14 @@ class RunGroup:
 
   @property
   def cell_arguments(self) -> str:
-    """Of a call in Python, for the cells of this report."""
+    """Arguments of a call in Python, for the cells of this report."""
     folders = [os.fspath(folder) for folder in self.folders]
     given = {"settings": dict(self.settings), "folders": folders}
     return "".join(f", {name}={value!r}" for name, value in given.items() if value)
 
   @property
   def name(self) -> str:
-    """Of its files."""
+    """The group's part in names of files."""
     c = self.runs[0].config
     return re.sub(r"[^\w.]", "_", f"{c.size}-{c.steps}")
 
@@ -119,8 +119,8 @@ class RunGroup:
 
   @functools.cached_property
   def measured(self) -> Found[pd.DataFrame]:
-    """Every cell of the last steps, also of the models as they were trained, which `cells` has none
-    of."""
+    """Every cell of the last steps, including those of the models as they were trained, which
+    `cells` lacks."""
     return self._of_cells(degradation_cells)
 
   @functools.cached_property
@@ -138,7 +138,7 @@ class RunGroup:
 
   @functools.cached_property
   def not_landed(self) -> list[str]:
-    """Optimizers of which no learning rate is done in full precision: they have no best loss."""
+    """Optimizers without a finished learning rate in full precision, so without a best loss."""
     return [
       t.optimizer
       for t in self.tunings.value
@@ -162,7 +162,7 @@ class RunGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-  """The scaling law of all sizes of one data set."""
+  """A scaling law, over all sizes, of one data set and ratio of tokens to parameters."""
 
   title: str
   runs: int
@@ -173,8 +173,8 @@ class Law:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """Runs below `roots`, as the report reads them. unread: in words the runs that cannot be read,
-  and cells of none."""
+  """Runs below `roots`, as the report reads them. unread: sentences on runs that cannot be read,
+  and on cells of none of the runs."""
 
   roots: Sequence[str]
   runs: Sequence[runs_lib.Run]
@@ -182,7 +182,7 @@ class Evidence:
   groups: Sequence[RunGroup]
 
   def roots_of(self, group: RunGroup) -> Sequence[str]:
-    """Folders for a report on one group alone, which the others of the page refuse to mix."""
+    """Folders for a printed report on one group, since such reports refuse to mix groups."""
     own = [run.name for run in [*group.runs, *group.shorter]]
     return own_roots(self.roots, own, [run.name for run in self.runs])
 
@@ -220,7 +220,7 @@ def gather(
 ) -> Evidence:
   """The runs in groups. roots: where they were found, as the report names them.
 
-  settings, folders: of cells, as `predictors.frame` takes them."""
+  settings, folders: of cells, see `predictors.frame`."""
   unread, readable = [], []
   for run in (Snapshot(run.path, run.name) for run in runs):
     check = attempt(lambda run=run: _read(run), None)
@@ -247,8 +247,8 @@ def _with_path(run: runs_lib.Run, problem: str) -> str:
 
 
 def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]:
-  """(runs that compare but for their length, why they are not of the groups before), by size of
-  the model; see `tuning.check_comparable`."""
+  """(runs that are comparable except for length, why they are not in the first group that refused
+  them), by model size; see `tuning.check_comparable`."""
   found: list[tuple[list[runs_lib.Run], str]] = []
   for run in runs:
     why = ""
@@ -267,16 +267,16 @@ def _alike(runs: Sequence[runs_lib.Run]) -> list[tuple[list[runs_lib.Run], str]]
 
 
 def parameters(run: runs_lib.Run) -> int:
-  """Of the model, the embedding's included; 0 where its manifest does not say."""
+  """Parameters of a run's model, the embedding's included; 0 if its manifest does not say."""
   return attempt(lambda: run.parameter_counts["total"], 0).value
 
 
 def _by_length(
   alike: Sequence[runs_lib.Run],
 ) -> list[tuple[list[runs_lib.Run], list[runs_lib.Run]]]:
-  """(runs of one length, shorter runs). A length that every optimizer was trained for stands by
-  itself, and so does the longest; runs of another length are on the way to the common loss of the
-  next longer one."""
+  """[(runs of one length, shorter runs), ...]. The longest length, and every length that all
+  optimizers were trained for, has an entry of its own; runs of other lengths are taken as on the
+  way to the common loss of the next longer entry."""
   optimizers = {run.config.optimizer.name for run in alike}
   by_steps: dict[int, list[runs_lib.Run]] = {}
   for run in sorted(alike, key=lambda run: -run.config.steps):
@@ -291,5 +291,5 @@ def _by_length(
 
 
 def recipe_of(run: runs_lib.Run) -> str:
-  """The run's recipe in a word."""
+  """The name of the run's recipe."""
   return quant.recipes.name_of(run.config.quant)

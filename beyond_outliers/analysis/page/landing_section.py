@@ -1,4 +1,4 @@
-"""Section on the common loss: how each optimizer comes to it, and whether that matters."""
+"""Section on the common loss: how each optimizer reaches it, and whether that matters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from beyond_outliers.analysis.page.section import Drawing, Part, Table, frame_ta
 from beyond_outliers.analysis.page.text import analysis_command, field, listed, with_error
 from beyond_outliers.analysis.plots.style import named_rows
 
-KEYS = ("recipe", "method", "way", "optimizer")  # of a row of costs
+KEYS = ("recipe", "method", "way", "optimizer")  # first columns of a table of costs
 
 
 def landings(evidence: Evidence, group: RunGroup) -> Part:
-  """How each optimizer comes to the common loss, and whether their order depends on it."""
+  """How each optimizer reaches the common loss, and whether their order depends on it."""
   loss, found = group.landings.value
   command = analysis_command(evidence.roots_of(group), "--common_loss", "--overrides=common.json")
   if not found:
@@ -58,7 +58,7 @@ def landings(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _ways_table(name: str, found: Sequence[Landing], loss: float) -> Table:
-  """Losses of each optimizer close to the common one, each at its step."""
+  """Each optimizer's losses close to the common one, each with its step."""
   numbers = pd.DataFrame(
     [
       {
@@ -101,7 +101,7 @@ def _costs_table(name: str, costs: LandingComparison) -> Table:
 
 
 def _orders(costs: LandingComparison) -> list[str]:
-  """Whether the order of optimizers changes from one way to another, in a sentence each."""
+  """Sentences on whether the order of optimizers changes from one way to another."""
   return [
     f"{row.recipe}, {row.method}: from {row.way} to {row.other}, the order of {row.optimizers} "
     + (f"optimizers changes: {row.exchanged}." if row.changes else "optimizers stays.")

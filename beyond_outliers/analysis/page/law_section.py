@@ -1,4 +1,4 @@
-"""Section on scaling laws: losses over sizes, and what a recipe leaves of a model's parameters."""
+"""Section on scaling laws: losses over sizes, and a model's effective size under a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beyond_outliers.analysis.scaling_law import ScalingLaw
 
 
 def laws(evidence: Evidence) -> list[Part]:
-  """A scaling law per data set, over all its sizes."""
+  """A part per scaling law, which is over all sizes of one data set."""
   return [_law_part(law) for law in evidence.laws]
 
 

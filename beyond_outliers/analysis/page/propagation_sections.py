@@ -1,4 +1,4 @@
-"""Sections on error propagation: its growth along depth, its parts, and what units do to it."""
+"""Sections on error propagation: its growth along depth, its parts, and units' effect on it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def error_along_depth(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def error_parts(evidence: Evidence, group: RunGroup) -> Part:
-  """What part of each unit's error came in, and what part was added."""
+  """Which part of each unit's error came in, and which was added."""
   units = _finite(group.units.value)
   if not len(units):
     return _undecomposed(group)
@@ -81,7 +81,7 @@ def error_parts(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def gains(evidence: Evidence, group: RunGroup) -> Part:
-  """What kinds of units do to the error that comes in."""
+  """What each kind of unit does to the incoming error."""
   units = _finite(group.units.value)
   if not len(units):
     return _undecomposed(group)
@@ -131,7 +131,7 @@ def _gain_table(name: str, units: pd.DataFrame) -> Table:
 
 
 def _finite(units: pd.DataFrame) -> pd.DataFrame:
-  """The rows whose error is."""
+  """The rows whose error is finite."""
   return units[np.isfinite(pd.to_numeric(units["R"], errors="coerce"))] if len(units) else units
 
 

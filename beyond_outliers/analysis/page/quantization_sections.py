@@ -31,14 +31,14 @@ from beyond_outliers.analysis.ptq_degradation import compare_optimizers
 
 LOST = "loss_difference"
 INTERVAL = "loss_difference_interval"
-# Predictors that have a panel: of linear layers' inputs, of the residual stream, and the error.
+# Predictors with a panel: outliers of linear layers' inputs and of the residual stream, and errors.
 SHOWN = (
   *("max_to_median/linear", "max_to_mean/linear", "kurtosis/linear"),
   *("rms_kurtosis/residual", "outlier_channels/residual", "sqnr/linear"),
   *("R_L", "R_L_centred", "inherited"),
 )
-LEAST = 3  # optimizers of a correlation
-SEVERAL = 3  # recipes and methods that have a figure of their own, at most
+LEAST = 3  # optimizers needed for a correlation
+SEVERAL = 3  # pairs of recipe and method with a figure of their own, at most
 
 
 def degradation(evidence: Evidence, group: RunGroup) -> Part:
@@ -75,7 +75,7 @@ def degradation(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _compared_optimizers(name: str, measured: pd.DataFrame) -> list[Table]:
-  """The pairs that are told apart, if there are any; all are among the numbers."""
+  """A table of the pairs that are told apart, if there are any; its file has all pairs."""
   compared = compare_optimizers(measured, LOST)
   apart = [row for row in compared if not row[-1].tie]
   numbers = comparison_numbers(["recipe", "method", "pair", LOST], compared)
@@ -88,7 +88,7 @@ def _compared_optimizers(name: str, measured: pd.DataFrame) -> list[Table]:
 
 
 def _intervals(cells: pd.DataFrame) -> dict[tuple[str, str, str], list[float]]:
-  """Of the losses' differences over documents, by run, recipe and method."""
+  """Intervals of the losses' differences over documents, by run, recipe and method."""
   if INTERVAL not in cells:
     return {}
   rows = cells[cells[INTERVAL].map(lambda pair: isinstance(pair, list) and None not in pair)]
@@ -102,7 +102,7 @@ def _by_optimizer(
   frame: pd.DataFrame,
   intervals: Mapping[tuple[str, str, str], Sequence[float]],
 ) -> Table:
-  """A row per recipe and method, a column per optimizer."""
+  """One row per recipe and method, one column per optimizer."""
   optimizers = style.in_order(frame["optimizer"])
   means = style.over_seeds(frame, ["recipe", "method", "optimizer"], LOST)
   cells = {tuple(row[:3]): row for row in style.named_rows(means)}
@@ -135,7 +135,7 @@ def _by_optimizer(
 
 
 def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
-  """What goes with degradation over optimizers: outliers, and the error at the network's end."""
+  """What correlates with degradation over optimizers: outliers, and the error at the end."""
   frame = group.cells.value
   if not len(frame):
     return missing(group, group.cells, "no quantized cell", f"{EVALUATE} --propagation")
@@ -176,7 +176,7 @@ def predictors_of_degradation(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _correlations_table(name: str, worth: pd.DataFrame) -> Table:
-  """The predictors that are SHOWN; the file has all. worth: of `predictors.correlations`."""
+  """A table of the SHOWN predictors; its file has all. worth: from `predictors.correlations`."""
 
   def coefficient(row: Any, name: str) -> str:
     value, low, high = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
@@ -214,7 +214,7 @@ def _no_correlation(worth: pd.DataFrame) -> str:
 
 
 def along_training(evidence: Evidence, group: RunGroup) -> Part:
-  """How degradation moves along a run, with the learning rate and its cool-down."""
+  """How degradation changes along a run, with the learning rate and its cool-down."""
   along = group.along.value
   if not len(along) or along["step"].nunique() < 2:
     why = "no run has cells of two checkpoints"
@@ -260,11 +260,11 @@ def along_training(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def apart(frame: pd.DataFrame) -> list[pd.DataFrame]:
-  """The rows of each recipe and method, of SEVERAL at most."""
+  """The rows of each pair of recipe and method, for the first SEVERAL."""
   return [style.of_quantization(frame, pair) for pair in style.quantizations(frame)[:SEVERAL]]
 
 
 def missing(group: RunGroup, found: Found[Any], why: str, command: str) -> Part:
-  """A part without data: why, and what makes it, unless the problem ends with its own command."""
+  """A part without data: why, and the command that makes them, unless the problem has its own."""
   command = "" if "python -m " in found.problem else command
   return Part(group.title, len(group.runs), missing=found.problem or why, command=command)

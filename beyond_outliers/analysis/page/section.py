@@ -1,4 +1,4 @@
-"""Sections of the report: what each says, with its figures and tables."""
+"""Sections of the report: sentences, figures and tables."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table: name of its file and caption; as columns of text for the page, and as numbers.
+  """A table: name of its file and caption; columns of text for the page, and numbers for the file.
 
-  columns: heading -> function of an item; a text between ** is bold. numbers: what the CSV file
-  holds."""
+  columns: heading -> function of an item; text between ** is bold. numbers: contents of the CSV
+  file."""
 
   name: str
   caption: str
@@ -40,10 +40,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """What a group of runs, or all of them, say to a section's question.
+  """The answer of a group of runs, or of all, to a section's question.
 
-  missing: in one line what there would have to be; command: what makes it, or what prints the same
-  numbers. runs: those that it is from. left_out: in words."""
+  missing: one line on what is missing, if there is no answer; command: what makes that, or prints
+  the same numbers. runs: how many it is from. left_out: sentences."""
 
   heading: str = ""
   runs: int = 0
@@ -59,7 +59,7 @@ class Part:
 class PageSection:
   """A question and its parts, one per group of runs."""
 
-  key: str  # of its address in the page, and of its files
+  key: str  # its address in the page
   title: str
   question: str
   parts: Sequence[Part]
@@ -77,9 +77,9 @@ def frame_table(
 
 
 def comparison_numbers(names: Sequence[str], compared: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
-  """What the CSV file of comparisons holds, a row each, that ends with its `Comparison`.
+  """Contents of a CSV file of comparisons, from rows that end with a `Comparison`.
 
-  names: of the columns before, of the comparison's name and of its value."""
+  names: of the columns before it, of the comparison's name, and of its value."""
   return pd.DataFrame(
     [
       (*keys, one.name, one.value, *one.interval, one.p, one.n, not one.tie)

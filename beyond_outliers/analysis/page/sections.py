@@ -1,4 +1,4 @@
-"""The report's sections, in their order: a row each."""
+"""The report's sections, in order: a row of SECTIONS each."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from beyond_outliers.analysis.page.section import PageSection, Part
 
 
 class Row(NamedTuple):
-  """One section: what its heading and its first line say, and what makes its parts, of each group
-  of runs or of all."""
+  """One section: its heading, its question, and the function that makes its part for each group of
+  runs, or its parts for all runs."""
 
   title: str
   question: str
@@ -23,7 +23,7 @@ class Row(NamedTuple):
   of_all: Callable[[Evidence], list[Part]] | None = None
 
 
-# By their address in the page.
+# By their addresses in the page.
 SECTIONS: dict[str, Row] = {
   "answer": Row(
     "The answer in a few numbers",

@@ -1,4 +1,4 @@
-"""Runs as they were at one moment, though they may go on while a report is written."""
+"""Runs frozen at one moment, since they may go on while a report is written."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from beyond_outliers import runs as runs_lib
 
 
 def _once(of_run: Any) -> Any:
-  """A property of runs, read once."""
+  """A property of runs, made to be read once."""
   return functools.cached_property(of_run.fget)
 
 
 class Snapshot(runs_lib.Run):
-  """A run whose files are read once, so that all of the report is of one moment of it."""
+  """A run whose files are read once, so that the whole report is of one state of it."""
 
   manifest = _once(runs_lib.Run.manifest)
   status = _once(runs_lib.Run.status)

@@ -1,4 +1,4 @@
-"""The first section, what quantization costs each optimizer, and the last, what no number is of."""
+"""The first section, what quantization costs each optimizer, and the last, what was left out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.statistics import Estimate, estimate
 from beyond_outliers.analysis.tuning import final_metric, standing
 
-CHEAPEST = 3  # columns of quantization after training: round to nearest, and the cheapest others
+CHEAPEST = 3  # columns of quantization after training: round to nearest and the cheapest others
 
 Column = dict[str, Estimate]  # by optimizer
 
 
 def answer(evidence: Evidence, group: RunGroup) -> Part:
-  """One row per optimizer: its loss, what training under each recipe and quantization after
-  training cost, the error at the network's end, and rho."""
+  """One row per optimizer: its loss, the cost of training under each recipe and of quantization
+  after training, the error at the network's end, and rho."""
   columns = {**_losses(group), **_gaps(group), **_methods(group), **_error(group), **_rho(evidence)}
   if not any(columns.values()):
     why = group.tunings.problem or "no run is done"
@@ -47,7 +47,7 @@ def answer(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _answer_table(name: str, columns: dict[str, Column]) -> Table:
-  """A row per optimizer, in the order of the first column."""
+  """One row per optimizer, in order of the first column."""
   optimizers = style.in_order(name for found in columns.values() for name in found)
   first = next(iter(columns.values()))
   optimizers.sort(key=lambda name: first[name].mean if name in first else math.inf)
@@ -74,7 +74,7 @@ def _answer_table(name: str, columns: dict[str, Column]) -> Table:
 
 
 def _texts(heading: str, found: Column) -> Callable[[Any], str]:
-  """Of a row that begins with an optimizer: what this column shows of it."""
+  """A function from a row, which begins with an optimizer, to its text in this column."""
   digits = 3 if heading.startswith(("R_L", "rho")) else 4
   sign = "+" if heading.startswith(("QAT", "PTQ")) else ""
   least = min((value.mean for value in found.values()), default=math.nan)
@@ -150,7 +150,7 @@ def _rho(evidence: Evidence) -> dict[str, Column]:
 
 
 def left_out(evidence: Evidence, made: Sequence[PageSection]) -> Part:
-  """All that no number is of: runs that cannot be read or are not done, and what sections lack."""
+  """All that is in no number: runs that cannot be read or are not done, and what sections lack."""
   rows = [{"of": "the report", "what": line} for line in evidence.unread]
   for section in made:
     for part in section.parts:

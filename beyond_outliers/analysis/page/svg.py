@@ -1,4 +1,4 @@
-"""Figures as they stand in the page: SVG in the page's own ink, on its paper."""
+"""Figures inlined in the page: SVG in the page's own colours, ink for black and paper for white."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK, PAPER = "currentColor", "var(--paper)"
-# Of matplotlib's black and white, wherever a style or an attribute has them.
+# Replacements for matplotlib's black and white, in styles and attributes.
 INKS = {
   re.compile(r"#000000(?![0-9a-f])|(?<=: )black\b", re.IGNORECASE): INK,
   re.compile(r"#ffffff(?![0-9a-f])|(?<=: )white\b", re.IGNORECASE): PAPER,
@@ -33,10 +33,10 @@ def inlined(text: str, name: str, title: str) -> Markup:
     root.attrib.pop(key, None)
   root.set("role", "img")
   root.set("aria-label", title)
-  # As large as it was drawn on a wide screen, not so small that nobody can read it on a phone.
-  # Black is what is filled without a word, so that matplotlib says none.
+  # As large as it was drawn on a wide screen, and not too small to read on a phone. The fill is set
+  # since black, SVG's default, is not written out by matplotlib.
   root.set("style", f"fill: {INK}; max-width: {1.3 * width:.0f}px; min-width: {0.85 * width:.0f}px")
-  # Escaped as XML, which in this place is HTML too.
+  # Escaped as XML, which is valid HTML here.
   return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 

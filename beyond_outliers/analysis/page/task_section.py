@@ -1,4 +1,4 @@
-"""Section on tasks: what models score, as they were trained and quantized."""
+"""Section on tasks: models' scores, as trained and quantized."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from beyond_outliers.analysis.plots import style
 from beyond_outliers.analysis.ptq_degradation import MEASURED_ON, check_cells
 from beyond_outliers.evaluate.plan import PROPAGATION
 
-KEYS = ["recipe", "method", "score"]  # of a row
-STDERR = "_stderr"  # how the errors' names end: over examples
-# Settings of a cell that its tasks do not depend on: a quick look at the loss asks them no other.
+KEYS = ["recipe", "method", "score"]  # that identify a row
+STDERR = "_stderr"  # suffix of the scores' standard errors, which are over examples
+# Settings of a cell that its tasks do not depend on: scores compare even if these differ.
 OF_TEXT = ("data", "documents", "mask_documents")
 
 
@@ -46,7 +46,7 @@ def scored_tasks(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _scores(cells: pd.DataFrame) -> pd.DataFrame:
-  """A row per score of a model: recipe, method, score, optimizer, seed, run, value, stderr.
+  """One row per score of a model: recipe, method, score, optimizer, seed, run, value, stderr.
 
   Errors: ConfigError as `ptq_degradation.check_cells`."""
   names = [name for name in map(str, cells) if "/" in name and f"{name}{STDERR}" in cells]
@@ -66,7 +66,7 @@ def _scores(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_optimizer(name: str, caption: str, found: pd.DataFrame) -> Table:
-  """A row per recipe, method and score, a column per optimizer."""
+  """One row per recipe, method and score, one column per optimizer."""
   means = {tuple(row[:4]): row for row in style.named_rows(_means(found))}
   rows = found[KEYS].drop_duplicates().itertuples(index=False, name=None)
 
@@ -89,12 +89,12 @@ def _by_optimizer(name: str, caption: str, found: pd.DataFrame) -> Table:
 
 
 def _means(found: pd.DataFrame) -> pd.DataFrame:
-  """KEYS, optimizer, mean, error: over seeds, of one seed over examples."""
+  """KEYS, optimizer, mean, error: the standard error over seeds, or for one seed over examples."""
   by = [*KEYS, "optimizer"]
   means = style.over_seeds(found, by, "value").merge(found.drop_duplicates(by)[[*by, "stderr"]])
   return means.assign(error=means["sem"].fillna(means["stderr"]))
 
 
 def _order(row: tuple[str, str, str]) -> tuple[bool, str, str, str]:
-  """The models as they were trained first."""
+  """Sort key: the models as they were trained first, then by task."""
   return row[0] != "none", row[2].split("/")[0], *row[:2]

@@ -1,4 +1,4 @@
-"""Words and numbers of the report."""
+"""Words and numbers of the report, as text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from beyond_outliers import stores
 from beyond_outliers.analysis.statistics import Estimate
 from beyond_outliers.analysis.tables import plus_minus
 
-MANY = 12  # numbers in one cell of a table
+MANY = 12  # numbers listed in one cell of a table, at most
 NOTHING = "–"  # where there is no number
 
 EVALUATE = "python -m beyond_outliers.evaluate --workdir=RUN --recipes=rtn_w4a4"
 
 
 def analysis_command(roots: Sequence[str], *more: str) -> str:
-  """The command of another report on the same runs."""
+  """The command for another report on the same runs."""
   flags = [shlex.quote(flag) for flag in (f"--root={','.join(roots)}", *more)]
   return " ".join(["python -m beyond_outliers.analysis", *flags])
 
 
 def own_roots(roots: Sequence[str], own: Sequence[str], every: Sequence[str]) -> list[str]:
-  """Of the folders that runs were found below, and of those in them, the highest that hold some of
-  these runs and none of the others. own, every: names of these runs, and of all."""
+  """The highest folders, at or below those that runs were found in, that hold some of these runs
+  and none of the others. own, every: names of these runs, and of all."""
   others = [f"{name}/" for name in every if name not in own]
 
   def highest(name: str) -> str:
@@ -48,7 +48,7 @@ def own_roots(roots: Sequence[str], own: Sequence[str], every: Sequence[str]) ->
 
 
 def number(value: Any, style: str = ".4f") -> str:
-  """A number as text; what is none, or not finite, as such."""
+  """A number as text; NOTHING for what is not a number, words for one that is not finite."""
   found = pd.to_numeric(value, errors="coerce")
   if found is None or math.isnan(found):
     return NOTHING
@@ -67,7 +67,7 @@ def with_error(mean: Any, stderr: Any, digits: int = 4, sign: str = "") -> str:
 
 
 def rates(values: Iterable[float]) -> str:
-  """Learning rates: each, or how many and from where to where."""
+  """Learning rates as text: each of them, or their range and number if there are MANY."""
   found = sorted(set(values))
   if len(found) > MANY:
     return f"{found[0]:g} to {found[-1]:g}, {len(found)} rates"
@@ -81,7 +81,7 @@ def listed(names: Iterable[Any]) -> str:
 
 
 def extremes(values: Mapping[str, float], unit: str) -> str:
-  """From the least to the greatest of several optimizers' means, in words."""
+  """The least and the greatest of several optimizers' means, in words."""
   finite = {name: value for name, value in values.items() if math.isfinite(value)}
   if not finite:
     return ""
@@ -92,7 +92,7 @@ def extremes(values: Mapping[str, float], unit: str) -> str:
 
 
 def field(row: Any, name: str) -> str:
-  """A row's value, as it is."""
+  """A row's value, unformatted."""
   return str(getattr(row, name))
 
 

@@ -34,12 +34,12 @@ RUN_COLUMNS = (
   *("run", "size", "optimizer", "recipe", "learning rate", "seed", "steps", "status", "at step"),
   *("validation loss", "reason"),
 )
-NEIGHBOURS = ("next lower rate", "next higher rate")  # columns of a sweep of several rates
+NEIGHBOURS = ("next lower rate", "next higher rate")  # columns for sweeps of several rates
 STATUSES = ("done", "running", "preempted", "diverged", "failed", "not started")
 
 
 def what_was_run(evidence: Evidence, group: RunGroup) -> Part:
-  """Numbers of runs by optimizer and recipe, and those that are not done, one by one."""
+  """How many runs there are by optimizer and recipe, and a list of those that are not done."""
   every = [*group.runs, *group.shorter]
   frame = runs_table(every)
   keys = ["optimizer", "recipe", "steps"]
@@ -96,7 +96,7 @@ def _sweep(key: dict[str, object], own: pd.DataFrame) -> dict[str, object]:
 
 
 def runs_table(runs: list[runs_lib.Run]) -> pd.DataFrame:
-  """A row per run, of RUN_COLUMNS."""
+  """One row per run, with RUN_COLUMNS."""
   rows = []
   for run in runs:
     c, status = run.config, run.status
@@ -108,7 +108,7 @@ def runs_table(runs: list[runs_lib.Run]) -> pd.DataFrame:
 
 
 def _run_columns(frame: pd.DataFrame, roots: Sequence[str]) -> dict[str, Callable[[Any], str]]:
-  """roots: of the runs; below a single one, runs are named by the rest of their path."""
+  """Columns of a table of runs. roots: if there is one, runs are named by their path below it."""
   styles = {
     **dict.fromkeys(("optimizer", "recipe")),
     **{"learning rate": "g", "seed": "d", "steps": "d", "status": None, "at step": "d"},
@@ -124,7 +124,7 @@ def _run_columns(frame: pd.DataFrame, roots: Sequence[str]) -> dict[str, Callabl
 
 
 def every_run(evidence: Evidence) -> Table:
-  """The full list of runs, which all figures and tables are from."""
+  """The full list of the runs that figures and tables are made from."""
   frame = runs_table(list(evidence.runs))
   frame = frame.sort_values(["size", "optimizer", "recipe", "learning rate", "seed", "run"])
   return frame_table(
@@ -193,7 +193,7 @@ def tuned_rates(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _tuned(t: Tuning, text: Callable[[Tuning], str]) -> str:
-  """A column's text; an infinite loss, or count, is of a run that has none."""
+  """A column's text; an infinite loss or count stands for none."""
   return text(t).replace("inf", NOTHING)
 
 
@@ -214,7 +214,7 @@ def loss_curves(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _has_curve(t: Tuning) -> bool:
-  """Whether the best run has logged losses."""
+  """Whether the first of the best runs has logged losses."""
   run = t.best[0]
   known = attempt(lambda: set(run.metrics().columns), set()).value
   return {"train/loss", "eval/loss"} <= known
@@ -258,7 +258,7 @@ def training_gap(evidence: Evidence, group: RunGroup) -> Part:
 
 
 def _gap_tables(kind: str, name: str, caption: str, gaps: Sequence[Gap]) -> list[Table]:
-  """Gaps, and which of them seeds tell apart: without that where all are of one seed."""
+  """Tables of gaps, and of those that seeds tell apart, unless all are of one seed."""
   if not gaps:
     return []
   numbers = pd.DataFrame(

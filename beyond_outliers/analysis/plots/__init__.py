@@ -1,6 +1,6 @@
-"""Figures (extra: report). Each is a function of what it shows and a path, and returns the figure.
+"""Figures (extra: report). Each function takes what to show and a path, and returns the figure.
 
-The path's suffix chooses PNG or SVG; without a path the figure is drawn, and nothing is written.
+The path's suffix chooses PNG or SVG; without a path, the figure is drawn but not written.
 """
 
 from beyond_outliers.analysis.plots.propagation import (

@@ -21,9 +21,9 @@ from beyond_outliers.analysis.plots.style import (
 )
 from beyond_outliers.types import PathLike
 
-# Up to so many blocks every unit on the way has its place; beyond, a block is one.
+# Networks of up to this many blocks are shown unit by unit; deeper ones block by block.
 FEW_BLOCKS = 4
-# The parts of an error, in the palette's colours that no optimizer has.
+# The parts of an error, in colours that no optimizer has.
 ERROR_PARTS = {
   "A": ("passed on, A", "#999999"),
   "B": ("added here, B", "#E69F00"),
@@ -34,8 +34,8 @@ LINEAR = r"layers/\d+/(?:attention|mlp)/(?:q|k|v|o|gate|up|down)"
 
 
 def plot_error_along_depth(units: pd.DataFrame, path: PathLike = "") -> Figure:
-  """R, the error of each unit's output over the output, from the first block to the end of the
-  network: means over seeds ± standard errors. A panel per recipe and method, four at most."""
+  """R, the relative error of each unit's output, from the first block to the end of the network:
+  means over seeds ± standard errors. One panel per recipe and method, four at most."""
   pairs = style.quantizations(units)[:4]
   names = _way(units, ON_THE_WAY)
   columns = min(2, len(pairs))
@@ -64,8 +64,8 @@ def plot_error_along_depth(units: pd.DataFrame, path: PathLike = "") -> Figure:
 
 
 def plot_error_parts(units: pd.DataFrame, path: PathLike = "") -> Figure:
-  """A, B and C, as shares of R, at the quantized units along depth: what part of an error came in,
-  and what part was added. A panel per optimizer, of the first recipe and method among the rows."""
+  """A, B and C, as shares of R, at the quantized units along depth: which part of an error came in,
+  and which was added. One panel per optimizer, for the first recipe and method of the rows."""
   pair = style.quantizations(units)[0]
   rows = style.of_quantization(units, pair)
   names, optimizers = _way(rows, LINEAR), in_order(rows["optimizer"])
@@ -89,7 +89,7 @@ def plot_error_parts(units: pd.DataFrame, path: PathLike = "") -> Figure:
 
 
 def _stack(axes: Axes, own: pd.DataFrame, names: Sequence[str]) -> None:
-  """Bars of the parts, those below zero downwards."""
+  """Stacked bars of the parts, negative ones downwards."""
   R = pd.to_numeric(own["R"], errors="coerce")
   above, below = np.zeros(len(names)), np.zeros(len(names))
   for part, (_, color) in ERROR_PARTS.items():
@@ -103,10 +103,10 @@ def _stack(axes: Axes, own: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
-  """What kinds of units do to the error that comes in: gain A / R_in (filled; closed form open),
-  and of linear layers the alignment ratio; means over depth and seeds, with the range.
+  """What kinds of units do to the incoming error: gain A / R_in (filled; its closed form open), and
+  for linear layers the alignment ratio; means over depth and seeds, with the range.
 
-  Of the first recipe and method among the rows."""
+  For the first recipe and method of the rows."""
   pair = style.quantizations(units)[0]
   rows = style.of_quantization(units, pair)
   rows = rows.assign(
@@ -140,7 +140,7 @@ def plot_gains(units: pd.DataFrame, path: PathLike = "") -> Figure:
 def _draw_gains(
   axes: Axes, rows: pd.DataFrame, names: Sequence[str], column: str, filled: bool = True
 ) -> None:
-  """Means by optimizer at each unit's row; with the range where they are filled."""
+  """Means by optimizer in each unit's row; filled ones with their range."""
   rows = rows.assign(value=pd.to_numeric(rows[column], errors="coerce"))
   rows = rows[rows["value"] > 0]
   for optimizer, offset in _offsets(rows["optimizer"], 0.6).items():
@@ -155,7 +155,7 @@ def _draw_gains(
 
 
 def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFrame:
-  """Means over seeds by optimizer and unit, along the way."""
+  """Means over seeds by optimizer and unit, in the order of `names`."""
   rows = rows[rows["name"].isin(names)]
   means = style.over_seeds(rows, ["optimizer", "name"], column)
   place = {name: at for at, name in enumerate(names)}
@@ -163,14 +163,14 @@ def _means(rows: pd.DataFrame, names: Sequence[str], column: str) -> pd.DataFram
 
 
 def _offsets(optimizers: pd.Series, spread: float) -> dict[str, float]:
-  """Of each optimizer's marks, so that they lie beside each other."""
+  """Offsets of each optimizer's marks, so that they don't overlap."""
   names = in_order(optimizers)
   return dict(zip(names, style.beside(len(names), spread), strict=True))
 
 
 def _way(units: pd.DataFrame, wanted: str) -> list[str]:
-  """Names of the units along depth, in the order in which they run: those that match, and the end
-  of the network; of a deep one its blocks."""
+  """Names of the units along depth, in execution order: those that match, or the blocks of a deep
+  network; and for ON_THE_WAY also the final norm and the head."""
   names = units["name"].drop_duplicates()
   blocks = names[names.str.fullmatch(r"layers/\d+")]
   ends = names[names.isin(["final_norm", "head"])] if wanted == ON_THE_WAY else names[:0]

@@ -1,4 +1,4 @@
-"""Figures of what quantization after training costs, and of what goes with it."""
+"""Figures of what quantization after training costs, and of what correlates with it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from beyond_outliers.analysis.plots.style import (
 )
 from beyond_outliers.types import PathLike
 
-# Units of what is lost; other metrics have none.
+# Axis labels with units, for metrics of what is lost; others are labelled by their names.
 UNITS = {"loss_difference": "loss, quantized − full precision (nats)", "kl": "KL divergence (nats)"}
 
 
 def plot_degradation(
   frame: pd.DataFrame, path: PathLike = "", lost: str = "loss_difference"
 ) -> Figure:
-  """What was lost, by recipe and method, a mark per optimizer: means over seeds ± standard errors,
-  and the seeds as small points. What is not finite stands at the edge, as an arrow.
+  """What was lost, by recipe and method, with a mark per optimizer: means over seeds ± standard
+  errors, and seeds as small points. Values that are not finite are arrows at the edge.
 
-  frame: rows of `predictors.frame`. Rows in order of their means, the cheapest on top."""
+  frame: rows of `predictors.frame`. In the figure, each recipe's cheapest method is on top."""
   rows = frame.assign(value=pd.to_numeric(frame[lost], errors="coerce"))
   rows = rows[rows["value"].notna()]
   means = style.over_seeds(rows.replace({"value": {np.inf: np.nan}}), ["recipe", "method"], "value")
@@ -86,8 +86,8 @@ def plot_predictors(
   """What was lost against each predictor: means over seeds by optimizer and learning rate, seeds as
   small points, and the rank correlation over optimizers with its interval.
 
-  Of the first recipe and method among the rows. predictors: columns of the frame; by default those
-  of `correlations`."""
+  For the first recipe and method of the rows. predictors: columns of the frame; by default those of
+  `correlations`."""
   pair = style.quantizations(frame)[0]
   rows = style.of_quantization(frame, pair)
   names = [name for name in predictors or _predictors(correlations) if rows[name].nunique() > 1]
@@ -126,7 +126,7 @@ def _scatter(axes: Axes, rows: pd.DataFrame, predictor: str, lost: str) -> None:
 
 
 def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: str) -> str:
-  """The rank correlation with its interval, behind a predictor's name."""
+  """The rank correlation with its interval, to follow a predictor's name."""
   if correlations is None:
     return ""
   own = style.of_quantization(correlations, pair)
@@ -140,8 +140,8 @@ def _worth(correlations: pd.DataFrame | None, pair: tuple[str, str], predictor: 
 def plot_by_learning_rate(
   frame: pd.DataFrame, path: PathLike = "", lost: str = "loss_difference"
 ) -> Figure:
-  """The loss in full precision by learning rate, and what was lost, a panel per recipe and method:
-  a line per optimizer, means over seeds, with a ring at the rate of its least loss.
+  """The loss in full precision by learning rate, and what was lost, one panel per recipe and
+  method: a line per optimizer, means over seeds, with a ring at the rate of its least loss.
 
   frame: rows of `predictors.frame` with `but=("learning_rate",)`."""
   panels = [("full_precision_loss", "in full precision", frame.drop_duplicates("run"))]
@@ -154,7 +154,7 @@ def plot_by_learning_rate(
       means = means[np.isfinite(means["mean"])].sort_values("learning_rate")
       for name in in_order(means["optimizer"]):
         own = means[means["optimizer"] == name].set_index("learning_rate")["mean"]
-        best.setdefault(name, own.idxmin())  # of the first panel
+        best.setdefault(name, own.idxmin())  # from the first panel
         axes.plot(own.index, own, ".-", color=color_of(name))
         ring = own[own.index == best[name]]
         axes.plot(ring.index, ring, "o", markersize=9, fillstyle="none", color=color_of(name))
@@ -170,8 +170,8 @@ def plot_by_learning_rate(
 
 
 def plot_landings(compared: LandingComparison, path: PathLike = "") -> Figure:
-  """What quantization costs each optimizer by how it came to the common loss: means over seeds ±
-  standard errors, a line per optimizer. A panel per recipe and method, two at most."""
+  """What quantization costs each optimizer by its way to the common loss: means over seeds ±
+  standard errors, one line per optimizer. One panel per recipe and method, two at most."""
   pairs = style.quantizations(compared.means)[:2]
   ways = [way for way in WAYS if (compared.means["way"] == way).any()]
   with canvas(path, 1, len(pairs), (4.8 * max(len(pairs), 1.2), 3.6)) as (figure, (axes_C,)):

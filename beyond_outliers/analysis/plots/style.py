@@ -1,4 +1,4 @@
-"""Style of the figures: one colour per optimizer, black ink on white, text that stays text."""
+"""Style of the figures: one colour per optimizer, black ink on white, text kept as text in SVG."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from matplotlib.lines import Line2D
 
 from beyond_outliers.types import PathLike
 
-# One colour per optimizer in every figure: Okabe and Ito's colour-blind safe palette. Two of its
-# colours are left, which the parts of an error have.
+# One colour per optimizer in every figure: Okabe and Ito's colour-blind safe palette. Its other two
+# colours are for parts of an error.
 COLORS = {
   "adamw": "#000000",
   "muon": "#0072B2",
@@ -33,9 +33,9 @@ COLORS = {
   "shampoo": "#D55E00",
   "soap": "#009E73",
 }
-LINES = ("-", "--", ":", "-.")  # of the first recipe, the second, ...
+LINES = ("-", "--", ":", "-.")  # for the first recipe, the second, ...
 MARKERS = ("o", "s", "^", "D", "v", "P")
-LONGEST = 32  # letters of a name in a figure
+LONGEST = 32  # characters of a name in a figure
 
 STYLE = {
   "axes.grid": True,
@@ -49,12 +49,12 @@ STYLE = {
   "lines.linewidth": 1.5,
   "lines.markersize": 5.0,
   "savefig.dpi": 130,
-  # The same runs give the same bytes.
+  # So that the same runs give the same bytes.
   "svg.fonttype": "none",
   "svg.hashsalt": "beyond_outliers",
   "text.parse_math": False,  # a $ in a name is a $
 }
-# Characters that XML has no way to hold; a name in a file of results may.
+# Characters that XML cannot hold, but names in a file of results may.
 NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -62,8 +62,8 @@ NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def canvas(
   path: PathLike, rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> Iterator[tuple[Figure, np.ndarray]]:
-  """(a figure, its axes [rows, columns]) to draw on, written to the path at the end, if there is
-  one.
+  """(a figure, its axes [rows, columns]) to draw on; at the end it is written to the path, if there
+  is one.
 
   size: inches. options: of pyplot.subplots."""
   with plt.rc_context(STYLE):
@@ -75,11 +75,11 @@ def canvas(
       if path:
         _write(figure, path)
     finally:
-      plt.close(figure)  # so that a notebook shows it once
+      plt.close(figure)  # or a notebook would show it twice
 
 
 def is_writable(path: PathLike) -> bool:
-  """Whether a name's suffix is of a kind of file that figures are written as."""
+  """Whether figures can be written as files with this name's suffix."""
   suffix = os.path.splitext(path)[1].lower()
   return suffix.removeprefix(".") in FigureCanvasBase.get_supported_filetypes()
 
@@ -94,13 +94,13 @@ def _write(figure: Figure, path: PathLike) -> None:
 
 
 def color_of(optimizer: str) -> str:
-  """An optimizer's colour; of one that COLORS has none for, a muted one that its name chooses."""
+  """An optimizer's colour; if COLORS has none, a muted one derived from its name."""
   hue = zlib.crc32(optimizer.encode(errors="replace")) % 360 / 360
   return COLORS.get(optimizer) or colors.to_hex(colorsys.hsv_to_rgb(hue, 0.5, 0.7))
 
 
 def in_order(optimizers: Iterable[str]) -> list[str]:
-  """Each once, in one order for all figures and tables: that of COLORS, then by name."""
+  """The optimizers, each once, in the order of all figures and tables: as COLORS, then by name."""
   known = list(COLORS)
   return sorted(
     set(optimizers), key=lambda name: (known.index(name) if name in known else 99, name)
@@ -108,7 +108,7 @@ def in_order(optimizers: Iterable[str]) -> list[str]:
 
 
 def label(name: object) -> str:
-  """A name as a figure has room for it."""
+  """A name, shortened to fit a figure."""
   text = str(name)
   return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
@@ -134,7 +134,7 @@ def log_scale(axes: Axes, which: str) -> None:
   axis = axes.xaxis if which == "x" else axes.yaxis
   axes.autoscale_view()
   low, high = axis.get_view_interval()
-  # Within a decade or two, powers of ten alone would be one tick, or none.
+  # Within a decade or two, powers of ten alone would give one tick, or none.
   subs = (1.0, 2.0, 5.0) if high < 30 * low else (1.0, 3.0) if high < 300 * low else (1.0,)
   axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=12))
   axis.set_major_formatter(ticker.FuncFormatter(_plain))
@@ -146,14 +146,14 @@ def _plain(value: float, position: int | None) -> str:
 
 
 def wide(values: Sequence[float] | np.ndarray | pd.Series) -> bool:
-  """Whether positive values span so much that a logarithmic axis shows them better."""
+  """Whether values are positive and span so much that a logarithmic axis shows them better."""
   found = np.asarray(values, float)
   found = found[np.isfinite(found)]
   return bool(len(found) and found.min() > 0 and found.max() > 20 * found.min())
 
 
 def beside(count: int, spread: float) -> list[float]:
-  """Offsets of several marks, so that they lie beside each other."""
+  """Offsets of several marks, so that they lie side by side."""
   return np.linspace(-spread / 2, spread / 2, count).tolist() if count > 1 else [0.0]
 
 
@@ -163,7 +163,7 @@ def named_rows(frame: pd.DataFrame) -> list[Any]:
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
-  """mean, sem and n of a column over the rows of each group, in order of first appearance."""
+  """mean, sem and count of a column over the rows of each group, in order of first appearance."""
   values = pd.to_numeric(frame[column], errors="coerce")
   groups = values.groupby([frame[name] for name in by], sort=False)
   return groups.agg(["mean", "sem", "count"]).reset_index()

@@ -27,13 +27,13 @@ from beyond_outliers.analysis.tuning import FULL_PRECISION, Tuning
 from beyond_outliers.config.checks import require
 from beyond_outliers.types import PathLike
 
-POINTS = 200  # of a curve, at most: more are not to be seen
+POINTS = 200  # of a curve, at most: more could not be seen
 
 
 def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike = "") -> Figure:
   """Training losses of the best runs over steps, and validation losses over learning rates.
 
-  Errors: ConfigError where no run came to its end."""
+  Errors: ConfigError if no learning rate has all its runs done."""
   finite = [loss for t in tunings for loss in t.losses.values() if loss < float("inf")]
   require(
     bool(finite),
@@ -57,8 +57,7 @@ def plot_loss_curves(tunings: Sequence[Tuning], path: PathLike = "") -> Figure:
       ylabel="validation loss (nats)",
       title="after the last step; best rate circled",
     )
-    # First steps at rates that begin badly, and rates that lead nowhere, would flatten what the
-    # figure is about.
+    # High losses, in the first steps or at bad rates, would flatten what the figure is about.
     curves.set_ylim(top=min(curves.get_ylim()[1], min(finite) + 4.0))
     rates.set_ylim(min(finite) - 0.1, min(min(finite) + 2.0, max(finite) + 0.1))
     _mark_rates(rates, tunings)
@@ -81,7 +80,7 @@ def _draw_curve(axes: Axes, t: Tuning, line: str) -> None:
 
 
 def _thinned(curve: pd.Series) -> pd.Series:
-  """Means of equally many neighbouring values, POINTS at most."""
+  """Means of runs of neighbouring values, POINTS at most."""
   block = -(-len(curve) // POINTS)
   number = np.arange(len(curve)) // max(block, 1)
   return pd.Series(
@@ -96,7 +95,7 @@ def _draw_rates(axes: Axes, t: Tuning, line: str) -> None:
 
 
 def _mark_rates(axes: Axes, tunings: Sequence[Tuning]) -> None:
-  """A logarithmic axis with a tick at every rate, or at some of many."""
+  """A logarithmic axis with a tick at every rate, unless there are many."""
   values = sorted({rate for t in tunings for rate in t.losses})
   log_scale(axes, "x")
   if len(values) < 12:
@@ -116,7 +115,7 @@ def plot_qat_gaps(gaps: Sequence[Gap], path: PathLike = "") -> Figure:
   with canvas(path, 1, 2, size, sharey=True) as (figure, ((losses, differences),)):
     for gap in gaps:
       color, marker = color_of(gap.optimizer), MARKERS[recipes.index(gap.recipe) % len(MARKERS)]
-      # Recipes of one optimizer next to each other, all within its line.
+      # An optimizer's recipes are side by side within its row.
       offset = recipes.index(gap.recipe) - (len(recipes) - 1) / 2
       row = names.index(gap.optimizer) + spread * offset
       full, under = (estimate(side) for side in gap.losses)
@@ -152,10 +151,10 @@ def _draw_estimate(
 
 
 def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
-  """Degradation δ = CE(quantized)/CE − 1 of the checkpoints of runs, over the share of training
-  that is done, above the learning rate at that step over its peak.
+  """Degradation δ = CE(quantized)/CE − 1 of runs' checkpoints over the share of training completed;
+  below it, the learning rate relative to its peak.
 
-  along: rows of `along_training.frame`; a column of panels per recipe and method that has several
+  along: rows of `along_training.frame`; one column of panels per recipe and method with several
     checkpoints, two at most."""
   steps = along.groupby(["recipe", "method"])["step"].nunique()
   every = style.quantizations(along)
@@ -188,8 +187,8 @@ def plot_along_training(along: pd.DataFrame, path: PathLike = "") -> Figure:
 def plot_scaling_law(
   law: ScalingLaw, path: PathLike = "", points: pd.DataFrame | None = None
 ) -> Figure:
-  """Share rho of a model's parameters that a recipe leaves it, by optimizer, with the fit's
-  intervals; and given `points`, the runs of the fit, the law through their losses."""
+  """The share rho of its parameters that a model is worth under a recipe, by optimizer, with the
+  fit's intervals; and given `points`, the runs of the fit, the law through their losses."""
   pairs = [pair for pair in law.rho if pair[1] != law.reference[1]] or list(law.rho)
   panels = 1 if points is None else 2
   size = 4.6 * max(panels, 1.2), 1.6 + max(2.4, 0.3 * len(pairs))

@@ -1,1 +1,1 @@
-"""The check of an accelerator: does it compute correctly, and how near does it come to its peak?"""
+"""The check of an accelerator: does it compute correctly, and how close does it get to its peak?"""

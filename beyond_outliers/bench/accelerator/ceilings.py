@@ -1,4 +1,4 @@
-"""What the chip reaches at its best: large products back to back, and copies of its memory."""
+"""The best that the chip reaches: large products back to back, and copies within its memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether this machine computes what a CPU does: models, quantized layers, products, training.
 
-Each product itself asks for float32, so that TF32 and bfloat16 passes, the default on recent GPUs
-and on TPUs, would be noticed here.
+Our products ask for float32 explicitly, since recent GPUs and TPUs default to passes in TF32 and
+bfloat16, which these checks would detect.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ GOLDEN = {
   "tiny": [("study", "blockwise")],
 }
 LAYERS = {"full": ("quest_w4a4", "rtn_w8a8", "fp8", "mxfp4", "nvfp4"), "tiny": ("quest_w4a4",)}
-# ‖difference‖ over ‖expected‖. A rotated value between two codes may be rounded to either; numbers
-# in bfloat16 are up to 8e-3 apart.
+# ‖difference‖ over ‖expected‖. A rotated value midway between two codes may be rounded to either;
+# neighbouring bfloat16 numbers are up to 8e-3 apart.
 LAYER_TOLERANCE, ATTENTION_TOLERANCE = 1e-3, 1e-2
 ATTENTION = {"full": (2, 1024, 6, 2, 128), "tiny": (1, 64, 3, 1, 16)}  # B, L, H, K, Dh
-# T, K, O of int8 products: of a layer, odd, and longer than int32 holds at once.
+# T, K, O of int8 products: a layer's, odd ones, and one whose sums overflow int32.
 INT8_SHAPES = {
   "full": [(2048, 1536, 6144), (33, 65, 17), (8, 2**18, 16)],
   "tiny": [(33, 65, 17), (8, 2**18, 16)],
@@ -60,13 +60,13 @@ def _golden(name: str, how: str) -> Json:
   model = golden.GOLDEN_MODELS[name]("float32")
   pairs = golden.compared(model, dataclasses.replace(model.config, attention=how))
   errors = {part: golden.relative_error(*pair) for part, pair in pairs.items()}
-  # One that is NaN is the largest.
+  # NaN counts as the largest.
   worst = max(errors, key=lambda part: (not errors[part] <= np.inf, errors[part]))
   return _verdict(errors[worst], golden.FLOAT32_TOLERANCE, worst=worst)
 
 
 def _distance(actual: Any, expected: Any) -> float:
-  """Of two trees of arrays: the worst leaf's ‖difference‖ / ‖expected‖; NaN if one is."""
+  """The worst leaf's ‖difference‖ / ‖expected‖, of two trees of arrays; NaN if any leaf's is."""
   each = [
     np.linalg.norm(np.subtract(a, e, dtype=np.float64)) / np.linalg.norm(np.float64(e))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
@@ -75,7 +75,7 @@ def _distance(actual: Any, expected: Any) -> float:
 
 
 def _here_and_on_cpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-  """Results of a function here, and on a CPU, compiled for each."""
+  """Results of a function on this device and on a CPU, compiled for each."""
   results = []
   for device in (jax.devices()[0], jax.local_devices(backend="cpu")[0]):
     with jax.default_device(device):
@@ -85,7 +85,7 @@ def _here_and_on_cpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any
 
 
 def _layer(recipe: str) -> Json:
-  """A linear layer's product and its gradients, float32."""
+  """A linear layer's product and its gradients, in float32."""
   layer = linear_layer.quantized_layer(LAYER_RECIPES[recipe], "jax")
   x, w, key, g = linear_layer.operands("float32")
   both = linear_layer.with_gradients(layer).apply
@@ -98,7 +98,7 @@ def _layer(recipe: str) -> Json:
 
 
 def _attention(how: str, B: int, L: int, H: int, K: int, Dh: int) -> Json:
-  """Output and gradients in bfloat16, as a study's model has them, beside `plain` in float32."""
+  """Output and gradients in bfloat16, as in the study's models, against `plain` in float32."""
   draw = np.random.default_rng(0)
   shapes = (B, L, H, Dh), (B, L, K, Dh), (B, L, K, Dh), (B, L, H, Dh)
   narrow = [jnp.asarray(draw.standard_normal(shape), jnp.bfloat16) for shape in shapes]
@@ -118,8 +118,8 @@ def _attention(how: str, B: int, L: int, H: int, K: int, Dh: int) -> Json:
 
 
 def _int8_product(T: int, K: int, N: int) -> Json:
-  """Sums of products of codes, against float64's, which are exact; those that are longer than
-  int32 holds are added up in float32."""
+  """Sums of products of codes, against float64's, which are exact; sums that int32 cannot hold are
+  added up in float32."""
   draw = np.random.default_rng(0)
   a_TxK, b_KxN = (draw.integers(-128, 128, shape, np.int8) for shape in ((T, K), (K, N)))
   ours = jax.jit(lambda a, b: int_dot.dot_codes(a, b, 1, 0, jnp.int8))(a_TxK, b_KxN)

@@ -1,12 +1,12 @@
-"""The accelerator's check: every part in a process of its own, within a few minutes in all.
+"""The accelerator's check: every part in a process of its own, within a few minutes in total.
 
   python -m beyond_outliers.bench --accelerator --out=DIR [--only=ceilings,updates] [--minutes=8]
 
-A part's figures are in DIR/<part>.json, which is rewritten after each row, so that a failed row, a
-killed part or the end of the time loses nothing else. The same command continues with what is
+A part's figures are in DIR/<part>.json, which is rewritten after each row, so that nothing else is
+lost if a row fails, a part is killed or time runs out. The same command continues with what is
 missing, failed or was stopped; figures of other code, versions or GPUs are measured again.
-This process never asks JAX for devices, since one process takes a GPU's memory: it imports
-everything, and forks the parts one after the other.
+This process never asks JAX for devices, since whichever process does takes the GPU's memory: it
+imports everything, and forks the parts one after the other.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from beyond_outliers.types import Json
 
 ROOT = pathlib.Path(__file__).parents[3]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "aqtp", "numpy")
-# Of a GPU's memory; JAX's own 0.75 leaves no room for the larger models.
+# Share of a GPU's memory; JAX's default of 0.75 is too little for the larger models.
 MEMORY_FRACTION = "0.92"
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-UNMEASURED = ("failed", "does_not_fit")  # keys of a row in the place of figures
+UNMEASURED = ("failed", "does_not_fit")  # keys of a row without figures
 
 
 def measure_accelerator(
@@ -51,10 +51,10 @@ def measure_accelerator(
   minutes: float,
   parts: Mapping[str, CheckPart] = CHECK_PARTS,
 ) -> Json:
-  """{part: its file} of all that are in the folder, once these parts are measured.
+  """Measures these parts; returns {part: its file} for all parts that are in the folder.
 
-  scale: row of CHECK_SCALES; None: full on an accelerator, tiny on a CPU. minutes: for all parts
-    together. Errors: ConfigError without a folder, or for one that holds other files."""
+  scale: a row of CHECK_SCALES; None: full on an accelerator, tiny on a CPU. minutes: for all parts
+    together. Errors: ConfigError without a folder, or for one with damaged or other files."""
   if out is None:
     raise ConfigError("--out: the folder that --accelerator writes its figures to; give --out=DIR")
   require(math.isfinite(minutes) and minutes > 0, "--minutes", minutes, "expected more than 0")
@@ -77,7 +77,7 @@ def _seconds(parts: Mapping[str, CheckPart]) -> int:
 
 
 def code_digest() -> str:
-  """SHA-256 of the sources that a check runs."""
+  """SHA-256 of all sources that the check may run."""
   folders = "beyond_outliers", "configs"
   paths = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
   digest = hashlib.sha256()
@@ -91,14 +91,14 @@ def versions() -> dict[str, str]:
 
 
 def gpus() -> list[str]:
-  """NVIDIA's names of the GPUs here, without asking JAX for them."""
+  """NVIDIA's names of this machine's GPUs, without asking JAX for them."""
   files = sorted(pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information"))
   return [line for file in files for line in file.read_text().splitlines() if "Model" in line]
 
 
 def _read(folder: pathlib.Path, name: str, identity: Mapping[str, Any]) -> Json:
-  """A part's file, or nothing where there is none of this `identity`. Errors: ConfigError for one
-  that is damaged."""
+  """A part's file; empty if there is none with this `identity`. Errors: ConfigError for a damaged
+  one."""
   kinds = {"status": str, "reason": str, "identity": dict, "rows": dict}
   remedy = "give another --out, or remove the file"
   try:
@@ -109,7 +109,7 @@ def _read(folder: pathlib.Path, name: str, identity: Mapping[str, Any]) -> Json:
 
 
 def _run(folder: pathlib.Path, name: str, part: CheckPart, identity: Json, seconds: float) -> None:
-  """One part in a process of its own, which is killed when its time is up."""
+  """Runs one part in its own process, which is killed when its time is up."""
   print(f"{name}: {max(seconds, 0):.0f} s at most", file=sys.stderr, flush=True)
   if seconds <= 0:
     return
@@ -132,11 +132,11 @@ def _run(folder: pathlib.Path, name: str, part: CheckPart, identity: Json, secon
 def _measure(
   folder: pathlib.Path, name: str, part: CheckPart, identity: Json, deadline: float
 ) -> None:
-  """Measures one part's rows, in a process that has not asked for devices so far."""
+  """Measures one part's rows, in a process that has not asked for devices yet."""
   begun = time.monotonic()
   if not any(name in os.environ for name in FRACTIONS):
     os.environ[FRACTIONS[0]] = MEMORY_FRACTION
-  # Stripped: what begins with a blank XLA takes for a file's name.
+  # Stripped, since XLA takes a value with a leading blank for a file's name.
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
@@ -179,7 +179,7 @@ def _measure(
 
 
 def _figures(name: str, measure: Any) -> Json:
-  """A row's figures, or why there are none. What a failed one held on the device is free again."""
+  """A row's figures, or why there are none. Device memory of a failed row is freed."""
   began, said = time.monotonic(), ""
   try:
     figures = standard_json(measure())
@@ -206,7 +206,7 @@ def _write(folder: pathlib.Path, name: str, file: Json) -> None:
 
 
 def describe_device() -> Json:
-  """The first device, and what JAX tells of its driver."""
+  """The first device, the number of devices, and versions of the platform and driver."""
   device = jax.devices()[0]
   return {
     "platform": device.platform,
@@ -219,20 +219,20 @@ def describe_device() -> Json:
 
 
 def _driver() -> str:
-  """NVIDIA's kernel module, where there is one: JAX tells of CUDA alone."""
+  """Version of NVIDIA's kernel module, if there is one: JAX only reports CUDA's."""
   path = pathlib.Path("/proc/driver/nvidia/version")
   return path.read_text().splitlines()[0] if path.exists() else ""
 
 
 def failures(files: Mapping[str, Json]) -> bool:
-  """Whether a row failed or was wrong, or a part's process died or hung."""
+  """Whether a row failed or was wrong, or a part's process died or was killed."""
   return any(file["status"] in ("failed", "killed") for file in files.values())
 
 
 def accelerator_table(
   files: Mapping[str, Json], parts: Mapping[str, CheckPart] = CHECK_PARTS
 ) -> str:
-  """One line per result, beside its aim; and what did not run, with the reason."""
+  """One line per result, with its aim; and what did not run, with the reason."""
   measured = {
     name: {
       row: figures

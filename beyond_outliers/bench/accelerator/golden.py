@@ -1,6 +1,6 @@
-"""Results of other implementations in float64, tests/golden/model_*.npz: logits, loss, gradients.
+"""Other implementations' results in float64, tests/golden/model_*.npz: logits, loss, gradients.
 
-model_study_f64.npz comes from the PyTorch model of arXiv 2509.23500, the other two from
+model_study_f64.npz is from the PyTorch model of arXiv 2509.23500, the other two are from
 transformers' OLMo2 and Llama.
 """
 
@@ -25,9 +25,9 @@ from beyond_outliers.ops import tensor_files
 from beyond_outliers.types import Params
 
 FOLDER = pathlib.Path(__file__).parents[3] / "tests" / "golden"
-FLOAT32_TOLERANCE = 2e-5  # of the largest number of an array
+FLOAT32_TOLERANCE = 2e-5  # relative to an array's largest magnitude
 
-# The study's names in PyTorch, where matrices are (out, in).
+# Our paths -> the study's names in PyTorch, where matrices are (out, in).
 STUDY_NAMES = {
   ("attention", "q", "kernel"): "mhsa.lq.weight",
   ("attention", "k", "kernel"): "mhsa.lk.weight",
@@ -42,7 +42,7 @@ STUDY_NAMES = {
 
 
 class Golden(NamedTuple):
-  """One model with its numbers."""
+  """One model with its recorded results."""
 
   numbers: Mapping[str, np.ndarray]  # "ids" [B, L], "logits", "loss", ...
   config: config.Model
@@ -51,7 +51,7 @@ class Golden(NamedTuple):
 
 
 def read_arrays(name: str) -> dict[str, np.ndarray]:
-  """The arrays of one file. Errors: DataError without a clone."""
+  """The arrays of one file. Errors: DataError outside of a clone, which has the files."""
   path = FOLDER / f"model_{name}_f64.npz"
   if not path.exists():
     raise DataError(f"{path}: is missing; run the check in a clone, which has tests/golden")
@@ -113,7 +113,7 @@ def study_tree(numbers: Mapping[str, np.ndarray], kind: str, blocks: int) -> Par
 
 
 def hugging_face(family: str, dtype: str) -> Golden:
-  """Gradients go through the loader too: they have the names and layouts of the parameters."""
+  """A Hugging Face model; gradients, named and laid out like parameters, go through its loader."""
   numbers, trees, model = read_arrays(f"hf_{family}"), {}, None
   for kind in ("p", "g"):
     with tempfile.TemporaryDirectory() as name:
@@ -134,8 +134,8 @@ GOLDEN_MODELS: dict[str, Callable[[str], Golden]] = {
 
 
 def compared(golden: Golden, c: config.Model) -> dict[str, tuple[Any, Any]]:
-  """(ours, theirs) by name: logits, loss, and the gradient of every parameter, layer by layer. c:
-  the golden's, but for what changes no number."""
+  """{name: (ours, theirs)}: logits, loss, and the gradient of every parameter, layer by layer. c:
+  the golden model's configuration, except for settings that change no results."""
   model, numbers = transformer.Transformer(c), golden.numbers
   ids = numbers["ids"]
 
@@ -159,6 +159,6 @@ def compared(golden: Golden, c: config.Model) -> dict[str, tuple[Any, Any]]:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-  """The largest difference, over the largest number that is expected; NaN of what is NaN."""
+  """The largest difference over the largest expected magnitude; NaN if there is a NaN."""
   actual, expected = np.asarray(actual), np.asarray(expected)
   return float(np.abs(actual - expected).max() / np.abs(expected).max())

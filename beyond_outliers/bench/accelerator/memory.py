@@ -1,6 +1,6 @@
 """Measured peak memory of training steps, compared with what --dry_run predicts.
 
-A process's peak never falls, so the sizes ascend."""
+A process's peak never falls, so sizes are measured in ascending order."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Steps of nano on tokens that every machine draws alike, and the losses that a CPU gave.
+"""Steps of nano on tokens that are the same on every machine, and the losses recorded on a CPU.
 
   JAX_PLATFORMS=cpu python -m beyond_outliers.bench.accelerator.nano
 
-prints what nano_losses.json holds: losses of STEPS steps of configs/adamw.py in float32 at RATE,
-and how far they are from those in float64, which is what rounding alone does to them."""
+prints the contents of nano_losses.json: losses of STEPS steps of configs/adamw.py in float32 at
+RATE, and their distance from those in float64, which is the effect of rounding alone."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ TRAINED = {"full": "nano", "tiny": TINY}
 STEPS = 20
 # At the study's rate the first losses rise, and rounding is amplified to tenths.
 RATE = 3e-4
-ROUNDINGS = 50  # so many times what rounding did on the CPU may another machine be off
+ROUNDINGS = 50  # tolerance for another machine, in multiples of the CPU's rounding error
 
 
 def nano_program(scale: str, change: str = "") -> program_lib.Program:
-  """configs/adamw.py at nano, or what stands for it, on one device. change: "key=value,..."."""
+  """configs/adamw.py at nano, or TINY in its place, on one device. change: "key=value,..."."""
   rate = f"optimizer.learning_rate={RATE}"
   c = study_config("adamw", ",".join(filter(None, (TRAINED[scale], rate, change))))
   return program_lib.build_program(c, jax.devices()[:1])
 
 
 def batches(program: program_lib.Program, first: int = 0) -> Iterator[dict[str, np.ndarray]]:
-  """Batches from the one with this number on, of a chain that can be learned: in four of five
-  places a token's successor is 5 times it and 1. Numpy keeps RandomState's numbers for ever."""
+  """Batches, from number `first` on, of a learnable chain: four times out of five, token t is
+  followed by 5t + 1. numpy guarantees that RandomState's numbers never change."""
   shape, vocab = program.batch["tokens"].shape, program.config.model.vocab
   while True:
     draw = np.random.RandomState(first)
@@ -61,8 +61,8 @@ def batches(program: program_lib.Program, first: int = 0) -> Iterator[dict[str, 
 def train(
   program: program_lib.Program, steps: int, state: TrainState | None = None
 ) -> tuple[TrainState, list[float]]:
-  """(the state after so many steps from `state`, or from the first, which is donated; the losses
-  before each)."""
+  """(the state after that many steps from `state`, which is donated, or from the initial one; the
+  loss before each step)."""
   losses: list[Any] = []
   with mesh_lib.use(program.mesh):
     state = program.init() if state is None else state
@@ -75,7 +75,7 @@ def train(
 
 
 def recorded_losses(scale: str) -> tuple[list[float], float]:
-  """(the CPU's losses, how far another machine's may be from them)."""
+  """(the CPU's losses, tolerance for another machine's)."""
   found = json.loads(RECORDED.read_text())[scale]
   return found["losses"], ROUNDINGS * found["rounding"]
 

@@ -16,17 +16,17 @@ from beyond_outliers.bench.accelerator import (
 )
 from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 
-# Of models and arrays; tiny: the whole check in a minute or two on a CPU.
+# Sizes of models and arrays; tiny runs the whole check in a minute or two on a CPU.
 CHECK_SCALES = ("full", "tiny")
 
 
 class CheckPart(NamedTuple):
   """One part, measured in a process of its own."""
 
-  # (row of CHECK_SCALES, what rows so far gave) -> those that follow
+  # (row of CHECK_SCALES, figures of the rows so far) -> all rows
   rows: Callable[[str, Found], Rows]
-  cells: Callable[[Found, Mapping[str, Found]], Cells]  # (its figures, those of parts by name)
-  seconds: int  # of eight minutes, that parts before it leave to it; what these don't take, it has
+  cells: Callable[[Found, Mapping[str, Found]], Cells]  # (its figures, all parts' by name)
+  seconds: int  # of eight minutes, reserved for it; it also gets what earlier parts don't use
   xla_flags: str = ""
 
 
@@ -38,6 +38,6 @@ CHECK_PARTS: dict[str, CheckPart] = {
   "recipes": CheckPart(quantization.recipe_rows, quantization.recipe_cells, 70),
   "memory": CheckPart(memory.part_rows, memory.cells, 25),
   "evaluation": CheckPart(quantization.evaluation_rows, quantization.evaluation_cells, 50),
-  # Without it XLA sums what is scattered, as the embedding's gradient, in any order on a GPU.
+  # Without the flag, XLA adds up scatters, such as the embedding's gradient, in any order on a GPU.
   "resume": CheckPart(resume.part_rows, resume.cells, 30, "--xla_gpu_deterministic_ops=true"),
 }

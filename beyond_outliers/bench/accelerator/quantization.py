@@ -1,4 +1,4 @@
-"""Quantized steps beside full precision, quantizing after training, and evaluation."""
+"""Quantized steps compared with full precision, quantization after training, and evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from beyond_outliers.model.forward import make_forward
 from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
-# Of configs/adamw.py: loss and gradients of one micro-batch.
+# Arguments for configs/adamw.py: loss and gradients of one micro-batch are timed.
 QUANTIZED_STEPS = {
   "full": "350m,batch_size=8,model.attention=fused",
   "tiny": f"{TINY},batch_size=1",
@@ -30,7 +30,7 @@ STEP_RECIPES = {
   "tiny": ("quest_w4a4",),
 }
 AIMS = {"quest_w4a4": 1.3}
-EVALUATED_MODELS = {"full": "125m", "tiny": TINY}  # that are quantized and evaluated
+EVALUATED_MODELS = {"full": "125m", "tiny": TINY}  # quantized and evaluated
 TIMED_METHODS = {"full": ("rtn", "gptq"), "tiny": ("rtn",)}
 EVALUATED = {"full": "batch_size=32,model.attention=fused", "tiny": "batch_size=1"}
 CALLS = {"full": 5, "tiny": 1}
@@ -68,8 +68,8 @@ def _quantize(size: str, method: str) -> Json:
 
 
 def _evaluate(argument: str, repeats: int) -> Json:
-  """Tokens per second of the evaluation step, in full precision and of the model as `rtn` leaves
-  it."""
+  """Tokens per second of the evaluation step, in full precision and for the model quantized by
+  `rtn`."""
   c = study_config("adamw", argument)
   program = program_lib.build_program(c, jax.devices()[:1])
   with mesh_lib.use(program.mesh):

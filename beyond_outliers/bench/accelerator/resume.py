@@ -1,4 +1,4 @@
-"""Whether a run resumed from a checkpoint equals, bit for bit, one that was not interrupted."""
+"""Whether a run resumed from a checkpoint equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from beyond_outliers.bench.accelerator.rows import Cells, Found, Rows
 from beyond_outliers.types import Json
 
 STEPS = 6
-# row -> what differs from nano, whose losses are recorded.
+# row -> changes to nano; without any, losses are compared with the recorded ones.
 RESUMED = {"nano": "", "nano, quest_w4a4": "quant.recipe=quest_w4a4"}
 
 
@@ -28,8 +28,8 @@ def part_rows(scale: str, found: Found) -> Rows:
 
 
 def _resume(scale: str, change: str) -> Json:
-  """STEPS steps at once, and half of them with a checkpoint between two programs."""
-  from beyond_outliers import checkpoint  # Orbax takes a second, which other parts do without
+  """Compares STEPS steps in one go with two halves, by two programs, with a checkpoint between."""
+  from beyond_outliers import checkpoint  # imports Orbax, which takes a second, for this part only
 
   whole, losses = nano.train(nano.nano_program(scale, change), STEPS)
   expected = jax.device_get(whole)

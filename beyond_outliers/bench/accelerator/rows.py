@@ -7,5 +7,5 @@ from collections.abc import Callable, Iterator, Mapping
 from beyond_outliers.types import Json
 
 Found = Mapping[str, Json]  # figures by row
-Rows = Iterator[tuple[str, Callable[[], Json]]]  # name, and what measures it
-Cells = list[tuple[str, str, str]]  # what, figure, aim: lines of the table
+Rows = Iterator[tuple[str, Callable[[], Json]]]  # (name, function that measures it)
+Cells = list[tuple[str, str, str]]  # lines of the table: (what, figure, aim)

@@ -1,7 +1,7 @@
 """Optimizers' updates alone, at the study's settings and others, as a share of the model's step.
 
 One period late in a run is timed step by step: ordinary steps, and those that renew roots, bases or
-factors. Its mean is compared with the model's own time at the study's tokens per step.
+factors. Their mean is compared with the model's own time for the study's tokens per step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json, Params
 
 UPDATED = {"full": "760m", "tiny": utilization.TINY}
-TOKENS = 524_288  # of the study's step
+TOKENS = 524_288  # per step of the study
 AIM = 0.1  # Shampoo's step over AdamW's
 MILD = "optimizer.block_size=1024"
 
@@ -62,7 +62,7 @@ def measure_update(optimizer: str, argument: str) -> Json:
 
     def renewed(gradients, state, params):
       updates, state = tx.update(gradients, state, params)
-      return state, updates  # in this order: a buffer is given to the first result of its shape
+      return state, updates  # state first: a donated buffer goes to the first result of its shape
 
     update = jax.jit(renewed, donate_argnums=1)
     state = jax.tree.map(lambda x: jnp.asarray(late(x, x)), jax.jit(tx.init)(params))
@@ -86,7 +86,7 @@ def measure_update(optimizer: str, argument: str) -> Json:
 
 
 def _random_like(params: Params) -> Params:
-  """Of full rank, as gradients are."""
+  """Random arrays of these shapes, of full rank as gradients are."""
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   draws = [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
@@ -94,7 +94,7 @@ def _random_like(params: Params) -> Params:
 
 
 def cells(found: Found, others: Mapping[str, Found]) -> Cells:
-  """Each as a share of the model's step, at the best speed that was found for it."""
+  """Lines of the table: each update as a share of the model's step at its best measured speed."""
   best = utilization.best_of(others.get("utilization", {}), UPDATED["full"])
   shown = []
   for name, row in found.items():

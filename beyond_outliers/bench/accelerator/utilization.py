@@ -1,8 +1,8 @@
-"""MFU of training steps: a search over attention, rematerialisation and windows at a time.
+"""MFU of training steps: a search over attention, rematerialisation and windows per micro-batch.
 
-Each setting is timed as a whole step of configs/adamw.py, as the trainer compiles it, with
-MICRO_BATCHES on one device. The study's step has more of them per update, so its MFU is slightly
-higher.
+Each setting is timed as a whole step of configs/adamw.py, compiled as by the trainer, with
+MICRO_BATCHES micro-batches on one device. The study's step has more of them per update, so its MFU
+is slightly higher.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from beyond_outliers.train import program as program_lib
 from beyond_outliers.types import Json
 
 TINY = "nano,model.d_head=8,context=32,model.blocks=1,data.vocab=256"
-MICRO_BATCHES = 8  # micro-batches a step
+MICRO_BATCHES = 8  # per step
 AIM = 0.5
 AIMED_AT = ("350m", "760m")
 
@@ -35,15 +35,15 @@ class Setting(NamedTuple):
 
   attention: str
   remat: str
-  windows: int  # in a micro-batch
+  windows: int  # per micro-batch
 
   def argument(self, size: str) -> str:
-    """Of configs/adamw.py, for steps of one micro-batch."""
+    """The argument for configs/adamw.py, for steps of one micro-batch."""
     switches = f"model.attention={self.attention},model.remat={self.remat}"
     return f"{size},{switches},batch_size={self.windows}"
 
 
-# Where the search of each size begins: what is expected to be best, those with an aim first.
+# Start of the search for each size: the setting expected to be best. Sizes with an aim come first.
 STARTS = {
   "full": {
     "760m": Setting("fused", "none", 8),
@@ -53,7 +53,7 @@ STARTS = {
   },
   "tiny": {TINY: Setting("blockwise", "none", 1)},
 }
-# Windows as multiples of those that the best setting has so far.
+# Windows are multiples of the best setting's so far.
 ALTERNATIVES: dict[str, dict[str, tuple[Any, ...]]] = {
   "full": {"windows": (2, 0.5), "attention": ("blockwise", "plain"), "remat": ("dots", "full")},
   "tiny": {},
@@ -62,7 +62,7 @@ TIMED_STEPS = {"full": 3, "tiny": 1}
 
 
 def part_rows(scale: str, found: Found) -> Rows:
-  """Each size's first setting; then, from the best so far, one change at a time."""
+  """Each size's first setting; then single changes to the best so far."""
   starts, repeats = STARTS[scale], TIMED_STEPS[scale]
 
   def row(size: str, setting: Setting) -> tuple[str, Callable[[], Json]]:
@@ -82,7 +82,7 @@ def part_rows(scale: str, found: Found) -> Rows:
 
 
 def measure_setting(size: str, setting: Setting, repeats: int) -> Json:
-  """Seconds of a step, its memory, and its share of the peak."""
+  """Seconds of a step, its predicted memory, and its share of the peak."""
   argument = setting._replace(windows=setting.windows * MICRO_BATCHES).argument(size)
   c = study_config("adamw", f"{argument},micro_batches={MICRO_BATCHES}")
   program = program_lib.build_program(c, jax.devices()[:1])
@@ -109,13 +109,13 @@ def measure_setting(size: str, setting: Setting, repeats: int) -> Json:
 
 
 def best_of(found: Found, size: str) -> Json | None:
-  """Figures of the fastest setting of a size; None where none ran."""
+  """Figures of the fastest setting of a size; None if none ran."""
   those = [row for row in found.values() if row.get("size") == size]
   return max(those, key=lambda row: row["mfu"]) if those else None
 
 
 def cells(found: Found, others: Mapping[str, Found]) -> Cells:
-  """The best of each size, and how many settings that is of."""
+  """Lines of the table: the best setting of each size, and how many were tried."""
   ceiling = others.get("ceilings", {}).get("product/bfloat16", {}).get("flops_per_second")
   shown = []
   for size in dict.fromkeys(row["size"] for row in found.values()):

@@ -1,4 +1,4 @@
-"""Programs that are timed against each other: each repeats its work whenever it is asked to.
+"""Programs that are timed against each other: each repeats its work on request.
 
 Only the standard library is imported, for peers in interpreters without our dependencies.
 """
@@ -14,18 +14,18 @@ from collections.abc import Callable
 
 
 def serve(work: Callable[[], float]) -> None:
-  """Does it once, with all that the first time needs, and again for every line of stdin. Prints
-  `once`'s figures of each time as a line of JSON.
+  """Does the work once, with all that the first time takes, and again for every line of stdin.
+  Prints the figures of `once` for each time as a line of JSON.
 
-  work: waits for what it does; -> a number that all who do the same work must agree on."""
+  work: returns, after it has finished, a number on which all contenders must agree."""
   print(json.dumps(once(work)), flush=True)
   for _ in sys.stdin:
     print(json.dumps(once(work)), flush=True)
 
 
 def once(work: Callable[[], float]) -> dict[str, float]:
-  """Seconds, CPU seconds, what came of it, and the most memory that the process has held so far, in
-  bytes."""
+  """Does the work once; returns seconds, CPU seconds, the work's result, and the process's peak
+  memory so far in bytes."""
   start, cpu_start = time.perf_counter(), time.process_time()
   result = work()
   return {
@@ -37,8 +37,8 @@ def once(work: Callable[[], float]) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-  """The most that this process has held, in bytes."""
-  if os.path.exists("/proc/self/status"):  # ru_maxrss has what the process held that started it
+  """Peak memory of this process, in bytes."""
+  if os.path.exists("/proc/self/status"):  # ru_maxrss would include the parent process's memory
     with open("/proc/self/status") as lines:
       return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -51,7 +51,7 @@ def bare_loss(m: Any, dtype: Any, params: Any, tokens: jax.Array) -> jax.Array:
   angles = jnp.arange(L)[:, None] * m["rope_base"] ** (-jnp.arange(0, Dh, 2) / Dh)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
 
-  # Products backward in the operands' type, too.
+  # So that the backward pass's products are in `dtype`, too.
   @jax.custom_vjp
   def linear(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)

@@ -15,7 +15,7 @@ RTN = Cell("rtn_w4a4", "rtn")
 
 
 def main(model: str, dataset: str, context: int) -> None:
-  """Serves cells, quantized and measured anew. The result is the quantized model's loss in nats."""
+  """Serves cells, quantized and measured each time. The result is the quantized model's loss."""
   found = target.HuggingFaceModel(model, dataset=dataset, context=context)
   with tempfile.TemporaryDirectory() as folder:
     job = evaluator.Evaluator(found, [RTN], folder)

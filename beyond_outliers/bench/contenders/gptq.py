@@ -18,8 +18,8 @@ RECIPE = "int4_w4a16_g128"
 
 
 def main(model: str, windows: str) -> None:
-  """Serves quantized models, of all windows but the last. The result is the Kullback–Leibler
-  divergence on that in nats."""
+  """Serves quantized models, calibrated on all windows but the last. The result is the
+  Kullback–Leibler divergence on the last one, in nats."""
   full, params = hf.load(model)
   with open(windows) as file:
     *calibration, held_out = ({"tokens": np.array([window])} for window in json.load(file))

@@ -18,12 +18,12 @@ AS_THE_OTHERS = "optimizer.learning_rate=1e-3,schedule.name=constant,schedule.wa
 
 
 def main(size: str, dtype: str, recipe: str, batch_size: int) -> None:
-  """Serves steps of a size at this batch size on random tokens."""
+  """Serves steps of a model size on random tokens. The result is the loss."""
   config_of = "adamw" if recipe == "none" else "adamw_qat"
   given = f"{size},batch_size={batch_size},micro_batches=1,model.dtype={dtype},{AS_THE_OTHERS}"
   c = study_config(config_of, given if recipe == "none" else f"{given},quant.recipe={recipe}")
   program = program_lib.build_program(c, jax.devices()[:1])
-  # Compiled in the first step, as the others do.
+  # Compiled in the first step, as in the other contenders.
   step = functools.cache(lambda: steps_of(program, program.compile_train_step()))
   with mesh_lib.use(program.mesh):
     serve(lambda: float(jax.block_until_ready(step()())["train/loss"]))

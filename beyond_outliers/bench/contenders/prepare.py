@@ -15,7 +15,7 @@ VOCAB = 8192  # of the larger tokenizer
 
 
 def main(documents: str, tokenizer: str) -> None:
-  """Serves the documents' tokens on disk. The result is their number without separators."""
+  """Serves preparations of the documents. The result is the number of tokens, separators aside."""
   given = dict(source="jsonl", path=documents, tokenizer=tokenizer, vocab=VOCAB)
   c = dataclasses.replace(study_config("adamw", "nano").data, **given)
 
@@ -29,7 +29,7 @@ def main(documents: str, tokenizer: str) -> None:
 
 
 def _quiet(text: str) -> None:
-  """stdout is for figures."""
+  """Logs nothing, since stdout is for figures."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Contender of bench/peers.py: a tokenizer's library alone, which encodes JSON lines and counts.
+"""Contender of bench/peers.py: a tokenizer's library alone, encoding JSON lines.
 
-It keeps, checks and writes nothing."""
+It only counts tokens, and keeps, checks and writes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def texts(file: str) -> Iterator[list[str]]:
 
 
 def counter(tokenizer: str) -> Callable[[list[str]], int]:
-  """Number of tokens of some texts, by as many threads as there are cores."""
+  """A function from texts to their number of tokens, with as many threads as there are cores."""
   kind, file = tokenizer.split(":", 1)
   if kind == "sentencepiece":
     import sentencepiece
@@ -37,7 +37,7 @@ def counter(tokenizer: str) -> Callable[[list[str]], int]:
 
 
 def main(documents: str, tokenizer: str) -> None:
-  # A tokenizer that has read these texts before knows their words: each time a new one, as ours.
+  # A new tokenizer each time, as in ours: one that has read these texts would have cached words.
   serve(lambda: sum(map(counter(tokenizer), texts(documents))))
 
 

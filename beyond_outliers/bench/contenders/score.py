@@ -1,4 +1,4 @@
-"""Contender of bench/peers.py: the harness's scorer on the choices of questions."""
+"""Contender of bench/peers.py: our scorer for the harness, on the choices of questions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Contender of bench/peers.py: the study's model, QuEST and fused AdamW in torch, eager or not.
+"""Contender of bench/peers.py: the study's model, QuEST, fused AdamW in torch, eager or compiled.
 
-bfloat16 is autocast's. Imports torch and the standard library alone: `--peer_python` runs it.
+bfloat16 is by autocast. Imports only torch and the standard library: `--peer_python` runs it.
 Legend: B batch, L length, D model width, H query heads, K key-value heads, Dh head width, F hidden
 width, V vocabulary.
 """
@@ -17,8 +17,8 @@ import torch
 from beyond_outliers.bench.contenders import serve
 
 BLOCK = 128  # of the Hadamard rotation
-# Scale of 16 levels in units of the root mean square, to lose least of a Gaussian (arXiv
-# 2502.05003), and what keeps it above zero.
+# Range of 16 levels in units of the root mean square, with the least error on a Gaussian (arXiv
+# 2502.05003), and a term that keeps it above zero.
 GAUSSIAN, EPS = 2.513930578568423, 1e-8
 
 
@@ -30,8 +30,8 @@ def torch_hadamard(size: int) -> Any:
 
 
 def torch_quest(x: Any, rotation: Any) -> Any:
-  """QuEST's four bits: rotated, 16 levels between the edges, gradients where rounding moves a value
-  by at most half a step."""
+  """QuEST's four bits: x rotated and rounded to 16 levels between the edges; gradients pass only
+  where rounding moves a value by at most half a step."""
   x = (x.unflatten(-1, (-1, BLOCK)) @ rotation.to(x.dtype)).flatten(-2).float()
   with torch.no_grad():
     edge = GAUSSIAN * x.square().mean(-1, keepdim=True).sqrt() + EPS

@@ -1,5 +1,5 @@
-"""Contender of bench/peers.py: the two forward passes that a cell of an evaluation job needs at
-least, of the model and of the quantized one, with their losses and nothing else."""
+"""Contender of bench/peers.py: the least that a cell of an evaluation job needs, forward passes of
+the model and the quantized model with their losses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Inverse roots against eigendecompositions in float64, and what each method makes of matrices that
-are hard in float32."""
+"""Inverse roots against eigendecompositions in float64, and each method on matrices that are hard
+in float32."""
 
 import functools
 
@@ -142,8 +142,8 @@ def test_iterations_raise_eps_until_float32_sees_it_or_say_that_they_failed(name
 
 @pytest.mark.parametrize("name", ["newton", "denman_beavers"])
 def test_what_iterations_call_a_root_is_positive_definite(name):
-  """Seeds among which rounding leads both to I along with an indefinite root, where the product is
-  not kept symmetric."""
+  """With some of these seeds, if the product is not kept symmetric, rounding leads it to I while
+  the root is indefinite."""
   draws = (np.random.default_rng(seed).standard_normal((32, 3)) for seed in range(64))
   found = compute(
     name, jnp.asarray(np.stack([g @ g.T for g in draws]), np.float32), 2, 1e-9, (), False
@@ -224,7 +224,7 @@ def test_the_residual_of_eigh_sees_a_wrong_decomposition(monkeypatch):
 
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_newton_is_the_published_iteration(p):
-  """To the same step: what it leaves undone at the tolerance is equal too."""
+  """Up to the same step: the error left at the tolerance is equal, too."""
   a = low_rank(5)
   x, m, steps = published_newton(a + 1e-4 * np.eye(D), p)
   with jax.enable_x64(True):

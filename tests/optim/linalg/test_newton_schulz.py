@@ -83,8 +83,8 @@ def test_it_is_the_published_algorithm(table, steps, shape):
 
 @pytest.mark.parametrize("rows, share", [(255, 1), (256, 3 / 4), (517, 0.626), (768, 5 / 8)])
 def test_symmetric_products_in_halves_are_whole_ones(rows, share):
-  """Many rows are cut in halves, and those again; they need not be equal. share: of the
-  multiplications."""
+  """Many rows are cut in halves, which may be unequal, and these again. share: of the full
+  product's multiplications."""
   y, product = (
     noise(rows, 9),
     functools.partial(newton_schulz._symmetric_product, dtype=jnp.dtype("float64")),
@@ -104,8 +104,8 @@ def test_symmetric_products_in_halves_are_whole_ones(rows, share):
 )
 @pytest.mark.parametrize("shape", [(6, 4, 8), (6, 8, 4)])
 def test_accelerators_multiply_whole_stacks(shape, dtype, operands, precision):
-  """Three products a step, of the whole stack, on the short side, with float32 sums; float32 is no
-  faster format in disguise."""
+  """Three products per step, of the whole stack, on the short side, with float32 sums; float32 must
+  not silently become a faster format."""
   traced = jax.jit(functools.partial(orthogonalize, dtype=dtype)).trace(
     jax.ShapeDtypeStruct(shape, jnp.float32)
   )
@@ -181,8 +181,8 @@ def test_iterating_on_the_gram_matrix_changes_only_rounding(table, columns, dtyp
 
 
 def test_the_gram_matrix_is_renewed_before_its_errors_matter():
-  """Of a singular matrix, whose zero eigenvalues are rounded to negative ones: those grow without
-  end."""
+  """For a singular matrix, whose zero eigenvalues are rounded to negative ones, which would grow
+  without bound."""
   x = jnp.asarray(
     with_singular_values(np.r_[np.geomspace(1, 1e-2, 20), np.zeros(12)], 60), jnp.float32
   )[None]
