@@ -462,7 +462,8 @@ def test_what_rounding_costs_by_size_and_length_is_of_the_packed_runs():
     costs.append(of.loss_difference[["hadamard"]].mean())
     errors.append(of.R_L_centred[["hadamard"]].mean())
     assert numbers(error) == pytest.approx([errors[-1]], abs=6e-5)
-  said = markdown.read("colabs/README.md").split("over these twenty-one by")[1].split(";")[0]
+  text = markdown.read("colabs/README.md").replace("\n", " ")
+  said = text.split("over these twenty-one by")[1].split(";")[0]
   assert numbers(said) == pytest.approx([stats.spearmanr(costs, errors).statistic], abs=6e-3)
 
 
