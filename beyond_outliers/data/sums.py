@@ -20,7 +20,7 @@ AT_OPENING = 16 * 2**20  # bytes, of the smallest files: some hundredths of a se
 
 
 class Stamp(NamedTuple):
-  """What tells a file from one that took its place. Some mounts number a file anew every time."""
+  """Distinguishes a file from one that took its place. Some mounts give a new inode every time."""
 
   device: int
   inode: int
