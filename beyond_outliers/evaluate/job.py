@@ -74,8 +74,8 @@ def wait_for_run(workdir: PathLike, progress: Progress, poll: float) -> None:
 
 
 class Watch:
-  """Reports changes in a run that is followed, to a person. dead: it was killed, for it is silent
-  for longer than its watchdog would be, and no process holds its lock."""
+  """Prints changes in a run that is followed. dead: the run was killed, as it has been silent for
+  longer than its watchdog allows, and no process holds its lock."""
 
   def __init__(self, target: Target, progress: Progress):
     self._target, self._progress = target, progress
@@ -94,13 +94,13 @@ class Watch:
       self._told = self.dead = False
     elif silent > SILENCE and not self._told:
       self._progress.line(
-        f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
-        "end this"
+        f"run: {status}, but silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
+        "end this job"
       )
       self._told = True
     elif not self.dead and status.startswith("running") and self._is_abandoned(silent):
       self.dead = True
-      self._progress.line(f"run: dead, for no process holds its lock; it was {status}; resume it")
+      self._progress.line(f"run: dead, as no process holds its lock; it was {status}; resume it")
 
   def _is_abandoned(self, silent: float) -> bool:
     origin = self._target.origin
@@ -123,7 +123,7 @@ class Job:
 
   def __init__(self, target: Target, evaluator: Evaluator, progress: Progress, poll: float = 10.0):
     self._target, self._evaluator, self._progress, self._poll = target, evaluator, progress, poll
-    self.skipped: dict[int, list[str]] = {}  # step -> why it was, or cells of it were
+    self.skipped: dict[int, list[str]] = {}  # step -> why it, or cells of it, were
     # Whether a cell could not be measured of a checkpoint that could be read, or is lacking, or the
     # run is dead.
     self.failed = False
@@ -135,8 +135,8 @@ class Job:
       self._evaluate(step, later=steps[i + 1 :])
 
   def newest(self) -> list[int]:
-    """The steps that were evaluated: the newest one, or where that cannot be read the one before
-    it, which was not asked for; `failed` then."""
+    """The steps that were evaluated: the newest, or if that cannot be read, the newest that can; as
+    that one was not asked for, sets `failed` then."""
     steps = self._target.steps()
     for step in steps[::-1]:
       if self._evaluate(step):
@@ -145,10 +145,10 @@ class Job:
     return []
 
   def follow(self, wanted: Collection[int] | None = None) -> None:
-    """Evaluates until all wanted checkpoints are, or the run has ended and all its checkpoints are;
-    `failed` then if it is dead.
+    """Evaluates until all wanted checkpoints are done, or the run has ended and all its checkpoints
+    are done; sets `failed` if the run is dead.
 
-    One that was saved anew is looked at again."""
+    A checkpoint that was saved anew is evaluated again."""
     target = self._target
     seen: dict[int, Any] = {}  # step -> its files when it was read
     left = {step for step in wanted or () if self._evaluator.missing(step)}
@@ -174,8 +174,8 @@ class Job:
         time.sleep(self._poll)
 
   def check_results(self, asked: Collection[int]) -> None:
-    """Tells of cells that are not there, of steps that were asked for or evaluated; `failed`
-    then."""
+    """Reports missing cells of steps that were asked for or evaluated; sets `failed` if there are
+    some."""
     for step in sorted({*asked, *self.evaluated}):
       missing = self._evaluator.missing(step)
       self.failed |= bool(missing)
@@ -183,7 +183,9 @@ class Job:
         self._skip(step, "there was no such checkpoint")
       for cell in missing if step in self.evaluated else ():
         if (step, cell) not in self._told:
-          self._skip(step, f"{cell.recipe}, {cell.method}: its result is gone since it was written")
+          self._skip(
+            step, f"{cell.recipe}, {cell.method}: its result has been removed since it was written"
+          )
 
   def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
     """Evaluates one checkpoint; False if it could not be read, or was gone before its results."""

@@ -55,13 +55,13 @@ _warn_once = functools.cache(warn)
 
 
 class WriteError(Failure):
-  """A result that could not be written: no other could be, either."""
+  """A result that could not be written; others could not be written, either."""
 
 
 class ResultStore:
   """Results of any models, in one folder.
 
-  say: takes what is wrong with a file, once; it then counts as missing."""
+  say: is told, once per file, what is wrong with it; the file then counts as missing."""
 
   def __init__(self, path: PathLike, say: Callable[[str], None] = warn):
     self._workdir, self._say = workdir_lib.Workdir(path), functools.cache(say)
@@ -72,24 +72,24 @@ class ResultStore:
     return self._workdir.path
 
   def make_folder(self) -> None:
-    """Makes the folder, once. Errors: WorkdirError where nothing can be written into it; WriteError
-    where it, or one above it, was moved or removed since: another in its place would have a part of
-    the results."""
+    """Makes the folder, once. Errors: WorkdirError where nothing can be written to it; WriteError
+    where it, or a folder above it, was moved or removed since: a new one in its place would get
+    only part of the results."""
     if self._held is None:
       make_folder(self.path, WorkdirError, "give another folder as --out")
       self._held = os.open(self.path, os.O_RDONLY)
       weakref.finalize(self, os.close, self._held)
     elif is_elsewhere(self._held, self.path):
       raise WriteError(
-        f"{self.path} was moved or removed while this job wrote into it, which ends; give the same "
-        "command once it is back, or for where it is now"
+        f"{self.path} was moved or removed while this job wrote to it, and the job ends; give the "
+        "same command once it is back, or for where it is now"
       )
 
   def read(
     self, step: int, recipe: str, method: str, settings: Json, digest: str = ""
   ) -> Result | None:
-    """The result, as process 0 finds it. Every process asks. digest: of the parameters that it is
-    to be of, where they have one."""
+    """The result, as process 0 finds it; every process calls this. digest: of the parameters that
+    it must have been measured on, where they have one."""
     return mesh_lib.found_by_first(lambda: self._read(step, recipe, method, settings, digest))
 
   def _read(
@@ -100,7 +100,7 @@ class ResultStore:
     if found is None or found["settings"] != settings:
       return None
     if not is_of(found, digest):
-      self._say(f"{path} is of other parameters than step {step} has now, and is ignored")
+      self._say(f"{path} was measured on other parameters than step {step} has now, and is ignored")
       return None
     return found
 
@@ -112,8 +112,8 @@ class ResultStore:
       self._workdir.write(name, found)
     except OSError as error:
       raise WriteError(
-        f"{self.path / name} could not be written ({error.strerror or error}); what is measured is "
-        "in that folder: free what is short, and give the same command"
+        f"{self.path / name} could not be written ({error.strerror or error}); what was measured "
+        "before is in that folder: free what has run out, and give the same command"
       ) from error
 
   def cells(self) -> list[Result]:
@@ -138,13 +138,13 @@ class ResultStore:
     except FileNotFoundError:  # gone since it was listed
       return None
     except WorkdirError as error:
-      self._say(f"{path} holds no result that can be read, and is ignored ({error})")
+      self._say(f"{path} is not a result that can be read, and is ignored ({error})")
       return None
     settings = found.get("settings")
     if isinstance(settings, dict):
       found["settings"] = {"version": 1, **settings}  # the first had no number
     if misfit(found, IDENTITY) or not (_is_cell(found) or _is_answer(found)):
-      self._say(f"{path} holds no result of an evaluation job, and is ignored")
+      self._say(f"{path} is not a result of an evaluation job, and is ignored")
       return None
     row = found["recipe"].partition(",")[0]  # of one with a run's rules, which Cell.row leaves out
     name = file_name(found["step"], row, found["method"], settings)
@@ -155,18 +155,18 @@ class ResultStore:
 
 
 def is_of(found: Result, digest: str) -> bool:
-  """Whether a result is of the parameters with this digest; it is where one of both is unknown."""
+  """Whether a result is of the parameters with this digest; yes where either is unknown."""
   return digest in ("", found.get(PARAMETERS, digest))
 
 
 def names_of(run: runs_lib.Run) -> tuple[str, str]:
-  """What cells call the training of a run: its identity; those of earlier versions its time."""
+  """Names by which cells know a run: its identity, or, in cells of earlier versions, its time."""
   return run.identity, run.manifest["time"]
 
 
 def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
-  """Those of the cells that are of a run, and of the parameters that its checkpoints have now. Of
-  each that a run has left behind by going back, a line says so, once."""
+  """The cells that belong to a run and to the parameters that its checkpoints have now. Warns, once
+  each, of cells that were left behind when the run went back."""
   itself, found = names_of(run), []
   digest_of = functools.cache(run.digest)
   for cell in cells:
@@ -176,8 +176,8 @@ def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
       else:
         which = "step {step}, {recipe}, {method}".format_map(cell)
         _warn_once(
-          f"{run.name}: the cell of {which} is of other parameters than that step has now, and is "
-          "ignored; evaluate it again"
+          f"{run.name}: the cell of {which} was measured on other parameters than that step has "
+          "now, and is ignored; evaluate it again"
         )
   return found
 

@@ -334,13 +334,17 @@ def changed(**columns):
     (
       [*changed(**{"data.fingerprint": "x"})[1:], {**runs()[0], "data.fingerprint": "y"}],
       {},
-      "points: data.fingerprint = 'x, y': losses over different data",
+      "points: data.fingerprint = 'x, y': losses on different data",
     ),
     (changed(parameters=-1.0), {}, r"row 0: parameters = -1.0: expected a number above zero"),
     (changed(seed=None), {}, "row 0: seed is missing"),
-    ("runs.csv", {}, "points = 'runs.csv': no table of runs .*give a pandas.DataFrame"),
+    ("runs.csv", {}, "points = 'runs.csv': not a table of runs .*give a pandas.DataFrame"),
     (changed(tokens="many"), {}, "row 0: tokens = 'many': expected a number above zero"),
-    (changed(loss=math.nan), {}, "none of 36 runs is done with a loss; the first: .* loss = nan"),
+    (
+      changed(loss=math.nan),
+      {},
+      "none of 36 runs is done and has a loss; the first: .* loss = nan",
+    ),
     (changed(embedding=1e12), {"embedding": False}, "row 0: embedding = 1e[+]12 of 4.97e[+]07"),
     (
       [{k: v for k, v in row.items() if k != "embedding"} for row in runs()],
@@ -359,7 +363,7 @@ def changed(**columns):
     (
       pd.concat([pd.DataFrame(runs()), pd.DataFrame(runs())[["loss"]]], axis=1),
       {},
-      r"points = \['loss'\]: columns are there twice",
+      r"points = \['loss'\]: these columns appear twice",
     ),
   ],
 )

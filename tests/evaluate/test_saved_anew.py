@@ -78,7 +78,9 @@ def test_a_second_job_measures_anew_what_the_run_has_made_anew(go_back, workdir,
   job.once([1, 2])
   assert measured(out, 2).keys() == of_first.keys() and digests(out, 2) == {again}
   assert measured(out, 1) == before and not job.skipped
-  assert len(said) == 2 and all("of other parameters than step 2 has now" in s for s in said)
+  assert len(said) == 2 and all(
+    "measured on other parameters than step 2 has now" in s for s in said
+  )
 
 
 @pytest.mark.parametrize("where", ["eval", "out"])
