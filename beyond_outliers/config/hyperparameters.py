@@ -17,8 +17,8 @@ Rule = Callable[[Any], str | None]  # value -> the remedy, or None for a value t
 def official(value: Any, doc: str, rule: Rule | None = None, *, younger: bool = False) -> Any:
   """A field of a section. Factories have the official implementation's value as their default.
 
-  Configurations have none, and must give every value; but for a field that is `younger` than
-  recorded runs, which did what its official value does."""
+  Configurations have no defaults, and must give every value; except for a field that is `younger`
+  than recorded runs: these did what its official value does."""
   metadata = {"official": value, "doc": doc, "rule": rule}
   if younger:
     return dataclasses.field(default=value, metadata=metadata)
@@ -87,7 +87,7 @@ class Section:
   """Hyperparameters of one optimizer; its subclasses add theirs."""
 
   name: str
-  learning_rate: float = official(1.0, "of the whole step; also a schedule", at_least(0))
+  learning_rate: float = official(1.0, "of the whole step; may be a schedule", at_least(0))
 
   @property
   def period(self) -> int:

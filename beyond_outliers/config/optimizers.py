@@ -79,7 +79,7 @@ class Muon(Section):
     one_of("original", "match_rms_adamw"),
   )
   weight_decay: float = official(0.0, "decoupled, of all leaves, unscaled", at_least(0))
-  adam_learning_rate: float = official(3e-4, "of leaves that are no matrices", at_least(0))
+  adam_learning_rate: float = official(3e-4, "of leaves that are not matrices", at_least(0))
   adam_b1: float = official(0.9, "likewise", below_one())
   adam_b2: float = official(0.95, "likewise", below_one())
   adam_eps: float = official(1e-10, "likewise", at_least(0))
@@ -179,20 +179,21 @@ class Shampoo(Section):
   )
   grafting: str = official(
     "none",
-    "method whose step length is given, and whose step is taken before start_step and by blocks "
-    "without roots; none: they take a plain average of gradients, which is on another scale",
+    "method that sets the length of a step, and whose own step is taken before start_step and by "
+    "blocks without roots; none: these take a plain average of gradients, which has another scale",
     one_of("none", "sgd", "adam", "rmsprop"),
   )
   graft_granularity: str = official(
     "block",
-    "what is given a length: every block (Meta), or every slice of a parameter (Google)",
+    "what grafting rescales: every block (Meta), or every slice of a parameter (Google)",
     one_of("block", "parameter"),
   )
   grafting_b2: float = official(0.999, "decay of its second moment", below_one())
   grafting_eps: float = official(1e-10, "added to that moment's root", at_least(0))
   momentum: str = official(
     "gradient",
-    "what is averaged: what is preconditioned (Meta), or what has been, and grafted (Google)",
+    "what is averaged: gradients before they are preconditioned (Meta), or preconditioned and "
+    "grafted updates (Google)",
     one_of("gradient", "update"),
   )
   root: str = official(
@@ -200,11 +201,13 @@ class Shampoo(Section):
   )
   exponent: float | None = official(
     None,
-    "a factor is taken to minus this; None: 1/4 for matrices, 1/2 for vectors",
+    "a factor is raised to minus this power; None: 1/4 for matrices, 1/2 for vectors",
     above_zero("the positive power that a factor's inverse is taken to"),
   )
   max_residual: float = official(
-    0.1, "a root above it is refused, the old one kept", at_least(0, infinite=True)
+    0.1,
+    "a root whose residual is larger is refused, and the old one kept",
+    at_least(0, infinite=True),
   )
   precondition_frequency: int = official(1, "steps between a block's roots", at_least(1))
   refresh: str = official(
@@ -213,14 +216,18 @@ class Shampoo(Section):
     "1, 1 + frequency, ... (Google); staggered: from start_step, each block at its own step",
     one_of(*BASIS_REFRESHES, "together_from_first"),
   )
-  start_step: int | None = official(None, "first with roots; None: the frequency", at_least(1))
+  start_step: int | None = official(
+    None, "first step with roots; None: precondition_frequency", at_least(1)
+  )
   block_size: int = official(1024, "longest axis that has one factor", at_least(1))
-  long_axes: str = official("block", "are cut so, or have no factor", one_of("block", "skip"))
+  long_axes: str = official(
+    "block", "whether longer axes are cut into blocks, or have no factor", one_of("block", "skip")
+  )
   merge_dims: bool = official(False, "up to block_size elements are a vector (Meta's default)")
   preconditioner_dtype: str = official(
     "float32", "of stored factors and roots", one_of("float32", "bfloat16")
   )
-  packed: bool = official(False, "store them as triangles")
+  packed: bool = official(False, "store factors and roots as triangles")
   eigenvalue_correction: bool = official(
     False,
     "Adam in the factors' eigenbases instead of roots; exponent is then of its second moment, and "
@@ -239,7 +246,7 @@ class Shampoo(Section):
     if narrow and is_number(self.b2) and self.b2 > MAX_BFLOAT16_B2:
       yield (
         "b2",
-        f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; choose a smaller one, or "
+        f"averages in bfloat16 stop changing above {MAX_BFLOAT16_B2}; choose a smaller one, or "
         "preconditioner_dtype=float32",
       )
 

@@ -63,7 +63,12 @@ def arguments_of(
         known = fields[name].metadata
         # Among words None can be one: `ns_dtype` None is that of the state.
         optional = known["official"] is None or isinstance(known.get("rule"), OneOf)
-        require(value is not None or optional, name, None, "expected a value, or nothing at all")
+        require(
+          value is not None or optional,
+          name,
+          None,
+          "expected a value; leave the argument out for the default",
+        )
       values |= {name: _static(name, values[name]) for name in integers if name in values}
       h = section.given(name=function.__name__, **fixed, **values)
       return function(h, **{name: value for name, value in given.items() if name not in fields})

@@ -457,15 +457,15 @@ REFUSED = [
   (dict(bits=4, granularity="group"), "group = 0"),
   (dict(bits=4, group=32), "only granularity 'group'"),
   (dict(bits=4, granularity="mx"), "floating-point"),
-  (dict(bits=4, grid="e2m1", granularity="nv", scale="mse"), "leave 'absmax'"),
+  (dict(bits=4, grid="e2m1", granularity="nv", scale="mse"), "leave it at 'absmax'"),
   (dict(bits=4, scale="gaussian"), "'midrise' and 'ternary'"),
   (dict(bits=4, grid="e2m1", estimator="trust"), "even steps"),
   (dict(bits=8, grid="e4m3", scale="absmax_edge"), "even steps"),
   (dict(bits=4, scale="learned"), "come together"),
   (dict(bits=4, estimator="lsq"), "come together"),
-  (dict(bits=4, scale="learned", estimator="lsq"), "whole tensor's"),
+  (dict(bits=4, scale="learned", estimator="lsq"), "whole tensor"),
   (dict(bits=4, rounding="up"), "rounding = 'up'"),
-  (dict(bits=4, grid="unsigned", rotation="hadamard"), "have a sign behind it"),
+  (dict(bits=4, grid="unsigned", rotation="hadamard"), "rotated numbers are signed"),
 ]
 
 
