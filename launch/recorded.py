@@ -43,13 +43,13 @@ def found(file: str, path: str, argument: str) -> sweeps.Overrides:
 
 
 def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overrides) -> None:
-  """Refusal of a workdir whose run is another than the sweep's, as `main` refuses it, which is not
-  asked where the run has ended. Errors: ConfigError with the differing keys."""
+  """Refusal of a workdir that holds another run than the sweep's. `main` refuses it too, but is not
+  started where the run has ended. Errors: ConfigError with the differing keys."""
   try:
     saved = read_json(os.path.join(workdir, "config.json"), WorkdirError, "")
     old = config.resolve(saved)
   except (FileNotFoundError, NotADirectoryError, ConfigError, WorkdirError):
-    return  # of a damaged one its run itself tells
+    return  # its run itself reports a damaged one
   new = config.resolve(config.override(runpy.run_path(path)["get_config"](argument), values))
   if old != new:
     from beyond_outliers.train import initialize  # with all of JAX
@@ -58,7 +58,7 @@ def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overri
     if old.data.path != new.data.path:  # which may lead to the same text
       print(
         f"{workdir}: its run read data.path = {old.data.path!r}, not {new.data.path!r}; whether "
-        "they hold the same is compared where it goes on, not of a run that is done",
+        "both hold the same is checked when the run resumes, and not once it is done",
         file=sys.stderr,
       )
 
@@ -71,7 +71,7 @@ def check_settings(workdirs: Iterable[str]) -> None:
     try:
       saved = read_json(os.path.join(workdir, "manifest.json"), WorkdirError, "")
     except (FileNotFoundError, NotADirectoryError, WorkdirError):
-      continue  # of a damaged one its run itself tells
+      continue  # its run itself reports a damaged one
     from beyond_outliers.mesh import jax_settings  # with all of JAX
 
     try:
