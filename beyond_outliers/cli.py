@@ -33,7 +33,7 @@ flags.disclaim_key_flags()  # they belong to the commands that define them by wh
 def config_flag(*instead: str) -> flags.FlagHolder:
   """Defines --config, required unless one of the flags `instead`, defined before, is given."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with its size and overrides behind a colon."
+    "config", None, "Config file; a size and overrides may follow after a colon."
   )
   if instead:
     names = ["config", *instead]
@@ -52,8 +52,8 @@ def distributed_flag() -> flags.FlagHolder:
   return flags.DEFINE_string(
     "distributed",
     "",
-    "One of several processes: 'auto' (found by the variables of JAX, Slurm, Open MPI or a JobSet, "
-    "or by Cloud TPU's metadata), HOST:PORT of process 0 (the rest is found), or "
+    "For a run of several processes: 'auto' (found from the variables of JAX, Slurm, Open MPI or a "
+    "JobSet, or from Cloud TPU's metadata), HOST:PORT of process 0 (the rest is found), or "
     "HOST:PORT,COUNT,INDEX.",
   )
 
@@ -114,7 +114,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 
 def end_when_asked(
-  saying: str = "asked to stop with no step under way; the same command goes on",
+  saying: str = "asked to stop with no step under way; the same command resumes",
   code: Callable[[int], int] = lambda number: STOPPED,
 ) -> None:
   """Has `STOP_SIGNALS` end this process at once, until a run takes them: there is nothing to save.
@@ -130,15 +130,15 @@ def end_when_asked(
 
 
 def tell_when_asked(tell: Callable[[int, str], None]) -> None:
-  """As `end_when_asked` of one of several processes, which end together: before this one does,
-  `tell` gets the exit code and the saying, for as long as TELL_SECONDS."""
+  """As `end_when_asked`, for one of several processes, which end together: before this one ends,
+  `tell` is called with the exit code and the message, and gets TELL_SECONDS to pass them on."""
   global _tell
   _tell = tell
 
 
 def ask_all_when_asked() -> None:
-  """As `end_when_asked` of one of several processes, which stop together behind the first step:
-  JAX, which they have joined, waits for SIGTERM."""
+  """As `end_when_asked`, for one of several processes, which stop together after the first step:
+  every signal becomes a SIGTERM, which JAX, once they have joined, waits for."""
   for number in STOP_SIGNALS:
     if signal.getsignal(number) is _asked and number != signal.SIGTERM:
       signal.signal(number, _ask_all)
@@ -167,7 +167,7 @@ def _end_when_asked(reader: int, saying: str, code: Callable[[int], int]) -> Non
         if _tell is not None:
           telling = threading.Thread(target=_tell, args=(code(number), saying), daemon=True)
           telling.start()
-          telling.join(TELL_SECONDS)  # the one that it speaks to may stand still
+          telling.join(TELL_SECONDS)  # whoever it tells may be stuck
       finally:
         os._exit(code(number))
 
@@ -213,8 +213,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def given_again(values: flags.FlagValues) -> str:
-  """What to say of the first flag that is given more than once, of which the last alone would
-  count, or nothing; of those that are made for it, none."""
+  """What to say of the first flag that is given more than once, as only its last value would take
+  effect; empty if there is none. Flags that are made to be repeated don't count."""
   for name in values:
     flag = values[name]
     if flag.present > 1 and not isinstance(flag, flags.MultiFlag):

@@ -39,8 +39,8 @@ class Failure(OSError):
 
 
 def remedy_for(error: OSError, remedy: str) -> str:
-  """The remedy where there is no such file. Of one that cannot be read now, for want of permission
-  or because a disk does not answer, nothing is known that speaks for removing or replacing it."""
+  """The remedy where there is no such file. For one that only cannot be read now (no permission, or
+  a disk that does not answer) there is no reason to remove or replace it, and another remedy."""
   if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
     return remedy
   return "nothing is known to be damaged: give the same command once it can be read"

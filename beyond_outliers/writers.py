@@ -54,7 +54,8 @@ class JsonLines:
     self._file.flush()
 
   def sha256(self) -> str:
-    """Of all rows so far, which are on the disk now: a power failure leaves a checkpoint theirs."""
+    """SHA-256 of all rows so far, synced to disk first: a power failure leaves a checkpoint its
+    rows."""
     os.fsync(self._file.fileno())
     return self._sha256.hexdigest()
 
@@ -63,7 +64,7 @@ class JsonLines:
 
 
 def rows_sha256(sinks: Sequence[Writer]) -> str:
-  """Of the rows that were written so far; empty on processes that write none."""
+  """SHA-256 of the rows that were written so far; empty on processes that write none."""
   return "".join(sink.sha256() for sink in sinks if isinstance(sink, JsonLines))
 
 
@@ -130,7 +131,7 @@ class Wandb:
     known = workdir.read("wandb.json")
     if known and known.get("of", of) != of:
       raise WorkdirError(
-        f"{workdir.path / 'wandb.json'} is of another run; remove it, and a new one begins there"
+        f"{workdir.path / 'wandb.json'} is of another run; remove it to begin a new one there"
       )
     self._run = wandb.init(
       project=project,

@@ -3,9 +3,9 @@
 A checkpoint N holds the items `state` (the TrainState), `data` (where the data stand, the same for
 any number of processes), `clock` (training seconds, tokens), `run` (configuration, fingerprints of
 the data) and `digests`, all committed at once; and sha256.json, the sum of every file, written
-after Orbax committed and all that was to be saved was found in the files. Digests, made of the
-arrays before these are written, tell of what goes wrong until then, too; the sums can be compared
-without restoring anything, and tell damage from what cannot be read now.
+after Orbax committed and all that was to be saved was found in the files. The digests, made of the
+arrays before these are written, show what went wrong before that, too; the sums can be compared
+without restoring anything, and tell damage from what only cannot be read now.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Checkpoints:
     return self._manager.reached_preemption(step)
 
   def check(self) -> None:
-    """Raises what became of checkpoints in the background, as far as this process knows by now.
+    """Raises the errors of writing in the background, as far as this process knows them by now.
 
     Errors: CheckpointError for one that cannot be read back, OSError for one that could not be
     written."""
@@ -209,7 +209,7 @@ class Checkpoints:
     concurrent.futures.wait(self._seals)
     errors = [error for seal in self._seals if (error := seal.exception())]
     if mesh.on_any_process(bool(errors)):
-      raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
+      raise errors[0] if errors else CheckpointError(f"{self.directory}: see process 0's message")
     self._seals.clear()
 
   def close(self) -> None:
@@ -227,7 +227,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise all kinds
       raise OSError(
         f"{self.directory}: the checkpoint being saved could not be written "
-        f"({reading.reason(error)}); those before it are left: free what is short, and give the "
+        f"({reading.reason(error)}); earlier ones are intact: free what has run out, and give the "
         "same command"
       ) from error
 
@@ -273,7 +273,7 @@ class Checkpoints:
       )
     remedy = "restore one from a copy, or start in another workdir"
     if step is not None:
-      steps, remedy = [step], "restore it from a copy, or take another step"
+      steps, remedy = [step], "restore it from a copy, or use another step"
     found, result, damaged = recovery.newest_intact(
       self.directory, steps, read, remedy, verify=self._verify
     )

@@ -1,11 +1,12 @@
 """Digests of arrays, taken from their bits where the arrays live, before these are written.
 
-The sums of a checkpoint's files say that they are those that were committed; these digests, saved
-with the arrays, that what is read is what was to be written. A digest is a sum over all elements,
-modulo 2^32, of a hash of an element's bits and its place: the same on every mesh, whatever the
-order, and never the same where one element differs; where more do, but for one case in 2^32.
+The sums of a checkpoint's files show that the files are those that were committed; these digests,
+saved with the arrays, show that what is read is what was to be written. A digest is a sum over all
+elements, modulo 2^32, of a hash of an element's bits and its place: the same on every mesh,
+whatever the order; always different where one element differs, and where more do, except in one
+case of 2^32.
 
-The same pass finds what is not finite, which is neither saved nor gone on from.
+The same pass finds what is not finite, which is neither saved nor resumed from.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Contents(NamedTuple):
 
 
 def record(of_arrays: Mapping[str, Any], texts: Mapping[str, Any]) -> Json:
-  """What a checkpoint of arrays with these digests and of texts, which are JSON, keeps to be
-  compared with."""
+  """The record that a checkpoint keeps, to be compared with what is read: the digests of its arrays
+  and of its texts, which are JSON."""
   return {"arrays": dict(of_arrays), "texts": {name: digest(text) for name, text in texts.items()}}
 
 
@@ -57,7 +58,7 @@ def of_params(text: bytes) -> str:
 
 
 def of_params_among(of_arrays: Mapping[str, Any]) -> str:
-  """One digest of the parameters among arrays of a run's state with these digests; none of none."""
+  """One digest of the parameters, from the digests of a run's state; empty if it has none."""
   found = {path: each for path, each in of_arrays.items() if path.startswith("params/")}
   return digest(found) if found else ""
 

@@ -1,7 +1,8 @@
 """Orbax's handlers, which say at once that this process could not write its part of a checkpoint.
 
-Orbax tells who waits for it, and among several processes only once all of them have met: one whose
-disk is full waits for the others, which wait for its part, until Orbax gives up after 20 minutes.
+Orbax itself raises an error only in whoever waits for it, and among several processes only once all
+of them have met: one whose disk is full would wait for the others, and these for its part, until
+Orbax gives up after 20 minutes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which checkpoint a run goes on from: the newest that can be read, and what becomes of others.
 
-A checkpoint is damaged where its files are not those that were summed, where it has no sums and
-cannot be read, where what it holds is not what was saved, by its digests, or where that is not
-finite. One whose sums hold, and that cannot be read now, for want of memory, descriptors or
-a file system that answers, is not damaged, and left alone.
+A checkpoint is damaged if its files do not match their sums, if it has no sums and cannot be read,
+if by its digests it does not hold what was saved, or if that is not finite. One that matches its
+sums but cannot be read now, because memory or descriptors ran out or a file system does not answer,
+is not damaged, and is left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from beyond_outliers.workdir import SUMS, identity_of, mismatch
 
 Found = TypeVar("Found")
 
-# Errors of the system that say nothing of a file.
+# Errors of the system that say nothing about the file itself.
 SHORT = (
   *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE),
   *(errno.EACCES, errno.EPERM),
@@ -34,7 +34,7 @@ SHORT_OF = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # the same, of TensorSto
 
 
 class UnusableError(Exception):
-  """Contents that a run cannot go on from, though they could be read."""
+  """Contents that could be read, but that a run cannot resume from."""
 
 
 def newest_intact(
@@ -47,8 +47,8 @@ def newest_intact(
 ) -> tuple[int, Found, dict[int, str]]:
   """(step, what `read` made of it, {newer step: its damage}) of the newest of `steps`, ascending.
 
-  Every process calls this: one that cannot read what the others can takes all of them along.
-  remedy: for a person, where all are damaged.
+  Every process calls this: what one of them cannot read, all of them skip. remedy: for the message,
+  where all are damaged.
   Errors: CheckpointError where all are damaged, or one could not be read now."""
   damaged: dict[int, str] = {}
   for step in steps[::-1]:
@@ -65,8 +65,8 @@ def newest_intact(
         problem = reason(error)
     if mesh.on_any_process(bool(problem)):
       raise CheckpointError(
-        f"{directory / str(step)} could not be read now ({problem or 'by another process'}), and "
-        "is not damaged: nothing was changed; free what is short, and give the same command"
+        f"{directory / str(step)} could not be read now ({problem or 'by another process'}), but "
+        "is not damaged, and nothing was changed: free what has run out, and give the same command"
       )
     if not mesh.on_any_process(bool(damage)):
       assert found is not None
@@ -87,27 +87,27 @@ def compare_contents(
   with contextlib.suppress(ValueError):
     recorded = read_text(checkpoint / "digests")
   if misfit(recorded, digests.DIGEST_KINDS):
-    raise UnusableError("its digests are not readable")
+    raise UnusableError("its digests cannot be read")
   if recorded.get("step", int(checkpoint.name)) != int(checkpoint.name):  # the first had none
-    raise UnusableError(f"it was saved as {recorded['step']}, and renamed")
+    raise UnusableError(f"it was saved as {recorded['step']}, and renamed since")
   if name := digests.difference(recorded, contents.digests, texts):
     raise UnusableError(f"{name} is not what was saved: its digest differs")
 
 
 def check_run(checkpoint: epath.Path, identity: str) -> None:
-  """Refusal of a checkpoint of another run than that of this identity; if it is empty, of none.
+  """Refusal of a checkpoint of another run than that of this identity; an empty one allows all.
 
-  Errors: CheckpointError; UnusableError where what it tells of its run cannot be read."""
+  Errors: CheckpointError; UnusableError where its record of the run cannot be read."""
   try:
     record: Any = read_run(checkpoint)
   except ValueError:
-    raise UnusableError("what it tells of its run is not readable") from None
+    raise UnusableError("its record of the run cannot be read") from None
   if not identity or misfit(record, {"manifest": dict}):  # the first told less
     return
   if (found := identity_of(record["manifest"])) != identity:
     raise CheckpointError(
-      f"{checkpoint} is of the run {found[:12]}, and its folder was that of {identity[:12]} when "
-      "it was opened; if another training has begun there, give the same command again"
+      f"{checkpoint} belongs to the run {found[:12]}, and its folder belonged to {identity[:12]} "
+      "when it was opened; if another training has begun there, give the same command again"
     )
 
 

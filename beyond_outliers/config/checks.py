@@ -19,12 +19,12 @@ MINIMUM = dict(
   tokens_per_parameter=0,
   max_skipped_updates=1,
 )
-LARGEST_SEED = 2**32 - 1  # of JAX's keys, which take no more bits of one
-MAXIMUM = {"seed": (LARGEST_SEED, "as many as keys of random numbers can hold")}
+LARGEST_SEED = 2**32 - 1  # JAX's random keys take 32 bits of a seed
+MAXIMUM = {"seed": (LARGEST_SEED, "the largest seed that random keys can hold")}
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
-  """The remedy for an unknown name: the one of `known` that is so similar, or all of them."""
+  """The remedy for an unknown name: the known name that is most like it, or else all of them."""
   near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
   return f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(known)
 
@@ -36,9 +36,14 @@ def require(ok: bool, field: str, value: Any, remedy: str) -> None:
 
 
 def require_once(field: str, keys: Sequence[str]) -> None:
-  """Keys of a list of key=value, of which none may be given twice: only one would count."""
+  """Refusal of a key that a list of key=value gives twice: only one would take effect."""
   for place, key in enumerate(keys):
-    require(key not in keys[:place], field, key, "is given twice, and only one of them would count")
+    require(
+      key not in keys[:place],
+      field,
+      key,
+      "is given twice, and only one of the two would take effect; give it once",
+    )
 
 
 def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:

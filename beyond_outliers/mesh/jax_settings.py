@@ -41,16 +41,18 @@ def check_usable() -> None:
   """Refusal of settings under which no program can be compiled here. Errors: ConfigError."""
   for name, refused in REFUSED.items():
     value = _value(name)
-    require(value != refused, name, value, f"programs are not written for it; unset {name.upper()}")
+    require(
+      value != refused, name, value, f"the programs here do not support it; unset {name.upper()}"
+    )
 
 
 def check_dtypes(c: config.Config) -> None:
-  """Refusal of a configuration with a dtype for which JAX would take a narrower one, unsaid.
+  """Refusal of a configuration with a dtype that JAX would silently replace by a narrower one.
 
   Errors: ConfigError with the field and the remedy."""
   for field, value in config.flatten(config.to_dict(c)).items():
     if field.endswith("dtype") and value is not None:
-      remedy = "jax holds it only under jax_enable_x64; set JAX_ENABLE_X64=1, or take float32"
+      remedy = "JAX has this type only under jax_enable_x64; set JAX_ENABLE_X64=1, or use float32"
       require(jax.dtypes.canonicalize_dtype(value) == value, field, value, remedy)
 
 
@@ -69,22 +71,22 @@ def compiler_flags() -> Json:
 
 
 def check_recorded(manifest: Json) -> None:
-  """Refusal to resume a run under settings that are not those it was trained under; one from before
-  they were recorded takes any, until it is resumed.
+  """Refusal to resume a run under other settings than it was trained under. A run from before they
+  were recorded can be resumed under any, once.
 
   Errors: WorkdirError with the setting, both values and the remedy."""
   now = deciding()
   for name, was in _recorded(manifest, "jax").items():
     if name in now and now[name] != was:
       raise WorkdirError(
-        f"{name} = {now[name]!r}: the run was trained under {was!r} (manifest.json), and other "
-        f"numbers would follow; set or unset {name.upper()} as it was, or give another --workdir "
+        f"{name} = {now[name]!r}: the run was trained under {was!r} (manifest.json), and would "
+        f"give other numbers now; set or unset {name.upper()} as it was, or give another --workdir "
         "(of a sweep: --root)"
       )
 
 
 def other_compiler_flags(manifest: Json) -> list[str]:
-  """What to say of compiler flags that are not those that the run was trained under."""
+  """A line for each compiler flag that differs from what the run was trained under."""
   now = compiler_flags()
   return [
     f"{name} = {now[name]!r}: the run was trained under {was!r}; it goes on, and its numbers may "
@@ -105,6 +107,6 @@ def _value(name: str) -> Any:
 
 
 def _recorded(manifest: Json, key: str) -> Mapping[str, Any]:
-  """What the first start that recorded the key has of it, or nothing."""
+  """The key's value of the first start of the run that recorded it, or nothing."""
   starts = [manifest, *manifest.get("resumed", [])]
   return next((start[key] for start in starts if key in start), {})

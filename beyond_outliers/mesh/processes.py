@@ -31,7 +31,7 @@ from beyond_outliers.errors import ConfigError, DataError, Failure, Refusal, Wor
 POLL_SECONDS = 1.0  # between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
 DAY_MS = 24 * 3600 * 1000  # for one of them prepares the data
-GONE = "was killed, stands still or cannot be reached"
+GONE = "was killed, is stuck or cannot be reached"
 ALIVE, ENDED, AGREED = "alive/", "ended/", "agreed/"  # folders of the table: one text per process
 
 _peers: Peers | None = None  # of this process, once it has joined others
@@ -53,7 +53,7 @@ def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True
       cluster.check_free(found.address)
   _wait = (
     time.monotonic() + c.initialization_seconds,
-    "the processes did not all come within distributed.initialization_seconds = "
+    "not all processes came within distributed.initialization_seconds = "
     f"{c.initialization_seconds}; start all {found.count or ''} of them",
   )
   libc = ctypes.CDLL(None)
@@ -73,7 +73,7 @@ def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True
     )
   except ValueError as error:
     raise ConfigError(
-      f"--distributed: JAX does not find the other processes by {found.source} ({error}); give "
+      f"--distributed: JAX cannot find the other processes through {found.source} ({error}); give "
       "HOST:PORT,COUNT,INDEX"
     ) from None
   state = jax_distributed.global_state
@@ -86,9 +86,9 @@ def is_first() -> bool:
 
 
 def raise_alone(error: Exception) -> None:
-  """Raises an error that can have come to this one of several processes alone, such as no memory:
-  the others stand in a collective that nobody else will enter. What is refused, is by all, but for
-  data, which each reads itself."""
+  """Raises an error that only this one of several processes may have met, such as no memory: the
+  others wait in a collective that nobody else will enter. A refusal all processes meet alike,
+  except that of data, which each reads itself."""
   if _peers is not None and (isinstance(error, DataError) or not isinstance(error, Refusal)):
     raise error
 
@@ -102,7 +102,7 @@ def agree(what: str, find: Callable[[], Mapping[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def last_words(write: Callable[[str], None]) -> Iterator[None]:
-  """`write` gets the reason for which this process is about to end because of another."""
+  """`write` is called with the reason when this process is about to end because of another."""
   if _peers is not None:
     _peers.write = write
   yield
@@ -117,8 +117,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def _may_be_of_another(error: BaseException | None) -> bool:
-  """Whether it, or what it was raised from, can be a collective or a barrier that fails: awaited,
-  it comes as JaxRuntimeError, as ValueError where a result is read, from Orbax as TimeoutError."""
+  """Whether the error, or its cause, may be a collective or a barrier that failed: JAX raises
+  JaxRuntimeError when it waits, ValueError when it reads a result, and Orbax TimeoutError."""
   kinds = jax.errors.JaxRuntimeError | ValueError | TimeoutError
   if error is None or isinstance(error, Refusal):
     return False
@@ -126,8 +126,8 @@ def _may_be_of_another(error: BaseException | None) -> bool:
 
 
 def leave(error: BaseException) -> NoReturn:
-  """Ends this process by an error, once the others know; one of a single process that was
-  interrupted is raised.
+  """Ends this process because of an error, once the others know it; of a single process,
+  an interrupt is raised again instead.
 
   Without this JAX would wait at its exit for processes that wait in a collective, and Python for
   Orbax's threads, which wait minutes for a folder that could not be made."""
@@ -152,8 +152,8 @@ def tell(code: int, reason: str) -> None:
 
 
 def end(code: int) -> NoReturn:
-  """Ends this process, whose work is done, once the others' is, while Python can still say what
-  JAX would abort it for."""
+  """Ends this process, whose work is done, once the others' work is done, too: while it waits,
+  Python can still say why JAX would abort it."""
   if _peers is None:
     sys.exit(code)
   sys.stdout.flush()
@@ -238,7 +238,7 @@ class Peers:
 
   @functools.cache  # noqa: B019  (there is one of it; and it takes seconds to find out)
   def without_one(self, found: str) -> str:
-    """What went wrong, behind the name of a process that gives no sign of life, if one doesn't."""
+    """What went wrong; if a process gives no sign of life, after the name of that process."""
     time.sleep(4 * POLL_SECONDS)  # its last may be of just now
     now = time.monotonic()
     gone = [
@@ -250,7 +250,7 @@ class Peers:
     return f"process {min(gone)} of {self._count} {GONE}: {found}" if gone else found
 
   def missing(self) -> None:
-    """Ends this process because JAX misses one: that whose last beat is oldest."""
+    """Ends this process because JAX misses another: the one whose last sign of life is oldest."""
     if self.ending.acquire(blocking=False):
       now = time.monotonic()
       others = {i: now - when for i, (_, when) in self._beats.items() if i != self.index}

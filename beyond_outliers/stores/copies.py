@@ -44,8 +44,8 @@ class Copy:
       raise WorkdirError(str(error)) from None
 
   def refresh(self) -> None:
-    """Fetches what is new, but for checkpoints, and drops what is gone. A store that cannot be
-    reached is told of, and asked again the next time."""
+    """Fetches what is new, except checkpoints, and drops what is gone. Where the store cannot be
+    reached, warns once, and asks again the next time."""
     if time.monotonic() - self._looked < REFRESH_SECONDS:
       return
     try:
@@ -53,7 +53,7 @@ class Copy:
       self._told = False
     except StoreError as error:
       if not self._told:
-        logging.warning("%s; what was there before counts until it answers", error)
+        logging.warning("%s; what was read before is used until the store answers", error)
       self._told, self._looked = True, time.monotonic()
 
   def _refresh(self) -> None:
@@ -87,8 +87,8 @@ class Copy:
     return {(name, *files[name]) for name in files if step_of(name) == step}
 
   def read(self, name: str) -> bytes:
-    """A small file of a checkpoint, which is not fetched for it; nothing where there is none, or
-    the store, of which `refresh` has told then, gives no answer."""
+    """A small file of a checkpoint, without fetching the checkpoint; empty where there is no such
+    file, or the store gives no answer (`refresh` has warned then)."""
     self.refresh()
     stamp = self._index.files.get(name)
     if stamp is None:
@@ -135,8 +135,8 @@ class Copy:
     self._keep(published, {**published, **new})
 
   def _keep(self, before: dict[str, Stamp], published: dict[str, Stamp]) -> None:
-    """Remembers what the store has of evaluation jobs, so that what is gone there is known for
-    that, by later processes, too; and that this folder is a copy's, to those around it."""
+    """Records what the store has of evaluation jobs, so that later processes, too, can tell what
+    was removed there; and shows to others that this folder is a copy."""
     if published != before or not (self.folder / INDEX).exists():
       self.folder.mkdir(parents=True, exist_ok=True)
       index_lib.keep(self.folder, index_lib.EMPTY.after(published))

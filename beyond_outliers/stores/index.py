@@ -75,7 +75,7 @@ def in_store(store: Store) -> Index:
 
 
 def last_of(folder: pathlib.Path) -> Index:
-  """The index that the folder last wrote or read; a damaged one counts for none."""
+  """The index that the folder last wrote or read; a damaged one counts as none."""
   try:
     return decode((folder / INDEX).read_bytes(), str(folder / INDEX))
   except (FileNotFoundError, WorkdirError):

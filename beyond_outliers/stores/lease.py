@@ -92,7 +92,7 @@ class _Lease:
         continue  # another one was faster
 
   def renew(self, within: float) -> str:
-    """Returns who has taken it, if somebody has. within: seconds for which the last time does."""
+    """Returns who has taken it, if somebody has. within: seconds that the last renewal holds."""
     with self._lock:
       began = _clocks()
       if max(now - then for now, then in zip(began, self._renewed, strict=True)) < within:
@@ -127,7 +127,8 @@ class _Lease:
     ).encode()
 
   def _is_abandoned(self, content: bytes, tag: str, say: Callable[[str], None]) -> bool:
-    """False once it is gone, and waits to know. Errors: WorkdirError while it is held."""
+    """Whether its holder is gone; waits to find out. False once the lease itself is gone. Errors:
+    WorkdirError while it is held."""
     holder = _parsed(content)
     if holder.get("machine") == _machine() and not _lives(holder.get("pid")):
       return True
@@ -178,7 +179,7 @@ def _machine() -> str:
 
 
 def _lives(pid: Any) -> bool:
-  """Whether a process of this machine does; what cannot be told does."""
+  """Whether a process of this machine lives; where that cannot be told, yes."""
   if not _machine() or not isinstance(pid, int) or pid <= 0:
     return True
   try:

@@ -43,7 +43,7 @@ def mirrored(
   """Holds the store's workdir, fetches what the folder lacks of it, and uploads what is new there
   until the context ends. sealed: a checkpoint once it has its sums, not before.
 
-  The folder's lock is held. A store that fails meanwhile is told of, and tried again.
+  The caller holds the folder's lock. If the store fails meanwhile, this says so and tries again.
   Errors: WorkdirError before anything is begun; at the end StoreError with what is not uploaded,
   unless another error ends the context."""
   store = store or open_store(address)
@@ -86,8 +86,8 @@ class Mirror:
     (theirs, self._tag), ours = index_lib.read(self._store), index_lib.last_of(self._folder)
     if not theirs.id and self._store.read("config.json") is not None:
       raise WorkdirError(
-        f"{self._store.address} holds a run without {index_lib.INDEX}, which was copied there; "
-        "copy it to a folder, or give another --workdir"
+        f"{self._store.address} holds a run without {index_lib.INDEX}, so it was copied there by "
+        "other means; copy it to a folder, or give another --workdir"
       )
     fetch = fetching.Fetching(self._store, self._folder, self._say)
     have = index_lib.scan(self._folder)
@@ -172,9 +172,9 @@ class Mirror:
       self._delete(gone)
 
   def _look(self) -> tuple[dict[str, Stamp], set[int], list[str]]:
-    """(what the folder has, its whole checkpoints, what of the known it has set aside). A folder
-    that has lost some of a run says nothing of what the store should have. Errors: StoreError then,
-    for good."""
+    """(what the folder has, its whole checkpoints, which known files it has set aside). From a
+    folder that has lost part of a run it is not known what the store should have. Errors:
+    StoreError then, for good."""
     missing = ""
     for wait in (0.0, WAIT_SECONDS):  # the run may be moving it
       if missing:
@@ -208,11 +208,11 @@ class Mirror:
       self.push(last)
     except OSError as error:
       if not self._told and not self._lost:
-        self._say(f"warning: {error}; goes on in {self._folder}, to be uploaded later")
+        self._say(f"warning: {error}; the run goes on in {self._folder}, to be uploaded later")
       self._told = True
       return str(error)
     if self._told:
-      self._say(f"{self._store.address}: all is uploaded again")
+      self._say(f"{self._store.address}: everything is uploaded again")
     self._told = False
     return ""
 
@@ -239,8 +239,8 @@ class Mirror:
       raise problems[0]
 
   def _replace(self, name: str) -> None:
-    """Uploads a file in the place of what it was when it was last looked at: what comes late, of a
-    process that stood still as another one took over, takes nothing from that."""
+    """Uploads a file if the store still has it as it was when last looked at: the late upload of a
+    process that was stuck while another one took over replaces nothing of that one's."""
     path = self._folder / name
     if name not in self._tags:
       self._tags[name] = self._store.tag(name)  # before the lease is known to be held

@@ -1,7 +1,7 @@
-"""What a run's folder has let go of, of what its store has, and what it has lost.
+"""Which files of its store a run's folder has given up, and which it has lost.
 
 A file that is gone from the folder may have been deleted by the run, or by whoever cleans a disk.
-It leaves the store only where the folder shows the former."""
+It is deleted in the store only where the folder shows that it was the run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def place_of(name: str) -> str:
 
 
 def is_set_aside(name: str) -> bool:
-  """Whether it is in a folder of what a run set aside, which is no matter of readers."""
+  """Whether it is in a folder of what a run set aside, which readers do not need."""
   return name.startswith("aside-") or bool(DAMAGED.match(name))
 
 
 def set_aside(
   found: Mapping[str, Stamp], known: Mapping[str, Stamp], whole: Collection[int]
 ) -> list[str]:
-  """Names of known files that the folder has where it sets aside, and no more in their place.
+  """Names of known files that the folder has set aside, and no longer has in their place.
 
   whole: steps of the checkpoints that are; without one, the store's copy of a damaged checkpoint
   may be the last."""
@@ -43,8 +43,8 @@ def set_aside(
 
 
 def superseded(found: Mapping[str, Stamp], known: Mapping[str, Stamp], newest: int) -> list[str]:
-  """Names of known files of checkpoints of which nothing is left, beside a newer one. One that
-  lacks some of its files is no such: it is being deleted, or damaged.
+  """Names of known files of checkpoints of which nothing is left, and that are older than another.
+  A checkpoint that lacks only some of its files is not among them: it is being deleted, or damaged.
 
   newest: step of the newest whole checkpoint that the store has."""
   here = steps_named(found)
@@ -56,7 +56,7 @@ def superseded(found: Mapping[str, Stamp], known: Mapping[str, Stamp], newest: i
 
 
 def lost(found: Mapping[str, Stamp], known: Collection[str]) -> str:
-  """What of a run the folder has no more, though no run deletes it; or nothing."""
+  """What the folder has lost of a run, though no run deletes it; empty if nothing."""
   if "config.json" in known and "config.json" not in found:
     return "config.json"
   here = steps_named(found)

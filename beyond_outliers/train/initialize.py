@@ -49,7 +49,7 @@ def start(
 ) -> Start:
   """From the newest intact checkpoint, from `warm_start`'s parameters, or from fresh ones.
 
-  fingerprints: of the data; a checkpoint tells of its own. step: from that checkpoint or none.
+  fingerprints: of the data, compared with those in a checkpoint. step: only from that checkpoint.
   Errors: CheckpointError, and ConfigError for a `warm_start` that does not fit, or checkpoints of
     another configuration or other data."""
   c = program.config
@@ -88,15 +88,16 @@ def check_same_run(old: config.Config, new: config.Config, path: PathLike) -> No
       "micro_batches",
       new.micro_batches,
       f"the workdir's run has {old.micro_batches}, on which its gradients depend, as they are "
-      f"quantized ({quant.recipes.name_of(new.quant)}); leave it, or give another --workdir",
+      f"quantized ({quant.recipes.name_of(new.quant)}); leave it as it was, or give another "
+      "--workdir",
     )
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from None
 
 
 def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathLike) -> None:
-  """Refusal of a checkpoint of another run, whatever the workdir's config.json and manifest.json
-  say, which may be lost or another's. Errors: ConfigError."""
+  """Refusal of a checkpoint of another run, by its own record: the workdir's config.json and
+  manifest.json may be lost or another's. Errors: ConfigError."""
   check_same_run(config.resolve(saved["config"]), c, path)
   for key, was in saved["data"].items():
     require(
@@ -108,12 +109,12 @@ def _check_record(saved: Json, c: config.Config, fingerprints: Json, path: PathL
 
 
 def check_parent(was: Json, now: Json, path: str) -> None:
-  """Refusal to begin a run anew, of which there is no checkpoint yet, with other parameters than
-  its manifest says that it began with. path: its `warm_start`. Errors: WorkdirError."""
+  """Refusal to begin a run that has no checkpoint yet again, with other parameters than those that
+  its manifest says it began with. path: its `warm_start`. Errors: WorkdirError."""
   if was["parameters"] != now["parameters"]:
     first, second = (f"step {of['step']} of the run {of['run'][:12]}" for of in (was, now))
     raise WorkdirError(
-      f"warm_start = {path!r}: the run began with {first} (manifest.json), and these are other "
+      f"warm_start = {path!r}: the run began with {first} (manifest.json), but these are other "
       f"parameters, {second}; restore the former, or give another --workdir"
     )
 
@@ -138,15 +139,15 @@ def warm_start_params(
     was = source.trained_on["tokenizer"]
     if was != tokenizer:
       raise ConfigError(
-        f"warm_start = {c.warm_start!r}: data.tokenizer is {theirs.data.tokenizer!r} "
-        f"({was[:12]}) in that run and {c.data.tokenizer!r} ({tokenizer[:12]}) in this one; take a "
-        "run of the same tokenizer, or prepare this one's text with that run's"
+        f"warm_start = {c.warm_start!r}: data.tokenizer is {theirs.data.tokenizer!r} ({was[:12]}) "
+        f"in that run and {c.data.tokenizer!r} ({tokenizer[:12]}) in this one; use a run with the "
+        "same tokenizer, or prepare this one's text with that run's"
       )
     step, found = source.restore(mesh)
     # Of what is here: the folder may hold another run by the time that somebody looks.
     contents = digests.examine({"params": found})
     if contents.not_finite:
-      raise CheckpointError(f"the parameters of step {step} are not finite; take another run")
+      raise CheckpointError(f"the parameters of step {step} are not finite; use another run")
   except (CheckpointError, WorkdirError) as error:
     raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   parent = {
@@ -165,7 +166,7 @@ def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> No
     if field.name not in MAY_DIFFER and was != now:
       raise ConfigError(
         f"warm_start = {path!r}: model.{field.name} is {was!r} in that run and {now!r} in this "
-        "one; take a run of the same model"
+        "one; use a run of the same model"
       )
 
 

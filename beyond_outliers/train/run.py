@@ -151,7 +151,7 @@ def _train(
   record = start.record or {}  # none of a checkpoint from before there were any
   rows = record.get("rows", "")
   if rows and not writers.check_rows(workdir, first, rows):
-    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
+    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin after step {first}")
   if from_step is not None:  # which is restored by now: what comes after it may be set aside
     rewind.rewind(workdir, from_step, say)
     checkpoints.reload()
@@ -269,7 +269,7 @@ def _manifest(
   described = {"config": digest(config.to_dict(program.config))}  # of config.json
   before = workdir.read("manifest.json")
   if before is None and recorded:
-    say(f"{workdir.path / 'manifest.json'} is gone; what the checkpoint has of it takes its place")
+    say(f"{workdir.path / 'manifest.json'} is gone; it is restored from the checkpoint")
     before = recorded
   if before is None:  # two may begin in the same second
     return {"id": secrets.token_hex(8), **now, **described, "resumed": []}
@@ -281,7 +281,7 @@ def _manifest(
     )
   if recorded and workdir_lib.identity_of(recorded) != workdir_lib.identity_of(before):
     raise workdir_lib.WorkdirError(
-      f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
+      f"{workdir.path / 'manifest.json'} belongs to another run than the newest checkpoint; "
       f"{workdir_lib.RESTORE}"
     )
   jax_settings.check_recorded(before)

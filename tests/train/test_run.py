@@ -543,8 +543,8 @@ def test_a_lost_manifest_comes_back_and_lost_rows_are_told(finished, cut):
   assert run(c, cut, say=said.append) == "done"
   assert runs.open(cut).identity == runs.open(workdir).identity
   told = "\n".join(said)
-  assert "manifest.json is gone; what the checkpoint has" in told
-  assert "metrics.jsonl is gone; its rows will begin behind step 4" in told
+  assert "manifest.json is gone; it is restored from" in told
+  assert "metrics.jsonl is gone; its rows will begin after step 4" in told
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
 
 
@@ -748,7 +748,7 @@ def test_warm_start_from_another_tokenizer_is_refused(finished, tiny_config, tmp
   c = tiny_config(**{"warm_start": str(finished[1]), "data.directory": str(tmp_path), "steps": 1})
   message = (
     r"warm_start = .*: data.tokenizer is 'bytes' \(\w{12}\) in that run and 'bytes' "
-    r"\(0123456789ab\) in this one; take a run of the same tokenizer"
+    r"\(0123456789ab\) in this one; use a run with the same tokenizer"
   )
   with pytest.raises(config.ConfigError, match=message):
     run(c, tmp_path / "warm")
