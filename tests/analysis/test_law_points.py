@@ -101,8 +101,8 @@ def test_runs_without_a_last_loss_are_named(tmp_path):
 @pytest.mark.parametrize(
   "options,message",
   [
-    ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in .*do not compare"),
-    ({"tokenizer": "letters"}, "data.tokenizer: 'words' in .*, 'letters' in .*do not compare"),
+    ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in .*cannot be compared"),
+    ({"tokenizer": "letters"}, "data.tokenizer: 'words' in .*, 'letters' in .*cannot be compared"),
     ({"argument": ",context=128"}, "context: 256 in .*, 128 in"),
     ({"argument": ",schedule.cooldown=0.5"}, "schedule.cooldown: 0.2 in .*, 0.5 in"),
     ({"argument": ",model.mlp=swiglu"}, "model.mlp: 'relu2' in .*, 'swiglu' in"),

@@ -50,7 +50,7 @@ REFUSED = {
   ),
   "one recipe": (
     ["--root={sweep}", "--gap_plot=gap.png"],
-    ["--gap_plot = 'gap.png': the runs are all of recipe 'none'"],
+    ["--gap_plot = 'gap.png': all runs have the recipe 'none'"],
   ),
   "a figure of a kind that nobody writes": (
     ["--root={sweep}", "--plot={empty}/curves.text"],

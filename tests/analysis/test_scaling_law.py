@@ -298,7 +298,10 @@ def test_runs_that_are_left_out_are_named():
   rows = [row for row in rows if (row["optimizer"], row["recipe"]) != ("muon", "none")]
   found = scaling_law.fit(rows, resamples=0)
   run = "adamw, none, {} parameters, {} tokens, seed {}: {}"
-  zero, finite = run.format("1.218e+08", "2.436e+09", 9, "loss = "), "is no finite number above 0"
+  zero, finite = (
+    run.format("1.218e+08", "2.436e+09", 9, "loss = "),
+    "is not a finite number above 0",
+  )
   assert found.left_out[:2] == [
     run.format("4.97e+07", "9.94e+08", 0, "diverged"),
     run.format("4.97e+07", "9.94e+08", 1, "running"),

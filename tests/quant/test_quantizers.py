@@ -488,10 +488,10 @@ def test_specs_that_make_no_sense_are_refused(fields, message):
     (dict(weights=RTN, backward="none"), "backward = 'none'"),
     (dict(weights=RTN, gradients=quest(4)), "gradients.granularity"),
     (dict(gradients=QuantSpec(8, granularity="token", rotation="hadamard")), "not rotated"),
-    (dict(weights=QuantSpec(4, "unsigned")), "weights.grid = 'unsigned': they have a sign"),
+    (dict(weights=QuantSpec(4, "unsigned")), "weights.grid = 'unsigned': they are signed"),
     (
       dict(gradients=QuantSpec(8, "unsigned", granularity="token")),
-      "gradients.grid = 'unsigned': they have a sign",
+      "gradients.grid = 'unsigned': they are signed",
     ),
   ],
 )

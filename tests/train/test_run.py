@@ -233,14 +233,14 @@ UNRESTORABLE = {
       (directory / "sha256.json").unlink(),
       *(path.write_bytes(path.read_bytes()[::-1]) for path in (directory / "state/d").iterdir()),
     ],
-    "8 is damaged: .*; restore it from a copy, or take another step",
+    "8 is damaged: .*; restore it from a copy, or use another step",
   ),
   "of another step": (
     lambda directory: [
       shutil.rmtree(directory),
       shutil.copytree(directory.parent / "4", directory),
     ],
-    "8 is damaged: it was saved as 4, and renamed; restore it from a copy, or take another step",
+    "8 is damaged: it was saved as 4, and renamed since; .*, or use another step",
   ),
 }
 
