@@ -604,7 +604,7 @@ def test_a_warm_start_begins_anew_with_the_parameters_that_it_began_with(
   shutil.rmtree(tmp_path / "parent/checkpoints" / str(newest))
   refused = (
     rf"warm_start = '.*parent': the run began with step {newest} of the run \w+ \(manifest.json\), "
-    rf"and these are other parameters, step {before} of the run"
+    rf"but these are other parameters, step {before} of the run"
   )
   with pytest.raises(workdir_lib.WorkdirError, match=refused):
     run(c, tmp_path / "run")
