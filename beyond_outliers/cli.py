@@ -33,7 +33,7 @@ flags.disclaim_key_flags()  # flags belong to the commands that define them with
 def config_flag(*instead: str) -> flags.FlagHolder:
   """Defines --config, required unless one of the flags `instead`, defined before, is given."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with its size and overrides behind a colon."
+    "config", None, "Config file; a size and overrides may follow after a colon."
   )
   if instead:
     names = ["config", *instead]
@@ -52,8 +52,8 @@ def distributed_flag() -> flags.FlagHolder:
   return flags.DEFINE_string(
     "distributed",
     "",
-    "One of several processes: 'auto' (found by the variables of JAX, Slurm, Open MPI or a JobSet, "
-    "or by Cloud TPU's metadata), HOST:PORT of process 0 (the rest is found), or "
+    "For a run of several processes: 'auto' (found from the variables of JAX, Slurm, Open MPI or a "
+    "JobSet, or from Cloud TPU's metadata), HOST:PORT of process 0 (the rest is found), or "
     "HOST:PORT,COUNT,INDEX.",
   )
 
@@ -115,7 +115,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 
 def end_when_asked(
-  saying: str = "asked to stop with no step under way; the same command goes on",
+  saying: str = "asked to stop with no step under way; the same command resumes",
   code: Callable[[int], int] = lambda number: STOPPED,
 ) -> None:
   """Makes STOP_SIGNALS end this process at once, until a run handles them: before that there is

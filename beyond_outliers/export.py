@@ -99,21 +99,22 @@ def check_exportable(q: QuantizedModel) -> None:
     len(formats_used) == 1,
     "recipe",
     ", ".join(formats_used),
-    "the layers' formats differ; take recipes of one format",
+    "the layers' formats differ; use recipes of one format",
   )
   require(
     not (q.model.config.tied and q.recipe.layer("head")),
     "head",
     "quantized",
-    "the embedding is its matrix, and stays whole; leave it in full precision, or untie it",
+    "it shares the embedding's matrix, which is not quantized; leave the head in full precision, "
+    "or untie it",
   )
   for path, leaf in leaves_by_path(q.params).items():
     require(
       not isinstance(leaf, QuantizedMatrix) or leaf.smooth is None,
       path,
       "smoothed",
-      "factors of a layer's inputs have no place in the layout, nor in a norm's gain, since layers "
-      "behind one norm have different ones; take a method without smoothing",
+      "the layout has no place for factors of a layer's inputs, and a norm's gain cannot take "
+      "them, since the layers after one norm have different ones; use a method without smoothing",
     )
 
 
@@ -129,14 +130,14 @@ def _check_layer(path: str, layer: LayerRecipe, dtype: str) -> None:
     w is not None,
     f"{path}: weights",
     None,
-    "the layout quantizes inputs only beside weights; quantize both",
+    "the layout quantizes inputs only together with weights; quantize both",
   )
   assert w is not None  # for type checkers
   require(
     layer.rotation == "none",
     f"{path}: rotation",
     layer.rotation,
-    "the engine would have to rotate inputs as it runs; take a recipe and a method that do not "
+    "the engine would have to rotate inputs at run time; use a recipe and a method that do not "
     "rotate",
   )
   for name, spec in (("weights", w), ("activations", x)):
@@ -145,15 +146,20 @@ def _check_layer(path: str, layer: LayerRecipe, dtype: str) -> None:
         spec.grid in (*INTEGERS, "e4m3"),
         f"{path}: {name}.grid",
         spec.grid,
-        "its odd codes have no zero, and the layout has whole numbers around zero; take 'symmetric'"
+        "its codes are odd numbers, without zero, and the layout has whole numbers around zero; "
+        "use 'symmetric'"
         if spec.grid == "midrise"
-        else "not written; take 'symmetric' or 'e4m3', or keep the model by its save()",
+        else (
+          "not supported by the layout; use 'symmetric' or 'e4m3', or keep the model with its "
+          "save()"
+        ),
       )
   require(
     w.granularity in ("channel", "tensor", "group"),
     f"{path}: weights.granularity",
     w.granularity,
-    "not written; take 'channel', 'group' or 'tensor', or keep the model by its save()",
+    "not supported by the layout; use 'channel', 'group' or 'tensor', or keep the model with its "
+    "save()",
   )
   if x is not None:
     _check_activations(path, w, x, dtype)
@@ -164,13 +170,13 @@ def _check_activations(path: str, w: QuantSpec, x: QuantSpec, dtype: str) -> Non
     (x.grid == "e4m3") == (w.grid == "e4m3"),
     f"{path}: activations.grid",
     x.grid,
-    f"beside weights in {w.grid!r}: take integers for both, or 'e4m3' for both",
+    f"the weights are in {w.grid!r}; use integers for both, or 'e4m3' for both",
   )
   require(
     x.granularity in ("token", "tensor"),
     f"{path}: activations.granularity",
     x.granularity,
-    "take 'token' or 'tensor'",
+    "not supported by the layout; use 'token' or 'tensor'",
   )
   by_largest = x.scale == "absmax" and x.bits == 8
   require(
@@ -178,14 +184,14 @@ def _check_activations(path: str, w: QuantSpec, x: QuantSpec, dtype: str) -> Non
     f"{path}: activations",
     f"{x.grid}, {x.scale}",
     "the engine divides inputs by their largest magnitude over half of 2^bits - 1, and has 2^bits "
-    "levels: take the grid 'twos_complement' with the scale 'absmax_edge', eight bits with "
+    "levels; use the grid 'twos_complement' with the scale 'absmax_edge', eight bits with "
     "'absmax', or leave them in full precision",
   )
   require(
     by_largest or dtype in WIDE,
     f"{path}: activations",
     f"{x.grid}, {x.scale}",
-    f"in {dtype} the engine rounds scales and inputs to that type, and finds other codes; give "
+    f"in {dtype} the engine rounds scales and inputs to that type, which gives other codes; give "
     "parameters in float32, or leave activations in full precision",
   )
 

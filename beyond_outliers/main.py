@@ -21,12 +21,14 @@ WORKDIR = cli.path_flag(
   "Folder of the run, s3://BUCKET/PATH or gs://BUCKET/PATH; by default runs/<config>-<size>. The "
   "same command resumes.",
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, say what it takes, and exit.")
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Compile the step, print the FLOPs and memory it takes, and exit."
+)
 FROM_STEP = flags.DEFINE_integer(
   "from_step",
   None,
   "Go back to this checkpoint of the run, such as one from before it diverged; what came later is "
-  "set aside in the workdir. For one start: the same command again would go back again.",
+  "set aside in the workdir. Give this once: the same command would go back again.",
   lower_bound=1,
 )
 DISTRIBUTED = cli.distributed_flag()

@@ -168,7 +168,7 @@ def float_type(dtype: Any) -> np.dtype:
   except TypeError:  # not a type's name
     found = np.dtype(object)
   require(found.name in FLOATS, "dtype", str(dtype), f"expected one of {', '.join(FLOATS)}")
-  remedy = "jax holds it only under jax_enable_x64; set that, or take float32"
+  remedy = "JAX has this type only under jax_enable_x64; set that, or use float32"
   require(jax.dtypes.canonicalize_dtype(found) == found, "dtype", found.name, remedy)
   return found
 
@@ -178,7 +178,9 @@ def check_floats(tree: Mapping[str, Any]) -> None:
   read swapped bytes as native ones (findings/jit_reads_swapped_bytes.sh).
 
   Errors: ConfigError."""
-  require(isinstance(tree, Mapping), "params", type(tree).__name__, "give the model's tree")
+  require(
+    isinstance(tree, Mapping), "params", type(tree).__name__, "give the model's tree of parameters"
+  )
   for path, leaf in leaves_by_path(tree).items():
     dtype = getattr(leaf, "dtype", None)
     require(
@@ -207,7 +209,7 @@ def check_params(model: Any, params: Mapping[str, Any]) -> None:
       here == there or path.endswith(f"/{LOG_SCALE}"),
       f"params: {path}",
       here,
-      f"model.config makes it {there}; give this model's, unboxed",
+      f"model.config makes it {there}; give the parameters of this model, unboxed",
     )
 
 

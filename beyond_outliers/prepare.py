@@ -15,7 +15,7 @@ from beyond_outliers import cli, config, data
 
 _CONFIG = cli.config_flag()
 _VERIFY = flags.DEFINE_bool(
-  "verify", False, "Compare the SHA-256 of every file of the dataset with what was written."
+  "verify", False, "Compare the SHA-256 of every file of the dataset with the recorded one."
 )
 
 

@@ -85,7 +85,7 @@ class Run:
     found = self._workdir.read("manifest.json", kinds)
     if found is None:
       raise workdir_lib.WorkdirError(
-        f"{self.path} has no manifest.json: the run ended before it began; start it again"
+        f"{self.path} has no manifest.json: the run ended before its training began; start it again"
       )
     return found
 
@@ -251,9 +251,11 @@ class AverageOfRun:
     c, found = run.config.average, re.fullmatch(r"ema|last(?::([1-9]\d*))?", name)
     require(found is not None, "average", name, "expected 'ema', 'last' or 'last:COUNT'")
     assert found is not None
-    remedy = f"{run.path} kept none (average.decay = 0); 'last:COUNT' needs none"
+    remedy = (
+      f"{run.path} kept no moving average (average.decay = 0); 'last:COUNT' works without one"
+    )
     require(name != "ema" or c.decay > 0, "average", name, remedy)
-    remedy = f"of how many checkpoints? {run.path} has average.last = 0; say 'last:COUNT'"
+    remedy = f"the mean of how many checkpoints? {run.path} has average.last = 0; give 'last:COUNT'"
     require(name != "last" or c.last > 0, "average", name, remedy)
     self._run, self._count = run, 1 if name == "ema" else int(found[1] or c.last)
     self.name = name if name == "ema" else f"last:{self._count}"

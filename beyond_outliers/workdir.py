@@ -67,8 +67,8 @@ class Workdir:
     found = FolderPath(os.path.abspath(os.path.expanduser(path)))
     if "://" in f"{path} {found}":  # etils also takes /gs for gs://
       raise WorkdirError(
-        f"workdir {path}: is no folder, as is needed here; give a mounted folder, in another "
-        "place than /gs, /s3, /az or /hf (--workdir takes s3://BUCKET/PATH and gs://BUCKET/PATH)"
+        f"workdir {path}: is an address, and a folder is needed here; give a mounted folder that "
+        "is not below /gs, /s3, /az or /hf (--workdir takes s3://BUCKET/PATH and gs://BUCKET/PATH)"
       )
     self.path = found
     self._held: int | None = None  # the folder's file descriptor while this process holds it
@@ -85,8 +85,8 @@ class Workdir:
   def _write(self, name: str, value: Any, durable: bool = True) -> None:
     if self._held is not None and is_elsewhere(self._held, self.path):
       raise WorkdirError(
-        f"{self.path} was moved or removed under its run, which ends; give the same command once "
-        "it is back"
+        f"{self.path} was moved or removed while its run was going on, and the run ends; give the "
+        "same command once it is back"
       )
     self.path.mkdir(parents=True, exist_ok=True)
     with file_sums.replaced(self.path / name, durable) as temporary:
@@ -108,7 +108,7 @@ class Workdir:
     found = self.read("config.json")
     expected = (self.read("manifest.json") or {}).get("config") if checked else None
     if expected not in (None, file_sums.digest(found)):
-      raise WorkdirError(f"{self.path / 'config.json'} is not what manifest.json says; {RESTORE}")
+      raise WorkdirError(f"{self.path / 'config.json'} does not match manifest.json; {RESTORE}")
     try:
       return None if found is None else config.resolve(found)
     except config.ConfigError as error:
@@ -135,7 +135,7 @@ class Workdir:
       if isinstance(row, dict) and isinstance(row.get("step"), int):
         found.append((line.decode(), row))
       elif line and number < len(lines):
-        raise WorkdirError(f"{path}:{number}: no row of metrics, {line[:40]!r}; remove the line")
+        raise WorkdirError(f"{path}:{number}: not a row of metrics, {line[:40]!r}; remove the line")
     return found
 
   def check(self) -> None:
@@ -153,7 +153,7 @@ class Workdir:
     had = status["status"] in ("done", "preempted") or (begun and status["status"] != "diverged")
     if had or any(self.checkpoints.glob("damaged-*")):
       raise WorkdirError(
-        f"{self.path} holds a run, {status['status']} at step {status['step']}, and none of its "
+        f"{self.path} holds a run, {status['status']} at step {status['step']}, but none of its "
         "checkpoints; restore one from a copy, or start in another workdir"
       )
 

@@ -131,7 +131,7 @@ class Wandb:
     known = workdir.read("wandb.json")
     if known and known.get("of", of) != of:
       raise WorkdirError(
-        f"{workdir.path / 'wandb.json'} is of another run; remove it, and a new one begins there"
+        f"{workdir.path / 'wandb.json'} is of another run; remove it to begin a new one there"
       )
     self._run = wandb.init(
       project=project,

@@ -37,10 +37,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("slices", 1, "Slices of TPUs that a run is spread over.", 1)
   flags.DEFINE_integer("hosts", 1, "Hosts with GPUs that a run is spread over.", 1)
   flags.DEFINE_string(
-    "evaluate_accelerator", "", "Of the evaluation jobs; one slice, or host, as a run's if empty."
+    "evaluate_accelerator",
+    "",
+    "Accelerator of the evaluation jobs; if empty, one slice, or host, like a run's.",
   )
   flags.DEFINE_integer("restarts", 10, "How often a run that failed is started again.", 0)
-  flags.DEFINE_bool("spot", False, "Nodes that may be taken away, for less.")
+  flags.DEFINE_bool("spot", False, "Spot nodes, which cost less and may be taken away.")
   flags.DEFINE_string("namespace", "default", "Namespace of the JobSets.")
   flags.DEFINE_string("service_account", "", "Kubernetes account that may use the bucket.")
   flags.DEFINE_string("queue", "", "Local queue of Kueue, where the cluster has it.")
@@ -55,15 +57,17 @@ def parse_nodes(
   if name.startswith("nvidia-"):
     if not count.isdecimal() or not 1 <= int(count) <= 16 or not DNS_LABEL.fullmatch(name):
       raise ConfigError(
-        f"{flag}={accelerator}: expected the GPUs of one host, as nvidia-h100-80gb:8"
+        f"{flag}={accelerator}: expected the GPUs of one host, such as nvidia-h100-80gb:8"
       )
     if slices > 1:
-      raise ConfigError(f"--slices={slices}: are of TPUs; of hosts with GPUs give --hosts={slices}")
+      raise ConfigError(
+        f"--slices={slices}: slices are for TPUs; for hosts with GPUs give --hosts={slices}"
+      )
     selector = {"cloud.google.com/gke-accelerator": name}
     return Nodes(selector, "nvidia.com/gpu", int(count), hosts, environment=_asked("cuda"))
   if hosts > 1:
     raise ConfigError(
-      f"--hosts={hosts}: are of GPUs; those of a slice follow from {flag}={accelerator}"
+      f"--hosts={hosts}: is for GPUs; the hosts of a slice follow from {flag}={accelerator}"
     )
   part = tpus.parse(accelerator, flag)
   selector = {
@@ -93,7 +97,7 @@ def described() -> str:
   for flag in ("namespace", "service_account", "queue"):
     value = given[flag].value
     if value and not DNS_LABEL.fullmatch(value):
-      raise ConfigError(f"--{flag}={value}: expected small letters, digits and hyphens")
+      raise ConfigError(f"--{flag}={value}: expected lower-case letters, digits and hyphens")
   claim = parse_claim(given.claim)
   remote.check_files(given.config, given.root, [claim[1]] if claim else [])
   nodes = parse_nodes(given.accelerator, given.slices, given.hosts)

@@ -51,7 +51,7 @@ def define_flags() -> None:
   cli.path_flag(
     "config",
     None,
-    "Config file that has a sweep; size and overrides behind a colon.",
+    "Config file that has a sweep; a size and overrides may follow after a colon.",
     required=True,
   )
   cli.path_flag("root", None, "Folder of the workdirs.", required=True)
@@ -59,18 +59,22 @@ def define_flags() -> None:
     "where", [], "key=value,...: only the runs of the sweep that have these values."
   )
   cli.path_flag(
-    "overrides", "", "File of an analysis: values that replace the sweep's, by optimizer."
+    "overrides",
+    "",
+    "File that analysis --overrides wrote: values by optimizer, which replace the sweep's.",
   )
   flags.DEFINE_enum(
     "evaluate",
     "",
     ["", "behind", "beside"],
-    "An evaluation job for each run: behind it, once it has ended, or beside it, with --follow.",
+    "An evaluation job for each run: behind (once the run has ended) or beside it (with --follow).",
   )
   flags.DEFINE_string(
     "evaluate_flags", "", "Flags of the evaluation jobs: '--recipes=rtn_w4a4 --methods=rtn,gptq'."
   )
-  flags.DEFINE_bool("report", False, "A report, ROOT/report, once all others have ended.")
+  flags.DEFINE_bool(
+    "report", False, "Also write a report, ROOT/report, once all other jobs have ended."
+  )
   flags.DEFINE_bool("dry_run", False, "Print what would be done, and start nothing.")
 
 
@@ -177,7 +181,7 @@ def _condition(text: str) -> tuple[str, object]:
     return key, ast.literal_eval(value)
   except (ValueError, SyntaxError):
     raise ConfigError(
-      f"--where={text}: expected key=value, the value as Python has it: seed=0, name='x'"
+      f"--where={text}: expected key=value, the value written as in Python: seed=0, name='x'"
     ) from None
 
 
@@ -227,7 +231,7 @@ def _evaluation(text: str, evaluate: str) -> list[str]:
   if not words:
     return []
   if not evaluate:
-    raise ConfigError(f"--evaluate_flags={text}: of which job? give --evaluate=behind or beside")
+    raise ConfigError(f"--evaluate_flags={text}: for which job? give --evaluate=behind or beside")
   from beyond_outliers.evaluate import __main__ as command  # its flags are not the launcher's
 
   known = flags.FlagValues()

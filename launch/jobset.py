@@ -64,7 +64,7 @@ def manifests(
   for job in listed:
     if job.kind == "report":
       raise ConfigError(
-        "--report: a JobSet does not wait for others; once they are done, "
+        "--report: a JobSet does not wait for others; once they are done, run "
         f"{shlex.join(['python', '-m', job.module, *job.arguments])}"
       )
     if job.kind == "train":

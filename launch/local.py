@@ -37,7 +37,7 @@ def define_flags() -> None:
     "restarts", 0, "How often a run that failed is started again, from its newest checkpoint.", 0
   )
   flags.DEFINE_bool(
-    "list", False, "Print the workdirs and what became of them so far, and start nothing."
+    "list", False, "Print the workdirs and how far their runs are, and start nothing."
   )
 
 
@@ -88,7 +88,7 @@ def _end(runner: pool.Pool) -> None:
     for task in runner.tasks:
       if task.code is not None and task.job.kind == "train" and not pool.well(task):
         what = pool.describe(task.job)
-        print(f"asked to stop; {what}; the same command goes on", flush=True)
+        print(f"asked to stop; {what}; the same command resumes", flush=True)
     sys.exit(jobs.STOPPED)
   failed = [
     f"{'' if task.job.kind == 'train' else task.job.kind + ' '}{task.job.workdir} "

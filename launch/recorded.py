@@ -58,7 +58,7 @@ def check_same_run(workdir: str, path: str, argument: str, values: sweeps.Overri
     if old.data.path != new.data.path:  # both may lead to the same text
       print(
         f"{workdir}: its run read data.path = {old.data.path!r}, not {new.data.path!r}; whether "
-        "they hold the same is compared where it goes on, not of a run that is done",
+        "both hold the same is checked when the run resumes, and not once it is done",
         file=sys.stderr,
       )
 

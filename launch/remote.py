@@ -38,15 +38,15 @@ def check_files(config: str, root: str, mounted: Sequence[str] = ()) -> None:
   path = os.path.normpath(config.partition(":")[0])
   if os.path.isabs(path) or path.split(os.sep)[0] not in COPIED:
     raise ConfigError(
-      f"--config={config}: the image has {', '.join(COPIED)} of the clone, as the launcher is "
-      "started there; put the file into configs/ and give that path"
+      f"--config={config}: the image has {', '.join(COPIED)} of the clone only; put the file into "
+      "configs/ and give that path, from the clone's folder"
     )
   inside = any(
     os.path.commonpath([root, folder]) == folder for folder in mounted if root[:1] == "/"
   )
   if "://" not in root and not inside:
     raise ConfigError(
-      f"--root={root}: is lost with the machine that writes there; give one in a bucket "
+      f"--root={root}: would be lost with the machine that writes there; give one in a bucket "
       f"(gs://...){f', or below {mounted[0]}' if mounted else ''}"
     )
 

@@ -184,7 +184,9 @@ def _script(same: Sequence[jobs.Job], options: Options, followed: bool) -> str:
 def _directive(word: str) -> str:
   """An option as sbatch reads it from a script, by its own rules for quotes and backslashes."""
   if not word.isprintable():
-    raise ConfigError(f"{word!r}: sbatch cannot read it from a script; give a name without")
+    raise ConfigError(
+      f"{word!r}: sbatch cannot read such characters from a script; give a name without them"
+    )
   if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):
     return word
   return '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
@@ -193,7 +195,7 @@ def _directive(word: str) -> str:
 def _pattern(path: str) -> str:
   """A path escaped so that Slurm replaces nothing in it. Errors: ConfigError for a backslash."""
   if "\\" in path:
-    raise ConfigError(f"--root: {path}: Slurm takes the backslash for its own; take one without")
+    raise ConfigError(f"--root: {path}: Slurm interprets backslashes; give a path without")
   return path.replace("%", "%%")
 
 
@@ -210,7 +212,7 @@ def _container(options: Options) -> tuple[list[str], list[str]]:
   for path in seen:
     if re.search(forbidden, path):
       raise ConfigError(
-        f"--container: {path} cannot be seen in it; take a path without {separators}"
+        f"--container: {path} cannot be mounted in it; use a path without {separators}"
       )
   if apptainer:
     binds = [word for path in seen for word in ("--bind", path)]

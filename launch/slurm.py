@@ -28,17 +28,23 @@ def define_flags() -> None:
   flags.DEFINE_integer("nodes", 1, "Nodes of a run.", 1)
   flags.DEFINE_integer("tasks_per_node", 1, "Processes of a run on each node.", 1)
   flags.DEFINE_integer("gpus_per_task", 0, "GPUs of each process.", 0)
-  flags.DEFINE_integer("parallel", 0, "Runs at a time; 0: all that the cluster takes.", 0)
+  flags.DEFINE_integer("parallel", 0, "Runs at a time; 0: as many as the cluster takes.", 0)
   flags.DEFINE_integer(
-    "lead", 300, "Seconds ahead of its time limit at which a run saves and queues again.", 1, 65535
+    "lead", 300, "Seconds before its time limit at which a run saves and is queued again.", 1, 65535
   )
   flags.DEFINE_integer("restarts", 0, "How often a job that failed is queued again.", 0)
   cli.path_flag("environment", "", "Folder of the jobs' virtual environment; by default, this one.")
   flags.DEFINE_string(
     "container", "", "Image to run in, with Apptainer (FILE.sif, docker://NAME) or pyxis (others)."
   )
-  flags.DEFINE_string("sbatch", "", "Further options: '--time=24:00:00 --partition=h100'.")
-  flags.DEFINE_string("evaluate_sbatch", "", "Those of evaluations and the report, on top.")
+  flags.DEFINE_string(
+    "sbatch", "", "Further options of sbatch: '--time=24:00:00 --partition=h100'."
+  )
+  flags.DEFINE_string(
+    "evaluate_sbatch",
+    "",
+    "Options of sbatch for evaluations and the report, in addition to --sbatch.",
+  )
 
 
 def launch(argv: list[str]) -> None:

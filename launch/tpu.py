@@ -68,16 +68,16 @@ def define_flags() -> None:
   flags.DEFINE_string("accelerator", None, "Slice: v5litepod-256, v5p-128, ...", required=True)
   flags.DEFINE_integer("slices", 1, "Slices that a run is spread over.", 1)
   flags.DEFINE_string("zone", None, "Zone of Google Cloud that has them.", required=True)
-  flags.DEFINE_string("project", "", "Project of Google Cloud; gcloud's own if empty.")
-  flags.DEFINE_bool("spot", False, "Slices that may be taken away, for less.")
+  flags.DEFINE_string("project", "", "Project of Google Cloud; if empty, gcloud's own.")
+  flags.DEFINE_bool("spot", False, "Spot slices, which cost less and may be taken away.")
   flags.DEFINE_string(
     "service_account",
     "",
-    "Account that may use the bucket and the image; Compute Engine's if empty.",
+    "Account that may use the bucket and the image; if empty, Compute Engine's default.",
   )
-  flags.DEFINE_string("name", "", "Name of the queued resource; the sweep's if empty.")
-  flags.DEFINE_integer("restarts", 10, "How often a run is started again.", 0)
-  flags.DEFINE_list("steps", list(STEPS), f"Which of {', '.join(STEPS)}.")
+  flags.DEFINE_string("name", "", "Name of the queued resource; if empty, the sweep's.")
+  flags.DEFINE_integer("restarts", 10, "How often a run that failed is started again.", 0)
+  flags.DEFINE_list("steps", list(STEPS), f"Which steps to take, of {', '.join(STEPS)}.")
 
 
 def steps(
@@ -104,8 +104,8 @@ def in_turn(listed: Sequence[Job]) -> list[Job]:
   behind = {job.after[0]: job for job in listed if job.kind == "evaluate" and job.after}
   if any(job.kind == "evaluate" and not job.after for job in listed):
     raise ConfigError(
-      "--evaluate=beside: the chips of a slice are one program's; give --evaluate=behind, or start "
-      "python -m beyond_outliers.evaluate --follow on another machine"
+      "--evaluate=beside: only one program can use the chips of a slice; give --evaluate=behind, "
+      "or start python -m beyond_outliers.evaluate --follow on another machine"
     )
   turns = []
   for job in listed:
@@ -243,7 +243,7 @@ def described() -> list[Step]:
   name = given.name or jobs.title(given.config, given.root)
   for flag, value in (("name", name), ("zone", given.zone), ("project", given.project)):
     if value and not re.fullmatch(r"[a-z]([-a-z0-9]{0,58}[a-z0-9])?", value):
-      raise ConfigError(f"--{flag}={value}: expected small letters, digits and hyphens")
+      raise ConfigError(f"--{flag}={value}: expected lower-case letters, digits and hyphens")
   part = tpus.parse(given.accelerator)
   resource = Resource(
     name, given.zone, part, given.slices, given.project, given.spot, given.service_account
@@ -270,7 +270,9 @@ def launch(argv: list[str]) -> None:
     try:
       code = subprocess.run(["bash", "-c", step.command]).returncode
     except KeyboardInterrupt:
-      print("asked to stop; what was started goes on; the same command follows it", flush=True)
+      print(
+        "asked to stop; what was started goes on, and the same command follows it again", flush=True
+      )
       sys.exit(jobs.STOPPED)
     if code not in (WELL if step.kind == "run" else (0,)):
       failed[f"{step.title} (exit code {code})"] = step.job.name if step.job else ""

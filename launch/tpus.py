@@ -68,8 +68,8 @@ def parse(accelerator: str, flag: str = "--accelerator") -> Slice:
   version = OTHER_NAMES.get(version, version)
   if version not in KINDS:
     raise ConfigError(
-      f"{flag}={accelerator}: expected a slice of TPUs, {', '.join(KINDS)} with a number behind "
-      "a hyphen: v5litepod-256, v5p-128"
+      f"{flag}={accelerator}: expected a slice of TPUs, {', '.join(KINDS)} with a number after a "
+      "hyphen: v5litepod-256, v5p-128"
     )
   kind = KINDS[version]
   by_count = {str(kind.counted * chips_of(topology)): topology for topology in kind.topologies}

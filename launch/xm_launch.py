@@ -52,9 +52,11 @@ def define_flags() -> None:
   jobs.define_flags()
   remote.define_image(required=False)
   flags.DEFINE_enum("executor", "local", list(ACCELERATORS), "Where the jobs run.")
-  flags.DEFINE_integer("parallel", 1, "Jobs at a time, of those that run here.", 1)
+  flags.DEFINE_integer("parallel", 1, "Jobs at a time, where they run here.", 1)
   flags.DEFINE_list(
-    "requirements", [], "Of each job in the cloud, as XManager names them: a100=8,cpu=96,ram=680."
+    "requirements",
+    [],
+    "Resources of each job in the cloud, as XManager names them: a100=8,cpu=96,ram=680.",
   )
 
 
@@ -68,14 +70,14 @@ def parse_requirements(words: Sequence[str], executor: str) -> dict[str, float]:
     if name not in allowed:
       remedy = f"of {', '.join(allowed)}" if allowed else "none for jobs that run here"
       raise ConfigError(
-        f"--requirements={word}: expected for --executor={executor} {remedy}; "
-        "others by python -m launch.gke or launch.tpu"
+        f"--requirements={word}: expected for --executor={executor} {remedy}; for others use "
+        "python -m launch.gke or launch.tpu"
       )
     if not re.fullmatch(r"[1-9]\d{0,5}", amount):
       raise ConfigError(f"--requirements={word}: expected a number, such as {name}=8")
     found[name] = int(amount) * SIZES.get(name, 1)
   if len(found.keys() - SIZES) > 1:
-    raise ConfigError(f"--requirements={','.join(words)}: one kind of accelerator a job")
+    raise ConfigError(f"--requirements={','.join(words)}: give one kind of accelerator per job")
   return found
 
 
@@ -193,8 +195,8 @@ def launch(argv: list[str]) -> None:
     raise ConfigError(f"--image={given.image}: jobs that run here need none; leave it out")
   if local and given.evaluate == "beside":
     raise ConfigError(
-      "--evaluate=beside: would wait for ever for a run that was refused; give --evaluate=behind, "
-      "or take python -m launch.local"
+      "--evaluate=beside: would wait forever for a run that was refused; give --evaluate=behind, "
+      "or use python -m launch.local"
     )
   if given.image:
     remote.check_image(given.image)
@@ -211,7 +213,7 @@ def launch(argv: list[str]) -> None:
   queue = Queue(listed, parallel, jobs.left_out if local else lambda job: False)
   asyncio.run(run(queue, jobs.title(given.config, given.root), executor, given.image))
   if queue.asked:
-    print("asked to stop; the same command goes on", flush=True)
+    print("asked to stop; the same command resumes", flush=True)
     sys.exit(jobs.STOPPED)
   failed = [
     job for job in queue.failed if not (local and job.kind == "train" and jobs.left_out(job))

@@ -159,7 +159,7 @@ IN_THE_WINDOW = {
   "no record of the run": (lambda directory: shutil.rmtree(directory / "run"), "run is not what"),
   "torn digests": (
     lambda directory: (directory / "digests" / "metadata").write_text('{"arrays'),
-    "its digests are not readable",
+    "its digests cannot be read",
   ),
 }
 
@@ -475,10 +475,10 @@ def test_what_cannot_be_read_back_is_told_at_once_and_not_sealed(saved, monkeypa
   skip_merge(monkeypatch)
   checkpoints = checkpoint.Checkpoints(saved, OPTIONS)
   checkpoints.save(4, make_state(4), {"batches": 4}, {"seconds": 4.0})
-  with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
+  with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, but cannot be read back"):
     while True:  # as training steps ask
       checkpoints.check()
-  with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"):
+  with pytest.raises(checkpoint.CheckpointError, match="/4: was saved, but cannot be read back"):
     checkpoints.save(5, make_state(5), {"batches": 5}, {"seconds": 5.0})
   assert not (saved / "4" / workdir.SUMS).exists() and not (saved / "5").exists()
   assert checkpoint.Checkpoints(saved, OPTIONS).restore(shapes(make_state()))[0] == 3
@@ -506,7 +506,7 @@ def test_none_is_deleted_before_the_next_is_proven(tmp_path, monkeypatch, tempor
   assert sealed_before == [[], [1]] and checkpoints.steps() == left
   with monkeypatch.context() as fault:
     skip_merge(fault)
-    with pytest.raises(checkpoint.CheckpointError, match="/3: was saved, and cannot be read back"):
+    with pytest.raises(checkpoint.CheckpointError, match="/3: was saved, but cannot be read back"):
       save(3)
   assert checkpoints.steps() == [*left, 3]
   checkpoints = checkpoint.Checkpoints(tmp_path, options)  # the same command again

@@ -25,9 +25,9 @@ REFUSED = {
   ),
   "a size that is none of the colon's": (
     ["--config=configs/adamw.py:nano,size=50m"],
-    ["size = '50m': a size is chosen behind the colon, as in --config=configs/adamw.py:50m"],
+    ["size = '50m': give the size after the colon, as in --config=configs/adamw.py:50m"],
   ),
-  "a size by a flag": (["--config=configs/adamw.py", "--config.size=50m"], ["behind the colon"]),
+  "a size by a flag": (["--config=configs/adamw.py", "--config.size=50m"], ["after the colon"]),
   "a key twice": (
     ["--config=configs/adamw.py:nano,steps=3,steps=4"],
     ["config argument = 'steps': is given twice"],
@@ -54,11 +54,11 @@ REFUSED = {
   ),
   "tokens that no steps follow": (
     ["--config=configs/adamw.py", "--config.tokens_per_parameter=50"],
-    ["tokens_per_parameter = 50: steps = 260 are set"],
+    ["tokens_per_parameter = 50: steps = 260 is set"],
   ),
   "steps of another model": (
     ["--config=configs/adamw.py:0.1m", "--config.model.tied=False"],
-    ["model.tied = False: steps follow tokens_per_parameter for True alone; set steps"],
+    ["model.tied = False: tokens_per_parameter gives the steps for True only; set steps"],
   ),
   "a key of a flag": (
     ["--config=configs/adamw.py", "--config.model.hads=3"],
@@ -191,7 +191,7 @@ def test_a_flag_that_is_a_path_knows_the_home_folder(monkeypatch, tmp_path):
   (tmp_path / "lr=1,seed=0").mkdir()
   values(["command", "--some=lr=1,seed=0"])
   assert some.value == ["lr=1,seed=0"], "a folder whose name has a comma"
-  with pytest.raises(flags.IllegalFlagValueError, match="--one=~nouser: ~ is no user's home"):
+  with pytest.raises(flags.IllegalFlagValueError, match="--one=~nouser: ~ is not a home"):
     values(["command", "--one=~nouser"])
 
 

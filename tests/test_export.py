@@ -353,19 +353,19 @@ def test_the_package_of_the_layout_reads_the_same(written):
     ),
     (
       recipe(QuantSpec(4, "midrise")),
-      "weights.grid = 'midrise': its odd codes have no zero.*take 'symmetric'",
+      "weights.grid = 'midrise': its codes are odd numbers.*use 'symmetric'",
     ),
     (
       recipe(QuantSpec(4, "e2m1")),
-      "weights.grid = 'e2m1': not written; .* keep the model by its save",
+      "weights.grid = 'e2m1': not supported .* keep the model with its save",
     ),
     (
       recipe(QuantSpec(4), QuantSpec(4, "unsigned", granularity="token")),
-      "activations.grid = 'unsigned': not written",
+      "activations.grid = 'unsigned': not supported",
     ),
     (
       recipe(None, QuantSpec(8, granularity="token")),
-      "weights = None: the layout quantizes inputs only beside",
+      "weights = None: the layout quantizes inputs only together",
     ),
     (
       recipe(QuantSpec(8), QuantSpec(8, scale="mse", granularity="token")),
@@ -373,7 +373,7 @@ def test_the_package_of_the_layout_reads_the_same(written):
     ),
     (
       RECIPES["rtn_w4a4"],
-      "activations = 'symmetric, absmax': the engine .* take the grid 'twos_complement' with",
+      "activations = 'symmetric, absmax': the engine .* use the grid 'twos_complement' with",
     ),
     (
       recipe(QuantSpec(4), dataclasses.replace(edge(4), grid="symmetric")),

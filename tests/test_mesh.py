@@ -248,5 +248,5 @@ def test_a_process_knows_its_share_of_the_rows(monkeypatch, made, shares):
   "made", [laid_out([0, 0, 0, 1]), laid_out([0, 0, 0, 1, 1, 1], model=2)], ids=["sizes", "overlap"]
 )
 def test_rows_that_are_no_equal_share_are_refused(made):
-  with pytest.raises(config.ConfigError, match="no equal share"):
+  with pytest.raises(config.ConfigError, match="not hold an equal share"):
     mesh.share_of_rows(made)

@@ -65,7 +65,7 @@ def test_checkpoints_of_another_training_are_refused(workdir, tmp_path, average)
   other = runs.open(folder)
   assert mine.identity == first != other.identity and not other.replaced_by()
   assert mine.replaced_by() == other.identity
-  told = rf"checkpoints/4 is of the run {first[:12]}, and .* that of {other.identity[:12]} when it"
+  told = rf"4 belongs to the run {first[:12]}, and .* belonged to {other.identity[:12]} when it"
   with pytest.raises(checkpoint.CheckpointError, match=told):
     other.params(average=average)
   for step in ("2", "4"):
@@ -77,8 +77,8 @@ def test_checkpoints_of_another_training_are_refused(workdir, tmp_path, average)
 @pytest.mark.parametrize(
   ("name", "problem"),
   [
-    ("ema", r"average = 'ema': .* kept none \(average.decay = 0\)"),
-    ("last", r"average = 'last': of how many checkpoints\? .*say 'last:COUNT'"),
+    ("ema", r"average = 'ema': .* kept no moving average \(average.decay = 0\)"),
+    ("last", r"average = 'last': the mean of how many checkpoints\? .*give 'last:COUNT'"),
     ("last:0", "average = 'last:0': expected 'ema', 'last' or 'last:COUNT'"),
     ("mean", "average = 'mean': expected 'ema'"),
   ],
@@ -160,7 +160,7 @@ def test_parameters_of_eight_devices_on_one(workdir):
     np.dtype("bfloat16")
   }
   for dtype in ("int8", "float64", "bfloat"):  # which would be zeros, float32, and nothing
-    with pytest.raises(config.ConfigError, match=f"dtype = '{dtype}': (expected one of|jax holds)"):
+    with pytest.raises(config.ConfigError, match=f"dtype = '{dtype}': (expected one of|JAX has)"):
       run.params(2, dtype=dtype)
 
 

@@ -97,7 +97,10 @@ def test_records_that_cannot_be_read_now_are_not_called_damaged(tmp_path, monkey
 def test_a_folder_that_is_moved_under_its_run_ends_it(tmp_path, what):
   """It would go on, with its rows in one place and its checkpoints in another, or nowhere."""
   workdir = workdir_lib.Workdir(tmp_path / "run")
-  with pytest.raises(WorkdirError, match="run was moved or removed under its run"), workdir.lock():
+  with (
+    pytest.raises(WorkdirError, match="run was moved or removed while its run was going on"),
+    workdir.lock(),
+  ):
     workdir.set_status("running", 1)
     (tmp_path / "run").rename(tmp_path / "moved")
     if what == "removed":
@@ -179,7 +182,7 @@ def test_rows_but_for_a_last_line_that_was_cut_off(tmp_path, last):
 def test_a_line_that_is_no_row_is_refused_by_number(tmp_path, line):
   (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([ROW, line, ROW]))
   with pytest.raises(
-    WorkdirError, match=r"/metrics.jsonl:2: no row of metrics, .*; remove the line"
+    WorkdirError, match=r"/metrics.jsonl:2: not a row of metrics, .*; remove the line"
   ):
     workdir_lib.Workdir(tmp_path).check()
 

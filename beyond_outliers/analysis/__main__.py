@@ -24,42 +24,42 @@ from beyond_outliers.config.files import make_folder
 from beyond_outliers.errors import ConfigError
 
 OUT = cli.path_flag(
-  "out",
-  "",
-  "Write a page of HTML about all of it into this folder, with figures and tables, instead.",
+  "out", "", "Write an HTML report on all of it to this folder, with figures and tables, instead."
 )
 ROOT = cli.paths_flag(
   "root",
   None,
-  "Folders with the workdirs of sweeps, at any depth, addresses of such in stores, or files that "
-  "--pack wrote.",
+  "Folders that hold the workdirs of sweeps, at any depth, their addresses in stores, or files "
+  "that --pack wrote.",
   required=True,
 )
-PLOT = cli.path_flag("plot", "", "Also draw the loss curves into this file, .png or .svg.")
+PLOT = cli.path_flag("plot", "", "Also draw the loss curves to this file, .png or .svg.")
 GAP_PLOT = cli.path_flag(
-  "gap_plot", "", "Also draw what the recipes cost into this file, .png or .svg."
+  "gap_plot", "", "Also draw what the recipes cost to this file, .png or .svg."
 )
 COMMON_LOSS = flags.DEFINE_bool(
-  "common_loss", False, "How the optimizers come to one loss in full precision, instead."
+  "common_loss", False, "Print how the optimizers reach one common loss in full precision, instead."
 )
 DEGRADATION = flags.DEFINE_string(
-  "degradation", "", "What evaluation jobs found, instead: loss_difference, kl, agreement, ..."
+  "degradation",
+  "",
+  "Print this metric of the evaluation jobs, instead: loss_difference, kl, agreement, ...",
 )
 CELLS = cli.paths_flag(
   "cells",
   [],
-  "With --degradation or --out: folders that evaluate --out wrote to, beside the runs' own eval/.",
+  "With --degradation or --out: folders that evaluate --out wrote to, besides the runs' own eval/.",
 )
 SETTINGS = flags.DEFINE_list(
   "settings",
   [],
-  "With --degradation or --out: only cells that were measured under these, documents=3,...",
+  "With --degradation or --out: only cells measured with these settings, documents=3,...",
 )
 OVERRIDES = cli.path_flag(
-  "overrides", "", "Also write what was found in full precision to this file, for launch.local."
+  "overrides", "", "Also write the values found in full precision to this file, for launch.local."
 )
 PACK = cli.path_flag(
-  "pack", "", "Write all that reports read of the runs into this .tar.xz file, instead."
+  "pack", "", "Write all that reports read of the runs to this .tar.xz file, instead."
 )
 
 
@@ -113,14 +113,14 @@ def _check_flags() -> None:
       not flag.value or bool(DEGRADATION.value or OUT.value),
       f"--{flag.name}",
       ",".join(flag.value),
-      "belongs to --degradation and to --out",
+      "works only with --degradation or --out; give one of them",
     )
   for folder in CELLS.value:
     require(
       os.path.isdir(folder),
       "--cells",
       folder,
-      "there is no such folder; give those that evaluate had as --out",
+      "there is no such folder; give those that evaluate --out wrote to",
     )
   require(
     all("=" in setting for setting in SETTINGS.value),
@@ -145,7 +145,7 @@ def _check_flags() -> None:
       not flag.value or style.is_writable(flag.value),
       f"--{flag.name}",
       flag.value,
-      "no figure is written as such a file; give a name that ends in .png or .svg",
+      "figures are not written in this format; give a name that ends in .png or .svg",
     )
   if OUT.value:
     make_folder(OUT.value, ConfigError, "give a folder that can be written", "--out")

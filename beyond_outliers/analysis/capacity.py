@@ -71,7 +71,7 @@ def gaussian_error(
     spec.grid != "unsigned",
     "grid",
     spec.grid,
-    "numbers of N(0, 1) have a sign; take the recipe's grid for signed values",
+    "numbers from N(0, 1) are signed; use the recipe's grid for signed values",
   )
   spec = dataclasses.replace(spec, rotation="none", rounding="nearest")
   if spec.scale == "learned":
@@ -86,7 +86,12 @@ def fit_capacity(errors: Sequence[float], rho: Sequence[float]) -> CapacityCurve
 
   errors: of one operand, with the other in full precision. Errors: ConfigError for fewer than
   three."""
-  require(len(errors) >= 3, "errors", list(errors), "two constants need at least three of them")
+  require(
+    len(errors) >= 3,
+    "errors",
+    list(errors),
+    "at least three errors are needed to fit two constants",
+  )
 
   def residuals(constants):
     return CapacityCurve(*constants)(np.asarray(errors)) - np.asarray(rho)

@@ -75,14 +75,14 @@ def common_loss(runs: Sequence[runs_lib.Run]) -> tuple[float, list[Landing]]:
   frame = frame[frame.recipe == FULL_PRECISION]
   if frame.empty:
     raise ConfigError(
-      "the common loss is of runs in full precision (quant.recipe = 'none'), and there are none; "
+      "the common loss needs runs in full precision (quant.recipe = 'none'), and there are none; "
       "give some"
     )
   length = int(frame.steps.max())
   if shorter := sorted(set(frame.optimizer) - set(frame.optimizer[frame.steps == length])):
     raise ConfigError(
       f"{', '.join(shorter)}: no run of {length} steps, the longest here; train one, or leave out "
-      f"{'these' if len(shorter) > 1 else 'this optimizer'}, or what is longer"
+      f"{'these' if len(shorter) > 1 else 'this optimizer'}, or the longer runs"
     )
   tunings = tunings_of(frame[frame.steps == length])
   target = max(t.loss for t in tunings)
@@ -171,8 +171,8 @@ def _expected_endings(
   ]
   if len(flat) < 2:
     raise ConfigError(
-      f"{name}: {len(flat)} evaluations between warm-up and cool-down of {length} steps, two are "
-      "needed to estimate a shorter run: train with a smaller eval.every"
+      f"{name}: {len(flat)} evaluations between warm-up and cool-down of {length} steps, and two "
+      "are needed to estimate a shorter run; train with a smaller eval.every"
     )
   slope = (flat[-1].loss - flat[-2].loss) / math.log(flat[-1].step / flat[-2].step)
   gain = flat[-1].loss + slope * math.log(length / flat[-1].step) - final

@@ -86,10 +86,15 @@ def correlation(
       np.ptp(column) > 0,
       name,
       float(column[0]),
-      "all values are equal, so that nothing can vary with it",
+      "all values are equal, so nothing can vary with them",
     )
   if given is not None:
-    require(method != "kendall", "method", method, 'of a partial one, take "pearson" or "spearman"')
+    require(
+      method != "kendall",
+      "method",
+      method,
+      'partial correlations are not computed by it; use "pearson" or "spearman"',
+    )
   found = float(coefficient.statistic(*columns))
   low, high = bootstrap_interval(
     coefficient.statistic,

@@ -97,7 +97,8 @@ def _find(folder: str) -> list[runs_lib.Run]:
   if not found:
     rows = ", ".join(SMALL_RUNS)
     raise WorkdirError(
-      f"{folder} holds no run: give the folder of some, or one of {rows}, which makes small ones"
+      f"{folder} holds no run; give a folder that holds some, or one of {rows}, which makes small "
+      "ones"
     )
   return found
 

@@ -149,8 +149,8 @@ def read_points(points: Table, embedding: bool) -> tuple[pd.DataFrame, list[str]
   for row in table.index[table.duplicated(keys)][:1]:
     same = frame.index[(table.reindex(frame.index)[keys] == table.loc[row, keys]).all(axis=1)]
     raise ConfigError(
-      f"points: rows {list(same)} are one run, {_run(frame, row)}: leave all but one out; of a "
-      "sweep, keep the tuned learning rate"
+      f"points: rows {list(same)} are one run, {_run(frame, row)}; leave out all but one (of a "
+      "sweep, keep the tuned learning rate)"
     )
   return table.reset_index(drop=True), left_out
 
@@ -162,10 +162,11 @@ def _checked_frame(points: Table, embedding: bool) -> pd.DataFrame:
     frame = pd.DataFrame(points).reset_index(drop=True)
   except (TypeError, ValueError) as error:
     raise ConfigError(
-      f"points = {points!r}: no table of runs ({error}); give a pandas.DataFrame, or a list of rows"
+      f"points = {points!r}: not a table of runs ({error}); give a pandas.DataFrame, or a list of "
+      "rows"
     ) from None
   twice = list(frame.columns[frame.columns.duplicated()])
-  require(not twice, "points", twice, "columns are there twice; leave one out")
+  require(not twice, "points", twice, "these columns appear twice; leave one out")
   needed = COLUMNS if embedding else (*COLUMNS, "embedding")
   for column in needed:
     require(
@@ -182,7 +183,7 @@ def _checked_frame(points: Table, embedding: bool) -> pd.DataFrame:
       len(values) < 2,
       f"points: {column}",
       ", ".join(values),
-      "losses over different data, or in different tokens, do not compare; fit them apart",
+      "losses on different data, or in different tokens, cannot be compared; fit them separately",
     )
   for column in ("optimizer", "recipe", "seed"):
     for row in frame.index[frame[column].isna()][:1]:
@@ -211,7 +212,7 @@ def _log_losses(frame: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
       loss[row] = np.nan
     elif not (np.isfinite(loss[row]) and loss[row] > 0):
       left_out.append(
-        f"{_run(frame, row)}: loss = {_plain(frame.loss[row])!r} is no finite number above 0"
+        f"{_run(frame, row)}: loss = {_plain(frame.loss[row])!r} is not a finite number above 0"
       )
       loss[row] = np.nan
   return np.log(loss), left_out

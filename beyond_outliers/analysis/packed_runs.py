@@ -71,7 +71,7 @@ def pack_runs(runs: Sequence[runs_lib.Run], path: PathLike) -> str:
         archive.addfile(entry, io.BytesIO(text))
     named = {os.path.relpath(folder, root): run for folder, run in folders.items()}
     if problem := _misread(temporary, packed, named):
-      raise WorkdirError(f"--pack = {path}: {problem}; what was there stays; leave that run out")
+      raise WorkdirError(f"--pack = {path}: {problem}; nothing was written; leave that run out")
   return f"{path}: {len(folders)} runs, {len(packed)} files, {os.path.getsize(path) / 1e6:.2f} MB"
 
 
@@ -107,16 +107,16 @@ def _misread(
       found = {os.path.relpath(run.path, opened): run for run in runs_lib.find(opened)}
       configs = {name: run.config for name, run in found.items()}
     except WorkdirError as error:
-      return f"would be refused ({error})"
+      return f"the file could not be read back ({error})"
     for name, text in packed.items():
       if pathlib.Path(opened, name).read_bytes() != text:
-        return f"{name} would differ"
+        return f"{name} would differ in the file"
     for name in found.keys() ^ runs.keys():
-      return f"{name} would be {'a' if name in found else 'no'} run"
+      return f"{name} would {'' if name in found else 'not '}be a run in the file"
     for name, run in runs.items():
       other = sorted(config.differences(run.config, configs[name]).keys() - PATHS.keys())
       if other or found[name].identity != run.identity:
-        return f"{run.name} would have another {', '.join(other) or 'identity'}"
+        return f"{run.name} would have another {', '.join(other) or 'identity'} in the file"
   return ""
 
 
@@ -203,5 +203,5 @@ def _extract(content: bytes, path: pathlib.Path, folder: PathLike) -> None:
       archive.extractall(folder, filter="data")  # the filter refuses names outside the folder
   except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
     raise WorkdirError(
-      f"{path} is no whole file of packed runs ({error}); get it again, or pack the runs anew"
+      f"{path} is not a complete file of packed runs ({error}); get it again, or pack the runs anew"
     ) from None

@@ -159,7 +159,10 @@ def _check_any(
       f"runs: none of {len(runs)} has a quantized cell of its last step with what this needs"
       f"{under}; measure some: {command}"
     )
-  return [f"{run.name}: no cell of its last step, {run.config.steps}, has this" for run in without]
+  return [
+    f"{run.name}: none of the cells of its last step, {run.config.steps}, has what this needs"
+    for run in without
+  ]
 
 
 def _correlated(cells: pd.DataFrame, name: str, lost: str, confidence: float) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _problem(means: pd.DataFrame, columns: Sequence[str]) -> str:
   """Why these columns have no correlation; empty where they have one."""
   least = len(columns) + 1
   if len(means) < least:
-    return f"{len(means)} optimizers; it takes {least}"
+    return f"{len(means)} optimizers; at least {least} are needed"
   for column in columns:
     values = means[column].to_numpy(float)
     broken = list(means.optimizer[~np.isfinite(values)])

@@ -77,7 +77,7 @@ def find_cells(
   Errors: ConfigError for a folder that does not exist, a setting that no cell has, and runs that
     are not comparable, see `tuning.check_comparable`."""
   for folder in folders:
-    remedy = "there is no such folder; give those that evaluate had as --out"
+    remedy = "there is no such folder; give those that evaluate --out wrote to"
     require(os.path.isdir(folder), "folders", str(folder), remedy)
   shared = [cell for folder in folders for cell in results.ResultStore(folder).cells()]
   every = {run: _of_run(run, shared) for run in runs}

@@ -52,7 +52,7 @@ def print_tuning(
     not gap_plot or len(recipes) > 1,
     "--gap_plot",
     gap_plot,
-    f"the runs are all of recipe {recipes[0]!r}; add to --root the same under another",
+    f"all runs have the recipe {recipes[0]!r}; add the same runs under another one to --root",
   )
   for recipe in recipes:
     _print_rates(recipe, [t for t in found if t.recipe == recipe])

@@ -189,7 +189,7 @@ def fit(
   table, left_out = read_points(points, embedding)
   if table.empty:
     raise ConfigError(
-      f"points: none of {len(left_out)} runs is done with a loss; the first: {left_out[:1]}"
+      f"points: none of {len(left_out)} runs is done and has a loss; the first: {left_out[:1]}"
     )
   table, alone = with_references(table, law, shared, reference)
   distinct = ["optimizer", "recipe", "N", "D"]

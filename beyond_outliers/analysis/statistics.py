@@ -70,7 +70,7 @@ def paired_difference(
   Errors: ConfigError for seeds on one side only, values that are not finite, fewer than two."""
   if isinstance(first, Mapping) and isinstance(second, Mapping):
     alone = sorted(set(first) ^ set(second), key=str)
-    require(not alone, "seeds", alone, "are on one side only; give those of both")
+    require(not alone, "seeds", alone, "are on one side only; give both sides the same seeds")
     first, second = list(first.values()), [second[seed] for seed in first]
   elif isinstance(first, Mapping) or isinstance(second, Mapping):
     raise ConfigError("first, second: one has seeds, the other has none; give {seed: value} twice")

@@ -143,8 +143,8 @@ def run_frame(runs: Sequence[runs_lib.Run], *, but: Collection[str] = ()) -> pd.
   for _, same in frame.groupby(["optimizer", "recipe", "rate", "seed", *EXTENT]):
     if len(same) > 1:
       raise ConfigError(
-        f"{same.run.iloc[0].name} and {same.run.iloc[1].name} are of one optimizer, recipe, "
-        "learning rate, seed and length: leave one out"
+        f"{same.run.iloc[0].name} and {same.run.iloc[1].name} have the same optimizer, recipe, "
+        "learning rate, seed and length; leave one out"
       )
   return frame
 
@@ -161,7 +161,7 @@ def final_metric(run: runs_lib.Run, metric: str) -> float:
 def not_done(runs: Sequence[runs_lib.Run], *but: str) -> list[str]:
   """A sentence for each run that is not done, and so counts as infinite. but: statuses to skip."""
   counted = [run for run in runs if run.status["status"] not in ("done", *but)]
-  return [f"{standing(run)}, counts as infinite" for run in counted]
+  return [f"{standing(run)}, so its loss counts as infinite" for run in counted]
 
 
 def standing(run: runs_lib.Run) -> str:
@@ -184,8 +184,8 @@ def check_comparable(runs: Sequence[runs_lib.Run], but: Collection[str] = ()) ->
       first, expected = alike.setdefault(group, (run, values))
       for key, one, other in _differences(expected, values):
         raise ConfigError(
-          f"{key}: {one!r} in {first.name}, {other!r} in {run.name}: these do not compare; "
-          "report on them apart"
+          f"{key}: {one!r} in {first.name}, {other!r} in {run.name}: such runs cannot be compared; "
+          "report on them separately"
         )
 
 

@@ -210,7 +210,7 @@ class Checkpoints:
     concurrent.futures.wait(self._seals)
     errors = [error for seal in self._seals if (error := seal.exception())]
     if mesh.on_any_process(bool(errors)):
-      raise errors[0] if errors else CheckpointError(f"{self.directory}: see the first process")
+      raise errors[0] if errors else CheckpointError(f"{self.directory}: see process 0's message")
     self._seals.clear()
 
   def close(self) -> None:
@@ -228,7 +228,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise all kinds
       raise OSError(
         f"{self.directory}: the checkpoint being saved could not be written "
-        f"({reading.reason(error)}); those before it are left: free what is short, and give the "
+        f"({reading.reason(error)}); earlier ones are intact: free what has run out, and give the "
         "same command"
       ) from error
 
@@ -274,7 +274,7 @@ class Checkpoints:
       )
     remedy = "restore one from a copy, or start in another workdir"
     if step is not None:
-      steps, remedy = [step], "restore it from a copy, or take another step"
+      steps, remedy = [step], "restore it from a copy, or use another step"
     found, result, damaged = recovery.newest_intact(
       self.directory, steps, read, remedy, verify=self._verify
     )

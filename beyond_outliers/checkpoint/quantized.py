@@ -23,7 +23,7 @@ def save_quantized(q: quant.QuantizedModel, directory: PathLike) -> None:
   Errors: CheckpointError, also when the directory already exists."""
   directory = FolderPath(directory).absolute()
   if directory.exists():
-    raise CheckpointError(f"{directory}: is there already; remove it or choose another")
+    raise CheckpointError(f"{directory}: already exists; remove it or choose another")
   tensors, description = quant.storage.pack_model(q)
   texts = {"description": description}
   texts["digests"] = digests.record(digests.examine(tensors).digests, texts)
@@ -46,7 +46,9 @@ def load_quantized(directory: PathLike) -> quant.QuantizedModel:
     ConfigError."""
   directory = FolderPath(directory).absolute()
   if not (directory / "description").exists():
-    raise CheckpointError(f"{directory}: no quantized model; give what save_quantized wrote")
+    raise CheckpointError(
+      f"{directory}: not a quantized model; give a folder that save_quantized wrote"
+    )
   damaged = f"{directory} is damaged: {{}}; copy it again".format
   if problem := folder_mismatch(directory):
     raise CheckpointError(damaged(problem))

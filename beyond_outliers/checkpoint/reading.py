@@ -49,7 +49,7 @@ def check_readable(
     problem = reason(error)
   if problem:
     raise CheckpointError(
-      f"{path}: was saved, and cannot be read back ({problem}); take a folder on another disk"
+      f"{path}: was saved, but cannot be read back ({problem}); use a folder on another disk"
     )
 
 

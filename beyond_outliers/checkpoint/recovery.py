@@ -66,8 +66,8 @@ def newest_intact(
         problem = reason(error)
     if mesh.on_any_process(bool(problem)):
       raise CheckpointError(
-        f"{directory / str(step)} could not be read now ({problem or 'by another process'}), and "
-        "is not damaged: nothing was changed; free what is short, and give the same command"
+        f"{directory / str(step)} could not be read now ({problem or 'by another process'}), but "
+        "is not damaged, and nothing was changed: free what has run out, and give the same command"
       )
     if not mesh.on_any_process(bool(damage)):
       assert found is not None
@@ -88,9 +88,9 @@ def compare_contents(
   with contextlib.suppress(ValueError):
     recorded = read_text(checkpoint / "digests")
   if misfit(recorded, digests.DIGEST_KINDS):
-    raise UnusableError("its digests are not readable")
+    raise UnusableError("its digests cannot be read")
   if recorded.get("step", int(checkpoint.name)) != int(checkpoint.name):  # early ones have no step
-    raise UnusableError(f"it was saved as {recorded['step']}, and renamed")
+    raise UnusableError(f"it was saved as {recorded['step']}, and renamed since")
   if name := digests.difference(recorded, contents.digests, texts):
     raise UnusableError(f"{name} is not what was saved: its digest differs")
 
@@ -102,13 +102,13 @@ def check_run(checkpoint: epath.Path, identity: str) -> None:
   try:
     record: Any = read_run(checkpoint)
   except ValueError:
-    raise UnusableError("what it tells of its run is not readable") from None
+    raise UnusableError("its record of the run cannot be read") from None
   if not identity or misfit(record, {"manifest": dict}):  # early records have no manifest
     return
   if (found := identity_of(record["manifest"])) != identity:
     raise CheckpointError(
-      f"{checkpoint} is of the run {found[:12]}, and its folder was that of {identity[:12]} when "
-      "it was opened; if another training has begun there, give the same command again"
+      f"{checkpoint} belongs to the run {found[:12]}, and its folder belonged to {identity[:12]} "
+      "when it was opened; if another training has begun there, give the same command again"
     )
 
 

@@ -20,7 +20,7 @@ MINIMUM = dict(
   max_skipped_updates=1,
 )
 LARGEST_SEED = 2**32 - 1  # JAX's keys use no more bits of a seed
-MAXIMUM = {"seed": (LARGEST_SEED, "as many as keys of random numbers can hold")}
+MAXIMUM = {"seed": (LARGEST_SEED, "the largest seed that random keys can hold")}
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str:
@@ -38,7 +38,12 @@ def require(ok: bool, field: str, value: Any, remedy: str) -> None:
 def require_once(field: str, keys: Sequence[str]) -> None:
   """Refuses keys that are given twice, of which only one would count. Errors: ConfigError."""
   for place, key in enumerate(keys):
-    require(key not in keys[:place], field, key, "is given twice, and only one of them would count")
+    require(
+      key not in keys[:place],
+      field,
+      key,
+      "is given twice, and only one of the two would take effect; give it once",
+    )
 
 
 def require_one_of(section: Any, prefix: str, **allowed: Collection[str]) -> None:

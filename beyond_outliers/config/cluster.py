@@ -64,7 +64,8 @@ def membership(text: str, environment: Environment) -> Membership:
   )
   raise ConfigError(
     f"--distributed = {text!r}: nothing here says how many processes there are and which this one "
-    f"is; looked for {looked_for}; start by srun, mpirun or a JobSet, or give HOST:PORT,COUNT,INDEX"
+    f"is; looked for {looked_for}; start with srun, mpirun or a JobSet, or give "
+    "HOST:PORT,COUNT,INDEX"
   )
 
 
@@ -79,16 +80,16 @@ def check_free(address: str) -> None:
   except OSError as error:
     if error.errno is not None and error.errno in (errno.EADDRINUSE, errno.EACCES):
       raise Failure(
-        f"{address}, where the processes of a run meet: process 0 cannot listen at port {port} "
-        f"({os.strerror(error.errno)}); take another, or end what is there"
+        f"{address}, where the processes of a run meet: process 0 cannot listen on port {port} "
+        f"({os.strerror(error.errno)}); use another port, or stop what is using this one"
       ) from None
 
 
 def _checked(found: Membership) -> Membership:
   if found.count is not None and found.index is not None and not 0 <= found.index < found.count:
     raise ConfigError(
-      f"{found.source}: process {found.index} of {found.count}; they count from 0, and there is at "
-      "least one"
+      f"{found.source}: process {found.index} of {found.count}; processes count from 0, and there "
+      "must be at least one"
     )
   return found
 
@@ -162,7 +163,7 @@ def _from_slurm(environment: Environment, source: str) -> Membership:
   if node >= len(by_node):
     raise ConfigError(
       f"SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE = "
-      f"{environment['SLURM_STEP_TASKS_PER_NODE']!r} has fewer nodes; start by srun"
+      f"{environment['SLURM_STEP_TASKS_PER_NODE']!r} lists fewer nodes; start with srun"
     )
   bound = "SLURM_GPUS_PER_TASK" in environment  # if so, a task sees only its own GPUs
   devices = None if bound else _devices(environment, local, by_node[node])
@@ -173,7 +174,7 @@ def _first_host(nodes: str) -> str:
   """The first host of a list such as node[001-003,007],other or rack[1-2]-[3,5]."""
   first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
   if first is None:
-    raise ConfigError(f"SLURM_STEP_NODELIST = {nodes!r}: expected names of nodes; start by srun")
+    raise ConfigError(f"SLURM_STEP_NODELIST = {nodes!r}: expected names of nodes; start with srun")
   return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
@@ -181,7 +182,7 @@ def _tasks_by_node(text: str) -> list[int]:
   """Slurm's 2(x3),1 as [2, 2, 2, 1]."""
   found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
   if None in found:
-    raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE = {text!r}: expected numbers; start by srun")
+    raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE = {text!r}: expected numbers; start with srun")
   return [int(part[1]) for part in found if part for _ in range(int(part[2] or 1))]
 
 
@@ -214,7 +215,8 @@ def _devices(environment: Environment, local: int, together: int) -> tuple[int, 
   if known % together:
     raise ConfigError(
       f"CUDA_VISIBLE_DEVICES = {visible!r}: {known} GPUs for {together} processes on one host; "
-      "start as many as divide them, or give each its own by JAX_LOCAL_DEVICE_IDS"
+      "start a number of processes that divides the GPUs evenly, or give each its own with "
+      "JAX_LOCAL_DEVICE_IDS"
     )
   share = known // together
   return tuple(range(local * share, (local + 1) * share))

@@ -24,7 +24,9 @@ def expand_home(path: str) -> str:
   Errors: ValueError, with the remedy, if there is no such user."""
   found = os.path.expanduser(path)
   if found.startswith("~"):
-    raise ValueError("~ is no user's home folder here; give the whole path, or ./~ for that name")
+    raise ValueError(
+      "~ is not a home folder of any user here; give the full path, or ./~ for a file of that name"
+    )
   return found
 
 
@@ -139,7 +141,7 @@ def misfit(value: Any, kinds: Mapping[str, Any]) -> str:
       missing.append(key)
     elif not isinstance(node[last], kind):
       name = getattr(kind, "__name__", kind)
-      wrong.append(f"{key} is {reprlib.repr(node[last])}, not of the kind {name}")
+      wrong.append(f"{key} is {reprlib.repr(node[last])}, not of type {name}")
   return f"lacks {', '.join(missing)}" if missing else "".join(wrong[:1])
 
 

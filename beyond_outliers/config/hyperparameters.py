@@ -87,7 +87,7 @@ class Section:
   """Hyperparameters of one optimizer; subclasses add their own."""
 
   name: str
-  learning_rate: float = official(1.0, "of the whole step; also a schedule", at_least(0))
+  learning_rate: float = official(1.0, "of the whole step; may be a schedule", at_least(0))
 
   @property
   def period(self) -> int:

@@ -80,7 +80,7 @@ class Muon(Section):
     one_of("original", "match_rms_adamw"),
   )
   weight_decay: float = official(0.0, "decoupled, of all leaves, unscaled", at_least(0))
-  adam_learning_rate: float = official(3e-4, "of leaves that are no matrices", at_least(0))
+  adam_learning_rate: float = official(3e-4, "of leaves that are not matrices", at_least(0))
   adam_b1: float = official(0.9, "likewise", below_one())
   adam_b2: float = official(0.95, "likewise", below_one())
   adam_eps: float = official(1e-10, "likewise", at_least(0))
@@ -180,20 +180,20 @@ class Shampoo(Section):
   )
   grafting: str = official(
     "none",
-    "method whose step length is given, and whose step is taken before start_step and by blocks "
-    "without roots; none: they take a plain average of gradients, which is on another scale",
+    "method that sets the length of a step, and whose own step is taken before start_step and by "
+    "blocks without roots; none: these take a plain average of gradients, which has another scale",
     one_of("none", "sgd", "adam", "rmsprop"),
   )
   graft_granularity: str = official(
     "block",
-    "what is given a length: every block (Meta), or every slice of a parameter (Google)",
+    "what grafting rescales: every block (Meta), or every slice of a parameter (Google)",
     one_of("block", "parameter"),
   )
   grafting_b2: float = official(0.999, "decay of its second moment", below_one())
   grafting_eps: float = official(1e-10, "added to that moment's root", at_least(0))
   momentum: str = official(
     "gradient",
-    "what is averaged: what is preconditioned (Meta), or what has been, and grafted (Google)",
+    "what is averaged: gradients (Meta), or preconditioned and grafted updates (Google)",
     one_of("gradient", "update"),
   )
   root: str = official(
@@ -201,11 +201,11 @@ class Shampoo(Section):
   )
   exponent: float | None = official(
     None,
-    "a factor is taken to minus this; None: 1/4 for matrices, 1/2 for vectors",
+    "a factor is raised to minus this power; None: 1/4 for matrices, 1/2 for vectors",
     above_zero("the positive power that a factor's inverse is taken to"),
   )
   max_residual: float = official(
-    0.1, "a root above it is refused, the old one kept", at_least(0, infinite=True)
+    0.1, "a root with a larger one is refused, the old one kept", at_least(0, infinite=True)
   )
   precondition_frequency: int = official(1, "steps between a block's roots", at_least(1))
   refresh: str = official(
@@ -216,10 +216,12 @@ class Shampoo(Section):
   )
   start_step: int | None = official(None, "first with roots; None: the frequency", at_least(1))
   block_size: int = official(1024, "longest axis that has one factor", at_least(1))
-  long_axes: str = official("block", "are cut so, or have no factor", one_of("block", "skip"))
+  long_axes: str = official(
+    "block", "whether longer axes are cut into blocks, or have no factor", one_of("block", "skip")
+  )
   merge_dims: bool = official(False, "up to block_size elements are a vector (Meta's default)")
   preconditioner_dtype: str = official("float32", "of stored factors and roots", _STORED)
-  packed: bool = official(False, "store them as triangles")
+  packed: bool = official(False, "store factors and roots as triangles")
   eigenvalue_correction: bool = official(
     False,
     "Adam in the factors' eigenbases instead of roots; exponent is then of its second moment, and "
@@ -285,7 +287,7 @@ class Soap(Section):
 def _standing_still(name: str, decay: object, dtype: str) -> Iterator[tuple[str, str]]:
   if dtype == "bfloat16" and is_number(decay) and decay > MAX_BFLOAT16_B2:
     remedy = "choose a smaller one, or preconditioner_dtype=float32"
-    yield name, f"averages in bfloat16 stand still above {MAX_BFLOAT16_B2}; {remedy}"
+    yield name, f"averages in bfloat16 stop changing above {MAX_BFLOAT16_B2}; {remedy}"
 
 
 OPTIMIZERS: dict[str, type[Section]] = {

@@ -68,10 +68,12 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
 def check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
   """Refuses overrides, already set in a ConfigDict, that mislabel the model's size or have no
   effect. Errors: ConfigError."""
-  remedy = "a size is chosen behind the colon, as in --config=configs/adamw.py:50m"
+  remedy = "give the size after the colon, as in --config=configs/adamw.py:50m"
   require("size" not in overrides, "size", overrides.get("size"), remedy)
   if "tokens_per_parameter" in overrides:
-    remedy = f"steps = {config.steps} are set, and do not follow it; leave it, or set steps alone"
+    remedy = (
+      f"steps = {config.steps} is set, so this would have no effect; leave one of the two out"
+    )
     require(_steps_follow(config), "tokens_per_parameter", config.tokens_per_parameter, remedy)
 
 
@@ -81,7 +83,7 @@ def check_steps(config: Any) -> None:
   for name, value in COUNTED.items():
     ours = config.model[name]
     if ours != value and _steps_follow(config):
-      remedy = f"steps follow tokens_per_parameter for {value!r} alone; set steps, too"
+      remedy = f"tokens_per_parameter gives the steps for {value!r} only; set steps, too"
       require(False, f"model.{name}", ours, remedy)
 
 

@@ -74,13 +74,14 @@ class Config:
       self.data.vocab == self.model.vocab,
       "model.vocab",
       self.model.vocab,
-      f"must equal data.vocab ({self.data.vocab}); set data.vocab and leave this one derived",
+      f"must equal data.vocab ({self.data.vocab}); set only data.vocab: this one follows it",
     )
     require(
       self.average.last <= self.checkpoint.keep,
       "average.last",
       self.average.last,
-      f"only checkpoint.keep = {self.checkpoint.keep} are kept; raise that to as many",
+      f"only checkpoint.keep = {self.checkpoint.keep} checkpoints are kept; raise that to at least "
+      "as many",
     )
     require(
       not self.log.profile_step or self.log.profile_step + self.log.profile_steps - 1 <= self.steps,

@@ -33,7 +33,7 @@ class Mesh:
         value == -1 or value >= 1,
         "mesh." + name,
         value,
-        "expected a count, or -1 for all that there are",
+        "expected a count, or -1 for all devices that remain",
       )
     sizes = (self.data, self.fsdp, self.model)
     require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1 (all that remain)")
@@ -262,7 +262,7 @@ class Average:
   last: int = 0
 
   def __post_init__(self):
-    require(0 <= self.decay < 1, "average.decay", self.decay, "expected 0 (none), or below 1")
+    require(0 <= self.decay < 1, "average.decay", self.decay, "expected 0 (none) to below 1")
     require_at_least(self, "average.", last=0)
 
 
@@ -295,5 +295,5 @@ class Log:
   def __post_init__(self):
     minima = dict(every=1, profile_step=0, profile_steps=1, outliers_every=0, watchdog_seconds=0)
     require_at_least(self, "log.", **minima)
-    remedy = "expected 2 or more (the first step compiles), or 0: never"
+    remedy = "expected 2 or more (the first step compiles), or 0 for never"
     require(self.profile_step != 1, "log.profile_step", 1, remedy)

@@ -92,7 +92,7 @@ def opened(file: str) -> Iterator[IO[bytes]]:
     opener = _opener(file)
     with opener(file) as stream:
       if opener is not _open_plain and (inner := _format(stream.peek(HEAD))):
-        raise DataError(f"{file}: holds {inner} data in a compressed file; unpack it")
+        raise DataError(f"{file}: the compressed file holds {inner} data; unpack it")
       yield stream
   except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
     raise DataError(f"{file}: damaged, or cannot be read ({error}); copy it again") from None
@@ -103,16 +103,16 @@ def _opener(file: str) -> Callable[[str], Any]:
     head = stream.read(HEAD)
   suffix, found = os.path.splitext(file)[1].lower(), _format(head)
   if suffix in COMPRESSIONS and found != suffix:
-    contents = f"{found} data" if found else "no such data" if head else "nothing"
-    raise DataError(f"{file}: named {suffix}, and holds {contents}; rename it, or copy it again")
+    contents = f"{found} data" if found else "other data" if head else "nothing"
+    raise DataError(f"{file}: is named {suffix}, but holds {contents}; rename it, or copy it again")
   if not found:
     return _open_plain
   opener = COMPRESSIONS[found].open
   if opener is None:
     known = ", ".join(name for name, c in COMPRESSIONS.items() if c.open)
-    raise DataError(f"{file}: {found} is not read; unpack it, or take one of {known}")
+    raise DataError(f"{file}: {found} is not supported; unpack it, or use one of {known}")
   if suffix != found:
-    raise DataError(f"{file}: holds {found} data; name it {file}{found}")
+    raise DataError(f"{file}: holds {found} data; rename it to {file}{found}")
   return opener
 
 

@@ -65,22 +65,27 @@ def _problem(meta: Json) -> str:
     if not stays_inside(name):
       return f"files names {name!r}, outside of the folder"
     if found := misfit(described, FILE_KINDS):
-      return f"of {name}: {found}"
+      return f"entry {name}: {found}"
   for split, counts in meta["splits"].items():
     if counts["shards"] is None:
       continue
     needed = [*counts["shards"], f"{split}.starts", f"{split}.bytes"]
     if missing := [name for name in needed if name not in [*meta["files"]]]:
-      return f"files lack {missing[0]}, of the {split} split"
+      return f"files lacks {missing[0]} of the {split} split"
     size = sum(meta["files"][name]["bytes"] for name in counts["shards"])
     if None in counts.values() or size != int(meta["dtype"][-1]) * counts["tokens"]:
-      return f"{counts['tokens']} tokens of the {split} split are not what its shards hold"
+      return (
+        f"the {split} split counts {counts['tokens']} tokens, which is not what its shards hold"
+      )
     for name in (f"{split}.starts", f"{split}.bytes"):
       if meta["files"][name]["bytes"] != 8 * (counts["documents"] + 1):
-        return f"{counts['documents']} documents of the {split} split are not what {name} holds"
+        return (
+          f"the {split} split counts {counts['documents']} documents, which is not what {name} "
+          "holds"
+        )
   if meta["records"] is not None:
     if found := misfit(meta["records"], RECORD_KINDS):
-      return f"of records: {found}"
+      return f"entry records: {found}"
     path = meta["records"]["path"]
     inside = path.startswith("{directory}/") and stays_inside(path)
     if not os.path.isabs(path) and not inside:
@@ -89,5 +94,5 @@ def _problem(meta: Json) -> str:
   if not isinstance(first, dict) or not all(
     number.isdecimal() and isinstance(size, int) for number, size in first.items()
   ):
-    return "first_bytes is not what was written"
+    return "first_bytes is not of the form that prepare writes"
   return ""

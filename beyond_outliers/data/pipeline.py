@@ -99,7 +99,7 @@ class ShardBatches(Batches):
   def restore(self, state):
     if state.keys() != {"batches"}:
       raise DataError(
-        f"data.reader = 'shards': the saved data position {_keys(state)} is of another reader"
+        f"data.reader = 'shards': the saved data position {_keys(state)} is from another reader"
       )
     grain.experimental.set_next_index(self._iterator, state["batches"])
 
@@ -120,8 +120,8 @@ class _ShuffledWindows:
     self._context, self._batch_size, self._rows = context, batch_size, rows
     if len(stream) <= context:
       raise DataError(
-        f"context = {context}: the {len(stream)} training tokens make no window; take a shorter "
-        "one, or more text"
+        f"context = {context}: the {len(stream)} training tokens are too few for one window; use a "
+        "shorter context, or more text"
       )
     # Reshuffled each epoch; grain's shuffle is a function, so billions of windows take no memory.
     self._order = (
@@ -181,8 +181,8 @@ class RecordBatches(Batches):
     expected = {str(number) for number in range(self._readers)}
     if not {str(number) for number in self._owned} <= state.keys() <= expected:
       raise DataError(
-        f"data.readers = {self._readers}: the saved data position {_keys(state)} is of another "
-        "number of readers, of another data.reader, or not merged from all processes"
+        f"data.readers = {self._readers}: the saved data position {_keys(state)} is from another "
+        "number of readers or another data.reader, or was not merged from all processes"
       )
     self._iterator.set_state({str(number): state[str(number)] for number in self._owned})
 

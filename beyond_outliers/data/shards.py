@@ -201,8 +201,8 @@ def open_dataset(directory: str) -> Dataset:
   described = meta["tokenizer"]
   if described["stored"] not in [kind.stored for kind in tokenizers.TOKENIZERS.values()]:
     raise DataError(
-      f"{os.path.join(directory, 'meta.json')}: tokenizer.stored is {described['stored']!r}, no "
-      "copy of this program's in the folder; delete the folder and prepare again"
+      f"{os.path.join(directory, 'meta.json')}: tokenizer.stored is {described['stored']!r}, which "
+      "is not a copy that prepare makes in the folder; delete the folder and prepare again"
     )
   stored = in_folder(described["stored"], directory)
   tokenizer = tokenizers.load(stored, described.get("eot", ""))

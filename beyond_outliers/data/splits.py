@@ -96,7 +96,7 @@ def is_held_out(content: str | np.ndarray, fraction: float) -> bool:
 def empty_split(cfg: config.Data, split: str) -> DataError:
   """The error of a rule that leaves a split without documents."""
   return DataError(
-    f"data.validation = {cfg.validation!r}: leaves no document to the {split} split; hold out "
+    f"data.validation = {cfg.validation!r}: leaves no document for the {split} split; hold out "
     + ("fewer" if split == "train" else "more")
     + ", or read more documents"
   )

@@ -178,14 +178,14 @@ def _readable(path: str) -> Iterator[None]:
   except Exception as error:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     raise DataError(
-      f"data.path = {path!r}: not readable as a TFDS dataset ({reason}); mend the path, or copy "
-      "the dataset again"
+      f"data.path = {path!r}: not readable as a TFDS dataset ({reason}); fix the path, or copy the "
+      "dataset again"
     ) from error
 
 
 def _document(example: dict[str, Any], field: str, where: str) -> Document:
   if example[field] is None:
-    raise DataError(f"{where}: no {field!r} in it; the file is damaged: copy it again")
+    raise DataError(f"{where}: has no {field!r}; the file is damaged: copy it again")
   return Document(as_content(example[field], where, field), where)
 
 
@@ -229,7 +229,9 @@ def _check_features(file: str) -> None:
       legacy = node.get("type") if "content" in node else None
       for name in (node.get("pythonClassName"), node.get("python_class_name"), legacy):
         if name is not None and not str(name).startswith("tensorflow_datasets.core.features."):
-          raise DataError(f"{file}: names the class {name!r}, none of TFDS; copy it again")
+          raise DataError(
+            f"{file}: names the class {name!r}, which TFDS does not have; copy it again"
+          )
     pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
 
 

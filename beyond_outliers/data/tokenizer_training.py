@@ -43,8 +43,8 @@ def trained_tokenizer(
 def _text(document: Document, cfg: config.Data) -> str:
   if not isinstance(document.content, str):
     raise DataError(
-      f"{document.where}: holds token ids, which train no SentencePiece model (data.tokenizer = "
-      f"{cfg.tokenizer!r}); name the tokenizer they come from, such as 'gpt2'"
+      f"{document.where}: holds token ids, on which no SentencePiece model can be trained "
+      f"(data.tokenizer = {cfg.tokenizer!r}); name the tokenizer they come from, such as 'gpt2'"
     )
   return document.content
 
@@ -83,7 +83,8 @@ def train_sentencepiece(texts: Iterable[str], vocab: int) -> bytes:
     )
   except RuntimeError as error:
     raise DataError(
-      f"data.vocab = {vocab}: no SentencePiece model of that size from these documents ({error})"
+      f"data.vocab = {vocab}: cannot train a SentencePiece model of that size on these documents "
+      f"({error})"
     ) from None
   return model.getvalue()
 

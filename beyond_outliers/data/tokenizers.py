@@ -230,6 +230,6 @@ def added_bos(directory: str) -> int | None:
   found = tokenizer.id_of(name) if isinstance(name, str) else None
   if found is None:
     raise DataError(
-      f"{settings_file}: add_bos_token is true, and bos_token = {name!r} is not in the vocabulary"
+      f"{settings_file}: add_bos_token is true, but bos_token = {name!r} is not in the vocabulary"
     )
   return found

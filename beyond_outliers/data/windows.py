@@ -54,8 +54,8 @@ def make_batch(
   top = int(tokens_bxW.max())
   if top >= cfg.vocab:  # an embedding would return NaN, or silently another row
     raise DataError(
-      f"data.vocab = {cfg.vocab}: token id {top} in {where} is outside it; the dataset is of "
-      "another vocabulary, or damaged: python -m beyond_outliers.prepare --verify tells"
+      f"data.vocab = {cfg.vocab}: token id {top} in {where} is outside it; the dataset has another "
+      "vocabulary, or is damaged; python -m beyond_outliers.prepare --verify checks it"
     )
   segments_bxL = segments_bxW[:, :-1].astype(np.int32)
   counted_bxL = segments_bxW[:, 1:] > 0
@@ -154,7 +154,8 @@ def validation_batches(
     tokens = int(stream.starts[documents or known])
     if tokens < 2:
       raise DataError(
-        f"eval.documents = {documents}: their {tokens} tokens hold no target; take more documents"
+        f"eval.documents = {documents}: their {tokens} tokens contain none to predict; use more "
+        "documents"
       )
     # The stream's first token is never a target; if documents are kept apart, no document's is.
     unscored_bytes = dataset.first_bytes((documents or known) if cfg.mask_documents else 1)

@@ -48,10 +48,10 @@ STEPS = flags.DEFINE_list(
   "steps", [], "Steps of the checkpoints, or 'all'; by default the newest, and all with --follow."
 )
 RECIPE_NAMES = flags.DEFINE_list(
-  "recipes", [], "Rows of quant.RECIPES. None: only the model as it was trained."
+  "recipes", [], "Recipes, rows of quant.RECIPES; if empty, only the model as it was trained."
 )
 METHOD_NAMES = flags.DEFINE_list(
-  "methods", ["rtn"], "Rows of quant.METHODS, with numbers as in gptq(damping=0.1)."
+  "methods", ["rtn"], "Methods, rows of quant.METHODS, with numbers as in gptq(damping=0.1)."
 )
 TASKS = flags.DEFINE_list(
   "tasks",
@@ -68,22 +68,22 @@ TRUST_TASK_CODE = flags.DEFINE_bool(
   "Run the Python that files of --task_folders name: functions, classes, metrics, templates.",
 )
 CALIBRATION = flags.DEFINE_integer(
-  "calibration", 32, "Training windows for the methods that look at some.", lower_bound=1
+  "calibration", 32, "Training windows for the methods that calibrate on some.", lower_bound=1
 )
 PROPAGATION = flags.DEFINE_bool(
   "propagation",
   False,
   "Decompose the error of every cell that quantizes: R_L, and how it grows (propagation.py).",
 )
-DATA = cli.path_flag("data", None, "Folder of a prepared dataset, in the place of the run's.")
+DATA = cli.path_flag("data", None, "Folder of a prepared dataset, instead of the run's.")
 CONTEXT = flags.DEFINE_integer(
   "context",
   None,
-  "Tokens a window; by default the run's, or 1024 and no more than the model of --hf is for.",
+  "Tokens per window; by default the run's, or with --hf 1024, and no more than the model is for.",
   lower_bound=1,
 )
 BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Windows at once; by default the run's, or 8.", lower_bound=1
+  "batch_size", None, "Windows per batch; by default the run's, or 8.", lower_bound=1
 )
 DOCUMENTS = flags.DEFINE_integer(
   "documents", None, "Validation documents, 0: all; by default the run's.", lower_bound=0
@@ -110,13 +110,16 @@ def open_target(progress: Progress) -> Target:
   }
   if HF.value:
     require(
-      not AVERAGE.value, "--average", AVERAGE.value, "is of a run's checkpoints; leave it out"
+      not AVERAGE.value,
+      "--average",
+      AVERAGE.value,
+      "works only with a run's checkpoints; leave it out",
     )
     require(
       not FOLLOW.value and not STEPS.value,
       "--hf",
       HF.value,
-      "holds one model; leave --follow and --steps out",
+      "holds one model only; leave --follow and --steps out",
     )
     return HuggingFaceModel(HF.value, warn=progress.line, **options)
   if CHECKPOINT.value:
@@ -124,7 +127,7 @@ def open_target(progress: Progress) -> Target:
       not FOLLOW.value and not STEPS.value,
       "--checkpoint",
       CHECKPOINT.value,
-      "is of one step: leave --follow and --steps out, or give --workdir",
+      "is of one step only; leave --follow and --steps out, or give --workdir",
     )
     return OneCheckpoint(CHECKPOINT.value, AVERAGE.value, **options)
   workdir = str(WORKDIR.value)
@@ -182,7 +185,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   cli.end_when_asked(
-    "asked to stop; what was measured stays, the same command goes on", cli.killed_by
+    "asked to stop; what was measured is kept, and the same command resumes", cli.killed_by
   )
   for address in (WORKDIR.value, CHECKPOINT.value):
     stores.check_address(address or "")

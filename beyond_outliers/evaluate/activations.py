@@ -107,7 +107,10 @@ def collect(batches: Iterable[Mapping[str, Statistics]]) -> pd.DataFrame:
     new = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(dict(batch)))
     total = new if total is None else {path: merged(total[path], new[path]) for path in new}
   require(
-    total is not None, "batches", [], "expected at least one, and an iterator gives its own once"
+    total is not None,
+    "batches",
+    [],
+    "expected at least one batch; an iterator can be read only once",
   )
   rows = []
   for path, found in total.items():

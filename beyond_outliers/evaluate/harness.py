@@ -127,7 +127,7 @@ def scored_only(tasks: Mapping[str, Any], left_out: Mapping[Example, str]) -> It
     scored = [(number, document) for number, document in asked if (name, number) not in left_out]
     if asked and not scored:
       reason = left_out[name, asked[0][0]]
-      raise TaskError(f"{name}: none of {len(asked)} examples has a score; of the first, {reason}")
+      raise TaskError(f"{name}: none of {len(asked)} examples has a score; for the first, {reason}")
     return scored
 
   for name, task in tasks.items():

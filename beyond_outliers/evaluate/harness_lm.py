@@ -160,16 +160,14 @@ class HarnessModel(lm_eval.api.model.TemplateLM):
     try:
       whole = lm_eval.models.utils.normalize_gen_kwargs(settings, min(GENERATED, window // 2))
     except (TypeError, ValueError) as error:
-      raise ConfigError(
-        f"generation_kwargs = {settings!r}: {error}; mend the task's file"
-      ) from None
+      raise ConfigError(f"generation_kwargs = {settings!r}: {error}; fix the task's file") from None
     field, limit = "generation_kwargs.max_gen_toks", whole["max_gen_toks"]
     remedy = f"expected 1 to {window - 1}, one below the window"
     checks.require(0 < limit < window, field, limit, remedy)
-    field, remedy = "generation_kwargs.do_sample", "only greedy generation; set it to false"
+    field, remedy = "generation_kwargs.do_sample", "only greedy generation works; set it to false"
     checks.require(not whole["do_sample"], field, True, remedy)
     whole["until"] = [stop for stop in whole["until"] if stop]  # null and "" stop nothing
-    field, remedy = "generation_kwargs.until", "expected texts that end what is generated"
+    field, remedy = "generation_kwargs.until", "expected texts at which generation ends"
     checks.require(all(isinstance(s, str) for s in whole["until"]), field, whole["until"], remedy)
     return whole
 

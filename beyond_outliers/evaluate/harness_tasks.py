@@ -33,7 +33,7 @@ WHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
 # Types of a field's value that is not text: missing, or a date, to which the datasets library
 # converts JSON strings if all look like dates.
 NO_TEXT = (type(None), datetime.datetime)
-TEXT = "the task asks for it; expected a text, not missing nor a date alone"
+TEXT = "the task asks for it; expected a text, neither missing nor only a date"
 MAKE_OFFLINE = "python -m beyond_outliers.evaluate.offline_tasks"
 
 
@@ -126,7 +126,7 @@ def _load(manager: lm_eval.tasks.TaskManager, name: str) -> LoadedTask:
   except Exception as error:  # the harness and the datasets library may raise anything
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     raise ConfigError(
-      f"tasks = {name}: {': '.join(map(_one_line, causes))}; mend its YAML file or its data; "
+      f"tasks = {name}: {': '.join(map(_one_line, causes))}; fix its YAML file or its data; "
       f"without the hub, name tasks on local data ({MAKE_OFFLINE} makes some)"
     ) from error
   group = found.get("groups", {}).get(name)
@@ -200,10 +200,10 @@ def _check_choices(task: Any, document: Json) -> None:
     isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices),
     "choices",
     choices,
-    "expected two texts or more",
+    "expected two or more texts",
   )
   # Where the choices are contexts, doc_to_text gives the answer.
-  remedy = "digits alone are taken for the number of a choice; add words"
+  remedy = "digits alone are read as the number of a choice; add words"
   checks.require(task.multiple_input or isinstance(text, str), "context", text, remedy)
   answer = text if task.multiple_input else task.doc_to_target(document)
   answers = answer if isinstance(answer, list) else [answer]

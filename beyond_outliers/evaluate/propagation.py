@@ -154,7 +154,7 @@ def paired(model: LanguageModel, params: Params, quantized: QuantizedModel) -> P
     not unlike,
     "quantized",
     ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in unlike),
-    "another architecture; take what this model was quantized to",
+    "another architecture; give what this model was quantized to",
   )
   _check_same_origin(params, quantized.params, FUSED_AGAIN if fused else 0.0)
   return PairedRun((model, quantized.model), (params, quantized.params), quantized.recipe)
@@ -171,7 +171,7 @@ def _check_same_origin(params: Params, quantized: Params, tolerance: float) -> N
     same = np.array_equal(one, other) or (
       np.linalg.norm(one - other) <= tolerance * np.linalg.norm(one)
     )
-    remedy = "other parameters were quantized; give those, in their type, or quantize these"
+    remedy = "other parameters were quantized; give those, in their own type, or quantize these"
     require(bool(same), "quantized", f"another {path}", remedy)
 
 
@@ -189,7 +189,7 @@ def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iter
       not mask_documents or {"segment_ids", "positions"} <= batch.keys(),
       "batches",
       ", ".join(sorted(batch)),
-      "mask_documents needs segment_ids and positions; take runs.Run.batches",
+      "mask_documents needs segment_ids and positions; use runs.Run.batches",
     )
     tokens_BxL = jnp.asarray(tokens)
     segments_BxL = jnp.asarray(batch.get("segment_ids", np.ones(tokens_BxL.shape, np.int32)))
@@ -200,7 +200,7 @@ def windows(batches: Iterable[Tokens], vocab: int, mask_documents: bool) -> Iter
     )
     any_token |= bool((segments_BxL > 0).any())
     yield Windows(tokens_BxL, masks, segments_BxL > 0)
-  require(any_token, "batches", "none", "error shows on tokens: give it some")
+  require(any_token, "batches", "none", "the error is measured on tokens; give some")
 
 
 def _wanted(kinds: dict[str, str], modules: Sequence[str] | None) -> dict[str, str]:
@@ -212,6 +212,6 @@ def _wanted(kinds: dict[str, str], modules: Sequence[str] | None) -> dict[str, s
       any(re.fullmatch(pattern, name) for name in kinds),
       "modules",
       pattern,
-      "it matches no unit; they are " + ", ".join(dict.fromkeys(map(at_any_depth, kinds))),
+      "matches no unit; the units are " + ", ".join(dict.fromkeys(map(at_any_depth, kinds))),
     )
   return {n: kind for n, kind in kinds.items() if any(re.fullmatch(p, n) for p in modules)}

@@ -51,7 +51,7 @@ def check_calibration(text: Text, windows: int) -> None:
   the number of training tokens is unknown. Errors: ConfigError."""
   tokens = text.dataset.meta["splits"]["train"]["tokens"]
   known = windows if tokens is None else num_windows(tokens, text.context)
-  remedy = f"the training data have {known} windows of {text.context} tokens; take fewer"
+  remedy = f"the training data have {known} windows of {text.context} tokens; give at most that"
   require(windows <= known, "--calibration", windows, remedy)
 
 

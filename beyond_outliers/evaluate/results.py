@@ -78,8 +78,8 @@ class ResultStore:
       weakref.finalize(self, os.close, self._held)
     elif is_elsewhere(self._held, self.path):
       raise WriteError(
-        f"{self.path} was moved or removed while this job wrote into it, which ends; give the same "
-        "command once it is back, or for where it is now"
+        f"{self.path} was moved or removed while this job wrote to it, and the job ends; give the "
+        "same command once it is back, or for where it is now"
       )
 
   def read(
@@ -97,7 +97,7 @@ class ResultStore:
     if found is None or found["settings"] != settings:
       return None
     if not is_of(found, digest):
-      self._say(f"{path} is of other parameters than step {step} has now, and is ignored")
+      self._say(f"{path} was measured on other parameters than step {step} has now, and is ignored")
       return None
     return found
 
@@ -109,8 +109,8 @@ class ResultStore:
       self._workdir.write(name, found)
     except OSError as error:
       raise WriteError(
-        f"{self.path / name} could not be written ({error.strerror or error}); what is measured is "
-        "in that folder: free what is short, and give the same command"
+        f"{self.path / name} could not be written ({error.strerror or error}); what was measured "
+        "before is in that folder: free what has run out, and give the same command"
       ) from error
 
   def cells(self) -> list[Result]:
@@ -135,13 +135,13 @@ class ResultStore:
     except FileNotFoundError:  # gone since it was listed
       return None
     except WorkdirError as error:
-      self._say(f"{path} holds no result that can be read, and is ignored ({error})")
+      self._say(f"{path} is not a result that can be read, and is ignored ({error})")
       return None
     settings = found.get("settings")
     if isinstance(settings, dict):
       found["settings"] = {"version": 1, **settings}  # version 1 did not write its number
     if misfit(found, IDENTITY) or not (_is_cell(found) or _is_answer(found)):
-      self._say(f"{path} holds no result of an evaluation job, and is ignored")
+      self._say(f"{path} is not a result of an evaluation job, and is ignored")
       return None
     row = found["recipe"].partition(",")[0]  # without a run's own rules, as Cell.row
     name = file_name(found["step"], row, found["method"], settings)
@@ -173,8 +173,8 @@ def of_run(run: runs_lib.Run, cells: Iterable[Result]) -> list[Result]:
       else:
         which = "step {step}, {recipe}, {method}".format_map(cell)
         _warn_once(
-          f"{run.name}: the cell of {which} is of other parameters than that step has now, and is "
-          "ignored; evaluate it again"
+          f"{run.name}: the cell of {which} was measured on other parameters than that step has "
+          "now, and is ignored; evaluate it again"
         )
   return found
 

@@ -164,7 +164,8 @@ class RunCheckpoints:
     if other := mesh_lib.found_by_first(self.run.replaced_by):
       raise WorkdirError(
         f"{self.name} holds another training ({other[:12]}) than when this job began "
-        f"({self.identity[:12]}), which ends; give the same command for the one that is there now"
+        f"({self.identity[:12]}), and the job ends; give the same command for the one that is "
+        "there now"
       )
 
 
@@ -179,8 +180,7 @@ class OneCheckpoint(RunCheckpoints):
       name.isdigit() and folder == "checkpoints",
       "--checkpoint",
       str(directory),
-      "expected RUN/checkpoints/N in the folder of its run, whose config.json "
-      "says what model it is",
+      "expected RUN/checkpoints/N in the folder of its run, whose config.json describes the model",
     )
     super().__init__(run or "/", average, **options)
     self._step = int(name)
@@ -210,14 +210,14 @@ class HuggingFaceModel:
     try:
       longest = hf.longest_window(directory)
       context = options.get("context") or min(WINDOW, longest)
-      remedy = f"max_position_embeddings of config.json is {longest}; take as much at most"
+      remedy = f"max_position_embeddings of config.json is {longest}; give at most that"
       require(context <= longest, "--context", context, remedy)
       model, params = hf.load(directory)
     except ConfigError as error:
       raise ConfigError(f"--hf = {directory!r}: {error}") from None
     remedy = (
       f"its tokenizer has {dataset.tokenizer.vocab_size} tokens, and the model "
-      f"{model.config.vocab}; prepare the documents with the model's"
+      f"{model.config.vocab}; prepare the documents with the model's tokenizer"
     )
     fits = dataset.tokenizer.vocab_size <= model.config.vocab
     require(fits, "--data", options.get("dataset"), remedy)

@@ -118,7 +118,7 @@ def _check_file(path: pathlib.Path, folders: list[pathlib.Path], seen: set[pathl
     raise ConfigError(f"{path}: {error}") from None
   except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
     reason = " ".join(str(error).split())
-    raise ConfigError(f"{path}: cannot be read ({reason}); mend it") from None
+    raise ConfigError(f"{path}: cannot be read ({reason}); fix it") from None
   included = fields.get("include", [])
   for name in included if isinstance(included, list) else [included]:
     file = (path.parent / str(name)).resolve()
@@ -133,7 +133,9 @@ def _check_definition(fields: Mapping[str, Any]) -> None:
   options = fields.get("dataset_kwargs")
   if isinstance(options, Mapping):
     trusts = options.get("trust_remote_code")
-    _require_none(trusts, "dataset_kwargs.trust_remote_code", "would run code of the data's")
+    _require_none(
+      trusts, "dataset_kwargs.trust_remote_code", "would run code that comes with the data"
+    )
   source = fields.get("dataset_path")
   if isinstance(source, str) and _runs(source):
     _require_none(source, "dataset_path", "is a program that would be run")
@@ -143,7 +145,9 @@ def _check_definition(fields: Mapping[str, Any]) -> None:
     if isinstance(name, str) and (
       metric.get("hf_evaluate") or name not in lm_eval.api.registry.metric_registry
     ):
-      _require_none(name, "metric_list", "is none of the harness's, and would be run as a program")
+      _require_none(
+        name, "metric_list", "is not one of the harness's, and would be run as a program"
+      )
 
 
 def _require_none(value: Any, field: str, what: str) -> None:

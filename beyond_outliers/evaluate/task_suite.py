@@ -84,7 +84,7 @@ def not_as_asked(examples: Mapping[str, Json], left_out: Sequence[Json]) -> list
     if counts["left_out"]:
       first = next(each for each in left_out if each["task"] == task)
       lines.append(
-        f"{task}: {counts['left_out']} of {asked} examples left out, of all metrics; of example "
+        f"{task}: {counts['left_out']} of {asked} examples left out of all metrics; of example "
         f"{first['example']}, {first['reason']}"
       )
     if counts["truncated"]:

@@ -67,11 +67,11 @@ def text_of_run(
     )
     results.warn(
       f"--data = {opened.directory!r}: its documents are separated by another token ({given}) than "
-      f"those that the run was trained on ({own}), and losses of both do not compare; prepare them "
-      "with the run's data.separator and data.eot"
+      f"those that the run was trained on ({own}), and their losses cannot be compared; prepare "
+      "them with the run's data.separator and data.eot"
     )
   remedy = (
-    f"the run was trained on windows of {c.context} tokens; take {LONGER * c.context} at most"
+    f"the run was trained on windows of {c.context} tokens; give at most {LONGER * c.context}"
   )
   require(context <= LONGER * c.context, "--context", context, remedy)
   return Text(
@@ -105,7 +105,7 @@ def dataset_for(
     # A model with as many tokens would get a loss, though its ids might mean other tokens.
     warn(
       f"{directory}: no tokenizer.json, tokenizer.model, or vocab.json with merges.txt: the "
-      f"tokenizer of {dataset} was taken, and is not known to be the model's"
+      f"tokenizer of {dataset} was used, which may not be the model's"
     )
     return opened, None
   expected, found = tokenizers.fingerprint(own), opened.tokenizer.fingerprint

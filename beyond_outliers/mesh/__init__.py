@@ -75,7 +75,7 @@ def _all_devices() -> Sequence[jax.Device]:
   if held[few] != held[many]:
     raise config.ConfigError(
       f"devices: {held[few]} of process {few}, {held[many]} of process {many}; give all processes "
-      "of a run as many"
+      "of a run the same number"
     )
   return devices
 
@@ -105,7 +105,7 @@ def _slices(
   if len(sizes) > 1:
     raise config.ConfigError(
       f"mesh.dcn_data = {dcn_data}: slices of {' and '.join(map(str, sizes))} devices; the data "
-      "axis can go over equal ones only; set it to 1"
+      "axis can only go over slices of equal size; set it to 1"
     )
   raise config.ConfigError(
     f"mesh.data = {data}: must be a multiple of the number of slices, {count}; or let other axes "
@@ -199,8 +199,9 @@ def share_of_rows(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   overlap = sum(map(len, shares)) != len(set().union(*shares))
   if overlap or len({len(share) for share in shares}) > 1:
     raise config.ConfigError(
-      f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} hold rows that are "
-      "no equal share of the batch; make mesh.model, or the devices of a process, divide the other"
+      f"mesh = {dict(mesh.shape)}: the devices of process {jax.process_index()} do not hold an "
+      "equal share of the batch's rows; choose mesh.model and the devices of a process so that one "
+      "divides the other"
     )
   return shares.index(mine), len(shares)
 

@@ -41,7 +41,9 @@ def check_usable() -> None:
   """Refuses settings under which the programs here cannot be compiled. Errors: ConfigError."""
   for name, refused in REFUSED.items():
     value = _value(name)
-    require(value != refused, name, value, f"programs are not written for it; unset {name.upper()}")
+    require(
+      value != refused, name, value, f"the programs here do not support it; unset {name.upper()}"
+    )
 
 
 def check_dtypes(c: config.Config) -> None:
@@ -50,7 +52,7 @@ def check_dtypes(c: config.Config) -> None:
   Errors: ConfigError with the field and the remedy."""
   for field, value in config.flatten(config.to_dict(c)).items():
     if field.endswith("dtype") and value is not None:
-      remedy = "jax holds it only under jax_enable_x64; set JAX_ENABLE_X64=1, or take float32"
+      remedy = "JAX has this type only under jax_enable_x64; set JAX_ENABLE_X64=1, or use float32"
       require(jax.dtypes.canonicalize_dtype(value) == value, field, value, remedy)
 
 
@@ -77,8 +79,8 @@ def check_recorded(manifest: Json) -> None:
   for name, was in _recorded(manifest, "jax").items():
     if name in now and now[name] != was:
       raise WorkdirError(
-        f"{name} = {now[name]!r}: the run was trained under {was!r} (manifest.json), and other "
-        f"numbers would follow; set or unset {name.upper()} as it was, or give another --workdir "
+        f"{name} = {now[name]!r}: the run was trained under {was!r} (manifest.json), and would "
+        f"give other numbers now; set or unset {name.upper()} as it was, or give another --workdir "
         "(of a sweep: --root)"
       )
 

@@ -31,7 +31,7 @@ from beyond_outliers.errors import ConfigError, DataError, Failure, Refusal, Wor
 POLL_SECONDS = 1.0  # time between two looks at the table
 FAILED, REFUSED = 1, 2  # exit codes
 DAY_MS = 24 * 3600 * 1000  # timeout: one of them may be preparing the data
-GONE = "was killed, stands still or cannot be reached"
+GONE = "was killed, is stuck or cannot be reached"
 ALIVE, ENDED, AGREED = "alive/", "ended/", "agreed/"  # folders of the table: one text per process
 
 _peers: Peers | None = None  # set once this process has joined others
@@ -53,7 +53,7 @@ def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True
       cluster.check_free(found.address)
   _wait = (
     time.monotonic() + c.initialization_seconds,
-    "the processes did not all come within distributed.initialization_seconds = "
+    "not all processes came within distributed.initialization_seconds = "
     f"{c.initialization_seconds}; start all {found.count or ''} of them",
   )
   libc = ctypes.CDLL(None)
@@ -73,7 +73,7 @@ def join(c: config.Distributed, found: cluster.Membership, *, stops: bool = True
     )
   except ValueError as error:
     raise ConfigError(
-      f"--distributed: JAX does not find the other processes by {found.source} ({error}); give "
+      f"--distributed: JAX cannot find the other processes through {found.source} ({error}); give "
       "HOST:PORT,COUNT,INDEX"
     ) from None
   state = jax_distributed.global_state

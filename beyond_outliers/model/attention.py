@@ -123,7 +123,7 @@ def fused(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_ids_BxL):
   Errors: ValueError for float64, since jax.nn computes the softmax in float32."""
   if q_BxLxHxDh.dtype == jnp.float64:
     raise ValueError(
-      "model.attention = 'fused' in float64: its softmax is float32; take 'blockwise' or 'plain'"
+      "model.attention = 'fused' in float64: its softmax is in float32; use 'blockwise' or 'plain'"
     )
   mask = None
   if segment_ids_BxL is not None:

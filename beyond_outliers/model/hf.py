@@ -196,8 +196,8 @@ def _check_plain(model: Any) -> None:
     quantized is None,
     "model",
     f"quantized at {quantized}",
-    "the files would hold its float weights, which compute another loss; give "
-    "model.clone(dot_general_for=None) to write these, or write what the model computes by "
+    "the files would hold its float weights, whose loss is another; give "
+    "model.clone(dot_general_for=None) to write these, or write what the model computes with "
     "quant.quantized and its save, or export.compressed_tensors",
   )
 
@@ -205,7 +205,7 @@ def _check_plain(model: Any) -> None:
 def _check_params(model: Any, params: Params) -> None:
   check_params(model, params)
   for path, leaf in leaves_by_path(params).items():  # `load` would not read it again
-    remedy = "NaN or infinity; take another checkpoint"
+    remedy = "NaN or infinity; use another checkpoint"
     require(bool(all_finite(leaf)), f"params: {path}", "not finite", remedy)
 
 

@@ -158,7 +158,7 @@ def to_json(
   model_type = _model_type(c)
   if c.d_model % c.heads:
     raise config.ConfigError(
-      f"model.d_model = {c.d_model}: transformers wants a multiple of model.heads ({c.heads}), "
+      f"model.d_model = {c.d_model}: transformers requires a multiple of model.heads ({c.heads}), "
       "even where model.d_head says otherwise"
     )
   _check_given(c, given)

@@ -54,7 +54,7 @@ def require_model(directory: pathlib.Path) -> None:
     "directory",
     str(directory),
     f"holds {ADAPTER}, an adapter of a model's weights, which would be left out; merge it into "
-    "them (peft: merge_and_unload, then save_pretrained), or take it away",
+    "them (peft: merge_and_unload, then save_pretrained), or remove it",
   )
   require_file(directory, CONFIG)
 
@@ -83,7 +83,7 @@ def open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[s
       ) from error
     if repeated := repeated_name(directory / file):
       raise ConfigError(
-        f"directory = '{directory}': {repeated} stands twice in {file}; fetch it again"
+        f"directory = '{directory}': {repeated} appears twice in {file}; fetch it again"
       )
     for name in handle.keys():
       if name in found:

@@ -81,7 +81,7 @@ def check_floating(tree: Any) -> None:
       dtype is not None and jnp.issubdtype(dtype, jnp.floating),
       f"parameter {path_of(path)!r}",
       type(x).__name__ if dtype is None else str(dtype),
-      "expected an array of real floating-point numbers; leave others out by optax.masked or "
+      "expected an array of real floating-point numbers; leave others out with optax.masked or "
       "optax.partition",
     )
 
@@ -121,7 +121,7 @@ def _leaf(path: str, shape: tuple[int, ...], given: dict[str, Axes] | None) -> L
   ):
     raise ValueError(
       f"axes of {path!r} = {axes}: expected each axis of shape {shape} once, and fan_in only "
-      "beside fan_out"
+      "together with fan_out"
     )
   # The slice keeps its axes in the leaf's order.
   groups = sorted(group for group in (axes.fan_in, axes.fan_out) if group)

@@ -64,7 +64,12 @@ def arguments_of(
         known = fields[name].metadata
         # None can be one of the choices: `ns_dtype` None is the state's type.
         optional = known["official"] is None or isinstance(known.get("rule"), OneOf)
-        require(value is not None or optional, name, None, "expected a value, or nothing at all")
+        require(
+          value is not None or optional,
+          name,
+          None,
+          "expected a value; leave the argument out for the default",
+        )
       values |= {name: _static(name, values[name]) for name in integers if name in values}
       h = section.given(name=function.__name__, **fixed, **values)
       return function(h, **{name: value for name, value in given.items() if name not in fields})

@@ -35,7 +35,7 @@ def labels(params: Any, groups: Mapping[str, config.Group]) -> Any:
   if unused:
     name = sorted(unused)[0]
     raise config.ConfigError(
-      f"optimizer.groups.{name}.paths = {groups[name].paths!r}: matches no parameter; mend or drop "
+      f"optimizer.groups.{name}.paths = {groups[name].paths!r}: matches no parameter; fix or drop "
       "it"
     )
   return tree

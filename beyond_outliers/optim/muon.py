@@ -121,7 +121,7 @@ def _matrices(tree: Any, axes: AxesTree, mesh: jax.sharding.Mesh | None) -> bloc
   for leaf in layout.leaves:
     if not leaf.is_matrix:
       raise ValueError(
-        f"axes: parameter {leaf.path!r} of shape {leaf.shape} is no matrix and cannot be "
+        f"axes: parameter {leaf.path!r} of shape {leaf.shape} is not a matrix and cannot be "
         "orthogonalised; name its fan_in and fan_out, or leave it to another optimizer, as `muon` "
         "does"
       )

@@ -119,8 +119,8 @@ def _check_blocks(path: str, layer: LayerRecipe, shape: LinearShape) -> None:
       width // shards % block == 0,
       "mesh.model",
       shards,
-      f"{path} sums over {width} numbers, {width // shards} on each device: no multiple of the "
-      f"blocks of {block} of {name}; take a smaller mesh.model",
+      f"{path} sums over {width} numbers, {width // shards} on each device, which is not a "
+      f"multiple of the blocks of {block} of {name}; use a smaller mesh.model",
     )
 
 
@@ -222,7 +222,7 @@ RECIPES: dict[str, Recipe] = {
 
 def check_recipe(recipe: object) -> None:
   """Refuses anything but a Recipe, such as the name of one. Errors: ConfigError."""
-  remedy = "expected a quant.Recipe; of a name, quant.RECIPES[name]"
+  remedy = "expected a quant.Recipe; for a name, give quant.RECIPES[name]"
   require(isinstance(recipe, Recipe), "recipe", recipe, remedy)
 
 

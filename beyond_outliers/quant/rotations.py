@@ -26,7 +26,7 @@ def block_size(width: int) -> int:
   size = min(BLOCK, width & -width)
   if size < BLOCK:
     logging.warning(
-      "width %d is no multiple of %d: its Hadamard blocks are %d wide", width, BLOCK, size
+      "width %d is not a multiple of %d: its Hadamard blocks are %d wide", width, BLOCK, size
     )
   return size
 

@@ -63,7 +63,7 @@ class QuantSpec:
     granularity = GRANULARITIES[self.granularity]
     if granularity.block == 0:
       require(
-        self.group >= 1, "group", self.group, "granularity 'group' needs the width of a group"
+        self.group >= 1, "group", self.group, "granularity 'group' needs the width of its groups"
       )
     else:
       require(
@@ -77,13 +77,13 @@ class QuantSpec:
         isinstance(self.levels, Float),
         "grid",
         self.grid,
-        f"granularity {self.granularity!r} is a format of floating-point numbers: e2m1, ...",
+        f"granularity {self.granularity!r} takes a grid of floating-point numbers: e2m1, ...",
       )
       require(
         self.scale == "absmax",
         "scale",
         self.scale,
-        f"granularity {self.granularity!r} has a rule of its own: leave 'absmax'",
+        f"granularity {self.granularity!r} has its own rule for scales; leave it at 'absmax'",
       )
 
   def _check_grid(self) -> None:
@@ -106,8 +106,7 @@ class QuantSpec:
       self.grid != "unsigned" or self.rotation == "none",
       "rotation",
       self.rotation,
-      "numbers have a sign behind it, which the grid 'unsigned' has not: take 'none', or another "
-      "grid",
+      "rotated numbers are signed, and the grid 'unsigned' is not; use 'none', or another grid",
     )
 
   def _check_learned(self) -> None:
@@ -122,7 +121,7 @@ class QuantSpec:
         self.granularity == "tensor",
         "granularity",
         self.granularity,
-        "a learned scale is the whole tensor's: 'tensor'",
+        "a learned scale is of the whole tensor; use 'tensor'",
       )
 
   @property
@@ -160,28 +159,28 @@ class LayerRecipe:
         spec is None or spec.grid != "unsigned",
         f"{name}.grid",
         "unsigned",
-        "they have a sign; only activations may have none",
+        "they are signed; only activations may be unsigned",
       )
     if w is not None and x is not None:
       require(
         w.rotation == x.rotation,
         "activations.rotation",
         x.rotation,
-        f"must equal that of the weights ({w.rotation!r}), or the two don't cancel in the product",
+        f"must equal that of the weights ({w.rotation!r}), so that the two cancel in the product",
       )
     if w is not None:
       require(
         w.granularity not in ("token", "nv_token"),
         "weights.granularity",
         w.granularity,
-        "weights have channels: 'channel', or 'nv'",
+        "weights have channels; use 'channel', or 'nv'",
       )
     if x is not None:
       require(
         x.granularity != "channel",
         "activations.granularity",
         x.granularity,
-        "activations have tokens: 'token'",
+        "activations have tokens; use 'token'",
       )
     if g is not None:
       _check_gradients(g)
@@ -201,4 +200,6 @@ def _check_gradients(g: QuantSpec) -> None:
     "expected 'tensor' or 'token'",
   )
   require(g.rotation == "none", "gradients.rotation", g.rotation, "gradients are not rotated")
-  require(g.scale != "learned", "gradients.scale", g.scale, "nothing would learn it")
+  require(
+    g.scale != "learned", "gradients.scale", g.scale, "nothing would learn it; use another scale"
+  )

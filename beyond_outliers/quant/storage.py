@@ -176,7 +176,7 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
       (directory / name).exists(),
       "directory",
       str(directory),
-      f"holds no {name}; give what save() of a quantized model wrote to",
+      f"holds no {name}; give the folder that save() of a quantized model wrote to",
     )
   check_folder(directory)
   description = read_json(directory / DESCRIPTION, ConfigError, REMEDY, DESCRIPTION_KINDS)
@@ -187,7 +187,7 @@ def read_model(directory: PathLike) -> tuple[dict[str, np.ndarray], Json]:
   except (OSError, AttributeError, safetensors.SafetensorError) as error:
     remedy = remedy_for(error, REMEDY) if isinstance(error, OSError) else REMEDY
     raise ConfigError(f"{directory / TENSORS}: {error}; {remedy}") from None
-  require(not repeated, str(directory / TENSORS), repeated, f"stands twice in it; {REMEDY}")
+  require(not repeated, str(directory / TENSORS), repeated, f"appears twice in it; {REMEDY}")
   return tensors, description
 
 
@@ -227,7 +227,7 @@ def _unpack_matrix(
   scale, smooth = unpack_scale(parts), parts.get("smooth")
   if spec is None:
     if list(parts["codes"].shape) != shape:
-      raise ValueError(f"codes of shape {shape} are of shape {parts['codes'].shape}")
+      raise ValueError(f"codes should have shape {shape} and have shape {parts['codes'].shape}")
     return parts["codes"], scale, smooth
   digits, grid = unpack_digits(parts["codes"], spec.bits, tuple(shape)), spec.levels
   if isinstance(grid, Uniform):
@@ -260,7 +260,12 @@ def _model(described: Mapping[str, Any]) -> Any:
   """The model, made from the stored name of its class and its configuration."""
   name = described["class"]
   known = ", ".join(MODEL_CLASSES)
-  require(name in MODEL_CLASSES, "model.class", name, f"not a model that is saved here: {known}")
+  require(
+    name in MODEL_CLASSES,
+    "model.class",
+    name,
+    f"not a model that can be stored; expected one of {known}",
+  )
   module, member = MODEL_CLASSES[name]
   whence = {"origin": described["origin"]} if "origin" in described else {}
   return getattr(importlib.import_module(module), member)(

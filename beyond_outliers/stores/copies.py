@@ -53,7 +53,7 @@ class Copy:
       self._told = False
     except StoreError as error:
       if not self._told:
-        logging.warning("%s; what was there before counts until it answers", error)
+        logging.warning("%s; what was read before is used until the store answers", error)
       self._told, self._looked = True, time.monotonic()
 
   def _refresh(self) -> None:

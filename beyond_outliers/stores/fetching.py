@@ -26,8 +26,8 @@ def check_alone(store: Store) -> None:
   if found:
     other = found[0].removesuffix(f"/{INDEX}")
     raise WorkdirError(
-      f"{store.address}: {other} holds a run, and one of the two lies in the other; give another "
-      "--workdir"
+      f"{store.address}: {other} holds a run, and one of the two would lie inside the other; give "
+      "another --workdir"
     )
 
 
@@ -52,8 +52,8 @@ class Fetching:
     if not lacking:
       return have
     self._say(
-      f"fetching {len(lacking)} files of {self._store.address} that {self._folder} lacks; what is "
-      "to go for good must go there, too"
+      f"fetching {len(lacking)} files of {self._store.address} that {self._folder} lacks; to "
+      "remove a file for good, remove it there, too"
     )
     index_lib.fetch(self._store, self._folder, lacking)
     return index_lib.scan(self._folder)
@@ -126,5 +126,5 @@ class Fetching:
       path.rename(target)
     self._say(
       f"warning: {self._store.address} was written, or emptied, elsewhere since; what "
-      f"{self._folder} had, and the store has not, is in {aside}"
+      f"{self._folder} had and the store does not have is now in {aside}"
     )

@@ -88,8 +88,8 @@ class Mirror:
     (theirs, self._tag), ours = index_lib.read(self._store), index_lib.last_of(self._folder)
     if not theirs.id and self._store.read("config.json") is not None:
       raise WorkdirError(
-        f"{self._store.address} holds a run without {index_lib.INDEX}, which was copied there; "
-        "copy it to a folder, or give another --workdir"
+        f"{self._store.address} holds a run without {index_lib.INDEX}, so it was copied there by "
+        "other means; copy it to a folder, or give another --workdir"
       )
     fetch = fetching.Fetching(self._store, self._folder, self._say)
     have = index_lib.scan(self._folder)
@@ -211,11 +211,11 @@ class Mirror:
       self.push(last)
     except OSError as error:
       if not self._told and not self._lost:
-        self._say(f"warning: {error}; goes on in {self._folder}, to be uploaded later")
+        self._say(f"warning: {error}; the run goes on in {self._folder}, to be uploaded later")
       self._told = True
       return str(error)
     if self._told:
-      self._say(f"{self._store.address}: all is uploaded again")
+      self._say(f"{self._store.address}: everything is uploaded again")
     self._told = False
     return ""
 

@@ -23,7 +23,7 @@ RETRY_SECONDS = 30.0
 # Words in an error's text -> what they mean to a person; the first match counts.
 CREDENTIALS = (
   "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for s3, or "
-  "GOOGLE_APPLICATION_CREDENTIALS, for gs, or take a machine with an account of its own"
+  "GOOGLE_APPLICATION_CREDENTIALS, for gs, or use a machine that has an account of its own"
 )
 MEANINGS = {
   "NoSuchBucket": "there is no such bucket",
@@ -61,17 +61,16 @@ def parse_address(address: str) -> tuple[str, ...]:
   parts = rest.rstrip("/").split("/")
   if "@" in parts[0]:  # the message must not put a key into a log
     raise WorkdirError(
-      f"{scheme}://...@{parts[0].rpartition('@')[2]}: an address takes no user and no key; "
+      f"{scheme}://...@{parts[0].rpartition('@')[2]}: an address takes neither user nor key; "
       "credentials are taken from the environment"
     )
   if scheme not in SCHEMES:
     raise WorkdirError(
-      f"{address}: no store that is known; expected a folder, or s3://BUCKET/PATH or gs://BUCKET/PATH"
+      f"{address}: not an address of a known kind of store; expected a folder, or s3://BUCKET/PATH "
+      "or gs://BUCKET/PATH"
     )
   if len(parts) < 2 or any(part in ("", ".", "..") or "\\" in part for part in parts):
-    raise WorkdirError(
-      f"{address}: expected {scheme}://BUCKET/PATH, of names without '..' and empty ones"
-    )
+    raise WorkdirError(f"{address}: expected {scheme}://BUCKET/PATH, without '..' and empty names")
   if any(character in rest for character in "?#%"):
     raise WorkdirError(f"{address}: an address takes no '?', '#' or '%'; choose another name")
   return (scheme, *parts)

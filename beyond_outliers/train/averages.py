@@ -45,7 +45,7 @@ def evaluation_of_last(
       try:
         _, earlier = checkpoints.restore_params(shapes, step)
       except CheckpointError as error:  # must not prevent the next checkpoint from being saved
-        logging.warning("the mean of the last checkpoints goes without one: %s", error)
+        logging.warning("the mean of the last checkpoints leaves one out: %s", error)
       else:
         found += 1
         yield earlier

@@ -212,7 +212,7 @@ class Save:
             temporary=not lasting,
           )
         except NotFiniteError as error:
-          reason = f"{error}; --from_step goes back to before"
+          reason = f"{error}; --from_step goes back to an earlier checkpoint"
           raise Stop("diverged", step, reason) from error
         if preempted:
           self._checkpoints.wait()
@@ -289,7 +289,7 @@ class Watchdog:
         told = last
         path = self._workdir.path / f"stacks-{jax.process_index()}.txt"
         with path.open("a") as file:
-          file.write(f"no step behind {step} for {self._seconds:g} s\n")
+          file.write(f"no step after {step} for {self._seconds:g} s\n")
           file.flush()
           faulthandler.dump_traceback(file, all_threads=True)
         reason = f"no step for {self._seconds:g} s; where it stands: {path.name}"

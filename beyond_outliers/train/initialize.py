@@ -89,7 +89,8 @@ def check_same_run(old: config.Config, new: config.Config, path: PathLike) -> No
       "micro_batches",
       new.micro_batches,
       f"the workdir's run has {old.micro_batches}, on which its gradients depend, as they are "
-      f"quantized ({quant.recipes.name_of(new.quant)}); leave it, or give another --workdir",
+      f"quantized ({quant.recipes.name_of(new.quant)}); leave it as it was, or give another "
+      "--workdir",
     )
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from None
@@ -114,7 +115,7 @@ def check_parent(was: Json, now: Json, path: str) -> None:
   if was["parameters"] != now["parameters"]:
     first, second = (f"step {of['step']} of the run {of['run'][:12]}" for of in (was, now))
     raise WorkdirError(
-      f"warm_start = {path!r}: the run began with {first} (manifest.json), and these are other "
+      f"warm_start = {path!r}: the run began with {first} (manifest.json), but these are other "
       f"parameters, {second}; restore the former, or give another --workdir"
     )
 
@@ -139,15 +140,15 @@ def warm_start_params(
     was = source.trained_on["tokenizer"]
     if was != tokenizer:
       raise ConfigError(
-        f"warm_start = {c.warm_start!r}: data.tokenizer is {theirs.data.tokenizer!r} "
-        f"({was[:12]}) in that run and {c.data.tokenizer!r} ({tokenizer[:12]}) in this one; take a "
-        "run of the same tokenizer, or prepare this one's text with that run's"
+        f"warm_start = {c.warm_start!r}: data.tokenizer is {theirs.data.tokenizer!r} ({was[:12]}) "
+        f"in that run and {c.data.tokenizer!r} ({tokenizer[:12]}) in this one; use a run with the "
+        "same tokenizer, or prepare this one's text with that run's"
       )
     step, found = source.restore(mesh)
     # Digests of what was read: the folder may hold another run by the time someone looks.
     contents = digests.examine({"params": found})
     if contents.not_finite:
-      raise CheckpointError(f"the parameters of step {step} are not finite; take another run")
+      raise CheckpointError(f"the parameters of step {step} are not finite; use another run")
   except (CheckpointError, WorkdirError) as error:
     raise ConfigError(f"warm_start = {c.warm_start!r}: {error}") from None
   parent = {
@@ -166,7 +167,7 @@ def _check_same_model(path: str, theirs: config.Model, ours: config.Model) -> No
     if field.name not in MAY_DIFFER and was != now:
       raise ConfigError(
         f"warm_start = {path!r}: model.{field.name} is {was!r} in that run and {now!r} in this "
-        "one; take a run of the same model"
+        "one; use a run of the same model"
       )
 
 

@@ -41,7 +41,7 @@ def of_start(
   described = {"config": digest(config.to_dict(program.config))}  # of config.json
   before = workdir.read("manifest.json")
   if before is None and recorded:
-    say(f"{workdir.path / 'manifest.json'} is gone; what the checkpoint has of it takes its place")
+    say(f"{workdir.path / 'manifest.json'} is gone; it is restored from the checkpoint")
     before = recorded
   if before is None:  # a random id, since two runs may begin in the same second
     return {"id": secrets.token_hex(8), **now, **described, "resumed": []}
@@ -53,7 +53,7 @@ def of_start(
     )
   if recorded and workdir_lib.identity_of(recorded) != workdir_lib.identity_of(before):
     raise WorkdirError(
-      f"{workdir.path / 'manifest.json'} is of another run than the newest checkpoint; "
+      f"{workdir.path / 'manifest.json'} belongs to another run than the newest checkpoint; "
       f"{workdir_lib.RESTORE}"
     )
   jax_settings.check_recorded(before)

@@ -134,7 +134,7 @@ def _check_splits(c: config.Config, mesh: jax.sharding.Mesh, recipe: quant.Recip
   if c.model.kv_heads % mesh.shape["model"]:
     raise config.ConfigError(
       f"mesh.model = {mesh.shape['model']}: must divide model.kv_heads ({c.model.kv_heads}), or "
-      "every layer gathers its attention; take a smaller one, and a larger mesh.fsdp"
+      "every layer gathers its attention; use a smaller one, and a larger mesh.fsdp"
     )
   recipe.check(
     {

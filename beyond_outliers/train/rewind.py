@@ -39,7 +39,7 @@ def rewind(workdir: Workdir, step: int, say: Callable[[str], None]) -> None:
   if jax.process_index() == 0:
     _set_aside(workdir, step, later, aside)
   say(
-    f"going back to step {step}: checkpoints {later} and all that is later are in "
+    f"going back to step {step}: checkpoints {later} and everything later are now in "
     f"{workdir.path / mesh.from_first(aside.name)}"
   )
 
@@ -54,8 +54,8 @@ def _problem(checkpoint: epath.Path) -> str:
   try:
     damage = mismatch(checkpoint)
   except OSError as error:
-    return f"that checkpoint: {error}; {remedy_for(error, 'take another')}"
-  return f"that checkpoint is damaged: {damage}; take another" if damage else ""
+    return f"that checkpoint: {error}; {remedy_for(error, 'use another')}"
+  return f"that checkpoint is damaged: {damage}; use another" if damage else ""
 
 
 def _set_aside(workdir: Workdir, step: int, later: list[int], aside: epath.Path) -> None:

@@ -207,7 +207,7 @@ def _start(
   first, record = int(start.state.step), start.record or {}  # older checkpoints have no record
   rows = record.get("rows", "")
   if rows and not writers.check_rows(workdir, first, rows):
-    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin behind step {first}")
+    say(f"{workdir.path / 'metrics.jsonl'} is gone; its rows will begin after step {first}")
   if from_step is not None:  # restored by now, so what came after it may be set aside
     rewind.rewind(workdir, from_step, say)
     checkpoints.reload()

@@ -49,9 +49,9 @@ def test_the_constants_are_those_of_figure_6():
 
 
 def test_what_no_normal_number_fits_is_refused():
-  with pytest.raises(config.ConfigError, match=r"grid = 'unsigned': .* have a sign"):
+  with pytest.raises(config.ConfigError, match=r"grid = 'unsigned': .* are signed"):
     capacity.predicted_capacity(quant.RECIPES["lsq_w4a4_unsigned"])
   with pytest.raises(config.ConfigError, match=r"recipe = 'rtn_w4a4'.*quant.RECIPES"):
     capacity.predicted_capacity("rtn_w4a4")
-  with pytest.raises(config.ConfigError, match="two constants need at least three"):
+  with pytest.raises(config.ConfigError, match="at least three errors are needed"):
     capacity.fit_capacity([0.1, 0.2], [0.5, 0.4])

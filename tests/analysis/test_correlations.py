@@ -136,7 +136,7 @@ def test_pearsons_coefficient_is_the_same_in_any_unit(unit):
     (X, [*Y[:5], math.nan], {}, "y = .*nan.*: expected finite numbers"),
     (X, Y, {"method": "cosine"}, "method = 'cosine': expected one of pearson, spearman, kendall"),
     (X, Y, {"interval": "t"}, "interval = 't': expected one of percentile, bca"),
-    (X, Y, {"method": "kendall", "given": Z}, "of a partial one, take"),
+    (X, Y, {"method": "kendall", "given": Z}, "partial correlations are not"),
     (X, Y, {"clusters": ["a"]}, "expected 6 labels"),
     (X, list("abcdef"), {}, "y = .*: expected a list of numbers"),
     (X, Y, {"confidence": math.nan}, "confidence = nan: expected a number between 0 and 1"),

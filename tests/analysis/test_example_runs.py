@@ -16,7 +16,9 @@ from configs import adamw, muon
 
 
 def test_runs_of_a_folder_are_read_and_never_evaluated(tmp_path):
-  with pytest.raises(WorkdirError, match=r"holds no run: give the folder of some, or one of colab"):
+  with pytest.raises(
+    WorkdirError, match=r"holds no run; give a folder that holds some, or one of colab"
+  ):
     example_runs.find_or_train(str(tmp_path), [adamw])
   with pytest.raises(WorkdirError, match="colabb holds no run"):
     example_runs.find_or_train("colabb", [adamw])

@@ -101,13 +101,13 @@ def test_runs_without_a_last_loss_are_named(tmp_path):
 @pytest.mark.parametrize(
   "options,message",
   [
-    ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in .*do not compare"),
-    ({"tokenizer": "letters"}, "data.tokenizer: 'words' in .*, 'letters' in .*do not compare"),
+    ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in .*cannot be compared"),
+    ({"tokenizer": "letters"}, "data.tokenizer: 'words' in .*, 'letters' in .*cannot be compared"),
     ({"argument": ",context=128"}, "context: 256 in .*, 128 in"),
     ({"argument": ",schedule.cooldown=0.5"}, "schedule.cooldown: 0.2 in .*, 0.5 in"),
     ({"argument": ",model.mlp=swiglu"}, "model.mlp: 'relu2' in .*, 'swiglu' in"),
     ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .* in .*, 0.5 in"),
-    ({}, "0.1-0 and .*0.1-0 are of one optimizer, recipe, learning rate, seed and length"),
+    ({}, "0.1-0 and .*0.1-0 have the same optimizer, recipe, learning rate, seed and length"),
   ],
 )
 def test_runs_of_no_one_law_are_refused(tmp_path, options, message):
@@ -147,7 +147,7 @@ def test_a_table_of_no_runs_is_refused(tmp_path):
 @pytest.mark.parametrize(
   "name,text,message",
   [
-    ("metrics.jsonl", "{\n", r"metrics.jsonl:1: no row of metrics"),
+    ("metrics.jsonl", "{\n", r"metrics.jsonl:1: not a row of metrics"),
     ("manifest.json", "{", r"manifest.json: is not the JSON that was written"),
     ("manifest.json", '{"time": "now"}', r"manifest.json: lacks data.directory"),
     ("config.json", '{"size": 3}', r"config.json: .*restore it"),

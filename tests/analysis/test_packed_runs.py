@@ -93,9 +93,9 @@ def test_words_stay_that_the_folder_of_datasets_is_called_by(root, tmp_path, dir
   "key, value, told",
   [
     ("seed", 3, "muon/none-0.01-0 would have another seed"),
-    ("seed", -3, "would be refused .*seed = -3"),
+    ("seed", -3, "could not be read back .*seed = -3"),
     ("identity", "other", "muon/none-0.01-0 would have another identity"),
-    ("time", None, "muon/none-0.01-0 would be no run"),
+    ("time", None, "muon/none-0.01-0 would not be a run"),
   ],
 )
 def test_runs_that_would_be_others_do_not_replace_a_former_file(
@@ -116,7 +116,7 @@ def test_runs_that_would_be_others_do_not_replace_a_former_file(
   monkeypatch.setattr(packed_runs, "_contents", damaged)
   # The configuration's sum is in the manifest.
   monkeypatch.setattr(packed_runs, "digest", lambda found: "")
-  with pytest.raises(WorkdirError, match=f"runs.tar.xz: .*{told}.*what was there stays"):
+  with pytest.raises(WorkdirError, match=f"runs.tar.xz: .*{told}.*nothing was written"):
     packed_runs.pack_runs(runs.find(root), tmp_path / "runs.tar.xz")
   assert (tmp_path / "runs.tar.xz").read_bytes() == content
   assert set(os.listdir(tmp_path)) == {"home", "runs.tar.xz"}
@@ -195,7 +195,7 @@ def test_a_damaged_file_is_refused(root, tmp_path, damage):
     }[damage]
   )
   with pytest.raises(
-    WorkdirError, match=r"runs.tar.xz is no whole file of packed runs [^\n]*again"
+    WorkdirError, match=r"runs.tar.xz is not a complete file of packed runs [^\n]*again"
   ):
     packed_runs.find_runs(path)
   assert not list((tmp_path / "cache/beyond_outliers/packed_runs").iterdir())
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_refused(root, tmp_path, damage):
 def test_a_name_that_leaves_its_folder_is_refused(tmp_path):
   with tarfile.open(tmp_path / "x.tar.xz", "w:xz") as archive:
     archive.addfile(tarfile.TarInfo("../outside"))
-  with pytest.raises(WorkdirError, match="no whole file of packed runs"):
+  with pytest.raises(WorkdirError, match="not a complete file of packed runs"):
     packed_runs.find_runs(tmp_path / "x.tar.xz")
   assert not list(tmp_path.rglob("outside"))
 

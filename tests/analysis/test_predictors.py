@@ -104,9 +104,9 @@ def test_few_optimizers_have_no_correlation(tmp_path):
   table = predictors.frame(measured(tmp_path, optimizers=3))
   (found,) = predictors.correlations(table, predictors=["R_L"]).itertuples()
   assert found.spearman == 1 and math.isnan(found.partial_pearson)
-  assert "partial_: 3 optimizers; it takes 4" in found.reason
+  assert "partial_: 3 optimizers; at least 4 are needed" in found.reason
   two = predictors.correlations(table[table.optimizer != "muon"], predictors=["R_L"]).iloc[0]
-  assert math.isnan(two.spearman) and two.reason == "2 optimizers; it takes 3"
+  assert math.isnan(two.spearman) and two.reason == "2 optimizers; at least 3 are needed"
 
 
 def test_seeds_that_some_lack_leave_p_of_clusters_open(tmp_path):
@@ -162,7 +162,9 @@ def test_runs_that_were_not_measured_are_left_out_by_name(tmp_path):
   workdir(tmp_path, soap, 0.1, 0, {260: 4.0}, recipe="quest_w4a4")  # nothing to quantize after it
   early = workdir(tmp_path, psgd, 0.1, 0, {260: 4.0}, status="preempted")
   cell(early, 208, "rtn_w4a4", "rtn", {"loss": 4.5, "loss_difference": 0.5}, R_L=0.1, units=UNITS)
-  left_out = [f"{run}: no cell of its last step, 260, has this" for run in (early, bare)]
+  left_out = [
+    f"{run}: none of the cells of its last step, 260, has what this needs" for run in (early, bare)
+  ]
   assert predictors.frame(runs.find(tmp_path)).attrs["left_out"] == left_out
   assert predictors.units(runs.find(tmp_path)).attrs["left_out"] == left_out
 

@@ -130,7 +130,7 @@ def test_a_model_that_broke_is_not_left_out_of_a_mean(tmp_path):
   "other,named",
   [
     ({"documents": 3}, r"(all|gptq): the cells have documents = \["),
-    ({"size": "0.3m"}, "batch_size: .* these do not compare"),
+    ({"size": "0.3m"}, "batch_size: .* such runs cannot be compared"),
     ({"windows": 128}, r"(all|gptq): the cells have calibration_windows = \["),
   ],
 )
@@ -210,7 +210,9 @@ def test_every_table_of_cells_is_of_runs_that_compare(tmp_path, argument):
   quantized(tmp_path, 1, run={"argument": f",{argument}"})
   found = runs.find(tmp_path)
   for read in (*(ptq_degradation.degradation_cells, predictors.frame, along_training.frame),):
-    with pytest.raises(config.ConfigError, match=r".+ in .*-0, .+ in .*-1: these do not compare"):
+    with pytest.raises(
+      config.ConfigError, match=r".+ in .*-0, .+ in .*-1: such runs cannot be compared"
+    ):
       read(found)
 
 

@@ -22,7 +22,7 @@ REFUSED = {
   "no runs": (["--root={empty}"], ["--root = '", "empty': holds no run"]),
   "runs that do not compare": (
     ["--root={sweep},{other}/adamw"],
-    ["model.blocks: 2 in", "3 in", "report on them apart"],
+    ["model.blocks: 2 in", "3 in", "report on them separately"],
   ),
   "no run done": (
     ["--root={sweep}", "--common_loss"],
@@ -34,7 +34,7 @@ REFUSED = {
   ),
   "cells of no report": (
     ["--root={sweep}", "--settings=documents=3"],
-    ["--settings = 'documents=3': belongs to --degradation"],
+    ["--settings = 'documents=3': works only with --degradation"],
   ),
   "no value": (
     ["--root={sweep}", "--degradation=kl", "--settings=documents"],
@@ -50,7 +50,7 @@ REFUSED = {
   ),
   "one recipe": (
     ["--root={sweep}", "--gap_plot=gap.png"],
-    ["--gap_plot = 'gap.png': the runs are all of recipe 'none'"],
+    ["--gap_plot = 'gap.png': all runs have the recipe 'none'"],
   ),
   "a figure of a kind that nobody writes": (
     ["--root={sweep}", "--plot={empty}/curves.text"],
@@ -144,11 +144,14 @@ def test_a_report(told):
 
 
 def test_runs_that_are_not_done_are_told_and_no_rates_written_meanwhile(told):
-  assert "muon/none-0.1-0: diverged at step 2 of 2, counts as infinite" in told["nothing"][1]
-  code, said = told["under way"]
-  running = "none-0.3-0: running at step 2 of 2, counts as infinite"
   assert (
-    f"{running}\n" in said and "none-1.0-0: failed at step 2 of 2, counts as infinite\n" in said
+    "muon/none-0.1-0: diverged at step 2 of 2, so its loss counts as infinite" in told["nothing"][1]
+  )
+  code, said = told["under way"]
+  running = "none-0.3-0: running at step 2 of 2, so its loss counts as infinite"
+  assert (
+    f"{running}\n" in said
+    and "none-1.0-0: failed at step 2 of 2, so its loss counts as infinite\n" in said
   )
   last = said.splitlines()[-1]
   assert (

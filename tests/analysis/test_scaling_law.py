@@ -298,7 +298,10 @@ def test_runs_that_are_left_out_are_named():
   rows = [row for row in rows if (row["optimizer"], row["recipe"]) != ("muon", "none")]
   found = scaling_law.fit(rows, resamples=0)
   run = "adamw, none, {} parameters, {} tokens, seed {}: {}"
-  zero, finite = run.format("1.218e+08", "2.436e+09", 9, "loss = "), "is no finite number above 0"
+  zero, finite = (
+    run.format("1.218e+08", "2.436e+09", 9, "loss = "),
+    "is not a finite number above 0",
+  )
   assert found.left_out[:2] == [
     run.format("4.97e+07", "9.94e+08", 0, "diverged"),
     run.format("4.97e+07", "9.94e+08", 1, "running"),
@@ -334,13 +337,17 @@ def changed(**columns):
     (
       [*changed(**{"data.fingerprint": "x"})[1:], {**runs()[0], "data.fingerprint": "y"}],
       {},
-      "points: data.fingerprint = 'x, y': losses over different data",
+      "points: data.fingerprint = 'x, y': losses on different data",
     ),
     (changed(parameters=-1.0), {}, r"row 0: parameters = -1.0: expected a number above zero"),
     (changed(seed=None), {}, "row 0: seed is missing"),
-    ("runs.csv", {}, "points = 'runs.csv': no table of runs .*give a pandas.DataFrame"),
+    ("runs.csv", {}, "points = 'runs.csv': not a table of runs .*give a pandas.DataFrame"),
     (changed(tokens="many"), {}, "row 0: tokens = 'many': expected a number above zero"),
-    (changed(loss=math.nan), {}, "none of 36 runs is done with a loss; the first: .* loss = nan"),
+    (
+      changed(loss=math.nan),
+      {},
+      "none of 36 runs is done and has a loss; the first: .* loss = nan",
+    ),
     (changed(embedding=1e12), {"embedding": False}, "row 0: embedding = 1e[+]12 of 4.97e[+]07"),
     (
       [{k: v for k, v in row.items() if k != "embedding"} for row in runs()],
@@ -359,7 +366,7 @@ def changed(**columns):
     (
       pd.concat([pd.DataFrame(runs()), pd.DataFrame(runs())[["loss"]]], axis=1),
       {},
-      r"points = \['loss'\]: columns are there twice",
+      r"points = \['loss'\]: these columns appear twice",
     ),
   ],
 )

@@ -112,7 +112,8 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
     argument=f",optimizer.groups.embedding.learning_rate={2 * own}",
   )
   with pytest.raises(
-    config.ConfigError, match=r"optimizer.groups.embedding.learning_rate: .*: these do not compare"
+    config.ConfigError,
+    match=r"optimizer.groups.embedding.learning_rate: .*: such runs cannot be compared",
   ):
     tuning.tunings(runs.find(tmp_path))
 
@@ -123,14 +124,14 @@ def test_a_rate_of_its_own_may_be_the_one_that_is_swept(tmp_path):
     ({"fingerprint": "other"}, "data.fingerprint: 'abc' in .*, 'other' in"),
     ({"argument": ",steps=100"}, "steps: 2 in .*, 100 in"),
     ({"argument": ",model.blocks=3"}, "model.blocks: 2 in .*, 3 in"),
-    ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .*: these do not compare"),
+    ({"argument": ",optimizer.b2=0.5"}, "optimizer.b2: .*: such runs cannot be compared"),
     ({"argument": ",max_gradient_norm=1.0"}, r"max_gradient_norm: 0\.0 in .*, 1\.0 in"),
     ({"argument": ",spikes.sigmas=6.0"}, r"spikes\.sigmas: 0\.0 in .*, 6\.0 in"),
     (
       {"jax": {"jax_enable_x64": False, "jax_random_seed_offset": 7}},
-      "jax_random_seed_offset: None in .*, 7 in .*: these do not compare",
+      "jax_random_seed_offset: None in .*, 7 in .*: such runs cannot be compared",
     ),
-    ({}, "are of one optimizer, recipe, learning rate, seed and length"),
+    ({}, "have the same optimizer, recipe, learning rate, seed and length"),
   ],
 )
 def test_runs_that_do_not_compare_are_refused(sweep, tmp_path, options, message):
@@ -175,7 +176,7 @@ def test_runs_that_began_with_unlike_parameters_of_one_folder_are_refused(tmp_pa
   alike = runs.find(tmp_path / "alike")
   tuning.check_comparable(alike)
   warm("unlike", 4, "/a", "other")
-  told = "warm_start = '/a': parameters: 'one' in .*, 'other' in .*: these do not compare"
+  told = "warm_start = '/a': parameters: 'one' in .*, 'other' in .*: such runs cannot be compared"
   with pytest.raises(config.ConfigError, match=told):
     tuning.tunings([*alike, *runs.find(tmp_path / "unlike")])
   # A pack names a run's neighbours without their folder: under two roots, they are different.

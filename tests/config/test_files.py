@@ -41,7 +41,7 @@ def test_the_home_folder_in_keys_that_are_paths(key, value, found):
 
 
 def test_a_home_that_nobody_has_is_refused():
-  with pytest.raises(config.ConfigError, match=r"data.directory = '~nouser/x': ~ is no .*; give"):
+  with pytest.raises(config.ConfigError, match=r"data.directory = '~nouser/x': ~ is not .*; give"):
     config.resolve(adamw.get_config("nano,data.directory=~nouser/x"))
 
 
@@ -57,8 +57,8 @@ def test_a_home_that_nobody_has_is_refused():
     (b"null", "is a JSON NoneType, not an object"),
     (b'{"a": 1}', "lacks a.b"),
     (b'{"a": {"c": 1}}', "lacks a.b"),
-    (b'{"a": {"b": "x"}}', "a.b is 'x', not of the kind int"),
-    (b'{"a": {"b": null}}', "a.b is None, not of the kind int"),
+    (b'{"a": {"b": "x"}}', "a.b is 'x', not of type int"),
+    (b'{"a": {"b": null}}', "a.b is None, not of type int"),
     (None, "Is a directory"),
   ],
   ids=lambda value: str(value)[:16],

@@ -112,7 +112,7 @@ def test_what_cannot_be_is_refused_by_name(name, field, value, message):
     ),
     (
       "preconditioner_dtype=bfloat16,optimizer.b2=0.995",
-      r"b2 = 0\.995: averages in bfloat16 stand still above 0\.99",
+      r"b2 = 0\.995: averages in bfloat16 stop changing above 0\.99",
     ),
   ],
 )

@@ -164,8 +164,8 @@ def test_damaged_and_misnamed_compressed_files_are_refused_by_name(
   for name, data, message in [
     ("cut", whole[:-20], "damaged, or cannot be read"),
     ("flipped", flipped, ""),  # what comes out may be found out first
-    ("empty", b"", f"named {suffix}, and holds nothing"),
-    ("plain", plain, f"named {suffix}, and holds no such data"),
+    ("empty", b"", f"named {suffix}, but holds nothing"),
+    ("plain", plain, f"named {suffix}, but holds other data"),
   ]:
     file = tmp_path / f"{name}.x{suffix}"
     file.write_bytes(data)
@@ -174,7 +174,7 @@ def test_damaged_and_misnamed_compressed_files_are_refused_by_name(
     assert "\n" not in str(refused.value)
   bare = tmp_path / "bare.jsonl"
   bare.write_bytes(whole)
-  with pytest.raises(DataError, match=rf"{bare}: holds {suffix} data; name it {bare}{suffix}"):
+  with pytest.raises(DataError, match=rf"{bare}: holds {suffix} data; rename it to {bare}{suffix}"):
     contents(make_config(source=source, path=str(bare)))
 
 
@@ -196,7 +196,7 @@ def test_what_is_compressed_twice_and_archives_are_refused(tmp_path, make_config
   data = COMPRESS.get(inner, archive)(b"text")
   file = tmp_path / f"a{inner}{suffix}"
   file.write_bytes(COMPRESS[suffix](data))
-  with pytest.raises(DataError, match=f"{file}: holds {inner} data in a compressed file; unpack"):
+  with pytest.raises(DataError, match=f"{file}: the compressed file holds {inner} data; unpack"):
     contents(make_config(source="text", path=str(file)))
 
 
@@ -211,11 +211,11 @@ def archive(data):
 
 def test_an_archive_is_refused_by_name(tmp_path, make_config):
   (tmp_path / "a.txt").write_bytes(archive(b"text"))
-  with pytest.raises(DataError, match=r"a.txt: .tar is not read; unpack it"):
+  with pytest.raises(DataError, match=r"a.txt: .tar is not supported; unpack it"):
     contents(make_config(source="text", path=str(tmp_path / "a.txt")))
   (tmp_path / "a.jsonl.zip").write_bytes(b"PK\x03\x04 and so on")
   with pytest.raises(
-    DataError, match=r"a.jsonl.zip: .zip is not read; unpack it, or take one of .gz"
+    DataError, match=r"a.jsonl.zip: .zip is not supported; unpack it, or use one of .gz"
   ):
     contents(make_config(path=str(tmp_path / "a.jsonl.zip")))
 
@@ -244,7 +244,7 @@ def test_an_archive_is_refused_by_name(tmp_path, make_config):
     (b'{"text": [[1], [1, 2]]}', r"bad.jsonl:1: field 'text' holds list \[\[1\], \[1, 2\]\]"),
     (b'{"text": [true, 5]}', r"bad.jsonl:1: field 'text' holds list \[True, 5\]"),
     (b'{"text": [' + b"9" * 30 + b"]}", r"bad.jsonl:1: field 'text' holds list \[9999"),
-    (b'{"text": "a", "text": "b"}', r"bad.jsonl:1: .*'text' stands twice in one object"),
+    (b'{"text": "a", "text": "b"}', r"bad.jsonl:1: .*'text' appears twice in one object"),
     (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"bad.jsonl:1: not a JSON record"),
     (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", r"bad.jsonl:1: field 'text' holds list \[\[\["),
     (b'{"text": 1' + b"0" * 5000 + b"}", r"bad.jsonl:1: not a JSON record"),
@@ -257,7 +257,7 @@ def test_bad_jsonl_is_refused_by_file_and_line(tmp_path, make_config, lines, mes
   with pytest.raises(DataError, match=message) as told:
     contents(make_config(path=str(tmp_path / "bad.jsonl")))
   if "no field" not in message:  # which says the fields that there are
-    assert str(told.value).endswith("; mend it, or leave it out")
+    assert str(told.value).endswith("; fix it, or leave it out")
 
 
 def test_bad_text_is_refused_by_file_and_line(tmp_path, make_config):
@@ -392,7 +392,7 @@ def test_a_tfds_description_neither_imports_nor_leaves_its_folder(tmp_path, text
       lambda: tfds.Records(str(path), "text"),
     ):
       with pytest.raises(
-        DataError, match=r"features.json: names the class 'imported.Text', none of"
+        DataError, match=r"features.json: names the class 'imported.Text', which TFDS does not"
       ):
         len(read())
   features.write_text(whole)
@@ -405,14 +405,14 @@ def test_a_tfds_description_neither_imports_nor_leaves_its_folder(tmp_path, text
 def test_a_matched_file_that_is_not_there_is_refused(tmp_path, make_config, write_jsonl):
   write_jsonl(["a"], "a.jsonl")
   os.symlink(tmp_path / "nowhere", tmp_path / "b.jsonl")
-  with pytest.raises(DataError, match=r"/b.jsonl: a link to nothing, .*; restore it, or remove"):
+  with pytest.raises(DataError, match=r"/b.jsonl: a broken link, .*; restore it, or remove"):
     contents(make_config(path=str(tmp_path / "[ab].jsonl")))
 
 
 @pytest.mark.parametrize("field, name", [("text", "te\\u0078t"), ("naïve", "naïve")])
 def test_a_field_that_stands_twice_in_any_spelling_is_refused(tmp_path, make_config, field, name):
   (tmp_path / "a.jsonl").write_text(f'{{"{field}": "a", "{name}": "b"}}\n', encoding="utf-8")
-  with pytest.raises(DataError, match=f"a.jsonl:1: .*'{field}' stands twice"):
+  with pytest.raises(DataError, match=f"a.jsonl:1: .*'{field}' appears twice"):
     contents(make_config(path=str(tmp_path / "a.jsonl"), field=field))
 
 
@@ -444,5 +444,7 @@ def test_a_name_that_looks_like_a_pattern_is_a_name_where_no_file_matches(tmp_pa
   (tmp_path / "a1.txt").write_text("by pattern")
   assert contents(cfg) == ["by pattern"], "as ever"
   (tmp_path / "lr=[1]").mkdir()
-  with pytest.raises(DataError, match=r"no file matches .*; in a pattern, \[\[\] is a bracket"):
+  with pytest.raises(
+    DataError, match=r"no file matches .*; in a pattern, write \[\[\] for a bracket"
+  ):
     contents(make_config(source="text", path=str(tmp_path / "lr=[1]" / "*.txt")))

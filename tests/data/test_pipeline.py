@@ -349,7 +349,7 @@ def test_sizes_that_do_not_divide_are_refused(make_dataset, make_config):
     DataError, match=r"batch_size = 8: must be a multiple of the number of processes \(3\)"
   ):
     batches_of(dataset, cfg, process_index=0, process_count=3)
-  with pytest.raises(DataError, match=r"context = 100000: the \d+ training tokens make no window"):
+  with pytest.raises(DataError, match=r"context = 100000: the \d+ training tokens are too few"):
     batches_of(dataset, cfg, context=100_000)
   with pytest.raises(DataError, match=r"data.reader = 'tfds': .* holds token shards"):
     batches_of(dataset, make_config(reader="tfds"))

@@ -240,7 +240,7 @@ def test_a_document_that_the_tokenizer_fails_on_is_named(
 
 def test_token_ids_train_no_tokenizer(make_config, write_jsonl):
   with pytest.raises(
-    DataError, match=r"corpus.jsonl:1: holds token ids, which train no SentencePiece model"
+    DataError, match=r"corpus.jsonl:1: holds token ids, on which no SentencePiece model"
   ):
     data.prepare(
       make_config(
@@ -390,13 +390,17 @@ def test_a_damaged_description_is_refused_by_name(make_config, kept):
   [
     ("dtype", "x", "dtype is 'x'"),
     ("files", None, "files is None"),
-    ("files", {}, "files lack train-00000.bin, of the train split"),
-    ("files.train-00000|bin", {}, "of train-00000.bin: lacks bytes, sha256"),
+    ("files", {}, "files lacks train-00000.bin of the train split"),
+    ("files.train-00000|bin", {}, "entry train-00000.bin: lacks bytes, sha256"),
     ("tokenizer.fingerprint", 1, "tokenizer.fingerprint is 1"),
-    ("splits.train.tokens", 3, "3 tokens of the train split are not what its shards hold"),
-    ("splits.validation.shards", [], "tokens of the validation split are not"),
-    ("splits.validation.shards", [[]], "files lack"),
-    ("records", {}, "of records: lacks path"),
+    (
+      "splits.train.tokens",
+      3,
+      "the train split counts 3 tokens, which is not what its shards hold",
+    ),
+    ("splits.validation.shards", [], "the validation split counts .* tokens, which is not"),
+    ("splits.validation.shards", [[]], "files lacks"),
+    ("records", {}, "entry records: lacks path"),
     ("first_bytes", [], "first_bytes is not"),
   ],
 )
@@ -461,7 +465,7 @@ def test_changed_source_files_are_refused_and_vanished_ones_are_not(
   os.remove(cfg.path)
   said = []
   data.prepare(cfg, log=said.append)
-  assert "its source is not here to compare with" in said[0]
+  assert "its source is not here, and was not compared" in said[0]
 
 
 def test_contents_of_the_same_length_are_compared_where_a_file_was_touched(make_config):
@@ -548,12 +552,12 @@ def test_an_empty_split_is_refused(make_config, reader, tokenizer, vocab):
   fields = {"reader": reader, "tokenizer": tokenizer, "vocab": vocab}
   with pytest.raises(
     DataError,
-    match=r"data.validation = 'newest:60': leaves no document to the train split; hold out fewer",
+    match=r"data.validation = 'newest:60': leaves no document for the train split; hold out fewer",
   ):
     data.prepare(make_config(validation="newest:60", **fields), log=quiet)
   with pytest.raises(
     DataError,
-    match=r"'fraction:0.000001': leaves no document to the validation split; hold out more",
+    match=r"'fraction:0.000001': leaves no document for the validation split; hold out more",
   ):
     data.prepare(make_config(validation="fraction:0.000001", **fields), log=quiet)
 
@@ -747,5 +751,5 @@ def test_a_prepared_dataset_outlives_the_file_of_its_tokenizer(tmp_path, make_co
   file.unlink()
   assert data.prepare(cfg, log=said.append).fingerprint == made.fingerprint
   assert said == [
-    f"prepare: using {made.directory}; its tokenizer {file} is not here to compare with"
+    f"prepare: using {made.directory}; its tokenizer {file} is not here, and was not compared"
   ]

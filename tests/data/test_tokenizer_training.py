@@ -13,7 +13,9 @@ def test_training_repeats_to_the_byte(speeches, sentencepiece):
 
 @pytest.mark.parametrize("vocab", [50, 100_000])
 def test_a_vocabulary_that_the_documents_do_not_support_is_refused(vocab):
-  with pytest.raises(DataError, match=f"data.vocab = {vocab}: no SentencePiece model of that size"):
+  with pytest.raises(
+    DataError, match=f"data.vocab = {vocab}: cannot train a SentencePiece model of that size"
+  ):
     tokenizer_training.train_sentencepiece(["some words"] * 9, vocab)
 
 

@@ -345,7 +345,7 @@ def test_what_a_hugging_face_directory_puts_before_texts(
   (tmp_path / "tokenizer_config.json").write_text(
     json.dumps({"add_bos_token": True, "bos_token": "<bos>"})
   )
-  with pytest.raises(DataError, match=r"add_bos_token is true, and bos_token = '<bos>' is not in"):
+  with pytest.raises(DataError, match=r"add_bos_token is true, but bos_token = '<bos>' is not in"):
     tokenizers.added_bos(str(tmp_path))
 
 

@@ -347,7 +347,7 @@ def test_faulty_tasks_are_refused_in_one_line_when_they_are_loaded(field, value,
   file = tmp_path / "faulty.yaml"
   lines = [line for line in file.read_text().splitlines() if not line.startswith(f"{field}:")]
   file.write_text("\n".join([*lines, f"{field}: {json.dumps(value)}"]))
-  with pytest.raises(ConfigError, match=rf"^tasks = faulty: .*{told}.*; mend its YAML file[^\n]*$"):
+  with pytest.raises(ConfigError, match=rf"^tasks = faulty: .*{told}.*; fix its YAML file[^\n]*$"):
     harness.load_tasks(["faulty"], [tmp_path])
 
 
@@ -413,7 +413,7 @@ def test_an_example_without_a_score_is_left_out_whole(chances, tmp_path):
   reason = "a continuation has 33 tokens, the window 32"
   assert answers.left_out == [{"task": "some", "example": 1, "reason": reason}]
   assert not_as_asked(answers.examples, answers.left_out) == [
-    f"some: 1 of 4 examples left out, of all metrics; of example 1, {reason}",
+    f"some: 1 of 4 examples left out of all metrics; of example 1, {reason}",
     "some: 1 of 4 examples lost the beginning of their context, which is longer than the window",
   ]
   assert harness.ask(model, tasks, limit=1).examples["some"] == counts | {
@@ -435,7 +435,7 @@ def test_a_model_that_is_not_finite_ranks_no_choice(chances, tmp_path):
   params["head"]["kernel"][:] = np.nan
   broken = harness.harness_model(model, params, BYTES, context=CONTEXT)
   with pytest.raises(
-    TaskError, match=f"some: none of 3 examples has a score; of the first, {reason}"
+    TaskError, match=f"some: none of 3 examples has a score; for the first, {reason}"
   ):
     harness.ask(broken, tasks)
   requests = [Instance("generate_until", {}, ("ab", {"max_gen_toks": 4}), 0, ("some", 5, 1))]
@@ -452,9 +452,9 @@ def test_a_model_that_is_not_finite_ranks_no_choice(chances, tmp_path):
     (example("b", "c", answer=-1), "answer = -1: expected"),
     (example("b", "c", answer=None), "answer = None: the task asks for it; expected a text"),
     (example("b", "c", context="7"), "context = 7: digits alone"),
-    (example("b"), r"choices = \['b'\]: expected two texts or more"),
-    (example(), "choices = .*: expected two texts"),
-    (example("b", None), "choices = .*None.*: expected two texts"),
+    (example("b"), r"choices = \['b'\]: expected two or more texts"),
+    (example(), "choices = .*: expected two or more texts"),
+    (example("b", None), "choices = .*None.*: expected two or more texts"),
     ({"choices": ["b", "c"], "answer": 0}, "a field in a template = None: the task asks for it"),
   ],
 )
@@ -464,7 +464,7 @@ def test_examples_that_would_be_asked_wrong_are_refused_by_number(broken, told, 
 
 
 def test_texts_that_are_read_as_times_are_refused(tmp_path):
-  with pytest.raises(ConfigError, match=r"a field in a template = .*2020, 1, 2.*nor a date alone"):
+  with pytest.raises(ConfigError, match=r"a field in a template = .*2020, 1, 2.*nor only a date"):
     written(tmp_path, *[example("b", "c", context="2020-01-02")] * 2)
 
 
@@ -473,7 +473,7 @@ def test_data_that_is_torn_is_refused_in_one_line(tmp_path):
   whole = (tmp_path / "some.jsonl").read_text()
   for text in (whole + '{"context": "x", "cho', whole + "[]\n", "\0", ""):
     (tmp_path / "some.jsonl").write_text(text)
-    with pytest.raises(ConfigError, match=r"^tasks = some: [^\n]*; mend its YAML file[^\n]*$"):
+    with pytest.raises(ConfigError, match=r"^tasks = some: [^\n]*; fix its YAML file[^\n]*$"):
       harness.load_tasks(["some"], [tmp_path])
 
 

@@ -396,7 +396,7 @@ def test_tasks_are_added_to_cells_that_lack_them(measured, workdir, monkeypatch)
   counts = {"split": "test", "scored": 3, "left_out": 1, "truncated": 0}
   assert found_too["examples"] == {"piqa": counts}
   assert said == [
-    f"{task}: 1 of 4 examples left out, of all metrics; of example 2, a reason"
+    f"{task}: 1 of 4 examples left out of all metrics; of example 2, a reason"
     for task in ("arc_easy", "piqa")
   ]
   (file,) = (workdir / "eval").glob("2-*-piqa-*.json")
@@ -837,7 +837,7 @@ def test_following_ends_once_the_steps_that_are_wanted_are_done():
   assert measured == {1, 5, 9} and not job.failed and not job.skipped
   measured.remove(9)
   job.check_results([1, 5, 9, 12])
-  gone = "none, none: its result is gone since it was written"
+  gone = "none, none: its result has been removed since it was written"
   assert job.failed and job.skipped == {9: [gone], 12: ["there was no such checkpoint"]}
 
 
@@ -886,14 +886,14 @@ def test_following_tells_what_becomes_of_the_run(workdir, tmp_path, monkeypatch)
   assert look() is None and look() is None and look() is None, "its heart beat"
   assert (
     look(1.0).startswith(
-      "run: running from step 1, and silent for 30 minutes; if it was killed, resume"
+      "run: running from step 1, but silent for 30 minutes; if it was killed, resume"
     )
     and look() is None
   )
   hour = config.to_dict(target.run.config)["log"]["watchdog_seconds"]
   with workdir_lib.Workdir(tmp_path / "run").lock():
     assert look(1.5 * hour) is None and not watch.dead, "it may take long for a step"
-  assert look(0).startswith("run: dead, for no process holds its lock") and watch.dead
+  assert look(0).startswith("run: dead, as no process holds its lock") and watch.dead
   status("preempted", 2, "asked to stop")
   assert look() == "run: preempted at step 2: asked to stop" and not target.ended()
   status("running", 2)
@@ -1018,11 +1018,11 @@ REFUSED = {
   ),
   "more calibration than there is": (
     ["--workdir={run}", "--recipes=rtn_w4a4", "--methods=gptq", "--calibration=100000000"],
-    ["--calibration = 100000000", "windows of 32 tokens; take fewer"],
+    ["--calibration = 100000000", "windows of 32 tokens; give at most that"],
   ),
   "windows far beyond the run's": (
     ["--workdir={run}", "--context=9999999"],
-    ["--context = 9999999", "was trained on windows of 32 tokens; take 512 at most"],
+    ["--context = 9999999", "was trained on windows of 32 tokens; give at most 512"],
   ),
   "no number of seconds": (["--workdir={run}", "--poll=nan"], ["--poll", "0.01 to 86400 seconds"]),
   "seconds before now": (["--workdir={run}", "--poll=-1"], ["--poll", "0.01 to 86400 seconds"]),
@@ -1141,7 +1141,7 @@ def test_a_job_that_is_stopped_says_so_in_one_line(number, tmp_path):
   assert job.stderr.readline() == f"waiting for a run in {tmp_path}/run\n"
   job.send_signal(number)
   _, said = job.communicate(timeout=60)
-  assert said == "asked to stop; what was measured stays, the same command goes on\n"
+  assert said == "asked to stop; what was measured is kept, and the same command resumes\n"
   assert job.returncode == 128 + number
 
 

@@ -206,8 +206,8 @@ def test_damaged_wheels_are_refused_and_nothing_is_written(tmp_path):
   content = whole.read_bytes()
   lines = wheel(tmp_path / "b.whl", quartz_evals=(QUARTZ, "B"), logiqa_evals=(LOGIQA, "E"))
   for damaged, told in (
-    (content[:-30], "is no wheel"),
-    (b"<html>not found</html>", "is no wheel"),
+    (content[:-30], "is not a wheel"),
+    (b"<html>not found</html>", "is not a wheel"),
     (content.replace(b"mortal", b"mortar"), "logiqa.jsonl is damaged .*CRC"),
     (lines.read_bytes(), "line 1 of evals/registry/data/logiqa/logiqa.jsonl: ValueError"),
   ):

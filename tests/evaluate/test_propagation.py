@@ -416,7 +416,7 @@ def test_refusals():
   differences = (
     "quantized = 'attention_scale rsqrt, not learned, blocks 3, not 2, mlp swiglu, not relu2, "
     "norm_placement pre, not post, qk_norm none, not l2, rope_layout half, not interleaved, "
-    "vocab 128, not 64': another architecture; take what this model was quantized to"
+    "vocab 128, not 64': another architecture; give what this model was quantized to"
   )
   for measure in (decompose, final_error):
     with pytest.raises(ConfigError, match=f"^{re.escape(differences)}$"):
@@ -427,7 +427,7 @@ def test_refusals():
     decompose(model, params, q, [{"tokens": np.array([[1, -1]])}])
   padding = {"tokens": np.ones((1, 4), int), "segment_ids": np.zeros((1, 4), int)}
   for nothing in ([], [{"tokens": np.zeros((0, 4), int)}], [padding]):
-    with pytest.raises(ConfigError, match="batches = 'none': error shows on tokens"):
+    with pytest.raises(ConfigError, match="batches = 'none': the error is measured on tokens"):
       final_error(model, params, q, nothing)
   with pytest.raises(ConfigError, match="at = 'head'"):
     final_error(model, params, q, BATCHES, "head")

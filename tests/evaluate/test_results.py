@@ -73,7 +73,7 @@ def test_what_is_no_result_counts_as_missing(text, tmp_path):
   (tmp_path / "other.json").write_text(text)
   for _ in range(2):
     assert [cell["step"] for cell in store.cells()] == [2]
-  assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'other.json'} holds no result")
+  assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'other.json'} is not a result")
   whole.write_text(text)
   assert store.read(*(CELL[name] for name in IDENTITY)) is None and len(said) == 2
 
@@ -163,7 +163,7 @@ def test_an_altered_number_and_a_result_in_anothers_place_count_as_missing(tmp_p
   one, other = sorted(tmp_path.iterdir())
   text = one.read_text()
   one.write_text(text.replace('"loss": 3.5', '"loss": 2.5'))
-  assert len(store.cells()) == 1 and said[-1].startswith(f"{one} holds no result")
+  assert len(store.cells()) == 1 and said[-1].startswith(f"{one} is not a result")
   assert "was altered since it was written" in said[-1]
   one.write_text(other.read_text())
   assert len(store.cells()) == 1

@@ -73,12 +73,16 @@ def test_a_second_job_measures_anew_what_the_run_has_made_anew(go_back, workdir,
   assert again != digest
   reported, _ = ptq_degradation.find_cells([runs.open(workdir)], {}, [out], but=["step"])
   assert {cell["step"] for _, cell in reported} == {1}
-  assert "of step 2, rtn_w4a4, rtn is of other parameters than that" in capsys.readouterr().err
+  assert (
+    "of step 2, rtn_w4a4, rtn was measured on other parameters than that" in capsys.readouterr().err
+  )
   job = begin(workdir, out, said.append)
   job.once([1, 2])
   assert measured(out, 2).keys() == of_first.keys() and digests(out, 2) == {again}
   assert measured(out, 1) == before and not job.skipped
-  assert len(said) == 2 and all("of other parameters than step 2 has now" in s for s in said)
+  assert len(said) == 2 and all(
+    "measured on other parameters than step 2 has now" in s for s in said
+  )
 
 
 @pytest.mark.parametrize("where", ["eval", "out"])

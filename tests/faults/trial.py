@@ -197,9 +197,7 @@ class Trial:
         assert at >= newest or told, f"resumed from {at} and not from {newest}, without a word"
         sound = [step for step in committed if f"checkpoints/{step} is damaged" not in said]
         assert at >= max([0, *sound]) or "going back" in said, f"resumed from {at} of {committed}"
-        if gone := re.search(
-          r"metrics\.jsonl is gone; its rows will begin behind step (\d+)", said
-        ):
+        if gone := re.search(r"metrics\.jsonl is gone; its rows will begin after step (\d+)", said):
           self._rows_behind = int(gone[1])
         allowed = EVERY * (2 if at < before - before % EVERY else 1)
         assert self.result.lost <= allowed, f"{self.result.lost} steps lost"

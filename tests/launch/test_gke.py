@@ -293,9 +293,17 @@ def test_a_report_is_refused_with_its_command():
 REFUSED = {
   ("v5p-100", 1, 1): "--accelerator=v5p-100: slices of v5p have 8, 16",
   ("nvidia-h100-80gb", 1, 1): "--accelerator=nvidia-h100-80gb: expected the GPUs of one host",
-  ("nvidia-h100-80gb:0", 1, 1): "expected the GPUs of one host, as nvidia-h100-80gb:8",
-  ("nvidia-h100-80gb:8", 2, 1): "--slices=2: are of TPUs; of hosts with GPUs give --hosts=2",
-  ("v5p-128", 1, 2): "--hosts=2: are of GPUs; those of a slice follow from --accelerator=v5p-128",
+  ("nvidia-h100-80gb:0", 1, 1): "expected the GPUs of one host, such as nvidia-h100-80gb:8",
+  (
+    "nvidia-h100-80gb:8",
+    2,
+    1,
+  ): "--slices=2: slices are for TPUs; for hosts with GPUs give --hosts=2",
+  (
+    "v5p-128",
+    1,
+    2,
+  ): "--hosts=2: is for GPUs; the hosts of a slice follow from --accelerator=v5p-128",
 }
 
 
@@ -333,12 +341,12 @@ def test_kubectl_gets_what_dry_run_prints(tmp_path):
 
 REFUSED_FLAGS = {
   "--image=a b": "--image=a b: expected REGISTRY/NAME:TAG",
-  "--namespace=Runs": "--namespace=Runs: expected small letters, digits and hyphens",
+  "--namespace=Runs": "--namespace=Runs: expected lower-case letters, digits and hyphens",
   "--claim=runs": "--claim=runs: expected NAME:/PATH",
-  "--root=/mnt/runs": "--root=/mnt/runs: is lost with the machine that writes there; give one in a",
+  "--root=/mnt/runs": "--root=/mnt/runs: would be lost with the machine that writes there",
   "--config=tests/conftest.py": "the image has beyond_outliers, configs of the clone",
   "--evaluate_accelerator=v5p-9": "--evaluate_accelerator=v5p-9: slices of v5p have 8",
-  "--report": "--report: a JobSet does not wait for others; once they are done, python -m",
+  "--report": "--report: a JobSet does not wait for others; once they are done, run python -m",
 }
 
 

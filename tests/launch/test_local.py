@@ -148,10 +148,10 @@ REFUSED = {
   "no run": (["--where=seed=99"], "--where=seed=99: no run of"),
   "no overrides": (["--overrides=nobody.json"], "--overrides=nobody.json: there is no such file"),
   "torn overrides": (["--overrides={folder}/torn.json"], "torn.json: is not the JSON that was"),
-  "a home that nobody has": (["--root=~nouser/runs"], "--root=~nouser/runs: ~ is no user's home"),
+  "a home that nobody has": (["--root=~nouser/runs"], "--root=~nouser/runs: ~ is not a home"),
   "evaluation of nothing": (
     ["--evaluate_flags=--recipes=rtn_w4a4"],
-    "of which job? give --evaluate",
+    "for which job? give --evaluate",
   ),
   "a flag of nobody": (["--evaluate=behind", "--evaluate_flags=--typo=1"], "flag 'typo'"),
   "a recipe": (["--evaluate=beside", "--evaluate_flags=--recipes=typo"], "'typo': unknown recipe"),

@@ -88,7 +88,9 @@ def test_each_evaluation_runs_right_behind_its_training():
 
 
 def test_an_evaluation_beside_its_training_is_refused():
-  with pytest.raises(ConfigError, match=r"--evaluate=beside: the chips .* give --evaluate=behind"):
+  with pytest.raises(
+    ConfigError, match=r"--evaluate=beside: only one program .* give --evaluate=behind"
+  ):
     list(tpu.steps([train(), evaluation(after=())], resource(), IMAGE))
 
 
@@ -213,12 +215,12 @@ def test_some_steps_alone(machine):
 
 REFUSED = {
   "--steps=destroy": "--steps=destroy: no destroy; of create, setup, run, delete",
-  "--root=runs/here": "--root=runs/here: is lost with the machine that writes there",
+  "--root=runs/here": "--root=runs/here: would be lost with the machine that writes there",
   "--config=/etc/adamw.py": "there is no such file",
   "--accelerator=v5p-9": "--accelerator=v5p-9: slices of v5p have 8, 16",
-  "--zone=a b": "--zone=a b: expected small letters",
+  "--zone=a b": "--zone=a b: expected lower-case letters",
   "--image=a b": "--image=a b: expected REGISTRY/NAME:TAG",
-  "--name=-x": "--name=-x: expected small letters",
+  "--name=-x": "--name=-x: expected lower-case letters",
 }
 
 

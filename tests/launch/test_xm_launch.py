@@ -155,11 +155,11 @@ def test_kubernetes_gets_a_limit_and_a_label_of_its_nodes(accelerator):
 
 REFUSED = {
   ("vertex", "h100=8"): "--requirements=h100=8: expected for --executor=vertex of p4",
-  ("kubernetes", "tpu_v5e=4"): "others by python -m launch.gke",
+  ("kubernetes", "tpu_v5e=4"): "others use python -m launch.gke",
   ("local", "v100=1"): "none for jobs that run here",
   ("vertex", "a100=0"): "--requirements=a100=0: expected a number, such as a100=8",
   ("vertex", "a100"): "--requirements=a100: expected a number",
-  ("vertex", "a100=8;t4=1"): "one kind of accelerator a job",
+  ("vertex", "a100=8;t4=1"): "one kind of accelerator per job",
   ("vertex", "a100=8;a100=1"): "--requirements = 'a100': is given twice",
 }
 
@@ -270,9 +270,9 @@ def test_a_signal_reaches_the_runs_which_save_and_no_other_is_started(tmp_path):
 
 
 REFUSED_FLAGS = {
-  "--evaluate=beside": "--evaluate=beside: would wait for ever",
+  "--evaluate=beside": "--evaluate=beside: would wait forever",
   "--image=registry/x:1": "--image=registry/x:1: jobs that run here need none",
-  "--executor=vertex": "--root={folder}: is lost with the machine that writes there",
+  "--executor=vertex": "--root={folder}: would be lost with the machine that writes there",
   "--requirements=a100=8": "--requirements=a100=8: expected for --executor=local none",
 }
 

@@ -140,7 +140,7 @@ def test_a_refusal_ends_another_whose_collective_fails_for_it_in_one_line(start)
 def test_a_port_that_another_listens_at_is_refused_without_a_crash(start):
   """JAX's service either crashes there or shares the port, and the other run's processes end."""
   with socket.create_server(("", 0), reuse_port=True) as taken:  # as of another run
-    with pytest.raises(Failure, match="cannot listen at port"):
+    with pytest.raises(Failure, match="cannot listen on port"):
       cluster.check_free(f"here:{taken.getsockname()[1]}")
     (one,) = start({0: "wait"}, port=taken.getsockname()[1])
     assert "Address already in use" in wait(one, 1)
@@ -221,7 +221,7 @@ def test_one_that_is_killed_or_stands_still_ends_the_other(start, tmp_path, vict
   assert (
     (tmp_path / str(1 - victim))
     .read_text()
-    .startswith(f"process {victim} of 2 was killed, stands still or cannot be reached")
+    .startswith(f"process {victim} of 2 was killed, is stuck or cannot be reached")
   )
 
 

@@ -509,7 +509,7 @@ def test_a_name_that_stands_twice_in_a_header_is_refused(copy):
   )
   content = len(described).to_bytes(8, "little") + described + bytes(16)
   (directory / hf.SINGLE).write_bytes(content)
-  with pytest.raises(config.ConfigError, match=r"a stands twice in model.safetensors; fetch it"):
+  with pytest.raises(config.ConfigError, match=r"a appears twice in model.safetensors; fetch it"):
     hf.load(directory)
 
 
@@ -555,7 +555,7 @@ def test_an_architecture_without_a_family_is_not_written(tmp_path):
     hf.save(model, params, tmp_path / "a")
   model, params = model_and_params(model_config(d_model=18))
   with pytest.raises(
-    ValueError, match=r"model.d_model = 18: transformers wants a multiple of model.heads"
+    ValueError, match=r"model.d_model = 18: transformers requires a multiple of model.heads"
   ):
     hf.save(model, params, tmp_path / "a")
   assert not (tmp_path / "a").exists()

@@ -121,7 +121,7 @@ def test_paths_axes_as_a_function_and_masked_leaves():
     (
       (2, 3),
       {"w": Axes((0,), (1,), ())},
-      "'w'.*expected each axis of shape .2, 3. once, and fan_in only beside fan_out",
+      "'w'.*expected each axis of shape .2, 3. once, and fan_in only together with fan_out",
     ),
     ((2, 3), {"w": Axes((), (0,), (0, 1))}, "expected each axis"),
     ((2, 3), {"w": Axes((), (0,), (1, -1))}, "expected each axis"),

@@ -100,7 +100,7 @@ def test_the_lines_of_hyperparameters_are_documentation():
   assert lines[0] == "A factory whose program is as long as `steps`."
   assert lines[-1] == "word: nothing (a | abc)"
   assert lines[2:5] == [
-    "learning_rate: of the whole step; also a schedule",
+    "learning_rate: of the whole step; may be a schedule",
     "steps: how often updates are scaled",
     "rounds: more of these",
   ]
@@ -126,7 +126,7 @@ def test_a_factory_may_leave_hyperparameters_official_or_fix_them():
     (dict(decay=-1.0), "^decay = -1.0: expected at least 0$"),
     (dict(steps=0), "^steps = 0: expected at least 1$"),
     (dict(decay="fast"), "^decay = 'fast': expected a number$"),
-    (dict(decay=None), "^decay = None: expected a value, or nothing at all$"),
+    (dict(decay=None), "^decay = None: expected a value; leave the argument out for the default$"),
     (dict(word="abd"), r"^word = 'abd': did you mean 'abc'\? expected one of 'a', 'abc'$"),
   ],
 )

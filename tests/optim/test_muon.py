@@ -329,5 +329,5 @@ def test_what_cannot_be_is_refused_when_built(hyper, message):
 
 
 def test_scale_by_muon_refuses_what_is_no_matrix():
-  with pytest.raises(ValueError, match=r"'layers/gain' of shape \(3, 4\) is no matrix"):
+  with pytest.raises(ValueError, match=r"'layers/gain' of shape \(3, 4\) is not a matrix"):
     scale_by_muon(axes=TREE_AXES).init(tree())

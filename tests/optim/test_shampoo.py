@@ -769,7 +769,7 @@ def test_eight_devices_update_as_one_does(hyper):
     (dict(precondition_frequency=0), "precondition_frequency = 0: expected at least 1"),
     (
       dict(preconditioner_dtype="bfloat16", b2=0.999),
-      "b2 = 0.999: averages in bfloat16 stand still above 0.99",
+      "b2 = 0.999: averages in bfloat16 stop changing above 0.99",
     ),
     (
       dict(eigenvalue_correction=True, grafting="adam"),

@@ -388,11 +388,11 @@ def test_eight_devices_do_what_one_does():
     (dict(block_size=0), "block_size = 0"),
     (
       dict(preconditioner_dtype="bfloat16", b2=0.999),
-      "b2 = 0.999: averages in bfloat16 stand still above 0.99",
+      "b2 = 0.999: averages in bfloat16 stop changing above 0.99",
     ),
     (
       dict(preconditioner_dtype="bfloat16", shampoo_beta=0.999),
-      "shampoo_beta = 0.999: averages in bfloat16 stand still above 0.99",
+      "shampoo_beta = 0.999: averages in bfloat16 stop changing above 0.99",
     ),
   ],
 )

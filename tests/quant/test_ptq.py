@@ -487,7 +487,7 @@ def test_what_is_refused():
     lambda: ptq.quantize(model, params, W4A4, "awq", [{"tokens": TOKENS + 64}]): "tokens below 64",
     lambda: ptq.quantize(
       model, ptq.quantize(model, params, W4A4).params, W4A4
-    ): "hold codes already",
+    ): "are quantized already",
   }.items():
     with pytest.raises(ConfigError, match=message):
       call()
@@ -501,7 +501,7 @@ def test_what_is_refused():
     ("lsq_w4a4", "hadamard", "neither rotates nor smooths"),
     ("lsq_w4a4", "smoothquant", "neither rotates nor smooths"),
     ("rtn_w4a16_g128", "quarot+gptq", "blocks of 128 do not divide a width of 64"),
-    ("mxfp4", "rtn_mse", "has a rule of its own"),
+    ("mxfp4", "rtn_mse", "has its own rule for scales"),
   ],
 )
 def test_what_does_not_go_together_is_refused_before_there_are_numbers(recipe, method, message):

@@ -457,15 +457,15 @@ REFUSED = [
   (dict(bits=4, granularity="group"), "group = 0"),
   (dict(bits=4, group=32), "only granularity 'group'"),
   (dict(bits=4, granularity="mx"), "floating-point"),
-  (dict(bits=4, grid="e2m1", granularity="nv", scale="mse"), "leave 'absmax'"),
+  (dict(bits=4, grid="e2m1", granularity="nv", scale="mse"), "leave it at 'absmax'"),
   (dict(bits=4, scale="gaussian"), "'midrise' and 'ternary'"),
   (dict(bits=4, grid="e2m1", estimator="trust"), "even steps"),
   (dict(bits=8, grid="e4m3", scale="absmax_edge"), "even steps"),
   (dict(bits=4, scale="learned"), "come together"),
   (dict(bits=4, estimator="lsq"), "come together"),
-  (dict(bits=4, scale="learned", estimator="lsq"), "whole tensor's"),
+  (dict(bits=4, scale="learned", estimator="lsq"), "whole tensor"),
   (dict(bits=4, rounding="up"), "rounding = 'up'"),
-  (dict(bits=4, grid="unsigned", rotation="hadamard"), "have a sign behind it"),
+  (dict(bits=4, grid="unsigned", rotation="hadamard"), "rotated numbers are signed"),
 ]
 
 
@@ -488,10 +488,10 @@ def test_specs_that_make_no_sense_are_refused(fields, message):
     (dict(weights=RTN, backward="none"), "backward = 'none'"),
     (dict(weights=RTN, gradients=quest(4)), "gradients.granularity"),
     (dict(gradients=QuantSpec(8, granularity="token", rotation="hadamard")), "not rotated"),
-    (dict(weights=QuantSpec(4, "unsigned")), "weights.grid = 'unsigned': they have a sign"),
+    (dict(weights=QuantSpec(4, "unsigned")), "weights.grid = 'unsigned': they are signed"),
     (
       dict(gradients=QuantSpec(8, "unsigned", granularity="token")),
-      "gradients.grid = 'unsigned': they have a sign",
+      "gradients.grid = 'unsigned': they are signed",
     ),
   ],
 )

@@ -248,10 +248,10 @@ BAD = {
   "s3://bucket": "expected s3://BUCKET/PATH",
   "gs://bucket/../run": "expected gs://BUCKET/PATH",
   "gs://bucket//run": "expected gs://BUCKET/PATH",
-  "s3://key:secret@bucket/run": "takes no user and no key",
+  "s3://key:secret@bucket/run": "takes neither user nor key",
   "s3://bucket/run?versionId=1": "takes no '?'",
-  "http://host/run": "no store that is known",
-  "az://bucket/run": "no store that is known",
+  "http://host/run": "not an address of a known kind",
+  "az://bucket/run": "not an address of a known kind",
 }
 
 

@@ -80,7 +80,7 @@ def test_rows_that_a_checkpoint_knows_are_missed(elsewhere, config, done, lost):
 def test_rows_that_are_gone_are_told(elsewhere, config):
   there, said = elsewhere(lambda rows: None), []
   train.run(config, there, say=said.append)
-  assert any("metrics.jsonl is gone; its rows will begin behind step 2" in text for text in said)
+  assert any("metrics.jsonl is gone; its rows will begin after step 2" in text for text in said)
   assert sorted(losses(there)) == [3, 4]
 
 

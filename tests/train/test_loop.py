@@ -341,7 +341,7 @@ def test_a_checkpoint_that_cannot_be_read_back_ends_the_run_at_the_next_step(tmp
     pass
 
   refused = pytest.raises(
-    checkpoint.CheckpointError, match="/4: was saved, and cannot be read back"
+    checkpoint.CheckpointError, match="/4: was saved, but cannot be read back"
   )
   taken, saved = steps_of_a_save_that_goes_wrong(tmp_path, monkeypatch, skip, refused)
   assert taken == [1, 2, 3, 4, 5] and saved == [4]
@@ -428,14 +428,14 @@ def test_of_a_hang_the_watchdog_tells_once(tmp_path):
       "no step for 0.4 s; where it stands: stacks-0.txt"
     )
     said = stacks.read_text()
-    assert said.startswith("no step behind 7 for 0.4 s") and "in until" in said, (
+    assert said.startswith("no step after 7 for 0.4 s") and "in until" in said, (
       "where the main thread stands"
     )
     time.sleep(0.6)
     assert stacks.read_text() == said
     workdir.check_past()  # a run killed now, before its first checkpoint, may begin anew
     watchdog(8, None, {})
-    until(lambda: "no step behind 8" in stacks.read_text())
+    until(lambda: "no step after 8" in stacks.read_text())
   finally:
     watchdog.close()
 

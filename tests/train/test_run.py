@@ -233,14 +233,14 @@ UNRESTORABLE = {
       (directory / "sha256.json").unlink(),
       *(path.write_bytes(path.read_bytes()[::-1]) for path in (directory / "state/d").iterdir()),
     ],
-    "8 is damaged: .*; restore it from a copy, or take another step",
+    "8 is damaged: .*; restore it from a copy, or use another step",
   ),
   "of another step": (
     lambda directory: [
       shutil.rmtree(directory),
       shutil.copytree(directory.parent / "4", directory),
     ],
-    "8 is damaged: it was saved as 4, and renamed; restore it from a copy, or take another step",
+    "8 is damaged: it was saved as 4, and renamed since; .*, or use another step",
   ),
 }
 
@@ -543,8 +543,8 @@ def test_a_lost_manifest_comes_back_and_lost_rows_are_told(finished, cut):
   assert run(c, cut, say=said.append) == "done"
   assert runs.open(cut).identity == runs.open(workdir).identity
   told = "\n".join(said)
-  assert "manifest.json is gone; what the checkpoint has" in told
-  assert "metrics.jsonl is gone; its rows will begin behind step 4" in told
+  assert "manifest.json is gone; it is restored from" in told
+  assert "metrics.jsonl is gone; its rows will begin after step 4" in told
   assert equal(runs.open(workdir).params(), runs.open(cut).params())
 
 
@@ -604,7 +604,7 @@ def test_a_warm_start_begins_anew_with_the_parameters_that_it_began_with(
   shutil.rmtree(tmp_path / "parent/checkpoints" / str(newest))
   refused = (
     rf"warm_start = '.*parent': the run began with step {newest} of the run \w+ \(manifest.json\), "
-    rf"and these are other parameters, step {before} of the run"
+    rf"but these are other parameters, step {before} of the run"
   )
   with pytest.raises(workdir_lib.WorkdirError, match=refused):
     run(c, tmp_path / "run")
@@ -748,7 +748,7 @@ def test_warm_start_from_another_tokenizer_is_refused(finished, tiny_config, tmp
   c = tiny_config(**{"warm_start": str(finished[1]), "data.directory": str(tmp_path), "steps": 1})
   message = (
     r"warm_start = .*: data.tokenizer is 'bytes' \(\w{12}\) in that run and 'bytes' "
-    r"\(0123456789ab\) in this one; take a run of the same tokenizer"
+    r"\(0123456789ab\) in this one; use a run with the same tokenizer"
   )
   with pytest.raises(config.ConfigError, match=message):
     run(c, tmp_path / "warm")

@@ -36,7 +36,7 @@ def check_batches(batches: Sequence[Batch], method: str, vocab: int) -> None:
     sum(np.size(batch["tokens"]) for batch in batches) > 0,
     "calibration_batches",
     batches,
-    f"{method} looks at the inputs of every layer: give it some",
+    f"{method} looks at the inputs of every layer; give it some tokens",
   )
   for batch in batches:
     check_tokens(batch["tokens"], vocab, "calibration_batches")
@@ -55,7 +55,7 @@ def check_model(model: LanguageModel, params: Params, recipe: Recipe, how: Metho
       f"model: {path}",
       "trained under another quantization",
       "give its own recipe, quant.recipes.from_config(run.config.quant), and the method 'rtn', or "
-      "model.clone(dot_general_for=None) to quantize its float weights anew",
+      "give model.clone(dot_general_for=None) to quantize its float weights anew",
     )
   check_params(model, params)
 
@@ -68,13 +68,18 @@ def check_tokens(tokens: Array, vocab: int, field: str) -> None:
       0 <= extreme < vocab,
       field,
       int(extreme),
-      f"the model knows tokens below {vocab}; take those of its tokenizer",
+      f"the model knows tokens below {vocab}; use those of its tokenizer",
     )
 
 
 def check_parameters(params: Params) -> None:
   """Refuses, by path, parameters that are not floats or not finite."""
-  require(isinstance(params, Mapping), "params", type(params).__name__, "give the model's tree")
+  require(
+    isinstance(params, Mapping),
+    "params",
+    type(params).__name__,
+    "give the model's tree of parameters",
+  )
   leaves = leaves_by_path(params)
   whole = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, QuantizedMatrix)}
   check_floats(whole)
@@ -86,7 +91,7 @@ def check_parameters(params: Params) -> None:
       not bad.size,
       f"params: {at_depth(path, depth)}",
       "not finite",
-      "NaN or infinity, which a code would hide; take another checkpoint",
+      "NaN or infinity, which codes would hide; use another checkpoint",
     )
 
 
@@ -109,7 +114,7 @@ def check_inputs(path: str, inputs: Inputs) -> None:
     all(bool(jnp.isfinite(statistic).all()) for statistic in jax.tree.leaves(inputs)),
     f"calibration_batches: {path}",
     "not finite",
-    "the layer's inputs overflow or are no numbers; look at the checkpoint, or at the tokens",
+    "the layer's inputs overflow or are NaN; check the checkpoint, or the tokens",
   )
 
 

@@ -140,7 +140,7 @@ def _prepared(
     not any(isinstance(leaf, QuantizedMatrix) for leaf in leaves_by_path(params).values()),
     "params",
     "quantized",
-    "they hold codes already; start from those of a trained model",
+    "they are quantized already; start from those of a trained model",
   )
   check_model(model, params, recipe, how)
   if how.fused:

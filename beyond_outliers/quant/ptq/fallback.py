@@ -74,7 +74,7 @@ def fall_back(
     bool(ok),
     f"params: {path}",
     float(max_magnitude(kernel_KxO)),
-    "a number so large that its scale overflows; look at the checkpoint, or take another scale",
+    "a number so large that its scale overflows; check the checkpoint, or use another scale",
   )
   if "damping" in how.options and inputs is not None:
     error = functools.partial(_output_error, kernel_KxO, inputs.gram_KxK, layer)

@@ -88,7 +88,7 @@ class Method:
       not (self.rotation or self.smoothing) or not learned,
       "method",
       self.rotation or self.smoothing,
-      "learned scales hold in the basis that they were learned in: take a method that neither "
+      "learned scales hold only in the basis that they were learned in; use a method that neither "
       "rotates nor smooths",
     )
     return LayerRecipe(w, x)
