@@ -284,7 +284,7 @@ class Soap(Section):
     return self.precondition_frequency
 
 
-def _standing_still(name: str, decay: object, dtype: str) -> Iterator[tuple[str, str]]:
+def _standing_still(name: str, decay: float | None, dtype: str) -> Iterator[tuple[str, str]]:
   if dtype == "bfloat16" and is_number(decay) and decay > MAX_BFLOAT16_B2:
     remedy = "choose a smaller one, or preconditioner_dtype=float32"
     yield name, f"averages in bfloat16 stop changing above {MAX_BFLOAT16_B2}; {remedy}"
