@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from beyond_outliers.config.checks import LARGEST_SEED
 from beyond_outliers.config.hyperparameters import (
@@ -37,8 +38,7 @@ WITH_EIGENVALUE_CORRECTION = {
   "packed": False,
 }
 LEAST_UPDATE_PROBABILITY = 0.03  # PSGD: at which its schedule ends
-# Factors in bfloat16, of 8 bits: an average rounds off relative changes of less than 1/512.
-MAX_BFLOAT16_B2 = 0.99
+MAX_BFLOAT16_B2 = 0.99  # an average in bfloat16 rounds off relative changes of less than 1/512
 _STORED = one_of("float32", "bfloat16")
 
 _MOMENTUM = below_one(
@@ -284,7 +284,7 @@ class Soap(Section):
     return self.precondition_frequency
 
 
-def _standing_still(name: str, decay: float | None, dtype: str) -> Iterator[tuple[str, str]]:
+def _standing_still(name: str, decay: Any, dtype: str) -> Iterator[tuple[str, str]]:
   if dtype == "bfloat16" and is_number(decay) and decay > MAX_BFLOAT16_B2:
     remedy = "choose a smaller one, or preconditioner_dtype=float32"
     yield name, f"averages in bfloat16 stop changing above {MAX_BFLOAT16_B2}; {remedy}"
