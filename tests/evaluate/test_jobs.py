@@ -989,7 +989,7 @@ def test_windows_stay_within_a_hugging_face_models_positions(
   with pytest.raises(
     config.ConfigError,
     match=f"--hf = '.*m': --context = {longest + 1}: max_position_embeddings of config.json is "
-    f"{longest}; take",
+    f"{longest}; give",
   ):
     context(context=longest + 1)
 

@@ -195,7 +195,7 @@ def test_names_outside_of_a_wheels_folder_are_refused(name, tmp_path):
   with zipfile.ZipFile(path, "a") as archive:
     archive.writestr(name, "text")
   with pytest.raises(
-    ConfigError, match=r"--evals: names in .* = \['.*outside'\]: leave its folder"
+    ConfigError, match=r"--evals: names in .* = \['.*outside'\]: point out of its folder"
   ):
     offline_tasks.from_evals(path, tmp_path / "tasks")
   assert not (tmp_path / "tasks").exists()

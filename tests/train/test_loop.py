@@ -352,7 +352,7 @@ def test_a_full_disk_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   refused = pytest.raises(
-    OSError, match=r"could not be written \(.*No space left on device.*those be"
+    OSError, match=r"could not be written \(.*No space left on device.*earlier ones are intact"
   )
   taken, saved = steps_of_a_save_that_goes_wrong(tmp_path, monkeypatch, fail, refused)
   assert taken == [1, 2, 3, 4, 5] and saved == []

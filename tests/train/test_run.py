@@ -525,7 +525,7 @@ def test_another_runs_manifest_or_rows_are_refused(finished, cut):
   at = workdir_lib.Workdir(cut)
   manifest = at.read("manifest.json")
   at.write("manifest.json", {**manifest, "id": "another"})
-  with pytest.raises(workdir_lib.WorkdirError, match=r"manifest.json is of another run than"):
+  with pytest.raises(workdir_lib.WorkdirError, match=r"manifest.json belongs to another run than"):
     run(c, cut)
   at.write("manifest.json", manifest)
   rows = (cut / "metrics.jsonl").read_text()
