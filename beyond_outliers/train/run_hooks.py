@@ -149,6 +149,7 @@ def _save(
   periodic: dict[str, Any],
 ) -> hooks.Save:
   c = program.config
+  settings = config.to_dict(c)
 
   def data_state() -> Json:
     check_data(inputs.dataset)  # a run resumed from here must not have seen damaged data
@@ -157,7 +158,7 @@ def _save(
   def record() -> Json:
     """What a checkpoint records about its run."""
     return {
-      "config": config.to_dict(c),
+      "config": settings,
       "data": fingerprints(inputs.dataset),
       "manifest": {**outputs.manifest, "resumed": []},
       "rows": writers.rows_sha256(outputs.sinks),
