@@ -109,8 +109,7 @@ def _constants(layout: blocks.Layout) -> dict[str, Constants]:
 
 def _init_bucket(h: Shampoo, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
   graft = grafting.GRAFTS[h.grafting]
-  # dtype is float64 only when the mathematics is checked: "float32" then stores float64.
-  stored = jnp.bfloat16 if h.preconditioner_dtype == "bfloat16" else dtype
+  stored = packing.stored_dtype(h.preconditioner_dtype, dtype)
   first = h.eps if h.eps_mode == "relative" else 0.0
   warm = inverse_root.ROOTS[h.root].warm
   lengths = [bucket.shape[axis] for axis in factored_axes(h, bucket.shape)]

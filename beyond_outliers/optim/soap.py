@@ -32,6 +32,7 @@ from beyond_outliers.optim.eigenbasis import (
   grown_older,
   rotate_block,
 )
+from beyond_outliers.optim.linalg import packing
 from beyond_outliers.optim.linalg.inverse_root import orthogonal_iteration
 from beyond_outliers.optim.linalg.kronecker import Scalar, broadcast_blocks
 from beyond_outliers.optim.refresh import staggered, together
@@ -90,9 +91,7 @@ def _rotated_axes(h: Soap, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _init_bucket(h: Soap, bucket: blocks.Bucket, dtype: np.dtype) -> BlocksState:
   s = first_state(bucket, _rotated_axes(h, bucket.shape), dtype)
-  # float64 is for checking the mathematics: there nothing is stored in less.
-  narrow = h.preconditioner_dtype == "bfloat16" and dtype != np.float64
-  return _in_dtype(s, jnp.bfloat16) if narrow else s
+  return _in_dtype(s, packing.stored_dtype(h.preconditioner_dtype, dtype))
 
 
 def _in_dtype(s: BlocksState, dtype: Any) -> BlocksState:

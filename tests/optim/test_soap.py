@@ -338,6 +338,9 @@ def test_in_bfloat16_the_state_is_half_and_the_steps_are_nearly_the_same():
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     assert size == pytest.approx(8 * m * n + 8 * share * (m * m + n * n), rel=0.01)
     taken[dtype] = np.diff(after["w"], axis=0)
+  with jax.enable_x64(True):
+    (bucket,) = tx.init({"w": jnp.zeros((m, n), jnp.float64)})[0].blocks.values()
+  assert all(a.dtype == jnp.bfloat16 for a in (*bucket.factors, *bucket.bases)), "as in Shampoo"
   for one, other in zip(taken["float32"], taken["bfloat16"], strict=True):
     assert 1e-5 < np.linalg.norm(other - one) / np.linalg.norm(one) < 0.1
 

@@ -34,6 +34,12 @@ def unpack(packed: jax.Array, d: int) -> jax.Array:
   return jnp.concatenate([top, bottom], axis=1)[:, :d, :d]
 
 
+def stored_dtype(preconditioner_dtype: str, dtype: Any) -> Any:
+  """The dtype that a preconditioner_dtype of "bfloat16" or "float32" stands for, in a state of this
+  dtype: the latter is float64 where the mathematics is checked in that."""
+  return jnp.bfloat16 if preconditioner_dtype == "bfloat16" else dtype
+
+
 def to_storage(a_BxDxD: jax.Array, dtype: Any, packed: bool) -> jax.Array:
   """Matrices [B, D, D] in the form in which they are kept between steps."""
   return (pack(a_BxDxD) if packed else a_BxDxD).astype(dtype)
